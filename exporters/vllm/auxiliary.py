@@ -1,0 +1,92 @@
+"""Everything of a checkpoint that is not a weight: tokenizer, chat template, generation config, licences.
+
+Copied byte for byte: one character of a chat template decides whether a fine-tuned model answers as trained.
+config.json is the exception, and only its two keys that this exporter owns may change.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from exporters.vllm.options import ExportFormat
+from exporters.vllm.plan import ExportPlan
+from exporters.vllm.quantization_config import quantization_config
+
+__all__ = ["auxiliary_files", "auxiliary_warnings", "export_config", "write_auxiliary"]
+
+# What Hugging Face repositories keep beside their weights. Training logs, plots, adapters and weights in
+# other formats match nothing here and stay behind.
+PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*processor_config.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+TEMPLATE_DIRECTORY = "additional_chat_templates"
+CONFIG_NAME = "config.json"
+
+
+def auxiliary_files(root: Path) -> Iterator[Path]:
+    """Paths, relative to `root`, of the files copied byte for byte; sorted."""
+    found = [
+        p for p in root.iterdir() if p.is_file() and any(fnmatch(p.name, pattern) for pattern in PATTERNS)
+    ]
+    templates = root / TEMPLATE_DIRECTORY
+    if templates.is_dir():
+        found += [p for p in templates.iterdir() if p.is_file()]
+    yield from sorted(p.relative_to(root) for p in found)
+
+
+def auxiliary_warnings(root: Path) -> list[str]:
+    """What serving will miss, in words for the manifest."""
+    names = {path.name for path in auxiliary_files(root)}
+    if not any(name.startswith("tokenizer") or name.startswith("vocab") for name in names):
+        return ["the source holds no tokenizer: the engine must be given one (--tokenizer)"]
+    if any(name.startswith("chat_template") for name in names) or _template_in_config(root):
+        return []
+    return ["the tokenizer has no chat template: the chat endpoint will refuse, completions work"]
+
+
+def _template_in_config(root: Path) -> bool:
+    path = root / "tokenizer_config.json"
+    return path.is_file() and '"chat_template"' in path.read_text(encoding="utf-8")
+
+
+def export_config(plan: ExportPlan) -> dict[str, object]:
+    """The export's config.json: the source's, with `quantization_config` set and, for bf16, the dtype."""
+    config: dict[str, object] = {k: v for k, v in plan.source.config.items() if k != "quantization_config"}
+    block = quantization_config(plan.options.format, plan.ignore, plan.schema)
+    if block is not None:
+        config["quantization_config"] = block
+    if plan.options.format is ExportFormat.BF16:
+        for key in [k for k in ("dtype", "torch_dtype") if k in config] or ["dtype"]:
+            config[key] = "bfloat16"
+    return config
+
+
+def write_auxiliary(plan: ExportPlan, root: Path) -> None:
+    """Copy the auxiliary files and write config.json (byte for byte when nothing in it changes)."""
+    source = plan.source.root
+    for relative in auxiliary_files(source):
+        (root / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, root / relative)
+    config = export_config(plan)
+    if config == plan.source.config:
+        shutil.copyfile(source / CONFIG_NAME, root / CONFIG_NAME)
+    else:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (root / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,150 @@
+"""The whole export: plan, lint, write, reopen, commit. Nothing is written before the linter has passed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exporters.vllm.auxiliary import auxiliary_warnings, write_auxiliary
+from exporters.vllm.lint import lint, refuse
+from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.plan import Action, ExportPlan, build_plan
+from exporters.vllm.reopen import reopen
+from exporters.vllm.source import Source, SourceKind, open_source
+from exporters.vllm.structure import read_structure
+from exporters.vllm.writer import write_weights
+from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat
+from fp8pipe.errors import ConfigurationError, GateFailedError
+from fp8pipe.progress import track
+
+__all__ = ["EXPORT_KIND", "export_vllm", "plan_export", "plan_warnings"]
+
+EXPORT_KIND = "vllm-export"
+
+
+def plan_export(source: Path | str, options: VllmExportOptions) -> ExportPlan:
+    """What `export_vllm` would write: file names, tensors, sizes, layers, warnings. Reads headers only.
+
+    Raises:
+        ConfigurationError: a source that cannot be used, or an undeclared vLLM version.
+        BadArtifactError: an unfinished or corrupt artifact.
+    """
+    opened = open_source(source)
+    return build_plan(opened, read_structure(opened.root), options)
+
+
+def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) -> Artifact:
+    """Write a checkpoint that vLLM and transformers load, and prove that it holds what its source holds.
+
+    Args:
+        source: a falqon artifact, a lora-merged artifact, or a plain Hugging Face directory (quantized on the
+            way, one scale a row, no calibration data needed).
+        output: directory to create; it is a Hugging Face checkpoint with a manifest.json beside its files.
+        options: format, shard size, engine version, whether to replace an existing output.
+
+    Returns:
+        The committed export, kind `vllm-export`, with every gate in its manifest.
+
+    Raises:
+        ConfigurationError: unusable source or options, or an existing output without `force`.
+        BadArtifactError: an unfinished or corrupt artifact.
+        LintRefusedError: the linter's findings; nothing was written.
+        GateFailedError: what was written differs from its source; the output was not created.
+        OutOfMemoryError: the disk is full.
+    """
+    output = Path(output)
+    plan = plan_export(source, options)
+    _check_output(output, plan.source, options)
+    with track(len(plan.units) + len(plan.dropped), "lint") as progress:
+        refuse(lint(plan, lambda: progress.advance(1)), plan)
+    with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
+        for warning in plan_warnings(plan):
+            writer.warn(warning)
+        with track(len(plan.units), "write") as progress:
+            write_weights(plan, writer.root, lambda: progress.advance(1))
+        write_auxiliary(plan, writer.root)
+        with track(len(plan.units), "compare") as progress:
+            gates = reopen(plan, writer.root, lambda: progress.advance(1))
+        for gate in gates:
+            writer.gate(gate)
+        _require(gates, writer.root)
+        return _commit(writer, plan)
+
+
+def plan_warnings(plan: ExportPlan) -> list[str]:
+    """Everything about the plan that a reader of the manifest should not have to find out."""
+    warnings = auxiliary_warnings(plan.source.root)
+    quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
+    if quantized:
+        warnings.append(
+            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale a row, "
+            f"from {plan.source.kind}); they were not trained in FP8"
+        )
+    if any(unit.quantized and unit.transposed for unit in plan.units):
+        warnings.append(
+            "weights stored (in, out) hold FP8 codes: vLLM's loader transposes them; transformers does not "
+            "decompress Conv1D, so it must not be used to load this export"
+        )
+    for unit in plan.dropped:
+        warnings.append(f"{unit.entry.name} was left out: config.json ties it to a stored tensor")
+    if not plan.schema.tested:
+        warnings.append(f"checkpoints of this schema were not loaded in vLLM {plan.schema.vllm_version} yet")
+    skipped = [
+        layer for layer in plan.layers if not layer.converted and layer.name != plan.structure.output_head
+    ]
+    if plan.options.format.quantized and skipped:
+        warnings.append(
+            f"{len(skipped)} linear layer(s) stay unquantized; the first: {skipped[0].name}: "
+            f"{skipped[0].reason}"
+        )
+    return warnings
+
+
+def _check_output(output: Path, source: Source, options: VllmExportOptions) -> None:
+    if output.resolve() == source.root.resolve():
+        raise ConfigurationError(
+            f"the output {output} is the source itself",
+            why="it would be replaced",
+            fix="name another directory",
+        )
+    if output.exists() and not options.force:
+        raise ConfigurationError(
+            f"{output} exists already",
+            why="nothing is overwritten unasked",
+            fix="name another directory, or --force",
+        )
+
+
+def _require(gates: list[Gate], root: Path) -> None:
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        raise GateFailedError(
+            f"the written export differs from its source ({len(failed)} gate(s) failed)",
+            why="\n       ".join(
+                f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed
+            ),
+            fix=f"check the disk and export again; what was written is left in {root}",
+        )
+
+
+def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
+    quantized = plan.options.format.quantized
+    return writer.commit(
+        config=plan.options.model_dump(mode="json"),
+        seed=None,
+        parents=[plan.source.parent],
+        number_format=NumberFormat(name="e4m3", granularity="per-channel") if quantized else None,
+        runtime={
+            "engine": "vllm",
+            "vllm": plan.schema.vllm_version,
+            "compressed_tensors": plan.schema.compressed_tensors,
+            "tested": plan.schema.tested,
+        },
+        layers=list(plan.layers),
+        extra={
+            "format": plan.options.format.value,
+            "transposed": [u.entry.name for u in plan.units if u.quantized and u.transposed],
+            "ignore": list(plan.ignore),
+            "quantized_here": plan.source.kind != SourceKind.FALQON and quantized,
+            "payload_bytes": plan.payload_bytes,
+        },
+    )

@@ -1,0 +1,124 @@
+"""Lint rules that look at the numbers: one pass over the source, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from exporters.vllm.codec import same_bits
+from exporters.vllm.findings import Finding
+from exporters.vllm.plan import ExportPlan, Unit, tied_original
+from exporters.vllm.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
+from fp8pipe.grids import E4M3
+
+__all__ = ["lint_values"]
+
+ADAPTER_FILE = "adapter.safetensors"
+# A weight matrix whose largest magnitude exceeds this, while the reciprocal scale would put it below
+# `PLAUSIBLE_AMAX`, was stored with a quantizing scale (448/amax): trained weights stay far below 100.
+IMPLAUSIBLE_AMAX = 1000.0
+PLAUSIBLE_AMAX = 448.0
+# Elements looked at together, so that masks of a large embedding stay small.
+CHUNK = 1 << 24
+
+
+def lint_values(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[Finding]:
+    """All findings in the source's numbers.
+
+    Args:
+        plan: the planned export.
+        advance: called once a tensor, for progress.
+
+    Returns:
+        Findings, empty when there are none.
+    """
+    findings: list[Finding] = []
+    for unit in (*plan.units, *plan.dropped):
+        findings += _unit(unit)
+        advance()
+    findings += _tied(plan)
+    findings += _adapter(plan)
+    return findings
+
+
+def _unit(unit: Unit) -> Iterator[Finding]:
+    if unit.entry.dtype == "F8_E4M3":
+        nan_codes = _count(read_tensor(unit.entry).view(torch.uint8), lambda part: (part & 0x7F) == 0x7F)
+        if nan_codes:
+            yield Finding(
+                "nan-code",
+                unit.entry.name,
+                f"{nan_codes} code(s) 0x7F or 0xFF, which E4M3 reads as NaN",
+                "train again: a weight became NaN",
+            )
+        if unit.scale is not None and unit.scale.dtype == "F32":
+            yield from _scale(unit.scale)
+    elif unit.entry.dtype in PLAIN_FLOATS:
+        bad = _count(read_tensor(unit.entry), lambda part: ~torch.isfinite(part))
+        if bad:
+            yield Finding(
+                "not-finite",
+                unit.entry.name,
+                f"{bad} NaN or infinite value(s)",
+                "repair or retrain the model",
+            )
+
+
+def _scale(entry: TensorEntry) -> Iterator[Finding]:
+    scale = read_tensor(entry).reshape(-1)
+    bad = int((~torch.isfinite(scale)).sum())
+    if bad:
+        yield Finding(
+            "scale-not-finite", entry.name, f"{bad} NaN or infinite scale(s)", "write the artifact again"
+        )
+        return
+    if int((scale <= 0).sum()):
+        yield Finding(
+            "scale-not-positive",
+            entry.name,
+            f"smallest scale {float(scale.min()):g}; scales are positive",
+            "write the artifact again",
+        )
+        return
+    middle = float(scale.median())
+    amax, reciprocal_amax = E4M3.max * middle, E4M3.max / middle
+    if amax > IMPLAUSIBLE_AMAX and reciprocal_amax < PLAUSIBLE_AMAX:
+        yield Finding(
+            "scale-reciprocal",
+            entry.name,
+            f"scale {middle:g} means weights up to {amax:g}; its reciprocal would mean {reciprocal_amax:g}",
+            "store amax/448 (dequantized = code * scale), not 448/amax",
+        )
+
+
+def _tied(plan: ExportPlan) -> Iterator[Finding]:
+    for unit in plan.dropped:
+        name = plan.structure.tied[unit.entry.name]
+        original = tied_original(name, plan.source, plan.structure)
+        if original is not None and not same_bits(read_tensor(unit.entry), read_tensor(original)):
+            yield Finding(
+                "tied-differs",
+                unit.entry.name,
+                f"config.json ties it to {original.name}, but their values differ",
+                "set tie_word_embeddings to false in config.json, or remove the wrong copy",
+            )
+
+
+def _adapter(plan: ExportPlan) -> Iterator[Finding]:
+    path = plan.source.root / ADAPTER_FILE
+    if not plan.source.holds_codes or not path.is_file():
+        return
+    for name, entry in header_entries(path).items():
+        if name.endswith(".lora_B") and (pending := _count(read_tensor(entry), lambda part: part != 0)):
+            yield Finding(
+                "adapter-not-flushed",
+                name,
+                f"{pending} non-zero value(s) that the weights do not hold",
+                "finish the run so that the buffer is merged into the weights",
+            )
+
+
+def _count(values: Tensor, test: Callable[[Tensor], Tensor]) -> int:
+    return sum(int(test(part).sum()) for part in values.reshape(-1).split(CHUNK)) if values.numel() else 0

@@ -1,0 +1,284 @@
+"""What an export will hold, tensor by tensor, decided from headers alone.
+
+A unit is one source weight and what becomes of it. The plan touches no tensor data, so a dry run costs
+nothing, and every later step (lint, write, reopen) walks the same list.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from exporters.vllm.quantization_config import CheckpointSchema, schema_for
+from exporters.vllm.source import Source
+from exporters.vllm.structure import ModelStructure, Role
+from exporters.vllm.tensors import DTYPES, PLAIN_FLOATS, TensorEntry
+from fp8pipe.artifact import LayerRecord
+
+__all__ = ["Action", "ExportPlan", "Output", "Unit", "build_plan", "fused_siblings"]
+
+SCALE_SUFFIX = "_scale"
+# FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
+DIMENSION_MULTIPLE = 16
+
+
+class Action(StrEnum):
+    """What becomes of a source tensor."""
+
+    COPY = "copy"  # bytes as they are
+    CODES = "codes"  # FP8 codes as they are, scale repeated to one a row
+    QUANTIZE = "quantize"  # rounded to FP8 on the way
+    DEQUANTIZE = "dequantize"  # FP8 codes -> bf16
+    CAST = "cast"  # other floats -> bf16
+    DROP = "drop"  # a second copy of a tied tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the export: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One source tensor, what becomes of it, and the tensors that come out.
+
+    Attributes:
+        entry: the source tensor.
+        scale: the source tensor's scale, for FP8 codes.
+        action: what becomes of it.
+        outputs: the weight first, then its scale if there is one; empty for DROP.
+        module: the model's name of the owning module, None when the model knows none.
+        transposed: whether the weight is stored `(in, out)`.
+    """
+
+    entry: TensorEntry
+    scale: TensorEntry | None
+    action: Action
+    outputs: tuple[Output, ...]
+    module: str | None
+    transposed: bool
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the export holds FP8 codes for it."""
+        return self.action in {Action.CODES, Action.QUANTIZE}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the outputs."""
+        return sum(output.size_bytes for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """The whole export before a byte of it exists.
+
+    Attributes:
+        shards: units by output file, in writing order.
+        dropped: units that leave no output.
+        orphans: source tensors that belong to no unit (scales without codes).
+        ignore: module names for the quantization block's `ignore`.
+        layers: one record a linear layer.
+    """
+
+    source: Source
+    structure: ModelStructure
+    options: VllmExportOptions
+    schema: CheckpointSchema
+    shards: tuple[tuple[Unit, ...], ...]
+    dropped: tuple[Unit, ...]
+    orphans: tuple[TensorEntry, ...]
+    ignore: tuple[str, ...]
+    layers: tuple[LayerRecord, ...]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Units that leave an output, in writing order."""
+        return tuple(unit for shard in self.shards for unit in shard)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of tensor data in the whole export."""
+        return sum(unit.size_bytes for unit in self.units)
+
+    def shard_names(self) -> tuple[str, ...]:
+        """File names, one a shard: `model.safetensors`, or Hugging Face's numbered names."""
+        count = len(self.shards)
+        if count == 1:
+            return ("model.safetensors",)
+        return tuple(f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+
+
+def build_plan(source: Source, structure: ModelStructure, options: VllmExportOptions) -> ExportPlan:
+    """Decide what becomes of every tensor; reads headers only.
+
+    Raises:
+        ConfigurationError: an undeclared vLLM version.
+    """
+    schema = schema_for(options.vllm_version)
+    refused = _not_quantizable(source, structure, schema)
+    scales = {
+        name
+        for name in source.tensors
+        if name.endswith(SCALE_SUFFIX) and name[: -len(SCALE_SUFFIX)] in source.tensors
+    }
+    units = [
+        _unit(entry, source, structure, options.format, refused)
+        for name, entry in sorted(source.tensors.items(), key=lambda item: _natural(item[0]))
+        if name not in scales
+    ]
+    orphans = tuple(u.entry for u in units if u.entry.name.endswith(".weight" + SCALE_SUFFIX))
+    kept = [u for u in units if u.action is not Action.DROP and u.entry not in orphans]
+    quantized = {u.module for u in kept if u.quantized and u.module}
+    projections = structure.projections
+    return ExportPlan(
+        source=source,
+        structure=structure,
+        options=options,
+        schema=schema,
+        shards=_shards(kept, options.max_shard_bytes),
+        dropped=tuple(u for u in units if u.action is Action.DROP),
+        orphans=orphans,
+        ignore=tuple(sorted(projections.keys() - quantized, key=_natural))
+        if options.format.quantized
+        else (),
+        layers=tuple(_layer(m, structure, quantized, refused) for m in sorted(projections, key=_natural)),
+    )
+
+
+def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> list[tuple[str, ...]]:
+    """Module names the engine concatenates, grouped: same parent, leaf names of one group."""
+    by_parent: dict[str, dict[str, str]] = defaultdict(dict)
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        by_parent[parent][leaf] = module
+    found = []
+    for leaves in by_parent.values():
+        for group in groups:
+            present = tuple(sorted(leaves[leaf] for leaf in group & leaves.keys()))
+            if len(present) > 1:
+                found.append(present)
+    return found
+
+
+def _not_quantizable(source: Source, structure: ModelStructure, schema: CheckpointSchema) -> dict[str, str]:
+    """Linear layers a plain weight must stay unquantized in -> why."""
+    reasons: dict[str, str] = {}
+    for module in structure.projections:
+        shape = structure.shapes[module]
+        if module == structure.output_head:
+            reasons[module] = "output head: the engine builds it without a quantization scheme"
+        elif not structure.in_decoder(module):
+            reasons[module] = "outside the text decoder"
+        elif any(size % DIMENSION_MULTIPLE for size in shape):
+            reasons[module] = f"shape {shape} is no multiple of {DIMENSION_MULTIPLE}"
+    for group in fused_siblings(structure.projections, schema.fused_groups):
+        blocked = [m for m in group if m in reasons]
+        for module in group:
+            if blocked and module not in reasons:
+                reasons[module] = f"the engine fuses it with {blocked[0]}, which stays unquantized"
+    return reasons
+
+
+def _unit(
+    entry: TensorEntry,
+    source: Source,
+    structure: ModelStructure,
+    export_format: ExportFormat,
+    refused: dict[str, str],
+) -> Unit:
+    module, role = structure.module_of(entry.name), structure.role_of(entry.name)
+    scale = source.tensors.get(entry.name + SCALE_SUFFIX) if entry.name.endswith(".weight") else None
+    transposed = role is Role.CONV1D
+    action = _action(entry, module, role, source, structure, export_format, refused)
+    outputs: tuple[Output, ...]
+    if action is Action.DROP:
+        outputs = ()
+    elif action in {Action.DEQUANTIZE, Action.CAST}:
+        outputs = (Output(entry.name, "BF16", entry.shape),)
+    elif action is Action.COPY or len(entry.shape) != 2:
+        outputs = (Output(entry.name, entry.dtype, entry.shape),)
+    else:
+        rows = entry.shape[1 if transposed else 0]
+        outputs = (
+            Output(entry.name, "F8_E4M3", entry.shape),
+            Output(entry.name + SCALE_SUFFIX, "F32", (rows, 1)),
+        )
+    return Unit(entry, scale, action, outputs, module, transposed)
+
+
+def _action(
+    entry: TensorEntry,
+    module: str | None,
+    role: Role | None,
+    source: Source,
+    structure: ModelStructure,
+    export_format: ExportFormat,
+    refused: dict[str, str],
+) -> Action:
+    if _is_tied_copy(entry.name, source, structure):
+        return Action.DROP
+    if entry.dtype == "F8_E4M3":
+        return Action.CODES if export_format.quantized else Action.DEQUANTIZE
+    if entry.dtype not in PLAIN_FLOATS:
+        return Action.COPY
+    if not export_format.quantized:
+        return Action.COPY if entry.dtype == "BF16" else Action.CAST
+    projection = role in {Role.LINEAR, Role.CONV1D} and len(entry.shape) == 2
+    if projection and module not in refused and not source.holds_codes:
+        return Action.QUANTIZE
+    return Action.COPY
+
+
+def _is_tied_copy(name: str, source: Source, structure: ModelStructure) -> bool:
+    """Whether the model shares this tensor with another one that the checkpoint also holds."""
+    original = structure.tied.get(name)
+    return original is not None and tied_original(original, source, structure) is not None
+
+
+def tied_original(original: str, source: Source, structure: ModelStructure) -> TensorEntry | None:
+    """The checkpoint's entry of a tied tensor's original, with or without the base model's prefix."""
+    short = original.removeprefix(structure.base_prefix + ".")
+    return source.tensors.get(original) or source.tensors.get(short)
+
+
+def _layer(
+    module: str, structure: ModelStructure, quantized: set[str], refused: dict[str, str]
+) -> LayerRecord:
+    shape = structure.shapes[module]
+    rows, columns = reversed(shape) if structure.roles[module] is Role.CONV1D else shape
+    converted = module in quantized
+    reason = "" if converted else refused.get(module, "not FP8 in the source, or not asked for")
+    return LayerRecord(name=module, converted=converted, reason=reason, shape=(rows, columns))
+
+
+def _shards(units: list[Unit], max_bytes: int) -> tuple[tuple[Unit, ...], ...]:
+    """Fill files in order; a weight and its scale never part."""
+    shards: list[list[Unit]] = [[]]
+    size = 0
+    for unit in units:
+        if shards[-1] and size + unit.size_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(unit)
+        size += unit.size_bytes
+    return tuple(tuple(shard) for shard in shards)
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layer 10 follows layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

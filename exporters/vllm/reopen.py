@@ -1,0 +1,195 @@
+"""After writing: open the export as a stranger would and compare it with its source, bit for bit.
+
+The comparison does not go through the code that wrote the files: names and shapes come from the written
+headers, the quantization block from the written config.json, and the expected weight from the source's own
+codes and scale. Each comparison becomes a gate in the manifest; a failed gate fails the export.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporters.vllm.auxiliary import CONFIG_NAME, auxiliary_files
+from exporters.vllm.codec import dequantize_weight, quantize_weight, relative_error, same_bits
+from exporters.vllm.plan import Action, ExportPlan, Unit
+from exporters.vllm.tensors import TensorEntry, read_tensor, weight_entries
+from fp8pipe.artifact import Gate
+
+__all__ = ["reopen"]
+
+# Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
+# for a row's norm because its amax sits at 448, where the grid's absolute floor of 2^-10 is negligible; 0.1 %
+# covers the fp32 rounding of the norm and of the product.
+E4M3_ERROR_BOUND = 2.0**-4 * 1.001
+BF16_ERROR_BOUND = 2.0**-8 * 1.001
+
+
+@dataclass(slots=True)
+class _Comparison:
+    """What differs so far."""
+
+    weights: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    e4m3_error: float = 0.0
+    bf16_error: float = 0.0
+    counts: dict[Action, int] = field(default_factory=dict)
+
+
+def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None) -> list[Gate]:
+    """Compare the written directory with its source.
+
+    Args:
+        plan: the plan it was written from.
+        root: the written directory.
+        advance: called once a weight, for progress.
+
+    Returns:
+        Gates, passed or not; the caller decides what a failure means.
+
+    Raises:
+        BadArtifactError: the written files cannot be read at all.
+    """
+    written = weight_entries(root)
+    gates = [_tensor_set(plan, written)]
+    if not gates[0].passed:
+        return gates
+    comparison = _Comparison()
+    for unit in plan.units:
+        _compare(unit, written, comparison)
+        comparison.counts[unit.action] = comparison.counts.get(unit.action, 0) + 1
+        advance()
+    gates += _weight_gates(comparison)
+    gates += [_payload(plan, written), _files(plan, root), _config(plan, root)]
+    return gates
+
+
+def _compare(unit: Unit, written: dict[str, TensorEntry], found: _Comparison) -> None:
+    exported = read_tensor(written[unit.outputs[0].name])
+    original = read_tensor(unit.entry)
+    if unit.action is Action.COPY:
+        if not same_bits(exported, original):
+            found.copies.append(unit.entry.name)
+        return
+    values = _dequantized(exported, unit, written)
+    if not same_bits(values, _expected(original, unit)):
+        found.weights.append(unit.entry.name)
+    if unit.action is Action.QUANTIZE:
+        found.e4m3_error = max(found.e4m3_error, _row_error(values, original, unit.transposed))
+    elif unit.action in {Action.DEQUANTIZE, Action.CAST}:
+        exact = _source_values(original, unit)
+        found.bf16_error = max(found.bf16_error, relative_error(values, exact))
+
+
+def _dequantized(exported: Tensor, unit: Unit, written: dict[str, TensorEntry]) -> Tensor:
+    """What a reader of the export computes with: fp32 for codes, the tensor itself otherwise."""
+    if not unit.quantized:
+        return exported
+    scale = read_tensor(written[unit.outputs[1].name])
+    return dequantize_weight(exported, scale, transposed=unit.transposed)
+
+
+def _source_values(original: Tensor, unit: Unit) -> Tensor:
+    """The source's own reading of its weight, fp32."""
+    if unit.scale is None:
+        return original.float()
+    return dequantize_weight(original, read_tensor(unit.scale), transposed=unit.transposed)
+
+
+def _expected(original: Tensor, unit: Unit) -> Tensor:
+    if unit.action is Action.QUANTIZE:
+        codes, scale = quantize_weight(original, transposed=unit.transposed)
+        return dequantize_weight(codes, scale, transposed=unit.transposed)
+    values = _source_values(original, unit)
+    return values if unit.action is Action.CODES else values.to(torch.bfloat16)
+
+
+def _row_error(values: Tensor, original: Tensor, transposed: bool) -> float:
+    """Largest relative error of one output row."""
+    axis = 0 if transposed else 1
+    error = torch.linalg.vector_norm(original.float() - values, dim=axis)
+    norm = torch.linalg.vector_norm(original, dim=axis, dtype=torch.float32)
+    return float((error / norm.clamp(min=1e-30)).max())
+
+
+def _weight_gates(found: _Comparison) -> list[Gate]:
+    count = found.counts
+    exact = count.get(Action.CODES, 0)
+    fresh = count.get(Action.QUANTIZE, 0)
+    rounded = count.get(Action.DEQUANTIZE, 0) + count.get(Action.CAST, 0)
+    how = (
+        f"{exact} weight(s) of codes against the source's code * scale in fp32; {fresh} quantized here "
+        f"against a second quantization of the source; {rounded} in bf16 against the source's values "
+        "(code * scale where it holds codes) rounded once to bf16"
+    )
+    gates = [
+        _none("weights-bit-exact", found.weights, how),
+        _none(
+            "copied-tensors-identical", found.copies, f"{count.get(Action.COPY, 0)} tensor(s), byte for byte"
+        ),
+    ]
+    if fresh:
+        gates.append(
+            _below("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm")
+        )
+    if rounded:
+        gates.append(
+            _below("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm")
+        )
+    return gates
+
+
+def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
+    planned = {output.name: (output.dtype, output.shape) for unit in plan.units for output in unit.outputs}
+    found = {name: (entry.dtype, entry.shape) for name, entry in written.items()}
+    wrong = [name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)]
+    return _none("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
+
+
+def _payload(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
+    size = sum(entry.size_bytes for entry in written.values())
+    return Gate(
+        name="payload-bytes",
+        value=float(size),
+        threshold=float(plan.payload_bytes),
+        passed=size == plan.payload_bytes,
+        detail="tensor data written, bytes; must equal the plan",
+    )
+
+
+def _files(plan: ExportPlan, root: Path) -> Gate:
+    source = plan.source.root
+    names = list(auxiliary_files(source))
+    wrong = [
+        str(name)
+        for name in names
+        if not (root / name).is_file() or not filecmp.cmp(source / name, root / name, shallow=False)
+    ]
+    return _none("auxiliary-files-identical", wrong, f"{len(names)} file(s), byte for byte")
+
+
+def _config(plan: ExportPlan, root: Path) -> Gate:
+    """config.json differs from the source's in the keys this exporter owns, and in no other."""
+    config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
+    owned = {"quantization_config"} | (set() if plan.options.format.quantized else {"dtype", "torch_dtype"})
+    keys = (config.keys() | plan.source.config.keys()) - owned
+    wrong = [key for key in sorted(keys) if config.get(key) != plan.source.config.get(key)]
+    if plan.options.format.quantized != ("quantization_config" in config):
+        wrong.append("quantization_config")
+    return _none("config-preserved", wrong, f"config.json, all keys but {', '.join(sorted(owned))}")
+
+
+def _none(name: str, wrong: list[str], detail: str) -> Gate:
+    if wrong:
+        detail = f"{detail}; differing: {', '.join(wrong[:5])}" + (" ..." if len(wrong) > 5 else "")
+    return Gate(name=name, value=float(len(wrong)), threshold=0.0, passed=not wrong, detail=detail)
+
+
+def _below(name: str, value: float, threshold: float, detail: str) -> Gate:
+    return Gate(name=name, value=value, threshold=threshold, passed=value <= threshold, detail=detail)

@@ -1,0 +1,133 @@
+"""What an export starts from: a falqon artifact, a merged-LoRA artifact, or a plain Hugging Face directory.
+
+All three become one value: tensor headers, the parsed config.json, and where it all came from. No tensor data
+is read here except for hashing a plain directory, which has no manifest to vouch for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.vllm.tensors import TensorEntry, weight_entries
+from fp8pipe.artifact import MANIFEST_NAME, Parent, open_artifact, sha256_file
+from fp8pipe.errors import BadArtifactError, ConfigurationError
+from fp8pipe.sources import check_unquantized, resolve_model
+
+__all__ = ["Source", "SourceKind", "open_source"]
+
+
+class SourceKind:
+    """Names of the three kinds of source."""
+
+    FALQON = "falqon"
+    LORA_MERGED = "lora-merged"
+    HUGGING_FACE = "huggingface"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One export's input.
+
+    Attributes:
+        root: its directory.
+        kind: one of SourceKind.
+        config: parsed config.json.
+        tensors: entries by tensor name.
+        transposed: module names the artifact declares as stored `(in, out)`, None when nothing declares.
+        extra: the manifest's `extra`, empty for a plain directory.
+        parent: the record for the export's manifest.
+    """
+
+    root: Path
+    kind: str
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    transposed: frozenset[str] | None
+    extra: dict[str, Any]
+    parent: Parent
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether linear weights are FP8 codes already."""
+        return self.kind == SourceKind.FALQON
+
+
+def open_source(source: Path | str) -> Source:
+    """Open and check an export's input.
+
+    Args:
+        source: a directory, or anything `fp8pipe.sources.resolve_model` understands.
+
+    Raises:
+        ConfigurationError: nothing there, no config.json, or a checkpoint that is quantized already.
+        BadArtifactError: an artifact that is unfinished, corrupt, or of a kind that cannot be exported.
+    """
+    root = Path(source)
+    if not root.exists():
+        root = resolve_model(str(source)).path
+    if (root / MANIFEST_NAME).is_file() or root.name.endswith(".partial"):
+        return _from_artifact(root)
+    return _from_hugging_face(root)
+
+
+def _from_artifact(root: Path) -> Source:
+    artifact = open_artifact(root, kind=(SourceKind.FALQON, SourceKind.LORA_MERGED))
+    manifest = artifact.manifest
+    names = manifest.extra.get("transposed") or []
+    return Source(
+        root=root,
+        kind=manifest.kind,
+        config=_read_config(root),
+        tensors=weight_entries(root),
+        transposed=frozenset(str(name).removesuffix(".weight") for name in names),
+        extra=dict(manifest.extra),
+        parent=artifact.as_parent(),
+    )
+
+
+def _from_hugging_face(root: Path) -> Source:
+    config = _read_config(root)
+    check_unquantized(root)
+    try:
+        tensors = weight_entries(root)
+    except BadArtifactError as error:
+        raise ConfigurationError(error.what, why=error.why, fix=error.fix) from error
+    return Source(
+        root=root,
+        kind=SourceKind.HUGGING_FACE,
+        config=config,
+        tensors=tensors,
+        transposed=None,
+        extra={},
+        parent=Parent(kind="model", digest=_digest(root, tensors), path=str(root)),
+    )
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    path = root / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{root} is neither an artifact nor a Hugging Face model",
+            why="it holds no manifest.json and no config.json",
+            fix="name the directory that `fp8pipe finetune` wrote, or one with config.json and safetensors",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} is not readable JSON", why=str(error)) from error
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{path} is not a JSON object", why=f"it holds a {type(config).__name__}")
+    return config
+
+
+def _digest(root: Path, tensors: dict[str, TensorEntry]) -> str:
+    """sha256 over the names and sha256 of config.json and every weight file."""
+    files = sorted({entry.file for entry in tensors.values()} | {root / "config.json"})
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{sha256_file(file)}  {file.name}\n".encode())
+    return total.hexdigest()

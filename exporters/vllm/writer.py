@@ -1,0 +1,93 @@
+"""Safetensors written as a stream: header from the plan, then one tensor after another at its offset.
+
+`safetensors.torch.save_file` wants the whole file in memory. The plan knows every dtype and shape beforehand,
+so the header can be written first and peak memory is that of one weight, whatever the shard size. The format:
+8 bytes of header length (little endian), a JSON header, then tensor data without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from exporters.vllm.plan import ExportPlan, Output, Unit
+from exporters.vllm.produce import produce
+from exporters.vllm.tensors import DTYPES, INDEX_NAME
+from fp8pipe.artifact import disk_guard
+
+__all__ = ["write_weights"]
+
+HEADER_ALIGNMENT = 8
+
+
+def write_weights(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None) -> None:
+    """Write every shard of the plan, and the index when there is more than one.
+
+    Args:
+        plan: a plan that passed the linter.
+        root: an existing directory.
+        advance: called once a weight, for progress.
+
+    Raises:
+        OutOfMemoryError: the disk is too small or fills up (exit code 15).
+    """
+    names = plan.shard_names()
+    with disk_guard(root, plan.payload_bytes):
+        for name, units in zip(names, plan.shards, strict=True):
+            _write_shard(root / name, units, advance)
+    if len(names) > 1:
+        weight_map = {
+            output.name: name
+            for name, units in zip(names, plan.shards, strict=True)
+            for unit in units
+            for output in unit.outputs
+        }
+        index = {
+            "metadata": {"total_size": plan.payload_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None]) -> None:
+    header, offsets = _layout([output for unit in units for output in unit.outputs])
+    with path.open("wb") as handle:
+        handle.write(len(header).to_bytes(8, "little"))
+        handle.write(header)
+        start = handle.tell()
+        for unit in units:
+            for name, tensor in produce(unit).items():
+                handle.seek(start + offsets[name])
+                _write_tensor(handle, tensor)
+            advance()
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _layout(outputs: Sequence[Output]) -> tuple[bytes, dict[str, int]]:
+    """The padded JSON header, and each tensor's offset into the data; wide dtypes first, for alignment."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    position = 0
+    for output in sorted(outputs, key=lambda o: (-DTYPES[o.dtype].itemsize, o.name)):
+        end = position + output.size_bytes
+        header[output.name] = {
+            "dtype": output.dtype,
+            "shape": list(output.shape),
+            "data_offsets": [position, end],
+        }
+        offsets[output.name] = position
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    return text + b" " * (-len(text) % HEADER_ALIGNMENT), offsets
+
+
+def _write_tensor(handle: BinaryIO, tensor: Tensor) -> None:
+    if tensor.numel():
+        handle.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,40 @@
+"""Artifacts: directories of weights with a manifest that names, hashes and explains every file in them.
+
+A stage reads artifacts and writes exactly one. It writes into `NAME.partial/`; the manifest comes last, the
+result is reopened and re-hashed, and only then renamed to `NAME/`. So a directory with its final name is
+whole.
+"""
+
+from fp8pipe.artifact.disk import disk_guard, translate_disk_full
+from fp8pipe.artifact.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    FileEntry,
+    Gate,
+    LayerRecord,
+    Manifest,
+    NumberFormat,
+    Parent,
+)
+from fp8pipe.artifact.place import CHECKPOINT_PREFIX
+from fp8pipe.artifact.reader import Artifact, open_artifact, sha256_file
+from fp8pipe.artifact.writer import ArtifactWriter, installed_versions
+
+__all__ = [
+    "CHECKPOINT_PREFIX",
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "Artifact",
+    "ArtifactWriter",
+    "FileEntry",
+    "Gate",
+    "LayerRecord",
+    "Manifest",
+    "NumberFormat",
+    "Parent",
+    "disk_guard",
+    "installed_versions",
+    "open_artifact",
+    "sha256_file",
+    "translate_disk_full",
+]

@@ -1,0 +1,157 @@
+"""The manifest: what an artifact is, where it came from, and how its numbers are to be read.
+
+Typed and versioned, so that a reader refuses what it does not understand instead of guessing. Scales always
+state their direction; a gate keeps its value and threshold beside its verdict; a fallback is a warning here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from fp8pipe.config import FrozenConfig
+from fp8pipe.errors import BadArtifactError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "FileEntry",
+    "Gate",
+    "LayerRecord",
+    "Manifest",
+    "NumberFormat",
+    "Parent",
+]
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+def _inside(path: str) -> str:
+    """Refuse a path that would leave the artifact's directory."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+        raise ValueError("must be a relative path inside the artifact")
+    return path
+
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileEntry(FrozenConfig):
+    """One file of the artifact."""
+
+    path: Annotated[str, AfterValidator(_inside)] = Field(description="relative, '/' separated")
+    size: int = Field(ge=0, description="bytes")
+    sha256: Sha256 = Field(description="digest of the file's bytes, hexadecimal")
+
+
+class Gate(FrozenConfig):
+    """A value that was compared with a threshold, and the verdict."""
+
+    name: str = Field(description="what was measured")
+    value: float = Field(description="the measured value; NaN is recorded as such")
+    threshold: float = Field(description="what it was compared with")
+    passed: bool = Field(description="the verdict")
+    detail: str = Field(default="", description="unit, direction of the comparison, or why it failed")
+
+
+class Parent(FrozenConfig):
+    """An artifact or a model that this one was made from."""
+
+    kind: str = Field(description="the parent's kind, or 'model' for a checkpoint without a manifest")
+    digest: str = Field(description="the parent's manifest digest, or a digest of its weights")
+    path: str = Field(description="where it was when it was read; for people, never followed")
+
+
+class NumberFormat(FrozenConfig):
+    """How quantized tensors are to be read back."""
+
+    name: str = Field(description="the grid, for instance 'e4m3'")
+    granularity: Literal["per-tensor", "per-channel"] = Field(description="one scale a tensor, or one a row")
+    scale_direction: Literal["dequantized = code * scale"] = Field(
+        default="dequantized = code * scale", description="the only direction an artifact may hold"
+    )
+
+
+class LayerRecord(FrozenConfig):
+    """What became of one layer."""
+
+    name: str = Field(description="the layer's name in the checkpoint, without '.weight'")
+    converted: bool = Field(description="true when the layer is stored in the number format")
+    reason: str = Field(default="", description="why it was converted or left alone")
+    shape: tuple[int, int] | None = Field(default=None, description="(out, in); none where it has no matrix")
+
+
+class Manifest(FrozenConfig):
+    """Everything an artifact says about itself."""
+
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=1, description="version of this schema")
+    kind: str = Field(description="what the artifact is: 'falqon', 'lora-merged', 'vllm-export', ...")
+    stage: str = Field(description="the command or stage that wrote it")
+    created: str = Field(description="UTC time of writing, ISO 8601")
+    tool_version: str = Field(description="fp8pipe's version")
+    versions: dict[str, str] = Field(default_factory=dict, description="versions of libraries that matter")
+    config: dict[str, Any] = Field(default_factory=dict, description="the resolved configuration")
+    seed: int | None = Field(default=None, description="the seed, where there was one")
+    parents: list[Parent] = Field(default_factory=list, description="what it was made from")
+    files: list[FileEntry] = Field(default_factory=list, description="every file but the manifest")
+    number_format: NumberFormat | None = Field(default=None, description="none for unquantized weights")
+    preprocessing: dict[str, Any] | None = Field(default=None, description="input preparation, as data")
+    runtime: dict[str, Any] = Field(default_factory=dict, description="the runtime it was checked against")
+    layers: list[LayerRecord] = Field(default_factory=list, description="every layer that was considered")
+    gates: list[Gate] = Field(default_factory=list, description="measured checks")
+    warnings: list[str] = Field(default_factory=list, description="fallbacks and findings, in words")
+    extra: dict[str, Any] = Field(default_factory=dict, description="facts particular to the kind")
+
+    def to_json(self) -> str:
+        """The manifest as indented JSON text, ending in a newline; infinities and NaN become strings."""
+        return json.dumps(self._plain(), indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hexadecimal) of the canonical JSON: sorted keys, no spaces, UTF-8."""
+        canonical = json.dumps(self._plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _plain(self) -> Any:
+        return json.loads(self.model_dump_json())
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str) -> Manifest:
+        """Parse a manifest.
+
+        Args:
+            text: the file's content.
+            where: its path, for messages.
+
+        Raises:
+            BadArtifactError: not JSON, a newer schema (both versions are named), or fields that do not fit.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise _bad(where, f"it is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise _bad(where, f"its top level is a {type(data).__name__}, not an object")
+        version = data.get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise BadArtifactError(
+                f"{where} was written by a newer fp8pipe",
+                why=f"its schema version is {version}; this fp8pipe reads up to {SCHEMA_VERSION}",
+                fix="upgrade fp8pipe, or write the artifact again with this version",
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            items = error.errors(include_url=False)
+            findings = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in items]
+            raise _bad(where, "; ".join(findings)) from error
+
+
+def _bad(where: str, why: str) -> BadArtifactError:
+    return BadArtifactError(f"{where} is not a valid manifest", why=why, fix="write the artifact again")

@@ -1,0 +1,159 @@
+"""Opening an artifact: nothing is read from a directory whose bytes are not the ones that were written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Manifest, Parent
+from fp8pipe.errors import BadArtifactError
+
+__all__ = ["Artifact", "open_artifact", "sha256_file"]
+
+PARTIAL_SUFFIX = ".partial"
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An opened artifact.
+
+    Attributes:
+        root: its directory.
+        manifest: its manifest.
+    """
+
+    root: Path
+    manifest: Manifest
+
+    @property
+    def kind(self) -> str:
+        """The artifact's kind."""
+        return self.manifest.kind
+
+    @property
+    def digest(self) -> str:
+        """The manifest's digest; it covers every file, since the manifest holds their digests."""
+        return self.manifest.digest
+
+    @property
+    def size_bytes(self) -> int:
+        """Total size of the listed files."""
+        return sum(entry.size for entry in self.manifest.files)
+
+    def as_parent(self) -> Parent:
+        """The record that a child's manifest keeps of this artifact."""
+        return Parent(kind=self.kind, digest=self.digest, path=str(self.root))
+
+    def unlisted(self) -> list[str]:
+        """Files in the directory that the manifest does not list, sorted."""
+        listed = {entry.path for entry in self.manifest.files} | {MANIFEST_NAME}
+        found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
+        return sorted(set(found) - listed)
+
+
+def open_artifact(
+    path: Path | str,
+    *,
+    kind: str | Iterable[str] | None = None,
+    verify: bool = True,
+    on_file: Callable[[FileEntry], None] | None = None,
+) -> Artifact:
+    """Open a finished artifact.
+
+    Args:
+        path: its directory.
+        kind: the kind, or the kinds, the caller can use; none accepts any.
+        verify: re-hash every file; without it only presence and size are checked.
+        on_file: called after each file that was checked, for progress.
+
+    Raises:
+        BadArtifactError: no such directory, unfinished, of a newer schema or another kind, or a file that is
+            missing, of another size, or whose digest differs (the message names the file and both digests).
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise _not_there(root)
+    if root.name.endswith(PARTIAL_SUFFIX):
+        raise _unfinished(root)
+    artifact = read_artifact(root, verify=verify, on_file=on_file)
+    wanted = None if kind is None else ([kind] if isinstance(kind, str) else list(kind))
+    if wanted is not None and artifact.kind not in wanted:
+        raise BadArtifactError(
+            f"{root} is of the wrong kind",
+            why=f"it is '{artifact.kind}'; expected {' or '.join(repr(name) for name in wanted)}",
+            fix="give the directory of an artifact of that kind",
+        )
+    return artifact
+
+
+def read_artifact(
+    root: Path, *, verify: bool, on_file: Callable[[FileEntry], None] | None = None
+) -> Artifact:
+    """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own)."""
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise _unfinished(root)
+    manifest = Manifest.from_json(path.read_bytes(), where=str(path))
+    findings: list[str] = []
+    for entry in manifest.files:
+        finding = _check_file(root, entry, verify)
+        if finding:
+            findings.append(finding)
+        if on_file is not None:
+            on_file(entry)
+    if findings:
+        raise BadArtifactError(
+            f"{root} is not what was written: {len(findings)} of {len(manifest.files)} files differ",
+            why="; ".join(findings),
+            fix="copy the artifact again from its source, or write it again",
+        )
+    return Artifact(root=root, manifest=manifest)
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_file(root: Path, entry: FileEntry, verify: bool) -> str:
+    """What is wrong with one file; empty when nothing is."""
+    path = root / entry.path
+    if not path.is_file():
+        return f"{entry.path} is missing"
+    size = path.stat().st_size
+    if size != entry.size:
+        return f"{entry.path} has {size} bytes, the manifest says {entry.size}"
+    if verify and (found := sha256_file(path)) != entry.sha256:
+        return f"{entry.path} has sha256 {found}, the manifest says {entry.sha256}"
+    return ""
+
+
+def _not_there(root: Path) -> BadArtifactError:
+    partial = root.with_name(root.name + PARTIAL_SUFFIX)
+    if partial.is_dir():
+        return BadArtifactError(
+            f"{root} does not exist",
+            why=f"the run that writes it is unfinished: {partial} is there",
+            fix="finish or resume that run",
+        )
+    return BadArtifactError(
+        f"{root} is not an artifact",
+        why="it is not a directory" if root.exists() else "there is no such directory",
+        fix="give the directory that a finished command wrote",
+    )
+
+
+def _unfinished(root: Path) -> BadArtifactError:
+    partial = root.name.endswith(PARTIAL_SUFFIX)
+    return BadArtifactError(
+        f"{root} is unfinished" if partial else f"{root} is not an artifact",
+        why="the run that writes it did not end" if partial else f"it holds no {MANIFEST_NAME}",
+        fix="resume or repeat the run" if partial else "give the directory that a finished command wrote",
+    )

@@ -1,0 +1,260 @@
+"""Writing an artifact so that a crash at any instant leaves the old one, or none, or the whole new one.
+
+Order: files into `NAME.partial/`, each flushed to the disk; the manifest; everything reopened and re-hashed;
+one rename. A finished artifact is only ever replaced by that last rename, and only when `force` was given.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fp8pipe import __version__
+from fp8pipe.artifact.disk import translate_disk_full
+from fp8pipe.artifact.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Gate,
+    LayerRecord,
+    Manifest,
+    NumberFormat,
+    Parent,
+)
+from fp8pipe.artifact.place import (
+    CHECKPOINT_PREFIX,
+    LOCK_NAME,
+    check_disposable,
+    check_output,
+    lock,
+    translate_unwritable,
+)
+from fp8pipe.artifact.reader import PARTIAL_SUFFIX, Artifact, read_artifact, sha256_file
+from fp8pipe.errors import BadArtifactError
+
+__all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]
+
+logger = logging.getLogger(__name__)
+
+_RECORDED = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic")
+
+
+class ArtifactWriter:
+    """Writes one artifact. Use as a context manager: a full disk inside becomes an OutOfMemoryError.
+
+    Leaving without `commit` keeps `NAME.partial/`, so that an interrupted run can be resumed; `discard`
+    removes it.
+
+    Args:
+        output: the artifact's final directory.
+        kind: its kind.
+        stage: the command or stage that writes it.
+        force: allow an existing artifact at `output` to be replaced, at the end, and an unfinished
+            resumable run to be thrown away, at once.
+        resume: keep what an unfinished run left in `NAME.partial/`.
+
+    Raises:
+        ConfigurationError: `output` exists and `force` was not given, or is not an artifact; an unfinished
+            resumable run is there and neither `resume` nor `force` was given; another process is writing
+            it; the place cannot be written to.
+    """
+
+    def __init__(
+        self, output: Path | str, *, kind: str, stage: str, force: bool = False, resume: bool = False
+    ) -> None:
+        self.output = Path(output).absolute()
+        self.kind = kind
+        self.stage = stage
+        self.force = force
+        self.root = self.output.with_name(self.output.name + PARTIAL_SUFFIX)
+        self.warnings: list[str] = []
+        self.gates: list[Gate] = []
+        self._stack = ExitStack()
+        check_output(self.output, force)
+        self.resumed = resume and self.root.is_dir()
+        if self.root.exists() and not resume:
+            check_disposable(self.root, self.output, force)
+        with translate_disk_full(self.output), translate_unwritable(self.output):
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.root)
+            if not self.resumed:
+                _empty(self.root)
+
+    def __enter__(self) -> ArtifactWriter:
+        self._stack.enter_context(translate_disk_full(self.output))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+        self._stack.__exit__(kind, error, traceback)
+
+    def warn(self, message: str) -> None:
+        """Record a fallback or a finding in the manifest, and log it; the same message counts once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            logger.warning("%s", message)
+
+    def gate(self, gate: Gate) -> None:
+        """Record a gate. A failed one does not stop the commit: raising is the caller's decision."""
+        self.gates.append(gate)
+
+    def discard(self) -> None:
+        """Remove the unfinished directory."""
+        self._lock.close()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def commit(
+        self,
+        *,
+        config: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        parents: Sequence[Parent] = (),
+        number_format: NumberFormat | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        runtime: Mapping[str, Any] | None = None,
+        layers: Sequence[LayerRecord] = (),
+        versions: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        exclude: Iterable[str] = (),
+    ) -> Artifact:
+        """Hash, write the manifest, reopen and verify, and rename to the final name.
+
+        Args:
+            config: the resolved configuration.
+            seed: the run's seed.
+            parents: what the artifact was made from.
+            number_format: how its codes are read; none for unquantized weights.
+            preprocessing: input preparation, as data.
+            runtime: the runtime it was checked against.
+            layers: every layer considered.
+            versions: library versions beyond those of `installed_versions`.
+            extra: facts particular to the kind.
+            exclude: names in `root`, files or directories, that are deleted first (checkpoints).
+
+        Returns:
+            The artifact under its final name.
+
+        Raises:
+            BadArtifactError: what was reopened is not what was written.
+            ConfigurationError: something appeared at the output while the run went on.
+            OutOfMemoryError: the disk is full.
+        """
+        with translate_disk_full(self.output):
+            for name in (*exclude, LOCK_NAME, MANIFEST_NAME):
+                _remove(self.root, name)
+            manifest = Manifest(
+                kind=self.kind,
+                stage=self.stage,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                tool_version=__version__,
+                versions={**installed_versions(), **(versions or {})},
+                config=dict(config or {}),
+                seed=seed,
+                parents=list(parents),
+                files=_seal_files(self.root),
+                number_format=number_format,
+                preprocessing=None if preprocessing is None else dict(preprocessing),
+                runtime=dict(runtime or {}),
+                layers=list(layers),
+                gates=self.gates,
+                warnings=self.warnings,
+                extra=dict(extra or {}),
+            )
+            self._write_manifest(manifest)
+            self._rename()
+        self._lock.close()
+        return Artifact(root=self.output, manifest=manifest)
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        path = self.root / MANIFEST_NAME
+        with path.open("w", encoding="utf-8") as stream:
+            stream.write(manifest.to_json())
+            stream.flush()
+            os.fsync(stream.fileno())
+        _sync(self.root)
+        reopened = read_artifact(self.root, verify=True)
+        if reopened.digest != manifest.digest:
+            raise BadArtifactError(
+                f"{path} was not read back as written",
+                why=f"its digest is {reopened.digest}, written was {manifest.digest}",
+                fix="check the disk, and whether the configuration holds values that are not plain data",
+            )
+
+    def _rename(self) -> None:
+        check_output(self.output, self.force)
+        replaced = None
+        if self.output.exists():
+            replaced = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
+            self.output.rename(replaced)
+        try:
+            self.root.rename(self.output)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(self.output)
+            raise
+        _sync(self.output.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+
+
+def installed_versions(names: Iterable[str] = _RECORDED) -> dict[str, str]:
+    """Versions of Python and of the installed distributions among `names`; imports none of them."""
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _empty(root: Path) -> None:
+    for path in root.iterdir():
+        if path.name != LOCK_NAME:
+            _remove(root, path.name)
+
+
+def _remove(root: Path, name: str) -> None:
+    path = root / name
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _seal_files(root: Path) -> list[FileEntry]:
+    """Flush every file to the disk and hash it; refuses links, which would break when the artifact moves."""
+    entries = []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise BadArtifactError(
+                f"{name} is not a plain file",
+                why="an artifact holds plain files and directories only",
+                fix="copy the file instead of linking it",
+            )
+        _sync(path)
+        if path.is_file():
+            entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path)))
+    return entries
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

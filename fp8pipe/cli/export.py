@@ -1,0 +1,140 @@
+"""`fp8pipe export`: an artifact, or a plain checkpoint, as a checkpoint that an engine serves."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fp8pipe.cli.common import Console, common_options, format_bytes, table
+
+if TYPE_CHECKING:
+    from exporters.vllm import VllmExportOptions
+
+_UNITS = {
+    "": 1,
+    "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+    "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
+}  # fmt: skip
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes with an optional unit: `5GB` (10^9), `5GiB` (2^30), `1000`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, or a usage error that shows the accepted forms."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
+        size = round(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+        if size < 1:
+            self.fail(f"{value!r} is not a size; write for instance 5GB, 500MB or 2GiB", param, ctx)
+        return size
+
+
+@click.command("export")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["vllm"]), required=True, help="The engine.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to create.")
+@click.option(
+    "--format",
+    "weight_format",
+    type=click.Choice(["fp8", "bf16", "w8a16"]),
+    help="fp8: FP8 weights and activations (default); w8a16: FP8 weights only; bf16: dequantized.",
+)
+@click.option("--max-shard-size", type=ByteSize(), help="Largest weight file, for instance 5GB (default).")
+@click.option("--vllm-version", help="The vLLM version whose checkpoint schema is written.")
+@click.option("--force", is_flag=True, help="Replace an existing export.")
+@common_options(dry_run=True)
+def command(
+    artifact: Path,
+    target: str,
+    output: Path,
+    weight_format: str | None,
+    max_shard_size: int | None,
+    vllm_version: str | None,
+    force: bool,
+    dry_run: bool,
+    console: Console,
+) -> None:
+    """Write ARTIFACT as a checkpoint for an engine; lint before, reopen and compare after.
+
+    ARTIFACT is what `fp8pipe finetune` wrote, or a plain Hugging Face model directory.
+    """
+    from exporters.vllm import VllmExportOptions, export_vllm
+    from fp8pipe.config import build_config
+
+    given = {"format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    options = build_config(VllmExportOptions, chosen | {"force": force})
+    if dry_run:
+        document, text = _plan(artifact, output, options)
+        console.emit({"dry_run": True, "target": target, **document}, text, quiet_text=str(output))
+        return
+    exported = export_vllm(artifact, output, options)
+    manifest = exported.manifest
+    rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in manifest.gates]
+    text = f"{exported.root}: {len(manifest.files)} files, {format_bytes(exported.size_bytes)}"
+    document = {
+        "dry_run": False,
+        "target": target,
+        "path": str(exported.root),
+        "kind": exported.kind,
+        "digest": exported.digest,
+        "size_bytes": exported.size_bytes,
+        "format": options.format,
+        "gates": [gate.model_dump() for gate in manifest.gates],
+        "warnings": list(manifest.warnings),
+    }
+    console.emit(document, "\n".join([text, *([table(rows)] if rows else [])]), quiet_text=str(exported.root))
+
+
+def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], str]:
+    """The dry run: what would be written, and whether it fits; weights are not read, so nothing is linted."""
+    from exporters.vllm import plan_export, plan_warnings
+    from fp8pipe.artifact.disk import free_bytes
+
+    plan = plan_export(source, options)
+    free = free_bytes(output)
+    converted = sum(layer.converted for layer in plan.layers)
+    document = {
+        "source": str(source),
+        "source_kind": str(plan.source.kind),
+        "output": str(output),
+        "output_exists": output.exists(),
+        "format": str(options.format),
+        "shards": list(plan.shard_names()),
+        "need_bytes": plan.payload_bytes,
+        "free_bytes": free,
+        "fits": free >= plan.payload_bytes,
+        "layer_counts": {"converted": converted, "skipped": len(plan.layers) - converted},
+        "warnings": plan_warnings(plan),
+        "serving_hardware": _hardware(options),
+    }
+    actions = Counter(str(unit.action) for unit in plan.units)
+    rows = [
+        ("source", f"{source} ({document['source_kind']})"),
+        ("output", f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}"),
+        ("format", str(options.format)),
+        ("weights", f"{format_bytes(plan.payload_bytes)} in {len(plan.shards)} file(s)"),
+        ("disk", f"{format_bytes(free)} free{'' if document['fits'] else ': NOT ENOUGH'}"),
+        ("layers", f"{converted} in FP8, {len(plan.layers) - converted} not"),
+        ("tensors", ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))),
+        ("to serve", document["serving_hardware"]),
+        *(("warning", warning) for warning in plan_warnings(plan)),
+    ]
+    return document, "plan (nothing was read but headers, nothing was written)\n" + table(rows)
+
+
+def _hardware(options: VllmExportOptions) -> str:
+    """What serving this format takes."""
+    if str(options.format) == "bf16":
+        return "any device vLLM runs on"
+    if str(options.format) == "w8a16":
+        return "a GPU of compute capability 8.0 or later, or a CPU with this project's vLLM plugin"
+    return "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin"

@@ -1,0 +1,104 @@
+"""`fp8pipe inspect`: what an artifact is, where it came from, and what became of its layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fp8pipe.cli.common import Console, common_options, format_bytes, table
+
+if TYPE_CHECKING:
+    from fp8pipe.artifact import Artifact, Manifest
+
+
+@click.command("inspect")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--layers", "list_layers", is_flag=True, help="List every layer, not only the counts.")
+@common_options()
+def command(artifact: Path, list_layers: bool, console: Console) -> None:
+    """Show kind, stage, parents, number format, gates, warnings and layers of ARTIFACT.
+
+    Checks that every file is there with its size; `fp8pipe verify` re-hashes them.
+    """
+    from fp8pipe.artifact import open_artifact
+
+    opened = open_artifact(artifact, verify=False)
+    console.emit(_document(opened), _text(opened, list_layers), quiet_text=str(opened.root))
+
+
+def _document(opened: Artifact) -> dict[str, Any]:
+    import json
+
+    manifest = opened.manifest
+    return {
+        "path": str(opened.root),
+        "digest": opened.digest,
+        "size_bytes": opened.size_bytes,
+        "layer_counts": _counts(manifest),
+        "unlisted_files": opened.unlisted(),
+        "manifest": json.loads(manifest.to_json()),
+    }
+
+
+def _counts(manifest: Manifest) -> dict[str, int]:
+    converted = sum(layer.converted for layer in manifest.layers)
+    return {"converted": converted, "skipped": len(manifest.layers) - converted}
+
+
+def _text(opened: Artifact, list_layers: bool) -> str:
+    manifest = opened.manifest
+    number_format = manifest.number_format
+    rows: list[tuple[str, object]] = [
+        ("kind", manifest.kind),
+        ("stage", f"{manifest.stage}, fp8pipe {manifest.tool_version}, {manifest.created}"),
+        ("digest", opened.digest),
+        ("files", f"{len(manifest.files)}, {format_bytes(opened.size_bytes)}"),
+    ]
+    rows += [("parent", f"{parent.kind} {parent.digest[:12]} {parent.path}") for parent in manifest.parents]
+    if number_format is not None:
+        description = f"{number_format.name}, {number_format.granularity}, {number_format.scale_direction}"
+        rows.append(("format", description))
+    if manifest.seed is not None:
+        rows.append(("seed", manifest.seed))
+    rows += [(key, value) for key, value in manifest.extra.items() if isinstance(value, str | int | float)]
+    parts = [str(opened.root), table(rows), *_findings(opened)]
+    if manifest.layers:
+        parts += _layers(manifest, list_layers)
+    return "\n".join(parts)
+
+
+def _findings(opened: Artifact) -> list[str]:
+    manifest = opened.manifest
+    parts = []
+    if manifest.gates:
+        gates = [
+            ("pass" if g.passed else "FAIL", g.name, f"{g.value:g}", f"({g.threshold:g})", g.detail)
+            for g in manifest.gates
+        ]
+        parts += ["gates (threshold)", table(gates)]
+    warnings = [*manifest.warnings, *(f"not listed in the manifest: {name}" for name in opened.unlisted())]
+    if warnings:
+        parts += ["warnings", *(f"  {warning}" for warning in warnings)]
+    return parts
+
+
+def _layers(manifest: Manifest, list_layers: bool) -> list[str]:
+    """Counts by verdict and reason, or every layer."""
+    if list_layers:
+        rows = [
+            (
+                "converted" if layer.converted else "skipped",
+                layer.name,
+                "x".join(map(str, layer.shape)) if layer.shape else "-",
+                layer.reason,
+            )
+            for layer in manifest.layers
+        ]
+        return ["layers", table(rows)]
+    groups = Counter((layer.converted, layer.reason) for layer in manifest.layers)
+    ordered = sorted(groups.items(), key=lambda item: (not item[0][0], -item[1]))
+    counted = [(count, "converted" if done else "skipped", reason) for (done, reason), count in ordered]
+    return ["layers", table(counted)]

@@ -1,0 +1,77 @@
+"""Every failure a user can meet, each with its exit code and its three sentences.
+
+One class per exit code, so that scripts can tell a typo (10) from a missing GPU (11) from a corrupt artifact
+(12) without reading text. Domain code raises these and never prints or exits; the command line prints them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class Fp8PipeError(Exception):
+    """A failure with what happened, why, and what to do next.
+
+    Args:
+        what: the failure, in one sentence, naming the object concerned.
+        why: the cause, with the observed values.
+        fix: what the user can do next.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.fix = fix
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.why:
+            parts.append(f"  why: {self.why}")
+        if self.fix:
+            parts.append(f"  fix: {self.fix}")
+        return "\n".join(parts)
+
+
+class ConfigurationError(Fp8PipeError):
+    """A configuration, model or data given by the user cannot be used."""
+
+    exit_code = 10
+
+
+class MissingCapabilityError(Fp8PipeError):
+    """A package, library or device is missing; the message names it and how to get it."""
+
+    exit_code = 11
+
+
+class BadArtifactError(Fp8PipeError):
+    """An input artifact is incomplete, corrupt, or of an unknown schema."""
+
+    exit_code = 12
+
+
+class LintRefusedError(Fp8PipeError):
+    """An export was refused before anything was written."""
+
+    exit_code = 13
+
+
+class GateFailedError(Fp8PipeError):
+    """A gate compared a value with its threshold and refused."""
+
+    exit_code = 14
+
+
+class OutOfMemoryError(Fp8PipeError):
+    """Memory or disk ran out; the message carries the estimate."""
+
+    exit_code = 15
+
+
+class InterruptedRunError(Fp8PipeError):
+    """The run was interrupted and can be resumed."""
+
+    exit_code = 130

@@ -1,0 +1,87 @@
+"""What this machine is: processor features, memory, GPUs and installed packages."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["CPU_FEATURES", "Gpu", "cpu_features", "cpu_model", "distribution_version", "gpus", "memory_bytes"]
+
+# The features that decide which low-precision kernels a CPU can run, narrowest first.
+CPU_FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+    "amx_fp16",
+)  # fmt: skip
+_CPUINFO = Path("/proc/cpuinfo")
+# First with FP8 tensor cores (Ada); Hopper is 9.0.
+FP8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One CUDA device.
+
+    Attributes:
+        name: the device's name.
+        capability: (major, minor) compute capability.
+        memory_bytes: total memory.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+    @property
+    def fp8(self) -> bool:
+        """Whether it has FP8 tensor cores."""
+        return self.capability >= FP8_CAPABILITY
+
+
+def cpu_features(cpuinfo: Path = _CPUINFO) -> list[str]:
+    """Those of `CPU_FEATURES` that the processor reports; empty where the file does not exist."""
+    flags = set(_cpuinfo_field(cpuinfo, "flags").split())
+    return [name for name in CPU_FEATURES if name in flags]
+
+
+def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
+    """The processor's name."""
+    return _cpuinfo_field(cpuinfo, "model name") or platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """Physical memory, bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpus() -> list[Gpu]:
+    """CUDA devices that torch can use; imports torch."""
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(Gpu(properties.name, (properties.major, properties.minor), properties.total_memory))
+    return found
+
+
+def distribution_version(name: str) -> str | None:
+    """Version of an installed distribution, imported never; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpuinfo_field(cpuinfo: Path, name: str) -> str:
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""

@@ -1,0 +1,156 @@
+"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+
+    with track(steps, "train") as progress:
+        for step in range(steps):
+            ...
+            progress.advance(1, loss=loss)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+__all__ = ["Tracker", "configure", "track"]
+
+PLAIN_INTERVAL_S = 5.0
+
+
+@dataclass
+class _Settings:
+    quiet: bool = False
+    plain: bool = False
+
+
+_settings = _Settings()
+
+
+def configure(*, quiet: bool = False, plain: bool = False) -> None:
+    """Set how later trackers show themselves: `quiet` shows nothing, `plain` never draws a bar."""
+    _settings.quiet = quiet
+    _settings.plain = plain
+
+
+def track(
+    total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S
+) -> Tracker:
+    """A context manager that shows progress.
+
+    Args:
+        total: number of units of work.
+        label: what is being done.
+        done: units finished by an earlier run; rate and time left count only new ones.
+        interval_s: least time between two plain lines, in seconds.
+    """
+    if not _settings.quiet and not _settings.plain and sys.stderr.isatty():
+        return _BarTracker(total, label, done=done)
+    return Tracker(total, label, done=done, interval_s=interval_s, silent=_settings.quiet)
+
+
+class Tracker:
+    """Counts work and prints plain lines: at most one every `interval_s`, and one at the end."""
+
+    def __init__(
+        self,
+        total: int,
+        label: str,
+        *,
+        done: int = 0,
+        interval_s: float = PLAIN_INTERVAL_S,
+        silent: bool = False,
+    ) -> None:
+        self.total = total
+        self.label = label
+        self.completed = done
+        self.fields: dict[str, Any] = {}
+        self._start_units = done
+        self._interval_s = interval_s
+        self._silent = silent
+        self._start_s = self._shown_s = time.monotonic()
+
+    def __enter__(self) -> Tracker:
+        self._start_s = self._shown_s = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._print("done" if kind is None else "stopped")
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        """Count `n` more units; `fields` (a loss, a rate) are shown beside them until replaced."""
+        self.completed += n
+        self.fields.update(fields)
+        if time.monotonic() - self._shown_s >= self._interval_s:
+            self._print("")
+
+    def line(self, ending: str = "") -> str:
+        """The present state as text."""
+        elapsed_s = time.monotonic() - self._start_s
+        rate = (self.completed - self._start_units) / elapsed_s if elapsed_s > 0 else 0.0
+        parts = [f"{self.label}: {self.completed}/{self.total}", f"{rate:.3g}/s"]
+        if ending:
+            parts.append(f"{ending} after {format_duration(elapsed_s)}")
+        elif rate > 0:
+            parts.append(f"{format_duration((self.total - self.completed) / rate)} left")
+        return "  ".join([*parts, *_format_fields(self.fields)])
+
+    def _print(self, ending: str) -> None:
+        self._shown_s = time.monotonic()
+        if not self._silent:
+            print(self.line(ending), file=sys.stderr, flush=True)
+
+
+class _BarTracker(Tracker):
+    """The same, drawn as a bar on a terminal."""
+
+    def __init__(self, total: int, label: str, *, done: int = 0) -> None:
+        super().__init__(total, label, done=done)
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=Console(stderr=True),
+            # Training prints into pipes and logs of its own; the bar must not take stdout over.
+            redirect_stdout=False,
+        )
+        self._task = self._bar.add_task(label, total=total, completed=done, rate="", shown="")
+
+    def __enter__(self) -> _BarTracker:
+        super().__enter__()
+        self._bar.start()
+        return self
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        self.completed += n
+        self.fields.update(fields)
+        elapsed_s = time.monotonic() - self._start_s
+        rate = (self.completed - self._start_units) / elapsed_s if elapsed_s > 0 else 0.0
+        shown = "  ".join(_format_fields(self.fields))
+        self._bar.update(self._task, completed=self.completed, rate=f"{rate:.3g}/s", shown=shown)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as `m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _format_fields(fields: dict[str, Any]) -> list[str]:
+    items = fields.items()
+    return [f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in items]

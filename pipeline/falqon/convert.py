@@ -1,0 +1,228 @@
+"""Turning a causal LM's linear layers into FALQON layers, and saying of each layer what was done and why.
+
+What is left out is left out by role: the output head is whatever the model names as its output embeddings, and tied
+weights are recognized by sharing storage with another module. Names decide nothing, so a model whose head
+happens to have a convenient width is not treated differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fp8pipe.artifact import LayerRecord
+from fp8pipe.errors import ConfigurationError
+from pipeline.falqon.casts import quantize_weight
+from pipeline.falqon.initialise import Initialisation, adapter_directions
+from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.rules import UpdateRule
+from pipeline.falqon.shared import FalqonPart, StackedOutput, find_shared_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A linear layer that can be converted.
+
+    Attributes:
+        name: module path.
+        module: `nn.Linear` or transformers' Conv1D.
+        transposed: the stored weight is (in, out).
+    """
+
+    name: str
+    module: nn.Module
+    transposed: bool
+
+    def weight(self) -> Tensor:
+        """The weight as `(out, in)`."""
+        weight: Tensor = self.module.weight.detach()  # type: ignore[assignment, operator, union-attr]
+        return weight.t().contiguous() if self.transposed else weight
+
+
+def find_candidates(model: nn.Module) -> tuple[list[Candidate], list[LayerRecord]]:
+    """Layers to convert, and records of the linear layers left out with the reason.
+
+    Raises:
+        ConfigurationError: the model has no linear layer to convert, or is already quantized.
+    """
+    _refuse_quantized(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    owners = _storage_owners(model)
+    candidates: list[Candidate] = []
+    skipped: list[LayerRecord] = []
+    for name, module in model.named_modules():
+        transposed = type(module).__name__ == "Conv1D"
+        if not (isinstance(module, nn.Linear) or transposed):
+            continue
+        candidate = Candidate(name, module, transposed)
+        shape = tuple(candidate.weight().shape)
+        if module is head:
+            skipped.append(LayerRecord(name=name, converted=False, reason="output head", shape=shape))
+        elif len(owners[_identity(module.weight)]) > 1:
+            skipped.append(LayerRecord(name=name, converted=False, reason="weight tied to another module", shape=shape))
+        else:
+            candidates.append(candidate)
+    if not candidates:
+        raise ConfigurationError(
+            "the model has no linear layer to convert",
+            why=f"{type(model).__name__} holds {len(skipped)} linear layers, all of them heads or tied"
+            if skipped
+            else f"{type(model).__name__} holds no nn.Linear and no Conv1D",
+            fix="choose a causal language model whose attention and MLP are linear layers",
+        )
+    return candidates, skipped
+
+
+def check_rank(candidates: list[Candidate], rank: int) -> None:
+    """Refuse a rank that some layer cannot hold.
+
+    Raises:
+        ConfigurationError: naming the smallest layer.
+    """
+    smallest = min(candidates, key=lambda c: min(c.weight().shape))
+    limit = min(smallest.weight().shape)
+    if not 1 <= rank <= limit:
+        raise ConfigurationError(
+            f"rank {rank} does not fit this model",
+            why=f"the smallest layer, {smallest.name}, is {tuple(smallest.weight().shape)}: the rank must be 1..{limit}",
+            fix=f"use --rank {min(limit, max(rank, 1))} or less",
+        )
+
+
+def convert_model(
+    model: nn.Module,
+    rule: UpdateRule,
+    *,
+    rank: int,
+    initialisation: Initialisation,
+    seed: int,
+    stored: dict[str, Tensor] | None = None,
+) -> tuple[list[FalqonGroup], list[LayerRecord]]:
+    """Replace every candidate by a FALQON layer, in place, and freeze everything but B.
+
+    Args:
+        model: a causal LM in its training dtype.
+        rule: decides scale rule, whether B is live, and whether layers with one input are stacked.
+        rank: rows of A in every layer.
+        initialisation: where A comes from.
+        seed: fixes the random draws, layer by layer.
+        stored: codes and scales of an earlier conversion (`NAME.codes`, `NAME.scale_quant`), used instead of
+            computing them again.
+
+    Returns:
+        The FALQON layers with the linear layers each stands for, and one record a linear layer, converted or not.
+
+    Raises:
+        ConfigurationError: nothing to convert, an already quantized model, or a rank too large.
+    """
+    candidates, records = find_candidates(model)
+    check_rank(candidates, rank)
+    model.requires_grad_(False)
+    by_name = {c.name: c for c in candidates}
+    names = [[name] for name in by_name]
+    if rule.stacked:
+        names = find_shared_inputs(model, list(by_name), _probe(model))
+    groups = []
+    for index, members in enumerate(names):
+        group = [by_name[name] for name in members]
+        layer = _build(group, rule, rank, initialisation, seed + index, stored)
+        _install(model, members, layer)
+        groups.append(FalqonGroup(tuple(members), tuple(c.transposed for c in group), layer))
+        records.extend(_record(name, rows, layer) for name, rows in zip(members, layer.parts, strict=True))
+    return groups, records
+
+
+@dataclass(frozen=True, slots=True)
+class FalqonGroup:
+    """A FALQON layer and the linear layers whose weights it stacks.
+
+    Attributes:
+        members: module paths, in the order of `layer.parts`.
+        transposed: for each member, whether the checkpoint stores its weight as (in, out).
+        layer: the layer.
+    """
+
+    members: tuple[str, ...]
+    transposed: tuple[bool, ...]
+    layer: FalqonLinear
+
+    @property
+    def name(self) -> str:
+        """Key of the group in saved states: its first member."""
+        return self.members[0]
+
+
+def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:
+    reason = "linear" if len(layer.parts) == 1 else f"linear, stacked with {len(layer.parts) - 1} of the same input"
+    return LayerRecord(name=name, converted=True, reason=reason, shape=(rows, layer.in_features))
+
+
+def _build(
+    group: list[Candidate],
+    rule: UpdateRule,
+    rank: int,
+    initialisation: Initialisation,
+    seed: int,
+    stored: dict[str, Tensor] | None,
+) -> FalqonLinear:
+    weights = [candidate.weight() for candidate in group]
+    device = weights[0].device
+    if stored is not None:
+        codes, scale = (stored[f"{group[0].name}.{key}"].to(device) for key in ("codes", "scale_quant"))
+    else:
+        weight = torch.cat(weights).float()
+        generator = torch.Generator().manual_seed(seed)
+        a = adapter_directions(weight, rank, initialisation, rule.scale, generator)
+        # One scale for both: A is far smaller than W, so W's codes are those of plain quantization.
+        codes, scale = quantize_weight(torch.cat([weight, a]), rule.scale)
+    return FalqonLinear(
+        codes, scale, rank=rank, parts=tuple(w.shape[0] for w in weights), bias=_stacked_bias(group, weights),
+        live=rule.live, scale_rule=rule.scale,
+    )  # fmt: skip
+
+
+def _stacked_bias(group: list[Candidate], weights: list[Tensor]) -> Tensor | None:
+    biases = [getattr(candidate.module, "bias", None) for candidate in group]
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat([w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)])
+
+
+def _install(model: nn.Module, members: list[str], layer: FalqonLinear) -> None:
+    output = StackedOutput(layer)
+    for index, name in enumerate(members):
+        parent, _, child = name.rpartition(".")
+        module = layer if len(members) == 1 else FalqonPart(output, index)
+        setattr(model.get_submodule(parent), child, module)
+
+
+def _probe(model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)}
+
+
+def _storage_owners(model: nn.Module) -> dict[int, set[str]]:
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(_identity(parameter), set()).add(name)
+    return owners
+
+
+def _identity(parameter: Tensor) -> int:
+    """Equal for tied weights; on the meta device, where storage has no address, the object itself."""
+    return parameter.data_ptr() or id(parameter)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    method = getattr(config, "quantization_config", None)
+    low = [n for n, p in model.named_parameters() if p.dtype.itemsize < 2 and p.dim() == 2]
+    if method is None and not low:
+        return
+    raise ConfigurationError(
+        "the base model is already quantized",
+        why=f"its configuration says {method}" if method is not None else f"{low[0]} is stored in 8 bits or fewer",
+        fix="start from the bf16 or fp32 checkpoint of the same model",
+    )

@@ -1,0 +1,167 @@
+"""The FALQON linear layer: FP8 weights and adapter in one matrix, one GEMM for both.
+
+`codes` holds M = [W; A] as E4M3, shape (out + r, in), with one scale. A forward pass is one FP8 GEMM
+`X [W; A]^T = [Y | O_A]`; the thin O_A = X A^T is all that the backward pass keeps of X:
+
+    dX = G W            (FP8, G cast to E5M2)
+    dB = G^T O_A        (B, out x r, is the only trainable tensor; no dW is ever formed)
+
+In the paper's rules (section 4 of arXiv 2510.24061, and the released code) B stays outside the forward pass and is
+melded into W's codes after each optimizer step, so every update must survive rounding to FP8 at once. With a
+`live` layer B acts while it waits:
+
+    Y  = X W^T + O_A B^T            dX = [G | G B] [W; A]
+
+Both extra products are r wide, and dX is still one GEMM. That is a LoRA with frozen A at every step, whose
+flush can wait until it is large enough to survive. Neither form saves X.
+
+One layer may stand for several linear layers that read the same tensor (q/k/v, gate/up): their weights are
+stacked in W, and cast, scale, A, O_A and every GEMM are shared. `shared.py` hands each its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fp8pipe.grids import E4M3, E5M2
+from pipeline.falqon.casts import Cast, ScaleRule, cast
+from pipeline.falqon.gemm import adapter_gradient, forward_product, input_gradient
+
+
+class FalqonLinear(nn.Module):
+    """A linear layer `y = x W^T (+ x A^T B^T) + bias` on FP8 codes, trainable through B alone.
+
+    Args:
+        codes: `(out + rank, in)` float8_e4m3fn, W's rows first; taken over, not copied.
+        scale_quant: fp32 scalar; `codes / scale_quant` dequantizes.
+        rank: rows of A.
+        parts: rows of each linear layer stacked in W; default one layer of all rows.
+        bias: `(out,)` or None, frozen.
+        live: B takes part in the forward pass.
+        scale_rule: scale rule of weights and activations.
+
+    Raises:
+        ValueError: parts do not add up, or a live layer with an inexact scale rule.
+    """
+
+    codes: Tensor
+    scale_quant: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale_quant: Tensor,
+        *,
+        rank: int,
+        parts: tuple[int, ...] | None = None,
+        bias: Tensor | None = None,
+        live: bool = True,
+        scale_rule: ScaleRule = ScaleRule.POWER_OF_TWO,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.out_features = codes.shape[0] - rank
+        self.in_features = codes.shape[1]
+        self.parts = parts or (self.out_features,)
+        self.live = live
+        self.scale_rule = scale_rule
+        self.observer: Callable[[Tensor], None] | None = None  # sees every input, `(tokens, in)`
+        if sum(self.parts) != self.out_features:
+            raise ValueError(f"parts {self.parts} do not add up to {self.out_features} rows")
+        if live and scale_rule is ScaleRule.EXACT:
+            raise ValueError("a live layer needs power-of-two scales: B's products share a buffer with FP8 values")
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale_quant", scale_quant)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=codes.device))
+
+    @property
+    def weight_codes(self) -> Tensor:
+        """W's codes, `(out, in)` float8_e4m3fn, a view."""
+        return self.codes[: self.out_features]
+
+    @property
+    def adapter_codes(self) -> Tensor:
+        """A's codes, `(rank, in)` float8_e4m3fn, a view; its scale is W's."""
+        return self.codes[self.out_features :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to `(..., in)` in bf16 or fp32; returns `(..., out)` in the same dtype."""
+        (y,) = self.forward_parts(x, (self.out_features,))
+        return y
+
+    def forward_parts(self, x: Tensor, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Like `forward`, with the output split into `parts` columns: views of one tensor."""
+        flat = x.reshape(-1, self.in_features)
+        if self.observer is not None:
+            self.observer(flat)
+        outputs = _FalqonProduct.apply(flat, self.lora_B, self, parts)
+        if self.bias is not None:
+            outputs = [y + b for y, b in zip(outputs, self.bias.split(parts), strict=True)]
+        return tuple(y.view(*x.shape[:-1], width) for y, width in zip(outputs, parts, strict=True))
+
+    def extra_repr(self) -> str:
+        """Shape, rank and mode, so that printing a model tells each layer's precision."""
+        mode = "live" if self.live else "melded"
+        out = "+".join(map(str, self.parts))
+        return f"in={self.in_features}, out={out}, rank={self.rank}, e4m3, {self.scale_rule}, {mode}"
+
+
+class _FalqonProduct(torch.autograd.Function):
+    """The products of one layer; saves O_A (and nothing of X) for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor, layer: FalqonLinear, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
+        x_cast = cast(x, E4M3, layer.scale_rule)
+        wide = forward_product(x_cast, layer.codes, layer.scale_quant, layer.scale_rule, x.dtype)
+        # A copy: the view would keep all (T, out + r) values alive until the backward pass.
+        o = wide[:, layer.out_features :].clone()
+        y = wide[:, : layer.out_features]
+        ctx.layer = layer
+        ctx.save_for_backward(o, b)
+        if layer.live:
+            y = torch.addmm(y, o, b.to(o.dtype).t())  # (T, m) + (T, r) @ (r, m)
+        else:
+            y = y.contiguous()
+        return y.split(parts, 1) if len(parts) > 1 else (y,)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        o, b = ctx.saved_tensors
+        layer: FalqonLinear = ctx.layer
+        grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(grads, 1)
+        dx = _live_dx if layer.live else _melded_dx
+        return dx(layer, grad, b) if ctx.needs_input_grad[0] else None, _db(layer, grad, o), None, None
+
+
+def _db(layer: FalqonLinear, grad: Tensor, o: Tensor) -> Tensor:
+    """G^T O_A, `(out, r)` fp32; with `exact` scales both are cast first, as the released code does."""
+    if layer.scale_rule is ScaleRule.EXACT:
+        return adapter_gradient(cast(grad, E5M2, layer.scale_rule), cast(o, E4M3, layer.scale_rule))
+    return (grad.t() @ o).float()  # (m, T) @ (T, r), thin: the activations' own dtype costs nothing extra
+
+
+def _melded_dx(layer: FalqonLinear, grad: Tensor, b: Tensor) -> Tensor:
+    g = cast(grad, E5M2, layer.scale_rule)
+    return input_gradient(g, layer.weight_codes, layer.scale_quant, layer.scale_rule, grad.dtype)
+
+
+def _live_dx(layer: FalqonLinear, grad: Tensor, b: Tensor) -> Tensor:
+    """`[G | G B] [W; A]`: the wide part of the left operand in E5M2, one GEMM."""
+    m = layer.out_features
+    gb = grad @ b.to(grad.dtype)  # (T, m) @ (m, r)
+    if grad.is_cuda:
+        g = cast(torch.cat([grad, gb], 1), E5M2, layer.scale_rule)
+    else:
+        buffer = grad.new_empty(grad.shape[0], m + layer.rank)
+        cast(grad, E5M2, layer.scale_rule, out=buffer[:, :m])
+        buffer[:, m:] = gb
+        g = Cast(buffer, None)
+    return input_gradient(g, layer.codes, layer.scale_quant, layer.scale_rule, grad.dtype)

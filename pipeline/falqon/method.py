@@ -1,0 +1,126 @@
+"""FALQON as a training method: conversion, the flush after each step, health, state, and the last flush."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fp8pipe.artifact import LayerRecord
+from pipeline.falqon.convert import FalqonGroup, convert_model
+from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
+from pipeline.falqon.initialise import Initialisation
+from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.rules import UpdateRule
+from pipeline.falqon.settle import Inputs, settle
+from pipeline.weights import Deployed, Weights
+
+_HEALTH_LAYERS = 8  # layers previewed a log line; which ones rotates, so that the cost stays a fraction of a step
+
+
+class FalqonMethod:
+    """Trains B inside FP8 layers; `finish` leaves pure FP8 codes.
+
+    Args:
+        rule: the update rule.
+        rank: rows of A.
+        rows: rows flushed a layer and step; None is the rank.
+        initialisation: where A comes from.
+        seed: of initialisation and stochastic rounding.
+    """
+
+    def __init__(
+        self, rule: UpdateRule, *, rank: int, rows: int | None, initialisation: Initialisation, seed: int
+    ) -> None:
+        self.rule = rule
+        self.rank = rank
+        self.rows = rank if rows is None or rule.rank_rows else rows
+        self.initialisation = initialisation
+        self.seed = seed
+        self.groups: list[FalqonGroup] = []
+        self.layers: dict[str, FalqonLinear] = {}
+
+    def prepare(self, model: nn.Module, stored: dict[str, Tensor] | None = None) -> list[LayerRecord]:
+        """Convert the model in place; `stored` is `base_state` of an earlier run."""
+        self.groups, records = convert_model(
+            model, self.rule, rank=self.rank, initialisation=self.initialisation, seed=self.seed, stored=stored
+        )
+        self.layers = {group.name: group.layer for group in self.groups}
+        return records
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """B of every layer; nothing else trains."""
+        return {f"{name}.lora_B": layer.lora_B for name, layer in self.layers.items()}
+
+    def forward_context(self) -> AbstractContextManager:
+        """Nothing: dtypes are explicit in the layer."""
+        return nullcontext()
+
+    def after_step(self, step: int, measure: bool) -> FlushReport | None:
+        """Flush as the rule says after optimizer step `step`; None when this rule waits."""
+        if not self.rule.flush_every_step:
+            return None
+        total = FlushReport()
+        for index, layer in enumerate(self.layers.values()):
+            # Seeded by step and layer: a resumed run, or another rank, draws the same numbers.
+            generator = torch.Generator().manual_seed(hash((self.seed, step, index)) & 0x7FFFFFFF)
+            rows = select_rows(layer, self.rows)
+            total += flush_rows(layer, rows, self.rule, generator, measure=measure)
+        return total
+
+    def health(self, step: int) -> FlushReport:
+        """What a nearest-rounding flush would do to the buffered update of a few layers, in rotation."""
+        layers = list(self.layers.values())
+        stride = max(1, len(layers) // _HEALTH_LAYERS)
+        total = FlushReport()
+        for layer in layers[step % stride :: stride]:
+            total += preview(layer)
+        return total
+
+    def base_state(self) -> dict[str, Tensor]:
+        """Codes and scales, by layer: with them a resumed run skips quantization and SVD."""
+        state: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            state[f"{name}.codes"] = layer.codes
+            state[f"{name}.scale_quant"] = layer.scale_quant
+        return state
+
+    def step_state(self) -> dict[str, Tensor]:
+        """What steps change: B, and the codes when the rule flushes as it goes."""
+        state = {f"{name}.lora_B": layer.lora_B.detach() for name, layer in self.layers.items()}
+        if self.rule.flush_every_step:
+            state |= {f"{name}.codes": layer.codes for name, layer in self.layers.items()}
+        return state
+
+    def load_step_state(self, state: dict[str, Tensor]) -> None:
+        """Restore `step_state` in place."""
+        for name, layer in self.layers.items():
+            layer.lora_B.data.copy_(state[f"{name}.lora_B"])
+            if self.rule.flush_every_step:
+                layer.codes.view(torch.uint8).copy_(state[f"{name}.codes"].view(torch.uint8))
+
+    def deployed_weights(self) -> Weights:
+        """Codes in the checkpoint's orientation and fp32 scalar `scale_dequant`, by linear layer."""
+        weights: Weights = {}
+        for group in self.groups:
+            # The reciprocal of a power of two is exact; the released rule's is rounded once, here and for good.
+            scale = group.layer.scale_quant.double().reciprocal().float()
+            parts = group.layer.weight_codes.view(torch.uint8).split(group.layer.parts)
+            for name, part, transposed in zip(group.members, parts, group.transposed, strict=True):
+                codes = part.t().contiguous() if transposed else part.contiguous()
+                weights[name] = Deployed(codes.view(group.layer.codes.dtype), scale.clone(), transposed)
+        return weights
+
+    def adapter(self) -> dict[str, Tensor]:
+        """A's codes and scale, and B, by FALQON layer."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            tensors[f"{name}.lora_A"] = layer.adapter_codes.clone()
+            tensors[f"{name}.lora_A_scale"] = layer.scale_quant.double().reciprocal().float()
+            tensors[f"{name}.lora_B"] = layer.lora_B.detach().clone()
+        return tensors
+
+    def finish(self, model: nn.Module, inputs: Inputs) -> FlushReport:
+        """The last flush of everything still in B."""
+        return settle(model, self.layers, self.rule.final, inputs)

@@ -1,0 +1,87 @@
+"""How the optimizer's step on B enters the FP8 codes: named rules, each a frozen set of choices.
+
+The weights lie exactly on the FP8 grid, so an update below half a step is lost when it is rounded (E4M3's half step is
+3 to 6 % of a weight's value). The rules differ in when they round, what they do with the refused part, and
+whether the waiting update acts meanwhile. `docs/update-rules.md` has the measurements behind the default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fp8pipe.errors import ConfigurationError
+from pipeline.falqon.casts import ScaleRule
+
+
+class Rounding(StrEnum):
+    """How a flush puts the target back on the grid."""
+
+    NEAREST = "nearest"
+    STOCHASTIC = "stochastic"
+
+
+class FinalFlush(StrEnum):
+    """What happens to the update still buffered in B when training ends."""
+
+    NEAREST = "nearest"
+    COMPENSATED = "compensated"
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRule:
+    """One way to meld B into the codes.
+
+    Attributes:
+        name: the name users give.
+        live: B takes part in the forward pass while it waits.
+        flush_every_step: rows are melded after every optimizer step.
+        clear_all: a flush clears all of B; otherwise only the flushed rows.
+        rank_rows: flush `rank` rows whatever `--rows` says (the released code never leaves its warm-up).
+        rounding: rounding of the per-step flush.
+        error_feedback: what rounding refused goes back into B, projected on A.
+        scale: scale rule of weights and activations.
+        stacked: layers that read one tensor share scale, A and GEMM.
+        final: rounding of the last flush.
+    """
+
+    name: str
+    live: bool
+    flush_every_step: bool
+    clear_all: bool = False
+    rank_rows: bool = False
+    rounding: Rounding = Rounding.NEAREST
+    error_feedback: bool = False
+    scale: ScaleRule = ScaleRule.POWER_OF_TWO
+    stacked: bool = True
+    final: FinalFlush = FinalFlush.NEAREST
+
+
+_RULES = (
+    UpdateRule("live", live=True, flush_every_step=False, final=FinalFlush.COMPENSATED),
+    UpdateRule("live-nearest", live=True, flush_every_step=False),
+    UpdateRule("live-flush", live=True, flush_every_step=True),
+    UpdateRule(
+        "released", live=False, flush_every_step=True, clear_all=True, rank_rows=True, scale=ScaleRule.EXACT,
+        stacked=False,
+    ),
+    UpdateRule("accumulate", live=False, flush_every_step=True),
+    UpdateRule("accumulate-feedback", live=False, flush_every_step=True, error_feedback=True),
+    UpdateRule("accumulate-stochastic", live=False, flush_every_step=True, rounding=Rounding.STOCHASTIC),
+)
+
+RULES: dict[str, UpdateRule] = {rule.name: rule for rule in _RULES}
+DEFAULT_RULE = "live"
+
+
+def update_rule(name: str) -> UpdateRule:
+    """The rule of that name.
+
+    Raises:
+        ConfigurationError: no such rule.
+    """
+    if name not in RULES:
+        raise ConfigurationError(
+            f"unknown update rule {name!r}", why=f"the rules are: {', '.join(RULES)}", fix="pick one of them"
+        )
+    return RULES[name]

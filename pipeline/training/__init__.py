@@ -1,0 +1,1 @@
+"""Fine-tuning: data, schedule, loss and the loop that every method shares."""

