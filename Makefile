@@ -3,7 +3,7 @@
 # make test        both environments, then linters, types, import contracts and tests
 # make demo        both environments, then the demonstration
 #
-# On a machine with an NVIDIA GPU give the CUDA build of torch that you use: make setup TORCH=torch==2.13.0
+# On a machine with an NVIDIA GPU, give the CUDA build of torch you want: make setup TORCH=torch==2.14.1
 # A set-up is repeated only when what it depends on has changed.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ PLUGIN_FILES := $(sort $(shell find serving/vllm_plugin -name '*.py' -o -name 'p
 
 key = $(shell { cat $(1); echo '$(2)'; } 2>/dev/null | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODEL))
-VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILES),$(TORCH))
+VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILES),$(PYTHON))
 
 export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -39,7 +39,7 @@ $(STAMP):
 	@touch $@
 
 $(VLLM_STAMP):
-	TORCH='$(TORCH)' PYTHON='$(PYTHON)' VLLM_VENV='$(VLLM_VENV)' bash scripts/setup_vllm.sh
+	PYTHON='$(PYTHON)' bash scripts/setup_vllm.sh $(VLLM_VENV)
 	@rm -f $(VLLM_VENV)/.setup-*
 	@touch $@
 

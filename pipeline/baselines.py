@@ -47,7 +47,7 @@ class LoraMethod:
         peft = _import_peft()
         self._names = tuple(candidate.name for candidate in candidates)
         self._transposed = {candidate.name: candidate.transposed for candidate in candidates}
-        shapes = {candidate.name: tuple(candidate.weight().shape) for candidate in candidates}
+        shapes = {candidate.name: candidate.shape for candidate in candidates}
         if self.quantized:
             for candidate in candidates:
                 _to_nf4(model, candidate.name, candidate.weight())
@@ -133,6 +133,8 @@ def _to_nf4(model: nn.Module, name: str, weight: Tensor) -> None:
         weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=torch.bfloat16,
         compress_statistics=True, quant_type="nf4",
     )  # fmt: skip
+    # In evaluation mode bitsandbytes repacks NF4 for CPU inference, a layout that the merge could not read.
+    new.support_avx512bf16_for_cpu = False
     new.weight = bitsandbytes.nn.Params4bit(
         weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=True
     )

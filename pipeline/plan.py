@@ -76,7 +76,7 @@ def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
     model.tie_weights()
     candidates, skipped = find_candidates(model)
     check_rank(candidates, config.rank)
-    shapes = [tuple(candidate.weight().shape) for candidate in candidates]
+    shapes = [candidate.shape for candidate in candidates]
     linear = sum(out * into for out, into in shapes)
     others = sum(p.numel() for p in model.parameters()) - linear
     width = getattr(torch, config.dtype).itemsize

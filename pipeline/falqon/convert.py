@@ -7,6 +7,7 @@ happens to have a convenient width is not treated differently.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,14 @@ class Candidate:
 
     def weight(self) -> Tensor:
         """The weight as `(out, in)`."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[assignment, operator, union-attr]
-        return weight.t().contiguous() if self.transposed else weight
+        parameter = self.module.get_parameter("weight").detach()
+        return parameter.t().contiguous() if self.transposed else parameter
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, cols = self.module.get_parameter("weight").shape
+        return (cols, rows) if self.transposed else (rows, cols)
 
 
 def find_candidates(model: nn.Module) -> tuple[list[Candidate], list[LayerRecord]]:
@@ -48,7 +55,8 @@ def find_candidates(model: nn.Module) -> tuple[list[Candidate], list[LayerRecord
         ConfigurationError: the model has no linear layer to convert, or is already quantized.
     """
     _refuse_quantized(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    finder: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    head = finder() if finder is not None else None
     owners = _storage_owners(model)
     candidates: list[Candidate] = []
     skipped: list[LayerRecord] = []
@@ -57,11 +65,10 @@ def find_candidates(model: nn.Module) -> tuple[list[Candidate], list[LayerRecord
         if not (isinstance(module, nn.Linear) or transposed):
             continue
         candidate = Candidate(name, module, transposed)
-        shape = tuple(candidate.weight().shape)
         if module is head:
-            skipped.append(LayerRecord(name=name, converted=False, reason="output head", shape=shape))
-        elif len(owners[_identity(module.weight)]) > 1:
-            skipped.append(LayerRecord(name=name, converted=False, reason="weight tied to another module", shape=shape))
+            skipped.append(LayerRecord(name=name, converted=False, reason="output head", shape=candidate.shape))
+        elif len(owners[_identity(module.get_parameter("weight"))]) > 1:
+            skipped.append(LayerRecord(name=name, converted=False, reason="weight tied to another module", shape=candidate.shape))
         else:
             candidates.append(candidate)
     if not candidates:
@@ -81,12 +88,12 @@ def check_rank(candidates: list[Candidate], rank: int) -> None:
     Raises:
         ConfigurationError: naming the smallest layer.
     """
-    smallest = min(candidates, key=lambda c: min(c.weight().shape))
-    limit = min(smallest.weight().shape)
+    smallest = min(candidates, key=lambda c: min(c.shape))
+    limit = min(smallest.shape)
     if not 1 <= rank <= limit:
         raise ConfigurationError(
             f"rank {rank} does not fit this model",
-            why=f"the smallest layer, {smallest.name}, is {tuple(smallest.weight().shape)}: the rank must be 1..{limit}",
+            why=f"the smallest layer, {smallest.name}, is {smallest.shape}: the rank must be 1..{limit}",
             fix=f"use --rank {min(limit, max(rank, 1))} or less",
         )
 

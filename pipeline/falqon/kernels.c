@@ -16,21 +16,18 @@ static inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); r
 
 /* Largest power of two that maps amax onto the grid (frexp, so exactly); NaN for NaN and infinity, which must
  * poison the row instead of being clamped into it. */
-static inline float row_scale(uint32_t amax_bits, float largest, float floor, int limit) {
+static inline float row_scale(uint32_t amax_bits, float largest, float floor) {
     float amax = bits_to_float(amax_bits);
     if (amax_bits >= 0x7f800000u) return NAN;
     int exponent;
     frexp((double)largest / (double)(amax > floor ? amax : floor), &exponent);
-    exponent -= 1;
-    exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
-    return bits_to_float((uint32_t)(127 + exponent) << 23);
+    return bits_to_float((uint32_t)(126 + exponent) << 23); /* amax * scale lies in (largest / 2, largest] */
 }
 
 /* out[r, c] = round_to_grid(x[r, c] * s_r) / s_r with a power-of-two scale s_r for each row: exact in bf16.
  * Rows of x are x_stride apart, rows of out out_stride apart (in elements). */
 void fp8pipe_cast_rows_bf16(const uint16_t *x, int64_t x_stride, uint16_t *out, int64_t out_stride, int64_t rows,
-                            int64_t cols, int mantissa_bits, int min_exponent, float largest, float floor,
-                            int limit) {
+                            int64_t cols, int mantissa_bits, int min_exponent, float largest, float floor) {
     const uint32_t floor_bits = (uint32_t)(127 + min_exponent) << 23;
     const uint32_t lift = (uint32_t)(23 - mantissa_bits) << 23;
 #pragma omp parallel for schedule(static)
@@ -43,7 +40,7 @@ void fp8pipe_cast_rows_bf16(const uint16_t *x, int64_t x_stride, uint16_t *out, 
             uint16_t magnitude = from[c] & 0x7fffu;
             top = magnitude > top ? magnitude : top;
         }
-        const float scale = row_scale((uint32_t)top << 16, largest, floor, limit), inverse = 1.0f / scale;
+        const float scale = row_scale((uint32_t)top << 16, largest, floor), inverse = 1.0f / scale;
 #pragma omp simd
         for (int64_t c = 0; c < cols; c++) {
             float v = bits_to_float((uint32_t)from[c] << 16) * scale;

@@ -71,7 +71,7 @@ def _processor() -> str:
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     lib.fp8pipe_cast_rows_bf16.argtypes = [
-        pointer, size, pointer, size, size, size, integer, integer, real, real, integer,
+        pointer, size, pointer, size, size, size, integer, integer, real, real,
     ]  # fmt: skip
     lib.fp8pipe_cast_rows_bf16.restype = None
     lib.fp8pipe_decode_e4m3.argtypes = [pointer, pointer, size, real]

@@ -37,26 +37,22 @@ def compensated_round(target: Tensor, moments: Tensor) -> Tensor:
     Returns:
         `(out, in)` float8_e4m3fn codes.
     """
-    diagonal = moments.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    work = target[:, order].clone()
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     factor = _inverse_factor(moments[order][:, order])
+    work = target.t()[order].contiguous()  # (in, out): an input column is contiguous
     codes = torch.empty_like(work)
-    columns = work.shape[1]
-    for start in range(0, columns, _BLOCK):
-        stop = min(start + _BLOCK, columns)
-        block, errors = work[:, start:stop], torch.empty_like(work[:, start:stop])
-        local = factor[start:stop, start:stop]
+    for start in range(0, work.shape[0], _BLOCK):
+        stop = min(start + _BLOCK, work.shape[0])
+        block, local = work[start:stop], factor[start:stop, start:stop]
+        errors = torch.empty_like(block)
         for i in range(stop - start):
-            column = block[:, i]
-            rounded = E4M3.cast(column).float()
-            codes[:, start + i] = rounded
-            errors[:, i] = (column - rounded) / local[i, i]
-            block[:, i + 1 :] -= torch.outer(errors[:, i], local[i, i + 1 :])
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
+            codes[start + i] = E4M3.cast(block[i]).float()
+            torch.div(block[i] - codes[start + i], local[i, i], out=errors[i])
+            block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1.0)
+        work[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1.0)
     result = torch.empty_like(codes)
-    result[:, order] = codes
-    return E4M3.cast(result)
+    result[order] = codes
+    return E4M3.cast(result.t().contiguous())
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:

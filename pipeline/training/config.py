@@ -22,7 +22,7 @@ class FinetuneConfig(FrozenConfig):
     update_rule: str = Field(DEFAULT_RULE, description="FALQON: how B enters the codes.")
     rows: int | None = Field(None, ge=0, description="FALQON: rows flushed a layer and step; default the rank.")
     initialisation: Initialisation = Field(Initialisation.RANDOMIZED_SVD, description="FALQON: where A comes from.")
-    lora_alpha: float = Field(16.0, gt=0, description="lora, qlora: the update is scaled by alpha / rank.")
+    lora_alpha: float = Field(64.0, gt=0, description="lora, qlora: the update is scaled by alpha / rank.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate.")
     schedule: Schedule = Field(Schedule.COSINE, description="Shape of the learning rate after warm-up.")
     warmup_steps: int = Field(5, ge=0, description="Optimizer steps of linear warm-up.")

@@ -98,7 +98,7 @@ class Trainer:
         loss, answers, tokens = self._accumulate()
         norm = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
-            raise self._diverged(loss, float(norm), rate)
+            raise self._diverged(f"loss {loss}, gradient norm {float(norm)}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         will_log = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
@@ -147,17 +147,24 @@ class Trainer:
             handle.write(json.dumps(figures) + "\n")
         _LOG.info("%s", "  ".join(f"{key} {_brief(value)}" for key, value in figures.items()))
 
-    def _diverged(self, loss: float, norm: float, rate: float) -> ConfigurationError:
+    def _diverged(self, observed: str) -> ConfigurationError:
         kept = self.store.steps()
         where = f"the checkpoint of step {kept[-1]} in {self.store.root} is kept" if kept else "no checkpoint yet"
+        rate = self.optimizer.param_groups[0]["lr"]
         return ConfigurationError(
             f"training diverged at step {self.step + 1}",
-            why=f"loss {loss}, gradient norm {norm} at learning rate {rate:.3g}; {where}",
+            why=f"{observed} at learning rate {rate:.3g}; {where}",
             fix="lower --learning-rate, or raise the warm-up, and start anew",
         )
 
     def save(self) -> None:
-        """Write a checkpoint of the current step."""
+        """Write a checkpoint of the current step.
+
+        Raises:
+            ConfigurationError: a parameter is no longer finite; such a state must not replace a good one.
+        """
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.names):
+            raise self._diverged("parameters that are not finite")
         tensors = self.method.step_state() | optimizer_tensors(self.optimizer, self.names)
         self.store.save(self.step, tensors, {"history": self.history})
 

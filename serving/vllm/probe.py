@@ -198,7 +198,7 @@ def _digest_key(how: str) -> str:
 
 def _digest(value: Tensor, how: str) -> str:
     value = value + 0.0 if how == "gemm" else value  # -0 + 0 is +0
-    return hashlib.sha256(value.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(value.contiguous().numpy().data).hexdigest()
 
 
 def _dump(value: Tensor, path: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +30,11 @@ out = llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0, prompt_
 print(json.dumps([out.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]))
 """
 # These are built for CUDA, cannot load beside a CPU torch, and a text model does not need them.
-WITHOUT = 'import sys\nfor name in ("torchvision", "torchaudio", "torchcodec"):\n    sys.modules[name] = None\n'
+WITHOUT = """
+import sys
+for name in ("torchvision", "torchaudio", "torchcodec"):
+    sys.modules[name] = None
+"""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -90,7 +93,6 @@ def test_stock_engine_agrees_with_the_reference(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     served = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{family}: {(served - expected).abs().tolist()}", file=sys.stderr)
     # A wrong orientation or scale moves these by whole units (they span -3 to -9); one activation that rounds
     # to its neighbour moves them by hundredths.
     assert (served - expected).abs().mean() < 0.1

@@ -205,8 +205,11 @@ def _answer_start(
     messages: list[dict[str, str]], text: str, tokenizer: Any, template: TemplateInfo, index: int
 ) -> int:
     """Where the last message's answer begins in ``text``; verified to hold the end of its content."""
-    prompt = _apply(messages[:-1], tokenizer, template, index, generation_prompt=True)
     content = messages[-1]["content"].strip()
+    if len(messages) > 1:
+        prompt = _apply(messages[:-1], tokenizer, template, index, generation_prompt=True)
+    else:  # templates do not render an empty conversation
+        prompt = text[: max(text.find(content), 0)]
     start = len(prompt)
     if not text.startswith(prompt):
         # The generation prompt opens something (a reasoning block) that a finished answer lacks: take what

@@ -151,6 +151,12 @@ def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
         )
         if isinstance(data, Mapping):
             data = data["train"]
+    except ConnectionError as error:
+        raise MissingCapabilityError(
+            f"the dataset {src} could not be downloaded",
+            why=str(error).partition("\n")[0],
+            fix="check the network (HF_HUB_OFFLINE must be unset to download), or give a .jsonl file",
+        ) from error
     except Exception as error:  # datasets raises many unrelated classes, all meaning: this cannot be read
         raise ConfigurationError(
             f"{src} cannot be read as a dataset",

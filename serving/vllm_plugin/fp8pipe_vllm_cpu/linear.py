@@ -63,9 +63,7 @@ class Fp8Linear:
     activations: Activations
     settings: Settings
 
-    def declare(
-        self, layer: torch.nn.Module, shape: LayerShape, dtype: torch.dtype, loader: Callable[..., Any] | None
-    ) -> None:
+    def declare(self, layer: Any, shape: LayerShape, dtype: torch.dtype, loader: Callable[..., Any] | None) -> None:
         """Register `weight`, the scale, and `input_scale` if static, for vLLM's loaders to fill.
 
         Args:
@@ -100,7 +98,7 @@ class Fp8Linear:
         if self.activations.granularity is Granularity.STATIC:
             layer.register_parameter("input_scale", create_fp8_input_scale(shape.output_partitions, loader))
 
-    def finish(self, layer: torch.nn.Module) -> None:
+    def finish(self, layer: Any) -> None:
         """Replace codes and scale by the dequantized weight and hand it to vLLM's CPU GEMM.
 
         Raises:
@@ -126,13 +124,13 @@ class Fp8Linear:
         else:
             dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.settings.keep_weights)
 
-    def multiply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x @ weight.T + bias`; x `(tokens, in)` -> `(tokens, out)`, in the model's dtype."""
         if self.settings.quantize_activations:
             x = round_trip(x, self.activations, layer.input_scale)
         return cpu_unquantized_gemm(layer, x, layer.weight, bias)
 
-    def _static_scale(self, layer: torch.nn.Module) -> Tensor | None:
+    def _static_scale(self, layer: Any) -> Tensor | None:
         """The largest input scale of the fused parts (their inputs are one tensor), or None."""
         if self.activations.granularity is not Granularity.STATIC:
             return None

@@ -119,19 +119,21 @@ def test_a_directory_without_the_datasets_package(tmp_path: Path) -> None:
         assert "pip install datasets" in caught.value.fix
 
 
-def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+def test_a_dataset_directory_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    rows = {
-        "prompt": ["q", None],
-        "completion": ["a", None],
-        "instruction": [None, "i"],
-        "output": [None, "o"],
-    }
-    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
-    assert load_records(str(tmp_path / "saved")) == [pair("q", "a"), pair("i", "o")]
-    datasets.Dataset.from_dict({"prompt": ["q"], "completion": [None]}).save_to_disk(str(tmp_path / "bad"))
+    # The columns of both shapes: what a row lacks is null in the table.
+    rows = [{"prompt": "q", "completion": "a"}, {"instruction": "i", "output": "o"}]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_records(str(plain)) == [pair("q", "a"), pair("i", "o")]
+    datasets.load_dataset(str(plain)).save_to_disk(str(tmp_path / "parts"))
+    datasets.load_dataset(str(plain), split="train").save_to_disk(str(tmp_path / "one"))
+    for saved in ("parts", "one"):
+        assert load_records(str(tmp_path / saved)) == [pair("q", "a"), pair("i", "o")]
+    (plain / "train.jsonl").write_text('{"prompt": "q", "completion": null}\n')
     with pytest.raises(ConfigurationError, match="row 0: 'completion' is null"):
-        load_records(str(tmp_path / "bad"))
+        load_records(str(plain))
 
 
 def test_the_chatterbot_sample_repeats_its_prompts() -> None:

@@ -1,0 +1,134 @@
+"""Held-out answer loss of what is exported, by method, update rule and learning rate, over seeds.
+
+Every run goes the product's own road: `finetune` into an artifact, `export` to an FP8 checkpoint, and the checkpoint's
+weights evaluated as an engine serves them (FP8 weights, activations cast to FP8 with one dynamic scale a token).
+LoRA's road is the one FALQON replaces: bf16 adapters, merged, then quantized to FP8 by channel.
+
+    python benchmarks/update_rules.py --runs live:2e-3 lora:1e-3 released:2e-3 --seeds 0 1 2 --output runs/rules.jsonl
+
+Finished runs are found in the output and not repeated. The last table is the summary; one JSON line a run is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from exporters.vllm import VllmExportOptions, export_vllm
+from exporters.vllm.read import load_torch_model
+from fp8pipe.artifact import open_artifact
+from fp8pipe.config import build_config
+from fp8pipe.grids import E4M3, amax_scale_quant
+from fp8pipe.sources import resolve_model
+from pipeline.falqon.rules import RULES
+from pipeline.finetune import finetune, load_text
+from pipeline.training.config import FinetuneConfig
+from pipeline.training.evaluate import heldout_loss
+
+
+def cast_tokens(module, args):
+    """Forward pre-hook: FP8 activations with a dynamic scale a token, as engines compute them."""
+    x = args[0]
+    scale = amax_scale_quant(x.float().abs().amax(-1, keepdim=True), E4M3)
+    return ((E4M3.quantize(x, scale).float() / scale).to(x.dtype),)
+
+
+def configure(method, rate, seed, options):
+    """The run's configuration: the common setting, and what the command line changed."""
+    falqon = method in RULES
+    settings = {
+        "model": options.model, "data": options.data, "rank": options.rank, "learning_rate": rate, "seed": seed,
+        "steps": options.steps, "batch_size": options.batch_size, "sequence_length": options.sequence_length,
+        "evaluate_every": 0, "save_every": 0, "method": "falqon" if falqon else method, "lora_alpha": float(options.rank),
+    }  # fmt: skip
+    return build_config(FinetuneConfig, settings | ({"update_rule": method} if falqon else {}))
+
+
+def evaluate_export(export, config):
+    """Loss of the exported checkpoint: weights alone, and with cast activations."""
+    model = load_torch_model(export, torch.bfloat16)
+    text = load_text(config, resolve_model(config.model))
+    batches = [text.heldout.at(i) for i in range(len(text.heldout))]
+    weights_only = heldout_loss(model, batches, "cpu")
+    for name in [layer.name for layer in open_artifact(export).manifest.layers if layer.converted]:
+        model.get_submodule(name).register_forward_pre_hook(cast_tokens)
+    return weights_only, heldout_loss(model, batches, "cpu")
+
+
+def run(method, rate, seed, options):
+    """One run; its figures as a plain dict."""
+    config = configure(method, rate, seed, options)
+    with tempfile.TemporaryDirectory(dir=options.output.parent) as scratch:
+        started = time.perf_counter()
+        artifact = finetune(config, Path(scratch) / "artifact")
+        seconds = time.perf_counter() - started
+        history = [json.loads(line) for line in (artifact.root / "metrics.jsonl").read_text().splitlines()]
+        export = export_vllm(artifact.root, Path(scratch) / "export", VllmExportOptions())
+        weights_only, served = evaluate_export(export.root, config)
+    losses = [line["heldout_loss"] for line in history if "heldout_loss" in line]
+    return {
+        "method": method, "rate": rate, "seed": seed, "untuned": losses[0], "trained": losses[-1],
+        "exported_weights": weights_only, "exported": served, "seconds": round(seconds, 1),
+        "last_flush": artifact.manifest.extra["last_flush"],
+        "steps": config.steps, "tokens_a_step": config.batch_size * config.sequence_length, "rank": config.rank,
+        "torch": torch.__version__, "processor": platform.processor() or platform.machine(),
+    }  # fmt: skip
+
+
+def summarise(rows):
+    """Mean and spread by method and rate, and the share of the best LoRA's drop (trained form) that is exported."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["method"], row["rate"]].append(row)
+    baselines = [mean(r["untuned"] - r["trained"] for r in g) for (m, _), g in groups.items() if m == "lora"]
+    print(f"{'method':24}{'rate':>8}{'seeds':>6}{'trained':>9}{'exported W':>12}{'exported':>10}{'+-':>8}{'share':>8}")
+    for (method, rate), group in sorted(groups.items()):
+        exported = [r["exported"] for r in group]
+        drop = mean(r["untuned"] - r["exported"] for r in group)
+        share = f"{drop / max(baselines):8.3f}" if baselines else ""
+        spread = stdev(exported) if len(exported) > 1 else 0.0
+        print(
+            f"{method:24}{rate:8.0e}{len(group):6}{mean(r['trained'] for r in group):9.4f}"
+            f"{mean(r['exported_weights'] for r in group):12.4f}{mean(exported):10.4f}{spread:8.4f}{share}"
+        )
+
+
+def main():
+    """Parse, run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, help="METHOD:RATE; a rule's name, lora or qlora")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default="sample:smollm2")
+    parser.add_argument("--data", default="sample:chatterbot")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("runs/rules.jsonl"))
+    options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
+    done = {(row["method"], row["rate"], row["seed"]) for row in rows}
+    for seed in options.seeds:
+        for method, rate in (spec.split(":") for spec in options.runs):
+            if (method, float(rate), seed) in done:
+                continue
+            rows.append(run(method, float(rate), seed, options))
+            with options.output.open("a") as handle:
+                handle.write(json.dumps(rows[-1]) + "\n")
+    summarise(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Layers to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pipeline.falqon.casts import ScaleRule, quantize_weight
+from pipeline.falqon.layer import FalqonLinear
+
+
+def _make_layer(out=48, into=32, rank=16, *, live=True, rule=ScaleRule.POWER_OF_TWO, seed=0, bias=False, **options):
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.05 * torch.randn(out, into, generator=generator)
+    stacked = torch.cat([weight, 0.01 * torch.randn(rank, into, generator=generator)])
+    codes, scale = quantize_weight(stacked, rule)
+    offset = torch.randn(out, generator=generator).to(torch.bfloat16) if bias else None
+    layer = FalqonLinear(codes, scale, rank=rank, live=live, scale_rule=rule, bias=offset, **options)
+    layer.lora_B.data = 0.02 * torch.randn(out, rank, generator=generator)
+    return layer
+
+
+@pytest.fixture
+def make_layer() -> Callable[..., FalqonLinear]:
+    """`make_layer(out, into, rank, live=..., rule=...)`: a layer of Gaussian weights, adapter and B."""
+    return _make_layer

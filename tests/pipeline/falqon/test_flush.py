@@ -1,0 +1,123 @@
+"""The flush: k rows, in place, equal to dequantize-add-requantize; what it reports; its variants."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fp8pipe.grids import E4M3
+from pipeline.falqon.flush import flush_rows, preview, select_rows, stochastic_round, target_rows
+from pipeline.falqon.rules import RULES, update_rule
+
+
+def brute_force(layer, rows):
+    """Dequantize everything, add the whole update of the rows, requantize with the same scale."""
+    w = layer.weight_codes.float() / layer.scale_quant
+    a = layer.adapter_codes.float() / layer.scale_quant
+    b = torch.zeros_like(layer.lora_B)
+    b[rows] = layer.lora_B.data[rows]
+    return E4M3.quantize(w + b @ a, layer.scale_quant)
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 48, 100])
+def test_flush_equals_dequantize_add_requantize_bit_for_bit(k, make_layer):
+    layer = make_layer(live=False, rank=16)
+    layer.lora_B.data *= 20  # large enough that many codes change
+    rows = select_rows(layer, k)
+    expected = brute_force(layer, rows)
+    before = layer.codes.clone()
+    place = layer.codes.data_ptr()
+    report = flush_rows(layer, rows, update_rule("accumulate"), measure=True)
+    assert layer.codes.data_ptr() == place
+    assert torch.equal(layer.weight_codes.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(layer.adapter_codes.view(torch.uint8), before[48:].view(torch.uint8))
+    changed = (layer.codes.view(torch.uint8) != before.view(torch.uint8)).any(1).nonzero().flatten()
+    assert set(changed.tolist()) <= set(rows.tolist())
+    assert report.rows == min(k, 48)
+
+
+def test_rows_are_the_largest_and_ties_go_to_the_lowest_index(make_layer):
+    layer = make_layer()
+    layer.lora_B.data.zero_()
+    layer.lora_B.data[5] = 2.0
+    layer.lora_B.data[[3, 9, 20]] = 1.0
+    assert select_rows(layer, 3).tolist() == [5, 3, 9]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_a_flush_clears(name, make_layer):
+    layer, rule = make_layer(live=False), RULES[name]
+    rows = select_rows(layer, 4)
+    others = [i for i in range(48) if i not in rows.tolist()]
+    kept = layer.lora_B.data[others].clone()
+    flush_rows(layer, rows, rule, torch.Generator().manual_seed(0))
+    if rule.clear_all:
+        assert not layer.lora_B.any()
+    else:
+        assert torch.equal(layer.lora_B.data[others], kept)
+        assert rule.error_feedback or not layer.lora_B.data[rows].any()
+
+
+def test_error_feedback_keeps_the_part_of_the_refused_update_that_a_can_express(make_layer):
+    layer = make_layer(live=False, rank=16)
+    rows = torch.arange(48)
+    target = target_rows(layer, rows)
+    flush_rows(layer, rows, update_rule("accumulate-feedback"))
+    refused = target - layer.weight_codes.float()
+    a = layer.adapter_codes.float().double()
+    projection = refused.double() @ torch.linalg.pinv(a) @ a
+    # fp32 least squares against fp64: the relative error is the condition number of A A^T (about 10) times 2^-24.
+    torch.testing.assert_close((layer.lora_B.data.double() @ a), projection, rtol=1e-3, atol=1e-3)
+
+
+def test_targets_beyond_the_grid_saturate_and_are_counted(make_layer):
+    layer = make_layer(live=False)
+    layer.lora_B.data.fill_(1e4)
+    report = flush_rows(layer, torch.arange(48), update_rule("accumulate"), measure=True)
+    assert not layer.codes.float().isnan().any()
+    assert report.saturated > 0
+    assert layer.weight_codes.float().abs().max() == 448
+
+
+def test_report_counts_what_changed(make_layer):
+    layer = make_layer(live=False)
+    before = layer.weight_codes.float().clone()
+    report = flush_rows(layer, torch.arange(48), update_rule("accumulate"), measure=True)
+    assert report.changed == int((layer.weight_codes.float() != before).sum())
+    assert report.codes == 48 * 32
+    health = report.health()
+    assert 0 < health["changed"] < 1
+    assert -1 <= health["cosine"] <= 1
+
+
+def test_preview_changes_nothing_and_agrees_with_the_flush(make_layer):
+    layer = make_layer(live=False)
+    codes, b = layer.codes.clone(), layer.lora_B.data.clone()
+    predicted = preview(layer)
+    assert torch.equal(codes.view(torch.uint8), layer.codes.view(torch.uint8))
+    assert torch.equal(b, layer.lora_B.data)
+    assert dataclasses.asdict(predicted) == dataclasses.asdict(
+        flush_rows(layer, torch.arange(48), update_rule("accumulate"), measure=True)
+    )
+
+
+def test_stochastic_rounding_is_unbiased_and_stays_on_neighbours():
+    values = torch.tensor([0.3, 1.01, -17.2, 447.0, 0.0005, -0.0011, 0.0, 416.0, 500.0])
+    generator = torch.Generator().manual_seed(0)
+    draws = 20000
+    total = torch.zeros_like(values)
+    neighbours = [set() for _ in values]
+    for _ in range(draws):
+        codes = stochastic_round(values, generator).float()
+        total += codes
+        for seen, code in zip(neighbours, codes.tolist(), strict=True):
+            seen.add(code)
+    clamped = values.clamp(-448, 448)
+    gaps = torch.tensor([max(seen) - min(seen) for seen in neighbours])
+    # The mean of `draws` Bernoulli draws over a gap has a standard error of at most gap / (2 sqrt(draws)).
+    assert ((total / draws - clamped).abs() <= 4 * gaps / (2 * draws**0.5) + 1e-3 * clamped.abs()).all()
+    assert all(len(seen) <= 2 for seen in neighbours)
+    assert neighbours[6] == {0.0}
+    assert neighbours[7] == {416.0}
