@@ -165,9 +165,7 @@ def _convert_into(gguf: Path, root: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (Fp8PipeError, OSError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # the readers of a foreign file raise almost anything, tokenizers a bare Exception
+    except Exception as error:  # the readers of a foreign file raise almost anything, tokenizers a bare Exception
         if "allocate memory" in str(error):  # how torch says on the CPU that memory ran out
             raise MemoryError(str(error)) from error
         raise ConfigurationError(

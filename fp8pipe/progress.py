@@ -1,9 +1,9 @@
 """Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
 
-    with track(steps, "train") as progress:
-        for step in range(steps):
-            ...
-            progress.advance(1, loss=loss)
+with track(steps, "train") as progress:
+    for step in range(steps):
+        ...
+        progress.advance(1, loss=loss)
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def configure(*, quiet: bool = False, plain: bool = False) -> None:
     _settings.plain = plain
 
 
-def track(
-    total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S
-) -> Tracker:
+def track(total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S) -> Tracker:
     """A context manager that shows progress.
 
     Args:

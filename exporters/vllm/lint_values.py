@@ -70,9 +70,7 @@ def _scale(entry: TensorEntry) -> Iterator[Finding]:
     scale = read_tensor(entry).reshape(-1)
     bad = int((~torch.isfinite(scale)).sum())
     if bad:
-        yield Finding(
-            "scale-not-finite", entry.name, f"{bad} NaN or infinite scale(s)", "write the artifact again"
-        )
+        yield Finding("scale-not-finite", entry.name, f"{bad} NaN or infinite scale(s)", "write the artifact again")
         return
     if int((scale <= 0).sum()):
         yield Finding(

@@ -132,9 +132,7 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
     schema = schema_for(options.vllm_version)
     refused = _not_quantizable(source, structure, schema)
     scales = {
-        name
-        for name in source.tensors
-        if name.endswith(SCALE_SUFFIX) and name[: -len(SCALE_SUFFIX)] in source.tensors
+        name for name in source.tensors if name.endswith(SCALE_SUFFIX) and name[: -len(SCALE_SUFFIX)] in source.tensors
     }
     units = [
         _unit(entry, source, structure, options.format, refused)
@@ -153,9 +151,7 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
         shards=_shards(kept, options.max_shard_bytes),
         dropped=tuple(u for u in units if u.action is Action.DROP),
         orphans=orphans,
-        ignore=tuple(sorted(projections.keys() - quantized, key=_natural))
-        if options.format.quantized
-        else (),
+        ignore=tuple(sorted(projections.keys() - quantized, key=_natural)) if options.format.quantized else (),
         layers=tuple(_layer(m, structure, quantized, refused) for m in sorted(projections, key=_natural)),
     )
 
@@ -256,9 +252,7 @@ def tied_original(original: str, source: Source, structure: ModelStructure) -> T
     return source.tensors.get(original) or source.tensors.get(short)
 
 
-def _layer(
-    module: str, structure: ModelStructure, quantized: set[str], refused: dict[str, str]
-) -> LayerRecord:
+def _layer(module: str, structure: ModelStructure, quantized: set[str], refused: dict[str, str]) -> LayerRecord:
     shape = structure.shapes[module]
     rows, columns = reversed(shape) if structure.roles[module] is Role.CONV1D else shape
     converted = module in quantized

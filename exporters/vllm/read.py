@@ -66,13 +66,8 @@ def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
         ConfigurationError: an architecture transformers does not know.
     """
     config = load_config(Path(export_dir))
-    state = {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in iter_weights(export_dir)
-    }
-    model: PreTrainedModel = model_class(config).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype
-    )
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in iter_weights(export_dir)}
+    model: PreTrainedModel = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return model.eval()
 
 

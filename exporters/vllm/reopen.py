@@ -130,18 +130,12 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
     )
     gates = [
         _none("weights-bit-exact", found.weights, how),
-        _none(
-            "copied-tensors-identical", found.copies, f"{count.get(Action.COPY, 0)} tensor(s), byte for byte"
-        ),
+        _none("copied-tensors-identical", found.copies, f"{count.get(Action.COPY, 0)} tensor(s), byte for byte"),
     ]
     if fresh:
-        gates.append(
-            _below("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm")
-        )
+        gates.append(_below("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
     if rounded:
-        gates.append(
-            _below("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm")
-        )
+        gates.append(_below("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm"))
     return gates
 
 

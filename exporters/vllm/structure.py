@@ -99,9 +99,7 @@ def load_config(directory: Path) -> PretrainedConfig:
     """
     transformers = import_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
+        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(
             f"{directory} has no configuration that transformers can read",

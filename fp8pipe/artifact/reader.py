@@ -89,9 +89,7 @@ def open_artifact(
     return artifact
 
 
-def read_artifact(
-    root: Path, *, verify: bool, on_file: Callable[[FileEntry], None] | None = None
-) -> Artifact:
+def read_artifact(root: Path, *, verify: bool, on_file: Callable[[FileEntry], None] | None = None) -> Artifact:
     """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own)."""
     path = root / MANIFEST_NAME
     if not path.is_file():

@@ -67,9 +67,7 @@ class ArtifactWriter:
             it; the place cannot be written to.
     """
 
-    def __init__(
-        self, output: Path | str, *, kind: str, stage: str, force: bool = False, resume: bool = False
-    ) -> None:
+    def __init__(self, output: Path | str, *, kind: str, stage: str, force: bool = False, resume: bool = False) -> None:
         self.output = Path(output).absolute()
         self.kind = kind
         self.stage = stage

@@ -103,9 +103,7 @@ def failure_of(error: BaseException) -> Failure:
         error = _as_out_of_memory(error) or error
     if isinstance(error, Fp8PipeError):
         findings = getattr(error, "findings", ())
-        return _failure(
-            type(error).__name__, error.exit_code, error.what, error.why, error.fix, findings=findings
-        )
+        return _failure(type(error).__name__, error.exit_code, error.what, error.why, error.fix, findings=findings)
     trace = "".join(traceback.format_exception(error))
     failure = _failure(type(error).__name__, 1, f"unforeseen failure: {error}", fix="please report it")
     return dataclasses.replace(failure, text=trace + failure.text)

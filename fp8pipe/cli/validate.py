@@ -18,15 +18,20 @@ from fp8pipe.cli.common import Console, common_options, table
     envvar="FP8PIPE_VLLM_PYTHON",
     help="Python of the environment that holds vLLM; default: .venv-vllm, or this one.",
 )
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="The trained artifact: also prove that the export holds its weights.",
+)
 @common_options()
-def command(export: Path, engine: str, vllm_python: str | None, console: Console) -> None:
+def command(export: Path, engine: str, vllm_python: str | None, against: Path | None, console: Console) -> None:
     """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
 
     The record is written beside the export, as EXPORT.validation.json.
     """
     from serving.vllm.validate import validate_export
 
-    record = validate_export(export, engine=engine, vllm_python=vllm_python)
+    record = validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
     document = _document(record)
     rows = [(key, value) for key, value in document.items() if not isinstance(value, dict | list)]
     console.emit(document, f"{export}: validated\n{table(rows)}", quiet_text=str(export))

@@ -68,7 +68,9 @@ def find_candidates(model: nn.Module) -> tuple[list[Candidate], list[LayerRecord
         if module is head:
             skipped.append(LayerRecord(name=name, converted=False, reason="output head", shape=candidate.shape))
         elif len(owners[_identity(module.get_parameter("weight"))]) > 1:
-            skipped.append(LayerRecord(name=name, converted=False, reason="weight tied to another module", shape=candidate.shape))
+            skipped.append(
+                LayerRecord(name=name, converted=False, reason="weight tied to another module", shape=candidate.shape)
+            )
         else:
             candidates.append(candidate)
     if not candidates:

@@ -62,7 +62,12 @@ _RULES = (
     UpdateRule("live-nearest", live=True, flush_every_step=False),
     UpdateRule("live-flush", live=True, flush_every_step=True),
     UpdateRule(
-        "released", live=False, flush_every_step=True, clear_all=True, rank_rows=True, scale=ScaleRule.EXACT,
+        "released",
+        live=False,
+        flush_every_step=True,
+        clear_all=True,
+        rank_rows=True,
+        scale=ScaleRule.EXACT,
         stacked=False,
     ),
     UpdateRule("accumulate", live=False, flush_every_step=True),

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp8pipe.artifact import disk_guard
 from fp8pipe.errors import BadArtifactError, ConfigurationError
@@ -108,20 +107,20 @@ class CheckpointStore:
             ) from error
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors `optimizer/NAME/KEY`; numbers become 0-d tensors."""
     tensors: dict[str, Tensor] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
+    for parameter, name in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             if value is None:
                 continue
             tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            tensors[f"optimizer/{names[parameter]}/{key}"] = tensor.detach()
+            tensors[f"optimizer/{name}/{key}"] = tensor.detach()
     return tensors
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
 ) -> None:
     """Inverse of `optimizer_tensors`."""
     parameters = {name: parameter for parameter, name in names.items()}

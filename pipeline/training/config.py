@@ -45,7 +45,9 @@ class FinetuneConfig(FrozenConfig):
     settle_batches: int = Field(32, ge=1, description="FALQON: training sequences behind the last flush.")
     seed: int = Field(0, ge=0, description="Seed of order, initialisation and rounding.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train.")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Dtype of activations and unconverted weights.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Dtype of activations and unconverted weights."
+    )
 
     @field_validator("update_rule")
     @classmethod

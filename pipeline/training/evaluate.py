@@ -22,7 +22,10 @@ def model_inputs(batch: Batch, device: torch.device | str) -> dict[str, torch.Te
 
 @torch.no_grad()
 def heldout_loss(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device | str, context: AbstractContextManager | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    context: AbstractContextManager | None = None,
 ) -> float:
     """Mean negative log-likelihood (nats) of an answer token over all batches.
 

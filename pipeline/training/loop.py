@@ -78,7 +78,7 @@ class Trainer:
             self._evaluate()
         self.model.train()
         while self.step < config.steps:
-            figures = self._one_step()
+            figures = self.one_step()
             on_step(figures)
             last = self.step == config.steps
             if last or self.step % config.log_every == 0:
@@ -88,10 +88,15 @@ class Trainer:
             if last or (config.save_every and self.step % config.save_every == 0):
                 self.save()
 
-    def _one_step(self) -> Metrics:
+    def one_step(self) -> Metrics:
+        """One optimizer step and its figures."""
         config, started = self.config, time.perf_counter()
         rate = learning_rate_at(
-            self.step, peak=config.learning_rate, steps=config.steps, warmup=config.warmup_steps, schedule=config.schedule
+            self.step,
+            peak=config.learning_rate,
+            steps=config.steps,
+            warmup=config.warmup_steps,
+            schedule=config.schedule,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -102,12 +107,15 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         will_log = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
+        before_flush = time.perf_counter()
         self._flushed = self.method.after_step(self.step, measure=will_log)
         self.step += 1
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
+        seconds = ended - started
         return {
             "step": self.step, "loss": loss, "learning_rate": rate, "gradient_norm": float(norm),
             "answer_tokens": answers, "tokens_per_second": tokens / seconds,
+            "flush_share": (ended - before_flush) / seconds,
         }  # fmt: skip
 
     def _accumulate(self) -> tuple[float, int, int]:

@@ -91,4 +91,3 @@ def _head_on_rows(model: nn.Module, rows: Tensor) -> Iterator[None]:
 def answer_count(labels: Tensor) -> int:
     """Answer tokens that a model can predict: the first token of a sequence has no predictor."""
     return int((labels[:, 1:] != IGNORE).sum())
-

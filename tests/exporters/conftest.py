@@ -49,9 +49,7 @@ def _config(family: str, **changes: object) -> object:
         return transformers.LlamaConfig(**{**common, **decoder, "tie_word_embeddings": False, **changes})
     if family == "qwen2":
         return transformers.Qwen2Config(**{**common, **decoder, "tie_word_embeddings": True, **changes})
-    return transformers.GPT2Config(
-        **{**common, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, **changes}
-    )
+    return transformers.GPT2Config(**{**common, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, **changes})
 
 
 def _tokenizer_files(root: Path) -> None:

@@ -62,9 +62,7 @@ def decompressed(directory: Path) -> dict[str, Tensor]:
     compressor = BaseCompressor.get_value_from_registry(config["format"])
     tensors = raw(directory)
     return {
-        name: compressor.decompress({"weight": value, "weight_scale": tensors[name + "_scale"]}, scheme)[
-            "weight"
-        ]
+        name: compressor.decompress({"weight": value, "weight_scale": tensors[name + "_scale"]}, scheme)["weight"]
         for name, value in tensors.items()
         if name + "_scale" in tensors
     }
@@ -90,9 +88,7 @@ def test_falqon_to_fp8_is_bit_exact_for_compressed_tensors(
         assert name not in theirs or stored[name + "_scale"].shape == (value.shape[0], 1)
     assert set(stored) == set(expected) | {name + "_scale" for name in theirs}
     assert all(gate.passed for gate in artifact.manifest.gates)
-    assert not any(
-        (artifact.root / name).exists() for name in ("adapter.safetensors", "metrics.jsonl", "plot.png")
-    )
+    assert not any((artifact.root / name).exists() for name in ("adapter.safetensors", "metrics.jsonl", "plot.png"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,9 +101,7 @@ def test_transformers_reads_the_same_weights(
     request: pytest.FixtureRequest,
 ) -> None:
     transformers = import_transformers()
-    export = export_vllm(
-        falqon(request.getfixturevalue(family)), tmp_path / "export", options(export_format)
-    ).root
+    export = export_vllm(falqon(request.getfixturevalue(family)), tmp_path / "export", options(export_format)).root
     dtype = torch.bfloat16 if export_format == "bf16" else torch.float32
     theirs = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=dtype)
     ids = torch.arange(3, 19).reshape(1, -1)
@@ -132,10 +126,7 @@ def test_bf16_is_the_dequantized_weight_rounded_once(
     config = json.loads((export.root / "config.json").read_text())
     assert "quantization_config" not in config
     assert export.manifest.number_format is None
-    assert (
-        "rounded once to bf16"
-        in next(g for g in export.manifest.gates if g.name == "weights-bit-exact").detail
-    )
+    assert "rounded once to bf16" in next(g for g in export.manifest.gates if g.name == "weights-bit-exact").detail
 
 
 @pytest.mark.parametrize("granularity", ["per-tensor", "per-channel"])
@@ -175,9 +166,7 @@ def test_plain_model_is_quantized_on_the_way(
         reference = original[name].float()
         if name in quantized:
             # E4M3's worst case is 6.25 %; uniform weights of the initialization sit near 2.6 %.
-            assert torch.linalg.vector_norm(value - reference) < 0.04 * torch.linalg.vector_norm(reference), (
-                name
-            )
+            assert torch.linalg.vector_norm(value - reference) < 0.04 * torch.linalg.vector_norm(reference), name
         else:
             assert same_bits(value, reference), name
 
@@ -209,9 +198,7 @@ def test_tiny_shards_hold_the_same_tensors(llama: Path, falqon: Callable[..., Pa
     for file in files:
         tensors = load_file(file)
         assert sum(t.numel() * t.element_size() for t in tensors.values()) <= 20_000
-        assert all(
-            name.removesuffix("_scale") in tensors for name in tensors
-        )  # a weight and its scale stay together
+        assert all(name.removesuffix("_scale") in tensors for name in tensors)  # a weight and its scale stay together
     index = json.loads((parts.root / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in second.values())
     assert {name: file for file, part in iter_shards(parts.root) for name in part} == {
@@ -220,9 +207,7 @@ def test_tiny_shards_hold_the_same_tensors(llama: Path, falqon: Callable[..., Pa
     assert import_transformers().AutoModelForCausalLM.from_pretrained(parts.root) is not None
 
 
-def test_auxiliary_files_are_copied_byte_for_byte(
-    llama: Path, falqon: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_auxiliary_files_are_copied_byte_for_byte(llama: Path, falqon: Callable[..., Path], tmp_path: Path) -> None:
     export = export_vllm(falqon(llama), tmp_path / "export", options("fp8"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (export.root / name).read_bytes() == (llama / name).read_bytes()
@@ -232,12 +217,8 @@ def test_auxiliary_files_are_copied_byte_for_byte(
     assert ours == theirs
 
 
-def test_unconverted_layers_are_ignored_by_name(
-    llama: Path, falqon: Callable[..., Path], tmp_path: Path
-) -> None:
-    export = export_vllm(
-        falqon(llama, skip=("o_proj", "1.mlp.down_proj")), tmp_path / "export", options("w8a16")
-    )
+def test_unconverted_layers_are_ignored_by_name(llama: Path, falqon: Callable[..., Path], tmp_path: Path) -> None:
+    export = export_vllm(falqon(llama, skip=("o_proj", "1.mlp.down_proj")), tmp_path / "export", options("w8a16"))
     expected = {
         "lm_head",
         "model.layers.0.self_attn.o_proj",
@@ -251,9 +232,7 @@ def test_unconverted_layers_are_ignored_by_name(
     assert all(same_bits(value, ours[name]) for name, value in theirs.state_dict().items() if name in ours)
 
 
-def test_small_layers_of_a_plain_model_stay_with_their_group(
-    make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_small_layers_of_a_plain_model_stay_with_their_group(make_model: Callable[..., Path], tmp_path: Path) -> None:
     base = make_model("llama", num_attention_heads=8, num_key_value_heads=1)  # k and v are 8 rows high
     export = export_vllm(base, tmp_path / "export", options("fp8"))
     reasons = {layer.name: layer.reason for layer in export.manifest.layers if not layer.converted}
@@ -263,9 +242,7 @@ def test_small_layers_of_a_plain_model_stay_with_their_group(
     assert any("stay unquantized" in warning for warning in export.manifest.warnings)
 
 
-def test_duplicate_of_a_tied_head_is_left_out(
-    qwen2: Path, falqon: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_duplicate_of_a_tied_head_is_left_out(qwen2: Path, falqon: Callable[..., Path], tmp_path: Path) -> None:
     def duplicate(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
@@ -280,8 +257,7 @@ def test_headless_checkpoint_names_are_understood(gpt2: Path, tmp_path: Path) ->
     for path in gpt2.iterdir():
         (base / path.name).write_bytes(path.read_bytes())
     tensors = {
-        name.removeprefix("transformer."): value
-        for name, value in load_file(gpt2 / "model.safetensors").items()
+        name.removeprefix("transformer."): value for name, value in load_file(gpt2 / "model.safetensors").items()
     }
     # Old GPT-2 checkpoints also carry the causal mask, which the engine drops.
     tensors["h.0.attn.bias"] = torch.tril(torch.ones(64, 64)).reshape(1, 1, 64, 64)

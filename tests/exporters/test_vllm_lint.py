@@ -156,9 +156,7 @@ def test_a_tied_head_with_other_values(qwen2: Path, falqon: Callable[..., Path],
     assert rules(caught) == {"tied-differs"}
 
 
-def test_orientation_that_contradicts_the_model(
-    gpt2: Path, falqon: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_orientation_that_contradicts_the_model(gpt2: Path, falqon: Callable[..., Path], tmp_path: Path) -> None:
     source = falqon(gpt2)
     manifest = json.loads((source / "manifest.json").read_text())
     manifest["extra"]["transposed"] = manifest["extra"]["transposed"][1:]

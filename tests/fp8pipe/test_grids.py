@@ -59,9 +59,7 @@ def assert_same_codes(values: np.ndarray, grid: FloatGrid) -> None:
 def test_table_is_the_specification_and_ml_dtypes(grid):
     table = grid.table().numpy()
     np.testing.assert_array_equal(table, [decode(code, grid) for code in range(256)])
-    np.testing.assert_array_equal(
-        table, np.arange(256, dtype=np.uint8).view(ML[grid.name]).astype(np.float32)
-    )
+    np.testing.assert_array_equal(table, np.arange(256, dtype=np.uint8).view(ML[grid.name]).astype(np.float32))
     # assert_array_equal takes -0.0 for 0.0
     assert math.copysign(1, table[0]) == 1
     assert math.copysign(1, table[128]) == -1
@@ -181,8 +179,7 @@ INT_GRIDS = pytest.mark.parametrize(
 @INT_GRIDS
 def test_integer_limits(grid):
     values = sorted(
-        (code - 2**grid.bits if grid.signed and code >= 2 ** (grid.bits - 1) else code)
-        for code in range(2**grid.bits)
+        (code - 2**grid.bits if grid.signed and code >= 2 ** (grid.bits - 1) else code) for code in range(2**grid.bits)
     )[int(grid.narrow) :]
     assert (grid.min, grid.max) == (values[0], values[-1])
     assert not grid.narrow or grid.min == -grid.max
@@ -207,9 +204,7 @@ def test_every_integer_code_survives_a_round_trip(grid, zero_point):
 def test_integer_rounding_is_to_even_and_saturates(grid):
     # Halves and quarters are exact, so Python's round (ties to even) is an independent oracle.
     values = [quarter / 4 for quarter in range(-4 * 300, 4 * 300 + 1)] + [math.inf, -math.inf]
-    expected = [
-        min(max(round(value) if math.isfinite(value) else value, grid.min), grid.max) for value in values
-    ]
+    expected = [min(max(round(value) if math.isfinite(value) else value, grid.min), grid.max) for value in values]
     assert grid.quantize(torch.tensor(values), torch.tensor(1.0)).tolist() == expected
 
 

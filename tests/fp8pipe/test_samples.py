@@ -99,8 +99,6 @@ def test_a_damaged_corpus_names_the_file(site: Path, content: bytes) -> None:
 
 
 def test_a_corpus_without_english_is_refused(site: Path) -> None:
-    install(
-        site, "chatterbot-corpus", "1.3.3", {"chatterbot_corpus/data/german/a.yml": b"conversations: []\n"}
-    )
+    install(site, "chatterbot-corpus", "1.3.3", {"chatterbot_corpus/data/german/a.yml": b"conversations: []\n"})
     with pytest.raises(BadArtifactError, match="no English conversations"):
         chatterbot_conversations()

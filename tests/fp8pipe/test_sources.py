@@ -31,9 +31,7 @@ def has(distribution: str) -> bool:
     return True
 
 
-needs_gguf = pytest.mark.skipif(
-    not (has("gguf") and has("accelerate")), reason="gguf, accelerate not installed"
-)
+needs_gguf = pytest.mark.skipif(not (has("gguf") and has("accelerate")), reason="gguf, accelerate not installed")
 
 
 def checkpoint(path: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor) -> Path:
@@ -85,9 +83,7 @@ def resolve_offline(src: str, cache: Path) -> subprocess.CompletedProcess[str]:
         "print(s.path, s.revision)"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", code, src], env=env, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code, src], env=env, capture_output=True, text=True, check=False)
 
 
 def test_a_hub_id_offline(tmp_path: Path) -> None:
@@ -150,9 +146,7 @@ def test_a_quantization_config_is_refused(tmp_path: Path, config: dict[str, Any]
 )
 def test_quantized_tensors_are_refused(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        check_unquantized(
-            checkpoint(tmp_path, **{"b.weight": torch.zeros(2, 2), name: torch.zeros(2, 2).to(dtype)})
-        )
+        check_unquantized(checkpoint(tmp_path, **{"b.weight": torch.zeros(2, 2), name: torch.zeros(2, 2).to(dtype)}))
     assert f"model.safetensors: {name} has dtype" in caught.value.why
 
 
@@ -301,8 +295,7 @@ def test_two_processes_convert_once(tmp_path: Path, cache: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(tmp_path / "m.gguf")]
     both = [
-        subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
+        subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)
     ]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -332,9 +325,7 @@ def test_a_gguf_that_cannot_be_read(tmp_path: Path, cache: Path) -> None:
 
 
 @needs_gguf
-def test_a_missing_reader_names_the_command(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_reader_names_the_command(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "m.gguf", tied=True)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingCapabilityError) as caught:

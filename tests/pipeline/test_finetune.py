@@ -66,14 +66,18 @@ def test_artifact_holds_codes_scales_and_everything_else_untouched(make_base, pa
     assert not any(t.any() for n, t in adapter.items() if n.endswith("lora_B"))
     lines = [json.loads(line) for line in (artifact.root / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
-    assert all({"pending_changed", "pending_cosine", "pending_norm_ratio", "pending_saturated"} <= set(m) for m in logged)
+    assert all(
+        {"pending_changed", "pending_cosine", "pending_norm_ratio", "pending_saturated"} <= set(m) for m in logged
+    )
     assert not list(artifact.root.glob("checkpoint*"))
 
 
 def test_learning_lowers_the_heldout_loss_of_the_deployed_codes(make_base, pairs, tmp_path):
     artifact = finetune(config(make_base(), pairs, steps=60, evaluate_every=0, save_every=0), tmp_path / "out")
     losses = artifact.manifest.extra["heldout_loss"]
-    assert losses["deployed"] < losses["untuned"] - 0.3  # random weights start at ln 272 = 5.6 nats; B alone, in 60 steps
+    assert (
+        losses["deployed"] < losses["untuned"] - 0.3
+    )  # random weights start at ln 272 = 5.6 nats; B alone, in 60 steps
     assert all(gate.passed for gate in artifact.manifest.gates)
 
 
@@ -127,7 +131,8 @@ def test_gradient_accumulation_counts_tokens_not_batches(make_base, pairs, tmp_p
 def test_gradient_checkpointing_changes_no_bit(make_base, pairs, tmp_path):
     base = make_base()
     plain, recomputed = (
-        deployed(finetune(config(base, pairs, gradient_checkpointing=on), tmp_path / str(on)).root) for on in (False, True)
+        deployed(finetune(config(base, pairs, gradient_checkpointing=on), tmp_path / str(on)).root)
+        for on in (False, True)
     )
     assert all(torch.equal(plain[n].float(), recomputed[n].float()) for n in plain)
 

@@ -192,9 +192,7 @@ def _check(encoded: Sequence[Encoded], batch_size: int, sequence_length: int, se
         ("seed", seed, 0),
     ):
         if value < least:
-            raise ConfigurationError(
-                f"{name} is {value}", why=f"it must be at least {least}", fix=f"raise {name}"
-            )
+            raise ConfigurationError(f"{name} is {value}", why=f"it must be at least {least}", fix=f"raise {name}")
     longest = max(len(e.input_ids) for e in encoded)
     if longest > sequence_length:
         raise ConfigurationError(

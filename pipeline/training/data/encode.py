@@ -166,9 +166,7 @@ def _warnings(
     if truncated:
         found.append(f"{truncated} of {total} examples were cut to {max_length} tokens")
     if dropped:
-        found.append(
-            f"{dropped} of {total} examples were left out: no answer token within {max_length} tokens"
-        )
+        found.append(f"{dropped} of {total} examples were left out: no answer token within {max_length} tokens")
     if expanded:
         found.append(
             f"{expanded} conversations were cut into one example for each answer: "
@@ -201,9 +199,7 @@ def _render(record: Record, tokenizer: Any, template: TemplateInfo, index: int) 
     return [_Rendered(text, (span,)) for text, span in zip(texts, spans, strict=True)]
 
 
-def _answer_start(
-    messages: list[dict[str, str]], text: str, tokenizer: Any, template: TemplateInfo, index: int
-) -> int:
+def _answer_start(messages: list[dict[str, str]], text: str, tokenizer: Any, template: TemplateInfo, index: int) -> int:
     """Where the last message's answer begins in ``text``; verified to hold the end of its content."""
     content = messages[-1]["content"].strip()
     if len(messages) > 1:

@@ -144,11 +144,7 @@ def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
         ) from error
     saved = path is not None and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
     try:
-        data = (
-            datasets.load_from_disk(str(path))
-            if saved
-            else datasets.load_dataset(str(path or src), split="train")
-        )
+        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path or src), split="train")
         if isinstance(data, Mapping):
             data = data["train"]
     except ConnectionError as error:
@@ -211,9 +207,7 @@ def _from_messages(value: Any) -> Record:
     messages = []
     for index, item in enumerate(value):
         if not isinstance(item, dict):
-            raise _BadRow(
-                f"messages[{index}] must be an object with role and content, not {_json_type(item)}"
-            )
+            raise _BadRow(f"messages[{index}] must be an object with role and content, not {_json_type(item)}")
         try:
             role, content = _text(item, "role"), _text(item, "content")
         except _BadRow as error:
@@ -297,8 +291,7 @@ def _wanted(distinct: int, fraction: float | None, count: int | None) -> int:
     if count < 0 or count >= distinct:
         raise ConfigurationError(
             f"{count} records cannot be held out",
-            why=f"the data has {distinct} records with distinct prompts, "
-            "and one at least must stay for training",
+            why=f"the data has {distinct} records with distinct prompts, and one at least must stay for training",
             fix="hold out fewer, or give more data",
         )
     return count

@@ -21,9 +21,7 @@ def load(path, dtype=torch.bfloat16):
 
 
 def convert(model, rule="live", rank=8):
-    return convert_model(
-        model, update_rule(rule), rank=rank, initialisation=Initialisation.RANDOMIZED_SVD, seed=0
-    )
+    return convert_model(model, update_rule(rule), rank=rank, initialisation=Initialisation.RANDOMIZED_SVD, seed=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -22,9 +22,7 @@ def test_released_rule_reproduces_the_official_layer(name):
     recorded = np.load(GOLDEN / f"{name}.npz")
     rank, rule = int(recorded["rank"]), update_rule("released")
     codes = torch.tensor(recorded["codes0"]).view(torch.float8_e4m3fn)
-    layer = FalqonLinear(
-        codes, torch.tensor(recorded["scale"]), rank=rank, live=False, scale_rule=ScaleRule.EXACT
-    )
+    layer = FalqonLinear(codes, torch.tensor(recorded["scale"]), rank=rank, live=False, scale_rule=ScaleRule.EXACT)
     optimizer = torch.optim.AdamW([layer.lora_B], lr=float(recorded["lr"]), weight_decay=0.0)
     for step in range(4):
         x = torch.tensor(recorded[f"X_{step}"], requires_grad=True)

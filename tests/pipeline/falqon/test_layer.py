@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp8pipe.grids import E4M3, E5M2
+from pipeline.falqon import casts
 from pipeline.falqon.casts import ScaleRule, quantize_weight
 from pipeline.falqon.layer import FalqonLinear
 
@@ -180,3 +181,18 @@ def test_contradictory_layers_are_refused():
         FalqonLinear(codes, scale, rank=2, parts=(3, 2))
     with pytest.raises(ValueError, match="power-of-two"):
         FalqonLinear(codes, scale, rank=2, live=True, scale_rule=ScaleRule.EXACT)
+
+
+def test_layer_compiles_without_graph_breaks_and_computes_the_same_bits(make_layer, monkeypatch):
+    """The torch casts alone, as on CUDA: the compiled CPU kernels are opaque to the tracer."""
+    monkeypatch.setattr(casts.native, "library", lambda: None)
+    layer, x = make_layer(), torch.randn(16, 32).to(torch.bfloat16).requires_grad_()
+    plain = layer(x)
+    plain.sum().backward()
+    dx, db = x.grad.clone(), layer.lora_B.grad.clone()
+    x.grad = layer.lora_B.grad = None
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    compiled.sum().backward()
+    assert torch.equal(compiled, plain)
+    assert torch.equal(x.grad, dx)
+    assert torch.equal(layer.lora_B.grad, db)

@@ -78,14 +78,12 @@ def test_inputs_that_never_vary_do_not_break_the_solver():
     assert torch.isfinite(compensated_round(target, moments).float()).all()
 
 
-@pytest.fixture()
+@pytest.fixture
 def tuned(make_base):
     """A converted tiny model with a sizeable B, and inputs for it."""
     path = make_base("llama")
     model = import_transformers().AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    groups, _ = convert_model(
-        model, update_rule("live"), rank=8, initialisation=Initialisation.RANDOMIZED_SVD, seed=0
-    )
+    groups, _ = convert_model(model, update_rule("live"), rank=8, initialisation=Initialisation.RANDOMIZED_SVD, seed=0)
     torch.manual_seed(0)
     for group in groups:
         group.layer.lora_B.data.normal_(0, 0.02)

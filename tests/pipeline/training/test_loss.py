@@ -12,7 +12,7 @@ from pipeline.training import loss as loss_module
 from pipeline.training.loss import IGNORE, _SummedCrossEntropy, answer_count, answer_loss
 
 
-@pytest.fixture()
+@pytest.fixture
 def model(make_base):
     return import_transformers().AutoModelForCausalLM.from_pretrained(make_base("llama"), dtype=torch.float32)
 

@@ -23,9 +23,7 @@ def byte_tokenizer(chat_template: str | None = None, bos: bool = False):
         from tokenizers.processors import TemplateProcessing
 
         start = backend.token_to_id("<|im_start|>")
-        backend.post_processor = TemplateProcessing(
-            single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
-        )
+        backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
     return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",

@@ -28,9 +28,7 @@ lengths = st.lists(st.integers(2, 40), min_size=1, max_size=40)
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return (
-        torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels) and a.examples == b.examples
-    )
+    return torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels) and a.examples == b.examples
 
 
 @settings(deadline=None)
@@ -114,9 +112,7 @@ def model(request: pytest.FixtureRequest) -> Any:
         config = transformers.GPT2Config(
             vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
         )
-    built = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="sdpa", dtype=torch.float32
-    )
+    built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     return built.eval()
 
 
@@ -144,9 +140,7 @@ def one_by_one(model: Any, encoded: list[Encoded]) -> float:
     total = 0.0
     for e in encoded:
         logits = model(input_ids=torch.tensor([e.input_ids]), use_cache=False).logits[0].double()
-        total += float(
-            cross_entropy(logits[:-1], torch.tensor(e.labels[1:]), ignore_index=IGNORED, reduction="sum")
-        )
+        total += float(cross_entropy(logits[:-1], torch.tensor(e.labels[1:]), ignore_index=IGNORED, reduction="sum"))
     return total
 
 

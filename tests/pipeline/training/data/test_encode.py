@@ -31,9 +31,7 @@ def learned(tokenizer: Any, example: Encoded) -> list[str]:
 
 
 def test_only_answers_with_their_end_of_turn_are_learned(tokenizer: Any) -> None:
-    result = encode(
-        [talk("Hi", "Hello.", "And?", "é ☃", "left over"), talk("q", "a", system="s")], tokenizer, 512
-    )
+    result = encode([talk("Hi", "Hello.", "And?", "é ☃", "left over"), talk("q", "a", system="s")], tokenizer, 512)
     first, second = result.examples
     assert learned(tokenizer, first) == ["Hello.<|im_end|>", "é ☃<|im_end|>"]
     assert learned(tokenizer, second) == ["a<|im_end|>"]
@@ -50,9 +48,7 @@ texts = st.text(min_size=1, max_size=12).filter(
 
 @settings(deadline=None, max_examples=60)
 @given(turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), limit=st.integers(2, 80))
-def test_prompts_are_what_serving_would_send(
-    tokenizer: Any, turns: list[tuple[str, str]], limit: int
-) -> None:
+def test_prompts_are_what_serving_would_send(tokenizer: Any, turns: list[tuple[str, str]], limit: int) -> None:
     """Independent oracle: tokenize each prompt alone; the tokens up to each answer must be exactly those."""
     record = talk(*(t for turn in turns for t in turn))
     (example,) = encode([record], tokenizer, 100_000).examples
@@ -95,8 +91,7 @@ def test_a_base_model_gets_the_plain_template(make_tokenizer: Callable[..., Any]
     assert result.template.template.endswith(PLAIN_TEMPLATE)
     (example,) = result.examples
     assert tokenizer.decode(example.input_ids) == ("<|im_start|>" if bos else "") + (
-        "s\n\n### Question:\nq\n\n### Answer:\na<|im_end|>\n\n"
-        "### Question:\nq2\n\n### Answer:\nb<|im_end|>\n\n"
+        "s\n\n### Question:\nq\n\n### Answer:\na<|im_end|>\n\n### Question:\nq2\n\n### Answer:\nb<|im_end|>\n\n"
     )
     assert learned(tokenizer, example) == ["a<|im_end|>", "b<|im_end|>"]
     assert any("no chat template" in w for w in result.warnings)

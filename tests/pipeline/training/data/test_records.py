@@ -42,8 +42,7 @@ def test_text_is_kept_exactly(tmp_path: Path) -> None:
     # U+2028 is a line break to str.splitlines, not to JSON lines; the byte-order mark is no part of line 1.
     src = write(
         tmp_path,
-        b"\xef\xbb\xbf"
-        + json.dumps({"prompt": " é\u2028 ", "completion": "\nb"}, ensure_ascii=False).encode(),
+        b"\xef\xbb\xbf" + json.dumps({"prompt": " é\u2028 ", "completion": "\nb"}, ensure_ascii=False).encode(),
     )
     assert load_records(src) == [pair(" é\u2028 ", "\nb")]
 
@@ -154,10 +153,7 @@ conversations = st.lists(st.tuples(prompts, prompts), min_size=1, max_size=3).ma
 
 def contexts(record: Record) -> set[tuple[tuple[str, str], ...]]:
     """Every prompt that the record's answers are given to, as plainly normalised text."""
-    plain = [
-        (m.role, " ".join(m.content.split()).rstrip("? ") or " ".join(m.content.split()))
-        for m in record.messages
-    ]
+    plain = [(m.role, " ".join(m.content.split()).rstrip("? ") or " ".join(m.content.split())) for m in record.messages]
     return {tuple(plain[:i]) for i, m in enumerate(record.messages) if m.role == "assistant"}
 
 

@@ -1,0 +1,151 @@
+"""Tokens a second and peak memory of FALQON and its baselines, interleaved step by step in one run.
+
+Each method holds its model in a process of its own, so that peak memory is its own too. The parent lets them make one
+optimizer step in turn, A B C D A B C D ..., so that a machine that slows down slows all of them; the quoted ratios
+are medians of ratios within a round.
+
+    python benchmarks/training_speed.py --rounds 15
+
+`peak` is the highest resident set of the process; `net` is that less what Python, torch and transformers took before
+the model was loaded. `lora-bf16` is LoRA with adapters held and stepped in bf16, faster than the usual fp32
+adapters under autocast (`lora`) and less precise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+
+METHODS = ("live", "released", "accumulate", "lora", "lora-bf16", "qlora")
+
+
+def resident(key):
+    """A field of /proc/self/status in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def build_trainer(name, options, scratch):
+    """A prepared trainer of the product's own loop."""
+    from fp8pipe.config import build_config
+    from fp8pipe.sources import resolve_model
+    from pipeline.finetune import build_method, load_model, load_text
+    from pipeline.training.checkpoint import CheckpointStore
+    from pipeline.training.config import FinetuneConfig
+    from pipeline.training.loop import Trainer
+
+    lora = name.startswith(("lora", "qlora"))
+    settings = {
+        "model": "sample:smollm2", "data": "sample:chatterbot", "rank": options.rank, "batch_size": options.batch_size,
+        "sequence_length": 1024 // options.batch_size, "steps": 1000, "log_every": 1000, "learning_rate": 1e-3,
+        "method": name.removesuffix("-bf16") if lora else "falqon",
+    }  # fmt: skip
+    config = build_config(FinetuneConfig, settings if lora else settings | {"update_rule": name})
+    source = resolve_model(config.model)
+    text = load_text(config, source)
+    floor = resident("VmRSS")
+    model, method = load_model(config, source), build_method(config)
+    method.prepare(model)
+    if name == "lora-bf16":
+        for parameter in method.parameters().values():
+            parameter.data = parameter.data.bfloat16()
+        method.forward_context = nullcontext
+    store = CheckpointStore(Path(scratch) / "checkpoints", 1)
+    trainer = Trainer(config, model, method, text.train, text.heldout, store, Path(scratch) / "metrics.jsonl")
+    model.train()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of training, not of preparing
+    return trainer, floor
+
+
+def child(name, options):
+    """Answer each line on stdin with one step's figures."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, floor = build_trainer(name, options, scratch)
+        print(json.dumps({"ready": name}), flush=True)
+        for _ in sys.stdin:
+            figures = trainer.one_step()
+            peak = resident("VmHWM")
+            print(json.dumps(figures | {"peak": peak, "net": peak - floor}), flush=True)
+
+
+class Contender:
+    """A child process and its figures."""
+
+    def __init__(self, name, options):
+        command = [sys.executable, __file__, "--child", name, "--rank", str(options.rank)]
+        command += ["--batch-size", str(options.batch_size)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        self.name, self.steps = name, []
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.answer()
+
+    def answer(self):
+        """The child's next line."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended early with code {self.process.wait()}")
+        return json.loads(line)
+
+    def step(self):
+        """Let the child make one step."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.steps.append(self.answer())
+
+    def median(self, key, skip):
+        """Median of a figure over the counted rounds."""
+        return median(step[key] for step in self.steps[skip:])
+
+
+def main():
+    """Interleave, then print the table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", choices=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["live", "lora", "lora-bf16", "qlora"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of 1024 / N tokens")
+    options = parser.parse_args()
+    if options.child:
+        child(options.child, options)
+        return
+    contenders = [Contender(name, options) for name in options.methods]
+    for _ in range(options.warmup + options.rounds):
+        for contender in contenders:
+            contender.step()
+    first, skip, rows = contenders[0], options.warmup, []
+    for contender in contenders:
+        pairs = zip(first.steps[skip:], contender.steps[skip:], strict=True)
+        rows.append(
+            {
+                "method": contender.name, "tokens_per_second": round(contender.median("tokens_per_second", skip), 1),
+                "speed_of_first_over_this": round(median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs), 3),
+                "peak_mib": round(contender.steps[-1]["peak"]), "net_mib": round(contender.steps[-1]["net"]),
+                "net_of_first_over_this": round(first.steps[-1]["net"] / contender.steps[-1]["net"], 3),
+                "flush_share": round(contender.median("flush_share", skip), 5),
+            }
+        )  # fmt: skip
+        contender.process.stdin.close()
+        contender.process.wait()
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
