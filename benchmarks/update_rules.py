@@ -45,12 +45,12 @@ def cast_tokens(module, args):
 
 
 def configure(method, rate, seed, options):
-    """The run's configuration: the common setting, and what the command line changed."""
+    """The run's configuration: the common setting, and what the command line changed (LoRA's alpha is the rank)."""
     falqon = method in RULES
     settings = {
         "model": options.model, "data": options.data, "rank": options.rank, "learning_rate": rate, "seed": seed,
         "steps": options.steps, "batch_size": options.batch_size, "sequence_length": options.sequence_length,
-        "evaluate_every": 0, "save_every": 0, "method": "falqon" if falqon else method, "lora_alpha": float(options.rank),
+        "evaluate_every": 0, "save_every": 0, "method": "falqon" if falqon else method,
     }  # fmt: skip
     return build_config(FinetuneConfig, settings | ({"update_rule": method} if falqon else {}))
 
@@ -87,20 +87,20 @@ def run(method, rate, seed, options):
 
 
 def summarise(rows):
-    """Mean and spread by method and rate, and the share of the best LoRA's drop (trained form) that is exported."""
+    """Mean and spread by method and rate; `share` is of the drop from untuned bf16 to the best LoRA as trained."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["method"], row["rate"]].append(row)
-    baselines = [mean(r["untuned"] - r["trained"] for r in g) for (m, _), g in groups.items() if m == "lora"]
+    best = min((mean(r["trained"] for r in g), g) for (m, _), g in groups.items() if m == "lora")[1]
+    untuned, tuned = mean(r["untuned"] for r in best), mean(r["trained"] for r in best)
     print(f"{'method':24}{'rate':>8}{'seeds':>6}{'trained':>9}{'exported W':>12}{'exported':>10}{'+-':>8}{'share':>8}")
     for (method, rate), group in sorted(groups.items()):
         exported = [r["exported"] for r in group]
-        drop = mean(r["untuned"] - r["exported"] for r in group)
-        share = f"{drop / max(baselines):8.3f}" if baselines else ""
+        share = (untuned - mean(exported)) / (untuned - tuned)
         spread = stdev(exported) if len(exported) > 1 else 0.0
         print(
             f"{method:24}{rate:8.0e}{len(group):6}{mean(r['trained'] for r in group):9.4f}"
-            f"{mean(r['exported_weights'] for r in group):12.4f}{mean(exported):10.4f}{spread:8.4f}{share}"
+            f"{mean(r['exported_weights'] for r in group):12.4f}{mean(exported):10.4f}{spread:8.4f}{share:8.3f}"
         )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fp8pipe.companions import HUB_FILES
 from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.gguf_model import convert_gguf
 from fp8pipe.samples import sample_name, smollm2_gguf
@@ -25,7 +26,6 @@ __all__ = ["ModelSource", "check_unquantized", "resolve_model"]
 MODEL_SAMPLES: Final = ("smollm2",)
 # A hub id: at most one slash, no path syntax; an optional revision after "@".
 _HUB_ID: Final = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$")
-_HUB_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _MAX_HEADER_BYTES: Final = 100_000_000  # the safetensors format's own limit
 
 
@@ -94,7 +94,7 @@ def _from_hub(src: str, repo_id: str, revision: str | None) -> ModelSource:
     from huggingface_hub import errors as hub
 
     try:
-        path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=_HUB_FILES))
+        path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(HUB_FILES)))
     except (
         hub.GatedRepoError,
         hub.RepositoryNotFoundError,

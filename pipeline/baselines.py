@@ -17,6 +17,7 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.errors import MissingCapabilityError
 from pipeline.falqon.convert import check_rank, find_candidates
 from pipeline.falqon.flush import FlushReport
+from pipeline.falqon.gradient import Losses
 from pipeline.falqon.settle import Inputs
 from pipeline.weights import Deployed, Weights
 
@@ -40,8 +41,10 @@ class LoraMethod:
         self._transposed: dict[str, bool] = {}
         self._peft: Any = None
 
-    def prepare(self, model: nn.Module, stored: dict[str, Tensor] | None = None) -> list[LayerRecord]:
-        """Insert the adapters in place; `stored` is not needed, as the seed fixes A."""
+    def prepare(
+        self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
+    ) -> list[LayerRecord]:
+        """Insert the adapters in place; the seed fixes A, so neither `stored` nor `losses` is needed."""
         candidates, records = find_candidates(model)
         check_rank(candidates, self.rank)
         peft = _import_peft()

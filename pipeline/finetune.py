@@ -7,6 +7,7 @@ weights are written, reopened and compared before the artifact gets its name.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent
+from fp8pipe.artifact import (
+    Artifact,
+    ArtifactWriter,
+    Gate,
+    LayerRecord,
+    NumberFormat,
+    Parent,
+    check_place,
+    sha256_file,
+)
 from fp8pipe.compat import import_transformers
-from fp8pipe.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.errors import ConfigurationError
 from fp8pipe.progress import track
 from fp8pipe.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.baselines import LoraMethod
+from pipeline.device import check_device
 from pipeline.falqon import native
 from pipeline.falqon.method import FalqonMethod
-from pipeline.falqon.rules import update_rule
+from pipeline.outlook import export_obstacles
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.config import FinetuneConfig
-from pipeline.training.data import Batches, encode, load_records, split
-from pipeline.training.evaluate import heldout_loss
+from pipeline.training.data import Batches, TemplateInfo, encode, load_records, split
+from pipeline.training.evaluate import heldout_loss, model_inputs
 from pipeline.training.loop import Trainer
+from pipeline.training.loss import answer_count, answer_loss
 from pipeline.training.method import Method
 from pipeline.training.plot import plot_run
 from pipeline.weights import checkpoint_names, count_differing, weights_digest, write_checkpoint
@@ -44,12 +56,16 @@ class TrainingText:
         train: training batches.
         heldout: held-out batches, each visited once an evaluation.
         facts: counts for the manifest.
+        template: the chat template that rendered it.
+        digests: sha256 of the local file it was read from, by the name that the user gave.
         warnings: what was dropped or defaulted.
     """
 
     train: Batches
     heldout: Batches
     facts: dict[str, Any]
+    template: TemplateInfo
+    digests: dict[str, str]
     warnings: list[str]
 
 
@@ -68,7 +84,8 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     Raises:
         Fp8PipeError: see the error's own text; checkpoints written so far stay in `OUTPUT.partial`.
     """
-    check_device(config.device)
+    check_device(config.device, config.method)
+    check_place(output, force=force, resume=resume)
     source = resolve_model(config.model)
     check_unquantized(source.path)
     text = load_text(config, source)
@@ -77,9 +94,11 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
         for warning in text.warnings:
             writer.warn(warning)
         model = load_model(config, source)
+        for warning in export_obstacles(model):
+            writer.warn(warning)
         method = build_method(config)
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
-        records = _prepare(config, model, method, store)
+        records = _prepare(config, model, method, store, text)
         converted = [record.name for record in records if record.converted]
         names = checkpoint_names(source.path, converted, getattr(model, "base_model_prefix", ""))
         trainer = Trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
@@ -91,27 +110,6 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
         return _deploy(config, source, text, writer, trainer, records, names)
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        MissingCapabilityError: CUDA asked for and absent, or without FP8.
-    """
-    if device == "cpu":
-        return
-    if not torch.cuda.is_available():
-        raise MissingCapabilityError(
-            "no CUDA device is available", why="torch.cuda.is_available() is false", fix="use --device cpu"
-        )
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 9):
-        raise MissingCapabilityError(
-            f"{torch.cuda.get_device_name()} has no FP8 tensor cores",
-            why=f"its compute capability is {capability[0]}.{capability[1]}; FP8 begins at 8.9",
-            fix="use a GPU of the Ada, Hopper or Blackwell generation, or --device cpu",
-        )
-
-
 def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     """Read, split, encode and batch the training text.
 
@@ -119,6 +117,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         ConfigurationError: data that is empty, malformed, or without answers.
     """
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(source.path)
+    digests = data_digests(config.data)
     records = load_records(config.data)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0)
     heldout = heldout[: config.heldout_limit]
@@ -131,8 +130,16 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
         heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
         facts=facts,
+        template=encoded_train.template,
+        digests=digests,
         warnings=[*encoded_train.warnings],
     )
+
+
+def data_digests(data: str) -> dict[str, str]:
+    """The sha256 of `data`, by its name, if it is a local file; nothing for other sources."""
+    path = Path(data).expanduser()
+    return {data: sha256_file(path)} if path.is_file() else {}
 
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
@@ -155,20 +162,35 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
 def build_method(config: FinetuneConfig) -> Method:
     """The method that the configuration names."""
     if config.method == "falqon":
+        rule = config.rule
         return FalqonMethod(
-            update_rule(config.update_rule), rank=config.rank, rows=config.rows, initialisation=config.initialisation,
+            rule,
+            rank=config.rank,
+            rows=config.rows,
+            initialisation=config.initialisation or rule.initialisation,
             seed=config.seed,
-        )  # fmt: skip
-    return LoraMethod(rank=config.rank, alpha=config.lora_alpha, seed=config.seed, quantized=config.method == "qlora")
+        )
+    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
+    return LoraMethod(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
 
 
-def _prepare(config: FinetuneConfig, model: nn.Module, method: Method, store: CheckpointStore) -> list[LayerRecord]:
+def _prepare(
+    config: FinetuneConfig, model: nn.Module, method: Method, store: CheckpointStore, text: TrainingText
+) -> list[LayerRecord]:
     described = config.model_dump(mode="json")
     if store.started():
-        store.check_config(described)
+        store.check_config(described, text.digests)
         return method.prepare(model, store.base())
-    records = method.prepare(model)
-    store.begin(described, method.base_state())
+
+    def losses() -> Iterator[torch.Tensor]:
+        for index in range(config.gradient_batches):
+            batch = text.train.at(index)
+            with method.forward_context():
+                labels = batch.labels.to(config.device)
+                yield answer_loss(model, model_inputs(batch, config.device), labels, max(1.0, answer_count(labels)))
+
+    records = method.prepare(model, losses=losses)
+    store.begin(described, method.base_state(), text.digests)
     return records
 
 
@@ -198,6 +220,7 @@ def _deploy(
     trainer.record({"step": trainer.step, "deployed_loss": deployed})
     weights = {names[name]: value for name, value in method.deployed_weights().items()}
     write_checkpoint(source.path, writer.root, weights)
+    _write_template(writer.root, text.template)
     _write_adapter(writer, method)
     differing = count_differing(writer.root, weights)
     writer.gate(Gate(name="reopened bytes differing", value=differing, threshold=0, passed=differing == 0))
@@ -220,13 +243,23 @@ def _deploy(
         runtime={"device": config.device, "threads": torch.get_num_threads(), "native": native.library() is not None},
         layers=[r.model_copy(update={"name": names.get(r.name, r.name)}) for r in records],
         extra={
-            "adapter": "flushed" if config.method == "falqon" else "merged", "rule": config.update_rule,
+            **_method_facts(config),
             "rank": config.rank, "base_dtype": config.dtype, "transposed": transposed, "data": text.facts,
             "last_flush": report.health() if report is not None else None,
             "heldout_loss": {"untuned": untuned, "deployed": deployed},
         },
         exclude=[_CHECKPOINTS],
     )  # fmt: skip
+
+
+def _method_facts(config: FinetuneConfig) -> dict[str, Any]:
+    return {"adapter": "flushed", "rule": config.update_rule} if config.method == "falqon" else {"adapter": "merged"}
+
+
+def _write_template(root: Path, template: TemplateInfo) -> None:
+    """A model without a chat template has now learned the plain one: without it, it would be asked in another."""
+    if template.origin == "plain":
+        (root / "chat_template.jinja").write_text(template.template, encoding="utf-8")
 
 
 def _write_adapter(writer: ArtifactWriter, method: Method) -> None:

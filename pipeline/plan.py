@@ -9,7 +9,9 @@ import torch
 
 from fp8pipe.compat import import_transformers
 from fp8pipe.sources import check_unquantized, resolve_model
+from pipeline.device import hardware
 from pipeline.falqon.convert import check_rank, find_candidates
+from pipeline.outlook import export_obstacles
 from pipeline.training.config import FinetuneConfig
 
 _GIB = 1 << 30
@@ -30,6 +32,7 @@ class FinetunePlan:
         adapter_bytes: adapter, its gradient and the optimizer's state.
         disk_bytes: artifact and kept checkpoints.
         hardware: what it needs.
+        warnings: what will be refused later.
     """
 
     layers: int
@@ -41,6 +44,7 @@ class FinetunePlan:
     adapter_bytes: int
     disk_bytes: int
     hardware: str
+    warnings: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -57,6 +61,7 @@ class FinetunePlan:
                 f"adapter and optimizer {self.adapter_bytes / _GIB:.2f} GiB",
                 f"disk: {self.disk_bytes / _GIB:.2f} GiB",
                 f"hardware: {self.hardware}",
+                *(f"warning: {warning}" for warning in self.warnings),
             ]
         )
 
@@ -94,5 +99,6 @@ def plan_finetune(config: FinetuneConfig) -> FinetunePlan:
         weights_bytes=weights,
         adapter_bytes=_FP32_STATES * 4 * adapter,
         disk_bytes=deployed + config.keep_checkpoints * checkpoint,
-        hardware="a CPU" if config.device == "cpu" else "a CUDA GPU of compute capability 8.9 or newer",
+        hardware=hardware(config.method, config.device),
+        warnings=tuple(export_obstacles(model)),
     )

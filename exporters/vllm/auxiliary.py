@@ -9,44 +9,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 from exporters.vllm.options import ExportFormat
 from exporters.vllm.plan import ExportPlan
 from exporters.vllm.quantization_config import quantization_config
+from fp8pipe.companions import SERVED_FILES, companion_files
 
 __all__ = ["auxiliary_files", "auxiliary_warnings", "export_config", "write_auxiliary"]
 
-# What Hugging Face repositories keep beside their weights. Training logs, plots, adapters and weights in
-# other formats match nothing here and stay behind.
-PATTERNS = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*processor_config.json",
-    "spiece.model",
-    "sentencepiece*.model",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-TEMPLATE_DIRECTORY = "additional_chat_templates"
 CONFIG_NAME = "config.json"
 
 
 def auxiliary_files(root: Path) -> Iterator[Path]:
     """Paths, relative to `root`, of the files copied byte for byte; sorted."""
-    found = [p for p in root.iterdir() if p.is_file() and any(fnmatch(p.name, pattern) for pattern in PATTERNS)]
-    templates = root / TEMPLATE_DIRECTORY
-    if templates.is_dir():
-        found += [p for p in templates.iterdir() if p.is_file()]
-    yield from sorted(p.relative_to(root) for p in found)
+    yield from companion_files(root, SERVED_FILES)
 
 
 def auxiliary_warnings(root: Path) -> list[str]:

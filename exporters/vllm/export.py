@@ -9,22 +9,18 @@ from exporters.vllm.lint import lint, refuse
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
-from exporters.vllm.source import Source, SourceKind, open_source
+from exporters.vllm.source import SourceKind, open_source
 from exporters.vllm.structure import read_structure
 from exporters.vllm.writer import write_weights
-from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat
+from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, check_place
 from fp8pipe.errors import ConfigurationError, GateFailedError
 from fp8pipe.progress import track
 
 __all__ = ["EXPORT_KIND", "export_vllm", "plan_export", "plan_warnings"]
 
 EXPORT_KIND = "vllm-export"
-# FALQON trains with one activation scale a tensor; one a token is finer, and what the kernels take.
-_ACTIVATIONS = {
-    ExportFormat.FP8: "e4m3, dynamic, one scale a token (training: one a tensor)",
-    ExportFormat.W8A16: "not quantized",
-    ExportFormat.BF16: "not quantized",
-}
+# The one update rule that trains with a scale `448 / amax` a tensor; the others: a power of two a token.
+_TENSOR_SCALE_RULE = "released"
 
 
 def plan_export(source: Path | str, options: VllmExportOptions) -> ExportPlan:
@@ -42,8 +38,8 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     """Write a checkpoint that vLLM and transformers load, and prove that it holds what its source holds.
 
     Args:
-        source: a falqon artifact, a lora-merged artifact, or a plain Hugging Face directory (quantized on the
-            way, one scale a row, no calibration data needed).
+        source: a falqon artifact, a lora-merged artifact, or a plain model as `resolve_model` takes it (a Hugging
+            Face directory, a .gguf file, ...; quantized on the way, one scale a row, no calibration data needed).
         output: directory to create; it is a Hugging Face checkpoint with a manifest.json beside its files.
         options: format, shard size, engine version, whether to replace an existing output.
 
@@ -58,8 +54,8 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         OutOfMemoryError: the disk is full.
     """
     output = Path(output)
+    _check_output(output, source, options)
     plan = plan_export(source, options)
-    _check_output(output, plan.source, options)
     with track(len(plan.units) + len(plan.dropped), "lint") as progress:
         refuse(lint(plan, lambda: progress.advance(1)), plan)
     with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
@@ -102,19 +98,25 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
     return warnings
 
 
-def _check_output(output: Path, source: Source, options: VllmExportOptions) -> None:
-    if output.resolve() == source.root.resolve():
+def _check_output(output: Path, source: Path | str, options: VllmExportOptions) -> None:
+    if output.resolve() == Path(source).resolve():
         raise ConfigurationError(
             f"the output {output} is the source itself",
             why="it would be replaced",
             fix="name another directory",
         )
-    if output.exists() and not options.force:
-        raise ConfigurationError(
-            f"{output} exists already",
-            why="nothing is overwritten unasked",
-            fix="name another directory, or --force",
-        )
+    check_place(output, force=options.force)
+
+
+def _activations(plan: ExportPlan) -> str:
+    """How the engine quantizes activations, and how they were quantized in training."""
+    if plan.options.format is not ExportFormat.FP8:
+        return "not quantized"
+    rule = plan.source.extra.get("rule")
+    trained = "not quantized"
+    if plan.source.holds_codes and rule is not None:
+        trained = "one a tensor" if rule == _TENSOR_SCALE_RULE else "one power of two a token"
+    return f"e4m3, dynamic, one scale a token (training: {trained})"
 
 
 def _require(gates: list[Gate], root: Path) -> None:
@@ -145,7 +147,7 @@ def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
             "format": plan.options.format.value,
             "transposed": [u.entry.name for u in plan.units if u.quantized and u.transposed],
             "ignore": list(plan.ignore),
-            "activations": _ACTIVATIONS[plan.options.format],
+            "activations": _activations(plan),
             "quantized_here": plan.source.kind != SourceKind.FALQON and quantized,
             "payload_bytes": plan.payload_bytes,
         },

@@ -60,18 +60,18 @@ def open_source(source: Path | str) -> Source:
     """Open and check an export's input.
 
     Args:
-        source: a directory, or anything `fp8pipe.sources.resolve_model` understands.
+        source: a directory, a .gguf file, or anything else that `fp8pipe.sources.resolve_model` understands.
 
     Raises:
         ConfigurationError: nothing there, no config.json, or a checkpoint that is quantized already.
         BadArtifactError: an artifact that is unfinished, corrupt, or of a kind that cannot be exported.
     """
     root = Path(source)
-    if not root.exists():
-        root = resolve_model(str(source)).path
+    if not root.is_dir():
+        return _from_hugging_face(resolve_model(str(source)).path, str(source))
     if (root / MANIFEST_NAME).is_file() or root.name.endswith(".partial"):
         return _from_artifact(root)
-    return _from_hugging_face(root)
+    return _from_hugging_face(root, str(root))
 
 
 def _from_artifact(root: Path) -> Source:
@@ -89,7 +89,7 @@ def _from_artifact(root: Path) -> Source:
     )
 
 
-def _from_hugging_face(root: Path) -> Source:
+def _from_hugging_face(root: Path, origin: str) -> Source:
     config = _read_config(root)
     check_unquantized(root)
     try:
@@ -103,7 +103,7 @@ def _from_hugging_face(root: Path) -> Source:
         tensors=tensors,
         transposed=None,
         extra={},
-        parent=Parent(kind="model", digest=_digest(root, tensors), path=str(root)),
+        parent=Parent(kind="model", digest=_digest(root, tensors), path=origin),
     )
 
 

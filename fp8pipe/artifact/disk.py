@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fp8pipe.errors import OutOfMemoryError
 
-__all__ = ["disk_guard", "free_bytes", "translate_disk_full"]
+__all__ = ["disk_guard", "free_bytes", "ordinary_mode", "translate_disk_full"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # safetensors writes from Rust and reports the system's text instead of raising OSError.
@@ -23,6 +23,16 @@ def free_bytes(path: Path) -> int:
     while not here.exists():
         here = here.parent
     return shutil.disk_usage(here).free
+
+
+def ordinary_mode(root: Path) -> int:
+    """Permission bits of a file that is plainly created in `root`: 0666 less the umask."""
+    scratch = root / ".mode"
+    scratch.touch()  # asking for the umask itself would change it for a moment, for all threads
+    try:
+        return scratch.stat().st_mode & 0o777
+    finally:
+        scratch.unlink()
 
 
 def disk_guard(path: Path, need_bytes: int) -> AbstractContextManager[None]:

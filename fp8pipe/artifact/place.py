@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from fp8pipe.artifact.manifest import MANIFEST_NAME
+from fp8pipe.artifact.reader import PARTIAL_SUFFIX
 from fp8pipe.errors import ConfigurationError
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "LOCK_NAME",
     "check_disposable",
     "check_output",
+    "check_place",
     "lock",
+    "partial_of",
     "translate_unwritable",
 ]
 
@@ -26,6 +29,24 @@ logger = logging.getLogger(__name__)
 # An unfinished directory with an entry of this prefix can be resumed, and is not thrown away unasked.
 CHECKPOINT_PREFIX = "checkpoint"
 LOCK_NAME = ".lock"
+
+
+def partial_of(output: Path) -> Path:
+    """`OUTPUT.partial`, where an artifact is written until it is whole."""
+    return output.with_name(output.name + PARTIAL_SUFFIX)
+
+
+def check_place(output: Path | str, *, force: bool, resume: bool = False) -> None:
+    """Refuse an output that `ArtifactWriter` would refuse; to be asked before anything costly begins.
+
+    Raises:
+        ConfigurationError: as `ArtifactWriter`.
+    """
+    output = Path(output).absolute()
+    check_output(output, force)
+    root = partial_of(output)
+    if root.exists() and not resume:
+        check_disposable(root, output, force)
 
 
 def check_output(output: Path, force: bool) -> None:

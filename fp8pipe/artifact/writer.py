@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from fp8pipe import __version__
-from fp8pipe.artifact.disk import translate_disk_full
+from fp8pipe.artifact.disk import ordinary_mode, translate_disk_full
 from fp8pipe.artifact.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -32,12 +32,13 @@ from fp8pipe.artifact.manifest import (
 from fp8pipe.artifact.place import (
     CHECKPOINT_PREFIX,
     LOCK_NAME,
-    check_disposable,
     check_output,
+    check_place,
     lock,
+    partial_of,
     translate_unwritable,
 )
-from fp8pipe.artifact.reader import PARTIAL_SUFFIX, Artifact, read_artifact, sha256_file
+from fp8pipe.artifact.reader import Artifact, read_artifact, sha256_file
 from fp8pipe.errors import BadArtifactError
 
 __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]
@@ -72,14 +73,12 @@ class ArtifactWriter:
         self.kind = kind
         self.stage = stage
         self.force = force
-        self.root = self.output.with_name(self.output.name + PARTIAL_SUFFIX)
+        self.root = partial_of(self.output)
         self.warnings: list[str] = []
         self.gates: list[Gate] = []
         self._stack = ExitStack()
-        check_output(self.output, force)
+        check_place(self.output, force=force, resume=resume)
         self.resumed = resume and self.root.is_dir()
-        if self.root.exists() and not resume:
-            check_disposable(self.root, self.output, force)
         with translate_disk_full(self.output), translate_unwritable(self.output):
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.root)
@@ -234,8 +233,9 @@ def _remove(root: Path, name: str) -> None:
 
 
 def _seal_files(root: Path) -> list[FileEntry]:
-    """Flush every file to the disk and hash it; refuses links, which would break when the artifact moves."""
+    """Make every file readable as the umask says, flush and hash it; refuses links, which break when moved."""
     entries = []
+    mode = ordinary_mode(root)
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -244,6 +244,8 @@ def _seal_files(root: Path) -> list[FileEntry]:
                 why="an artifact holds plain files and directories only",
                 fix="copy the file instead of linking it",
             )
+        if path.is_file():
+            path.chmod(mode)  # safetensors creates its files for the owner alone
         _sync(path)
         if path.is_file():
             entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path)))

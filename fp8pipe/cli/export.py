@@ -64,7 +64,8 @@ def command(
 ) -> None:
     """Write ARTIFACT as a checkpoint for an engine; lint before, reopen and compare after.
 
-    ARTIFACT is what `fp8pipe finetune` wrote, or a plain Hugging Face model directory.
+    ARTIFACT is what `fp8pipe finetune` wrote, or a plain model: a Hugging Face directory, a hub id, a .gguf file or
+    sample:NAME.
     """
     from exporters.vllm import VllmExportOptions, export_vllm
     from fp8pipe.config import build_config

@@ -1,44 +1,70 @@
-"""`fp8pipe finetune`: fine-tune a causal LM in FP8 (or with a baseline) and write one artifact."""
+"""`fp8pipe finetune`: fine-tune a causal LM in FP8 (or with a baseline) and write one artifact.
+
+Choices and defaults are repeated here as literals, because help must answer without importing torch; a test compares
+them with the configuration's own.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fp8pipe.cli.common import Console, common_options
 
-_METHODS = click.Choice(["falqon", "lora", "qlora"])
+if TYPE_CHECKING:
+    from fp8pipe.artifact import Artifact
+
+METHODS = ("falqon", "lora", "qlora")
+UPDATE_RULES = (
+    "live", "live-nearest", "live-flush", "released", "live-svd",
+    "accumulate", "accumulate-feedback", "accumulate-stochastic",
+)  # fmt: skip
+INITIALISATIONS = ("svd", "randomized-svd", "random", "gradient")
+SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "adamw-8bit")
+DEVICES = ("cpu", "cuda")
+
+
+def _setting(flag: str, kind: Any, default: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option that, when not given, leaves the setting to `--config` or the default that help shows."""
+    kind = click.Choice(kind) if isinstance(kind, tuple) else kind
+    # A flag without a type of its own: `--packing/--no-packing`.
+    typed = {} if kind is bool else {"type": kind}
+    return click.option(flag, default=None, help=f"{text}  [default: {default}]", **typed)
 
 
 @click.command(name="finetune")
-@click.option("--model", required=True, help="Directory, hub id, .gguf file or sample:NAME.")
-@click.option("--data", required=True, help="JSONL file, hub id or sample:NAME.")
+@click.option("--model", help="Directory, hub id, .gguf file or sample:NAME; required, here or in --config.")
+@click.option("--data", help="JSONL file, hub id or sample:NAME; required, here or in --config.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The artifact's directory.")
-@click.option("--method", type=_METHODS, help="falqon (default), or a baseline.")
-@click.option("--rank", type=int, help="Rank of the adapter.")
-@click.option("--update-rule", help="FALQON: live (default), released, accumulate, ...")
-@click.option("--rows", type=int, help="FALQON: rows flushed a layer and step (rules that flush).")
-@click.option("--initialisation", help="FALQON: where A comes from.")
-@click.option("--lora-alpha", type=float, help="lora, qlora: scales the update by alpha / rank.")
-@click.option("--learning-rate", type=float, help="Peak learning rate.")
-@click.option("--schedule", help="cosine, linear or constant.")
-@click.option("--warmup-steps", type=int, help="Steps of linear warm-up.")
-@click.option("--optimizer", help="adamw or adamw-8bit.")
-@click.option("--steps", type=int, help="Optimizer steps.")
-@click.option("--batch-size", type=int, help="Sequences a micro-batch.")
-@click.option("--gradient-accumulation", type=int, help="Micro-batches a step.")
-@click.option("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="Recompute activations.")
-@click.option("--sequence-length", type=int, help="Tokens a sequence, at most.")
-@click.option("--packing/--no-packing", default=None, help="Several examples a sequence, kept apart.")
-@click.option("--heldout-fraction", type=float, help="Share of the records kept for evaluation.")
-@click.option("--evaluate-every", type=int, help="Steps between evaluations; 0: first and last only.")
-@click.option("--save-every", type=int, help="Steps between checkpoints; 0: only the last.")
-@click.option("--log-every", type=int, help="Steps between log lines.")
-@click.option("--seed", type=int, help="Seed of order, initialisation and rounding.")
-@click.option("--device", help="cpu or cuda.")
+@_setting("--method", METHODS, "falqon", "How to tune; lora and qlora are baselines.")
+@_setting("--rank", int, "64", "Rank of the adapter.")
+@_setting("--update-rule", UPDATE_RULES, "live", "FALQON: how updates enter the FP8 codes.")
+@_setting("--rows", int, "the rank", "FALQON: rows flushed a layer and step, by rules that flush.")
+@_setting("--initialisation", INITIALISATIONS, "the update rule's", "FALQON: where A comes from.")
+@_setting("--lora-alpha", float, "the rank", "lora, qlora: the update is scaled by alpha / rank.")
+@_setting("--learning-rate", float, "0.002; lora, qlora: 0.001", "Peak learning rate.")
+@_setting("--schedule", SCHEDULES, "cosine", "Shape of the learning rate after warm-up.")
+@_setting("--warmup-steps", int, "5", "Steps of linear warm-up.")
+@_setting("--optimizer", OPTIMIZERS, "adamw", "Optimizer; 8-bit needs bitsandbytes.")
+@_setting("--steps", int, "60", "Optimizer steps.")
+@_setting("--batch-size", int, "4", "Sequences a micro-batch.")
+@_setting("--gradient-accumulation", int, "1", "Micro-batches a step.")
+@_setting(
+    "--gradient-checkpointing/--no-gradient-checkpointing", bool, "no-gradient-checkpointing", "Recompute activations."
+)
+@_setting("--sequence-length", int, "256", "Tokens a sequence, at most.")
+@_setting("--packing/--no-packing", bool, "packing", "Several examples a sequence, kept apart.")
+@_setting("--heldout-fraction", float, "0.1", "Share of the records kept for evaluation.")
+@_setting("--evaluate-every", int, "50", "Steps between evaluations; 0: first and last only.")
+@_setting("--save-every", int, "50", "Steps between checkpoints; 0: only the last.")
+@_setting("--log-every", int, "5", "Steps between log lines.")
+@_setting("--seed", int, "0", "Seed of order, initialisation and rounding.")
+@_setting("--device", DEVICES, "cpu", "Where to train.")
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="YAML file with any of these.")
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--resume", is_flag=True, help="Continue the unfinished run of --output.")
@@ -50,12 +76,15 @@ def command(
 
     The adapter lives in the FP8 weights (FALQON); the artifact holds the codes that `export` hands to the engine.
     """
+    given = {name: value for name, value in options.items() if value is not None}
+    missing = [f"--{name}" for name in ("model", "data") if name not in given]
+    if config is None and missing:
+        raise click.UsageError(f"Missing option {' and '.join(missing)} (or a --config file that sets it).")
     # Must be set before torch loads its OpenMP: spinning threads of two processes starve each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from fp8pipe.config import build_config, load_config
     from pipeline.training.config import FinetuneConfig
 
-    given = {name: value for name, value in options.items() if value is not None}
     resolved = build_config(FinetuneConfig, given) if config is None else load_config(FinetuneConfig, config, given)
     with console.capture_stdout():
         if dry_run:
@@ -67,11 +96,25 @@ def command(
         from pipeline.finetune import finetune
 
         artifact = finetune(resolved, output, force=force, resume=resume)
-    losses = artifact.manifest.extra["heldout_loss"]
+    manifest = artifact.manifest
     console.emit(
-        {"artifact": str(artifact.root), "digest": artifact.digest, "kind": artifact.kind, "heldout_loss": losses,
-         "warnings": artifact.manifest.warnings},
-        f"{artifact.root}\n  held-out answer loss: {losses['untuned']:.4f} untuned, {losses['deployed']:.4f} deployed\n"
-        f"  next: fp8pipe export {artifact.root} --target vllm --output {artifact.root}-vllm",
+        {"artifact": str(artifact.root), "digest": artifact.digest, "kind": artifact.kind,
+         "heldout_loss": manifest.extra["heldout_loss"], "gates": [gate.model_dump() for gate in manifest.gates],
+         "warnings": manifest.warnings},
+        finished_text(artifact),
         quiet_text=str(artifact.root),
     )  # fmt: skip
+
+
+def finished_text(artifact: Artifact) -> str:
+    """What a finished run says: losses, whatever is wrong, and the next step."""
+    losses = artifact.manifest.extra["heldout_loss"]
+    failed = [gate for gate in artifact.manifest.gates if not gate.passed]
+    lines = [
+        str(artifact.root),
+        f"  held-out answer loss: {losses['untuned']:.4f} untuned, {losses['deployed']:.4f} deployed",
+        *(f"  failed gate: {gate.name}: {gate.value:g} ({gate.threshold:g}) {gate.detail}".rstrip() for gate in failed),
+        *(f"  warning: {warning}" for warning in artifact.manifest.warnings),
+        f"  next: fp8pipe export {artifact.root} --target vllm --output {artifact.root}-vllm",
+    ]
+    return "\n".join(lines)

@@ -64,10 +64,26 @@ def _text(opened: Artifact, list_layers: bool) -> str:
     if manifest.seed is not None:
         rows.append(("seed", manifest.seed))
     rows += [(key, value) for key, value in manifest.extra.items() if isinstance(value, str | int | float)]
+    rows += _training(manifest)
     parts = [str(opened.root), table(rows), *_findings(opened)]
     if manifest.layers:
         parts += _layers(manifest, list_layers)
     return "\n".join(parts)
+
+
+def _training(manifest: Manifest) -> list[tuple[str, object]]:
+    """Held-out losses and the health of the last flush, where the manifest has them."""
+    named = (("heldout_loss", "held-out loss", " nats an answer token"), ("last_flush", "last flush", ""))
+    rows: list[tuple[str, object]] = []
+    for key, label, unit in named:
+        figures = manifest.extra.get(key)
+        if isinstance(figures, dict):
+            rows.append((label, ", ".join(f"{name} {_brief(value)}" for name, value in figures.items()) + unit))
+    return rows
+
+
+def _brief(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _findings(opened: Artifact) -> list[str]:

@@ -29,19 +29,29 @@ def command(export: Path, engine: str, vllm_python: str | None, against: Path | 
 
     The record is written beside the export, as EXPORT.validation.json.
     """
+    from serving.vllm.record import ExportRejectedError
     from serving.vllm.validate import validate_export
 
-    record = validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
-    document = _document(record)
-    rows = [(key, value) for key, value in document.items() if not isinstance(value, dict | list)]
-    console.emit(document, f"{export}: validated\n{table(rows)}", quiet_text=str(export))
+    rejection = None
+    try:
+        record = validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
+    except ExportRejectedError as error:
+        rejection, record = error, error.record
+    console.emit(record.model_dump(mode="json"), _text(export, record), quiet_text=record.verdict)
+    if rejection is not None:
+        raise rejection
 
 
-def _document(record: Any) -> dict[str, Any]:
-    """A validation record, pydantic model or dataclass, as plain data."""
-    import dataclasses
-
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        return dataclasses.asdict(record)
-    document: dict[str, Any] = record.model_dump(mode="json")
-    return document
+def _text(export: Path, record: Any) -> str:
+    weights, logprobs = record.weights, record.logprobs
+    rows = [
+        (
+            "weights read back",
+            f"{weights.elements:,} elements of {weights.tensors} tensors, against the {weights.reference}",
+        ),
+        ("weights differing", f"{weights.differing}"),
+        ("FP8 codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
+        ("log-probabilities", f"largest difference {logprobs.max_abs_diff:.1e} nats over {logprobs.tokens} tokens"),
+        *((f"asked: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in record.canary),
+    ]
+    return f"{record.verdict}  {export} in {record.engine} {record.versions.get(record.engine, '')}\n{table(rows)}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fp8pipe.artifact import LayerRecord
 from fp8pipe.errors import ConfigurationError
 from pipeline.falqon.casts import quantize_weight
+from pipeline.falqon.gradient import Losses, gradient_sketches
 from pipeline.falqon.initialise import Initialisation, adapter_directions
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import UpdateRule
@@ -108,6 +109,7 @@ def convert_model(
     initialisation: Initialisation,
     seed: int,
     stored: dict[str, Tensor] | None = None,
+    losses: Losses | None = None,
 ) -> tuple[list[FalqonGroup], list[LayerRecord]]:
     """Replace every candidate by a FALQON layer, in place, and freeze everything but B.
 
@@ -119,6 +121,7 @@ def convert_model(
         seed: fixes the random draws, layer by layer.
         stored: codes and scales of an earlier conversion (`NAME.codes`, `NAME.scale_quant`), used instead of
             computing them again.
+        losses: runs a few training batches, yielding each one's loss; the `gradient` initialisation needs it.
 
     Returns:
         The FALQON layers with the linear layers each stands for, and one record a linear layer, converted or not.
@@ -133,10 +136,15 @@ def convert_model(
     names = [[name] for name in by_name]
     if rule.stacked:
         names = find_shared_inputs(model, list(by_name), _probe(model))
+    rows: dict[str, Tensor] = {}
+    if initialisation is Initialisation.GRADIENT and stored is None:
+        if losses is None:
+            raise ValueError("the gradient initialisation needs training losses")
+        rows = gradient_sketches(model, names, losses, rank, seed)
     groups = []
     for index, members in enumerate(names):
         group = [by_name[name] for name in members]
-        layer = _build(group, rule, rank, initialisation, seed + index, stored)
+        layer = _build(group, rule, rank, initialisation, seed + index, stored, rows.get(members[0]))
         _install(model, members, layer)
         groups.append(FalqonGroup(tuple(members), tuple(c.transposed for c in group), layer))
         records.extend(_record(name, rows, layer) for name, rows in zip(members, layer.parts, strict=True))
@@ -175,6 +183,7 @@ def _build(
     initialisation: Initialisation,
     seed: int,
     stored: dict[str, Tensor] | None,
+    gradient_rows: Tensor | None,
 ) -> FalqonLinear:
     weights = [candidate.weight() for candidate in group]
     device = weights[0].device
@@ -183,7 +192,7 @@ def _build(
     else:
         weight = torch.cat(weights).float()
         generator = torch.Generator().manual_seed(seed)
-        a = adapter_directions(weight, rank, initialisation, rule.scale, generator)
+        a = adapter_directions(weight, rank, initialisation, rule.scale, generator, gradient_rows)
         # One scale for both: A is far smaller than W, so W's codes are those of plain quantization.
         codes, scale = quantize_weight(torch.cat([weight, a]), rule.scale)
     return FalqonLinear(

@@ -3,7 +3,8 @@
 FALQON takes them from the SVD of the weights' own quantization error E = W - dequantize(quantize(W)): A is
 `S_r^(1/2) V_r^T` and B starts at zero, since the quantized backbone already holds the negative of E (arXiv 2510.24061,
 section 4). The error's spectrum is nearly flat, so a randomized range finder captures as much energy at a fraction
-of the cost. `random` is the released code's other choice.
+of the cost. `random` is the released code's other choice. `gradient` (see `gradient.py`) takes the directions along
+which the loss falls first; as A never changes, that is what lets a frozen A keep up with a trained one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Initialisation(StrEnum):
     SVD = "svd"
     RANDOMIZED_SVD = "randomized-svd"
     RANDOM = "random"
+    GRADIENT = "gradient"
 
 
 def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:
@@ -34,7 +36,12 @@ def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:
 
 
 def adapter_directions(
-    weight: Tensor, rank: int, how: Initialisation, rule: ScaleRule, generator: torch.Generator
+    weight: Tensor,
+    rank: int,
+    how: Initialisation,
+    rule: ScaleRule,
+    generator: torch.Generator,
+    gradient_rows: Tensor | None = None,
 ) -> Tensor:
     """A in fp32, `(rank, in)`, on the weight's device.
 
@@ -44,9 +51,10 @@ def adapter_directions(
         how: the initialisation.
         rule: scale rule under which the error arises.
         generator: on the CPU; source of the random draws, so that a seed fixes A.
+        gradient_rows: `(rank, in)` orthonormal rows, needed by `gradient` alone.
 
     Raises:
-        ValueError: rank out of range.
+        ValueError: rank out of range, or `gradient` without its rows.
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} is outside 1..{min(weight.shape)}")
@@ -55,6 +63,12 @@ def adapter_directions(
         draws = torch.randn(rank, weight.shape[1], generator=generator).to(weight.device)
         return (flat.mean() + flat.std() * draws).clamp(flat.min(), flat.max())
     error = quantization_error(weight, rule)
+    if how is Initialisation.GRADIENT:
+        if gradient_rows is None:
+            raise ValueError("the gradient initialisation needs the gradient's directions")
+        # The length that the error's SVD would give on average, so that one learning rate serves both: the root of
+        # a typical singular value, which for a flat spectrum is ||E|| / sqrt(min(out, in)).
+        return gradient_rows * (error.norm() / min(weight.shape) ** 0.5).sqrt()
     if how is Initialisation.SVD:
         _, values, right = torch.linalg.svd(error, full_matrices=False)
     else:

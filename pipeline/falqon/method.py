@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fp8pipe.artifact import LayerRecord
 from pipeline.falqon.convert import FalqonGroup, convert_model
 from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
+from pipeline.falqon.gradient import Losses
 from pipeline.falqon.initialise import Initialisation
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import UpdateRule
@@ -41,10 +42,18 @@ class FalqonMethod:
         self.groups: list[FalqonGroup] = []
         self.layers: dict[str, FalqonLinear] = {}
 
-    def prepare(self, model: nn.Module, stored: dict[str, Tensor] | None = None) -> list[LayerRecord]:
-        """Convert the model in place; `stored` is `base_state` of an earlier run."""
+    def prepare(
+        self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
+    ) -> list[LayerRecord]:
+        """Convert the model in place; `stored` is `base_state` of an earlier run, `losses` runs training batches."""
         self.groups, records = convert_model(
-            model, self.rule, rank=self.rank, initialisation=self.initialisation, seed=self.seed, stored=stored
+            model,
+            self.rule,
+            rank=self.rank,
+            initialisation=self.initialisation,
+            seed=self.seed,
+            stored=stored,
+            losses=losses,
         )
         self.layers = {group.name: group.layer for group in self.groups}
         return records

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from fp8pipe.errors import ConfigurationError
 from pipeline.falqon.casts import ScaleRule
+from pipeline.falqon.initialise import Initialisation
 
 
 class Rounding(StrEnum):
@@ -43,6 +44,7 @@ class UpdateRule:
         scale: scale rule of weights and activations.
         stacked: layers that read one tensor share scale, A and GEMM.
         final: rounding of the last flush.
+        initialisation: where A comes from unless the user says otherwise.
     """
 
     name: str
@@ -55,8 +57,10 @@ class UpdateRule:
     scale: ScaleRule = ScaleRule.POWER_OF_TWO
     stacked: bool = True
     final: FinalFlush = FinalFlush.NEAREST
+    initialisation: Initialisation = Initialisation.GRADIENT
 
 
+_ERROR_SVD = Initialisation.RANDOMIZED_SVD
 _RULES = (
     UpdateRule("live", live=True, flush_every_step=False, final=FinalFlush.COMPENSATED),
     UpdateRule("live-nearest", live=True, flush_every_step=False),
@@ -69,10 +73,20 @@ _RULES = (
         rank_rows=True,
         scale=ScaleRule.EXACT,
         stacked=False,
+        initialisation=Initialisation.SVD,
     ),
-    UpdateRule("accumulate", live=False, flush_every_step=True),
-    UpdateRule("accumulate-feedback", live=False, flush_every_step=True, error_feedback=True),
-    UpdateRule("accumulate-stochastic", live=False, flush_every_step=True, rounding=Rounding.STOCHASTIC),
+    UpdateRule("live-svd", live=True, flush_every_step=False, final=FinalFlush.COMPENSATED, initialisation=_ERROR_SVD),
+    UpdateRule("accumulate", live=False, flush_every_step=True, initialisation=_ERROR_SVD),
+    UpdateRule(
+        "accumulate-feedback", live=False, flush_every_step=True, error_feedback=True, initialisation=_ERROR_SVD
+    ),
+    UpdateRule(
+        "accumulate-stochastic",
+        live=False,
+        flush_every_step=True,
+        rounding=Rounding.STOCHASTIC,
+        initialisation=_ERROR_SVD,
+    ),
 )
 
 RULES: dict[str, UpdateRule] = {rule.name: rule for rule in _RULES}

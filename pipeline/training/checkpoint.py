@@ -37,23 +37,28 @@ class CheckpointStore:
         self.root = root
         self.keep = keep
 
-    def begin(self, config: dict[str, Any], base: dict[str, Tensor]) -> None:
-        """Record the run's configuration and what preparation computed."""
+    def begin(self, config: dict[str, Any], base: dict[str, Tensor], inputs: dict[str, str] | None = None) -> None:
+        """Record the run's configuration, what preparation computed, and the sha256 of its input files by name."""
         self.root.mkdir(parents=True, exist_ok=True)
         _write(self.root / _BASE, base)
-        _atomic_text(self.root / _RUN, json.dumps(config, indent=1, sort_keys=True))
+        _atomic_text(self.root / _RUN, json.dumps({"config": config, "inputs": inputs or {}}, indent=1, sort_keys=True))
 
     def started(self) -> bool:
         """Whether `begin` completed in an earlier process."""
         return (self.root / _RUN).exists()
 
-    def check_config(self, config: dict[str, Any]) -> None:
+    def check_config(self, config: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
         """Refuse to resume another run's checkpoints.
 
+        Args:
+            config: the configuration, as given to `begin`.
+            inputs: sha256 of the input files by name, as given to `begin`.
+
         Raises:
-            ConfigurationError: naming every field that differs.
+            ConfigurationError: naming every field, or every file, that differs.
         """
-        stored = json.loads((self.root / _RUN).read_text())
+        run = json.loads((self.root / _RUN).read_text())
+        stored = run["config"]
         different = [
             f"{key}: {stored.get(key)!r} then, {config.get(key)!r} now"
             for key in sorted(stored.keys() | config.keys())
@@ -64,6 +69,14 @@ class CheckpointStore:
                 f"the run in {self.root.parent} was started with another configuration",
                 why="; ".join(different),
                 fix="resume with the same options, or start anew in another --output directory",
+            )
+        found = inputs or {}
+        changed = [name for name, digest in run["inputs"].items() if found.get(name) != digest]
+        if changed:
+            raise ConfigurationError(
+                f"{', '.join(changed)} changed since the run in {self.root.parent} was started",
+                why="; ".join(f"{name}: sha256 {run['inputs'][name]} then, {found.get(name)} now" for name in changed),
+                fix="restore the file, or start anew (--force, or another --output)",
             )
 
     def base(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
 from pipeline.falqon.flush import FlushReport
+from pipeline.falqon.gradient import Losses
 from pipeline.falqon.settle import Inputs
 from pipeline.weights import Weights
 
@@ -16,8 +17,16 @@ from pipeline.weights import Weights
 class Method(Protocol):
     """A way to fine-tune; see `pipeline.falqon.method` and `pipeline.baselines`."""
 
-    def prepare(self, model: nn.Module, stored: dict[str, Tensor] | None = None) -> list[LayerRecord]:
-        """Change `model` in place so that only the method's parameters train; `stored` is an earlier `base_state`."""
+    def prepare(
+        self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
+    ) -> list[LayerRecord]:
+        """Change `model` in place so that only the method's parameters train.
+
+        Args:
+            model: as loaded.
+            stored: an earlier `base_state`.
+            losses: runs a few training batches on the unprepared model, yielding each one's loss.
+        """
         ...
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -58,6 +58,12 @@ class VllmEnvironment:
         """Version of the CPU plugin, None without it."""
         return self.versions.get("fp8pipe-vllm-cpu")
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether this vLLM is a build for CPUs: by its distribution, or its own or torch's local version."""
+        builds = (self.versions.get(name, "") for name in ("vllm", "torch"))
+        return "vllm-cpu" in self.versions or any("+cpu" in version for version in builds)
+
 
 def find_vllm_python(explicit: str | None = None) -> Path:
     """The interpreter to start vLLM with.

@@ -14,8 +14,17 @@ from pydantic import Field
 
 from fp8pipe.artifact import translate_disk_full
 from fp8pipe.config import FrozenConfig
+from fp8pipe.errors import GateFailedError
 
-__all__ = ["CanaryAnswer", "LogprobReport", "ValidationRecord", "WeightReport", "record_path", "write_record"]
+__all__ = [
+    "CanaryAnswer",
+    "ExportRejectedError",
+    "LogprobReport",
+    "ValidationRecord",
+    "WeightReport",
+    "record_path",
+    "write_record",
+]
 
 RECORD_VERSION = 1
 Verdict = Literal["ACCEPT", "REJECT"]
@@ -103,6 +112,18 @@ class ValidationRecord(FrozenConfig):
     peak_rss_bytes: int = Field(ge=0, description="largest resident memory of the engine, bytes")
     reasons: list[str] = Field(description="why it was rejected; empty when accepted")
     verdict: Verdict = Field(description="ACCEPT or REJECT")
+
+
+class ExportRejectedError(GateFailedError):
+    """A validation ended with REJECT.
+
+    Attributes:
+        record: what was found; it is written beside the export, too.
+    """
+
+    def __init__(self, what: str, *, why: str, fix: str, record: ValidationRecord) -> None:
+        super().__init__(what, why=why, fix=fix)
+        self.record = record
 
 
 def record_path(export: Path) -> Path:

@@ -18,12 +18,12 @@ from typing import Any
 from safetensors.torch import load_file
 
 from fp8pipe.artifact import Artifact
-from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
+from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.progress import track
 from serving.vllm.engine import ProbeJob, run_probe
 from serving.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from serving.vllm.expected import ExpectedWeights, count_differences, open_export
-from serving.vllm.record import ValidationRecord, WeightReport, record_path, write_record
+from serving.vllm.record import ExportRejectedError, ValidationRecord, WeightReport, record_path, write_record
 from serving.vllm.reference import Reference, chat_ids, load_tokenizer
 
 __all__ = ["CANARY_PROMPTS", "LOGPROB_THRESHOLD", "validate_export"]
@@ -74,22 +74,24 @@ def validate_export(
     Raises:
         ConfigurationError: another engine, no prompts, or `against` is not the export's parent.
         BadArtifactError: the export is damaged, or vLLM cannot load it.
-        MissingCapabilityError: no vLLM, or its CPU plugin is missing.
-        GateFailedError: the verdict is REJECT; the record is written and named in the message.
+        MissingCapabilityError: no vLLM, one that runs on a GPU, or its CPU plugin is missing.
+        ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
     _check_request(engine, prompts, max_tokens)
     artifact = open_export(Path(export))
     expected = ExpectedWeights(artifact, against)
     environment = inspect_environment(find_vllm_python(vllm_python))
+    _require_cpu(environment)
     _require_plugin(environment, artifact)
     record_path(artifact.root).unlink(missing_ok=True)  # an old verdict must not outlive a failure from here on
     record = _validate(artifact, expected, environment, prompts, max_tokens, timeout_s)
     path = write_record(record, artifact.root)
     if record.verdict == "REJECT":
-        raise GateFailedError(
+        raise ExportRejectedError(
             f"vLLM does not serve what {artifact.root} holds",
             why="; ".join(record.reasons),
             fix=f"do not deploy it; the figures are in {path}",
+            record=record,
         )
     return record
 
@@ -103,6 +105,17 @@ def _check_request(engine: str, prompts: Sequence[str], max_tokens: int) -> None
         raise ConfigurationError(
             "a validation asks at least one question and allows at least one token",
             why=f"{len(prompts)} prompt(s), max_tokens {max_tokens}",
+        )
+
+
+def _require_cpu(environment: VllmEnvironment) -> None:
+    """On a GPU the kernels round activations to FP8, so its log-probabilities cannot meet an fp32 reference's."""
+    if not environment.on_cpu:
+        raise MissingCapabilityError(
+            f"the vLLM of {environment.python} is no build for CPUs, and validation runs on a CPU only",
+            why=f"it holds vllm {environment.versions.get('vllm')}, whose FP8 kernels round activations: "
+            f"the threshold of {LOGPROB_THRESHOLD:g} nats cannot apply to them",
+            fix="make vLLM's environment for CPUs (make setup-vllm) and name its Python with --vllm-python",
         )
 
 

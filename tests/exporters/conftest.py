@@ -113,6 +113,7 @@ class FalqonBuilder:
         edit: changes the tensors before they are saved.
         adapter: the manifest's adapter state.
         lora_b: value of every element of the adapter's B.
+        rule: the manifest's update rule.
     """
 
     base: Path
@@ -121,6 +122,7 @@ class FalqonBuilder:
     edit: Callable[[dict[str, Tensor]], None] | None = None
     adapter: str = "flushed"
     lora_b: float = 0.0
+    rule: str = "live"
 
     def write(self, output: Path) -> Artifact:
         """Write the artifact to `output`."""
@@ -139,7 +141,7 @@ class FalqonBuilder:
                 layers=layers,
                 extra={
                     "adapter": self.adapter,
-                    "rule": "topk",
+                    "rule": self.rule,
                     "rank": 4,
                     "base_dtype": "bfloat16",
                     "transposed": transposed,

@@ -25,7 +25,7 @@ from exporters.vllm.codec import same_bits
 from exporters.vllm.reopen import reopen
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.compat import import_transformers
-from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError
+from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
 FAMILIES = ["llama", "qwen2"]
 
@@ -283,6 +283,38 @@ def test_existing_output_and_force(llama: Path, falqon: Callable[..., Path], tmp
     assert open_artifact(replaced.root).manifest.extra["format"] == "bf16"
     with pytest.raises(ConfigurationError, match="source itself"):
         export_vllm(source, source, options("fp8", force=True))
+
+
+@pytest.mark.parametrize(("rule", "trained"), [("live", "one power of two a token"), ("released", "one a tensor")])
+def test_the_manifest_says_how_activations_were_trained(
+    llama: Path, falqon: Callable[..., Path], tmp_path: Path, rule: str, trained: str
+) -> None:
+    source = falqon(llama, rule=rule)
+    export = export_vllm(source, tmp_path / "fp8", options("fp8"))
+    assert export.manifest.extra["activations"] == f"e4m3, dynamic, one scale a token (training: {trained})"
+    export = export_vllm(source, tmp_path / "w8a16", options("w8a16"))
+    assert export.manifest.extra["activations"] == "not quantized"
+    export = export_vllm(llama, tmp_path / "plain", options("fp8"))
+    assert "training: not quantized" in export.manifest.extra["activations"]
+
+
+def test_a_file_that_exists_goes_the_way_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
+    gguf = tmp_path / "damaged.gguf"
+    gguf.write_bytes(b"GGUF")
+    read_as_gguf = r"cannot be converted|the package (gguf|accelerate)"  # the second where they are not installed
+    with pytest.raises((ConfigurationError, MissingCapabilityError), match=read_as_gguf):
+        export_vllm(gguf, tmp_path / "export", options("fp8"))
+    other = tmp_path / "notes.txt"
+    other.write_text("mine")
+    with pytest.raises(ConfigurationError, match="is not a model"):
+        export_vllm(other, tmp_path / "export", options("fp8"))
+
+
+def test_an_existing_output_is_refused_before_the_source_is_read(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    with pytest.raises(ConfigurationError, match="exists already"):
+        export_vllm(tmp_path / "absent", tmp_path / "export", options("fp8"))
 
 
 def test_unusable_sources(llama: Path, falqon: Callable[..., Path], tmp_path: Path) -> None:

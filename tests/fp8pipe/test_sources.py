@@ -237,6 +237,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @needs_gguf
+def test_an_existing_gguf_file_can_be_exported(tmp_path: Path, cache: Path) -> None:
+    from exporters.vllm import VllmExportOptions, export_vllm
+
+    expected = write_gguf(tmp_path / "m.gguf", tied=True)
+    export = export_vllm(tmp_path / "m.gguf", tmp_path / "export", VllmExportOptions(format="bf16"))
+    assert load_file(export.root / "model.safetensors").keys() == expected.keys()
+    assert export.manifest.parents[0].path == str(tmp_path / "m.gguf")
+
+
+@needs_gguf
 @pytest.mark.parametrize("tied", [True, False])
 def test_any_gguf_file_becomes_a_checkpoint(tmp_path: Path, cache: Path, tied: bool) -> None:
     expected = write_gguf(tmp_path / "my model.gguf", tied=tied)

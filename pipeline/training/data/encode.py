@@ -173,7 +173,9 @@ def _warnings(
             "the chat template renders earlier answers differently once others follow"
         )
     if template.origin == "plain":
-        found.append("the tokenizer has no chat template; the plain question-answer template is used")
+        found.append(
+            "the tokenizer has no chat template; the plain question-answer template is used, and saved with the model"
+        )
     return tuple(found)
 
 

@@ -26,7 +26,7 @@ def plain_compensated_round(target, moments):
     """The same solver as its paper states it: one column at a time, the inverse updated explicitly, fp64."""
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     h = moments[order][:, order].double().clone()
-    h.diagonal().add_(0.01 * h.diagonal().mean())
+    h.diagonal().add_(0.001 * h.diagonal().mean())
     inverse = torch.linalg.inv(h)
     work = target[:, order].double().clone()
     codes = torch.zeros_like(work)

@@ -49,6 +49,16 @@ def test_resuming_with_another_configuration_names_the_fields(tmp_path):
     assert "seed" not in error.value.why
 
 
+def test_resuming_with_another_input_names_the_file(tmp_path):
+    store = CheckpointStore(tmp_path / "c", keep=2)
+    store.begin({"rank": 8}, {"codes": torch.zeros(1)}, {"data.jsonl": "aa"})
+    store.check_config({"rank": 8}, {"data.jsonl": "aa"})
+    for now in ({"data.jsonl": "bb"}, {}):
+        with pytest.raises(ConfigurationError, match=r"data\.jsonl changed") as error:
+            store.check_config({"rank": 8}, now)
+        assert "sha256 aa then" in error.value.why
+
+
 @pytest.mark.parametrize("build", ["adamw", "adamw-8bit"])
 def test_restored_optimizer_makes_the_same_next_step(tmp_path, build):
     def fresh():

@@ -1,4 +1,4 @@
-"""Tiny real models and data for the pipeline's tests: trained for nothing, but built and saved like any other."""
+"""Tiny real models and data for several rooms' tests: trained for nothing, but built and saved like any other."""
 
 from __future__ import annotations
 

@@ -1,0 +1,60 @@
+"""Which files travel with a model's weights: one list for downloads, for fine-tuning and for exports.
+
+A licence that stays behind is a breach of it, and a tokenizer file or chat template that stays behind changes what the
+model answers. So the three places that carry files ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Final
+
+__all__ = ["BASE_MODEL_FILES", "HUB_FILES", "SERVED_FILES", "TEMPLATE_DIRECTORY", "companion_files"]
+
+TEMPLATE_DIRECTORY: Final = "additional_chat_templates"
+
+# What Hugging Face repositories keep beside their weights for serving. Training logs, plots, adapters and weights in
+# other formats match nothing here.
+SERVED_FILES: Final = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*processor_config.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# A base model's directory holds nothing but the model: everything that may matter is taken.
+BASE_MODEL_FILES: Final = (*SERVED_FILES, "*.json", "*.jinja", "*.model", "*.txt")
+HUB_FILES: Final = ("*.safetensors", *BASE_MODEL_FILES, f"{TEMPLATE_DIRECTORY}/*")
+_WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "manifest.json")
+
+
+def companion_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """Files of a model's directory that match `patterns`, and its named chat templates; never weights.
+
+    Args:
+        root: the directory.
+        patterns: of file names at its top.
+
+    Yields:
+        Paths relative to `root`, sorted.
+    """
+    found = [p for p in root.iterdir() if p.is_file() and _matches(p.name, patterns)]
+    templates = root / TEMPLATE_DIRECTORY
+    if templates.is_dir():
+        found += [p for p in templates.iterdir() if p.is_file()]
+    yield from sorted(p.relative_to(root) for p in found)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, p) for p in patterns) and not any(fnmatch(name, p) for p in _WEIGHTS)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Say, on stderr, what is needed when pip finds no torch that fits: the set-ups of both environments end here.
+#
+#   scripts/explain_torch.sh REQUIREMENT        (for example torch==2.13.0)
+case "$1" in
+    *2.13.0*) need="the CPU build of torch 2.13.0
+  (its wheels are named 2.13.0+cpu)" ;;
+    *) need="$1" ;;
+esac
+cat >&2 <<TXT
+set-up: pip could not install $1. What is needed is a package index that offers $need, for this Python. PyTorch's install page names such an index. Tell pip of it with
+      python -m pip config set global.extra-index-url URL
+  or, for one call, with the variable PIP_EXTRA_INDEX_URL=URL, and run the set-up again.
+TXT
