@@ -47,7 +47,7 @@ def _setting(flag: str, kind: Any, default: str, text: str) -> Callable[[Callabl
 @_setting("--rows", int, "the rank", "FALQON: rows flushed a layer and step, by rules that flush.")
 @_setting("--initialisation", INITIALISATIONS, "the update rule's", "FALQON: where A comes from.")
 @_setting("--lora-alpha", float, "the rank", "lora, qlora: the update is scaled by alpha / rank.")
-@_setting("--learning-rate", float, "0.002; lora, qlora: 0.001", "Peak learning rate.")
+@_setting("--learning-rate", float, "0.001", "Peak learning rate.")
 @_setting("--schedule", SCHEDULES, "cosine", "Shape of the learning rate after warm-up.")
 @_setting("--warmup-steps", int, "5", "Steps of linear warm-up.")
 @_setting("--optimizer", OPTIMIZERS, "adamw", "Optimizer; 8-bit needs bitsandbytes.")

@@ -16,7 +16,7 @@ from fp8pipe.cli.finetune import DEVICES, INITIALISATIONS, METHODS, OPTIMIZERS, 
 from fp8pipe.cli.finetune import finished_text as text_of
 from pipeline.falqon.initialise import Initialisation
 from pipeline.falqon.rules import DEFAULT_RULE, RULES
-from pipeline.training.config import LEARNING_RATES, FinetuneConfig
+from pipeline.training.config import FinetuneConfig
 from pipeline.training.schedule import Schedule
 
 OPTIONS = {option.name: option for option in command.params if isinstance(option, click.Option)}
@@ -53,7 +53,6 @@ def test_every_setting_shows_its_default():
         "rows": "the rank",
         "lora_alpha": "the rank",
         "initialisation": "the update rule's",
-        "learning_rate": f"{LEARNING_RATES['falqon']:g}; lora, qlora: {LEARNING_RATES['lora']:g}",
         "packing": "packing",
         "gradient_checkpointing": "no-gradient-checkpointing",
     }
