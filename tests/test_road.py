@@ -66,11 +66,11 @@ def test_vllm_serves_exactly_what_was_trained(trained, tmp_path):
 
     made = run("export", str(trained.root), "--target", "vllm", "--output", str(export))
     assert made.returncode == 0, made.stderr
-    proved = run("validate", str(export), "--against", str(trained.root), "--vllm-python", str(VLLM_PYTHON), "--json")
-    assert proved.returncode == 0, proved.stderr
-    record = json.loads(proved.stdout)
-    assert record["verdict"] == "ACCEPT"
+    run("validate", str(export), "--against", str(trained.root), "--vllm-python", str(VLLM_PYTHON))
+    record = json.loads((tmp_path / "export.validation.json").read_text())
     assert record["weights"]["reference"] == "source"
     assert record["weights"]["layers"] == 14
     assert record["weights"]["differing"] == record["weights"]["differing_codes"] == 0
     assert record["logprobs"]["max_abs_diff"] < 1e-3
+    # A toy may have nothing to say, which alone is a reason to reject it; but it must say what torch says.
+    assert {answer["verdict"] for answer in record["canary"]} <= {"ok", "empty", "degenerate"}
