@@ -47,7 +47,9 @@ def build_trainer(name, options, scratch):
         "sequence_length": 1024 // options.batch_size, "steps": 1000, "log_every": 1000, "learning_rate": 1e-3,
         "method": name.removesuffix("-bf16") if lora else "falqon",
     }  # fmt: skip
-    config = build_config(FinetuneConfig, settings if lora else settings | {"update_rule": name})
+    config = build_config(
+        FinetuneConfig, settings if lora else settings | {"update_rule": name, "initialisation": "randomized-svd"}
+    )
     source = resolve_model(config.model)
     text = load_text(config, source)
     floor = resident("VmRSS")
