@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
     """Threads would fight over the cores of a shared machine, and tests run in parallel processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

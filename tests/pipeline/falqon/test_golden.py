@@ -15,8 +15,9 @@ from pipeline.falqon.rules import update_rule
 
 GOLDEN = Path(__file__).resolve().parents[4] / "shared" / "data" / "falqon_golden"
 
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded numbers are not beside this checkout")
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded numbers are not beside this checkout")
+
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_released_rule_reproduces_the_official_layer(name):
     recorded = np.load(GOLDEN / f"{name}.npz")
@@ -41,8 +42,6 @@ def test_released_rule_reproduces_the_official_layer(name):
 
 
 def test_the_recorded_weight_is_what_our_quantizer_makes():
-    if not GOLDEN.is_dir():
-        pytest.skip("the recorded numbers are not beside this checkout")
     from pipeline.falqon.casts import quantize_weight
 
     for name in ("a", "b"):
