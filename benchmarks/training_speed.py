@@ -8,7 +8,8 @@ are medians of ratios within a round.
 
 `peak` is the highest resident set of the process; `net` is that less what Python, torch and transformers took before
 the model was loaded. `lora-bf16` is LoRA with adapters held and stepped in bf16, faster than the usual fp32
-adapters under autocast (`lora`) and less precise.
+adapters under autocast (`lora`) and less precise. All methods share one loop, with its loss and its attention;
+`NAME-fused` runs a method with torch's fused attention instead, as peft and transformers do by themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 METHODS = ("live", "released", "accumulate", "lora", "lora-bf16", "qlora")
+FUSED = "-fused"
 
 
 def resident(key):
@@ -34,6 +36,7 @@ def resident(key):
 
 def build_trainer(name, options, scratch):
     """A prepared trainer of the product's own loop."""
+    fused, name = name.endswith(FUSED), name.removesuffix(FUSED)
     from fp8pipe.config import build_config
     from fp8pipe.sources import resolve_model
     from pipeline.finetune import build_method, load_model, load_text
@@ -54,6 +57,8 @@ def build_trainer(name, options, scratch):
     text = load_text(config, source)
     floor = resident("VmRSS")
     model, method = load_model(config, source), build_method(config)
+    if fused:
+        model.set_attn_implementation("sdpa")
     method.prepare(model)
     if name == "lora-bf16":
         for parameter in method.parameters().values():
@@ -116,8 +121,10 @@ class Contender:
 def main():
     """Interleave, then print the table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", choices=METHODS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["live", "lora", "lora-bf16", "qlora"])
+    names = [*METHODS, *(name + FUSED for name in METHODS)]
+    default = ["live", "lora", "lora-bf16", "qlora", "lora-fused", "qlora-fused"]
+    parser.add_argument("--child", choices=names)
+    parser.add_argument("--methods", nargs="+", choices=names, default=default)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rank", type=int, default=64)

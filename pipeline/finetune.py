@@ -34,6 +34,7 @@ from pipeline.device import check_device
 from pipeline.falqon import native
 from pipeline.falqon.method import FalqonMethod
 from pipeline.outlook import export_obstacles
+from pipeline.training.attention import use_matmul_attention
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.config import FinetuneConfig
 from pipeline.training.data import Batches, TemplateInfo, encode, load_records, split
@@ -156,6 +157,8 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.device == "cpu":
+        use_matmul_attention(model)
     return model.to(config.device)
 
 
@@ -240,7 +243,10 @@ def _deploy(
         seed=config.seed,
         parents=[Parent(kind="model", digest=weights_digest(source.path), path=source.origin)],
         number_format=NumberFormat(name="e4m3", granularity="per-tensor") if config.method == "falqon" else None,
-        runtime={"device": config.device, "threads": torch.get_num_threads(), "native": native.library() is not None},
+        runtime={
+            "device": config.device, "threads": torch.get_num_threads(), "native": native.library() is not None,
+            "attention": getattr(model.config, "_attn_implementation", None),
+        },
         layers=[r.model_copy(update={"name": names.get(r.name, r.name)}) for r in records],
         extra={
             **_method_facts(config),

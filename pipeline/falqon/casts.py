@@ -114,9 +114,41 @@ def decode(codes: Tensor, scale_quant: Tensor, rule: ScaleRule, dtype: torch.dty
     lib = native.library()
     if lib is None or dtype != torch.bfloat16 or not codes.is_contiguous():
         return (codes.float() / scale_quant).to(dtype)
+    scale = 1.0 / scale_quant.item()
+    if not 2.0**-100 <= scale <= 2.0**100:  # nor NaN: a poisoned scale stays torch's affair
+        return (codes.float() / scale_quant).to(dtype)
     values = torch.empty(codes.shape, dtype=torch.bfloat16)
-    lib.fp8pipe_decode_e4m3(codes.data_ptr(), values.data_ptr(), codes.numel(), 1.0 / scale_quant.item())
+    lib.fp8pipe_decode_e4m3(codes.data_ptr(), values.data_ptr(), codes.numel(), scale)
     return values
+
+
+def decode_units(codes: Tensor) -> Tensor:
+    """E4M3 codes (any shape) as fp32 in code units, on either device."""
+    lib = native.library() if codes.device.type == "cpu" and codes.is_contiguous() else None
+    if lib is None:
+        return codes.float()
+    values = torch.empty(codes.shape)
+    lib.fp8pipe_decode_e4m3_fp32(codes.data_ptr(), values.data_ptr(), codes.numel())
+    return values
+
+
+def meld_rows(codes: Tensor, rows: Tensor, update: Tensor) -> bool:
+    """`codes[rows] = round(codes[rows] + update)` to nearest, in place, in one pass over those rows.
+
+    Args:
+        codes: `(out, in)` float8_e4m3fn.
+        rows: distinct int64 row indices.
+        update: `(len(rows), in)` fp32 code units.
+
+    Returns:
+        False, having done nothing, where the compiled kernel cannot serve; torch does it then.
+    """
+    lib = native.library() if codes.device.type == "cpu" and codes.is_contiguous() else None
+    if lib is None:
+        return False
+    rows, update = rows.contiguous(), update.contiguous()
+    lib.fp8pipe_meld_rows_e4m3(codes.data_ptr(), rows.data_ptr(), rows.numel(), codes.shape[1], update.data_ptr())
+    return True
 
 
 def quantize_weight(matrix: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor]:

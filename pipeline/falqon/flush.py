@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.grids import E4M3
+from pipeline.falqon.casts import decode_units, meld_rows
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import Rounding, UpdateRule
 
@@ -55,17 +56,25 @@ class FlushReport:
 
 
 def select_rows(layer: FalqonLinear, count: int) -> Tensor:
-    """Indices of the `count` rows with the largest L1 norm of B; ties go to the lowest index."""
+    """Indices of the `count` rows with the largest L1 norm of B, ascending; ties go to the lowest index."""
     scores = layer.lora_B.detach().abs().sum(1)
-    count = min(count, scores.numel())
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:count]
+    if count >= scores.numel():
+        return torch.arange(scores.numel(), device=scores.device)
+    values, rows = torch.topk(scores, count + 1)
+    if count and values[count - 1] == values[count]:  # only then does it matter which of the equals come first
+        rows = torch.sort(scores, descending=True, stable=True).indices
+    return rows[:count].sort().values
 
 
 def target_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
     """`codes(W)[rows] + B[rows] codes(A)` in fp32 code units, `(len(rows), in)`."""
-    weight = layer.weight_codes.view(torch.uint8)[rows].view(E4M3.dtype).float()
-    return weight + layer.lora_B.detach()[rows].float() @ layer.adapter_codes.float()
+    weight = decode_units(layer.weight_codes.view(torch.uint8)[rows].view(E4M3.dtype))
+    return weight + update_rows(layer, rows)
+
+
+def update_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
+    """`B[rows] codes(A)`: the waiting update of some rows in fp32 code units, `(len(rows), in)`."""
+    return layer.lora_B.detach()[rows].float() @ decode_units(layer.adapter_codes)
 
 
 def write_rows(layer: FalqonLinear, rows: Tensor, codes: Tensor) -> None:
@@ -88,6 +97,10 @@ def flush_rows(
     """
     if rows.numel() == 0:
         return FlushReport()
+    plain = rule.rounding is Rounding.NEAREST and not rule.error_feedback and not measure
+    if plain and meld_rows(layer.weight_codes, rows, update_rows(layer, rows)):
+        _clear(layer, rows, rule, None)
+        return FlushReport()
     old = layer.weight_codes.view(torch.uint8)[rows]
     target = target_rows(layer, rows)
     if rule.rounding is Rounding.STOCHASTIC:
@@ -105,7 +118,7 @@ def _clear(layer: FalqonLinear, rows: Tensor, rule: UpdateRule, refused: Tensor 
     if rule.clear_all:
         b.zero_()
     elif refused is None:
-        b[rows] = 0.0
+        b.index_fill_(0, rows, 0.0)
     else:
         # Least squares: the multiple of A's rows closest to what rounding refused.
         a = layer.adapter_codes.float()

@@ -53,15 +53,68 @@ void fp8pipe_cast_rows_bf16(const uint16_t *x, int64_t x_stride, uint16_t *out, 
     }
 }
 
-/* out[i] = decode_e4m3(codes[i]) * scale as bf16, for a power-of-two scale: exact. NaN codes become NaN. */
+/* out[i] = decode_e4m3(codes[i]) * scale as bf16, for a power-of-two scale between 2^-100 and 2^100: exact. NaN
+ * codes become NaN. A normal code's bits only move and gain an exponent, in 16-bit lanes; the seven subnormal
+ * magnitudes are looked up, as fp32 arithmetic on such small numbers is slow. */
 void fp8pipe_decode_e4m3(const uint8_t *codes, uint16_t *out, int64_t n, float scale) {
+    uint16_t small[8];
+    for (int i = 0; i < 8; i++) small[i] = (uint16_t)(float_to_bits((float)i * 0x1p-9f * scale) >> 16);
+    const uint16_t s1 = small[1], s2 = small[2], s3 = small[3], s4 = small[4], s5 = small[5], s6 = small[6], s7 = small[7];
+    const uint16_t exponent = (uint16_t)((float_to_bits(scale) >> 16) - (7u << 7)); /* E4M3's bias is 7 */
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < n; i++) {
-        uint32_t code = codes[i];
-        uint32_t magnitude = code & 0x7fu;
-        uint32_t bits = ((code & 0x80u) << 24) | (magnitude << 20);
-        float v = bits_to_float(bits) * 0x1p120f * scale; /* E4M3's exponent field is 120 below fp32's */
-        uint32_t result = float_to_bits(v) >> 16;
-        out[i] = (uint16_t)(magnitude == 0x7fu ? 0x7fc0u : result);
+        const uint16_t code = codes[i], magnitude = code & 0x7fu;
+        uint16_t v = (uint16_t)((magnitude << 4) + exponent);
+        v = magnitude == 7 ? s7 : v;
+        v = magnitude == 6 ? s6 : v;
+        v = magnitude == 5 ? s5 : v;
+        v = magnitude == 4 ? s4 : v;
+        v = magnitude == 3 ? s3 : v;
+        v = magnitude == 2 ? s2 : v;
+        v = magnitude == 1 ? s1 : v;
+        v = magnitude == 0 ? 0 : v;
+        v = magnitude == 0x7f ? 0x7fc0 : v;
+        out[i] = (uint16_t)(v | (code & 0x80u) << 8);
+    }
+}
+
+static inline float decode_code(uint32_t code) {
+    uint32_t magnitude = code & 0x7fu;
+    float normal = bits_to_float((magnitude << 20) + (120u << 23)), subnormal = (float)(int32_t)magnitude * 0x1p-9f;
+    float v = magnitude < 8 ? subnormal : normal;
+    v = magnitude == 0x7fu ? NAN : v;
+    return bits_to_float(float_to_bits(v) | (code & 0x80u) << 24);
+}
+
+/* out[i] = decode_e4m3(codes[i]) as fp32, in code units. */
+void fp8pipe_decode_e4m3_fp32(const uint8_t *codes, float *out, int64_t n) {
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < n; i++) out[i] = decode_code(codes[i]);
+}
+
+/* Nearest-even E4M3 code of v, saturating; NaN keeps its place as 0x7f. */
+static inline uint8_t encode_e4m3(float v) {
+    uint32_t sign = float_to_bits(v) >> 24 & 0x80u;
+    float magnitude = bits_to_float(float_to_bits(v) & 0x7fffffffu);
+    magnitude = magnitude > 448.0f ? 448.0f : magnitude;
+    uint32_t exponent = float_to_bits(magnitude) & 0x7f800000u;
+    exponent = exponent > (121u << 23) ? exponent : (121u << 23); /* 2^-6: below it lie the subnormals */
+    float magic = bits_to_float((exponent + (20u << 23)) | 0x00400000u);
+    float rounded = (magnitude + magic) - magic;
+    uint32_t normal = (float_to_bits(rounded) >> 20) - (120u << 3);
+    uint32_t subnormal = (uint32_t)(int32_t)(rounded * 512.0f);
+    uint32_t code = rounded < 0x1p-6f ? subnormal : normal;
+    return (uint8_t)(v != v ? 0x7fu : (sign | code));
+}
+
+/* codes[rows[i], c] = encode(decode(codes[rows[i], c]) + update[i, c]) in place: the flush of `count` rows of
+ * `cols` codes each, which lie `cols` apart. Rows are distinct. */
+void fp8pipe_meld_rows_e4m3(uint8_t *codes, const int64_t *rows, int64_t count, int64_t cols, const float *update) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count; i++) {
+        uint8_t *row = codes + rows[i] * cols;
+        const float *change = update + i * cols;
+#pragma omp simd
+        for (int64_t c = 0; c < cols; c++) row[c] = encode_e4m3(decode_code(row[c]) + change[c]);
     }
 }

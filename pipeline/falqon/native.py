@@ -18,7 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_WIDE = "-mprefer-vector-width=512"  # compilers default to half of AVX-512's width
 
 
 @lru_cache(maxsize=1)
@@ -43,8 +44,9 @@ def library() -> ctypes.CDLL | None:
 
 def _build(compiler: str) -> Path:
     source = Path(__file__).with_name("kernels.c")
+    flags = (*_FLAGS, _WIDE) if "avx512bw" in _processor() else _FLAGS
     digest = hashlib.sha256()
-    for part in (source.read_bytes(), " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode()):
+    for part in (source.read_bytes(), " ".join(flags).encode(), compiler.encode(), _processor().encode()):
         digest.update(part)
     cache = Path(os.environ.get("FP8PIPE_CACHE", Path.home() / ".cache" / "fp8pipe")) / "native"
     target = cache / f"kernels-{digest.hexdigest()[:16]}.so"
@@ -53,7 +55,7 @@ def _build(compiler: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         built = Path(scratch) / target.name
-        command = [compiler, *_FLAGS, str(source), "-o", str(built), "-lm"]
+        command = [compiler, *flags, str(source), "-o", str(built), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True)
         built.replace(target)
     return target
@@ -76,4 +78,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.fp8pipe_cast_rows_bf16.restype = None
     lib.fp8pipe_decode_e4m3.argtypes = [pointer, pointer, size, real]
     lib.fp8pipe_decode_e4m3.restype = None
+    lib.fp8pipe_decode_e4m3_fp32.argtypes = [pointer, pointer, size]
+    lib.fp8pipe_decode_e4m3_fp32.restype = None
+    lib.fp8pipe_meld_rows_e4m3.argtypes = [pointer, pointer, size, size, pointer]
+    lib.fp8pipe_meld_rows_e4m3.restype = None
     return lib

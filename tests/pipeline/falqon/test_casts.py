@@ -123,7 +123,7 @@ def test_decoding_is_exact_for_all_codes(native_on, monkeypatch):
     if not native_on:
         monkeypatch.setattr(casts.native, "library", lambda: None)
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(16, 16).view(torch.float8_e4m3fn)
-    for exponent in (-40, -9, 0, 20):
+    for exponent in (-110, -100, -40, -9, 0, 20, 100):
         scale = torch.tensor(2.0**exponent)
         values = decode(codes, scale, ScaleRule.POWER_OF_TWO, torch.bfloat16)
         expected = codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float64) / 2.0**exponent
@@ -138,3 +138,36 @@ def test_scaling_a_weight_by_a_power_of_two_keeps_its_codes():
     more_codes, more_scale = quantize_weight(w * 8, ScaleRule.POWER_OF_TWO)
     assert torch.equal(codes.view(torch.uint8), more_codes.view(torch.uint8))
     assert scale == more_scale * 8
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler")
+def test_compiled_meld_rounds_every_sum_as_ml_dtypes_does():
+    """All codes, each with updates of every size: exact ties, half the smallest subnormal, past saturation, NaN."""
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).repeat(64, 1)
+    generator = torch.Generator().manual_seed(1)
+    update = torch.randn(64, 256, generator=generator) * torch.logspace(-5, 3, 64).unsqueeze(1)
+    update[0] = 0.0
+    update[1:13] = (2.0 ** torch.arange(-10.0, 2.0)).unsqueeze(1)
+    update[13, ::3] = torch.nan
+    melded = torch.cat([codes, codes]).view(torch.float8_e4m3fn)
+    rows = torch.arange(64).flip(0) * 2
+    expected = melded.clone().view(torch.uint8).numpy()
+    target = melded.float()[rows].numpy() + update.numpy()
+    cast_target = np.clip(target, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    assert casts.meld_rows(melded, rows, update)
+    got = melded.view(torch.uint8).numpy()
+    untouched = np.setdiff1d(np.arange(128), rows.numpy())
+    assert np.array_equal(got[untouched], expected[untouched])
+    result = got[rows.numpy()].view(ml_dtypes.float8_e4m3fn)
+    assert np.array_equal(np.isnan(result), np.isnan(target))
+    known = ~np.isnan(target)
+    assert np.array_equal(result.view(np.uint8)[known], cast_target.view(np.uint8)[known])
+
+
+@pytest.mark.parametrize("native_on", [True, False])
+def test_code_units_decode_exactly(native_on, monkeypatch):
+    if not native_on:
+        monkeypatch.setattr(casts.native, "library", lambda: None)
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+    expected = codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert np.array_equal(casts.decode_units(codes).numpy(), expected, equal_nan=True)
