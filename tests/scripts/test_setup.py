@@ -44,6 +44,13 @@ def test_other_failures_keep_pips_words_alone(venv: Path) -> None:
     assert "CPU build" not in done.stderr
 
 
+def test_torch_is_named_beside_torchvision() -> None:
+    """Or pip takes the newest torchvision, and with it the torch that this one was built for."""
+    recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install -q -e" in line)
+    assert ",vit" in recipe
+    assert recipe.endswith(" $(TORCH)")
+
+
 def test_the_makefile_explains_it_too() -> None:
     recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install -q $(TORCH)" in line)
     assert "explain_torch.sh" in recipe
