@@ -133,12 +133,11 @@ def use_matmul_attention(model: nn.Module) -> bool:
         model: on a CPU; its choice of attention is changed, nothing else.
     """
     transformers = import_transformers()
-    config = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or not getattr(
-        model, "_supports_attention_backend", False
-    ):
+    pretrained: Any = model
+    fused = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
+    if not (fused and getattr(pretrained, "_supports_attention_backend", False)):
         return False
     transformers.AttentionInterface.register(NAME, attend)
     transformers.AttentionMaskInterface.register(NAME, transformers.AttentionMaskInterface()["sdpa"])
-    model.set_attn_implementation(NAME)
+    pretrained.set_attn_implementation(NAME)
     return True
