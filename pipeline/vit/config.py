@@ -1,0 +1,53 @@
+"""The configuration of `quantize-vit`: frozen models, whose resolved form goes into the artifact."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from fp8pipe.config import FrozenConfig, build_config
+from fp8pipe.errors import ConfigurationError
+from fp8pipe.vision.quantizers import Precision
+
+
+class DistillConfig(FrozenConfig):
+    """How the student is distilled."""
+
+    steps: int = Field(400, ge=0, description="Optimizer steps; 0 deploys the measured ranges as they are.")
+    batch_size: int = Field(16, ge=1, description="Images a step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak rate of weights.")
+    step_learning_rate: float = Field(2e-3, gt=0, description="Peak rate of the logarithms of quantization steps.")
+    warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up; a cosine to zero follows.")
+    temperature: float = Field(5.0, gt=0, description="Softens both answers in the KL divergence.")
+    structure_weight: float = Field(10.0, ge=0, description="Weight of the head-wise structural loss.")
+    clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
+    augment: bool = Field(True, description="Mirror and crop the images, each in its own way.")
+    smallest_crop: float = Field(0.6, gt=0, le=1, description="Side of the smallest crop, of the image's.")
+    bf16: bool = Field(True, description="Products in bf16 while training; ranges and rounding stay fp32.")
+    save_every: int = Field(50, ge=0, description="Steps between checkpoints; 0 keeps none before the end.")
+
+
+class QuantizeVitConfig(FrozenConfig):
+    """What to quantize, to what, on which images."""
+
+    model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME.")
+    bits: str = Field(description="Precision wXaY (2 to 8 bits each) or wfp8afp8.")
+    calibration: str = Field("synthetic", description="synthetic, patch-similarity, gaussian, or images:DIR.")
+    images: int = Field(128, ge=1, description="Calibration images.")
+    edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
+    seed: int = Field(0, ge=0, description="Of images, order and augmentation.")
+    distill: DistillConfig = Field(default_factory=lambda: build_config(DistillConfig, {}), description="Distillation.")
+
+    @field_validator("bits")
+    @classmethod
+    def _known_precision(cls, value: str) -> str:
+        try:
+            return str(Precision.parse(value))
+        except ConfigurationError as error:
+            raise ValueError(f"{error}") from error
+
+    @property
+    def precision(self) -> Precision:
+        """The parsed `bits`."""
+        return Precision.parse(self.bits)

@@ -1,0 +1,206 @@
+"""Distillation: the student learns its teacher's answers and head outputs on calibration images.
+
+Both see the same augmented images. Which images a step takes and how they are changed follows from the seed and the
+step alone, so a run killed and resumed ends with the same bits as one left alone. The last step is what is reported and
+deployed: choosing the best one by labelled data would not be data-free.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fp8pipe.errors import ConfigurationError
+from fp8pipe.vision.attention import intercept_attention
+from fp8pipe.vision.outputs import vision_outputs
+from fp8pipe.vision.sources import VisionModel
+from fp8pipe.vision.structure import VitStructure
+from pipeline.training.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
+from pipeline.training.schedule import Schedule, learning_rate_at
+from pipeline.vit.config import DistillConfig
+from pipeline.vit.losses import distillation, feature_distance, head_structure
+from pipeline.vit.student import Student
+
+_LOG = logging.getLogger(__name__)
+Figures = dict[str, float]
+_ORDER, _AUGMENTATION = 0, 1  # streams of the seed
+
+
+class Distiller:
+    """Trains a student.
+
+    Args:
+        student: changed in place.
+        teacher: the float model.
+        structure: of both.
+        pixels: normalized calibration images `(N, 3, H, W)` fp32.
+        config: steps, rates, weights of the losses.
+        seed: of the order of images and of augmentation.
+        store: where checkpoints go; None keeps none.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: VisionModel,
+        structure: VitStructure,
+        pixels: Tensor,
+        config: DistillConfig,
+        seed: int,
+        store: CheckpointStore | None = None,
+    ) -> None:
+        self.student, self.teacher, self.structure = student, teacher, structure
+        self.pixels, self.config, self.seed, self.store = pixels, config, seed, store
+        self.names = {p: n for n, p in student.named_parameters() if p.requires_grad}
+        groups = [
+            {"params": student.trained_weights(), "peak": config.learning_rate},
+            {"params": student.trained_steps(), "peak": config.step_learning_rate},
+        ]
+        self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.999), foreach=True)
+        self.step = 0
+        self.history: list[Figures] = []
+        self._prefix = {site.name: site.prefix_tokens for site in structure.attentions if not site.pools}
+
+    def run(self, on_step: Callable[[Figures], None] = lambda figures: None) -> list[Figures]:
+        """Train to the last step; returns the figures of every step.
+
+        Raises:
+            ConfigurationError: the loss stopped being finite; the last checkpoint remains.
+        """
+        while self.step < self.config.steps:
+            figures = self._one_step()
+            self.history.append(figures)
+            on_step(figures)
+            due = self.config.save_every and self.step % self.config.save_every == 0
+            if self.store is not None and (due or self.step == self.config.steps):
+                self.save(self.store)
+        return self.history
+
+    def _one_step(self) -> Figures:
+        config = self.config
+        factor = learning_rate_at(
+            self.step, peak=1.0, steps=config.steps, warmup=config.warmup_steps, schedule=Schedule.COSINE
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        pixels = self._batch()
+        answers, maps = self._teach(pixels)
+        found: dict[str, Tensor] = {}
+        with self._autocast(), _listening(self.student, found):
+            outputs = self.student(pixels)
+        answer, structure = self._losses(outputs, answers, found, maps)
+        loss = answer + config.structure_weight * structure
+        if not math.isfinite(float(loss.detach())):
+            raise self._diverged(float(loss.detach()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": float(loss.detach()),
+            "answer": float(answer.detach()),
+            "structure": float(structure.detach()),
+        }
+
+    def _losses(
+        self, outputs: Tensor, answers: Tensor, found: dict[str, Tensor], maps: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if self.structure.is_backbone:
+            answer = feature_distance(outputs, answers)
+        else:
+            answer = distillation(outputs, answers, self.config.temperature)
+        parts = [head_structure(found[name], maps[name], prefix) for name, prefix in self._prefix.items()]
+        return answer, torch.stack(parts).mean() if parts else answer.new_zeros(())
+
+    @torch.no_grad()
+    def _teach(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's output, and attn.v of every attention, from its fused kernel."""
+        maps: dict[str, Tensor] = {}
+        fused = functional.scaled_dot_product_attention
+
+        def keep(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+            maps[name] = fused(q, k, v, attn_mask=mask, scale=scale)
+            return maps[name]
+
+        names = self.structure.attention_names
+        with self._autocast(), intercept_attention(self.teacher.model, names, keep):
+            return vision_outputs(self.teacher.model, pixels), maps
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16)
+
+    def _batch(self) -> Tensor:
+        """The images of this step, each changed in its own way."""
+        generator = torch.Generator().manual_seed(hash((self.seed, self.step, _AUGMENTATION)) & 0x7FFFFFFF)
+        count, size = self.pixels.shape[0], min(self.config.batch_size, self.pixels.shape[0])
+        epoch, within = divmod(self.step * size, count)
+        order = torch.cat([_order(self.seed, epoch, count), _order(self.seed, epoch + 1, count)])
+        chosen = self.pixels[order[within : within + size]]
+        return augment(chosen, generator, self.config.smallest_crop) if self.config.augment else chosen
+
+    def save(self, store: CheckpointStore) -> None:
+        """Write a checkpoint of the current step."""
+        tensors = {f"student/{n}": p.detach() for p, n in self.names.items()}
+        store.save(self.step, tensors | optimizer_tensors(self.optimizer, self.names), {"history": self.history})
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint, if there is one."""
+        steps = self.store.steps() if self.store is not None else []
+        if self.store is None or not steps:
+            return False
+        tensors, state = self.store.load(steps[-1])
+        with torch.no_grad():
+            for parameter, name in self.names.items():
+                parameter.copy_(tensors[f"student/{name}"])
+        restore_optimizer(self.optimizer, self.names, tensors)
+        self.step, self.history = int(state["step"]), list(state["history"])
+        return True
+
+    def _diverged(self, loss: float) -> ConfigurationError:
+        kept = self.store.steps() if self.store is not None else []
+        return ConfigurationError(
+            f"distillation diverged at step {self.step + 1}",
+            why=f"loss {loss}; " + (f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint yet"),
+            fix="lower --learning-rate and start anew",
+        )
+
+
+@contextmanager
+def _listening(student: Student, found: dict[str, Tensor]) -> Iterator[None]:
+    student.on_attention = found.__setitem__
+    try:
+        yield
+    finally:
+        student.on_attention = None
+
+
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(hash((seed, epoch, _ORDER)) & 0x7FFFFFFF)
+    return torch.randperm(count, generator=generator)
+
+
+def augment(pixels: Tensor, generator: torch.Generator, smallest_crop: float) -> Tensor:
+    """Mirror and crop each image in its own way, at the same size.
+
+    Args:
+        pixels: `(N, 3, H, W)`.
+        generator: source of the draws.
+        smallest_crop: side of the smallest crop, as a share of the image's; 1 does not crop.
+    """
+    count = pixels.shape[0]
+    draws = torch.rand(count, 4, generator=generator)
+    scale = smallest_crop + (1 - smallest_crop) * draws[:, 0]
+    mirror = torch.where(draws[:, 1] < 0.5, -1.0, 1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = scale * mirror, scale
+    theta[:, 0, 2], theta[:, 1, 2] = (1 - scale) * (2 * draws[:, 2] - 1), (1 - scale) * (2 * draws[:, 3] - 1)
+    grid = functional.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -1,0 +1,85 @@
+"""Top-1 and top-5 accuracy on labelled pictures, the teacher's beside the student's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8pipe.errors import ConfigurationError
+from fp8pipe.vision.image_folder import ImageFolder, batches, read_image_folder
+from fp8pipe.vision.preprocessing import Preprocessing
+
+Model = Callable[[Tensor], Tensor]
+_ROWS = 64
+
+
+def read_evaluation_folder(path: Path, classes: tuple[str, ...] | None) -> ImageFolder:
+    """The pictures at `path`, whose folders must be the model's classes.
+
+    Raises:
+        ConfigurationError: no image folder, a model without classes, or classes that do not match.
+    """
+    if classes is None:
+        raise ConfigurationError(
+            "this model cannot be evaluated on labelled pictures",
+            why="it is a backbone: it gives features, not classes",
+            fix="put a classifier on it first (scripts/linear_probe.py), or leave --evaluate out",
+        )
+    folder = read_image_folder(path)
+    unknown = sorted(set(folder.classes) - set(classes))
+    if unknown:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise ConfigurationError(
+            f"the folders of {path} are not classes of the model",
+            why=f"no such class: {shown}; the model has {len(classes)}, beginning with {', '.join(classes[:5])}",
+            fix="name each folder as the model names its class",
+        )
+    return folder
+
+
+@torch.no_grad()
+def accuracy(
+    models: dict[str, Model], folder: ImageFolder, preprocessing: Preprocessing, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Top-1 and top-5 of every model on the same pictures.
+
+    Args:
+        models: by name; each maps pixels `(N, 3, H, W)` to logits `(N, C)`.
+        folder: the pictures.
+        preprocessing: makes the pixels.
+        classes: the model's, in the order of its logits.
+
+    Returns:
+        `images`, and by model `top1` and `top5`, shares of 1.
+
+    Raises:
+        ConfigurationError: a picture that cannot be read, naming it.
+    """
+    index = torch.tensor([classes.index(name) for name in folder.classes])
+    hits = {name: torch.zeros(2, dtype=torch.int64) for name in models}
+    for pixels, labels in _labelled(folder, preprocessing):
+        for name, model in models.items():
+            hits[name] += _hits(model(pixels), index[labels])
+    count = len(folder.files)
+    return {"images": count} | {
+        name: {"top1": int(found[0]) / count, "top5": int(found[1]) / count} for name, found in hits.items()
+    }
+
+
+def _labelled(folder: ImageFolder, preprocessing: Preprocessing) -> Iterator[tuple[Tensor, Tensor]]:
+    done = 0
+    for raw in batches(folder, list(range(len(folder.files))), preprocessing, _ROWS):
+        pixels = preprocessing.normalize(raw)
+        labels = torch.tensor(folder.labels[done : done + pixels.shape[0]])
+        done += pixels.shape[0]
+        yield pixels, labels
+
+
+def _hits(logits: Tensor, labels: Tensor) -> Tensor:
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    right = best == labels[:, None]
+    return torch.stack([right[:, 0].sum(), right.any(1).sum()])

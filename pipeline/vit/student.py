@@ -1,0 +1,161 @@
+"""The trainable student: the teacher's weights behind rounding, with learnable steps.
+
+It shares sites, formulas and module names with `QuantizedVit`. `deploy` freezes it: what the student computed in
+fp32 evaluation and what the deployed model computes are the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fp8pipe.vision.attention import explicit_attention, intercept_attention
+from fp8pipe.vision.outputs import vision_outputs
+from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, weight_limits
+from fp8pipe.vision.sources import VisionModel
+from fp8pipe.vision.structure import VitStructure
+from pipeline.vit.fake import fake_quantize
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """What a linear's weight is rounded to: bits (2 to 8) and kind."""
+
+    bits: int
+    kind: Kind = Kind.INT
+
+
+class _RoundedWeight(nn.Module):
+    """Parametrization of a weight: one learnable step an output channel."""
+
+    def __init__(self, step: Tensor, form: WeightFormat, dims: int) -> None:
+        super().__init__()
+        self.form, self.dims = form, dims
+        self.log_step = nn.Parameter(step.log())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        step = self.log_step.exp().view(-1, *(1,) * (self.dims - 1))
+        return fake_quantize(weight, step, *weight_limits(self.form.bits), self.form.kind)
+
+
+class _RoundedActivation(nn.Module):
+    """One site's range: a learnable step, bounds fixed."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.low, self.high, self.kind = quantizer.low, quantizer.high, quantizer.kind
+        self.log_step = nn.Parameter(torch.tensor(quantizer.scale).log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.log_step.exp(), self.low, self.high, self.kind)
+
+    def frozen(self) -> ActivationQuantizer:
+        return ActivationQuantizer(float(self.log_step.detach().exp()), self.low, self.high, self.kind)
+
+
+class Student(nn.Module):
+    """A quantized model that learns.
+
+    Args:
+        vision: the teacher; its model is copied.
+        structure: of the model.
+        formats: what each weight is rounded to, by linear; others stay float.
+        steps: `(out,)` fp32 for each of them.
+        activations: initial quantizers by site.
+    """
+
+    def __init__(
+        self,
+        vision: VisionModel,
+        structure: VitStructure,
+        formats: Mapping[str, WeightFormat],
+        steps: Mapping[str, Tensor],
+        activations: Mapping[str, ActivationQuantizer],
+    ) -> None:
+        super().__init__()
+        self.vision, self.structure = vision, structure
+        self.model = copy.deepcopy(vision.model).requires_grad_(True)
+        self.formats = dict(formats)
+        self.sites = list(activations)
+        self.ranges = nn.ModuleList(_RoundedActivation(q) for q in activations.values())
+        self._at = {site: index for index, site in enumerate(self.sites)}
+        for site in structure.linears:
+            layer = self.model.get_submodule(site.name)
+            if site.name in self.formats:
+                dims = layer.get_parameter("weight").dim()
+                rounded = _RoundedWeight(steps[site.name], self.formats[site.name], dims)
+                parametrize.register_parametrization(layer, "weight", rounded, unsafe=True)
+            layer.register_forward_pre_hook(self._on_input(f"{site.input_group}.input"))
+        self.on_attention: Callable[[str, Tensor], None] | None = None  # sees attn.v of every attention
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits or features `(N, C)` of normalized pixels `(N, 3, H, W)`."""
+        with self.attention(), parametrize.cached():
+            return vision_outputs(self.model, pixels)
+
+    def attention(self) -> AbstractContextManager[None]:
+        """While it lasts, `self.model` runs its attentions quantized."""
+        return intercept_attention(self.model, self.structure.attention_names, self._attend)
+
+    def quantize(self, site: str, x: Tensor) -> Tensor:
+        """`x` on the grid of `site`; unchanged where there is none."""
+        index = self._at.get(site)
+        return x if index is None else self.ranges[index].forward(x)
+
+    def trained_weights(self) -> list[nn.Parameter]:
+        """Everything of the model itself: latent weights, biases, norms, embeddings."""
+        return [p for n, p in self.model.named_parameters() if not n.endswith("log_step")]
+
+    def trained_steps(self) -> list[nn.Parameter]:
+        """Logarithms of all steps, of weights and activations."""
+        return [p for n, p in self.named_parameters() if n.endswith("log_step")]
+
+    @torch.no_grad()
+    def deploy(self) -> QuantizedVit:
+        """The model with codes in the place of latent weights."""
+        weights, plain = {}, copy.deepcopy(self.vision.model)
+        state = {
+            n.replace(".parametrizations.weight.original", ".weight"): p for n, p in self.model.state_dict().items()
+        }
+        plain.load_state_dict({n: state[n] for n in plain.state_dict()})
+        for name, form in self.formats.items():
+            step = self._rounded(name).log_step.exp()
+            weights[name] = WeightCodes.of(
+                plain.get_submodule(name).get_parameter("weight"), step, form.bits, form.kind
+            )
+        activations = {site: self._range(site).frozen() for site in self.sites}
+        vision = self.vision
+        return QuantizedVit(plain, vision.architecture, vision.preprocessing, self.structure, weights, activations)
+
+    def _rounded(self, name: str) -> _RoundedWeight:
+        rounded = self.model.get_submodule(name).parametrizations.weight[0]  # type: ignore[union-attr, index]
+        assert isinstance(rounded, _RoundedWeight)
+        return rounded
+
+    def _range(self, site: str) -> _RoundedActivation:
+        found = self.ranges[self._at[site]]
+        assert isinstance(found, _RoundedActivation)
+        return found
+
+    def _on_input(self, site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        return lambda module, args: (self.quantize(site, args[0]), *args[1:])
+
+    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        output = explicit_attention(
+            self.quantize(f"{name}.q", q * scale if scale != 1.0 else q),
+            self.quantize(f"{name}.k", k),
+            self.quantize(f"{name}.v", v),
+            mask,
+            1.0,
+            on_probs=lambda probs: self.quantize(f"{name}.probs", probs),
+        )
+        if self.on_attention is not None:
+            self.on_attention(name, output)
+        return output
