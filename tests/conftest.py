@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8pipe.compat import import_transformers
+from fp8pipe.compat import declare_torchvision_operators, import_transformers
+
+# Some tests import compressed-tensors, hence transformers, before any module of this project would declare them.
+declare_torchvision_operators()
 
 # Test modules are imported one by one (importlib mode): what several rooms' tests share (vit_families) is found
 # through the path. Not this folder itself, whose fp8pipe/ would hide the package.

@@ -1,0 +1,97 @@
+"""A set of calibration images as a stage keeps it: uint8 pixels, labels, losses, and a sheet to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fp8pipe.errors import BadArtifactError
+
+IMAGES_FILE: Final = "images.safetensors"
+FACTS_FILE: Final = "images.json"
+SHEET_FILE: Final = "contact_sheet.png"
+_SHEET_IMAGES, _CAPTION = 64, 12
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """Calibration images.
+
+    Attributes:
+        images: `(N, 3, H, W)` uint8, as they are shown to the model before normalization.
+        labels: `(N,)` int64 classes; None where they have none.
+        method: what made them.
+        seed: of their streams; None for pictures from a folder.
+        losses: last value of each loss, by name, an image each.
+        notes: restarts and the like, in words.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    method: str
+    seed: int | None
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, folder: Path, classes: Sequence[str] | None = None) -> None:
+        """Write images.safetensors, images.json and contact_sheet.png (with class names under the pictures)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"images": self.images.contiguous()}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        save_file(tensors, folder / IMAGES_FILE)
+        facts: dict[str, Any] = {
+            "method": self.method, "seed": self.seed, "count": len(self.images),
+            "losses": self.losses, "notes": self.notes,
+        }  # fmt: skip
+        (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        contact_sheet(self.images, self.labels, classes, folder / SHEET_FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> ImageSet:
+        """Read what `save` wrote.
+
+        Raises:
+            BadArtifactError: a file is missing or damaged.
+        """
+        try:
+            tensors = load_file(folder / IMAGES_FILE)
+            facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+            images = tensors["images"]
+            if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != facts["count"]:
+                raise ValueError(f"{facts['count']} uint8 images expected, found {images.dtype} {tuple(images.shape)}")
+            return cls(images, tensors.get("labels"), facts["method"], facts["seed"], facts["losses"], facts["notes"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise BadArtifactError(
+                f"{folder} does not hold a set of calibration images",
+                why=f"{type(error).__name__}: {error}",
+                fix="make the images again",
+            ) from error
+
+
+def contact_sheet(images: Tensor, labels: Tensor | None, classes: Sequence[str] | None, path: Path) -> None:
+    """Write the first images as one PNG, eight in a row, each with its class below."""
+    from PIL import Image, ImageDraw
+
+    shown = images[:_SHEET_IMAGES]
+    height, width = shown.shape[2:]
+    across = min(8, len(shown))
+    cell = height + (_CAPTION if labels is not None else 0)
+    sheet = Image.new("RGB", (across * width, math.ceil(len(shown) / across) * cell), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, image in enumerate(shown):
+        left, top = index % across * width, index // across * cell
+        sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (left, top))
+        label = -1 if labels is None else int(labels[index])
+        if label >= 0:
+            pen.text((left + 1, top + height), classes[label] if classes else str(label), fill="black")
+    sheet.save(path)

@@ -1,0 +1,136 @@
+"""Pictures from nothing: overlapping shapes with coloured, textured surfaces, drawn from a formula.
+
+What a vision transformer has learned are edges, surfaces, occlusion, and textures with natural spectra; white noise has
+none of them, and optimising pixels of noise brings few of them back. The dead-leaves model (Matheron 1968; Lee,
+Mumford and Huang 2001, "Occlusion models for natural images") has them by construction: opaque shapes with sizes from a
+power law, one over the other. Here each has a surface of 1/f noise and a muted colour, a few large parts stand for a
+subject, and some pictures are out of focus. No picture was looked at to draw these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from calibration.streams import image_stream
+
+_SURFACES = 10
+_LEAST_RADIUS, _LARGEST_RADIUS = 0.05, 1.2  # of half the picture's side
+# Hues vary mostly between blue and yellow, less between green and magenta, as daylight's do.
+_CHROMA = ((1.0, 0.2, -1.0), (0.25, -0.5, 0.25))
+
+
+@dataclass(frozen=True, slots=True)
+class _Canvas:
+    """Coordinates of the pixels, -1 to 1 on both axes."""
+
+    rows: Tensor
+    columns: Tensor
+    stream: torch.Generator
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.rows.shape[0], self.columns.shape[1]
+
+    def draw(self, count: int) -> list[float]:
+        """Uniform numbers in [0, 1)."""
+        return torch.rand(count, generator=self.stream).tolist()
+
+
+def dead_leaves(seed: int, first: int, count: int, size: tuple[int, int]) -> Tensor:
+    """Pictures `first` to `first + count - 1` of a seed.
+
+    Args:
+        seed: any integer.
+        first: number of the first picture.
+        count: how many.
+        size: (height, width), pixels.
+
+    Returns:
+        `(count, 3, H, W)` fp32 in [0, 1].
+    """
+    return torch.stack([_picture(image_stream(seed, first + i), size) for i in range(count)])
+
+
+def _picture(stream: torch.Generator, size: tuple[int, int]) -> Tensor:
+    canvas = _Canvas(torch.linspace(-1, 1, size[0]).view(-1, 1), torch.linspace(-1, 1, size[1]).view(1, -1), stream)
+    picture = _surface(canvas)
+    surfaces = [_surface(canvas) for _ in range(_SURFACES)]
+    for _ in range(5 + int(canvas.draw(1)[0] * 40)):
+        inside, surface = _leaf(canvas), surfaces[int(canvas.draw(1)[0] * _SURFACES)]
+        lightness, slant = torch.randn(2, generator=stream).tolist()
+        picture = torch.where(inside, surface + 0.15 * lightness + 0.1 * slant * canvas.rows, picture)
+    for _ in range(3 + int(canvas.draw(1)[0] * 5)):
+        surface = surfaces[int(canvas.draw(1)[0] * _SURFACES)]
+        inside, shade = _part(canvas)
+        picture = torch.where(inside, surface + shade, picture)
+    return _defocus(picture, 3.0 * canvas.draw(1)[0] * min(size) / 112).clamp(0, 1)
+
+
+def _surface(canvas: _Canvas) -> Tensor:
+    """A muted colour with 1/f^a texture, `(3, H, W)`."""
+    height, width = canvas.size
+    draws = canvas.draw(4)
+    colour = torch.full((3,), 0.05 + 0.9 * draws[0])
+    for axis, amount in zip(_CHROMA, torch.randn(2, generator=canvas.stream).tolist(), strict=True):
+        colour = colour + 0.18 * draws[1] * amount * torch.tensor(axis)
+    noise = torch.randn(3, height, width, generator=canvas.stream)
+    noise = 0.9 * math.sqrt(3) * noise.mean(0, keepdim=True) + 0.15 * noise  # mostly brightness, a little hue
+    fy, fx = torch.fft.fftfreq(height).view(-1, 1), torch.fft.rfftfreq(width).view(1, -1)
+    falloff = (fy.square() + fx.square()).sqrt().clamp(min=1 / max(height, width)).pow(-(0.8 + draws[2]))
+    texture = torch.fft.irfft2(torch.fft.rfft2(noise) * falloff, s=(height, width))
+    return colour.clamp(0, 1).view(3, 1, 1) + 0.15 * draws[3] * texture / texture.std().clamp(min=1e-6)
+
+
+def _leaf(canvas: _Canvas) -> Tensor:
+    """Boolean `(H, W)`: an ellipse, a box, a kite or a wavy blob of power-law size, turned and moved."""
+    draws = canvas.draw(8)
+    # The density of radii falls with their cube: the same picture at every magnification.
+    share = 1 - (_LEAST_RADIUS / _LARGEST_RADIUS) ** 2
+    radius = _LEAST_RADIUS / math.sqrt(1 - draws[0] * share)
+    u, v = _turned(canvas, 2.4 * draws[3] - 1.2, 2.4 * draws[4] - 1.2, radius, 1.2 * (draws[1] - 0.5), draws[2])
+    kind = int(draws[5] * 4)
+    if kind == 0:
+        return u.square() + v.square() < 1
+    if kind == 1:
+        return (u.abs() < 1) & (v.abs() < 1)
+    if kind == 2:
+        return (u.abs() + v.abs() < 1) | ((v > -1) & (v < 0) & (u.abs() < 1 + v))
+    wave = 1 + 0.35 * torch.sin(torch.atan2(v, u) * (2 + int(draws[6] * 6)) + 2 * math.pi * draws[7])
+    return u.square() + v.square() < wave.square()
+
+
+def _part(canvas: _Canvas) -> tuple[Tensor, Tensor]:
+    """A large rounded part near the middle, and its shading: boolean `(H, W)` and fp32 `(H, W)`."""
+    draws = canvas.draw(7)
+    radius = 0.15 + 0.45 * draws[0]
+    u, v = _turned(canvas, 0.9 * (draws[1] - 0.5), 0.9 * (draws[2] - 0.5), radius, 1.4 * (draws[4] - 0.5), draws[3])
+    power = 2 + 2 * draws[5]  # from an ellipse to nearly a box
+    return u.abs() ** power + v.abs() ** power < 1, 0.1 * draws[6] * (u + v)
+
+
+def _turned(
+    canvas: _Canvas, row: float, column: float, radius: float, stretch: float, turn: float
+) -> tuple[Tensor, Tensor]:
+    """Coordinates of a shape: 1 is its edge along each of its own axes."""
+    angle = 2 * math.pi * turn
+    y, x = canvas.rows - row, canvas.columns - column
+    u = (x * math.cos(angle) + y * math.sin(angle)) / (radius * math.exp(stretch))
+    v = (y * math.cos(angle) - x * math.sin(angle)) / (radius / math.exp(stretch))
+    return u, v
+
+
+def _defocus(picture: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of `sigma` pixels."""
+    reach = min(int(3 * sigma) + 1, min(picture.shape[1:]) - 1)
+    if sigma < 0.3:
+        return picture
+    kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma * sigma))
+    kernel = (kernel / kernel.sum()).repeat(3, 1)
+    wide = functional.pad(picture.unsqueeze(0), (reach, reach, reach, reach), mode="reflect")
+    across = functional.conv2d(wide, kernel.view(3, 1, 1, -1), groups=3)
+    return functional.conv2d(across, kernel.view(3, 1, -1, 1), groups=3)[0]

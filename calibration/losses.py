@@ -1,0 +1,97 @@
+"""What synthetic images are made to do: losses on the attention of the frozen model, one value an image.
+
+Every loss is a vector over images, so that a batch never couples its members and an image does not depend on which
+others it was made with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fp8pipe.vision.structure import AttentionSite
+
+_C1, _C2 = 0.01**2, 0.03**2  # SSIM's constants for maps in [0, 1]
+
+
+def head_similarity(maps: Tensor, site: AttentionSite, *, absolute: bool = False) -> Tensor:
+    """Inter-head dissimilarity of one attention, MimiQ's generation loss (arXiv 2407.20021, section 4).
+
+    For each query patch, its H attention maps over the key patches are scaled to [0, 1]; every ordered pair of heads is
+    compared by SSIM with global moments; the loss is the mean of `1 - SSIM^2` over queries and pairs, a head with
+    itself included. The H x H covariances are one batched product: no tensor grows with H squared times the keys.
+
+    Args:
+        maps: attention logits before mask and softmax (or probabilities), `(N * windows, H, tokens, tokens)`. A factor
+            on the logits makes no difference, since every map is scaled to [0, 1].
+        site: tells prefix tokens, which are left out as queries and keys, and windows.
+        absolute: `1 - |SSIM|` instead of the square.
+
+    Returns:
+        `(N,)` fp32, from 0 (all heads alike, up to a positive affine map) to `(H - 1) / H` (independent).
+    """
+    patches = maps[:, :, site.prefix_tokens :, site.prefix_tokens :].float()
+    low = patches.amin(-1, keepdim=True)
+    span = patches.amax(-1, keepdim=True) - low
+    scaled = (patches - low) / (span + 1e-8)
+    mean = scaled.mean(-1)  # (B, H, Q)
+    centred = (scaled - mean.unsqueeze(-1)).transpose(1, 2)  # (B, Q, H, K)
+    covariance = centred @ centred.transpose(-2, -1) / patches.shape[-1]  # (B, Q, H, K) @ (B, Q, K, H)
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    mean = mean.transpose(1, 2)  # (B, Q, H)
+    products, squares = mean.unsqueeze(-1) * mean.unsqueeze(-2), mean.square()
+    top = (2 * products + _C1) * (2 * covariance + _C2)
+    luminance = squares.unsqueeze(-1) + squares.unsqueeze(-2) + _C1
+    contrast = variance.unsqueeze(-1) + variance.unsqueeze(-2) + _C2
+    similarity = top / (luminance * contrast)
+    each = 1 - (similarity.abs() if absolute else similarity.square())
+    return each.flatten(1).mean(1).view(-1, site.windows).mean(1)
+
+
+def total_similarity(maps: Mapping[str, Tensor], sites: Mapping[str, AttentionSite], *, absolute: bool) -> Tensor:
+    """Mean of `head_similarity` over all attentions, `(N,)`."""
+    return torch.stack([head_similarity(maps[name], site, absolute=absolute) for name, site in sites.items()]).mean(0)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Norms of the differences to the right, lower and both diagonal neighbours, `(N,)`.
+
+    The published code takes each norm over a whole batch, so that its weight falls with the batch's root; here it
+    is an image's own.
+    """
+    right = images[..., :, 1:] - images[..., :, :-1]
+    down = images[..., 1:, :] - images[..., :-1, :]
+    falling = images[..., 1:, 1:] - images[..., :-1, :-1]
+    rising = images[..., 1:, :-1] - images[..., :-1, 1:]
+    straight, slanted = (right, down), (falling, rising)
+    norms = [d.flatten(1).norm(dim=1) for d in straight] + [d.flatten(1).norm(dim=1) / math.sqrt(2) for d in slanted]
+    return torch.stack(norms).sum(0)
+
+
+def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the model's logits `(N, C)` against the labels `(N,)`, `(N,)` fp32."""
+    return functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def patch_entropy(outputs: Tensor, site: AttentionSite, bandwidth: float = 0.05) -> Tensor:
+    """Negative differential entropy of the similarity among patches, PSAQ-ViT's loss (arXiv 2203.02250, section 3.2).
+
+    Args:
+        outputs: attn.v `(N * windows, H, tokens, d)`, averaged over heads.
+        site: tells prefix tokens and windows.
+        bandwidth: of the kernel density estimate on 10 points of [-1, 1], in units of cosine.
+
+    Returns:
+        `(N,)` fp32.
+    """
+    tokens = functional.normalize(outputs[:, :, site.prefix_tokens :].float().mean(1), dim=-1)
+    cosines = (tokens @ tokens.transpose(-2, -1)).flatten(1)  # (B, P, d) @ (B, d, P)
+    points = torch.linspace(-1, 1, 10, device=cosines.device)
+    kernel = torch.exp(-0.5 * ((points[:, None] - cosines[:, None, :]) / bandwidth).square())
+    density = kernel.mean(-1) / (bandwidth * math.sqrt(2 * math.pi))
+    entropy = -(density * torch.log(density + 1e-8)).sum(1) * (2 / 9)
+    return -entropy.view(-1, site.windows).mean(1)

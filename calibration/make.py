@@ -1,0 +1,167 @@
+"""Calibration images of whatever kind the user asked for, made batch by batch and resumable between batches."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibration.config import SynthesisConfig
+from calibration.generator import Synthesizer
+from calibration.image_set import ImageSet
+from calibration.streams import image_stream, normal
+from fp8pipe.errors import BadArtifactError, ConfigurationError
+from fp8pipe.vision.image_folder import batches, read_image_folder
+from fp8pipe.vision.sources import VisionModel
+from fp8pipe.vision.structure import VitStructure
+
+FOLDER_PREFIX = "images:"
+METHODS = ("synthetic", "patch-similarity", "gaussian")
+_READ_AT_ONCE = 64
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """Which images are wanted.
+
+    Attributes:
+        method: synthetic, patch-similarity, gaussian, or images:DIR.
+        count: how many.
+        seed: of their streams, or of the choice among the pictures of a folder.
+        synthesis: for the synthetic ones.
+    """
+
+    method: str
+    count: int
+    seed: int
+    synthesis: SynthesisConfig
+
+    def check(self) -> None:
+        """Refuse a method that does not exist.
+
+        Raises:
+            ConfigurationError: naming the methods.
+        """
+        if self.method in METHODS or self.method.startswith(FOLDER_PREFIX):
+            return
+        raise ConfigurationError(
+            f"there is no calibration {self.method!r}",
+            why=f"it is one of {', '.join(METHODS)}, or images:DIR for pictures of your own",
+            fix="use --calibration synthetic",
+        )
+
+
+def make_images(
+    request: ImageRequest,
+    vision: VisionModel,
+    structure: VitStructure,
+    *,
+    checkpoints: Path | None = None,
+    on_images: Progress = lambda done: None,
+) -> ImageSet:
+    """The images of a request.
+
+    Args:
+        request: what is wanted.
+        vision: the float model they are for.
+        structure: of it.
+        checkpoints: where finished batches are kept, and found again by a run that was cut.
+        on_images: told the number of finished images.
+
+    Raises:
+        ConfigurationError: an unknown method, a folder that is none or has too few pictures, or images that stay NaN.
+    """
+    request.check()
+    if request.method.startswith(FOLDER_PREFIX):
+        return _from_folder(request, vision)
+    if request.method == "gaussian":
+        streams = [image_stream(request.seed, i) for i in range(request.count)]
+        noise = vision.preprocessing.to_uint8(normal(streams, 3, *structure.image_size))
+        return ImageSet(noise, None, request.method, request.seed)
+    return _synthesize(request, vision, structure, checkpoints, on_images)
+
+
+def _synthesize(
+    request: ImageRequest, vision: VisionModel, structure: VitStructure, checkpoints: Path | None, on_images: Progress
+) -> ImageSet:
+    config = request.synthesis
+    synthesizer = Synthesizer(vision, structure, config, request.seed)
+    _prepare(checkpoints, request, vision)
+    parts: list[ImageSet] = []
+    for first in range(0, request.count, config.batch_size):
+        folder = None if checkpoints is None else checkpoints / f"batch-{first:06d}"
+        if folder is not None and folder.is_dir():
+            parts.append(ImageSet.load(folder))
+        else:
+            made = synthesizer.batch(first, min(config.batch_size, request.count - first))
+            parts.append(ImageSet(made.images, made.labels, request.method, request.seed, made.losses, made.notes))
+            if folder is not None:
+                _keep(parts[-1], folder)
+        on_images(first + len(parts[-1].images))
+    labels = torch.cat([part.labels for part in parts if part.labels is not None])
+    losses = {name: [v for part in parts for v in part.losses[name]] for name in parts[0].losses}
+    return ImageSet(
+        torch.cat([part.images for part in parts]),
+        labels if structure.classes is not None else None,
+        request.method,
+        request.seed,
+        losses,
+        [note for part in parts for note in part.notes],
+    )
+
+
+def _prepare(checkpoints: Path | None, request: ImageRequest, vision: VisionModel) -> None:
+    """Begin a folder of batches, or make sure that it is this run's."""
+    if checkpoints is None:
+        return
+    described = {
+        "method": request.method, "count": request.count, "seed": request.seed, "model": vision.digest,
+        "synthesis": request.synthesis.model_dump(mode="json"),
+    }  # fmt: skip
+    record = checkpoints / "request.json"
+    if not record.is_file():
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        scratch = record.with_suffix(".writing")
+        scratch.write_text(json.dumps(described))
+        scratch.replace(record)
+        return
+    try:
+        stored = json.loads(record.read_text())
+    except ValueError as error:
+        raise BadArtifactError(f"{record} is damaged", why=str(error), fix="start anew with --force") from error
+    different = sorted(key for key in described if stored.get(key) != described[key])
+    if different:
+        raise ConfigurationError(
+            f"the images in {checkpoints} were begun with other settings",
+            why=f"these differ: {', '.join(different)}",
+            fix="resume with the same options, or start anew with --force",
+        )
+
+
+def _keep(part: ImageSet, folder: Path) -> None:
+    """Write a batch whole or not at all."""
+    scratch = folder.with_name(f"writing-{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    part.save(scratch)
+    scratch.rename(folder)
+
+
+def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
+    path = Path(request.method.removeprefix(FOLDER_PREFIX)).expanduser()
+    folder = read_image_folder(path)
+    if len(folder.files) < request.count:
+        raise ConfigurationError(
+            f"{path} has too few pictures",
+            why=f"{request.count} are wanted, it holds {len(folder.files)}",
+            fix=f"use --images {len(folder.files)} or fewer",
+        )
+    generator = torch.Generator().manual_seed(request.seed)
+    rows = torch.randperm(len(folder.files), generator=generator)[: request.count].tolist()
+    pixels: Tensor = torch.cat(list(batches(folder, rows, vision.preprocessing, _READ_AT_ONCE)))
+    return ImageSet(pixels, torch.tensor([folder.labels[row] for row in rows]), request.method, None)
