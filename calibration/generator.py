@@ -101,7 +101,7 @@ class Synthesizer:
         terms: dict[str, Tensor] = {}
         for step in range(config.steps):
             terms = self._losses(pixels, self._view(pixels, streams, step), labels)
-            (grad,) = torch.autograd.grad(sum(t.sum() for t in terms.values()), pixels)
+            (grad,) = torch.autograd.grad(torch.stack([term.sum() for term in terms.values()]).sum(), pixels)
             with torch.no_grad():
                 self._adam(pixels, grad, first, second, step)
                 if config.clamp:
