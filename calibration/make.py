@@ -91,6 +91,8 @@ def _synthesize(
     request: ImageRequest, vision: VisionModel, structure: VitStructure, checkpoints: Path | None, on_images: Progress
 ) -> ImageSet:
     config = request.synthesis
+    if request.method == "patch-similarity":  # PSAQ-ViT's idea in the place of MimiQ's
+        config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
     synthesizer = Synthesizer(vision, structure, config, request.seed)
     _prepare(checkpoints, request, vision)
     parts: list[ImageSet] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from exporters.vllm.findings import Finding
+from exporters.findings import Finding
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, fused_siblings, tied_original
 from exporters.vllm.source import SourceKind
 from exporters.vllm.structure import Role

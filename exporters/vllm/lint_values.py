@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from exporters.findings import Finding
 from exporters.vllm.codec import same_bits
-from exporters.vllm.findings import Finding
 from exporters.vllm.plan import ExportPlan, Unit, tied_original
 from exporters.vllm.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
 from fp8pipe.grids import E4M3

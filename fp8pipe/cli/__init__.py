@@ -19,6 +19,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "finetune": "Fine-tune a language model in FP8, or with LoRA or QLoRA.",
+    "quantize-vit": "Quantize a vision transformer, by default without any data.",
     "export": "Write an artifact as a checkpoint that an engine serves.",
     "validate": "Run an export in its engine and prove that it serves what was made.",
     "inspect": "Show what an artifact is, and where it came from.",
@@ -38,7 +39,7 @@ class LazyGroup(click.Group):
         """Import the command's module and return its `command`."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"fp8pipe.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"fp8pipe.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(

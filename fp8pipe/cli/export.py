@@ -12,7 +12,9 @@ import click
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
 
 if TYPE_CHECKING:
+    from exporters.onnx import OnnxExportOptions
     from exporters.vllm import VllmExportOptions
+    from fp8pipe.artifact import Artifact
 
 _UNITS = {
     "": 1,
@@ -39,16 +41,16 @@ class ByteSize(click.ParamType[int]):
 
 @click.command("export")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["vllm"]), required=True, help="The engine.")
+@click.option("--target", type=click.Choice(["vllm", "onnx"]), required=True, help="The engine.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @click.option(
     "--format",
     "weight_format",
-    type=click.Choice(["fp8", "bf16", "w8a16"]),
-    help="fp8: FP8 weights and activations (default); w8a16: FP8 weights only; bf16: dequantized.",
+    help="vllm: fp8 (FP8 weights and activations, default), w8a16 (FP8 weights only) or bf16 (dequantized). "
+    "onnx: qdq (as quantized, default) or int4-weight-only (float activations).",
 )
-@click.option("--max-shard-size", type=ByteSize(), help="Largest weight file, for instance 5GB (default).")
-@click.option("--vllm-version", help="The vLLM version whose checkpoint schema is written.")
+@click.option("--max-shard-size", type=ByteSize(), help="vllm: largest weight file, for instance 5GB (default).")
+@click.option("--vllm-version", help="vllm: the version whose checkpoint schema is written.")
 @click.option("--force", is_flag=True, help="Replace an existing export.")
 @common_options(dry_run=True)
 def command(
@@ -62,22 +64,60 @@ def command(
     dry_run: bool,
     console: Console,
 ) -> None:
-    """Write ARTIFACT as a checkpoint for an engine; lint before, reopen and compare after.
+    """Write ARTIFACT in the form that an engine loads; lint before, reopen and compare after.
 
-    ARTIFACT is what `fp8pipe finetune` wrote, or a plain model: a Hugging Face directory, a hub id, a .gguf file or
-    sample:NAME.
+    For vllm, ARTIFACT is what `fp8pipe finetune` wrote, or a plain model: a Hugging Face directory, a hub id, a .gguf
+    file or sample:NAME. For onnx it is what `fp8pipe quantize-vit` wrote.
     """
+    given = {"format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version}
+    chosen = {key: value for key, value in given.items() if value is not None} | {"force": force}
+    if target == "onnx":
+        _export_onnx(artifact, output, _onnx_options(chosen), dry_run, console)
+    else:
+        _export_vllm(artifact, output, chosen, dry_run, console)
+
+
+def _export_vllm(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
     from exporters.vllm import VllmExportOptions, export_vllm
     from fp8pipe.config import build_config
 
-    given = {"format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    options = build_config(VllmExportOptions, chosen | {"force": force})
+    options = build_config(VllmExportOptions, chosen)
     if dry_run:
         document, text = _plan(artifact, output, options)
-        console.emit({"dry_run": True, "target": target, **document}, text, quiet_text=str(output))
+        console.emit({"dry_run": True, "target": "vllm", **document}, text, quiet_text=str(output))
         return
-    exported = export_vllm(artifact, output, options)
+    _report(export_vllm(artifact, output, options), "vllm", str(options.format), console)
+
+
+def _export_onnx(artifact: Path, output: Path, options: OnnxExportOptions, dry_run: bool, console: Console) -> None:
+    from exporters.onnx import export_onnx
+
+    if dry_run:
+        document, text = _onnx_plan(artifact, output, options)
+        console.emit({"dry_run": True, "target": "onnx", **document}, text, quiet_text=str(output))
+        return
+    _report(export_onnx(artifact, output, options), "onnx", str(options.format), console)
+
+
+def _onnx_options(chosen: dict[str, Any]) -> OnnxExportOptions:
+    """The options; one that belongs to another target is named as it is written on the command line."""
+    from exporters.onnx import OnnxExportOptions
+    from fp8pipe.config import build_config
+    from fp8pipe.errors import ConfigurationError
+
+    flags = {"max_shard_bytes": "--max-shard-size", "vllm_version": "--vllm-version"}
+    foreign = [flag for key, flag in flags.items() if key in chosen]
+    if foreign:
+        raise ConfigurationError(
+            f"{' and '.join(foreign)} cannot be given for --target onnx",
+            why="it concerns vLLM only",
+            fix="leave it out",
+        )
+    return build_config(OnnxExportOptions, chosen)
+
+
+def _report(exported: Artifact, target: str, format: str, console: Console) -> None:
+    """What was written, with every gate."""
     manifest = exported.manifest
     rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in manifest.gates]
     text = f"{exported.root}: {len(manifest.files)} files, {format_bytes(exported.size_bytes)}"
@@ -88,11 +128,43 @@ def command(
         "kind": exported.kind,
         "digest": exported.digest,
         "size_bytes": exported.size_bytes,
-        "format": options.format,
+        "format": format,
         "gates": [gate.model_dump() for gate in manifest.gates],
         "warnings": list(manifest.warnings),
     }
     console.emit(document, "\n".join([text, *([table(rows)] if rows else [])]), quiet_text=str(exported.root))
+
+
+def _onnx_plan(source: Path, output: Path, options: OnnxExportOptions) -> tuple[dict[str, Any], str]:
+    """The dry run: what would be written; the artifact is read and linted, nothing is traced."""
+    from exporters.onnx import plan_export
+    from fp8pipe.artifact.disk import free_bytes
+
+    plan = plan_export(source, options)
+    free = free_bytes(output)
+    document = {
+        "source": str(source),
+        "output": str(output),
+        "output_exists": output.exists(),
+        "format": str(options.format),
+        "precision": plan.precision,
+        "need_bytes": plan.need_bytes,
+        "free_bytes": free,
+        "fits": free >= plan.need_bytes,
+        "layer_counts": {"quantized": len(plan.weights), "float": len(plan.float_layers)},
+        "activation_sites": len(plan.activations),
+    }
+    rows = [
+        ("source", str(source)),
+        ("output", f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}"),
+        ("format", str(options.format)),
+        ("precision", plan.precision),
+        ("layers", f"{len(plan.weights)} quantized, {len(plan.float_layers)} float"),
+        ("activations", f"{len(plan.activations)} sites quantized"),
+        ("weights", format_bytes(plan.need_bytes)),
+        ("disk", f"{format_bytes(free)} free{'' if document['fits'] else ': NOT ENOUGH'}"),
+    ]
+    return document, "plan (nothing was written)\n" + table(rows)
 
 
 def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], str]:

@@ -9,10 +9,17 @@ import click
 
 from fp8pipe.cli.common import Console, common_options, table
 
+# The engines by the kind of export that they run; the first is the default.
+_ENGINES = {"vllm-export": ("vllm",), "onnx-export": ("onnxruntime",)}
+
 
 @click.command("validate")
 @click.argument("export", type=click.Path(path_type=Path))
-@click.option("--engine", type=click.Choice(["vllm"]), default="vllm", show_default=True, help="The engine.")
+@click.option(
+    "--engine",
+    type=click.Choice([engine for engines in _ENGINES.values() for engine in engines]),
+    help="The engine; default: the one the export is for.",
+)
 @click.option(
     "--vllm-python",
     envvar="FP8PIPE_VLLM_PYTHON",
@@ -21,28 +28,59 @@ from fp8pipe.cli.common import Console, common_options, table
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="The trained artifact: also prove that the export holds its weights.",
+    help="The artifact that was exported: also prove that the export holds its weights.",
 )
 @common_options()
-def command(export: Path, engine: str, vllm_python: str | None, against: Path | None, console: Console) -> None:
+def command(export: Path, engine: str | None, vllm_python: str | None, against: Path | None, console: Console) -> None:
     """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
 
     The record is written beside the export, as EXPORT.validation.json.
     """
-    from serving.vllm.record import ExportRejectedError
-    from serving.vllm.validate import validate_export
+    from serving.record import ExportRejectedError
 
     rejection = None
     try:
-        record = validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
+        record = _validate(export, _engine(export, engine), vllm_python, against)
     except ExportRejectedError as error:
         rejection, record = error, error.record
-    console.emit(record.model_dump(mode="json"), _text(export, record), quiet_text=record.verdict)
+    text = _onnx_text if record.engine == "onnxruntime" else _vllm_text
+    console.emit(record.model_dump(mode="json"), text(export, record), quiet_text=record.verdict)
     if rejection is not None:
         raise rejection
 
 
-def _text(export: Path, record: Any) -> str:
+def _engine(export: Path, engine: str | None) -> str:
+    """The engine for this kind of export."""
+    from fp8pipe.artifact import open_artifact
+    from fp8pipe.errors import ConfigurationError
+
+    kind = open_artifact(export, kind=list(_ENGINES), verify=False).kind
+    if engine is not None and engine not in _ENGINES[kind]:
+        raise ConfigurationError(
+            f"{export} cannot be validated in {engine}",
+            why=f"it is of the kind {kind}, made for {_ENGINES[kind][0]}",
+            fix=f"--engine {_ENGINES[kind][0]}, or none",
+        )
+    return engine or _ENGINES[kind][0]
+
+
+def _validate(export: Path, engine: str, vllm_python: str | None, against: Path | None) -> Any:
+    if engine == "onnxruntime":
+        from serving.onnx.validate import validate_onnx
+
+        return validate_onnx(export, against=against)
+    from serving.vllm.validate import validate_export
+
+    return validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
+
+
+def _onnx_text(export: Path, record: Any) -> str:
+    rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in record.gates]
+    title = f"{record.verdict}  {export} in ONNX Runtime {record.versions.get('onnxruntime', '')}"
+    return f"{title}, against the {record.reference}\n{table(rows)}"
+
+
+def _vllm_text(export: Path, record: Any) -> str:
     weights, logprobs = record.weights, record.logprobs
     rows = [
         (

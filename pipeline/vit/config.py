@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from calibration.config import SynthesisConfig
 from fp8pipe.config import FrozenConfig, build_config
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.vision.quantizers import Precision
@@ -37,6 +38,10 @@ class QuantizeVitConfig(FrozenConfig):
     images: int = Field(128, ge=1, description="Calibration images.")
     edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
     seed: int = Field(0, ge=0, description="Of images, order and augmentation.")
+    synthesis: SynthesisConfig = Field(
+        default_factory=lambda: build_config(SynthesisConfig, {}), description="How synthetic images are made."
+    )
+    evaluate: str | None = Field(None, description="Folder of labelled pictures to measure accuracy on.")
     distill: DistillConfig = Field(default_factory=lambda: build_config(DistillConfig, {}), description="Distillation.")
 
     @field_validator("bits")

@@ -1,20 +1,16 @@
 """The record of a validation: what was compared, in which engine, and the verdict; written beside the export.
 
-Beside and not inside, so that the hashes in the export's manifest stay true. It names the manifest's digest: a
-record says nothing about an export that has changed since.
+It names the manifest's digest: a record says nothing about an export that has changed since.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from fp8pipe.artifact import translate_disk_full
 from fp8pipe.config import FrozenConfig
-from fp8pipe.errors import GateFailedError
+from serving.record import ExportRejectedError, record_path, write_record
 
 __all__ = [
     "CanaryAnswer",
@@ -112,37 +108,3 @@ class ValidationRecord(FrozenConfig):
     peak_rss_bytes: int = Field(ge=0, description="largest resident memory of the engine, bytes")
     reasons: list[str] = Field(description="why it was rejected; empty when accepted")
     verdict: Verdict = Field(description="ACCEPT or REJECT")
-
-
-class ExportRejectedError(GateFailedError):
-    """A validation ended with REJECT.
-
-    Attributes:
-        record: what was found; it is written beside the export, too.
-    """
-
-    def __init__(self, what: str, *, why: str, fix: str, record: ValidationRecord) -> None:
-        super().__init__(what, why=why, fix=fix)
-        self.record = record
-
-
-def record_path(export: Path) -> Path:
-    """`<export>.validation.json`, beside the export."""
-    absolute = Path(os.path.abspath(export))
-    return absolute.with_name(absolute.name + ".validation.json")
-
-
-def write_record(record: ValidationRecord, export: Path) -> Path:
-    """Write the record in one step: a reader sees the old file or the new one, whole.
-
-    Raises:
-        OutOfMemoryError: the disk is full.
-    """
-    path = record_path(export)
-    partial = path.with_name(path.name + ".partial")
-    with translate_disk_full(path.parent), partial.open("w", encoding="utf-8") as file:
-        file.write(record.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return path

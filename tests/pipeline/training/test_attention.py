@@ -89,7 +89,7 @@ def test_a_model_gives_the_fused_kernels_logits_and_gradients(make_base):
     ("changes", "why"),
     [
         ({"dropout": 0.1}, "dropout draws"),
-        ({"softcap": 30.0}, "another formula"),
+        ({"sliding_window": 4}, "another formula"),
         ({"is_causal": False}, "no causal mask"),
     ],
 )

@@ -16,7 +16,7 @@ class Finding:
 
     Attributes:
         rule: stable identifier.
-        tensor: the tensor, module or file concerned.
+        tensor: the tensor, module, node or file concerned.
         why: what was seen, with values.
         fix: what the user can do.
     """

@@ -1,0 +1,243 @@
+"""The whole export: lint, rewrite, write, reopen, compare in ONNX Runtime, commit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from exporters.onnx.classes import compare_classes, measure_noise
+from exporters.onnx.gates import class_gates, float_gate, kernel_gate, parity_gates
+from exporters.onnx.graph_check import check_kernels
+from exporters.onnx.images import ProbeImages, probe_images
+from exporters.onnx.layers import read_layers
+from exporters.onnx.lint import lint_model, refuse
+from exporters.onnx.options import OnnxExportOptions, OnnxFormat
+from exporters.onnx.packages import import_onnx_package
+from exporters.onnx.parity import compare_layers, inputs_of, outputs_of
+from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
+from exporters.onnx.produce import QuantizedGraph, as_exported, quantize_graph
+from exporters.onnx.reopen import reopen_gates
+from exporters.onnx.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
+from fp8pipe.artifact import (
+    Artifact,
+    ArtifactWriter,
+    Gate,
+    LayerRecord,
+    NumberFormat,
+    check_place,
+    installed_versions,
+    open_artifact,
+)
+from fp8pipe.errors import ConfigurationError, GateFailedError
+from fp8pipe.progress import track
+from fp8pipe.vision.files import write_model_file
+from fp8pipe.vision.preprocessing import PREPROCESSING_FILE
+from fp8pipe.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.vision.quantizers import Kind
+
+__all__ = ["CLASSES_FILE", "EXPORT_KIND", "MODEL_FILE", "SOURCE_KIND", "OnnxPlan", "export_onnx", "plan_export"]
+
+logger = logging.getLogger(__name__)
+
+EXPORT_KIND: Final = "onnx-export"
+SOURCE_KIND: Final = "vit"
+MODEL_FILE: Final = "model.onnx"
+CLASSES_FILE: Final = "classes.json"
+_LAYER_IMAGES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxPlan:
+    """What an export would write.
+
+    Attributes:
+        weights: layers whose weights are stored as codes.
+        activations: sites that are quantized.
+        float_layers: linears that stay float.
+        need_bytes: size of all stored tensors, bytes.
+        precision: in words, for instance "int4 weights, int8 activations".
+    """
+
+    weights: tuple[str, ...]
+    activations: tuple[str, ...]
+    float_layers: tuple[str, ...]
+    need_bytes: int
+    precision: str
+
+
+def plan_export(source: Path, options: OnnxExportOptions) -> OnnxPlan:
+    """Read and lint the artifact, and say what an export would hold. Writes nothing.
+
+    Raises:
+        BadArtifactError: no such artifact, or a damaged one.
+        LintFindingsError: it cannot be exported in this format.
+    """
+    artifact = open_artifact(source, kind=SOURCE_KIND)
+    quantized = load_quantized(artifact.root)
+    refuse(lint_model(quantized, options.format), str(source))
+    return _plan(quantized, options.format)
+
+
+def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artifact:
+    """Write an ONNX graph of a quantized vision model, and prove that ONNX Runtime computes the same.
+
+    Args:
+        source: directory of an artifact of kind `vit`.
+        output: directory to create: `model.onnx`, `preprocessing.json`, `classes.json` (classifiers), a manifest.
+        options: format, and whether to replace an existing output.
+
+    Returns:
+        The committed export, kind `onnx-export`, with every gate in its manifest.
+
+    Raises:
+        ConfigurationError: unusable output, or a model that cannot be traced.
+        BadArtifactError: an unfinished, damaged or other artifact.
+        LintFindingsError: the linter's findings; nothing was written.
+        GateFailedError: the written graph differs from the artifact, or is not run on integers; not committed.
+        MissingCapabilityError: a package is missing.
+        OutOfMemoryError: the disk is full.
+    """
+    source, output = Path(source), Path(output)
+    if output.resolve() == source.resolve():
+        raise ConfigurationError(
+            f"the output {output} is the source itself", why="it would be replaced", fix="name another directory"
+        )
+    check_place(output, force=options.force)
+    import_onnx_package("onnxruntime")
+    artifact = open_artifact(source, kind=SOURCE_KIND)
+    quantized = load_quantized(artifact.root)
+    refuse(lint_model(quantized, options.format), str(source))
+    images = probe_images(artifact.root, quantized.preprocessing)
+    with track(3, "export") as progress:
+        graph = quantize_graph(quantized, options.format, str(source))
+        progress.advance(1)
+        with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
+            _write(writer.root, graph, quantized)
+            progress.advance(1)
+            gates, near_tie = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
+            progress.advance(1)
+            for gate in gates:
+                writer.gate(gate)
+            _require(gates, writer.root)
+            _warn(writer, quantized, options.format, images)
+            extra = _extra(graph, quantized, options) | {"near_tie": near_tie}
+            return _commit(writer, artifact, quantized, options, extra)
+
+
+def _write(root: Path, graph: QuantizedGraph, quantized: QuantizedVit) -> None:
+    import onnx_ir as ir
+
+    ir.save(graph.model, root / MODEL_FILE)
+    write_model_file(quantized.preprocessing, root / PREPROCESSING_FILE)
+    if quantized.architecture.classes is not None:
+        text = json.dumps(quantized.architecture.classes, ensure_ascii=False, indent=2) + "\n"
+        (root / CLASSES_FILE).write_text(text, encoding="utf-8")
+
+
+def _gates(
+    path: Path, graph: QuantizedGraph, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages
+) -> tuple[list[Gate], float]:
+    """Everything that is compared, on the written file; and the margin that counts as a near-tie."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    layers = read_layers(model)
+    gates = reopen_gates(model, layers, quantized, format)
+    gates.append(float_gate(graph.float_bytes, quantized, images.pixels))
+    expected_model = as_exported(quantized, format)
+    taps = expected_model.taps(images.pixels[:_LAYER_IMAGES])
+    inputs = inputs_of(expected_model, layers, taps)
+    gates += parity_gates(compare_layers(model, layers, inputs, outputs_of(layers, taps)))
+    gates.append(kernel_gate(check_kernels(path, layers)))
+    found = torch.from_numpy(run(open_session(path), {INPUT_NAME: images.pixels.numpy()})[OUTPUT_NAME])
+    with torch.no_grad():
+        expected = expected_model(images.pixels)
+    near_tie = measure_noise(expected_model, images.pixels, expected)
+    return gates + class_gates(compare_classes(expected, found, near_tie, images.source)), near_tie
+
+
+def _require(gates: list[Gate], root: Path) -> None:
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        raise GateFailedError(
+            f"the written graph differs from its artifact ({len(failed)} gate(s) failed)",
+            why="\n       ".join(f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed),
+            fix=f"report it, with versions of torch, onnxscript and onnxruntime; what was written is left in {root}",
+        )
+
+
+def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages) -> None:
+    if images.source.startswith("random"):
+        writer.warn(f"compared on {images.source}")
+    if format is OnnxFormat.INT4_WEIGHT_ONLY and quantized.activations:
+        writer.warn("the activations of this export are float: its outputs are not those of the artifact")
+    if format is OnnxFormat.QDQ and any(w.kind is Kind.E4M3 for w in quantized.weights.values()):
+        writer.warn("ONNX Runtime for CPUs computes FP8 layers in float: right, and slower than the float model")
+    plan = _plan(quantized, format)
+    if plan.float_layers:
+        writer.warn(f"{len(plan.float_layers)} linear layer(s) stay float; the first: {plan.float_layers[0]}")
+
+
+def _plan(quantized: QuantizedVit, format: OnnxFormat) -> OnnxPlan:
+    int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
+    codes = sum((w.codes.numel() + 1) // 2 if int4 else w.codes.numel() for w in quantized.weights.values())
+    quantized_names = {f"{name}.weight" for name in quantized.weights}
+    floats = sum(4 * t.numel() for name, t in quantized.model.state_dict().items() if name not in quantized_names)
+    scales = sum(4 * w.scale.numel() for w in quantized.weights.values())
+    activations = () if int4 else tuple(quantized.activations)
+    kinds = sorted({f"{w.bits}-bit {w.kind}" for w in quantized.weights.values()})
+    return OnnxPlan(
+        weights=tuple(quantized.weights),
+        activations=activations,
+        float_layers=tuple(n for n in quantized.structure.linear_names if n not in quantized.weights),
+        need_bytes=codes + floats + scales,
+        precision=f"{', '.join(kinds)} weights, {'quantized' if activations else 'float'} activations",
+    )
+
+
+def _commit(
+    writer: ArtifactWriter,
+    artifact: Artifact,
+    quantized: QuantizedVit,
+    options: OnnxExportOptions,
+    extra: dict[str, Any],
+) -> Artifact:
+    versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
+    float_kind = all(w.kind is Kind.E4M3 for w in quantized.weights.values())
+    return writer.commit(
+        config=options.model_dump(mode="json"),
+        seed=None,
+        parents=[artifact.as_parent()],
+        number_format=NumberFormat(name="e4m3" if float_kind else "int", granularity="per-channel"),
+        preprocessing=quantized.preprocessing.model_dump(mode="json"),
+        runtime={
+            "engine": "onnxruntime",
+            "onnxruntime": versions["onnxruntime"],
+            "opset": OPSET,
+            "disabled_optimizers": list(DISABLED_OPTIMIZERS),
+            "session_entries": dict(SESSION_ENTRIES),
+        },
+        layers=[_record(site.name, site.shape, quantized) for site in quantized.structure.linears],
+        versions=versions,
+        extra=extra,
+    )
+
+
+def _record(name: str, shape: tuple[int, int], quantized: QuantizedVit) -> LayerRecord:
+    weight = quantized.weights.get(name)
+    reason = "no codes in the artifact" if weight is None else f"{weight.bits}-bit {weight.kind}"
+    return LayerRecord(name=name, converted=weight is not None, reason=reason, shape=shape)
+
+
+def _extra(graph: QuantizedGraph, quantized: QuantizedVit, options: OnnxExportOptions) -> dict[str, Any]:
+    return {
+        "format": options.format.value,
+        "input": {"name": INPUT_NAME, "shape": ["batch", 3, *quantized.architecture.image_size], "type": "float32"},
+        "output": {"name": OUTPUT_NAME, "what": "logits" if quantized.architecture.classes else "features"},
+        "passes": {change.name: len(change.changed) for change in graph.changes},
+    }

@@ -1,0 +1,112 @@
+"""What must hold before a file is written: values that an engine would take for others, and graphs it would run slowly.
+
+Engines do not refuse a NaN scale or a code outside its width; they compute with it. All findings are collected first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from exporters.findings import Finding, LintFindingsError
+from exporters.onnx.options import OnnxFormat
+from exporters.onnx.plain import PlainGraph, owner
+from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.vision.quantizers import Kind, WeightCodes, weight_limits
+
+__all__ = ["lint_graph", "lint_model", "refuse"]
+
+# A protobuf file cannot be larger.
+_LARGEST_FILE_BYTES = 2**31 - 1
+_INT4_BITS = 4
+
+
+def lint_model(quantized: QuantizedVit, format: OnnxFormat) -> list[Finding]:
+    """Findings on the artifact's values, and on whether the format can hold them."""
+    findings = []
+    if not quantized.weights:
+        findings.append(
+            Finding("nothing-quantized", "the model", "no weight has codes", "export an artifact of quantize-vit")
+        )
+    for name, weight in quantized.weights.items():
+        findings += _values(name, weight)
+        if format is OnnxFormat.INT4_WEIGHT_ONLY and (weight.kind is not Kind.INT or weight.bits > _INT4_BITS):
+            findings.append(
+                Finding(
+                    "int4-width", name, f"{weight.bits}-bit {weight.kind} codes", "use --format qdq for this artifact"
+                )
+            )
+    if format is OnnxFormat.QDQ:
+        findings += _mixed(quantized)
+    for name, tensor in quantized.model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            findings.append(Finding("not-finite", name, "it holds NaN or infinity", "write the artifact again"))
+    return findings
+
+
+def lint_graph(plain: PlainGraph, model: nn.Module) -> list[Finding]:
+    """Findings on a float graph, before any pass: what engines have one kernel for must be one operator."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    findings = [
+        Finding(
+            "layer-norm", owner(node, norms), f"it became {node.op_type} and more",
+            "use the versions of torch and onnxscript that this project was tested with",
+        )
+        for node in plain.model.graph
+        if owner(node, norms) and node.op_type != "LayerNormalization"
+    ]  # fmt: skip
+    size = sum(v.const_value.nbytes for v in plain.model.graph.initializers.values() if v.const_value is not None)
+    if size > _LARGEST_FILE_BYTES:
+        findings.append(
+            Finding("file-size", "the float graph", f"{size} bytes", "one file holds 2 GB: use a smaller model")
+        )
+    return findings
+
+
+def refuse(findings: Iterable[Finding], source: str) -> None:
+    """Raise one error with all findings, if there are any.
+
+    Raises:
+        LintFindingsError: there are.
+    """
+    found = list(findings)
+    if found:
+        raise LintFindingsError(found, source)
+
+
+def _values(name: str, weight: WeightCodes) -> list[Finding]:
+    findings = []
+    if not bool((torch.isfinite(weight.scale) & (weight.scale > 0)).all()):
+        findings.append(Finding("scale", name, "a scale is not a positive number", "quantize the model again"))
+    if weight.kind is Kind.E4M3:
+        nan = int(torch.isnan(weight.codes.float()).sum())
+        if nan:
+            findings.append(Finding("e4m3-nan", name, f"{nan} codes are NaN", "quantize the model again"))
+        return findings
+    low, high = weight_limits(weight.bits)
+    outside = int(((weight.codes < low) | (weight.codes > high)).sum())
+    if outside:
+        why = f"{outside} codes are outside {low}..{high} ({weight.bits} bits)"
+        findings.append(Finding("code-range", name, why, "quantize the model again"))
+    return findings
+
+
+def _mixed(quantized: QuantizedVit) -> list[Finding]:
+    """Layers that would multiply integers by FP8, for which no engine has a kernel."""
+    findings = []
+    groups = {site.name: f"{site.input_group}.input" for site in quantized.structure.linears}
+    for name, weight in quantized.weights.items():
+        activation = quantized.activations.get(groups[name])
+        if activation is not None and activation.kind is not weight.kind:
+            why = f"{weight.kind} weights, {activation.kind} activations"
+            findings.append(Finding("mixed-kinds", name, why, "quantize weights and activations to one kind"))
+    for attention in quantized.structure.attention_names:
+        for pair in (("q", "k"), ("probs", "v")):
+            kinds = {q.kind for what in pair if (q := quantized.activations.get(f"{attention}.{what}")) is not None}
+            if len(kinds) > 1:
+                findings.append(
+                    Finding("mixed-kinds", f"{attention}.{pair[0]}", "int and e4m3 operands", "use one kind for both")
+                )
+    return findings

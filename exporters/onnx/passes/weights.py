@@ -1,0 +1,62 @@
+"""Pass: weights become their codes and one DequantizeLinear.
+
+Codes are stored as the engine multiplies them: transposed to (in, out) for MatMul, so that nothing stands between
+DequantizeLinear and the product. Narrow integer codes lie in INT8: with INT4 beside INT8 activations no engine here
+multiplies integers. INT4 is for weights beside float activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from exporters.onnx.passes.change import Change
+from exporters.onnx.passes.tensors import add_initializer, as_array
+from exporters.onnx.plain import PlainGraph, Product, ProductKind
+from fp8pipe.vision.quantizers import WeightCodes
+
+__all__ = ["quantize_weights"]
+
+
+def quantize_weights(plain: PlainGraph, weights: Mapping[str, WeightCodes], *, int4: bool = False) -> Change:
+    """Replace the stored operand of every layer of `weights`; the float tensor is removed.
+
+    Args:
+        plain: without Gemm (see `split_gemms`); changed in place.
+        weights: codes by layer.
+        int4: store codes of at most 4 bits as INT4.
+    """
+    graph = plain.model.graph
+    changed = []
+    for product in plain.products:
+        if product.kind in (ProductKind.LINEAR, ProductKind.PATCH) and product.name in weights:
+            _replace(graph, product, weights[product.name], int4)
+            changed.append(product.name)
+    return Change("quantize_weights", tuple(changed))
+
+
+def _replace(graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool) -> None:
+    old = product.node.inputs[1]
+    assert old is not None
+    assert old.name is not None
+    codes, axis = as_array(weight.codes), 0
+    if product.kind is ProductKind.LINEAR:
+        codes, axis = np.ascontiguousarray(codes.T), 1
+    if int4:
+        codes = codes.astype(ml_dtypes.int4)
+    # The float tensor goes first: its name may be the one that the codes get.
+    product.node.replace_input_with(1, None)
+    if not old.uses() and not old.is_graph_output():
+        graph.initializers.pop(old.name)
+    codes_value = add_initializer(graph, f"{product.name}.weight", codes)
+    scale = add_initializer(graph, f"{product.name}.weight_scale", as_array(weight.scale.float()))
+    node = ir.node(
+        "DequantizeLinear", [codes_value, scale], {"axis": axis}, name=f"{product.name}.weight/DequantizeLinear"
+    )
+    output = node.outputs[0]
+    output.name, output.type, output.shape = f"{product.name}.weight/dequantized", old.type, old.shape
+    graph.insert_before(product.node, node)
+    product.node.replace_input_with(1, output)

@@ -1,0 +1,102 @@
+"""From an artifact's model to a quantized graph in memory: the float graph, then the passes of a format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from exporters.onnx.lint import lint_graph, refuse
+from exporters.onnx.options import OnnxFormat
+from exporters.onnx.passes import (
+    Change,
+    name_products,
+    quantize_activations,
+    quantize_weights,
+    split_gemms,
+    strip_metadata,
+)
+from exporters.onnx.plain import PlainGraph, export_plain
+from fp8pipe.vision.architecture import build
+from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.vision.quantizers import Kind, WeightCodes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["QuantizedGraph", "as_exported", "float_model", "quantize_graph", "unquantized"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedGraph:
+    """A graph ready to be written.
+
+    Attributes:
+        model: the graph.
+        float_bytes: the same graph before it was quantized (with dequantized weights), serialized; for comparison.
+        changes: what each pass did.
+    """
+
+    model: ir.Model
+    float_bytes: bytes
+    changes: tuple[Change, ...]
+
+
+def float_model(quantized: QuantizedVit) -> nn.Module:
+    """The prepared model with dequantized weights and nothing that quantizes: what is traced."""
+    model = build(quantized.architecture)
+    model.load_state_dict(quantized.model.state_dict())
+    return model
+
+
+def as_exported(quantized: QuantizedVit, format: OnnxFormat) -> QuantizedVit:
+    """The model that an export of this format computes: without activation quantizers for weights alone."""
+    if format is OnnxFormat.QDQ:
+        return quantized
+    return _with(quantized, quantized.weights)
+
+
+def unquantized(quantized: QuantizedVit) -> QuantizedVit:
+    """The float model with dequantized weights, its attentions by the plain formula: what is traced."""
+    return _with(quantized, {})
+
+
+def _with(quantized: QuantizedVit, weights: Mapping[str, WeightCodes]) -> QuantizedVit:
+    # From a fresh model: `quantized.model` carries the hooks that quantize its activations.
+    return QuantizedVit(
+        float_model(quantized), quantized.architecture, quantized.preprocessing, quantized.structure, weights, {}
+    )
+
+
+def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> QuantizedGraph:
+    """Trace, lint and rewrite.
+
+    Args:
+        quantized: the artifact's model.
+        format: what the graph shall hold.
+        source: the artifact, for messages.
+
+    Raises:
+        LintFindingsError: the traced graph cannot be quantized well.
+        ConfigurationError: it cannot be traced, or its layers are not found in the graph.
+    """
+    import onnx_ir as ir
+
+    model = float_model(quantized)
+    plain = export_plain(model, quantized.structure)
+    refuse(lint_graph(plain, model), source)
+    float_bytes = ir.to_proto(plain.model).SerializeToString()
+    plain, split = split_gemms(plain)
+    changes = [split, quantize_weights(plain, quantized.weights, int4=format is OnnxFormat.INT4_WEIGHT_ONLY)]
+    if format is OnnxFormat.QDQ:
+        changes.append(_activations(plain, quantized))
+    changes += [name_products(plain), strip_metadata(plain.model)]
+    return QuantizedGraph(plain.model, float_bytes, tuple(changes))
+
+
+def _activations(plain: PlainGraph, quantized: QuantizedVit) -> Change:
+    """Integer codes: one pair a reader, which ONNX Runtime needs; FP8, which it runs in float: shared pairs."""
+    integer = any(q.kind is Kind.INT for q in quantized.activations.values())
+    return quantize_activations(plain, quantized.structure, quantized.activations, share=not integer)

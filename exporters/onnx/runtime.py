@@ -1,0 +1,67 @@
+"""ONNX Runtime sessions, in one place: the settings under which the graph runs as it was trained.
+
+Two of its optimizers are off. `MatMulAddFusion` turns a product and its bias into Gemm with a float bias, for
+which there is no integer kernel. `QDQPropagationTransformer` moves quantizers across transposes and, in some
+versions, leaves INT8 codes with a UINT8 zero point, which its own checker then refuses. Weight-only INT4 products
+keep float activations: by default they would be rounded to 8 bits, which nobody trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from exporters.onnx.packages import import_onnx_package
+from fp8pipe.errors import BadArtifactError
+
+__all__ = ["DISABLED_OPTIMIZERS", "SESSION_ENTRIES", "open_session", "run"]
+
+DISABLED_OPTIMIZERS: Final = ("QDQPropagationTransformer", "MatMulAddFusion")
+SESSION_ENTRIES: Final = {"session.qdq_matmulnbits_accuracy_level": "0"}
+_ERRORS_ONLY = 3
+
+
+def open_session(
+    model: Path | bytes, *, optimized: Path | None = None, plain: bool = False, threads: int | None = None
+) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU.
+
+    Args:
+        model: a file, or its bytes.
+        optimized: where to write the optimized graph; not written when None.
+        plain: no graph optimization at all, every operator as it stands.
+        threads: threads within an operator; the runtime's own choice when None.
+
+    Raises:
+        BadArtifactError: the runtime refuses the graph.
+        MissingCapabilityError: onnxruntime is not installed.
+    """
+    runtime = import_onnx_package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    for key, value in SESSION_ENTRIES.items():
+        options.add_session_config_entry(key, value)
+    if plain:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return runtime.InferenceSession(
+            source, options, disabled_optimizers=list(DISABLED_OPTIMIZERS), providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # its exceptions share no public base
+        raise BadArtifactError(
+            "ONNX Runtime refuses the graph",
+            why=" ".join(str(error).split())[:600],
+            fix="export it again, with a version of onnxruntime that this project was tested with",
+        ) from error
+
+
+def run(session: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """All outputs by name, as numpy arrays."""
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))

@@ -1,0 +1,227 @@
+"""The stage `quantize-vit`: images, ranges, distillation, and an artifact that is proved to rebuild the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calibration.image_set import ImageSet
+from calibration.make import FOLDER_PREFIX, ImageRequest, make_images
+from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent, check_place
+from fp8pipe.progress import track
+from fp8pipe.vision.outputs import vision_outputs
+from fp8pipe.vision.quantized import QuantizedVit, save_quantized
+from fp8pipe.vision.sources import VisionModel, load_vision_model
+from fp8pipe.vision.structure import VitStructure, read_structure
+from pipeline.training.checkpoint import CheckpointStore
+from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.distill import Distiller
+from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
+from pipeline.vit.formats import activation_bits, weight_formats
+from pipeline.vit.initialise import choose_range, choose_steps, sample_sites
+from pipeline.vit.student import Student
+
+_LOG = logging.getLogger(__name__)
+KIND = "vit"
+IMAGES = "calibration"
+_IMAGES_WORK, _CHECKPOINTS, _METRICS = "images.partial", "checkpoints", "metrics.jsonl"
+_PROBE_IMAGES = 8
+_BATCH = 32
+
+
+def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
+    """Run the stage.
+
+    Args:
+        config: the resolved configuration.
+        output: the artifact's directory; must not exist unless `force`.
+        force: replace an existing artifact.
+        resume: continue the unfinished run of `output`, if there is one.
+
+    Returns:
+        The finished artifact (kind `vit`).
+
+    Raises:
+        Fp8PipeError: see the error's own text; finished images and checkpoints stay in `OUTPUT.partial`.
+    """
+    check_place(output, force=force, resume=resume)
+    request = ImageRequest(config.calibration, config.images, config.seed, config.synthesis)
+    request.check()
+    vision = load_vision_model(config.model)
+    structure = read_structure(vision.model, vision.architecture.image_size)
+    if config.evaluate is not None:
+        read_evaluation_folder(Path(config.evaluate), vision.architecture.classes)
+    with ArtifactWriter(output, kind=KIND, stage="quantize-vit", force=force, resume=resume) as writer:
+        store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
+        described = config.model_dump(mode="json")
+        if store.started():
+            store.check_config(described, {"model": vision.digest})
+        else:
+            store.begin(described, {}, {"model": vision.digest})
+        started = time.perf_counter()
+        images = _images(request, vision, structure, writer)
+        seconds = {"images": time.perf_counter() - started}
+        started = time.perf_counter()
+        student, history = _train(config, vision, structure, images, store)
+        seconds["training"] = time.perf_counter() - started
+        return _finish(config, vision, structure, images, student, history, seconds, writer)
+
+
+def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure, writer: ArtifactWriter) -> ImageSet:
+    with track(request.count, "images") as progress:
+        done = 0
+
+        def advance(finished: int) -> None:
+            nonlocal done
+            progress.advance(finished - done)
+            done = finished
+
+        images = make_images(request, vision, structure, checkpoints=writer.root / _IMAGES_WORK, on_images=advance)
+    for note in images.notes:
+        writer.warn(note)
+    return images
+
+
+def _train(
+    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore
+) -> tuple[Student, list[dict[str, float]]]:
+    """Ranges from the images, then distillation."""
+    pixels = vision.preprocessing.normalize(images.images)
+    bits = activation_bits(structure, config.precision, config.edges)
+    samples = sample_sites(vision, structure, pixels.split(_BATCH), config.seed)
+    kind = config.precision.kind
+    activations = {site: choose_range(values, bits[site], kind) for site, values in samples.items()}
+    formats = weight_formats(structure, config.precision, config.edges)
+    student = Student(vision, structure, formats, choose_steps(vision, formats), activations)
+    distiller = Distiller(student, vision, structure, pixels, config.distill, config.seed, store)
+    if distiller.resume():
+        _LOG.info("resumed after step %d", distiller.step)
+    with track(config.distill.steps, "distillation", done=distiller.step) as progress:
+        history = distiller.run(lambda figures: progress.advance(loss=figures["loss"]))
+    return student, history
+
+
+def _finish(
+    config: QuantizeVitConfig,
+    vision: VisionModel,
+    structure: VitStructure,
+    images: ImageSet,
+    student: Student,
+    history: list[dict[str, float]],
+    seconds: dict[str, float],
+    writer: ArtifactWriter,
+) -> Artifact:
+    quantized = student.deploy()
+    save_quantized(writer.root, quantized)
+    images.save(writer.root / IMAGES, vision.architecture.classes)
+    (writer.root / _METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
+    pixels = vision.preprocessing.normalize(images.images)
+    for gate in (_code_gate(quantized), _rebuild_gate(quantized, pixels[:_PROBE_IMAGES], writer.root)):
+        writer.gate(gate)
+    similarity = _agreement(vision, quantized, pixels, structure)
+    writer.gate(similarity)
+    if not similarity.passed:
+        writer.warn(f"the quantized model follows its teacher poorly: {similarity.name} {similarity.value:.3f}")
+    if structure.is_backbone:
+        writer.warn("a backbone: no class prior in the images, and features (1 - cosine) in the place of answers")
+    measured = _measure(config, vision, quantized)
+    return writer.commit(
+        config=config.model_dump(mode="json"),
+        seed=config.seed,
+        parents=[Parent(kind="model", digest=vision.digest.removeprefix("sha256:"), path=vision.origin)],
+        number_format=NumberFormat(name=str(config.precision), granularity="per-channel"),
+        preprocessing=vision.preprocessing.model_dump(mode="json"),
+        runtime={"device": "cpu", "threads": torch.get_num_threads()},
+        layers=[
+            LayerRecord(name=s.name, converted=True, reason=_described(quantized, s.name), shape=s.shape)
+            for s in structure.linears
+        ],
+        extra={
+            "precision": str(config.precision), "edges": config.edges, "images": len(images.images),
+            "image_method": _method_name(images.method),
+            "image_losses": {name: sum(v) / len(v) for name, v in images.losses.items() if v},
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "seconds_per_image": round(seconds["images"] / len(images.images), 3),
+            "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]} if history else None,
+            "accuracy": measured,
+        },
+        exclude=[_CHECKPOINTS, _IMAGES_WORK],
+    )  # fmt: skip
+
+
+def _method_name(method: str) -> str:
+    """The kind of images, without a path of this machine."""
+    return "images" if method.startswith(FOLDER_PREFIX) else method
+
+
+def _described(quantized: QuantizedVit, name: str) -> str:
+    weight = quantized.weights[name]
+    return f"{weight.bits}-bit {weight.kind} weights"
+
+
+def _measure(config: QuantizeVitConfig, vision: VisionModel, quantized: QuantizedVit) -> dict[str, Any] | None:
+    classes = vision.architecture.classes
+    if config.evaluate is None or classes is None:
+        return None
+    folder = read_evaluation_folder(Path(config.evaluate), classes)
+    models: dict[str, Model] = {"teacher": lambda x: vision_outputs(vision.model, x), "quantized": quantized}
+    return accuracy(models, folder, vision.preprocessing, classes)
+
+
+def _code_gate(quantized: QuantizedVit) -> Gate:
+    """No weight may use more codes than its bits allow: what is called 4-bit must fit 4 bits."""
+    above = sum(len(w.codes.view(torch.uint8).unique()) > 2**w.bits for w in quantized.weights.values())
+    return Gate(name="weights with too many codes", value=above, threshold=0, passed=above == 0)
+
+
+@torch.no_grad()
+def _agreement(vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, structure: VitStructure) -> Gate:
+    """How well the deployed model follows its teacher on the calibration images."""
+    batches = pixels.split(_BATCH)
+    teacher = torch.cat([vision_outputs(vision.model, batch) for batch in batches])
+    student = torch.cat([quantized(batch) for batch in batches])
+    if structure.is_backbone:
+        value = float(torch.cosine_similarity(teacher, student, dim=1).mean())
+        name = "cosine with the teacher's features"
+    else:
+        value = float((teacher.argmax(1) == student.argmax(1)).float().mean())
+        name = "top-1 agreement with the teacher"
+    return Gate(name=name, value=value, threshold=0.5, passed=value >= 0.5, detail="on the calibration images")
+
+
+_FRESH = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from fp8pipe.vision.quantized import load_quantized
+torch.set_num_threads(int(sys.argv[3]))
+with torch.no_grad():
+    logits = load_quantized(Path(sys.argv[1]))(load_file(Path(sys.argv[2]) / "probe.safetensors")["pixels"])
+save_file({"logits": logits.contiguous()}, Path(sys.argv[2]) / "answer.safetensors")
+"""
+
+
+@torch.no_grad()
+def _rebuild_gate(quantized: QuantizedVit, pixels: Tensor, root: Path) -> Gate:
+    """Logits of the model rebuilt from the written files, in a fresh process, against this one's: equal bits."""
+    scratch = root / _CHECKPOINTS  # removed when the artifact is finished
+    save_file({"pixels": pixels.contiguous()}, scratch / "probe.safetensors")
+    command = [sys.executable, "-P", "-c", _FRESH, str(root), str(scratch), str(torch.get_num_threads())]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    name = "logits differing after a fresh process"
+    if ended.returncode:
+        last = ended.stderr.strip().splitlines()[-1:] or ["no message"]
+        return Gate(name=name, value=float(pixels.shape[0]), threshold=0, passed=False, detail=last[0][:300])
+    again = load_file(scratch / "answer.safetensors")["logits"]
+    differing = int((again != quantized(pixels)).sum())
+    return Gate(name=name, value=differing, threshold=0, passed=differing == 0, detail=f"of {again.numel()}")

@@ -1,0 +1,90 @@
+"""Classify pictures with an exported ONNX model: all that a service needs, in one file.
+
+    python scripts/classify_onnx.py EXPORT picture.jpg ... [--top 5]
+
+It needs onnxruntime, numpy and Pillow, and the files of the export; neither torch nor this project. Its preprocessing
+repeats the training's bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """A picture of any mode as 8-bit RGB, turned as its EXIF data says."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "F":
+        raise SystemExit(f"{path}: floating-point pixels have no known range")
+    if image.mode.startswith("I"):  # 16-bit greys: their 8 high bits
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, recipe: dict) -> np.ndarray:
+    """(3, H, W) float32 of an RGB picture, by the export's preprocessing.json."""
+    side = recipe["resize"]
+    if isinstance(side, list):
+        height, width = side
+    elif image.height <= image.width:
+        height, width = side, side * image.width // image.height
+    else:
+        height, width = side * image.height // image.width, side
+    if (image.height, image.width) != (height, width):
+        image = image.resize((width, height), FILTERS[recipe["interpolation"]])
+    rows, columns = recipe["crop"]
+    top, left = round((height - rows) / 2), round((width - columns) / 2)
+    codes = np.asarray(image.crop((left, top, left + columns, top + rows))).transpose(2, 0, 1)
+    mean, std = (np.array(recipe[key], np.float32).reshape(3, 1, 1) for key in ("mean", "std"))
+    return (codes.astype(np.float32) / np.float32(recipe["divisor"]) - mean) / std
+
+
+def open_model(export: Path) -> onnxruntime.InferenceSession:
+    """The export's graph, under the settings that it was checked with (its manifest holds them)."""
+    runtime = json.loads((export / "manifest.json").read_text(encoding="utf-8"))["runtime"]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    for key, value in runtime["session_entries"].items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(
+        str(export / "model.onnx"),
+        options,
+        disabled_optimizers=runtime["disabled_optimizers"],
+        providers=["CPUExecutionProvider"],
+    )
+
+
+def main() -> None:
+    """Print the best classes of every picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("export", type=Path)
+    parser.add_argument("pictures", type=Path, nargs="+")
+    parser.add_argument("--top", type=int, default=5)
+    arguments = parser.parse_args()
+    if not (arguments.export / "classes.json").is_file():
+        raise SystemExit(f"{arguments.export} is a backbone: its outputs are features, not classes")
+    classes = json.loads((arguments.export / "classes.json").read_text(encoding="utf-8"))
+    recipe = json.loads((arguments.export / "preprocessing.json").read_text(encoding="utf-8"))
+    model = open_model(arguments.export)
+    for path in arguments.pictures:
+        (logits,) = model.run(["logits"], {"pixels": preprocess(read_rgb(path), recipe)[None]})
+        shares = np.exp(logits[0] - logits[0].max())
+        shares /= shares.sum()
+        best = np.argsort(-shares, kind="stable")[: arguments.top]
+        print(f"{path}: " + ", ".join(f"{classes[i]} {shares[i]:.1%}" for i in best))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""ONNX Runtime: validation of exported graphs."""

@@ -1,0 +1,53 @@
+"""Where every validation leaves its record: beside the export, in one step.
+
+Beside and not inside, so that the hashes in the export's manifest stay true.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel
+
+from fp8pipe.artifact import translate_disk_full
+from fp8pipe.errors import GateFailedError
+
+__all__ = ["ExportRejectedError", "record_path", "write_record"]
+
+R = TypeVar("R", bound=BaseModel)
+
+
+class ExportRejectedError(GateFailedError, Generic[R]):
+    """A validation ended with REJECT.
+
+    Attributes:
+        record: what was found; it is written beside the export, too.
+    """
+
+    def __init__(self, what: str, *, why: str, fix: str, record: R) -> None:
+        super().__init__(what, why=why, fix=fix)
+        self.record = record
+
+
+def record_path(export: Path) -> Path:
+    """`<export>.validation.json`, beside the export."""
+    absolute = Path(os.path.abspath(export))
+    return absolute.with_name(absolute.name + ".validation.json")
+
+
+def write_record(record: BaseModel, export: Path) -> Path:
+    """Write the record in one step: a reader sees the old file or the new one, whole.
+
+    Raises:
+        OutOfMemoryError: the disk is full.
+    """
+    path = record_path(export)
+    partial = path.with_name(path.name + ".partial")
+    with translate_disk_full(path.parent), partial.open("w", encoding="utf-8") as file:
+        file.write(record.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,48 @@
+"""Quantized members of the families, and artifacts of them, for the tests of exporters and serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from vit_families import family, vision_family
+
+from fp8pipe.artifact import Artifact, ArtifactWriter
+from fp8pipe.vision.quantized import QuantizedVit, activation_sites, save_quantized
+from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes
+from fp8pipe.vision.structure import read_structure
+
+
+def quantized_family(name: str, bits: int = 4, kind: Kind = Kind.INT) -> QuantizedVit:
+    """Every linear and every site quantized; ranges by guess, symmetric, asymmetric and of one sign."""
+    vision = vision_family(family(name))
+    structure = read_structure(vision.model, vision.architecture.image_size)
+    weights = {}
+    for site in structure.linears:
+        weight = vision.model.get_submodule(site.name).weight.detach()
+        largest = 448.0 if kind is Kind.E4M3 else 2 ** (bits - 1) - 1
+        scale = weight.flatten(1).abs().amax(1).clamp(min=1e-6) / largest
+        weights[site.name] = WeightCodes.of(weight, scale, bits, kind)
+    activations = {}
+    for index, site in enumerate(activation_sites(structure)):
+        low, high = (
+            (0, 2**bits - 1) if site.endswith(".probs") else (-(2 ** (bits - 1)) + index % 3, 2 ** (bits - 1) - 1)
+        )
+        # Not powers of two: products of codes and scales are then rounded.
+        scale = float(torch.tensor(1.0 / high if site.endswith(".probs") else 3.1 / high, dtype=torch.float32))
+        activations[site] = ActivationQuantizer(scale, low, min(high, 127), kind)
+    return QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, weights, activations)
+
+
+def write_vit_artifact(folder: Path, quantized: QuantizedVit, images: int = 0) -> Artifact:
+    """An artifact of kind `vit`, with random calibration images if asked for."""
+    with ArtifactWriter(folder, kind="vit", stage="quantize-vit") as writer:
+        save_quantized(writer.root, quantized)
+        if images:
+            (writer.root / "calibration").mkdir()
+            random = torch.Generator().manual_seed(5)
+            shape = (images, 3, *quantized.architecture.image_size)
+            codes = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+            save_file({"images": codes}, writer.root / "calibration" / "images.safetensors")
+        return writer.commit(config={}, seed=0)
