@@ -1,9 +1,11 @@
 """Classify pictures with an exported ONNX model: all that a service needs, in one file.
 
     python scripts/classify_onnx.py EXPORT picture.jpg ... [--top 5]
+    python scripts/classify_onnx.py EXPORT FOLDER
 
-It needs onnxruntime, numpy and Pillow, and the files of the export; neither torch nor this project. Its preprocessing
-repeats the training's bit for bit.
+FOLDER holds one folder of pictures a class, named as the model names it; then the accuracy is printed. It needs
+onnxruntime, numpy and Pillow, and the files of the export; neither torch nor this project. Its preprocessing repeats
+the training's bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+BATCH = 64
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -66,12 +70,57 @@ def open_model(export: Path) -> onnxruntime.InferenceSession:
     )
 
 
+def classify(model: onnxruntime.InferenceSession, paths: list[Path], recipe: dict) -> np.ndarray:
+    """(pictures, classes) logits."""
+    pixels = np.stack([preprocess(read_rgb(path), recipe) for path in paths])
+    return model.run(["logits"], {"pixels": pixels})[0]
+
+
+def labelled(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """The pictures below `folder`, each with the index of its class."""
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    unknown = [path.name for path in folders if path.name not in classes]
+    if unknown:
+        raise SystemExit(f"{folder}: the model has no class {', '.join(unknown[:5])}; it has {', '.join(classes[:5])}")
+    found = [
+        (path, classes.index(sub.name))
+        for sub in folders
+        for path in sorted(sub.rglob("*"))
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
+    if not found:
+        raise SystemExit(f"{folder} holds no folders of pictures")
+    return found
+
+
+def print_accuracy(model: onnxruntime.InferenceSession, folder: Path, classes: list[str], recipe: dict) -> None:
+    """Top-1 and top-5 on all pictures of a folder."""
+    pictures = labelled(folder, classes)
+    first = five = 0
+    for start in range(0, len(pictures), BATCH):
+        chunk = pictures[start : start + BATCH]
+        best = np.argsort(-classify(model, [path for path, _ in chunk], recipe), axis=1, kind="stable")[:, :5]
+        right = best == np.array([label for _, label in chunk])[:, None]
+        first, five = first + int(right[:, 0].sum()), five + int(right.any(1).sum())
+    count = len(pictures)
+    print(f"top-1 {first / count:.4f} ({first} of {count}), top-5 {five / count:.4f}")
+
+
+def print_classes(model: onnxruntime.InferenceSession, path: Path, classes: list[str], recipe: dict, top: int) -> None:
+    """The best classes of one picture, with their softmax shares."""
+    logits = classify(model, [path], recipe)[0]
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    best = np.argsort(-shares, kind="stable")[:top]
+    print(f"{path}: " + ", ".join(f"{classes[i]} {shares[i]:.1%}" for i in best))
+
+
 def main() -> None:
-    """Print the best classes of every picture."""
+    """Print the best classes of every picture, and the accuracy on every folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path)
-    parser.add_argument("pictures", type=Path, nargs="+")
-    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with one folder a class")
+    parser.add_argument("--top", type=int, default=5, help="classes to print for a picture")
     arguments = parser.parse_args()
     if not (arguments.export / "classes.json").is_file():
         raise SystemExit(f"{arguments.export} is a backbone: its outputs are features, not classes")
@@ -79,11 +128,10 @@ def main() -> None:
     recipe = json.loads((arguments.export / "preprocessing.json").read_text(encoding="utf-8"))
     model = open_model(arguments.export)
     for path in arguments.pictures:
-        (logits,) = model.run(["logits"], {"pixels": preprocess(read_rgb(path), recipe)[None]})
-        shares = np.exp(logits[0] - logits[0].max())
-        shares /= shares.sum()
-        best = np.argsort(-shares, kind="stable")[: arguments.top]
-        print(f"{path}: " + ", ".join(f"{classes[i]} {shares[i]:.1%}" for i in best))
+        if path.is_dir():
+            print_accuracy(model, path, classes, recipe)
+        else:
+            print_classes(model, path, classes, recipe, arguments.top)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """ONNX Runtime sessions, in one place: the settings under which the graph runs as it was trained.
 
-Two of its optimizers are off. `MatMulAddFusion` turns a product and its bias into Gemm with a float bias, for
-which there is no integer kernel. `QDQPropagationTransformer` moves quantizers across transposes and, in some
-versions, leaves INT8 codes with a UINT8 zero point, which its own checker then refuses. Weight-only INT4 products
-keep float activations: by default they would be rounded to 8 bits, which nobody trained.
+Two of its optimizers are off. `MatMulAddFusion` turns a product of two axes and its bias (a classifier) into Gemm
+with a float bias, for which there is no integer kernel. `QDQPropagationTransformer` moves quantizers across
+transposes and into products: other operators than those that were compared layer by layer. Weight-only INT4
+products keep float activations: by default they would be rounded to 8 bits, which nobody trained.
 """
 
 from __future__ import annotations

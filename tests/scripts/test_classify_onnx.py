@@ -77,3 +77,24 @@ def test_it_runs_without_torch_and_names_torchs_class(tmp_path):
     share, best = logits.softmax(0).max(0)
     assert done.stdout.startswith(f"{tmp_path / 'a.png'}: {quantized.architecture.classes[best]} ")
     assert float(done.stdout.split()[-1].rstrip("%")) / 100 == pytest.approx(float(share), abs=0.02)
+
+
+def test_the_accuracy_on_a_folder_is_torchs(script, tmp_path, capsys, monkeypatch):
+    artifact = write_vit_artifact(tmp_path / "vit", quantized_family("timm-vit"))
+    export = export_onnx(artifact.root, tmp_path / "onnx", OnnxExportOptions())
+    quantized = load_quantized(artifact.root)
+    right = 0
+    for seed, name in enumerate(["bee", "ant", "bee", "elk", "dog", "cat"]):
+        path = tmp_path / "pictures" / name / f"{seed}.PNG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _picture("RGB", (60, 44), seed).save(path)
+        with torch.no_grad():
+            logits = quantized(quantized.preprocessing.image_to_tensor(Image.open(path))[None])
+        right += quantized.architecture.classes[int(logits.argmax())] == name
+    (tmp_path / "pictures" / "ant" / "notes.txt").write_text("no picture")
+    monkeypatch.setattr(sys, "argv", ["classify_onnx.py", str(export.root), str(tmp_path / "pictures")])
+    script.main()
+    assert capsys.readouterr().out == f"top-1 {right / 6:.4f} ({right} of 6), top-5 1.0000\n"
+    (tmp_path / "pictures" / "yak").mkdir()
+    with pytest.raises(SystemExit, match="no class yak"):
+        script.main()
