@@ -1,0 +1,182 @@
+"""The stage and its command on a tiny model: what the artifact holds, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from vit_families import family, vision_family
+
+from calibration.image_set import ImageSet
+from fp8pipe.artifact import open_artifact
+from fp8pipe.cli import main
+from fp8pipe.cli import quantize_vit as cli
+from fp8pipe.config import build_config
+from fp8pipe.errors import ConfigurationError
+from fp8pipe.vision.quantized import load_quantized
+from fp8pipe.vision.sources import save_vision_model
+from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.stage import quantize_vit
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def model(tmp_path):
+    save_vision_model(vision_family(family("timm-vit")), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def settings(model: Path, **changes: object) -> QuantizeVitConfig:
+    values = {
+        "model": str(model), "bits": "w4a4", "images": 8,
+        "synthesis": {"steps": 2, "batch_size": 4}, "distill": {"steps": 3, "batch_size": 4, "save_every": 1},
+    }  # fmt: skip
+    return build_config(QuantizeVitConfig, values | changes)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    for name in ("ant", "bee"):
+        (folder / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (50, 50), (40 * index, 90, 200)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_the_artifact_rebuilds_the_model_and_holds_its_images(model, pictures, tmp_path):
+    artifact = quantize_vit(settings(model, evaluate=str(pictures)), tmp_path / "out")
+    manifest = open_artifact(artifact.root, kind="vit").manifest
+    by_name = {gate.name: gate for gate in manifest.gates}
+    assert by_name["logits differing after a fresh process"].value == 0
+    assert by_name["weights with too many codes"].value == 0
+    assert manifest.extra["accuracy"]["images"] == 6
+    assert set(manifest.extra["accuracy"]) == {"images", "teacher", "quantized"}
+    images = ImageSet.load(artifact.root / "calibration")
+    assert len(images.images) == 8
+    quantized = load_quantized(artifact.root)
+    assert torch.isfinite(quantized(quantized.preprocessing.normalize(images.images))).all()
+    assert len((artifact.root / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not list(artifact.root.glob("*checkpoint*"))
+    assert not list(artifact.root.glob("*.partial"))
+
+
+@pytest.mark.parametrize("calibration", ["gaussian", "patch-similarity", "images"])
+def test_other_images_serve_too(calibration, model, pictures, tmp_path):
+    spec = f"images:{pictures}" if calibration == "images" else calibration
+    artifact = quantize_vit(settings(model, calibration=spec, images=6, bits="wfp8afp8"), tmp_path / "out")
+    assert artifact.manifest.extra["image_method"] == calibration
+    assert artifact.manifest.extra["precision"] == "wfp8afp8"
+
+
+def test_a_backbone_says_what_took_the_place_of_classes(tmp_path):
+    save_vision_model(vision_family(family("timm-dinov2")), tmp_path / "model")
+    artifact = quantize_vit(settings(tmp_path / "model"), tmp_path / "out")
+    assert any("backbone" in warning for warning in artifact.manifest.warnings)
+
+
+def test_classes_that_do_not_match_are_refused_before_anything_is_made(model, pictures, tmp_path):
+    (pictures / "ant").rename(pictures / "zebra")
+    with pytest.raises(ConfigurationError, match="not classes") as caught:
+        quantize_vit(settings(model, evaluate=str(pictures)), tmp_path / "out")
+    assert "zebra" in str(caught.value.why)
+    assert not (tmp_path / "out.partial").exists()
+
+
+_KILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_stage import quantize_vit, settings
+long = {"distill": {"steps": 40, "batch_size": 4, "save_every": 1}}
+quantize_vit(settings(Path(sys.argv[2]), **long), Path(sys.argv[3]), resume=True)
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bits(model, tmp_path):
+    long = {"distill": {"steps": 40, "batch_size": 4, "save_every": 1}}
+    whole = quantize_vit(settings(model, **long), tmp_path / "whole")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
+    command = [sys.executable, "-c", _KILLED, str(Path(__file__).parent), str(model), str(tmp_path / "out")]
+    kills = 0
+    for step in (2, 15, 30):
+        process = subprocess.Popen(command, env=environment)
+        mark = tmp_path / "out.partial" / "checkpoints"
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if any(int(p.name.removeprefix("step-")) >= step for p in mark.glob("step-*")):
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+            time.sleep(0.005)
+    assert kills
+    resumed = quantize_vit(settings(model, **long), tmp_path / "out", resume=True)
+    for name in ("model.safetensors", "quantizers.json"):
+        assert (resumed.root / name).read_bytes() == (whole.root / name).read_bytes()
+
+
+def test_resuming_with_other_options_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.vit.stage._finish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_vit(settings(model), tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="another configuration"):
+        quantize_vit(settings(model, seed=1), tmp_path / "out", resume=True)
+
+
+def run(*arguments: object) -> tuple[int, dict]:
+    result = CliRunner().invoke(main, [str(a) for a in (*arguments, "--json")])
+    return result.exit_code, json.loads(result.stdout) if result.stdout.strip() else {}
+
+
+def test_the_command_writes_the_artifact(model, tmp_path):
+    code, document = run(
+        "quantize-vit", "--model", model, "--bits", "w4a8", "--output", tmp_path / "out", "--images", 4,
+        "--synthesis-steps", 1, "--distill-steps", 1,
+    )  # fmt: skip
+    assert code == 0
+    assert document["precision"] == "w4a8"
+    assert open_artifact(tmp_path / "out").manifest.config["synthesis"]["steps"] == 1
+
+
+def test_a_dry_run_writes_nothing(model, tmp_path):
+    code, document = run("quantize-vit", "--model", model, "--bits", "w4a8", "--output", tmp_path / "out", "--dry-run")
+    assert code == 0
+    assert document["plan"]["linears"] > 0
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--bits", "w1a8"), ("--bits", "w4a9"), ("--bits", "int4"), ("--images", 0), ("--calibration", "noise"),
+        ("--calibration", "images:/nowhere"), ("--model", "/nowhere"), ("--evaluate", "/nowhere"),
+    ],
+    ids=lambda wrong: " ".join(map(str, wrong)),
+)  # fmt: skip
+def test_bad_input_ends_with_10_and_a_reason(wrong, model, tmp_path):
+    arguments = {"--model": model, "--bits": "w4a4", "--output": tmp_path / "out", "--images": 2} | dict([wrong])
+    code, document = run("quantize-vit", *(x for pair in arguments.items() for x in pair), "--synthesis-steps", 1)
+    assert code == 10
+    assert document["error"]["what"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_repeats_the_defaults_of_the_configuration():
+    fields = QuantizeVitConfig.model_fields
+    config = build_config(QuantizeVitConfig, {"model": "m", "bits": "w4a4"})
+    shown = {option.name: option.help or "" for option in cli.command.params if hasattr(option, "help")}
+    for name in ("calibration", "images", "edges", "seed"):
+        assert f"[default: {fields[name].default}]" in shown[name]
+    assert f"[default: {config.synthesis.steps}]" in shown["synthesis_steps"]
+    assert f"[default: {config.distill.steps}]" in shown["distill_steps"]
