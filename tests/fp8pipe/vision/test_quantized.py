@@ -9,33 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_families import quantized_family
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from vit_families import NAMES, family, random_pixels, vision_family
 
 from fp8pipe.errors import BadArtifactError
 from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.quantized import QuantizedVit, activation_sites, load_quantized, save_quantized
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes
+from fp8pipe.vision.quantized import QuantizedVit, load_quantized, save_quantized
+from fp8pipe.vision.quantizers import ActivationQuantizer, Kind
 from fp8pipe.vision.structure import read_structure
-
-
-def make_quantized(name: str, bits: int = 4, kind: Kind = Kind.INT) -> QuantizedVit:
-    """A family member with every linear and every site quantized, ranges by guess."""
-    vision = vision_family(family(name))
-    structure = read_structure(vision.model, vision.architecture.image_size)
-    weights = {}
-    for site in structure.linears:
-        weight = vision.model.get_submodule(site.name).weight.detach()
-        largest = 448.0 if kind is Kind.E4M3 else 2 ** (bits - 1) - 1
-        scale = weight.flatten(1).abs().amax(1).clamp(min=1e-6) / largest
-        weights[site.name] = WeightCodes.of(weight, scale, bits, kind)
-    activations = {}
-    for index, site in enumerate(activation_sites(structure)):
-        low, high = (0, 15) if site.endswith(".probs") else (-8 + index % 5, 7)
-        scale = 0.0625 if site.endswith(".probs") else 0.25
-        activations[site] = ActivationQuantizer(scale, low, high, kind)
-    return QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, weights, activations)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +35,7 @@ def test_without_quantizers_it_is_the_model_itself(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_saved_and_rebuilt_with_the_same_bits(name, tmp_path):
-    quantized = make_quantized(name)
+    quantized = quantized_family(name)
     save_quantized(tmp_path, quantized)
     again = load_quantized(tmp_path)
     pixels = random_pixels(family(name), 2)
@@ -66,7 +49,7 @@ def test_it_is_saved_and_rebuilt_with_the_same_bits(name, tmp_path):
 
 @pytest.mark.parametrize("kind", Kind)
 def test_a_fresh_process_gives_the_same_logits(kind, tmp_path):
-    quantized = make_quantized(NAMES[0], kind=kind)
+    quantized = quantized_family(NAMES[0], kind=kind)
     save_quantized(tmp_path / "model", quantized)
     pixels = random_pixels(family(NAMES[0]), 2)
     save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
@@ -86,7 +69,7 @@ def test_a_fresh_process_gives_the_same_logits(kind, tmp_path):
 
 
 def test_every_layer_computes_what_quantizing_by_hand_gives():
-    quantized = make_quantized(NAMES[0])
+    quantized = quantized_family(NAMES[0])
     taps = quantized.taps(random_pixels(family(NAMES[0]), 2))
     assert set(taps) == {*quantized.structure.linear_names, *quantized.structure.attention_names}
     for site in quantized.structure.linears:
@@ -107,7 +90,7 @@ def test_every_layer_computes_what_quantizing_by_hand_gives():
 
 
 def test_no_weight_has_more_codes_than_its_bits_allow():
-    quantized = make_quantized(NAMES[0], bits=3)
+    quantized = quantized_family(NAMES[0], bits=3)
     assert all(len(w.codes.unique()) <= 2**w.bits for w in quantized.weights.values())
 
 
@@ -158,7 +141,7 @@ def _cut_short(folder):
     "damage", [_drop_scale, _negative_scale, _float_weight, _unknown_site, _unknown_key, _cut_short]
 )
 def test_damage_is_named(damage, tmp_path):
-    save_quantized(tmp_path, make_quantized(NAMES[0]))
+    save_quantized(tmp_path, quantized_family(NAMES[0]))
     damage(tmp_path)
     with pytest.raises(BadArtifactError) as caught:
         load_quantized(tmp_path)
