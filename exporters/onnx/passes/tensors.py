@@ -15,12 +15,18 @@ def add_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     """A stored tensor of that name, from a numpy array (ml_dtypes for the small types); the existing one if there.
 
     Raises:
-        ValueError: the name is taken by another kind of tensor.
+        ValueError: the name is taken by another tensor.
     """
     tensor = ir.tensor(array, name=name)
     existing = graph.initializers.get(name)
     if existing is not None:
-        if existing.dtype != tensor.dtype or existing.shape != tensor.shape:
+        stored = existing.const_value
+        if (
+            stored is None
+            or stored.dtype != tensor.dtype
+            or stored.shape != tensor.shape
+            or stored.tobytes() != tensor.tobytes()
+        ):
             raise ValueError(f"the graph has another tensor named {name}")
         return existing
     value = ir.Value(
