@@ -12,13 +12,21 @@ from fp8pipe.errors import ConfigurationError
 from fp8pipe.vision.quantizers import Precision
 
 
+class ConditioningConfig(FrozenConfig):
+    """Which equivalent form of the model is quantized; none of them changes what it computes."""
+
+    rotate_residual: bool = Field(True, description="Turn the residual stream, where the model allows it.")
+    rotate_heads: bool = Field(True, description="Turn queries, keys and values within each head.")
+    centre: bool = Field(True, description="Move means of keys, values and norms into biases.")
+
+
 class DistillConfig(FrozenConfig):
     """How the student is distilled."""
 
     steps: int = Field(400, ge=0, description="Optimizer steps; 0 deploys the measured ranges as they are.")
     batch_size: int = Field(16, ge=1, description="Images a step.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak rate of weights.")
-    step_learning_rate: float = Field(2e-3, gt=0, description="Peak rate of the logarithms of quantization steps.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak rate of weights, in units of their mean code step.")
+    step_learning_rate: float = Field(1e-3, gt=0, description="Peak rate of the logarithms of quantization steps.")
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up; a cosine to zero follows.")
     temperature: float = Field(5.0, gt=0, description="Softens both answers in the KL divergence.")
     structure_weight: float = Field(10.0, ge=0, description="Weight of the head-wise structural loss.")
@@ -40,6 +48,12 @@ class QuantizeVitConfig(FrozenConfig):
     seed: int = Field(0, ge=0, description="Of images, order and augmentation.")
     synthesis: SynthesisConfig = Field(
         default_factory=lambda: build_config(SynthesisConfig, {}), description="How synthetic images are made."
+    )
+    conditioning: ConditioningConfig = Field(
+        default_factory=lambda: build_config(ConditioningConfig, {}), description="Equivalent form that is quantized."
+    )
+    rounding: Literal["nearest", "compensated"] = Field(
+        "compensated", description="First rounding of weights; compensated: later columns make up for earlier ones."
     )
     evaluate: str | None = Field(None, description="Folder of labelled pictures to measure accuracy on.")
     distill: DistillConfig = Field(default_factory=lambda: build_config(DistillConfig, {}), description="Distillation.")

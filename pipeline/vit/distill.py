@@ -59,7 +59,7 @@ class Distiller:
         self.pixels, self.config, self.seed, self.store = pixels, config, seed, store
         self.names = {p: n for n, p in student.named_parameters() if p.requires_grad}
         groups = [
-            {"params": student.trained_weights(), "peak": config.learning_rate},
+            {"params": student.trained_weights(), "peak": config.learning_rate * student.mean_step()},
             {"params": student.trained_steps(), "peak": config.step_learning_rate},
         ]
         self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.999), foreach=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, Number
 from fp8pipe.progress import track
 from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.quantized import QuantizedVit, save_quantized
+from fp8pipe.vision.quantizers import Kind
 from fp8pipe.vision.sources import VisionModel, load_vision_model
 from fp8pipe.vision.structure import VitStructure, read_structure
 from pipeline.training.checkpoint import CheckpointStore
+from pipeline.vit.conditioning.stage import Conditioned, condition
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
 from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
 from pipeline.vit.formats import activation_bits, weight_formats
 from pipeline.vit.initialise import choose_range, choose_steps, sample_sites
+from pipeline.vit.rounding import compensate_model, second_moments
 from pipeline.vit.student import Student
 
 _LOG = logging.getLogger(__name__)
@@ -71,9 +76,9 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
         images = _images(request, vision, structure, writer)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()
-        student, history = _train(config, vision, structure, images, store)
+        student, history, conditioned = _train(config, vision, structure, images, store)
         seconds["training"] = time.perf_counter() - started
-        return _finish(config, vision, structure, images, student, history, seconds, writer)
+        return _finish(config, vision, structure, images, student, history, conditioned, seconds, writer)
 
 
 def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure, writer: ArtifactWriter) -> ImageSet:
@@ -93,21 +98,44 @@ def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure,
 
 def _train(
     config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore
-) -> tuple[Student, list[dict[str, float]]]:
-    """Ranges from the images, then distillation."""
+) -> tuple[Student, list[dict[str, float]], Conditioned]:
+    """The model's best form, ranges and first codes from the images, then distillation."""
     pixels = vision.preprocessing.normalize(images.images)
-    bits = activation_bits(structure, config.precision, config.edges)
-    samples = sample_sites(vision, structure, pixels.split(_BATCH), config.seed)
-    kind = config.precision.kind
-    activations = {site: choose_range(values, bits[site], kind) for site, values in samples.items()}
-    formats = weight_formats(structure, config.precision, config.edges)
-    student = Student(vision, structure, formats, choose_steps(vision, formats), activations)
-    distiller = Distiller(student, vision, structure, pixels, config.distill, config.seed, store)
+    conditioned = _condition(config, vision, structure, pixels)
+    student = begin_student(config, conditioned.vision, structure, pixels)
+    distiller = Distiller(student, conditioned.vision, structure, pixels, config.distill, config.seed, store)
     if distiller.resume():
         _LOG.info("resumed after step %d", distiller.step)
     with track(config.distill.steps, "distillation", done=distiller.step) as progress:
         history = distiller.run(lambda figures: progress.advance(loss=figures["loss"]))
-    return student, history
+    return student, history, conditioned
+
+
+def _condition(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Conditioned:
+    if config.precision.kind is not Kind.INT:  # a floating grid gains nothing from even magnitudes
+        return Conditioned(vision, (), ("conditioning: left out, FP8 has its own exponents",))
+    return condition(vision, structure, pixels, config.conditioning, config.seed)
+
+
+def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Student:
+    """A student before its first step: ranges of activations and steps of weights measured, weights compensated.
+
+    Args:
+        config: precision, edges, rounding and seed.
+        vision: the (conditioned) float model; not changed.
+        structure: of it.
+        pixels: normalized calibration images `(N, 3, H, W)`.
+    """
+    bits, kind = activation_bits(structure, config.precision, config.edges), config.precision.kind
+    samples = sample_sites(vision, structure, pixels.split(_BATCH), config.seed)
+    activations = {site: choose_range(values, bits[site], kind) for site, values in samples.items()}
+    formats = weight_formats(structure, config.precision, config.edges)
+    steps = choose_steps(vision, formats)
+    if config.rounding == "compensated":
+        moments = second_moments(vision, structure, activations, pixels.split(_BATCH))
+        vision = replace(vision, model=copy.deepcopy(vision.model))
+        compensate_model(vision.model, structure, formats, steps, moments)
+    return Student(vision, structure, formats, steps, activations)
 
 
 def _finish(
@@ -117,6 +145,7 @@ def _finish(
     images: ImageSet,
     student: Student,
     history: list[dict[str, float]],
+    conditioned: Conditioned,
     seconds: dict[str, float],
     writer: ArtifactWriter,
 ) -> Artifact:
@@ -150,6 +179,7 @@ def _finish(
             "image_method": _method_name(images.method),
             "image_losses": {name: sum(v) / len(v) for name, v in images.losses.items() if v},
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "conditioning": {"done": conditioned.steps, "left_out": conditioned.notes},
             "seconds_per_image": round(seconds["images"] / len(images.images), 3),
             "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]} if history else None,
             "accuracy": measured,

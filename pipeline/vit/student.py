@@ -118,6 +118,12 @@ class Student(nn.Module):
         return [p for n, p in self.named_parameters() if n.endswith("log_step")]
 
     @torch.no_grad()
+    def mean_step(self) -> float:
+        """The mean code step of all weights: the size of a change that matters. 1 where no weight is rounded."""
+        steps = [self._rounded(name).log_step.exp().mean() for name in self.formats]
+        return float(torch.stack(steps).mean()) if steps else 1.0
+
+    @torch.no_grad()
     def deploy(self) -> QuantizedVit:
         """The model with codes in the place of latent weights."""
         weights, plain = {}, copy.deepcopy(self.vision.model)
