@@ -12,20 +12,23 @@ from fp8pipe.config import FrozenConfig, build_config
 class SynthesisConfig(FrozenConfig):
     """Optimisation of pixels through the frozen model."""
 
-    steps: int = Field(100, ge=0, description="Optimizer steps an image; 0 keeps what it starts from.")
+    steps: int = Field(60, ge=0, description="Optimizer steps an image; 0 keeps what it starts from.")
     batch_size: int = Field(16, ge=1, description="Images optimised together; does not change them.")
     start: Literal["noise", "leaves"] = Field("leaves", description="White noise, or procedural dead leaves.")
-    learning_rate: float = Field(0.05, gt=0, description="Peak rate of the pixels (normalized units); cosine after.")
+    canvas: Literal["pyramid", "pixels"] = Field("pyramid", description="What is optimised: layers, or pixels.")
+    learning_rate: float = Field(0.08, gt=0, description="Peak rate (normalized units); cosine after.")
     final_rate: float = Field(1e-3, ge=0, description="Rate at the end of the cosine.")
     similarity: float = Field(1.0, ge=0, description="Weight of the inter-head similarity.")
     similarity_form: Literal["squared", "absolute"] = Field("squared", description="SSIM squared, or its magnitude.")
     maps: Literal["logits", "probabilities"] = Field("logits", description="Attention maps that are compared.")
     class_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the image's class.")
     entropy: float = Field(0.0, ge=0, description="Weight of PSAQ-ViT's patch-similarity entropy.")
-    variation: float = Field(2.5e-5, ge=0, description="Weight of the total variation.")
-    jitter: int = Field(8, ge=0, description="Largest circular shift in the first half, pixels; twice that later.")
-    mirror: bool = Field(True, description="Mirror half of the views.")
-    colour: bool = Field(False, description="MimiQ's decaying colour offset and random contrast of each view.")
+    variation: float = Field(0.01, ge=0, description="Weight of the total variation.")
+    views: Literal["camera", "shifts"] = Field("camera", description="Zoomed, turned, relit; or circular shifts.")
+    nearest: float = Field(0.6, gt=0, le=1, description="camera: least part of the picture's side that is shown.")
+    jitter: int = Field(8, ge=0, description="shifts: the largest in the first half, pixels; twice that later.")
+    mirror: bool = Field(False, description="shifts: mirror half of the views.")
+    colour: bool = Field(True, description="shifts: MimiQ's decaying colour offset and random contrast.")
     clamp: bool = Field(True, description="Keep pixels those of a valid image.")
     bf16: bool = Field(True, description="Run the model in bf16; losses and pixels stay fp32.")
 
@@ -34,5 +37,13 @@ def mimiq_published() -> SynthesisConfig:
     """The settings of the published method (arXiv 2407.20021): 2,000 steps from white noise."""
     return build_config(
         SynthesisConfig,
-        {"steps": 2000, "start": "noise", "learning_rate": 0.1, "mirror": False, "colour": True, "bf16": False},
+        {
+            "steps": 2000,
+            "start": "noise",
+            "canvas": "pixels",
+            "views": "shifts",
+            "learning_rate": 0.1,
+            "variation": 2.5e-5,
+            "bf16": False,
+        },
     )

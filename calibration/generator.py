@@ -1,9 +1,9 @@
 """Images optimised through the frozen model until its attention looks like attention (MimiQ, arXiv 2407.20021).
 
-The pixels are the parameters. Each step shows the model a shifted, mirrored, recoloured view and lowers the sum of the
-losses over the batch. Every loss is an image's own, Adam works pixel by pixel, and all draws come from the image's own
-stream, so its neighbours in the batch do not matter. (To the last bit this holds for equal batch sizes: matrix
-products of other shapes may add in another order.)
+Each step shows the model a view of every image and lowers the sum of the losses over the batch. Every loss is an
+image's own, Adam works number by number, and all draws come from the image's own stream, so its neighbours in the batch
+do not matter. (To the last bit this holds for equal batch sizes: matrix products of other shapes may add in another
+order.)
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibration.canvas import open_canvas
 from calibration.config import SynthesisConfig
 from calibration.leaves import dead_leaves
 from calibration.losses import class_prior, head_similarity, patch_entropy, total_variation
-from calibration.streams import image_stream, normal, uniform
+from calibration.streams import image_stream, normal
+from calibration.views import view
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.vision.outputs import vision_outputs
@@ -26,7 +28,6 @@ from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
 
 _RESTARTS = 3
-_BETA1, _BETA2, _EPSILON, _DECAY = 0.9, 0.999, 1e-8, 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +96,15 @@ class Synthesizer:
         config = self.config
         streams = [image_stream(self.seed, n, a) for n, a in zip(numbers, attempts, strict=True)]
         labels = self._labels(streams)
-        pixels = self._start(numbers, streams).requires_grad_()
-        first, second = torch.zeros_like(pixels), torch.zeros_like(pixels)
-        low, high = self.vision.preprocessing.valid_range()
+        canvas = open_canvas(self._start(numbers, streams), self.vision.preprocessing.valid_range(), config)
         terms: dict[str, Tensor] = {}
         for step in range(config.steps):
-            terms = self._losses(pixels, self._view(pixels, streams, step), labels)
-            (grad,) = torch.autograd.grad(torch.stack([term.sum() for term in terms.values()]).sum(), pixels)
-            with torch.no_grad():
-                self._adam(pixels, grad, first, second, step)
-                if config.clamp:
-                    pixels.clamp_(low, high)
+            pixels = canvas.pixels()
+            terms = self._losses(pixels, view(pixels, streams, step, config), labels)
+            total = torch.stack([term.sum() for term in terms.values()]).sum()
+            canvas.step(torch.autograd.grad(total, canvas.parameters), self._rate(step))
             on_step(step + 1)
+        pixels = canvas.pixels()
         found = {name: term.detach().tolist() for name, term in terms.items()}
         return pixels.detach(), labels, found
 
@@ -123,21 +121,11 @@ class Synthesizer:
         pictures = torch.cat([dead_leaves(self.seed, n, 1, size) for n in numbers])
         return self.vision.preprocessing.normalize((pictures * 255).round().to(torch.uint8))
 
-    def _view(self, pixels: Tensor, streams: list[torch.Generator], step: int) -> Tensor:
-        """What the model is shown: each image shifted, mirrored and recoloured in its own way."""
-        config, draws = self.config, uniform(streams, 3)
-        reach = config.jitter * (1 if step < config.steps / 2 else 2)
-        shifts = torch.floor(draws[:, :2] * (2 * reach + 1)).long() - reach
-        views = []
-        for image, (dy, dx), turn in zip(pixels, shifts.tolist(), draws[:, 2].tolist(), strict=True):
-            shown = image.roll((dy, dx), (1, 2)) if reach else image
-            views.append(shown.flip(2) if config.mirror and turn < 0.5 else shown)
-        view = torch.stack(views)
-        if not config.colour:
-            return view
-        offset = normal(streams, 3, 1, 1) * 0.5 * (config.steps - 1 - step) / config.steps
-        change = 2 * uniform(streams, 2, 3, 1, 1) - 1
-        return (view + offset - change[:, 0]) / change[:, 1].exp()
+    def _rate(self, step: int) -> float:
+        """Cosine from the peak to the final rate."""
+        config = self.config
+        share = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        return config.final_rate + (config.learning_rate - config.final_rate) * share
 
     def _losses(self, pixels: Tensor, view: Tensor, labels: Tensor) -> dict[str, Tensor]:
         config, similarities, entropies = self.config, [], []
@@ -172,16 +160,6 @@ class Synthesizer:
         if config.variation:
             terms["variation"] = config.variation * total_variation(pixels)
         return terms
-
-    def _adam(self, pixels: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int) -> None:
-        """AdamW (arXiv 1711.05101) on the pixels, which are its only parameter."""
-        config = self.config
-        share = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        rate = config.final_rate + (config.learning_rate - config.final_rate) * share
-        first.lerp_(grad, 1 - _BETA1)
-        second.mul_(_BETA2).addcmul_(grad, grad, value=1 - _BETA2)
-        divisor = (second / (1 - _BETA2 ** (step + 1))).sqrt_().add_(_EPSILON)
-        pixels.mul_(1 - rate * _DECAY).addcdiv_(first, divisor, value=-rate / (1 - _BETA1 ** (step + 1)))
 
     def _lost(self, number: int) -> ConfigurationError:
         return ConfigurationError(

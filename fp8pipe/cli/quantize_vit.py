@@ -28,7 +28,7 @@ NESTED = {"synthesis_steps": ("synthesis", "steps"), "distill_steps": ("distill"
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The artifact's directory.")
 @click.option("--calibration", help="synthetic, patch-similarity, gaussian or images:DIR.  [default: synthetic]")
 @click.option("--images", type=int, help="Calibration images.  [default: 128]")
-@click.option("--synthesis-steps", type=int, help="Optimizer steps a synthetic image.  [default: 100]")
+@click.option("--synthesis-steps", type=int, help="Optimizer steps a synthetic image.  [default: 60]")
 @click.option("--distill-steps", type=int, help="Steps of distillation; 0 only measures ranges.  [default: 400]")
 @click.option("--edges", type=click.Choice(EDGES), help="Precision of first and last layer.  [default: 8bit]")
 @click.option("--evaluate", help="Folder of labelled pictures (one folder a class) to measure accuracy on.")

@@ -31,8 +31,10 @@ class DistillConfig(FrozenConfig):
     temperature: float = Field(5.0, gt=0, description="Softens both answers in the KL divergence.")
     structure_weight: float = Field(10.0, ge=0, description="Weight of the head-wise structural loss.")
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
-    augment: bool = Field(True, description="Mirror and crop the images, each in its own way.")
+    augment: bool = Field(True, description="Mirror, crop, blur and relight the images, each in its own way.")
     smallest_crop: float = Field(0.6, gt=0, le=1, description="Side of the smallest crop, of the image's.")
+    blur: float = Field(0.018, ge=0, lt=0.25, description="Strongest blur: standard deviation, of the image's side.")
+    colour: float = Field(0.4, ge=0, lt=1, description="Strongest change of contrast, brightness and colourfulness.")
     bf16: bool = Field(True, description="Products in bf16 while training; ranges and rounding stay fp32.")
     save_every: int = Field(50, ge=0, description="Steps between checkpoints; 0 keeps none before the end.")
 

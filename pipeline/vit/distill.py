@@ -23,6 +23,7 @@ from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
 from pipeline.training.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
 from pipeline.training.schedule import Schedule, learning_rate_at
+from pipeline.vit.augment import augment
 from pipeline.vit.config import DistillConfig
 from pipeline.vit.losses import distillation, feature_distance, head_structure
 from pipeline.vit.student import Student
@@ -144,7 +145,7 @@ class Distiller:
         epoch, within = divmod(self.step * size, count)
         order = torch.cat([_order(self.seed, epoch, count), _order(self.seed, epoch + 1, count)])
         chosen = self.pixels[order[within : within + size]]
-        return augment(chosen, generator, self.config.smallest_crop) if self.config.augment else chosen
+        return augment(chosen, generator, self.config) if self.config.augment else chosen
 
     def save(self, store: CheckpointStore) -> None:
         """Write a checkpoint of the current step."""
@@ -185,22 +186,3 @@ def _listening(student: Student, found: dict[str, Tensor]) -> Iterator[None]:
 def _order(seed: int, epoch: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(hash((seed, epoch, _ORDER)) & 0x7FFFFFFF)
     return torch.randperm(count, generator=generator)
-
-
-def augment(pixels: Tensor, generator: torch.Generator, smallest_crop: float) -> Tensor:
-    """Mirror and crop each image in its own way, at the same size.
-
-    Args:
-        pixels: `(N, 3, H, W)`.
-        generator: source of the draws.
-        smallest_crop: side of the smallest crop, as a share of the image's; 1 does not crop.
-    """
-    count = pixels.shape[0]
-    draws = torch.rand(count, 4, generator=generator)
-    scale = smallest_crop + (1 - smallest_crop) * draws[:, 0]
-    mirror = torch.where(draws[:, 1] < 0.5, -1.0, 1.0)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = scale * mirror, scale
-    theta[:, 0, 2], theta[:, 1, 2] = (1 - scale) * (2 * draws[:, 2] - 1), (1 - scale) * (2 * draws[:, 3] - 1)
-    grid = functional.affine_grid(theta, list(pixels.shape), align_corners=False)
-    return functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

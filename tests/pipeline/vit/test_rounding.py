@@ -46,7 +46,7 @@ def test_it_is_optimal_brain_surgeon():
     weight, step, inputs = problem()
     moments = inputs.T @ inputs / len(inputs)
     found, expected = compensate(weight, step, FOUR, moments), by_definition(weight, step, moments)
-    # fp32 sums against float64: a weight that lies on the edge of two codes may fall either way, and all after it differ.
+    # fp32 sums against float64: a weight on the edge of two codes may fall either way, and all after it differ.
     same_row = (found - expected).abs().amax(1) < 1e-3
     assert float(same_row.float().mean()) >= 0.8
 
@@ -96,5 +96,7 @@ def test_linears_of_eight_bits_are_left_alone():
     weights = {s.name: vision.model.get_submodule(s.name).get_parameter("weight").clone() for s in structure.linears}
     steps = {name: choose_step(weight, formats[name]) for name, weight in weights.items()}
     assert compensate_model(vision.model, structure, formats, steps, moments) == 8
-    changed = {n for n, w in weights.items() if not torch.equal(w, vision.model.get_submodule(n).get_parameter("weight"))}
+    changed = {
+        n for n, w in weights.items() if not torch.equal(w, vision.model.get_submodule(n).get_parameter("weight"))
+    }
     assert changed == {s.name for s in structure.linears if s.kind == "linear"} - {"head"}

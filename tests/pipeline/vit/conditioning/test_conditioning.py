@@ -50,7 +50,8 @@ def test_a_conditioned_model_computes_the_same(name):
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     steps = " ".join(done.steps)
     assert ("rotation of the residual stream" in steps) == (name not in KEPT)
-    assert "rotation of heads" in steps and "centring" in steps
+    assert "rotation of heads" in steps
+    assert "centring" in steps
     assert len(done.steps) + len(done.notes) == 3
 
 
@@ -123,9 +124,7 @@ def test_the_rotation_levels_a_channel_that_stands_out():
 def test_what_cannot_be_turned_is_named():
     vision, structure, pixels = parts("hf-clip")
     with pytest.raises(NotRotatable, match="pre_layrnorm"):
-        rotate_residual(
-            copy.deepcopy(vision.model), structure, read_wiring(vision.model, structure), torch.Generator()
-        )
+        rotate_residual(copy.deepcopy(vision.model), structure, read_wiring(vision.model, structure), torch.Generator())
     notes = condition(vision, structure, pixels, DEFAULTS, 0).notes
     assert any("pre_layrnorm" in note for note in notes)
 
@@ -149,4 +148,5 @@ def test_steps_can_be_switched_off():
     vision, structure, pixels = parts("timm-vit")
     nothing = build_config(ConditioningConfig, {"rotate_residual": False, "rotate_heads": False, "centre": False})
     done = condition(vision, structure, pixels, nothing, 0)
-    assert done.vision.model is vision.model and done.steps == () and done.notes == ()
+    assert done.vision.model is vision.model
+    assert (done.steps, done.notes) == ((), ())
