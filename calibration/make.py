@@ -20,7 +20,8 @@ from fp8pipe.vision.image_folder import batches, read_image_folder
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
 
-FOLDER_PREFIX = "images:"
+FOLDER_PREFIX, ARTIFACT_PREFIX = "images:", "artifact:"
+ARTIFACT_IMAGES = "calibration"  # folder of an artifact
 METHODS = ("synthetic", "patch-similarity", "gaussian")
 _READ_AT_ONCE = 64
 Progress = Callable[[int], None]
@@ -31,7 +32,7 @@ class ImageRequest:
     """Which images are wanted.
 
     Attributes:
-        method: synthetic, patch-similarity, gaussian, or images:DIR.
+        method: synthetic, patch-similarity, gaussian, images:DIR, or artifact:DIR for those an artifact was made with.
         count: how many.
         seed: of their streams, or of the choice among the pictures of a folder.
         synthesis: for the synthetic ones.
@@ -48,11 +49,11 @@ class ImageRequest:
         Raises:
             ConfigurationError: naming the methods.
         """
-        if self.method in METHODS or self.method.startswith(FOLDER_PREFIX):
+        if self.method in METHODS or self.method.startswith((FOLDER_PREFIX, ARTIFACT_PREFIX)):
             return
         raise ConfigurationError(
             f"there is no calibration {self.method!r}",
-            why=f"it is one of {', '.join(METHODS)}, or images:DIR for pictures of your own",
+            why=f"it is one of {', '.join(METHODS)}, images:DIR (a folder of pictures), artifact:DIR (an artifact's)",
             fix="use --calibration synthetic",
         )
 
@@ -80,6 +81,8 @@ def make_images(
     request.check()
     if request.method.startswith(FOLDER_PREFIX):
         return _from_folder(request, vision)
+    if request.method.startswith(ARTIFACT_PREFIX):
+        return _from_artifact(request, structure)
     if request.method == "gaussian":
         streams = [image_stream(request.seed, i) for i in range(request.count)]
         noise = vision.preprocessing.to_uint8(normal(streams, 3, *structure.image_size))
@@ -167,3 +170,20 @@ def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
     rows = torch.randperm(len(folder.files), generator=generator)[: request.count].tolist()
     pixels: Tensor = torch.cat(list(batches(folder, rows, vision.preprocessing, _READ_AT_ONCE)))
     return ImageSet(pixels, torch.tensor([folder.labels[row] for row in rows]), request.method, None)
+
+
+def _from_artifact(request: ImageRequest, structure: VitStructure) -> ImageSet:
+    """The first images of an earlier run, so that several precisions share one synthesis."""
+    path = Path(request.method.removeprefix(ARTIFACT_PREFIX)).expanduser()
+    found = ImageSet.load(path / ARTIFACT_IMAGES)
+    size = tuple(found.images.shape[2:])
+    if len(found.images) < request.count or size != tuple(structure.image_size):
+        raise ConfigurationError(
+            f"the images of {path} do not serve",
+            why=f"it holds {len(found.images)} of {size}; wanted are {request.count} of {tuple(structure.image_size)}",
+            fix="use --images N for fewer, or make new ones with --calibration synthetic",
+        )
+    few = slice(request.count)
+    losses = {name: values[few] for name, values in found.losses.items()}
+    labels = None if found.labels is None else found.labels[few]
+    return ImageSet(found.images[few], labels, found.method, found.seed, losses, list(found.notes))

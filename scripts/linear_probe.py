@@ -2,6 +2,7 @@
 
     python scripts/linear_probe.py --model sample:vit-s --data FOLDER --output DIR
         [--image-size N] [--train-fraction X] [--seed N] [--decay X] [--batch-size N] [--dtype bfloat16|float32]
+        [--split SPLIT]
 
 FOLDER holds one folder of pictures a class. The head reads the class token and the mean of the patches, as
 `fp8pipe.vision.probed.ClassAndPatches` has it. Features are computed once; on them the head is the exact minimum
@@ -9,7 +10,8 @@ of a convex loss (multinomial logistic regression with an L2 term, L-BFGS), on s
 standardization is then folded into its weights. So the result depends on the split's seed alone, not on a
 schedule. DIR is a model directory for every command that takes a vision model.
 
-The held-out part is touched once, for the accuracy that is printed last.
+The held-out part is touched once, for the accuracy that is printed last. --split writes both parts as image folders of
+links, SPLIT/train and SPLIT/held-out, so that later steps calibrate and measure on the same ones.
 """
 
 from __future__ import annotations
@@ -153,6 +155,21 @@ def fit_probe(
     return Probe(complete, train_rows, held_out_rows, top1)
 
 
+def write_split(folder: ImageFolder, probe: Probe, place: Path) -> None:
+    """Link the pictures of both parts into `place`/train and `place`/held-out, one folder a class.
+
+    Raises:
+        ConfigurationError: the place is taken.
+    """
+    if place.exists():
+        raise ConfigurationError(f"{place} exists already", why="a split is written once", fix="give another --split")
+    for part, rows in (("train", probe.train_rows), ("held-out", probe.held_out_rows)):
+        for row in rows:
+            link = place / part / folder.files[row].relative_to(folder.path)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(folder.files[row].resolve())
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Put a linear classifier on a vision backbone.")
     parser.add_argument("--model", required=True, help="a backbone: directory, timm:NAME or sample:vit-s")
@@ -164,6 +181,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decay", type=float, default=3e-2, help="strength of the L2 term")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the features")
+    parser.add_argument("--split", type=Path, help="directory to write both parts to, as links")
     return parser.parse_args()
 
 
@@ -184,6 +202,8 @@ def main() -> int:
             dtype=getattr(torch, options.dtype),
         )
         save_vision_model(probe.vision, options.output)
+        if options.split is not None:
+            write_split(folder, probe, options.split)
     except Fp8PipeError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -26,7 +26,9 @@ NESTED = {"synthesis_steps": ("synthesis", "steps"), "distill_steps": ("distill"
 @click.option("--model", help="Directory, timm:NAME or sample:NAME; required, here or in --config.")
 @click.option("--bits", help="wXaY with 2 to 8 bits each, or wfp8afp8; required, here or in --config.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The artifact's directory.")
-@click.option("--calibration", help="synthetic, patch-similarity, gaussian or images:DIR.  [default: synthetic]")
+@click.option(
+    "--calibration", help="synthetic, gaussian, patch-similarity, images:DIR, artifact:DIR [default: synthetic]"
+)
 @click.option("--images", type=int, help="Calibration images.  [default: 128]")
 @click.option("--synthesis-steps", type=int, help="Optimizer steps a synthetic image.  [default: 60]")
 @click.option("--distill-steps", type=int, help="Steps of distillation; 0 only measures ranges.  [default: 400]")

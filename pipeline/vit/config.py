@@ -33,7 +33,7 @@ class DistillConfig(FrozenConfig):
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
     augment: bool = Field(True, description="Mirror, crop, blur and relight the images, each in its own way.")
     smallest_crop: float = Field(0.6, gt=0, le=1, description="Side of the smallest crop, of the image's.")
-    blur: float = Field(0.018, ge=0, lt=0.25, description="Strongest blur: standard deviation, of the image's side.")
+    blur: float = Field(0.027, ge=0, lt=0.25, description="Strongest blur: standard deviation, of the image's side.")
     colour: float = Field(0.4, ge=0, lt=1, description="Strongest change of contrast, brightness and colourfulness.")
     bf16: bool = Field(True, description="Products in bf16 while training; ranges and rounding stay fp32.")
     save_every: int = Field(50, ge=0, description="Steps between checkpoints; 0 keeps none before the end.")
@@ -44,7 +44,7 @@ class QuantizeVitConfig(FrozenConfig):
 
     model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME.")
     bits: str = Field(description="Precision wXaY (2 to 8 bits each) or wfp8afp8.")
-    calibration: str = Field("synthetic", description="synthetic, patch-similarity, gaussian, or images:DIR.")
+    calibration: str = Field("synthetic", description="synthetic, patch-similarity, gaussian, images:, artifact:DIR.")
     images: int = Field(128, ge=1, description="Calibration images.")
     edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
     seed: int = Field(0, ge=0, description="Of images, order and augmentation.")

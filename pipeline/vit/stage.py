@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.image_set import ImageSet
-from calibration.make import FOLDER_PREFIX, ImageRequest, make_images
+from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_images
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent, check_place
 from fp8pipe.progress import track
 from fp8pipe.vision.outputs import vision_outputs
@@ -37,7 +37,7 @@ from pipeline.vit.student import Student
 
 _LOG = logging.getLogger(__name__)
 KIND = "vit"
-IMAGES = "calibration"
+IMAGES = ARTIFACT_IMAGES
 _IMAGES_WORK, _CHECKPOINTS, _METRICS = "images.partial", "checkpoints", "metrics.jsonl"
 _PROBE_IMAGES = 8
 _BATCH = 32

@@ -196,6 +196,18 @@ def test_noise_and_folders_are_images_too(tmp_path):
         make_images(request(f"images:{tmp_path}", count=6), vision, structure)
 
 
+def test_the_images_of_an_artifact_serve_again(tmp_path):
+    vision, structure = tiny()
+    made = make_images(request(count=4, steps=2), vision, structure)
+    made.save(tmp_path / "calibration")
+    again = make_images(request(f"artifact:{tmp_path}", count=3), vision, structure)
+    assert torch.equal(again.images, made.images[:3])
+    assert again.method == "synthetic"
+    assert len(again.losses["similarity"]) == 3
+    with pytest.raises(ConfigurationError, match="holds 4"):
+        make_images(request(f"artifact:{tmp_path}", count=5), vision, structure)
+
+
 @pytest.mark.parametrize("method", ["", "noise", "image:x", "images:/nowhere/at/all"])
 def test_methods_that_do_not_exist_are_refused(method):
     vision, structure = tiny()

@@ -77,7 +77,7 @@ def test_the_command_writes_a_model_that_classifies(name: str, tmp_path: Path):
     save_vision_model(vision_family(family(name)), tmp_path / "backbone")
     write_colours(tmp_path / "pictures", 12)
     command = [sys.executable, str(SCRIPT), "--model", str(tmp_path / "backbone"), "--data", str(tmp_path / "pictures"),
-               "--output", str(tmp_path / "probed"), "--dtype", "float32"]  # fmt: skip
+               "--output", str(tmp_path / "probed"), "--dtype", "float32", "--split", str(tmp_path / "split")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
@@ -92,6 +92,10 @@ def test_the_command_writes_a_model_that_classifies(name: str, tmp_path: Path):
     with Image.open(folder.files[-1]) as image:
         logits = vision_outputs(vision.model, vision.preprocessing.image_to_tensor(image)[None])
     assert logits.argmax().item() == 2
+    parts = {part: read_image_folder(tmp_path / "split" / part) for part in ("train", "held-out")}
+    assert {part: len(found.files) for part, found in parts.items()} == {"train": 30, "held-out": 6}
+    real = {file.resolve() for found in parts.values() for file in found.files}
+    assert real == {file.resolve() for file in folder.files}
 
 
 def test_mistakes_end_with_their_code(tmp_path: Path):

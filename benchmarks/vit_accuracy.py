@@ -1,0 +1,153 @@
+"""Accuracy of quantized vision transformers, by precision and by where the calibration images come from, over seeds.
+
+Every run goes the product's own road: `quantize-vit` into an artifact, whose deployed model is measured on held-out
+pictures beside its teacher. What differs between rows is the images alone; all are conditioned, rounded and distilled
+alike.
+
+    synthetic   the default synthesis
+    published   MimiQ's own settings (white noise, plain pixels, shifts), at the same number of steps
+    similarity  PSAQ-ViT's patch-similarity entropy in place of MimiQ's term, otherwise as `published`
+    leaves      the dead leaves that the default starts from, not optimised
+    gaussian    white noise
+    real        training pictures
+
+    python scripts/write_digits.py runs/digits-train --part train; python scripts/write_digits.py runs/digits-test
+    python benchmarks/vit_accuracy.py --model sample:vit-digits --train runs/digits-train --test runs/digits-test \\
+        --bits w8a8 w4a4 --output runs/vit-digits.jsonl
+
+Runs that the output holds already are not repeated. One JSON line a run; the last table is the summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from fp8pipe.config import build_config
+from fp8pipe.vision.image_folder import read_image_folder
+from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.stage import quantize_vit
+
+PUBLISHED = {
+    "start": "noise", "canvas": "pixels", "views": "shifts", "learning_rate": 0.1, "variation": 2.5e-5,
+}  # fmt: skip
+SOURCES = {
+    "synthetic": ("synthetic", {}),
+    "published": ("synthetic", PUBLISHED),
+    "similarity": ("synthetic", PUBLISHED | {"similarity": 0.0, "entropy": 1.0}),
+    "leaves": ("synthetic", {"steps": 0}),
+    "gaussian": ("gaussian", {}),
+    "real": ("images:", {}),
+}
+
+
+def thin(folder, count, seed, place):
+    """At most `count` pictures a class of an image folder, as links: a test part of a bearable size."""
+    found = read_image_folder(folder)
+    order = torch.randperm(len(found.files), generator=torch.Generator().manual_seed(seed)).tolist()
+    taken = defaultdict(int)
+    for row in order:
+        label = found.labels[row]
+        taken[label] += 1
+        if taken[label] <= count:
+            into = place / found.classes[label]
+            into.mkdir(parents=True, exist_ok=True)
+            (into / found.files[row].name).symlink_to(found.files[row].resolve())
+    return place
+
+
+def run(source, bits, seed, images_of, options, scratch):
+    """One run; its figures as a plain dict. The images of a source and seed are made once, then shared."""
+    method, synthesis = SOURCES[source]
+    made = images_of.get((source, seed))
+    calibration = f"artifact:{made}" if made else method + (str(options.train) if method == "images:" else "")
+    config = build_config(
+        QuantizeVitConfig,
+        {
+            "model": options.model, "bits": bits, "calibration": calibration, "images": options.images, "seed": seed,
+            "synthesis": synthesis, "evaluate": str(options.test_part),
+            "distill": {"steps": options.distill_steps, "save_every": 0},
+        },
+    )  # fmt: skip
+    artifact = quantize_vit(config, scratch / f"{source}-{bits}-{seed}")
+    images_of.setdefault((source, seed), artifact.root)
+    found = artifact.manifest.extra
+    return {
+        "model": options.model, "source": source, "bits": bits, "seed": seed, "images": options.images,
+        "distill_steps": options.distill_steps, "test_images": found["accuracy"]["images"],
+        "teacher": found["accuracy"]["teacher"]["top1"], "quantized": found["accuracy"]["quantized"]["top1"],
+        "seconds_an_image": None if made else found["seconds_per_image"],
+        "seconds_training": found["seconds"]["training"], "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "machine": platform.machine(),
+    }  # fmt: skip
+
+
+def summary(lines):
+    """A table: a row a source, a column a precision, top-1 in percent over seeds."""
+    scores, cost = defaultdict(list), defaultdict(list)
+    for line in lines:
+        scores[line["source"], line["bits"]].append(100 * line["quantized"])
+        if line["seconds_an_image"] is not None:
+            cost[line["source"]].append(line["seconds_an_image"])
+    columns = sorted({bits for _, bits in scores}, reverse=True)
+    shown = [f"teacher {100 * lines[0]['teacher']:.1f} on {lines[0]['test_images']} images"]
+    shown.append("| images | s an image | " + " | ".join(columns) + " |")
+    shown.append("|---" * (2 + len(columns)) + "|")
+    for source in [name for name in SOURCES if any(name == row for row, _ in scores)]:
+        cells = [_cell(scores[source, bits]) for bits in columns]
+        each = f"{mean(cost[source]):.2f}" if cost[source] else ""
+        shown.append(f"| {source} | {each} | " + " | ".join(cells) + " |")
+    return "\n".join(shown)
+
+
+def _cell(values):
+    if not values:
+        return ""
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f} ({len(values)})" if len(values) > 1 else " (1)")
+
+
+def main():
+    """Parse, run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train", type=Path, required=True, help="image folder that `real` draws from")
+    parser.add_argument("--test", type=Path, required=True, help="image folder of held-out pictures")
+    parser.add_argument("--test-images", type=int, default=100, help="pictures a class, at most")
+    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4"])
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--distill-steps", type=int, default=100)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.is_file() else []
+    key = ("source", "bits", "seed", "model", "images", "distill_steps")
+    known = {tuple(line[name] for name in key) for line in done}
+    with tempfile.TemporaryDirectory(dir=options.output.parent) as place, options.output.open("a") as output:
+        scratch, images_of = Path(place), {}
+        options.test_part = thin(options.test, options.test_images, 0, scratch / "test")
+        for seed in options.seeds:
+            for source in options.sources:
+                for bits in options.bits:
+                    if (source, bits, seed, options.model, options.images, options.distill_steps) in known:
+                        continue
+                    done.append(run(source, bits, seed, images_of, options, scratch))
+                    output.write(json.dumps(done[-1]) + "\n")
+                    output.flush()
+                    print(json.dumps(done[-1]), flush=True)
+    print(summary(done))
+
+
+if __name__ == "__main__":
+    main()
