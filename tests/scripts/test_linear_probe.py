@@ -76,8 +76,9 @@ def test_the_fit_is_the_minimum_that_scikit_learn_finds(probe: ModuleType):
 def test_the_command_writes_a_model_that_classifies(name: str, tmp_path: Path):
     save_vision_model(vision_family(family(name)), tmp_path / "backbone")
     write_colours(tmp_path / "pictures", 12)
-    command = [sys.executable, str(SCRIPT), "--model", str(tmp_path / "backbone"), "--data", str(tmp_path / "pictures"),
-               "--output", str(tmp_path / "probed"), "--dtype", "float32", "--split", str(tmp_path / "split")]  # fmt: skip
+    command = [sys.executable, str(SCRIPT), "--dtype", "float32"]
+    for option, name_of in {"model": "backbone", "data": "pictures", "output": "probed", "split": "split"}.items():
+        command += [f"--{option}", str(tmp_path / name_of)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
