@@ -20,7 +20,6 @@ key = $(shell { cat $(1); echo '$(2)'; } 2>/dev/null | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODELS))
 VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILES),$(PYTHON))
 
-export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: setup setup-vllm lint test demo clean
@@ -49,6 +48,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Many tests start processes of their own: threads that spin would starve them.
+test: export OMP_WAIT_POLICY = passive
 test: setup setup-vllm lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

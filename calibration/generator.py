@@ -8,12 +8,13 @@ order.)
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration.canvas import open_canvas
 from calibration.config import SynthesisConfig
@@ -62,6 +63,7 @@ class Synthesizer:
 
     def __init__(self, vision: VisionModel, structure: VitStructure, config: SynthesisConfig, seed: int) -> None:
         self.vision, self.structure, self.config, self.seed = vision, structure, config, seed
+        self._model = _halved(vision.model) if config.bf16 else vision.model
         self.sites = {site.name: site for site in structure.attentions if not site.pools and site.heads > 1}
         if not self.sites and config.similarity > 0:
             raise ConfigurationError(
@@ -147,9 +149,9 @@ class Synthesizer:
 
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
-            intercept_attention(self.vision.model, self.structure.attention_names, attend),
+            intercept_attention(self._model, self.structure.attention_names, attend),
         ):
-            outputs = vision_outputs(self.vision.model, view)
+            outputs = vision_outputs(self._model, view)
         terms = {}
         if similarities:
             terms["similarity"] = config.similarity * torch.stack(similarities).mean(0)
@@ -167,3 +169,12 @@ class Synthesizer:
             why=f"the losses diverge at learning rate {self.config.learning_rate}",
             fix="lower the synthesis learning rate, or use --calibration gaussian or images:DIR",
         )
+
+
+def _halved(model: nn.Module) -> nn.Module:
+    """A copy whose linears hold the bf16 weights that autocast would make of them anew at every step."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if type(module) is nn.Linear:
+            module.to(torch.bfloat16)
+    return copied

@@ -7,7 +7,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 output="${OUTPUT:-runs/demo}"
 question="${QUESTION:-What is the capital of France?}"
-export OMP_WAIT_POLICY=passive
 started=$SECONDS
 fp8pipe() { .venv/bin/python -P -m fp8pipe "$@"; }
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -19,11 +18,13 @@ fp8pipe finetune --model sample:smollm2 --data sample:chatterbot --output "$outp
 say "2/7  Export to vLLM"
 fp8pipe export "$output/model" --target vllm --output "$output/vllm" --force
 say "3/7  Validate in a real vLLM engine"
+export OMP_WAIT_POLICY=passive  # vLLM has several processes
 fp8pipe validate "$output/vllm" --engine vllm --against "$output/model"
 say "4/7  Ask it through /v1/chat/completions"
 answer="$(.venv/bin/python -P -m serving.vllm.ask "$output/vllm" "$question")"
 printf '  question: %s\n  answer:   %s\n' "$question" "$answer"
 
+unset OMP_WAIT_POLICY
 say "5/7  Quantize a vision transformer to 4 bits, with no data"
 fp8pipe quantize-vit --model sample:vit-digits --bits w4a4 --output "$output/digits" --force
 say "6/7  Export it to ONNX, and prove it in ONNX Runtime"

@@ -6,7 +6,6 @@ them with the configuration's own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.cli.common import Console, common_options
+from fp8pipe.threads import wait_briefly
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -80,8 +80,7 @@ def command(
     missing = [f"--{name}" for name in ("model", "data") if name not in given]
     if config is None and missing:
         raise click.UsageError(f"Missing option {' and '.join(missing)} (or a --config file that sets it).")
-    # Must be set before torch loads its OpenMP: spinning threads of two processes starve each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     from fp8pipe.config import build_config, load_config
     from pipeline.training.config import FinetuneConfig
 

@@ -6,13 +6,13 @@ them with the configuration's own.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fp8pipe.cli.common import Console, common_options
+from fp8pipe.threads import wait_briefly
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -31,7 +31,7 @@ NESTED = {"synthesis_steps": ("synthesis", "steps"), "distill_steps": ("distill"
 )
 @click.option("--images", type=int, help="Calibration images.  [default: 128]")
 @click.option("--synthesis-steps", type=int, help="Optimizer steps a synthetic image.  [default: 60]")
-@click.option("--distill-steps", type=int, help="Steps of distillation; 0 only measures ranges.  [default: 400]")
+@click.option("--distill-steps", type=int, help="Steps of distillation; 0 only measures ranges.  [default: 200]")
 @click.option("--edges", type=click.Choice(EDGES), help="Precision of first and last layer.  [default: 8bit]")
 @click.option("--evaluate", help="Folder of labelled pictures (one folder a class) to measure accuracy on.")
 @click.option("--seed", type=int, help="Seed of images, order and augmentation.  [default: 0]")
@@ -51,8 +51,7 @@ def command(
     missing = [f"--{name}" for name in ("model", "bits") if name not in given]
     if config is None and missing:
         raise click.UsageError(f"Missing option {' and '.join(missing)} (or a --config file that sets it).")
-    # Must be set before torch loads its OpenMP: spinning threads of two processes starve each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     from fp8pipe.config import build_config, load_config
     from pipeline.vit.config import QuantizeVitConfig
 

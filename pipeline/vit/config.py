@@ -23,7 +23,7 @@ class ConditioningConfig(FrozenConfig):
 class DistillConfig(FrozenConfig):
     """How the student is distilled."""
 
-    steps: int = Field(400, ge=0, description="Optimizer steps; 0 deploys the measured ranges as they are.")
+    steps: int = Field(200, ge=0, description="Optimizer steps; 0 deploys the measured ranges as they are.")
     batch_size: int = Field(16, ge=1, description="Images a step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak rate of weights, in units of their mean code step.")
     step_learning_rate: float = Field(1e-3, gt=0, description="Peak rate of the logarithms of quantization steps.")
@@ -32,7 +32,7 @@ class DistillConfig(FrozenConfig):
     structure_weight: float = Field(10.0, ge=0, description="Weight of the head-wise structural loss.")
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
     augment: bool = Field(True, description="Mirror, crop, blur and relight the images, each in its own way.")
-    smallest_crop: float = Field(0.6, gt=0, le=1, description="Side of the smallest crop, of the image's.")
+    smallest_crop: float = Field(0.35, gt=0, le=1, description="Side of the smallest crop, of the image's.")
     blur: float = Field(0.027, ge=0, lt=0.25, description="Strongest blur: standard deviation, of the image's side.")
     colour: float = Field(0.4, ge=0, lt=1, description="Strongest change of contrast, brightness and colourfulness.")
     bf16: bool = Field(True, description="Products in bf16 while training; ranges and rounding stay fp32.")
