@@ -18,10 +18,12 @@ from exporters.onnx.runtime import open_session, run
 from fp8pipe.artifact import Gate
 from fp8pipe.vision.quantized import QuantizedVit
 
-__all__ = ["class_gates", "float_gate", "kernel_gate", "parity_gates"]
+__all__ = ["agreement_gate", "class_gates", "float_gate", "kernel_gate", "parity_gates"]
 
 # fp32 in another order through a whole float net: some 1e-6 of the largest output.
 _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
+# On pictures a trained model is sure of most, so few can be near-ties.
+_LEAST_AGREEMENT: Final = 0.995
 
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
@@ -94,3 +96,12 @@ def class_gates(agreement: ClassAgreement) -> list[Gate]:
             passed=not clear and finite, detail=detail,
         )
     ]  # fmt: skip
+
+
+def agreement_gate(agreement: ClassAgreement) -> Gate:
+    """The share of pictures that both sides give the same class."""
+    share = agreement.agreeing / agreement.images
+    return Gate(
+        name="top-1 agreement", value=share, threshold=_LEAST_AGREEMENT, passed=share >= _LEAST_AGREEMENT,
+        detail=f"{agreement.agreeing} of {agreement.images} {agreement.source}",
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Images to compare on: the ones that the artifact was calibrated with, or random ones where it has none."""
+"""Images to compare on: a folder's, the ones that the artifact was calibrated with, or random ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fp8pipe.errors import BadArtifactError
+from fp8pipe.vision.image_folder import batches, read_image_folder
 from fp8pipe.vision.preprocessing import Preprocessing
 
-__all__ = ["PROBE_IMAGES", "ProbeImages", "probe_images"]
+__all__ = ["PICTURES", "PROBE_IMAGES", "ProbeImages", "folder_images", "probe_images"]
 
 PROBE_IMAGES: Final = 64
+PICTURES: Final = 500
+_READ_AT_ONCE: Final = 64
 CALIBRATION_FILE: Final = "calibration/images.safetensors"
 _SEED: Final = 0
 
@@ -57,6 +60,19 @@ def probe_images(root: Path | None, preprocessing: Preprocessing, count: int = P
     if codes.dtype != torch.uint8 or codes.shape[1:] != (3, *preprocessing.crop) or not len(codes):
         raise _bad(path, f"it holds {tuple(codes.shape)} {codes.dtype}, expected (N, 3, *{preprocessing.crop}) uint8")
     return ProbeImages(preprocessing.normalize(codes), "calibration images of the artifact")
+
+
+def folder_images(folder: Path, preprocessing: Preprocessing, count: int = PICTURES) -> ProbeImages:
+    """Pictures of an image folder, drawn from all classes; all of them when it has no more than `count`.
+
+    Raises:
+        ConfigurationError: no image folder, or a picture that cannot be read.
+    """
+    found = read_image_folder(folder)
+    random = torch.Generator().manual_seed(_SEED)
+    rows = sorted(torch.randperm(len(found.files), generator=random)[:count].tolist())
+    codes = torch.cat(list(batches(found, rows, preprocessing, _READ_AT_ONCE)))
+    return ProbeImages(preprocessing.normalize(codes), "pictures of the folder")
 
 
 def _bad(path: Path, why: str) -> BadArtifactError:

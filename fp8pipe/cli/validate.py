@@ -30,8 +30,20 @@ _ENGINES = {"vllm-export": ("vllm",), "onnx-export": ("onnxruntime",)}
     type=click.Path(path_type=Path),
     help="The artifact that was exported: also prove that the export holds its weights.",
 )
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="onnxruntime: image folder; compare classes on up to 500 of its pictures.",
+)
 @common_options()
-def command(export: Path, engine: str | None, vllm_python: str | None, against: Path | None, console: Console) -> None:
+def command(
+    export: Path,
+    engine: str | None,
+    vllm_python: str | None,
+    against: Path | None,
+    images: Path | None,
+    console: Console,
+) -> None:
     """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
 
     The record is written beside the export, as EXPORT.validation.json.
@@ -40,7 +52,7 @@ def command(export: Path, engine: str | None, vllm_python: str | None, against: 
 
     rejection = None
     try:
-        record = _validate(export, _engine(export, engine), vllm_python, against)
+        record = _validate(export, _engine(export, engine), vllm_python, against, images)
     except ExportRejectedError as error:
         rejection, record = error, error.record
     text = _onnx_text if record.engine == "onnxruntime" else _vllm_text
@@ -64,14 +76,24 @@ def _engine(export: Path, engine: str | None) -> str:
     return engine or _ENGINES[kind][0]
 
 
-def _validate(export: Path, engine: str, vllm_python: str | None, against: Path | None) -> Any:
+def _validate(export: Path, engine: str, vllm_python: str | None, against: Path | None, images: Path | None) -> Any:
     if engine == "onnxruntime":
         from serving.onnx.validate import validate_onnx
 
-        return validate_onnx(export, against=against)
+        return validate_onnx(export, against=against, pictures=images)
+    if images is not None:
+        raise _foreign("--images", engine)
     from serving.vllm.validate import validate_export
 
     return validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
+
+
+def _foreign(flag: str, engine: str) -> Exception:
+    from fp8pipe.errors import ConfigurationError
+
+    return ConfigurationError(
+        f"{flag} cannot be given for {engine}", why="it compares a vision model's classes", fix="leave it out"
+    )
 
 
 def _onnx_text(export: Path, record: Any) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from quantized_families import quantized_family, write_vit_artifact
 
 from exporters.onnx import MODEL_FILE, OnnxExportOptions, OnnxFormat, export_onnx
@@ -64,6 +65,31 @@ def test_an_export_is_accepted(export, artifact, with_artifact):
     assert record.kernels.integer == 13
     assert {layer.layer for layer in record.layers} == set(record.kernels.operators)
     assert json.loads(record_path(export).read_text())["manifest_digest"] == open_artifact(export).digest
+
+
+def _pictures(folder, count):
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("with_artifact", [False, True])
+def test_classes_are_compared_on_pictures(export, artifact, tmp_path, with_artifact):
+    pictures = _pictures(tmp_path / "pictures", 40)
+    record = validate_onnx(export, against=artifact.root if with_artifact else None, pictures=pictures)
+    assert record.classes.images == 80
+    gate = next(gate for gate in record.gates if gate.name == "top-1 agreement")
+    assert gate.value == record.classes.agreeing / 80
+    assert gate.passed
+
+
+def test_pictures_that_are_none_are_refused(export, tmp_path):
+    result = CliRunner().invoke(main, ["validate", str(export), "--images", str(tmp_path / "nowhere")])
+    assert result.exit_code == 10
+    assert "not an image folder" in result.output
 
 
 def test_int4_weights_alone_are_accepted(artifact, tmp_path):
