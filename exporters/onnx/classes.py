@@ -18,9 +18,10 @@ from exporters.onnx.parity import INTEGER_TOLERANCE
 from fp8pipe.config import FrozenConfig
 from fp8pipe.vision.quantized import QuantizedVit
 
-__all__ = ["ClassAgreement", "NearTie", "compare_classes", "measure_noise"]
+__all__ = ["ClassAgreement", "NearTie", "compare_classes", "measure_noise", "own_agreement"]
 
 _RUNS: Final = 2
+_BATCH: Final = 64
 # Both logits of a pair may move by the noise, towards each other.
 _NEAR_TIE_FACTOR: Final = 2.0
 
@@ -89,6 +90,15 @@ def compare_classes(expected: Tensor, found: Tensor, near_tie: float, source: st
         near_tie=near_tie,
         disagreements=differing,
     )
+
+
+def own_agreement(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> float:
+    """The share of images `(N, 3, H, W)` whose class the model keeps when its own layers are disturbed.
+
+    What a model does not keep here, no engine can be asked to keep either: its sums round in another order.
+    """
+    parts = [_disturbed(quantized, batch, seed) for seed, batch in enumerate(pixels.split(_BATCH))]
+    return float((torch.cat(parts).argmax(1) == expected.argmax(1)).float().mean())
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ _ENGINES = {"vllm-export": ("vllm",), "onnx-export": ("onnxruntime",)}
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
-    help="onnxruntime: image folder; compare classes on up to 500 of its pictures.",
+    help="onnxruntime: image folder; compare classes on up to 500 of its pictures (needs --against).",
 )
 @common_options()
 def command(

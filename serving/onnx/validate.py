@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from exporters.onnx import EXPORT_KIND, MODEL_FILE, OnnxFormat
-from exporters.onnx.classes import compare_classes
+from exporters.onnx.classes import compare_classes, own_agreement
 from exporters.onnx.cut import input_name
 from exporters.onnx.export import SOURCE_KIND
 from exporters.onnx.gates import agreement_gate, class_gates, kernel_gate, parity_gates
@@ -60,6 +60,7 @@ class _Reference:
         inputs: of the cut layers, by name.
         outputs: torch's outputs of the layers, by label; None without torch model.
         expected: outputs of the whole net, (N, C).
+        own: share of the images whose class it keeps itself when disturbed; None where that was not asked.
     """
 
     name: str
@@ -67,6 +68,7 @@ class _Reference:
     inputs: dict[str, Any]
     outputs: dict[str, Tensor] | None
     expected: Tensor
+    own: float | None = None
 
 
 def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path | None = None) -> OnnxValidationRecord:
@@ -76,17 +78,24 @@ def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path |
         export: the export's directory.
         against: the quantized artifact it was made from; then that is the reference.
         pictures: an image folder; the whole net is compared on up to 500 of its pictures instead of the calibration
-            images, and must choose the reference's class for 99.5 % of them.
+            images, and must choose the artifact's class for 99.5 % of them, or for as many as the artifact itself
+            keeps under rounding errors. Needs `against`.
 
     Returns:
         The record, of verdict ACCEPT.
 
     Raises:
-        ConfigurationError: `against` is not the export's parent, or `pictures` is no image folder.
+        ConfigurationError: `against` is not the export's parent, or missing; `pictures` is no image folder.
         BadArtifactError: the export is damaged, or ONNX Runtime refuses it.
         MissingCapabilityError: a package is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
+    if pictures is not None and against is None:
+        raise ConfigurationError(
+            "pictures cannot be compared without the artifact",
+            why="it tells how many classes rounding errors alone may change",
+            fix="give it with --against",
+        )
     onnx_ir = import_onnx_package("onnx_ir")
     artifact = open_artifact(export, kind=EXPORT_KIND)
     source = None if against is None else _parent(artifact, against)
@@ -100,10 +109,12 @@ def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path |
         images = folder_images(pictures, preprocessing)
     with track(2, "validate") as progress:
         reference = (
-            _own(artifact, model, layers, images) if source is None else _torch(artifact, source, model, layers, images)
+            _own(artifact, model, layers, images)
+            if source is None
+            else _torch(artifact, source, model, layers, images, of_pictures=pictures is not None)
         )
         progress.advance(1)
-        record = _compare(artifact, model, layers, images, reference, of_pictures=pictures is not None)
+        record = _compare(artifact, model, layers, images, reference)
         progress.advance(1)
     path = write_record(record, artifact.root)
     if record.verdict == "REJECT":
@@ -135,7 +146,13 @@ def _load(onnx_ir: Any, path: Path) -> ir.Model:
 
 
 def _torch(
-    export: Artifact, source: Artifact, model: ir.Model, layers: tuple[ExportedLayer, ...], images: ProbeImages
+    export: Artifact,
+    source: Artifact,
+    model: ir.Model,
+    layers: tuple[ExportedLayer, ...],
+    images: ProbeImages,
+    *,
+    of_pictures: bool,
 ) -> _Reference:
     """The quantized model, rebuilt from the artifact."""
     quantized = load_quantized(source.root)
@@ -146,7 +163,7 @@ def _torch(
         outputs = _in_batches(expected, images)
     return _Reference(
         "artifact", reopen_gates(model, layers, quantized, format), inputs_of(expected, layers, taps),
-        outputs_of(layers, taps), outputs,
+        outputs_of(layers, taps), outputs, own_agreement(expected, images.pixels, outputs) if of_pictures else None,
     )  # fmt: skip
 
 
@@ -189,8 +206,6 @@ def _compare(
     layers: tuple[ExportedLayer, ...],
     images: ProbeImages,
     reference: _Reference,
-    *,
-    of_pictures: bool,
 ) -> OnnxValidationRecord:
     path = export.root / MODEL_FILE
     parity = compare_layers(model, layers, reference.inputs, reference.outputs)
@@ -202,7 +217,7 @@ def _compare(
     near_tie = float(export.manifest.extra["near_tie"])
     classes = compare_classes(reference.expected, found, near_tie, images.source)
     gates = [*reference.gates, *parity_gates(parity), kernel_gate(kernels), *class_gates(classes)]
-    gates += [agreement_gate(classes)] if of_pictures else []
+    gates += [] if reference.own is None else [agreement_gate(classes, reference.own)]
     reasons = [f"{g.name}: {g.value:g} against {g.threshold:g} ({g.detail})" for g in gates if not g.passed]
     return OnnxValidationRecord(
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,6 +13,8 @@ from PIL import Image
 from quantized_families import quantized_family, write_vit_artifact
 
 from exporters.onnx import MODEL_FILE, OnnxExportOptions, OnnxFormat, export_onnx
+from exporters.onnx.classes import ClassAgreement
+from exporters.onnx.gates import agreement_gate
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.cli import main
 from fp8pipe.errors import BadArtifactError, ConfigurationError
@@ -76,18 +78,32 @@ def _pictures(folder, count):
     return folder
 
 
-@pytest.mark.parametrize("with_artifact", [False, True])
-def test_classes_are_compared_on_pictures(export, artifact, tmp_path, with_artifact):
+def test_classes_are_compared_on_pictures(export, artifact, tmp_path):
     pictures = _pictures(tmp_path / "pictures", 40)
-    record = validate_onnx(export, against=artifact.root if with_artifact else None, pictures=pictures)
+    record = validate_onnx(export, against=artifact.root, pictures=pictures)
     assert record.classes.images == 80
     gate = next(gate for gate in record.gates if gate.name == "top-1 agreement")
     assert gate.value == record.classes.agreeing / 80
     assert gate.passed
+    assert gate.threshold <= 0.995
 
 
-def test_pictures_that_are_none_are_refused(export, tmp_path):
-    result = CliRunner().invoke(main, ["validate", str(export), "--images", str(tmp_path / "nowhere")])
+@pytest.mark.parametrize(("agreeing", "own", "passes"), [(498, 1.0, True), (497, 1.0, False), (460, 0.93, True),
+                                                         (430, 0.93, False)])  # fmt: skip
+def test_an_engine_may_lose_what_the_model_itself_loses(agreeing, own, passes):
+    """Three standard errors of a share of 0.93 on 500 pictures are 0.034."""
+    agreement = ClassAgreement(
+        images=500, source="pictures", agreeing=agreeing, largest_difference=0.1, near_tie=0.0, disagreements=[]
+    )
+    assert agreement_gate(agreement, own).passed is passes
+
+
+def test_pictures_that_are_none_are_refused(export, artifact, tmp_path):
+    command = ["validate", str(export), "--images", str(tmp_path / "nowhere")]
+    alone = CliRunner().invoke(main, command)
+    assert alone.exit_code == 10
+    assert "--against" in alone.output
+    result = CliRunner().invoke(main, [*command, "--against", str(artifact.root)])
     assert result.exit_code == 10
     assert "not an image folder" in result.output
 
