@@ -21,10 +21,32 @@ from torch import Tensor
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.grids import E4M3
 
-__all__ = ["INT8_MAX", "INT8_MIN", "ActivationQuantizer", "Kind", "Precision", "WeightCodes", "weight_limits"]
+__all__ = [
+    "INT8_MAX",
+    "INT8_MIN",
+    "SMALLEST_SCALE",
+    "ActivationQuantizer",
+    "Kind",
+    "Precision",
+    "WeightCodes",
+    "storable_scale",
+    "weight_limits",
+]
 
 INT8_MIN: Final = -128
 INT8_MAX: Final = 127
+# FP16 has 6 bits left here: a scale that is rounded to it changes by less than a hundredth.
+SMALLEST_SCALE: Final = 2.0**-18
+_LARGEST_SCALE: Final = 65504.0
+
+
+def storable_scale(scale: Tensor) -> Tensor:
+    """The nearest scale that FP32 and FP16 both hold exactly, fp32; at least 2^-18.
+
+    Engines that compute in half precision want the scales in it too. One that is rounded only then is another scale
+    than the one that was trained; eleven bits are enough for any scale, if they are chosen before the training.
+    """
+    return scale.float().clamp(SMALLEST_SCALE, _LARGEST_SCALE).half().float()
 
 
 class Kind(StrEnum):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp8pipe.grids import E4M3
 from fp8pipe.vision.quantized import QuantizedVit, activation_sites
-from fp8pipe.vision.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind, weight_limits
+from fp8pipe.vision.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind, storable_scale, weight_limits
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
 from pipeline.vit.student import WeightFormat
@@ -37,7 +37,7 @@ def choose_range(values: Tensor, bits: int, kind: Kind = Kind.INT) -> Activation
     """
     smallest, largest = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if kind is Kind.E4M3:
-        return ActivationQuantizer(_fp32(max(-smallest, largest, _TINY) / E4M3.max), kind=kind)
+        return ActivationQuantizer(_storable(max(-smallest, largest, _TINY) / E4M3.max), kind=kind)
     best = _Best(values, bits)
     for shrink in _SHRINKS:
         best.consider(smallest * shrink, largest * shrink)
@@ -72,13 +72,13 @@ def range_quantizer(low: float, high: float, bits: int) -> ActivationQuantizer:
     """The grid of `bits` that covers `low`..`high` (low <= 0 <= high), zero being a code."""
     levels = 2**bits - 1
     # What does not fit the INT8 container around zero makes the step larger: at 8 bits, a range of one sign.
-    step = _fp32(max((high - low) / levels, high / INT8_MAX, low / INT8_MIN, _TINY))
+    step = _storable(max((high - low) / levels, high / INT8_MAX, low / INT8_MIN, _TINY))
     bottom = max(INT8_MIN, -levels, round(low / step))
     return ActivationQuantizer(step, bottom, max(min(INT8_MAX, bottom + levels), bottom + 1))
 
 
-def _fp32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
+def _storable(value: float) -> float:
+    return float(storable_scale(torch.tensor(value)))
 
 
 def sample_sites(
@@ -120,12 +120,12 @@ def choose_step(weight: Tensor, form: WeightFormat) -> Tensor:
     flat = weight.detach().flatten(1).float()
     amax = flat.abs().amax(1).clamp(min=_TINY)
     if form.kind is Kind.E4M3:
-        return amax / E4M3.max
+        return storable_scale(amax / E4M3.max)
     low, high = weight_limits(form.bits)
     best = torch.full_like(amax, math.inf)
-    steps = amax / high
+    steps = storable_scale(amax / high)
     for shrink in _WEIGHT_SHRINKS:
-        step = amax * shrink / high
+        step = storable_scale(amax * shrink / high)
         rounded = torch.round(flat / step[:, None]).clamp_(low, high).mul_(step[:, None])
         error = (rounded - flat).square().sum(1)
         steps = torch.where(error < best, step, steps)

@@ -18,10 +18,16 @@ from torch.nn.utils import parametrize
 from fp8pipe.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.quantized import QuantizedVit
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, weight_limits
+from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale, weight_limits
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
 from pipeline.vit.fake import fake_quantize
+
+
+def _step(log_step: Tensor) -> Tensor:
+    """The step of its logarithm, as it will be stored; the gradient passes the rounding by."""
+    exact = log_step.exp()
+    return storable_scale(exact).detach() + (exact - exact.detach())
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class _RoundedWeight(nn.Module):
         self.log_step = nn.Parameter(step.log())
 
     def forward(self, weight: Tensor) -> Tensor:
-        step = self.log_step.exp().view(-1, *(1,) * (self.dims - 1))
+        step = _step(self.log_step).view(-1, *(1,) * (self.dims - 1))
         return fake_quantize(weight, step, *weight_limits(self.form.bits), self.form.kind)
 
 
@@ -54,10 +60,10 @@ class _RoundedActivation(nn.Module):
         self.log_step = nn.Parameter(torch.tensor(quantizer.scale).log())
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.log_step.exp(), self.low, self.high, self.kind)
+        return fake_quantize(x, _step(self.log_step), self.low, self.high, self.kind)
 
     def frozen(self) -> ActivationQuantizer:
-        return ActivationQuantizer(float(self.log_step.detach().exp()), self.low, self.high, self.kind)
+        return ActivationQuantizer(float(_step(self.log_step.detach())), self.low, self.high, self.kind)
 
 
 class Student(nn.Module):
@@ -132,7 +138,7 @@ class Student(nn.Module):
         }
         plain.load_state_dict({n: state[n] for n in plain.state_dict()})
         for name, form in self.formats.items():
-            step = self._rounded(name).log_step.exp()
+            step = _step(self._rounded(name).log_step)
             weights[name] = WeightCodes.of(
                 plain.get_submodule(name).get_parameter("weight"), step, form.bits, form.kind
             )

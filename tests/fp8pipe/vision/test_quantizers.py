@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, Precision, WeightCodes, weight_limits
+from fp8pipe.vision.quantizers import (
+    SMALLEST_SCALE,
+    ActivationQuantizer,
+    Kind,
+    Precision,
+    WeightCodes,
+    storable_scale,
+    weight_limits,
+)
 
 FP32 = st.floats(min_value=2.0**-20, max_value=64.0, width=32)
 
@@ -110,3 +118,15 @@ def test_other_precisions_are_refused(text):
     with pytest.raises(ConfigurationError) as caught:
         Precision.parse(text)
     assert caught.value.exit_code == 10
+
+
+@given(st.floats(min_value=0.0, max_value=70000.0, width=32))
+@settings(max_examples=300, deadline=None)
+def test_a_storable_scale_is_the_nearest_of_half_precision(scale):
+    found = storable_scale(torch.tensor(scale))
+    assert found.dtype == torch.float32
+    assert float(np.float16(float(found))) == float(found)
+    wanted = np.float32(min(max(scale, SMALLEST_SCALE), 65504.0))
+    assert float(found) == float(np.float16(wanted))
+    # 11 bits for normal numbers, 6 at the smallest.
+    assert abs(float(found) - wanted) <= wanted * (2.0**-11 if wanted >= 2.0**-14 else 2.0**-7)

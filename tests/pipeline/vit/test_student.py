@@ -58,7 +58,11 @@ def test_what_is_deployed_is_what_was_trained(bits):
     student, vision, structure, pixels = make_student(bits=bits)
     Distiller(student, vision, structure, pixels, settings(steps=2), 0).run()
     with torch.no_grad():
-        assert torch.equal(student(pixels), student.deploy()(pixels))
+        deployed = student.deploy()
+        assert torch.equal(student(pixels), deployed(pixels))
+    scales = [weight.scale for weight in deployed.weights.values()]
+    scales += [torch.tensor([quantizer.scale]) for quantizer in deployed.activations.values()]
+    assert all(torch.equal(scale.half().float(), scale) for scale in scales)  # engines in FP16 hold the same
 
 
 @pytest.mark.parametrize("name", NAMES)
