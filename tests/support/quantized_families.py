@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 from vit_families import family, vision_family
 
 from fp8pipe.artifact import Artifact, ArtifactWriter
 from fp8pipe.vision.quantized import QuantizedVit, activation_sites, save_quantized
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes
+from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale
 from fp8pipe.vision.structure import read_structure
 
 
@@ -46,3 +47,23 @@ def write_vit_artifact(folder: Path, quantized: QuantizedVit, images: int = 0) -
             codes = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
             save_file({"images": codes}, writer.root / "calibration" / "images.safetensors")
         return writer.commit(config={}, seed=0)
+
+
+def storable(quantized: QuantizedVit) -> QuantizedVit:
+    """The same with scales that FP16 holds."""
+    weights = {n: WeightCodes(w.codes, storable_scale(w.scale), w.bits) for n, w in quantized.weights.items()}
+    activations = {
+        site: ActivationQuantizer(float(storable_scale(torch.tensor(q.scale))), q.low, q.high, q.kind)
+        for site, q in quantized.activations.items()
+    }
+    vision = (quantized.model, quantized.architecture, quantized.preprocessing, quantized.structure)
+    return QuantizedVit(*vision, weights, activations)
+
+
+def storable_graph(name: str, kind: Kind = Kind.INT) -> ir.Model:
+    """A family's Q/DQ graph, readers sharing quantizers, with scales that FP16 holds."""
+    from exporters.onnx.options import OnnxFormat
+    from exporters.onnx.produce import quantize_graph
+
+    quantized = storable(quantized_family(name, bits=8 if kind is Kind.E4M3 else 4, kind=kind))
+    return quantize_graph(quantized, OnnxFormat.QDQ, "test", share=True).model

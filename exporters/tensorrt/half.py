@@ -1,0 +1,147 @@
+"""Pass: a float32 graph becomes one in half precision, for engines that take every type as it is written.
+
+Codes and scales keep their values: scales are trained as numbers that FP16 holds exactly, and one that is not is
+refused. What changes is the arithmetic between products. Pixels stay float32 up to their quantizer, so their codes are
+those of the artifact bit for bit; normalizations take FP16 and compute in float32 (`stash_type` 1). Inputs and
+outputs of the graph keep their types.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.onnx.passes import Change
+from exporters.onnx.passes.tensors import add_initializer
+
+__all__ = ["NotHalf", "halve"]
+
+_LARGEST: Final = float(np.finfo(np.float16).max)
+_QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear")
+_SCALE: Final = 1  # position among a quantizer's operands
+
+
+class NotHalf(ValueError):
+    """A stored tensor that FP16 cannot hold."""
+
+
+def halve(model: ir.Model) -> Change:
+    """Convert in place.
+
+    Returns:
+        The names of the stored tensors that are FP16 now.
+
+    Raises:
+        NotHalf: a scale that FP16 does not hold exactly, or a finite value beyond its range.
+    """
+    graph = model.graph
+    islands = _input_islands(graph)
+    _split_shared(graph, islands)
+    changed = []
+    for value in list(graph.initializers.values()):
+        readers = [node for node, _ in value.uses()]
+        if value.dtype == ir.DataType.FLOAT and not all(node in islands for node in readers):
+            changed.append(_halve_stored(value))
+    for node in graph:
+        _halve_attributes(node)
+        if node not in islands:
+            _retype(node)
+    _cast_inputs(graph, islands)
+    _cast_outputs(graph)
+    return Change("halve", tuple(changed))
+
+
+def _input_islands(graph: ir.Graph) -> frozenset[ir.Node]:
+    """Nodes that stay float32: from a graph's input up to its quantizer."""
+    found: set[ir.Node] = set()
+    for value in graph.inputs:
+        for node, index in value.uses():
+            if index or node.op_type not in ("Clip", "QuantizeLinear"):
+                continue
+            after = [n for n, _ in node.outputs[0].uses()]
+            if node.op_type == "QuantizeLinear":
+                found.add(node)
+            elif after and all(n.op_type == "QuantizeLinear" for n in after):
+                found |= {node, *after}
+    return frozenset(found)
+
+
+def _split_shared(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
+    """A scale that is read inside and outside an island is stored in both types."""
+    for value in list(graph.initializers.values()):
+        inside = [(node, index) for node, index in value.uses() if node in islands]
+        if value.dtype != ir.DataType.FLOAT or not inside or len(inside) == len(value.uses()):
+            continue
+        assert value.const_value is not None
+        twin = add_initializer(graph, f"{value.name}_float", value.const_value.numpy().copy())
+        for node, index in inside:
+            node.replace_input_with(index, twin)
+
+
+def _halve_stored(value: ir.Value) -> str:
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    finite = array[np.isfinite(array)]
+    exact = any(node.op_type in _QUANTIZERS and index == _SCALE for node, index in value.uses())
+    if exact and not np.array_equal(array, array.astype(np.float16).astype(np.float32)):
+        raise NotHalf(f"{value.name}: a scale that FP16 does not hold exactly")
+    if finite.size and float(np.abs(finite).max()) > _LARGEST and not _is_mask(array):
+        raise NotHalf(f"{value.name}: {float(np.abs(finite).max()):g} is beyond FP16")
+    name = str(value.name)
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    value.const_value = ir.tensor(half, name=name)
+    value.type = ir.TensorType(ir.DataType.FLOAT16)
+    return name
+
+
+def _is_mask(array: np.ndarray) -> bool:
+    """Zeros and hugely negative numbers: minus infinity in FP16 masks the same."""
+    beyond = np.abs(array) > _LARGEST
+    return bool(np.all(array[beyond] < 0) and np.all(array[~beyond] == 0))
+
+
+def _halve_attributes(node: ir.Node) -> None:
+    """Constants and casts that name float32."""
+    if node.op_type == "Cast" and node.attributes.get_int("to", 0) == ir.DataType.FLOAT:
+        node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16)
+    value = node.attributes.get("value")
+    if node.op_type in ("Constant", "ConstantOfShape") and value is not None and value.type == ir.AttributeType.TENSOR:
+        tensor = value.as_tensor()
+        if tensor.dtype == ir.DataType.FLOAT:
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float16)))
+
+
+def _retype(node: ir.Node) -> None:
+    for value in node.outputs:
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
+
+
+def _cast_inputs(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
+    """Readers outside the islands get the input in FP16."""
+    for value in graph.inputs:
+        outside = [(node, index) for node, index in value.uses() if node not in islands]
+        if value.dtype != ir.DataType.FLOAT or not outside:
+            continue
+        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT16)}, name=f"{value.name}/Cast")
+        cast.outputs[0].name, cast.outputs[0].shape = f"{value.name}/half", value.shape
+        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+        graph.insert_before(outside[0][0], cast)
+        for node, index in outside:
+            node.replace_input_with(index, cast.outputs[0])
+
+
+def _cast_outputs(graph: ir.Graph) -> None:
+    for position, value in enumerate(list(graph.outputs)):
+        if value.dtype != ir.DataType.FLOAT16:
+            continue
+        name = str(value.name)
+        value.name = f"{name}/half"
+        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{name}/Cast")
+        cast.outputs[0].name, cast.outputs[0].shape = name, value.shape
+        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        graph.append(cast)
+        graph.outputs[position] = cast.outputs[0]
