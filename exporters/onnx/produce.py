@@ -70,16 +70,13 @@ def _with(quantized: QuantizedVit, weights: Mapping[str, WeightCodes]) -> Quanti
     )
 
 
-def quantize_graph(
-    quantized: QuantizedVit, format: OnnxFormat, source: str, *, share: bool | None = None
-) -> QuantizedGraph:
+def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> QuantizedGraph:
     """Trace, lint and rewrite.
 
     Args:
         quantized: the artifact's model.
         format: what the graph shall hold.
         source: the artifact, for messages.
-        share: whether all readers of a value share one quantizer; by default as ONNX Runtime needs it.
 
     Raises:
         LintFindingsError: the traced graph cannot be quantized well.
@@ -94,14 +91,12 @@ def quantize_graph(
     plain, split = split_gemms(plain)
     changes = [split, quantize_weights(plain, quantized.weights, int4=format is OnnxFormat.INT4_WEIGHT_ONLY)]
     if format is OnnxFormat.QDQ:
-        changes.append(_activations(plain, quantized, share))
+        changes.append(_activations(plain, quantized))
     changes += [name_products(plain), strip_metadata(plain.model)]
     return QuantizedGraph(plain.model, float_bytes, tuple(changes))
 
 
-def _activations(plain: PlainGraph, quantized: QuantizedVit, share: bool | None) -> Change:
+def _activations(plain: PlainGraph, quantized: QuantizedVit) -> Change:
     """Integer codes: one pair a reader, which ONNX Runtime needs; FP8, which it runs in float: shared pairs."""
     integer = any(q.kind is Kind.INT for q in quantized.activations.values())
-    return quantize_activations(
-        plain, quantized.structure, quantized.activations, share=not integer if share is None else share
-    )
+    return quantize_activations(plain, quantized.structure, quantized.activations, share=not integer)

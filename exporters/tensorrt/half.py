@@ -20,6 +20,7 @@ __all__ = ["NotHalf", "halve"]
 
 _LARGEST: Final = float(np.finfo(np.float16).max)
 _QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear")
+_MOVES: Final = ("Clip", "Reshape", "Transpose")  # operators that pixels may pass on the way to their quantizer
 _SCALE: Final = 1  # position among a quantizer's operands
 
 
@@ -54,17 +55,17 @@ def halve(model: ir.Model) -> Change:
 
 
 def _input_islands(graph: ir.Graph) -> frozenset[ir.Node]:
-    """Nodes that stay float32: from a graph's input up to its quantizer."""
+    """Nodes that stay float32: from a graph's input up to its quantizers, where nothing else reads it."""
     found: set[ir.Node] = set()
-    for value in graph.inputs:
-        for node, index in value.uses():
-            if index or node.op_type not in ("Clip", "QuantizeLinear"):
-                continue
-            after = [n for n, _ in node.outputs[0].uses()]
-            if node.op_type == "QuantizeLinear":
-                found.add(node)
-            elif after and all(n.op_type == "QuantizeLinear" for n in after):
-                found |= {node, *after}
+    waiting = [node for value in graph.inputs for node, _ in value.uses()]
+    while waiting:
+        node = waiting.pop()
+        found.add(node)
+        if node.op_type in ("QuantizeLinear", "Shape"):
+            continue
+        if node.op_type not in _MOVES:
+            return frozenset()
+        waiting += [reader for reader, _ in node.outputs[0].uses()]
     return frozenset(found)
 
 

@@ -62,8 +62,7 @@ def storable(quantized: QuantizedVit) -> QuantizedVit:
 
 def storable_graph(name: str, kind: Kind = Kind.INT) -> ir.Model:
     """A family's Q/DQ graph, readers sharing quantizers, with scales that FP16 holds."""
-    from exporters.onnx.options import OnnxFormat
-    from exporters.onnx.produce import quantize_graph
+    from exporters.tensorrt.graph import typed_graph
 
     quantized = storable(quantized_family(name, bits=8 if kind is Kind.E4M3 else 4, kind=kind))
-    return quantize_graph(quantized, OnnxFormat.QDQ, "test", share=True).model
+    return typed_graph(quantized, "test").model

@@ -44,7 +44,7 @@ def _replace(graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool)
     assert old.name is not None
     codes, axis = as_array(weight.codes), 0
     if product.kind is ProductKind.LINEAR:
-        codes, axis = np.ascontiguousarray(codes.T), 1
+        codes, axis = np.ascontiguousarray(codes.reshape(len(codes), -1).T), 1  # an unfolded patch embedding has 4 axes
     if int4:
         codes = codes.astype(ml_dtypes.int4)
     # The float tensor goes first: its name may be the one that the codes get.

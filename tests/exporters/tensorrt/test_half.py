@@ -9,9 +9,8 @@ import pytest
 from quantized_families import quantized_family, storable_graph
 from vit_families import family, random_pixels
 
-from exporters.onnx.options import OnnxFormat
-from exporters.onnx.produce import quantize_graph
 from exporters.onnx.runtime import open_session, run
+from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
 from fp8pipe.vision.quantizers import Kind
 
@@ -56,14 +55,17 @@ def test_pixels_are_quantized_in_float32():
     model = storable_graph("timm-vit")
     halve(model)
     quantize = next(n for n in model.graph if n.op_type == "QuantizeLinear")
-    clip = quantize.inputs[0].producer()
-    assert clip.op_type == "Clip"
-    assert clip.inputs[0] is model.graph.inputs[0]
+    value, moved = quantize.inputs[0], []
+    while value.producer() is not None:
+        moved.append(value.producer().op_type)
+        value = value.producer().inputs[0]
+    assert moved == ["Clip", "Reshape", "Transpose", "Reshape"]
+    assert value is model.graph.inputs[0]
     assert quantize.inputs[1].dtype == ir.DataType.FLOAT
 
 
 def test_a_scale_that_would_change_is_refused():
-    model = quantize_graph(quantized_family("timm-vit"), OnnxFormat.QDQ, "test", share=True).model
+    model = typed_graph(quantized_family("timm-vit"), "test").model
     with pytest.raises(NotHalf, match="scale"):
         halve(model)
 

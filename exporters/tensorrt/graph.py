@@ -1,0 +1,44 @@
+"""A quantized vision model as the graph that TensorRT builds well: strongly typed, one quantizer a value."""
+
+from __future__ import annotations
+
+from exporters.onnx.lint import lint_graph, refuse
+from exporters.onnx.passes import name_products, quantize_activations, quantize_weights, split_gemms, strip_metadata
+from exporters.onnx.plain import export_plain
+from exporters.onnx.produce import QuantizedGraph, float_model
+from exporters.tensorrt.barrier import hold_queries
+from exporters.tensorrt.patches import unfold_patches
+from fp8pipe.vision.quantized import QuantizedVit
+
+__all__ = ["typed_graph"]
+
+
+def typed_graph(quantized: QuantizedVit, source: str) -> QuantizedGraph:
+    """Trace, lint and rewrite; every float is float32 still (see `halve`).
+
+    Args:
+        quantized: the artifact's model.
+        source: the artifact, for messages.
+
+    Raises:
+        LintFindingsError: the traced graph cannot be quantized well.
+        ConfigurationError: it cannot be traced, or its layers are not found in the graph.
+    """
+    import onnx_ir as ir
+
+    model = float_model(quantized)
+    plain = export_plain(model, quantized.structure)
+    refuse(lint_graph(plain, model), source)
+    float_bytes = ir.to_proto(plain.model).SerializeToString()
+    plain, split = split_gemms(plain)
+    plain, unfolded = unfold_patches(plain)
+    changes = [
+        split,
+        unfolded,
+        quantize_weights(plain, quantized.weights),
+        quantize_activations(plain, quantized.structure, quantized.activations, share=True),
+        name_products(plain),
+        strip_metadata(plain.model),
+        hold_queries(plain.model),
+    ]
+    return QuantizedGraph(plain.model, float_bytes, tuple(changes))

@@ -1,0 +1,62 @@
+"""Passes for TensorRT's graphs, against the graph without them: same codes, same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from quantized_families import quantized_family, storable_graph
+from vit_families import family, random_pixels
+
+from exporters.onnx.options import OnnxFormat
+from exporters.onnx.plain import export_plain
+from exporters.onnx.produce import float_model, quantize_graph
+from exporters.onnx.runtime import open_session, run
+from exporters.tensorrt.patches import unfold_patches
+from fp8pipe.vision.quantizers import Kind
+
+
+def outputs(model: ir.Model, name: str) -> np.ndarray:
+    session = open_session(ir.to_proto(model).SerializeToString(), plain=True)
+    return run(session, {"pixels": random_pixels(family(name), 3).numpy()})["logits"]
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "hf-vit", "hf-clip"])
+def test_an_unfolded_patch_embedding_computes_the_same(name):
+    quantized = quantized_family(name)
+    plain = export_plain(float_model(quantized), quantized.structure)
+    expected = outputs(plain.model, name)
+    unfolded, change = unfold_patches(plain)
+    assert len(change.changed) == 1
+    assert not [node for node in unfolded.model.graph if node.op_type == "Conv"]
+    # The same products, added in another order.
+    np.testing.assert_allclose(outputs(unfolded.model, name), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_queries_are_clipped_to_the_values_of_their_codes(kind):
+    model = storable_graph("timm-vit", kind)
+    queries = [n for n in model.graph if n.op_type == "QuantizeLinear" and n.name.endswith(".q/QuantizeLinear")]
+    assert queries
+    for node in queries:
+        clip = node.inputs[0].producer()
+        assert clip.op_type == "Clip"
+        if kind is Kind.E4M3:
+            scale = node.inputs[1].const_value.numpy()
+            assert clip.inputs[1].const_value.numpy() == -448 * scale
+            assert clip.inputs[2].const_value.numpy() == 448 * scale
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_the_whole_graph_is_the_function_of_the_other_export(kind):
+    """ONNX Runtime's graph has a quantizer a reader and a convolution; the codes of every layer are the same."""
+    quantized = quantized_family("timm-vit", bits=8 if kind is Kind.E4M3 else 4, kind=kind)
+    other = quantize_graph(quantized, OnnxFormat.QDQ, "test").model
+    typed = storable_graph("timm-vit", kind)
+    stored = {n: v.const_value.numpy() for n, v in typed.graph.initializers.items()}
+    for name, weight in quantized.weights.items():
+        codes = weight.codes.reshape(len(weight.codes), -1).T.contiguous().view(torch.uint8).numpy()
+        assert np.array_equal(stored[f"{name}.weight"].view(np.uint8), codes)
+    sites = {n.name for n in other.graph if n.op_type == "QuantizeLinear"}
+    assert {n.name for n in typed.graph if n.op_type == "QuantizeLinear"} <= sites
