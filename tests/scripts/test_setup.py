@@ -46,8 +46,10 @@ def test_other_failures_keep_pips_words_alone(venv: Path) -> None:
 
 def test_torch_is_named_beside_torchvision() -> None:
     """Or pip takes the newest torchvision, and with it the torch that this one was built for."""
-    recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install -q -e" in line)
-    assert ",vit" in recipe
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    recipe = next(line for line in lines if "pip install -q -e" in line)
+    assert "$(EXTRAS)" in recipe
+    assert ",vit," in next(line for line in lines if line.startswith("EXTRAS :="))
     assert recipe.endswith(" $(TORCH)")
 
 
