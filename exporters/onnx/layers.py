@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exporters.onnx.plain import ProductKind
 from fp8pipe.errors import BadArtifactError
+from fp8pipe.grids import E4M3
 from fp8pipe.vision.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind
 
 if TYPE_CHECKING:
@@ -148,7 +149,11 @@ def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
     if dtype not in ("INT8", "FLOAT8E4M3FN"):
         raise _bad(f"{quantize.name} gives {dtype}")
     source, low, high, exact = _clip(quantize.inputs[0], float(_array(scale)))
-    quantizer = ActivationQuantizer(float(_array(scale)), low, high, Kind.INT if dtype == "INT8" else Kind.E4M3)
+    if dtype == "INT8":
+        quantizer = ActivationQuantizer(float(_array(scale)), low, high)
+    else:  # where it is clipped, it must be to the values of its largest codes
+        exact = exact and (low, high) in ((INT8_MIN, INT8_MAX), (-int(E4M3.max), int(E4M3.max)))
+        quantizer = ActivationQuantizer(float(_array(scale)), kind=Kind.E4M3)
     return Operand(source=source, quantizer=quantizer, codes=codes, exact_limits=exact)
 
 

@@ -53,12 +53,18 @@ def _weights(layers: Mapping[str, ExportedLayer], quantized: QuantizedVit) -> tu
     for name, weight in quantized.weights.items():
         layer = layers.get(name)
         stored = None if layer is None else layer.operands[1].weight
-        if stored is None or stored.codes.shape != weight.codes.shape or stored.codes.dtype != weight.codes.dtype:
+        # A patch embedding is stored with four axes, or, unfolded, with two.
+        if stored is None or _sides(stored.codes) != _sides(weight.codes) or stored.codes.dtype != weight.codes.dtype:
             codes, scales = codes + weight.codes.numel(), scales + weight.scale.numel()
             continue
-        codes += int((stored.codes.contiguous().view(torch.uint8) != weight.codes.contiguous().view(torch.uint8)).sum())
+        theirs, ours = (c.flatten(1).contiguous().view(torch.uint8) for c in (stored.codes, weight.codes))
+        codes += int((theirs != ours).sum())
         scales += int((stored.scale.view(torch.int32) != weight.scale.contiguous().view(torch.int32)).sum())
     return codes, scales
+
+
+def _sides(codes: Tensor) -> torch.Size:
+    return codes.flatten(1).shape
 
 
 def _quantizers(layers: Mapping[str, ExportedLayer], quantized: QuantizedVit, format: OnnxFormat) -> tuple[int, str]:

@@ -1,1 +1,6 @@
 """Export to TensorRT: strongly typed Q/DQ graphs from an artifact's own codes, engines, and the truth about both."""
+
+from exporters.tensorrt.export import EXPORT_KIND, export_tensorrt
+from exporters.tensorrt.options import Base, Builder, TrtExportOptions
+
+__all__ = ["EXPORT_KIND", "Base", "Builder", "TrtExportOptions", "export_tensorrt"]

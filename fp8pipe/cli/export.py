@@ -41,7 +41,7 @@ class ByteSize(click.ParamType[int]):
 
 @click.command("export")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--target", type=click.Choice(["vllm", "onnx"]), required=True, help="The engine.")
+@click.option("--target", type=click.Choice(["vllm", "onnx", "trt"]), required=True, help="The engine.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @click.option(
     "--format",
@@ -50,6 +50,11 @@ class ByteSize(click.ParamType[int]):
     "onnx: qdq (as quantized, default) or int4-weight-only (float activations).",
 )
 @click.option("--max-shard-size", type=ByteSize(), help="vllm: largest weight file, for instance 5GB (default).")
+@click.option("--builder", type=click.Choice(["rtx", "none"]), help="trt: who compiles engines; none: graph only.")
+@click.option("--compute-capability", "capabilities", multiple=True, help="trt: GPUs to compile for.  [8.9, 12.0]")
+@click.option("--base", type=click.Choice(["fp16", "fp32"]), help="trt: type of what is not quantized.  [fp16]")
+@click.option("--batch", type=int, nargs=3, help="trt: smallest, usual and largest batch.  [1 8 32]")
+@click.option("--no-require", is_flag=True, help="trt: accept engines that multiply in another precision.")
 @click.option("--vllm-version", help="vllm: the version whose checkpoint schema is written.")
 @click.option("--force", is_flag=True, help="Replace an existing export.")
 @common_options(dry_run=True)
@@ -60,6 +65,11 @@ def command(
     weight_format: str | None,
     max_shard_size: int | None,
     vllm_version: str | None,
+    builder: str | None,
+    capabilities: tuple[str, ...],
+    base: str | None,
+    batch: tuple[int, int, int] | None,
+    no_require: bool,
     force: bool,
     dry_run: bool,
     console: Console,
@@ -67,14 +77,42 @@ def command(
     """Write ARTIFACT in the form that an engine loads; lint before, reopen and compare after.
 
     For vllm, ARTIFACT is what `fp8pipe finetune` wrote, or a plain model: a Hugging Face directory, a hub id, a .gguf
-    file or sample:NAME. For onnx it is what `fp8pipe quantize-vit` wrote.
+    file or sample:NAME. For onnx and trt it is what `fp8pipe quantize-vit` wrote.
     """
-    given = {"format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version}
-    chosen = {key: value for key, value in given.items() if value is not None} | {"force": force}
-    if target == "onnx":
-        _export_onnx(artifact, output, _onnx_options(chosen), dry_run, console)
-    else:
-        _export_vllm(artifact, output, chosen, dry_run, console)
+    given = {
+        "format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version, "builder": builder,
+        "compute_capabilities": capabilities or None, "base": base, "batch": batch,
+        "require": False if no_require else None,
+    }  # fmt: skip
+    chosen = {key: value for key, value in given.items() if value is not None}
+    _refuse_foreign(chosen, target)
+    chosen["force"] = force
+    {"vllm": _export_vllm, "onnx": _export_onnx, "trt": _export_trt}[target](artifact, output, chosen, dry_run, console)
+
+
+# Which target an option is for; those of every target are not named.
+_TARGETS = {
+    "format": ("vllm", "onnx"), "max_shard_bytes": ("vllm",), "vllm_version": ("vllm",), "builder": ("trt",),
+    "compute_capabilities": ("trt",), "base": ("trt",), "batch": ("trt",), "require": ("trt",),
+}  # fmt: skip
+_FLAGS = {
+    "max_shard_bytes": "--max-shard-size", "compute_capabilities": "--compute-capability", "require": "--no-require",
+}  # fmt: skip
+
+
+def _refuse_foreign(chosen: dict[str, Any], target: str) -> None:
+    """Options of another target are named as they are written on the command line."""
+    from fp8pipe.errors import ConfigurationError
+
+    foreign = [key for key in chosen if target not in _TARGETS[key]]
+    if foreign:
+        flags = [_FLAGS.get(key, f"--{key.replace('_', '-')}") for key in foreign]
+        owners = dict.fromkeys(owner for key in foreign for owner in _TARGETS[key])
+        raise ConfigurationError(
+            f"{' and '.join(flags)} cannot be given for --target {target}",
+            why=f"made for --target {' or '.join(owners)}",
+            fix="leave it out",
+        )
 
 
 def _export_vllm(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
@@ -89,9 +127,11 @@ def _export_vllm(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: 
     _report(export_vllm(artifact, output, options), "vllm", str(options.format), console)
 
 
-def _export_onnx(artifact: Path, output: Path, options: OnnxExportOptions, dry_run: bool, console: Console) -> None:
-    from exporters.onnx import export_onnx
+def _export_onnx(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
+    from exporters.onnx import OnnxExportOptions, export_onnx
+    from fp8pipe.config import build_config
 
+    options = build_config(OnnxExportOptions, chosen)
     if dry_run:
         document, text = _onnx_plan(artifact, output, options)
         console.emit({"dry_run": True, "target": "onnx", **document}, text, quiet_text=str(output))
@@ -99,21 +139,20 @@ def _export_onnx(artifact: Path, output: Path, options: OnnxExportOptions, dry_r
     _report(export_onnx(artifact, output, options), "onnx", str(options.format), console)
 
 
-def _onnx_options(chosen: dict[str, Any]) -> OnnxExportOptions:
-    """The options; one that belongs to another target is named as it is written on the command line."""
+def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
     from exporters.onnx import OnnxExportOptions
+    from exporters.tensorrt import TrtExportOptions, export_tensorrt
     from fp8pipe.config import build_config
-    from fp8pipe.errors import ConfigurationError
 
-    flags = {"max_shard_bytes": "--max-shard-size", "vllm_version": "--vllm-version"}
-    foreign = [flag for key, flag in flags.items() if key in chosen]
-    if foreign:
-        raise ConfigurationError(
-            f"{' and '.join(foreign)} cannot be given for --target onnx",
-            why="it concerns vLLM only",
-            fix="leave it out",
-        )
-    return build_config(OnnxExportOptions, chosen)
+    options = build_config(TrtExportOptions, chosen)
+    if dry_run:
+        document, text = _onnx_plan(artifact, output, build_config(OnnxExportOptions, {"force": options.force}))
+        engines = list(options.compute_capabilities) if options.builder == "rtx" else []
+        text += f"\n  engines      {', '.join(engines) or 'none'} ({options.base} base)"
+        document = {**document, "format": str(options.base), "engines": engines}
+        console.emit({"dry_run": True, "target": "trt", **document}, text, quiet_text=str(output))
+        return
+    _report(export_tensorrt(artifact, output, options), "trt", str(options.base), console)
 
 
 def _report(exported: Artifact, target: str, format: str, console: Console) -> None:

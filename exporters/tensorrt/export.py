@@ -1,0 +1,231 @@
+"""The whole export of a vision model: graph, proof, engines, and what the builder says about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from exporters.findings import Finding
+from exporters.onnx.gates import float_gate
+from exporters.onnx.images import ProbeImages, probe_images
+from exporters.onnx.layers import ExportedLayer, read_layers
+from exporters.onnx.lint import lint_model, refuse
+from exporters.onnx.options import OnnxFormat
+from exporters.onnx.packages import import_onnx_package
+from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
+from exporters.onnx.produce import QuantizedGraph
+from exporters.onnx.reopen import reopen_gates
+from exporters.tensorrt.graph import typed_graph
+from exporters.tensorrt.half import NotHalf, halve
+from exporters.tensorrt.halved import compare_halved, stored_arrays
+from exporters.tensorrt.options import Base, Builder, TrtExportOptions
+from exporters.tensorrt.parity import parity_gates, typed_parity
+from exporters.tensorrt.precision import PrecisionReport, read_precision
+from exporters.tensorrt.rtx import Shapes, build_rtx
+from fp8pipe.artifact import (
+    Artifact,
+    ArtifactWriter,
+    Gate,
+    LayerRecord,
+    NumberFormat,
+    check_place,
+    installed_versions,
+    open_artifact,
+)
+from fp8pipe.errors import GateFailedError
+from fp8pipe.progress import track
+from fp8pipe.vision.files import write_model_file
+from fp8pipe.vision.preprocessing import PREPROCESSING_FILE
+from fp8pipe.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.vision.quantizers import Kind
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["ENGINES", "EXPORT_KIND", "LAYERS_FILE", "MODEL_FILE", "engine_file", "export_tensorrt"]
+
+EXPORT_KIND: Final = "trt-export"
+SOURCE_KIND: Final = "vit"
+MODEL_FILE: Final = "model.onnx"
+ENGINES: Final = "engines"
+LAYERS_FILE: Final = "layers.json"
+CLASSES_FILE: Final = "classes.json"
+_LAYER_IMAGES: Final = 4
+
+
+def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Artifact:
+    """Write a graph for TensorRT from a quantized vision model, prove it, and compile engines.
+
+    Args:
+        source: directory of an artifact of kind `vit`.
+        output: directory to create: `model.onnx`, `preprocessing.json`, `classes.json` (classifiers), `engines/`,
+            `layers.json` (every product's precision in every engine), a manifest.
+        options: base type, builder, GPUs, batch.
+
+    Returns:
+        The committed export, kind `trt-export`, with every gate in its manifest.
+
+    Raises:
+        ConfigurationError: unusable output, or a model that cannot be traced.
+        BadArtifactError: an unfinished, damaged or other artifact.
+        LintFindingsError: findings on values; nothing was written.
+        MissingCapabilityError: a package is missing.
+        GateFailedError: the written graph differs from the artifact, the builder refuses it, or it multiplies in
+            another precision than the artifact's; not committed.
+    """
+    check_place(output, force=options.force)
+    import_onnx_package("onnxruntime")
+    artifact = open_artifact(source, kind=SOURCE_KIND)
+    quantized = load_quantized(artifact.root)
+    refuse(lint_model(quantized, OnnxFormat.QDQ), str(source))
+    images = probe_images(artifact.root, quantized.preprocessing)
+    engines = options.compute_capabilities if options.builder is Builder.RTX else ()
+    with track(2 + len(engines), "export") as progress:
+        graph = typed_graph(quantized, str(source))
+        progress.advance(1)
+        with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
+            layers = read_layers(graph.model)
+            gates = _write(writer.root, graph, layers, quantized, images, options, str(source))
+            progress.advance(1)
+            reports: dict[str, dict[str, Any]] = {}
+            for capability in engines:
+                report, entry = _build(writer.root, layers, quantized, options, capability)
+                reports[capability] = entry
+                gates.append(_precision_gate(report, _wanted(quantized), capability, required=options.require))
+                progress.advance(1)
+            if reports:
+                (writer.root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+            for gate in gates:
+                writer.gate(gate)
+            _require(gates, writer.root)
+            if images.source.startswith("random"):
+                writer.warn(f"compared on {images.source}")
+            return _commit(writer, artifact, quantized, options, graph, reports)
+
+
+def engine_file(capability: str) -> str:
+    """Where an engine lies in an export: `engines/rtx-8.9.engine`."""
+    return f"{ENGINES}/rtx-{capability}.engine"
+
+
+def _write(
+    root: Path,
+    graph: QuantizedGraph,
+    layers: Sequence[ExportedLayer],
+    quantized: QuantizedVit,
+    images: ProbeImages,
+    options: TrtExportOptions,
+    source: str,
+) -> list[Gate]:
+    """The files but engines; gates on the graph before and after it is halved."""
+    import onnx_ir as ir
+
+    gates = reopen_gates(graph.model, layers, quantized, OnnxFormat.QDQ)
+    gates.append(float_gate(graph.float_bytes, quantized, images.pixels))
+    gates += parity_gates(typed_parity(graph.model, layers, quantized, images.pixels[:_LAYER_IMAGES]))
+    before = stored_arrays(graph.model)
+    if options.base is Base.FP16:
+        _halve(graph.model, source)
+    ir.save(graph.model, root / MODEL_FILE)
+    gates += compare_halved(before, ir.load(root / MODEL_FILE))
+    write_model_file(quantized.preprocessing, root / PREPROCESSING_FILE)
+    if quantized.architecture.classes is not None:
+        text = json.dumps(quantized.architecture.classes, ensure_ascii=False, indent=2) + "\n"
+        (root / CLASSES_FILE).write_text(text, encoding="utf-8")
+    return gates
+
+
+def _halve(model: ir.Model, source: str) -> None:
+    try:
+        halve(model)
+    except NotHalf as error:
+        fix = "quantize the model again with this version, or export with --base fp32"
+        refuse([Finding("not-half", str(error).partition(":")[0], str(error).partition(": ")[2], fix)], source)
+
+
+def _build(
+    root: Path,
+    layers: Sequence[ExportedLayer],
+    quantized: QuantizedVit,
+    options: TrtExportOptions,
+    capability: str,
+) -> tuple[PrecisionReport, dict[str, Any]]:
+    """One engine, what it multiplies in, and its entry for layers.json."""
+    size = quantized.architecture.image_size
+    low, usual, high = ((count, 3, *size) for count in options.batch)
+    profiles: dict[str, Shapes] = {INPUT_NAME: (low, usual, high)}
+    path = root / engine_file(capability)
+    path.parent.mkdir(exist_ok=True)
+    built = build_rtx(root / MODEL_FILE, path, [capability], profiles)
+    report = read_precision([str(layer.node.name) for layer in layers], built.layers)
+    entry = {
+        "tensorrt_rtx": built.version,
+        "engine": engine_file(capability),
+        "engine_bytes": path.stat().st_size,
+        "precisions": report.counts(),
+        "fused_attentions": sum(product.fused_attention for product in report.products) // 2,
+        "products": [product.model_dump() for product in report.products],
+        "other_layers": report.other_layers,
+        "builder_warnings": list(built.warnings),
+        "layers": [layer.model_dump() for layer in built.layers],
+    }
+    return report, entry
+
+
+def _wanted(quantized: QuantizedVit) -> str:
+    """The precision that all products of the artifact have."""
+    return "fp8" if any(w.kind is Kind.E4M3 for w in quantized.weights.values()) else "int8"
+
+
+def _precision_gate(report: PrecisionReport, wanted: str, capability: str, *, required: bool) -> Gate:
+    other = report.not_in(wanted)
+    shown = ", ".join(f"{count} in {name}" for name, count in sorted(report.counts().items()))
+    return Gate(
+        name=f"products not in {wanted} for {capability}", value=len(other), threshold=0 if required else len(other),
+        passed=not other or not required, detail=shown + (f"; the first: {other[0]}" if other else ""),
+    )  # fmt: skip
+
+
+def _require(gates: Sequence[Gate], root: Path) -> None:
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        raise GateFailedError(
+            f"the export does not hold what was asked ({len(failed)} gate(s) failed)",
+            why="\n       ".join(f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed),
+            fix=f"look into {root}; precision alone may be waived with --no-require",
+        )
+
+
+def _commit(
+    writer: ArtifactWriter,
+    artifact: Artifact,
+    quantized: QuantizedVit,
+    options: TrtExportOptions,
+    graph: QuantizedGraph,
+    reports: dict[str, dict[str, Any]],
+) -> Artifact:
+    versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "timm"))
+    fp8 = _wanted(quantized) == "fp8"
+    return writer.commit(
+        config=options.model_dump(mode="json"),
+        seed=None,
+        parents=[artifact.as_parent()],
+        number_format=NumberFormat(name="e4m3" if fp8 else "int", granularity="per-channel"),
+        preprocessing=quantized.preprocessing.model_dump(mode="json"),
+        runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
+        layers=[
+            LayerRecord(name=s.name, converted=s.name in quantized.weights, reason=options.base.value, shape=s.shape)
+            for s in quantized.structure.linears
+        ],
+        versions=versions,
+        extra={
+            "base": options.base.value,
+            "input": {"name": INPUT_NAME, "shape": ["batch", 3, *quantized.architecture.image_size], "type": "float32"},
+            "output": {"name": OUTPUT_NAME, "what": "logits" if quantized.architecture.classes else "features"},
+            "passes": {change.name: len(change.changed) for change in graph.changes},
+            "engines": {c: {k: e[k] for k in ("engine", "engine_bytes", "precisions", "fused_attentions")}
+                        for c, e in reports.items()},
+        },
+    )  # fmt: skip

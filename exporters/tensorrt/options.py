@@ -1,0 +1,52 @@
+"""What a TensorRT export may be asked for: one frozen model, written whole into the export's manifest."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import Field, field_validator, model_validator
+
+from exporters.tensorrt.rtx import CAPABILITIES
+from fp8pipe.config import FrozenConfig
+
+__all__ = ["Base", "Builder", "TrtExportOptions"]
+
+
+class Builder(StrEnum):
+    """Who compiles engines: TensorRT for RTX, on any machine; or nobody, and the graph alone is written."""
+
+    RTX = "rtx"
+    NONE = "none"
+
+
+class Base(StrEnum):
+    """The type of everything that is not quantized."""
+
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class TrtExportOptions(FrozenConfig):
+    """Options of one export."""
+
+    builder: Builder = Field(Builder.RTX, description="rtx (compiles on any machine) or none (the graph alone)")
+    base: Base = Field(Base.FP16, description="fp16 or fp32: the type of what is not quantized")
+    compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs to compile for")
+    batch: tuple[int, int, int] = Field((1, 8, 32), description="smallest, usual and largest batch")
+    require: bool = Field(True, description="refuse engines with a product in another precision (true or false)")
+    force: bool = Field(False, description="replace an existing output directory (true or false)")
+
+    @field_validator("compute_capabilities")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [capability for capability in value if capability not in CAPABILITIES]
+        if unknown or not value:
+            raise ValueError(f"{', '.join(unknown) or 'none'}: choose from {', '.join(CAPABILITIES)}")
+        return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TrtExportOptions:
+        low, usual, high = self.batch
+        if not 1 <= low <= usual <= high:
+            raise ValueError(f"batch {self.batch}: three numbers from 1, none smaller than the one before")
+        return self

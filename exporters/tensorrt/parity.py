@@ -1,0 +1,71 @@
+"""Layer by layer, ONNX Runtime on the graph before it is halved against the artifact in torch.
+
+The comparison is that of the ONNX export. Only the patch embedding differs, a product of rearranged pixels here. ONNX
+Runtime has integer kernels only for quantizers of one reader, so its sums are float32 ones here, and 1e-5 of a layer's
+largest output is allowed. TensorRT's integer kernels add exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from exporters.onnx.cut import input_name
+from exporters.onnx.layers import ExportedLayer
+from exporters.onnx.parity import FLOAT_TOLERANCE, LayerParity, compare_layers, inputs_of, outputs_of
+from exporters.onnx.plain import ProductKind
+from fp8pipe.artifact import Gate
+from fp8pipe.vision.quantized import QuantizedVit
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["parity_gates", "typed_parity"]
+
+_PATCHES = "/patches"
+
+
+def typed_parity(
+    model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
+) -> list[LayerParity]:
+    """Every product on the same input on both sides.
+
+    Args:
+        model: the float32 graph.
+        layers: of it.
+        quantized: the artifact's model.
+        pixels: `(N, 3, H, W)`, normalized.
+    """
+    taps = quantized.taps(pixels)
+    inputs, outputs = inputs_of(quantized, layers, taps), outputs_of(layers, taps)
+    for layer in layers:
+        source = layer.operands[0].source
+        if layer.kind is ProductKind.LINEAR and source is not None and str(source.name).endswith(_PATCHES):
+            weight = quantized.model.get_submodule(layer.name).get_parameter("weight")
+            inputs[input_name(source)] = _unfolded(taps[layer.name]["input"], weight.shape[2:]).numpy()
+            outputs[layer.label] = outputs[layer.label].flatten(2).transpose(1, 2)
+    return compare_layers(model, layers, inputs, outputs)
+
+
+def _unfolded(pixels: Tensor, kernel: Sequence[int]) -> Tensor:
+    """`(N, C, H, W)` as `(N, patches, C * h * w)`: one row a patch, channel by channel."""
+    return torch.nn.functional.unfold(pixels, tuple(kernel), stride=tuple(kernel)).transpose(1, 2).contiguous()
+
+
+def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
+    """Codes and outputs of all layers."""
+    codes, differing = sum(layer.codes for layer in report), sum(layer.differing_codes for layer in report)
+    worst = max(report, key=lambda layer: layer.error if layer.error == layer.error else float("inf"))
+    return [
+        Gate(
+            name="activation codes differing", value=differing, threshold=0, passed=differing == 0,
+            detail=f"of {codes} in {len(report)} layers, each fed the same input",
+        ),
+        Gate(
+            name="layer error", value=worst.error, threshold=FLOAT_TOLERANCE, passed=worst.error <= FLOAT_TOLERANCE,
+            detail=f"against the exact result of the codes, over the layer's largest output; the worst: {worst.layer}",
+        ),
+    ]  # fmt: skip

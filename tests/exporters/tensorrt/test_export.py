@@ -1,0 +1,92 @@
+"""The whole export to TensorRT on a real builder: proved, wholly in low precision, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from quantized_families import quantized_family, storable, write_vit_artifact
+
+from exporters.tensorrt import TrtExportOptions, export_tensorrt
+from exporters.tensorrt import export as export_module
+from fp8pipe.artifact import open_artifact
+from fp8pipe.cli import main
+from fp8pipe.config import build_config
+from fp8pipe.errors import ConfigurationError, GateFailedError, LintRefusedError
+from fp8pipe.vision.quantizers import Kind
+
+
+def options(**changes: object) -> TrtExportOptions:
+    return build_config(TrtExportOptions, {"compute_capabilities": ["8.9"], "batch": [1, 2, 4]} | changes)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    pytest.importorskip("tensorrt_rtx")
+    place = tmp_path_factory.mktemp("artifacts")
+    made = {}
+    for kind, bits in ((Kind.INT, 4), (Kind.E4M3, 8)):
+        quantized = storable(quantized_family("timm-vit", bits=bits, kind=kind))
+        made[kind] = write_vit_artifact(place / kind.value, quantized, images=4)
+    made["other scales"] = write_vit_artifact(place / "other", quantized_family("timm-vit"), images=4)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(Kind.INT, "int8"), (Kind.E4M3, "fp8")])
+def test_every_product_is_in_the_precision_of_the_artifact(artifacts, tmp_path, kind, precision):
+    export = export_tensorrt(artifacts[kind].root, tmp_path / "export", options())
+    assert all(gate.passed for gate in export.manifest.gates)
+    report = json.loads((export.root / "layers.json").read_text())["8.9"]
+    assert list(report["precisions"]) == [precision]
+    assert (export.root / report["engine"]).stat().st_size == report["engine_bytes"]
+    names = {entry.path for entry in open_artifact(export.root).manifest.files}
+    assert {"model.onnx", "layers.json", "preprocessing.json", "engines/rtx-8.9.engine"} <= names
+
+
+def test_the_graph_alone_needs_no_builder(artifacts, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "build_rtx", None)
+    export = export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "export", options(builder="none", base="fp32"))
+    assert not (export.root / "engines").exists()
+    assert export.manifest.extra["engines"] == {}
+
+
+def test_a_product_in_another_precision_fails_unless_it_is_waived(artifacts, tmp_path, monkeypatch):
+    """Without its barrier the builder dequantizes the joint product of queries, keys and values, as it really does."""
+    from exporters.onnx.passes import Change
+    from exporters.tensorrt import graph
+
+    monkeypatch.setattr(graph, "hold_queries", lambda model: Change("hold_queries", ()))
+    with pytest.raises(GateFailedError, match=r"products not in fp8 for 8\.9"):
+        export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "export", options())
+    assert not (tmp_path / "export").exists()
+    export = export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "waived", options(require=False))
+    gate = next(gate for gate in export.manifest.gates if gate.name.startswith("products"))
+    assert gate.value > 0
+
+
+def test_scales_that_fp16_does_not_hold_are_refused(artifacts, tmp_path):
+    with pytest.raises(LintRefusedError, match="not-half"):
+        export_tensorrt(artifacts["other scales"].root, tmp_path / "export", options())
+
+
+@pytest.mark.parametrize("wrong", [{"compute_capabilities": ["9.0"]}, {"batch": [4, 2, 8]}, {"batch": [0, 1, 1]}])
+def test_options_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ConfigurationError):
+        options(**wrong)
+
+
+def test_the_command_line_exports_and_names_foreign_options(artifacts, tmp_path):
+    base = ["export", str(artifacts[Kind.E4M3].root), "--target", "trt", "--output", str(tmp_path / "out")]
+    plan = CliRunner().invoke(main, [*base, "--dry-run"])
+    assert plan.exit_code == 0
+    assert "8.9, 12.0" in plan.output
+    refused = CliRunner().invoke(main, [*base, "--format", "qdq"])
+    assert refused.exit_code == 10
+    assert "--format cannot be given for --target trt" in refused.output
+    old = CliRunner().invoke(main, [*base, "--compute-capability", "8.0"])
+    assert old.exit_code == 14
+    assert "fp8_e4m3" in old.output
+    done = CliRunner().invoke(main, [*base, "--compute-capability", "12.0", "--batch", "1", "2", "4", "--force"])
+    assert done.exit_code == 0, done.output
+    assert "products not in fp8 for 12.0" in done.output
