@@ -22,6 +22,9 @@ OPTIONAL = (
     ("peft", "finetune --method lora and qlora", "pip install 'fp8pipe[train]'"),
     ("bitsandbytes", "finetune --method qlora", "pip install 'fp8pipe[train]'"),
     ("datasets", "training data from a hub id", "pip install datasets"),
+    ("timm", "vision models", "pip install 'fp8pipe[vit]' torch==YOURS"),
+    ("onnxruntime", "export --target onnx and trt, and their proofs", "pip install 'fp8pipe[onnx]'"),
+    ("tensorrt-rtx", "engines of export --target trt", "pip install 'fp8pipe[trt-rtx]'"),
 )
 # Below this a model and its export hardly fit.
 LOW_DISK_BYTES = 5_000_000_000
