@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
 from exporters.onnx.produce import QuantizedGraph, as_exported, quantize_graph
 from exporters.onnx.reopen import reopen_gates
 from exporters.onnx.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
+from exporters.vision import CLASSES_FILE, require_gates, write_description
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -33,10 +33,8 @@ from fp8pipe.artifact import (
     installed_versions,
     open_artifact,
 )
-from fp8pipe.errors import ConfigurationError, GateFailedError
+from fp8pipe.errors import ConfigurationError
 from fp8pipe.progress import track
-from fp8pipe.vision.files import write_model_file
-from fp8pipe.vision.preprocessing import PREPROCESSING_FILE
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.vision.quantizers import Kind
 
@@ -47,7 +45,6 @@ logger = logging.getLogger(__name__)
 EXPORT_KIND: Final = "onnx-export"
 SOURCE_KIND: Final = "vit"
 MODEL_FILE: Final = "model.onnx"
-CLASSES_FILE: Final = "classes.json"
 _LAYER_IMAGES: Final = 4
 
 
@@ -123,7 +120,8 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
             progress.advance(1)
             for gate in gates:
                 writer.gate(gate)
-            _require(gates, writer.root)
+            fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
+            require_gates(gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
             extra = _extra(graph, quantized, options) | {"near_tie": near_tie}
             return _commit(writer, artifact, quantized, options, extra)
@@ -133,10 +131,7 @@ def _write(root: Path, graph: QuantizedGraph, quantized: QuantizedVit) -> None:
     import onnx_ir as ir
 
     ir.save(graph.model, root / MODEL_FILE)
-    write_model_file(quantized.preprocessing, root / PREPROCESSING_FILE)
-    if quantized.architecture.classes is not None:
-        text = json.dumps(quantized.architecture.classes, ensure_ascii=False, indent=2) + "\n"
-        (root / CLASSES_FILE).write_text(text, encoding="utf-8")
+    write_description(root, quantized)
 
 
 def _gates(
@@ -159,16 +154,6 @@ def _gates(
         expected = expected_model(images.pixels)
     near_tie = measure_noise(expected_model, images.pixels, expected)
     return gates + class_gates(compare_classes(expected, found, near_tie, images.source)), near_tie
-
-
-def _require(gates: list[Gate], root: Path) -> None:
-    failed = [gate for gate in gates if not gate.passed]
-    if failed:
-        raise GateFailedError(
-            f"the written graph differs from its artifact ({len(failed)} gate(s) failed)",
-            why="\n       ".join(f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed),
-            fix=f"report it, with versions of torch, onnxscript and onnxruntime; what was written is left in {root}",
-        )
 
 
 def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages) -> None:

@@ -24,6 +24,7 @@ from exporters.tensorrt.options import Base, Builder, TrtExportOptions
 from exporters.tensorrt.parity import parity_gates, typed_parity
 from exporters.tensorrt.precision import PrecisionReport, read_precision
 from exporters.tensorrt.rtx import Shapes, build_rtx
+from exporters.vision import require_gates, write_description
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -34,10 +35,7 @@ from fp8pipe.artifact import (
     installed_versions,
     open_artifact,
 )
-from fp8pipe.errors import GateFailedError
 from fp8pipe.progress import track
-from fp8pipe.vision.files import write_model_file
-from fp8pipe.vision.preprocessing import PREPROCESSING_FILE
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.vision.quantizers import Kind
 
@@ -51,7 +49,6 @@ SOURCE_KIND: Final = "vit"
 MODEL_FILE: Final = "model.onnx"
 ENGINES: Final = "engines"
 LAYERS_FILE: Final = "layers.json"
-CLASSES_FILE: Final = "classes.json"
 _LAYER_IMAGES: Final = 4
 
 
@@ -99,7 +96,8 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
                 (writer.root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
             for gate in gates:
                 writer.gate(gate)
-            _require(gates, writer.root)
+            fix = f"look into {writer.root}; precision alone may be waived with --no-require"
+            require_gates(gates, "the export does not hold what was asked", fix)
             if images.source.startswith("random"):
                 writer.warn(f"compared on {images.source}")
             return _commit(writer, artifact, quantized, options, graph, reports)
@@ -130,10 +128,7 @@ def _write(
         _halve(graph.model, source)
     ir.save(graph.model, root / MODEL_FILE)
     gates += compare_halved(before, ir.load(root / MODEL_FILE))
-    write_model_file(quantized.preprocessing, root / PREPROCESSING_FILE)
-    if quantized.architecture.classes is not None:
-        text = json.dumps(quantized.architecture.classes, ensure_ascii=False, indent=2) + "\n"
-        (root / CLASSES_FILE).write_text(text, encoding="utf-8")
+    write_description(root, quantized)
     return gates
 
 
@@ -186,16 +181,6 @@ def _precision_gate(report: PrecisionReport, wanted: str, capability: str, *, re
         name=f"products not in {wanted} for {capability}", value=len(other), threshold=0 if required else len(other),
         passed=not other or not required, detail=shown + (f"; the first: {other[0]}" if other else ""),
     )  # fmt: skip
-
-
-def _require(gates: Sequence[Gate], root: Path) -> None:
-    failed = [gate for gate in gates if not gate.passed]
-    if failed:
-        raise GateFailedError(
-            f"the export does not hold what was asked ({len(failed)} gate(s) failed)",
-            why="\n       ".join(f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed),
-            fix=f"look into {root}; precision alone may be waived with --no-require",
-        )
 
 
 def _commit(
