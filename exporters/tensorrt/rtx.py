@@ -21,7 +21,8 @@ __all__ = ["CAPABILITIES", "Built", "Shapes", "build_rtx", "check_capabilities"]
 CAPABILITIES: Final[Mapping[str, str]] = {
     "7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121",
 }  # fmt: skip
-_WORKER: Final = "exporters.tensorrt.rtx_worker"
+# Run as a file: as a module it would import its package first, and torch with that.
+_WORKER: Final = Path(__file__).with_name("rtx_worker.py")
 _TIMEOUT_S: Final = 3600
 _REFUSED: Final = 3
 # Smallest, usual and largest shape of an input.
@@ -88,7 +89,7 @@ def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: 
         }  # fmt: skip
         job.write_text(json.dumps(described), encoding="utf-8")
         ended = subprocess.run(
-            [sys.executable, "-P", "-m", _WORKER, str(job)], capture_output=True, text=True, timeout=_TIMEOUT_S
+            [sys.executable, "-P", str(_WORKER), str(job)], capture_output=True, text=True, timeout=_TIMEOUT_S
         )
         if ended.returncode not in (0, _REFUSED) or not answer.is_file():
             last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]

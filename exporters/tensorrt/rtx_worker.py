@@ -1,4 +1,4 @@
-"""Builds one engine with TensorRT for RTX, in a process of its own: `python -P -m exporters.tensorrt.rtx_worker JOB`.
+"""Builds one engine with TensorRT for RTX, in a process of its own: `python -P rtx_worker.py JOB`.
 
 The library takes the first logger of a process for good, and a compiler that dies must not take its caller along. JOB
 is a JSON file (`BuildJob`); the answer goes to the path it names. Nothing of the project but this file is imported.
