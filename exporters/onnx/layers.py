@@ -152,7 +152,8 @@ def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
     if dtype == "INT8":
         quantizer = ActivationQuantizer(float(_array(scale)), low, high)
     else:  # where it is clipped, it must be to the values of its largest codes
-        exact = exact and (low, high) in ((INT8_MIN, INT8_MAX), (-int(E4M3.max), int(E4M3.max)))
+        clipped = source is not quantize.inputs[0]
+        exact = exact and (not clipped or (low, high) == (-int(E4M3.max), int(E4M3.max)))
         quantizer = ActivationQuantizer(float(_array(scale)), kind=Kind.E4M3)
     return Operand(source=source, quantizer=quantizer, codes=codes, exact_limits=exact)
 
@@ -178,7 +179,7 @@ def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, boo
         raise _bad("a QuantizeLinear lacks its input")
     clip = value.producer()
     if clip is None or clip.op_type != "Clip" or not str(clip.name).endswith("/Clip"):
-        return value, INT8_MIN, INT8_MAX, True
+        return value, _lowest(value), INT8_MAX, True
     bounds = [float(_array(v)) if v is not None else None for v in (*clip.inputs[1:], None, None)][:2]
     codes = [None if b is None else round(b / scale) for b in bounds]
     exact = all(
@@ -186,8 +187,14 @@ def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, boo
     )
     source = clip.inputs[0]
     assert source is not None
-    low = INT8_MIN if codes[0] is None else codes[0]
+    low = _lowest(source) if codes[0] is None else codes[0]
     return source, low, INT8_MAX if codes[1] is None else codes[1], exact
+
+
+def _lowest(value: ir.Value) -> int:
+    """The smallest code where nothing is clipped: of INT8, or of values that are never negative."""
+    producer = value.producer()
+    return 0 if producer is not None and producer.op_type == "Softmax" else INT8_MIN
 
 
 def _refuse_zero_point(node: ir.Node) -> None:

@@ -69,10 +69,16 @@ class _Best:
 
 
 def range_quantizer(low: float, high: float, bits: int) -> ActivationQuantizer:
-    """The grid of `bits` that covers `low`..`high` (low <= 0 <= high), zero being a code."""
+    """The grid of `bits` that covers `low`..`high` (low <= 0 <= high), zero being a code.
+
+    At 8 bits values of both signs have all of INT8: the same step clips less, and engines need no Clip, which would
+    keep them from fusing attention.
+    """
     levels = 2**bits - 1
     # What does not fit the INT8 container around zero makes the step larger: at 8 bits, a range of one sign.
     step = _storable(max((high - low) / levels, high / INT8_MAX, low / INT8_MIN, _TINY))
+    if low < 0 and levels == INT8_MAX - INT8_MIN:
+        return ActivationQuantizer(step, INT8_MIN, INT8_MAX)
     bottom = max(INT8_MIN, -levels, round(low / step))
     return ActivationQuantizer(step, bottom, max(min(INT8_MAX, bottom + levels), bottom + 1))
 

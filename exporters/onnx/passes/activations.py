@@ -1,7 +1,8 @@
 """Pass: activations are rounded to their grids where the products read them.
 
 A grid narrower than INT8, or one that is not symmetric, is a Clip to its own range followed by INT8 with zero point
-0: the same codes, in a form that engines without zero points take.
+0: the same codes, in a form that engines without zero points take. No Clip stands where it could change nothing:
+at an end where INT8 saturates, and below zero after a softmax. Engines fuse attention only without it.
 
 Readers of one value with one quantizer share one pair, or have one each: ONNX Runtime multiplies integers only where
 the pair has a single reader, and merges equal pairs before it looks. So separate pairs differ in their `axis`,
@@ -95,8 +96,9 @@ def _insert(
     attributes = {} if axis == _DEFAULT_AXIS else {"axis": axis}
     nodes = []
     current = value
-    if quantizer.kind is Kind.INT and (quantizer.low, quantizer.high) != (INT8_MIN, INT8_MAX):
-        nodes.append(ir.node("Clip", [current, *_limits(graph, quantizer, site)], name=f"{site}/Clip"))
+    limits = _limits(graph, quantizer, site, value) if quantizer.kind is Kind.INT else []
+    if limits:
+        nodes.append(ir.node("Clip", [current, *limits], name=f"{site}/Clip"))
         current = _typed(nodes[-1], f"{site}/clipped", ir.DataType.FLOAT, value)
     nodes.append(ir.node("QuantizeLinear", [current, scale, zero], attributes, name=f"{site}/QuantizeLinear"))
     codes = _typed(nodes[-1], f"{site}/codes", ir.DataType.from_numpy(dtype), value)
@@ -111,12 +113,20 @@ def _typed(node: ir.Node, name: str, dtype: ir.DataType, like: ir.Value) -> ir.V
     return output
 
 
-def _limits(graph: ir.Graph, quantizer: ActivationQuantizer, site: str) -> list[ir.Value | None]:
-    """Clip's bounds: the values of the smallest and largest code; none where INT8 itself saturates there."""
+def _limits(graph: ir.Graph, quantizer: ActivationQuantizer, site: str, value: ir.Value) -> list[ir.Value | None]:
+    """Clip's bounds: the values of the smallest and largest code; none where INT8 itself saturates there.
+
+    Returns:
+        Empty where no Clip is needed.
+    """
     scale = np.float32(quantizer.scale)
     low = high = None
-    if quantizer.low != INT8_MIN:
+    producer = value.producer()
+    never_negative = producer is not None and producer.op_type == "Softmax"
+    if quantizer.low != INT8_MIN and not never_negative:
         low = add_initializer(graph, f"{site}/low", np.array(np.float32(quantizer.low) * scale, np.float32))
     if quantizer.high != INT8_MAX:
         high = add_initializer(graph, f"{site}/high", np.array(np.float32(quantizer.high) * scale, np.float32))
+    if low is None and high is None:
+        return []
     return [low] if high is None else [low, high]

@@ -87,11 +87,14 @@ def test_clip_stands_only_where_int8_does_not_saturate_by_itself(plain, quantize
     first, second = list(sites)[1:3]
     sites[first] = ActivationQuantizer(0.5)
     sites[second] = ActivationQuantizer(0.5, 0, 127)
+    probabilities = [site for site in sites if site.endswith(".probs")]
+    sites[probabilities[0]] = ActivationQuantizer(1 / 128, 0, 127)
     quantize_activations(plain, quantized.structure, sites, share=True)
     clips = {node.name.removesuffix("/Clip"): node for node in plain.model.graph if node.op_type == "Clip"}
     assert first not in clips
     assert len(clips[second].inputs) == 2  # no upper bound: INT8 ends at 127
-    assert len(clips) == len(sites) - 1
+    assert clips[probabilities[1]].inputs[1] is None  # no lower bound: a softmax is not negative
+    assert set(clips) == set(sites) - {first, probabilities[0]}
 
 
 def test_readers_of_one_tensor_share_a_pair_or_have_one_each(plain, quantized):

@@ -139,6 +139,12 @@ def test_a_range_has_no_more_codes_than_its_bits(bits, low, high):
     assert (ends - torch.tensor([low, high])).abs().max() <= quantizer.scale * 1.01
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.17, 4.0), (-3.0, 0.0)])
+def test_at_8_bits_values_of_both_signs_have_all_of_int8(low, high):
+    quantizer = range_quantizer(low, high, 8)
+    assert (quantizer.low, quantizer.high) == (-128, 127)
+
+
 def test_weight_steps_are_no_worse_than_the_full_range():
     weight = torch.randn(8, 200, generator=torch.Generator().manual_seed(1))
     step = choose_step(weight, WeightFormat(4))
