@@ -15,6 +15,8 @@ from fp8pipe.cli import main
 from fp8pipe.config import build_config
 from fp8pipe.errors import ConfigurationError, GateFailedError, LintRefusedError
 from fp8pipe.vision.quantizers import Kind
+from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.stage import quantize_vit
 
 
 def options(**changes: object) -> TrtExportOptions:
@@ -42,6 +44,16 @@ def test_every_product_is_in_the_precision_of_the_artifact(artifacts, tmp_path, 
     assert (export.root / report["engine"]).stat().st_size == report["engine_bytes"]
     names = {entry.path for entry in open_artifact(export.root).manifest.files}
     assert {"model.onnx", "layers.json", "preprocessing.json", "engines/rtx-8.9.engine"} <= names
+
+
+@pytest.mark.parametrize(("bits", "precision"), [("w8a8", "int8"), ("wfp8afp8", "fp8")])
+def test_every_attention_of_the_digits_model_is_fused(artifacts, tmp_path, bits, precision):
+    config = {"model": "sample:vit-digits", "bits": bits, "calibration": "gaussian", "images": 8}
+    quantize_vit(build_config(QuantizeVitConfig, config | {"distill": {"steps": 0}}), tmp_path / "model")
+    export = export_tensorrt(tmp_path / "model", tmp_path / "export", options())
+    entry = export.manifest.extra["engines"]["8.9"]
+    assert entry["precisions"] == {precision: 38}
+    assert entry["fused_attentions"] == 6
 
 
 def test_the_graph_alone_needs_no_builder(artifacts, tmp_path, monkeypatch):
