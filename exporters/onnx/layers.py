@@ -26,6 +26,7 @@ __all__ = ["ExportedLayer", "Operand", "StoredWeight", "read_layers"]
 _SUFFIXES = {
     "/MatMul": ProductKind.LINEAR, "/Conv": ProductKind.PATCH, "/qk": ProductKind.QK, "/av": ProductKind.AV,
 }  # fmt: skip
+_BLOCKED = 2  # axes of a scale that has blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +165,17 @@ def _weight(dequantize: ir.Node, codes: ir.Value, scale: ir.Value | None, kind: 
         tensor = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8)).view(torch.float8_e4m3fn)
     else:
         tensor = torch.from_numpy(np.ascontiguousarray(array).astype(np.int8))
-    axis = dequantize.attributes.get_int("axis", 1)
+    axis, scales = dequantize.attributes.get_int("axis", 1), _array(scale)
     if kind is ProductKind.LINEAR:
         tensor = tensor.T
+    if dequantize.attributes.get_int("block_size", 0):  # the scale of a channel, repeated for all of its blocks
+        if axis != 0 or kind is not ProductKind.LINEAR or scales.ndim != _BLOCKED or np.any(scales != scales[:1]):
+            raise _bad(f"{dequantize.name} has blocks that are not of one scale a channel")
+        axis, scales = 1, scales[0]
     if axis != (1 if kind is ProductKind.LINEAR else 0):
         raise _bad(f"{dequantize.name} scales along axis {axis}")
     assert codes.dtype is not None
-    return StoredWeight(tensor, torch.from_numpy(_array(scale)), codes.dtype.name)
+    return StoredWeight(tensor, torch.from_numpy(scales), codes.dtype.name)
 
 
 def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, bool]:

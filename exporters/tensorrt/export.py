@@ -17,6 +17,7 @@ from exporters.onnx.packages import import_onnx_package
 from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
 from exporters.onnx.produce import QuantizedGraph
 from exporters.onnx.reopen import reopen_gates
+from exporters.tensorrt.formats import TrtFormat, choose_format, in_format
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
 from exporters.tensorrt.halved import compare_halved, stored_arrays
@@ -37,7 +38,6 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.progress import track
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
-from fp8pipe.vision.quantizers import Kind
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -50,6 +50,7 @@ MODEL_FILE: Final = "model.onnx"
 ENGINES: Final = "engines"
 LAYERS_FILE: Final = "layers.json"
 _LAYER_IMAGES: Final = 4
+_FLOATS: Final = ("fp16", "fp32", "bf16")
 
 
 def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Artifact:
@@ -75,12 +76,14 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
     artifact = open_artifact(source, kind=SOURCE_KIND)
-    quantized = load_quantized(artifact.root)
-    refuse(lint_model(quantized, OnnxFormat.QDQ), str(source))
+    stored = load_quantized(artifact.root)
+    refuse(lint_model(stored, OnnxFormat.QDQ), str(source))
+    format = choose_format(stored, options.format, str(source))
+    quantized = in_format(stored, format)
     images = probe_images(artifact.root, quantized.preprocessing)
     engines = options.compute_capabilities if options.builder is Builder.RTX else ()
     with track(2 + len(engines), "export") as progress:
-        graph = typed_graph(quantized, str(source))
+        graph = typed_graph(quantized, format, str(source))
         progress.advance(1)
         with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
             layers = read_layers(graph.model)
@@ -90,7 +93,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
             for capability in engines:
                 report, entry = _build(writer.root, layers, quantized, options, capability)
                 reports[capability] = entry
-                gates.append(_precision_gate(report, _wanted(quantized), capability, required=options.require))
+                gates.append(_precision_gate(report, format, capability, required=options.require))
                 progress.advance(1)
             if reports:
                 (writer.root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
@@ -100,7 +103,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
             require_gates(gates, "the export does not hold what was asked", fix)
             if images.source.startswith("random"):
                 writer.warn(f"compared on {images.source}")
-            return _commit(writer, artifact, quantized, options, graph, reports)
+            return _commit(writer, artifact, quantized, options, format, graph, reports)
 
 
 def engine_file(capability: str) -> str:
@@ -169,16 +172,14 @@ def _build(
     return report, entry
 
 
-def _wanted(quantized: QuantizedVit) -> str:
-    """The precision that all products of the artifact have."""
-    return "fp8" if any(w.kind is Kind.E4M3 for w in quantized.weights.values()) else "int8"
-
-
-def _precision_gate(report: PrecisionReport, wanted: str, capability: str, *, required: bool) -> Gate:
-    other = report.not_in(wanted)
+def _precision_gate(report: PrecisionReport, format: TrtFormat, capability: str, *, required: bool) -> Gate:
     shown = ", ".join(f"{count} in {name}" for name, count in sorted(report.counts().items()))
+    if format.weight_only:  # the builder is free to dequantize: codes and memory stay small, nothing is rounded anew
+        value = sum(product.name in _FLOATS for product in report.products)
+        return Gate(name=f"products in float for {capability}", value=value, threshold=value, passed=True, detail=shown)
+    other = report.not_in(format)
     return Gate(
-        name=f"products not in {wanted} for {capability}", value=len(other), threshold=0 if required else len(other),
+        name=f"products not in {format} for {capability}", value=len(other), threshold=0 if required else len(other),
         passed=not other or not required, detail=shown + (f"; the first: {other[0]}" if other else ""),
     )  # fmt: skip
 
@@ -188,16 +189,16 @@ def _commit(
     artifact: Artifact,
     quantized: QuantizedVit,
     options: TrtExportOptions,
+    format: TrtFormat,
     graph: QuantizedGraph,
     reports: dict[str, dict[str, Any]],
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "timm"))
-    fp8 = _wanted(quantized) == "fp8"
     return writer.commit(
         config=options.model_dump(mode="json"),
         seed=None,
         parents=[artifact.as_parent()],
-        number_format=NumberFormat(name="e4m3" if fp8 else "int", granularity="per-channel"),
+        number_format=NumberFormat(name="e4m3" if format is TrtFormat.FP8 else "int", granularity="per-channel"),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
         runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
         layers=[
@@ -206,6 +207,7 @@ def _commit(
         ],
         versions=versions,
         extra={
+            "format": format.value,
             "base": options.base.value,
             "input": {"name": INPUT_NAME, "shape": ["batch", 3, *quantized.architecture.image_size], "type": "float32"},
             "output": {"name": OUTPUT_NAME, "what": "logits" if quantized.architecture.classes else "features"},

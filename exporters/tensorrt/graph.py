@@ -7,17 +7,22 @@ from exporters.onnx.passes import name_products, quantize_activations, quantize_
 from exporters.onnx.plain import export_plain
 from exporters.onnx.produce import QuantizedGraph, float_model
 from exporters.tensorrt.barrier import hold_queries
+from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.patches import unfold_patches
 from fp8pipe.vision.quantized import QuantizedVit
 
-__all__ = ["typed_graph"]
+__all__ = ["INT4_BLOCK", "typed_graph"]
+
+# The smallest block that the builder takes: the most layers fit it.
+INT4_BLOCK = 32
 
 
-def typed_graph(quantized: QuantizedVit, source: str) -> QuantizedGraph:
+def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> QuantizedGraph:
     """Trace, lint and rewrite; every float is float32 still (see `halve`).
 
     Args:
-        quantized: the artifact's model.
+        quantized: the model of this format (`in_format`).
+        format: how weights are stored.
         source: the artifact, for messages.
 
     Raises:
@@ -35,7 +40,7 @@ def typed_graph(quantized: QuantizedVit, source: str) -> QuantizedGraph:
     changes = [
         split,
         unfolded,
-        quantize_weights(plain, quantized.weights),
+        quantize_weights(plain, quantized.weights, int4=format is TrtFormat.INT4_WEIGHT_ONLY, block=INT4_BLOCK),
         quantize_activations(plain, quantized.structure, quantized.activations, share=True),
         name_products(plain),
         strip_metadata(plain.model),

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field, field_validator, model_validator
 
+from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.rtx import CAPABILITIES
 from fp8pipe.config import FrozenConfig
 
@@ -29,6 +30,9 @@ class Base(StrEnum):
 class TrtExportOptions(FrozenConfig):
     """Options of one export."""
 
+    format: TrtFormat | None = Field(
+        None, description="fp8, int8, int8-weight-only or int4-weight-only; the artifact's own when not given"
+    )
     builder: Builder = Field(Builder.RTX, description="rtx (compiles on any machine) or none (the graph alone)")
     base: Base = Field(Base.FP16, description="fp16 or fp32: the type of what is not quantized")
     compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs to compile for")

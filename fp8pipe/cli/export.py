@@ -47,7 +47,8 @@ class ByteSize(click.ParamType[int]):
     "--format",
     "weight_format",
     help="vllm: fp8 (FP8 weights and activations, default), w8a16 (FP8 weights only) or bf16 (dequantized). "
-    "onnx: qdq (as quantized, default) or int4-weight-only (float activations).",
+    "onnx: qdq (as quantized, default) or int4-weight-only (float activations). "
+    "trt: fp8, int8 (the artifact's own by default), int8-weight-only or int4-weight-only.",
 )
 @click.option("--max-shard-size", type=ByteSize(), help="vllm: largest weight file, for instance 5GB (default).")
 @click.option("--builder", type=click.Choice(["rtx", "none"]), help="trt: who compiles engines; none: graph only.")
@@ -92,7 +93,7 @@ def command(
 
 # Which target an option is for; those of every target are not named.
 _TARGETS = {
-    "format": ("vllm", "onnx"), "max_shard_bytes": ("vllm",), "vllm_version": ("vllm",), "builder": ("trt",),
+    "format": ("vllm", "onnx", "trt"), "max_shard_bytes": ("vllm",), "vllm_version": ("vllm",), "builder": ("trt",),
     "compute_capabilities": ("trt",), "base": ("trt",), "batch": ("trt",), "require": ("trt",),
 }  # fmt: skip
 _FLAGS = {
@@ -152,7 +153,8 @@ def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: b
         document = {**document, "format": str(options.base), "engines": engines}
         console.emit({"dry_run": True, "target": "trt", **document}, text, quiet_text=str(output))
         return
-    _report(export_tensorrt(artifact, output, options), "trt", str(options.base), console)
+    exported = export_tensorrt(artifact, output, options)
+    _report(exported, "trt", exported.manifest.extra["format"], console)
 
 
 def _report(exported: Artifact, target: str, format: str, console: Console) -> None:

@@ -8,6 +8,7 @@ multiplies integers. INT4 is for weights beside float activations.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import ml_dtypes
 import numpy as np
@@ -16,46 +17,55 @@ import onnx_ir as ir
 from exporters.onnx.passes.change import Change
 from exporters.onnx.passes.tensors import add_initializer, as_array
 from exporters.onnx.plain import PlainGraph, Product, ProductKind
-from fp8pipe.vision.quantizers import WeightCodes
+from fp8pipe.vision.quantizers import Kind, WeightCodes
 
-__all__ = ["quantize_weights"]
+__all__ = ["INT4_BITS", "quantize_weights"]
+
+INT4_BITS: Final = 4
 
 
-def quantize_weights(plain: PlainGraph, weights: Mapping[str, WeightCodes], *, int4: bool = False) -> Change:
+def quantize_weights(
+    plain: PlainGraph, weights: Mapping[str, WeightCodes], *, int4: bool = False, block: int | None = None
+) -> Change:
     """Replace the stored operand of every layer of `weights`; the float tensor is removed.
 
     Args:
         plain: without Gemm (see `split_gemms`); changed in place.
         weights: codes by layer.
-        int4: store codes of at most 4 bits as INT4.
+        int4: store codes of at most 4 bits as INT4; wider ones stay INT8.
+        block: with `int4`, repeat every scale for each so many inputs, for engines that take INT4 in blocks alone; a
+            layer whose inputs are no multiple of it, and a convolution, is stored in INT8.
     """
     graph = plain.model.graph
     changed = []
     for product in plain.products:
         if product.kind in (ProductKind.LINEAR, ProductKind.PATCH) and product.name in weights:
-            _replace(graph, product, weights[product.name], int4)
+            _replace(graph, product, weights[product.name], int4, block)
             changed.append(product.name)
     return Change("quantize_weights", tuple(changed))
 
 
-def _replace(graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool) -> None:
+def _replace(graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool, block: int | None) -> None:
     old = product.node.inputs[1]
     assert old is not None
     assert old.name is not None
     codes, axis = as_array(weight.codes), 0
     if product.kind is ProductKind.LINEAR:
         codes, axis = np.ascontiguousarray(codes.reshape(len(codes), -1).T), 1  # an unfolded patch embedding has 4 axes
-    if int4:
+    scales, form = as_array(weight.scale.float()), {"axis": axis}
+    narrow = weight.kind is Kind.INT and weight.bits <= INT4_BITS
+    fits = block is None or (product.kind is ProductKind.LINEAR and len(codes) % block == 0)
+    if int4 and narrow and fits:
         codes = codes.astype(ml_dtypes.int4)
+        if block is not None:
+            scales, form = np.repeat(scales[None], len(codes) // block, 0), {"axis": 0, "block_size": block}
     # The float tensor goes first: its name may be the one that the codes get.
     product.node.replace_input_with(1, None)
     if not old.uses() and not old.is_graph_output():
         graph.initializers.pop(old.name)
     codes_value = add_initializer(graph, f"{product.name}.weight", codes)
-    scale = add_initializer(graph, f"{product.name}.weight_scale", as_array(weight.scale.float()))
-    node = ir.node(
-        "DequantizeLinear", [codes_value, scale], {"axis": axis}, name=f"{product.name}.weight/DequantizeLinear"
-    )
+    scale = add_initializer(graph, f"{product.name}.weight_scale", scales)
+    node = ir.node("DequantizeLinear", [codes_value, scale], form, name=f"{product.name}.weight/DequantizeLinear")
     output = node.outputs[0]
     output.name, output.type, output.shape = f"{product.name}.weight/dequantized", old.type, old.shape
     graph.insert_before(product.node, node)

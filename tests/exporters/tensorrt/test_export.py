@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.tensorrt import TrtExportOptions, export_tensorrt
 from exporters.tensorrt import export as export_module
+from exporters.tensorrt.graph import INT4_BLOCK
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.config import build_config
@@ -56,6 +59,40 @@ def test_every_attention_of_the_digits_model_is_fused(artifacts, tmp_path, bits,
     assert entry["fused_attentions"] == 6
 
 
+@pytest.mark.parametrize("format", ["int8-weight-only", "int4-weight-only"])
+def test_weights_alone_are_stored_as_trained(artifacts, tmp_path, format):
+    """Gates compare every code and scale with the artifact's."""
+    export = export_tensorrt(artifacts[Kind.INT].root, tmp_path / "export", options(format=format))
+    assert all(gate.passed for gate in export.manifest.gates)
+    assert export.manifest.extra["format"] == format
+    graph = ir.load(export.root / "model.onnx").graph
+    assert not [node for node in graph if node.op_type == "QuantizeLinear"]
+    types = Counter(v.dtype.name for v in graph.initializers.values() if v.name.endswith(".weight") and v.dtype)
+    assert types[format[:4].upper()] > 0
+    assert export.manifest.extra["engines"]["8.9"]["engine_bytes"] > 0
+
+
+def test_blocks_have_the_scale_of_their_channel(artifacts, tmp_path):
+    config = options(format="int4-weight-only", builder="none", base="fp32")
+    export = export_tensorrt(artifacts[Kind.INT].root, tmp_path / "export", config)
+    blocked = [node for node in ir.load(export.root / "model.onnx").graph if node.attributes.get_int("block_size", 0)]
+    assert blocked
+    for node in blocked:
+        codes, scale = (value.const_value.numpy() for value in node.inputs[:2])
+        assert scale.shape == (codes.shape[0] // INT4_BLOCK, codes.shape[1])
+        assert (scale == scale[:1]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [(Kind.E4M3, "int8"), (Kind.E4M3, "int4-weight-only"), (Kind.INT, "fp8")],
+)
+def test_codes_are_never_rounded_a_second_time(artifacts, tmp_path, kind, format):
+    with pytest.raises(LintRefusedError, match="would round them again"):
+        export_tensorrt(artifacts[kind].root, tmp_path / "export", options(format=format))
+    assert not (tmp_path / "export").exists()
+
+
 def test_the_graph_alone_needs_no_builder(artifacts, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "build_rtx", None)
     export = export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "export", options(builder="none", base="fp32"))
@@ -93,9 +130,9 @@ def test_the_command_line_exports_and_names_foreign_options(artifacts, tmp_path)
     plan = CliRunner().invoke(main, [*base, "--dry-run"])
     assert plan.exit_code == 0
     assert "8.9, 12.0" in plan.output
-    refused = CliRunner().invoke(main, [*base, "--format", "qdq"])
+    refused = CliRunner().invoke(main, [*base, "--max-shard-size", "1GB"])
     assert refused.exit_code == 10
-    assert "--format cannot be given for --target trt" in refused.output
+    assert "--max-shard-size cannot be given for --target trt" in refused.output
     old = CliRunner().invoke(main, [*base, "--compute-capability", "8.0"])
     assert old.exit_code == 14
     assert "fp8_e4m3" in old.output

@@ -10,6 +10,7 @@ from quantized_families import quantized_family, storable_graph
 from vit_families import family, random_pixels
 
 from exporters.onnx.runtime import open_session, run
+from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
 from fp8pipe.vision.quantizers import Kind
@@ -65,7 +66,7 @@ def test_pixels_are_quantized_in_float32():
 
 
 def test_a_scale_that_would_change_is_refused():
-    model = typed_graph(quantized_family("timm-vit"), "test").model
+    model = typed_graph(quantized_family("timm-vit"), TrtFormat.INT8, "test").model
     with pytest.raises(NotHalf, match="scale"):
         halve(model)
 
