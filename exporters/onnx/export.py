@@ -18,6 +18,7 @@ from exporters.onnx.lint import lint_model, refuse
 from exporters.onnx.options import OnnxExportOptions, OnnxFormat
 from exporters.onnx.packages import import_onnx_package
 from exporters.onnx.parity import compare_layers, inputs_of, outputs_of
+from exporters.onnx.passes.weights import fits_int4
 from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
 from exporters.onnx.produce import QuantizedGraph, as_exported, quantize_graph
 from exporters.onnx.reopen import reopen_gates
@@ -170,7 +171,9 @@ def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, i
 
 def _plan(quantized: QuantizedVit, format: OnnxFormat) -> OnnxPlan:
     int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
-    codes = sum((w.codes.numel() + 1) // 2 if int4 else w.codes.numel() for w in quantized.weights.values())
+    codes = sum(
+        (w.codes.numel() + 1) // 2 if int4 and fits_int4(w) else w.codes.numel() for w in quantized.weights.values()
+    )
     quantized_names = {f"{name}.weight" for name in quantized.weights}
     floats = sum(4 * t.numel() for name, t in quantized.model.state_dict().items() if name not in quantized_names)
     scales = sum(4 * w.scale.numel() for w in quantized.weights.values())

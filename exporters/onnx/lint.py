@@ -12,6 +12,7 @@ from torch import nn
 
 from exporters.findings import Finding, LintFindingsError
 from exporters.onnx.options import OnnxFormat
+from exporters.onnx.passes.weights import fits_int4
 from exporters.onnx.plain import PlainGraph, owner
 from fp8pipe.vision.quantized import QuantizedVit
 from fp8pipe.vision.quantizers import Kind, WeightCodes, weight_limits
@@ -20,7 +21,6 @@ __all__ = ["lint_graph", "lint_model", "refuse"]
 
 # A protobuf file cannot be larger.
 _LARGEST_FILE_BYTES = 2**31 - 1
-_INT4_BITS = 4
 
 
 def lint_model(quantized: QuantizedVit, format: OnnxFormat) -> list[Finding]:
@@ -32,12 +32,10 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat) -> list[Finding]:
         )
     for name, weight in quantized.weights.items():
         findings += _values(name, weight)
-        if format is OnnxFormat.INT4_WEIGHT_ONLY and (weight.kind is not Kind.INT or weight.bits > _INT4_BITS):
-            findings.append(
-                Finding(
-                    "int4-width", name, f"{weight.bits}-bit {weight.kind} codes", "use --format qdq for this artifact"
-                )
-            )
+    if format is OnnxFormat.INT4_WEIGHT_ONLY and not any(map(fits_int4, quantized.weights.values())):
+        findings.append(
+            Finding("int4-width", "weights", "none has codes of 4 bits", "use --format qdq for this artifact")
+        )
     if format is OnnxFormat.QDQ:
         findings += _mixed(quantized)
     for name, tensor in quantized.model.state_dict().items():

@@ -7,7 +7,7 @@ from enum import StrEnum
 from exporters.findings import Finding
 from exporters.onnx.lint import refuse
 from exporters.onnx.options import OnnxFormat
-from exporters.onnx.passes.weights import INT4_BITS
+from exporters.onnx.passes.weights import fits_int4
 from exporters.onnx.produce import as_exported
 from fp8pipe.vision.quantized import QuantizedVit
 from fp8pipe.vision.quantizers import Kind
@@ -47,9 +47,8 @@ def choose_format(quantized: QuantizedVit, asked: TrtFormat | None, source: str)
         bits = "wfp8afp8" if format is TrtFormat.FP8 else "integer bits, for instance w8a8"
         why = f"the artifact's codes are {'FP8' if fp8 else 'integers'}; {format} would round them again"
         findings.append(Finding("format", "weights", why, f"export as {own}, or quantize with --bits {bits}"))
-    elif format is TrtFormat.INT4_WEIGHT_ONLY and all(w.bits > INT4_BITS for w in quantized.weights.values()):
-        widest = max(weight.bits for weight in quantized.weights.values())
-        findings.append(Finding("int4-width", "weights", f"all have {widest}-bit codes", "export as int8-weight-only"))
+    elif format is TrtFormat.INT4_WEIGHT_ONLY and not any(map(fits_int4, quantized.weights.values())):
+        findings.append(Finding("int4-width", "weights", "none has codes of 4 bits", "export as int8-weight-only"))
     refuse(findings, source)
     return format
 

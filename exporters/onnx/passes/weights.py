@@ -19,9 +19,14 @@ from exporters.onnx.passes.tensors import add_initializer, as_array
 from exporters.onnx.plain import PlainGraph, Product, ProductKind
 from fp8pipe.vision.quantizers import Kind, WeightCodes
 
-__all__ = ["INT4_BITS", "quantize_weights"]
+__all__ = ["fits_int4", "quantize_weights"]
 
-INT4_BITS: Final = 4
+_INT4_BITS: Final = 4
+
+
+def fits_int4(weight: WeightCodes) -> bool:
+    """Whether INT4 holds the codes."""
+    return weight.kind is Kind.INT and weight.bits <= _INT4_BITS
 
 
 def quantize_weights(
@@ -53,9 +58,8 @@ def _replace(graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool,
     if product.kind is ProductKind.LINEAR:
         codes, axis = np.ascontiguousarray(codes.reshape(len(codes), -1).T), 1  # an unfolded patch embedding has 4 axes
     scales, form = as_array(weight.scale.float()), {"axis": axis}
-    narrow = weight.kind is Kind.INT and weight.bits <= INT4_BITS
     fits = block is None or (product.kind is ProductKind.LINEAR and len(codes) % block == 0)
-    if int4 and narrow and fits:
+    if int4 and fits and fits_int4(weight):
         codes = codes.astype(ml_dtypes.int4)
         if block is not None:
             scales, form = np.repeat(scales[None], len(codes) // block, 0), {"axis": 0, "block_size": block}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -95,6 +97,15 @@ def test_clip_stands_only_where_int8_does_not_saturate_by_itself(plain, quantize
     assert len(clips[second].inputs) == 2  # no upper bound: INT8 ends at 127
     assert clips[probabilities[1]].inputs[1] is None  # no lower bound: a softmax is not negative
     assert set(clips) == set(sites) - {first, probabilities[0]}
+
+
+def test_wider_codes_stay_int8_beside_int4(plain, quantized):
+    first, *others = quantized.weights
+    weights = dict(quantized.weights)
+    weights[first] = replace(weights[first], bits=8)
+    quantize_weights(plain, weights, int4=True)
+    types = {name: plain.model.graph.initializers[f"{name}.weight"].dtype for name in weights}
+    assert types == {first: ir.DataType.INT8} | dict.fromkeys(others, ir.DataType.INT4)
 
 
 def test_readers_of_one_tensor_share_a_pair_or_have_one_each(plain, quantized):
