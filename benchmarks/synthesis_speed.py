@@ -28,6 +28,7 @@ from calibration.generator import Synthesizer
 from calibration.losses import class_prior, head_similarity, total_variation
 from calibration.streams import image_stream
 from calibration.views import view
+from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.config import build_config
 from fp8pipe.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.vision.outputs import vision_outputs
@@ -97,6 +98,7 @@ def our_step(ours, canvas, streams, labels, step):
 
 def serve_side(side, options, config, pipe):
     """A process of one side: load, then take steps whenever asked and answer with the seconds of one."""
+    widen_bf16_products()
     size = None if options.image_size is None else (options.image_size, options.image_size)
     vision = load_vision_model(options.model, size)
     structure = read_structure(vision.model, vision.architecture.image_size)

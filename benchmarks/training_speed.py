@@ -37,6 +37,7 @@ def resident(key):
 def build_trainer(name, options, scratch):
     """A prepared trainer of the product's own loop."""
     fused, name = name.endswith(FUSED), name.removesuffix(FUSED)
+    from fp8pipe.bf16 import widen_bf16_products
     from fp8pipe.config import build_config
     from fp8pipe.sources import resolve_model
     from pipeline.finetune import build_method, load_model, load_text
@@ -44,6 +45,7 @@ def build_trainer(name, options, scratch):
     from pipeline.training.config import FinetuneConfig
     from pipeline.training.loop import Trainer
 
+    widen_bf16_products()
     lora = name.startswith(("lora", "qlora"))
     settings = {
         "model": "sample:smollm2", "data": "sample:chatterbot", "rank": options.rank, "batch_size": options.batch_size,

@@ -25,6 +25,7 @@ from fp8pipe.artifact import (
     check_place,
     sha256_file,
 )
+from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.compat import import_transformers
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.progress import track
@@ -87,6 +88,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     """
     check_device(config.device, config.method)
     check_place(output, force=force, resume=resume)
+    widen_bf16_products()
     source = resolve_model(config.model)
     check_unquantized(source.path)
     text = load_text(config, source)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.errors import ConfigurationError, Fp8PipeError
 from fp8pipe.vision.architecture import build
 from fp8pipe.vision.image_folder import ImageFolder, batches, read_image_folder
@@ -189,6 +190,7 @@ def main() -> int:
     """Run from the command line; the last line is JSON."""
     options = _arguments()
     begun = time.perf_counter()
+    widen_bf16_products()
     try:
         size = None if options.image_size is None else (options.image_size, options.image_size)
         folder = read_image_folder(options.data)

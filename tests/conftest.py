@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.compat import declare_torchvision_operators, import_transformers
 
 # Some tests import compressed-tensors, hence transformers, before any module of this project would declare them.
 declare_torchvision_operators()
+# As the stages do. Without it, processors without bf16 arithmetic take an hour more.
+widen_bf16_products()
 
 # Test modules are imported one by one (importlib mode): what several rooms' tests share (vit_families) is found
 # through the path. Not this folder itself, whose fp8pipe/ would hide the package.

@@ -90,7 +90,8 @@ def _device_checks() -> Iterator[Check]:
         yield Check("cpu features", OK, " ".join(features))
     else:
         value = " ".join(features) or "none of those that matter"
-        yield Check("cpu features", WARNING, value, "no bf16 arithmetic: FP8 runs emulated, and slowly")
+        fix = "no bf16 arithmetic: products run in fp32, several times slower than where there is some"
+        yield Check("cpu features", WARNING, value, fix)
     devices = machine.gpus()
     for device in devices:
         capability = ".".join(map(str, device.capability))

@@ -19,6 +19,7 @@ from torch import Tensor
 from calibration.image_set import ImageSet
 from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_images
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent, check_place
+from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.progress import track
 from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.quantized import QuantizedVit, save_quantized
@@ -59,6 +60,7 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
         Fp8PipeError: see the error's own text; finished images and checkpoints stay in `OUTPUT.partial`.
     """
     check_place(output, force=force, resume=resume)
+    widen_bf16_products()
     request = ImageRequest(config.calibration, config.images, config.seed, config.synthesis)
     request.check()
     vision = load_vision_model(config.model)
