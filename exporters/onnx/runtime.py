@@ -18,7 +18,7 @@ from fp8pipe.errors import BadArtifactError
 __all__ = ["DISABLED_OPTIMIZERS", "SESSION_ENTRIES", "open_session", "run"]
 
 DISABLED_OPTIMIZERS: Final = ("QDQPropagationTransformer", "MatMulAddFusion")
-SESSION_ENTRIES: Final = {"session.qdq_matmulnbits_accuracy_level": "0"}
+SESSION_ENTRIES: Final = {"session.qdq_matmulnbits_accuracy_level": "0", "session.x64quantprecision": "1"}
 _ERRORS_ONLY = 3
 
 

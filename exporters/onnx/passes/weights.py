@@ -30,7 +30,12 @@ def fits_int4(weight: WeightCodes) -> bool:
 
 
 def quantize_weights(
-    plain: PlainGraph, weights: Mapping[str, WeightCodes], *, int4: bool = False, block: int | None = None
+    plain: PlainGraph,
+    weights: Mapping[str, WeightCodes],
+    *,
+    int4: bool = False,
+    block: int | None = None,
+    zero_points: bool = False,
 ) -> Change:
     """Replace the stored operand of every layer of `weights`; the float tensor is removed.
 
@@ -40,17 +45,21 @@ def quantize_weights(
         int4: store codes of at most 4 bits as INT4; wider ones stay INT8.
         block: with `int4`, repeat every scale for each so many inputs, for engines that take INT4 in blocks alone; a
             layer whose inputs are no multiple of it, and a convolution, is stored in INT8.
+        zero_points: store the zero points of INT8 codes, 0 for every channel, instead of leaving them out. ONNX Runtime
+            turns INT8 weights into UINT8 for CPUs whose INT8 products saturate, and makes a wrong shape up otherwise.
     """
     graph = plain.model.graph
     changed = []
     for product in plain.products:
         if product.kind in (ProductKind.LINEAR, ProductKind.PATCH) and product.name in weights:
-            _replace(graph, product, weights[product.name], int4, block)
+            _replace(graph, product, weights[product.name], int4, block, zero_points)
             changed.append(product.name)
     return Change("quantize_weights", tuple(changed))
 
 
-def _replace(graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool, block: int | None) -> None:
+def _replace(
+    graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool, block: int | None, zero_points: bool
+) -> None:
     old = product.node.inputs[1]
     assert old is not None
     assert old.name is not None
@@ -69,8 +78,12 @@ def _replace(graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool,
         graph.initializers.pop(old.name)
     codes_value = add_initializer(graph, f"{product.name}.weight", codes)
     scale = add_initializer(graph, f"{product.name}.weight_scale", scales)
-    node = ir.node("DequantizeLinear", [codes_value, scale], form, name=f"{product.name}.weight/DequantizeLinear")
+    operands = [codes_value, scale]
+    if zero_points and codes.dtype == np.int8:
+        operands.append(add_initializer(graph, f"{product.name}.weight_zero_point", np.zeros(scales.shape, np.int8)))
+    node = ir.node("DequantizeLinear", operands, form, name=f"{product.name}.weight/DequantizeLinear")
     output = node.outputs[0]
-    output.name, output.type, output.shape = f"{product.name}.weight/dequantized", old.type, old.shape
+    output.name, output.shape = f"{product.name}.weight/dequantized", old.shape
+    output.type = ir.TensorType(ir.DataType.FLOAT)  # also in a float64 graph: the scales are fp32
     graph.insert_before(product.node, node)
     product.node.replace_input_with(1, output)
