@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from exporters.onnx.classes import compare_classes, measure_noise
+from exporters.onnx.exact import codes_gate, outputs_gate
 from exporters.onnx.gates import class_gates, float_gate, kernel_gate, parity_gates
 from exporters.onnx.graph_check import check_kernels
 from exporters.onnx.images import ProbeImages, probe_images
@@ -36,6 +38,7 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.progress import track
+from fp8pipe.vision.exact import ExactVit
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.vision.quantizers import Kind
 
@@ -144,23 +147,32 @@ def _gates(
     model = ir.load(path)
     layers = read_layers(model)
     gates = reopen_gates(model, layers, quantized, format)
+    if format is OnnxFormat.QDQ_EXACT:
+        gates += [kernel_gate(check_kernels(path, layers)), codes_gate(model, layers, quantized, images.pixels)]
+        found = _outputs(path, images)
+        return [*gates, outputs_gate(ExactVit(quantized)(images.pixels), found)], 0.0
     gates.append(float_gate(graph.float_bytes, quantized, images.pixels))
     expected_model = as_exported(quantized, format)
     taps = expected_model.taps(images.pixels[:_LAYER_IMAGES])
     inputs = inputs_of(expected_model, layers, taps)
     gates += parity_gates(compare_layers(model, layers, inputs, outputs_of(layers, taps)))
     gates.append(kernel_gate(check_kernels(path, layers)))
-    found = torch.from_numpy(run(open_session(path), {INPUT_NAME: images.pixels.numpy()})[OUTPUT_NAME])
+    found = _outputs(path, images)
     with torch.no_grad():
         expected = expected_model(images.pixels)
     near_tie = measure_noise(expected_model, images.pixels, expected)
     return gates + class_gates(compare_classes(expected, found, near_tie, images.source)), near_tie
 
 
+def _outputs(path: Path, images: ProbeImages) -> Tensor:
+    """What the engine gives for all images."""
+    return torch.from_numpy(run(open_session(path), {INPUT_NAME: images.pixels.numpy()})[OUTPUT_NAME])
+
+
 def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages) -> None:
     if images.source.startswith("random"):
         writer.warn(f"compared on {images.source}")
-    if format is OnnxFormat.INT4_WEIGHT_ONLY and quantized.activations:
+    if not format.quantizes_activations and quantized.activations:
         writer.warn("the activations of this export are float: its outputs are not those of the artifact")
     if format is OnnxFormat.QDQ and any(w.kind is Kind.E4M3 for w in quantized.weights.values()):
         writer.warn("ONNX Runtime for CPUs computes FP8 layers in float: right, and slower than the float model")

@@ -122,7 +122,7 @@ def _read(node: ir.Node, kind: ProductKind, name: str) -> ExportedLayer:
     output, bias = node.outputs[0], None
     if kind is ProductKind.PATCH and len(node.inputs) > 2:
         bias = _stored(node.inputs[2])
-    uses = output.uses()
+    uses = _wide(output).uses()
     if kind is ProductKind.LINEAR and len(uses) == 1:
         ((add, index),) = uses
         if add.name == f"{name}/Add":
@@ -199,7 +199,15 @@ def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, boo
 def _lowest(value: ir.Value) -> int:
     """The smallest code where nothing is clipped: of INT8, or of values that are never negative."""
     producer = value.producer()
+    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
     return 0 if producer is not None and producer.op_type == "Softmax" else INT8_MIN
+
+
+def _wide(output: ir.Value) -> ir.Value:
+    """The same result in float64, where the graph casts it to that."""
+    readers = [node for node, _ in output.uses()]
+    return readers[0].outputs[0] if len(readers) == 1 and readers[0].op_type == "Cast" else output
 
 
 def _refuse_zero_point(node: ir.Node) -> None:

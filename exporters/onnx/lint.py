@@ -14,6 +14,7 @@ from exporters.findings import Finding, LintFindingsError
 from exporters.onnx.options import OnnxFormat
 from exporters.onnx.passes.weights import fits_int4
 from exporters.onnx.plain import PlainGraph, owner
+from fp8pipe.vision.exact import inexact_sites
 from fp8pipe.vision.quantized import QuantizedVit
 from fp8pipe.vision.quantizers import Kind, WeightCodes, weight_limits
 
@@ -36,8 +37,10 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat) -> list[Finding]:
         findings.append(
             Finding("int4-width", "weights", "none has codes of 4 bits", "use --format qdq for this artifact")
         )
-    if format is OnnxFormat.QDQ:
+    if format.quantizes_activations:
         findings += _mixed(quantized)
+    if format is OnnxFormat.QDQ_EXACT:
+        findings += _inexact(quantized)
     for name, tensor in quantized.model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             findings.append(Finding("not-finite", name, "it holds NaN or infinity", "write the artifact again"))
@@ -89,6 +92,12 @@ def _values(name: str, weight: WeightCodes) -> list[Finding]:
         why = f"{outside} codes are outside {low}..{high} ({weight.bits} bits)"
         findings.append(Finding("code-range", name, why, "quantize the model again"))
     return findings
+
+
+def _inexact(quantized: QuantizedVit) -> list[Finding]:
+    """Products that have no exact sum."""
+    why, fix = "its sums are rounded, so their order decides", "quantize to integers (wXaY), or use --format qdq"
+    return [Finding("no-exact-sum", name, why, fix) for name in inexact_sites(quantized)]
 
 
 def _mixed(quantized: QuantizedVit) -> list[Finding]:

@@ -90,7 +90,7 @@ def export_plain(model: nn.Module, structure: VitStructure) -> PlainGraph:
     """Export a prepared model in float, with a dynamic batch.
 
     Args:
-        model: prepared, eval mode, float32; not changed.
+        model: prepared, eval mode, float32 (or float64: then so is the graph); not changed.
         structure: of this model.
 
     Raises:
@@ -109,7 +109,7 @@ def _explicit(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, s
 
 def _trace(model: nn.Module, structure: VitStructure) -> ir.Model:
     # Two images: a batch of one would be taken for a constant.
-    example = torch.zeros(2, 3, *structure.image_size)
+    example = torch.zeros(2, 3, *structure.image_size, dtype=next(model.parameters()).dtype)
     intercepted = intercept_attention(model, structure.attention_names, _explicit)
     try:
         # The exporter warns about its own use of deprecated functions.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from exporters.onnx.exact import exact_graph
 from exporters.onnx.lint import lint_graph, refuse
 from exporters.onnx.options import OnnxFormat
 from exporters.onnx.passes import (
@@ -35,7 +36,8 @@ class QuantizedGraph:
 
     Attributes:
         model: the graph.
-        float_bytes: the same graph before it was quantized (with dequantized weights), serialized; for comparison.
+        float_bytes: the same graph before it was quantized (with dequantized weights), serialized, for comparison;
+            empty for the exact format, which is compared whole.
         changes: what each pass did.
     """
 
@@ -53,7 +55,7 @@ def float_model(quantized: QuantizedVit) -> nn.Module:
 
 def as_exported(quantized: QuantizedVit, format: OnnxFormat) -> QuantizedVit:
     """The model that an export of this format computes: without activation quantizers for weights alone."""
-    if format is OnnxFormat.QDQ:
+    if format.quantizes_activations:
         return quantized
     return _with(quantized, quantized.weights)
 
@@ -84,12 +86,16 @@ def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> 
     """
     import onnx_ir as ir
 
+    if format is OnnxFormat.QDQ_EXACT:
+        exact, changed = exact_graph(quantized, source)
+        return QuantizedGraph(exact, b"", changed)
     model = float_model(quantized)
     plain = export_plain(model, quantized.structure)
     refuse(lint_graph(plain, model), source)
     float_bytes = ir.to_proto(plain.model).SerializeToString()
     plain, split = split_gemms(plain)
-    changes = [split, quantize_weights(plain, quantized.weights, int4=format is OnnxFormat.INT4_WEIGHT_ONLY)]
+    int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
+    changes = [split, quantize_weights(plain, quantized.weights, int4=int4, zero_points=True)]
     if format is OnnxFormat.QDQ:
         changes.append(_activations(plain, quantized))
     changes += [name_products(plain), strip_metadata(plain.model)]

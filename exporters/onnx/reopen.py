@@ -18,7 +18,7 @@ from fp8pipe.vision.quantizers import ActivationQuantizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["reopen_gates"]
+__all__ = ["operand_at_sites", "reopen_gates"]
 
 
 def reopen_gates(
@@ -37,7 +37,7 @@ def reopen_gates(
     """
     by_label = {layer.label: layer for layer in layers}
     codes, scales = _weights(by_label, quantized)
-    quantizers = _quantizers(by_label, quantized, format)
+    quantizers = _quantizers(layers, quantized, format)
     floats, copies = _float_tensors(model, by_label, quantized)
     return [
         _gate("weight codes differing", codes, f"of {sum(w.codes.numel() for w in quantized.weights.values())}"),
@@ -67,10 +67,10 @@ def _sides(codes: Tensor) -> torch.Size:
     return codes.flatten(1).shape
 
 
-def _quantizers(layers: Mapping[str, ExportedLayer], quantized: QuantizedVit, format: OnnxFormat) -> tuple[int, str]:
+def _quantizers(layers: Sequence[ExportedLayer], quantized: QuantizedVit, format: OnnxFormat) -> tuple[int, str]:
     wrong, seen = [], 0
-    wanted = quantized.activations if format is OnnxFormat.QDQ else {}
-    for site, operand in _sites(layers, quantized):
+    wanted = quantized.activations if format.quantizes_activations else {}
+    for site, operand in operand_at_sites(layers, quantized):
         seen += 1
         expected = wanted.get(site)
         found = None if operand is None else operand.quantizer
@@ -87,14 +87,17 @@ def _same(found: ActivationQuantizer | None, expected: ActivationQuantizer | Non
     return codes and (found.scale, found.kind) == (expected.scale, expected.kind)
 
 
-def _sites(layers: Mapping[str, ExportedLayer], quantized: QuantizedVit) -> Iterable[tuple[str, Operand | None]]:
-    """Every operand of the model that may be quantized, with what the file has there."""
+def operand_at_sites(
+    layers: Sequence[ExportedLayer], quantized: QuantizedVit
+) -> Iterable[tuple[str, Operand | None]]:
+    """Every operand of the model that may be quantized, with what the file has there; a site once a reader."""
+    by_label = {layer.label: layer for layer in layers}
     for linear in quantized.structure.linears:
-        layer = layers.get(linear.name)
+        layer = by_label.get(linear.name)
         yield f"{linear.input_group}.input", None if layer is None else layer.operands[0]
     for attention in quantized.structure.attentions:
         for kind, names in ((ProductKind.QK, ("q", "k")), (ProductKind.AV, ("probs", "v"))):
-            layer = layers.get(f"{attention.name}.{kind}")
+            layer = by_label.get(f"{attention.name}.{kind}")
             for position, what in enumerate(names):
                 yield f"{attention.name}.{what}", None if layer is None else layer.operands[position]
 
@@ -106,7 +109,7 @@ def _float_tensors(
     state = quantized.model.state_dict()
     different, copies, compared = [], [], 0
     for name, value in model.graph.initializers.items():
-        if value.const_value is None or value.dtype is None or value.dtype.name != "FLOAT":
+        if value.const_value is None or value.dtype is None or value.dtype.name not in ("FLOAT", "DOUBLE"):
             continue
         tensor = torch.from_numpy(value.const_value.numpy().copy())
         owner = name.rpartition(".")[0]
@@ -124,12 +127,13 @@ def _float_tensors(
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == b.numel() and torch.equal(a.flatten(), b.float().flatten())
+    return a.numel() == b.numel() and torch.equal(a.flatten().double(), b.flatten().double())
 
 
 def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
     if tensor.numel() != weight.numel() or weight.dim() < 2:
         return False
+    tensor = tensor.float()
     if tensor.shape == weight.shape:
         return torch.equal(tensor, weight)
     return weight.dim() == 2 and tensor.shape == weight.T.shape and torch.equal(tensor, weight.T)

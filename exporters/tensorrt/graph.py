@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from exporters.onnx.lint import lint_graph, refuse
 from exporters.onnx.passes import name_products, quantize_activations, quantize_weights, split_gemms, strip_metadata
+from exporters.onnx.passes.patches import unfold_patches
 from exporters.onnx.plain import export_plain
 from exporters.onnx.produce import QuantizedGraph, float_model
 from exporters.tensorrt.barrier import hold_queries
 from exporters.tensorrt.formats import TrtFormat
-from exporters.tensorrt.patches import unfold_patches
 from fp8pipe.vision.quantized import QuantizedVit
 
 __all__ = ["INT4_BLOCK", "typed_graph"]

@@ -47,7 +47,7 @@ class ByteSize(click.ParamType[int]):
     "--format",
     "weight_format",
     help="vllm: fp8 (FP8 weights and activations, default), w8a16 (FP8 weights only) or bf16 (dequantized). "
-    "onnx: qdq (as quantized, default) or int4-weight-only (float activations). "
+    "onnx: qdq (as quantized, default), qdq-exact (in arithmetic that has one result) or int4-weight-only. "
     "trt: fp8, int8 (the artifact's own by default), int8-weight-only or int4-weight-only.",
 )
 @click.option("--max-shard-size", type=ByteSize(), help="vllm: largest weight file, for instance 5GB (default).")

@@ -29,7 +29,9 @@ class OnnxValidationRecord(FrozenConfig):
     reference: Literal["artifact", "export"] = Field(
         description="what it was compared with: the artifact in torch, or the graph's own codes, every operator plain"
     )
-    layers: list[LayerParity] = Field(description="every product, fed the same input on both sides")
+    layers: list[LayerParity] = Field(
+        description="every product, fed the same input on both sides; none for exact formats, compared whole"
+    )
     kernels: KernelReport = Field(description="which operator runs each product")
     classes: ClassAgreement = Field(description="the whole net")
     gates: list[Gate] = Field(description="the comparisons with their thresholds")

@@ -10,10 +10,10 @@ from quantized_families import quantized_family, storable_graph
 from vit_families import family, random_pixels
 
 from exporters.onnx.options import OnnxFormat
+from exporters.onnx.passes.patches import unfold_patches
 from exporters.onnx.plain import export_plain
 from exporters.onnx.produce import float_model, quantize_graph
 from exporters.onnx.runtime import open_session, run
-from exporters.tensorrt.patches import unfold_patches
 from fp8pipe.vision.quantizers import Kind
 
 

@@ -1,0 +1,137 @@
+"""The export whose results have one value: a float64 graph around integer products, compared end to end, bit for bit.
+
+In the ordinary graph engine and torch differ in last bits between the products, so only layers can be compared that
+were fed the same input. Here nothing is left to the engine's choice (see `fp8pipe/vision/exact.py`), so the whole net
+is compared: all codes on the way from the pixels to the answer, and the answer itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from exporters.onnx.layers import ExportedLayer
+from exporters.onnx.lint import lint_graph, refuse
+from exporters.onnx.passes import (
+    Change,
+    name_products,
+    quantize_activations,
+    quantize_weights,
+    split_gemms,
+    strip_metadata,
+)
+from exporters.onnx.passes.gelu import expand_gelus
+from exporters.onnx.passes.islands import make_islands
+from exporters.onnx.passes.patches import unfold_patches
+from exporters.onnx.plain import INPUT_NAME, export_plain
+from exporters.onnx.reopen import operand_at_sites
+from exporters.onnx.runtime import open_session, run
+from fp8pipe.artifact import Gate
+from fp8pipe.vision.exact import ExactVit, double_model
+from fp8pipe.vision.quantized import QuantizedVit
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["codes_gate", "exact_graph", "outputs_gate"]
+
+_CODE_IMAGES: Final = 16
+_BATCH: Final = 8  # the codes of a whole net are kept for so many images at a time
+
+
+def exact_graph(quantized: QuantizedVit, source: str) -> tuple[ir.Model, tuple[Change, ...]]:
+    """Trace in float64, lint and rewrite.
+
+    Args:
+        quantized: the artifact's model, integer codes throughout.
+        source: the artifact, for messages.
+
+    Raises:
+        LintFindingsError: the traced graph cannot be quantized well.
+        ConfigurationError: it cannot be traced, or its layers are not found in the graph.
+    """
+    model = double_model(quantized)
+    plain = export_plain(model, quantized.structure)
+    refuse(lint_graph(plain, model), source)
+    plain, split = split_gemms(plain)
+    plain, unfolded = unfold_patches(plain)
+    changes = [
+        split,
+        unfolded,
+        quantize_weights(plain, quantized.weights, zero_points=True),
+        quantize_activations(plain, quantized.structure, quantized.activations, share=False),
+        name_products(plain),
+        make_islands(plain),
+        expand_gelus(plain.model),
+        strip_metadata(plain.model),
+    ]
+    return plain.model, tuple(changes)
+
+
+def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor) -> Gate:
+    """All activation codes on the way through the net, ONNX Runtime against torch.
+
+    Args:
+        model: the graph, as read from its file.
+        layers: its layers.
+        quantized: the artifact's model.
+        pixels: images `(N, 3, H, W)`, normalized, fp32; only the first of them are compared.
+    """
+    exact, sites = ExactVit(quantized), operand_at_sites(layers, quantized)
+    names = {site: str(operand.codes.name) for site, operand in sites if operand is not None and operand.codes}
+    session = open_session(_with_codes(model, list(names.values())))
+    compared = differing = 0
+    pixels = pixels[:_CODE_IMAGES]
+    for batch in pixels.split(_BATCH):
+        ours: dict[str, Tensor] = {}
+        exact(batch, on_codes=ours.__setitem__)
+        theirs = run(session, {INPUT_NAME: batch.numpy()})
+        for site, name in names.items():
+            mine = _in_layout(ours[site], site, quantized)
+            compared += mine.numel()
+            differing += _count(mine, torch.from_numpy(theirs[name]))
+    detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
+    return _gate("codes differing end to end", differing, detail)
+
+
+def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
+    """Outputs of the net `(N, C)` fp32, bit for bit."""
+    differing = int((expected.view(torch.int32) != found.view(torch.int32)).sum()) if _alike(expected, found) else -1
+    detail = f"of {expected.numel()} for {len(expected)} images, bit for bit"
+    return _gate("outputs differing end to end", expected.numel() if differing < 0 else differing, detail)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype == torch.float32
+
+
+def _count(a: Tensor, b: Tensor) -> int:
+    return a.numel() if a.numel() != b.numel() else int((a.flatten() != b.flatten()).sum())
+
+
+def _in_layout(codes: Tensor, site: str, quantized: QuantizedVit) -> Tensor:
+    """The graph's order: keys transposed, pixels as rows of patches."""
+    if site.endswith(".k"):
+        return codes.transpose(-2, -1).contiguous()
+    layer = quantized.model.get_submodule(site.removesuffix(".input")) if site.endswith(".input") else None
+    if isinstance(layer, nn.Conv2d):
+        return functional.unfold(codes.float(), layer.kernel_size, stride=layer.stride).transpose(1, 2).to(torch.int8)
+    return codes
+
+
+def _with_codes(model: ir.Model, names: Sequence[str]) -> bytes:
+    """The graph with all activation codes as further outputs."""
+    import onnx
+    import onnx_ir as ir
+
+    proto: Any = ir.to_proto(model)
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None) for name in names)
+    return bytes(proto.SerializeToString())
+
+
+def _gate(name: str, value: int, detail: str) -> Gate:
+    return Gate(name=name, value=value, threshold=0, passed=value == 0, detail=detail)
