@@ -75,6 +75,9 @@ def exact_graph(quantized: QuantizedVit, source: str) -> tuple[ir.Model, tuple[C
 def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor) -> Gate:
     """All activation codes on the way through the net, ONNX Runtime against torch.
 
+    ONNX Runtime shows what each quantizer reads; the codes of that are made here, by the formula that the comparison of
+    layers holds against its own.
+
     Args:
         model: the graph, as read from its file.
         layers: its layers.
@@ -82,8 +85,8 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
         pixels: images `(N, 3, H, W)`, normalized, fp32; only the first of them are compared.
     """
     exact, sites = ExactVit(quantized), operand_at_sites(layers, quantized)
-    names = {site: str(operand.codes.name) for site, operand in sites if operand is not None and operand.codes}
-    session = open_session(_with_codes(model, list(names.values())))
+    names = {site: str(operand.source.name) for site, operand in sites if operand is not None and operand.source}
+    session = open_session(_with_sources(model, list(names.values())))
     compared = differing = 0
     pixels = pixels[:_CODE_IMAGES]
     for batch in pixels.split(_BATCH):
@@ -93,7 +96,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
         for site, name in names.items():
             mine = _in_layout(ours[site], site, quantized)
             compared += mine.numel()
-            differing += _count(mine, torch.from_numpy(theirs[name]))
+            differing += _count(mine, quantized.activations[site].codes(torch.from_numpy(theirs[name])))
     detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
     return _gate("codes differing end to end", differing, detail)
 
@@ -123,13 +126,16 @@ def _in_layout(codes: Tensor, site: str, quantized: QuantizedVit) -> Tensor:
     return codes
 
 
-def _with_codes(model: ir.Model, names: Sequence[str]) -> bytes:
-    """The graph with all activation codes as further outputs."""
+def _with_sources(model: ir.Model, names: Sequence[str]) -> bytes:
+    """The graph with what its quantizers read as further outputs.
+
+    Not the codes themselves: where QuantizeLinear is an output of the graph, ONNX Runtime multiplies in float.
+    """
     import onnx
     import onnx_ir as ir
 
     proto: Any = ir.to_proto(model)
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, None) for name in names)
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
     return bytes(proto.SerializeToString())
 
 

@@ -86,7 +86,7 @@ class ExactVit:
         self._on_codes: Codes | None = None
         for site in quantized.structure.linears:
             layer = self._model.get_submodule(site.name)
-            layer.forward = self._linear(site, layer)  # type: ignore[method-assign]
+            layer.forward = self._linear(site, layer)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, on_codes: Codes | None = None) -> Tensor:
@@ -163,11 +163,9 @@ def _joint(left: ActivationQuantizer, right: ActivationQuantizer) -> Tensor:
     return torch.tensor(left.scale) * torch.tensor(right.scale)
 
 
-def _pair(sides: int | tuple[int, ...] | str) -> tuple[int, int]:
-    if isinstance(sides, int):
-        return sides, sides
-    height, width = sides
-    return int(height), int(width)
+def _pair(sides: int | tuple[int, ...]) -> tuple[int, int]:
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    return height, width
 
 
 def _as_fp32(value: float) -> float:
