@@ -166,7 +166,7 @@ def write_files(options, vision):
     for name, artifact in (("int8", options.int8), ("fp8", options.fp8)):
         config = build_config(TrtExportOptions, {"force": True, "compute_capabilities": [CAPABILITY]})
         exported = export_tensorrt(artifact, work / f"ours-{name}-trt", config)
-        files[f"ours {name}, trt"] = (exported.root / "model.onnx", True)
+        files[f"ours {name}, trt"] = (exported.root / "model.onnx", False)
     attempt("onnxruntime s8", lambda path: onnxruntime_static(work / "float.onnx", calibration, path, True))
     attempt("onnxruntime u8", lambda path: onnxruntime_static(work / "float.onnx", calibration, path, False))
     if options.modelopt_python:
