@@ -1,6 +1,16 @@
 """Export to TensorRT: strongly typed Q/DQ graphs from an artifact's own codes, engines, and the truth about both."""
 
+from exporters.tensorrt.engine_cache import EngineSource, ReadyEngine, ready_engine
 from exporters.tensorrt.export import EXPORT_KIND, export_tensorrt
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions
 
-__all__ = ["EXPORT_KIND", "Base", "Builder", "TrtExportOptions", "export_tensorrt"]
+__all__ = [
+    "EXPORT_KIND",
+    "Base",
+    "Builder",
+    "EngineSource",
+    "ReadyEngine",
+    "TrtExportOptions",
+    "export_tensorrt",
+    "ready_engine",
+]

@@ -22,9 +22,12 @@ from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
 from exporters.tensorrt.halved import compare_halved, stored_arrays
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions
+from exporters.tensorrt.pack import pack_engine
 from exporters.tensorrt.parity import parity_gates, typed_parity
 from exporters.tensorrt.precision import PrecisionReport, read_precision
-from exporters.tensorrt.rtx import Shapes, build_rtx
+from exporters.tensorrt.recipe import EngineRecipe
+from exporters.tensorrt.rtx import SETTINGS, Shapes, build_rtx
+from exporters.tensorrt.size import ideal_bytes, measure_engine, size_gate
 from exporters.vision import require_gates, write_description
 from fp8pipe.artifact import (
     Artifact,
@@ -35,6 +38,7 @@ from fp8pipe.artifact import (
     check_place,
     installed_versions,
     open_artifact,
+    sha256_file,
 )
 from fp8pipe.progress import track
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
@@ -51,6 +55,10 @@ ENGINES: Final = "engines"
 LAYERS_FILE: Final = "layers.json"
 _LAYER_IMAGES: Final = 4
 _FLOATS: Final = ("fp16", "fp32", "bf16")
+# What the manifest keeps of an engine's entry in layers.json.
+_IN_MANIFEST: Final = (
+    "engine", "engine_bytes", "stored_bytes", "size", "precisions", "fused_attentions", "recipe",
+)  # fmt: skip
 
 
 def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Artifact:
@@ -88,12 +96,20 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
         with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
             layers = read_layers(graph.model)
             gates = _write(writer.root, graph, layers, quantized, images, options, str(source))
+            ideal = ideal_bytes(graph.model)
             progress.advance(1)
             reports: dict[str, dict[str, Any]] = {}
             for capability in engines:
                 report, entry = _build(writer.root, layers, quantized, options, capability)
                 reports[capability] = entry
                 gates.append(_precision_gate(report, format, capability, required=options.require))
+                size = measure_engine(writer.root / engine_file(capability), ideal)
+                entry["size"] = size.model_dump()
+                if options.pack:
+                    packed = pack_engine(writer.root / engine_file(capability))
+                    entry["engine"] = packed.relative_to(writer.root).as_posix()
+                entry["stored_bytes"] = (writer.root / entry["engine"]).stat().st_size
+                gates.append(size_gate(size, capability, required=options.require and not format.weight_only))
                 progress.advance(1)
             if reports:
                 (writer.root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
@@ -157,9 +173,13 @@ def _build(
     path = root / engine_file(capability)
     path.parent.mkdir(exist_ok=True)
     built = build_rtx(root / MODEL_FILE, path, [capability], profiles)
+    recipe = EngineRecipe(
+        builder="rtx", version=built.version, capability=capability, graph_sha256=sha256_file(root / MODEL_FILE),
+        profiles=profiles, settings=dict(SETTINGS),
+    )  # fmt: skip
     report = read_precision([str(layer.node.name) for layer in layers], built.layers)
     entry = {
-        "tensorrt_rtx": built.version,
+        "recipe": recipe.model_dump(mode="json"),
         "engine": engine_file(capability),
         "engine_bytes": path.stat().st_size,
         "precisions": report.counts(),
@@ -212,7 +232,6 @@ def _commit(
             "input": {"name": INPUT_NAME, "shape": ["batch", 3, *quantized.architecture.image_size], "type": "float32"},
             "output": {"name": OUTPUT_NAME, "what": "logits" if quantized.architecture.classes else "features"},
             "passes": {change.name: len(change.changed) for change in graph.changes},
-            "engines": {c: {k: e[k] for k in ("engine", "engine_bytes", "precisions", "fused_attentions")}
-                        for c, e in reports.items()},
+            "engines": {c: {k: e[k] for k in _IN_MANIFEST} for c, e in reports.items()},
         },
     )  # fmt: skip

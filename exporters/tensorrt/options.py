@@ -38,6 +38,7 @@ class TrtExportOptions(FrozenConfig):
     compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs to compile for")
     batch: tuple[int, int, int] = Field((1, 8, 32), description="smallest, usual and largest batch")
     require: bool = Field(True, description="refuse engines with a product in another precision (true or false)")
+    pack: bool = Field(False, description="store engines compressed with xz (true or false)")
     force: bool = Field(False, description="replace an existing output directory (true or false)")
 
     @field_validator("compute_capabilities")

@@ -15,7 +15,7 @@ from typing import Final
 from exporters.tensorrt.listing import EngineLayer, parse_listing
 from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
-__all__ = ["CAPABILITIES", "Built", "Shapes", "build_rtx", "check_capabilities"]
+__all__ = ["CAPABILITIES", "SETTINGS", "Built", "Shapes", "build_rtx", "check_capabilities"]
 
 # What its enumeration names. Hopper is not among them.
 CAPABILITIES: Final[Mapping[str, str]] = {
@@ -25,6 +25,9 @@ CAPABILITIES: Final[Mapping[str, str]] = {
 _WORKER: Final = Path(__file__).with_name("rtx_worker.py")
 _TIMEOUT_S: Final = 3600
 _REFUSED: Final = 3
+# What an engine is built with besides shapes. Names of layers cost no byte of it, and the builder's other flags and
+# levels change none either.
+SETTINGS: Final[Mapping[str, str]] = {"typing": "strong", "profiling_verbosity": "DETAILED"}
 # Smallest, usual and largest shape of an input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -85,6 +88,7 @@ def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: 
         answer, job = Path(scratch) / "answer.json", Path(scratch) / "job.json"
         described = {
             "graph": str(graph), "engine": str(engine), "answer": str(answer), "profiles": profiles,
+            "verbosity": SETTINGS["profiling_verbosity"],
             "capabilities": [CAPABILITIES[capability] for capability in capabilities],
         }  # fmt: skip
         job.write_text(json.dumps(described), encoding="utf-8")

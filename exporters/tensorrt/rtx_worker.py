@@ -48,7 +48,7 @@ def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         return {"parsed": False, "built": False, "errors": [f"{e.node_name()}: {e.desc()}" for e in errors]}
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.profiling_verbosity = getattr(trt.ProfilingVerbosity, job["verbosity"])
     profile = builder.create_optimization_profile()
     for name, (low, usual, high) in job["profiles"].items():
         profile.set_shape(name, low, usual, high)

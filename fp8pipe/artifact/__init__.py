@@ -17,7 +17,7 @@ from fp8pipe.artifact.manifest import (
     Parent,
 )
 from fp8pipe.artifact.place import CHECKPOINT_PREFIX, check_place
-from fp8pipe.artifact.reader import Artifact, open_artifact, sha256_file
+from fp8pipe.artifact.reader import Artifact, check_file, open_artifact, sha256_file
 from fp8pipe.artifact.writer import ArtifactWriter, installed_versions
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Manifest",
     "NumberFormat",
     "Parent",
+    "check_file",
     "check_place",
     "disk_guard",
     "installed_versions",

@@ -10,7 +10,7 @@ from pathlib import Path
 from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Manifest, Parent
 from fp8pipe.errors import BadArtifactError
 
-__all__ = ["Artifact", "open_artifact", "sha256_file"]
+__all__ = ["Artifact", "check_file", "open_artifact", "sha256_file"]
 
 PARTIAL_SUFFIX = ".partial"
 _CHUNK_BYTES = 8 << 20
@@ -59,6 +59,7 @@ def open_artifact(
     *,
     kind: str | Iterable[str] | None = None,
     verify: bool = True,
+    caches: str | None = None,
     on_file: Callable[[FileEntry], None] | None = None,
 ) -> Artifact:
     """Open a finished artifact.
@@ -67,6 +68,7 @@ def open_artifact(
         path: its directory.
         kind: the kind, or the kinds, the caller can use; none accepts any.
         verify: re-hash every file; without it only presence and size are checked.
+        caches: a folder whose files can be made again from the others: they are not checked here.
         on_file: called after each file that was checked, for progress.
 
     Raises:
@@ -78,7 +80,7 @@ def open_artifact(
         raise _not_there(root)
     if root.name.endswith(PARTIAL_SUFFIX):
         raise _unfinished(root)
-    artifact = read_artifact(root, verify=verify, on_file=on_file)
+    artifact = read_artifact(root, verify=verify, caches=caches, on_file=on_file)
     wanted = None if kind is None else ([kind] if isinstance(kind, str) else list(kind))
     if wanted is not None and artifact.kind not in wanted:
         raise BadArtifactError(
@@ -89,7 +91,9 @@ def open_artifact(
     return artifact
 
 
-def read_artifact(root: Path, *, verify: bool, on_file: Callable[[FileEntry], None] | None = None) -> Artifact:
+def read_artifact(
+    root: Path, *, verify: bool, caches: str | None = None, on_file: Callable[[FileEntry], None] | None = None
+) -> Artifact:
     """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own)."""
     path = root / MANIFEST_NAME
     if not path.is_file():
@@ -97,7 +101,9 @@ def read_artifact(root: Path, *, verify: bool, on_file: Callable[[FileEntry], No
     manifest = Manifest.from_json(path.read_bytes(), where=str(path))
     findings: list[str] = []
     for entry in manifest.files:
-        finding = _check_file(root, entry, verify)
+        if caches is not None and entry.path.startswith(f"{caches}/"):
+            continue
+        finding = check_file(root, entry, verify)
         if finding:
             findings.append(finding)
         if on_file is not None:
@@ -120,8 +126,8 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_file(root: Path, entry: FileEntry, verify: bool) -> str:
-    """What is wrong with one file; empty when nothing is."""
+def check_file(root: Path, entry: FileEntry, verify: bool = True) -> str:
+    """What is wrong with one file of an artifact, in words; empty when nothing is."""
     path = root / entry.path
     if not path.is_file():
         return f"{entry.path} is missing"

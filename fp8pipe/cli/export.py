@@ -56,6 +56,7 @@ class ByteSize(click.ParamType[int]):
 @click.option("--base", type=click.Choice(["fp16", "fp32"]), help="trt: type of what is not quantized.  [fp16]")
 @click.option("--batch", type=int, nargs=3, help="trt: smallest, usual and largest batch.  [1 8 32]")
 @click.option("--no-require", is_flag=True, help="trt: accept engines that multiply in another precision.")
+@click.option("--pack", is_flag=True, help="trt: store engines compressed with xz.")
 @click.option("--vllm-version", help="vllm: the version whose checkpoint schema is written.")
 @click.option("--force", is_flag=True, help="Replace an existing export.")
 @common_options(dry_run=True)
@@ -71,6 +72,7 @@ def command(
     base: str | None,
     batch: tuple[int, int, int] | None,
     no_require: bool,
+    pack: bool,
     force: bool,
     dry_run: bool,
     console: Console,
@@ -83,7 +85,7 @@ def command(
     given = {
         "format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version, "builder": builder,
         "compute_capabilities": capabilities or None, "base": base, "batch": batch,
-        "require": False if no_require else None,
+        "require": False if no_require else None, "pack": pack or None,
     }  # fmt: skip
     chosen = {key: value for key, value in given.items() if value is not None}
     _refuse_foreign(chosen, target)
@@ -95,6 +97,7 @@ def command(
 _TARGETS = {
     "format": ("vllm", "onnx", "trt"), "max_shard_bytes": ("vllm",), "vllm_version": ("vllm",), "builder": ("trt",),
     "compute_capabilities": ("trt",), "base": ("trt",), "batch": ("trt",), "require": ("trt",),
+    "pack": ("trt",),
 }  # fmt: skip
 _FLAGS = {
     "max_shard_bytes": "--max-shard-size", "compute_capabilities": "--compute-capability", "require": "--no-require",

@@ -1,0 +1,221 @@
+"""An engine that fits this machine: the export's own, or one built again from its graph.
+
+An engine is a cache, so a stale, damaged or missing one is no fault of the export: it is built again from `model.onnx`,
+with a notice. The new one lies in the cache (`$FP8PIPE_CACHE/engines`, named after its recipe's digest) and never in
+the export, whose files stay those of its manifest: `fp8pipe verify` says what it said before. What must hold is
+everything but the engines: an export whose graph differs from its manifest is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field
+
+from exporters.tensorrt.export import ENGINES, EXPORT_KIND, MODEL_FILE
+from exporters.tensorrt.formats import TrtFormat
+from exporters.tensorrt.pack import PACKED_SUFFIX, unpack_engine
+from exporters.tensorrt.precision import read_precision
+from exporters.tensorrt.recipe import EngineRecipe, installed_builder
+from exporters.tensorrt.rtx import SETTINGS, Built, Shapes, build_rtx
+from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
+from fp8pipe.config import FrozenConfig
+from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError
+
+__all__ = ["EngineSource", "ReadyEngine", "cache_folder", "profiles_of", "ready_engine"]
+
+logger = logging.getLogger(__name__)
+
+_PRODUCTS: Final = ("MatMul", "Conv", "Gemm")
+
+
+class EngineSource(StrEnum):
+    """Where an engine came from."""
+
+    EXPORT = "export"
+    CACHE = "cache"
+    BUILT = "built"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyEngine:
+    """An engine that can be loaded here.
+
+    Attributes:
+        path: the plain file.
+        recipe: what it was made from.
+        source: the export, the cache, or built just now.
+        precisions: products by precision.
+        reasons: why the export's own engine was not taken; empty when it was.
+    """
+
+    path: Path
+    recipe: EngineRecipe
+    source: EngineSource
+    precisions: Mapping[str, int]
+    reasons: tuple[str, ...]
+
+
+class _Kept(FrozenConfig):
+    """What the cache keeps beside an engine."""
+
+    recipe: EngineRecipe = Field(description="what it was made from")
+    sha256: str = Field(description="digest of the engine's file")
+    precisions: dict[str, int] = Field(description="products by precision")
+
+
+def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], None] | None = None) -> ReadyEngine:
+    """The engine of an export for one GPU, built again from its graph where the stored one does not serve.
+
+    Args:
+        export: directory of a trt-export.
+        capability: compute capability, for instance "8.9"; the export need not have been built for it.
+        on_build: called with the notice before an engine is built; the log gets it otherwise.
+
+    Raises:
+        BadArtifactError: anything but an engine is missing or damaged.
+        ConfigurationError: the builder does not know the capability, or the cache cannot be written to.
+        MissingCapabilityError: an engine must be built, and no builder is installed.
+        GateFailedError: the builder refuses the graph, or multiplies in another precision than the export asks for.
+        OutOfMemoryError: the disk is full.
+    """
+    artifact = open_artifact(export, kind=EXPORT_KIND, caches=ENGINES)
+    wanted = _wanted(artifact, capability)
+    entry = artifact.manifest.extra["engines"].get(capability)
+    reasons = _stale(artifact, entry, wanted, capability)
+    if not reasons and not entry["engine"].endswith(PACKED_SUFFIX):
+        stored = artifact.root / entry["engine"]
+        return ReadyEngine(stored, _recipe(entry), EngineSource.EXPORT, entry["precisions"], ())
+    kept = _from_cache(wanted)
+    if kept is not None:
+        source = EngineSource.CACHE if reasons else EngineSource.EXPORT
+        return ReadyEngine(_place(wanted), wanted, source, kept.precisions, reasons)
+    if not reasons:
+        _keep(wanted, lambda path: _unpack(artifact.root / entry["engine"], path, entry["precisions"]))
+        return ReadyEngine(_place(wanted), wanted, EngineSource.EXPORT, entry["precisions"], ())
+    notice = f"building the engine of {artifact.root} for {capability} again: {'; '.join(reasons)}"
+    if on_build is not None:
+        on_build(notice)
+    else:
+        logger.warning("%s", notice)
+    precisions = _keep(wanted, lambda path: _build(artifact, wanted, path))
+    return ReadyEngine(_place(wanted), wanted, EngineSource.BUILT, precisions, reasons)
+
+
+def cache_folder() -> Path:
+    """`$FP8PIPE_CACHE/engines`, or `~/.cache/fp8pipe/engines`."""
+    base = os.environ.get("FP8PIPE_CACHE")
+    return (Path(base).expanduser() if base else Path.home() / ".cache" / "fp8pipe") / "engines"
+
+
+def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
+    """Shapes of an export's inputs: what its engines are built for."""
+    for entry in artifact.manifest.extra["engines"].values():
+        return dict(_recipe(entry).profiles)
+    described = artifact.manifest.extra["input"]
+    sides = [int(side) for side in described["shape"][1:]]
+    low, usual, high = ((int(count), *sides) for count in artifact.manifest.config["batch"])
+    return {described["name"]: (low, usual, high)}
+
+
+def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
+    """What an engine for this machine would be made from."""
+    entry = artifact.manifest.extra["engines"].get(capability)
+    stored = None if entry is None else _recipe(entry)
+    version = installed_builder("rtx") or (stored.version if stored else "none installed")
+    return EngineRecipe(
+        builder="rtx", version=version, capability=capability, graph_sha256=sha256_file(artifact.root / MODEL_FILE),
+        profiles=profiles_of(artifact), settings=dict(SETTINGS),
+    )  # fmt: skip
+
+
+def _recipe(entry: Mapping[str, Any]) -> EngineRecipe:
+    return EngineRecipe.model_validate(entry["recipe"])
+
+
+def _stale(
+    artifact: Artifact, entry: Mapping[str, Any] | None, wanted: EngineRecipe, capability: str
+) -> tuple[str, ...]:
+    """Why the export's own engine does not serve; empty when it does."""
+    if entry is None:
+        return (f"the export holds none for compute capability {capability}",)
+    differences = _recipe(entry).differences(wanted)
+    listed = next((file for file in artifact.manifest.files if file.path == entry["engine"]), None)
+    damage = "the manifest does not list it" if listed is None else check_file(artifact.root, listed)
+    return (*differences, damage) if damage else differences
+
+
+def _place(recipe: EngineRecipe) -> Path:
+    return cache_folder() / f"{recipe.digest[:32]}.engine"
+
+
+def _from_cache(recipe: EngineRecipe) -> _Kept | None:
+    """A whole engine of this recipe, if the cache has one."""
+    path = _place(recipe)
+    try:
+        kept = _Kept.model_validate_json(path.with_suffix(".json").read_bytes())
+        whole = kept.recipe == recipe and sha256_file(path) == kept.sha256
+    except (OSError, ValueError):
+        return None
+    return kept if whole else None
+
+
+def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]]) -> dict[str, int]:
+    """Put an engine into the cache: the engine in one step, then the record that makes it count."""
+    place = _place(recipe)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with translate_disk_full(place.parent), tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+            engine, record = Path(scratch) / "engine", Path(scratch) / "record"
+            precisions = dict(make(engine))
+            kept = _Kept(recipe=recipe, sha256=sha256_file(engine), precisions=precisions)
+            record.write_text(kept.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            os.replace(engine, place)
+            os.replace(record, place.with_suffix(".json"))
+    except PermissionError as error:
+        raise ConfigurationError(
+            f"engines cannot be kept in {place.parent}", why=str(error), fix="set FP8PIPE_CACHE to a writable directory"
+        ) from error
+    return precisions
+
+
+def _unpack(packed: Path, path: Path, precisions: dict[str, int]) -> dict[str, int]:
+    unpack_engine(packed, path)
+    return precisions
+
+
+def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, int]:
+    built = build_rtx(artifact.root / MODEL_FILE, path, [recipe.capability], recipe.profiles)
+    if built.version != recipe.version:
+        raise BadArtifactError(
+            f"the builder says it is {built.version}",
+            why=f"the installed distribution says {recipe.version}",
+            fix="install tensorrt-rtx again",
+        )
+    return _checked(artifact, built, recipe.capability)
+
+
+def _checked(artifact: Artifact, built: Built, capability: str) -> dict[str, int]:
+    """Products by precision, held to what the export was held to."""
+    import onnx_ir as ir
+
+    nodes = [str(node.name) for node in ir.load(artifact.root / MODEL_FILE).graph if node.op_type in _PRODUCTS]
+    report = read_precision(nodes, built.layers)
+    format = TrtFormat(artifact.manifest.extra["format"])
+    other = () if format.weight_only or not artifact.manifest.config["require"] else report.not_in(format)
+    if other:
+        counts = json.dumps(report.counts())
+        raise GateFailedError(
+            f"the engine for {capability} does not multiply in {format}",
+            why=f"{len(other)} product(s) in another precision ({counts}), the first: {other[0]}",
+            fix="use the version of TensorRT that the export was made with",
+        )
+    return report.counts()

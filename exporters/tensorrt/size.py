@@ -1,0 +1,84 @@
+"""What an engine weighs, against the codes, scales and floats that it cannot do without.
+
+An engine of TensorRT for RTX carries the source text of its generated kernels, some 145 kB each, which its compiler
+on the GPU reads. Most texts are written once a launch, also when two are the same: how much of it there is depends on
+the number of layers, and neither on their width nor on a setting. So weights are judged without it: a builder that
+keeps them dequantized doubles what is left, and a large file of a small model means nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pydantic import Field
+
+from fp8pipe.artifact import Gate
+from fp8pipe.config import FrozenConfig
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["ALLOWANCE_BYTES", "LIMIT", "EngineSize", "ideal_bytes", "measure_engine", "size_gate"]
+
+# An FP16 copy of 8-bit codes would be at 2.
+LIMIT: Final = 1.35
+# Beside text and weights an engine has a header and a record a layer: 57 kB at two blocks, 210 kB at twelve.
+ALLOWANCE_BYTES: Final = 256 * 1024
+# Text in runs of this length: by chance, weights give one in 10^800.
+_TEXT: Final = re.compile(rb"[\t\n\r\x20-\x7e]{2000,}")
+
+
+class EngineSize(FrozenConfig):
+    """Bytes of one engine."""
+
+    engine_bytes: int = Field(gt=0, description="the file")
+    text_bytes: int = Field(ge=0, description="source text of kernels, and the builder's description of the network")
+    ideal_bytes: int = Field(gt=0, description="the graph's codes, scales and floats")
+
+    @property
+    def over_ideal(self) -> float:
+        """The whole file, over the ideal."""
+        return self.engine_bytes / self.ideal_bytes
+
+    @property
+    def weights_over_ideal(self) -> float:
+        """The file without its text, over the ideal."""
+        return (self.engine_bytes - self.text_bytes) / self.ideal_bytes
+
+
+def ideal_bytes(model: ir.Model) -> int:
+    """Bytes of all stored tensors of a graph; two INT4 or FP4 codes a byte."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def measure_engine(engine: Path, ideal: int) -> EngineSize:
+    """Weigh an engine's file.
+
+    Args:
+        engine: the file, not empty.
+        ideal: `ideal_bytes` of its graph.
+    """
+    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        text = sum(match.end() - match.start() for match in _TEXT.finditer(content))
+        return EngineSize(engine_bytes=len(content), text_bytes=text, ideal_bytes=ideal)
+
+
+def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
+    """Whether weights lie in the engine as they lie in the graph.
+
+    Args:
+        size: of the engine.
+        capability: that it is for.
+        required: False where the builder may keep weights dequantized (weight-only formats): a figure then.
+    """
+    value, limit = size.engine_bytes - size.text_bytes, int(LIMIT * size.ideal_bytes) + ALLOWANCE_BYTES
+    shown = f"codes, scales and floats have {size.ideal_bytes:,}: x{size.weights_over_ideal:.2f}"
+    return Gate(
+        name=f"engine bytes beside text for {capability}",
+        value=value, threshold=limit if required else max(value, limit), passed=value <= limit or not required,
+        detail=f"of {size.engine_bytes:,}; {shown}",
+    )  # fmt: skip
