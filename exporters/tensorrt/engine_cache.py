@@ -16,21 +16,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
+from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
 from exporters.tensorrt.export import ENGINES, EXPORT_KIND, MODEL_FILE
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.pack import PACKED_SUFFIX, unpack_engine
 from exporters.tensorrt.precision import read_precision
-from exporters.tensorrt.recipe import EngineRecipe, installed_builder
+from exporters.tensorrt.recipe import EngineRecipe, cache_folder, installed_builder
 from exporters.tensorrt.rtx import SETTINGS, Built, Shapes, build_rtx
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.config import FrozenConfig
-from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError
+from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
-__all__ = ["EngineSource", "ReadyEngine", "cache_folder", "profiles_of", "ready_engine"]
+__all__ = ["EngineSource", "ReadyEngine", "profiles_of", "ready_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +111,6 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
     return ReadyEngine(_place(wanted), wanted, EngineSource.BUILT, precisions, reasons)
 
 
-def cache_folder() -> Path:
-    """`$FP8PIPE_CACHE/engines`, or `~/.cache/fp8pipe/engines`."""
-    base = os.environ.get("FP8PIPE_CACHE")
-    return (Path(base).expanduser() if base else Path.home() / ".cache" / "fp8pipe") / "engines"
-
-
 def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
     """Shapes of an export's inputs: what its engines are built for."""
     for entry in artifact.manifest.extra["engines"].values():
@@ -128,12 +123,15 @@ def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
 
 def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
     """What an engine for this machine would be made from."""
+    config = artifact.manifest.config
     entry = artifact.manifest.extra["engines"].get(capability)
-    stored = None if entry is None else _recipe(entry)
-    version = installed_builder("rtx") or (stored.version if stored else "none installed")
+    builder: Literal["rtx", "enterprise"] = "enterprise" if config["builder"] == "enterprise" else "rtx"
+    # Without a builder nothing can be built, and nothing says that the stored engine is of another version.
+    version = installed_builder(builder) or (_recipe(entry).version if entry else "none installed")
     return EngineRecipe(
-        builder="rtx", version=version, capability=capability, graph_sha256=sha256_file(artifact.root / MODEL_FILE),
-        profiles=profiles_of(artifact), settings=dict(SETTINGS),
+        builder=builder, version=version, capability=capability,
+        graph_sha256=sha256_file(artifact.root / MODEL_FILE), profiles=profiles_of(artifact),
+        settings=dict(config["enterprise"] if builder == "enterprise" else SETTINGS),
     )  # fmt: skip
 
 
@@ -193,12 +191,24 @@ def _unpack(packed: Path, path: Path, precisions: dict[str, int]) -> dict[str, i
 
 
 def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, int]:
-    built = build_rtx(artifact.root / MODEL_FILE, path, [recipe.capability], recipe.profiles)
+    graph = artifact.root / MODEL_FILE
+    if recipe.builder == "enterprise":
+        machine = check_enterprise()
+        if machine.capability != recipe.capability:
+            raise MissingCapabilityError(
+                f"no engine for compute capability {recipe.capability} can be built here",
+                why=f"TensorRT builds for the GPU it runs on, and that is {machine.capability}",
+                fix="build where the engine will run",
+            )
+        settings = EnterpriseSettings.model_validate(recipe.settings)
+        built = build_enterprise(graph, path, machine, recipe.profiles, settings)
+    else:
+        built = build_rtx(graph, path, [recipe.capability], recipe.profiles)
     if built.version != recipe.version:
         raise BadArtifactError(
             f"the builder says it is {built.version}",
             why=f"the installed distribution says {recipe.version}",
-            fix="install tensorrt-rtx again",
+            fix="install it again",
         )
     return _checked(artifact, built, recipe.capability)
 

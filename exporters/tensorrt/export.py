@@ -17,6 +17,7 @@ from exporters.onnx.packages import import_onnx_package
 from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
 from exporters.onnx.produce import QuantizedGraph
 from exporters.onnx.reopen import reopen_gates
+from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise
 from exporters.tensorrt.formats import TrtFormat, choose_format, in_format
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
@@ -28,6 +29,7 @@ from exporters.tensorrt.precision import PrecisionReport, read_precision
 from exporters.tensorrt.recipe import EngineRecipe
 from exporters.tensorrt.rtx import SETTINGS, Shapes, build_rtx
 from exporters.tensorrt.size import ideal_bytes, measure_engine, size_gate
+from exporters.tensorrt.trtexec import trtexec_command
 from exporters.vision import require_gates, write_description
 from fp8pipe.artifact import (
     Artifact,
@@ -83,13 +85,15 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
     """
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
+    machine = check_enterprise() if options.builder is Builder.ENTERPRISE else None
+    engines = options.compute_capabilities if options.builder is Builder.RTX else ()
+    engines = engines if machine is None else (machine.capability,)
     artifact = open_artifact(source, kind=SOURCE_KIND)
     stored = load_quantized(artifact.root)
     refuse(lint_model(stored, OnnxFormat.QDQ), str(source))
     format = choose_format(stored, options.format, str(source))
     quantized = in_format(stored, format)
     images = probe_images(artifact.root, quantized.preprocessing)
-    engines = options.compute_capabilities if options.builder is Builder.RTX else ()
     with track(2 + len(engines), "export") as progress:
         graph = typed_graph(quantized, format, str(source))
         progress.advance(1)
@@ -100,13 +104,13 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
             progress.advance(1)
             reports: dict[str, dict[str, Any]] = {}
             for capability in engines:
-                report, entry = _build(writer.root, layers, quantized, options, capability)
+                report, entry = _build(writer.root, layers, quantized, options, capability, machine)
                 reports[capability] = entry
                 gates.append(_precision_gate(report, format, capability, required=options.require))
-                size = measure_engine(writer.root / engine_file(capability), ideal)
+                size = measure_engine(writer.root / entry["engine"], ideal)
                 entry["size"] = size.model_dump()
                 if options.pack:
-                    packed = pack_engine(writer.root / engine_file(capability))
+                    packed = pack_engine(writer.root / entry["engine"])
                     entry["engine"] = packed.relative_to(writer.root).as_posix()
                 entry["stored_bytes"] = (writer.root / entry["engine"]).stat().st_size
                 gates.append(size_gate(size, capability, required=options.require and not format.weight_only))
@@ -122,9 +126,9 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
             return _commit(writer, artifact, quantized, options, format, graph, reports)
 
 
-def engine_file(capability: str) -> str:
+def engine_file(capability: str, builder: Builder = Builder.RTX) -> str:
     """Where an engine lies in an export: `engines/rtx-8.9.engine`."""
-    return f"{ENGINES}/rtx-{capability}.engine"
+    return f"{ENGINES}/{'rtx' if builder is Builder.RTX else 'trt'}-{capability}.engine"
 
 
 def _write(
@@ -165,22 +169,26 @@ def _build(
     quantized: QuantizedVit,
     options: TrtExportOptions,
     capability: str,
+    machine: EnterpriseMachine | None,
 ) -> tuple[PrecisionReport, dict[str, Any]]:
     """One engine, what it multiplies in, and its entry for layers.json."""
-    size = quantized.architecture.image_size
-    low, usual, high = ((count, 3, *size) for count in options.batch)
-    profiles: dict[str, Shapes] = {INPUT_NAME: (low, usual, high)}
-    path = root / engine_file(capability)
+    profiles = _profiles(quantized, options)
+    name = engine_file(capability, options.builder)
+    graph, path = root / MODEL_FILE, root / name
     path.parent.mkdir(exist_ok=True)
-    built = build_rtx(root / MODEL_FILE, path, [capability], profiles)
+    if machine is None:
+        built, settings = build_rtx(graph, path, [capability], profiles), dict(SETTINGS)
+    else:
+        built = build_enterprise(graph, path, machine, profiles, options.enterprise)
+        settings = options.enterprise.model_dump()
     recipe = EngineRecipe(
-        builder="rtx", version=built.version, capability=capability, graph_sha256=sha256_file(root / MODEL_FILE),
-        profiles=profiles, settings=dict(SETTINGS),
+        builder="rtx" if machine is None else "enterprise", version=built.version, capability=capability,
+        graph_sha256=sha256_file(graph), profiles=profiles, settings=settings,
     )  # fmt: skip
     report = read_precision([str(layer.node.name) for layer in layers], built.layers)
     entry = {
         "recipe": recipe.model_dump(mode="json"),
-        "engine": engine_file(capability),
+        "engine": name,
         "engine_bytes": path.stat().st_size,
         "precisions": report.counts(),
         "fused_attentions": sum(product.fused_attention for product in report.products) // 2,
@@ -190,6 +198,12 @@ def _build(
         "layers": [layer.model_dump() for layer in built.layers],
     }
     return report, entry
+
+
+def _profiles(quantized: QuantizedVit, options: TrtExportOptions) -> dict[str, Shapes]:
+    size = quantized.architecture.image_size
+    low, usual, high = ((count, 3, *size) for count in options.batch)
+    return {INPUT_NAME: (low, usual, high)}
 
 
 def _precision_gate(report: PrecisionReport, format: TrtFormat, capability: str, *, required: bool) -> Gate:
@@ -231,6 +245,10 @@ def _commit(
             "base": options.base.value,
             "input": {"name": INPUT_NAME, "shape": ["batch", 3, *quantized.architecture.image_size], "type": "float32"},
             "output": {"name": OUTPUT_NAME, "what": "logits" if quantized.architecture.classes else "features"},
+            "trtexec": trtexec_command(
+                MODEL_FILE, _profiles(quantized, options), workspace_mib=options.enterprise.workspace_mib,
+                version_compatible=options.enterprise.version_compatible,
+            ),
             "passes": {change.name: len(change.changed) for change in graph.changes},
             "engines": {c: {k: e[k] for k in _IN_MANIFEST} for c, e in reports.items()},
         },

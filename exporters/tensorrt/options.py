@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field, field_validator, model_validator
 
+from exporters.tensorrt.enterprise import EnterpriseSettings
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.rtx import CAPABILITIES
 from fp8pipe.config import FrozenConfig
@@ -14,9 +15,13 @@ __all__ = ["Base", "Builder", "TrtExportOptions"]
 
 
 class Builder(StrEnum):
-    """Who compiles engines: TensorRT for RTX, on any machine; or nobody, and the graph alone is written."""
+    """Who compiles engines.
+
+    TensorRT for RTX, on any machine; TensorRT (`enterprise`), for the GPU of this one; or nobody: the graph alone.
+    """
 
     RTX = "rtx"
+    ENTERPRISE = "enterprise"
     NONE = "none"
 
 
@@ -33,11 +38,12 @@ class TrtExportOptions(FrozenConfig):
     format: TrtFormat | None = Field(
         None, description="fp8, int8, int8-weight-only or int4-weight-only; the artifact's own when not given"
     )
-    builder: Builder = Field(Builder.RTX, description="rtx (compiles on any machine) or none (the graph alone)")
+    builder: Builder = Field(Builder.RTX, description="rtx (anywhere), enterprise (this GPU), none (graph alone)")
     base: Base = Field(Base.FP16, description="fp16 or fp32: the type of what is not quantized")
-    compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs to compile for")
+    compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs that rtx compiles for")
     batch: tuple[int, int, int] = Field((1, 8, 32), description="smallest, usual and largest batch")
     require: bool = Field(True, description="refuse engines with a product in another precision (true or false)")
+    enterprise: EnterpriseSettings = Field(EnterpriseSettings(), description="how TensorRT's builder is set up")
     pack: bool = Field(False, description="store engines compressed with xz (true or false)")
     force: bool = Field(False, description="replace an existing output directory (true or false)")
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,7 +17,7 @@ from pydantic import Field
 from fp8pipe.config import FrozenConfig
 from fp8pipe.machine import distribution_version
 
-__all__ = ["DISTRIBUTIONS", "EngineRecipe", "installed_builder"]
+__all__ = ["DISTRIBUTIONS", "EngineRecipe", "cache_folder", "installed_builder"]
 
 # Distributions that hold each builder; the first that is installed counts.
 DISTRIBUTIONS = {
@@ -60,3 +62,9 @@ class EngineRecipe(FrozenConfig):
 def installed_builder(builder: str) -> str | None:
     """Version of the installed builder; None where there is none. Nothing is imported."""
     return next((v for name in DISTRIBUTIONS[builder] if (v := distribution_version(name)) is not None), None)
+
+
+def cache_folder() -> Path:
+    """`$FP8PIPE_CACHE/engines`, or `~/.cache/fp8pipe/engines`."""
+    base = os.environ.get("FP8PIPE_CACHE")
+    return (Path(base).expanduser() if base else Path.home() / ".cache" / "fp8pipe") / "engines"

@@ -15,7 +15,7 @@ from typing import Final
 from exporters.tensorrt.listing import EngineLayer, parse_listing
 from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
-__all__ = ["CAPABILITIES", "SETTINGS", "Built", "Shapes", "build_rtx", "check_capabilities"]
+__all__ = ["CAPABILITIES", "SETTINGS", "Built", "Shapes", "build_rtx", "check_capabilities", "refused"]
 
 # What its enumeration names. Hopper is not among them.
 CAPABILITIES: Final[Mapping[str, str]] = {
@@ -104,14 +104,15 @@ def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: 
             )
         found = json.loads(answer.read_text(encoding="utf-8"))
     if not found["built"]:
-        raise _refused(found["parsed"], [*found["errors"], *found["messages"]])
+        raise refused("TensorRT for RTX", found["parsed"], [*found["errors"], *found["messages"]])
     return Built(found["version"], parse_listing(found["listing"]), tuple(found["messages"]))
 
 
-def _refused(parsed: bool, said: Sequence[str]) -> GateFailedError:
+def refused(product: str, parsed: bool, said: Sequence[str]) -> GateFailedError:
+    """The error for a graph that a builder refuses, in the builder's words."""
     who = "builder" if parsed else "parser"
     return GateFailedError(
-        f"the {who} of TensorRT for RTX refuses the graph",
+        f"the {who} of {product} refuses the graph",
         why="\n       ".join(dict.fromkeys(text.strip()[:300] for text in said if text.strip()))
         or "it does not say why",
         fix="choose a format that the compute capabilities have; otherwise report it, with the graph",

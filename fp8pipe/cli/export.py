@@ -51,11 +51,17 @@ class ByteSize(click.ParamType[int]):
     "trt: fp8, int8 (the artifact's own by default), int8-weight-only or int4-weight-only.",
 )
 @click.option("--max-shard-size", type=ByteSize(), help="vllm: largest weight file, for instance 5GB (default).")
-@click.option("--builder", type=click.Choice(["rtx", "none"]), help="trt: who compiles engines; none: graph only.")
+@click.option(
+    "--builder",
+    type=click.Choice(["rtx", "enterprise", "none"]),
+    help="trt: who compiles engines: TensorRT for RTX (default), TensorRT on this GPU, or nobody.",
+)
 @click.option("--compute-capability", "capabilities", multiple=True, help="trt: GPUs to compile for.  [8.9, 12.0]")
 @click.option("--base", type=click.Choice(["fp16", "fp32"]), help="trt: type of what is not quantized.  [fp16]")
 @click.option("--batch", type=int, nargs=3, help="trt: smallest, usual and largest batch.  [1 8 32]")
 @click.option("--no-require", is_flag=True, help="trt: accept engines that multiply in another precision.")
+@click.option("--workspace", type=int, help="trt, enterprise: scratch memory of the builder, MiB.  [4096]")
+@click.option("--version-compatible", is_flag=True, help="trt, enterprise: engines for later versions, too.")
 @click.option("--pack", is_flag=True, help="trt: store engines compressed with xz.")
 @click.option("--vllm-version", help="vllm: the version whose checkpoint schema is written.")
 @click.option("--force", is_flag=True, help="Replace an existing export.")
@@ -72,6 +78,8 @@ def command(
     base: str | None,
     batch: tuple[int, int, int] | None,
     no_require: bool,
+    workspace: int | None,
+    version_compatible: bool,
     pack: bool,
     force: bool,
     dry_run: bool,
@@ -82,11 +90,13 @@ def command(
     For vllm, ARTIFACT is what `fp8pipe finetune` wrote, or a plain model: a Hugging Face directory, a hub id, a .gguf
     file or sample:NAME. For onnx and trt it is what `fp8pipe quantize-vit` wrote.
     """
-    given = {
+    given: dict[str, Any] = {
         "format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version, "builder": builder,
         "compute_capabilities": capabilities or None, "base": base, "batch": batch,
         "require": False if no_require else None, "pack": pack or None,
     }  # fmt: skip
+    enterprise = {"workspace_mib": workspace, "version_compatible": version_compatible or None}
+    given["enterprise"] = {key: value for key, value in enterprise.items() if value is not None} or None
     chosen = {key: value for key, value in given.items() if value is not None}
     _refuse_foreign(chosen, target)
     chosen["force"] = force
@@ -97,10 +107,11 @@ def command(
 _TARGETS = {
     "format": ("vllm", "onnx", "trt"), "max_shard_bytes": ("vllm",), "vllm_version": ("vllm",), "builder": ("trt",),
     "compute_capabilities": ("trt",), "base": ("trt",), "batch": ("trt",), "require": ("trt",),
-    "pack": ("trt",),
+    "pack": ("trt",), "enterprise": ("trt",),
 }  # fmt: skip
 _FLAGS = {
     "max_shard_bytes": "--max-shard-size", "compute_capabilities": "--compute-capability", "require": "--no-require",
+    "enterprise": "--workspace and --version-compatible",
 }  # fmt: skip
 
 
@@ -157,10 +168,11 @@ def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: b
         console.emit({"dry_run": True, "target": "trt", **document}, text, quiet_text=str(output))
         return
     exported = export_tensorrt(artifact, output, options)
-    _report(exported, "trt", exported.manifest.extra["format"], console)
+    after = f"  to build TensorRT's engine on another machine:\n    {exported.manifest.extra['trtexec']}"
+    _report(exported, "trt", exported.manifest.extra["format"], console, after)
 
 
-def _report(exported: Artifact, target: str, format: str, console: Console) -> None:
+def _report(exported: Artifact, target: str, format: str, console: Console, *after: str) -> None:
     """What was written, with every gate."""
     manifest = exported.manifest
     rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in manifest.gates]
@@ -176,7 +188,7 @@ def _report(exported: Artifact, target: str, format: str, console: Console) -> N
         "gates": [gate.model_dump() for gate in manifest.gates],
         "warnings": list(manifest.warnings),
     }
-    console.emit(document, "\n".join([text, *([table(rows)] if rows else [])]), quiet_text=str(exported.root))
+    console.emit(document, "\n".join([text, *([table(rows)] if rows else []), *after]), quiet_text=str(exported.root))
 
 
 def _onnx_plan(source: Path, output: Path, options: OnnxExportOptions) -> tuple[dict[str, Any], str]:

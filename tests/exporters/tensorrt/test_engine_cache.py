@@ -9,7 +9,7 @@ import pytest
 from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.tensorrt import EngineSource, TrtExportOptions, engine_cache, export_tensorrt, ready_engine
-from exporters.tensorrt.recipe import EngineRecipe
+from exporters.tensorrt.recipe import EngineRecipe, cache_folder
 from fp8pipe.artifact import MANIFEST_NAME, Manifest, open_artifact, sha256_file
 from fp8pipe.config import build_config
 from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
@@ -46,7 +46,7 @@ def test_an_engine_that_fits_is_taken_as_it_is(export, notices):
     ready = ready_engine(export, "8.9", on_build=notices.append)
     assert (ready.path, ready.source, ready.reasons) == (export / ENGINE, EngineSource.EXPORT, ())
     assert not notices
-    assert not engine_cache.cache_folder().exists()
+    assert not cache_folder().exists()
 
 
 def _missing(root):

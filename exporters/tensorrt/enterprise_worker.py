@@ -1,0 +1,107 @@
+"""Builds one engine with TensorRT 10 or 11, in a process of its own: `python -P enterprise_worker.py JOB`.
+
+JOB is a JSON file (`enterprise.job`); the answer goes to the path it names. Nothing of the project but this file is
+imported. Needs a GPU: the builder times kernels on it, and the inspector reads the engine from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+_KEPT = ("INTERNAL_ERROR", "ERROR", "WARNING")
+
+
+def main() -> int:
+    """Build what the job says; 0 when an engine was written, 3 when the graph or the builder refused."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    import tensorrt as trt
+
+    logger = _logger(trt)
+    found = _build(trt, logger, job)
+    messages = [text for level, text in logger.messages if level in _KEPT]
+    answer = {"version": trt.__version__, "messages": messages, **found}
+    Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+    return 0 if found["built"] else 3
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[tuple[str, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            self.messages.append((severity.name, message))
+
+    return Logger()
+
+
+def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
+    builder = trt.Builder(logger)
+    bits = sum(1 << int(getattr(trt.NetworkDefinitionCreationFlag, flag)) for flag in job["network_flags"])
+    network = builder.create_network(bits)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(job["graph"]):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        return {"parsed": False, "built": False, "errors": [f"{e.node_name()}: {e.desc()}" for e in errors]}
+    config = _config(trt, builder, job)
+    _use_timings(config, Path(job["timing_cache"]))
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        return {"parsed": True, "built": False, "errors": []}
+    Path(job["engine"]).write_bytes(memoryview(engine))
+    _keep_timings(config, Path(job["timing_cache"]))
+    return {"parsed": True, "built": True, "errors": [], "inspector": _inspect(trt, logger, engine, job["profiles"])}
+
+
+def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = job["optimization_level"]
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_bytes"])
+    for flag in job["builder_flags"]:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    if job["profiles"]:
+        profile = builder.create_optimization_profile()
+        for name, (low, usual, high) in job["profiles"].items():
+            profile.set_shape(name, low, usual, high)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _use_timings(config: Any, path: Path) -> None:
+    """Earlier timings; the builder refuses those of another device or version, and starts anew."""
+    kept = path.read_bytes() if path.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(kept), False) and kept:
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _keep_timings(config: Any, path: Path) -> None:
+    timings = config.get_timing_cache()
+    if timings is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_bytes(memoryview(timings.serialize()))
+    os.replace(partial, path)
+
+
+def _inspect(trt: Any, logger: Any, serialized: Any, profiles: dict[str, Any]) -> str:
+    """The layers as JSON. Types of dynamic tensors are known only in a context that has shapes."""
+    engine = trt.Runtime(logger).deserialize_cuda_engine(serialized)
+    if engine is None:
+        return ""
+    context = engine.create_execution_context()
+    for name, (_, usual, _) in profiles.items():
+        context.set_input_shape(name, usual)
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
