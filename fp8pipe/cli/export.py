@@ -162,7 +162,8 @@ def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: b
     options = build_config(TrtExportOptions, chosen)
     if dry_run:
         document, text = _onnx_plan(artifact, output, build_config(OnnxExportOptions, {"force": options.force}))
-        engines = list(options.compute_capabilities) if options.builder == "rtx" else []
+        places = {"rtx": list(options.compute_capabilities), "enterprise": ["the GPU of this machine"]}
+        engines = places.get(options.builder, [])
         text += f"\n  engines      {', '.join(engines) or 'none'} ({options.base} base)"
         document = {**document, "format": str(options.base), "engines": engines}
         console.emit({"dry_run": True, "target": "trt", **document}, text, quiet_text=str(output))

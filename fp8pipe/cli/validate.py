@@ -10,7 +10,7 @@ import click
 from fp8pipe.cli.common import Console, common_options, table
 
 # The engines by the kind of export that they run; the first is the default.
-_ENGINES = {"vllm-export": ("vllm",), "onnx-export": ("onnxruntime",)}
+_ENGINES = {"vllm-export": ("vllm",), "onnx-export": ("onnxruntime",), "trt-export": ("tensorrt",)}
 
 
 @click.command("validate")
@@ -55,7 +55,7 @@ def command(
         record = _validate(export, _engine(export, engine), vllm_python, against, images)
     except ExportRejectedError as error:
         rejection, record = error, error.record
-    text = _onnx_text if record.engine == "onnxruntime" else _vllm_text
+    text = {"onnxruntime": _onnx_text, "tensorrt": _trt_text}.get(record.engine, _vllm_text)
     console.emit(record.model_dump(mode="json"), text(export, record), quiet_text=record.verdict)
     if rejection is not None:
         raise rejection
@@ -66,7 +66,7 @@ def _engine(export: Path, engine: str | None) -> str:
     from fp8pipe.artifact import open_artifact
     from fp8pipe.errors import ConfigurationError
 
-    kind = open_artifact(export, kind=list(_ENGINES), verify=False).kind
+    kind = open_artifact(export, kind=list(_ENGINES), verify=False, caches="engines").kind
     if engine is not None and engine not in _ENGINES[kind]:
         raise ConfigurationError(
             f"{export} cannot be validated in {engine}",
@@ -83,6 +83,12 @@ def _validate(export: Path, engine: str, vllm_python: str | None, against: Path 
         return validate_onnx(export, against=against, pictures=images)
     if images is not None:
         raise _foreign("--images", engine)
+    if engine == "tensorrt":
+        from serving.tensorrt.validate import validate_tensorrt
+
+        if against is not None:
+            raise _foreign("--against", engine)
+        return validate_tensorrt(export)
     from serving.vllm.validate import validate_export
 
     return validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
@@ -92,7 +98,7 @@ def _foreign(flag: str, engine: str) -> Exception:
     from fp8pipe.errors import ConfigurationError
 
     return ConfigurationError(
-        f"{flag} cannot be given for {engine}", why="it compares a vision model's classes", fix="leave it out"
+        f"{flag} cannot be given for {engine}", why="nothing is compared with it there", fix="leave it out"
     )
 
 
@@ -100,6 +106,19 @@ def _onnx_text(export: Path, record: Any) -> str:
     rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in record.gates]
     title = f"{record.verdict}  {export} in ONNX Runtime {record.versions.get('onnxruntime', '')}"
     return f"{title}, against the {record.reference}\n{table(rows)}"
+
+
+def _trt_text(export: Path, record: Any) -> str:
+    rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in record.gates]
+    lines = [f"{record.verdict}  {export} in TensorRT", table(rows)]
+    lines += [f"  proved: {text}" for text in record.proved]
+    lines += [f"  not proved: {text}" for text in record.not_proved]
+    if record.execution is not None:
+        lines += [
+            f"  batch {t.batch}: {t.engine_ms:.3f} ms, in FP16 {t.fp16_ms:.3f} ms (x{t.fp16_ms / t.engine_ms:.2f})"
+            for t in record.execution.timings
+        ]
+    return "\n".join(lines)
 
 
 def _vllm_text(export: Path, record: Any) -> str:

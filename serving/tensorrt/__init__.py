@@ -1,0 +1,1 @@
+"""TensorRT: validation of exported graphs and engines."""
