@@ -22,6 +22,7 @@ from fp8pipe.artifact import (
     Manifest,
     NumberFormat,
     Parent,
+    check_file,
     disk_guard,
     open_artifact,
     translate_disk_full,
@@ -113,6 +114,22 @@ def test_missing_and_truncated_files_are_all_named(tmp_path, verify):
     with pytest.raises(BadArtifactError, match=r"2 of 3 files(.|\n)*config\.json has 1 bytes") as caught:
         open_artifact(tmp_path / "a", verify=verify)
     assert f"{SHARD} is missing" in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"other")])
+def test_files_of_a_cache_may_be_missing_or_differ_and_no_others(tmp_path, spoil):
+    root = write(tmp_path / "a").root
+    spoil(root / "nested" / "a.txt")
+    opened = open_artifact(root, caches="nested")
+    entry = next(entry for entry in opened.manifest.files if entry.path == "nested/a.txt")
+    assert "nested/a.txt" in check_file(root, entry)
+    with pytest.raises(BadArtifactError, match=r"nested/a\.txt"):
+        open_artifact(root)
+    with pytest.raises(BadArtifactError, match=r"nested/a\.txt"):
+        open_artifact(root, caches="nest")
+    spoil(root / SHARD)
+    with pytest.raises(BadArtifactError, match="1 of 3"):
+        open_artifact(root, caches="nested")
 
 
 def test_added_files_are_reported(tmp_path):
