@@ -94,7 +94,7 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
     reasons = _stale(artifact, entry, wanted, capability)
     if not reasons and not entry["engine"].endswith(PACKED_SUFFIX):
         stored = artifact.root / entry["engine"]
-        return ReadyEngine(stored, _recipe(entry), EngineSource.EXPORT, entry["precisions"], ())
+        return ReadyEngine(stored, wanted, EngineSource.EXPORT, entry["precisions"], ())
     kept = _from_cache(wanted)
     if kept is not None:
         source = EngineSource.CACHE if reasons else EngineSource.EXPORT
@@ -114,7 +114,8 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
 def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
     """Shapes of an export's inputs: what its engines are built for."""
     for entry in artifact.manifest.extra["engines"].values():
-        return dict(_recipe(entry).profiles)
+        if (recipe := _recipe(entry)) is not None:
+            return dict(recipe.profiles)
     described = artifact.manifest.extra["input"]
     sides = [int(side) for side in described["shape"][1:]]
     low, usual, high = ((int(count), *sides) for count in artifact.manifest.config["batch"])
@@ -124,10 +125,10 @@ def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
 def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
     """What an engine for this machine would be made from."""
     config = artifact.manifest.config
-    entry = artifact.manifest.extra["engines"].get(capability)
+    stored = _recipe(artifact.manifest.extra["engines"].get(capability))
     builder: Literal["rtx", "enterprise"] = "enterprise" if config["builder"] == "enterprise" else "rtx"
     # Without a builder nothing can be built, and nothing says that the stored engine is of another version.
-    version = installed_builder(builder) or (_recipe(entry).version if entry else "none installed")
+    version = installed_builder(builder) or (stored.version if stored else "none installed")
     return EngineRecipe(
         builder=builder, version=version, capability=capability,
         graph_sha256=sha256_file(artifact.root / MODEL_FILE), profiles=profiles_of(artifact),
@@ -135,8 +136,10 @@ def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
     )  # fmt: skip
 
 
-def _recipe(entry: Mapping[str, Any]) -> EngineRecipe:
-    return EngineRecipe.model_validate(entry["recipe"])
+def _recipe(entry: Mapping[str, Any] | None) -> EngineRecipe | None:
+    """What a stored engine was made from; None where there is none, or the export is older than recipes."""
+    found = None if entry is None else entry.get("recipe")
+    return None if found is None else EngineRecipe.model_validate(found)
 
 
 def _stale(
@@ -145,7 +148,10 @@ def _stale(
     """Why the export's own engine does not serve; empty when it does."""
     if entry is None:
         return (f"the export holds none for compute capability {capability}",)
-    differences = _recipe(entry).differences(wanted)
+    stored = _recipe(entry)
+    if stored is None:
+        return ("the export is older than this version and does not say what its engines were made from",)
+    differences = stored.differences(wanted)
     listed = next((file for file in artifact.manifest.files if file.path == entry["engine"]), None)
     damage = "the manifest does not list it" if listed is None else check_file(artifact.root, listed)
     return (*differences, damage) if damage else differences

@@ -80,11 +80,21 @@ def _other_settings(root):
     _edited(root, lambda recipe: recipe["settings"].update(profiling_verbosity="NONE"))
 
 
+def _without_recipe(root):
+    path = root / MANIFEST_NAME
+    manifest = Manifest.from_json(path.read_text(), where="test")
+    extra = json.loads(json.dumps(manifest.extra))
+    del extra["engines"]["8.9"]["recipe"]
+    config = {key: value for key, value in manifest.config.items() if key != "enterprise"}
+    path.write_text(manifest.model_copy(update={"extra": extra, "config": config}).to_json())
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (_missing, "rtx-8.9.engine is missing"), (_damaged, "sha256"), (_older, "TensorRT for RTX 1.0.0.1, and"),
         (_other_graph, "of another graph"), (_other_settings, "other settings"),
+        (_without_recipe, "does not say what its engines were made from"),
     ],
 )  # fmt: skip
 def test_one_that_does_not_fit_is_built_again_beside_the_export(export, exported, notices, spoil, words):
