@@ -27,6 +27,7 @@ __all__ = ["ALLOWANCE_BYTES", "LIMIT", "EngineSize", "ideal_bytes", "measure_eng
 LIMIT: Final = 1.35
 # Beside text and weights an engine has a header and a record a layer: 57 kB at two blocks, 210 kB at twelve.
 ALLOWANCE_BYTES: Final = 256 * 1024
+_MEGABYTE: Final = 1_000_000
 # Text in runs of this length: by chance, weights give one in 10^800.
 _TEXT: Final = re.compile(rb"[\t\n\r\x20-\x7e]{2000,}")
 
@@ -75,10 +76,11 @@ def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
         capability: that it is for.
         required: False where the builder may keep weights dequantized (weight-only formats): a figure then.
     """
-    value, limit = size.engine_bytes - size.text_bytes, int(LIMIT * size.ideal_bytes) + ALLOWANCE_BYTES
-    shown = f"codes, scales and floats have {size.ideal_bytes:,}: x{size.weights_over_ideal:.2f}"
+    value = (size.engine_bytes - size.text_bytes) / _MEGABYTE
+    limit = (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
+    shown = f"codes, scales and floats have {size.ideal_bytes / _MEGABYTE:.1f}: x{size.weights_over_ideal:.2f}"
     return Gate(
-        name=f"engine bytes beside text for {capability}",
+        name=f"MB of the engine beside text for {capability}",
         value=value, threshold=limit if required else max(value, limit), passed=value <= limit or not required,
-        detail=f"of {size.engine_bytes:,}; {shown}",
+        detail=f"of {size.engine_bytes / _MEGABYTE:.1f}; {shown}",
     )  # fmt: skip
