@@ -24,7 +24,8 @@ __all__ = ["EngineLayer", "Port", "parse_listing"]
 
 _LINE: Final = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: (?P<nodes>.*)$"
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+, (?:EventId: \d+, )?"
+    r"Metadata: (?P<nodes>.*)$"
 )
 _PORT: Final = re.compile(r"Dimensions: \[(?P<shape>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)")
 _NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1f\[]|\s*$)")

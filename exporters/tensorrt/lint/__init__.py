@@ -1,0 +1,59 @@
+"""What TensorRT would refuse, compute wrongly or build slowly, said of any Q/DQ graph before a builder is called.
+
+The builder stops at the first thing that it does not take, in words about its own parts, and takes much without a word
+that it then multiplies in half precision. Here all findings come at once, with the rule, the node and what to do.
+Graphs need not be this project's: nothing is found by name. Only the main graph is read, not the bodies of If or Loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from exporters.tensorrt.lint.attention import lint_attention
+from exporters.tensorrt.lint.machines import lint_machines
+from exporters.tensorrt.lint.operands import lint_operands
+from exporters.tensorrt.lint.rules import RULES, Effect, Report, Rule
+from exporters.tensorrt.lint.scales import lint_scales
+from exporters.tensorrt.lint.values import lint_values
+from exporters.tensorrt.lint.view import View
+from fp8pipe.errors import BadArtifactError
+
+__all__ = ["RULES", "Effect", "Report", "Rule", "lint_file", "lint_typed"]
+
+
+def lint_typed(model: ir.Model, capabilities: Sequence[str] = ()) -> Report:
+    """Findings on a graph that a strongly typed network is to be made from.
+
+    Args:
+        model: not changed.
+        capabilities: compute capabilities to compile for, for instance ("8.9", "12.0"); none judges no type by them.
+    """
+    view = View(model)
+    findings = [
+        *lint_values(view),
+        *lint_scales(view),
+        *lint_operands(view),
+        *lint_attention(view),
+        *lint_machines(view, capabilities),
+    ]
+    return Report(tuple(dict.fromkeys(findings)))
+
+
+def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
+    """The same for a file; tensors stored beside it are read as they are needed.
+
+    Raises:
+        BadArtifactError: it cannot be read as ONNX.
+    """
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's own error type is not public
+        raise BadArtifactError(
+            f"{path} cannot be read as an ONNX graph",
+            why=f"{type(error).__name__}: {error}"[:300],
+            fix="write it again",
+        ) from error
+    return lint_typed(model, capabilities)

@@ -1,0 +1,130 @@
+"""Rules on what the builder fuses or moves: attention as one kernel, and the products before its quantizers.
+
+An attention is one kernel when both of its products multiply codes and nothing but quantizing stands between its
+softmax and the second product. Quantizers move upwards into the product that feeds them (see
+`exporters.tensorrt.barrier`); several that move into one product cost it its codes, also when their scales are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import onnx_ir as ir
+
+from exporters.findings import Finding
+from exporters.tensorrt.lint.rules import finding
+from exporters.tensorrt.lint.types import code_type
+from exporters.tensorrt.lint.view import DEQUANTIZE, QUANTIZE, Product, View, constant
+
+__all__ = ["lint_attention"]
+
+_ABOVE: Final = ("Add", "Sub", "Mul", "Div", "Where", "Cast", "Clip", "Reshape", "Identity", "Squeeze", "Unsqueeze")
+_BELOW: Final = (QUANTIZE, DEQUANTIZE, "Clip", "Cast", "Reshape", "Identity", "Dropout", "Mul")
+_MOVABLE: Final = (
+    "Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity", "Cast", "Add", "Mul", "Div",
+)  # fmt: skip
+
+
+def lint_attention(view: View) -> Iterator[Finding]:
+    """Findings on attentions, joint products and values that are quantized more than once."""
+    products = {product.node: product for product in view.products}
+    fixed = all(isinstance(side, int) for value in view.model.graph.inputs for side in value.shape or (None,))
+    for softmax in view.nodes("Softmax"):
+        first = _up(softmax.inputs[0], products)
+        second = _down(softmax.outputs[0], products)
+        if first is not None and second is not None and first is not second:
+            yield from _attention(softmax, first, second, fixed)
+    for product in view.products:
+        yield from _moved(product)
+    yield from _several(view)
+
+
+def _up(value: ir.Value | None, products: dict[ir.Node, Product]) -> Product | None:
+    """The product of two activations that a softmax's logits come from."""
+    waiting, seen = [value], set()
+    while waiting:
+        node = current.producer() if (current := waiting.pop()) is not None else None
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in products and not any(o.stored or constant(o.value) is not None for o in products[node].operands):
+            return products[node]
+        if node.op_type in _ABOVE:
+            waiting += node.inputs
+    return None
+
+
+def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
+    """The product that reads the probabilities."""
+    waiting, seen = [value], set()
+    while waiting:
+        for node, _ in waiting.pop().uses():
+            if node in products:
+                return products[node]
+            if node.op_type in _BELOW and node not in seen:
+                seen.add(node)
+                waiting += node.outputs
+    return None
+
+
+def _attention(softmax: ir.Node, first: Product, second: Product, fixed: bool) -> Iterator[Finding]:
+    if first.low != second.low:
+        why = f"{first.node.name} multiplies {_shown(first)}, {second.node.name} {_shown(second)}: not one kernel"
+        yield finding("attention-part", softmax, why)
+    if not (first.low and second.low):
+        return
+    for node, _ in softmax.outputs[0].uses():
+        quantize = next((n for n, _ in node.outputs[0].uses() if n.op_type == QUANTIZE), None)
+        if node.op_type == "Clip" and quantize is not None:
+            why = "Clip between Softmax and QuantizeLinear: the attention is not fused"
+            gives_up = fixed and code_type(quantize) == ir.DataType.INT8
+            yield finding("clipped-fixed-probabilities" if gives_up else "clipped-probabilities", node, why)
+
+
+def _shown(product: Product) -> str:
+    return "codes" if product.low else "floats"
+
+
+def _moved(product: Product) -> Iterator[Finding]:
+    """Several quantizers that all move into one product of codes."""
+    if not product.low or not product.operands[1].stored:
+        return
+    found: dict[ir.Node, None] = {}
+    waiting: list[ir.Value] = [product.node.outputs[0]]
+    while waiting:
+        value = waiting.pop()
+        uses = value.uses()
+        if not uses or value.is_graph_output():
+            return
+        for node, _ in uses:
+            if node.op_type == QUANTIZE:
+                found[node] = None
+            elif node.op_type in _MOVABLE and _one_computed(node):
+                waiting += node.outputs
+            else:
+                return  # something on the way holds its quantizer back, and with it the others
+    if len(found) > 1:
+        shown = ", ".join(str(node.name) for node in found)
+        yield finding("moved-quantizers", product.node, f"{len(found)} quantizers move into it: {shown}")
+
+
+def _one_computed(node: ir.Node) -> bool:
+    return sum(value is not None and constant(value) is None for value in node.inputs) == 1
+
+
+def _several(view: View) -> Iterator[Finding]:
+    """One value read through quantizers of different scales by products with weights."""
+    readers: dict[ir.Value, dict[bytes, ir.Node]] = {}
+    for product in view.products:
+        for operand, other in (product.operands, product.operands[::-1]):
+            quantize = operand.quantizer
+            if operand.low and other.stored and quantize is not None and quantize.op_type == QUANTIZE:
+                scale = constant(quantize.inputs[1])
+                source = quantize.inputs[0]
+                if scale is not None and source is not None:
+                    readers.setdefault(source, {}).setdefault(scale.tobytes(), quantize)
+    for value, quantizers in readers.items():
+        if len(quantizers) > 1:
+            shown = ", ".join(str(node.name) for node in quantizers.values())
+            yield finding("several-quantizers", value, f"{shown}: products that read it are not joined into one")

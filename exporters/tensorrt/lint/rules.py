@@ -1,0 +1,114 @@
+"""The rules, each with what the builder does with a graph that breaks it.
+
+Every effect was seen in a real builder (TensorRT for RTX 1.7.1.116), and the tests show it there again. Rules that are
+written everywhere but changed nothing there are no errors here: a Cast or a Transpose behind DequantizeLinear, the
+factor of an attention behind its first product, and scales along the rows of an activation are all built well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import onnx_ir as ir
+
+from exporters.findings import Finding
+
+__all__ = ["RULES", "Effect", "Report", "Rule", "finding"]
+
+
+class Effect(StrEnum):
+    """What a builder does.
+
+    `refused`: it says no. `wrong`: it builds, without an error, an engine that computes something else than the graph
+    says, or NaN. `degraded`: it builds, and multiplies in another precision or in more kernels. `warning`: codes are
+    multiplied as the graph says, or nothing better can be written; said, and never a reason to refuse.
+    """
+
+    REFUSED = "refused"
+    WRONG = "wrong"
+    DEGRADED = "degraded"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One thing a graph must not hold.
+
+    Attributes:
+        effect: on the builder.
+        fix: what the author of the graph can do.
+    """
+
+    effect: Effect
+    fix: str
+
+
+_R, _W, _D, _N = Effect.REFUSED, Effect.WRONG, Effect.DEGRADED, Effect.WARNING
+RULES: Final[Mapping[str, Rule]] = {
+    "zero-point": Rule(_R, "quantize symmetrically: zero point 0, and a Clip where the range is not symmetric"),
+    "empty-zero-point": Rule(_R, "leave the operand out, or store zeros"),
+    "unsigned": Rule(_W, "quantize to INT8 with a stored zero point of INT8"),
+    "unsigned-weight": Rule(_R, "store the weight as INT8 codes with zero point 0"),
+    "element-type": Rule(_R, "store codes as INT8, INT4, E4M3 or E2M1"),
+    "scale-value": Rule(_R, "store positive, finite scales; a channel of zeros may have any"),
+    "scale-infinite": Rule(_W, "store finite scales"),
+    "nan-code": Rule(_W, "quantize the weight again, and saturate"),
+    "scale-shape": Rule(_R, "store one scale a tensor, one for each channel of the axis, or one a block"),
+    "block-size": Rule(_W, "let block_size be the axis's length over the number of scales along it"),
+    "operand-types": Rule(_R, "give DequantizeLinear scales of the type that the product's other operand has"),
+    "weight-axis": Rule(_D, "give a weight one scale for each output channel"),
+    "activation-axis": Rule(_D, "give an activation one scale a tensor"),
+    "dynamic-scale": Rule(_D, "store the scale: measure it on data, or store weights alone in low precision"),
+    "scaled-blocks": Rule(_W, "scale 8-bit products for each output channel; blocks are for float activations"),
+    "one-block": Rule(_D, "use blocks of 32, at least two along the inputs"),
+    "eight-bit-blocks": Rule(_D, "scale 8-bit weights for each output channel, or store 4 bits in blocks"),
+    "mixed-codes": Rule(_R, "quantize both operands of a product to one type"),
+    "int4-beside-int8": Rule(_N, "store the same codes as INT8"),
+    "int4-activation": Rule(_N, "quantize activations to INT8; a Clip keeps a range of 4 bits"),
+    "half-quantized": Rule(_D, "quantize both operands of the product, or none"),
+    "between": Rule(_D, "move the operator before QuantizeLinear, or behind the product"),
+    "codes-undecoded": Rule(_R, "let DequantizeLinear alone read stored codes, in the layout of the product"),
+    "cast-fp8": Rule(_R, "use QuantizeLinear and DequantizeLinear for Div, Cast, Cast and Mul"),
+    "cast-int8": Rule(_D, "use QuantizeLinear and DequantizeLinear for Div, Round, Cast, Cast and Mul"),
+    "fp8-convolution": Rule(_D, "write a convolution whose patches do not overlap as a MatMul, or leave it float"),
+    "moved-quantizers": Rule(_D, "clip one of the values to its range before QuantizeLinear: a Clip is not moved"),
+    "attention-part": Rule(_D, "quantize all four operands of an attention, or none"),
+    "clipped-probabilities": Rule(_N, "quantize probabilities to 8 bits, which need no Clip"),
+    "clipped-fixed-probabilities": Rule(_R, "leave the Clip behind Softmax out, or let the batch be dynamic"),
+    "several-quantizers": Rule(_N, "quantize a value once, with one scale, for all of its readers"),
+    "float-weight": Rule(_N, "store codes and DequantizeLinear alone"),
+    "opset": Rule(_N, "declare opset 21, or 23 for E2M1"),
+    "fp8-capability": Rule(_R, "compile for 8.9 or later, or use INT8"),
+    "fp4-capability": Rule(_R, "compile for 12.0 or later, or use INT4 weights"),
+    "int4-capability": Rule(_R, "compile for 8.0 or later, or use INT8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything found in one graph.
+
+    Attributes:
+        findings: in the order of the rules' modules; `RULES[finding.rule].effect` says what each does.
+    """
+
+    findings: tuple[Finding, ...]
+
+    def errors(self, *, require: bool = True) -> tuple[Finding, ...]:
+        """What forbids to call a builder; without `require`, an engine in another precision is accepted."""
+        accepted = {Effect.WARNING} if require else {Effect.WARNING, Effect.DEGRADED}
+        return tuple(found for found in self.findings if RULES[found.rule].effect not in accepted)
+
+    def warnings(self, *, require: bool = True) -> tuple[Finding, ...]:
+        """The others."""
+        errors = self.errors(require=require)
+        return tuple(found for found in self.findings if found not in errors)
+
+
+def finding(rule: str, where: ir.Node | ir.Value | str, why: str) -> Finding:
+    """A finding with its rule's fix."""
+    name = where if isinstance(where, str) else where.name or "(without a name)"
+    return Finding(rule, name, why, RULES[rule].fix)

@@ -1,0 +1,186 @@
+"""Any graph's quantizers and products, by their form alone: no name of this project is needed.
+
+Between DequantizeLinear and a product the builder looks through what only moves numbers, changes their float type or
+multiplies them all by one number. `Operand` says what it finds there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["CODES", "DEQUANTIZE", "PRODUCTS", "QUANTIZE", "Operand", "Product", "View", "attribute_axis", "constant"]
+
+QUANTIZE: Final = "QuantizeLinear"
+DEQUANTIZE: Final = "DequantizeLinear"
+PRODUCTS: Final = ("MatMul", "Gemm", "Conv")
+# What the builder takes for codes, and not for numbers.
+CODES: Final = frozenset((ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1))
+_MOVES: Final = ("Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsqueeze", "Flatten", "Expand")
+_ARITHMETIC: Final = (
+    "Add", "Sub", "Mul", "Div", "Pow", "Relu", "LeakyRelu", "Gelu", "Erf", "Sigmoid", "Tanh", "Clip", "Sqrt", "Exp",
+    "Abs", "Neg", "Min", "Max",
+)  # fmt: skip
+
+
+def constant(value: ir.Value | None) -> Any:
+    """A stored tensor as a numpy array, also behind Constant, Identity and Cast; None for a computed value."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    if node is None:
+        return None
+    if node.op_type == "Constant":
+        stored = node.attributes.get("value")
+        return stored.as_tensor().numpy() if stored is not None and stored.type == ir.AttributeType.TENSOR else None
+    if node.op_type == "Identity":
+        return constant(node.inputs[0])
+    if node.op_type == "Cast":
+        array = constant(node.inputs[0])
+        return None if array is None else array.astype(ir.DataType(node.attributes.get_int("to", 1)).numpy())
+    return None
+
+
+def attribute_axis(node: ir.Node, rank: int) -> int:
+    """The axis of a quantizer, counted from the front."""
+    axis = node.attributes.get_int("axis", 1)
+    return axis + rank if axis < 0 else axis
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What one side of a product reads.
+
+    Attributes:
+        value: the side itself.
+        position: 0 or 1.
+        dequantize: the DequantizeLinear that is found behind moves; None for a float operand.
+        between: operators on the way that the builder does not look through; with any, `dequantize` does not count.
+        moves: the operators that it does.
+    """
+
+    value: ir.Value
+    position: int
+    dequantize: ir.Node | None
+    between: tuple[ir.Node, ...] = ()
+    moves: tuple[ir.Node, ...] = ()
+
+    @property
+    def codes(self) -> ir.Value | None:
+        """What is dequantized."""
+        return self.dequantize.inputs[0] if self.dequantize is not None else None
+
+    @property
+    def quantizer(self) -> ir.Node | None:
+        """The QuantizeLinear (or one of another domain) that computes the codes; None for a stored weight."""
+        node = self.codes.producer() if self.codes is not None else None
+        return node if node is not None and constant(node.inputs[0]) is None else None
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is a quantized weight, also one that the builder has to quantize."""
+        return self.dequantize is not None and self.quantizer is None
+
+    @property
+    def low(self) -> bool:
+        """Whether the builder gets codes here."""
+        return self.dequantize is not None and not self.between
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A MatMul, Gemm or Conv with its two sides."""
+
+    node: ir.Node
+    operands: tuple[Operand, Operand]
+
+    @property
+    def low(self) -> bool:
+        """Whether both sides are codes."""
+        return all(operand.low for operand in self.operands)
+
+    def contracted(self, operand: Operand, rank: int) -> int | None:
+        """The axis of an operand's codes that is summed over; None where a move hides it."""
+        if self.node.op_type == "Conv":
+            axis = 1
+        elif self.node.op_type == "Gemm":
+            flipped = bool(self.node.attributes.get_int("transB" if operand.position else "transA", 0))
+            axis = int(flipped) if operand.position else 1 - int(flipped)
+        else:
+            axis = rank - 2 if operand.position and rank > 1 else rank - 1
+        for move in operand.moves:  # from the product towards the codes
+            if move.op_type == "Transpose":
+                order = move.attributes.get_ints("perm", tuple(range(rank))[::-1])
+                axis = order[axis]
+            elif move.op_type not in ("Identity", "Cast", "Mul", "Div"):
+                return None
+        return axis
+
+
+@dataclass(frozen=True)
+class View:
+    """A model and its products, read once.
+
+    Attributes:
+        model: not changed.
+    """
+
+    model: ir.Model
+
+    def nodes(self, *ops: str) -> Iterator[ir.Node]:
+        """Nodes of the main graph of these types and ONNX's own domain."""
+        return (node for node in self.model.graph if node.op_type in ops and node.domain in ("", "ai.onnx"))
+
+    @cached_property
+    def products(self) -> tuple[Product, ...]:
+        """In the graph's order."""
+        found = []
+        for node in self.nodes(*PRODUCTS):
+            first, second = node.inputs[:2]
+            if first is not None and second is not None:
+                found.append(Product(node, (_operand(first, 0), _operand(second, 1))))
+        return tuple(found)
+
+
+def _operand(value: ir.Value, position: int) -> Operand:
+    moves: list[ir.Node] = []
+    between: list[ir.Node] = []
+    current: ir.Value | None = value
+    while current is not None:
+        node = current.producer()
+        if node is None or node.domain not in ("", "ai.onnx"):
+            break
+        if node.op_type == DEQUANTIZE:
+            return Operand(value, position, node, tuple(between), tuple(moves))
+        source = _through(node)
+        if source is None:
+            break
+        (moves if _looked_through(node) else between).append(node)
+        current = source
+    return Operand(value, position, None)
+
+
+def _through(node: ir.Node) -> ir.Value | None:
+    """The one computed operand of an operator that works number by number, or moves them."""
+    if node.op_type in _MOVES:
+        return node.inputs[0]
+    if node.op_type not in _ARITHMETIC:
+        return None
+    computed = [value for value in node.inputs if value is not None and constant(value) is None]
+    return computed[0] if len(computed) == 1 else None
+
+
+def _looked_through(node: ir.Node) -> bool:
+    if node.op_type in _MOVES:
+        return True
+    if node.op_type not in ("Mul", "Div"):
+        return False
+    arrays = [constant(value) for value in node.inputs]
+    return any(array is not None and np.size(array) == 1 for array in arrays)
