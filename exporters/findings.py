@@ -33,15 +33,20 @@ class Finding:
 class LintFindingsError(LintRefusedError):
     """An export refused by the linter, with every finding.
 
+    Args:
+        findings: in the order found.
+        source: what was linted.
+        verb: what cannot be done with it.
+
     Attributes:
         findings: all of them, in the order found.
     """
 
-    def __init__(self, findings: Sequence[Finding], source: str) -> None:
+    def __init__(self, findings: Sequence[Finding], source: str, verb: str = "exported") -> None:
         self.findings = tuple(findings)
         fixes = list(dict.fromkeys(f"{finding.rule}: {finding.fix}" for finding in findings))
         super().__init__(
-            f"{source} cannot be exported: {len(findings)} finding(s), nothing was written",
+            f"{source} cannot be {verb}: {len(findings)} finding(s), nothing was written",
             why="\n       ".join(str(finding) for finding in findings),
             fix="\n       ".join(fixes),
         )

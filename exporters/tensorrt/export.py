@@ -22,6 +22,7 @@ from exporters.tensorrt.formats import TrtFormat, choose_format, in_format
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
 from exporters.tensorrt.halved import compare_halved, stored_arrays
+from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions
 from exporters.tensorrt.pack import pack_engine
 from exporters.tensorrt.parity import parity_gates, typed_parity
@@ -78,7 +79,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
     Raises:
         ConfigurationError: unusable output, or a model that cannot be traced.
         BadArtifactError: an unfinished, damaged or other artifact.
-        LintFindingsError: findings on values; nothing was written.
+        LintFindingsError: findings on values or on the graph, before a builder is called; not committed.
         MissingCapabilityError: a package is missing.
         GateFailedError: the written graph differs from the artifact, the builder refuses it, or it multiplies in
             another precision than the artifact's; not committed.
@@ -101,6 +102,8 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
             layers = read_layers(graph.model)
             gates = _write(writer.root, graph, layers, quantized, images, options, str(source))
             ideal = ideal_bytes(graph.model)
+            for warning in check_file(writer.root / MODEL_FILE, engines, str(source), require=options.require):
+                writer.warn(warning)
             progress.advance(1)
             reports: dict[str, dict[str, Any]] = {}
             for capability in engines:

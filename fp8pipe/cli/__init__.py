@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": "Fine-tune a language model in FP8, or with LoRA or QLoRA.",
     "quantize-vit": "Quantize a vision transformer, by default without any data.",
     "export": "Write an artifact as a checkpoint that an engine serves.",
+    "lint": "Say what TensorRT would refuse or build slowly in an ONNX graph.",
     "validate": "Run an export in its engine and prove that it serves what was made.",
     "inspect": "Show what an artifact is, and where it came from.",
     "verify": "Re-hash every file of an artifact.",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from exporters.findings import LintFindingsError
 from exporters.tensorrt.lint.attention import lint_attention
 from exporters.tensorrt.lint.machines import lint_machines
 from exporters.tensorrt.lint.operands import lint_operands
@@ -21,7 +22,7 @@ from exporters.tensorrt.lint.values import lint_values
 from exporters.tensorrt.lint.view import View
 from fp8pipe.errors import BadArtifactError
 
-__all__ = ["RULES", "Effect", "Report", "Rule", "lint_file", "lint_typed"]
+__all__ = ["RULES", "Effect", "Report", "Rule", "check_file", "lint_file", "lint_typed"]
 
 
 def lint_typed(model: ir.Model, capabilities: Sequence[str] = ()) -> Report:
@@ -57,3 +58,26 @@ def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
             fix="write it again",
         ) from error
     return lint_typed(model, capabilities)
+
+
+def check_file(path: Path, capabilities: Sequence[str], source: str, *, require: bool) -> tuple[str, ...]:
+    """Refuse a file before a builder is called.
+
+    Args:
+        path: ONNX file.
+        capabilities: to compile for.
+        source: what it was made from, for messages.
+        require: refuse also what is built in another precision.
+
+    Returns:
+        One sentence for each rule that warns.
+
+    Raises:
+        LintFindingsError: every finding that is an error.
+        BadArtifactError: it cannot be read.
+    """
+    report = lint_file(path, capabilities)
+    errors = report.errors(require=require)
+    if errors:
+        raise LintFindingsError(errors, source)
+    return report.summary(require=require)

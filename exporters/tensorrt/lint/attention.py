@@ -2,7 +2,8 @@
 
 An attention is one kernel when both of its products multiply codes and nothing but quantizing stands between its
 softmax and the second product. Quantizers move upwards into the product that feeds them (see
-`exporters.tensorrt.barrier`); several that move into one product cost it its codes, also when their scales are equal.
+`exporters.tensorrt.barrier`); several that quantize parts of one product, its queries, keys and values, cost it its
+codes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ __all__ = ["lint_attention"]
 
 _ABOVE: Final = ("Add", "Sub", "Mul", "Div", "Where", "Cast", "Clip", "Reshape", "Identity", "Squeeze", "Unsqueeze")
 _BELOW: Final = (QUANTIZE, DEQUANTIZE, "Clip", "Cast", "Reshape", "Identity", "Dropout", "Mul")
+_PARTS: Final = ("Split", "Slice", "Gather")
 _MOVABLE: Final = (
-    "Reshape", "Transpose", "Split", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity", "Cast", "Add", "Mul", "Div",
+    *_PARTS, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "Add", "Mul", "Div",
 )  # fmt: skip
 
 
@@ -87,21 +89,21 @@ def _shown(product: Product) -> str:
 
 
 def _moved(product: Product) -> Iterator[Finding]:
-    """Several quantizers that all move into one product of codes."""
+    """Several quantizers of a product's parts: all move into it."""
     if not product.low or not product.operands[1].stored:
         return
     found: dict[ir.Node, None] = {}
-    waiting: list[ir.Value] = [product.node.outputs[0]]
+    waiting: list[tuple[ir.Value, bool]] = [(product.node.outputs[0], False)]
     while waiting:
-        value = waiting.pop()
+        value, part = waiting.pop()
         uses = value.uses()
         if not uses or value.is_graph_output():
             return
         for node, _ in uses:
             if node.op_type == QUANTIZE:
-                found[node] = None
+                found.update({node: None} if part else {})  # quantizers of all of its numbers cost nothing
             elif node.op_type in _MOVABLE and _one_computed(node):
-                waiting += node.outputs
+                waiting += [(output, part or node.op_type in _PARTS) for output in node.outputs]
             else:
                 return  # something on the way holds its quantizer back, and with it the others
     if len(found) > 1:

@@ -107,6 +107,16 @@ class Report:
         errors = self.errors(require=require)
         return tuple(found for found in self.findings if found not in errors)
 
+    def summary(self, *, require: bool = True) -> tuple[str, ...]:
+        """The warnings, one sentence a rule: how often, and where first."""
+        by_rule: dict[str, list[Finding]] = {}
+        for found in self.warnings(require=require):
+            by_rule.setdefault(found.rule, []).append(found)
+        return tuple(
+            f"{rule}: {first.why} ({f'{1 + len(rest)} times, first at ' if rest else ''}{first.tensor})"
+            for rule, (first, *rest) in by_rule.items()
+        )
+
 
 def finding(rule: str, where: ir.Node | ir.Value | str, why: str) -> Finding:
     """A finding with its rule's fix."""

@@ -72,7 +72,7 @@ def _scale(scale: ir.Value, node: ir.Node) -> Iterator[Finding]:
     if bad:
         yield finding("scale-value", node, f"{bad} of {numbers.size} scales are zero, negative or NaN")
     if np.isposinf(numbers).any():
-        yield finding("scale-infinite", node, f"{int(np.isposinf(numbers).sum())} scales are infinite: outputs are NaN")
+        yield finding("scale-infinite", node, f"{int(np.isposinf(numbers).sum())} scales are infinite, and outputs NaN")
 
 
 def _stored(value: ir.Value) -> Iterator[Finding]:

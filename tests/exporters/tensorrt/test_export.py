@@ -13,6 +13,7 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 from exporters.tensorrt import TrtExportOptions, export_tensorrt
 from exporters.tensorrt import export as export_module
 from exporters.tensorrt.graph import INT4_BLOCK
+from exporters.tensorrt.rtx import build_rtx
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.config import build_config
@@ -106,12 +107,20 @@ def test_a_product_in_another_precision_fails_unless_it_is_waived(artifacts, tmp
     from exporters.tensorrt import graph
 
     monkeypatch.setattr(graph, "hold_queries", lambda model: Change("hold_queries", ()))
-    with pytest.raises(GateFailedError, match=r"products not in fp8 for 8\.9"):
-        export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "export", options())
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, "build_rtx", None)  # it is not called
+        with pytest.raises(LintRefusedError, match="moved-quantizers"):
+            export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "export", options())
+        assert not (tmp_path / "export").exists()
+        patched.setattr(export_module, "build_rtx", build_rtx)
+        patched.setattr(export_module, "check_file", lambda *args, **named: ())  # what the linter does not know
+        with pytest.raises(GateFailedError, match=r"products not in fp8 for 8\.9"):
+            export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "export", options())
     assert not (tmp_path / "export").exists()
     export = export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "waived", options(require=False))
     gate = next(gate for gate in export.manifest.gates if gate.name.startswith("products"))
     assert gate.value > 0
+    assert any("moved-quantizers" in warning for warning in export.manifest.warnings)
 
 
 def test_scales_that_fp16_does_not_hold_are_refused(artifacts, tmp_path):
@@ -134,8 +143,8 @@ def test_the_command_line_exports_and_names_foreign_options(artifacts, tmp_path)
     assert refused.exit_code == 10
     assert "--max-shard-size cannot be given for --target trt" in refused.output
     old = CliRunner().invoke(main, [*base, "--compute-capability", "8.0"])
-    assert old.exit_code == 14
-    assert "fp8_e4m3" in old.output
+    assert old.exit_code == 13
+    assert "[fp8-capability]" in old.output
     done = CliRunner().invoke(main, [*base, "--compute-capability", "12.0", "--batch", "1", "2", "4", "--force"])
     assert done.exit_code == 0, done.output
     assert "products not in fp8 for 12.0" in done.output
