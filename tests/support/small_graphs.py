@@ -6,13 +6,14 @@ tested is what a builder does with a form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["TOKENS", "WIDTH", "SmallGraph", "attention", "convolution", "gemm", "mlp", "nvfp4"]
+__all__ = ["TOKENS", "WIDTH", "SmallGraph", "attention", "chain", "convolution", "gemm", "mlp", "nvfp4"]
 
 TOKENS: Final = 64
 WIDTH: Final = 128
@@ -113,6 +114,32 @@ def mlp(weights: str, activations: str | None, base: Any = np.float16) -> ir.Mod
         value = g.quantized(value, activations, f"{name}_x") if activations else value
         value = g.linear(value, weights, rows, columns, name)
         value = g.node("Relu", [value], "relu") if name == "up" else value
+    return g.done(value)
+
+
+def chain(form: str, base: Any, tokens: int, blocks: Sequence[tuple[int, str, str]]) -> ir.Model:
+    """Products `p0`, `p1`, ... one behind another.
+
+    Args:
+        form: int8 or fp8, of weights and activations.
+        base: type of what is not quantized.
+        tokens: rows.
+        blocks: outputs of each, MatMul or Gemm (with its weight transposed), and what follows it; empty for nothing.
+    """
+    g = SmallGraph(base)
+    rows = WIDTH
+    value = g.input("x", (tokens, rows))
+    for index, (columns, op, after) in enumerate(blocks):
+        name = f"p{index}"
+        value = g.quantized(value, form, f"{name}_x")
+        if op == "Gemm":
+            weight = g.weight(form, (columns, rows), f"{name}_w", axis=0)
+            bias = g.stored(f"{name}_b", np.ones(columns, base))
+            value = g.node("Gemm", [value, weight, bias], name, transB=1)
+        else:
+            value = g.linear(value, form, rows, columns, name)
+        value = g.node(after, [value], f"{name}_after") if after else value
+        rows = columns
     return g.done(value)
 
 

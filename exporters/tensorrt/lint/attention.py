@@ -14,7 +14,7 @@ from typing import Final
 import onnx_ir as ir
 
 from exporters.findings import Finding
-from exporters.tensorrt.lint.rules import finding
+from exporters.tensorrt.lint.rules import finding, label
 from exporters.tensorrt.lint.types import code_type
 from exporters.tensorrt.lint.view import DEQUANTIZE, QUANTIZE, Product, View, constant
 
@@ -72,7 +72,7 @@ def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
 
 def _attention(softmax: ir.Node, first: Product, second: Product, fixed: bool) -> Iterator[Finding]:
     if first.low != second.low:
-        why = f"{first.node.name} multiplies {_shown(first)}, {second.node.name} {_shown(second)}: not one kernel"
+        why = f"{label(first.node)} multiplies {_shown(first)}, {label(second.node)} {_shown(second)}: not one kernel"
         yield finding("attention-part", softmax, why)
     if not (first.low and second.low):
         return
@@ -107,7 +107,7 @@ def _moved(product: Product) -> Iterator[Finding]:
             else:
                 return  # something on the way holds its quantizer back, and with it the others
     if len(found) > 1:
-        shown = ", ".join(str(node.name) for node in found)
+        shown = ", ".join(label(node) for node in found)
         yield finding("moved-quantizers", product.node, f"{len(found)} quantizers move into it: {shown}")
 
 
@@ -128,5 +128,5 @@ def _several(view: View) -> Iterator[Finding]:
                     readers.setdefault(source, {}).setdefault(scale.tobytes(), quantize)
     for value, quantizers in readers.items():
         if len(quantizers) > 1:
-            shown = ", ".join(str(node.name) for node in quantizers.values())
+            shown = ", ".join(label(node) for node in quantizers.values())
             yield finding("several-quantizers", value, f"{shown}: products that read it are not joined into one")

@@ -8,7 +8,7 @@ from typing import Final
 import onnx_ir as ir
 
 from exporters.findings import Finding
-from exporters.tensorrt.lint.rules import finding
+from exporters.tensorrt.lint.rules import finding, label
 from exporters.tensorrt.lint.types import code_type
 from exporters.tensorrt.lint.view import DEQUANTIZE, QUANTIZE, View
 
@@ -52,7 +52,7 @@ def _types(view: View) -> dict[ir.DataType, str]:
     held: dict[ir.DataType, str] = {}
     for value in view.model.graph.initializers.values():
         if value.dtype is not None and value.dtype in _OPSETS:
-            held.setdefault(value.dtype, str(value.name))
+            held.setdefault(value.dtype, label(value))
     for node in view.nodes(QUANTIZE):
-        held.setdefault(code_type(node), str(node.name))
+        held.setdefault(code_type(node), label(node))
     return held

@@ -8,7 +8,7 @@ from typing import Final
 import onnx_ir as ir
 
 from exporters.findings import Finding
-from exporters.tensorrt.lint.rules import finding
+from exporters.tensorrt.lint.rules import finding, label
 from exporters.tensorrt.lint.types import code_type, element_types
 from exporters.tensorrt.lint.view import QUANTIZE, Operand, Product, View, constant
 
@@ -66,7 +66,7 @@ def _between(product: Product) -> Iterator[Finding]:
             shown = ", ".join(str(node.op_type) for node in operand.between)
             dequantize = operand.dequantize
             assert dequantize is not None
-            yield finding("between", product.node, f"{shown} between {dequantize.name} and the product")
+            yield finding("between", product.node, f"{shown} between {label(dequantize)} and the product")
 
 
 def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.DataType | None]) -> Iterator[Finding]:
@@ -76,7 +76,7 @@ def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.Da
         codes = _type(operand, types)
         assert operand.dequantize is not None
         if not operand.stored:
-            why = f"{operand.dequantize.name} gives codes, {other.value.name} is float"
+            why = f"{label(operand.dequantize)} gives codes, {other.value.name} is float"
             yield finding("half-quantized", product.node, why)
         elif codes in whole and constant(other.value) is None:
             shown = codes.name if codes is not None else ""

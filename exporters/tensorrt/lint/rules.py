@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from exporters.findings import Finding
 
-__all__ = ["RULES", "Effect", "Report", "Rule", "finding"]
+__all__ = ["RULES", "Effect", "Report", "Rule", "finding", "label"]
 
 
 class Effect(StrEnum):
@@ -120,5 +120,11 @@ class Report:
 
 def finding(rule: str, where: ir.Node | ir.Value | str, why: str) -> Finding:
     """A finding with its rule's fix."""
-    name = where if isinstance(where, str) else where.name or "(without a name)"
-    return Finding(rule, name, why, RULES[rule].fix)
+    return Finding(rule, where if isinstance(where, str) else label(where), why, RULES[rule].fix)
+
+
+def label(thing: ir.Node | ir.Value) -> str:
+    """A name to find it by; a node without one is called after its output, which has one in every file."""
+    if thing.name or isinstance(thing, ir.Value):
+        return str(thing.name)
+    return f"{thing.op_type} -> {thing.outputs[0].name}"

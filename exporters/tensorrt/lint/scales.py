@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.findings import Finding
-from exporters.tensorrt.lint.rules import finding
+from exporters.tensorrt.lint.rules import finding, label
 from exporters.tensorrt.lint.view import DEQUANTIZE, QUANTIZE, Operand, Product, View, attribute_axis, constant
 
 __all__ = ["lint_scales"]
@@ -103,7 +103,8 @@ def _activation(product: Product, operand: Operand) -> Iterator[Finding]:
     if scale is None or scale.ndim != 1 or scale.size == 1 or rank is None:
         return
     if attribute_axis(node, rank) == product.contracted(operand, rank):
-        yield finding("activation-axis", node, f"one scale for each of {np.size(scale)} inputs of {product.node.name}")
+        why = f"one scale for each of {np.size(scale)} inputs of {label(product.node)}"
+        yield finding("activation-axis", node, why)
 
 
 def _rank(operand: Operand) -> int | None:

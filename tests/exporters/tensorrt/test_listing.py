@@ -55,6 +55,14 @@ def test_lines_become_layers():
     assert layers[0].nodes == ()
 
 
+def test_lines_of_several_streams_carry_events():
+    """As an engine of two streams lists them."""
+    signal, gemm = (text.replace("StreamId: 0,", "StreamId: 1, EventId: 1,") for text in (EMPTY, GEMM))
+    layers = parse_listing([signal.replace("shape_call", "signal"), gemm])
+    assert [layer.kind for layer in layers] == ["signal", "gemm"]
+    assert layers[1].nodes == ("a/MatMul", "a.input/DequantizeLinear")
+
+
 def test_a_line_of_another_form_is_an_error_and_not_left_out():
     with pytest.raises(BadArtifactError, match="does not know"):
         parse_listing([GEMM.replace("TacticName", "Tactic")])
