@@ -63,6 +63,7 @@ GOOD: Final[dict[str, Callable[[], ir.Model]]] = {
     "fp8": lambda: mlp("fp8", "fp8"),
     "int8-fp32": lambda: mlp("int8", "int8", np.float32),
     "int4": lambda: mlp("int4", None),
+    "int4-wide": lambda: mlp("int4", None, hidden=512),
     "int8-weights": lambda: mlp("int8", None),
     "fp8-weights": lambda: mlp("fp8", None),
     "int8-gemm": lambda: gemm("int8"),
@@ -348,7 +349,7 @@ BROKEN: Final = (
     Case("cast-fp8", "fp8", _cast_activation(17), "has datatype FP8 but is not produced by", node="chain_1"),
     Case("cast-int8", "int8", _cast_activation(3), runs_in(up="fp16"), node="chain_1"),
     Case("fp8-convolution", "fp8-convolution",
-         both(store("up_w", lambda a: np.tile(a, (1, 1, 2, 2))), set_attributes("up", kernel_shape=[8, 8])),
+         both(store("up_w", lambda a: np.resize(a, (64, 16, 5, 7))), set_attributes("up", kernel_shape=[5, 7])),
          runs_in(up="fp16"), node="up"),
     Case("moved-quantizers", "int8-attention", drop("q_clip"), runs_in(qkv="int8xfp16", qk="int8*"), node="qkv"),
     Case("moved-quantizers", "fp8-attention", drop("q_clip"), runs_in(qkv="fp8xfp16", qk="fp8*"), node="qkv"),
@@ -395,9 +396,14 @@ HARMLESS: Final[dict[str, tuple[str, Edit, Seen]]] = {
     "blocks along outputs": (
         "int4", both(set_attributes("up_w_dq", axis=1), store("up_w_s", small((128, 8)))), runs_in(up="fp16xint4")
     ),
-    "blocks of 128": (
-        "int4", both(set_attributes("down_w_dq", block_size=128), store("down_w_s", small((2, 128)))),
+    "two blocks of 256": (
+        "int4-wide", both(set_attributes("down_w_dq", block_size=256), store("down_w_s", small((2, 128)))),
         runs_in(down="fp16xint4"),
+    ),
+    "a filter of 32 places": (
+        "fp8-convolution",
+        both(store("up_w", lambda a: np.resize(a, (64, 16, 4, 8))), set_attributes("up", kernel_shape=[4, 8])),
+        runs_in(up="fp8"),
     ),
     "one block of 128 beside an activation": (
         "fp8", both(set_attributes("up_w_dq", axis=0, block_size=128), store("up_w_s", small((1, 256)))),

@@ -100,17 +100,18 @@ class SmallGraph:
         return ir.Model(self.graph, ir_version=10, producer_name="small_graphs")
 
 
-def mlp(weights: str, activations: str | None, base: Any = np.float16) -> ir.Model:
-    """Products `up` (128 to 256) and `down` (256 to 128), a Relu between; quantizers `up_x`, `down_x`.
+def mlp(weights: str, activations: str | None, base: Any = np.float16, hidden: int = 2 * WIDTH) -> ir.Model:
+    """Products `up` (128 to hidden) and `down` (hidden to 128), a Relu between; quantizers `up_x`, `down_x`.
 
     Args:
         weights: int8, fp8 or int4.
         activations: int8 or fp8; None leaves them float.
         base: type of what is not quantized.
+        hidden: channels between.
     """
     g = SmallGraph(base)
     value = g.input("x", (TOKENS, WIDTH))
-    for name, rows, columns in (("up", WIDTH, 2 * WIDTH), ("down", 2 * WIDTH, WIDTH)):
+    for name, rows, columns in (("up", WIDTH, hidden), ("down", hidden, WIDTH)):
         value = g.quantized(value, activations, f"{name}_x") if activations else value
         value = g.linear(value, weights, rows, columns, name)
         value = g.node("Relu", [value], "relu") if name == "up" else value

@@ -35,7 +35,7 @@ def lint_machines(view: View, capabilities: Sequence[str]) -> Iterator[Finding]:
         older = [text for text in capabilities if _version(text) < first]
         if where is not None and older:
             yield finding(rule, where, f"{dtype.name}, which {', '.join(older)} does not have")
-    opset = view.model.opset_imports.get("", 0)
+    opset = view.model.opset_imports.get("", view.model.opset_imports.get("ai.onnx", 0))
     needed = max((_OPSETS.get(dtype, 0) for dtype in held), default=0)
     if any(node.attributes.get_int("block_size", 0) for node in view.nodes(QUANTIZE, DEQUANTIZE)):
         needed = max(needed, 21)

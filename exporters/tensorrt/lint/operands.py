@@ -10,7 +10,7 @@ import onnx_ir as ir
 from exporters.findings import Finding
 from exporters.tensorrt.lint.rules import finding, label
 from exporters.tensorrt.lint.types import code_type, element_types
-from exporters.tensorrt.lint.view import QUANTIZE, Operand, Product, View, constant
+from exporters.tensorrt.lint.view import QUANTIZE, Operand, Product, View, constant, fixed
 
 __all__ = ["lint_operands"]
 
@@ -97,7 +97,7 @@ def _quantizers(view: View) -> Iterator[Finding]:
         if constant(node.inputs[0]) is not None:
             yield finding("float-weight", node, "quantizes a stored float tensor: the builder rounds it, not you")
             continue
-        if constant(node.inputs[1]) is None and node in readers:
+        if not fixed(node.inputs[1]) and node in readers:
             yield finding("dynamic-scale", node, "its scale is computed while the engine runs")
         if code_type(node) == ir.DataType.INT4 and node in readers:
             yield finding("int4-activation", node, "gives INT4, which no kernel is known to multiply")

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["CODES", "DEQUANTIZE", "PRODUCTS", "QUANTIZE", "Operand", "Product", "View", "attribute_axis", "constant"]
+__all__ = ["CODES", "DEQUANTIZE", "PRODUCTS", "QUANTIZE", "Operand", "Product", "View", "attribute_axis", "constant", "fixed"]
 
 QUANTIZE: Final = "QuantizeLinear"
 DEQUANTIZE: Final = "DequantizeLinear"
@@ -46,6 +46,13 @@ def constant(value: ir.Value | None) -> Any:
         array = constant(node.inputs[0])
         return None if array is None else array.astype(ir.DataType(node.attributes.get_int("to", 1)).numpy())
     return None
+
+
+def fixed(value: ir.Value | None) -> bool:
+    """Whether a value is stored, or dequantized from stored tensors, as scales of blocks are."""
+    node = value.producer() if value is not None else None
+    dequantized = node is not None and node.op_type == DEQUANTIZE and all(fixed(operand) for operand in node.inputs)
+    return dequantized or constant(value) is not None
 
 
 def attribute_axis(node: ir.Node, rank: int) -> int:
