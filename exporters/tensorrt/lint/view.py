@@ -14,7 +14,9 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["CODES", "DEQUANTIZE", "PRODUCTS", "QUANTIZE", "Operand", "Product", "View", "attribute_axis", "constant", "fixed"]
+__all__ = [
+    "CODES", "DEQUANTIZE", "PRODUCTS", "QUANTIZE", "Operand", "Product", "View", "attribute_axis", "constant", "fixed",
+]  # fmt: skip
 
 QUANTIZE: Final = "QuantizeLinear"
 DEQUANTIZE: Final = "DequantizeLinear"
