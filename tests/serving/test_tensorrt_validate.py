@@ -160,7 +160,7 @@ def test_a_gpu_that_the_builder_does_not_know_is_named(export, monkeypatch):
         validate_tensorrt(export)
 
 
-# What the worker calls of the runtime, by class; found in the bindings of 10.13.3 and 11.4.0, too.
+# What the worker calls of the runtime, by class; held to the bindings of TensorRT for RTX below.
 API = {
     "Runtime": ("deserialize_cuda_engine",),
     "ICudaEngine": ("create_execution_context", "get_tensor_dtype"),
