@@ -115,7 +115,7 @@ def test_every_export_holds_and_prints_the_line(tmp_path):
 
 # --- names of the API
 
-# What the worker calls, by class. Looked up in the bindings of 10.13.3 and 11.4.0, and held to those of TensorRT for RTX.
+# What the worker calls, by class. Looked up in the bindings of 10.13.3 and 11.4.0; held to TensorRT for RTX below.
 API = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
     "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
