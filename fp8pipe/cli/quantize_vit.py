@@ -24,7 +24,7 @@ NESTED = {"synthesis_steps": ("synthesis", "steps"), "distill_steps": ("distill"
 
 @click.command(name="quantize-vit")
 @click.option("--model", help="Directory, timm:NAME or sample:NAME; required, here or in --config.")
-@click.option("--bits", help="wXaY with 2 to 8 bits each, or wfp8afp8; required, here or in --config.")
+@click.option("--bits", help="wXaY with 2 to 8 bits each, wfp8afp8, or wnvfp4anvfp4; required, here or in --config.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The artifact's directory.")
 @click.option(
     "--calibration", help="synthetic, gaussian, patch-similarity, images:DIR, artifact:DIR [default: synthetic]"

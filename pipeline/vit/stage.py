@@ -30,8 +30,8 @@ from pipeline.vit.conditioning.stage import Conditioned, condition
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
 from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
-from pipeline.vit.formats import activation_bits, weight_formats
-from pipeline.vit.initialise import choose_range, choose_steps, sample_sites
+from pipeline.vit.formats import activation_bits, activation_kinds, weight_formats
+from pipeline.vit.initialise import choose_quantizer, choose_steps, sample_sites
 from pipeline.vit.rounding import compensate_model, second_moments
 from pipeline.vit.student import Student
 
@@ -126,9 +126,10 @@ def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: Vit
         structure: of it.
         pixels: normalized calibration images `(N, 3, H, W)`.
     """
-    bits, kind = activation_bits(structure, config.precision, config.edges), config.precision.kind
+    bits = activation_bits(structure, config.precision, config.edges)
+    kinds = activation_kinds(structure, config.precision)
     samples = sample_sites(vision, structure, pixels.split(_BATCH), config.seed)
-    activations = {site: choose_range(values, bits[site], kind) for site, values in samples.items()}
+    activations = {site: choose_quantizer(values, bits[site], kinds[site]) for site, values in samples.items()}
     formats = weight_formats(structure, config.precision, config.edges)
     steps = choose_steps(vision, formats)
     if config.rounding == "compensated":
