@@ -2,5 +2,6 @@
 
 from exporters.tensorrt.export import EXPORT_KIND, export_tensorrt
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions
+from exporters.tensorrt.targets import plan_targets
 
-__all__ = ["EXPORT_KIND", "Base", "Builder", "TrtExportOptions", "export_tensorrt"]
+__all__ = ["EXPORT_KIND", "Base", "Builder", "TrtExportOptions", "export_tensorrt", "plan_targets"]

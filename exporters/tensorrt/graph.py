@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from exporters.onnx.lint import lint_graph, refuse
-from exporters.onnx.passes import name_products, quantize_activations, quantize_weights, split_gemms, strip_metadata
+from exporters.onnx.passes import (
+    Change,
+    name_products,
+    quantize_activations,
+    quantize_weights,
+    split_gemms,
+    strip_metadata,
+)
 from exporters.onnx.plain import export_plain
 from exporters.onnx.produce import QuantizedGraph, float_model
 from exporters.tensorrt.barrier import hold_queries
 from exporters.tensorrt.formats import TrtFormat
+from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
 from exporters.tensorrt.patches import unfold_patches
-from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer
+from fp8pipe.vision.quantized import QuantizedVit, of_type
+from fp8pipe.vision.quantizers import ActivationQuantizer, WeightCodes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["INT4_BLOCK", "typed_graph"]
 
@@ -40,10 +55,24 @@ def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> Quan
     changes = [
         split,
         unfolded,
-        quantize_weights(plain, quantized.weights, int4=format is TrtFormat.INT4_WEIGHT_ONLY, block=INT4_BLOCK),
-        quantize_activations(plain, quantized.structure, quantized.activations, share=True),
+        *_raised(plain.model, quantized),
+        quantize_weights(
+            plain, of_type(quantized.weights, WeightCodes), int4=format is TrtFormat.INT4_WEIGHT_ONLY, block=INT4_BLOCK
+        ),
+        quantize_block_weights(plain, of_type(quantized.weights, BlockCodes)),
+        quantize_activations(
+            plain, quantized.structure, of_type(quantized.activations, ActivationQuantizer), share=True
+        ),
+        quantize_block_activations(plain, quantized.structure, of_type(quantized.activations, BlockQuantizer)),
         name_products(plain),
         strip_metadata(plain.model),
         hold_queries(plain.model),
     ]
     return QuantizedGraph(plain.model, float_bytes, tuple(changes))
+
+
+def _raised(model: ir.Model, quantized: QuantizedVit) -> list[Change]:
+    """A newer opset, only where NVFP4 needs it."""
+    if not of_type(quantized.weights, BlockCodes):
+        return []
+    return [raise_opset(model, activations=bool(of_type(quantized.activations, BlockQuantizer)))]

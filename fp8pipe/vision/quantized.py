@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import torch
 from pydantic import Field
@@ -32,11 +32,12 @@ from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes
 from fp8pipe.vision.sources import WEIGHTS_FILE
 from fp8pipe.vision.structure import VitStructure, read_structure
 
-__all__ = ["QUANTIZERS_FILE", "Codes", "QuantizedVit", "Quantizer", "load_quantized", "save_quantized"]
+__all__ = ["QUANTIZERS_FILE", "Codes", "QuantizedVit", "Quantizer", "load_quantized", "of_type", "save_quantized"]
 
 QUANTIZERS_FILE: Final = "quantizers.json"
 _SCALE, _TENSOR_SCALE = "_scale", "_tensor_scale"
 _MATRIX: Final = 2  # axes
+T = TypeVar("T")
 Codes = WeightCodes | BlockCodes
 Quantizer = ActivationQuantizer | BlockQuantizer
 
@@ -145,6 +146,11 @@ class QuantizedVit(nn.Module):
         return self._note(name, "output", output)
 
 
+def of_type(parts: Mapping[str, Any], kind: type[T]) -> dict[str, T]:
+    """Those of a model's weights or activations that are of one class."""
+    return {name: part for name, part in parts.items() if isinstance(part, kind)}
+
+
 def activation_sites(structure: VitStructure) -> tuple[str, ...]:
     """The names of all activation sites: inputs of linears (once for those that share one), then attentions."""
     inputs = dict.fromkeys(f"{site.input_group}.input" for site in structure.linears)
@@ -189,14 +195,10 @@ def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
     write_model_file(quantized.preprocessing, folder / PREPROCESSING_FILE)
     entries = {
         site: _ActivationEntry(scale=q.scale, low=q.low, high=q.high, kind=q.kind)
-        for site, q in quantized.activations.items()
-        if isinstance(q, ActivationQuantizer)
+        for site, q in of_type(quantized.activations, ActivationQuantizer).items()
     }
-    blocks = {
-        site: _BlockEntry(tensor_scale=q.tensor_scale)
-        for site, q in quantized.activations.items()
-        if isinstance(q, BlockQuantizer)
-    }
+    dynamic = of_type(quantized.activations, BlockQuantizer)
+    blocks = {site: _BlockEntry(tensor_scale=q.tensor_scale) for site, q in dynamic.items()}
     weights = {name: _WeightEntry(bits=w.bits, kind=w.kind) for name, w in quantized.weights.items()}
     described = _Quantizers(weights=weights, activations=entries, block_activations=blocks)
     write_model_file(described, folder / QUANTIZERS_FILE)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "Kind",
     "Precision",
     "WeightCodes",
+    "granularity",
     "storable_scale",
     "weight_limits",
 ]
@@ -55,6 +56,11 @@ class Kind(StrEnum):
     INT = "int"
     E4M3 = "e4m3"
     NVFP4 = "nvfp4"
+
+
+def granularity(kind: Kind) -> Literal["per-channel", "per-block"]:
+    """What shares a weight's scale, as manifests call it."""
+    return "per-block" if kind is Kind.NVFP4 else "per-channel"
 
 
 @dataclass(frozen=True, slots=True)

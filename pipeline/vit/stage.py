@@ -22,7 +22,7 @@ from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, Number
 from fp8pipe.progress import track
 from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.quantized import QuantizedVit, save_quantized
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.vision.quantizers import Kind, granularity
 from fp8pipe.vision.sources import VisionModel, load_vision_model
 from fp8pipe.vision.structure import VitStructure, read_structure
 from pipeline.training.checkpoint import CheckpointStore
@@ -168,7 +168,9 @@ def _finish(
         config=config.model_dump(mode="json"),
         seed=config.seed,
         parents=[Parent(kind="model", digest=vision.digest.removeprefix("sha256:"), path=vision.origin)],
-        number_format=NumberFormat(name=str(config.precision), granularity="per-channel"),
+        number_format=NumberFormat(
+            name=str(config.precision), granularity=granularity(config.precision.kind)
+        ),
         preprocessing=vision.preprocessing.model_dump(mode="json"),
         runtime={"device": "cpu", "threads": torch.get_num_threads()},
         layers=[
