@@ -4,7 +4,8 @@ The evaluator runs the written nodes one by one. TensorRT's own operator is writ
 documentation, in numpy with the casts of ml_dtypes: the scale of a block is E4M3(amax / 6 / tensor_scale), a code
 E2M1(x / (block_scale * tensor_scale)), both to nearest, ties to even, saturating. Codes must be equal. Outputs are
 compared with the exact result of the codes: products of NVFP4 numbers are exact in fp32, and sums of so few bits stay
-within 1e-6 of the layer's largest output.
+within 1e-6 of the layer's largest output. Beside float activations every term is rounded, and 1e-5 is allowed, as for
+other float sums.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from exporters.onnx.blocks import DOMAIN, DYNAMIC_QUANTIZE
 from exporters.onnx.cut import cut_layers, input_name
 from exporters.onnx.layers import ExportedLayer, Operand
-from exporters.onnx.parity import LayerParity, exact_outputs, inputs_of, layer_error, outputs_of
+from exporters.onnx.parity import FLOAT_TOLERANCE, LayerParity, exact_outputs, inputs_of, layer_error, outputs_of
 from fp8pipe.artifact import Gate
 from fp8pipe.vision.nvfp4 import BLOCK, BlockQuantizer
 from fp8pipe.vision.quantized import QuantizedVit
@@ -94,6 +95,7 @@ def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
             detail=f"of {codes} in {len(report)} layers, each fed the same input",
         )
     ]  # fmt: skip
+    tolerance = BLOCK_TOLERANCE if all(layer.codes for layer in report) else FLOAT_TOLERANCE
     for name, errors in (
         ("NVFP4 layer error", {layer.layer: layer.error for layer in report}),
         ("NVFP4 layer error in torch", {layer.layer: layer.torch_error or 0.0 for layer in report}),
@@ -102,7 +104,7 @@ def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
         value, detail = errors[worst], "against the exact result of the codes, over the layer's largest output"
         gates.append(
             Gate(
-                name=name, value=value, threshold=BLOCK_TOLERANCE, passed=value <= BLOCK_TOLERANCE,
+                name=name, value=value, threshold=tolerance, passed=value <= tolerance,
                 detail=f"{detail}; the worst: {worst}",
             )
         )  # fmt: skip
