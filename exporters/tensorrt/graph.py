@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from exporters.onnx.lint import lint_graph, refuse
 from exporters.onnx.passes import (
     Change,
@@ -13,18 +11,16 @@ from exporters.onnx.passes import (
     split_gemms,
     strip_metadata,
 )
-from exporters.onnx.plain import export_plain
+from exporters.onnx.plain import PlainGraph, export_plain
 from exporters.onnx.produce import QuantizedGraph, float_model
 from exporters.tensorrt.barrier import hold_queries
+from exporters.tensorrt.flatten import flatten_products
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
 from exporters.tensorrt.patches import unfold_patches
 from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer
 from fp8pipe.vision.quantized import QuantizedVit, of_type
 from fp8pipe.vision.quantizers import ActivationQuantizer, WeightCodes
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 __all__ = ["INT4_BLOCK", "typed_graph"]
 
@@ -55,7 +51,7 @@ def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> Quan
     changes = [
         split,
         unfolded,
-        *_raised(plain.model, quantized),
+        *_prepared(plain, quantized),
         quantize_weights(
             plain, of_type(quantized.weights, WeightCodes), int4=format is TrtFormat.INT4_WEIGHT_ONLY, block=INT4_BLOCK
         ),
@@ -71,8 +67,10 @@ def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> Quan
     return QuantizedGraph(plain.model, float_bytes, tuple(changes))
 
 
-def _raised(model: ir.Model, quantized: QuantizedVit) -> list[Change]:
-    """A newer opset, only where NVFP4 needs it."""
+def _prepared(plain: PlainGraph, quantized: QuantizedVit) -> list[Change]:
+    """What NVFP4 alone needs: a newer opset, and at most three axes where activations are rounded in blocks."""
     if not of_type(quantized.weights, BlockCodes):
         return []
-    return [raise_opset(model, activations=bool(of_type(quantized.activations, BlockQuantizer)))]
+    sites = of_type(quantized.activations, BlockQuantizer)
+    rounded = [site.name for site in quantized.structure.linears if f"{site.input_group}.input" in sites]
+    return [raise_opset(plain.model, activations=bool(sites)), flatten_products(plain, rounded)]

@@ -95,5 +95,6 @@ def finished_text(artifact: Artifact) -> str:
         verdict = "ok" if gate.passed else "FAILED"
         lines.append(f"  {gate.name}: {gate.value:g} ({gate.threshold:g}) {verdict}")
     lines += [f"  warning: {warning}" for warning in manifest.warnings]
-    lines.append(f"  next: fp8pipe export {artifact.root} --target onnx --output {artifact.root}-onnx")
+    target = "trt" if manifest.extra["precision"] == "wnvfp4anvfp4" else "onnx"  # no other engine runs NVFP4
+    lines.append(f"  next: fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}")
     return "\n".join(lines)

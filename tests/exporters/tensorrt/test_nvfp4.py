@@ -139,7 +139,7 @@ def test_the_operator_is_what_its_documentation_says():
 
 
 @pytest.mark.parametrize("format", [TrtFormat.NVFP4, TrtFormat.NVFP4_WEIGHT_ONLY])
-@pytest.mark.parametrize("name", [NAME, "hf-swin", "hf-clip-backbone"])
+@pytest.mark.parametrize("name", [NAME, "timm-swin", "hf-clip-backbone"])
 def test_layers_in_the_reference_evaluator_are_those_of_torch(name, format):
     quantized = in_format(quantized_family(name, kind=Kind.NVFP4), format)
     model = typed_graph(quantized, format, "test").model
