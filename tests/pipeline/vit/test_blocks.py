@@ -6,13 +6,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from vit_families import family, random_pixels, vision_family
 
+from fp8pipe.artifact import open_artifact
+from fp8pipe.cli import main
 from fp8pipe.config import build_config
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.vision.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
 from fp8pipe.vision.quantized import load_quantized, of_type, save_quantized
 from fp8pipe.vision.quantizers import Kind, Precision
+from fp8pipe.vision.sources import save_vision_model
 from fp8pipe.vision.structure import VitStructure, read_structure
 from pipeline.vit.blocks import fake_blocks
 from pipeline.vit.config import QuantizeVitConfig
@@ -123,6 +127,21 @@ def test_what_is_deployed_and_read_again_is_what_was_trained(name, tmp_path):
     # Training moves codes; the scales stay.
     assert any(not torch.equal(weights[n].codes, before.weights[n].codes) for n in weights)
     assert all(torch.equal(weights[n].scale, before.weights[n].scale) for n in weights)
+
+
+def test_the_command_makes_an_artifact_that_rebuilds_in_a_fresh_process(tmp_path):
+    save_vision_model(vision_family(family("timm-vit")), tmp_path / "model")
+    command = ["quantize-vit", "--model", str(tmp_path / "model"), "--bits", "wnvfp4anvfp4"]
+    command += ["--calibration", "gaussian", "--images", "8", "--distill-steps", "2", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert "--target trt" in done.output
+    manifest = open_artifact(tmp_path / "out", kind="vit").manifest
+    gates = {gate.name: gate.value for gate in manifest.gates}
+    assert gates["logits differing after a fresh process"] == 0
+    assert gates["weights with too many codes"] == 0
+    assert (manifest.number_format.name, manifest.number_format.granularity) == ("wnvfp4anvfp4", "per-block")
+    assert {layer.reason for layer in manifest.layers} == {"4-bit nvfp4 weights", "8-bit e4m3 weights"}
 
 
 def test_ends_in_four_bits_are_refused():
