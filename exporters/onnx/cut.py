@@ -60,7 +60,7 @@ def _cut(
         [_float(name, ranks[name]) for name in inputs.values()], [_float(name, None) for name in results],
         initializer=[ir.to_proto(tensor.const_value) for tensor in tensors if tensor.const_value is not None],
     )  # fmt: skip
-    opset = [onnx.helper.make_opsetid("", int(model.opset_imports[""]))]
+    opset = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     return onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version).SerializeToString()
 
 

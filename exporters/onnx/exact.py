@@ -32,7 +32,8 @@ from exporters.onnx.reopen import operand_at_sites
 from exporters.onnx.runtime import open_session, run
 from fp8pipe.artifact import Gate
 from fp8pipe.vision.exact import ExactVit, double_model
-from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.vision.quantized import QuantizedVit, of_type
+from fp8pipe.vision.quantizers import ActivationQuantizer, WeightCodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -62,8 +63,10 @@ def exact_graph(quantized: QuantizedVit, source: str) -> tuple[ir.Model, tuple[C
     changes = [
         split,
         unfolded,
-        quantize_weights(plain, quantized.weights, zero_points=True),
-        quantize_activations(plain, quantized.structure, quantized.activations, share=False),
+        quantize_weights(plain, of_type(quantized.weights, WeightCodes), zero_points=True),
+        quantize_activations(
+            plain, quantized.structure, of_type(quantized.activations, ActivationQuantizer), share=False
+        ),
         name_products(plain),
         make_islands(plain),
         expand_gelus(plain.model),

@@ -71,8 +71,13 @@ class OnnxPlan:
     precision: str
 
 
-def plan_export(source: Path, options: OnnxExportOptions) -> OnnxPlan:
+def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = True) -> OnnxPlan:
     """Read and lint the artifact, and say what an export would hold. Writes nothing.
+
+    Args:
+        source: directory of an artifact of kind `vit`.
+        options: of the export.
+        runtime: whether ONNX Runtime shall run it.
 
     Raises:
         BadArtifactError: no such artifact, or a damaged one.
@@ -80,7 +85,7 @@ def plan_export(source: Path, options: OnnxExportOptions) -> OnnxPlan:
     """
     artifact = open_artifact(source, kind=SOURCE_KIND)
     quantized = load_quantized(artifact.root)
-    refuse(lint_model(quantized, options.format), str(source))
+    refuse(lint_model(quantized, options.format, runtime=runtime), str(source))
     return _plan(quantized, options.format)
 
 
@@ -183,9 +188,8 @@ def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, i
 
 def _plan(quantized: QuantizedVit, format: OnnxFormat) -> OnnxPlan:
     int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
-    codes = sum(
-        (w.codes.numel() + 1) // 2 if int4 and fits_int4(w) else w.codes.numel() for w in quantized.weights.values()
-    )
+    halves = {n for n, w in quantized.weights.items() if w.kind is Kind.NVFP4 or (int4 and fits_int4(w))}
+    codes = sum((w.codes.numel() + 1) // 2 if n in halves else w.codes.numel() for n, w in quantized.weights.items())
     quantized_names = {f"{name}.weight" for name in quantized.weights}
     floats = sum(4 * t.numel() for name, t in quantized.model.state_dict().items() if name not in quantized_names)
     scales = sum(4 * w.scale.numel() for w in quantized.weights.values())

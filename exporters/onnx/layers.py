@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.onnx.blocks import is_block_operand, read_block_quantizer, read_block_weight
 from exporters.onnx.plain import ProductKind
 from fp8pipe.errors import BadArtifactError
 from fp8pipe.grids import E4M3
+from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer
 from fp8pipe.vision.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind
 
 if TYPE_CHECKING:
@@ -56,16 +58,24 @@ class Operand:
     Attributes:
         source: the float value before anything of the quantizer; none for a stored weight.
         quantizer: None where the operand stays float.
-        codes: the value of QuantizeLinear; none where there is none.
+        codes: the value of the quantizing node; none where there is none.
         weight: the stored weight; none for an activation.
         exact_limits: whether Clip's bounds are exactly the values of the smallest and largest code.
     """
 
     source: ir.Value | None = None
-    quantizer: ActivationQuantizer | None = None
+    quantizer: ActivationQuantizer | BlockQuantizer | None = None
     codes: ir.Value | None = None
-    weight: StoredWeight | None = None
+    weight: StoredWeight | BlockCodes | None = None
     exact_limits: bool = True
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The family of the codes that are multiplied; empty where the operand is float."""
+        if isinstance(self.weight, StoredWeight):
+            return frozenset((Kind.INT if self.weight.codes.dtype == torch.int8 else Kind.E4M3,))
+        coded = self.weight or self.quantizer
+        return frozenset() if coded is None else frozenset((coded.kind,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +109,11 @@ class ExportedLayer:
         left, right = self.operands
         right_int = right.weight.codes.dtype == torch.int8 if right.weight else _is_int(right.quantizer)
         return _is_int(left.quantizer) and right_int and self.kind is not ProductKind.PATCH
+
+    @property
+    def blocks(self) -> bool:
+        """Whether a side is NVFP4."""
+        return any(Kind.NVFP4 in operand.kinds for operand in self.operands)
 
 
 def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
@@ -139,6 +154,11 @@ def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
     codes, scale = dequantize.inputs[0], dequantize.inputs[1]
     assert codes is not None
     _refuse_zero_point(dequantize)
+    if is_block_operand(dequantize):
+        if codes.const_value is not None:
+            return Operand(weight=read_block_weight(dequantize))
+        value, blocks, codes = read_block_quantizer(dequantize)
+        return Operand(source=value, quantizer=blocks, codes=codes)
     if codes.const_value is not None:
         return Operand(weight=_weight(dequantize, codes, scale, kind))
     quantize = codes.producer()
@@ -226,7 +246,7 @@ def _stored(value: ir.Value | None) -> Any:
     return None if value is None or value.const_value is None else np.array(value.const_value.numpy())
 
 
-def _is_int(quantizer: ActivationQuantizer | None) -> bool:
+def _is_int(quantizer: ActivationQuantizer | BlockQuantizer | None) -> bool:
     return quantizer is not None and quantizer.kind is Kind.INT
 
 

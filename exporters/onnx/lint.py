@@ -15,17 +15,25 @@ from exporters.onnx.options import OnnxFormat
 from exporters.onnx.passes.weights import fits_int4
 from exporters.onnx.plain import PlainGraph, owner
 from fp8pipe.vision.exact import inexact_sites
-from fp8pipe.vision.quantized import QuantizedVit
-from fp8pipe.vision.quantizers import Kind, WeightCodes, weight_limits
+from fp8pipe.vision.nvfp4 import BlockCodes
+from fp8pipe.vision.quantized import Codes, QuantizedVit
+from fp8pipe.vision.quantizers import Kind, weight_limits
 
 __all__ = ["lint_graph", "lint_model", "refuse"]
 
 # A protobuf file cannot be larger.
 _LARGEST_FILE_BYTES = 2**31 - 1
+_LARGEST_NIBBLE = 15
 
 
-def lint_model(quantized: QuantizedVit, format: OnnxFormat) -> list[Finding]:
-    """Findings on the artifact's values, and on whether the format can hold them."""
+def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = True) -> list[Finding]:
+    """Findings on the artifact's values, and on whether the format can hold them.
+
+    Args:
+        quantized: the artifact's model.
+        format: of the export.
+        runtime: whether ONNX Runtime shall run it; it has no four-bit floats.
+    """
     findings = []
     if not quantized.weights:
         findings.append(
@@ -33,6 +41,8 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat) -> list[Finding]:
         )
     for name, weight in quantized.weights.items():
         findings += _values(name, weight)
+    if runtime and any(weight.kind is Kind.NVFP4 for weight in quantized.weights.values()):
+        findings.append(Finding("no-fp4", "weights", "ONNX Runtime has no kernels for NVFP4", "export to --target trt"))
     if format is OnnxFormat.INT4_WEIGHT_ONLY and not any(map(fits_int4, quantized.weights.values())):
         findings.append(
             Finding("int4-width", "weights", "none has codes of 4 bits", "use --format qdq for this artifact")
@@ -77,10 +87,14 @@ def refuse(findings: Iterable[Finding], source: str) -> None:
         raise LintFindingsError(found, source)
 
 
-def _values(name: str, weight: WeightCodes) -> list[Finding]:
+def _values(name: str, weight: Codes) -> list[Finding]:
     findings = []
     if not bool((torch.isfinite(weight.scale) & (weight.scale > 0)).all()):
         findings.append(Finding("scale", name, "a scale is not a positive number", "quantize the model again"))
+    if isinstance(weight, BlockCodes):
+        beyond = int((weight.codes > _LARGEST_NIBBLE).sum())
+        why = f"{beyond} codes have more than 4 bits"
+        return [*findings, Finding("code-range", name, why, "quantize the model again")] if beyond else findings
     if weight.kind is Kind.E4M3:
         nan = int(torch.isnan(weight.codes.float()).sum())
         if nan:

@@ -23,6 +23,7 @@ from exporters.onnx.layers import ExportedLayer, Operand
 from exporters.onnx.plain import ProductKind
 from exporters.onnx.runtime import open_session, run
 from fp8pipe.config import FrozenConfig
+from fp8pipe.vision.nvfp4 import BlockQuantizer
 from fp8pipe.vision.quantized import QuantizedVit
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "compare_layers",
     "exact_outputs",
     "inputs_of",
+    "layer_error",
     "outputs_of",
 ]
 
@@ -124,8 +126,8 @@ def compare_layers(
         report.append(
             LayerParity(
                 layer=layer.label, codes=compared, differing_codes=differing, integer=layer.integer,
-                error=_error(torch.from_numpy(outputs[str(layer.output.name)]), expected),
-                torch_error=None if torch_outputs is None else _error(torch_outputs[layer.label], expected),
+                error=layer_error(torch.from_numpy(outputs[str(layer.output.name)]), expected),
+                torch_error=None if torch_outputs is None else layer_error(torch_outputs[layer.label], expected),
             )
         )  # fmt: skip
     return report
@@ -156,15 +158,18 @@ def _exact(layer: ExportedLayer, inputs: Mapping[str, Any]) -> Tensor:
 def _value(operand: Operand, inputs: Mapping[str, Any]) -> Tensor:
     """One side of a product, float64, on its grid."""
     if operand.weight is not None:
-        return operand.weight.dequantize()
+        return operand.weight.dequantize().double()
     assert operand.source is not None
     x = torch.from_numpy(inputs[input_name(operand.source)])
     if operand.quantizer is None:
         return x.double()
+    if isinstance(operand.quantizer, BlockQuantizer):
+        return operand.quantizer.fake(x).double()  # exact already
     return operand.quantizer.codes(x).float().double() * operand.quantizer.scale
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
+def layer_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, over the largest expected number; NaN where the sizes differ."""
     if found.numel() != expected.numel():
         return float("nan")
     difference = (found.double().reshape(expected.shape) - expected.double()).abs().max()

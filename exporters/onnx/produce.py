@@ -21,8 +21,8 @@ from exporters.onnx.passes import (
 )
 from exporters.onnx.plain import PlainGraph, export_plain
 from fp8pipe.vision.architecture import build
-from fp8pipe.vision.quantized import QuantizedVit
-from fp8pipe.vision.quantizers import Kind, WeightCodes
+from fp8pipe.vision.quantized import Codes, QuantizedVit, of_type
+from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,7 +65,7 @@ def unquantized(quantized: QuantizedVit) -> QuantizedVit:
     return _with(quantized, {})
 
 
-def _with(quantized: QuantizedVit, weights: Mapping[str, WeightCodes]) -> QuantizedVit:
+def _with(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit:
     # From a fresh model: `quantized.model` carries the hooks that quantize its activations.
     return QuantizedVit(
         float_model(quantized), quantized.architecture, quantized.preprocessing, quantized.structure, weights, {}
@@ -95,7 +95,8 @@ def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> 
     float_bytes = ir.to_proto(plain.model).SerializeToString()
     plain, split = split_gemms(plain)
     int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
-    changes = [split, quantize_weights(plain, quantized.weights, int4=int4, zero_points=True)]
+    weights = of_type(quantized.weights, WeightCodes)
+    changes = [split, quantize_weights(plain, weights, int4=int4, zero_points=True)]
     if format is OnnxFormat.QDQ:
         changes.append(_activations(plain, quantized))
     changes += [name_products(plain), strip_metadata(plain.model)]
@@ -104,5 +105,6 @@ def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> 
 
 def _activations(plain: PlainGraph, quantized: QuantizedVit) -> Change:
     """Integer codes: one pair a reader, which ONNX Runtime needs; FP8, which it runs in float: shared pairs."""
-    integer = any(q.kind is Kind.INT for q in quantized.activations.values())
-    return quantize_activations(plain, quantized.structure, quantized.activations, share=not integer)
+    activations = of_type(quantized.activations, ActivationQuantizer)
+    integer = any(q.kind is Kind.INT for q in activations.values())
+    return quantize_activations(plain, quantized.structure, activations, share=not integer)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.onnx.layers import ExportedLayer, Operand
+from exporters.onnx.layers import ExportedLayer, Operand, StoredWeight
 from exporters.onnx.options import OnnxFormat
 from exporters.onnx.plain import ProductKind
 from fp8pipe.artifact import Gate
-from fp8pipe.vision.quantized import QuantizedVit
-from fp8pipe.vision.quantizers import ActivationQuantizer
+from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer
+from fp8pipe.vision.quantized import Codes, QuantizedVit, Quantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,8 +59,15 @@ def _weights(layers: Mapping[str, ExportedLayer], quantized: QuantizedVit) -> tu
             continue
         theirs, ours = (c.flatten(1).contiguous().view(torch.uint8) for c in (stored.codes, weight.codes))
         codes += int((theirs != ours).sum())
-        scales += int((stored.scale.view(torch.int32) != weight.scale.contiguous().view(torch.int32)).sum())
+        scales += _differing_scales(stored, weight)
     return codes, scales
+
+
+def _differing_scales(stored: StoredWeight | BlockCodes, weight: Codes) -> int:
+    if isinstance(stored, BlockCodes) and isinstance(weight, BlockCodes):
+        blocks = (scales.block.contiguous().view(torch.uint8) for scales in (stored.scales, weight.scales))
+        return int((next(blocks) != next(blocks)).sum()) + int(stored.scales.tensor != weight.scales.tensor)
+    return int((stored.scale.view(torch.int32) != weight.scale.contiguous().view(torch.int32)).sum())
 
 
 def _sides(codes: Tensor) -> torch.Size:
@@ -80,9 +87,11 @@ def _quantizers(layers: Sequence[ExportedLayer], quantized: QuantizedVit, format
     return len(wrong), f"of {seen} operands{'; the first: ' + wrong[0] if wrong else ''}"
 
 
-def _same(found: ActivationQuantizer | None, expected: ActivationQuantizer | None) -> bool:
+def _same(found: Quantizer | None, expected: Quantizer | None) -> bool:
     if found is None or expected is None:
         return found is expected
+    if isinstance(found, BlockQuantizer) or isinstance(expected, BlockQuantizer):
+        return found == expected
     codes = (found.low, found.high) == (expected.low, expected.high) or found.kind.value == "e4m3"
     return codes and (found.scale, found.kind) == (expected.scale, expected.kind)
 

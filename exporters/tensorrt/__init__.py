@@ -3,6 +3,7 @@
 from exporters.tensorrt.engine_cache import EngineSource, ReadyEngine, ready_engine
 from exporters.tensorrt.export import EXPORT_KIND, export_tensorrt
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions
+from exporters.tensorrt.targets import plan_targets
 
 __all__ = [
     "EXPORT_KIND",
@@ -12,5 +13,6 @@ __all__ = [
     "ReadyEngine",
     "TrtExportOptions",
     "export_tensorrt",
+    "plan_targets",
     "ready_engine",
 ]

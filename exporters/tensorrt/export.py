@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,9 +15,10 @@ from exporters.onnx.layers import ExportedLayer, read_layers
 from exporters.onnx.lint import lint_model, refuse
 from exporters.onnx.options import OnnxFormat
 from exporters.onnx.packages import import_onnx_package
-from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
+from exporters.onnx.plain import INPUT_NAME, OUTPUT_NAME
 from exporters.onnx.produce import QuantizedGraph
 from exporters.onnx.reopen import reopen_gates
+from exporters.tensorrt.block_parity import block_gates, block_parity
 from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise
 from exporters.tensorrt.formats import TrtFormat, choose_format, in_format
 from exporters.tensorrt.graph import typed_graph
@@ -26,10 +28,11 @@ from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions
 from exporters.tensorrt.pack import pack_engine
 from exporters.tensorrt.parity import parity_gates, typed_parity
-from exporters.tensorrt.precision import PrecisionReport, read_precision
+from exporters.tensorrt.precision import PrecisionReport, artifact_precisions, read_precision
 from exporters.tensorrt.recipe import EngineRecipe
 from exporters.tensorrt.rtx import SETTINGS, Shapes, build_rtx
 from exporters.tensorrt.size import ideal_bytes, measure_engine, size_gate
+from exporters.tensorrt.targets import with_targets
 from exporters.tensorrt.trtexec import trtexec_command
 from exporters.vision import require_gates, write_description
 from fp8pipe.artifact import (
@@ -45,6 +48,7 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.progress import track
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.vision.quantizers import granularity
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,7 +81,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
         The committed export, kind `trt-export`, with every gate in its manifest.
 
     Raises:
-        ConfigurationError: unusable output, or a model that cannot be traced.
+        ConfigurationError: unusable output, a compute capability without the format, or a model that cannot be traced.
         BadArtifactError: an unfinished, damaged or other artifact.
         LintFindingsError: findings on values or on the graph, before a builder is called; not committed.
         MissingCapabilityError: a package is missing.
@@ -87,12 +91,13 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
     machine = check_enterprise() if options.builder is Builder.ENTERPRISE else None
-    engines = options.compute_capabilities if options.builder is Builder.RTX else ()
-    engines = engines if machine is None else (machine.capability,)
     artifact = open_artifact(source, kind=SOURCE_KIND)
     stored = load_quantized(artifact.root)
-    refuse(lint_model(stored, OnnxFormat.QDQ), str(source))
+    refuse(lint_model(stored, OnnxFormat.QDQ, runtime=False), str(source))
     format = choose_format(stored, options.format, str(source))
+    options = with_targets(options, format)
+    engines = options.compute_capabilities if options.builder is Builder.RTX else ()
+    engines = engines if machine is None else (machine.capability,)
     quantized = in_format(stored, format)
     images = probe_images(artifact.root, quantized.preprocessing)
     with track(2 + len(engines), "export") as progress:
@@ -109,7 +114,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
             for capability in engines:
                 report, entry = _build(writer.root, layers, quantized, options, capability, machine)
                 reports[capability] = entry
-                gates.append(_precision_gate(report, format, capability, required=options.require))
+                gates.append(_precision_gate(report, layers, format, capability, required=options.require))
                 size = measure_engine(writer.root / entry["engine"], ideal)
                 entry["size"] = size.model_dump()
                 if options.pack:
@@ -148,7 +153,9 @@ def _write(
 
     gates = reopen_gates(graph.model, layers, quantized, OnnxFormat.QDQ)
     gates.append(float_gate(graph.float_bytes, quantized, images.pixels))
-    gates += parity_gates(typed_parity(graph.model, layers, quantized, images.pixels[:_LAYER_IMAGES]))
+    pixels = images.pixels[:_LAYER_IMAGES]
+    gates += parity_gates(typed_parity(graph.model, layers, quantized, pixels))
+    gates += block_gates(block_parity(graph.model, layers, quantized, pixels))
     before = stored_arrays(graph.model)
     if options.base is Base.FP16:
         _halve(graph.model, source)
@@ -209,12 +216,17 @@ def _profiles(quantized: QuantizedVit, options: TrtExportOptions) -> dict[str, S
     return {INPUT_NAME: (low, usual, high)}
 
 
-def _precision_gate(report: PrecisionReport, format: TrtFormat, capability: str, *, required: bool) -> Gate:
+def _precision_gate(
+    report: PrecisionReport, layers: Sequence[ExportedLayer], format: TrtFormat, capability: str, *, required: bool
+) -> Gate:
     shown = ", ".join(f"{count} in {name}" for name, count in sorted(report.counts().items()))
     if format.weight_only:  # the builder is free to dequantize: codes and memory stay small, nothing is rounded anew
         value = sum(product.name in _FLOATS for product in report.products)
         return Gate(name=f"products in float for {capability}", value=value, threshold=value, passed=True, detail=shown)
-    other = report.not_in(format)
+    wanted = artifact_precisions(layers)
+    other = report.not_in(wanted)
+    if len(kinds := Counter(wanted.values())) > 1:
+        shown += f"; in the artifact {', '.join(f'{count} in {name}' for name, count in sorted(kinds.items()))}"
     return Gate(
         name=f"products not in {format} for {capability}", value=len(other), threshold=0 if required else len(other),
         passed=not other or not required, detail=shown + (f"; the first: {other[0]}" if other else ""),
@@ -235,9 +247,9 @@ def _commit(
         config=options.model_dump(mode="json"),
         seed=None,
         parents=[artifact.as_parent()],
-        number_format=NumberFormat(name="e4m3" if format is TrtFormat.FP8 else "int", granularity="per-channel"),
+        number_format=NumberFormat(name=format.kind.value, granularity=granularity(format.kind)),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
-        runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
+        runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": graph.model.opset_imports[""]},
         layers=[
             LayerRecord(name=s.name, converted=s.name in quantized.weights, reason=options.base.value, shape=s.shape)
             for s in quantized.structure.linears

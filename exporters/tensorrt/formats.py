@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 from exporters.findings import Finding
 from exporters.onnx.lint import refuse
@@ -19,18 +20,38 @@ class TrtFormat(StrEnum):
     """How products are stored and multiplied.
 
     `fp8`, `int8`: weights and activations as trained, both products of every attention too.
+    `nvfp4`: linears in NVFP4, both ends and the products of every attention in FP8, as trained.
     `int8-weight-only`, `int4-weight-only`: weights as trained, in INT8 or in INT4 blocks; activations stay float.
+    `nvfp4-weight-only`: weights as trained, in NVFP4 and, at both ends, FP8; activations stay float.
     """
 
     FP8 = "fp8"
     INT8 = "int8"
+    NVFP4 = "nvfp4"
     INT8_WEIGHT_ONLY = "int8-weight-only"
     INT4_WEIGHT_ONLY = "int4-weight-only"
+    NVFP4_WEIGHT_ONLY = "nvfp4-weight-only"
 
     @property
     def weight_only(self) -> bool:
         """Whether activations stay float."""
-        return self in (TrtFormat.INT8_WEIGHT_ONLY, TrtFormat.INT4_WEIGHT_ONLY)
+        return self in (TrtFormat.INT8_WEIGHT_ONLY, TrtFormat.INT4_WEIGHT_ONLY, TrtFormat.NVFP4_WEIGHT_ONLY)
+
+    @property
+    def kind(self) -> Kind:
+        """The family of the codes that it stores."""
+        return _KINDS.get(self, Kind.INT)
+
+
+_KINDS: Final = {
+    TrtFormat.FP8: Kind.E4M3, TrtFormat.NVFP4: Kind.NVFP4, TrtFormat.NVFP4_WEIGHT_ONLY: Kind.NVFP4,
+}  # fmt: skip
+# For messages: what codes of a family are called, the artifact's own format, and the precision that makes them.
+_OWN: Final = {
+    Kind.INT: ("integers", TrtFormat.INT8, "integer bits, for instance w8a8"),
+    Kind.E4M3: ("FP8", TrtFormat.FP8, "wfp8afp8"),
+    Kind.NVFP4: ("NVFP4", TrtFormat.NVFP4, "wnvfp4anvfp4"),
+}
 
 
 def choose_format(quantized: QuantizedVit, asked: TrtFormat | None, source: str) -> TrtFormat:
@@ -39,13 +60,15 @@ def choose_format(quantized: QuantizedVit, asked: TrtFormat | None, source: str)
     Raises:
         LintFindingsError: the artifact's codes cannot be stored in it without being rounded again.
     """
-    fp8 = any(weight.kind is Kind.E4M3 for weight in quantized.weights.values())
-    own = TrtFormat.FP8 if fp8 else TrtFormat.INT8
+    kinds = {weight.kind for weight in quantized.weights.values()}
+    # NVFP4 has FP8 beside it; no other family has any.
+    kind = next((kind for kind in (Kind.NVFP4, Kind.E4M3) if kind in kinds), Kind.INT)
+    called, own, _ = _OWN[kind]
     format = own if asked is None else asked
     findings = []
-    if fp8 != (format is TrtFormat.FP8):
-        bits = "wfp8afp8" if format is TrtFormat.FP8 else "integer bits, for instance w8a8"
-        why = f"the artifact's codes are {'FP8' if fp8 else 'integers'}; {format} would round them again"
+    if kind is not format.kind:
+        bits = _OWN[format.kind][2]
+        why = f"the artifact's codes are {called}; {format} would round them again"
         findings.append(Finding("format", "weights", why, f"export as {own}, or quantize with --bits {bits}"))
     elif format is TrtFormat.INT4_WEIGHT_ONLY and not any(map(fits_int4, quantized.weights.values())):
         findings.append(Finding("int4-width", "weights", "none has codes of 4 bits", "export as int8-weight-only"))

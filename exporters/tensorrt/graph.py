@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from exporters.onnx.lint import lint_graph, refuse
-from exporters.onnx.passes import name_products, quantize_activations, quantize_weights, split_gemms, strip_metadata
+from exporters.onnx.passes import (
+    Change,
+    name_products,
+    quantize_activations,
+    quantize_weights,
+    split_gemms,
+    strip_metadata,
+)
 from exporters.onnx.passes.patches import unfold_patches
-from exporters.onnx.plain import export_plain
+from exporters.onnx.plain import PlainGraph, export_plain
 from exporters.onnx.produce import QuantizedGraph, float_model
 from exporters.tensorrt.barrier import hold_queries
+from exporters.tensorrt.flatten import flatten_products
 from exporters.tensorrt.formats import TrtFormat
-from fp8pipe.vision.quantized import QuantizedVit
+from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
+from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer
+from fp8pipe.vision.quantized import QuantizedVit, of_type
+from fp8pipe.vision.quantizers import ActivationQuantizer, WeightCodes
 
 __all__ = ["INT4_BLOCK", "typed_graph"]
 
@@ -40,10 +51,26 @@ def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> Quan
     changes = [
         split,
         unfolded,
-        quantize_weights(plain, quantized.weights, int4=format is TrtFormat.INT4_WEIGHT_ONLY, block=INT4_BLOCK),
-        quantize_activations(plain, quantized.structure, quantized.activations, share=True),
+        *_prepared(plain, quantized),
+        quantize_weights(
+            plain, of_type(quantized.weights, WeightCodes), int4=format is TrtFormat.INT4_WEIGHT_ONLY, block=INT4_BLOCK
+        ),
+        quantize_block_weights(plain, of_type(quantized.weights, BlockCodes)),
+        quantize_activations(
+            plain, quantized.structure, of_type(quantized.activations, ActivationQuantizer), share=True
+        ),
+        quantize_block_activations(plain, quantized.structure, of_type(quantized.activations, BlockQuantizer)),
         name_products(plain),
         strip_metadata(plain.model),
         hold_queries(plain.model),
     ]
     return QuantizedGraph(plain.model, float_bytes, tuple(changes))
+
+
+def _prepared(plain: PlainGraph, quantized: QuantizedVit) -> list[Change]:
+    """What NVFP4 alone needs: a newer opset, and at most three axes where activations are rounded in blocks."""
+    if not of_type(quantized.weights, BlockCodes):
+        return []
+    sites = of_type(quantized.activations, BlockQuantizer)
+    rounded = [site.name for site in quantized.structure.linears if f"{site.input_group}.input" in sites]
+    return [raise_opset(plain.model, activations=bool(sites)), flatten_products(plain, rounded)]

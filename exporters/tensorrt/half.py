@@ -13,13 +13,14 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
+from exporters.onnx.blocks import DYNAMIC_QUANTIZE
 from exporters.onnx.passes import Change
 from exporters.onnx.passes.tensors import add_initializer
 
 __all__ = ["NotHalf", "halve"]
 
 _LARGEST: Final = float(np.finfo(np.float16).max)
-_QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear")
+_QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear", DYNAMIC_QUANTIZE)
 _MOVES: Final = ("Clip", "Reshape", "Transpose")  # operators that pixels may pass on the way to their quantizer
 _SCALE: Final = 1  # position among a quantizer's operands
 

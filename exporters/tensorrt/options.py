@@ -36,11 +36,13 @@ class TrtExportOptions(FrozenConfig):
     """Options of one export."""
 
     format: TrtFormat | None = Field(
-        None, description="fp8, int8, int8-weight-only or int4-weight-only; the artifact's own when not given"
+        None, description="fp8, int8, nvfp4, int8-, int4- or nvfp4-weight-only; the artifact's own when not given"
     )
     builder: Builder = Field(Builder.RTX, description="rtx (anywhere), enterprise (this GPU), none (graph alone)")
     base: Base = Field(Base.FP16, description="fp16 or fp32: the type of what is not quantized")
-    compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs that rtx compiles for")
+    compute_capabilities: tuple[str, ...] = Field(
+        ("8.9", "12.0"), description="GPUs that rtx compiles for; when not given, 12.0 alone for NVFP4"
+    )
     batch: tuple[int, int, int] = Field((1, 8, 32), description="smallest, usual and largest batch")
     require: bool = Field(True, description="refuse engines with a product in another precision (true or false)")
     enterprise: EnterpriseSettings = Field(EnterpriseSettings(), description="how TensorRT's builder is set up")

@@ -35,10 +35,11 @@ def typed_parity(
 
     Args:
         model: the float32 graph.
-        layers: of it.
+        layers: of it; those with NVFP4 operands are left out (`block_parity`).
         quantized: the artifact's model.
         pixels: `(N, 3, H, W)`, normalized.
     """
+    layers = [layer for layer in layers if not layer.blocks]
     taps = quantized.taps(pixels)
     inputs, outputs = inputs_of(quantized, layers, taps), outputs_of(layers, taps)
     for layer in layers:

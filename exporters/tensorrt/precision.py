@@ -12,15 +12,18 @@ from typing import Final
 
 from pydantic import Field
 
+from exporters.onnx.layers import ExportedLayer
 from exporters.tensorrt.listing import EngineLayer
 from fp8pipe.config import FrozenConfig
+from fp8pipe.vision.quantizers import Kind
 
-__all__ = ["NAMES", "PrecisionReport", "ProductPrecision", "read_precision"]
+__all__ = ["NAMES", "PrecisionReport", "ProductPrecision", "artifact_precisions", "read_precision"]
 
 # The builder's types, by the names that people use.
 NAMES: Final[Mapping[str, str]] = {
     "Int8": "int8", "FP8": "fp8", "FP4E2M1": "fp4", "Int4": "int4", "Half": "fp16", "BFloat16": "bf16", "Float": "fp32",
 }  # fmt: skip
+_KINDS: Final[Mapping[Kind, str]] = {Kind.INT: "int8", Kind.E4M3: "fp8", Kind.NVFP4: "fp4"}
 _PRODUCTS: Final = ("gemm", "correlation", "convolution", "runtime_fusion")
 _ATTENTION: Final = "mha"
 _LITERALS: Final = frozenset(((), (1,), (1, 1), (1, 1, 1), (1, 1, 1, 1)))
@@ -51,9 +54,24 @@ class PrecisionReport(FrozenConfig):
         """Products by precision."""
         return dict(Counter(product.name for product in self.products))
 
-    def not_in(self, precision: str) -> tuple[str, ...]:
-        """Nodes whose product is in another precision."""
-        return tuple(product.node for product in self.products if product.name != precision)
+    def not_in(self, precisions: Mapping[str, str]) -> tuple[str, ...]:
+        """Nodes whose product is in another precision than the one named for it; a node that is not named may be so."""
+        return tuple(p.node for p in self.products if p.name != precisions.get(p.node, p.name))
+
+
+def artifact_precisions(layers: Sequence[ExportedLayer]) -> dict[str, str]:
+    """The precision of each product in the artifact, by its node: that of its codes.
+
+    Args:
+        layers: of the graph. A product of which a side is float, or sides of two families, has none.
+    """
+    found = {}
+    for layer in layers:
+        left, right = (operand.kinds for operand in layer.operands)
+        if left and left == right:
+            (kind,) = left
+            found[str(layer.node.name)] = _KINDS[kind]
+    return found
 
 
 def read_precision(nodes: Sequence[str], layers: Sequence[EngineLayer]) -> PrecisionReport:

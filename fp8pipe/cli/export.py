@@ -48,7 +48,7 @@ class ByteSize(click.ParamType[int]):
     "weight_format",
     help="vllm: fp8 (FP8 weights and activations, default), w8a16 (FP8 weights only) or bf16 (dequantized). "
     "onnx: qdq (as quantized, default), qdq-exact (in arithmetic that has one result) or int4-weight-only. "
-    "trt: fp8, int8 (the artifact's own by default), int8-weight-only or int4-weight-only.",
+    "trt: fp8, int8, nvfp4 (the artifact's own by default), int8-, int4- or nvfp4-weight-only.",
 )
 @click.option("--max-shard-size", type=ByteSize(), help="vllm: largest weight file, for instance 5GB (default).")
 @click.option(
@@ -156,13 +156,14 @@ def _export_onnx(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: 
 
 def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
     from exporters.onnx import OnnxExportOptions
-    from exporters.tensorrt import TrtExportOptions, export_tensorrt
+    from exporters.tensorrt import TrtExportOptions, export_tensorrt, plan_targets
     from fp8pipe.config import build_config
 
     options = build_config(TrtExportOptions, chosen)
     if dry_run:
-        document, text = _onnx_plan(artifact, output, build_config(OnnxExportOptions, {"force": options.force}))
-        places = {"rtx": list(options.compute_capabilities), "enterprise": ["the GPU of this machine"]}
+        plain = build_config(OnnxExportOptions, {"force": options.force})
+        document, text = _onnx_plan(artifact, output, plain, runtime=False)
+        places = {"rtx": list(plan_targets(artifact, options)[1]), "enterprise": ["the GPU of this machine"]}
         engines = places.get(options.builder, [])
         text += f"\n  engines      {', '.join(engines) or 'none'} ({options.base} base)"
         document = {**document, "format": str(options.base), "engines": engines}
@@ -192,12 +193,14 @@ def _report(exported: Artifact, target: str, format: str, console: Console, *aft
     console.emit(document, "\n".join([text, *([table(rows)] if rows else []), *after]), quiet_text=str(exported.root))
 
 
-def _onnx_plan(source: Path, output: Path, options: OnnxExportOptions) -> tuple[dict[str, Any], str]:
+def _onnx_plan(
+    source: Path, output: Path, options: OnnxExportOptions, *, runtime: bool = True
+) -> tuple[dict[str, Any], str]:
     """The dry run: what would be written; the artifact is read and linted, nothing is traced."""
     from exporters.onnx import plan_export
     from fp8pipe.artifact.disk import free_bytes
 
-    plan = plan_export(source, options)
+    plan = plan_export(source, options, runtime=runtime)
     free = free_bytes(output)
     document = {
         "source": str(source),

@@ -24,7 +24,7 @@ NESTED = {"synthesis_steps": ("synthesis", "steps"), "distill_steps": ("distill"
 
 @click.command(name="quantize-vit")
 @click.option("--model", help="Directory, timm:NAME or sample:NAME; required, here or in --config.")
-@click.option("--bits", help="wXaY with 2 to 8 bits each, or wfp8afp8; required, here or in --config.")
+@click.option("--bits", help="wXaY with 2 to 8 bits each, wfp8afp8, or wnvfp4anvfp4; required, here or in --config.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The artifact's directory.")
 @click.option(
     "--calibration", help="synthetic, gaussian, patch-similarity, images:DIR, artifact:DIR [default: synthetic]"
@@ -95,5 +95,6 @@ def finished_text(artifact: Artifact) -> str:
         verdict = "ok" if gate.passed else "FAILED"
         lines.append(f"  {gate.name}: {gate.value:g} ({gate.threshold:g}) {verdict}")
     lines += [f"  warning: {warning}" for warning in manifest.warnings]
-    lines.append(f"  next: fp8pipe export {artifact.root} --target onnx --output {artifact.root}-onnx")
+    target = "trt" if manifest.extra["precision"] == "wnvfp4anvfp4" else "onnx"  # no other engine runs NVFP4
+    lines.append(f"  next: fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}")
     return "\n".join(lines)

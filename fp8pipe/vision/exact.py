@@ -25,7 +25,7 @@ from fp8pipe.errors import ConfigurationError
 from fp8pipe.vision.architecture import build
 from fp8pipe.vision.attention import intercept_attention
 from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.vision.quantized import QuantizedVit, of_type
 from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes
 from fp8pipe.vision.structure import LinearSite
 
@@ -83,6 +83,8 @@ class ExactVit:
             )
         self.quantized = quantized
         self._model = double_model(quantized)
+        self._weights = of_type(quantized.weights, WeightCodes)
+        self._activations = of_type(quantized.activations, ActivationQuantizer)
         self._on_codes: Codes | None = None
         for site in quantized.structure.linears:
             layer = self._model.get_submodule(site.name)
@@ -104,14 +106,14 @@ class ExactVit:
             self._on_codes = None
 
     def _codes(self, site: str, x: Tensor) -> tuple[Tensor, ActivationQuantizer]:
-        quantizer = self.quantized.activations[site]
+        quantizer = self._activations[site]
         codes = quantizer.codes(x.float())  # the one rounding to fp32
         if self._on_codes is not None:
             self._on_codes(site, codes)
         return codes, quantizer
 
     def _linear(self, site: LinearSite, layer: nn.Module) -> Callable[[Tensor], Tensor]:
-        weight = self.quantized.weights[site.name]
+        weight = self._weights[site.name]
 
         def forward(x: Tensor) -> Tensor:
             codes, quantizer = self._codes(f"{site.input_group}.input", x)

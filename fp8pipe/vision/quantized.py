@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import torch
 from pydantic import Field
@@ -25,16 +25,21 @@ from fp8pipe.errors import BadArtifactError
 from fp8pipe.vision.architecture import ARCHITECTURE_FILE, Architecture, build
 from fp8pipe.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.vision.files import read_model_file, write_model_file
+from fp8pipe.vision.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, BlockScales, pack_nibbles, unpack_nibbles
 from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes
 from fp8pipe.vision.sources import WEIGHTS_FILE
 from fp8pipe.vision.structure import VitStructure, read_structure
 
-__all__ = ["QUANTIZERS_FILE", "QuantizedVit", "load_quantized", "save_quantized"]
+__all__ = ["QUANTIZERS_FILE", "Codes", "QuantizedVit", "Quantizer", "load_quantized", "of_type", "save_quantized"]
 
 QUANTIZERS_FILE: Final = "quantizers.json"
-_SCALE = "_scale"
+_SCALE, _TENSOR_SCALE = "_scale", "_tensor_scale"
+_MATRIX: Final = 2  # axes
+T = TypeVar("T")
+Codes = WeightCodes | BlockCodes
+Quantizer = ActivationQuantizer | BlockQuantizer
 
 Tap = Callable[[str, str, Tensor], None]
 
@@ -64,8 +69,8 @@ class QuantizedVit(nn.Module):
         architecture: Architecture,
         preprocessing: Preprocessing,
         structure: VitStructure,
-        weights: Mapping[str, WeightCodes],
-        activations: Mapping[str, ActivationQuantizer],
+        weights: Mapping[str, Codes],
+        activations: Mapping[str, Quantizer],
     ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
@@ -141,6 +146,11 @@ class QuantizedVit(nn.Module):
         return self._note(name, "output", output)
 
 
+def of_type(parts: Mapping[str, Any], kind: type[T]) -> dict[str, T]:
+    """Those of a model's weights or activations that are of one class."""
+    return {name: part for name, part in parts.items() if isinstance(part, kind)}
+
+
 def activation_sites(structure: VitStructure) -> tuple[str, ...]:
     """The names of all activation sites: inputs of linears (once for those that share one), then attentions."""
     inputs = dict.fromkeys(f"{site.input_group}.input" for site in structure.linears)
@@ -155,9 +165,13 @@ class _ActivationEntry(FrozenConfig):
     kind: Kind = Field(description="int or e4m3")
 
 
+class _BlockEntry(FrozenConfig):
+    tensor_scale: float = Field(gt=0, description="value = code * block_scale * tensor_scale; block scales are dynamic")
+
+
 class _WeightEntry(FrozenConfig):
     bits: int = Field(ge=2, le=8, description="width of the codes")
-    kind: Kind = Field(description="int or e4m3")
+    kind: Kind = Field(description="int, e4m3 or nvfp4")
 
 
 class _Quantizers(FrozenConfig):
@@ -166,25 +180,31 @@ class _Quantizers(FrozenConfig):
     scale_direction: str = Field(default="dequantized = code * scale", description="how scales are to be used")
     weights: dict[str, _WeightEntry] = Field(description="by linear; codes and scales are tensors")
     activations: dict[str, _ActivationEntry] = Field(description="by site")
+    block_activations: dict[str, _BlockEntry] = Field(default_factory=dict, description="by site: NVFP4")
 
 
 def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
     """Write the model: architecture.json, preprocessing.json, quantizers.json and model.safetensors.
 
-    A quantized weight is stored as codes under its own name, its scales `(out,)` fp32 beside it with `_scale`.
+    A quantized weight is stored as codes under its own name, its scales `(out,)` fp32 beside it with `_scale`. NVFP4
+    codes lie two in a byte, the first in the low half (`(out, in / 2)` uint8); `_scale` is then `(out, in / 16)`
+    float8_e4m3fn, one a block, and `_tensor_scale` one fp32 number.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_model_file(quantized.architecture, folder / ARCHITECTURE_FILE)
     write_model_file(quantized.preprocessing, folder / PREPROCESSING_FILE)
     entries = {
         site: _ActivationEntry(scale=q.scale, low=q.low, high=q.high, kind=q.kind)
-        for site, q in quantized.activations.items()
+        for site, q in of_type(quantized.activations, ActivationQuantizer).items()
     }
+    dynamic = of_type(quantized.activations, BlockQuantizer)
+    blocks = {site: _BlockEntry(tensor_scale=q.tensor_scale) for site, q in dynamic.items()}
     weights = {name: _WeightEntry(bits=w.bits, kind=w.kind) for name, w in quantized.weights.items()}
-    write_model_file(_Quantizers(weights=weights, activations=entries), folder / QUANTIZERS_FILE)
+    described = _Quantizers(weights=weights, activations=entries, block_activations=blocks)
+    write_model_file(described, folder / QUANTIZERS_FILE)
     tensors = dict(quantized.model.state_dict())
     for name, weight in quantized.weights.items():
-        tensors[f"{name}.weight"], tensors[f"{name}.weight{_SCALE}"] = weight.codes, weight.scale
+        tensors |= {f"{name}.weight{suffix}": tensor for suffix, tensor in _stored(weight).items()}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
 
 
@@ -202,9 +222,10 @@ def load_quantized(folder: Path) -> QuantizedVit:
         weights = {name: _take_codes(name, entry, tensors) for name, entry in quantizers.weights.items()}
         model = build(architecture)
         model.load_state_dict(tensors, strict=True)
-        activations = {
+        activations: dict[str, Quantizer] = {
             site: ActivationQuantizer(e.scale, e.low, e.high, e.kind) for site, e in quantizers.activations.items()
         }
+        activations |= {site: BlockQuantizer(e.tensor_scale) for site, e in quantizers.block_activations.items()}
         structure = read_structure(model, architecture.image_size)
         return QuantizedVit(model, architecture, preprocessing, structure, weights, activations)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, json.JSONDecodeError) as error:
@@ -215,12 +236,34 @@ def load_quantized(folder: Path) -> QuantizedVit:
         ) from error
 
 
-def _take_codes(name: str, entry: _WeightEntry, tensors: dict[str, Tensor]) -> WeightCodes:
+def _stored(weight: Codes) -> dict[str, Tensor]:
+    """A weight's tensors by the suffix of their names."""
+    if isinstance(weight, BlockCodes):
+        tensor = torch.tensor(weight.scales.tensor)
+        return {"": pack_nibbles(weight.codes), _SCALE: weight.scales.block, _TENSOR_SCALE: tensor}
+    return {"": weight.codes, _SCALE: weight.scale}
+
+
+def _take_codes(name: str, entry: _WeightEntry, tensors: dict[str, Tensor]) -> Codes:
     """Move a weight's codes and scales out of `tensors`, and put its dequantized form in."""
-    weight = WeightCodes(tensors[f"{name}.weight"], tensors.pop(f"{name}.weight{_SCALE}"), entry.bits)
-    if weight.kind is not entry.kind or weight.codes.dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise ValueError(f"{name}.weight holds {weight.codes.dtype}, not {entry.kind} codes")
-    if weight.scale.shape != weight.codes.shape[:1] or not bool((weight.scale > 0).all()):
-        raise ValueError(f"{name}.weight_scale must be one positive number an output channel")
+    codes, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight{_SCALE}")
+    weight: Codes
+    if entry.kind is Kind.NVFP4:
+        weight = _block_codes(name, codes, scale, tensors.pop(f"{name}.weight{_TENSOR_SCALE}"))
+    else:
+        weight = WeightCodes(codes, scale, entry.bits)
+        if weight.kind is not entry.kind or codes.dtype not in (torch.int8, torch.float8_e4m3fn):
+            raise ValueError(f"{name}.weight holds {codes.dtype}, not {entry.kind} codes")
+        if scale.shape != codes.shape[:1] or not bool((scale > 0).all()):
+            raise ValueError(f"{name}.weight_scale must be one positive number an output channel")
     tensors[f"{name}.weight"] = weight.dequantize()
     return weight
+
+
+def _block_codes(name: str, packed: Tensor, block: Tensor, tensor: Tensor) -> BlockCodes:
+    if packed.dtype != torch.uint8 or packed.dim() != _MATRIX or tensor.numel() != 1:
+        raise ValueError(f"{name}.weight holds {packed.dtype} {tuple(packed.shape)}, not NVFP4 codes")
+    codes = unpack_nibbles(packed)
+    if block.shape != (codes.shape[0], codes.shape[1] // BLOCK):
+        raise ValueError(f"{name}.weight_scale must be one E4M3 number a block of {BLOCK} inputs")
+    return BlockCodes(codes, BlockScales(block, float(tensor)))

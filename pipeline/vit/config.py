@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from calibration.config import SynthesisConfig
 from fp8pipe.config import FrozenConfig, build_config
 from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.quantizers import Precision
+from fp8pipe.vision.quantizers import Kind, Precision
 
 
 class ConditioningConfig(FrozenConfig):
@@ -43,7 +43,7 @@ class QuantizeVitConfig(FrozenConfig):
     """What to quantize, to what, on which images."""
 
     model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME.")
-    bits: str = Field(description="Precision wXaY (2 to 8 bits each) or wfp8afp8.")
+    bits: str = Field(description="Precision wXaY (2 to 8 bits each), wfp8afp8 or wnvfp4anvfp4.")
     calibration: str = Field("synthetic", description="synthetic, patch-similarity, gaussian, images:, artifact:DIR.")
     images: int = Field(128, ge=1, description="Calibration images.")
     edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
@@ -67,6 +67,12 @@ class QuantizeVitConfig(FrozenConfig):
             return str(Precision.parse(value))
         except ConfigurationError as error:
             raise ValueError(f"{error}") from error
+
+    @model_validator(mode="after")
+    def _ends_of_nvfp4(self) -> QuantizeVitConfig:
+        if self.edges == "same" and self.precision.kind is Kind.NVFP4:
+            raise ValueError("edges: NVFP4 keeps patch embedding and head in FP8; leave it at 8bit")
+        return self
 
     @property
     def precision(self) -> Precision:

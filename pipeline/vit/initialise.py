@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fp8pipe.grids import E4M3
-from fp8pipe.vision.quantized import QuantizedVit, activation_sites
+from fp8pipe.vision.nvfp4 import BlockQuantizer, BlockScales, choose_block_scales, power_of_two_scale
+from fp8pipe.vision.quantized import QuantizedVit, Quantizer, activation_sites
 from fp8pipe.vision.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind, storable_scale, weight_limits
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
@@ -25,6 +26,13 @@ _SAMPLE: Final = 1 << 15  # values of a site that its range is chosen on
 _SHRINKS: Final = tuple(0.97**i for i in range(0, 90, 3))  # 1 down to 0.07
 _WEIGHT_SHRINKS: Final = tuple(1.0 - 0.02 * i for i in range(35))  # 1 down to 0.32
 _TINY: Final = 1e-8
+
+
+def choose_quantizer(values: Tensor, bits: int, kind: Kind) -> Quantizer:
+    """`choose_range`; for NVFP4 the tensor scale under which blocks reach the largest magnitude."""
+    if kind is Kind.NVFP4:
+        return BlockQuantizer(power_of_two_scale(float(values.abs().max())))
+    return choose_range(values, bits, kind)
 
 
 def choose_range(values: Tensor, bits: int, kind: Kind = Kind.INT) -> ActivationQuantizer:
@@ -139,9 +147,10 @@ def choose_step(weight: Tensor, form: WeightFormat) -> Tensor:
     return steps
 
 
-def choose_steps(vision: VisionModel, formats: Mapping[str, WeightFormat]) -> dict[str, Tensor]:
-    """`choose_step` for every linear of `formats`."""
-    model = vision.model
-    return {
-        name: choose_step(model.get_submodule(name).get_parameter("weight"), form) for name, form in formats.items()
-    }
+def choose_steps(vision: VisionModel, formats: Mapping[str, WeightFormat]) -> dict[str, Tensor | BlockScales]:
+    """`choose_step`, or `choose_block_scales` for NVFP4, for every linear of `formats`."""
+    found: dict[str, Tensor | BlockScales] = {}
+    for name, form in formats.items():
+        weight = vision.model.get_submodule(name).get_parameter("weight")
+        found[name] = choose_block_scales(weight) if form.kind is Kind.NVFP4 else choose_step(weight, form)
+    return found

@@ -14,8 +14,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.vision.nvfp4 import BLOCK, BlockScales, e2m1_round
 from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, weight_limits
+from fp8pipe.vision.quantized import Quantizer
+from fp8pipe.vision.quantizers import Kind, weight_limits
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
 from pipeline.vit.student import WeightFormat
@@ -28,7 +30,7 @@ _WORTH_IT: Final = 8  # at this width and above, nearest rounding is near enough
 def second_moments(
     vision: VisionModel,
     structure: VitStructure,
-    activations: Mapping[str, ActivationQuantizer],
+    activations: Mapping[str, Quantizer],
     batches: Iterable[Tensor],
 ) -> dict[str, Tensor]:
     """Mean outer product `(in, in)` fp32 of what each group of linears reads, after its quantizer.
@@ -81,7 +83,23 @@ def compensate(weight: Tensor, step: Tensor, limits: tuple[int, int], moments: T
     Returns:
         `(out, in)` fp32; rounded to the nearest code, it has the compensated codes.
     """
+    return _compensate(weight, moments, lambda value, _: torch.round(value / step).clamp_(*limits).mul_(step))
+
+
+def compensate_blocks(weight: Tensor, scales: BlockScales, moments: Tensor) -> Tensor:
+    """`compensate` on the NVFP4 grid of these scales."""
+
+    def rounded(value: Tensor, column: int) -> Tensor:
+        step = product[:, column // BLOCK]
+        return e2m1_round(value / step).mul_(step)
+
+    product = scales.product
+    return _compensate(weight, moments, rounded)
+
+
+def _compensate(weight: Tensor, moments: Tensor, round_column: Callable[[Tensor, int], Tensor]) -> Tensor:
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    places = order.tolist()
     factor = _factor(moments[order][:, order].double())
     work, found = weight.detach().float()[:, order].clone(), torch.empty(weight.shape)
     columns = work.shape[1]
@@ -91,8 +109,8 @@ def compensate(weight: Tensor, step: Tensor, limits: tuple[int, int], moments: T
         for column in range(start, end):
             value = work[:, column].clone()
             found[:, column] = value
-            rounded = torch.round(value / step).clamp_(*limits).mul_(step)
-            errors[:, column - start] = (value - rounded) / factor[column, column]
+            rounding = value - round_column(value, places[column])
+            errors[:, column - start] = rounding / factor[column, column]
             work[:, column:end] -= errors[:, column - start, None] * factor[column, column:end]
         work[:, end:] -= errors @ factor[start:end, end:]
     back = torch.empty_like(order)
@@ -113,17 +131,19 @@ def compensate_model(
     model: nn.Module,
     structure: VitStructure,
     formats: Mapping[str, WeightFormat],
-    steps: Mapping[str, Tensor],
+    steps: Mapping[str, Tensor | BlockScales],
     moments: Mapping[str, Tensor],
 ) -> int:
     """Replace the weights of all linears below 8 bits by `compensate`'s, in place; how many there were."""
     done = 0
     for site in structure.linears:
         form = formats.get(site.name)
-        if form is None or form.kind is not Kind.INT or form.bits >= _WORTH_IT or site.input_group not in moments:
+        if form is None or form.kind is Kind.E4M3 or form.bits >= _WORTH_IT or site.input_group not in moments:
             continue
-        weight = model.get_submodule(site.name).get_parameter("weight")
-        limits = weight_limits(form.bits)
-        weight.copy_(compensate(weight, steps[site.name], limits, moments[site.input_group]))
+        weight, step = model.get_submodule(site.name).get_parameter("weight"), steps[site.name]
+        if isinstance(step, BlockScales):
+            weight.copy_(compensate_blocks(weight, step, moments[site.input_group]))
+        else:
+            weight.copy_(compensate(weight, step, weight_limits(form.bits), moments[site.input_group]))
         done += 1
     return done

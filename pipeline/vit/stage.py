@@ -23,7 +23,7 @@ from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.progress import track
 from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.quantized import QuantizedVit, save_quantized
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.vision.quantizers import Kind, granularity
 from fp8pipe.vision.sources import VisionModel, load_vision_model
 from fp8pipe.vision.structure import VitStructure, read_structure
 from pipeline.training.checkpoint import CheckpointStore
@@ -31,8 +31,8 @@ from pipeline.vit.conditioning.stage import Conditioned, condition
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
 from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
-from pipeline.vit.formats import activation_bits, weight_formats
-from pipeline.vit.initialise import choose_range, choose_steps, sample_sites
+from pipeline.vit.formats import activation_bits, activation_kinds, weight_formats
+from pipeline.vit.initialise import choose_quantizer, choose_steps, sample_sites
 from pipeline.vit.rounding import compensate_model, second_moments
 from pipeline.vit.student import Student
 
@@ -128,9 +128,10 @@ def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: Vit
         structure: of it.
         pixels: normalized calibration images `(N, 3, H, W)`.
     """
-    bits, kind = activation_bits(structure, config.precision, config.edges), config.precision.kind
+    bits = activation_bits(structure, config.precision, config.edges)
+    kinds = activation_kinds(structure, config.precision)
     samples = sample_sites(vision, structure, pixels.split(_BATCH), config.seed)
-    activations = {site: choose_range(values, bits[site], kind) for site, values in samples.items()}
+    activations = {site: choose_quantizer(values, bits[site], kinds[site]) for site, values in samples.items()}
     formats = weight_formats(structure, config.precision, config.edges)
     steps = choose_steps(vision, formats)
     if config.rounding == "compensated":
@@ -169,7 +170,9 @@ def _finish(
         config=config.model_dump(mode="json"),
         seed=config.seed,
         parents=[Parent(kind="model", digest=vision.digest.removeprefix("sha256:"), path=vision.origin)],
-        number_format=NumberFormat(name=str(config.precision), granularity="per-channel"),
+        number_format=NumberFormat(
+            name=str(config.precision), granularity=granularity(config.precision.kind)
+        ),
         preprocessing=vision.preprocessing.model_dump(mode="json"),
         runtime={"device": "cpu", "threads": torch.get_num_threads()},
         layers=[

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fp8pipe.vision.attention import explicit_attention, intercept_attention
+from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer, BlockScales
 from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.vision.quantized import Codes, QuantizedVit, Quantizer
 from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale, weight_limits
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
+from pipeline.vit.blocks import RoundedBlockActivation, RoundedBlockWeight
 from pipeline.vit.fake import fake_quantize
 
 
@@ -50,6 +52,9 @@ class _RoundedWeight(nn.Module):
         step = _step(self.log_step).view(-1, *(1,) * (self.dims - 1))
         return fake_quantize(weight, step, *weight_limits(self.form.bits), self.form.kind)
 
+    def mean_step(self) -> Tensor:
+        return self.log_step.exp().mean()
+
 
 class _RoundedActivation(nn.Module):
     """One site's range: a learnable step, bounds fixed."""
@@ -66,6 +71,16 @@ class _RoundedActivation(nn.Module):
         return ActivationQuantizer(float(_step(self.log_step.detach())), self.low, self.high, self.kind)
 
 
+def _rounded_weight(step: Tensor | BlockScales, form: WeightFormat, dims: int) -> nn.Module:
+    return RoundedBlockWeight(step) if isinstance(step, BlockScales) else _RoundedWeight(step, form, dims)
+
+
+def _rounded_activation(quantizer: Quantizer) -> nn.Module:
+    return (
+        RoundedBlockActivation(quantizer) if isinstance(quantizer, BlockQuantizer) else _RoundedActivation(quantizer)
+    )
+
+
 class Student(nn.Module):
     """A quantized model that learns.
 
@@ -73,7 +88,7 @@ class Student(nn.Module):
         vision: the teacher; its model is copied.
         structure: of the model.
         formats: what each weight is rounded to, by linear; others stay float.
-        steps: `(out,)` fp32 for each of them.
+        steps: `(out,)` fp32 for each of them; block scales for NVFP4.
         activations: initial quantizers by site.
     """
 
@@ -82,21 +97,21 @@ class Student(nn.Module):
         vision: VisionModel,
         structure: VitStructure,
         formats: Mapping[str, WeightFormat],
-        steps: Mapping[str, Tensor],
-        activations: Mapping[str, ActivationQuantizer],
+        steps: Mapping[str, Tensor | BlockScales],
+        activations: Mapping[str, Quantizer],
     ) -> None:
         super().__init__()
         self.vision, self.structure = vision, structure
         self.model = copy.deepcopy(vision.model).requires_grad_(True)
         self.formats = dict(formats)
         self.sites = list(activations)
-        self.ranges = nn.ModuleList(_RoundedActivation(q) for q in activations.values())
+        self.ranges = nn.ModuleList(_rounded_activation(q) for q in activations.values())
         self._at = {site: index for index, site in enumerate(self.sites)}
         for site in structure.linears:
             layer = self.model.get_submodule(site.name)
             if site.name in self.formats:
                 dims = layer.get_parameter("weight").dim()
-                rounded = _RoundedWeight(steps[site.name], self.formats[site.name], dims)
+                rounded = _rounded_weight(steps[site.name], self.formats[site.name], dims)
                 parametrize.register_parametrization(layer, "weight", rounded, unsafe=True)
             layer.register_forward_pre_hook(self._on_input(f"{site.input_group}.input"))
         self.on_attention: Callable[[str, Tensor], None] | None = None  # sees attn.v of every attention
@@ -126,34 +141,36 @@ class Student(nn.Module):
     @torch.no_grad()
     def mean_step(self) -> float:
         """The mean code step of all weights: the size of a change that matters. 1 where no weight is rounded."""
-        steps = [self._rounded(name).log_step.exp().mean() for name in self.formats]
+        steps = [self._rounded(name).mean_step() for name in self.formats]
         return float(torch.stack(steps).mean()) if steps else 1.0
 
     @torch.no_grad()
     def deploy(self) -> QuantizedVit:
         """The model with codes in the place of latent weights."""
-        weights, plain = {}, copy.deepcopy(self.vision.model)
+        weights: dict[str, Codes] = {}
+        plain = copy.deepcopy(self.vision.model)
         state = {
             n.replace(".parametrizations.weight.original", ".weight"): p for n, p in self.model.state_dict().items()
         }
         plain.load_state_dict({n: state[n] for n in plain.state_dict()})
         for name, form in self.formats.items():
-            step = _step(self._rounded(name).log_step)
-            weights[name] = WeightCodes.of(
-                plain.get_submodule(name).get_parameter("weight"), step, form.bits, form.kind
-            )
+            rounded, weight = self._rounded(name), plain.get_submodule(name).get_parameter("weight")
+            if isinstance(rounded, RoundedBlockWeight):
+                weights[name] = BlockCodes.of(weight.detach(), rounded.scales)
+            else:
+                weights[name] = WeightCodes.of(weight, _step(rounded.log_step), form.bits, form.kind)
         activations = {site: self._range(site).frozen() for site in self.sites}
         vision = self.vision
         return QuantizedVit(plain, vision.architecture, vision.preprocessing, self.structure, weights, activations)
 
-    def _rounded(self, name: str) -> _RoundedWeight:
+    def _rounded(self, name: str) -> _RoundedWeight | RoundedBlockWeight:
         rounded = self.model.get_submodule(name).parametrizations.weight[0]  # type: ignore[union-attr, index]
-        assert isinstance(rounded, _RoundedWeight)
+        assert isinstance(rounded, _RoundedWeight | RoundedBlockWeight)
         return rounded
 
-    def _range(self, site: str) -> _RoundedActivation:
+    def _range(self, site: str) -> _RoundedActivation | RoundedBlockActivation:
         found = self.ranges[self._at[site]]
-        assert isinstance(found, _RoundedActivation)
+        assert isinstance(found, _RoundedActivation | RoundedBlockActivation)
         return found
 
     def _on_input(self, site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

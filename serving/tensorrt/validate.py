@@ -9,6 +9,7 @@ weights.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from exporters.onnx.images import probe_images
+from exporters.onnx.layers import read_layers
 from exporters.onnx.packages import import_onnx_package
 from exporters.onnx.runtime import open_session, run
 from exporters.tensorrt import EXPORT_KIND, ReadyEngine, ready_engine
@@ -24,6 +26,7 @@ from exporters.tensorrt.dequantized import dequantize_graph
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
 from exporters.tensorrt.export import ENGINES, MODEL_FILE
 from exporters.tensorrt.formats import TrtFormat
+from exporters.tensorrt.precision import artifact_precisions
 from exporters.tensorrt.rtx import CAPABILITIES, build_rtx
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact, sha256_file
 from fp8pipe.errors import MissingCapabilityError
@@ -185,8 +188,11 @@ def _finite(expected: np.ndarray) -> Gate:
 
 
 def _precision(artifact: Artifact, engine: ReadyEngine) -> Gate:
+    """Products in another precision than the graph has them in: they are as many of each kind, or some are not."""
+    onnx_ir = import_onnx_package("onnx_ir")
     format, counts = TrtFormat(artifact.manifest.extra["format"]), engine.precisions
-    other = 0 if format.weight_only else sum(count for name, count in counts.items() if name != format)
+    wanted = Counter(artifact_precisions(read_layers(onnx_ir.load(artifact.root / MODEL_FILE))).values())
+    other = 0 if format.weight_only else sum((Counter(counts) - wanted).values())
     required = bool(artifact.manifest.config["require"])
     return Gate(
         name=f"products not in {format} for {engine.recipe.capability}", value=other,

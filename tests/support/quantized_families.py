@@ -10,15 +10,19 @@ from safetensors.torch import save_file
 from vit_families import family, vision_family
 
 from fp8pipe.artifact import Artifact, ArtifactWriter
+from fp8pipe.vision.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
 from fp8pipe.vision.quantized import QuantizedVit, activation_sites, save_quantized
 from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale
-from fp8pipe.vision.structure import read_structure
+from fp8pipe.vision.sources import VisionModel
+from fp8pipe.vision.structure import VitStructure, read_structure
 
 
 def quantized_family(name: str, bits: int = 4, kind: Kind = Kind.INT) -> QuantizedVit:
     """Every linear and every site quantized; ranges by guess, symmetric, asymmetric and of one sign."""
     vision = vision_family(family(name))
     structure = read_structure(vision.model, vision.architecture.image_size)
+    if kind is Kind.NVFP4:
+        return _block_family(vision, structure)
     weights = {}
     for site in structure.linears:
         weight = vision.model.get_submodule(site.name).weight.detach()
@@ -36,6 +40,24 @@ def quantized_family(name: str, bits: int = 4, kind: Kind = Kind.INT) -> Quantiz
     return QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, weights, activations)
 
 
+def _block_family(vision: VisionModel, structure: VitStructure) -> QuantizedVit:
+    """NVFP4 wherever the inputs of a linear come in blocks of 16 and it is no end of the model; E4M3 elsewhere."""
+    ends = {structure.patch_embed, *structure.heads}
+    weights, activations = {}, {}
+    for site in activation_sites(structure):
+        activations[site] = ActivationQuantizer(2.0**-7, kind=Kind.E4M3)
+    for index, site in enumerate(structure.linears):
+        weight = vision.model.get_submodule(site.name).weight.detach()
+        if site.shape[1] % BLOCK or site.name in ends:
+            scale = storable_scale(weight.flatten(1).abs().amax(1).clamp(min=1e-6) / 448.0)
+            weights[site.name] = WeightCodes.of(weight, scale, 8, Kind.E4M3)
+            continue
+        weights[site.name] = BlockCodes.of(weight, choose_block_scales(weight))
+        # Smaller and larger than the activations need: some block scales saturate, some vanish.
+        activations[f"{site.input_group}.input"] = BlockQuantizer(2.0 ** (-13 + 5 * (index % 3)))
+    return QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, weights, activations)
+
+
 def write_vit_artifact(folder: Path, quantized: QuantizedVit, images: int = 0) -> Artifact:
     """An artifact of kind `vit`, with random calibration images if asked for."""
     with ArtifactWriter(folder, kind="vit", stage="quantize-vit") as writer:
@@ -50,7 +72,7 @@ def write_vit_artifact(folder: Path, quantized: QuantizedVit, images: int = 0) -
 
 
 def storable(quantized: QuantizedVit) -> QuantizedVit:
-    """The same with scales that FP16 holds."""
+    """The same with scales that FP16 holds; of integers and E4M3 alone."""
     weights = {n: WeightCodes(w.codes, storable_scale(w.scale), w.bits) for n, w in quantized.weights.items()}
     activations = {
         site: ActivationQuantizer(float(storable_scale(torch.tensor(q.scale))), q.low, q.high, q.kind)

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from exporters.onnx.passes.change import Change
 from exporters.onnx.passes.tensors import add_initializer, as_array
 from exporters.onnx.plain import PlainGraph, Product, ProductKind
+from fp8pipe.vision.nvfp4 import BlockCodes
 from fp8pipe.vision.quantizers import Kind, WeightCodes
 
 __all__ = ["fits_int4", "quantize_weights"]
@@ -24,7 +25,7 @@ __all__ = ["fits_int4", "quantize_weights"]
 _INT4_BITS: Final = 4
 
 
-def fits_int4(weight: WeightCodes) -> bool:
+def fits_int4(weight: WeightCodes | BlockCodes) -> bool:
     """Whether INT4 holds the codes."""
     return weight.kind is Kind.INT and weight.bits <= _INT4_BITS
 

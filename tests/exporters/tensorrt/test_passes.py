@@ -34,7 +34,7 @@ def test_an_unfolded_patch_embedding_computes_the_same(name):
     np.testing.assert_allclose(outputs(unfolded.model, name), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", [Kind.INT, Kind.E4M3])
 def test_queries_are_clipped_to_the_values_of_their_codes(kind):
     model = storable_graph("timm-vit", kind)
     queries = [n for n in model.graph if n.op_type == "QuantizeLinear" and n.name.endswith(".q/QuantizeLinear")]
@@ -48,7 +48,7 @@ def test_queries_are_clipped_to_the_values_of_their_codes(kind):
             assert clip.inputs[2].const_value.numpy() == 448 * scale
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", [Kind.INT, Kind.E4M3])
 def test_the_whole_graph_is_the_function_of_the_other_export(kind):
     """ONNX Runtime's graph has a quantizer a reader and a convolution; the codes of every layer are the same."""
     quantized = quantized_family("timm-vit", bits=8 if kind is Kind.E4M3 else 4, kind=kind)

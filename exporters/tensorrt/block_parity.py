@@ -1,0 +1,146 @@
+"""Layer by layer for NVFP4, which ONNX Runtime has no kernels for: ONNX's reference evaluator against the artifact.
+
+The evaluator runs the written nodes one by one. TensorRT's own operator is written here once more, from its
+documentation, in numpy with the casts of ml_dtypes: the scale of a block is E4M3(amax / 6 / tensor_scale), a code
+E2M1(x / (block_scale * tensor_scale)), both to nearest, ties to even, saturating. Codes must be equal. Outputs are
+compared with the exact result of the codes: products of NVFP4 numbers are exact in fp32, and sums of so few bits stay
+within 1e-6 of the layer's largest output. Beside float activations every term is rounded, and 1e-5 is allowed, as for
+other float sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporters.onnx.blocks import DOMAIN, DYNAMIC_QUANTIZE
+from exporters.onnx.cut import cut_layers, input_name
+from exporters.onnx.layers import ExportedLayer, Operand
+from exporters.onnx.parity import FLOAT_TOLERANCE, LayerParity, exact_outputs, inputs_of, layer_error, outputs_of
+from fp8pipe.artifact import Gate
+from fp8pipe.vision.nvfp4 import BLOCK, BlockQuantizer
+from fp8pipe.vision.quantized import QuantizedVit
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["BLOCK_TOLERANCE", "block_gates", "block_parity", "dynamic_quantize"]
+
+BLOCK_TOLERANCE: Final = 1e-6
+
+
+def dynamic_quantize(x: Any, tensor_scale: Any) -> tuple[Any, Any]:
+    """What TRT_FP4DynamicQuantize gives for blocks of 16 along the last axis.
+
+    Args:
+        x: numpy float array `(..., n)`.
+        tensor_scale: numpy scalar.
+
+    Returns:
+        Codes `(..., n)` float4_e2m1fn and block scales `(..., n / 16)` float8_e4m3fn.
+    """
+    import ml_dtypes
+
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, BLOCK)
+    scale = np.float32(tensor_scale)
+    wanted = np.abs(blocks).max(-1) / np.float32(6) / scale
+    block_scales = np.minimum(wanted, np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
+    steps = (block_scales.astype(np.float32) * scale)[..., None]
+    units = np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps > 0)
+    return np.clip(units, -6, 6).astype(ml_dtypes.float4_e2m1fn).reshape(x.shape), block_scales
+
+
+def block_parity(
+    model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
+) -> list[LayerParity]:
+    """Every product with an NVFP4 operand, on the same input on both sides; empty where there is none.
+
+    Args:
+        model: the float32 graph.
+        layers: of it.
+        quantized: the artifact's model.
+        pixels: `(N, 3, H, W)`, normalized.
+    """
+    chosen = [layer for layer in layers if layer.blocks]
+    if not chosen:
+        return []
+    taps = quantized.taps(pixels)
+    inputs, in_torch = inputs_of(quantized, chosen, taps), outputs_of(chosen, taps)
+    found, exact = _evaluate(model, chosen, inputs), exact_outputs(chosen, inputs)
+    report = []
+    for layer in chosen:
+        codes, differing = _count(layer.operands[0], inputs)
+        report.append(
+            LayerParity(
+                layer=layer.label, codes=codes, differing_codes=differing, integer=False,
+                error=layer_error(torch.from_numpy(found[str(layer.output.name)]), exact[layer.label]),
+                torch_error=layer_error(in_torch[layer.label], exact[layer.label]),
+            )
+        )  # fmt: skip
+    return report
+
+
+def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
+    """Codes, and outputs of the evaluator and of torch; none without NVFP4 layers."""
+    if not report:
+        return []
+    codes, differing = sum(layer.codes for layer in report), sum(layer.differing_codes for layer in report)
+    gates = [
+        Gate(
+            name="NVFP4 codes and block scales differing", value=differing, threshold=0, passed=differing == 0,
+            detail=f"of {codes} in {len(report)} layers, each fed the same input",
+        )
+    ]  # fmt: skip
+    tolerance = BLOCK_TOLERANCE if all(layer.codes for layer in report) else FLOAT_TOLERANCE
+    for name, errors in (
+        ("NVFP4 layer error", {layer.layer: layer.error for layer in report}),
+        ("NVFP4 layer error in torch", {layer.layer: layer.torch_error or 0.0 for layer in report}),
+    ):
+        worst = max(errors, key=lambda layer: errors[layer] if errors[layer] == errors[layer] else np.inf)
+        value, detail = errors[worst], "against the exact result of the codes, over the layer's largest output"
+        gates.append(
+            Gate(
+                name=name, value=value, threshold=tolerance, passed=value <= tolerance,
+                detail=f"{detail}; the worst: {worst}",
+            )
+        )  # fmt: skip
+    return gates
+
+
+def _evaluate(model: ir.Model, layers: Sequence[ExportedLayer], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers' outputs by their names, one node after the other."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    cut = onnx.load_model_from_string(cut_layers(model, layers))
+    evaluator = ReferenceEvaluator(cut, new_ops=[_operator()])
+    names = [output.name for output in cut.graph.output]
+    return dict(zip(names, evaluator.run(names, dict(inputs)), strict=True))
+
+
+def _operator() -> Any:
+    """TRT_FP4DynamicQuantize as the evaluator takes it; its class's name is the operator's."""
+    from onnx.reference.op_run import OpRun
+
+    def run(self: Any, x: Any, tensor_scale: Any, **attributes: int) -> tuple[Any, Any]:
+        if attributes.get("block_size") != BLOCK or attributes.get("axis") not in (-1, x.ndim - 1):
+            raise ValueError(f"{DYNAMIC_QUANTIZE} of {attributes} is not one that this project writes")
+        return dynamic_quantize(x, tensor_scale)
+
+    return type(DYNAMIC_QUANTIZE, (OpRun,), {"op_domain": DOMAIN, "_run": run})
+
+
+def _count(operand: Operand, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Codes and block scales of an activation: how many, and how many differ between torch and numpy."""
+    if not isinstance(operand.quantizer, BlockQuantizer) or operand.source is None:
+        return 0, 0
+    x = inputs[input_name(operand.source)]
+    codes, scales = dynamic_quantize(x, np.float32(operand.quantizer.tensor_scale))
+    tensor = torch.from_numpy(x)
+    ours = operand.quantizer.codes(tensor).numpy(), operand.quantizer.block_scales(tensor).view(torch.uint8).numpy()
+    differing = sum(int((a != b.view(np.uint8)).sum()) for a, b in zip(ours, (codes, scales), strict=True))
+    return codes.size + scales.size, differing

@@ -1,0 +1,135 @@
+"""Passes: NVFP4 weights and activations, in the form from which TensorRT makes four-bit products.
+
+A weight is stored as E2M1 codes (in, out), E4M3 scales of blocks of 16 inputs, and a tensor scale. One DequantizeLinear
+turns the scales into the graph's float type, a second one the codes. An activation is rounded by
+TRT_FP4DynamicQuantize, which makes block scales while it runs, and is dequantized in the same two steps. The operator
+is TensorRT's own (domain `trt`), and FLOAT4E2M1 wants opset 23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from exporters.onnx.blocks import DOMAIN, DYNAMIC_QUANTIZE
+from exporters.onnx.passes import Change
+from exporters.onnx.passes.activations import operand_sites
+from exporters.onnx.passes.tensors import add_initializer, as_array
+from exporters.onnx.plain import PlainGraph, Product, ProductKind
+from fp8pipe.vision.nvfp4 import BLOCK, BlockCodes, BlockQuantizer
+from fp8pipe.vision.structure import VitStructure
+
+__all__ = ["FP4_OPSET", "quantize_block_activations", "quantize_block_weights", "raise_opset"]
+
+FP4_OPSET: Final = 23
+_IR_VERSION: Final = 11  # the first with FLOAT4E2M1 in opset 23
+
+
+def raise_opset(model: ir.Model, *, activations: bool) -> Change:
+    """Declare what NVFP4 needs; in place. What the graph holds before has the same meaning in opset 21 and 23.
+
+    Args:
+        model: opset 21.
+        activations: whether TensorRT's own operator is used.
+    """
+    model.graph.opset_imports[""] = FP4_OPSET
+    if activations:
+        model.graph.opset_imports[DOMAIN] = 1
+    model.ir_version = _IR_VERSION
+    return Change("raise_opset", (str(FP4_OPSET), *((DOMAIN,) if activations else ())))
+
+
+def quantize_block_weights(plain: PlainGraph, weights: Mapping[str, BlockCodes]) -> Change:
+    """Replace the stored operand of every linear of `weights`; the float tensor is removed.
+
+    Args:
+        plain: without Gemm (see `split_gemms`); changed in place.
+        weights: codes by layer.
+
+    Returns:
+        The layers' names.
+    """
+    changed = []
+    for product in plain.products:
+        if product.kind is ProductKind.LINEAR and product.name in weights:
+            _replace(plain.model.graph, product, weights[product.name])
+            changed.append(product.name)
+    return Change("quantize_block_weights", tuple(changed))
+
+
+def _replace(graph: ir.Graph, product: Product, weight: BlockCodes) -> None:
+    old, name = product.node.inputs[1], f"{product.name}.weight"
+    assert old is not None
+    assert old.name is not None
+    # The float tensor goes first: its name may be the one that the codes get.
+    product.node.replace_input_with(1, None)
+    if not old.uses() and not old.is_graph_output():
+        graph.initializers.pop(old.name)
+    codes = np.ascontiguousarray(weight.codes.numpy().T).view(ml_dtypes.float4_e2m1fn)
+    blocks = np.ascontiguousarray(as_array(weight.scales.block).T)
+    stored = [
+        add_initializer(graph, name, codes),
+        add_initializer(graph, f"{name}_block_scale", blocks),
+        add_initializer(graph, f"{name}_tensor_scale", np.array(weight.scales.tensor, np.float32)),
+    ]
+    nodes, value = _dequantize(stored[0], stored[1], stored[2], name, axis=0)
+    value.shape = old.shape
+    graph.insert_before(product.node, nodes)
+    product.node.replace_input_with(1, value)
+
+
+def quantize_block_activations(
+    plain: PlainGraph, structure: VitStructure, activations: Mapping[str, BlockQuantizer]
+) -> Change:
+    """Round the inputs of linears whose site has a quantizer; readers of one value share it. In place.
+
+    Returns:
+        The names of the sites, in the graph's order.
+    """
+    graph = plain.model.graph
+    order = {node: index for index, node in enumerate(graph)}
+    found: dict[tuple[ir.Value, BlockQuantizer], ir.Value] = {}
+    changed = []
+    for product in sorted(plain.products, key=lambda product: order[product.node]):
+        for position, site in operand_sites(product, structure).items():
+            quantizer, value = activations.get(site), product.node.inputs[position]
+            if quantizer is None or value is None:
+                continue
+            if (value, quantizer) not in found:
+                found[value, quantizer] = _round(graph, product.node, value, quantizer, site)
+                changed.append(site)
+            product.node.replace_input_with(position, found[value, quantizer])
+    return Change("quantize_block_activations", tuple(changed))
+
+
+def _round(graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: BlockQuantizer, site: str) -> ir.Value:
+    scale = add_initializer(graph, f"{site}/tensor_scale", np.array(quantizer.tensor_scale, np.float32))
+    attributes = {"axis": -1, "block_size": BLOCK, "scale_type": int(ir.DataType.FLOAT8E4M3FN)}
+    dynamic = ir.node(
+        DYNAMIC_QUANTIZE, [value, scale], attributes, domain=DOMAIN, num_outputs=2, name=f"{site}/DynamicQuantize"
+    )
+    codes, blocks = dynamic.outputs
+    codes.name, codes.type, codes.shape = f"{site}/codes", ir.TensorType(ir.DataType.FLOAT4E2M1), value.shape
+    blocks.name, blocks.type = f"{site}/block_scales", ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+    nodes, dequantized = _dequantize(codes, blocks, scale, site, axis=-1)
+    dequantized.shape = value.shape
+    graph.insert_before(before, [dynamic, *nodes])
+    return dequantized
+
+
+def _dequantize(
+    codes: ir.Value, blocks: ir.Value, scale: ir.Value, name: str, axis: int
+) -> tuple[list[ir.Node], ir.Value]:
+    """Block scales first, then codes: the nodes, and the float32 value."""
+    inner = ir.node("DequantizeLinear", [blocks, scale], name=f"{name}/scales/DequantizeLinear")
+    inner.outputs[0].name, inner.outputs[0].type = f"{name}/scales", ir.TensorType(ir.DataType.FLOAT)
+    outer = ir.node(
+        "DequantizeLinear", [codes, inner.outputs[0]], {"axis": axis, "block_size": BLOCK},
+        name=f"{name}/DequantizeLinear",
+    )  # fmt: skip
+    outer.outputs[0].name, outer.outputs[0].type = f"{name}/dequantized", ir.TensorType(ir.DataType.FLOAT)
+    return [inner, outer], outer.outputs[0]
