@@ -70,12 +70,11 @@ def test_a_line_of_another_form_is_an_error_and_not_left_out():
 
 def test_products_are_found_with_what_they_multiply():
     """A residual added in the same kernel, literals and copies are not operands."""
-    report = read_precision(
-        ["a/MatMul", "b/qk", "b/av", "c/MatMul", "d/MatMul"], parse_listing([OTHER, GEMM, MHA, FLOAT])
-    )
+    nodes = ("a/MatMul", "b/qk", "b/av", "c/MatMul", "d/MatMul")
+    report = read_precision(nodes, parse_listing([OTHER, GEMM, MHA, FLOAT]))
     assert [product.name for product in report.products] == ["int8", "fp8", "fp8", "fp8xfp16", "unknown"]
     assert [product.fused_attention for product in report.products] == [False, True, True, False, False]
     assert report.counts() == {"int8": 1, "fp8": 2, "fp8xfp16": 1, "unknown": 1}
-    assert report.not_in(dict.fromkeys(("a/MatMul", "b/qk", "b/av", "c/MatMul", "d/MatMul"), "fp8")) == ("a/MatMul", "c/MatMul", "d/MatMul")
+    assert report.not_in(dict.fromkeys(nodes, "fp8")) == ("a/MatMul", "c/MatMul", "d/MatMul")
     assert report.other_layers == {"kgen": 1}
     assert report.products[0].output == "fp16"
