@@ -16,16 +16,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from exporters.onnx.layers import read_layers
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
 from exporters.tensorrt.export import ENGINES, EXPORT_KIND, MODEL_FILE
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.pack import PACKED_SUFFIX, unpack_engine
-from exporters.tensorrt.precision import artifact_precisions, read_precision
+from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder, installed_builder
 from exporters.tensorrt.rtx import SETTINGS, Built, Shapes, build_rtx
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
@@ -36,6 +35,7 @@ __all__ = ["EngineSource", "ReadyEngine", "profiles_of", "ready_engine"]
 
 logger = logging.getLogger(__name__)
 
+_PRODUCTS: Final = ("MatMul", "Conv", "Gemm")
 
 
 class EngineSource(StrEnum):
@@ -223,11 +223,11 @@ def _checked(artifact: Artifact, built: Built, capability: str) -> dict[str, int
     """Products by precision, held to what the export was held to."""
     import onnx_ir as ir
 
-    layers = read_layers(ir.load(artifact.root / MODEL_FILE))
-    report = read_precision([str(layer.node.name) for layer in layers], built.layers)
+    nodes = [str(node.name) for node in ir.load(artifact.root / MODEL_FILE).graph if node.op_type in _PRODUCTS]
+    report = read_precision(nodes, built.layers)
     format = TrtFormat(artifact.manifest.extra["format"])
     required = artifact.manifest.config["require"] and not format.weight_only
-    other = report.not_in(artifact_precisions(layers)) if required else ()
+    other = report.not_in(artifact.manifest.extra["products"]) if required else ()
     if other:
         counts = json.dumps(report.counts())
         raise GateFailedError(

@@ -131,7 +131,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
             require_gates(gates, "the export does not hold what was asked", fix)
             if images.source.startswith("random"):
                 writer.warn(f"compared on {images.source}")
-            return _commit(writer, artifact, quantized, options, format, graph, reports)
+            return _commit(writer, artifact, quantized, options, format, graph, reports, artifact_precisions(layers))
 
 
 def engine_file(capability: str, builder: Builder = Builder.RTX) -> str:
@@ -241,6 +241,7 @@ def _commit(
     format: TrtFormat,
     graph: QuantizedGraph,
     reports: dict[str, dict[str, Any]],
+    products: dict[str, str],
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "timm"))
     return writer.commit(
@@ -264,6 +265,7 @@ def _commit(
                 MODEL_FILE, _profiles(quantized, options), workspace_mib=options.enterprise.workspace_mib,
                 version_compatible=options.enterprise.version_compatible,
             ),
+            "products": products,
             "passes": {change.name: len(change.changed) for change in graph.changes},
             "engines": {c: {k: e[k] for k in _IN_MANIFEST} for c, e in reports.items()},
         },

@@ -11,7 +11,7 @@ from vit_families import family, vision_family
 
 from fp8pipe.artifact import Artifact, ArtifactWriter
 from fp8pipe.vision.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
-from fp8pipe.vision.quantized import QuantizedVit, activation_sites, save_quantized
+from fp8pipe.vision.quantized import QuantizedVit, activation_sites, of_type, save_quantized
 from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure, read_structure
@@ -72,12 +72,13 @@ def write_vit_artifact(folder: Path, quantized: QuantizedVit, images: int = 0) -
 
 
 def storable(quantized: QuantizedVit) -> QuantizedVit:
-    """The same with scales that FP16 holds; of integers and E4M3 alone."""
-    weights = {n: WeightCodes(w.codes, storable_scale(w.scale), w.bits) for n, w in quantized.weights.items()}
-    activations = {
-        site: ActivationQuantizer(float(storable_scale(torch.tensor(q.scale))), q.low, q.high, q.kind)
-        for site, q in quantized.activations.items()
-    }
+    """The same with scales that FP16 holds; those of blocks of four-bit floats are so already."""
+    weights = dict(quantized.weights)
+    for name, weight in of_type(quantized.weights, WeightCodes).items():
+        weights[name] = WeightCodes(weight.codes, storable_scale(weight.scale), weight.bits)
+    activations = dict(quantized.activations)
+    for site, q in of_type(quantized.activations, ActivationQuantizer).items():
+        activations[site] = ActivationQuantizer(float(storable_scale(torch.tensor(q.scale))), q.low, q.high, q.kind)
     vision = (quantized.model, quantized.architecture, quantized.preprocessing, quantized.structure)
     return QuantizedVit(*vision, weights, activations)
 

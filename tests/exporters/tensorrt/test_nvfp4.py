@@ -283,6 +283,7 @@ def test_a_linear_that_the_builder_multiplies_otherwise_fails(artifact, tmp_path
                 node.replace_input_with(0, between.outputs[0])
 
     monkeypatch.setattr(export_module, "_halve", spoil)
+    monkeypatch.setattr(export_module, "check_file", lambda *args, **named: ())  # the linter would see it first
     with pytest.raises(GateFailedError, match=r"products not in nvfp4 for 12\.0: 1 .*blocks\.0\.mlp\.fc1"):
         export_tensorrt(artifact.root, tmp_path / "export", options())
 

@@ -1,0 +1,86 @@
+"""Every TensorRT format of vision models, for every GPU that has it: what the builder really made of each.
+
+Models are quantized on white noise without distillation (precision and size do not depend on it), exported, and built
+with TensorRT for RTX. A row tells products by precision as built, fused attentions, and the engine's bytes: as stored,
+as the runtime reads it, and without the kernels' source text, each over the ideal (the graph's codes, scales, floats).
+
+    python benchmarks/trt_formats.py --models sample:vit-digits runs/vit-s --work runs/formats
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from exporters.tensorrt import TrtExportOptions, export_tensorrt
+from fp8pipe.bf16 import widen_bf16_products
+from fp8pipe.config import build_config
+from fp8pipe.errors import Fp8PipeError
+from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.stage import quantize_vit
+
+# Precision of the artifact, format (None: its own), compute capabilities.
+ROWS = (
+    ("wfp8afp8", None, ("8.9", "12.0")),
+    ("w8a8", None, ("8.0", "8.9", "12.0")),
+    ("w4a4", None, ("8.0", "8.9", "12.0")),
+    ("w4a4", "int4-weight-only", ("8.0", "8.9", "12.0")),
+    ("w8a8", "int8-weight-only", ("8.0", "8.9", "12.0")),
+    ("wnvfp4anvfp4", None, ("12.0",)),
+    ("wnvfp4anvfp4", "nvfp4-weight-only", ("12.0",)),
+)
+
+
+def artifact_of(model, bits, options):
+    """The quantized model, made once."""
+    place = options.work / f"{Path(model.replace(':', '-')).name}-{bits}"
+    if not (place / "manifest.json").is_file():
+        settings = {"model": model, "bits": bits, "calibration": "gaussian", "images": options.images}
+        quantize_vit(build_config(QuantizeVitConfig, settings | {"distill": {"steps": 0}}), place)
+    return place
+
+
+def rows_of(model, options):
+    """One dict a format and compute capability; a refusal is a row, too."""
+    for bits, format, capabilities in ROWS:
+        artifact = artifact_of(model, bits, options)
+        name = f"{bits} {format or ''}".strip()
+        settings = {"format": format, "compute_capabilities": list(capabilities), "force": True}
+        try:
+            target = options.work / f"{artifact.name}-{format or 'own'}"
+            export = export_tensorrt(artifact, target, build_config(TrtExportOptions, settings))
+        except Fp8PipeError as error:
+            yield {"model": model, "format": name, "failed": " ".join(str(error).split())[:300]}
+            continue
+        for capability, entry in export.manifest.extra["engines"].items():
+            size = entry["size"]
+            yield {
+                "model": model, "format": name, "for": capability, "precisions": entry["precisions"],
+                "fused_attentions": entry["fused_attentions"], "ideal_mb": size["ideal_bytes"] / 1e6,
+                "stored": entry["stored_bytes"] / size["ideal_bytes"],
+                "engine": entry["engine_bytes"] / size["ideal_bytes"],
+                "without_text": (size["engine_bytes"] - size["text_bytes"]) / size["ideal_bytes"],
+            }  # fmt: skip
+
+
+def main():
+    """Parse, export everything, print a line each and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["sample:vit-digits"])
+    parser.add_argument("--images", type=int, default=8, help="white noise, for ranges alone")
+    parser.add_argument("--work", type=Path, required=True)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    widen_bf16_products()
+    found = []
+    for model in options.models:
+        for row in rows_of(model, options):
+            found.append(row)
+            shown = {key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}
+            print("  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
