@@ -105,7 +105,7 @@ def checkpoint_tensors(
     """Every tensor of the checkpoint: the artifact's codes and floats, scales in the algorithm's form."""
     yield from model.floats.items()
     for unit in model.plan.units:
-        if unit.module not in model.weights or unit.scale is None:
+        if unit.module is None or unit.module not in model.weights:
             continue
         weight = model.weights[unit.module]
         name = unit.entry.name.removesuffix(".weight")
@@ -178,7 +178,7 @@ def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) ->
     codes = floats = scales = 0
     for unit in model.plan.units:
         stored = found.get(unit.entry.name)
-        if unit.module in model.weights and unit.scale is not None:
+        if unit.module is not None and unit.module in model.weights:
             weight, name = model.weights[unit.module], unit.entry.name.removesuffix(".weight")
             same = stored is not None and same_bits(stored, weight.codes)
             codes += 0 if same else weight.codes.numel()

@@ -52,6 +52,8 @@ SCALES_FILE: Final = "activation_scales.json"
 LAYERS_FILE: Final = "layers.json"
 # A protobuf message ends at 2 GB; larger tensors lie beside it.
 _INLINE_BYTES: Final = 1_500_000_000
+# Largest share of an input's values that may lie beyond its static range.
+_CLIPPED: Final = 1e-3
 
 
 def export_language(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
@@ -138,7 +140,10 @@ def _prove(
     proved, _ = layer_gates(layers, written, reference, text.heldout[0])
     clipped = max(scales.values(), key=lambda scale: scale.clipped)
     detail = f"of the values seen in calibration, at the layer where it is largest; amax {clipped.amax:g}"
-    share = Gate(name="clipped activations", value=clipped.clipped, threshold=1e-3, passed=clipped.clipped <= 1e-3, detail=detail)
+    share = Gate(
+        name="clipped activations", value=clipped.clipped, threshold=_CLIPPED, passed=clipped.clipped <= _CLIPPED,
+        detail=detail,
+    )  # fmt: skip
     return layers, [*gates, *proved, share]
 
 

@@ -1,4 +1,4 @@
-"""A FALQON artifact as the graph that TensorRT builds well: its codes, static scales, float islands, perhaps a cache."""
+"""A FALQON artifact as the graph that TensorRT builds well: its codes, static scales, float islands, and a cache."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class LanguageExportOptions(FrozenConfig):
     compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs to compile for")
     batch: tuple[int, int, int] = Field((1, 1, 8), description="smallest, usual and largest batch, sequences")
     sequence: tuple[int, int, int] = Field(
-        (1, 128, 1024), description="smallest, usual and largest number of new tokens; the cache holds up to the largest"
+        (1, 128, 1024), description="smallest, usual and largest number of new tokens; also of cached ones"
     )
     cache: bool = Field(True, description="key/value cache as inputs and outputs of the graph (true or false)")
     calibration: Calibration = Field(Calibration.AMAX, description="amax, percentile or mse")

@@ -1,4 +1,4 @@
-"""Passes on a decoder's graph: static quantizers at the inputs of linears, scales in the base type, a head that is tied.
+"""Passes on a decoder's graph: static quantizers before linears, scales in the base type, a tied head.
 
 Q/DQ pairs hold per-tensor scales. Queries, keys and values read one value of the graph, and so do gate and up: they
 share one pair, and the builder makes one product of each group.

@@ -10,6 +10,7 @@ from exporters.tensorrt.language.source import LANGUAGE_KIND
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action
+from exporters.vllm.source import SourceKind
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact
 
 __all__ = ["LANGUAGE_KIND", "LanguagePlan", "is_language_artifact", "plan_language"]
@@ -35,10 +36,13 @@ class LanguagePlan:
 
 
 def is_language_artifact(source: Path) -> bool:
-    """Whether a directory is an artifact of the kind that this export reads; False for anything else."""
+    """Whether a directory is a language model's artifact; False for anything else.
+
+    That of a baseline is one too: the export then says that its weights are no FP8 codes.
+    """
     if not (source / MANIFEST_NAME).is_file():
         return False
-    return open_artifact(source, verify=False).kind == LANGUAGE_KIND
+    return open_artifact(source, verify=False).kind in (SourceKind.FALQON, SourceKind.LORA_MERGED)
 
 
 def plan_language(source: Path, options: LanguageExportOptions) -> LanguagePlan:

@@ -84,7 +84,9 @@ def layer_gates(
     inputs = _inputs(layers, reference, example)
     report: list[LayerParity] = []
     for start in range(0, len(layers), _AT_ONCE):
-        report += compare_layers(graph, layers[start : start + _AT_ONCE], inputs)
+        part = layers[start : start + _AT_ONCE]
+        names = dict.fromkeys(input_name(x.operands[0].source) for x in part if x.operands[0].source is not None)
+        report += compare_layers(graph, part, {name: inputs[name] for name in names})
     return parity_gates(report), report
 
 
@@ -123,10 +125,12 @@ def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], li
         for name, value in graph.graph.initializers.items()
         if value.const_value is not None and value.dtype is not None and value.dtype.name in _FLOATS
     }
-    prefix = f"{model.plan.structure.base_prefix}."
+    prefix, aliases = f"{model.plan.structure.base_prefix}.", model.plan.structure.tied
     different, compared, known = [], 0, set()
     for name, tensor in model.floats.items():
-        found = next((n for n in (name, prefix + name) if n in stored), None)
+        names = [name, prefix + name]
+        names += [tied for tied, original in aliases.items() if original in names]  # the tracer takes either name
+        found = next((n for n in names if n in stored), None)
         wanted = tensor.float().numpy()
         if found is not None:
             compared += 1

@@ -16,10 +16,12 @@ from exporters.tensorrt.options import Base
 from fp8pipe.artifact import Gate
 from fp8pipe.text import Encoded
 
-__all__ = ["PERPLEXITY_LIMIT", "DecoderSession", "cache_gates", "perplexity_gate"]
+__all__ = ["CACHE_LIMIT", "PERPLEXITY_LIMIT", "DecoderSession", "cache_gates", "perplexity_gate"]
 
 # How much worse than the artifact's own model a served graph may predict held-out text.
 PERPLEXITY_LIMIT = 0.01
+# Largest difference of a logit decoded with the cache, over the largest logit.
+CACHE_LIMIT = 1 / 30
 # Sequences, and tokens of each, that are decoded one by one.
 _DECODED, _TOKENS = 2, 24
 _PROMPT = 4
@@ -78,8 +80,11 @@ def perplexity_gate(session: DecoderSession, text: list[Encoded], own: Score, *,
     found = score_session(session.logits, text)
     worse = found.perplexity / own.perplexity - 1
     limit = PERPLEXITY_LIMIT if required else max(PERPLEXITY_LIMIT, worse)
-    detail = f"{found.perplexity:.4f} against {own.perplexity:.4f} with dynamic scales, {own.tokens} held-out answer tokens"
-    gate = Gate(name="perplexity above the artifact's", value=worse, threshold=limit, passed=worse <= limit, detail=detail)
+    shown = f"{found.perplexity:.4f} against {own.perplexity:.4f} with dynamic scales"
+    gate = Gate(
+        name="perplexity above the artifact's", value=worse, threshold=limit, passed=worse <= limit,
+        detail=f"{shown}, {own.tokens} held-out answer tokens",
+    )  # fmt: skip
     return gate, found
 
 
@@ -98,5 +103,9 @@ def cache_gates(session: DecoderSession, text: list[Encoded]) -> list[Gate]:
         agreeing += int((whole.argmax(-1) == steps.argmax(-1)).sum())
         tokens += ids.shape[1]
     detail = f"over the largest logit; {agreeing} of {tokens} tokens have the same best successor"
-    limit = 1 / 30
-    return [Gate(name="logits of the cache against none", value=worst, threshold=limit, passed=worst <= limit, detail=detail)]
+    return [
+        Gate(
+            name="logits of the cache against none", value=worst, threshold=CACHE_LIMIT, passed=worst <= CACHE_LIMIT,
+            detail=detail,
+        )
+    ]  # fmt: skip

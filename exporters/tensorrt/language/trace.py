@@ -88,8 +88,10 @@ class _Decoder(nn.Module):
             input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
             use_cache=past is not None,
         )  # fmt: skip
-        presents = [] if past is None else [t for layer in found.past_key_values.layers for t in (layer.keys, layer.values)]
-        return (found.logits.float(), *presents)
+        if past is None:
+            return (found.logits.float(),)
+        present = [tensor for layer in found.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (found.logits.float(), *present)
 
 
 def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool) -> PlainGraph:
