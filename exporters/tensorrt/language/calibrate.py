@@ -48,7 +48,10 @@ class InputCounts:
     def add(self, x: Tensor) -> None:
         """Count a tensor of any shape and float dtype."""
         magnitude = x.detach().abs()
-        self.amax = max(self.amax, float(magnitude.max()))
+        largest = float(magnitude.max())
+        self.amax = largest if math.isnan(largest) else max(self.amax, largest)
+        if not math.isfinite(largest):
+            return
         bits = magnitude.to(torch.bfloat16).reshape(-1).view(torch.int16)
         self.counts += torch.bincount(bits.int(), minlength=_BINS)
 

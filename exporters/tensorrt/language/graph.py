@@ -60,11 +60,11 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
     plain = trace_decoder(traced, list(model.weights), cache=cache)
     shape = cache_shape(traced)
     changes = [
+        strip_metadata(plain.model),  # first: it takes the tracer's prefix off names, and ours have none
         quantize_weights(plain, model.weights),
         quantize_inputs(plain, scales),
         name_products(plain),
         tie_head(plain.model),
-        strip_metadata(plain.model),
     ]
     plain.model.graph.name = "decoder"
     try:

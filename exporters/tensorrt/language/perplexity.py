@@ -21,6 +21,9 @@ from fp8pipe.text import IGNORED, Encoded
 
 __all__ = ["Score", "dynamic_inputs", "score_session", "score_torch", "static_inputs"]
 
+# Texts scored together: what a graph dequantizes, it dequantizes once for all of them.
+_BATCH = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -41,24 +44,29 @@ class Score:
 
 
 def score_torch(model: nn.Module, text: Sequence[Encoded]) -> Score:
-    """Score a model of transformers, one sequence at a time."""
+    """Score a model of transformers."""
     with torch.no_grad():
         return _score(text, lambda ids: model(input_ids=ids, use_cache=False).logits)
 
 
 def score_session(logits: Callable[[Tensor], Any], text: Sequence[Encoded]) -> Score:
-    """Score anything that gives `(1, tokens, vocabulary)` logits (numpy) for `(1, tokens)` ids."""
+    """Score anything that gives `(batch, tokens, vocabulary)` logits (numpy) for `(batch, tokens)` ids."""
     return _score(text, lambda ids: torch.from_numpy(np.asarray(logits(ids), np.float32)))
 
 
 def _score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
     total, count = 0.0, 0
-    for example in text:
-        labels = torch.tensor(example.labels)[1:]
+    ordered = sorted(text, key=lambda example: len(example.input_ids))
+    for start in range(0, len(ordered), _BATCH):
+        part = ordered[start : start + _BATCH]
+        longest = len(part[-1].input_ids)
+        # What stands behind a text has no influence on it: no token sees a later one.
+        ids = torch.tensor([[*x.input_ids, *[0] * (longest - len(x.input_ids))] for x in part])
+        labels = torch.tensor([[*x.labels, *[IGNORED] * (longest - len(x.labels))] for x in part])[:, 1:]
         keep = labels != IGNORED
-        found = logits(torch.tensor([example.input_ids]))[0, :-1][keep].float()
-        loss = nn.functional.cross_entropy(found, labels[keep], reduction="sum")
-        total, count = total + float(loss), count + int(keep.sum())
+        found = logits(ids)[:, :-1][keep].float()
+        total += float(nn.functional.cross_entropy(found, labels[keep], reduction="sum"))
+        count += int(keep.sum())
     return Score(total / max(1, count), count)
 
 

@@ -55,6 +55,17 @@ def test_lines_become_layers():
     assert layers[0].nodes == ()
 
 
+def test_copies_of_shapes_are_read_though_they_have_no_constants():
+    copied = (
+        "Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Outputs: [ { Name: x, Location: "
+        "Device, Dimensions: [], Datatype: Int64, Format: Format not available due to dynamic shapes }], "
+        "ParameterType: ShapeH2D, shapeValues0: [-38], TacticValue: 0x0000000000000000, StreamId: 0, Metadata: "
+    )
+    layers = parse_listing([copied, GEMM])
+    assert [layer.kind for layer in layers] == ["ShapeHostToDevice", "gemm"]
+    assert (layers[0].constants, layers[0].outputs[0].dtype) == ((), "Int64")
+
+
 def test_a_line_of_another_form_is_an_error_and_not_left_out():
     with pytest.raises(BadArtifactError, match="does not know"):
         parse_listing([GEMM.replace("TacticName", "Tactic")])
