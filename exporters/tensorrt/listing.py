@@ -6,7 +6,8 @@ while it compiles, so precision can be proved on any machine. The text has the f
     Name: N, LayerType: T, Inputs: [ { Name: .., Dimensions: [..], .., Datatype: D, .. }, ..], Constants: [..],
     Outputs: [..], TacticName: X, StreamId: 0, Metadata: [ONNX Layer: node]<US>[ONNX Layer: node]
 
-where <US> is the unit separator, code 31. Copies of shapes to the device have no constants, and name parameters.
+where <US> is the unit separator, code 31. Copies of shapes to the device have no constants, and name parameters;
+signals between streams name an event.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LINE: Final = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], "
     r"(?:Constants: \[(?P<constants>.*?)\], )?"
     r"Outputs: \[(?P<outputs>.*?)\], (?:ParameterType: .*?, )?Tactic(?:Name|Value): (?P<tactic>.*?), StreamId: \d+, "
-    r"Metadata: (?P<nodes>.*)$"
+    r"(?:EventId: \d+, )?Metadata: (?P<nodes>.*)$"
 )
 _PORT: Final = re.compile(r"Dimensions: \[(?P<shape>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)")
 _NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1f\[]|\s*$)")

@@ -18,14 +18,15 @@ from exporters.onnx.layers import read_layers
 from exporters.tensorrt.language import LanguageExportOptions, export_language
 from exporters.tensorrt.language.calibrate import InputScale
 from exporters.tensorrt.language.graph import decoder_graph
-from exporters.tensorrt.language.perplexity import static_inputs
+from exporters.tensorrt.language.perplexity import dynamic_inputs, score_torch, static_inputs
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
-from exporters.tensorrt.language.serve import CACHE_LIMIT, DecoderSession, cache_gates
+from exporters.tensorrt.language.serve import CACHE_LIMIT, DecoderSession, cache_gates, perplexity_gate
 from exporters.tensorrt.language.source import check_attention, open_language
+from exporters.tensorrt.language.text import read_text
 from exporters.tensorrt.options import Base
 from fp8pipe.cli import main
 from fp8pipe.config import build_config
-from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, LintRefusedError
+from fp8pipe.errors import BadArtifactError, ConfigurationError, LintRefusedError
 from fp8pipe.text import Encoded
 
 SCALES = 2.0**-4
@@ -247,18 +248,29 @@ def test_windows_of_attention_are_refused(llama, language_artifact, tmp_path):
         check_attention(Elsewhere())
 
 
-def test_a_worse_perplexity_fails(llama, language_text, tmp_path, monkeypatch):
-    """Scales that are a thousand times too small clip nearly everything."""
-    from exporters.tensorrt.language import export as module
-
-    real = module.scales_by_layer
-
-    def small(counts, method):
-        return {n: s.model_copy(update={"scale": s.scale / 1024}) for n, s in real(counts, method).items()}
-
-    monkeypatch.setattr(module, "scales_by_layer", small)
-    with pytest.raises(GateFailedError, match="perplexity"):
-        export_language(llama, tmp_path / "out", options(language_text, builder="none", cache=False))
+def test_a_worse_perplexity_fails(graphs, language_text, tmp_path):
+    """Activation scales that are far too large round nearly everything to zero."""
+    model, path, cached, _ = graphs
+    heldout = list(read_text(model, str(language_text), 8).heldout)
+    reference = model.torch_model(torch.float32)
+    # Random weights know nothing; the tokens of which they are surest are what they can lose.
+    best = [cached.logits(torch.tensor([x.input_ids]))[0].argmax(-1)[:-1].tolist() for x in heldout]
+    sure = [Encoded(x.input_ids, [-100, *tokens]) for x, tokens in zip(heldout, best, strict=True)]
+    with dynamic_inputs(reference, list(model.weights)):
+        own = score_torch(reference, sure)
+    gate, _ = perplexity_gate(cached, sure, own, required=True)
+    assert gate.passed
+    graph = ir.load(path)
+    for name, value in graph.graph.initializers.items():
+        if name.endswith("input/scale"):
+            value.const_value = ir.tensor(value.const_value.numpy() * np.float32(2**12), name=name)
+    ir.save(graph, tmp_path / "coarse.onnx")
+    coarse = DecoderSession(tmp_path / "coarse.onnx", cached.cache, Base.FP32)
+    gate, found = perplexity_gate(coarse, sure, own, required=True)
+    assert not gate.passed
+    assert gate.value == pytest.approx(found.perplexity / own.perplexity - 1)
+    gate, _ = perplexity_gate(coarse, sure, own, required=False)
+    assert gate.passed
 
 
 def test_the_command_line_knows_both_kinds_of_artifact(llama, language_text, tmp_path, language_artifact):

@@ -66,6 +66,15 @@ def test_copies_of_shapes_are_read_though_they_have_no_constants():
     assert (layers[0].constants, layers[0].outputs[0].dtype) == ((), "Int64")
 
 
+def test_signals_between_streams_are_read_with_their_event():
+    signal = (
+        "Name: entry^signal^1_myl1_1, LayerType: signal, Inputs: [], Constants: [], Outputs: [], TacticName: , "
+        "StreamId: 0, EventId: 151, Metadata: "
+    )
+    (layer,) = parse_listing([signal])
+    assert (layer.kind, layer.inputs, layer.nodes) == ("signal", (), ())
+
+
 def test_a_line_of_another_form_is_an_error_and_not_left_out():
     with pytest.raises(BadArtifactError, match="does not know"):
         parse_listing([GEMM.replace("TacticName", "Tactic")])
