@@ -20,7 +20,7 @@ from exporters.tensorrt.language.graph import DecoderGraph, decoder_graph
 from exporters.tensorrt.language.options import LanguageExportOptions, LanguageFormat
 from exporters.tensorrt.language.perplexity import Score, dynamic_inputs, score_torch
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
-from exporters.tensorrt.language.serve import DecoderSession, cache_gates, perplexity_gate
+from exporters.tensorrt.language.serve import DecoderSession, cache_gates, perplexity_gate, unrounded_session
 from exporters.tensorrt.language.source import LanguageModel, check_attention, open_language
 from exporters.tensorrt.language.text import ExportText, read_text
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names
@@ -111,8 +111,11 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
                 writer.gate(gate)
             fix = f"look into {writer.root}; perplexity and precision may be waived with --no-require"
             require_gates(gates, "the export does not hold what was asked", fix)
-            facts = {"perplexity": {"own": own.perplexity, "served": served.perplexity, "tokens": own.tokens}}
-            return _commit(writer, model, options, graph, text, reports, facts)
+            scores = {
+                "own": own.perplexity, "served": served.perplexity, "error": served.error_against(own),
+                "tokens": own.tokens,
+            }  # fmt: skip
+            return _commit(writer, model, options, graph, text, reports, {"perplexity": scores})
 
 
 def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mapping[str, InputScale]) -> None:
@@ -155,7 +158,9 @@ def _serve(
     gate, served = perplexity_gate(session, list(text.heldout), own, required=options.require)
     gates = [gate]
     if graph.cache is not None:
-        gates += cache_gates(session, list(text.heldout))
+        del session  # two large graphs need not be loaded at once
+        unrounded = unrounded_session(root / MODEL_FILE, graph.cache, options.base)
+        gates += cache_gates(unrounded, list(text.heldout))
     return gates, served
 
 

@@ -18,7 +18,7 @@ from exporters.onnx.passes.tensors import add_initializer
 from exporters.onnx.plain import PlainGraph
 from exporters.tensorrt.half import NotHalf
 
-__all__ = ["quantize_inputs", "tie_head", "type_scales"]
+__all__ = ["drop_quantizers", "quantize_inputs", "tie_head", "type_scales"]
 
 _FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
 _SCALE: Final = 1  # position among a quantizer's operands
@@ -63,6 +63,17 @@ def _insert(graph: ir.Graph, before: ir.Node, value: ir.Value, scale: float, sit
     output.name, output.type, output.shape = f"{site}/dequantized", value.type, value.shape
     graph.insert_before(before, [quantize, dequantize])
     return output
+
+
+def drop_quantizers(model: ir.Model) -> Change:
+    """Activations pass their quantizers unrounded: the same graph, without what makes it chaotic; in place."""
+    changed = []
+    for node in list(model.graph):
+        quantize = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
+        if quantize is not None and quantize.op_type == "QuantizeLinear" and quantize.inputs[0] is not None:
+            node.outputs[0].replace_all_uses_with(quantize.inputs[0])
+            changed.append(str(node.name))
+    return Change("drop_quantizers", tuple(changed))
 
 
 def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:

@@ -27,20 +27,33 @@ _BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Mean negative log-likelihood.
+    """Negative log-likelihoods of answer tokens.
 
     Attributes:
-        nats: of an answer token.
-        tokens: answer tokens.
+        losses: `(tokens,)` fp32, nats; two scores of one text have the same order.
     """
 
-    nats: float
-    tokens: int
+    losses: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Answer tokens."""
+        return self.losses.numel()
+
+    @property
+    def nats(self) -> float:
+        """Mean loss of a token."""
+        return float(self.losses.double().mean())
 
     @property
     def perplexity(self) -> float:
         """exp(nats)."""
         return math.exp(self.nats)
+
+    def error_against(self, other: Score) -> float:
+        """Standard error of the difference of both means, nats, token by token."""
+        difference = self.losses.double() - other.losses.double()
+        return float(difference.std() / math.sqrt(self.tokens)) if self.tokens > 1 else math.inf
 
 
 def score_torch(model: nn.Module, text: Sequence[Encoded]) -> Score:
@@ -55,7 +68,7 @@ def score_session(logits: Callable[[Tensor], Any], text: Sequence[Encoded]) -> S
 
 
 def _score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
-    total, count = 0.0, 0
+    losses = []
     ordered = sorted(text, key=lambda example: len(example.input_ids))
     for start in range(0, len(ordered), _BATCH):
         part = ordered[start : start + _BATCH]
@@ -65,9 +78,8 @@ def _score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score
         labels = torch.tensor([[*x.labels, *[IGNORED] * (longest - len(x.labels))] for x in part])[:, 1:]
         keep = labels != IGNORED
         found = logits(ids)[:, :-1][keep].float()
-        total += float(nn.functional.cross_entropy(found, labels[keep], reduction="sum"))
-        count += int(keep.sum())
-    return Score(total / max(1, count), count)
+        losses.append(nn.functional.cross_entropy(found, labels[keep], reduction="none"))
+    return Score(torch.cat(losses))
 
 
 @contextmanager
