@@ -6,7 +6,8 @@ while it compiles, so precision can be proved on any machine. The text has the f
     Name: N, LayerType: T, Inputs: [ { Name: .., Dimensions: [..], .., Datatype: D, .. }, ..], Constants: [..],
     Outputs: [..], TacticName: X, StreamId: 0, Metadata: [ONNX Layer: node]<US>[ONNX Layer: node]
 
-where <US> is the unit separator, code 31.
+where <US> is the unit separator, code 31. Copies of shapes to the device have no constants, and name parameters;
+signals between streams name an event.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from fp8pipe.errors import BadArtifactError
 __all__ = ["EngineLayer", "Port", "parse_listing"]
 
 _LINE: Final = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+, (?:EventId: \d+, )?"
-    r"Metadata: (?P<nodes>.*)$"
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], "
+    r"(?:Constants: \[(?P<constants>.*?)\], )?"
+    r"Outputs: \[(?P<outputs>.*?)\], (?:ParameterType: .*?, )?Tactic(?:Name|Value): (?P<tactic>.*?), StreamId: \d+, "
+    r"(?:EventId: \d+, )?Metadata: (?P<nodes>.*)$"
 )
 _PORT: Final = re.compile(r"Dimensions: \[(?P<shape>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)")
 _NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1f\[]|\s*$)")
@@ -69,7 +71,7 @@ def _layer(line: str) -> EngineLayer:
             why=line[:200],
             fix="use a version of TensorRT that this project was tested with",
         )
-    inputs, constants, outputs = (_ports(found[section]) for section in ("inputs", "constants", "outputs"))
+    inputs, constants, outputs = (_ports(found[section] or "") for section in ("inputs", "constants", "outputs"))
     return EngineLayer(
         name=found["name"], kind=found["kind"], inputs=inputs, constants=constants, outputs=outputs,
         tactic=found["tactic"], nodes=tuple(_NODE.findall(found["nodes"])),

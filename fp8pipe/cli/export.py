@@ -48,7 +48,8 @@ class ByteSize(click.ParamType[int]):
     "weight_format",
     help="vllm: fp8 (FP8 weights and activations, default), w8a16 (FP8 weights only) or bf16 (dequantized). "
     "onnx: qdq (as quantized, default), qdq-exact (in arithmetic that has one result) or int4-weight-only. "
-    "trt: fp8, int8, nvfp4 (the artifact's own by default), int8-, int4- or nvfp4-weight-only.",
+    "trt: fp8, int8, nvfp4 (the artifact's own by default), int8-, int4- or nvfp4-weight-only; for language models fp8 "
+    "or modelopt-checkpoint.",
 )
 @click.option("--max-shard-size", type=ByteSize(), help="vllm: largest weight file, for instance 5GB (default).")
 @click.option(
@@ -58,7 +59,12 @@ class ByteSize(click.ParamType[int]):
 )
 @click.option("--compute-capability", "capabilities", multiple=True, help="trt: GPUs to compile for.  [8.9, 12.0]")
 @click.option("--base", type=click.Choice(["fp16", "fp32"]), help="trt: type of what is not quantized.  [fp16]")
-@click.option("--batch", type=int, nargs=3, help="trt: smallest, usual and largest batch.  [1 8 32]")
+@click.option("--batch", type=int, nargs=3, help="trt: smallest, usual, largest batch.  [1 8 32; language: 1 1 8]")
+@click.option("--sequence", type=int, nargs=3, help="trt, language: smallest, usual, largest length.  [1 128 1024]")
+@click.option("--no-cache", is_flag=True, help="trt, language: a graph without key/value cache.")
+@click.option("--calibration", type=click.Choice(["amax", "percentile", "mse"]), help="trt, language.  [amax]")
+@click.option("--calibration-data", help="trt, language: text for static scales; the training's by default.")
+@click.option("--calibration-records", type=int, help="trt, language: records of it to take.  [128]")
 @click.option("--no-require", is_flag=True, help="trt: accept engines that multiply in another precision.")
 @click.option("--workspace", type=int, help="trt, enterprise: scratch memory of the builder, MiB.  [4096]")
 @click.option("--version-compatible", is_flag=True, help="trt, enterprise: engines for later versions, too.")
@@ -77,6 +83,11 @@ def command(
     capabilities: tuple[str, ...],
     base: str | None,
     batch: tuple[int, int, int] | None,
+    sequence: tuple[int, int, int] | None,
+    no_cache: bool,
+    calibration: str | None,
+    calibration_data: str | None,
+    calibration_records: int | None,
     no_require: bool,
     workspace: int | None,
     version_compatible: bool,
@@ -88,12 +99,14 @@ def command(
     """Write ARTIFACT in the form that an engine loads; lint before, reopen and compare after.
 
     For vllm, ARTIFACT is what `fp8pipe finetune` wrote, or a plain model: a Hugging Face directory, a hub id, a .gguf
-    file or sample:NAME. For onnx and trt it is what `fp8pipe quantize-vit` wrote.
+    file or sample:NAME. For onnx it is what `fp8pipe quantize-vit` wrote, for trt what either of the two wrote.
     """
     given: dict[str, Any] = {
         "format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version, "builder": builder,
         "compute_capabilities": capabilities or None, "base": base, "batch": batch,
-        "require": False if no_require else None, "pack": pack or None,
+        "require": False if no_require else None, "pack": pack or None, "sequence": sequence,
+        "cache": False if no_cache else None, "calibration": calibration, "calibration_data": calibration_data,
+        "calibration_records": calibration_records,
     }  # fmt: skip
     enterprise = {"workspace_mib": workspace, "version_compatible": version_compatible or None}
     given["enterprise"] = {key: value for key, value in enterprise.items() if value is not None} or None
@@ -106,12 +119,13 @@ def command(
 # Which target an option is for; those of every target are not named.
 _TARGETS = {
     "format": ("vllm", "onnx", "trt"), "max_shard_bytes": ("vllm",), "vllm_version": ("vllm",), "builder": ("trt",),
-    "compute_capabilities": ("trt",), "base": ("trt",), "batch": ("trt",), "require": ("trt",),
+    "compute_capabilities": ("trt",), "base": ("trt",), "batch": ("trt",), "require": ("trt",), "sequence": ("trt",),
+    "cache": ("trt",), "calibration": ("trt",), "calibration_data": ("trt",), "calibration_records": ("trt",),
     "pack": ("trt",), "enterprise": ("trt",),
 }  # fmt: skip
 _FLAGS = {
     "max_shard_bytes": "--max-shard-size", "compute_capabilities": "--compute-capability", "require": "--no-require",
-    "enterprise": "--workspace and --version-compatible",
+    "enterprise": "--workspace and --version-compatible", "cache": "--no-cache",
 }  # fmt: skip
 
 
@@ -157,8 +171,16 @@ def _export_onnx(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: 
 def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
     from exporters.onnx import OnnxExportOptions
     from exporters.tensorrt import TrtExportOptions, export_tensorrt, plan_targets
+    from exporters.tensorrt.language import is_language_artifact
+    from fp8pipe.cli.export_language import export_language_model, refuse_language_options
     from fp8pipe.config import build_config
 
+    if is_language_artifact(artifact):
+        written = export_language_model(artifact, output, chosen, dry_run, console)
+        if written is not None:
+            _report(written, "trt", written.manifest.extra["format"], console)
+        return
+    refuse_language_options(chosen)
     options = build_config(TrtExportOptions, chosen)
     if dry_run:
         plain = build_config(OnnxExportOptions, {"force": options.force})

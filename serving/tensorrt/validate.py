@@ -33,6 +33,7 @@ from fp8pipe.progress import track
 from fp8pipe.vision.files import read_model_file
 from fp8pipe.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 from serving.record import ExportRejectedError, record_path, write_record
+from serving.tensorrt.language import is_language_export, prove_language
 from serving.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict
 from serving.tensorrt.run import run_engine
 
@@ -65,6 +66,8 @@ def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = No
     import_onnx_package("onnxruntime")
     artifact = open_artifact(export, kind=EXPORT_KIND, caches=ENGINES)
     record_path(artifact.root).unlink(missing_ok=True)  # an old verdict must not outlive a failure from here on
+    if is_language_export(artifact):
+        return _concluded(prove_language(artifact), artifact)
     device = next(iter(gpus()), None)
     here = None if device is None else f"{device.capability[0]}.{device.capability[1]}"
     capabilities = list(artifact.manifest.extra["engines"]) if here is None else [_runnable(artifact, here)]
@@ -78,7 +81,11 @@ def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = No
             progress.advance(1)
         execution = None if here is None else _execute(artifact, engines[0], pixels, expected)
         progress.advance(1)
-    record = _record(artifact, engines, expected, execution)
+    return _concluded(_record(artifact, engines, expected, execution), artifact)
+
+
+def _concluded(record: TrtValidationRecord, artifact: Artifact) -> TrtValidationRecord:
+    """Written beside the export; an error where it rejects."""
     path = write_record(record, artifact.root)
     if record.verdict == "REJECT":
         raise ExportRejectedError(

@@ -172,6 +172,37 @@ def _scale(value: Tensor, granularity: str, flip: bool) -> Tensor:
     return (value.float().abs().amax(dim=0 if flip else 1) / 448.0).reshape(-1, 1)
 
 
+def powers_of_two(tensors: dict[str, Tensor]) -> None:
+    """Scales as the default rule trains them."""
+    for name in [name for name in tensors if name.endswith("weight_scale")]:
+        weight = name.removesuffix("_scale")
+        scale = torch.exp2(torch.ceil(torch.log2(tensors[name])))
+        values = tensors[weight].float() * tensors[name]
+        tensors[name], tensors[weight] = scale, (values / scale).to(torch.float8_e4m3fn)
+
+
+@pytest.fixture(scope="session")
+def language_artifact(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`language_artifact(family, **options)` -> a falqon artifact with scales that FP16 holds."""
+
+    def build(family: str = "llama", **options: object) -> Path:
+        place = tmp_path_factory.mktemp("language") / "artifact"
+        return FalqonBuilder(make_model(family), **{"edit": powers_of_two, **options}).write(place).root  # type: ignore[arg-type]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def language_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 60 question-answer pairs in the words of the tiny tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "pairs.jsonl"
+    words = [f"t{i}" for i in torch.randint(0, 95, (60 * 10,), generator=torch.Generator().manual_seed(0)).tolist()]
+    rows = [words[10 * i : 10 * i + 10] for i in range(60)]
+    pairs = [{"prompt": f"t{i} " + " ".join(row[:4]), "completion": " ".join(row[4:])} for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def falqon(tmp_path: Path) -> Callable[..., Path]:
     """`falqon(base, granularity=..., skip=..., edit=..., ...)` -> a falqon artifact's directory."""

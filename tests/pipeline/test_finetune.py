@@ -169,7 +169,7 @@ def test_a_resumed_run_refuses_another_configuration(make_base, pairs, tmp_path)
 
 def test_the_plain_template_travels_with_a_model_that_has_none(make_base, pairs, tmp_path):
     from fp8pipe.compat import import_transformers
-    from pipeline.training.data.encode import template_info
+    from fp8pipe.text.encode import template_info
 
     base = make_base()
     (base / "chat_template.jinja").unlink()

@@ -85,6 +85,7 @@ def _replace(
     node = ir.node("DequantizeLinear", operands, form, name=f"{product.name}.weight/DequantizeLinear")
     output = node.outputs[0]
     output.name, output.shape = f"{product.name}.weight/dequantized", old.shape
-    output.type = ir.TensorType(ir.DataType.FLOAT)  # also in a float64 graph: the scales are fp32
+    # The scales are fp32 in a float64 graph, too.
+    output.type = ir.TensorType(ir.DataType.FLOAT) if old.dtype == ir.DataType.DOUBLE else old.type
     graph.insert_before(product.node, node)
     product.node.replace_input_with(1, output)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from fp8pipe.errors import ConfigurationError
-from pipeline.training.data.encode import IGNORED, Encoded
+from fp8pipe.text.encode import IGNORED, Encoded
 
 __all__ = ["Batch", "Batches"]
 

@@ -55,12 +55,24 @@ def test_lines_become_layers():
     assert layers[0].nodes == ()
 
 
-def test_lines_of_several_streams_carry_events():
-    """As an engine of two streams lists them."""
-    signal, gemm = (text.replace("StreamId: 0,", "StreamId: 1, EventId: 1,") for text in (EMPTY, GEMM))
-    layers = parse_listing([signal.replace("shape_call", "signal"), gemm])
-    assert [layer.kind for layer in layers] == ["signal", "gemm"]
-    assert layers[1].nodes == ("a/MatMul", "a.input/DequantizeLinear")
+def test_copies_of_shapes_are_read_though_they_have_no_constants():
+    copied = (
+        "Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Outputs: [ { Name: x, Location: "
+        "Device, Dimensions: [], Datatype: Int64, Format: Format not available due to dynamic shapes }], "
+        "ParameterType: ShapeH2D, shapeValues0: [-38], TacticValue: 0x0000000000000000, StreamId: 0, Metadata: "
+    )
+    layers = parse_listing([copied, GEMM])
+    assert [layer.kind for layer in layers] == ["ShapeHostToDevice", "gemm"]
+    assert (layers[0].constants, layers[0].outputs[0].dtype) == ((), "Int64")
+
+
+def test_signals_between_streams_are_read_with_their_event():
+    signal = (
+        "Name: entry^signal^1_myl1_1, LayerType: signal, Inputs: [], Constants: [], Outputs: [], TacticName: , "
+        "StreamId: 0, EventId: 151, Metadata: "
+    )
+    (layer,) = parse_listing([signal])
+    assert (layer.kind, layer.inputs, layer.nodes) == ("signal", (), ())
 
 
 def test_a_line_of_another_form_is_an_error_and_not_left_out():

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from fp8pipe.compat import import_transformers
 from fp8pipe.errors import ConfigurationError
+from fp8pipe.text.encode import IGNORED, Encoded
 from pipeline.training.data.batches import Batch, Batches, first_fit
-from pipeline.training.data.encode import IGNORED, Encoded
 
 PAD = 0
 

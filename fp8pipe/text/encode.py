@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fp8pipe.errors import ConfigurationError
-from pipeline.training.data.records import Record
+from fp8pipe.text.records import Record
 
 __all__ = ["IGNORED", "PLAIN_TEMPLATE", "Encoded", "Encoding", "TemplateInfo", "encode", "template_info"]
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8pipe.errors import ConfigurationError
-from pipeline.training.data.encode import IGNORED, PLAIN_TEMPLATE, Encoded, encode
-from pipeline.training.data.records import Message, Record
+from fp8pipe.text.encode import IGNORED, PLAIN_TEMPLATE, Encoded, encode
+from fp8pipe.text.records import Message, Record
 
 
 def talk(*turns: str, system: str | None = None) -> Record:

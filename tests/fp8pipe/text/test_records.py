@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8pipe.errors import ConfigurationError, MissingCapabilityError
-from pipeline.training.data.records import Message, Record, load_records, split
+from fp8pipe.text.records import Message, Record, load_records, split
 
 
 def write(tmp_path: Path, *lines: str | bytes) -> str:

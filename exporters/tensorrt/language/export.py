@@ -1,0 +1,262 @@
+"""The whole export of a language model: scales from text, graph, proof, engines, and what the builder says of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from exporters.onnx.layers import ExportedLayer, read_layers
+from exporters.onnx.packages import import_onnx_package
+from exporters.onnx.plain import OPSET
+from exporters.tensorrt.language.calibrate import InputScale, count_inputs, scales_by_layer
+from exporters.tensorrt.language.checkpoint import export_checkpoint
+from exporters.tensorrt.language.graph import DecoderGraph, decoder_graph
+from exporters.tensorrt.language.options import LanguageExportOptions, LanguageFormat
+from exporters.tensorrt.language.perplexity import Score, dynamic_inputs, score_torch
+from exporters.tensorrt.language.reopen import layer_gates, number_gates
+from exporters.tensorrt.language.serve import DecoderSession, cache_gates, perplexity_gate, unrounded_session
+from exporters.tensorrt.language.source import LanguageModel, check_attention, open_language
+from exporters.tensorrt.language.text import ExportText, read_text
+from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names
+from exporters.tensorrt.lint import check_file
+from exporters.tensorrt.options import Builder
+from exporters.tensorrt.precision import PrecisionReport, read_precision
+from exporters.tensorrt.rtx import Shapes, build_rtx
+from exporters.tensorrt.trtexec import trtexec_command
+from exporters.vision import require_gates
+from fp8pipe.artifact import (
+    Artifact,
+    ArtifactWriter,
+    Gate,
+    LayerRecord,
+    NumberFormat,
+    check_place,
+    installed_versions,
+)
+from fp8pipe.companions import SERVED_FILES, companion_files
+from fp8pipe.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["EXPORT_KIND", "LAYERS_FILE", "MODEL_FILE", "SCALES_FILE", "export_language"]
+
+EXPORT_KIND: Final = "trt-export"
+MODEL_FILE: Final = "model.onnx"
+DATA_FILE: Final = "model.onnx.data"
+SCALES_FILE: Final = "activation_scales.json"
+LAYERS_FILE: Final = "layers.json"
+# A protobuf message ends at 2 GB; larger tensors lie beside it.
+_INLINE_BYTES: Final = 1_500_000_000
+_WORKSPACE_MIB: Final = 4096  # of the builder elsewhere
+# Largest share of an input's values that may lie beyond its static range.
+_CLIPPED: Final = 1e-3
+
+
+def export_language(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
+    """Write a FALQON artifact for TensorRT.
+
+    Args:
+        source: directory of an artifact of kind `falqon`.
+        output: directory to create: `model.onnx`, `activation_scales.json`, `engines/`, `layers.json`, config and
+            tokenizer files, a manifest; or, as `modelopt-checkpoint`, what `export_checkpoint` writes.
+        options: format, base type, builder, GPUs, lengths, calibration.
+
+    Returns:
+        The committed export, with every gate in its manifest.
+
+    Raises:
+        ConfigurationError: unusable output, text or model.
+        BadArtifactError: an unfinished, damaged or other artifact.
+        LintFindingsError: findings on values or on the graph, before a builder is called; not committed.
+        MissingCapabilityError: a package is missing.
+        GateFailedError: the written graph differs from the artifact, predicts worse, or is multiplied in another
+            precision; not committed.
+    """
+    check_place(output, force=options.force)
+    if options.format is LanguageFormat.MODELOPT:
+        return export_checkpoint(source, output, options)
+    import_onnx_package("onnxruntime")
+    model = open_language(source)
+    check_attention(model)
+    text = read_text(model, options.calibration_data, options.calibration_records)
+    engines = options.compute_capabilities if options.builder is Builder.RTX else ()
+    with track(4 + len(engines), "export") as progress:
+        reference = model.torch_model(torch.float32)
+        scales = scales_by_layer(count_inputs(reference, list(model.weights), text.calibration), options.calibration)
+        progress.advance(1)
+        with dynamic_inputs(reference, list(model.weights)):
+            own = score_torch(reference, text.heldout)
+        progress.advance(1)
+        graph = decoder_graph(model, {k: v.scale for k, v in scales.items()}, options.base, cache=options.cache)
+        progress.advance(1)
+        with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
+            _write(writer.root, graph, model, scales)
+            layers, gates = _prove(writer.root, model, reference, scales, text)
+            scored, served = _serve(writer.root, graph, text, own, options)
+            gates += scored
+            progress.advance(1)
+            del reference
+            for warning in check_file(writer.root / MODEL_FILE, engines, str(source), require=options.require):
+                writer.warn(warning)
+            reports: dict[str, dict[str, Any]] = {}
+            for capability in engines:
+                report, reports[capability] = _build(writer.root, layers, graph.cache, options, capability)
+                gates.append(_precision_gate(report, capability, required=options.require))
+                progress.advance(1)
+            if reports:
+                (writer.root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+            for gate in gates:
+                writer.gate(gate)
+            fix = f"look into {writer.root}; perplexity and precision may be waived with --no-require"
+            require_gates(gates, "the export does not hold what was asked", fix)
+            scores = {
+                "own": own.perplexity, "served": served.perplexity, "error": served.error_against(own),
+                "tokens": own.tokens,
+            }  # fmt: skip
+            return _commit(writer, model, options, graph, text, reports, {"perplexity": scores})
+
+
+def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mapping[str, InputScale]) -> None:
+    """Everything but engines."""
+    import onnx_ir as ir
+
+    stored = sum(v.const_value.nbytes for v in graph.model.graph.initializers.values() if v.const_value is not None)
+    ir.save(graph.model, root / MODEL_FILE, external_data=DATA_FILE if stored > _INLINE_BYTES else None)
+    shown = {name: scale.model_dump() for name, scale in scales.items()}
+    (root / SCALES_FILE).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+    for relative in (Path("config.json"), *companion_files(model.root, SERVED_FILES)):
+        (root / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.root / relative, root / relative)
+
+
+def _prove(
+    root: Path, model: LanguageModel, reference: PreTrainedModel, scales: Mapping[str, InputScale], text: ExportText
+) -> tuple[tuple[ExportedLayer, ...], list[Gate]]:
+    """The written file against the artifact: numbers, then layers."""
+    import onnx_ir as ir
+
+    written = ir.load(root / MODEL_FILE)
+    layers = read_layers(written)
+    gates = number_gates(layers, written, model, scales)
+    proved, _ = layer_gates(layers, written, reference, text.heldout[0])
+    clipped = max(scales.values(), key=lambda scale: scale.clipped)
+    detail = f"of the values seen in calibration, at the layer where it is largest; amax {clipped.amax:g}"
+    share = Gate(
+        name="clipped activations", value=clipped.clipped, threshold=_CLIPPED, passed=clipped.clipped <= _CLIPPED,
+        detail=detail,
+    )  # fmt: skip
+    return layers, [*gates, *proved, share]
+
+
+def _serve(
+    root: Path, graph: DecoderGraph, text: ExportText, own: Score, options: LanguageExportOptions
+) -> tuple[list[Gate], Score]:
+    """The whole graph in ONNX Runtime: perplexity, and the cache against none."""
+    session = DecoderSession(root / MODEL_FILE, graph.cache, options.base)
+    gate, served = perplexity_gate(session, list(text.heldout), own, required=options.require)
+    gates = [gate]
+    if graph.cache is not None:
+        del session  # two large graphs need not be loaded at once
+        unrounded = unrounded_session(root / MODEL_FILE, graph.cache, options.base)
+        gates += cache_gates(unrounded, list(text.heldout))
+    return gates, served
+
+
+def _profiles(cache: CacheShape | None, options: LanguageExportOptions) -> dict[str, Shapes]:
+    """Smallest, usual and largest shapes; the past may be empty."""
+    pairs = list(zip(options.batch, options.sequence, strict=True))
+    past = [0, *options.sequence[1:]] if cache is not None else [0, 0, 0]
+
+    def three(*shapes: tuple[int, ...]) -> Shapes:
+        return shapes[0], shapes[1], shapes[2]
+
+    ids = three(*((batch, length) for batch, length in pairs))
+    found = {"input_ids": ids, "position_ids": ids}
+    found["attention_mask"] = three(*((b, length + p) for (b, length), p in zip(pairs, past, strict=True)))
+    if cache is not None:
+        layers, heads, size = cache
+        shape = three(*((b, heads, p, size) for (b, _), p in zip(pairs, past, strict=True)))
+        found |= dict.fromkeys(cache_names(layers), shape)
+    return found
+
+
+def _build(
+    root: Path,
+    layers: Sequence[ExportedLayer],
+    cache: CacheShape | None,
+    options: LanguageExportOptions,
+    capability: str,
+) -> tuple[PrecisionReport, dict[str, Any]]:
+    """One engine, what it multiplies in, and its entry for layers.json."""
+    path = root / f"engines/rtx-{capability}.engine"
+    path.parent.mkdir(exist_ok=True)
+    started = time.monotonic()
+    built = build_rtx(root / MODEL_FILE, path, [capability], _profiles(cache, options))
+    report = read_precision([str(layer.node.name) for layer in layers], built.layers)
+    entry = {
+        "tensorrt_rtx": built.version,
+        "engine": f"engines/rtx-{capability}.engine",
+        "engine_bytes": path.stat().st_size,
+        "build_s": round(time.monotonic() - started, 1),
+        "precisions": report.counts(),
+        "kernels": len({product.layer for product in report.products}),
+        "fused_attentions": sum("mha" in layer.name for layer in built.layers),
+        "products": [product.model_dump() for product in report.products],
+        "other_layers": report.other_layers,
+        "builder_warnings": list(built.warnings),
+        "layers": [layer.model_dump() for layer in built.layers],
+    }
+    return report, entry
+
+
+def _precision_gate(report: PrecisionReport, capability: str, *, required: bool) -> Gate:
+    other = report.not_in(dict.fromkeys((product.node for product in report.products), "fp8"))
+    shown = ", ".join(f"{count} in {name}" for name, count in sorted(report.counts().items()))
+    return Gate(
+        name=f"linear products not in fp8 for {capability}", value=len(other), threshold=0 if required else len(other),
+        passed=not other or not required, detail=shown + (f"; the first: {other[0]}" if other else ""),
+    )  # fmt: skip
+
+
+def _commit(
+    writer: ArtifactWriter,
+    model: LanguageModel,
+    options: LanguageExportOptions,
+    graph: DecoderGraph,
+    text: ExportText,
+    reports: dict[str, dict[str, Any]],
+    facts: dict[str, Any],
+) -> Artifact:
+    shown = ("engine", "engine_bytes", "build_s", "precisions", "kernels", "fused_attentions")
+    layers = [
+        LayerRecord(name=x.name, converted=x.name in model.weights, reason=x.reason, shape=x.shape)
+        for x in model.plan.layers
+    ]
+    return writer.commit(
+        config=options.model_dump(mode="json"),
+        seed=None,
+        parents=[model.artifact.as_parent()],
+        number_format=NumberFormat(name="e4m3", granularity="per-tensor" if model.per_tensor else "per-channel"),
+        runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
+        layers=layers,
+        versions=installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "transformers")),
+        extra={
+            "format": options.format.value,
+            "base": options.base.value,
+            "output": {"name": LOGITS, "what": "logits"},
+            "trtexec": trtexec_command(MODEL_FILE, _profiles(graph.cache, options), workspace_mib=_WORKSPACE_MIB),
+            "cache": None if graph.cache is None else dict(zip(("layers", "heads", "size"), graph.cache, strict=True)),
+            "activations": "e4m3, one static scale a tensor (training: one power of two a token)",
+            "calibration": {"data": text.source, "sha256": text.digest, "records": len(text.calibration)},
+            "passes": {change.name: len(change.changed) for change in graph.changes},
+            "engines": {c: {k: e[k] for k in shown} for c, e in reports.items()},
+            **facts,
+        },
+    )

@@ -1,0 +1,91 @@
+"""A FALQON artifact as the graph that TensorRT builds well: its codes, static scales, float islands, and a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from exporters.findings import Finding, LintFindingsError
+from exporters.onnx.passes import Change, name_products, quantize_weights, strip_metadata
+from exporters.tensorrt.half import NotHalf
+from exporters.tensorrt.language.passes import quantize_inputs, tie_head, type_scales
+from exporters.tensorrt.language.source import LanguageModel
+from exporters.tensorrt.language.trace import CacheShape, cache_shape, trace_decoder
+from exporters.tensorrt.options import Base
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["TORCH_TYPES", "DecoderGraph", "decoder_graph"]
+
+TORCH_TYPES = {Base.FP16: torch.float16, Base.FP32: torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderGraph:
+    """The graph before it is written.
+
+    Attributes:
+        model: strongly typed.
+        changes: what the passes did.
+        cache: shape of the cache; none for a graph without one.
+    """
+
+    model: ir.Model
+    changes: tuple[Change, ...]
+    cache: CacheShape | None
+
+
+def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:
+    """Trace and rewrite.
+
+    Args:
+        model: the artifact.
+        scales: static activation scales by layer.
+        base: type of what is not quantized.
+        cache: with a key/value cache.
+
+    Raises:
+        ConfigurationError: it cannot be traced, or its layers are not found in the graph.
+        LintFindingsError: a scale or a tensor that FP16 does not hold.
+    """
+    import onnx_ir as ir
+
+    dtype = TORCH_TYPES[base]
+    traced = model.torch_model(dtype)
+    refuse_overflow(model, dtype)
+    plain = trace_decoder(traced, list(model.weights), cache=cache)
+    shape = cache_shape(traced)
+    changes = [
+        strip_metadata(plain.model),  # first: it takes the tracer's prefix off names, and ours have none
+        quantize_weights(plain, model.weights),
+        quantize_inputs(plain, scales),
+        name_products(plain),
+        tie_head(plain.model),
+    ]
+    plain.model.graph.name = "decoder"
+    try:
+        changes.append(type_scales(plain.model, ir.DataType.FLOAT16 if base is Base.FP16 else ir.DataType.FLOAT))
+    except NotHalf as error:
+        name, _, why = str(error).partition(": ")
+        fix = "export with --base fp32, or train with a rule whose scales are powers of two (live)"
+        raise LintFindingsError([Finding("not-half", name, why, fix)], str(model.root)) from error
+    return DecoderGraph(plain.model, tuple(changes), shape if cache else None)
+
+
+def refuse_overflow(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Refuse float tensors with values beyond the base type.
+
+    Raises:
+        LintFindingsError: naming every one.
+    """
+    findings = [
+        Finding("not-half", name, f"a value beyond the largest of {dtype}", "export with --base fp32")
+        for name, tensor in model.floats.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor.to(dtype)).all()
+    ]
+    if findings:
+        raise LintFindingsError(findings, str(model.root))

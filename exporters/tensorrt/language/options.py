@@ -1,0 +1,80 @@
+"""What the export of a language model may be asked for: one frozen model, written whole into the export's manifest."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import Field, field_validator, model_validator
+
+from exporters.tensorrt.options import Base, Builder
+from exporters.tensorrt.rtx import CAPABILITIES
+from fp8pipe.config import FrozenConfig
+
+__all__ = ["Calibration", "LanguageExportOptions", "LanguageFormat"]
+
+
+class LanguageFormat(StrEnum):
+    """What is written.
+
+    `fp8`: an ONNX graph of the decoder with FP8 codes and static activation scales, and engines.
+    `modelopt-checkpoint`: safetensors in the layout of ModelOpt's unified checkpoints, for TensorRT-LLM and others.
+    """
+
+    FP8 = "fp8"
+    MODELOPT = "modelopt-checkpoint"
+
+
+class Calibration(StrEnum):
+    """How a static activation scale follows from what was seen on text.
+
+    `amax`: nothing that was seen is clipped. `percentile`: one value in a hundred thousand may be. `mse`: the least
+    mean squared error.
+    """
+
+    AMAX = "amax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+
+
+class LanguageExportOptions(FrozenConfig):
+    """Options of one export of a language model."""
+
+    format: LanguageFormat = Field(LanguageFormat.FP8, description="fp8 (graph and engines) or modelopt-checkpoint")
+    builder: Builder = Field(Builder.RTX, description="rtx (compiles on any machine) or none (the graph alone)")
+    base: Base = Field(Base.FP16, description="fp16 or fp32: the type of what is not quantized")
+    compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs to compile for")
+    batch: tuple[int, int, int] = Field((1, 1, 8), description="smallest, usual and largest batch, sequences")
+    sequence: tuple[int, int, int] = Field(
+        (1, 128, 1024), description="smallest, usual and largest number of new tokens; also of cached ones"
+    )
+    cache: bool = Field(True, description="key/value cache as inputs and outputs of the graph (true or false)")
+    calibration: Calibration = Field(Calibration.AMAX, description="amax, percentile or mse")
+    calibration_data: str | None = Field(None, description="text to calibrate on; what the artifact was trained on")
+    calibration_records: int = Field(128, ge=1, description="records to calibrate on (>= 1)")
+    require: bool = Field(
+        True, description="refuse engines with a product in another precision, and a worse perplexity (true or false)"
+    )
+    force: bool = Field(False, description="replace an existing output directory (true or false)")
+
+    @field_validator("builder")
+    @classmethod
+    def _compiles(cls, value: Builder) -> Builder:
+        if value is Builder.ENTERPRISE:
+            raise ValueError("language models are built by rtx here; for TensorRT use the trtexec line of the manifest")
+        return value
+
+    @field_validator("compute_capabilities")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [capability for capability in value if capability not in CAPABILITIES]
+        if unknown or not value:
+            raise ValueError(f"{', '.join(unknown) or 'none'}: choose from {', '.join(CAPABILITIES)}")
+        return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LanguageExportOptions:
+        for name, (low, usual, high) in (("batch", self.batch), ("sequence", self.sequence)):
+            if not 1 <= low <= usual <= high:
+                numbers = f"{low} {usual} {high}"
+                raise ValueError(f"{name} {numbers}: three numbers from 1, none smaller than the one before")
+        return self

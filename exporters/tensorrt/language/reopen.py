@@ -1,0 +1,157 @@
+"""Read the written graph again and compare every number in it with the artifact, and every layer with exact sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exporters.onnx.cut import input_name
+from exporters.onnx.layers import ExportedLayer
+from exporters.onnx.parity import LayerParity, compare_layers
+from exporters.tensorrt.language.calibrate import InputScale
+from exporters.tensorrt.language.source import LanguageModel
+from exporters.tensorrt.parity import parity_gates
+from fp8pipe.artifact import Gate
+from fp8pipe.text import Encoded
+from fp8pipe.vision.quantizers import ActivationQuantizer, Kind
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["layer_gates", "number_gates"]
+
+_FLOATS: Final = ("FLOAT", "FLOAT16")
+# Layers whose codes are compared in one session: what is cut out of the graph must fit one protobuf message.
+_AT_ONCE: Final = 32
+
+
+def number_gates(
+    layers: Sequence[ExportedLayer], graph: ir.Model, model: LanguageModel, scales: Mapping[str, InputScale]
+) -> list[Gate]:
+    """Compare a graph that was read from its file with the artifact.
+
+    Args:
+        layers: of the graph (`read_layers`).
+        graph: read again.
+        model: the artifact.
+        scales: as measured.
+
+    Returns:
+        Gates whose value is a count, and 0 passes.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    codes = weight_scales = inputs = 0
+    for name, weight in model.weights.items():
+        layer = by_name.get(name)
+        stored = None if layer is None else layer.operands[1].weight
+        if layer is None or stored is None or stored.codes.shape != weight.codes.shape:
+            codes, weight_scales, inputs = codes + weight.codes.numel(), weight_scales + 1, inputs + 1
+            continue
+        codes += int((stored.codes.contiguous().view(torch.uint8) != weight.codes.view(torch.uint8)).sum())
+        weight_scales += int(not torch.equal(stored.scale.float(), weight.scale))
+        quantizer = layer.operands[0].quantizer
+        plain = quantizer if isinstance(quantizer, ActivationQuantizer) else None
+        wrong = plain is None or plain.kind is not Kind.E4M3 or plain.scale != scales[name].scale
+        inputs += int(wrong or layer.operands[0].source is None)
+    different, strays, compared = _float_tensors(graph, model)
+    total = sum(weight.codes.numel() for weight in model.weights.values())
+    return [
+        _gate("weight codes differing", codes, f"of {total} in {len(model.weights)} layers"),
+        _gate("weight scales differing", weight_scales, f"of {len(model.weights)} layers"),
+        _gate("activation scales differing", inputs, f"of {len(model.weights)} layers, against the calibration"),
+        _gate("float tensors differing", len(different), f"of {compared}{_first(different)}"),
+        _gate("float matrices that are not the artifact's", len(strays), _first(strays).removeprefix("; ")),
+    ]
+
+
+def layer_gates(
+    layers: Sequence[ExportedLayer], graph: ir.Model, reference: nn.Module, example: Encoded
+) -> tuple[list[Gate], list[LayerParity]]:
+    """Run every layer in ONNX Runtime on the input that it has in torch, and compare it with exact sums.
+
+    The nodes, codes and scales are the file's. Sums are made in float32, so that a layer can be held to 1e-5.
+
+    Args:
+        layers: of the graph.
+        graph: changed in place: its stored tensors become float32.
+        reference: the artifact's model in torch, float32.
+        example: text.
+    """
+    _widen(graph)
+    inputs = _inputs(layers, reference, example)
+    report: list[LayerParity] = []
+    for start in range(0, len(layers), _AT_ONCE):
+        part = layers[start : start + _AT_ONCE]
+        names = dict.fromkeys(input_name(x.operands[0].source) for x in part if x.operands[0].source is not None)
+        report += compare_layers(graph, part, {name: inputs[name] for name in names})
+    return parity_gates(report), report
+
+
+def _inputs(layers: Sequence[ExportedLayer], reference: nn.Module, example: Encoded) -> dict[str, Any]:
+    """The float inputs of all layers, by their names in the cut graph."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args: seen.__setitem__(name, args[0].detach())
+
+    handles = [reference.get_submodule(x.name).register_forward_pre_hook(keep(x.name)) for x in layers]
+    try:
+        with torch.no_grad():
+            reference(input_ids=torch.tensor([example.input_ids]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sources = ((layer.name, layer.operands[0].source) for layer in layers)
+    return {input_name(source): seen[name].contiguous().numpy() for name, source in sources if source is not None}
+
+
+def _widen(graph: ir.Model) -> None:
+    """Stored FP16 tensors become float32, each number the same."""
+    import onnx_ir as ir
+
+    for value in graph.graph.initializers.values():
+        if value.dtype == ir.DataType.FLOAT16 and value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=str(value.name))
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], list[str], int]:
+    """Tensors of the artifact that are stored with other values; float matrices that are none of the artifact's."""
+    stored = {
+        name: np.array(value.const_value.numpy())
+        for name, value in graph.graph.initializers.items()
+        if value.const_value is not None and value.dtype is not None and value.dtype.name in _FLOATS
+    }
+    prefix, aliases = f"{model.plan.structure.base_prefix}.", model.plan.structure.tied
+    different, compared, known = [], 0, set()
+    for name, tensor in model.floats.items():
+        names = [name, prefix + name]
+        names += [tied for tied, original in aliases.items() if original in names]  # the tracer takes either name
+        found = next((n for n in names if n in stored), None)
+        wanted = tensor.float().numpy()
+        if found is not None:
+            compared += 1
+            known.add(found)
+            different += [] if _rounded_once(stored[found], wanted) else [name]
+        elif wanted.ndim > 1:  # a head is stored transposed, under a name of the tracer
+            compared += 1
+            match = [n for n, array in stored.items() if array.ndim > 1 and _rounded_once(array, wanted.T)]
+            known.update(match)
+            different += [] if match else [name]
+    return different, [n for n, array in stored.items() if array.ndim > 1 and n not in known], compared
+
+
+def _rounded_once(found: Any, wanted: Any) -> bool:
+    return found.shape == wanted.shape and np.array_equal(found, wanted.astype(found.dtype))
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"; the first: {names[0]}" if names else ""
+
+
+def _gate(name: str, value: int, detail: str) -> Gate:
+    return Gate(name=name, value=value, threshold=0, passed=value == 0, detail=detail)

@@ -1,0 +1,119 @@
+"""A FALQON artifact as codes, scales and a model in torch: everything that its exports are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from exporters.findings import Finding, LintFindingsError
+from exporters.vllm.export import plan_export
+from exporters.vllm.lint import lint
+from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.plan import Action, ExportPlan
+from exporters.vllm.structure import load_config, model_class
+from exporters.vllm.tensors import read_tensor
+from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.errors import ConfigurationError
+from fp8pipe.vision.quantizers import WeightCodes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LANGUAGE_KIND", "LanguageModel", "check_attention", "open_language"]
+
+LANGUAGE_KIND = "falqon"
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """One artifact, opened and linted.
+
+    Attributes:
+        artifact: with its manifest.
+        plan: its tensors and their roles, from headers.
+        weights: codes by module, `(out, in)`; the scale has one value, `()`, or one a row, `(out,)`.
+        floats: all other tensors by their names in the checkpoint, as stored.
+    """
+
+    artifact: Artifact
+    plan: ExportPlan
+    weights: Mapping[str, WeightCodes]
+    floats: Mapping[str, Tensor]
+
+    @property
+    def root(self) -> Path:
+        """The artifact's directory."""
+        return self.artifact.root
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether every weight has one scale."""
+        return all(weight.scale.dim() == 0 for weight in self.weights.values())
+
+    def torch_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model of transformers with dequantized weights, in evaluation mode; every value rounded once to `dtype`.
+
+        Attention is the plain formula, whose products and softmax are visible to a tracer.
+        """
+        config = load_config(self.root)
+        state = {name: tensor.to(dtype) for name, tensor in self.floats.items()}
+        for unit in self.plan.units:
+            if unit.action is Action.CODES and unit.module is not None:
+                state[unit.entry.name] = self.weights[unit.module].dequantize().to(dtype)
+        model: PreTrainedModel = model_class(config).from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, attn_implementation="eager"
+        )
+        return model.eval()
+
+
+def open_language(source: Path) -> LanguageModel:
+    """Open an artifact of kind `falqon`, hash it, lint it and read it.
+
+    Raises:
+        BadArtifactError: unfinished, damaged, or of another kind.
+        LintFindingsError: what no engine could serve rightly; see the rules of the export to vLLM.
+        ConfigurationError: an architecture that cannot be exported.
+    """
+    artifact = open_artifact(source, kind=LANGUAGE_KIND)
+    plan = plan_export(source, VllmExportOptions())
+    findings = lint(plan) + _transposed(plan)
+    if findings:
+        raise LintFindingsError(findings, str(source))
+    weights, floats = {}, {}
+    for unit in plan.units:
+        if unit.action is Action.CODES and unit.module is not None and unit.scale is not None:
+            weights[unit.module] = _codes(read_tensor(unit.entry), read_tensor(unit.scale))
+        else:
+            floats[unit.entry.name] = read_tensor(unit.entry)
+    return LanguageModel(artifact, plan, weights, floats)
+
+
+def check_attention(model: LanguageModel) -> None:
+    """Refuse models whose layers see a window of the text only: the graph has one mask for all layers.
+
+    Raises:
+        ConfigurationError: naming what was found.
+    """
+    config = load_config(model.root)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention"} or (window is not None and not kinds):
+        raise ConfigurationError(
+            f"{model.root} cannot be exported as a graph",
+            why=f"its attention is not the full one in every layer ({', '.join(sorted(kinds)) or f'window {window}'})",
+            fix="export with --format modelopt-checkpoint, or --target vllm",
+        )
+
+
+def _codes(codes: Tensor, scale: Tensor) -> WeightCodes:
+    return WeightCodes(codes, scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1), 8)
+
+
+def _transposed(plan: ExportPlan) -> list[Finding]:
+    why, fix = "stored (in, out)", "export with --target vllm"
+    return [Finding("transposed-weight", u.entry.name, why, fix) for u in plan.units if u.quantized and u.transposed]

@@ -1,0 +1,93 @@
+"""`fp8pipe export --target trt` of a language model: which options apply, and the dry run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fp8pipe.cli.common import Console, format_bytes, table
+
+if TYPE_CHECKING:
+    from exporters.tensorrt.language import LanguageExportOptions
+    from fp8pipe.artifact import Artifact
+
+__all__ = ["export_language_model", "refuse_language_options"]
+
+_VISION_ONLY: Final = ("pack", "enterprise")
+_LANGUAGE_ONLY: Final = ("sequence", "cache", "calibration", "calibration_data", "calibration_records")
+# A checkpoint is served by an engine that builds its own graphs.
+_GRAPH_ONLY: Final = ("builder", "compute_capabilities", "base", "batch", "sequence", "cache", "require")
+_FLAGS: Final = {
+    "compute_capabilities": "--compute-capability", "cache": "--no-cache", "require": "--no-require",
+    "enterprise": "--workspace and --version-compatible",
+}  # fmt: skip
+
+
+def refuse_language_options(chosen: dict[str, Any]) -> None:
+    """Refuse options of language models for another artifact.
+
+    Raises:
+        ConfigurationError: naming them as they are written on the command line.
+    """
+    _refuse(chosen, _LANGUAGE_ONLY, "a vision model", "they are for language models, as `fp8pipe finetune` writes them")
+
+
+def export_language_model(
+    artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console
+) -> Artifact | None:
+    """Export, or show what would be; None after a dry run.
+
+    Raises:
+        ConfigurationError: options that do not apply to the format.
+    """
+    from exporters.tensorrt.language import LanguageExportOptions, LanguageFormat, export_language
+    from fp8pipe.config import build_config
+
+    _refuse(chosen, _VISION_ONLY, "a language model", "they are for vision models")
+    options = build_config(LanguageExportOptions, chosen)
+    if options.format is LanguageFormat.MODELOPT:
+        _refuse(chosen, _GRAPH_ONLY, f"--format {options.format}", "they are for graphs and engines")
+    if not dry_run:
+        return export_language(artifact, output, options)
+    document, text = _plan(artifact, output, options)
+    console.emit({"dry_run": True, "target": "trt", **document}, text, quiet_text=str(output))
+    return None
+
+
+def _refuse(chosen: dict[str, Any], keys: tuple[str, ...], what: str, why: str) -> None:
+    from fp8pipe.errors import ConfigurationError
+
+    foreign = [_FLAGS.get(key, f"--{key.replace('_', '-')}") for key in keys if key in chosen]
+    if foreign:
+        raise ConfigurationError(f"{' and '.join(foreign)} cannot be given for {what}", why=why, fix="leave it out")
+
+
+def _plan(source: Path, output: Path, options: LanguageExportOptions) -> tuple[dict[str, Any], str]:
+    """The dry run: headers and manifests are read; nothing is linted, calibrated or traced."""
+    from exporters.tensorrt.language import plan_language
+    from fp8pipe.artifact.disk import free_bytes
+
+    plan, free = plan_language(source, options), free_bytes(output)
+    document = {
+        "source": str(source),
+        "output": str(output),
+        "output_exists": output.exists(),
+        "format": str(options.format),
+        "calibration_data": plan.text,
+        "need_bytes": plan.need_bytes,
+        "free_bytes": free,
+        "fits": free >= plan.need_bytes,
+        "layer_counts": {"quantized": plan.layers, "float": plan.others},
+        "engines": list(plan.engines),
+    }
+    rows = [
+        ("source", str(source)),
+        ("output", f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}"),
+        ("format", str(options.format)),
+        ("layers", f"{plan.layers} in FP8, {plan.others} float"),
+        ("calibration", f"{plan.text or 'no text is named: give --calibration-data'} ({options.calibration})"),
+        ("weights", format_bytes(plan.need_bytes)),
+        ("disk", f"{format_bytes(free)} free{'' if document['fits'] else ': NOT ENOUGH'}"),
+        ("engines", f"{', '.join(plan.engines) or 'none'}"),
+    ]
+    return document, "plan (nothing was written)\n" + table(rows)
