@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -34,9 +35,15 @@ def test_long_runs_of_text_are_counted_apart(tmp_path):
     assert size.weights_over_ideal == (size.engine_bytes - len(text)) / 80_000
 
 
-def test_int4_codes_count_half_a_byte():
-    import ml_dtypes
+def test_block_scales_are_no_text(tmp_path):
+    """E4M3 scales from 1/8 to 16, as NVFP4 weights have, are printable bytes, each and all."""
+    scales = np.random.default_rng(0).uniform(0.125, 16, 30_000).astype(ml_dtypes.float8_e4m3fn).tobytes()
+    assert all(0x20 <= byte <= 0x7E for byte in scales)
+    (tmp_path / "x.engine").write_bytes(scales)
+    assert measure_engine(tmp_path / "x.engine", 30_000).text_bytes == 0
 
+
+def test_int4_codes_count_half_a_byte():
     codes = ir.tensor(np.zeros((64, 33), ml_dtypes.int4), name="codes")
     scale = ir.tensor(np.zeros((2, 33), np.float16), name="scale")
     values = [ir.Value(name=t.name, const_value=t) for t in (codes, scale)]
