@@ -24,9 +24,15 @@ def input_name(value: ir.Value) -> str:
     return f"{_INPUT}{value.name}"
 
 
-def cut_layers(model: ir.Model, layers: Sequence[ExportedLayer]) -> bytes:
-    """A model whose outputs are the layers' outputs, by their names in the graph."""
-    return _cut(model, layers, [layer.output for layer in layers])
+def cut_layers(model: ir.Model, layers: Sequence[ExportedLayer], *, wide: bool = False) -> bytes:
+    """A model whose outputs are the layers' outputs, by their names in the graph.
+
+    Args:
+        model: the graph.
+        layers: of it.
+        wide: add the products of matrices up in float64, so that what differs is the graph and not the order of sums.
+    """
+    return _cut(model, layers, [layer.output for layer in layers], wide=wide)
 
 
 def cut_codes(model: ir.Model, layers: Sequence[ExportedLayer]) -> bytes | None:
@@ -36,7 +42,12 @@ def cut_codes(model: ir.Model, layers: Sequence[ExportedLayer]) -> bytes | None:
 
 
 def _cut(
-    model: ir.Model, layers: Sequence[ExportedLayer], outputs: Sequence[ir.Value], *, as_float: bool = False
+    model: ir.Model,
+    layers: Sequence[ExportedLayer],
+    outputs: Sequence[ir.Value],
+    *,
+    as_float: bool = False,
+    wide: bool = False,
 ) -> bytes:
     import onnx
     import onnx_ir as ir
@@ -48,6 +59,9 @@ def _cut(
     for proto in protos:
         for index, name in enumerate(proto.input):
             proto.input[index] = inputs.get(name, name)
+    if wide:
+        products = {str(layer.node.outputs[0].name) for layer in layers if layer.node.op_type == "MatMul"}
+        protos = [made for proto in protos for made in (_widened(proto) if proto.output[0] in products else [proto])]
     names = [str(value.name) for value in outputs]
     results = names
     if as_float:  # Python reads no FP8 arrays
@@ -62,6 +76,18 @@ def _cut(
     )  # fmt: skip
     opset = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     return onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version).SerializeToString()
+
+
+def _widened(product: Any) -> list[Any]:
+    """A MatMul of float64 operands between casts, under the same names."""
+    from onnx import TensorProto, helper
+
+    sides = [f"{product.output[0]}/double/{index}" for index in range(2)]
+    pairs = zip(product.input, sides, strict=True)
+    casts = [helper.make_node("Cast", [a], [b], to=TensorProto.DOUBLE) for a, b in pairs]
+    total = f"{product.output[0]}/double"
+    narrow = helper.make_node("Cast", [total], list(product.output), to=TensorProto.FLOAT)
+    return [*casts, helper.make_node("MatMul", sides, [total], name=product.name), narrow]
 
 
 def _float(name: str, rank: int | None) -> Any:

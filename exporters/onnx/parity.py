@@ -113,9 +113,10 @@ def compare_layers(
         layers: its layers.
         inputs: float inputs by their names in the cut model (see `inputs_of`).
         torch_outputs: what torch gives for them, by label (see `outputs_of`); compared too.
-        plain: every operator as it stands, for graphs that another engine runs: no integer kernel of this CPU.
+        plain: every operator as it stands, for graphs that another engine runs: no integer kernel of this CPU, and
+            sums in float64, so that only the graph is judged.
     """
-    outputs = run(open_session(cut_layers(model, layers), plain=plain), inputs)
+    outputs = run(open_session(cut_layers(model, layers, wide=plain), plain=plain), inputs)
     cut = cut_codes(model, layers)
     codes = {} if cut is None else run(open_session(cut), inputs)
     exact = exact_outputs(layers, inputs)

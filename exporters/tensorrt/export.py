@@ -15,7 +15,8 @@ from exporters.onnx.layers import ExportedLayer, read_layers
 from exporters.onnx.lint import lint_model, refuse
 from exporters.onnx.options import OnnxFormat
 from exporters.onnx.packages import import_onnx_package
-from exporters.onnx.plain import INPUT_NAME, OUTPUT_NAME
+from exporters.onnx.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE
+from exporters.onnx.plain import INPUT_NAME, OUTPUT_NAME, ProductKind
 from exporters.onnx.produce import QuantizedGraph
 from exporters.onnx.reopen import reopen_gates
 from exporters.tensorrt.block_parity import block_gates, block_parity
@@ -154,7 +155,9 @@ def _write(
     gates = reopen_gates(graph.model, layers, quantized, OnnxFormat.QDQ)
     gates.append(float_gate(graph.float_bytes, quantized, images.pixels))
     pixels = images.pixels[:_LAYER_IMAGES]
-    gates += parity_gates(typed_parity(graph.model, layers, quantized, pixels))
+    convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
+    report = typed_parity(graph.model, layers, quantized, pixels)
+    gates += parity_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE)
     gates += block_gates(block_parity(graph.model, layers, quantized, pixels))
     before = stored_arrays(graph.model)
     if options.base is Base.FP16:

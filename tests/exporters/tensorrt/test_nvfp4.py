@@ -148,7 +148,7 @@ def test_layers_in_the_reference_evaluator_are_those_of_torch(name, format):
     assert all(gate.passed for gate in block_gates(report))
     assert sum(layer.codes for layer in report) == 0 if format.weight_only else all(layer.codes for layer in report)
     # Four-bit products add up almost exactly; sums of float activations round like any other.
-    assert max(layer.error for layer in report) < (1e-5 if format.weight_only else 1e-6)
+    assert max(layer.error for layer in report) < 1e-6
 
 
 def test_readers_of_one_value_share_its_quantizer():
