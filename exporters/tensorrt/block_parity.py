@@ -11,6 +11,7 @@ other float sums.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -28,7 +29,7 @@ from fp8pipe.vision.quantized import QuantizedVit
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["BLOCK_TOLERANCE", "block_gates", "block_parity", "dynamic_quantize"]
+__all__ = ["BLOCK_TOLERANCE", "block_gates", "block_parity", "dynamic_quantize", "evaluate_graph"]
 
 BLOCK_TOLERANCE: Final = 1e-6
 
@@ -121,6 +122,20 @@ def _evaluate(model: ir.Model, layers: Sequence[ExportedLayer], inputs: Mapping[
     evaluator = ReferenceEvaluator(cut, new_ops=[_operator()])
     names = [output.name for output in cut.graph.output]
     return dict(zip(names, evaluator.run(names, dict(inputs)), strict=True))
+
+
+def evaluate_graph(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs by name of a whole graph with NVFP4 operators, which ONNX Runtime does not have; slow.
+
+    Args:
+        path: ONNX file.
+        inputs: numpy arrays by name.
+    """
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(onnx.load(path), new_ops=[_operator()])
+    return dict(zip(evaluator.output_names, evaluator.run(None, dict(inputs)), strict=True))
 
 
 def _operator() -> Any:

@@ -21,6 +21,7 @@ from exporters.onnx.images import probe_images
 from exporters.onnx.packages import import_onnx_package
 from exporters.onnx.runtime import open_session, run
 from exporters.tensorrt import EXPORT_KIND, ReadyEngine, ready_engine
+from exporters.tensorrt.block_parity import evaluate_graph
 from exporters.tensorrt.dequantized import dequantize_graph
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
 from exporters.tensorrt.export import ENGINES, MODEL_FILE
@@ -32,6 +33,7 @@ from fp8pipe.machine import gpus
 from fp8pipe.progress import track
 from fp8pipe.vision.files import read_model_file
 from fp8pipe.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.vision.quantizers import Kind
 from serving.record import ExportRejectedError, record_path, write_record
 from serving.tensorrt.language import is_language_export, prove_language
 from serving.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict
@@ -44,6 +46,7 @@ _VERSIONS: Final = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt"
 # ViT differs by 0.03 to 0.08 of its outputs' norm between two exact ways of adding; a wrong scale gives 0.5 and more.
 RELATIVE_LIMIT: Final = 0.15
 _IMAGES: Final = 64
+_FEW_IMAGES: Final = 2
 
 
 def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = None) -> TrtValidationRecord:
@@ -109,13 +112,24 @@ def _runnable(artifact: Artifact, capability: str) -> str:
 
 
 def _pixels(artifact: Artifact) -> np.ndarray:
-    """(N, 3, H, W) float32. Random: the export holds no images."""
+    """(N, 3, H, W) float32. Random: the export holds no images. Few for NVFP4, which is evaluated slowly."""
     preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
-    return probe_images(None, preprocessing, _IMAGES).pixels.numpy()
+    count = max(_FEW_IMAGES, artifact.manifest.config["batch"][0]) if _is_nvfp4(artifact) else _IMAGES
+    return probe_images(None, preprocessing, count).pixels.numpy()
+
+
+def _is_nvfp4(artifact: Artifact) -> bool:
+    return TrtFormat(artifact.manifest.extra["format"]).kind is Kind.NVFP4
 
 
 def _expected(artifact: Artifact, pixels: np.ndarray) -> np.ndarray:
-    """ONNX Runtime's outputs, every operator as it stands: its integer kernels saturate on some CPUs."""
+    """The graph's outputs, every operator as it stands: ONNX Runtime's integer kernels saturate on some CPUs.
+
+    Those of NVFP4 come from ONNX's reference evaluator, since ONNX Runtime has no four-bit floats.
+    """
+    if _is_nvfp4(artifact):
+        names = _names(artifact)
+        return np.asarray(evaluate_graph(artifact.root / MODEL_FILE, {names[0]: pixels})[names[1]])
     session = open_session(artifact.root / MODEL_FILE, plain=True)
     names = _names(artifact)
     return np.concatenate([run(session, {names[0]: pixels[i : i + 8]})[names[1]] for i in range(0, len(pixels), 8)])
@@ -165,9 +179,9 @@ def _record(
     artifact: Artifact, engines: list[ReadyEngine], expected: np.ndarray, execution: Execution | None
 ) -> TrtValidationRecord:
     manifest = artifact.manifest
-    gates = [_finite(expected), *(_precision(artifact, engine) for engine in engines)]
+    gates = [_finite(expected, _reference(artifact)), *(_precision(artifact, engine) for engine in engines)]
     if execution is not None:
-        gates.append(_error(execution))
+        gates.append(_error(execution, _reference(artifact)))
     reasons = tuple(f"{g.name}: {g.value:g} against {g.threshold:g} ({g.detail})" for g in gates if not g.passed)
     ended: Verdict = "ACCEPT" if execution is not None else "PROVED-WITHOUT-RUNNING"
     return TrtValidationRecord(
@@ -186,9 +200,13 @@ def _record(
     )  # fmt: skip
 
 
-def _finite(expected: np.ndarray) -> Gate:
+def _reference(artifact: Artifact) -> str:
+    return "ONNX's reference evaluator" if _is_nvfp4(artifact) else "ONNX Runtime"
+
+
+def _finite(expected: np.ndarray, reference: str) -> Gate:
     bad = int((~np.isfinite(expected)).sum())
-    detail = f"of {expected.size} of the graph in ONNX Runtime, {len(expected)} random images"
+    detail = f"of {expected.size} of the graph in {reference}, {len(expected)} random images"
     return Gate(name="outputs that are no numbers", value=bad, threshold=0, passed=bad == 0, detail=detail)
 
 
@@ -205,11 +223,11 @@ def _precision(artifact: Artifact, engine: ReadyEngine) -> Gate:
     )  # fmt: skip
 
 
-def _error(execution: Execution) -> Gate:
+def _error(execution: Execution, reference: str) -> Gate:
     value = execution.relative_error
     return Gate(
         name="relative error of the engine", value=value, threshold=RELATIVE_LIMIT, passed=value <= RELATIVE_LIMIT,
-        detail=f"against ONNX Runtime on {execution.images} random images, {execution.device}",
+        detail=f"against {reference} on {execution.images} random images, {execution.device}",
     )
 
 
@@ -217,7 +235,7 @@ def _proved(artifact: Artifact, engines: list[ReadyEngine], execution: Execution
     gates = sum(gate.passed for gate in artifact.manifest.gates)
     said = [
         f"every file but engines has the manifest's digest; {gates} gates of the export passed on them",
-        "ONNX Runtime reads and runs the graph",
+        f"{_reference(artifact)} reads and runs the graph",
         *(
             f"{e.recipe.builder} {e.recipe.version} parsed the graph and built it for {e.recipe.capability} "
             f"(engine from the {'export' if e.source == 'export' else 'cache'}): "

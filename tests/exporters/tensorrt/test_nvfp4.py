@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +33,7 @@ from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError
 from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer
 from fp8pipe.vision.quantized import of_type
 from fp8pipe.vision.quantizers import Kind
+from serving.tensorrt.validate import validate_tensorrt
 
 NAME = "timm-vit"
 FP4, FP8 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
@@ -286,6 +288,15 @@ def test_a_linear_that_the_builder_multiplies_otherwise_fails(artifact, tmp_path
     monkeypatch.setattr(export_module, "check_file", lambda *args, **named: ())  # the linter would see it first
     with pytest.raises(GateFailedError, match=r"products not in nvfp4 for 12\.0: 1 .*blocks\.0\.mlp\.fc1"):
         export_tensorrt(artifact.root, tmp_path / "export", options())
+
+
+def test_validation_runs_the_graph_in_the_reference_evaluator(export, tmp_path):
+    """ONNX Runtime has no four-bit floats."""
+    place = shutil.copytree(export.root, tmp_path / "export")
+    record = validate_tensorrt(place)
+    assert record.verdict == "PROVED-WITHOUT-RUNNING"
+    assert "ONNX's reference evaluator reads and runs the graph" in record.proved
+    assert {gate.value for gate in record.gates} == {0}
 
 
 def test_a_graph_in_another_form_is_not_read():
