@@ -11,7 +11,7 @@ from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.rtx import CAPABILITIES
 from fp8pipe.config import FrozenConfig
 
-__all__ = ["Base", "Builder", "TrtExportOptions"]
+__all__ = ["Base", "Builder", "TrtExportOptions", "known_capabilities"]
 
 
 class Builder(StrEnum):
@@ -30,6 +30,18 @@ class Base(StrEnum):
 
     FP16 = "fp16"
     FP32 = "fp32"
+
+
+def known_capabilities(value: tuple[str, ...]) -> tuple[str, ...]:
+    """Each once, in the order given.
+
+    Raises:
+        ValueError: none, or one that the builder cannot compile for.
+    """
+    unknown = [capability for capability in value if capability not in CAPABILITIES]
+    if unknown or not value:
+        raise ValueError(f"{', '.join(unknown) or 'none'}: choose from {', '.join(CAPABILITIES)}")
+    return tuple(dict.fromkeys(value))
 
 
 class TrtExportOptions(FrozenConfig):
@@ -52,10 +64,7 @@ class TrtExportOptions(FrozenConfig):
     @field_validator("compute_capabilities")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [capability for capability in value if capability not in CAPABILITIES]
-        if unknown or not value:
-            raise ValueError(f"{', '.join(unknown) or 'none'}: choose from {', '.join(CAPABILITIES)}")
-        return tuple(dict.fromkeys(value))
+        return known_capabilities(value)
 
     @model_validator(mode="after")
     def _ordered(self) -> TrtExportOptions:

@@ -6,8 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field, field_validator, model_validator
 
-from exporters.tensorrt.options import Base, Builder
-from exporters.tensorrt.rtx import CAPABILITIES
+from exporters.tensorrt.options import Base, Builder, known_capabilities
 from fp8pipe.config import FrozenConfig
 
 __all__ = ["Calibration", "LanguageExportOptions", "LanguageFormat"]
@@ -66,10 +65,7 @@ class LanguageExportOptions(FrozenConfig):
     @field_validator("compute_capabilities")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [capability for capability in value if capability not in CAPABILITIES]
-        if unknown or not value:
-            raise ValueError(f"{', '.join(unknown) or 'none'}: choose from {', '.join(CAPABILITIES)}")
-        return tuple(dict.fromkeys(value))
+        return known_capabilities(value)
 
     @model_validator(mode="after")
     def _ordered(self) -> LanguageExportOptions:
