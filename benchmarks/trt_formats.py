@@ -22,13 +22,13 @@ from pipeline.vit.stage import quantize_vit
 
 # Precision of the artifact, format (None: its own), compute capabilities.
 ROWS = (
-    ("wfp8afp8", None, ("8.9", "12.0")),
-    ("w8a8", None, ("8.0", "8.9", "12.0")),
-    ("w4a4", None, ("8.0", "8.9", "12.0")),
-    ("w4a4", "int4-weight-only", ("8.0", "8.9", "12.0")),
-    ("w8a8", "int8-weight-only", ("8.0", "8.9", "12.0")),
-    ("wnvfp4anvfp4", None, ("12.0",)),
-    ("wnvfp4anvfp4", "nvfp4-weight-only", ("12.0",)),
+    ("wfp8afp8", None, ("8.9", "12.0", "12.1")),
+    ("w8a8", None, ("8.0", "8.6", "8.9", "12.0", "12.1")),
+    ("w4a4", None, ("8.0", "8.6", "8.9", "12.0", "12.1")),
+    ("w4a4", "int4-weight-only", ("8.0", "8.6", "8.9", "12.0", "12.1")),
+    ("w8a8", "int8-weight-only", ("8.0", "8.6", "8.9", "12.0", "12.1")),
+    ("wnvfp4anvfp4", None, ("12.0", "12.1")),
+    ("wnvfp4anvfp4", "nvfp4-weight-only", ("12.0", "12.1")),
 )
 
 

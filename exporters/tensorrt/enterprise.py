@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -149,6 +150,7 @@ def job(
     """What the worker is told; all of it is JSON."""
     return {
         "graph": str(graph), "engine": str(engine), "answer": str(answer), "profiles": dict(profiles),
+        "parent": os.getpid(),
         "network_flags": list(settings.network_flags(machine.version)),
         "builder_flags": list(settings.builder_flags()),
         "workspace_bytes": settings.workspace_mib << 20,

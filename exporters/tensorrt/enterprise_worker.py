@@ -6,18 +6,22 @@ imported. Needs a GPU: the builder times kernels on it, and the inspector reads 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
 _KEPT = ("INTERNAL_ERROR", "ERROR", "WARNING")
 
 
 def main() -> int:
     """Build what the job says; 0 when an engine was written, 3 when the graph or the builder refused."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    _end_with(job["parent"])
     import tensorrt as trt
 
     logger = _logger(trt)
@@ -26,6 +30,14 @@ def main() -> int:
     answer = {"version": trt.__version__, "messages": messages, **found}
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     return 0 if found["built"] else 3
+
+
+def _end_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent is gone: a builder nobody waits for takes minutes and memory."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # gone before the request
+            sys.exit(1)
 
 
 def _logger(trt: Any) -> Any:

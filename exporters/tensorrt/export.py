@@ -32,7 +32,7 @@ from exporters.tensorrt.parity import parity_gates, typed_parity
 from exporters.tensorrt.precision import PrecisionReport, artifact_precisions, read_precision
 from exporters.tensorrt.recipe import EngineRecipe
 from exporters.tensorrt.rtx import SETTINGS, Shapes, build_rtx
-from exporters.tensorrt.size import ideal_bytes, measure_engine, size_gate
+from exporters.tensorrt.size import ideal_bytes, measure_engine, size_gate, stored_gate
 from exporters.tensorrt.targets import with_targets
 from exporters.tensorrt.trtexec import trtexec_command
 from exporters.vision import require_gates, write_description
@@ -122,7 +122,9 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
                     packed = pack_engine(writer.root / entry["engine"])
                     entry["engine"] = packed.relative_to(writer.root).as_posix()
                 entry["stored_bytes"] = (writer.root / entry["engine"]).stat().st_size
-                gates.append(size_gate(size, capability, required=options.require and not format.weight_only))
+                held = options.require and not format.weight_only
+                gates.append(size_gate(size, capability, required=held))
+                gates.append(stored_gate(size, entry["stored_bytes"], capability, required=held and options.pack))
                 progress.advance(1)
             if reports:
                 (writer.root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
@@ -136,7 +138,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
 
 
 def engine_file(capability: str, builder: Builder = Builder.RTX) -> str:
-    """Where an engine lies in an export: `engines/rtx-8.9.engine`."""
+    """Where an engine is built in an export: `engines/rtx-8.9.engine`; `.xz` is added when it is packed."""
     return f"{ENGINES}/{'rtx' if builder is Builder.RTX else 'trt'}-{capability}.engine"
 
 

@@ -58,7 +58,7 @@ class TrtExportOptions(FrozenConfig):
     batch: tuple[int, int, int] = Field((1, 8, 32), description="smallest, usual and largest batch")
     require: bool = Field(True, description="refuse engines with a product in another precision (true or false)")
     enterprise: EnterpriseSettings = Field(EnterpriseSettings(), description="how TensorRT's builder is set up")
-    pack: bool = Field(False, description="store engines compressed with xz (true or false)")
+    pack: bool = Field(True, description="store engines compressed with xz, as `.engine.xz` (true or false)")
     force: bool = Field(False, description="replace an existing output directory (true or false)")
 
     @field_validator("compute_capabilities")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,7 @@ def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: 
         answer, job = Path(scratch) / "answer.json", Path(scratch) / "job.json"
         described = {
             "graph": str(graph), "engine": str(engine), "answer": str(answer), "profiles": profiles,
+            "parent": os.getpid(),
             "verbosity": SETTINGS["profiling_verbosity"],
             "capabilities": [CAPABILITIES[capability] for capability in capabilities],
         }  # fmt: skip

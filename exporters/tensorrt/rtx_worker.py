@@ -6,17 +6,22 @@ is a JSON file (`BuildJob`); the answer goes to the path it names. Nothing of th
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
 _ALWAYS_KEPT = ("INTERNAL_ERROR", "ERROR", "WARNING")
 
 
 def main() -> int:
     """Build what the job says; 0 when an engine was written, 3 when the graph or the builder refused."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    _end_with(job["parent"])
     import tensorrt_rtx as trt
 
     logger = _logger(trt)
@@ -26,6 +31,14 @@ def main() -> int:
     answer = {"version": trt.__version__, "listing": listing, "messages": said, **found}
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     return 0 if found["built"] else 3
+
+
+def _end_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent is gone: a builder nobody waits for takes minutes and memory."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # gone before the request
+            sys.exit(1)
 
 
 def _logger(trt: Any) -> Any:

@@ -2,8 +2,8 @@
 
 An engine of TensorRT for RTX carries the source text of its generated kernels, some 145 kB each, which its compiler
 on the GPU reads. Most texts are written once a launch, also when two are the same: how much of it there is depends on
-the number of layers, and neither on their width nor on a setting. So weights are judged without it: a builder that
-keeps them dequantized doubles what is left, and a large file of a small model means nothing.
+the number of layers, and neither on their width nor on a setting. So two things are judged: what is left without it,
+since a builder that keeps weights dequantized doubles that, and the file as it is stored, packed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fp8pipe.config import FrozenConfig
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ALLOWANCE_BYTES", "LIMIT", "EngineSize", "ideal_bytes", "measure_engine", "size_gate"]
+__all__ = ["ALLOWANCE_BYTES", "LIMIT", "EngineSize", "ideal_bytes", "measure_engine", "size_gate", "stored_gate"]
 
 # An FP16 copy of 8-bit codes would be at 2.
 LIMIT: Final = 1.35
@@ -85,4 +85,22 @@ def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
         name=f"MB of the engine beside text for {capability}",
         value=value, threshold=limit if required else max(value, limit), passed=value <= limit or not required,
         detail=f"of {size.engine_bytes / _MEGABYTE:.1f}; {shown}",
+    )  # fmt: skip
+
+
+def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, required: bool) -> Gate:
+    """Whether the engine, as the export stores it, has the size of its codes.
+
+    Args:
+        size: of the plain engine.
+        stored_bytes: of the file in the export.
+        capability: that it is for.
+        required: False where that is a figure: plain engines, and weight-only formats.
+    """
+    value = stored_bytes / _MEGABYTE
+    limit = (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
+    return Gate(
+        name=f"MB of the stored engine for {capability}",
+        value=value, threshold=limit if required else max(value, limit), passed=value <= limit or not required,
+        detail=f"x{stored_bytes / size.ideal_bytes:.2f} of codes, scales and floats",
     )  # fmt: skip

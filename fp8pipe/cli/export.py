@@ -68,7 +68,7 @@ class ByteSize(click.ParamType[int]):
 @click.option("--no-require", is_flag=True, help="trt: accept engines that multiply in another precision.")
 @click.option("--workspace", type=int, help="trt, enterprise: scratch memory of the builder, MiB.  [4096]")
 @click.option("--version-compatible", is_flag=True, help="trt, enterprise: engines for later versions, too.")
-@click.option("--pack", is_flag=True, help="trt: store engines compressed with xz.")
+@click.option("--pack/--no-pack", default=None, help="trt: store engines compressed with xz, or plain.  [pack]")
 @click.option("--vllm-version", help="vllm: the version whose checkpoint schema is written.")
 @click.option("--force", is_flag=True, help="Replace an existing export.")
 @common_options(dry_run=True)
@@ -91,7 +91,7 @@ def command(
     no_require: bool,
     workspace: int | None,
     version_compatible: bool,
-    pack: bool,
+    pack: bool | None,
     force: bool,
     dry_run: bool,
     console: Console,
@@ -104,7 +104,7 @@ def command(
     given: dict[str, Any] = {
         "format": weight_format, "max_shard_bytes": max_shard_size, "vllm_version": vllm_version, "builder": builder,
         "compute_capabilities": capabilities or None, "base": base, "batch": batch,
-        "require": False if no_require else None, "pack": pack or None, "sequence": sequence,
+        "require": False if no_require else None, "pack": pack, "sequence": sequence,
         "cache": False if no_cache else None, "calibration": calibration, "calibration_data": calibration_data,
         "calibration_records": calibration_records,
     }  # fmt: skip

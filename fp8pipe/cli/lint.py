@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,19 @@ def command(graph: Path, capabilities: tuple[str, ...], no_require: bool, consol
     errors, warnings = (found(require=not no_require) for found in (report.errors, report.warnings))
     document = {"path": str(graph), "compute_capabilities": capabilities, "findings": _plain(report.findings)}
     text = f"{graph}: {len(errors)} error(s), {len(warnings)} warning(s)"
-    rows = [("warning", found.rule, found.tensor, found.why) for found in warnings]
+    rows = _rows(errors, warnings)
     console.emit(document, "\n".join([text, *([table(rows)] if rows else [])]))
     if errors:
-        raise LintFindingsError(errors, str(graph), "built")
+        raise LintFindingsError(errors, str(graph), "built", report.waivable(require=not no_require))
+
+
+def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[str, ...]]:
+    """How many errors of each rule and what they do to an engine; every warning."""
+    from exporters.tensorrt.lint import RULES
+
+    counts = Counter(found.rule for found in errors)
+    told = [(str(RULES[rule].effect), rule, f"{count} place(s)", RULES[rule].fix) for rule, count in counts.items()]
+    return told + [("warning", found.rule, found.tensor, found.why) for found in warnings]
 
 
 def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ def exports(artifacts, tmp_path_factory):
 def test_every_product_runs_in_the_precision_of_the_artifact(exports):
     for bits, export in exports.items():
         entry = json.loads((export.root / "layers.json").read_text())[capability()]
-        assert entry["engine"] == f"engines/trt-{capability()}.engine"
+        assert entry["engine"] == f"engines/trt-{capability()}.engine.xz"
         assert entry["precisions"] == {"fp8" if bits == "wfp8afp8" else "int8": 38}
         assert entry["recipe"]["builder"] == "enterprise"
 

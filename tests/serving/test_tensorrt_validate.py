@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from quantized_families import quantized_family, storable, write_vit_artifact
 
-from exporters.tensorrt import TrtExportOptions, export_tensorrt
+from exporters.tensorrt import TrtExportOptions, export_tensorrt, ready_engine
 from fp8pipe.artifact import MANIFEST_NAME, Manifest
 from fp8pipe.cli import main
 from fp8pipe.config import build_config
@@ -75,7 +75,7 @@ def test_what_it_does_not_compare_with_is_refused(export, flag):
 
 
 def test_a_stale_engine_is_built_again_with_a_notice(export):
-    (export / "engines" / "rtx-8.9.engine").unlink()
+    (export / "engines" / "rtx-8.9.engine.xz").unlink()
     notices = []
     record = validate_tensorrt(export, notify=notices.append)
     assert record.verdict == "PROVED-WITHOUT-RUNNING"
@@ -115,7 +115,7 @@ def test_without_a_device_the_worker_gives_the_runtime_s_own_words(export):
     pixels = np.zeros((1, 3, 32, 32), np.float32)
     with pytest.raises(BadArtifactError, match=r"(?s)does not run.*(CUDA|Cuda)"):
         run_engine(
-            export / "engines" / "rtx-8.9.engine", "rtx", pixels, names=("pixels", "x"), batch=1, time_batches=[1]
+            ready_engine(export, "8.9").path, "rtx", pixels, names=("pixels", "x"), batch=1, time_batches=[1]
         )
 
 
@@ -146,7 +146,7 @@ def test_a_gpu_s_outputs_and_times_decide(export, monkeypatch):
     assert record.not_proved == ()
     assert record.execution.relative_error == pytest.approx(0.01, rel=1e-3)
     assert [timing.batch for timing in record.execution.timings] == [1, 2, 4]
-    assert [name for name, *_ in asked] == ["rtx-8.9.engine", "plain.engine"]
+    assert [name for name, *_ in asked] == [ready_engine(export, "8.9").path.name, "plain.engine"]
     ended = CliRunner().invoke(main, ["validate", str(export)])
     assert "batch 4: 5.000 ms, in FP16 5.000 ms (x1.00)" in ended.output
     monkeypatch.setattr(validate, "run_engine", ran(0.2))

@@ -49,13 +49,19 @@ def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
     Raises:
         BadArtifactError: it cannot be read as ONNX.
     """
+    if not path.is_file():
+        raise BadArtifactError(
+            f"{path} is no ONNX file",
+            why="it is a directory" if path.is_dir() else "there is no such file",
+            fix="name the .onnx file itself" + (f": {path / 'model.onnx'}" if (path / "model.onnx").is_file() else ""),
+        )
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf's own error type is not public
         raise BadArtifactError(
             f"{path} cannot be read as an ONNX graph",
             why=f"{type(error).__name__}: {error}"[:300],
-            fix="write it again",
+            fix="name an ONNX file; if this is one, write it again",
         ) from error
     return lint_typed(model, capabilities)
 
@@ -79,5 +85,5 @@ def check_file(path: Path, capabilities: Sequence[str], source: str, *, require:
     report = lint_file(path, capabilities)
     errors = report.errors(require=require)
     if errors:
-        raise LintFindingsError(errors, source)
+        raise LintFindingsError(errors, source, note=report.waivable(require=require))
     return report.summary(require=require)

@@ -107,6 +107,13 @@ class Report:
         errors = self.errors(require=require)
         return tuple(found for found in self.findings if found not in errors)
 
+    def waivable(self, *, require: bool = True) -> str:
+        """Which errors an engine in another precision would do for, as a sentence; empty where none is."""
+        rules = {found.rule for found in self.errors(require=require) if RULES[found.rule].effect is Effect.DEGRADED}
+        if not rules:
+            return ""
+        return f"or give --no-require, which accepts what is only multiplied in another precision: {', '.join(sorted(rules))}"
+
     def summary(self, *, require: bool = True) -> tuple[str, ...]:
         """The warnings, one sentence a rule: how often, and where first."""
         by_rule: dict[str, list[Finding]] = {}
