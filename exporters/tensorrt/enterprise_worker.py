@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Ask the kernel to kill this process when its parent is gone: a builder nobody waits for takes minutes and memory."""
+    """Die when the parent does: a builder that nobody waits for goes on for minutes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # gone before the request

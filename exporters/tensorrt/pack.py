@@ -1,6 +1,6 @@
 """Engines at rest: compressed with xz, which takes the repeated source text of their kernels away.
 
-Plain, an engine of a small model is ten times its codes; packed, it has about their size, and that is what is stored and
+Plain, an engine of a small model is ten times its codes; packed, it has about their size, and so it is stored and
 shipped. A runtime wants the plain file: `ready_engine` or `xz -dk` gives it back, and `--no-pack` keeps it.
 """
 

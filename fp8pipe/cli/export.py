@@ -212,6 +212,7 @@ def _report(exported: Artifact, target: str, format: str, console: Console, *aft
         "gates": [gate.model_dump() for gate in manifest.gates],
         "warnings": list(manifest.warnings),
     }
+    after = (*after, f"  next: fp8pipe validate {exported.root}")
     console.emit(document, "\n".join([text, *([table(rows)] if rows else []), *after]), quiet_text=str(exported.root))
 
 

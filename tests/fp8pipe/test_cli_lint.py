@@ -65,3 +65,22 @@ def test_no_file_and_no_capability_have_exit_codes_of_their_own(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
     assert invoke(tmp_path / "bad.onnx").exit_code == 12
     assert invoke(tmp_path / "bad.onnx", "--compute-capability", "ada").exit_code == 2
+
+
+def test_one_fault_at_many_nodes_is_told_once_and_whole_in_the_document():
+    from exporters.findings import Finding, LintFindingsError
+
+    many = [Finding("zero-point", f"node_{index}", "zero point 3", "quantize symmetrically") for index in range(100)]
+    error = LintFindingsError(many, "x.onnx", "built", "or give --no-require")
+    assert str(error).count("zero point 3") == 4
+    assert "and 96 more" in str(error)
+    assert "nothing was written" not in str(error)
+    assert str(error).rstrip().endswith("or give --no-require")
+    assert len(error.findings) == 100
+
+
+def test_a_directory_is_told_from_a_file(graph):
+    ended = invoke(graph().parent)
+    assert ended.exit_code == 12
+    assert "it is a directory" in ended.output
+    assert "model.onnx" in ended.output

@@ -114,9 +114,7 @@ def test_an_export_without_engines_says_that_no_builder_saw_it(export):
 def test_without_a_device_the_worker_gives_the_runtime_s_own_words(export):
     pixels = np.zeros((1, 3, 32, 32), np.float32)
     with pytest.raises(BadArtifactError, match=r"(?s)does not run.*(CUDA|Cuda)"):
-        run_engine(
-            ready_engine(export, "8.9").path, "rtx", pixels, names=("pixels", "x"), batch=1, time_batches=[1]
-        )
+        run_engine(ready_engine(export, "8.9").path, "rtx", pixels, names=("pixels", "x"), batch=1, time_batches=[1])
 
 
 # --- what a GPU would add; the engine's run is stood in for, everything around it is real

@@ -112,7 +112,8 @@ class Report:
         rules = {found.rule for found in self.errors(require=require) if RULES[found.rule].effect is Effect.DEGRADED}
         if not rules:
             return ""
-        return f"or give --no-require, which accepts what is only multiplied in another precision: {', '.join(sorted(rules))}"
+        shown = ", ".join(sorted(rules))
+        return f"or give --no-require, which accepts what is only multiplied in another precision: {shown}"
 
     def summary(self, *, require: bool = True) -> tuple[str, ...]:
         """The warnings, one sentence a rule: how often, and where first."""

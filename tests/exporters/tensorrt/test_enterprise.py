@@ -141,6 +141,7 @@ API = {
 OWN = {
     "loads", "dumps", "read_text", "write_text", "read_bytes", "write_bytes", "argv", "messages", "append", "name",
     "items", "is_file", "parent", "mkdir", "with_name", "getpid", "replace", "exit", "__init__", "__version__",
+    "CDLL", "SIGKILL", "getppid", "platform", "prctl",
 }  # fmt: skip
 
 

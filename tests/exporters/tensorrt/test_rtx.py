@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import onnx_ir as ir
 import pytest
 from quantized_families import storable_graph
@@ -62,3 +67,13 @@ def test_a_missing_package_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(rtx.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingCapabilityError, match="trt-rtx"):
         build_rtx(tmp_path / "x.onnx", tmp_path / "x.engine", ["8.9"], {})
+
+
+def test_a_builder_ends_with_the_process_that_started_it(tmp_path):
+    """The worker refuses to begin for a parent that is gone: nobody would take its engine."""
+    job = {"graph": "none.onnx", "engine": "e", "answer": str(tmp_path / "answer"), "parent": 1 << 22}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    worker = Path(rtx.__file__).with_name("rtx_worker.py")
+    ended = subprocess.run([sys.executable, "-P", str(worker), str(tmp_path / "job.json")], capture_output=True)
+    assert ended.returncode == 1
+    assert not (tmp_path / "answer").exists()
