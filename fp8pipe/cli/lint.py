@@ -53,7 +53,7 @@ def command(graph: Path, capabilities: tuple[str, ...], no_require: bool, consol
         raise LintFindingsError(errors, str(graph), "built", report.waivable(require=not no_require))
 
 
-def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[str, ...]]:
+def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[str, str, str, str]]:
     """How many errors of each rule and what they do to an engine; every warning."""
     from exporters.tensorrt.lint import RULES
 
