@@ -119,7 +119,7 @@ def _tensor(tensor: dict[str, Any], binary: memoryview, model: ServedModel, max_
     shape = tensor.get("shape")
     if not isinstance(shape, list) or len(shape) != 4 or not all(type(n) is int for n in shape):
         raise _bad(f"the shape must be [n, {', '.join(map(str, model.shape))}]")
-    if tuple(shape[1:]) != model.shape or not 0 < shape[0]:
+    if tuple(shape[1:]) != model.shape or shape[0] < 1:
         raise _bad(f"the shape must be [n, {', '.join(map(str, model.shape))}] with n from 1 to {max_images}")
     if shape[0] > max_images:
         raise Problem(413, "too_many_images", f"more than {max_images} images in a request", "send several requests")
