@@ -1,0 +1,134 @@
+"""What one request, one client and one slow sender may take.
+
+The body is counted while it streams, whatever Content-Length says, and must have arrived by a deadline: a body that
+trickles in is answered 408. The rate is a bucket of tokens a key, or an address where there are no keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import OrderedDict
+from typing import Any
+
+from serving.http.problems import Problem, Receive, Scope, Send, send_problem
+
+__all__ = ["BodyLimitMiddleware", "RateLimitMiddleware"]
+
+_CLIENTS = 10_000
+# Before refusing, this much is read and thrown away: a sender that is cut off while sending never reads the answer.
+_DISCARD_BYTES = 256_000_000
+_DISCARD_S = 5.0
+
+
+class BodyLimitMiddleware:
+    """Bounds a body's size and its time of arrival."""
+
+    def __init__(self, app: Any, max_bytes: int, timeout_s: float) -> None:
+        self.app, self.max_bytes, self.timeout_s = app, max_bytes, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says. What the app sees of a body too large or too slow is a `Problem`, raised by `receive`."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        stated = headers.get(b"content-length", b"")
+        if stated.isdigit() and int(stated[:20]) > self.max_bytes:
+            if headers.get(b"expect", b"").lower() != b"100-continue":
+                await _discard(receive)
+            await send_problem(self._too_large(), scope, receive, send)
+            return
+        await self.app(scope, _Limited(self, receive), send)
+
+    def _too_large(self) -> Problem:
+        limit = f"{self.max_bytes / 1e6:g} MB"
+        return Problem(
+            413, "body_too_large", f"the body is larger than {limit}", "send smaller or fewer images",
+            {"Connection": "close"},
+        )  # fmt: skip
+
+    def _too_slow(self) -> Problem:
+        return Problem(
+            408, "body_too_slow", f"the body did not arrive within {self.timeout_s:g} s", "send it faster, or less",
+            {"Connection": "close"},
+        )  # fmt: skip
+
+
+class _Limited:
+    """A `receive` that counts bytes and time."""
+
+    def __init__(self, limits: BodyLimitMiddleware, receive: Receive) -> None:
+        self._limits, self._receive, self._left = limits, receive, limits.max_bytes
+        self._deadline = asyncio.get_running_loop().time() + limits.timeout_s
+        self._complete = False
+
+    async def __call__(self) -> Any:
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise self._limits._too_slow() from None
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._left < 0:
+                if not self._complete:
+                    await _discard(self._receive)
+                raise self._limits._too_large()
+        return message
+
+
+async def _discard(receive: Receive) -> None:
+    left = _DISCARD_BYTES
+    try:
+        async with asyncio.timeout(_DISCARD_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+class RateLimitMiddleware:
+    """A bucket of tokens a client: `rate` a second, `burst` at once. Probes are free."""
+
+    def __init__(self, app: Any, rate: float | None, burst: int | None, free: frozenset[str]) -> None:
+        self.app, self.rate, self.free = app, rate, free
+        self.burst = float(burst or max(1, math.ceil(2 * (rate or 1))))
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says."""
+        if scope["type"] == "http" and self.rate is not None and scope["path"] not in self.free:
+            wait_s = self._take(_client(scope), self.rate)
+            if wait_s > 0:
+                after = str(math.ceil(wait_s))
+                problem = Problem(
+                    429, "rate_limited", f"more than {self.rate:g} requests a second", f"try again in {after} s",
+                    {"Retry-After": after},
+                )  # fmt: skip
+                await send_problem(problem, scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _take(self, client: str, rate: float) -> float:
+        """Seconds until there is a token; 0 when one was taken."""
+        now = time.monotonic()
+        tokens, then = self._buckets.pop(client, (self.burst, now))
+        tokens = min(self.burst, tokens + (now - then) * rate)
+        taken = tokens >= 1
+        self._buckets[client] = (tokens - 1 if taken else tokens, now)
+        if len(self._buckets) > _CLIENTS:
+            self._buckets.popitem(last=False)
+        return 0.0 if taken else (1 - tokens) / rate
+
+
+def _client(scope: Scope) -> str:
+    name = scope.get("state", {}).get("client_name")
+    return f"key {name}" if name else str((scope.get("client") or ("",))[0])

@@ -1,0 +1,176 @@
+"""Runs an app until it is told to stop, and stops without losing a request.
+
+On SIGTERM (or SIGINT) readiness turns 503 at once, so that a balancer looks elsewhere; for `drain_s` requests are
+still taken, each answered with `Connection: close`; then the listener closes, what was accepted is finished, and the
+process ends with 0. A second signal ends it at once. SIGHUP reads the API keys again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+
+from fp8pipe.errors import ConfigurationError
+from serving.http.config import ServeConfig
+from serving.http.problems import Receive, Scope, Send
+from serving.http.protocol import limited_protocol
+
+__all__ = ["DrainMiddleware", "Lifecycle", "Service", "make_server", "run_service"]
+
+logger = logging.getLogger(__name__)
+
+_ACCEPT_S = 0.2
+
+
+@dataclass
+class Lifecycle:
+    """Whether the service takes requests.
+
+    Attributes:
+        ready: everything is loaded.
+        draining: SIGTERM has come.
+        on_drain: called once when draining begins.
+    """
+
+    ready: bool = False
+    draining: bool = False
+    on_drain: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def accepting(self) -> bool:
+        """What /readyz says."""
+        return self.ready and not self.draining
+
+    def drain(self) -> None:
+        """Begin to drain."""
+        if not self.draining:
+            self.draining = True
+            for call in self.on_drain:
+                call()
+
+
+class DrainMiddleware:
+    """Ends connections after their answer once the service drains."""
+
+    def __init__(self, app: Any, lifecycle: Lifecycle) -> None:
+        self.app, self.lifecycle = app, lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says."""
+
+        async def closing(message: Any) -> None:
+            if message["type"] == "http.response.start" and self.lifecycle.draining:
+                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        await self.app(scope, receive, closing if scope["type"] == "http" else send)
+
+
+class Service(uvicorn.Server):
+    """A server whose first signal drains and whose second stops."""
+
+    def __init__(
+        self, config: uvicorn.Config, lifecycle: Lifecycle, drain_s: float, reload: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self.lifecycle, self.drain_s, self._reload = lifecycle, drain_s, reload
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        """As uvicorn does; then says where it listens, on stderr."""
+        self._loop = asyncio.get_running_loop()
+        if hasattr(signal, "SIGHUP"):
+            try:
+                self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+            except (RuntimeError, ValueError):  # not in the main thread
+                logger.debug("SIGHUP is not handled outside the main thread")
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving on http://{shown}:{port}", file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """As uvicorn does, after the connections that the kernel has taken were accepted: closing resets them."""
+        for server in self.servers:
+            for taken in server.sockets:
+                with socket.socket(fileno=os.dup(taken.fileno())) as listener:
+                    listener.listen(0)  # no new ones
+        await asyncio.sleep(_ACCEPT_S)
+        await super().shutdown(sockets)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return int(self.servers[0].sockets[0].getsockname()[1])
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Drain at the first signal; leave at once at the second. The signal is not raised again: the end is 0."""
+        if self.lifecycle.draining:
+            self.force_exit = self.should_exit = True
+            return
+        self.lifecycle.drain()
+        if self._loop is None or self.drain_s == 0:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.drain_s, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+
+def make_server(
+    app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None
+) -> Service:
+    """A server for `app`, not yet running.
+
+    Args:
+        app: ASGI.
+        config: of the service.
+        lifecycle: shared with the app.
+        reload: called on SIGHUP.
+    """
+    settings = uvicorn.Config(
+        app, host=config.host, port=config.port, log_config=None, access_log=False, server_header=False,
+        timeout_keep_alive=max(1, round(config.keep_alive_s)), lifespan="on", ws="none", proxy_headers=False,
+        http=limited_protocol(config.header_timeout_s, config.max_connections),
+        timeout_graceful_shutdown=max(1, round(config.request_timeout_s + config.body_timeout_s)),
+    )  # fmt: skip
+    return Service(settings, lifecycle, config.drain_s, reload)
+
+
+def run_service(
+    app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None
+) -> int:
+    """Serve until a signal comes; the process's exit code (0).
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    listener = _listen(config)
+    make_server(app, config, lifecycle, reload=reload).run(sockets=[listener])
+    return 0
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """Bound before anything is started: a taken port is the user's to know, in words."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {config.host}:{config.port}", why=error.strerror or str(error),
+            fix="give another --host or --port; --port 0 takes a free one",
+        ) from error  # fmt: skip
+    return listener
