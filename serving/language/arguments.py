@@ -26,7 +26,9 @@ class LanguageConfig(FrozenConfig):
     vllm_python: str | None = Field(default=None, description="vLLM's interpreter; found when not given")
     served_name: str | None = Field(default=None, min_length=1, description="model name; the directory's by default")
     dtype: str = Field(default="bfloat16", description="compute dtype: bfloat16, float16, float32 or auto")
-    max_model_len: int | None = Field(default=None, ge=16, description="context, tokens; default: the model's, if it fits")
+    max_model_len: int | None = Field(
+        default=None, ge=16, description="context, tokens; default: the model's, if it fits"
+    )
     max_num_seqs: int | None = Field(default=None, ge=1, description="requests at once; default: vLLM's choice")
     kv_cache_gib: int = Field(default=1, ge=1, description="key/value cache on a CPU, GiB")
     enforce_eager: bool = Field(default=False, description="do not compile: starts sooner, serves slower")
@@ -38,9 +40,7 @@ class LanguageConfig(FrozenConfig):
         return self.served_name or artifact.root.absolute().name
 
 
-def engine_command(
-    environment: VllmEnvironment, artifact: Artifact, config: LanguageConfig, socket: Path
-) -> list[str]:
+def engine_command(environment: VllmEnvironment, artifact: Artifact, config: LanguageConfig, socket: Path) -> list[str]:
     """The command line of vLLM's server.
 
     Raises:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from prometheus_client import Gauge
 from starlette.applications import Starlette
 
 from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.errors import Fp8PipeError
 from serving.http.access_log import start_access_log
 from serving.http.auth import KeyFile
 from serving.http.config import ServeConfig
@@ -65,9 +66,7 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
         return run_front(supervisor, artifact, config, chosen.name_of(artifact))
 
 
-def supervise(
-    command: list[str], env: dict[str, str], socket: Path, log: Path, language: LanguageConfig
-) -> Supervisor:
+def supervise(command: list[str], env: dict[str, str], socket: Path, log: Path, language: LanguageConfig) -> Supervisor:
     """A supervisor, not yet running, of a server that listens on `socket`."""
 
     def start() -> Child:
@@ -92,9 +91,7 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, m
     access, writer = start_access_log(config.access_log)
     front = Front(supervisor, lifecycle, metrics, identity_of(artifact), model, with_page=config.page)
     headers = ((DIGEST_HEADER.encode(), b"sha256:" + artifact.digest.encode()),)
-    layers = wrap(
-        front, config, keys=keys, logger=access, metrics=metrics, lifecycle=lifecycle, headers=headers
-    )
+    layers = wrap(front, config, keys=keys, logger=access, metrics=metrics, lifecycle=lifecycle, headers=headers)
     app = _with_lifespan(layers, supervisor, lambda: setattr(service, "should_exit", True))
     service = make_server(app, config, lifecycle, reload=keys.reload if keys is not None else lambda: None)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -120,8 +117,13 @@ def _with_lifespan(layers: Any, supervisor: Supervisor, leave: Callable[[], None
             yield
         finally:
             task.cancel()
-            with suppress(asyncio.CancelledError):
+            try:
                 await task
+            except asyncio.CancelledError:
+                pass
+            except Exception as error:
+                logger.exception("the supervisor failed")
+                supervisor.failure = Fp8PipeError("the supervisor of vLLM failed", why=repr(error))
 
     own = Starlette(lifespan=lifespan)
 

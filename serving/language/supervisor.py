@@ -70,9 +70,9 @@ class Supervisor:
 
     @property
     def retry_after_s(self) -> int:
-        """When to ask again: what the last start took, less what has passed of this one; 1 to 60 seconds."""
-        passed = asyncio.get_running_loop().time() - self._since
-        return min(60, max(1, math.ceil(self._last_start_s - passed)))
+        """When to ask again: what the last start took, less what has passed of this one; 5 when that is over."""
+        left = self._last_start_s - (asyncio.get_running_loop().time() - self._since)
+        return min(60, math.ceil(left)) if left > 0 else 5
 
     async def run(self, on_failure: Callable[[], None]) -> None:
         """Supervise until cancelled; then end the child.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from pathlib import Path
+from typing import cast
 
 import httptools
 
@@ -47,8 +48,7 @@ class _Connection(asyncio.Protocol):
         self.waiter: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses
 
     def data_received(self, data: bytes) -> None:
         try:
