@@ -8,7 +8,7 @@ products keep float activations: by default they would be rounded to 8 bits, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,15 +23,17 @@ _ERRORS_ONLY = 3
 
 
 def open_session(
-    model: Path | bytes, *, optimized: Path | None = None, plain: bool = False, threads: int | None = None
-) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU.
+    model: Path | bytes, *, optimized: Path | None = None, plain: bool = False, threads: int | None = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> Any:  # fmt: skip
+    """An `onnxruntime.InferenceSession`.
 
     Args:
         model: a file, or its bytes.
         optimized: where to write the optimized graph; not written when None.
         plain: no graph optimization at all, every operator as it stands.
         threads: threads within an operator; the runtime's own choice when None.
+        providers: where it computes, the first that can; the CPU is what exports are compared on.
 
     Raises:
         BadArtifactError: the runtime refuses the graph.
@@ -51,7 +53,7 @@ def open_session(
     source = model if isinstance(model, bytes) else str(model)
     try:
         return runtime.InferenceSession(
-            source, options, disabled_optimizers=list(DISABLED_OPTIMIZERS), providers=["CPUExecutionProvider"]
+            source, options, disabled_optimizers=list(DISABLED_OPTIMIZERS), providers=list(providers)
         )
     except Exception as error:  # its exceptions share no public base
         raise BadArtifactError(

@@ -23,6 +23,8 @@ COMMANDS = {
     "export": "Write an artifact as a checkpoint that an engine serves.",
     "lint": "Say what TensorRT would refuse or build slowly in an ONNX graph.",
     "validate": "Run an export in its engine and prove that it serves what was made.",
+    "serve": "Serve an export over HTTP.",
+    "serve-key": "Make an API key for a service.",
     "inspect": "Show what an artifact is, and where it came from.",
     "verify": "Re-hash every file of an artifact.",
     "doctor": "Show what this machine can run, and how to get what is missing.",

@@ -7,6 +7,7 @@ are written by a thread of their own: a full pipe must not stop the service.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -15,7 +16,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from logging.handlers import QueueHandler, QueueListener
-from queue import Queue
+from queue import Full, Queue
 from typing import Any
 
 from serving.http.metrics import HttpMetrics
@@ -33,7 +34,7 @@ class _DroppingHandler(QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Put without waiting."""
-        if not self.queue.full():  # type: ignore[union-attr]
+        with contextlib.suppress(Full):
             self.queue.put_nowait(record)
 
 

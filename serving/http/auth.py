@@ -22,13 +22,14 @@ from typing import Any
 from fp8pipe.errors import ConfigurationError
 from serving.http.problems import Problem, Receive, Scope, Send, send_problem
 
-__all__ = ["OPEN_PATHS", "AuthMiddleware", "KeyFile", "hash_key", "new_key"]
+__all__ = ["OPEN_PATHS", "AuthMiddleware", "KeyFile", "hash_key", "is_name", "new_key"]
 
 logger = logging.getLogger(__name__)
 
 # Probes carry no key, and the page holds no secret.
 OPEN_PATHS = frozenset(("/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"))
 _LINE = re.compile(r"sha256:([0-9a-f]{64})(?:\s+([\w.@-]{1,64}))?")
+_NAME = re.compile(r"[\w.@-]{1,64}")
 _LOOK_EVERY_S = 1.0
 _LONGEST_KEY = 512
 
@@ -41,6 +42,11 @@ def new_key() -> str:
 def hash_key(key: str, name: str = "") -> str:
     """The line of the key file for `key`."""
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()} {name}".strip()
+
+
+def is_name(text: str) -> bool:
+    """Whether a key may be called so."""
+    return _NAME.fullmatch(text) is not None
 
 
 class KeyFile:

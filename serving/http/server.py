@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from fp8pipe.errors import ConfigurationError
 from serving.http.config import ServeConfig
 from serving.http.problems import Receive, Scope, Send
 from serving.http.protocol import limited_protocol
@@ -136,7 +138,27 @@ def make_server(
 def run_service(
     app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None
 ) -> int:
-    """Serve until a signal comes; the process's exit code (0)."""
+    """Serve until a signal comes; the process's exit code (0).
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    make_server(app, config, lifecycle, reload=reload).run()
+    listener = _listen(config)
+    make_server(app, config, lifecycle, reload=reload).run(sockets=[listener])
     return 0
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """Bound before anything is started: a taken port is the user's to know, in words."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {config.host}:{config.port}", why=error.strerror or str(error),
+            fix="give another --host or --port; --port 0 takes a free one",
+        ) from error  # fmt: skip
+    return listener

@@ -1,0 +1,104 @@
+"""`fp8pipe serve`: an export becomes a service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fp8pipe.cli.common import Console, common_options, format_bytes, table
+
+_KINDS = ("onnx-export", "trt-export", "vllm-export")
+
+
+@click.command("serve")
+@click.argument("export", type=click.Path(path_type=Path))
+@click.option("--host", help="Address to listen on; default 127.0.0.1, 0.0.0.0 for every interface.")
+@click.option("--port", type=int, help="Port; default 8000, 0 for a free one.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="Hashed API keys (fp8pipe serve-key).")
+@click.option("--max-batch", type=int, help="Vision: images at once; default: measured.")
+@click.option("--threads", type=int, help="Vision: threads within an operator; default: measured.")
+@click.option("--max-wait-ms", type=float, help="Vision: a batch waits this long for more images; default 2.")
+@click.option("--queue", type=int, help="Vision: images that may wait; default 256.")
+@click.option("--max-pixels", type=int, help="Vision: largest picture, width times height; default 50000000.")
+@click.option("--provider", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), help="Vision: where it computes.")
+@click.option("--inexact-batches", is_flag=True, default=None, help="Vision: allow batches that change bits.")
+@click.option("--max-body-mb", type=float, help="Largest request, megabytes; default 16.")
+@click.option("--rate-limit", type=float, help="Requests a second of a key or address; default: no limit.")
+@click.option("--request-timeout-s", type=float, help="Longest wait for the engine; default 30.")
+@click.option("--drain-s", type=float, help="After SIGTERM, take requests for so long; default 2.")
+@click.option("--cors-origin", "cors_origins", multiple=True, help="An origin whose pages may call; repeatable.")
+@click.option("--no-access-log", "access_log", flag_value=False, default=None, help="No line a request.")
+@click.option("--no-page", "page", flag_value=False, default=None, help="No web page at /.")
+@common_options(dry_run=True)
+def command(export: Path, console: Console, dry_run: bool, **options: Any) -> None:
+    """Serve EXPORT over HTTP until SIGTERM, after checking every file against its manifest."""
+    from fp8pipe.artifact import open_artifact
+    from fp8pipe.config import build_config
+
+    _require_packages()
+    from serving.http.config import ServeConfig
+
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    config = build_config(ServeConfig, given)
+    artifact = open_artifact(export, kind=_KINDS, verify=False, caches="engines")
+    language = artifact.kind == "vllm-export" or (artifact.kind == "trt-export" and "cache" in artifact.manifest.extra)
+    if dry_run:
+        # Refused now if it would be refused then.
+        artifact = open_artifact(export, kind=_KINDS, caches="engines")
+        _show(console, artifact, config, "language" if language else "vision")
+        return
+    code = _serve(export, artifact.kind, language, config)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+def _serve(export: Path, kind: str, language: bool, config: Any) -> int:
+    from fp8pipe.errors import ConfigurationError, MissingCapabilityError
+
+    if not language:
+        from serving.vision.server import serve_vision
+
+        return serve_vision(export, config)
+    if kind == "trt-export":
+        raise ConfigurationError(
+            f"{export} cannot be served", why="engines of language models are not run here",
+            fix="export with --target vllm, and serve that",
+        )  # fmt: skip
+    try:
+        import importlib
+
+        serve_language = importlib.import_module("serving.language.server").serve_language
+    except ImportError as error:
+        raise MissingCapabilityError(
+            "language exports cannot be served", why=str(error), fix="install a version with serving.language"
+        ) from error
+    return int(serve_language(export, config))
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    from fp8pipe.errors import MissingCapabilityError
+
+    modules = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart",
+               "prometheus_client": "prometheus-client", "PIL": "pillow"}  # fmt: skip
+    missing = [package for module, package in modules.items() if find_spec(module) is None]
+    if missing:
+        raise MissingCapabilityError(
+            f"serving needs {', '.join(missing)}", why="not installed", fix="pip install 'fp8pipe[serve]'"
+        )
+
+
+def _show(console: Console, artifact: Any, config: Any, kind: str) -> None:
+    settings = config.model_dump(mode="json")
+    document = {
+        "export": str(artifact.root), "kind": artifact.kind, "server": kind, "digest": artifact.digest,
+        "size_bytes": artifact.size_bytes, "config": settings,
+    }  # fmt: skip
+    rows = [(name, value) for name, value in settings.items()]
+    text = (
+        f"{artifact.root} ({artifact.kind}, {format_bytes(artifact.size_bytes)}) would be served by the {kind} server"
+    )
+    console.emit(document, f"{text}\n{table(rows)}")

@@ -1,0 +1,1 @@
+"""The vision server: pictures in, classes or features out, over an exported graph."""

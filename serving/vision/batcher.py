@@ -1,0 +1,183 @@
+"""Dynamic batches: images of many requests run together, from one bounded queue, in one thread.
+
+The thread takes what is there up to the largest batch, waits at most `max_wait_s` for more, and runs. While it runs,
+the next batch gathers; so under load batches are full and nobody waits for the clock. A request beyond the queue is
+refused at once, one that has waited past its deadline is given up: both 503. The event loop only appends to a list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serving.http.problems import Problem
+from serving.vision.metrics import VisionMetrics
+
+__all__ = ["Batcher", "Done"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer to one request.
+
+    Attributes:
+        outputs: (n, C) float32.
+        queue_s: how long its first image waited.
+        inference_s: time of the batch that held its last image.
+    """
+
+    outputs: np.ndarray
+    queue_s: float
+    inference_s: float
+
+
+@dataclass(slots=True)
+class _Job:
+    pixels: np.ndarray
+    future: asyncio.Future[Done]
+    loop: asyncio.AbstractEventLoop
+    arrived: float
+    deadline: float
+    rows: list[np.ndarray | None] = field(default_factory=list)
+    left: int = 0
+    queue_s: float = -1.0
+
+
+class Batcher:
+    """One engine's queue.
+
+    Args:
+        run: (n, 3, H, W) float32 -> (n, C) float32, for n in `sizes`; called in one thread only.
+        sizes: batch sizes that may be run, ascending, beginning with 1.
+        max_wait_s: how long the oldest image waits for company.
+        capacity: images that may wait.
+        metrics: where they are counted.
+    """
+
+    def __init__(
+        self, run: Callable[[np.ndarray], np.ndarray], sizes: Sequence[int], *, max_wait_s: float, capacity: int,
+        metrics: VisionMetrics,
+    ) -> None:  # fmt: skip
+        self._run, self._sizes, self._max_wait_s, self._capacity = run, tuple(sizes), max_wait_s, capacity
+        self._metrics = metrics
+        self._waiting: deque[tuple[_Job, int]] = deque()
+        self._change = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def submit(self, pixels: np.ndarray, timeout_s: float) -> Done:
+        """Run the images of one request.
+
+        Args:
+            pixels: (n, 3, H, W) float32, n >= 1.
+            timeout_s: give up when they have not begun by then.
+
+        Raises:
+            Problem: 503, the queue is full or the deadline passed; 413, more images than the queue ever holds.
+        """
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        count = len(pixels)
+        if count > self._capacity:
+            raise Problem(413, "too_many_images", f"{count} images; the queue holds {self._capacity}", "send fewer")
+        job = _Job(pixels, loop.create_future(), loop, now, now + timeout_s, [None] * count, count)
+        with self._change:
+            if len(self._waiting) + count > self._capacity:
+                self._metrics.shed.labels("full").inc()
+                raise _busy("the queue is full")
+            self._waiting.extend((job, row) for row in range(count))
+            self._metrics.queue_depth.set(len(self._waiting))
+            self._change.notify()
+        return await job.future
+
+    def close(self) -> None:
+        """Finish what waits, then end the thread."""
+        with self._change:
+            self._closed = True
+            self._change.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (batch := self._gather()) is not None:
+            if batch:
+                self._answer(batch)
+
+    def _gather(self) -> list[tuple[_Job, int]] | None:
+        """The next batch; None at the end."""
+        largest = self._sizes[-1]
+        with self._change:
+            while not self._waiting:
+                if self._closed:
+                    return None
+                self._change.wait()
+            until = self._waiting[0][0].arrived + self._max_wait_s
+            while len(self._waiting) < largest and not self._closed and (left := until - time.monotonic()) > 0:
+                self._change.wait(left)
+            alive = self._drop_dead(largest)
+            size = max((size for size in self._sizes if size <= len(alive)), default=0)
+            self._waiting.extendleft(reversed(alive[size:]))
+            self._metrics.queue_depth.set(len(self._waiting))
+            return alive[:size]
+
+    def _drop_dead(self, count: int) -> list[tuple[_Job, int]]:
+        """Up to `count` images whose requests still want an answer, taken from the queue."""
+        now, alive, late = time.monotonic(), [], set()
+        while self._waiting and len(alive) < count:
+            job, row = self._waiting.popleft()
+            if job.future.done() or id(job) in late:
+                continue
+            if now > job.deadline and job.queue_s < 0:
+                late.add(id(job))
+                self._metrics.shed.labels("deadline").inc()
+                job.loop.call_soon_threadsafe(_fail, job, _busy("the engine did not get to it in time"))
+                continue
+            alive.append((job, row))
+        return alive
+
+    def _answer(self, batch: list[tuple[_Job, int]]) -> None:
+        started = time.monotonic()
+        for job, _ in batch:
+            if job.queue_s < 0:
+                job.queue_s = started - job.arrived
+                self._metrics.queue.observe(job.queue_s)
+        first, row = batch[0]
+        pixels = first.pixels[row : row + 1] if len(batch) == 1 else np.stack([job.pixels[row] for job, row in batch])
+        try:
+            outputs = self._run(pixels)
+        except Exception as error:  # an engine's exceptions share no base; the request fails, the thread lives
+            logger.exception("the engine failed on a batch of %d", len(batch))
+            for job, _ in batch:
+                job.loop.call_soon_threadsafe(_fail, job, error)
+            return
+        took_s = time.monotonic() - started
+        self._metrics.inference.observe(took_s)
+        self._metrics.batch_size.observe(len(batch))
+        self._metrics.images.inc(len(batch))
+        for (job, row), output in zip(batch, outputs, strict=True):
+            job.rows[row] = output
+            job.left -= 1
+            if job.left == 0:
+                job.loop.call_soon_threadsafe(_finish, job, Done(np.stack(job.rows), job.queue_s, took_s))  # type: ignore[arg-type]
+
+
+def _busy(message: str) -> Problem:
+    return Problem(503, "overloaded", message, "try again in a second", {"Retry-After": "1"})
+
+
+def _finish(job: _Job, done: Done) -> None:
+    if not job.future.done():
+        job.future.set_result(done)
+
+
+def _fail(job: _Job, error: Exception) -> None:
+    if not job.future.done():
+        job.future.set_exception(error)

@@ -1,0 +1,147 @@
+"""The images of a request: multipart, a raw body, or JSON with base64."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from pydantic_core import from_json
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from serving.http.problems import Problem
+
+__all__ = ["ImagesRequest", "parse_json", "read_body", "read_images"]
+
+_FIELDS = frozenset(("image", "images", "file", "files"))
+_IN_MEMORY = 1 << 40
+_FIX_TYPE = "send multipart/form-data, application/json, or the image's bytes as image/* or application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesRequest:
+    """What a client sent.
+
+    Attributes:
+        images: each file's bytes.
+        top_k: how many classes are asked for; None where it was not said in the body.
+    """
+
+    images: list[bytes]
+    top_k: Any = None
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body, within the limits of the layers around.
+
+    Raises:
+        Problem: it is compressed, too large, too slow, or was cut off.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Problem(415, "compressed_body", "compressed bodies are not read", "send it without Content-Encoding")
+    try:
+        return await request.body()
+    except ClientDisconnect as error:
+        raise Problem(400, "disconnected", "the connection ended before the body did") from error
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        Problem: 400, not JSON (too deep, not UTF-8, ...), or not an object.
+    """
+    try:
+        document = from_json(body)
+    except (ValueError, RecursionError, OverflowError) as error:
+        message = str(error).partition("\n")[0][:200].encode("ascii", "replace").decode()
+        raise Problem(400, "invalid_json", f"the body is not valid JSON: {message}") from error
+    if not isinstance(document, dict):
+        raise Problem(400, "invalid_json", f"the body is a JSON {type(document).__name__}, not an object")
+    return document
+
+
+async def read_images(request: Request, max_images: int) -> ImagesRequest:
+    """Every image of a request, not yet decoded.
+
+    Raises:
+        Problem: 4xx.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        found = await _multipart(request, await read_body(request), max_images)
+    elif kind == "application/json":
+        found = _json(parse_json(await read_body(request)), max_images)
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        found = ImagesRequest([await read_body(request)])
+    else:
+        await read_body(request)
+        raise Problem(415, "unsupported_media_type", f"bodies of the type {kind[:80] or '(none)'} are not read",
+                      _FIX_TYPE)  # fmt: skip
+    if not found.images:
+        raise Problem(400, "no_images", "the request holds no image", "put it into the field 'image'")
+    if len(found.images) > max_images:
+        raise _too_many(max_images)
+    return found
+
+
+def _json(document: dict[str, Any], max_images: int) -> ImagesRequest:
+    unknown = sorted(set(document) - {"image", "images", "top_k"})
+    if unknown:
+        raise Problem(400, "unknown_field", f"unknown field {unknown[0][:60]!a}", "fields: image, images, top_k")
+    texts = document.get("images", [])
+    if not isinstance(texts, list):
+        raise Problem(400, "invalid_images", "'images' is not a list", "give a list of base64 texts")
+    texts = ([document["image"]] if "image" in document else []) + texts
+    if len(texts) > max_images:
+        raise _too_many(max_images)
+    return ImagesRequest([_decode(text, index) for index, text in enumerate(texts)], document.get("top_k"))
+
+
+def _decode(text: Any, index: int) -> bytes:
+    if not isinstance(text, str):
+        raise Problem(400, "invalid_base64", f"image {index} is not a text", "give base64")
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Problem(400, "invalid_base64", f"image {index} is not valid base64", "give the file's bytes in base64",
+                      ) from error  # fmt: skip
+
+
+async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRequest:
+    async def once() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    parser = MultiPartParser(request.headers, once(), max_files=max_images, max_fields=16)
+    parser.spool_max_size = _IN_MEMORY  # never a temporary file: the root file system may be read-only
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
+            raise _too_many(max_images) from error
+        raise Problem(400, "invalid_multipart", f"the multipart body cannot be read: {error.message[:200]}") from error
+    except Exception as error:  # headers of parts in foreign encodings raise LookupError, UnicodeDecodeError, KeyError
+        raise Problem(400, "invalid_multipart", "the multipart body cannot be read") from error
+    images, top_k = [], None
+    for name, value in form.multi_items():
+        if not isinstance(value, str):
+            if name not in _FIELDS:
+                raise Problem(400, "unknown_field", f"unknown file field {name[:60]!a}", "use 'image'")
+            images.append(await value.read())
+        elif name == "top_k":
+            top_k = value
+        else:
+            raise Problem(400, "unknown_field", f"unknown field {name[:60]!a}", "fields: image (files), top_k")
+    await form.close()
+    return ImagesRequest(images, top_k)
+
+
+def _too_many(limit: int) -> Problem:
+    return Problem(413, "too_many_images", f"more than {limit} images in a request", "send several requests")

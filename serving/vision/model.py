@@ -1,0 +1,74 @@
+"""What an export says of its model, read once at the start, after every file's digest was checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporters.vision import CLASSES_FILE
+from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.errors import BadArtifactError
+from fp8pipe.vision.files import read_model_file
+from fp8pipe.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+
+__all__ = ["KINDS", "ServedModel", "read_model"]
+
+KINDS = ("onnx-export", "trt-export")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A vision export.
+
+    Attributes:
+        artifact: the export.
+        name: what clients call it: the directory's name.
+        preprocessing: from a picture to the input, the same that calibration used.
+        classes: names in the order of the outputs; None for a backbone.
+        input_name: of the graph.
+        output_name: of the graph.
+    """
+
+    artifact: Artifact
+    name: str
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+    input_name: str
+    output_name: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, H, W) of one input."""
+        return (3, *self.preprocessing.crop)
+
+
+def read_model(export: Path) -> ServedModel:
+    """Read an export; every file but engines, which are caches, is hashed.
+
+    Raises:
+        BadArtifactError: a file is not what the manifest says, or the export is of no vision model.
+    """
+    artifact = open_artifact(export, kind=KINDS, caches="engines")
+    if not (artifact.root / PREPROCESSING_FILE).is_file():
+        raise BadArtifactError(
+            f"{export} is no vision model's export", why=f"it has no {PREPROCESSING_FILE}", fix="export a vision model"
+        )
+    extra = artifact.manifest.extra
+    return ServedModel(
+        artifact=artifact,
+        name=artifact.root.resolve().name,
+        preprocessing=read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE),
+        classes=_classes(artifact.root / CLASSES_FILE),
+        input_name=extra["input"]["name"],
+        output_name=extra["output"]["name"],
+    )
+
+
+def _classes(path: Path) -> tuple[str, ...] | None:
+    if not path.is_file():
+        return None
+    try:
+        return tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise BadArtifactError(f"{path} is no list of names", why=str(error), fix="export it again") from error

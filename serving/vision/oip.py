@@ -1,0 +1,168 @@
+"""The Open Inference Protocol, version 2, with Triton's binary tensors: so that `tritonclient` and KServe work as is.
+
+A binary request is a JSON header of `Inference-Header-Content-Length` bytes, then the tensors' bytes, little-endian.
+The input is the preprocessed tensor, so nothing is decoded here; what comes back is what the engine gave.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from serving.http.problems import Problem
+from serving.vision.bodies import parse_json
+from serving.vision.model import ServedModel
+
+__all__ = ["HEADER_LENGTH", "VERSION", "InferRequest", "metadata", "parse_infer", "write_infer"]
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+VERSION = "1"
+_TYPE = "FP32"
+_LONGEST_ID = 256
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """One inference.
+
+    Attributes:
+        pixels: (n, 3, H, W) float32, finite.
+        id: the client's, or None.
+        binary: whether the output is wanted as bytes.
+    """
+
+    pixels: np.ndarray
+    id: str | None
+    binary: bool
+
+
+def metadata(model: ServedModel, width: int) -> dict[str, Any]:
+    """/v2/models/NAME."""
+    return {
+        "name": model.name,
+        "versions": [VERSION],
+        "platform": "tensorrt_plan" if model.artifact.kind == "trt-export" else "onnxruntime_onnx",
+        "inputs": [{"name": model.input_name, "datatype": _TYPE, "shape": [-1, *model.shape]}],
+        "outputs": [{"name": model.output_name, "datatype": _TYPE, "shape": [-1, width]}],
+    }
+
+
+def parse_infer(body: bytes, header_length: str | None, model: ServedModel, max_images: int) -> InferRequest:
+    """Read an inference request.
+
+    Args:
+        body: the whole of it.
+        header_length: the value of `HEADER_LENGTH`, where it was sent.
+        model: what is served.
+        max_images: in one request.
+
+    Raises:
+        Problem: 4xx, whatever the bytes are.
+    """
+    end = len(body)
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdigit()) or int(header_length[:18]) > end:
+            raise _bad(f"{HEADER_LENGTH} is no length within the body")
+        end = int(header_length[:18])
+    document = parse_json(body[:end])
+    inputs = document.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise _bad(f"'inputs' must hold the one tensor {model.input_name}")
+    identity = document.get("id")
+    if identity is not None and (not isinstance(identity, str) or len(identity) > _LONGEST_ID):
+        raise _bad(f"'id' must be a text of at most {_LONGEST_ID} characters")
+    binary = _wants_binary(document, model)
+    return InferRequest(_tensor(inputs[0], memoryview(body)[end:], model, max_images), identity, binary)
+
+
+def write_infer(request: InferRequest, outputs: np.ndarray, model: ServedModel) -> tuple[bytes, dict[str, str]]:
+    """The answer's body and headers."""
+    tensor: dict[str, Any] = {"name": model.output_name, "datatype": _TYPE, "shape": list(outputs.shape)}
+    document: dict[str, Any] = {"model_name": model.name, "model_version": VERSION, "outputs": [tensor]}
+    if request.id is not None:
+        document["id"] = request.id
+    if not request.binary:
+        tensor["data"] = outputs.ravel().tolist()  # shortest decimals that give the same float back
+        return json.dumps(document).encode(), {"Content-Type": "application/json"}
+    data = np.ascontiguousarray(outputs, "<f4").tobytes()
+    tensor["parameters"] = {"binary_data_size": len(data)}
+    header = json.dumps(document).encode()
+    return header + data, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
+
+
+def _wants_binary(document: dict[str, Any], model: ServedModel) -> bool:
+    binary = _flag(_parameters(document), "binary_data_output", False)
+    outputs = document.get("outputs")
+    if outputs is None:
+        return binary
+    if not isinstance(outputs, list) or len(outputs) > 1 or not all(isinstance(output, dict) for output in outputs):
+        raise _bad(f"'outputs' must name {model.output_name}")
+    for output in outputs:
+        if output.get("name") != model.output_name:
+            raise _bad(f"there is no such output; the model has {model.output_name}")
+        parameters = _parameters(output)
+        if parameters.get("classification"):
+            raise _bad("the classification extension is not served; use /v1/classify")
+        binary = _flag(parameters, "binary_data", binary)
+    return binary
+
+
+def _tensor(tensor: dict[str, Any], binary: memoryview, model: ServedModel, max_images: int) -> np.ndarray:
+    if tensor.get("name") != model.input_name:
+        raise _bad(f"there is no such input; the model has {model.input_name}")
+    if tensor.get("datatype") != _TYPE:
+        raise _bad(f"{model.input_name} must be of the datatype {_TYPE}")
+    shape = tensor.get("shape")
+    if not isinstance(shape, list) or len(shape) != 4 or not all(type(n) is int for n in shape):
+        raise _bad(f"the shape must be [n, {', '.join(map(str, model.shape))}]")
+    if tuple(shape[1:]) != model.shape or shape[0] < 1:
+        raise _bad(f"the shape must be [n, {', '.join(map(str, model.shape))}] with n from 1 to {max_images}")
+    if shape[0] > max_images:
+        raise Problem(413, "too_many_images", f"more than {max_images} images in a request", "send several requests")
+    values = _values(tensor, binary, math.prod(shape))
+    if not np.isfinite(values).all():
+        raise _bad("the tensor holds values that are not finite in float32")
+    return values.reshape(shape)
+
+
+def _values(tensor: dict[str, Any], binary: memoryview, count: int) -> np.ndarray:
+    """(count,) float32."""
+    size = _parameters(tensor).get("binary_data_size")
+    if size is not None:
+        if size != 4 * count or size != len(binary) or type(size) is not int:
+            raise _bad(f"a tensor of this shape has {4 * count} bytes, after the header and nothing else")
+        return np.frombuffer(binary, "<f4")
+    if len(binary):
+        raise _bad("bytes follow the header, and no 'binary_data_size' says whose they are")
+    try:
+        raw = np.asarray(tensor.get("data"))
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise _bad("'data' is not a list of numbers, flat or of the tensor's shape") from error
+    if raw.dtype.kind not in "iuf" or raw.size != count or raw.shape not in ((count,), tuple(tensor["shape"])):
+        raise _bad(f"'data' must hold {count} numbers, flat or of the tensor's shape")
+    with np.errstate(over="ignore"):
+        return raw.astype(np.float32).ravel()
+
+
+def _parameters(document: dict[str, Any]) -> dict[str, Any]:
+    parameters = document.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise _bad("'parameters' must be an object")
+    return parameters
+
+
+def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise _bad(f"'{name}' must be true or false")
+    return value
+
+
+def _bad(message: str) -> Problem:
+    return Problem(400, "invalid_request", message)

@@ -1,0 +1,88 @@
+"""A TensorRT engine in this process, on the first GPU. Memory and streams are torch's.
+
+The engine is the export's own where it fits the GPU and the installed builder, and is built again otherwise
+(`ready_engine`). Without a GPU there is nothing to run it on, and that is said at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from fp8pipe.errors import BadArtifactError, MissingCapabilityError
+from fp8pipe.machine import gpus
+from serving.vision.model import ServedModel
+
+__all__ = ["open_tensorrt"]
+
+_MODULES = {"rtx": "tensorrt_rtx", "enterprise": "tensorrt"}
+
+
+def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
+    """(run, where, batch sizes within the engine's profile, ascending).
+
+    Raises:
+        MissingCapabilityError: no GPU, or no TensorRT.
+        BadArtifactError: the engine cannot be loaded.
+    """
+    device = next(iter(gpus()), None)
+    if device is None:
+        raise MissingCapabilityError(
+            f"{model.name} is a TensorRT export, and there is no GPU", why="torch sees no CUDA device",
+            fix="serve it on a machine with an NVIDIA GPU, or export with --target onnx for this one",
+        )  # fmt: skip
+    from exporters.tensorrt import ready_engine
+
+    ready = ready_engine(model.artifact.root, f"{device.capability[0]}.{device.capability[1]}")
+    module = _MODULES[ready.recipe.builder]
+    try:
+        trt = importlib.import_module(module)
+    except ImportError as error:
+        raise MissingCapabilityError(f"{module} is not installed", fix="pip install 'fp8pipe[trt-rtx]'") from error
+    low, _, high = (shape[0] for shape in ready.recipe.profiles[model.input_name])
+    runner = _Runner(trt, ready.path.read_bytes(), model)
+    sizes = tuple(sorted({low, high} | {size for size in (1, 2, 4, 8, 16, 32, 64) if low <= size <= high}))
+    if sizes[0] != 1:
+        raise BadArtifactError(
+            f"the engine of {model.name} cannot be served", why=f"its smallest batch is {low}, and requests come alone",
+            fix="export it with a batch range that begins with 1",
+        )  # fmt: skip
+    return runner, f"TensorRT on {device.name}", sizes
+
+
+class _Runner:
+    """One execution context; not for several threads."""
+
+    def __init__(self, trt: Any, engine: bytes, model: ServedModel) -> None:
+        import torch
+
+        self._torch, self._logger = torch, trt.Logger(trt.Logger.ERROR)
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(engine)
+        if self._engine is None:
+            raise BadArtifactError(
+                f"the engine of {model.name} cannot be loaded", why="TensorRT refuses it",
+                fix="remove it from the cache: it is built again",
+            )  # fmt: skip
+        self._context = self._engine.create_execution_context()
+        self._names = (model.input_name, model.output_name)
+        types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16}
+        self._types = tuple(types[self._engine.get_tensor_dtype(name)] for name in self._names)
+        self._stream = torch.cuda.Stream()
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        torch, (source, result) = self._torch, self._names
+        with torch.cuda.stream(self._stream):
+            given = torch.from_numpy(np.ascontiguousarray(pixels)).cuda().to(self._types[0])
+            self._context.set_input_shape(source, tuple(given.shape))
+            shape = tuple(self._context.get_tensor_shape(result))
+            output = torch.empty(shape, dtype=self._types[1], device=given.device)
+            self._context.set_tensor_address(source, given.data_ptr())
+            self._context.set_tensor_address(result, output.data_ptr())
+            if not self._context.execute_async_v3(self._stream.cuda_stream):
+                raise RuntimeError("execute_async_v3 failed")
+        self._stream.synchronize()
+        found: np.ndarray = output.float().cpu().numpy()
+        return found
