@@ -72,18 +72,31 @@ async def streamed(client: httpx.AsyncClient) -> float:
     return time.perf_counter() - started
 
 
-async def overhead(served: httpx.AsyncClient, direct: httpx.AsyncClient, call: Call, count: int) -> dict[str, float]:
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far: unlike the clock, it does not count waiting for a busy core."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def overhead(
+    served: httpx.AsyncClient, direct: httpx.AsyncClient, call: Call, count: int, front: int
+) -> dict[str, float]:
     """Both roads, alternately; each pair in random order."""
     through, straight = [], []
     for _ in range(10):
         await call(served), await call(direct)
+    before = cpu_s(front)
     for _ in range(count):
         roads = [(served, through), (direct, straight)]
         random.shuffle(roads)
         for client, times in roads:
             times.append(await call(client))
+    used = (cpu_s(front) - before) / count
     added = statistics.median(through) - statistics.median(straight)
+    low = [statistics.quantiles(times, n=10)[0] for times in (through, straight)]
     return {
+        "front_cpu_ms": round(used * 1000, 3),
+        "added_at_p10_ms": round((low[0] - low[1]) * 1000, 3),
         "through_ms": round(statistics.median(through) * 1000, 3),
         "direct_ms": round(statistics.median(straight) * 1000, 3),
         "added_ms": round(added * 1000, 3),
@@ -113,7 +126,7 @@ async def open_loop(client: httpx.AsyncClient, rate: float, seconds: float) -> d
     return {"rate": rate, "requests": len(tasks), "errors": errors, **percentiles(times)}
 
 
-async def measure(url: str, socket: str, options: argparse.Namespace) -> dict[str, object]:
+async def measure(url: str, socket: str, options: argparse.Namespace, front: int) -> dict[str, object]:
     direct_transport = httpx.AsyncHTTPTransport(uds=socket)
     limits = httpx.Limits(max_connections=None)
     async with (
@@ -124,7 +137,7 @@ async def measure(url: str, socket: str, options: argparse.Namespace) -> dict[st
             await asyncio.sleep(0.5)
         found: dict[str, object] = {"machine": platform.platform(), "python": platform.python_version()}
         for call in (models, completion, streamed):
-            found[call.__name__] = await overhead(served, direct, call, options.requests)
+            found[call.__name__] = await overhead(served, direct, call, options.requests, front)
             print(call.__name__, found[call.__name__], flush=True)
         found["open_loop"] = [await open_loop(served, rate, options.seconds) for rate in options.rate]
         return found
@@ -148,7 +161,7 @@ def main() -> None:
             url = next(m[1] for line in process.stderr if (m := re.search(r"serving on (http://\S+)", line)))
             threading.Thread(target=process.stderr.read, daemon=True).start()
             socket = str(next(Path(folder).glob("fp8pipe-serve-*")) / "vllm.sock")
-            print(json.dumps(asyncio.run(measure(url, socket, options))))
+            print(json.dumps(asyncio.run(measure(url, socket, options, process.pid))))
         finally:
             process.terminate()
             process.wait(60)

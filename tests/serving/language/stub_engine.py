@@ -45,7 +45,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path.startswith("/stream"):
-            self._stream(int(json.loads(body)["events"]))
+            self._stream([str(number) for number in range(json.loads(body)["events"])])
+        elif b'"stream":true' in body:
+            last = json.loads(body)["messages"][-1]["content"]
+            words = [json.dumps({"choices": [{"delta": {"content": f"word {n} "}}]}) for n in range(10)]
+            self._stream([*words[:3], "crash"] if last == "break" else [*words, "[DONE]"])
         else:
             self._answer(body, "application/octet-stream")
 
@@ -56,13 +60,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _stream(self, events: int) -> None:
+    def _stream(self, events: list[str]) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for number in range(events):
-            data = b"data: %d\n\n" % number
+        for event in events:
+            if event == "crash":
+                os._exit(9)
+            data = f"data: {event}\n\n".encode()
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
             self.wfile.flush()
             time.sleep(0.05)
