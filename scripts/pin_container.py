@@ -17,9 +17,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[1] / "serving" / "container"
 FRONT = [
     "click>=8.2", "rich>=13", "pydantic>=2.10", "PyYAML>=6", "fastapi>=0.120", "uvicorn>=0.40", "httptools>=0.6",
-    "uvloop>=0.21", "prometheus-client>=0.22",
+    "uvloop>=0.21", "prometheus-client>=0.22", "pillow>=11", "python-multipart>=0.0.20",
 ]  # fmt: skip
-VISION = [*FRONT, "numpy>=2.0", "pillow>=11", "python-multipart>=0.0.20"]
+# The images' preparation is the one that calibration used, bit for bit, and it is written in torch.
+VISION = [*FRONT, "numpy>=2.0", "torch==2.13.0", "safetensors>=0.8", "onnx>=1.20,<2", "onnx-ir>=1.0,<2"]
 WANTED = {
     "vision-cpu": [*VISION, "onnxruntime>=1.24,<2"],
     "vision-gpu": [*VISION, "onnxruntime-gpu>=1.24,<2"],

@@ -1,7 +1,7 @@
 """A small real HTTP server on a Unix socket, where a test is about supervision and the front, not about vLLM.
 
-`stub_engine.py SOCKET STATE`: STATE is a folder; a file `refuse` in it makes it exit at its start. It starts a child of its
-own, as vLLM does, and writes both process ids to `STATE/pids`.
+`stub_engine.py SOCKET STATE`: STATE is a folder; a file `refuse` in it makes it exit at its start. It starts a child
+of its own, as vLLM does, and writes both process ids to `STATE/pids`.
 """
 
 from __future__ import annotations
