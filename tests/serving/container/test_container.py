@@ -157,7 +157,8 @@ def _bare(folder: Path) -> Path:
     subprocess.run([*pip, "-r", str(pins)], check=True, timeout=600)
     source = folder.parent / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "fp8pipe", "pipeline", "exporters", "serving", "calibration"):
+    names = "pyproject.toml README.md LICENSE fp8pipe pipeline exporters serving calibration"
+    for name in names.split():
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
     subprocess.run([*pip, str(source)], check=True, timeout=600)
