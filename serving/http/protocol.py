@@ -15,6 +15,10 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 __all__ = ["limited_protocol"]
 
 _MAX_HEADER_BYTES = 65_536
+# After a refusal the connection stays half open: closed with unread bytes, it would take the answer along.
+_LINGER_S = 0.5
+# What a client has sent before it could know of the end is still answered.
+_LAST_CALL_S = 1.0
 
 
 def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
@@ -23,6 +27,7 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
     class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         _timer: TimerHandle | None = None
         _header_bytes = 0
+        _refused = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -36,11 +41,11 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
+            if self._refused or self.transport.is_closing():
                 return
             before = self.cycle
             super().data_received(data)
-            if self.transport.is_closing():
+            if self._refused or self.transport.is_closing():
                 return
             waiting = self.cycle is None or (self.cycle is before and self.cycle.response_complete)
             if not waiting:
@@ -52,6 +57,16 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
                 self._refuse(431, "headers_too_large", "the headers are too large")
             elif self._timer is None:
                 self._arm()
+
+        def shutdown(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.loop.call_later(_LAST_CALL_S, self._end)
+            else:
+                super().shutdown()
+
+        def _end(self) -> None:
+            if not self.transport.is_closing():
+                super().shutdown()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, "invalid_http", "the request is not valid HTTP")
@@ -65,7 +80,7 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
                 self._timer = None
 
         def _expired(self) -> None:
-            if not self.transport.is_closing():
+            if not self._refused and not self.transport.is_closing():
                 self._refuse(408, "headers_too_slow", "the headers did not arrive in time")
 
         def _refuse(self, status: int, code: str, message: str, extra: str = "") -> None:
@@ -74,7 +89,10 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
             body = json.dumps({"error": error}).encode()
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\n{extra}connection: close\r\n\r\n"
+            self._refused = True
             self.transport.write(head.encode() + body)
-            self.transport.close()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.loop.call_later(_LINGER_S, self.transport.close)
 
     return LimitedProtocol

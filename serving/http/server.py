@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -26,6 +27,8 @@ from serving.http.protocol import limited_protocol
 __all__ = ["DrainMiddleware", "Lifecycle", "Service", "make_server", "run_service"]
 
 logger = logging.getLogger(__name__)
+
+_ACCEPT_S = 0.2
 
 
 @dataclass
@@ -94,6 +97,15 @@ class Service(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"serving on http://{shown}:{port}", file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """As uvicorn does, after the connections that the kernel has taken were accepted: closing resets them."""
+        for server in self.servers:
+            for taken in server.sockets:
+                with socket.socket(fileno=os.dup(taken.fileno())) as listener:
+                    listener.listen(0)  # no new ones
+        await asyncio.sleep(_ACCEPT_S)
+        await super().shutdown(sockets)
 
     @property
     def port(self) -> int:

@@ -130,7 +130,8 @@ class Batcher:
 
     def _drop_dead(self, count: int) -> list[tuple[_Job, int]]:
         """Up to `count` images whose requests still want an answer, taken from the queue."""
-        now, alive, late = time.monotonic(), [], set()
+        alive: list[tuple[_Job, int]] = []
+        now, late = time.monotonic(), set()
         while self._waiting and len(alive) < count:
             job, row = self._waiting.popleft()
             if job.future.done() or id(job) in late:

@@ -47,7 +47,8 @@ def _request(seeds: list[bytes], chance: random.Random) -> bytes:
     extra = f"Inference-Header-Content-Length: {chance.choice((0, 5, 10**9, 'x'))}\r\n" if chance.random() < 0.1 else ""
     head = (
         f"{chance.choice(('POST', 'POST', 'POST', 'GET', 'PUT', 'FOO'))} {chance.choice(_PATHS)} HTTP/1.1\r\n"
-        f"Host: x\r\nConnection: close\r\nContent-Type: {chance.choice(_TYPES)}\r\n{extra}Content-Length: {length}\r\n\r\n"
+        f"Host: x\r\nConnection: close\r\nContent-Type: {chance.choice(_TYPES)}\r\n{extra}"
+        f"Content-Length: {length}\r\n\r\n"
     ).encode()
     if chance.random() < 0.05:
         head = _changed(head, chance)

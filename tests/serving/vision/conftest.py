@@ -7,25 +7,19 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from quantized_families import quantized_family, write_vit_artifact
 from running_server import running
-
-from exporters.onnx import OnnxExportOptions, export_onnx
-
-
-def export_of(folder, name):
-    artifact = write_vit_artifact(folder / "vit", quantized_family(name, bits=8), images=4)
-    return export_onnx(artifact.root, folder / "tiny", OnnxExportOptions()).root
+from tiny_exports import write_export
 
 
 @pytest.fixture(scope="session")
 def export(tmp_path_factory):
-    return export_of(tmp_path_factory.mktemp("classifier"), "timm-vit")
+    return write_export(tmp_path_factory.mktemp("classifier"), "timm-vit")
 
 
 @pytest.fixture(scope="session")
 def server(export):
-    with running(export, "--max-batch", "4", "--threads", "1", "--max-body-mb", "2", "--max-pixels", "1000000") as found:
+    limits = ("--max-body-mb", "2", "--max-pixels", "1000000")
+    with running(export, "--max-batch", "4", "--threads", "1", *limits) as found:
         yield found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from running_server import running
+from tiny_exports import write_export
 
 from exporters.onnx.runtime import open_session
 from fp8pipe.artifact import open_artifact
@@ -64,7 +65,8 @@ def test_many_images_in_one_request_keep_their_bits_and_order(server, export):
 
 def test_json_with_base64(server, export, png):
     text = base64.b64encode(png).decode()
-    answer = httpx.post(f"{server.url}/v1/classify", json={"images": [text, f"data:image/png;base64,{text}"], "top_k": 2})
+    sent = {"images": [text, f"data:image/png;base64,{text}"], "top_k": 2}
+    answer = httpx.post(f"{server.url}/v1/classify", json=sent)
     assert answer.status_code == 200, answer.text
     best = sorted(_expected(export, png).items(), key=lambda item: -item[1])[:2]
     assert [list(_shares(result).items()) for result in answer.json()["results"]] == [best, best]
@@ -93,15 +95,7 @@ def test_unusual_pictures_are_read_as_in_calibration(server, export, picture, ma
 
 
 def test_a_backbone_gives_its_features(tmp_path, png):
-    from quantized_families import quantized_family, write_vit_artifact
-
-    from exporters.onnx import OnnxExportOptions, export_onnx
-
-    quantized = next(
-        q for q in map(quantized_family, ("timm-vit-backbone", "transformers-dinov2")) if q.architecture.classes is None
-    )
-    artifact = write_vit_artifact(tmp_path / "vit", quantized, images=4)
-    export = export_onnx(artifact.root, tmp_path / "backbone", OnnxExportOptions()).root
+    export = write_export(tmp_path, "timm-vit-qk-norm")
     with running(export, "--max-batch", "2", "--threads", "1") as server:
         answer = httpx.post(f"{server.url}/v1/embed", content=png, headers={"Content-Type": "image/png"})
         assert answer.status_code == 200, answer.text

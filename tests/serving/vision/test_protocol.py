@@ -69,7 +69,7 @@ def test_metrics_are_read_by_prometheus_own_parser(server, client):
 
 def test_the_openapi_document_holds_against_schemathesis(server):
     import schemathesis
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, given, settings
     from schemathesis.checks import CHECKS
 
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
@@ -78,16 +78,10 @@ def test_the_openapi_document_holds_against_schemathesis(server):
     for operation in (result.ok() for result in schema.get_all_operations()):
 
         @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-        @operation.as_strategy_given if hasattr(operation, "as_strategy_given") else _given(operation)
+        @given(case=operation.as_strategy())
         def call(case):
             case.call_and_validate(checks=(failing,), timeout=60)
 
         call()
         tried.append(operation.path)
     assert "/v1/classify" in tried
-
-
-def _given(operation):
-    from hypothesis import given
-
-    return given(case=operation.as_strategy())

@@ -1,0 +1,255 @@
+"""The vision server under load: against raw ONNX Runtime, INT8 against float, open-loop percentiles, and a fuzzer.
+
+    python benchmarks/serve_vision.py closed EXPORT [--clients 50] [--rounds 4] [--seconds 15]
+    python benchmarks/serve_vision.py open EXPORT [--load 0.7] [--seconds 60]
+    python benchmarks/serve_vision.py float EXPORT [--seconds 20]
+    python benchmarks/serve_vision.py fuzz EXPORT [--requests 20000]
+
+`closed`: keep-alive clients send one preprocessed picture each (binary tensors), over and over; in turn with it, raw
+ONNX Runtime runs batches of the size that the server ran most. `open`: requests leave at their own times (Poisson) at
+a share of the throughput just measured, so that a slow answer does not slow the next request down. `float`: the same
+server over the same weights without quantizers. The last line is JSON. EXPORT may be `vit-s`: an INT8 ViT-S of random
+weights is made first, which computes as fast as a trained one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from fuzz_requests import fuzz
+from running_server import running
+
+from exporters.onnx.runtime import open_session
+from fp8pipe.artifact import ArtifactWriter, open_artifact
+from fp8pipe.machine import cpu_model, distribution_version
+
+
+def vit_s(folder):
+    """An INT8 export of a ViT-S with random weights."""
+    import onnx_ir as ir
+    import quantized_families
+    import vit_families
+
+    from exporters.onnx import OnnxFormat
+    from exporters.onnx.produce import quantize_graph
+    from exporters.vision import write_description
+
+    large = {"embed_dim": 384, "depth": 12, "num_heads": 6}
+    family = vit_families.Family(
+        **vit_families._timm("vit-s", "vit_small_patch16_224", (224, 224), **large),
+        first=(197, 1, (14, 14), 1, 1), last=(197, 1, (14, 14), 1, 1), heads=("head",), linears=50,
+    )  # fmt: skip
+    quantized_families.family = lambda name: family
+    quantized = quantized_families.quantized_family("vit-s", bits=8)
+    graph = quantize_graph(quantized, OnnxFormat.QDQ, "vit-s")
+    with ArtifactWriter(folder / "vit-s", kind="onnx-export", stage="benchmark") as writer:
+        ir.save(graph.model, writer.root / "model.onnx")
+        write_description(writer.root, quantized)
+        extra = {"input": {"name": "pixels", "shape": ["batch", 3, 224, 224]}, "output": {"name": "logits"}}
+        return writer.commit(config={}, seed=0, extra=extra).root
+
+
+def float_twin(export, folder):
+    """The same weights without quantizers, as an export."""
+    import onnx_ir as ir
+
+    from exporters.tensorrt.dequantized import dequantize_graph
+
+    old = open_artifact(export)
+    with ArtifactWriter(folder / "float", kind=old.kind, stage="benchmark") as writer:
+        for entry in old.manifest.files:
+            shutil.copy(export / entry.path, writer.root / entry.path)
+        model = ir.load(export / "model.onnx")
+        dequantize_graph(model)
+        ir.save(model, writer.root / "model.onnx")
+        return writer.commit(config={}, seed=None, extra=old.manifest.extra).root
+
+
+def body(server):
+    """(path, headers, body, pixels) of one binary request."""
+    about = httpx.get(f"{server.url}/v1/artifact").json()
+    height, width = about["preprocessing"]["crop"]
+    pixels = np.random.default_rng(0).standard_normal((1, 3, height, width), dtype=np.float32)
+    data = pixels.tobytes()
+    tensor = {"name": "pixels", "datatype": "FP32", "shape": list(pixels.shape),
+              "parameters": {"binary_data_size": len(data)}}  # fmt: skip
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    return f"/v2/models/{about['name']}/infer", len(head), head + data, pixels
+
+
+class Client:
+    """One keep-alive connection, by hand: a client library would take more of two cores than the server."""
+
+    def __init__(self, port, path, head, content):
+        self.port = port
+        self.sent = (f"POST {path} HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: {head}\r\n"
+                     f"Content-Length: {len(content)}\r\n\r\n").encode() + content  # fmt: skip
+        self.streams = None
+
+    async def call(self):
+        """The status."""
+        if self.streams is None:
+            self.streams = await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = self.streams
+        writer.write(self.sent)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        await reader.readexactly(int(length.split(b":")[1]))
+        return int(head[9:12])
+
+
+async def closed_loop(make, clients, seconds):
+    """(statuses, requests a second): every client sends again once it is answered."""
+    statuses, end = Counter(), time.monotonic() + seconds
+
+    async def work():
+        client = make()
+        while time.monotonic() < end:
+            statuses[await client.call()] += 1
+
+    started = time.monotonic()
+    await asyncio.gather(*(work() for _ in range(clients)))
+    return statuses, sum(statuses.values()) / (time.monotonic() - started)
+
+
+async def open_loop(make, rate, seconds):
+    """(statuses, latencies in seconds): requests leave at random times, whatever became of the others."""
+    statuses, latencies, idle, tasks = Counter(), [], [], []
+    chance, end = random.Random(0), time.monotonic() + seconds
+    due = time.monotonic()
+
+    async def call(due):
+        client = idle.pop() if idle else make()
+        statuses[await client.call()] += 1
+        latencies.append(time.monotonic() - due)
+        idle.append(client)
+
+    while due < end:
+        await asyncio.sleep(max(0, due - time.monotonic()))
+        tasks.append(asyncio.create_task(call(due)))
+        due += chance.expovariate(rate)
+    await asyncio.gather(*tasks)
+    return statuses, sorted(latencies)
+
+
+def sizes_run(server):
+    """How many batches of which size (upper bounds of buckets) so far."""
+    found, before = {}, 0
+    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith("fp8pipe_batch_size_bucket") and "Inf" not in line:
+            bound = int(float(line.split('"')[1]))
+            total = int(float(line.split()[-1]))
+            found[bound], before = total - before, total
+    return found
+
+
+def raw(session, pixels, size, seconds):
+    """Images a second of ONNX Runtime alone."""
+    batch, count, started = np.repeat(pixels, size, 0), 0, time.monotonic()
+    while time.monotonic() - started < seconds:
+        session.run(None, {"pixels": batch})
+        count += size
+    return count / (time.monotonic() - started)
+
+
+def maker(server):
+    path, head, content, pixels = body(server)
+    return (lambda: Client(server.port, path, head, content)), pixels
+
+
+def closed(export, arguments):
+    """Server and raw runtime in turn."""
+    with running(export, "--no-access-log", *arguments.serve) as server:
+        make, pixels = maker(server)
+        engine = httpx.get(f"{server.url}/v1/artifact").json()["engine"]
+        session = open_session(export / "model.onnx", threads=engine["threads"])
+        asyncio.run(closed_loop(make, arguments.clients, 3))
+        served, bare, statuses = [], [], Counter()
+        for _ in range(arguments.rounds):
+            before = sizes_run(server)
+            found, rate = asyncio.run(closed_loop(make, arguments.clients, arguments.seconds))
+            counts = {size: count - before.get(size, 0) for size, count in sizes_run(server).items()}
+            size = max(counts, key=lambda s: counts[s] * s)
+            served.append(rate)
+            statuses += found
+            bare.append(raw(session, pixels, size, arguments.seconds))
+        return {"served_per_s": served, "raw_per_s": bare, "share": sum(served) / sum(bare), "batch": size,
+                "threads": engine["threads"], "statuses": dict(statuses)}  # fmt: skip
+
+
+def opened(export, arguments):
+    """Percentiles at a share of the throughput."""
+    with running(export, "--no-access-log", *arguments.serve) as server:
+        make, _ = maker(server)
+        _, most = asyncio.run(closed_loop(make, arguments.clients, min(15, arguments.seconds)))
+        statuses, found = asyncio.run(open_loop(make, arguments.load * most, arguments.seconds))
+        at = {f"p{p}_ms": round(1000 * found[min(len(found) - 1, int(len(found) * p / 100))], 1) for p in (50, 90, 99)}
+        return {"rate": arguments.load * most, "requests": len(found), "statuses": dict(statuses), **at,
+                "p99_over_p50": at["p99_ms"] / at["p50_ms"]}  # fmt: skip
+
+
+def floats(export, arguments):
+    """INT8 against float, in turn."""
+    with tempfile.TemporaryDirectory() as scratch:
+        twin = float_twin(export, Path(scratch))
+        with running(export, "--no-access-log", *arguments.serve) as a, running(twin, "--no-access-log",
+                                                                                *arguments.serve) as b:  # fmt: skip
+            makers = [maker(server)[0] for server in (a, b)]
+            rates = [[], []]
+            for _ in range(arguments.rounds):
+                for index, make in enumerate(makers):
+                    _, rate = asyncio.run(closed_loop(make, arguments.clients, arguments.seconds))
+                    rates[index].append(rate)
+    return {"int8_per_s": rates[0], "float_per_s": rates[1], "ratio": sum(rates[0]) / sum(rates[1])}
+
+
+def fuzzed(export, arguments):
+    """Statuses, and the server's resident memory along the way."""
+    with running(export, "--no-access-log", *arguments.serve) as server:
+        statuses, memory, chance = Counter(), [], random.Random(0)
+        for _ in range(10):
+            statuses += fuzz(server.port, arguments.requests // 10, chance)
+            status = Path(f"/proc/{server.process.pid}/status").read_text()
+            memory.append(int(status.partition("VmRSS:")[2].split()[0]) // 1024)
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        return {"statuses": dict(sorted(statuses.items())), "resident_mb": memory}
+
+
+def main():
+    """Run one and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["closed", "open", "float", "fuzz"])
+    parser.add_argument("export")
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options of fp8pipe serve")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        export = vit_s(Path(scratch)) if arguments.export == "vit-s" else Path(arguments.export)
+        run = {"closed": closed, "open": opened, "float": floats, "fuzz": fuzzed}[arguments.what]
+        result = run(export, arguments)
+    result |= {"what": arguments.what, "cpu": cpu_model(), "python": platform.python_version(),
+               "onnxruntime": distribution_version("onnxruntime"), "export": arguments.export}  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
