@@ -1,4 +1,4 @@
-"""A real vLLM on a tiny export, behind the language server, through the official client: the API and a killed engine."""
+"""A real vLLM on a tiny export behind the language server, through the official client: the API, a killed engine."""
 
 from __future__ import annotations
 
