@@ -24,6 +24,7 @@ COMMANDS = {
     "lint": "Say what TensorRT would refuse or build slowly in an ONNX graph.",
     "validate": "Run an export in its engine and prove that it serves what was made.",
     "serve": "Serve an export over HTTP.",
+    "serve-repository": "Write an export as a model repository for Triton.",
     "serve-key": "Make an API key for a service.",
     "inspect": "Show what an artifact is, and where it came from.",
     "verify": "Re-hash every file of an artifact.",

@@ -1,0 +1,24 @@
+"""`fp8pipe serve-repository`: an export as a model repository for a server that is already there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fp8pipe.cli.common import Console, common_options
+
+
+@click.command("serve-repository")
+@click.argument("export", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The repository; may hold other models.")
+@click.option("--layout", type=click.Choice(["triton"]), default="triton", show_default=True, help="Whose repository.")
+@click.option("--max-model-len", type=click.IntRange(min=16), help="Language exports: context, tokens.")
+@common_options()
+def command(export: Path, output: Path, layout: str, max_model_len: int | None, console: Console) -> None:
+    """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
+    from serving.triton import write_triton_repository
+
+    root = write_triton_repository(export, output, max_model_len=max_model_len)
+    text = f"{root}\n  next: tritonserver --model-repository {output.absolute()}"
+    console.emit({"model": str(root), "layout": layout}, text, quiet_text=str(root))

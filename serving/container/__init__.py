@@ -1,0 +1,1 @@
+"""What container images need beside the package: pinned requirements, and a health check."""

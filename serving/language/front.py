@@ -1,0 +1,182 @@
+"""The port that clients see: hands requests to vLLM byte for byte, and answers cleanly while vLLM is away.
+
+Its own paths are `/`, `/healthz`, `/readyz`, `/metrics` and `/v1/artifact`; everything else is vLLM's. An answer is
+streamed as it comes. A client that leaves ends its request in vLLM too. When vLLM breaks off, a client gets a 503 with
+`Retry-After` if nothing had been sent, an `error` event in a stream of events, and else a closed connection, so
+that no half answer is taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from serving.http.metrics import HttpMetrics
+from serving.http.problems import Problem, Receive, Scope, Send, send_problem
+from serving.http.server import Lifecycle
+from serving.language.page import PAGE_HEADERS, page
+from serving.language.supervisor import State, Supervisor
+from serving.language.upstream import Headers, Reply, UpstreamError
+
+__all__ = ["Front"]
+
+logger = logging.getLogger(__name__)
+
+_HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
+# Keys are checked here and are none of vLLM's business; the id is ours on both ways.
+_NOT_UP = _HOP | {b"host", b"content-length", b"expect", b"authorization", b"x-api-key", b"x-request-id"}
+_NOT_DOWN = _HOP | {b"date", b"server", b"x-request-id"}
+# Labels of metrics: a client's own text never becomes one.
+_ROUTES = frozenset(
+    f"/v1/{name}" for name in ("chat/completions", "completions", "models", "embeddings", "responses", "artifact")
+) | {"/", "/healthz", "/readyz", "/metrics", "/tokenize", "/detokenize", "/version", "/health"}
+
+
+class Front:
+    """The ASGI app.
+
+    Args:
+        supervisor: of vLLM; its `upstream` takes the requests.
+        lifecycle: of the service.
+        metrics: ours, put before vLLM's own.
+        identity: what `/v1/artifact` answers.
+        model: its name in the API, for the page.
+        with_page: serve the page at `/`.
+    """
+
+    def __init__(
+        self, supervisor: Supervisor, lifecycle: Lifecycle, metrics: HttpMetrics, identity: dict[str, Any], model: str,
+        *, with_page: bool = True,
+    ) -> None:  # fmt: skip
+        self.supervisor, self.lifecycle, self.metrics, self.identity = supervisor, lifecycle, metrics, identity
+        self._page = page(model, identity["digest"]) if with_page else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says."""
+        path = scope["path"]
+        scope["route"] = SimpleNamespace(path=path if path in _ROUTES else "other")
+        try:
+            own = await self._own(path) if scope["method"] in ("GET", "HEAD") else None
+            if own is not None:
+                await own(scope, receive, send)
+            else:
+                await self._pass(scope, receive, send)
+        except Problem as problem:
+            await send_problem(problem, scope, receive, send)
+
+    async def _own(self, path: str) -> Response | None:
+        if path == "/" and self._page is not None:
+            return HTMLResponse(self._page, headers=PAGE_HEADERS)
+        if path == "/healthz":
+            return JSONResponse({"status": "alive"})
+        if path == "/readyz":
+            return self._readiness()
+        if path == "/v1/artifact":
+            return JSONResponse(self.identity)
+        if path == "/metrics":
+            return Response(self.metrics.text() + await self._engine_metrics(), media_type=self.metrics.content_type)
+        return None
+
+    def _readiness(self) -> Response:
+        engine = self.supervisor.state
+        ready = engine is State.READY and not self.lifecycle.draining
+        document = {"status": "draining" if self.lifecycle.draining else engine.value}
+        if ready:
+            return JSONResponse(document)
+        return JSONResponse(document, 503, {"Retry-After": str(self.supervisor.retry_after_s)})
+
+    async def _engine_metrics(self) -> bytes:
+        if self.supervisor.state is not State.READY:
+            return b""
+        try:
+            async with asyncio.timeout(5):
+                reply = await self.supervisor.upstream.request(b"GET", b"/metrics", [])
+                try:
+                    return await reply.read() if reply.status == 200 else b""
+                finally:
+                    reply.release()
+        except (UpstreamError, TimeoutError):
+            return b""
+
+    def _away(self) -> Problem:
+        """What a client is told while vLLM cannot answer."""
+        state = self.supervisor.state
+        what = "the model is being loaded" if state is State.STARTING else "the model is being started again"
+        return Problem(
+            503, "engine_unavailable", what, "send the request again after the seconds that Retry-After names",
+            {"Retry-After": str(self.supervisor.retry_after_s)},
+        )  # fmt: skip
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request through vLLM."""
+        body = await _body(receive)
+        if body is None:
+            return
+        if self.supervisor.state is not State.READY:
+            raise self._away()
+        task = asyncio.current_task()
+        gone = asyncio.ensure_future(receive())  # answers once the client has left
+        assert task is not None
+        gone.add_done_callback(lambda future: None if future.cancelled() else task.cancel())
+        try:
+            await self._exchange(scope, body, send)
+        except asyncio.CancelledError:
+            if not gone.done() or gone.cancelled():
+                raise
+            task.uncancel()
+        finally:
+            gone.cancel()
+
+    async def _exchange(self, scope: Scope, body: bytes, send: Send) -> None:
+        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+        headers: Headers = [item for item in scope["headers"] if item[0] not in _NOT_UP]
+        headers.append((b"x-request-id", scope["state"]["request_id"].encode()))
+        try:
+            reply = await self.supervisor.upstream.request(scope["method"].encode(), target, headers, body)
+        except UpstreamError as error:
+            logger.warning("request %s: vLLM %s", scope["state"]["request_id"], error)
+            await self.supervisor.suspect()
+            raise self._away() from error
+        try:
+            # An engine that has died makes vLLM's server answer 500: to a client that is a reason to come again.
+            if reply.status >= 500 and not await self.supervisor.suspect():
+                raise self._away()
+            await self._stream(reply, send)
+        finally:
+            reply.release()
+
+    async def _stream(self, reply: Reply, send: Send) -> None:
+        events = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in reply.headers)
+        headers = [item for item in reply.headers if item[0] not in _NOT_DOWN]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        try:
+            while (part := await reply.next()) is not None:
+                last = reply.finished
+                await send({"type": "http.response.body", "body": part, "more_body": not last})
+                if last:
+                    return
+        except UpstreamError:
+            await self.supervisor.suspect()
+            if not events:
+                return  # without its end: the connection is closed
+            error = {"code": "engine_unavailable", "message": "the model broke off", "type": "engine_unavailable"}
+            event = b"\n\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The request's body; None when the client left before its end."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)

@@ -1,0 +1,167 @@
+"""Keeps the server running: starts it, waits until it answers, watches it, and starts it again after a crash.
+
+A first start that fails ends the service, since the export or the machine is at fault and a restart would not help.
+Once it has answered, a crash is followed by a restart, after 1, 2, 4 ... seconds, until it has stayed up for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable
+from enum import StrEnum
+
+from pydantic import Field
+
+from fp8pipe.config import FrozenConfig
+from fp8pipe.errors import Fp8PipeError
+from serving.language.child import Child
+from serving.language.upstream import Upstream, UpstreamError
+from serving.vllm.engine import engine_failure
+
+__all__ = ["State", "Supervisor", "SupervisorConfig"]
+
+logger = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """Where the server stands."""
+
+    STARTING = "starting"
+    READY = "ready"
+    WAITING = "waiting"  # for the next restart
+    STOPPED = "stopped"
+
+
+class SupervisorConfig(FrozenConfig):
+    """Times of supervision."""
+
+    start_timeout_s: float = Field(default=1800, gt=0, description="longest start, seconds")
+    probe_every_s: float = Field(default=0.5, gt=0, description="between looks at its health, seconds")
+    probe_timeout_s: float = Field(default=10, gt=0, description="a health probe must be answered by then, seconds")
+    probe_failures: int = Field(default=3, ge=1, description="unanswered probes in a row after which it is killed")
+    first_delay_s: float = Field(default=1, gt=0, description="before the first restart, seconds; doubles each time")
+    longest_delay_s: float = Field(default=60, gt=0, description="between restarts at most, seconds")
+    steady_s: float = Field(default=300, gt=0, description="after this long up, crashes are counted anew, seconds")
+    stop_grace_s: float = Field(default=10, ge=0, description="from SIGTERM to SIGKILL, seconds")
+
+
+class Supervisor:
+    """Runs children one after another.
+
+    Args:
+        start: starts one.
+        upstream: how it is reached.
+        config: times.
+    """
+
+    def __init__(self, start: Callable[[], Child], upstream: Upstream, config: SupervisorConfig) -> None:
+        self._start, self.upstream, self.config = start, upstream, config
+        self.state = State.STARTING
+        self.restarts = 0
+        self.child: Child | None = None
+        self.failure: Fp8PipeError | None = None
+        self._crashes = 0
+        self._ever_ready = False
+        self._since = 0.0
+        self._last_start_s = 5.0
+        self._suspect = asyncio.Event()
+
+    @property
+    def retry_after_s(self) -> int:
+        """When to ask again: what the last start took, less what has passed of this one; 5 when that is over."""
+        left = self._last_start_s - (asyncio.get_running_loop().time() - self._since)
+        return min(60, math.ceil(left)) if left > 0 else 5
+
+    async def run(self, on_failure: Callable[[], None]) -> None:
+        """Supervise until cancelled; then end the child.
+
+        Args:
+            on_failure: called when the first start failed; `failure` says why.
+        """
+        try:
+            while True:
+                code = await self._one_run()
+                if not self._ever_ready:
+                    assert self.child is not None
+                    self.failure = engine_failure("vLLM ended while it started", code, self.child.log)
+                    on_failure()
+                    return
+                await self._delay(code)
+        finally:
+            self._enter(State.STOPPED)
+            self.upstream.close()
+            if self.child is not None:
+                await self.child.stop(self.config.stop_grace_s)
+
+    async def suspect(self) -> bool:
+        """A request failed inside the server: look at once; whether it is healthy."""
+        if self.state is State.READY and await self._healthy():
+            return True
+        if self.state is State.READY:
+            self._suspect.set()
+        return False
+
+    async def _one_run(self) -> int:
+        """Start, watch, and clean up one child; its exit code."""
+        self._enter(State.STARTING)
+        self._suspect.clear()
+        self.child = child = self._start()
+        loop = asyncio.get_running_loop()
+        missed, deadline = 0, loop.time() + self.config.start_timeout_s
+        while (code := child.exit_code()) is None:
+            if await self._healthy():
+                missed = 0
+                if self.state is not State.READY:
+                    self._last_start_s = loop.time() - self._since
+                    self._enter(State.READY)
+            elif self.state is State.READY:
+                missed += 1
+                if missed >= self.config.probe_failures or self._suspect.is_set():
+                    break
+            elif loop.time() > deadline:
+                break
+            await self._pause()
+        if self.state is State.READY and loop.time() - self._since > self.config.steady_s:
+            self._crashes = 0
+        self._enter(State.WAITING)
+        self.upstream.close()
+        await child.stop(0)
+        return code if code is not None else (child.exit_code() or 1)
+
+    async def _pause(self) -> None:
+        try:
+            await asyncio.wait_for(self._suspect.wait(), self.config.probe_every_s)
+        except TimeoutError:
+            return
+        if await self._healthy():
+            self._suspect.clear()
+
+    async def _delay(self, code: int) -> None:
+        delay = min(self.config.longest_delay_s, self.config.first_delay_s * 2**self._crashes)
+        self._crashes += 1
+        self.restarts += 1
+        logger.error("vLLM ended (status %d) and is started again in %.1f s; its log: %s", code, delay, self._log())
+        await asyncio.sleep(delay)
+
+    def _log(self) -> str:
+        return "" if self.child is None else str(self.child.log)
+
+    async def _healthy(self) -> bool:
+        try:
+            async with asyncio.timeout(self.config.probe_timeout_s):
+                reply = await self.upstream.request(b"GET", b"/health", [])
+                await reply.read()
+                reply.release()
+                return reply.status == 200
+        except (UpstreamError, TimeoutError):
+            return False
+
+    def _enter(self, state: State) -> None:
+        if state is not self.state or not self._since:
+            logger.info("vLLM is %s", state.value)
+        self._ever_ready = self._ever_ready or state is State.READY
+        if state is not State.WAITING:
+            self._since = asyncio.get_running_loop().time()
+        self.state = state

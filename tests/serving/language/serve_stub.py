@@ -1,0 +1,38 @@
+"""The real front and supervisor over the stub, as a process: `serve_stub.py EXPORT STATE [KEYFILE]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from fp8pipe import logs
+from fp8pipe.artifact import open_artifact
+from fp8pipe.errors import Fp8PipeError
+from serving.http.config import ServeConfig
+from serving.language.arguments import LanguageConfig
+from serving.language.server import run_front, supervise
+from serving.language.supervisor import SupervisorConfig
+
+
+def main() -> int:
+    logs.setup(json=False, quiet=False, verbose=False)
+    state = Path(sys.argv[2])
+    socket = state / "stub.sock"
+    stub = Path(__file__).with_name("stub_engine.py")
+    times = SupervisorConfig(probe_every_s=0.1, first_delay_s=0.5, stop_grace_s=2)
+    supervisor = supervise(
+        [sys.executable, str(stub), str(socket), str(state)],
+        dict(os.environ), socket, state / "log", LanguageConfig(supervision=times),
+    )  # fmt: skip
+    key_file = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    config = ServeConfig(port=0, drain_s=0.5, max_body_mb=1, api_key_file=key_file)
+    try:
+        return run_front(supervisor, open_artifact(sys.argv[1], verify=False), config, "stub")
+    except Fp8PipeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
