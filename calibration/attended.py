@@ -1,4 +1,4 @@
-"""How much each patch is attended: by the class token where there is one, by the patches themselves where there is none.
+"""How much each patch is attended: by the class token where there is one, by the patches themselves otherwise.
 
 Terms that treat patches unequally (masks, priors) and the pruning of tokens all ask this one question.
 """

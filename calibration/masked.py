@@ -76,7 +76,7 @@ def informative(answers: Tensor, progress: float, draws: Tensor) -> Tensor:
         draws: `(N, P)`, uniform: of the chosen patches, those with the lowest draws are left out.
     """
     share = _FIRST_SHARE + (_LAST_SHARE - _FIRST_SHARE) * progress
-    count = max(1, int(answers.shape[1] * share))
+    count = max(1, int(answers.shape[1] * share + 1e-6))  # a tenth of 100 is 10, also where 0.1 is a little less
     kept = max(1, round(count * (1 - _DROPPED)))
     best = answers.topk(count, dim=1).indices
     lucky = draws.gather(1, best).topk(kept, dim=1).indices
