@@ -20,7 +20,7 @@ from torch.nn import functional
 from calibration.streams import uniform
 
 QUARTERS: Final = 4
-_LEAST, _MOST = 5.0, 10.0  # logits of wanted classes, published
+_LEAST, _MOST = 5.0, 10.0  # logits of wanted classes: ours, so that they stand out and differ
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,8 @@ def test_pruned_models_see_the_most_attended_patches():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("timm-swin-wide", {"keep": 0.5}), ("timm-swin-wide", {"priors": 1.0}), ("timm-swin-wide", {"masked": 1.0}),
+    [("timm-beit", {"keep": 0.5, "prune_after": 1}), ("timm-eva02-rope", {"keep": 0.5, "prune_after": 1}),
+     ("timm-swin-wide", {"keep": 0.5}), ("timm-swin-wide", {"priors": 1.0}), ("timm-swin-wide", {"masked": 1.0}),
      ("hf-vit-backbone", {"regions": 0.5}), ("timm-vit", {"keep": 0.5, "prune_after": 99})],
 )  # fmt: skip
 def test_models_that_an_option_does_not_fit_are_refused(name, options):
