@@ -27,6 +27,7 @@ from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.losses import class_prior, head_similarity, total_variation
 from calibration.streams import image_stream
+from calibration.terms import Scene
 from calibration.views import view
 from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.config import build_config
@@ -91,7 +92,7 @@ def plain_step(plain, canvas, streams, labels, step):
 def our_step(ours, canvas, streams, labels, step):
     """One step as the product takes it."""
     pixels = canvas.pixels()
-    terms = ours._losses(pixels, view(pixels, streams, step, ours.config), labels)
+    terms = ours._terms(Scene(pixels, view(pixels, streams, step, ours.config), labels, 0.0, {}, None))
     total = torch.stack([term.sum() for term in terms.values()]).sum()
     canvas.step(torch.autograd.grad(total, canvas.parameters), ours.config.learning_rate)
 

@@ -11,6 +11,16 @@ alike.
     gaussian    white noise
     real        training pictures
 
+and options of the default synthesis that are off in it:
+
+    masked      MaskAQ's entropy and masked difference (weights as published: 1 and 0.1) beside MimiQ's term
+    priors      SARDFQ's attention priors in place of MimiQ's term
+    regions     SARDFQ's four classes an image with soft labels, in half of the views
+    sardfq      priors and regions together
+    pruned      half of the patches leave after three blocks
+    plateau     an image stops when its loss falls less than 2 % from one 10 steps to the next
+    shorter     no option, but 38 of 60 steps: what `pruned` would cost
+
     python scripts/write_digits.py runs/digits-train --part train; python scripts/write_digits.py runs/digits-test
     python benchmarks/vit_accuracy.py --model sample:vit-digits --train runs/digits-train --test runs/digits-test \\
         --bits w8a8 w4a4 --output runs/vit-digits.jsonl
@@ -41,11 +51,20 @@ from pipeline.vit.stage import quantize_vit
 PUBLISHED = {
     "start": "noise", "canvas": "pixels", "views": "shifts", "learning_rate": 0.1, "variation": 2.5e-5,
 }  # fmt: skip
+PRIORS = {"similarity": 0.0, "priors": 1.0}
+REGIONS = {"regions": 0.5}
 SOURCES = {
     "synthetic": ("synthetic", {}),
     "published": ("synthetic", PUBLISHED),
     "similarity": ("synthetic", PUBLISHED | {"similarity": 0.0, "entropy": 1.0}),
     "leaves": ("synthetic", {"steps": 0}),
+    "masked": ("synthetic", {"spread": 1.0, "masked": 0.1}),
+    "priors": ("synthetic", PRIORS),
+    "regions": ("synthetic", REGIONS),
+    "sardfq": ("synthetic", PRIORS | REGIONS),
+    "pruned": ("synthetic", {"keep": 0.5}),
+    "plateau": ("synthetic", {"plateau": 0.02}),
+    "shorter": ("synthetic", {"steps": 38}),
     "gaussian": ("gaussian", {}),
     "real": ("images:", {}),
 }

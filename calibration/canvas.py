@@ -48,6 +48,12 @@ class Canvas(ABC):
     def pixels(self) -> Tensor:
         """The images as they are, `(N, 3, H, W)` fp32 in normalized units, differentiable in the parameters."""
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the images: boolean `(N,)`, or their indices."""
+        self.parameters = [p.detach()[rows].requires_grad_() for p in self.parameters]
+        self._first = [moment[rows] for moment in self._first]
+        self._second = [moment[rows] for moment in self._second]
+
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...], rate: float) -> None:
         """One step of AdamW (arXiv 1711.05101)."""
@@ -101,6 +107,11 @@ class Pyramid(Canvas):
         self._start, self._limits, self._colours = start, limits, torch.tensor(_COLOURS)
         height, width = start.shape[2:]
         self._enlarge = [(enlargement(h, height), enlargement(w, width).T) for h, w in sizes[:-1]]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the images."""
+        super().keep(rows)
+        self._start = self._start[rows]
 
     def pixels(self) -> Tensor:
         """Start plus all layers, kept (nearly) in range."""

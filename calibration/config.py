@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fp8pipe.config import FrozenConfig, build_config
 
@@ -23,14 +23,32 @@ class SynthesisConfig(FrozenConfig):
     maps: Literal["logits", "probabilities"] = Field("logits", description="Attention maps that are compared.")
     class_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the image's class.")
     entropy: float = Field(0.0, ge=0, description="Weight of PSAQ-ViT's patch-similarity entropy.")
+    spread: float = Field(0.0, ge=0, description="Weight of MaskAQ's Gaussian entropy of patch similarity.")
+    masked: float = Field(0.0, ge=0, description="Weight of MaskAQ's masked difference that rounding makes.")
+    masked_bits: int = Field(4, ge=2, le=8, description="masked: bits of the rounded queries and keys.")
+    priors: float = Field(0.0, ge=0, description="Weight of SARDFQ's attention priors.")
+    regions: float = Field(0.0, ge=0, le=1, description="Share of views of one quarter with a class of its own; 0 off.")
     variation: float = Field(0.01, ge=0, description="Weight of the total variation.")
     views: Literal["camera", "shifts"] = Field("camera", description="Zoomed, turned, relit; or circular shifts.")
     nearest: float = Field(0.6, gt=0, le=1, description="camera: least part of the picture's side that is shown.")
     jitter: int = Field(8, ge=0, description="shifts: the largest in the first half, pixels; twice that later.")
     mirror: bool = Field(False, description="shifts: mirror half of the views.")
     colour: bool = Field(True, description="shifts: MimiQ's decaying colour offset and random contrast.")
+    keep: float = Field(1.0, gt=0, le=1, description="Share of the patches that stay after block prune_after.")
+    prune_after: int = Field(3, ge=1, description="keep: blocks that see all patches.")
+    plateau: float = Field(0.0, ge=0, lt=1, description="Least relative fall of a loss; images below stop. 0 off.")
+    plateau_window: int = Field(10, ge=1, description="plateau: steps whose mean is compared with those before.")
     clamp: bool = Field(True, description="Keep pixels those of a valid image.")
     bf16: bool = Field(True, description="Run the model in bf16; losses and pixels stay fp32.")
+
+    @model_validator(mode="after")
+    def _all_patches_for_their_terms(self) -> SynthesisConfig:
+        wanting = [name for name in ("masked", "priors") if getattr(self, name)]
+        if self.keep < 1 and wanting:
+            raise ValueError(
+                f"keep: {' and '.join(wanting)} speak of all patches; leave keep at 1, or {wanting[0]} at 0"
+            )
+        return self
 
 
 def mimiq_published() -> SynthesisConfig:

@@ -2,8 +2,8 @@
 
 Each step shows the model a view of every image and lowers the sum of the losses over the batch. Every loss is an
 image's own, Adam works number by number, and all draws come from the image's own stream, so its neighbours in the batch
-do not matter. (To the last bit this holds for equal batch sizes: matrix products of other shapes may add in another
-order.)
+do not matter. (To the last bit this holds for equal batches: matrix products of other shapes may add in another
+order. Which images of a batch finish early is decided by the images of that batch alone, so it is the same every time.)
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from calibration.attended import plain_sites
+from calibration.batch import Batch
 from calibration.canvas import open_canvas
 from calibration.config import SynthesisConfig
 from calibration.leaves import dead_leaves
-from calibration.losses import class_prior, head_similarity, patch_entropy, total_variation
+from calibration.priors import deeper_half, draw_priors
+from calibration.pruning import TokenPruner
+from calibration.regions import draw_regions
 from calibration.streams import image_stream, normal
-from calibration.views import view
+from calibration.terms import Terms
 from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
 
@@ -58,7 +60,7 @@ class Synthesizer:
         seed: with an image's number, decides everything about it.
 
     Raises:
-        ConfigurationError: a model whose attentions show no maps.
+        ConfigurationError: a model whose attentions show no maps, or one that an option does not fit.
     """
 
     def __init__(self, vision: VisionModel, structure: VitStructure, config: SynthesisConfig, seed: int) -> None:
@@ -71,6 +73,17 @@ class Synthesizer:
                 why="the synthesis compares the maps of different heads",
                 fix="use --calibration gaussian or images:DIR",
             )
+        if config.regions and structure.classes is None:
+            raise ConfigurationError(
+                "regions need a model with classes",
+                why="each quarter of an image is made for a class, and this model is a backbone",
+                fix="leave regions at 0",
+            )
+        wishes = [name for name in ("masked", "priors") if getattr(config, name)]
+        self._plain = plain_sites(structure, " and ".join(wishes)) if wishes else {}
+        self._depths = deeper_half(list(self._plain)) if config.priors else {}
+        pruner = TokenPruner(vision.model, structure, config.prune_after, config.keep) if config.keep < 1 else None
+        self._terms = Terms(self._model, structure, self.sites, self._plain, self._depths, pruner, config)
 
     def batch(self, first: int, count: int, on_step: Callable[[int], None] = lambda step: None) -> Synthesized:
         """Images number `first` to `first + count - 1`.
@@ -95,20 +108,37 @@ class Synthesizer:
     def _optimise(
         self, numbers: list[int], attempts: list[int], on_step: Callable[[int], None]
     ) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
-        config = self.config
+        """Finished pixels `(N, 3, H, W)` normalized, labels `(N,)`, and last losses an image."""
+        config, batch = self.config, self._begin(numbers, attempts)
+        labels, done = batch.labels, torch.empty(len(numbers), 3, *self.structure.image_size)
+        found: dict[str, Tensor] = {}
+        for step in range(config.steps):
+            terms = self._terms(batch.scene(step))
+            each = torch.stack(list(terms.values())).sum(0)
+            batch.canvas.step(torch.autograd.grad(each.sum(), batch.canvas.parameters), self._rate(step))
+            for name, term in terms.items():
+                found.setdefault(name, torch.zeros(len(numbers)))[batch.rows] = term.detach()
+            on_step(step + 1)
+            stays = batch.plateau.going(each)
+            if not bool(stays.all()):
+                done[batch.rows[~stays]] = batch.canvas.pixels().detach()[~stays]
+                batch.keep(stays)
+                if not len(batch.rows):
+                    break
+        done[batch.rows] = batch.canvas.pixels().detach()
+        return done, labels, {name: values.tolist() for name, values in found.items()}
+
+    def _begin(self, numbers: list[int], attempts: list[int]) -> Batch:
+        """Everything that images have of their own; what an option needs is drawn only with that option."""
+        config, classes = self.config, self.structure.classes
         streams = [image_stream(self.seed, n, a) for n, a in zip(numbers, attempts, strict=True)]
         labels = self._labels(streams)
         canvas = open_canvas(self._start(numbers, streams), self.vision.preprocessing.valid_range(), config)
-        terms: dict[str, Tensor] = {}
-        for step in range(config.steps):
-            pixels = canvas.pixels()
-            terms = self._losses(pixels, view(pixels, streams, step, config), labels)
-            total = torch.stack([term.sum() for term in terms.values()]).sum()
-            canvas.step(torch.autograd.grad(total, canvas.parameters), self._rate(step))
-            on_step(step + 1)
-        pixels = canvas.pixels()
-        found = {name: term.detach().tolist() for name, term in terms.items()}
-        return pixels.detach(), labels, found
+        regions = draw_regions(streams, labels, classes) if config.regions and classes is not None else None
+        grid = self.structure.patch_grid
+        heads = next(iter(self._plain.values())).heads if self._plain else 0
+        priors = draw_priors(streams, len(self._depths), heads, grid) if self._depths else None
+        return Batch(config, grid, list(self._depths), streams, labels, canvas, regions, priors)
 
     def _labels(self, streams: list[torch.Generator]) -> Tensor:
         classes = self.structure.classes
@@ -128,40 +158,6 @@ class Synthesizer:
         config = self.config
         share = 0.5 * (1 + math.cos(math.pi * step / config.steps))
         return config.final_rate + (config.learning_rate - config.final_rate) * share
-
-    def _losses(self, pixels: Tensor, view: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        config, similarities, entropies = self.config, [], []
-        absolute = config.similarity_form == "absolute"
-
-        def attend(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-            site = self.sites.get(name)
-
-            def compare(maps: Tensor) -> Tensor:
-                if site is not None and config.similarity:
-                    similarities.append(head_similarity(maps, site, absolute=absolute))
-                return maps
-
-            hook = {"on_logits" if config.maps == "logits" else "on_probs": compare}
-            output = explicit_attention(q, k, v, mask, scale, **hook)
-            if site is not None and config.entropy:
-                entropies.append(patch_entropy(output, site))
-            return output
-
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
-            intercept_attention(self._model, self.structure.attention_names, attend),
-        ):
-            outputs = vision_outputs(self._model, view)
-        terms = {}
-        if similarities:
-            terms["similarity"] = config.similarity * torch.stack(similarities).mean(0)
-        if entropies:
-            terms["entropy"] = config.entropy * torch.stack(entropies).mean(0)
-        if self.structure.classes is not None and config.class_weight:
-            terms["class"] = config.class_weight * class_prior(outputs, labels)
-        if config.variation:
-            terms["variation"] = config.variation * total_variation(pixels)
-        return terms
 
     def _lost(self, number: int) -> ConfigurationError:
         return ConfigurationError(

@@ -20,10 +20,32 @@ _TINT, _EXPOSURE = 0.2, 0.3
 
 def view(pixels: Tensor, streams: list[torch.Generator], step: int, config: SynthesisConfig) -> Tensor:
     """A view of each image `(N, 3, H, W)`, drawn from its own stream."""
-    return _camera(pixels, streams, config) if config.views == "camera" else _shifts(pixels, streams, step, config)
+    return view_with_maps(pixels, None, streams, step, config)[0]
 
 
-def _camera(pixels: Tensor, streams: list[torch.Generator], config: SynthesisConfig) -> Tensor:
+def view_with_maps(
+    pixels: Tensor, maps: Tensor | None, streams: list[torch.Generator], step: int, config: SynthesisConfig
+) -> tuple[Tensor, Tensor | None]:
+    """A view of each image, and maps over it as they lie in the view.
+
+    Args:
+        pixels: `(N, 3, H, W)`.
+        maps: `(N, C, rows, columns)` of any resolution, or None. `shifts`, which are small, leave them in place.
+        streams: of the images.
+        step: number of the step.
+        config: which views.
+
+    Returns:
+        Both, in the shapes they came in.
+    """
+    if config.views == "camera":
+        return _camera(pixels, maps, streams, config)
+    return _shifts(pixels, streams, step, config), maps
+
+
+def _camera(
+    pixels: Tensor, maps: Tensor | None, streams: list[torch.Generator], config: SynthesisConfig
+) -> tuple[Tensor, Tensor | None]:
     draws = uniform(streams, 5)
     size = config.nearest + (_FARTHEST - config.nearest) * draws[:, 0]
     mirror = torch.where(draws[:, 1] < 0.5, -1.0, 1.0)
@@ -33,10 +55,14 @@ def _camera(pixels: Tensor, streams: list[torch.Generator], config: SynthesisCon
     where[:, 0, 0], where[:, 0, 1] = size * mirror * angle.cos(), -size * angle.sin()
     where[:, 1, 0], where[:, 1, 1] = size * mirror * angle.sin(), size * angle.cos()
     where[:, :, 2] = room[:, None] * (2 * draws[:, 2:4] - 1)
-    grid = functional.affine_grid(where, list(pixels.shape), align_corners=False)
-    shown = functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    shown, moved = _sample(pixels, where), None if maps is None else _sample(maps, where)
     exposure = _EXPOSURE * (2 * uniform(streams, 1, 1, 1) - 1)
-    return (shown + _TINT * normal(streams, 3, 1, 1)) * exposure.exp()
+    return (shown + _TINT * normal(streams, 3, 1, 1)) * exposure.exp(), moved
+
+
+def _sample(pictures: Tensor, where: Tensor) -> Tensor:
+    grid = functional.affine_grid(where, list(pictures.shape), align_corners=False)
+    return functional.grid_sample(pictures, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def _shifts(pixels: Tensor, streams: list[torch.Generator], step: int, config: SynthesisConfig) -> Tensor:
