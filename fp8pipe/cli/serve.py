@@ -55,7 +55,7 @@ def command(export: Path, console: Console, dry_run: bool, **options: Any) -> No
 
 
 def _serve(export: Path, kind: str, language: bool, config: Any) -> int:
-    from fp8pipe.errors import ConfigurationError, MissingCapabilityError
+    from fp8pipe.errors import ConfigurationError
 
     if not language:
         from serving.vision.server import serve_vision
@@ -66,15 +66,9 @@ def _serve(export: Path, kind: str, language: bool, config: Any) -> int:
             f"{export} cannot be served", why="engines of language models are not run here",
             fix="export with --target vllm, and serve that",
         )  # fmt: skip
-    try:
-        import importlib
+    from serving.language.server import serve_language
 
-        serve_language = importlib.import_module("serving.language.server").serve_language
-    except ImportError as error:
-        raise MissingCapabilityError(
-            "language exports cannot be served", why=str(error), fix="install a version with serving.language"
-        ) from error
-    return int(serve_language(export, config))
+    return serve_language(export, config)
 
 
 def _require_packages() -> None:

@@ -29,7 +29,7 @@ def identity_of(artifact: Artifact) -> dict[str, Any]:
 
 def identity_headers(artifact: Artifact) -> tuple[tuple[bytes, bytes], ...]:
     """The digest as a header of every response."""
-    return ((DIGEST_HEADER.encode(), artifact.digest.encode()),)
+    return ((DIGEST_HEADER.encode(), b"sha256:" + artifact.digest.encode()),)
 
 
 def identity_labels(artifact: Artifact) -> dict[str, str]:

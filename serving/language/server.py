@@ -22,7 +22,7 @@ from fp8pipe.errors import Fp8PipeError
 from serving.http.access_log import start_access_log
 from serving.http.auth import KeyFile
 from serving.http.config import ServeConfig
-from serving.http.identity import DIGEST_HEADER, identity_labels, identity_of
+from serving.http.identity import identity_headers, identity_labels, identity_of
 from serving.http.metrics import HttpMetrics
 from serving.http.server import Lifecycle, make_server
 from serving.http.stack import wrap
@@ -90,7 +90,7 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, m
     keys = None if config.api_key_file is None else KeyFile(config.api_key_file)
     access, writer = start_access_log(config.access_log)
     front = Front(supervisor, lifecycle, metrics, identity_of(artifact), model, with_page=config.page)
-    headers = ((DIGEST_HEADER.encode(), b"sha256:" + artifact.digest.encode()),)
+    headers = identity_headers(artifact)
     layers = wrap(front, config, keys=keys, logger=access, metrics=metrics, lifecycle=lifecycle, headers=headers)
     app = _with_lifespan(layers, supervisor, lambda: setattr(service, "should_exit", True))
     service = make_server(app, config, lifecycle, reload=keys.reload if keys is not None else lambda: None)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from language_edits import even
 from safetensors.torch import load_file
 
 from exporters.tensorrt.language import LanguageExportOptions, export_language
@@ -16,15 +17,6 @@ from fp8pipe.errors import GateFailedError
 def export(source, output, text, **changes: object):
     chosen = {"format": "modelopt-checkpoint", "calibration_data": str(text)} | changes
     return export_language(source, output, build_config(LanguageExportOptions, chosen))
-
-
-def even(tensors) -> None:
-    """Layers that are joined share a scale, as trained ones do; powers of two."""
-    for name in [n for n in tensors if n.endswith("weight_scale")]:
-        weight = name.removesuffix("_scale")
-        values = tensors[weight].float() * tensors[name]
-        tensors[name] = torch.tensor(2.0**-11)
-        tensors[weight] = (values / tensors[name]).to(torch.float8_e4m3fn)
 
 
 def quantized(source) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 
 import pytest
+from language_edits import even
 from safetensors import safe_open
 
 from exporters.tensorrt.language import LanguageExportOptions, export_language
@@ -56,17 +57,6 @@ with set_current_vllm_config(VllmConfig()):
         }
 json.dump(found, open(out, "w"), default=str)
 """
-
-
-def even(tensors) -> None:
-    """One scale a tensor, the same in layers that are joined: what is written as FP8."""
-    import torch
-
-    for name in [n for n in tensors if n.endswith("weight_scale")]:
-        weight = name.removesuffix("_scale")
-        values = tensors[weight].float() * tensors[name]
-        tensors[name] = torch.tensor(2.0**-11)
-        tensors[weight] = (values / tensors[name]).to(torch.float8_e4m3fn)
 
 
 @pytest.fixture

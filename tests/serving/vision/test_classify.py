@@ -51,7 +51,7 @@ def test_a_raw_body_gives_the_direct_result_bit_for_bit(server, export, png):
     assert _shares(answer.json()["results"][0]) == _expected(export, png)
     names = json.loads((export / "classes.json").read_text())
     assert all(found["name"] == names[found["index"]] for found in answer.json()["results"][0]["classes"])
-    assert answer.headers["x-fp8pipe-artifact"] == open_artifact(export).digest
+    assert answer.headers["x-fp8pipe-artifact"] == f"sha256:{open_artifact(export).digest}"
 
 
 def test_many_images_in_one_request_keep_their_bits_and_order(server, export):
