@@ -48,6 +48,9 @@ class FileEntry(FrozenConfig):
     path: Annotated[str, AfterValidator(_inside)] = Field(description="relative, '/' separated")
     size: int = Field(ge=0, description="bytes")
     sha256: Sha256 = Field(description="digest of the file's bytes, hexadecimal")
+    volatile: bool = Field(
+        default=False, description="true where the bytes hold times, or a compiler's free choices: a rerun may differ"
+    )
 
 
 class Gate(FrozenConfig):
@@ -66,6 +69,9 @@ class Parent(FrozenConfig):
     kind: str = Field(description="the parent's kind, or 'model' for a checkpoint without a manifest")
     digest: str = Field(description="the parent's manifest digest, or a digest of its weights")
     path: str = Field(description="where it was when it was read; for people, never followed")
+    content: Sha256 | None = Field(
+        default=None, description="the parent's content digest, which a rerun keeps; none for a model"
+    )
 
 
 class NumberFormat(FrozenConfig):
@@ -117,8 +123,22 @@ class Manifest(FrozenConfig):
     @property
     def digest(self) -> str:
         """sha256 (hexadecimal) of the canonical JSON: sorted keys, no spaces, UTF-8."""
-        canonical = json.dumps(self._plain(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return hashlib.sha256(_canonical(self._plain())).hexdigest()
+
+    @property
+    def content(self) -> str:
+        """sha256 (hexadecimal) of what a rerun of the same work gives again, wherever and whenever it runs.
+
+        Covers kind, configuration, seed, the parents' contents, the number format, preprocessing, layers, and the
+        bytes of every file that is not volatile. Left out are times, places, versions and measured figures.
+        """
+        plain = self._plain()
+        kept: dict[str, Any] = {
+            name: plain[name] for name in ("kind", "config", "seed", "number_format", "preprocessing", "layers")
+        }
+        kept["parents"] = [[parent.kind, parent.content or parent.digest] for parent in self.parents]
+        kept["files"] = [[entry.path, entry.sha256] for entry in self.files if not entry.volatile]
+        return hashlib.sha256(_canonical(kept)).hexdigest()
 
     def _plain(self) -> Any:
         return json.loads(self.model_dump_json())
@@ -153,6 +173,10 @@ class Manifest(FrozenConfig):
             items = error.errors(include_url=False)
             findings = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in items]
             raise _bad(where, "; ".join(findings)) from error
+
+
+def _canonical(plain: Any) -> bytes:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _bad(where: str, why: str) -> BadArtifactError:

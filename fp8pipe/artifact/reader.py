@@ -39,13 +39,18 @@ class Artifact:
         return self.manifest.digest
 
     @property
+    def content(self) -> str:
+        """The content digest: what a rerun of the same work gives again (`Manifest.content`)."""
+        return self.manifest.content
+
+    @property
     def size_bytes(self) -> int:
         """Total size of the listed files."""
         return sum(entry.size for entry in self.manifest.files)
 
     def as_parent(self) -> Parent:
         """The record that a child's manifest keeps of this artifact."""
-        return Parent(kind=self.kind, digest=self.digest, path=str(self.root))
+        return Parent(kind=self.kind, digest=self.digest, path=str(self.root), content=self.content)
 
     def unlisted(self) -> list[str]:
         """Files in the directory that the manifest does not list, sorted."""

@@ -126,6 +126,7 @@ class ArtifactWriter:
         versions: Mapping[str, str] | None = None,
         extra: Mapping[str, Any] | None = None,
         exclude: Iterable[str] = (),
+        volatile: Iterable[str] = (),
     ) -> Artifact:
         """Hash, write the manifest, reopen and verify, and rename to the final name.
 
@@ -140,6 +141,8 @@ class ArtifactWriter:
             versions: library versions beyond those of `installed_versions`.
             extra: facts particular to the kind.
             exclude: names in `root`, files or directories, that are deleted first (checkpoints).
+            volatile: names in `root`, files or directories, whose bytes a rerun may change: measured times, or what
+                a compiler is free to choose. They are hashed as all others, and left out of the content digest.
 
         Returns:
             The artifact under its final name.
@@ -161,7 +164,7 @@ class ArtifactWriter:
                 config=dict(config or {}),
                 seed=seed,
                 parents=list(parents),
-                files=_seal_files(self.root),
+                files=_seal_files(self.root, tuple(volatile)),
                 number_format=number_format,
                 preprocessing=None if preprocessing is None else dict(preprocessing),
                 runtime=dict(runtime or {}),
@@ -232,7 +235,7 @@ def _remove(root: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _seal_files(root: Path) -> list[FileEntry]:
+def _seal_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
     """Make every file readable as the umask says, flush and hash it; refuses links, which break when moved."""
     entries = []
     mode = ordinary_mode(root)
@@ -248,7 +251,10 @@ def _seal_files(root: Path) -> list[FileEntry]:
             path.chmod(mode)  # safetensors creates its files for the owner alone
         _sync(path)
         if path.is_file():
-            entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path)))
+            changing = any(name == entry or name.startswith(f"{entry}/") for entry in volatile)
+            entries.append(
+                FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path), volatile=changing)
+            )
     return entries
 
 
