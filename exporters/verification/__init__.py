@@ -6,5 +6,6 @@ with them, and, where the parent is at hand, every number and every file is comp
 """
 
 from exporters.verification.contents import check_contents
+from exporters.verification.whole import verify_tree
 
-__all__ = ["check_contents"]
+__all__ = ["check_contents", "verify_tree"]

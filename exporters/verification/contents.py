@@ -30,7 +30,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Discre
     """
     check = _checks().get(artifact.kind)
     if check is None:
-        return [], [f"{artifact.root.name}: nothing is known about artifacts of kind '{artifact.kind}'"]
+        return [], [f"nothing is known about artifacts of kind '{artifact.kind}'"]
     findings: list[Discrepancy] = []
     notes: list[str] = []
     try:
@@ -42,7 +42,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Discre
     except (BadArtifactError, ConfigurationError) as error:
         findings.append(Discrepancy(Catcher.REOPEN, error.what, error.why))
     except MissingCapabilityError as error:
-        notes.append(f"{artifact.root.name}: contents not checked: {error.what} ({error.fix})")
+        notes.append(f"contents not checked: {error.what} ({error.fix})")
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         # Files that hashes vouch for, and that no reader here can read: whoever wrote them is wrong.
         why = " ".join(f"{type(error).__name__}: {error}".split())[:400]

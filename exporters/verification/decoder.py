@@ -49,7 +49,7 @@ def compare_decoder(
     other = [f"{n} is {here.get(n)}, not {then[n]}" for n in _TRACERS if n in then and then[n] != here.get(n)]
     found = [*compare_stored(model, expected), *compare_graphs(model, expected)]
     if other and found:
-        notes.append(f"{artifact.root.name}: {len(found)} differences from a graph made here are not judged: "
+        notes.append(f"{len(found)} differences from a graph made here are not judged: "
                      f"{', '.join(other)}")  # fmt: skip
     else:
         yield from found

@@ -222,7 +222,7 @@ def _against(artifact: Artifact, model: ir.Model, parent: Path, notes: list[str]
     structure = list(compare_graphs(model, expected))
     if other and structure:
         notes.append(
-            f"{artifact.root.name}: operators differ in {len(structure)} places from a graph made here, where "
+            f"operators differ in {len(structure)} places from a graph made here, where "
             f"{other}; not judged, since tracing depends on it"
         )
     else:

@@ -11,7 +11,6 @@ from fp8pipe.cli.common import Console, common_options
 from fp8pipe.errors import BadArtifactError
 
 if TYPE_CHECKING:
-    from fp8pipe.artifact import Artifact
     from fp8pipe.artifact.tree import Tree
     from fp8pipe.artifact.verification import Checked
     from fp8pipe.discrepancy import Discrepancy
@@ -51,8 +50,8 @@ def command(directory: Path, parents: tuple[Path, ...], quick: bool, strict: boo
     record checked, every linter run. Where an artifact's parent is in the same tree, or given with --parents, all
     numbers and files are compared with it.
     """  # fmt: skip
+    from exporters.verification import verify_tree
     from fp8pipe.artifact.tree import find_tree
-    from fp8pipe.artifact.verification import check_bytes
     from fp8pipe.progress import track
 
     tree = find_tree(directory)
@@ -63,8 +62,9 @@ def command(directory: Path, parents: tuple[Path, ...], quick: bool, strict: boo
             fix="give the directory that a finished command wrote",
         )
     with track(_count(tree), "verify") as progress:
-        checked = check_bytes(tree, strict=strict, on_file=lambda entry: progress.advance(1))
-    compared = _check_meaning(tree, checked, parents, quick)
+        checked, compared = verify_tree(
+            tree, parents, quick=quick, strict=strict, on_file=lambda entry: progress.advance(1)
+        )
     console.emit(_document(tree, checked, compared, quick), _text(tree, checked, compared, quick),
                  quiet_text=str(directory))  # fmt: skip
     if checked.findings:
@@ -81,46 +81,6 @@ def _count(tree: Tree) -> int:
         except (BadArtifactError, OSError):
             continue
     return total
-
-
-def _check_meaning(tree: Tree, checked: Checked, parents: tuple[Path, ...], quick: bool) -> list[tuple[str, str]]:
-    """Records, parents and contents; pairs of artifacts that were compared, child and parent."""
-    from fp8pipe.artifact.verification import check_record
-    from fp8pipe.discrepancy import Discrepancy
-
-    artifacts = {artifact.root: artifact for artifact in checked.artifacts}
-    for path in tree.records:
-        findings, notes = check_record(path, artifacts)
-        checked.findings += [Discrepancy(f.catcher, f.where, f.why, tree.name_of(path)) for f in findings]
-        checked.notes += notes
-    from exporters.verification.parents import Family
-
-    family = Family(checked.artifacts, parents)
-    compared = []
-    for artifact in checked.artifacts:
-        found = family.parents_of(artifact)
-        shown = tree.name_of(artifact.root)
-        checked.findings += [Discrepancy(f.catcher, f.where, f.why, shown) for f in found.findings]
-        checked.notes += [f"{shown}: {note}" for note in found.notes]
-        if quick:
-            continue
-        if artifact.root in checked.damaged:
-            checked.notes.append(f"{shown}: its bytes are damaged, so its contents were not looked at")
-            continue
-        parent = found.path if found.path not in checked.damaged else None
-        _contents(artifact, parent, shown, checked)
-        if parent is not None:
-            compared.append((shown, str(parent)))
-    return compared
-
-
-def _contents(artifact: Artifact, parent: Path | None, shown: str, checked: Checked) -> None:
-    from exporters.verification import check_contents
-    from fp8pipe.discrepancy import Discrepancy
-
-    findings, notes = check_contents(artifact, parent)
-    checked.findings += [Discrepancy(f.catcher, f.where, f.why, shown) for f in findings]
-    checked.notes += notes
 
 
 def _document(tree: Tree, checked: Checked, compared: list[tuple[str, str]], quick: bool) -> dict[str, Any]:
