@@ -88,7 +88,7 @@ def check_graph_export(artifact: Artifact, parent: Path | None, notes: list[str]
     except BadArtifactError as error:
         yield Discrepancy(Catcher.REOPEN, MODEL_FILE, f"{error.what}: {error.why}")
         return
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError) as error:
         yield Discrepancy(Catcher.REOPEN, MODEL_FILE, f"cannot be read as a graph: {error}"[:300])
         return
     yield from _runs(artifact, path, onnx_ir)

@@ -27,7 +27,7 @@ COMMANDS = {
     "serve-repository": "Write an export as a model repository for Triton.",
     "serve-key": "Make an API key for a service.",
     "inspect": "Show what an artifact is, and where it came from.",
-    "verify": "Re-hash every file of an artifact.",
+    "verify": "Hash everything in a directory again, and repeat the cheap gates.",
     "doctor": "Show what this machine can run, and how to get what is missing.",
 }
 

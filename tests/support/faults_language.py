@@ -17,7 +17,7 @@ from fp8pipe.discrepancy import Catcher
 __all__ = ["LANGUAGE_FAULTS"]
 
 ATTENTION = "model.layers.0.self_attn"
-Q, K, O = (f"{ATTENTION}.{x}_proj" for x in "qko")
+Q, K, OUT = (f"{ATTENTION}.{x}_proj" for x in "qko")
 SHARD = "model-00002-of-00002.safetensors"
 C = Catcher
 
@@ -153,10 +153,10 @@ EXPORT_FAULTS = (
           tensors("vllm", put(S, lambda t: 1 / t))),
     Fault("scale-doubled", "vllm", WEIGHTS, "a layer's scales are twice as large", C.PARITY, W,
           tensors("vllm", put(S, lambda t: t * 2)), "model"),
-    Fault("transposed-weight", "vllm", WEIGHTS, "a square weight is stored transposed", C.PARITY, f"{O}.weight",
-          tensors("vllm", put(f"{O}.weight", lambda t: t.view(torch.uint8).T.contiguous().view(t.dtype))), "model"),
+    Fault("transposed-weight", "vllm", WEIGHTS, "a square weight is stored transposed", C.PARITY, f"{OUT}.weight",
+          tensors("vllm", put(f"{OUT}.weight", lambda t: t.view(torch.uint8).T.contiguous().view(t.dtype))), "model"),
     Fault("scales-swapped", "vllm", WEIGHTS, "two layers' scales are swapped", C.PARITY, W,
-          tensors("vllm", swap(S, f"{O}.weight_scale")), "model"),
+          tensors("vllm", swap(S, f"{OUT}.weight_scale")), "model"),
     Fault("adapter-a-left", "vllm", WEIGHTS, "the adapter's A lies among the weights", C.LINT, f"{Q}.lora_A.weight",
           tensors("vllm", add(f"{Q}.lora_A.weight", lambda t: torch.ones(4, 64)))),
     Fault("code-off-by-one", "vllm", WEIGHTS, "one E4M3 code is its neighbour", C.PARITY, W,
@@ -174,7 +174,8 @@ EXPORT_FAULTS = (
     Fault("scale-nan", "vllm", WEIGHTS, "one scale is NaN", C.LINT, S, tensors("vllm", one(S, float("nan")))),
     Fault("scale-dtype", "vllm", WEIGHTS, "scales are stored in bf16", C.LINT, S,
           tensors("vllm", put(S, lambda t: t.bfloat16()))),
-    Fault("scale-shape", "vllm", WEIGHTS, "scales have one axis", C.LINT, S, tensors("vllm", put(S, lambda t: t[:, 0]))),
+    Fault("scale-shape", "vllm", WEIGHTS, "scales have one axis", C.LINT, S,
+          tensors("vllm", put(S, lambda t: t[:, 0]))),
     Fault("scale-missing", "vllm", WEIGHTS, "a layer's scales are not there", C.LINT, W,
           tensors("vllm", lambda found: found.pop(S))),
     Fault("float-dtype", "vllm", WEIGHTS, "a norm is float32 instead of bf16", C.PARITY, "model.norm.weight",
@@ -189,7 +190,8 @@ EXPORT_FAULTS = (
           tensors("vllm", lambda found: found.pop("model.norm.weight"))),
     Fault("truncated-shard", "vllm", SHARD, "its last 1,000 bytes are missing", C.REOPEN, SHARD,
           file("vllm", SHARD, lambda data: data[:-1000])),
-    Fault("missing-shard", "vllm", SHARD, "the file is not there", C.REOPEN, SHARD, file("vllm", SHARD, lambda _: None)),
+    Fault("missing-shard", "vllm", SHARD, "the file is not there", C.REOPEN, SHARD,
+          file("vllm", SHARD, lambda _: None)),
     Fault("stray-shard", "vllm", "extra.safetensors", "weights that no index names", C.REOPEN, "extra.safetensors",
           stray),
     Fault("index-wrong", "vllm", "model.safetensors.index.json", "a tensor is said to be in the other file", C.REOPEN,
@@ -202,10 +204,11 @@ EXPORT_FAULTS = (
           json_file("vllm", "config.json", config(*GROUP, "weights", "strategy", value="tensor"))),
     Fault("activations-static", "vllm", "config.json", "static activation scales are declared", C.REOPEN, "dynamic",
           json_file("vllm", "config.json", config(*GROUP, "input_activations", "dynamic", value=False))),
-    Fault("block-missing", "vllm", "config.json", "there is no quantization_config", C.REOPEN, "quantization_config",
+    Fault("block-missing", "vllm", "config.json", "there is no quantization_config", C.REOPEN,
+          "quantization_config",
           json_file("vllm", "config.json", lambda data: data.pop("quantization_config") and None)),
-    Fault("untied", "vllm", "config.json", "tie_word_embeddings is false, and there is no head", C.LINT, "lm_head.weight",
-          json_file("vllm", "config.json", config("tie_word_embeddings", value=False))),
+    Fault("untied", "vllm", "config.json", "tie_word_embeddings is false, and there is no head", C.LINT,
+          "lm_head.weight", json_file("vllm", "config.json", config("tie_word_embeddings", value=False))),
     Fault("rope-theta", "vllm", "config.json", "another base of the rotary embedding", C.PARITY, "rope_parameters",
           json_file("vllm", "config.json", config("rope_parameters", "rope_theta", value=1e6)), "model"),
     Fault("norm-epsilon", "vllm", "config.json", "another epsilon of the norms", C.PARITY, "rms_norm_eps",
@@ -240,8 +243,8 @@ EXPORT_FAULTS = (
           manifest("vllm", lambda data: data["gates"].pop(1) and None), "model"),
     Fault("gate-edited", "vllm", "manifest.json", "a gate that counted three differences has passed", C.MANIFEST,
           "weights-bit-exact", manifest("vllm", gate("weights-bit-exact", value=3.0))),
-    Fault("gate-value", "vllm", "manifest.json", "value and threshold of a gate are others", C.MANIFEST, "payload-bytes",
-          manifest("vllm", gate("payload-bytes", value=5.0, threshold=5.0)), "model"),
+    Fault("gate-value", "vllm", "manifest.json", "value and threshold of a gate are others", C.MANIFEST,
+          "payload-bytes", manifest("vllm", gate("payload-bytes", value=5.0, threshold=5.0)), "model"),
     Fault("parent-digest", "vllm", "manifest.json", "the parent has another digest", C.PARENT, "model",
           manifest("vllm", lambda data: data["parents"][0].update(digest="0" * 64, content=None)), "model"),
     Fault("parent-replaced", "model", WEIGHTS, "the parent was written again, its export was not", C.PARENT, "model",

@@ -21,6 +21,7 @@ __all__ = ["VISION_FAULTS"]
 C = Catcher
 QKV, PROJ = "blocks.0.attn.qkv", "blocks.0.attn.proj"
 PRE = "preprocessing.json"
+LAST = "model.layers.1.mlp.down_proj"
 
 
 def off_by_one(array: Any) -> Any:
@@ -36,6 +37,28 @@ def first(value: float) -> Callable[[Any], Any]:
         return changed
 
     return change
+
+
+def number(name: str, factor: float) -> Callable[[ir.Model], None]:
+    """A stored number, times `factor`; it keeps its form."""
+
+    def edit(model: ir.Model) -> None:
+        value = model.graph.initializers[name]
+        array = value.const_value.numpy()
+        value.const_value = ir.tensor(np.array(array * factor, dtype=array.dtype), name=name)
+
+    return edit
+
+
+def flip_code(array: Any) -> Any:
+    changed = array.copy()
+    changed.view(np.uint8).reshape(-1)[3] ^= 1
+    return changed
+
+
+def template(tree: Path) -> None:
+    (tree / "decoder" / "chat_template.jinja").write_text("{{ messages }}")
+    reseal(tree / "decoder")
 
 
 def swap_heads(array: Any) -> Any:
@@ -168,18 +191,20 @@ GRAPH_FAULTS = (
     Fault("scale-mismatch", "onnx", GRAPH, "codes are decoded with another scale than they were made with", C.REOPEN,
           f"{QKV}.input", graph("onnx", replace(f"{QKV}.input/DequantizeLinear", 1, np.float32(0.5)))),
     Fault("activation-scale", "onnx", GRAPH, "an activation's scale is twice as large", C.PARITY, f"{QKV}.input/scale",
-          graph("onnx", store(f"{QKV}.input/scale", lambda a: a * 2)), "vit"),
+          graph("onnx", number(f"{QKV}.input/scale", 2)), "vit"),
+    Fault("activation-scale-axes", "onnx", GRAPH, "an activation's scale has an axis", C.REOPEN, GRAPH,
+          graph("onnx", store(f"{QKV}.input/scale", lambda a: a.reshape(1)))),
     Fault("axis", "onnx", GRAPH, "scales lie along the other axis of a square weight", C.REOPEN, PROJ,
           graph("onnx", set_attributes(f"{PROJ}.weight/DequantizeLinear", axis=0))),
     Fault("opset", "onnx", GRAPH, "opset 19 instead of 21", C.MANIFEST, "model.onnx", graph("onnx", opset(19))),
     Fault("clip-between-codes", "onnx", GRAPH, "a bound is half a code too low", C.REOPEN, QKV,
-          graph("onnx", store(f"{QKV}.input/low", lambda a: (a * 0.996).astype(a.dtype)))),
+          graph("onnx", number(f"{QKV}.input/low", 0.996))),
     Fault("clip-removed", "onnx", GRAPH, "a range is not clipped", C.PARITY, f"{QKV}.input",
           graph("onnx", drop(f"{QKV}.input/Clip")), "vit"),
-    Fault("softmax-scale-twice", "onnx", GRAPH, "queries are scaled by 1/sqrt(d) twice", C.PARITY, "node_mul_36",
-          graph("onnx", behind("node_mul_36", "Mul", np.float32(0.35))), "vit"),
+    Fault("softmax-scale-twice", "onnx", GRAPH, "queries are scaled by 1/sqrt(d) twice", C.PARITY,
+          "blocks.0.attn.q/Clip", graph("onnx", behind("node_mul_36", "Mul", np.float32(0.35))), "vit"),
     Fault("softmax-scale", "onnx", GRAPH, "the factor of the queries is another", C.PARITY, "val_35",
-          graph("onnx", store("val_35", lambda a: (a * 0.5).astype(a.dtype))), "vit"),
+          graph("onnx", number("val_35", 0.5)), "vit"),
     Fault("softmax-axis", "onnx", GRAPH, "softmax runs over another axis", C.PARITY, "node_softmax",
           graph("onnx", set_attributes("node_softmax", axis=-2)), "vit"),
     Fault("layer-norm-epsilon", "onnx", GRAPH, "another epsilon of a norm", C.PARITY, "node_layer_norm",
@@ -240,6 +265,17 @@ ENGINE_FAULTS = (
           unlisted_engine),
 )  # fmt: skip
 
+DECODER_FAULTS = (
+    Fault("decoder-code", "decoder", GRAPH, "one E4M3 code is its neighbour", C.PARITY, f"{LAST}.weight",
+          graph("decoder", store(f"{LAST}.weight", flip_code)), "model"),
+    Fault("decoder-input-scale", "decoder", GRAPH, "a static activation scale is half of it", C.PARITY,
+          f"{LAST}.input/scale", graph("decoder", number(f"{LAST}.input/scale", 0.5)), "model"),
+    Fault("decoder-rotary", "decoder", GRAPH, "frequencies of the rotary embedding are others", C.PARITY,
+          "model.rotary_emb.inv_freq", graph("decoder", number("model.rotary_emb.inv_freq", 0.9)), "model"),
+    Fault("decoder-template", "decoder", "chat_template.jinja", "a template of another model", C.PARITY,
+          "chat_template.jinja", template, "model"),
+)  # fmt: skip
+
 MODEL_FAULTS = (
     Fault("vit-code-range", "vit", "model.safetensors", "one code is -128", C.LINT, PROJ,
           tensors("vit", lambda found: found[f"{PROJ}.weight"].view(-1).__setitem__(0, -128))),
@@ -275,4 +311,4 @@ RECORD_FAULTS = (
           lambda tree: (tree / "onnx" / PRE).unlink()),
 )  # fmt: skip
 
-VISION_FAULTS = (*GRAPH_FAULTS, *DESCRIPTION_FAULTS, *ENGINE_FAULTS, *MODEL_FAULTS, *RECORD_FAULTS)
+VISION_FAULTS = (*GRAPH_FAULTS, *DESCRIPTION_FAULTS, *ENGINE_FAULTS, *DECODER_FAULTS, *MODEL_FAULTS, *RECORD_FAULTS)

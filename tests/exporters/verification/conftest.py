@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from artifact_tree import write_language, write_run_record, write_vision
-from language_edits import even
+from language_edits import even, uneven
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def whole_tree(
     """A run's directory; not to be changed."""
     root = tmp_path_factory.mktemp("whole") / "run"
     root.mkdir()
-    model = language_artifact("qwen2")
+    model = language_artifact("qwen2", edit=uneven)
     write_language(root, model, language_artifact("llama", edit=even), language_text)
     write_vision(root, engines=importlib.util.find_spec("tensorrt_rtx") is not None)
     write_run_record(root)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import fault_table
 import pytest
+from click.testing import CliRunner
 from fault_case import Fault
-from faults_language import LANGUAGE_FAULTS
-from faults_vision import VISION_FAULTS
+from fault_table import FAULTS
 
 from exporters.verification import verify_tree, vision
 from fp8pipe.artifact.tree import find_tree
-
-FAULTS = (*LANGUAGE_FAULTS, *VISION_FAULTS)
+from fp8pipe.cli import main
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,3 +61,20 @@ def test_a_planted_fault_is_caught_by_name(fault, whole_tree, tmp_path):
 
 def test_names_are_unique_and_there_are_many():
     assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 40
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in ("heads-permuted", "resize")], ids=lambda f: f.name)
+def test_the_command_finds_them_with_parents_elsewhere(fault, whole_tree, tmp_path):
+    root = plant(fault, whole_tree, tmp_path / "run")
+    (root / fault.parent).rename(tmp_path / "elsewhere")
+    alone = CliRunner().invoke(main, ["verify", "--json", str(root)])
+    assert alone.exit_code == 0, alone.output
+    assert any("was not found" in note for note in json.loads(alone.stdout)["notes"])
+    ended = CliRunner().invoke(main, ["verify", str(root), "--parents", str(tmp_path / "elsewhere")])
+    assert ended.exit_code == 12
+    assert fault.named in ended.stderr
+
+
+def test_the_document_and_the_table_agree():
+    """Run `python tests/support/fault_table.py` after a change."""
+    assert fault_table.PAGE.read_text(encoding="utf-8") == fault_table.page()
