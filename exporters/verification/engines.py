@@ -39,6 +39,6 @@ def check_engines(artifact: Artifact) -> Iterator[Discrepancy]:
     yield from compare_json(shown, engines, LAYERS_FILE)
     products = artifact.manifest.extra.get("products")
     for capability, entry in engines.items():
-        if products is not None and sum(entry["precisions"].values()) != len(products):
+        if products and sum(entry["precisions"].values()) != len(products):
             why = f"{sum(entry['precisions'].values())} products; the graph has {len(products)}"
             yield Discrepancy(Catcher.MANIFEST, f"{LAYERS_FILE} for {capability}", why)
