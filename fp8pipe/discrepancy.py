@@ -13,6 +13,8 @@ class Catcher(StrEnum):
 
     SEAL = "seal"
     """A record's bytes against its seal."""
+    SIGNATURE = "signature"
+    """A directory's files against the signature beside it."""
     HASH = "hash"
     """A file's bytes against the manifest."""
     RECORD = "record"

@@ -81,4 +81,6 @@ def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
     records = {Path(name).with_suffix(".json").name for name in seals}
     records |= {name for name in files if name == RUN_FILE or name.endswith(RECORD_SUFFIX)}
     tree.records += [folder / name for name in records]
-    tree.others += [folder / name for name in files - seals - records]
+    # A signature is checked with a key, which only the caller has.
+    signatures = {name for name in files if name.endswith(".sig") and (folder / name[: -len(".sig")]).is_dir()}
+    tree.others += [folder / name for name in files - seals - records - signatures]

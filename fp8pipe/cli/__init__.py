@@ -28,6 +28,7 @@ COMMANDS = {
     "serve-key": "Make an API key for a service.",
     "inspect": "Show what an artifact is, and where it came from.",
     "verify": "Hash everything in a directory again, and repeat the cheap gates.",
+    "sign": "Sign a directory with a key of your own.",
     "doctor": "Show what this machine can run, and how to get what is missing.",
 }
 

@@ -42,8 +42,17 @@ class VerificationError(BadArtifactError):
 )
 @click.option("--quick", is_flag=True, help="Hashes, seals and records only; contents are not looked at.")
 @click.option("--strict", is_flag=True, help="Files that nothing vouches for are findings too.")
+@click.option("--public-key", type=click.Path(path_type=Path), help="Check the signature with this key, PEM.")
+@click.option(
+    "--certificate", "certificates", multiple=True, type=click.Path(path_type=Path),
+    help="Check the signature with this trusted root, PEM. May be repeated.",
+)
+@click.option("--signature", type=click.Path(path_type=Path), help="The signature.  [default: DIRECTORY.sig]")
 @common_options()
-def command(directory: Path, parents: tuple[Path, ...], quick: bool, strict: bool, console: Console) -> None:
+def command(
+    directory: Path, parents: tuple[Path, ...], quick: bool, strict: bool, public_key: Path | None,
+    certificates: tuple[Path, ...], signature: Path | None, console: Console,
+) -> None:
     """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 when anything is found.
 
     DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every seal and
@@ -65,10 +74,25 @@ def command(directory: Path, parents: tuple[Path, ...], quick: bool, strict: boo
         checked, compared = verify_tree(
             tree, parents, quick=quick, strict=strict, on_file=lambda entry: progress.advance(1)
         )
+    if public_key is not None or certificates:
+        checked.findings += _signature(directory, signature, public_key, certificates)
+    elif signature is not None:
+        raise click.UsageError("--signature needs --public-key or --certificate")
     console.emit(_document(tree, checked, compared, quick), _text(tree, checked, compared, quick),
                  quiet_text=str(directory))  # fmt: skip
     if checked.findings:
         raise VerificationError(directory, checked.findings)
+
+
+def _signature(
+    directory: Path, signature: Path | None, public_key: Path | None, certificates: tuple[Path, ...]
+) -> list[Discrepancy]:
+    from fp8pipe.artifact.signature import check_signature, signature_path
+    from fp8pipe.discrepancy import Catcher, Discrepancy
+
+    place = signature_path(directory) if signature is None else signature
+    wrong = check_signature(directory, place, public_key=public_key, certificates=certificates)
+    return [Discrepancy(Catcher.SIGNATURE, place.name, wrong, directory.name)] if wrong else []
 
 
 def _count(tree: Tree) -> int:

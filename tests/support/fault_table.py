@@ -20,6 +20,7 @@ FAULTS: tuple[Fault, ...] = (*LANGUAGE_FAULTS, *VISION_FAULTS)
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 CATCHERS = {
     Catcher.SEAL: "a record's bytes against its seal",
+    Catcher.SIGNATURE: "a directory's files against the signature beside it, where a key is given",
     Catcher.HASH: "a file's bytes against the manifest",
     Catcher.RECORD: "what a validation or a run says, against the artifacts it speaks of and against itself",
     Catcher.PARENT: "the parents that a manifest names, against the artifacts that are there",
