@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fp8pipe.errors import ConfigurationError
 
-__all__ = ["FrozenConfig", "build_config", "load_config"]
+__all__ = ["FrozenConfig", "assign", "build_config", "load_config", "read_yaml"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -72,9 +72,9 @@ def load_config(cls: type[T], path: Path, overrides: Mapping[str, object] | None
     Raises:
         ConfigurationError: unreadable file, invalid YAML, or invalid values.
     """
-    values = _read_yaml(Path(path))
+    values = read_yaml(Path(path))
     for dotted, value in (overrides or {}).items():
-        _assign(values, dotted, value)
+        assign(values, dotted, value)
     return build_config(cls, values)
 
 
@@ -94,7 +94,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file counts as an empty mapping.
+
+    Raises:
+        ConfigurationError: unreadable, not YAML, a key given twice, or no mapping.
+    """
     try:
         # A subclass of SafeLoader: plain data only, no Python objects.
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
@@ -119,7 +124,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def _assign(values: dict[str, Any], dotted: str, value: object) -> None:
+def assign(values: dict[str, Any], dotted: str, value: object) -> None:
     """Set `values["a"]["b"] = value` for the dotted key `a.b`, creating mappings on the way."""
     *parents, last = dotted.split(".")
     here = values

@@ -48,7 +48,7 @@ from pipeline.training.plot import plot_run
 from pipeline.weights import checkpoint_names, count_differing, weights_digest, write_checkpoint
 
 _LOG = logging.getLogger(__name__)
-_CHECKPOINTS, _METRICS = "checkpoints", "metrics.jsonl"
+_CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +232,14 @@ def _deploy(
     writer.gate(Gate(name="reopened bytes differing", value=differing, threshold=0, passed=differing == 0))
     learned = Gate(
         name="held-out loss of the deployed weights", value=deployed, threshold=untuned, passed=deployed < untuned,
-        detail="nats an answer token; below the untuned model",
+        detail="nats an answer token; below the untuned model", failure="REGRESSION",
     )  # fmt: skip
     writer.gate(learned)
     if not learned.passed:
         writer.warn(
             f"the tuned model is no better on held-out text than the untuned one ({deployed:.4f}, {untuned:.4f})"
         )
-    plot_run(trainer.history, writer.root / "plot.png", f"{config.method} on {source.origin}")
+    plot_run(trainer.history, writer.root / _PLOT, f"{config.method} on {source.origin}")
     transposed = [name for name, weight in weights.items() if weight.transposed]
     return writer.commit(
         config=config.model_dump(mode="json"),
@@ -258,7 +258,7 @@ def _deploy(
             "last_flush_layers": {names.get(name, name): report.health() for name, report in flushed.items()},
             "heldout_loss": {"untuned": untuned, "deployed": deployed},
         },
-        exclude=[_CHECKPOINTS],
+        exclude=[_CHECKPOINTS], volatile=[_METRICS, _PLOT],
     )  # fmt: skip
 
 

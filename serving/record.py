@@ -37,13 +37,18 @@ def record_path(export: Path) -> Path:
     return absolute.with_name(absolute.name + ".validation.json")
 
 
-def write_record(record: BaseModel, export: Path) -> Path:
+def write_record(record: BaseModel, export: Path, *, place: Path | None = None) -> Path:
     """Write the record in one step: a reader sees the old file or the new one, whole.
+
+    Args:
+        record: what was found.
+        export: the export's directory.
+        place: where to write; `<export>.validation.json` when None.
 
     Raises:
         OutOfMemoryError: the disk is full.
     """
-    path = record_path(export)
+    path = place or record_path(export)
     partial = path.with_name(path.name + ".partial")
     with translate_disk_full(path.parent), partial.open("w", encoding="utf-8") as file:
         file.write(record.model_dump_json(indent=2) + "\n")

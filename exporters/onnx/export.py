@@ -214,7 +214,7 @@ def _commit(
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
     float_kind = all(w.kind is Kind.E4M3 for w in quantized.weights.values())
     return writer.commit(
-        config=options.model_dump(mode="json"),
+        config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
         parents=[artifact.as_parent()],
         number_format=NumberFormat(name="e4m3" if float_kind else "int", granularity="per-channel"),

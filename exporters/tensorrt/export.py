@@ -250,7 +250,7 @@ def _commit(
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "timm"))
     return writer.commit(
-        config=options.model_dump(mode="json"),
+        config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
         parents=[artifact.as_parent()],
         number_format=NumberFormat(name=format.kind.value, granularity=granularity(format.kind)),

@@ -132,7 +132,7 @@ def _require(gates: list[Gate], root: Path) -> None:
 def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
     quantized = plan.options.format.quantized
     return writer.commit(
-        config=plan.options.model_dump(mode="json"),
+        config=plan.options.model_dump(mode="json", exclude={"force"}),
         seed=None,
         parents=[plan.source.parent],
         number_format=NumberFormat(name="e4m3", granularity="per-channel") if quantized else None,

@@ -70,6 +70,7 @@ class ByteSize(click.ParamType[int]):
 @click.option("--version-compatible", is_flag=True, help="trt, enterprise: engines for later versions, too.")
 @click.option("--pack/--no-pack", default=None, help="trt: store engines compressed with xz, or plain.  [pack]")
 @click.option("--vllm-version", help="vllm: the version whose checkpoint schema is written.")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="YAML file with any of the settings.")
 @click.option("--force", is_flag=True, help="Replace an existing export.")
 @common_options(dry_run=True)
 def command(
@@ -92,6 +93,7 @@ def command(
     workspace: int | None,
     version_compatible: bool,
     pack: bool | None,
+    config: Path | None,
     force: bool,
     dry_run: bool,
     console: Console,
@@ -110,10 +112,25 @@ def command(
     }  # fmt: skip
     enterprise = {"workspace_mib": workspace, "version_compatible": version_compatible or None}
     given["enterprise"] = {key: value for key, value in enterprise.items() if value is not None} or None
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen = _settings_of(config) | {key: value for key, value in given.items() if value is not None}
     _refuse_foreign(chosen, target)
     chosen["force"] = force
     {"vllm": _export_vllm, "onnx": _export_onnx, "trt": _export_trt}[target](artifact, output, chosen, dry_run, console)
+
+
+def _settings_of(config: Path | None) -> dict[str, Any]:
+    from fp8pipe.config import read_yaml
+    from fp8pipe.errors import ConfigurationError
+
+    found = {} if config is None else read_yaml(config)
+    unknown = [key for key in found if key not in _TARGETS]
+    if unknown:
+        raise ConfigurationError(
+            f"{config} has unknown keys: {', '.join(unknown)}",
+            why=f"an export can be given: {', '.join(_TARGETS)}",
+            fix="correct the keys named above",
+        )
+    return found
 
 
 # Which target an option is for; those of every target are not named.

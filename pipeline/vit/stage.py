@@ -66,7 +66,7 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
     vision = load_vision_model(config.model)
     structure = read_structure(vision.model, vision.architecture.image_size)
     if config.evaluate is not None:
-        read_evaluation_folder(Path(config.evaluate), vision.architecture.classes)
+        read_evaluation_folder(config.evaluate, vision.architecture.classes)
     with ArtifactWriter(output, kind=KIND, stage="quantize-vit", force=force, resume=resume) as writer:
         store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
         described = config.model_dump(mode="json")
@@ -189,7 +189,7 @@ def _finish(
             "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]} if history else None,
             "accuracy": measured,
         },
-        exclude=[_CHECKPOINTS, _IMAGES_WORK],
+        exclude=[_CHECKPOINTS, _IMAGES_WORK], volatile=[_METRICS],
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def _measure(config: QuantizeVitConfig, vision: VisionModel, quantized: Quantize
     classes = vision.architecture.classes
     if config.evaluate is None or classes is None:
         return None
-    folder = read_evaluation_folder(Path(config.evaluate), classes)
+    folder = read_evaluation_folder(config.evaluate, classes)
     models: dict[str, Model] = {"teacher": lambda x: vision_outputs(vision.model, x), "quantized": quantized}
     return accuracy(models, folder, vision.preprocessing, classes)
 
@@ -230,7 +230,10 @@ def _agreement(vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, str
     else:
         value = float((teacher.argmax(1) == student.argmax(1)).float().mean())
         name = "top-1 agreement with the teacher"
-    return Gate(name=name, value=value, threshold=0.5, passed=value >= 0.5, detail="on the calibration images")
+    return Gate(
+        name=name, value=value, threshold=0.5, passed=value >= 0.5, detail="on the calibration images",
+        failure="REGRESSION",
+    )  # fmt: skip
 
 
 _FRESH = """

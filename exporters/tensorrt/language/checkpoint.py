@@ -81,7 +81,7 @@ def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions
             require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
             return writer.commit(
-                config=options.model_dump(mode="json"),
+                config=options.model_dump(mode="json", exclude={"force"}),
                 seed=None,
                 parents=[model.artifact.as_parent()],
                 number_format=NumberFormat(

@@ -240,7 +240,7 @@ def _commit(
         for x in model.plan.layers
     ]
     return writer.commit(
-        config=options.model_dump(mode="json"),
+        config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
         parents=[model.artifact.as_parent()],
         number_format=NumberFormat(name="e4m3", granularity="per-tensor" if model.per_tensor else "per-channel"),
