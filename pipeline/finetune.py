@@ -33,6 +33,7 @@ from fp8pipe.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.baselines import LoraMethod
 from pipeline.device import check_device
 from pipeline.falqon import native
+from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.method import FalqonMethod
 from pipeline.outlook import export_obstacles
 from pipeline.training.attention import use_matmul_attention
@@ -218,7 +219,7 @@ def _deploy(
 ) -> Artifact:
     """Last flush, evaluation of what is deployed, weights on disk and read back, manifest."""
     model, method = trainer.model, trainer.method
-    report = method.finish(model, trainer.calibration_inputs)
+    flushed = method.finish(model, trainer.calibration_inputs)
     heldout = (text.heldout.at(i) for i in range(len(text.heldout)))
     deployed = heldout_loss(model, heldout, config.device)
     untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
@@ -253,7 +254,8 @@ def _deploy(
         extra={
             **_method_facts(config),
             "rank": config.rank, "base_dtype": config.dtype, "transposed": transposed, "data": text.facts,
-            "last_flush": report.health() if report is not None else None,
+            "last_flush": sum(flushed.values(), FlushReport()).health() if flushed else None,
+            "last_flush_layers": {names.get(name, name): report.health() for name, report in flushed.items()},
             "heldout_loss": {"untuned": untuned, "deployed": deployed},
         },
         exclude=[_CHECKPOINTS], volatile=[_METRICS, _PLOT],
