@@ -149,7 +149,7 @@ class Chain:
         log.unlink(missing_ok=True)
         return StageProcess(
             [*state.arguments(spec), *extra], log, command.environment(settings),
-            lambda line: self._show(spec.name, line), lock=self._lock,
+            lambda line: self._show(spec.name, line), lock=self._lock, program=command.program,
         )  # fmt: skip
 
     def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:

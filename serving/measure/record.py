@@ -69,7 +69,8 @@ def write_measure(
     failed = [f"{gate.name}: {gate.value:g} ({gate.threshold:g}) {gate.detail}" for gate in gates if not gate.passed]
     record = MeasureRecord(
         stage=stage, date=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest, machine=_machine(), versions={**installed_versions(packages), **(versions or {})},
+        manifest_digest=artifact.digest, machine=_machine(),
+        versions={**installed_versions(packages), **(versions or {})},
         settings=settings.model_dump(mode="json"), rows=list(rows), figures={row.name: row.value for row in rows},
         not_measured=list(not_measured), gates=list(gates), reasons=failed, verdict="REJECT" if failed else "ACCEPT",
     )  # fmt: skip
