@@ -47,6 +47,14 @@ def test_the_variables_do_forbid(forbidding):
     assert "torch is forbidden here" in done.stderr
 
 
+def test_nothing_is_kept_or_sent_by_the_runtime(export, tmp_path):
+    """ONNX Runtime's telemetry would leave a session file and a device's identity here."""
+    folders = {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    with running(export, "--max-batch", "1", "--threads", "1", PYTHONDONTWRITEBYTECODE="1", **folders) as server:
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_classification_without_the_heavy_packages(export, png, forbidding):
     with running(export, "--max-batch", "2", "--threads", "1", **forbidding) as server:
         answer = httpx.post(f"{server.url}/v1/classify", params={"top_k": 5}, content=png,
