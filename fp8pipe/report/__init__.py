@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file for people, every figure of which names the file and the place it was read from."""
+"""The report of a run: one HTML file, every figure of which names the place it was read from."""
 
 from fp8pipe.report.page import default_output, write_report
 

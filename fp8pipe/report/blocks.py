@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Block", "Code", "Drawing", "Drawings", "Missing", "Node", "Picture", "Pictures", "Section", "Table", "Text", "Tree"]
+__all__ = [
+    "Block", "Code", "Drawing", "Drawings", "Lines", "Missing", "Node", "Picture", "Pictures",
+    "Section", "Table", "Text", "Tree",
+]  # fmt: skip
 
 Cell = Any
 """A string, or something with `__html__`: a Figure, a Badge, a Digest."""
@@ -38,6 +41,14 @@ class Table:
     caption: str = ""
     numeric: Sequence[int] = ()
     folded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Sentences, one a line."""
+
+    title: str
+    lines: Sequence[Cell]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +109,7 @@ class Tree:
     roots: Sequence[Node]
 
 
-Block = Text | Missing | Table | Drawing | Drawings | Pictures | Code | Tree
+Block = Text | Missing | Table | Lines | Drawing | Drawings | Pictures | Code | Tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ __all__ = ["Point", "Series", "grid", "layer_place", "line_chart"]
 _WIDTH, _HEIGHT = 420, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 26, 30
 _MARKS = 400
+_DOT = Markup(
+    '<circle class="{}" cx="{}" cy="{}" r="{}" data-source="{}" data-value="{}"><title>{}</title></circle>'
+)
 _LABELS, _CELL = 124, 17
 
 
@@ -77,7 +80,8 @@ def _axes(bottom: float, top: float, first: float, last: float, place: object) -
         parts.append(Markup('<path class="rule" d="M{} {}H{}"/>').format(_LEFT, y, _WIDTH - _RIGHT))
         parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(_LEFT - 6, y + 4, f"{value:.3g}"))
     middle = round((first + last) / 2)
-    for step, anchor in ((first, "start"), (middle, "middle"), (last, "end")):
+    between = [(middle, "middle")] if first < middle < last else []
+    for step, anchor in ((first, "start"), *between, (last, "end")):
         x, _ = place(step, bottom)
         parts.append(
             Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, _HEIGHT - 10, anchor, f"{step:g}")
@@ -92,7 +96,7 @@ def _curve(curve: Series, place: object) -> Markup:
     kind = "second" if curve.dashed else "first"
     line = Markup('<polyline class="{}" points="{}"/>').format(kind, " ".join(f"{x},{y}" for x, y in at))
     dots = (
-        Markup('<circle class="{}" cx="{}" cy="{}" r="{}" data-source="{}" data-value="{}"><title>{}</title></circle>').format(
+        _DOT.format(
             kind, x, y, 2.6 if len(kept) <= 60 else 1.2, point.figure.source, repr(point.figure.value),
             f"{curve.label}, step {point.step:g}: {shown(point.figure.value, point.figure.form)}",
         )
@@ -129,7 +133,7 @@ def grid(cells: Sequence[tuple[str, Figure]], title: str) -> Markup:
     finite = [figure.value for _, figure in cells if figure.value == figure.value]
     largest = max((abs(value) for value in finite), default=0.0)
     height = len(rows) * _CELL + 20
-    parts = [_cell(rows.index(row), max(column, 0), width, name, figure, largest) for row, column, name, figure in placed]
+    parts = [_cell(rows.index(row), max(column, 0), width, name, found, largest) for row, column, name, found in placed]
     parts += [
         Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(_LABELS - 6, i * _CELL + 12, _short(row))
         for i, row in enumerate(rows)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.report.figures import Derive, Figure, Form, number_of
+from fp8pipe.report.figures import Derive, Figure, Form, Quote, number_of
 
 __all__ = ["Documents", "Part"]
 
@@ -39,6 +39,16 @@ class Documents:
         """The number at a place; None where there is none."""
         value = number_of(self.get(file, *parts))
         return None if value is None else Figure(value, source(file, parts), form)
+
+    def quote(self, file: str, *parts: Part) -> Quote | None:
+        """The words at a place; None where there are none."""
+        text = self.get(file, *parts)
+        return Quote(str(text), source(file, parts)) if text else None
+
+    def quotes(self, file: str, *parts: Part) -> list[Quote]:
+        """The items of a list of words, each with its place; none where there is no such list."""
+        listed = self.get(file, *parts) or []
+        return [Quote(str(text), source(file, (*parts, index))) for index, text in enumerate(listed)]
 
     def derived(self, how: Derive, file: str, *parts: Part, form: Form = Form.COUNT) -> Figure | None:
         """A number made of all values at a place; None where there are none."""

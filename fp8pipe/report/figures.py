@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-__all__ = ["Badge", "Derive", "Digest", "Figure", "Form", "number_of", "shown"]
+__all__ = ["Badge", "Derive", "Digest", "Figure", "Form", "Quote", "number_of", "shown"]
 
 
 class Form(StrEnum):
@@ -79,6 +79,17 @@ class Digest:
 
     def __html__(self) -> str:
         return Markup('<code class="digest" title="{}">{}</code>').format(self.value, self.value[:12])
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """Words taken from a file, whatever figures they hold, and where they stand."""
+
+    text: str
+    source: str
+
+    def __html__(self) -> str:
+        return Markup('<span data-quote="{}" title="{}">{}</span>').format(self.source, self.source, self.text)
 
 
 _TONES = {

@@ -26,7 +26,7 @@ def section(subject: Subject) -> Section:
     if not blocks:
         first = subject.items[0] if subject.items else None
         command = f"fp8pipe validate {subject.where(first)}" if first else "fp8pipe run"
-        what = "No accuracy was measured here; it is in the artifact that this was made from, and in a validation's record."
+        what = "No accuracy was measured here; see the artifact it was made from, and records of validations."
         blocks.append(Missing(what, command))
     return Section("accuracy", "Accuracy", "The low-bit model beside the one it was made from.", blocks)
 
@@ -39,10 +39,10 @@ def _vision(subject: Subject, item: Item) -> Block:
             f"{item.name} was not evaluated on labelled pictures.", "fp8pipe quantize-vit ... --evaluate FOLDER"
         )
     rows = []
-    for key, name in (("teacher", "original, full precision"), ("quantized", str(item.artifact.manifest.extra.get("precision", "quantized")))):
-        top1, top5 = (
-            documents.figure(item.manifest, "extra", "accuracy", key, top, form=Form.PERCENT) for top in ("top1", "top5")
-        )
+    precision = str(item.artifact.manifest.extra.get("precision", "quantized"))
+    for key, name in (("teacher", "original, full precision"), ("quantized", precision)):
+        place = ("extra", "accuracy", key)
+        top1, top5 = (documents.figure(item.manifest, *place, top, form=Form.PERCENT) for top in ("top1", "top5"))
         rows.append([name, top1, top5, images])
     return Table(["model", "top-1", "top-5", "pictures"], rows, f"{item.name}: held-out labelled pictures.", (1, 2, 3))
 
@@ -56,7 +56,7 @@ def _losses(subject: Subject) -> Iterator[Block]:
             if loss is not None:
                 rows.append([item.name, method, key, loss])
     if rows:
-        caption = "Held-out loss, nats an answer token; less is better. Deployed: measured on the weights that are saved."
+        caption = "Held-out loss, nats an answer token; less is better. Deployed: of the weights that are saved."
         yield Table(["artifact", "method", "weights", "loss"], rows, caption, (3,))
         methods = {row[1] for row in rows}
         if len(methods) == 1 and "falqon" in methods:
@@ -71,7 +71,8 @@ def _perplexity(subject: Subject, item: Item) -> Iterator[Block]:
     if own is not None and served is not None:
         rows = [["the artifact, activations as trained", own], ["the exported graph", served]]
         rows += [["standard error of the difference, nats a token", error], ["tokens", tokens]]
-        yield Table(["perplexity of", "value"], rows, f"{item.name}: perplexity on held-out text; less is better.", (1,))
+        caption = f"{item.name}: perplexity on held-out text; less is better."
+        yield Table(["perplexity of", "value"], rows, caption, (1,))
 
 
 def _agreement(subject: Subject, item: Item) -> Iterator[Block]:
@@ -83,7 +84,8 @@ def _agreement(subject: Subject, item: Item) -> Iterator[Block]:
     )
     if agreeing is not None and images is not None:
         where = subject.documents.get(record.file, "classes", "source")
-        yield Text([agreeing, " of ", images, f" images get the same class in the engine and in torch ({where})."], item.name)
+        told = f" images get the same class in the engine and in torch ({where})."
+        yield Text([agreeing, " of ", images, told], item.name)
 
 
 def _answers(subject: Subject, item: Item) -> Iterator[Block]:
@@ -95,7 +97,8 @@ def _answers(subject: Subject, item: Item) -> Iterator[Block]:
     for index, answer in enumerate(canary):
         agreeing = subject.documents.figure(record.file, "canary", index, "agreeing_tokens", form=Form.COUNT)
         tokens = subject.documents.figure(record.file, "canary", index, "tokens", form=Form.COUNT)
-        rows.append([answer["prompt"], answer["answer"].strip() or "(empty)", [agreeing, " of ", tokens], answer["verdict"]])
+        said = subject.documents.quote(record.file, "canary", index, "answer")
+        rows.append([answer["prompt"], said or "(empty)", [agreeing, " of ", tokens], answer["verdict"]])
     head = ["question", "the engine's answer", "tokens as in torch", "verdict"]
     yield Table(head, rows, f"{item.name}: answers inside the engine.", (2,))
     count = subject.documents.derived(Derive.COUNT, record.file, "canary")

@@ -14,7 +14,7 @@ __all__ = ["section"]
 _KEY = "last_flush_layers"
 _SHOWN = (
     ("saturated", Form.PERCENT, "Saturation: share of targets beyond the largest code."),
-    ("norm_ratio", Form.RATIO, "Survival in size: change applied over change intended. Compensated rounding may exceed 1."),
+    ("norm_ratio", Form.RATIO, "Survival in size: change applied over change intended; may exceed 1 (compensated rounding)."),
     ("cosine", Form.RATIO, "Survival in direction: cosine of the change applied and the change intended."),
     ("changed", Form.PERCENT, "Codes that changed."),
 )
@@ -28,10 +28,14 @@ def section(subject: Subject) -> Section:
     others = sorted({item.kind for item in subject.of_kind("lora-merged", "vit")})
     if others:
         shown = " and ".join(others)
-        blocks.append(Text([f"Artifacts of kind {shown} have no flush: their weights are rounded once, not updated in FP8."]))
+        text = f"Artifacts of kind {shown} have no flush: their weights are rounded once, not updated in FP8."
+        blocks.append(Text([text]))
     if not blocks:
         blocks.append(Missing("No artifact that was tuned in FP8 is here.", "fp8pipe finetune"))
-    lead = "What the last flush did to each layer; a column is a block of the model, the darkest square the largest value."
+    lead = (
+        "What the last flush did to each layer; a column is a block of the model, "
+        "the strongest square the largest value."
+    )
     return Section("layers", "The update, layer by layer", lead, blocks)
 
 
@@ -51,10 +55,8 @@ def _layers(subject: Subject, item: Item) -> Iterator[Block]:
         drawings.append(Drawing(grid(cells, f"{key} by layer of {item.name}"), caption))
     yield Text([f"{len(names)} layers. Layers that read one input (q, k, v; gate, up) are one layer here."], item.name)
     yield Drawings(drawings)
-    rows = [
-        [name, *(subject.documents.figure(item.manifest, "extra", _KEY, name, key, form=form) for key, form, _ in _SHOWN)]
-        for name in names
-    ]
+    documents, place = subject.documents, (item.manifest, "extra", _KEY)
+    rows = [[name, *(documents.figure(*place, name, key, form=form) for key, form, _ in _SHOWN)] for name in names]
     head = ["layer", "saturated", "norm ratio", "cosine", "changed"]
     yield Table(head, rows, "The figures.", numeric=(1, 2, 3, 4), folded=True)
 

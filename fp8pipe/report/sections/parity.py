@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fp8pipe.report.blocks import Block, Drawing, Drawings, Missing, Section, Table, Text
+from fp8pipe.report.blocks import Block, Drawing, Drawings, Lines, Missing, Section, Table, Text
 from fp8pipe.report.charts import grid
 from fp8pipe.report.figures import Badge, Derive, Form
-from fp8pipe.report.subject import Item, Record, Subject
+from fp8pipe.report.subject import Record, Subject
 
 __all__ = ["section"]
 
@@ -22,11 +22,11 @@ def section(subject: Subject) -> Section:
         record = item.record("validation")
         if record is None:
             stale = any(r.kind == "validation" for r in item.records)
-            what = f"{item.name}: its record speaks of another manifest." if stale else f"{item.name} was not validated."
+            what = "its record speaks of another manifest." if stale else "it was not validated."
+            command = f"fp8pipe validate {subject.where(item)}"
             if item.kind == "modelopt-export":
-                blocks.append(Missing(f"{item.name}: no engine here reads this layout, so its arithmetic is not proved."))
-            else:
-                blocks.append(Missing(what, f"fp8pipe validate {subject.where(item)}"))
+                what, command = "no engine here reads this layout, so its arithmetic is not proved.", ""
+            blocks.append(Missing(f"{item.name}: {what}", command))
             continue
         told = subject.documents.get(record.file, "verdict")
         engine = subject.documents.get(record.file, "engine")
@@ -49,7 +49,8 @@ def _layers(subject: Subject, record: Record) -> Iterator[Block]:
     codes = documents.derived(Derive.SUM, record.file, "layers", "*", "codes")
     differing = documents.derived(Derive.SUM, record.file, "layers", "*", "differing_codes")
     integer = documents.derived(Derive.SUM, record.file, "layers", "*", "integer")
-    yield Text([differing, " of ", codes, " activation codes differ in ", count, " products; ", integer, " run on integers."])
+    compared = [differing, " of ", codes, " activation codes differ in ", count, " products; "]
+    yield Text([*compared, integer, " run on integers."])
     cells = []
     for index, layer in enumerate(layers):
         figure = documents.figure(record.file, "layers", index, "error")
@@ -92,7 +93,7 @@ def _inside_vllm(subject: Subject, record: Record) -> Iterator[Block]:
 
 
 def _proofs(subject: Subject, record: Record) -> Iterator[Block]:
-    for key, title in (("proved", "What holds."), ("not_proved", "What was not tried, and why.")):
-        lines = subject.documents.get(record.file, key) or []
+    for key, title in (("proved", "What holds:"), ("not_proved", "What was not tried, and why:")):
+        lines = subject.documents.quotes(record.file, key)
         if lines:
-            yield Table([title.rstrip(".")], [[line] for line in lines], title)
+            yield Lines(title, lines)

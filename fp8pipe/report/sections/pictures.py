@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fp8pipe.errors import Fp8PipeError
 from fp8pipe.report.attention_maps import AttentionMap, attention_maps, read_image
@@ -37,8 +38,10 @@ def _pictures(subject: Subject, item: Item) -> Iterator[Block]:
     count = documents.figure(item.manifest, "extra", "images", form=Form.COUNT)
     seconds = documents.figure(item.manifest, "extra", "seconds_per_image")
     method = item.artifact.manifest.extra.get("image_method", "an unnamed method")
-    parts = [count or "No", f" images, method: {_METHODS.get(method, method)}."]
-    yield Text([*parts, " Seconds an image: ", seconds, "."] if seconds is not None else parts, item.name)
+    parts: list[Any] = [count or "No", f" images, method: {_METHODS.get(method, method)}."]
+    if seconds is not None and seconds.value:
+        parts += [" Seconds an image: ", seconds, "."]
+    yield Text(parts, item.name)
     if item.has(SHEET):
         sheet, smaller = _sheet(item.artifact.root / SHEET)
         caption = f"Contact sheet of the first images{', reduced here' if smaller else ''}."
@@ -54,12 +57,12 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
         return
     from safetensors.torch import load_file
 
+    root = item.artifact.root
+    given = None if subject.image is None else read_image(root, subject.image)
     try:
-        made = attention_maps(item.artifact.root, load_file(item.artifact.root / IMAGES)["images"][:_SHOWN])
-        real = [] if subject.image is None else attention_maps(item.artifact.root, read_image(item.artifact.root, subject.image))
+        made = attention_maps(root, load_file(root / IMAGES)["images"][:_SHOWN])
+        real = [] if given is None else attention_maps(root, given)
     except Fp8PipeError as error:
-        if subject.image is not None and error.exit_code == 10:
-            raise
         yield Missing(f"Attention could not be computed: {error.what}. {error.why}.", error.fix)
         return
     if not made:
@@ -68,8 +71,8 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
     shown = [_picture(found, f"calibration image {i}", item.file(IMAGES)) for i, found in enumerate(made)]
     shown += [_picture(found, "the picture that was given", str(subject.image)) for found in real]
     token = "of the class token" if made[0].of_class_token else "of all tokens, their mean"
-    yield Pictures(shown, f"Attention {token} in {made[0].layer}, mean of its heads; computed from the artifact's codes. "
-                          "The brighter the colour, the more is read there.")  # fmt: skip
+    where = f"Attention {token} in {made[0].layer}, mean of its heads; computed from the artifact's codes."
+    yield Pictures(shown, f"{where} The stronger the colour, the more is read there.")
     if subject.image is None:
         yield Missing("No real image stands beside them.", f"fp8pipe report {subject.path} --image PICTURE")
 

@@ -26,7 +26,8 @@ def section(subject: Subject) -> Section:
         counted = subject.documents.derived(Derive.SUM, item.manifest, "layers", "*", "converted")
         known = subject.documents.derived(Derive.COUNT, item.manifest, "layers")
         how = item.artifact.manifest.extra.get("activations", "not stated")
-        blocks.append(Text([counted or "No", " of ", known or "no", f" linear layers are stored in FP8. Activations: {how}."], item.name))
+        told = f" linear layers are stored as codes. Activations: {how}."
+        blocks.append(Text([counted or "No", " of ", known or "no", told], item.name))
     if not blocks:
         blocks.append(Missing("No engine and no graph is here.", "fp8pipe export ... --target trt, or --target onnx"))
     return Section("precision", "Precision in the engine", "What each product is really multiplied in.", blocks)
@@ -41,16 +42,16 @@ def _engines(subject: Subject, item: Item) -> Iterator[Block]:
     names = list(dict.fromkeys(name for entry in engines.values() for name in entry["precisions"]))
     rows = []
     for capability in engines:
-        def at(*place: str, form: Form = Form.COUNT, capability: str = capability) -> Any:
-            return documents.figure(item.file(LAYERS), capability, *place, form=form) or "not listed"
-
-        counts = [documents.figure(item.file(LAYERS), capability, "precisions", n, form=Form.COUNT) or "none" for n in names]
-        rows.append([capability, *counts, at("fused_attentions"), at("engine_bytes", form=Form.BYTES)])
+        place = (item.file(LAYERS), capability)
+        counts = [documents.figure(*place, "precisions", name, form=Form.COUNT) or "none" for name in names]
+        fused = documents.figure(*place, "fused_attentions", form=Form.COUNT)
+        size = documents.figure(*place, "engine_bytes", form=Form.BYTES)
+        rows.append([capability, *counts, fused or "not listed", size or "not listed"])
     head = ["GPU (compute capability)", *(f"products in {name}" for name in names), "fused attentions", "engine"]
     yield Table(head, rows, f"{item.name}: as the builder lists them.", tuple(range(1, len(head))))
     first = next(iter(engines))
     groups = Counter((" × ".join(p["operands"]), p["output"]) for p in engines[first].get("products", []))
-    if len(groups) > 1 or groups:
+    if groups:
         kinds = ", ".join(f"{operands} to {output}" for operands, output in groups)
         yield Text([f"Operands and outputs on {first}: {kinds}."])
 
@@ -59,7 +60,8 @@ def _kernels(subject: Subject, item: Item) -> Iterator[Block]:
     record = item.record("validation")
     operators: dict[str, str] = subject.documents.get(record.file, "kernels", "operators") or {} if record else {}
     if record is None or not operators:
-        yield Missing(f"{item.name}: the operators that run it were not looked up.", f"fp8pipe validate {subject.where(item)}")
+        what = f"{item.name}: the operators that run it were not looked up."
+        yield Missing(what, f"fp8pipe validate {subject.where(item)}")
         return
     documents = subject.documents
     integer = documents.figure(record.file, "kernels", "integer", form=Form.COUNT)

@@ -10,6 +10,11 @@ from fp8pipe.report.subject import Item, Subject
 
 __all__ = ["section"]
 
+_EXPLAINED = (
+    "First the digest of the manifest, then that of the content: what a rerun of the same work gives again, without "
+    "times and versions. Both are shortened; hold the pointer over one to see it whole, or run fp8pipe inspect."
+)
+
 
 def section(subject: Subject) -> Section:
     """The section."""
@@ -33,14 +38,14 @@ def section(subject: Subject) -> Section:
     lead = "A child names its parent by digest. A digest covers every file, since the manifest lists theirs."
     blocks: list[Block] = [Tree(roots)] if roots else [Missing("No artifact is here.", "fp8pipe run")]
     if roots:
-        blocks.append(Text(["Digest: of the manifest. Content: what a rerun of the same work gives again, without times and versions. "
-                            "Hold the pointer over one to see it whole, or run fp8pipe inspect."]))  # fmt: skip
+        blocks.append(Text([_EXPLAINED]))
     return Section("provenance", "Provenance", lead, blocks)
 
 
 def _node(subject: Subject, item: Item) -> Node:
     manifest = item.artifact.manifest
-    parts: list[Any] = [f"{manifest.kind}: {item.name} ", Digest(item.artifact.digest), " content ", Digest(item.artifact.content)]
+    parts: list[Any] = [f"{manifest.kind}: {item.name} ", Digest(item.artifact.digest)]
+    parts += [" content ", Digest(item.artifact.content)]
     seed = f", seed {manifest.seed}" if manifest.seed is not None else ""
     parts.append(f" by {manifest.stage}, {manifest.created[:10]}{seed}")
     node = Node(parts)

@@ -26,7 +26,8 @@ def section(subject: Subject) -> Section:
             blocks.append(Code("\n".join(lines), "Stage by stage."))
         recipe = subject.path / _RECIPE
         if recipe.is_file():
-            blocks.append(Code(recipe.read_text(encoding="utf-8").strip(), f"{_RECIPE}, defaults included.", folded=True))
+            text = recipe.read_text(encoding="utf-8").strip()
+            blocks.append(Code(text, f"{_RECIPE}, defaults included.", folded=True))
     else:
         blocks += list(_by_hand(subject))
     return Section("reproduce", "Versions and commands", "What it takes to do this again.", blocks)

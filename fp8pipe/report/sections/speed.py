@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fp8pipe.report.blocks import Block, Missing, Section, Table, Text
+from fp8pipe.report.blocks import Block, Lines, Missing, Section, Table
 from fp8pipe.report.figures import Derive, Figure, Form
 from fp8pipe.report.sections.parity import EXPORTS
 from fp8pipe.report.subject import Item, Record, Subject
@@ -53,14 +53,15 @@ def _rows(subject: Subject, item: Item, record: Record, title: str) -> Iterator[
     for index, row in enumerate(listed):
         figure = documents.figure(record.file, "rows", index, "value")
         if figure is not None:
-            rows.append([row["what"], _with_unit(figure, row.get("unit", "")), row.get("detail") or "as measured"])
+            what, how = (documents.quote(record.file, "rows", index, key) for key in ("what", "detail"))
+            rows.append([what, _with_unit(figure, row.get("unit", "")), how or "as measured"])
     machine = documents.get(record.file, "machine") or {}
     where = f"{machine.get('processor', 'unknown processor')}, {machine.get('cores', 'unknown')} cores"
     caption = f"{item.name}, {title}: {where}, {str(documents.get(record.file, 'date') or '')[:10]}."
     yield Table(["measured", "value", "how"], rows, caption, (1,))
-    missing = documents.get(record.file, "not_measured") or []
+    missing = documents.quotes(record.file, "not_measured")
     if missing:
-        yield Text(["; ".join(missing) + "."], "Not measured")
+        yield Lines("Not measured:", missing)
 
 
 def _with_unit(figure: Figure, unit: str) -> Figure:

@@ -42,7 +42,8 @@ def _curves(subject: Subject, item: Item) -> Iterator[Block]:
     curves = [curve for curve in (loss, heldout) if curve is not None]
     drawings = []
     if curves:
-        drawings.append(Drawing(line_chart(curves, f"loss of {item.name}"), f"Loss against optimizer steps, {_unit(item)}."))
+        svg = line_chart(curves, f"loss of {item.name}")
+        drawings.append(Drawing(svg, f"Loss against optimizer steps, {_unit(item)}."))
     for key, meaning in _HEALTH.items():
         for prefix, when in (("flush", "flushed at each step"), ("pending", "were it rounded now")):
             found = _series(subject, item, f"{prefix}_{key}", f"{key.replace('_', ' ')}, {when}")
@@ -53,7 +54,7 @@ def _curves(subject: Subject, item: Item) -> Iterator[Block]:
     if item.kind == "falqon" and len(drawings) < 2:
         yield Missing("The health of the update was not logged.", "fp8pipe finetune, with a smaller log_every")
     if item.kind == "lora-merged":
-        yield Text(["LoRA keeps its update in adapters of higher precision, so saturation and survival have no meaning."])
+        yield Text(["LoRA keeps its update in higher precision, so saturation and survival have no meaning."])
     if item.kind == "vit":
         yield Text(["Held-out loss, saturation and survival of updates are not logged while a ViT is distilled."])
 

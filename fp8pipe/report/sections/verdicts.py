@@ -1,4 +1,7 @@
-"""Verdicts first: of the run, of its stages, and every gate with its value, its threshold and the reason for it."""
+"""Verdicts first: of the run, of its stages, and every gate with its value, its threshold and the reason for it.
+
+Gates that a recipe asked for, and gates that fail, are in plain sight; the others are folded, a list a stage.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from fp8pipe.report.blocks import Block, Section, Table, Text
-from fp8pipe.report.figures import Badge, Derive, Figure, Form
-from fp8pipe.report.subject import Item, Subject
+from fp8pipe.report.figures import Badge, Derive, Figure, Form, Quote
+from fp8pipe.report.sections.own_gates import own_gates
+from fp8pipe.report.subject import Subject
 from fp8pipe.runs import RUN_NAME, GateOutcome, StageRecord, Verdict, worst
 
 __all__ = ["overall", "section"]
 
 _MEANING = {
-    Verdict.ACCEPT: "every gate holds",
-    Verdict.REGRESSION: "a measured figure is on the wrong side of its threshold",
-    Verdict.ANOMALOUS: "a figure is missing, or two things that must be equal are not; nothing measured here can be trusted",
-    Verdict.INFEASIBLE: "a stage cannot run on this machine, or its export was refused",
+    Verdict.ACCEPT: "Every gate holds.",
+    Verdict.REGRESSION: "A measured figure is on the wrong side of its threshold.",
+    Verdict.ANOMALOUS: "A figure is missing, or things that must be equal are not; nothing measured can be trusted.",
+    Verdict.INFEASIBLE: "A stage cannot run on this machine, or its export was refused.",
 }  # fmt: skip
+_HEAD = ("gate", "verdict", "value", "threshold", "why this threshold")
 
 
 def overall(subject: Subject) -> Verdict:
@@ -35,14 +40,13 @@ def overall(subject: Subject) -> Verdict:
 def section(subject: Subject) -> Section:
     """The section."""
     verdict = overall(subject)
-    blocks: list[Block] = [Text([Badge(str(verdict)), f" {_MEANING[verdict]}."], tone="verdict")]
+    blocks: list[Block] = [Text([Badge(str(verdict)), f" {_MEANING[verdict]}"], tone="verdict")]
     if subject.run is not None:
         blocks.append(_stages(subject, subject.run.stages))
-        for number, stage in enumerate(subject.run.stages):
-            blocks += _stage(number, stage)
+        blocks += list(_gates(subject.run.stages))
     else:
         for item in subject.items:
-            blocks += list(_own(subject, item))
+            blocks += list(own_gates(subject, item))
     return Section("verdicts", "Verdicts", "What was asked of this work, and whether it holds.", blocks)
 
 
@@ -59,14 +63,35 @@ def _stages(subject: Subject, stages: list[StageRecord]) -> Table:
     return Table(head, rows, "Stages, in the order in which they ran.", numeric=(3, 4, 5))
 
 
-def _stage(number: int, stage: StageRecord) -> Iterator[Block]:
-    if stage.error is not None:
-        words = (str(stage.error.get(key) or "") for key in ("what", "why", "fix"))
-        yield Text([". ".join(word.strip().rstrip(".") for word in words if word) + "."], f"{stage.name} failed", "bad")
-    if stage.gates:
-        head = ["gate", "verdict", "value", "threshold", "reason"]
-        rows = [_gate(number, index, gate) for index, gate in enumerate(stage.gates)]
-        yield Table(head, rows, f"Gates of {stage.name}.", numeric=(2, 3))
+def _gates(stages: list[StageRecord]) -> Iterator[Block]:
+    for number, stage in enumerate(stages):
+        if stage.error is not None:
+            told = [
+                [key, Quote(str(stage.error[key]), f"{RUN_NAME}#/stages/{number}/error/{key}")]
+                for key in ("what", "why", "fix")
+                if stage.error.get(key)
+            ]
+            yield Table([f"{stage.name} failed", "what the command said"], told)
+    placed = [(number, index, stage, gate) for number, stage in enumerate(stages)
+              for index, gate in enumerate(stage.gates)]  # fmt: skip
+    failed = [entry for entry in placed if entry[3].verdict is not Verdict.ACCEPT]
+    asked = [entry for entry in placed if entry not in failed and not _carried(entry[3])]
+    for caption, entries in (("Gates that fail.", failed), ("Gates of the recipe that hold.", asked)):
+        if entries:
+            rows = [[stage.name, *_gate(number, index, gate)] for number, index, stage, gate in entries]
+            yield Table(["stage", *_HEAD], rows, caption, numeric=(3, 4))
+    for number, stage in enumerate(stages):
+        own = [x for x in placed if x[2] is stage and x[3].verdict is Verdict.ACCEPT and _carried(x[3])]
+        if own:
+            rows = [_gate(number, index, gate) for _, index, _, gate in own]
+            caption = f"Gates that {stage.name} carries and that hold: {len(own)}"
+            yield Table(_HEAD, rows, caption, numeric=(2, 3), folded=True)
+
+
+def _carried(gate: GateOutcome) -> bool:
+    """Whether the stage's own output carries the gate; else the recipe asks for it."""
+    _, _, inside = gate.source.partition("#")
+    return inside.startswith("gates.") or inside == "verdict"
 
 
 def _gate(number: int, index: int, gate: GateOutcome) -> list[Any]:
@@ -77,32 +102,6 @@ def _gate(number: int, index: int, gate: GateOutcome) -> list[Any]:
         bound += ["≥ ", Figure(gate.at_least, f"{place}/at_least")]
     if gate.at_most is not None:
         bound += [" and ≤ " if bound else "≤ ", Figure(gate.at_most, f"{place}/at_most")]
-    return [gate.name, Badge(str(gate.verdict)), value, bound or "a number", gate.reason or "must hold exactly"]
-
-
-def _own(subject: Subject, item: Item) -> Iterator[Block]:
-    """The gates that an artifact and its records carry."""
-    gates = item.artifact.manifest.gates
-    if gates:
-        rows = [_row(subject, item.manifest, index, gate.model_dump()) for index, gate in enumerate(gates)]
-        yield Table(["gate", "verdict", "value", "against", "detail"], rows, f"Gates of {item.name}.", numeric=(2, 3))
-    else:
-        yield Text([f"{item.name} carries no gates."])
-    for record in item.records:
-        told = subject.documents.get(record.file, "verdict")
-        yield Text(
-            [Badge(str(told)), f" {record.file}" if record.current else f" {record.file}, of another manifest: it says nothing about this one"],
-            f"Record of {record.kind}",
-        )  # fmt: skip
-        listed = subject.documents.get(record.file, "gates") or []
-        if record.current and listed:
-            rows = [_row(subject, record.file, index, gate) for index, gate in enumerate(listed)]
-            head = ["gate", "verdict", "value", "against", "detail"]
-            yield Table(head, rows, f"Gates of {record.file}.", numeric=(2, 3))
-
-
-def _row(subject: Subject, file: str, index: int, gate: dict[str, Any]) -> list[Any]:
-    value = subject.documents.figure(file, "gates", index, "value")
-    threshold = subject.documents.figure(file, "gates", index, "threshold")
-    verdict = "PASSED" if gate["passed"] else gate.get("failure", "FAILED")
-    return [gate["name"], Badge(verdict), value or "missing", threshold or "missing", gate.get("detail") or "equal"]
+    verdict: Any = "holds" if gate.verdict is Verdict.ACCEPT else Badge(str(gate.verdict))
+    reason: Any = Quote(gate.reason, f"{place}/reason") if gate.reason else "must hold exactly"
+    return [Quote(gate.name, f"{place}/name"), verdict, value, bound or "a number", reason]
