@@ -31,6 +31,7 @@ COMMANDS = {
     "serve-key": "Make an API key for a service.",
     "inspect": "Show what an artifact is, and where it came from.",
     "verify": "Re-hash every file of an artifact.",
+    "report": "Write a run or an artifact as one HTML page for people.",
     "schema": "Print the JSON schema of recipes, for editors.",
     "doctor": "Show what this machine can run, and how to get what is missing.",
 }
