@@ -14,7 +14,7 @@ __all__ = ["section"]
 _KEY = "last_flush_layers"
 _SHOWN = (
     ("saturated", Form.PERCENT, "Saturation: share of targets beyond the largest code."),
-    ("norm_ratio", Form.RATIO, "Survival in size: change applied over change intended; may exceed 1 (compensated rounding)."),
+    ("norm_ratio", Form.RATIO, "Survival in size: change applied over change intended; compensation may exceed 1."),
     ("cosine", Form.RATIO, "Survival in direction: cosine of the change applied and the change intended."),
     ("changed", Form.PERCENT, "Codes that changed."),
 )
