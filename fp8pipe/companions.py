@@ -36,7 +36,7 @@ SERVED_FILES: Final = (
 # A base model's directory holds nothing but the model: everything that may matter is taken.
 BASE_MODEL_FILES: Final = (*SERVED_FILES, "*.json", "*.jinja", "*.model", "*.txt")
 HUB_FILES: Final = ("*.safetensors", *BASE_MODEL_FILES, f"{TEMPLATE_DIRECTORY}/*")
-_WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "manifest.json")
+_WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "manifest.*")
 
 
 def companion_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -7,13 +7,13 @@ directory, beside the stages' outputs, whose digests it holds.
 from __future__ import annotations
 
 import json
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
+from fp8pipe.artifact.seal import read_sealed, write_sealed
 from fp8pipe.config import FrozenConfig
 from fp8pipe.errors import BadArtifactError
 
@@ -102,11 +102,11 @@ def read_run(directory: Path) -> RunRecord:
     """Read `directory`/run.json.
 
     Raises:
-        BadArtifactError: there is none, or it is none of this schema.
+        BadArtifactError: there is none, or its seal is missing or another, or it is none of this schema.
     """
     path = Path(directory) / RUN_NAME
     try:
-        return RunRecord.model_validate(json.loads(path.read_bytes()))
+        return RunRecord.model_validate(json.loads(read_sealed(path)))
     except OSError as error:
         raise BadArtifactError(
             f"{directory} holds no run",
@@ -122,12 +122,5 @@ def read_run(directory: Path) -> RunRecord:
 
 
 def write_run(record: RunRecord, directory: Path) -> Path:
-    """Write the record in one step: a reader, and a run after a crash, sees the old one or the new one, whole."""
-    path = Path(directory) / RUN_NAME
-    partial = path.with_name(RUN_NAME + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(record.model_dump_json(indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-    return path
+    """Write the record with its seal: a reader, and a run after a crash, sees the old one or the new one, whole."""
+    return write_sealed(Path(directory) / RUN_NAME, record.model_dump_json(indent=2) + "\n")

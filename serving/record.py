@@ -1,4 +1,4 @@
-"""Where every validation leaves its record: beside the export, in one step.
+"""Where every validation leaves its record: beside the export, sealed, in one step.
 
 Beside and not inside, so that the hashes in the export's manifest stay true.
 """
@@ -11,10 +11,10 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from fp8pipe.artifact import translate_disk_full
+from fp8pipe.artifact import remove_sealed, translate_disk_full, write_sealed
 from fp8pipe.errors import GateFailedError
 
-__all__ = ["ExportRejectedError", "record_path", "write_record"]
+__all__ = ["ExportRejectedError", "record_path", "remove_record", "write_record"]
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -37,8 +37,13 @@ def record_path(export: Path) -> Path:
     return absolute.with_name(absolute.name + ".validation.json")
 
 
+def remove_record(export: Path) -> None:
+    """Remove the record beside an export, with its seal: an old verdict must not outlive a failure."""
+    remove_sealed(record_path(export))
+
+
 def write_record(record: BaseModel, export: Path, *, place: Path | None = None) -> Path:
-    """Write the record in one step: a reader sees the old file or the new one, whole.
+    """Write the record with its seal: a reader sees the old file or the new one, whole.
 
     Args:
         record: what was found.
@@ -49,10 +54,5 @@ def write_record(record: BaseModel, export: Path, *, place: Path | None = None) 
         OutOfMemoryError: the disk is full.
     """
     path = place or record_path(export)
-    partial = path.with_name(path.name + ".partial")
-    with translate_disk_full(path.parent), partial.open("w", encoding="utf-8") as file:
-        file.write(record.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return path
+    with translate_disk_full(path.parent):
+        return write_sealed(path, record.model_dump_json(indent=2) + "\n")

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.artifact import MANIFEST_NAME, Artifact, open_artifact, translate_disk_full
+from fp8pipe.artifact import MANIFEST_NAME, SEAL_NAME, Artifact, open_artifact, translate_disk_full
 from fp8pipe.errors import BadArtifactError, ConfigurationError
 
 __all__ = ["write_triton_repository"]
@@ -51,7 +51,9 @@ def write_triton_repository(export: Path, output: Path, *, max_model_len: int | 
         write = _write_onnx if artifact.kind == "onnx-export" else _write_vllm
         config = write(artifact, partial, name, max_model_len)
         (partial / "config.pbtxt").write_text(config, encoding="utf-8")
-        shutil.copyfile(artifact.root / MANIFEST_NAME, partial / MANIFEST_NAME)
+        for file in (MANIFEST_NAME, SEAL_NAME):
+            if (artifact.root / file).is_file():
+                shutil.copyfile(artifact.root / file, partial / file)
     partial.rename(root)
     return root
 
@@ -133,11 +135,10 @@ def _parameter(key: str, value: str) -> str:
 
 
 def _width(model: Path) -> int:
-    import onnx
+    from exporters.onnx.runtime import open_session
 
-    graph = onnx.load(model, load_external_data=False).graph
-    size = int(graph.output[0].type.tensor_type.shape.dim[-1].dim_value)
-    if size < 1:
+    size = open_session(model).get_outputs()[0].shape[-1]
+    if not isinstance(size, int) or size < 1:
         raise BadArtifactError(f"{model} has no fixed number of outputs", why="Triton needs one", fix="export again")
     return size
 

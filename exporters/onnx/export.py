@@ -25,7 +25,7 @@ from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
 from exporters.onnx.produce import QuantizedGraph, as_exported, quantize_graph
 from exporters.onnx.reopen import reopen_gates
 from exporters.onnx.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
-from exporters.vision import CLASSES_FILE, require_gates, write_description
+from exporters.vision import CLASSES_FILE, MODEL_FILE, require_gates, write_description
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 EXPORT_KIND: Final = "onnx-export"
 SOURCE_KIND: Final = "vit"
-MODEL_FILE: Final = "model.onnx"
 _LAYER_IMAGES: Final = 4
 
 

@@ -17,13 +17,15 @@ from fp8pipe.artifact.manifest import (
     Parent,
 )
 from fp8pipe.artifact.place import CHECKPOINT_PREFIX, check_place
-from fp8pipe.artifact.reader import Artifact, check_file, open_artifact, sha256_file
+from fp8pipe.artifact.reader import SEAL_NAME, Artifact, check_file, open_artifact, read_manifest, sha256_file
+from fp8pipe.artifact.seal import check_seal, read_sealed, remove_sealed, seal_path, write_sealed
 from fp8pipe.artifact.writer import ArtifactWriter, installed_versions
 
 __all__ = [
     "CHECKPOINT_PREFIX",
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
+    "SEAL_NAME",
     "Artifact",
     "ArtifactWriter",
     "FileEntry",
@@ -34,9 +36,15 @@ __all__ = [
     "Parent",
     "check_file",
     "check_place",
+    "check_seal",
     "disk_guard",
     "installed_versions",
     "open_artifact",
+    "read_manifest",
+    "read_sealed",
+    "remove_sealed",
+    "seal_path",
     "sha256_file",
     "translate_disk_full",
+    "write_sealed",
 ]

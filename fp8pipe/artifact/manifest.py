@@ -19,6 +19,7 @@ from fp8pipe.errors import BadArtifactError
 __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
+    "SEALED_SINCE",
     "FileEntry",
     "Gate",
     "LayerRecord",
@@ -27,7 +28,9 @@ __all__ = [
     "Parent",
 ]
 
-SCHEMA_VERSION = 1
+# 2: a seal lies beside the manifest.
+SCHEMA_VERSION = 2
+SEALED_SINCE = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -145,7 +148,8 @@ class Manifest(FrozenConfig):
         return hashlib.sha256(_canonical(kept)).hexdigest()
 
     def _plain(self) -> Any:
-        return json.loads(self.model_dump_json())
+        # Children of version 1 named digests of what the file held, which lacks the fields added since.
+        return json.loads(self.model_dump_json(exclude_unset=self.schema_version == 1))
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str) -> Manifest:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Manifest, Parent
+from fp8pipe.artifact.manifest import MANIFEST_NAME, SEALED_SINCE, FileEntry, Manifest, Parent
+from fp8pipe.artifact.seal import read_sealed, seal_path
 from fp8pipe.errors import BadArtifactError
 
-__all__ = ["Artifact", "check_file", "open_artifact", "sha256_file"]
+__all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_file"]
 
 PARTIAL_SUFFIX = ".partial"
+SEAL_NAME = seal_path(Path(MANIFEST_NAME)).name
 _CHUNK_BYTES = 8 << 20
 
 
@@ -54,7 +56,7 @@ class Artifact:
 
     def unlisted(self) -> list[str]:
         """Files in the directory that the manifest does not list, sorted."""
-        listed = {entry.path for entry in self.manifest.files} | {MANIFEST_NAME}
+        listed = {entry.path for entry in self.manifest.files} | {MANIFEST_NAME, SEAL_NAME}
         found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
         return sorted(set(found) - listed)
 
@@ -78,7 +80,8 @@ def open_artifact(
 
     Raises:
         BadArtifactError: no such directory, unfinished, of a newer schema or another kind, or a file that is
-            missing, of another size, or whose digest differs (the message names the file and both digests).
+            missing, of another size, or whose digest differs (the message names the file and both digests);
+            the manifest's own seal is always checked.
     """
     root = Path(path)
     if not root.is_dir():
@@ -100,10 +103,7 @@ def read_artifact(
     root: Path, *, verify: bool, caches: str | None = None, on_file: Callable[[FileEntry], None] | None = None
 ) -> Artifact:
     """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own)."""
-    path = root / MANIFEST_NAME
-    if not path.is_file():
-        raise _unfinished(root)
-    manifest = Manifest.from_json(path.read_bytes(), where=str(path))
+    manifest = read_manifest(root)
     findings: list[str] = []
     for entry in manifest.files:
         if caches is not None and entry.path.startswith(f"{caches}/"):
@@ -120,6 +120,23 @@ def read_artifact(
             fix="copy the artifact again from its source, or write it again",
         )
     return Artifact(root=root, manifest=manifest)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest in `root`, whose bytes its seal speaks of; one of schema version 1 needs no seal.
+
+    Raises:
+        BadArtifactError: there is none, its seal is missing or another, or it is none of this schema.
+    """
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise _unfinished(root)
+    if seal_path(path).exists():
+        return Manifest.from_json(read_sealed(path), where=str(path))
+    manifest = Manifest.from_json(path.read_bytes(), where=str(path))
+    if manifest.schema_version >= SEALED_SINCE:
+        read_sealed(path)
+    return manifest
 
 
 def sha256_file(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Writing an artifact so that a crash at any instant leaves the old one, or none, or the whole new one.
 
-Order: files into `NAME.partial/`, each flushed to the disk; the manifest; everything reopened and re-hashed;
-one rename. A finished artifact is only ever replaced by that last rename, and only when `force` was given.
+Order: files into `NAME.partial/`, each flushed to the disk; the manifest and its seal; everything reopened and
+re-hashed; one rename. A finished artifact is only ever replaced by that last rename, and only when `force` was given.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from fp8pipe.artifact.place import (
     translate_unwritable,
 )
 from fp8pipe.artifact.reader import Artifact, read_artifact, sha256_file
+from fp8pipe.artifact.seal import remove_sealed, write_sealed
 from fp8pipe.errors import BadArtifactError
 
 __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]
@@ -153,8 +154,9 @@ class ArtifactWriter:
             OutOfMemoryError: the disk is full.
         """
         with translate_disk_full(self.output):
-            for name in (*exclude, LOCK_NAME, MANIFEST_NAME):
+            for name in (*exclude, LOCK_NAME):
                 _remove(self.root, name)
+            remove_sealed(self.root / MANIFEST_NAME)
             manifest = Manifest(
                 kind=self.kind,
                 stage=self.stage,
@@ -180,10 +182,7 @@ class ArtifactWriter:
 
     def _write_manifest(self, manifest: Manifest) -> None:
         path = self.root / MANIFEST_NAME
-        with path.open("w", encoding="utf-8") as stream:
-            stream.write(manifest.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_sealed(path, manifest.to_json())
         _sync(self.root)
         reopened = read_artifact(self.root, verify=True)
         if reopened.digest != manifest.digest:

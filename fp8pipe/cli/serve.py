@@ -25,6 +25,8 @@ _KINDS = ("onnx-export", "trt-export", "vllm-export")
 @click.option("--provider", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), help="Vision: where it computes.")
 @click.option("--inexact-batches", is_flag=True, default=None, help="Vision: allow batches that change bits.")
 @click.option("--max-body-mb", type=float, help="Largest request, megabytes; default 16.")
+@click.option("--max-total-body-mb", type=float, help="Requests held at once, megabytes; default 512.")
+@click.option("--max-connections", type=int, help="Open connections; default 1000.")
 @click.option("--rate-limit", type=float, help="Requests a second of a key or address; default: no limit.")
 @click.option("--request-timeout-s", type=float, help="Longest wait for the engine; default 30.")
 @click.option("--drain-s", type=float, help="After SIGTERM, take requests for so long; default 2.")
@@ -36,14 +38,13 @@ def command(export: Path, console: Console, dry_run: bool, **options: Any) -> No
     """Serve EXPORT over HTTP until SIGTERM, after checking every file against its manifest."""
     from fp8pipe.artifact import open_artifact
     from fp8pipe.config import build_config
-
-    _require_packages()
     from serving.http.config import ServeConfig
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     config = build_config(ServeConfig, given)
     artifact = open_artifact(export, kind=_KINDS, verify=False, caches="engines")
     language = artifact.kind == "vllm-export" or (artifact.kind == "trt-export" and "cache" in artifact.manifest.extra)
+    _require_packages(language)
     if dry_run:
         # Refused now if it would be refused then.
         artifact = open_artifact(export, kind=_KINDS, caches="engines")
@@ -71,13 +72,14 @@ def _serve(export: Path, kind: str, language: bool, config: Any) -> int:
     return serve_language(export, config)
 
 
-def _require_packages() -> None:
+def _require_packages(language: bool) -> None:
     from importlib.util import find_spec
 
     from fp8pipe.errors import MissingCapabilityError
 
-    modules = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart",
-               "prometheus_client": "prometheus-client", "PIL": "pillow"}  # fmt: skip
+    modules = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+    if not language:
+        modules |= {"python_multipart": "python-multipart", "PIL": "pillow", "numpy": "numpy"}
     missing = [package for module, package in modules.items() if find_spec(module) is None]
     if missing:
         raise MissingCapabilityError(

@@ -17,6 +17,7 @@ import yaml
 
 from fp8pipe import __version__
 from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME, installed_versions
+from fp8pipe.artifact.seal import remove_sealed
 from fp8pipe.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
 from fp8pipe.machine import cpu_features, cpu_model, memory_bytes
 from fp8pipe.runs import RunRecord, StageRecord, Verdict, worst, write_run
@@ -142,13 +143,13 @@ class Chain:
         if output.is_dir():
             extra.append("--force")
         elif output.is_file():
-            output.unlink()  # an old record must not be taken for the new one
+            remove_sealed(output)  # an old record must not be taken for the new one
         log = state.directory / LOGS / f"{spec.name}.log"
         log.parent.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
         return StageProcess(
             [*state.arguments(spec), *extra], log, command.environment(settings),
-            lambda line: self._show(spec.name, line), lock=self._lock,
+            lambda line: self._show(spec.name, line), lock=self._lock, program=command.program,
         )  # fmt: skip
 
     def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class StageCommand:
         output: where it writes, from settings, the run's directory and the stage's name.
         inline: settings that `arguments` puts on the command line; the file holds the others.
         resumable: whether it takes --resume.
+        program: what the command line is given to; fp8pipe itself.
         environment: variables that it runs with, unless the user has set them.
     """
 
@@ -36,4 +38,5 @@ class StageCommand:
     output: Callable[[Settings, Path, str], Path]
     inline: tuple[str, ...] = ()
     resumable: bool = False
+    program: tuple[str, ...] = (sys.executable, "-P", "-m", "fp8pipe")
     environment: Callable[[Settings], Mapping[str, str]] = lambda settings: {}

@@ -45,6 +45,7 @@ class StageProcess:
         environment: variables to set where they are not set already.
         show: called with every line that it says.
         lock: a descriptor that its guard holds, too.
+        program: what the command line is given to.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class StageProcess:
         show: Callable[[str], None],
         *,
         lock: int,
+        program: Sequence[str],
     ) -> None:
         self._answer, self._report = log.with_suffix(".json"), log.with_suffix(".ended")
         self._report.unlink(missing_ok=True)
         # The guard ends when the other end of this pipe is closed: by `close`, or by this process's death.
         leash, self._hold = os.pipe()
-        command = [sys.executable, "-P", "-m", "fp8pipe", *arguments, "--json"]
+        command = [*program, *arguments, "--json"]
         with self._answer.open("wb") as answer:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_GUARD), str(leash), str(self._report), *command],

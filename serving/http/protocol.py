@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol with what it lacks: a time limit for headers, a limit of connections, and JSON errors.
 
-uvicorn waits for ever for the headers of a first request, which is all that a slow-loris needs.
+uvicorn waits for ever for the headers of a first request, which is all that a slow-loris needs. And a client that ends
+its side within a request gets no answer from it, although it may still read one.
 """
 
 from __future__ import annotations
@@ -57,6 +58,19 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
                 self._refuse(431, "headers_too_large", "the headers are too large")
             elif self._timer is None:
                 self._arm()
+
+        def eof_received(self) -> bool | None:
+            if self._refused or self.transport.is_closing() or self.pipeline:
+                return None
+            cycle = self.cycle
+            in_body = cycle is not None and cycle.more_body and not cycle.response_started
+            if not in_body and not self._header_bytes:
+                return None  # between requests, or the client has left before its answer
+            if in_body:
+                cycle.disconnected = True
+                cycle.message_event.set()
+            self._refuse(400, "cut_off", "the connection ended before the request did")
+            return True  # the transport stays until the answer is out
 
         def shutdown(self) -> None:
             if self.cycle is None or self.cycle.response_complete:

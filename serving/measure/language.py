@@ -25,6 +25,7 @@ __all__ = ["bench_language"]
 
 EXPORT_KIND = "vllm-export"
 _PROMPT = "Write a long story about a lighthouse keeper and the sea."
+_NO_COMPARISON = "speed against full precision: on a CPU vLLM computes FP8 weights in bf16, so there is none to see"
 _SCALE_ENDINGS = ("_scale", "_scale_inv")
 
 
@@ -54,12 +55,10 @@ def bench_language(export: Path, config: BenchConfig, *, vllm_python: str | None
             together = list(pool.map(lambda _: _ask(url, config.tokens), range(config.concurrency * 2)))
         wall = time.perf_counter() - started
     rows = [*_sizes(artifact), *_speeds(alone, together, wall, config.concurrency)]
-    record = write_measure(
-        artifact, "bench", config, rows, packages=(),
-        not_measured=["speed against full precision: on a CPU vLLM computes FP8 weights in bf16, so there is none to see"]
-        if environment.plugin else [],
+    return write_measure(
+        artifact, "bench", config, rows, packages=(), versions=environment.versions,
+        not_measured=[_NO_COMPARISON] if environment.plugin else [],
     )  # fmt: skip
-    return record
 
 
 def _ask(url: str, tokens: int) -> _Answer:
@@ -118,7 +117,8 @@ def _sizes(artifact: Artifact) -> list[Figure]:
     return [
         Figure(what="size of the weights", name="size_bytes", value=stored, unit="bytes"),
         Figure(
-            what="size in bf16", name="float_size_bytes", value=2 * elements, unit="bytes", detail="two bytes an element"
+            what="size in bf16", name="float_size_bytes", value=2 * elements, unit="bytes",
+            detail="two bytes an element",
         ),
         Figure(what="share of the bf16 size", name="size_ratio", value=stored / (2 * elements), unit=""),
     ]  # fmt: skip

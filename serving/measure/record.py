@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +59,7 @@ def measure_path(export: Path, stage: Stage) -> Path:
 
 def write_measure(
     artifact: Artifact, stage: Stage, settings: FrozenConfig, rows: Sequence[Figure], *, packages: Sequence[str],
-    gates: Sequence[Gate] = (), not_measured: Sequence[str] = (),
+    gates: Sequence[Gate] = (), not_measured: Sequence[str] = (), versions: Mapping[str, str] | None = None,
 ) -> MeasureRecord:  # fmt: skip
     """Write a record beside its export, in one step.
 
@@ -69,7 +69,8 @@ def write_measure(
     failed = [f"{gate.name}: {gate.value:g} ({gate.threshold:g}) {gate.detail}" for gate in gates if not gate.passed]
     record = MeasureRecord(
         stage=stage, date=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest, machine=_machine(), versions=installed_versions(packages),
+        manifest_digest=artifact.digest, machine=_machine(),
+        versions={**installed_versions(packages), **(versions or {})},
         settings=settings.model_dump(mode="json"), rows=list(rows), figures={row.name: row.value for row in rows},
         not_measured=list(not_measured), gates=list(gates), reasons=failed, verdict="REJECT" if failed else "ACCEPT",
     )  # fmt: skip

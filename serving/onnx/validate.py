@@ -41,7 +41,7 @@ from fp8pipe.vision.files import read_model_file
 from fp8pipe.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 from fp8pipe.vision.quantized import load_quantized
 from serving.onnx.record import OnnxValidationRecord
-from serving.record import ExportRejectedError, record_path, write_record
+from serving.record import ExportRejectedError, remove_record, write_record
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -102,7 +102,7 @@ def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path |
     onnx_ir = import_onnx_package("onnx_ir")
     artifact = open_artifact(export, kind=EXPORT_KIND)
     source = None if against is None else _parent(artifact, against)
-    record_path(artifact.root).unlink(missing_ok=True)  # an old verdict must not outlive a failure from here on
+    remove_record(artifact.root)  # from here on a failure leaves no verdict
     model = _load(onnx_ir, artifact.root / MODEL_FILE)
     layers = read_layers(model)
     preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)

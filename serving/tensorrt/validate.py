@@ -34,7 +34,7 @@ from fp8pipe.progress import track
 from fp8pipe.vision.files import read_model_file
 from fp8pipe.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 from fp8pipe.vision.quantizers import Kind
-from serving.record import ExportRejectedError, record_path, write_record
+from serving.record import ExportRejectedError, remove_record, write_record
 from serving.tensorrt.language import is_language_export, prove_language
 from serving.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict
 from serving.tensorrt.run import run_engine
@@ -68,7 +68,7 @@ def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = No
     """
     import_onnx_package("onnxruntime")
     artifact = open_artifact(export, kind=EXPORT_KIND, caches=ENGINES)
-    record_path(artifact.root).unlink(missing_ok=True)  # an old verdict must not outlive a failure from here on
+    remove_record(artifact.root)  # from here on a failure leaves no verdict
     if is_language_export(artifact):
         return _concluded(prove_language(artifact), artifact)
     device = next(iter(gpus()), None)

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from fp8pipe.config import FrozenConfig
-from serving.record import ExportRejectedError, record_path, write_record
+from serving.record import ExportRejectedError, record_path, remove_record, write_record
 
 __all__ = [
     "CanaryAnswer",
@@ -19,6 +19,7 @@ __all__ = [
     "ValidationRecord",
     "WeightReport",
     "record_path",
+    "remove_record",
     "write_record",
 ]
 

@@ -23,7 +23,7 @@ from fp8pipe.progress import track
 from serving.vllm.engine import ProbeJob, run_probe
 from serving.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from serving.vllm.expected import ExpectedWeights, count_differences, open_export
-from serving.vllm.record import ExportRejectedError, ValidationRecord, WeightReport, record_path, write_record
+from serving.vllm.record import ExportRejectedError, ValidationRecord, WeightReport, remove_record, write_record
 from serving.vllm.reference import Reference, chat_ids, load_tokenizer
 
 __all__ = ["CANARY_PROMPTS", "LOGPROB_THRESHOLD", "validate_export"]
@@ -83,7 +83,7 @@ def validate_export(
     environment = inspect_environment(find_vllm_python(vllm_python))
     _require_cpu(environment)
     _require_plugin(environment, artifact)
-    record_path(artifact.root).unlink(missing_ok=True)  # an old verdict must not outlive a failure from here on
+    remove_record(artifact.root)  # from here on a failure leaves no verdict
     record = _validate(artifact, expected, environment, prompts, max_tokens, timeout_s)
     path = write_record(record, artifact.root)
     if record.verdict == "REJECT":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from exporters.vllm import ExportFormat, LintFindingsError, VllmExportOptions, export_vllm, plan_export
 from exporters.vllm.lint import lint
+from fp8pipe.artifact import write_sealed
 from fp8pipe.errors import LintRefusedError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -160,7 +161,7 @@ def test_orientation_that_contradicts_the_model(gpt2: Path, falqon: Callable[...
     source = falqon(gpt2)
     manifest = json.loads((source / "manifest.json").read_text())
     manifest["extra"]["transposed"] = manifest["extra"]["transposed"][1:]
-    (source / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(source / "manifest.json", json.dumps(manifest))
     with pytest.raises(LintFindingsError) as caught:
         export_vllm(source, tmp_path / "export", FP8)
     assert rules(caught) == {"orientation"}

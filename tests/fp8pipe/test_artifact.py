@@ -26,6 +26,7 @@ from fp8pipe.artifact import (
     disk_guard,
     open_artifact,
     translate_disk_full,
+    write_sealed,
 )
 from fp8pipe.artifact.disk import free_bytes
 from fp8pipe.errors import BadArtifactError, ConfigurationError, OutOfMemoryError
@@ -141,7 +142,7 @@ def test_added_files_are_reported(tmp_path):
 
 def change_manifest(root: Path, **changes: object) -> None:
     path = root / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_sealed(path, json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_newer_schema_is_refused_naming_both_versions(tmp_path):
@@ -165,7 +166,7 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, changes):
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_a_manifest_that_is_no_object_is_refused(tmp_path, text):
     write(tmp_path / "a")
-    (tmp_path / "a" / "manifest.json").write_text(text)
+    write_sealed(tmp_path / "a" / "manifest.json", text)
     with pytest.raises(BadArtifactError, match="not a valid manifest"):
         open_artifact(tmp_path / "a")
 
@@ -256,7 +257,7 @@ def test_excluded_names_do_not_reach_the_artifact(tmp_path):
     (writer.root / "checkpoint" / "state.safetensors").write_bytes(b"x")
     (writer.root / "w.bin").write_bytes(b"y")
     artifact = writer.commit(exclude=["checkpoint", "never-there"])
-    assert sorted(path.name for path in artifact.root.iterdir()) == ["manifest.json", "w.bin"]
+    assert sorted(path.name for path in artifact.root.iterdir()) == ["manifest.json", "manifest.sha256", "w.bin"]
 
 
 def test_links_are_refused(tmp_path):

@@ -23,6 +23,7 @@ LEFT = (
     "pytorch_model.bin",
     "tokenizer.bin",
     "manifest.json",
+    "manifest.sha256",
     "plot.png",
     "notes/LICENSE",
 )

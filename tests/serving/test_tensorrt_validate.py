@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.tensorrt import TrtExportOptions, export_tensorrt, ready_engine
-from fp8pipe.artifact import MANIFEST_NAME, Manifest
+from fp8pipe.artifact import MANIFEST_NAME, Manifest, write_sealed
 from fp8pipe.cli import main
 from fp8pipe.config import build_config
 from fp8pipe.errors import BadArtifactError, MissingCapabilityError
@@ -49,7 +49,7 @@ def _edit(export, change):
     manifest = Manifest.from_json(path.read_text(), where="test")
     extra = json.loads(json.dumps(manifest.extra))
     change(extra)
-    path.write_text(manifest.model_copy(update={"extra": extra}).to_json())
+    write_sealed(path, manifest.model_copy(update={"extra": extra}).to_json())
 
 
 def test_the_command_line_says_what_was_proved_and_what_was_not(export):

@@ -10,7 +10,7 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.tensorrt import EngineSource, TrtExportOptions, engine_cache, export_tensorrt, ready_engine
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder
-from fp8pipe.artifact import MANIFEST_NAME, Manifest, open_artifact, sha256_file
+from fp8pipe.artifact import MANIFEST_NAME, Manifest, open_artifact, sha256_file, write_sealed
 from fp8pipe.config import build_config
 from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.vision.quantizers import Kind
@@ -65,7 +65,7 @@ def _edited(root, change):
     manifest = Manifest.from_json(path.read_text(), where="test")
     extra = json.loads(json.dumps(manifest.extra))
     change(extra["engines"]["8.9"]["recipe"])
-    path.write_text(manifest.model_copy(update={"extra": extra}).to_json())
+    write_sealed(path, manifest.model_copy(update={"extra": extra}).to_json())
 
 
 def _older(root):
@@ -86,7 +86,7 @@ def _without_recipe(root):
     extra = json.loads(json.dumps(manifest.extra))
     del extra["engines"]["8.9"]["recipe"]
     config = {key: value for key, value in manifest.config.items() if key != "enterprise"}
-    path.write_text(manifest.model_copy(update={"extra": extra, "config": config}).to_json())
+    write_sealed(path, manifest.model_copy(update={"extra": extra, "config": config}).to_json())
 
 
 @pytest.mark.parametrize(
