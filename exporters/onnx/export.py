@@ -37,6 +37,7 @@ from fp8pipe.artifact import (
     open_artifact,
 )
 from fp8pipe.errors import ConfigurationError
+from fp8pipe.model_card import CARD_FILE, write_card
 from fp8pipe.progress import track
 from fp8pipe.vision.exact import ExactVit
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
@@ -212,10 +213,13 @@ def _commit(
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
     float_kind = all(w.kind is Kind.E4M3 for w in quantized.weights.values())
+    layers = [_record(site.name, site.shape, quantized) for site in quantized.structure.linears]
+    parent = artifact.as_parent()
+    write_card(writer, source=artifact.root, parent=parent, format=options.format.value, layers=layers)
     return writer.commit(
         config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
-        parents=[artifact.as_parent()],
+        parents=[parent],
         number_format=NumberFormat(name="e4m3" if float_kind else "int", granularity="per-channel"),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
         runtime={
@@ -225,7 +229,8 @@ def _commit(
             "disabled_optimizers": list(DISABLED_OPTIMIZERS),
             "session_entries": dict(SESSION_ENTRIES),
         },
-        layers=[_record(site.name, site.shape, quantized) for site in quantized.structure.linears],
+        layers=layers,
+        volatile=[CARD_FILE],
         versions=versions,
         extra=extra,
     )

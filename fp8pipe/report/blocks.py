@@ -53,10 +53,10 @@ class Lines:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """An SVG (markup) with its caption."""
+    """An SVG (markup) with its caption; the parts are joined as they are."""
 
     svg: Any
-    caption: str
+    caption: Sequence[Cell]
 
 
 @dataclass(frozen=True, slots=True)

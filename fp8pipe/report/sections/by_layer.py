@@ -14,7 +14,7 @@ __all__ = ["section"]
 _KEY = "last_flush_layers"
 _SHOWN = (
     ("saturated", Form.PERCENT, "Saturation: share of targets beyond the largest code."),
-    ("norm_ratio", Form.RATIO, "Survival in size: change applied over change intended; may exceed 1 (compensated rounding)."),
+    ("norm_ratio", Form.RATIO, "Survival in size: change applied over change intended; compensation may exceed 1."),
     ("cosine", Form.RATIO, "Survival in direction: cosine of the change applied and the change intended."),
     ("changed", Form.PERCENT, "Codes that changed."),
 )
@@ -50,9 +50,9 @@ def _layers(subject: Subject, item: Item) -> Iterator[Block]:
         cells = _cells(subject, item, names, key, form)
         if not cells:
             continue
-        if not any(figure.value for _, figure in cells):
-            caption += " Zero in every layer."
-        drawings.append(Drawing(grid(cells, f"{key} by layer of {item.name}"), caption))
+        largest = max(cells, key=lambda cell: abs(cell[1].value))
+        strongest = [" Largest: ", largest[1], f" in {largest[0]}."] if largest[1].value else [" Zero in every layer."]
+        drawings.append(Drawing(grid(cells, f"{key} by layer of {item.name}"), [caption, *strongest]))
     yield Text([f"{len(names)} layers. Layers that read one input (q, k, v; gate, up) are one layer here."], item.name)
     yield Drawings(drawings)
     documents, place = subject.documents, (item.manifest, "extra", _KEY)

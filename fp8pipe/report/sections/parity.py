@@ -58,12 +58,11 @@ def _layers(subject: Subject, record: Record) -> Iterator[Block]:
             cells.append((layer["layer"], figure))
     if cells:
         worst = max(cells, key=lambda cell: cell[1].value)
-        yield Drawings([Drawing(
-            grid(cells, "error by layer"),
-            "Error of each product in the engine against the exact result of its codes, over its largest output; "
-            "each product is fed the same input on both sides.",
-        )])  # fmt: skip
-        yield Text(["Largest: ", worst[1], f" in {worst[0]}."])
+        caption = [
+            "Error of each product in the engine against the exact result of its codes, over its largest output; each "
+            "is fed the same input on both sides. Largest: ", worst[1], f" in {worst[0]}.",
+        ]  # fmt: skip
+        yield Drawings([Drawing(grid(cells, "error by layer"), caption)])
     rows = [
         [layer["layer"], *(documents.figure(record.file, "layers", index, key) for key in ("error", "torch_error")),
          documents.figure(record.file, "layers", index, "differing_codes", form=Form.COUNT)]

@@ -60,7 +60,7 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
     root = item.artifact.root
     given = None if subject.image is None else read_image(root, subject.image)
     try:
-        made = attention_maps(root, load_file(root / IMAGES)["images"][:_SHOWN])
+        made = attention_maps(root, load_file(root / IMAGES)["images"][: _SHOWN - (given is not None)])
         real = [] if given is None else attention_maps(root, given)
     except Fp8PipeError as error:
         yield Missing(f"Attention could not be computed: {error.what}. {error.why}.", error.fix)

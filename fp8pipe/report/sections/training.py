@@ -43,13 +43,13 @@ def _curves(subject: Subject, item: Item) -> Iterator[Block]:
     drawings = []
     if curves:
         svg = line_chart(curves, f"loss of {item.name}")
-        drawings.append(Drawing(svg, f"Loss against optimizer steps, {_unit(item)}."))
+        drawings.append(Drawing(svg, [f"Loss against optimizer steps, {_unit(item)}."]))
     for key, meaning in _HEALTH.items():
         for prefix, when in (("flush", "flushed at each step"), ("pending", "were it rounded now")):
             found = _series(subject, item, f"{prefix}_{key}", f"{key.replace('_', ' ')}, {when}")
             if found is not None:
                 svg = line_chart([found], f"{key} of {item.name}", low=0.0)
-                drawings.append(Drawing(svg, meaning[0].upper() + meaning[1:] + "."))
+                drawings.append(Drawing(svg, [meaning[0].upper() + meaning[1:] + "."]))
     yield Drawings(drawings)
     if item.kind == "falqon" and len(drawings) < 2:
         yield Missing("The health of the update was not logged.", "fp8pipe finetune, with a smaller log_every")
