@@ -221,7 +221,7 @@ def opened(export, arguments):
 
 def overload(export, arguments):
     """Twice the throughput, then half of it. The queue is short: a long one would swallow a short flood."""
-    queue = str(2 * arguments.clients)
+    queue = str(arguments.clients)
     with running(export, "--no-access-log", "--queue", queue, *arguments.serve) as server:
         make, _ = maker(server)
         _, most = asyncio.run(closed_loop(make, arguments.clients, arguments.seconds))
