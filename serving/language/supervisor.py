@@ -44,7 +44,7 @@ class SupervisorConfig(FrozenConfig):
     probe_timeout_s: float = Field(default=10, gt=0, description="a health probe must be answered by then, seconds")
     probe_failures: int = Field(default=3, ge=1, description="unanswered probes in a row after which it is killed")
     engine_timeout_s: float = Field(
-        default=120, gt=0, description="an engine that is asked for a token and makes none for so long is killed, seconds"
+        default=120, gt=0, description="an engine asked for a token that makes none for so long is killed, seconds"
     )
     engine_probe_every_s: float = Field(default=10, gt=0, description="between requests for one token, seconds")
     first_delay_s: float = Field(default=1, gt=0, description="before the first restart, seconds; doubles each time")

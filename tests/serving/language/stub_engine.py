@@ -45,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         return
 
     def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))  # else it would be taken for the next request
         if self.path == "/metrics":
             self._answer(b"# TYPE vllm:stub gauge\nvllm:stub 1.0\n", "text/plain")
         else:
@@ -64,8 +65,18 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer(body, "application/octet-stream")
 
-    def _answer(self, body: bytes, kind: str = "application/json") -> None:
-        self.send_response(200)
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(b"", status=405)
+
+    do_DELETE = do_OPTIONS = do_PUT
+
+    def do_HEAD(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(b"")
+
+    def _answer(self, body: bytes, kind: str = "application/json", status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
