@@ -211,9 +211,12 @@ def test_a_bucket_of_tokens():
         async def send(message):
             sent.append(message)
 
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
         scope = {"type": "http", "path": "/v1/classify", "headers": [], "client": ("a", 1), "state": {}}
         limit._buckets["a"] = (0.0, time.monotonic())
-        await limit(scope, None, send)
+        await limit(scope, receive, send)
 
     asyncio.run(call())
     assert sent[0]["status"] == 429
