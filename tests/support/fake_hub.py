@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _begin(self) -> bytes:
         self.hub.calls.append(f"{self.command} {self.path}")
-        if not self.path.startswith(("/blob/", "/api/validate-yaml")):
+        if self.path.startswith(("/api/repos/", "/api/models/")) or ".git/" in self.path:
             self.hub.tokens.add(self.headers.get("authorization"))
         if self.headers.get("transfer-encoding", "").lower() == "chunked":
             parts = []
