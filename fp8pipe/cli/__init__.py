@@ -32,6 +32,7 @@ COMMANDS = {
     "inspect": "Show what an artifact is, and where it came from.",
     "verify": "Re-hash every file of an artifact.",
     "report": "Write a run or an artifact as one HTML page for people.",
+    "push": "Upload an artifact to a repository of the Hugging Face hub.",
     "schema": "Print the JSON schema of recipes, for editors.",
     "doctor": "Show what this machine can run, and how to get what is missing.",
 }
