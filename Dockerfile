@@ -6,11 +6,11 @@
 #
 # Compilers and pip stay in the stages that build. The final ones hold an interpreter, a virtual environment made from
 # pinned requirements, and fp8pipe, and run as a user without rights. Nothing is written outside /tmp.
-# `--build-arg PIP_EXTRA_INDEX_URL=...` names the index that has CPU builds of torch, which all but
-# llm-gpu need.
+# `--build-arg PIP_EXTRA_INDEX_URL=...` names the index that has CPU builds of torch, which llm-cpu needs.
 
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
-ARG CUDA_IMAGE=nvidia/cuda:12.9.1-cudnn-runtime-ubuntu24.04
+# CUDA 13, as the pinned onnxruntime-gpu is linked against.
+ARG CUDA_IMAGE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 FROM ${PYTHON_IMAGE} AS wheel
@@ -24,7 +24,6 @@ COPY calibration calibration
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . ./serving/vllm_plugin
 
 FROM ${PYTHON_IMAGE} AS vision-cpu-build
-ARG PIP_EXTRA_INDEX_URL=
 COPY serving/container/requirements-vision-cpu.txt /requirements.txt
 RUN python -m venv /opt/fp8pipe && /opt/fp8pipe/bin/pip install --no-cache-dir --no-deps -r /requirements.txt
 COPY --from=wheel /wheels /wheels
@@ -80,7 +79,6 @@ FROM ${CUDA_IMAGE} AS vision-gpu-build
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
-ARG PIP_EXTRA_INDEX_URL=
 COPY serving/container/requirements-vision-gpu.txt /requirements.txt
 RUN python3 -m venv /opt/fp8pipe && /opt/fp8pipe/bin/pip install --no-cache-dir --no-deps -r /requirements.txt
 COPY --from=wheel /wheels /wheels

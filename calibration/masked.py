@@ -27,6 +27,7 @@ _LAST_SHARE: Final = 0.1
 _DROPPED: Final = 0.3
 
 
+@torch.autocast("cpu", enabled=False)
 def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
     """Negative Gaussian entropy of the cosines among patches' attention rows.
 
@@ -48,6 +49,7 @@ def rounded(values: Tensor, bits: int) -> Tensor:
     return values + ((values / step).round() * step - values).detach()
 
 
+@torch.autocast("cpu", enabled=False)
 def asked_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[Tensor, Tensor]:
     """What one attention answers to `asking`, in float and rounded.
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fp8pipe.artifact import Gate
 from fp8pipe.errors import GateFailedError
 from fp8pipe.vision.files import write_model_file
 from fp8pipe.vision.preprocessing import PREPROCESSING_FILE
-from fp8pipe.vision.quantized import QuantizedVit
 
-__all__ = ["CLASSES_FILE", "require_gates", "write_description"]
+if TYPE_CHECKING:
+    from fp8pipe.vision.quantized import QuantizedVit
+
+__all__ = ["CLASSES_FILE", "MODEL_FILE", "require_gates", "write_description"]
 
 CLASSES_FILE: Final = "classes.json"
+MODEL_FILE: Final = "model.onnx"
 
 
 def write_description(root: Path, quantized: QuantizedVit) -> None:

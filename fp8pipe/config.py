@@ -8,6 +8,7 @@ train for an hour with the default), and YAML is read with a safe loader that al
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fp8pipe.errors import ConfigurationError
 
-__all__ = ["FrozenConfig", "build_config", "load_config"]
+__all__ = ["FrozenConfig", "assign", "build_config", "load_config", "read_yaml"]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -55,7 +56,7 @@ def build_config(cls: type[T], values: Mapping[str, object]) -> T:
         findings = [_finding(cls, item) for item in error.errors(include_url=False)]
     count = len(findings)
     raise ConfigurationError(
-        f"{cls.__name__} has {count} invalid {'value' if count == 1 else 'values'}",
+        f"the {_spoken(cls)} settings have {count} invalid {'value' if count == 1 else 'values'}",
         why="; ".join(findings),
         fix="correct the values named above",
     )
@@ -72,9 +73,9 @@ def load_config(cls: type[T], path: Path, overrides: Mapping[str, object] | None
     Raises:
         ConfigurationError: unreadable file, invalid YAML, or invalid values.
     """
-    values = _read_yaml(Path(path))
+    values = read_yaml(Path(path))
     for dotted, value in (overrides or {}).items():
-        _assign(values, dotted, value)
+        assign(values, dotted, value)
     return build_config(cls, values)
 
 
@@ -94,7 +95,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file counts as an empty mapping.
+
+    Raises:
+        ConfigurationError: unreadable, not YAML, a key given twice, or no mapping.
+    """
     try:
         # A subclass of SafeLoader: plain data only, no Python objects.
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
@@ -119,7 +125,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def _assign(values: dict[str, Any], dotted: str, value: object) -> None:
+def assign(values: dict[str, Any], dotted: str, value: object) -> None:
     """Set `values["a"]["b"] = value` for the dotted key `a.b`, creating mappings on the way."""
     *parents, last = dotted.split(".")
     here = values
@@ -135,6 +141,12 @@ def _assign(values: dict[str, Any], dotted: str, value: object) -> None:
             )
         here = child
     here[last] = value
+
+
+def _spoken(cls: type[BaseModel]) -> str:
+    """A configuration's name for people: QuantizeVitConfig becomes quantize-vit."""
+    words = re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
+    return "-".join(word.lower() for word in words if word not in ("Config", "Options", "Settings", "Spec"))
 
 
 def _finding(cls: type[BaseModel], item: Any) -> str:

@@ -93,11 +93,11 @@ class LoraMethod:
         for name, parameter in self.parameters().items():
             parameter.data.copy_(state[name])
 
-    def finish(self, model: nn.Module, inputs: Inputs) -> FlushReport | None:
+    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
         """Merge the adapters into bf16 weights; NF4 weights are dequantized first, as they were trained."""
         for name in self._names:
             _merge(model, name)
-        return None
+        return {}
 
     def deployed_weights(self) -> Weights:
         """The merged bf16 weights, in the checkpoint's orientation, by linear layer."""

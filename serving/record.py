@@ -42,12 +42,17 @@ def remove_record(export: Path) -> None:
     remove_sealed(record_path(export))
 
 
-def write_record(record: BaseModel, export: Path) -> Path:
+def write_record(record: BaseModel, export: Path, *, place: Path | None = None) -> Path:
     """Write the record with its seal: a reader sees the old file or the new one, whole.
+
+    Args:
+        record: what was found.
+        export: the export's directory.
+        place: where to write; `<export>.validation.json` when None.
 
     Raises:
         OutOfMemoryError: the disk is full.
     """
-    path = record_path(export)
+    path = place or record_path(export)
     with translate_disk_full(path.parent):
         return write_sealed(path, record.model_dump_json(indent=2) + "\n")

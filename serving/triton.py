@@ -135,11 +135,10 @@ def _parameter(key: str, value: str) -> str:
 
 
 def _width(model: Path) -> int:
-    import onnx
+    from exporters.onnx.runtime import open_session
 
-    graph = onnx.load(model, load_external_data=False).graph
-    size = int(graph.output[0].type.tensor_type.shape.dim[-1].dim_value)
-    if size < 1:
+    size = open_session(model).get_outputs()[0].shape[-1]
+    if not isinstance(size, int) or size < 1:
         raise BadArtifactError(f"{model} has no fixed number of outputs", why="Triton needs one", fix="export again")
     return size
 

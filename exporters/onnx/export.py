@@ -25,7 +25,7 @@ from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
 from exporters.onnx.produce import QuantizedGraph, as_exported, quantize_graph
 from exporters.onnx.reopen import reopen_gates
 from exporters.onnx.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
-from exporters.vision import CLASSES_FILE, require_gates, write_description
+from exporters.vision import CLASSES_FILE, MODEL_FILE, require_gates, write_description
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -37,6 +37,7 @@ from fp8pipe.artifact import (
     open_artifact,
 )
 from fp8pipe.errors import ConfigurationError
+from fp8pipe.model_card import CARD_FILE, write_card
 from fp8pipe.progress import track
 from fp8pipe.vision.exact import ExactVit
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 EXPORT_KIND: Final = "onnx-export"
 SOURCE_KIND: Final = "vit"
-MODEL_FILE: Final = "model.onnx"
 _LAYER_IMAGES: Final = 4
 
 
@@ -213,10 +213,13 @@ def _commit(
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
     float_kind = all(w.kind is Kind.E4M3 for w in quantized.weights.values())
+    layers = [_record(site.name, site.shape, quantized) for site in quantized.structure.linears]
+    parent = artifact.as_parent()
+    write_card(writer, source=artifact.root, parent=parent, format=options.format.value, layers=layers)
     return writer.commit(
-        config=options.model_dump(mode="json"),
+        config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
-        parents=[artifact.as_parent()],
+        parents=[parent],
         number_format=NumberFormat(name="e4m3" if float_kind else "int", granularity="per-channel"),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
         runtime={
@@ -226,7 +229,8 @@ def _commit(
             "disabled_optimizers": list(DISABLED_OPTIMIZERS),
             "session_entries": dict(SESSION_ENTRIES),
         },
-        layers=[_record(site.name, site.shape, quantized) for site in quantized.structure.linears],
+        layers=layers,
+        volatile=[CARD_FILE],
         versions=versions,
         extra=extra,
     )

@@ -47,6 +47,7 @@ from fp8pipe.artifact import (
     open_artifact,
     sha256_file,
 )
+from fp8pipe.model_card import CARD_FILE, write_card
 from fp8pipe.progress import track
 from fp8pipe.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.vision.quantizers import granularity
@@ -249,17 +250,21 @@ def _commit(
     products: dict[str, str],
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "timm"))
+    layers = [
+        LayerRecord(name=s.name, converted=s.name in quantized.weights, reason=options.base.value, shape=s.shape)
+        for s in quantized.structure.linears
+    ]
+    parent = artifact.as_parent()
+    write_card(writer, source=artifact.root, parent=parent, format=format.value, layers=layers)
     return writer.commit(
-        config=options.model_dump(mode="json"),
+        config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
-        parents=[artifact.as_parent()],
+        parents=[parent],
         number_format=NumberFormat(name=format.kind.value, granularity=granularity(format.kind)),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
         runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": graph.model.opset_imports[""]},
-        layers=[
-            LayerRecord(name=s.name, converted=s.name in quantized.weights, reason=options.base.value, shape=s.shape)
-            for s in quantized.structure.linears
-        ],
+        layers=layers,
+        volatile=[CARD_FILE],
         versions=versions,
         extra={
             "format": format.value,

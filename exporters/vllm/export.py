@@ -14,6 +14,7 @@ from exporters.vllm.structure import read_structure
 from exporters.vllm.writer import write_weights
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, check_place
 from fp8pipe.errors import ConfigurationError, GateFailedError
+from fp8pipe.model_card import CARD_FILE, write_card
 from fp8pipe.progress import track
 
 __all__ = ["EXPORT_KIND", "export_vllm", "plan_export", "plan_warnings"]
@@ -131,10 +132,14 @@ def _require(gates: list[Gate], root: Path) -> None:
 
 def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
     quantized = plan.options.format.quantized
+    parent = plan.source.parent
+    write_card(
+        writer, source=plan.source.root, parent=parent, format=plan.options.format.value, layers=plan.layers
+    )
     return writer.commit(
-        config=plan.options.model_dump(mode="json"),
+        config=plan.options.model_dump(mode="json", exclude={"force"}),
         seed=None,
-        parents=[plan.source.parent],
+        parents=[parent],
         number_format=NumberFormat(name="e4m3", granularity="per-channel") if quantized else None,
         runtime={
             "engine": "vllm",
@@ -143,6 +148,7 @@ def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
             "tested": plan.schema.tested,
         },
         layers=list(plan.layers),
+        volatile=[CARD_FILE],
         extra={
             "format": plan.options.format.value,
             "transposed": [u.entry.name for u in plan.units if u.quantized and u.transposed],

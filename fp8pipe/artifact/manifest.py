@@ -64,6 +64,10 @@ class Gate(FrozenConfig):
     threshold: float = Field(description="what it was compared with")
     passed: bool = Field(description="the verdict")
     detail: str = Field(default="", description="unit, direction of the comparison, or why it failed")
+    failure: Literal["ANOMALOUS", "REGRESSION"] = Field(
+        default="ANOMALOUS",
+        description="what its failing means: two things differ that must be equal, or a figure got worse than accepted",
+    )
 
 
 class Parent(FrozenConfig):

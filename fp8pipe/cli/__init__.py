@@ -18,17 +18,23 @@ from fp8pipe.cli.common import Console, failure_of
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "run": "Run a recipe: a model from base to a served, proven export.",
     "finetune": "Fine-tune a language model in FP8, or with LoRA or QLoRA.",
     "quantize-vit": "Quantize a vision transformer, by default without any data.",
     "export": "Write an artifact as a checkpoint that an engine serves.",
     "lint": "Say what TensorRT would refuse or build slowly in an ONNX graph.",
     "validate": "Run an export in its engine and prove that it serves what was made.",
+    "bench": "Measure speed and size of an export against full precision.",
     "serve": "Serve an export over HTTP.",
+    "serve-check": "Start the service of an export, ask it, and end it.",
     "serve-repository": "Write an export as a model repository for Triton.",
     "serve-key": "Make an API key for a service.",
     "inspect": "Show what an artifact is, and where it came from.",
     "verify": "Hash everything in a directory again, and repeat the cheap gates.",
     "sign": "Sign a directory with a key of your own.",
+    "report": "Write a run or an artifact as one HTML page for people.",
+    "push": "Upload an artifact to a repository of the Hugging Face hub.",
+    "schema": "Print the JSON schema of recipes, for editors.",
     "doctor": "Show what this machine can run, and how to get what is missing.",
 }
 

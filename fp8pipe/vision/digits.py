@@ -7,6 +7,9 @@ every choice made in it see the others alone.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +22,8 @@ from fp8pipe.samples import file_sha256
 from fp8pipe.vision.preprocessing import Preprocessing
 
 __all__ = [
-    "DIGITS_CLASSES", "DIGITS_PREPROCESSING", "Digits", "digits_split", "digits_weights_folder", "write_digits",
+    "DIGITS_CLASSES", "DIGITS_PREPROCESSING", "Digits", "digits_folder", "digits_split", "digits_weights_folder",
+    "write_digits",
 ]  # fmt: skip
 
 DIGITS_CLASSES: Final = tuple(str(digit) for digit in range(10))
@@ -84,6 +88,23 @@ def write_digits(folder: Path, part: Digits) -> None:
         (folder / name).mkdir(parents=True)
     for index, (image, label) in enumerate(zip(part.images, part.labels.tolist(), strict=True)):
         Image.fromarray(image[0].numpy()).save(folder / DIGITS_CLASSES[label] / f"{index:04d}.png")
+
+
+def digits_folder() -> Path:
+    """The held-out digits as an image folder in the cache, written when it is not there: `sample:digits`.
+
+    Raises:
+        MissingCapabilityError: scikit-learn is not installed.
+    """
+    cache = Path(os.environ.get("FP8PIPE_CACHE") or Path.home() / ".cache" / "fp8pipe")
+    folder = cache / "samples" / "digits-held-out"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            write_digits(Path(scratch) / "digits", digits_split()[1])
+            with contextlib.suppress(OSError):  # another process was first, with the same pictures
+                (Path(scratch) / "digits").rename(folder)
+    return folder
 
 
 def digits_weights_folder() -> Path:

@@ -4,22 +4,23 @@ An artifact that does not say how its pixels were made is only half a model: ano
 accuracy than 8 bits do. So the recipe is a small frozen configuration, written beside the weights and read by
 training, evaluation, export and serving.
 
-The arithmetic has one order, in float32, for everybody who repeats it: ``((code / 255) - mean) / std``.
+The arithmetic has one order, in float32, for everybody who repeats it: ``((code / 255) - mean) / std``. It stands here
+once, and numpy and torch both run it. torch is imported by the methods that return tensors: a server needs arrays only.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-import torch
+import numpy as np
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from fp8pipe.config import FrozenConfig
 from fp8pipe.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 __all__ = ["PREPROCESSING_FILE", "Preprocessing"]
 
@@ -57,7 +58,7 @@ class Preprocessing(FrozenConfig):
             raise ValueError(f"the crop {self.crop} is larger than the resized image ({self.resize})")
         return self
 
-    def pixels(self, image: Image) -> Tensor:
+    def codes(self, image: Image) -> np.ndarray:
         """The resized and cropped picture.
 
         Args:
@@ -69,7 +70,6 @@ class Preprocessing(FrozenConfig):
         Raises:
             ConfigurationError: floating-point pixels, whose range nobody states.
         """
-        import numpy as np
         from PIL import ImageOps
 
         rgb = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
@@ -78,25 +78,43 @@ class Preprocessing(FrozenConfig):
             rgb = rgb.resize((width, height), _filter(self.interpolation))
         top, left = (round((height - self.crop[0]) / 2), round((width - self.crop[1]) / 2))
         rgb = rgb.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+        return np.ascontiguousarray(np.array(rgb).transpose(2, 0, 1))
+
+    def image_to_array(self, image: Image) -> np.ndarray:
+        """The model's input (3, H, W), float32, normalized. Raises as `codes`."""
+        mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (self.mean, self.std))
+        found: np.ndarray = _normalized(self.codes(image).astype(np.float32), self.divisor, mean, std)
+        return found
+
+    def pixels(self, image: Image) -> Tensor:
+        """`codes` as a tensor."""
+        import torch
+
+        return torch.from_numpy(self.codes(image))
 
     def image_to_tensor(self, image: Image) -> Tensor:
-        """The model's input (3, H, W), float32, normalized. Raises as `pixels`."""
-        return self.normalize(self.pixels(image))
+        """`image_to_array` as a tensor."""
+        import torch
+
+        return torch.from_numpy(self.image_to_array(image))
 
     def normalize(self, codes: Tensor) -> Tensor:
         """(..., 3, H, W) uint8 -> float32, normalized."""
-        mean, std = self._moments(codes)
-        return (codes.to(torch.float32) / self.divisor - mean) / std
+        found: Tensor = _normalized(codes.float(), self.divisor, *self._moments(codes))
+        return found
 
     def to_uint8(self, normalized: Tensor) -> Tensor:
         """The nearest codes: (..., 3, H, W) float32, normalized -> uint8; the inverse of `normalize`."""
+        import torch
+
         mean, std = self._moments(normalized)
         codes = (normalized.to(torch.float32) * std + mean) * self.divisor
         return codes.round().clamp(0, self.divisor).to(torch.uint8)
 
     def valid_range(self) -> tuple[Tensor, Tensor]:
         """What black and white become: (low, high), each (3, 1, 1) float32."""
+        import torch
+
         black = torch.zeros(3, 1, 1, dtype=torch.uint8)
         return self.normalize(black), self.normalize(black + self.divisor)
 
@@ -113,6 +131,8 @@ class Preprocessing(FrozenConfig):
         return self.model_copy(update={"crop": crop, "resize": resize})
 
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
         mean, std = (torch.tensor(v, dtype=torch.float32, device=like.device) for v in (self.mean, self.std))
         return mean.view(3, 1, 1), std.view(3, 1, 1)
 
@@ -125,6 +145,11 @@ class Preprocessing(FrozenConfig):
         return self.resize * height // width, self.resize
 
 
+def _normalized(codes: Any, divisor: int, mean: Any, std: Any) -> Any:
+    """Arrays or tensors of float32."""
+    return (codes / divisor - mean) / std
+
+
 def _filter(name: str) -> int:
     from PIL.Image import Resampling
 
@@ -133,7 +158,6 @@ def _filter(name: str) -> int:
 
 def _eight_bits(image: Image) -> Image:
     """A picture of 8-bit channels: Pillow's own conversion would clip the 16-bit greys to white."""
-    import numpy as np
     from PIL import Image as pil
 
     if image.mode == "F":

@@ -130,6 +130,6 @@ class FalqonMethod:
             tensors[f"{name}.lora_B"] = layer.lora_B.detach().clone()
         return tensors
 
-    def finish(self, model: nn.Module, inputs: Inputs) -> FlushReport:
-        """The last flush of everything still in B."""
+    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+        """The last flush of everything still in B; what it did, by FALQON layer."""
         return settle(model, self.layers, self.rule.final, inputs)

@@ -73,7 +73,7 @@ def settle(
     how: FinalFlush,
     inputs: Inputs,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> FlushReport:
+) -> dict[str, FlushReport]:
     """Flush all of B in every layer; afterwards the codes alone are the model.
 
     Args:
@@ -83,15 +83,17 @@ def settle(
         how: rounding.
         inputs: called for a fresh pass over model inputs.
         on_progress: told the number of layers done so far.
+
+    Returns:
+        What the flush did, by layer.
     """
-    total, done = FlushReport(), 0
+    reports: dict[str, FlushReport] = {}
     for group in _groups(layers, how):
         moments = _second_moments(model, group, inputs) if how is FinalFlush.COMPENSATED else {}
         for name, layer in group.items():
-            total += _settle_layer(layer, moments.get(name))
-            done += 1
-            on_progress(done)
-    return total
+            reports[name] = _settle_layer(layer, moments.get(name))
+            on_progress(len(reports))
+    return reports
 
 
 def _settle_layer(layer: FalqonLinear, moments: Tensor | None) -> FlushReport:
@@ -117,6 +119,20 @@ def _groups(layers: dict[str, FalqonLinear], how: FinalFlush) -> Iterator[dict[s
         used += cost
     if group:
         yield group
+
+
+def held_moments(widths: Iterable[int]) -> int:
+    """Bytes of second moments that a compensated flush holds at once.
+
+    Args:
+        widths: input features of the FALQON layers, in order.
+    """
+    largest = used = 0
+    for width in widths:
+        cost = 4 * width**2
+        used = cost if used and used + cost > _MOMENT_BYTES else used + cost
+        largest = max(largest, used)
+    return largest
 
 
 def _second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:

@@ -57,8 +57,8 @@ class Method(Protocol):
         """Restore `step_state` in place."""
         ...
 
-    def finish(self, model: nn.Module, inputs: Inputs) -> FlushReport | None:
-        """Bring the weights into the form that is deployed."""
+    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+        """Bring the weights into the form that is deployed; what a last flush did, by layer, where there is one."""
         ...
 
     def deployed_weights(self) -> Weights:

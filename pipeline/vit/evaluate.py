@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fp8pipe.errors import ConfigurationError
+from fp8pipe.samples import sample_name
+from fp8pipe.vision.digits import digits_folder
 from fp8pipe.vision.image_folder import ImageFolder, batches, read_image_folder
 from fp8pipe.vision.preprocessing import Preprocessing
 
@@ -17,8 +19,8 @@ Model = Callable[[Tensor], Tensor]
 _ROWS = 64
 
 
-def read_evaluation_folder(path: Path, classes: tuple[str, ...] | None) -> ImageFolder:
-    """The pictures at `path`, whose folders must be the model's classes.
+def read_evaluation_folder(source: str | Path, classes: tuple[str, ...] | None) -> ImageFolder:
+    """The labelled pictures that `source` names, a folder or `sample:digits`; its folders must be the model's classes.
 
     Raises:
         ConfigurationError: no image folder, a model without classes, or classes that do not match.
@@ -29,6 +31,8 @@ def read_evaluation_folder(path: Path, classes: tuple[str, ...] | None) -> Image
             why="it is a backbone: it gives features, not classes",
             fix="put a classifier on it first (scripts/linear_probe.py), or leave --evaluate out",
         )
+    sample = sample_name(str(source), ("digits",), "picture")
+    path = digits_folder() if sample else Path(source)
     folder = read_image_folder(path)
     unknown = sorted(set(folder.classes) - set(classes))
     if unknown:

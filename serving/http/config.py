@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fp8pipe.config import FrozenConfig
 
@@ -28,6 +28,9 @@ class ServeConfig(FrozenConfig):
     port: int = Field(default=8000, ge=0, le=65535, description="port; 0 takes a free one")
     api_key_file: Path | None = Field(default=None, description="file of hashed API keys; none: open to everybody")
     max_body_mb: float = Field(default=16, gt=0, le=4096, description="largest request body, megabytes (10^6 bytes)")
+    max_total_body_mb: float = Field(
+        default=512, gt=0, description="bodies held at once, of all connections, megabytes; more are answered 503"
+    )
     body_timeout_s: float = Field(default=30, gt=0, description="a body must have arrived by then, seconds")
     header_timeout_s: float = Field(default=10, gt=0, description="so must the headers, once begun, seconds")
     keep_alive_s: float = Field(default=75, gt=0, description="an idle connection is closed after, seconds")
@@ -50,7 +53,19 @@ class ServeConfig(FrozenConfig):
         default=False, description="allow batch sizes whose rows differ in bits from the same images run alone"
     )
 
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> ServeConfig:
+        if self.max_total_body_mb < self.max_body_mb:
+            raise ValueError(f"max_total_body_mb ({self.max_total_body_mb:g}) is less than max_body_mb "
+                             f"({self.max_body_mb:g})")  # fmt: skip
+        return self
+
     @property
     def max_body_bytes(self) -> int:
         """Largest request body, bytes."""
         return int(self.max_body_mb * 1_000_000)
+
+    @property
+    def max_total_body_bytes(self) -> int:
+        """All bodies together, bytes."""
+        return int(self.max_total_body_mb * 1_000_000)

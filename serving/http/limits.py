@@ -1,7 +1,9 @@
 """What one request, one client and one slow sender may take.
 
 The body is counted while it streams, whatever Content-Length says, and must have arrived by a deadline: a body that
-trickles in is answered 408. The rate is a bucket of tokens a key, or an address where there are no keys.
+trickles in is answered 408. The bodies of all connections together are bounded too, or a thousand permitted ones would
+fill the memory: what does not fit is answered 503. The rate is a bucket of tokens a key, or an address where there are
+no keys.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 from serving.http.problems import Problem, Receive, Scope, Send, send_problem
 
-__all__ = ["BodyLimitMiddleware", "RateLimitMiddleware"]
+__all__ = ["BodyAccount", "BodyBudget", "BodyLimitMiddleware", "RateLimitMiddleware", "account_of", "refuse"]
 
 _CLIENTS = 10_000
 # Before refusing, this much is read and thrown away: a sender that is cut off while sending never reads the answer.
@@ -22,25 +24,67 @@ _DISCARD_BYTES = 256_000_000
 _DISCARD_S = 5.0
 
 
-class BodyLimitMiddleware:
-    """Bounds a body's size and its time of arrival."""
+class BodyBudget:
+    """How many bytes of bodies the service holds, and may hold, over all connections."""
 
-    def __init__(self, app: Any, max_bytes: int, timeout_s: float) -> None:
-        self.app, self.max_bytes, self.timeout_s = app, max_bytes, timeout_s
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.held = max_bytes, 0
+
+
+class BodyAccount:
+    """What one request holds of a budget, until it is answered."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget, self._held = budget, 0
+
+    def take(self, count: int) -> None:
+        """Hold `count` bytes more.
+
+        Raises:
+            Problem: 503, they do not fit.
+        """
+        if self._budget.held + count > self._budget.max_bytes:
+            raise Problem(
+                503, "overloaded", "the bodies of all requests together are too large now", "try again in a second",
+                {"Retry-After": "1", "Connection": "close"},
+            )  # fmt: skip
+        self._budget.held += count
+        self._held += count
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        self._budget.held -= self._held
+        self._held = 0
+
+
+def account_of(scope: Scope) -> BodyAccount:
+    """The account of a request, for bodies that grow after they were received."""
+    account: BodyAccount = scope["state"]["body_account"]
+    return account
+
+
+class BodyLimitMiddleware:
+    """Bounds a body's size, its time of arrival, and the size of all bodies."""
+
+    def __init__(self, app: Any, max_bytes: int, timeout_s: float, budget: BodyBudget) -> None:
+        self.app, self.max_bytes, self.timeout_s, self.budget = app, max_bytes, timeout_s, budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says. What the app sees of a body too large or too slow is a `Problem`, raised by `receive`."""
+        """As ASGI says. What the app sees of a body that cannot be taken is a `Problem`, raised by `receive`."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         stated = headers.get(b"content-length", b"")
         if stated.isdigit() and int(stated[:20]) > self.max_bytes:
-            if headers.get(b"expect", b"").lower() != b"100-continue":
-                await _discard(receive)
-            await send_problem(self._too_large(), scope, receive, send)
+            await refuse(self._too_large(), scope, receive, send)
             return
-        await self.app(scope, _Limited(self, receive), send)
+        account = BodyAccount(self.budget)
+        scope.setdefault("state", {})["body_account"] = account
+        try:
+            await self.app(scope, _Limited(self, receive, account), send)
+        finally:
+            account.close()
 
     def _too_large(self) -> Problem:
         limit = f"{self.max_bytes / 1e6:g} MB"
@@ -59,8 +103,8 @@ class BodyLimitMiddleware:
 class _Limited:
     """A `receive` that counts bytes and time."""
 
-    def __init__(self, limits: BodyLimitMiddleware, receive: Receive) -> None:
-        self._limits, self._receive, self._left = limits, receive, limits.max_bytes
+    def __init__(self, limits: BodyLimitMiddleware, receive: Receive, account: BodyAccount) -> None:
+        self._limits, self._receive, self._left, self._account = limits, receive, limits.max_bytes, account
         self._deadline = asyncio.get_running_loop().time() + limits.timeout_s
         self._complete = False
 
@@ -73,13 +117,25 @@ class _Limited:
         except TimeoutError:
             raise self._limits._too_slow() from None
         if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            self._left -= size
             self._complete = not message.get("more_body", False)
-            if self._left < 0:
+            try:
+                if self._left < 0:
+                    raise self._limits._too_large()
+                self._account.take(size)
+            except Problem:
                 if not self._complete:
                     await _discard(self._receive)
-                raise self._limits._too_large()
+                raise
         return message
+
+
+async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before the body was read: it is thrown away first, unless the client waits to be asked for it."""
+    if (b"expect", b"100-continue") not in ((name, value.lower()) for name, value in scope["headers"]):
+        await _discard(receive)
+    await send_problem(problem, scope, receive, send)
 
 
 async def _discard(receive: Receive) -> None:
@@ -113,7 +169,7 @@ class RateLimitMiddleware:
                     429, "rate_limited", f"more than {self.rate:g} requests a second", f"try again in {after} s",
                     {"Retry-After": after},
                 )  # fmt: skip
-                await send_problem(problem, scope, receive, send)
+                await refuse(problem, scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

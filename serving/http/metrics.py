@@ -32,6 +32,7 @@ class HttpMetrics:
             "fp8pipe_request_seconds", "From the first byte of a request to the last of its answer.", ("route",),
             buckets=LATENCY_BUCKETS_S, registry=self.registry,
         )  # fmt: skip
+        self.held_bytes = Gauge("fp8pipe_held_body_bytes", "Bodies of requests in memory.", registry=self.registry)
         self.in_drain = Gauge("fp8pipe_draining", "1 after SIGTERM.", registry=self.registry)
 
     def observe(self, route: str, method: str, status: int, took_s: float) -> None:

@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol with what it lacks: a time limit for headers, a limit of connections, and JSON errors.
 
-uvicorn waits for ever for the headers of a first request, which is all that a slow-loris needs.
+uvicorn waits for ever for the headers of a first request, which is all that a slow-loris needs. And a client that ends
+its side within a request gets no answer from it, although it may still read one.
 """
 
 from __future__ import annotations
@@ -58,6 +59,16 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
             elif self._timer is None:
                 self._arm()
 
+        def eof_received(self) -> bool | None:
+            if self._refused or self.transport.is_closing() or self.pipeline:
+                return None
+            cycle = self.cycle
+            in_body = cycle is not None and cycle.more_body and not cycle.response_started
+            if not in_body and not self._header_bytes:
+                return None  # between requests, or the client has left before its answer
+            self._refuse(400, "cut_off", "the connection ended before the request did")
+            return True  # the transport stays until the answer is out
+
         def shutdown(self) -> None:
             if self.cycle is None or self.cycle.response_complete:
                 self.loop.call_later(_LAST_CALL_S, self._end)
@@ -85,11 +96,18 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
 
         def _refuse(self, status: int, code: str, message: str, extra: str = "") -> None:
             self._disarm()
+            self._refused = True
+            cycle = self.cycle
+            if self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
+                self.transport.close()  # an answer here would be taken for another request's
+                return
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True  # it is given up: after this answer none can be written
+                cycle.message_event.set()
             error = {"code": code, "message": message, "fix": "", "request_id": ""}
             body = json.dumps({"error": error}).encode()
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\n{extra}connection: close\r\n\r\n"
-            self._refused = True
             self.transport.write(head.encode() + body)
             if self.transport.can_write_eof():
                 self.transport.write_eof()

@@ -8,7 +8,7 @@ from typing import Any
 from serving.http.access_log import AccessLogMiddleware
 from serving.http.auth import OPEN_PATHS, AuthMiddleware, KeyFile
 from serving.http.config import ServeConfig
-from serving.http.limits import BodyLimitMiddleware, RateLimitMiddleware
+from serving.http.limits import BodyBudget, BodyLimitMiddleware, RateLimitMiddleware
 from serving.http.metrics import HttpMetrics
 from serving.http.server import DrainMiddleware, Lifecycle
 from serving.http.tracing import traced
@@ -31,7 +31,9 @@ def wrap(
         lifecycle: of the service.
         headers: added to every response.
     """
-    wrapped: Any = BodyLimitMiddleware(app, config.max_body_bytes, config.body_timeout_s)
+    budget = BodyBudget(config.max_total_body_bytes)
+    metrics.held_bytes.set_function(lambda: budget.held)
+    wrapped: Any = BodyLimitMiddleware(app, config.max_body_bytes, config.body_timeout_s, budget)
     wrapped = RateLimitMiddleware(wrapped, config.rate_limit, config.rate_burst, OPEN_PATHS)
     wrapped = AuthMiddleware(wrapped, keys)
     if config.cors_origins:

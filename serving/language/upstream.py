@@ -43,6 +43,7 @@ class _Connection(asyncio.Protocol):
         self.headers: Headers = []
         self.status = 0
         self.complete = False
+        self.keep = False
         self.chunks: deque[bytes] = deque()
         self.buffered = 0
         self.waiter: asyncio.Future[None] | None = None
@@ -94,6 +95,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.status:
             self.complete = True
+            self.keep = self.parser.should_keep_alive()  # forgotten by the parser right after this call
 
     async def wait(self) -> None:
         """Until something arrived."""
@@ -116,7 +118,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        return self.complete and not self.lost and not self.head_only and self.parser.should_keep_alive()
+        return self.complete and not self.lost and not self.head_only and self.keep
 
 
 class Reply:

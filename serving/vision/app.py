@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import time
@@ -11,12 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from fp8pipe import __version__
+from serving.http.encoding import accepted_encoding, compress
 from serving.http.identity import identity_of
+from serving.http.presence import while_connected
 from serving.http.problems import Problem, install_problem_handlers
 from serving.vision import oip
 from serving.vision.answers import artifact_facts, class_answers, feature_answers, read_top_k, timing
@@ -26,6 +28,7 @@ from serving.vision.state import VisionState
 
 __all__ = ["build_app"]
 
+_WORTH_COMPRESSING = 500
 _PAGE = Path(__file__).with_name("page")
 
 
@@ -88,9 +91,9 @@ def _add_images(app: FastAPI, state: VisionState) -> None:
     facts, model = artifact_facts(state.model), state.model
 
     async def infer(request: Request) -> tuple[Any, Any, Any]:
-        sent = await read_images(request, state.config.max_images)
-        images = await state.decode(sent.images)
-        return sent, images, await state.run(np.stack([image.pixels for image in images]))
+        sent = await read_images(request, state.config.max_body_bytes, state.config.max_images)
+        images, done = await while_connected(request, state.answer(sent.images))
+        return sent, images, done
 
     @app.post("/v1/classify", tags=["images"], openapi_extra={**IMAGES_BODY, "parameters": [TOP_K]})
     async def classify(request: Request) -> Response:
@@ -138,11 +141,15 @@ def _add_protocol(app: FastAPI, state: VisionState) -> None:
     async def infer(request: Request, name: str, version: str = oip.VERSION) -> Response:
         """Run preprocessed tensors, as JSON or in binary."""
         known(name, version)
-        body = await read_body(request)
+        body = await read_body(request, state.config.max_body_bytes)
         asked = oip.parse_infer(body, request.headers.get(oip.HEADER_LENGTH), model, state.config.max_images)
-        done = await state.run(asked.pixels)
+        done = await while_connected(request, state.run(asked.pixels))
         answer, headers = oip.write_infer(asked, done.outputs, model)
-        return Response(answer, headers=headers)
+        encoding = accepted_encoding(request.headers.get("accept-encoding"))
+        if encoding is not None and len(answer) >= _WORTH_COMPRESSING:
+            answer = await asyncio.get_running_loop().run_in_executor(None, compress, answer, encoding)
+            headers |= {"Content-Encoding": encoding}
+        return Response(answer, headers=headers | {"Vary": "Accept-Encoding"})
 
     async def about() -> Response:
         """The server and its extensions."""

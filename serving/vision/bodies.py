@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import AsyncGenerator
@@ -13,6 +14,8 @@ from pydantic_core import from_json
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
+from serving.http.encoding import decompress
+from serving.http.limits import account_of
 from serving.http.problems import Problem
 
 __all__ = ["ImagesRequest", "parse_json", "read_body", "read_images"]
@@ -35,19 +38,26 @@ class ImagesRequest:
     top_k: Any = None
 
 
-async def read_body(request: Request) -> bytes:
-    """The whole body, within the limits of the layers around.
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, decompressed, within the limits of the layers around.
+
+    Args:
+        request: whose body.
+        max_bytes: largest decompressed size.
 
     Raises:
-        Problem: it is compressed, too large, too slow, or was cut off.
+        Problem: it is too large, too slow, damaged, compressed in an unknown way, or was cut off.
     """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise Problem(415, "compressed_body", "compressed bodies are not read", "send it without Content-Encoding")
     try:
-        return await request.body()
+        body = await request.body()
     except ClientDisconnect as error:
         raise Problem(400, "disconnected", "the connection ended before the body did") from error
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    body = await asyncio.get_running_loop().run_in_executor(None, decompress, body, encoding, max_bytes)
+    account_of(request.scope).take(len(body))
+    return body
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -66,21 +76,26 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return document
 
 
-async def read_images(request: Request, max_images: int) -> ImagesRequest:
+async def read_images(request: Request, max_bytes: int, max_images: int) -> ImagesRequest:
     """Every image of a request, not yet decoded.
+
+    Args:
+        request: whose body.
+        max_bytes: largest body.
+        max_images: in it.
 
     Raises:
         Problem: 4xx.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = await read_body(request, max_bytes)
     if kind == "multipart/form-data":
-        found = await _multipart(request, await read_body(request), max_images)
+        found = await _multipart(request, body, max_images)
     elif kind == "application/json":
-        found = _json(parse_json(await read_body(request)), max_images)
+        found = _json(parse_json(body), max_images)
     elif kind.startswith("image/") or kind == "application/octet-stream":
-        found = ImagesRequest([await read_body(request)])
+        found = ImagesRequest([body])
     else:
-        await read_body(request)
         raise Problem(415, "unsupported_media_type", f"bodies of the type {kind[:80] or '(none)'} are not read",
                       _FIX_TYPE)  # fmt: skip
     if not found.images:

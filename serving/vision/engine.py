@@ -17,9 +17,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from exporters.onnx import MODEL_FILE
 from exporters.onnx.packages import import_onnx_package
 from exporters.onnx.runtime import open_session
+from exporters.vision import MODEL_FILE
 from fp8pipe.errors import ConfigurationError, MissingCapabilityError
 from serving.http.config import Provider, ServeConfig
 from serving.vision.model import ServedModel
@@ -82,7 +82,7 @@ def open_engine(model: ServedModel, config: ServeConfig) -> Engine:
     """Load the graph, measure, and choose.
 
     Raises:
-        MissingCapabilityError: the provider or the GPU is not here.
+        MissingCapabilityError: the provider or the GPU is not here, or cannot be used.
         BadArtifactError: ONNX Runtime refuses the graph.
     """
     if model.artifact.kind == "trt-export":
@@ -90,12 +90,30 @@ def open_engine(model: ServedModel, config: ServeConfig) -> Engine:
 
         run, provider, sizes = open_tensorrt(model)
         return _chosen({0: run}, model, config, provider, sizes)
+    path, cpu = model.artifact.root / MODEL_FILE, _PROVIDERS[Provider.CPU]
     providers = _providers(config.provider)
-    path = model.artifact.root / MODEL_FILE
-    cpu = providers[0] == _PROVIDERS[Provider.CPU]
-    counts = [config.threads] if config.threads else sorted({_cores(), max(1, _cores() - 1)}) if cpu else [1]
-    runs = {n: _session_run(open_session(path, threads=n, providers=providers), model) for n in counts}
-    return _chosen(runs, model, config, providers[0], _SIZES)
+    if providers[0] != cpu:
+        session = open_session(path, threads=config.threads or 1, providers=providers)
+        if _in_use(session, providers[0], config.provider):
+            runs = {config.threads or 1: _session_run(session, model)}
+            return _chosen(runs, model, config, providers[0], _SIZES)
+    counts = [config.threads] if config.threads else sorted({_cores(), max(1, _cores() - 1)})
+    runs = {n: _session_run(open_session(path, threads=n, providers=[cpu]), model) for n in counts}
+    return _chosen(runs, model, config, cpu, _SIZES)
+
+
+def _in_use(session: Any, asked: str, wanted: Provider) -> bool:
+    """Whether the session computes there: ONNX Runtime falls back to the CPU when a library or the GPU is missing."""
+    found = str(session.get_providers()[0])
+    if found == asked:
+        return True
+    if wanted is not Provider.AUTO:
+        raise MissingCapabilityError(
+            f"{asked} cannot be used", why="ONNX Runtime could not load it; its own message is above",
+            fix="install the CUDA and cuDNN that this onnxruntime-gpu is built for, or give --provider cpu",
+        )  # fmt: skip
+    logger.warning("%s cannot be used, so %s computes", asked, found)
+    return False
 
 
 def _providers(wanted: Provider) -> list[str]:

@@ -66,7 +66,7 @@ def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Re
                 _check_size(image.size, preprocessing, max_pixels)
                 image.load()
                 decoded = time.perf_counter()
-                pixels = preprocessing.image_to_tensor(image).numpy()
+                pixels = preprocessing.image_to_array(image)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         if isinstance(error, Image.DecompressionBombError):
             raise _too_many(max_pixels) from error

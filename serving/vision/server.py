@@ -53,11 +53,10 @@ def open_service(export: Path, config: ServeConfig) -> VisionService:
         ConfigurationError: the key file cannot be used.
         MissingCapabilityError: a package or the GPU is missing.
     """
-    import torch
     from PIL import Image
 
-    torch.set_num_threads(1)  # pictures are small; the engine's threads have the cores
     Image.MAX_IMAGE_PIXELS = config.max_pixels
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a hostile picture is the client's error, not ours
     keys = None if config.api_key_file is None else KeyFile(config.api_key_file)
     model = read_model(export)
     engine = open_engine(model, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,27 +49,45 @@ class VisionState:
             self.metrics.shed.labels("decoders").inc()
             raise Problem(503, "overloaded", "too many images wait to be decoded", "try again in a second",
                           {"Retry-After": "1"})  # fmt: skip
+        loop, gone = asyncio.get_running_loop(), threading.Event()
         self.decoding += len(images)
+        work = self.decoders.submit(self._decode, images, gone)
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._decoded, len(images)))
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.decoders, self._decode, images)
+            return await asyncio.wrap_future(work)
         except Problem as problem:
             self.metrics.decode_errors.labels(problem.code).inc()
             raise
-        finally:
-            self.decoding -= len(images)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
 
     async def run(self, pixels: np.ndarray) -> Done:
         """The engine's outputs (n, C) for (n, 3, H, W)."""
-        return await self.batcher.submit(pixels, self.config.request_timeout_s)
+        try:
+            return await self.batcher.submit(pixels, self.config.request_timeout_s)
+        except asyncio.CancelledError:
+            self.metrics.shed.labels("disconnected").inc()
+            raise
+
+    async def answer(self, images: Sequence[bytes]) -> tuple[list[ReadImage], Done]:
+        """Decode, prepare and run the images of a request. Raises as `decode`."""
+        read = await self.decode(images)
+        return read, await self.run(np.stack([image.pixels for image in read]))
 
     def close(self) -> None:
         """Finish what waits, and end the threads."""
         self.batcher.close()
         self.decoders.shutdown()
 
-    def _decode(self, images: Sequence[bytes]) -> list[ReadImage]:
-        found = []
+    def _decoded(self, count: int) -> None:
+        self.decoding -= count
+
+    def _decode(self, images: Sequence[bytes], gone: threading.Event) -> list[ReadImage]:
+        found: list[ReadImage] = []
         for index, data in enumerate(images):
+            if gone.is_set():
+                return found
             try:
                 image = read_image(data, self.model.preprocessing, self.config.max_pixels)
             except Problem as problem:

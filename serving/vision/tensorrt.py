@@ -1,4 +1,4 @@
-"""A TensorRT engine in this process, on the first GPU. Memory and streams are torch's.
+"""A TensorRT engine in this process, on the first GPU. Memory and streams are torch's: the one export that needs it.
 
 The engine is the export's own where it fits the GPU and the installed builder, and is built again otherwise
 (`ready_engine`). Without a GPU there is nothing to run it on, and that is said at once.
@@ -7,6 +7,7 @@ The engine is the export's own where it fits the GPU and the installed builder, 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,14 @@ def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
     """(run, where, batch sizes within the engine's profile, ascending).
 
     Raises:
-        MissingCapabilityError: no GPU, or no TensorRT.
+        MissingCapabilityError: no GPU, no torch, or no TensorRT.
         BadArtifactError: the engine cannot be loaded.
     """
+    if importlib.util.find_spec("torch") is None:
+        raise MissingCapabilityError(
+            f"{model.name} is a TensorRT export, and torch is not installed", why="it manages the GPU's memory",
+            fix="pip install torch, or export with --target onnx and serve that",
+        )  # fmt: skip
     device = next(iter(gpus()), None)
     if device is None:
         raise MissingCapabilityError(

@@ -115,3 +115,11 @@ def test_models_that_an_option_does_not_fit_are_refused(name, options):
 def test_options_that_exclude_each_other_are_refused():
     with pytest.raises(ConfigurationError, match="keep"):
         settings(keep=0.5, priors=1.0)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_runs_with_the_model_in_bf16(option):
+    """Products are in bf16 then; terms, their sums and what is recorded of them stay fp32."""
+    vision, structure = tiny()
+    images = make_images(ImageRequest("synthetic", 4, 0, settings(bf16=True, **OPTIONS[option])), vision, structure)
+    assert all(value == value for values in images.losses.values() for value in values)

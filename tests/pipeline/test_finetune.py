@@ -64,6 +64,9 @@ def test_artifact_holds_codes_scales_and_everything_else_untouched(make_base, pa
     assert (artifact.root / "plot.png").stat().st_size > 1000
     adapter = load_file(artifact.root / "adapter.safetensors")
     assert not any(t.any() for n, t in adapter.items() if n.endswith("lora_B"))
+    flushed = artifact.manifest.extra["last_flush_layers"]
+    assert set(flushed) == {name.removesuffix(".lora_B") for name in adapter if name.endswith(".lora_B")}
+    assert all(set(health) == {"changed", "saturated", "norm_ratio", "cosine"} for health in flushed.values())
     lines = [json.loads(line) for line in (artifact.root / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     assert all(

@@ -34,6 +34,7 @@ from exporters.vllm.tensors import INDEX_NAME, SINGLE_NAME
 from fp8pipe import __version__
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, disk_guard
 from fp8pipe.companions import SERVED_FILES, companion_files
+from fp8pipe.model_card import CARD_FILE, write_card
 from fp8pipe.progress import track
 
 __all__ = ["CHECKPOINT_KIND", "QUANT_FILE", "export_checkpoint", "quant_config"]
@@ -80,10 +81,15 @@ def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions
                 writer.gate(gate)
             require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
+            parent = model.artifact.as_parent()
+            write_card(
+                writer, source=model.root, parent=parent, format=options.format.value, layers=model.plan.layers
+            )
             return writer.commit(
-                config=options.model_dump(mode="json"),
+                config=options.model_dump(mode="json", exclude={"force"}),
                 seed=None,
-                parents=[model.artifact.as_parent()],
+                parents=[parent],
+                volatile=[CARD_FILE],
                 number_format=NumberFormat(
                     name="e4m3", granularity="per-tensor" if algorithm == _PER_TENSOR else "per-channel"
                 ),

@@ -40,6 +40,7 @@ from fp8pipe.artifact import (
     installed_versions,
 )
 from fp8pipe.companions import SERVED_FILES, companion_files
+from fp8pipe.model_card import CARD_FILE, write_card
 from fp8pipe.progress import track
 
 if TYPE_CHECKING:
@@ -239,13 +240,16 @@ def _commit(
         LayerRecord(name=x.name, converted=x.name in model.weights, reason=x.reason, shape=x.shape)
         for x in model.plan.layers
     ]
+    parent = model.artifact.as_parent()
+    write_card(writer, source=model.root, parent=parent, format=options.format.value, layers=layers)
     return writer.commit(
-        config=options.model_dump(mode="json"),
+        config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
-        parents=[model.artifact.as_parent()],
+        parents=[parent],
         number_format=NumberFormat(name="e4m3", granularity="per-tensor" if model.per_tensor else "per-channel"),
         runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
         layers=layers,
+        volatile=[CARD_FILE],
         versions=installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "transformers")),
         extra={
             "format": options.format.value,

@@ -36,7 +36,9 @@ def invoke(*arguments):
 
 
 def test_an_export_holds_all_that_a_service_needs(export, artifact):
-    assert {entry.path for entry in export.manifest.files} == {MODEL_FILE, CLASSES_FILE, "preprocessing.json"}
+    assert {entry.path for entry in export.manifest.files} == {
+        MODEL_FILE, CLASSES_FILE, "preprocessing.json", "README.md",
+    }  # fmt: skip
     manifest = open_artifact(export.root, kind="onnx-export").manifest
     assert all(gate.passed for gate in manifest.gates)
     assert {"weight codes differing", "integer layer error", "integer layers run in float"} <= {

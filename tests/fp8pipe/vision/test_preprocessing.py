@@ -51,6 +51,20 @@ def test_the_arithmetic_is_the_documented_one():
     assert np.array_equal(given, (codes.numpy().astype(np.float32) / np.float32(255) - mean) / std)
 
 
+@pytest.mark.parametrize("moments", [
+    IMAGENET, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, {"mean": (0.0,) * 3, "std": (1.0,) * 3},
+    {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)},
+])  # fmt: skip
+def test_arrays_hold_the_bits_of_tensors(moments):
+    """Every code in every channel: numpy's numbers, which serve, are torch's, which calibrated."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(np.stack([values, values[::-1], values.T], axis=2))
+    one = recipe(resize=16, crop=(16, 16), **moments)
+    assert one.codes(image).dtype == np.uint8
+    assert torch.equal(torch.from_numpy(one.image_to_array(image)), one.normalize(one.pixels(image)))
+    assert torch.equal(one.image_to_tensor(image), one.normalize(one.pixels(image)))
+
+
 def test_codes_survive_the_way_there_and_back():
     codes = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     for one in (recipe(), recipe(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), recipe(mean=(0.5,) * 3, std=(0.5,) * 3)):

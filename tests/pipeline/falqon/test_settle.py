@@ -101,9 +101,16 @@ def test_settling_leaves_the_function_nearly_alone_and_clears_b(tuned):
         for name, layer in layers.items():
             layer.codes.copy_(state[name][0])
             layer.lora_B.data.copy_(state[name][1])
-        report = settle(model, layers, how, lambda: batches)
+        reports = settle(model, layers, how, lambda: batches)
         assert not any(layer.lora_B.any() for layer in layers.values())
-        assert report.codes == sum(layer.weight_codes.numel() for layer in layers.values())
+        assert {name: report.codes for name, report in reports.items()} == {
+            name: layer.weight_codes.numel() for name, layer in layers.items()
+        }
+        changed = {
+            name: int((layer.codes.float() != state[name][0].float())[: layer.out_features].sum())
+            for name, layer in layers.items()
+        }
+        assert {name: report.changed for name, report in reports.items()} == changed
         with torch.no_grad():
             drift[how] = (model(**batches[0], use_cache=False).logits - before).float().norm()
     assert drift[FinalFlush.COMPENSATED] < drift[FinalFlush.NEAREST]
@@ -113,6 +120,6 @@ def test_a_small_memory_budget_gives_the_same_codes_up_to_order_of_settling(tune
     model, layers, batches = tuned
     monkeypatch.setattr(settle_module, "_MOMENT_BYTES", 1)  # one layer at a time
     passes = []
-    report = settle(model, layers, FinalFlush.COMPENSATED, lambda: passes.append(1) or batches)
+    reports = settle(model, layers, FinalFlush.COMPENSATED, lambda: passes.append(1) or batches)
     assert len(passes) == len(layers)
-    assert report.rows == sum(layer.out_features for layer in layers.values())
+    assert [report.rows for report in reports.values()] == [layer.out_features for layer in layers.values()]

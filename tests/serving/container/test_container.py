@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from bare_environment import bare_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -72,6 +73,19 @@ def test_requirements_are_pinned() -> None:
         assert all(re.fullmatch(r"[a-z0-9.-]+==[\w.+]+", line) for line in lines), file.name
 
 
+def test_vision_images_hold_no_training_packages_and_fit_their_python() -> None:
+    slim = re.search(r"^ARG PYTHON_IMAGE=python:(3\.\d+)", DOCKERFILE, re.M)
+    assert slim is not None
+    # Ubuntu 24.04 has Python 3.12.
+    assert re.search(r"^ARG CUDA_IMAGE=nvidia/cuda:13\.\S+-cudnn-runtime-ubuntu24\.04$", DOCKERFILE, re.M)
+    for name, python, runtime in (("cpu", slim[1], "onnxruntime"), ("gpu", "3.12", "onnxruntime-gpu")):
+        text = (ROOT / "serving" / "container" / f"requirements-vision-{name}.txt").read_text(encoding="utf-8")
+        assert text.startswith(f"# Written by scripts/pin_container.py for Python {python}.\n")
+        found = {line.partition("==")[0] for line in text.splitlines()[1:]}
+        assert runtime in found
+        assert not found & {"torch", "onnx", "onnx-ir", "safetensors", "transformers"}
+
+
 def test_base_images_are_pinned_to_a_tag() -> None:
     images = re.findall(r"^ARG \w+_IMAGE=(\S+)$", DOCKERFILE, re.M)
     assert len(images) == 3
@@ -122,7 +136,7 @@ def test_the_entry_point_in_a_bare_environment(tmp_path: Path) -> None:
         engine = find_vllm_python()
     except MissingCapabilityError as error:
         pytest.skip(str(error))
-    python = _bare(tmp_path / "venv")
+    python = bare_environment(tmp_path / "venv", "llm-front")
     export = tmp_path / "model"
     export_vllm(write_plain(tmp_path / "plain", make_model()), export, VllmExportOptions())
     for path in [*export.rglob("*"), export]:
@@ -146,20 +160,3 @@ def test_the_entry_point_in_a_bare_environment(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(90) == 0
     assert list((tmp_path / "empty").iterdir()) == []
-
-
-def _bare(folder: Path) -> Path:
-    """An environment of what the language image installs, and nothing else; its Python."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=300)
-    python = folder / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
-    pins = ROOT / "serving" / "container" / "requirements-llm-front.txt"
-    subprocess.run([*pip, "-r", str(pins)], check=True, timeout=600)
-    source = folder.parent / "source"
-    source.mkdir()
-    names = "pyproject.toml README.md LICENSE fp8pipe pipeline exporters serving calibration"
-    for name in names.split():
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    subprocess.run([*pip, str(source)], check=True, timeout=600)
-    return python

@@ -112,6 +112,57 @@ def test_bodies_are_counted_while_they_stream():
         assert httpx.post(url, content=iter([b"x" * 600] * 2)).status_code == 413
 
 
+def test_bodies_of_all_connections_are_bounded():
+    with _served(max_body_mb=0.1, max_total_body_mb=0.25) as port:
+        held = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(2)]
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+        for connection in held:
+            connection.sendall(head + b"x" * 99_999)
+        time.sleep(0.3)
+        url = f"http://127.0.0.1:{port}/"
+        refused = httpx.post(url, content=b"x" * 60_000)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert httpx.post(url, content=b"x" * 40_000).text == "40000"
+        held[0].sendall(b"x")
+        assert held[0].recv(1000).startswith(b"HTTP/1.1 200 ")
+        # answered or left: nothing is held any more
+        assert httpx.post(url, content=b"x" * 100_000).text == "100000"
+        held[1].close()
+        time.sleep(0.3)
+        assert [httpx.post(url, content=b"x" * 100_000).status_code for _ in range(3)] == [200] * 3
+        held[0].close()
+    with pytest.raises(ValidationError, match="less than max_body_mb"):
+        ServeConfig(max_body_mb=600)
+
+
+def test_requests_that_are_cut_off_are_answered():
+    with _served() as port:
+        for data in (b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc"):
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                connection.sendall(data)
+                time.sleep(0.1)
+                connection.shutdown(socket.SHUT_WR)
+                found = connection.recv(65536)
+            assert found.startswith(b"HTTP/1.1 400 "), data
+            assert b'"cut_off"' in found
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(100) == b""
+
+
+def test_bytes_after_a_request_that_are_none(caplog):
+    """The connection ends with one answer, and what was being worked on does not write after it."""
+    with _served() as port:
+        found = _talk(port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc\x00garbage\r\n\r\n")
+        assert found.count(b"HTTP/1.1 ") == 1
+        assert found.startswith(b"HTTP/1.1 400 ")
+        pipelined = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2
+        _talk(port, pipelined + b"\x00garbage\r\n\r\n")
+        assert httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_slow_headers_and_slow_bodies_are_ended():
     with _served(header_timeout_s=0.3, body_timeout_s=0.3) as port:
         assert _talk(port, b"").startswith(b"HTTP/1.1 408 ")
@@ -160,9 +211,12 @@ def test_a_bucket_of_tokens():
         async def send(message):
             sent.append(message)
 
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
         scope = {"type": "http", "path": "/v1/classify", "headers": [], "client": ("a", 1), "state": {}}
         limit._buckets["a"] = (0.0, time.monotonic())
-        await limit(scope, None, send)
+        await limit(scope, receive, send)
 
     asyncio.run(call())
     assert sent[0]["status"] == 429

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import socket
 import struct
 import zlib
@@ -161,10 +160,12 @@ def test_a_disconnect_half_way_leaves_the_server_well(server):
 
 
 def test_random_requests_are_never_the_servers_fault(server):
-    """A small run of what `benchmarks/serve_vision.py fuzz` does 20,000 times."""
+    """A small run of what `benchmarks/fuzz_vision.py` does 20,000 times."""
     from fuzz_requests import fuzz
 
-    statuses = fuzz(server.port, 150, random.Random(0))
-    assert sum(statuses.values()) == 150
-    assert not [status for status in statuses if status >= 500]
+    outcome = fuzz(server.port, 300, 0, httpx.get(f"{server.url}/v2/models/tiny").json())
+    assert sum(outcome.statuses.values()) == 300
+    assert outcome.statuses[200] > 20
+    assert not [status for status in outcome.statuses if status >= 500]
+    assert outcome.unanswered == outcome.broken == []
     assert httpx.get(f"{server.url}/readyz").status_code == 200

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import httpx
 import numpy as np
 import pytest
@@ -44,6 +46,43 @@ def test_infer_gives_the_bits_of_the_direct_run(client, export, binary_in, binar
     alone = np.concatenate([session.run(None, {"pixels": pixels[i : i + 1]})[0] for i in range(3)])
     assert np.array_equal(answer.as_numpy("logits"), alone)
     assert answer.get_response()["id"] == "seven"
+
+
+@pytest.mark.parametrize("sent", ["gzip", "deflate", None])
+@pytest.mark.parametrize("wanted", ["gzip", "deflate", None])
+@pytest.mark.parametrize("binary", [True, False])
+def test_compressed_both_ways(client, export, sent, wanted, binary):
+    count = 40 if binary else 12  # as JSON a number takes twenty characters
+    pixels = _pixels(client, count)
+    tensor = triton.InferInput("pixels", list(pixels.shape), "FP32")
+    tensor.set_data_from_numpy(pixels, binary_data=binary)
+    output = triton.InferRequestedOutput("logits", binary_data=binary)
+    answer = client.infer("tiny", [tensor], outputs=[output], request_compression_algorithm=sent,
+                          response_compression_algorithm=wanted)  # fmt: skip
+    session = open_session(export / "model.onnx")
+    alone = np.concatenate([session.run(None, {"pixels": pixels[i : i + 1]})[0] for i in range(count)])
+    assert np.array_equal(answer.as_numpy("logits"), alone)
+
+
+def test_an_answer_is_compressed_when_that_was_asked_for(server, client):
+    shape = [40, *_pixels(client, 1).shape[1:]]
+    body = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": shape, "data": [0.5] * int(np.prod(shape))}]}
+    for wanted, found in (("gzip", "gzip"), ("deflate;q=0.5, br", "deflate"), ("identity", None)):
+        answer = httpx.post(f"{server.url}/v2/models/tiny/infer", json=body, headers={"Accept-Encoding": wanted})
+        assert answer.headers.get("content-encoding") == found
+        assert answer.json()["outputs"][0]["shape"] == [40, 5]
+        assert answer.headers["vary"] == "Accept-Encoding"
+
+
+def test_a_compressed_body_stays_within_the_limit(server):
+    url, bomb = f"{server.url}/v2/models/tiny/infer", gzip.compress(bytes(2_000_001))
+    assert len(bomb) < 5000
+    answer = httpx.post(url, content=bomb, headers={"Content-Encoding": "gzip"})
+    assert (answer.status_code, answer.json()["problem"]["code"]) == (413, "body_too_large")
+    answer = httpx.post(url, content=b"{}", headers={"Content-Encoding": "gzip"})
+    assert (answer.status_code, answer.json()["problem"]["code"]) == (400, "damaged_body")
+    answer = httpx.post(url, content=b"{}", headers={"Content-Encoding": "br"})
+    assert (answer.status_code, answer.json()["problem"]["code"]) == (415, "unsupported_encoding")
 
 
 def test_what_does_not_fit_is_the_clients_exception(client):

@@ -1,0 +1,236 @@
+"""The commands that a recipe's stages may name, as the chain needs to know them.
+
+Nothing heavy is imported here: a run in which nothing is to be done must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fp8pipe.errors import ConfigurationError
+from pipeline.chain.commands import StageCommand
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+__all__ = ["stage_commands", "stage_schemas"]
+
+Settings = Mapping[str, Any]
+# What each target takes, by the command that made the artifact.
+_EXPORTS: Final = {"finetune": ("vllm", "trt"), "quantize-vit": ("onnx", "trt")}
+_LANGUAGE_KINDS: Final = ("falqon", "lora-merged")
+_ENGINES: Final = ("vllm", "onnxruntime", "tensorrt")
+
+
+def stage_commands() -> dict[str, StageCommand]:
+    """All of them, by name."""
+    found = (
+        StageCommand(
+            "finetune", ("model", "data"), _check_with(_finetune_config), _configured("finetune"), _in_run, (), True
+        ),
+        StageCommand(
+            "quantize-vit", ("model", "calibration", "evaluate"), _check_with(_vit_config), _configured("quantize-vit"),
+            _in_run, (), True,
+        ),
+        StageCommand("export", ("artifact",), _check_export, _export_arguments, _in_run, ("artifact", "target")),
+        StageCommand(
+            "validate", ("export", "against", "images"), _check_validate, _validate_arguments, _beside("validation"),
+            ("export", "engine", "against", "images", "vllm_python"), environment=_several_processes,
+        ),
+        StageCommand(
+            "bench", ("export",), _check_measure(_bench_config), _measure_arguments("bench"), _beside("bench"),
+            ("export", "vllm_python"), environment=_several_processes,
+        ),
+        StageCommand(
+            "serve-check", ("export",), _check_measure(_serve_check_config), _measure_arguments("serve-check"),
+            _beside("serve-check"), ("export",), environment=_several_processes,
+        ),
+    )  # fmt: skip
+    return {command.name: command for command in found}
+
+
+def stage_schemas() -> dict[str, dict[str, Any]]:
+    """By command, the JSON schema of its settings; imports every room."""
+    from exporters.onnx.options import OnnxExportOptions
+    from exporters.tensorrt.language.options import LanguageExportOptions
+    from exporters.tensorrt.options import TrtExportOptions
+    from exporters.vllm.options import VllmExportOptions
+
+    schemas = {name: make().model_json_schema() for name, make in _CONFIGS.items()}
+    exports: tuple[tuple[str, str, type[BaseModel]], ...] = (
+        ("export vllm", "vllm", VllmExportOptions), ("export onnx", "onnx", OnnxExportOptions),
+        ("export trt", "trt", TrtExportOptions), ("export trt, language", "trt", LanguageExportOptions),
+    )  # fmt: skip
+    for name, target, config in exports:
+        schema = config.model_json_schema()
+        schema["properties"].pop("force")
+        schemas[name] = _with(schema, {"artifact": _TEXT, "target": {"const": target}}, ("artifact", "target"))
+    for name in ("bench", "serve-check"):
+        schemas[name] = _with(schemas[name], {"export": _TEXT}, ("export",))
+    schemas["validate"] = _with(
+        {"type": "object", "additionalProperties": False, "properties": {}},
+        {"export": _TEXT, "against": _TEXT, "images": _TEXT, "vllm_python": _TEXT, "engine": {"enum": list(_ENGINES)}},
+        ("export",),
+    )
+    return schemas
+
+
+_TEXT: Final = {"type": "string"}
+
+
+def _with(schema: dict[str, Any], properties: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
+    merged = {**schema, "properties": {**properties, **schema["properties"]}}
+    merged["required"] = [*required, *schema.get("required", ())]
+    return merged
+
+
+def _finetune_config() -> type[BaseModel]:
+    from pipeline.training.config import FinetuneConfig
+
+    return FinetuneConfig
+
+
+def _vit_config() -> type[BaseModel]:
+    from pipeline.vit.config import QuantizeVitConfig
+
+    return QuantizeVitConfig
+
+
+def _bench_config() -> type[BaseModel]:
+    from serving.measure.config import BenchConfig
+
+    return BenchConfig
+
+
+def _serve_check_config() -> type[BaseModel]:
+    from serving.measure.config import ServeCheckConfig
+
+    return ServeCheckConfig
+
+
+_CONFIGS: Final[Mapping[str, Callable[[], type[BaseModel]]]] = {
+    "finetune": _finetune_config, "quantize-vit": _vit_config, "bench": _bench_config,
+    "serve-check": _serve_check_config,
+}  # fmt: skip
+
+
+def _check_with(config: Callable[[], type[BaseModel]]) -> Callable[[Settings, Mapping[str, str]], None]:
+    def check(settings: Settings, read: Mapping[str, str]) -> None:
+        from fp8pipe.config import build_config
+
+        build_config(config(), settings)
+
+    return check
+
+
+def _check_measure(config: Callable[[], type[BaseModel]]) -> Callable[[Settings, Mapping[str, str]], None]:
+    def check(settings: Settings, read: Mapping[str, str]) -> None:
+        from fp8pipe.config import build_config
+
+        _require(settings, "export")
+        _must_be_export(read)
+        build_config(config(), {key: value for key, value in settings.items() if key not in ("export", "vllm_python")})
+
+    return check
+
+
+def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
+    from exporters.onnx.options import OnnxExportOptions
+    from exporters.tensorrt.language.options import LanguageExportOptions
+    from exporters.tensorrt.options import TrtExportOptions
+    from exporters.vllm.options import VllmExportOptions
+    from fp8pipe.config import build_config
+
+    _require(settings, "artifact", "target")
+    rest = {key: value for key, value in settings.items() if key not in ("artifact", "target")}
+    if "force" in rest:
+        raise ConfigurationError("force is no setting of a stage", why="force: the run replaces what is out of date")
+    target, made_by = settings["target"], read.get("artifact") or _made_by(str(settings["artifact"]))
+    fitting = _EXPORTS.get(made_by, ("vllm",))  # a plain model
+    if target not in fitting:
+        raise ConfigurationError(
+            f"target {target} does not fit", why=f"target: what {made_by} made can go to {' or '.join(fitting)}"
+        )
+    trt: type[BaseModel] = LanguageExportOptions if made_by == "finetune" else TrtExportOptions
+    options: dict[str, type[BaseModel]] = {"vllm": VllmExportOptions, "onnx": OnnxExportOptions, "trt": trt}
+    build_config(options[str(target)], rest)
+
+
+def _made_by(artifact: str) -> str:
+    """The command that made an artifact from outside the run; "a plain model" without manifest."""
+    from fp8pipe.artifact import MANIFEST_NAME, open_artifact
+
+    if not (Path(artifact) / MANIFEST_NAME).is_file():
+        return "a plain model"
+    kind = open_artifact(artifact, verify=False).kind
+    return {"vit": "quantize-vit", **dict.fromkeys(_LANGUAGE_KINDS, "finetune")}.get(kind, kind)
+
+
+def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
+    _require(settings, "export")
+    _must_be_export(read)
+    known = ("export", "engine", "against", "images", "vllm_python")
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        why = f"{', '.join(unknown)}: unknown key, known keys: {', '.join(known)}"
+        raise ConfigurationError("validate has unknown settings", why=why)
+    if settings.get("engine") not in (None, *_ENGINES):
+        raise ConfigurationError("unknown engine", why=f"engine: choose from {', '.join(_ENGINES)}")
+
+
+def _must_be_export(read: Mapping[str, str]) -> None:
+    if read.get("export", "export") != "export":
+        raise ConfigurationError("not an export", why=f"export: it names a stage of {read['export']}, not of export")
+
+
+def _require(settings: Settings, *names: str) -> None:
+    missing = [name for name in names if not isinstance(settings.get(name), str)]
+    if missing:
+        raise ConfigurationError("settings are missing", why=f"{', '.join(missing)}: required and not given")
+
+
+def _in_run(settings: Settings, directory: Path, name: str) -> Path:
+    return directory / name
+
+
+def _beside(stage: str) -> Callable[[Settings, Path, str], Path]:
+    def output(settings: Settings, directory: Path, name: str) -> Path:
+        _require(settings, "export")
+        export = Path(os.path.abspath(settings["export"]))
+        record = export.with_name(f"{export.name}.{stage}.json")
+        inside = Path(os.path.abspath(directory))
+        return directory / record.relative_to(inside) if record.is_relative_to(inside) else record
+
+    return output
+
+
+def _configured(name: str) -> Callable[[Settings, Path, Path], list[str]]:
+    return lambda settings, output, file: [name, "--config", str(file), "--output", str(output)]
+
+
+def _export_arguments(settings: Settings, output: Path, file: Path) -> list[str]:
+    fixed = ["export", str(settings["artifact"]), "--target", str(settings["target"]), "--output", str(output)]
+    return [*fixed, "--config", str(file)]
+
+
+def _validate_arguments(settings: Settings, output: Path, file: Path) -> list[str]:
+    named = ("engine", "against", "images", "vllm_python")
+    flags = [[f"--{key.replace('_', '-')}", str(settings[key])] for key in named if settings.get(key) is not None]
+    return ["validate", str(settings["export"]), *(part for flag in flags for part in flag)]
+
+
+def _measure_arguments(name: str) -> Callable[[Settings, Path, Path], list[str]]:
+    def arguments(settings: Settings, output: Path, file: Path) -> list[str]:
+        python = settings.get("vllm_python")
+        extra = [] if python is None else ["--vllm-python", str(python)]
+        return [name, str(settings["export"]), "--config", str(file), *extra]
+
+    return arguments
+
+
+def _several_processes(settings: Settings) -> Mapping[str, str]:
+    """Engines have processes of their own: threads that spin while they wait would starve them."""
+    return {"OMP_WAIT_POLICY": "passive"}

@@ -1,0 +1,105 @@
+"""One HTML file of all sections: no script, no network, nothing beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from fp8pipe import __version__
+from fp8pipe.artifact import translate_disk_full
+from fp8pipe.errors import ConfigurationError
+from fp8pipe.report.figures import Badge
+from fp8pipe.report.sections import SECTIONS
+from fp8pipe.report.sections.verdicts import overall
+from fp8pipe.report.subject import Subject, open_subject
+from fp8pipe.runs import RUN_NAME
+
+__all__ = ["default_output", "render", "write_report"]
+
+
+def default_output(path: Path) -> Path:
+    """`RUN/report.html`; beside an artifact, which is sealed, `ARTIFACT.report.html`."""
+    absolute = Path(os.path.abspath(path))
+    if (path / RUN_NAME).is_file():
+        return absolute / "report.html"
+    return absolute.with_name(absolute.name + ".report.html")
+
+
+def write_report(path: Path, output: Path | None = None, image: Path | None = None) -> tuple[Path, Subject]:
+    """Write the report of a run, or of one artifact.
+
+    Args:
+        path: directory of a run or of an artifact.
+        output: the file to write, replaced if it exists; `default_output` when None.
+        image: a picture whose attention map stands beside those of the calibration images.
+
+    Returns:
+        The file, and what it is about.
+
+    Raises:
+        BadArtifactError: `path` is no run and no artifact, or a damaged one.
+        ConfigurationError: the picture cannot be read, or the output cannot be written.
+        OutOfMemoryError: the disk is full.
+    """
+    subject = open_subject(Path(path), image)
+    target = output or default_output(Path(path))
+    text = render(subject)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with translate_disk_full(target.parent):
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write {target}", why=error.strerror or str(error), fix="name another file with --output"
+        ) from error
+    return target, subject
+
+
+def render(subject: Subject) -> str:
+    """The page as text; the same files give the same text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fp8pipe.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["kind"] = lambda block: type(block).__name__
+    environment.filters["joined"] = lambda cell: cell if isinstance(cell, list | tuple) else [cell]
+    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    sections = [make(subject) for make in SECTIONS]
+    return environment.get_template("report.html.j2").render(
+        title=_title(subject), facts=_facts(subject), verdict=Badge(str(overall(subject))), sections=sections,
+        style=style, version=__version__, files=_files(subject),
+    )  # fmt: skip
+
+
+def _title(subject: Subject) -> str:
+    return subject.run.recipe if subject.run is not None else subject.items[0].name
+
+
+def _facts(subject: Subject) -> list[str]:
+    if subject.run is not None:
+        machine = subject.run.machine
+        where = [f"{machine['processor']}, {machine['cores']} cores"] if {"processor", "cores"} <= set(machine) else []
+        return [f"run of {_minute(subject.run.started)}", *where]
+    manifest = subject.items[0].artifact.manifest
+    return [f"artifact of kind {manifest.kind}", f"written {_minute(manifest.created)}"]
+
+
+def _minute(time: str) -> str:
+    return f"{time[:16].replace('T', ' ')} UTC"
+
+
+def _files(subject: Subject) -> list[tuple[str, str]]:
+    """Every file that figures were read from, with the sha256 of what was read."""
+    found: list[tuple[str, str]] = []
+    names = ([RUN_NAME] if subject.run is not None else []) + [
+        name for item in subject.items for name in (item.manifest, *(record.file for record in item.records))
+    ]
+    for name in names:
+        data: Any = (subject.root / name).read_bytes()
+        found.append((name, hashlib.sha256(data).hexdigest()))
+    return found

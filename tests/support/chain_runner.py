@@ -1,0 +1,64 @@
+"""Runs recipes of quick stages (`chain_work.py`) in a directory, for tests of the chain."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.chain import Chain, ChainOptions, RunState, StageCommand
+from pipeline.chain.recipe import recipe_of
+
+PROGRAM = (sys.executable, "-P", str(Path(__file__).with_name("chain_work.py")))
+# The stage's script imports the project as an installed package, or from here.
+ROOT = str(Path(__file__).parents[2])
+
+
+def quick_commands() -> dict[str, StageCommand]:
+    """`work` writes an artifact, `record` a record beside what it reads."""
+
+    def check(settings: Mapping[str, Any], read: Mapping[str, str]) -> None:
+        from fp8pipe.errors import ConfigurationError
+
+        known = ("value", "steps", "seconds", "reads", "source", "gate", "score", "exit_code", "verdict", "orphan")
+        unknown = [key for key in settings if key not in known]
+        if unknown:
+            raise ConfigurationError("unknown settings", why=f"{', '.join(unknown)}: unknown key")
+
+    def arguments(name: str) -> Callable[[Mapping[str, Any], Path, Path], list[str]]:
+        return lambda settings, output, file: [name, "--config", str(file), "--output", str(output)]
+
+    environment = {"PYTHONPATH": ROOT}
+    return {
+        "work": StageCommand(
+            "work", ("source",), check, arguments("work"), lambda s, d, n: d / n, resumable=True, program=PROGRAM,
+            environment=lambda settings: environment,
+        ),
+        "record": StageCommand(
+            "record", (), check, arguments("record"), lambda s, d, n: d / f"{Path(s['reads']).name}.record.json",
+            program=PROGRAM, environment=lambda settings: environment,
+        ),
+    }  # fmt: skip
+
+
+class Runner:
+    """Runs recipes given as data, and remembers which stages it started."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.lines: list[tuple[str, str]] = []
+
+    def state(self, stages: Mapping[str, Any], **options: Any) -> RunState:
+        recipe = recipe_of({"name": "test", "stages": stages}, "test")
+        return RunState(recipe, quick_commands(), self.directory, ChainOptions(**options))
+
+    def run(self, stages: Mapping[str, Any], **options: Any):
+        self.lines = []
+        return Chain(self.state(stages, **options), lambda stage, line: self.lines.append((stage, line))).run()
+
+    @property
+    def started(self) -> list[str]:
+        """Stages that ran in the last run, in order."""
+        return [stage for stage, line in self.lines if line.startswith(("work: ", "record: "))]
+

@@ -1,0 +1,75 @@
+"""A stage that takes no time to start, for tests of the chain: `work.py NAME --config FILE --output DIR [flags]`.
+
+It does what real stages do: writes through `ArtifactWriter`, keeps a checkpoint after every step, resumes, refuses,
+fails a gate, or writes a record beside its input. Its output depends on its settings and on what it reads alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from fp8pipe.artifact import ArtifactWriter, Gate, open_artifact
+from fp8pipe.artifact.seal import write_sealed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("command")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--output", type=Path)
+    for flag in ("--resume", "--force", "--json"):
+        parser.add_argument(flag, action="store_true")
+    given = parser.parse_args()
+    settings = yaml.safe_load(given.config.read_text()) or {}
+    print(f"working on {settings}", file=sys.stderr, flush=True)
+    if settings.get("exit_code"):
+        error = {"type": "E", "exit_code": settings["exit_code"], "what": "refused", "why": "asked to", "fix": "x"}
+        print(json.dumps({"error": error}))
+        return int(settings["exit_code"])
+    if settings.get("orphan"):  # an engine in a session of its own, as vLLM's
+        waits = [sys.executable, "-c", "import time; time.sleep(600)", settings["orphan"]]
+        subprocess.Popen(waits, start_new_session=True)
+    if given.command == "record":
+        write_sealed(given.output, json.dumps({"verdict": settings.get("verdict", "ACCEPT"), "gates": []}))
+        return 14 if settings.get("verdict") == "REJECT" else 0
+    work(given, settings)
+    return 0
+
+
+def work(given: argparse.Namespace, settings: dict) -> None:
+    with ArtifactWriter(given.output, kind="work", stage="work", force=given.force, resume=given.resume) as writer:
+        checkpoints = writer.root / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        done = sorted(checkpoints.glob("step-*"))
+        state = done[-1].read_text() if done else ""
+        for step in range(len(done), settings.get("steps", 1)):
+            state = hashlib.sha256(f"{state} {step} {settings.get('value')}".encode()).hexdigest()
+            time.sleep(settings.get("seconds", 0.0))
+            partial = checkpoints / ".new"
+            partial.write_text(state)
+            partial.rename(checkpoints / f"step-{step:04d}")
+        parents = []
+        if settings.get("reads"):
+            parent = open_artifact(settings["reads"])
+            state += parent.content
+            parents = [parent.as_parent()]
+        (writer.root / "weights.txt").write_text(state)
+        (writer.root / "metrics.jsonl").write_text(f"{time.time()}\n")
+        if "gate" in settings:
+            writer.gate(Gate(name="own", value=settings["gate"], threshold=1, passed=settings["gate"] <= 1))
+        writer.commit(
+            config={"value": settings.get("value")}, parents=parents, exclude=["checkpoints"],
+            volatile=["metrics.jsonl"], extra={"score": settings.get("score", 1.0), "resumed": len(done)},
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
