@@ -172,12 +172,12 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Disc
     if path.name == RUN_FILE:
         return _check_run(path, artifacts)
     findings = list(_check_verdict(path.name, data)) if isinstance(data, dict) else []
-    if not path.name.endswith(RECORD_SUFFIX):
+    if not isinstance(data, dict) or "manifest_digest" not in data:
         return findings, []
-    export = artifacts.get(path.with_name(path.name.removesuffix(RECORD_SUFFIX)))
+    export = artifacts.get(path.with_name(path.stem.rpartition(".")[0]))
     if export is None:
         return findings, [f"{path.name}: the export that it speaks of was not found beside it"]
-    said = data.get("manifest_digest") if isinstance(data, dict) else None
+    said = data["manifest_digest"]
     if said != export.digest:
         why = f"it speaks of manifest {said}; {export.root.name} has {export.digest}"
         findings.append(Discrepancy(Catcher.RECORD, path.name, why))
@@ -192,7 +192,8 @@ def _check_verdict(name: str, data: dict[str, Any]) -> Iterator[Discrepancy]:
     if data.get("reasons") or failed:
         shown = "; ".join([*map(str, data.get("reasons") or []), *(f"gate {gate} failed" for gate in failed)])
         yield Discrepancy(Catcher.RECORD, name, f"its verdict is {data['verdict']}, but {shown[:300]}")
-    for gate in data.get("gates") or []:
+    counted = (data.get("gates") or []) if name.endswith(RECORD_SUFFIX) else []  # others hold measured times
+    for gate in counted:
         if gate.get("passed") and gate.get("threshold") == 0 and gate.get("name") not in _MEASURED:
             value = gate.get("value")
             if not isinstance(value, int | float) or value > 0:
@@ -225,7 +226,7 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discre
 
 def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Discrepancy]:
     """A stage whose output is a record: it is sealed, and its verdict is the one that the run judged."""
-    if not seal_path(output).exists():
+    if not seal_path(output).exists() and not _before_seals(output):
         yield Discrepancy(Catcher.SEAL, stage.output, check_seal(output))
         return
     try:
