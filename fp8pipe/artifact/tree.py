@@ -62,7 +62,8 @@ def find_tree(root: Path) -> Tree:
     tree = Tree(root)
     for folder, folders, files in os.walk(root):
         here = Path(folder)
-        if {MANIFEST_NAME, SEAL_NAME} & set(files):
+        # A model repository for Triton holds a copy of an export's manifest, and other files than it lists.
+        if {MANIFEST_NAME, SEAL_NAME} & set(files) and "config.pbtxt" not in files:
             tree.artifacts.append(here)
             folders.clear()
             continue

@@ -64,6 +64,8 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
             checked.artifacts.append(artifact)
             checked.files += len(artifact.manifest.files) + 2
             strays += [(shown, name, "the manifest does not list it") for name in artifact.unlisted()]
+            failed = [gate for gate in artifact.manifest.gates if not gate.passed]
+            checked.notes += [f"{shown}: when it was written, the gate '{gate.name}' failed" for gate in failed]
     for path in tree.records:
         finding = check_seal(path)
         checked.files += 2

@@ -11,6 +11,7 @@ import pytest
 
 from fp8pipe.artifact import (
     ArtifactWriter,
+    Gate,
     Manifest,
     check_seal,
     open_artifact,
@@ -173,3 +174,20 @@ def test_a_measurement_without_its_seal_is_found(artifact):
     seal_path(measured(artifact)).unlink()
     (finding,) = check_bytes(find_tree(artifact)).findings
     assert (finding.catcher, finding.where) == ("seal", "a.bench.json")
+
+
+def test_a_gate_that_failed_is_said_and_one_that_lies_is_found(tmp_path):
+    with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
+        writer.gate(Gate(name="loss", value=2.0, threshold=1.0, passed=False))
+        writer.gate(Gate(name="codes differing", value=2.0, threshold=0.0, passed=True))
+        writer.commit()
+    checked = check_bytes(find_tree(tmp_path / "a"))
+    assert checked.notes == ["a: when it was written, the gate 'loss' failed"]
+    assert [(f.catcher, f.where) for f in checked.findings] == [("manifest", "codes differing")]
+
+
+def test_a_copied_manifest_makes_no_artifact_of_a_model_repository(tmp_path):
+    (tmp_path / "repository" / "m").mkdir(parents=True)
+    for name in ("manifest.json", "manifest.sha256", "config.pbtxt"):
+        (tmp_path / "repository" / "m" / name).write_text("x")
+    assert find_tree(tmp_path).artifacts == []

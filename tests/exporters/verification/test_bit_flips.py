@@ -14,6 +14,7 @@ from fp8pipe.artifact.verification import check_bytes
 from fp8pipe.cli import main
 from fp8pipe.errors import BadArtifactError
 
+pytestmark = pytest.mark.slow  # the tree takes half a minute to write
 FLIPS = 300
 
 

@@ -16,6 +16,8 @@ from exporters.verification import verify_tree, vision
 from fp8pipe.artifact.tree import find_tree
 from fp8pipe.cli import main
 
+pytestmark = pytest.mark.slow  # the tree takes half a minute to write
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _graphs_are_made_once():

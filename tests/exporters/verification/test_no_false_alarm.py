@@ -51,6 +51,7 @@ def test_a_copied_tree_verifies_anywhere(falqon, llama, tmp_path):
     assert verified(moved) == [("vllm", str(moved / "model"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "bits", "format"),
     [
@@ -66,6 +67,7 @@ def test_graphs_for_onnx_runtime(tmp_path, family, bits, format):
     assert verified(export, vit) == [("onnx", str(vit))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "base"), [(Kind.E4M3, "fp16"), (Kind.INT, "fp32"), (Kind.NVFP4, "fp16")]
 )

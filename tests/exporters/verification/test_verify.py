@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from artifact_tree import reseal
 from click.testing import CliRunner
 
 from fp8pipe.cli import main
+
+pytestmark = pytest.mark.slow  # the tree takes half a minute to write
 
 
 def verify(*arguments: object):
