@@ -68,7 +68,8 @@ def _layers(subject: Subject, record: Record) -> Iterator[Block]:
          documents.figure(record.file, "layers", index, "differing_codes", form=Form.COUNT)]
         for index, layer in enumerate(layers)
     ]  # fmt: skip
-    yield Table(["product", "engine", "torch", "codes differing"], rows, "The figures.", (1, 2, 3), folded=True)
+    head = ["product", "engine", "torch", "codes differing"]
+    yield Table(head, rows, "The figures.", (1, 2, 3), folded=True, printed=False)
 
 
 def _inside_vllm(subject: Subject, record: Record) -> Iterator[Block]:
