@@ -71,22 +71,23 @@ def main() -> int:
             ready = httpx.get(f"{server.url}/readyz").status_code
             server.process.send_signal(signal.SIGTERM)
             code = server.process.wait(60)
-            written = [line for line in server.lines if "ERROR" in line or "Traceback" in line]
+            first = next((n for n, line in enumerate(server.lines) if line.startswith("ERROR")), len(server.lines))
+            errors = sum(line.startswith("ERROR") for line in server.lines)
     for sample in (*raw.unanswered[:5], *raw.broken[:5]):
         print(sample[:400], file=sys.stderr)
-    print("".join(written[:20]), file=sys.stderr)
+    print("".join(server.lines[first : first + 60]), file=sys.stderr)
     statuses: Counter[int] = raw.statuses + drawn
     faults = sum(count for status, count in statuses.items() if status >= 500 and status != 503)
     result = {
         "requests": sum(statuses.values()), "raw": dict(sorted(raw.statuses.items())),
         "schema": dict(sorted(drawn.items())), "5xx_but_503": faults, "503": statuses[503],
         "unanswered": len(raw.unanswered), "broken": len(raw.broken), "resident_mb": memory,
-        "errors_in_log": len(written), "ready_after": ready, "exit_code": code,
+        "errors_in_log": errors, "ready_after": ready, "exit_code": code,
         "seconds": round(time.monotonic() - started), "cpu": cpu_model(), "python": platform.python_version(),
         "onnxruntime": distribution_version("onnxruntime"),
     }  # fmt: skip
     print(json.dumps(result))
-    return int(bool(faults or raw.unanswered or raw.broken or written or ready != 200 or code))
+    return int(bool(faults or raw.unanswered or raw.broken or errors or ready != 200 or code))
 
 
 if __name__ == "__main__":

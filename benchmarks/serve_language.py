@@ -1,10 +1,15 @@
 """What serving a language export costs above vLLM itself, and what it does under an open-loop load.
 
-    python benchmarks/serve_language.py EXPORT [--requests 300] [--rate 4 8] [--seconds 20]
+    python benchmarks/serve_language.py EXPORT [--pairs 300] [--rate 1 2] [--seconds 20]
+    python benchmarks/serve_language.py EXPORT --proxy-only
+    python benchmarks/serve_language.py --running URL --socket PATH --pid PID --model NAME [--key KEY]
 
-The overhead is measured on one running vLLM: the same request alternately through the service's port and straight into
-vLLM's own socket, so that both see the same machine. The load is open-loop: requests start at random times of a given
-rate whether or not earlier ones have ended, so that a slow server does not slow its own test. The last line is JSON.
+The overhead is measured on one running engine: the same request alternately through the service and straight into
+the engine's own socket, so that both see the same machine; by a blocking client that does next to nothing itself. First
+with an engine that answers at once, where only the proxy is seen, then with vLLM. The load is open-loop: requests
+start at random times of a given rate whether or not earlier ones have ended, so a slow server does not slow its own
+test. The third form measures a service that already runs, by its address, vLLM's socket and the service's process.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,155 +21,220 @@ import os
 import platform
 import random
 import re
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 
 SERVE = """
-import sys
+import os, sys
 from pathlib import Path
 from fp8pipe import logs
+from fp8pipe.artifact import open_artifact
 from serving.http.config import ServeConfig
-from serving.language.arguments import LanguageConfig
-from serving.language.server import serve_language
+from serving.language.config import LanguageConfig
+from serving.language.server import run_front, serve_language, supervise
 logs.setup(json=False, quiet=False, verbose=False)
-sys.exit(serve_language(Path(sys.argv[1]), ServeConfig(port=0), LanguageConfig(enforce_eager=True, served_name="m")))
+export, engine, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+service, language = ServeConfig(port=0), LanguageConfig(enforce_eager=True, served_model_name="m", max_num_seqs=16)
+if engine == "vllm":
+    sys.exit(serve_language(export, service, language))
+path = folder / "instant.sock"
+supervisor = supervise([sys.executable, engine, str(path)], dict(os.environ), path, folder / "log", "m", language)
+sys.exit(run_front(supervisor, open_artifact(export, verify=False), service, language))
 """
-Call = Callable[[httpx.AsyncClient], Awaitable[float]]
+_INSTANT = Path(__file__).with_name("instant_engine.py")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running service."""
+
+    url: str
+    socket: str
+    pid: int
+    model: str = "m"
+    key: str = ""
+
+
+class Caller:
+    """A blocking client on one connection that is kept."""
+
+    def __init__(self, connection: socket.socket, key: str) -> None:
+        self._connection, self._key = connection, key
+
+    def call(self, method: str, path: str, document: object = None) -> float:
+        """Seconds from the first byte sent to the last received."""
+        body = b"" if document is None else json.dumps(document).encode()
+        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self._key}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        started = time.perf_counter()
+        self._connection.sendall(head.encode() + body)
+        found = b""
+        while not self._whole(found):
+            part = self._connection.recv(65536)
+            assert part, found
+            found += part
+        took = time.perf_counter() - started
+        assert found.startswith(b"HTTP/1.1 200"), found[:500]
+        return took
+
+    def _whole(self, found: bytes) -> bool:
+        head, end, body = found.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.I)
+        return bool(end) and (body.endswith(b"0\r\n\r\n") if length is None else len(body) >= int(length[1]))
 
 
 def percentiles(times_s: list[float]) -> dict[str, float]:
     """Milliseconds."""
     cuts = statistics.quantiles(times_s, n=100, method="inclusive")
-    return {name: round(cuts[i] * 1000, 3) for name, i in (("p50", 49), ("p90", 89), ("p99", 98))}
-
-
-async def models(client: httpx.AsyncClient) -> float:
-    """A request that costs vLLM next to nothing."""
-    started = time.perf_counter()
-    (await client.get("/v1/models")).raise_for_status()
-    return time.perf_counter() - started
-
-
-async def completion(client: httpx.AsyncClient, tokens: int = 1) -> float:
-    """A short greedy completion."""
-    body = {"model": "m", "prompt": "Hello", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    started = time.perf_counter()
-    (await client.post("/v1/completions", json=body)).raise_for_status()
-    return time.perf_counter() - started
-
-
-async def streamed(client: httpx.AsyncClient) -> float:
-    """Sixteen tokens, streamed."""
-    body = {"model": "m", "prompt": "Hello", "max_tokens": 16, "temperature": 0, "ignore_eos": True, "stream": True}
-    started = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body) as reply:
-        reply.raise_for_status()
-        async for _ in reply.aiter_bytes():
-            pass
-    return time.perf_counter() - started
+    return {name: round(cuts[i] * 1000, 1) for name, i in (("p50", 49), ("p90", 89), ("p99", 98))}
 
 
 def cpu_s(pid: int) -> float:
     """Processor time of a process so far: unlike the clock, it does not count waiting for a busy core."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text(encoding="utf-8").split()[0]) for task in tasks) / 1e9
 
 
-async def overhead(
-    served: httpx.AsyncClient, direct: httpx.AsyncClient, call: Call, count: int, front: int
-) -> dict[str, float]:
-    """Both roads, alternately; each pair in random order."""
-    through, straight = [], []
-    for _ in range(10):
-        await call(served), await call(direct)
-    before = cpu_s(front)
-    for _ in range(count):
-        roads = [(served, through), (direct, straight)]
-        random.shuffle(roads)
-        for client, times in roads:
-            times.append(await call(client))
-    used = (cpu_s(front) - before) / count
-    added = statistics.median(through) - statistics.median(straight)
-    low = [statistics.quantiles(times, n=10)[0] for times in (through, straight)]
-    return {
-        "front_cpu_ms": round(used * 1000, 3),
-        "added_at_p10_ms": round((low[0] - low[1]) * 1000, 3),
-        "through_ms": round(statistics.median(through) * 1000, 3),
-        "direct_ms": round(statistics.median(straight) * 1000, 3),
-        "added_ms": round(added * 1000, 3),
-        "median_of_differences_ms": round(
-            statistics.median(a - b for a, b in zip(through, straight, strict=True)) * 1000, 3
-        ),
-    }
+def overhead(target: Target, pairs: int, method: str, path: str, document: object = None) -> dict[str, float]:
+    """Both roads, alternately; each pair in random order. Milliseconds."""
+    parts = urlsplit(target.url)
+    served = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=120)
+    served.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    direct = socket.socket(socket.AF_UNIX)
+    direct.connect(target.socket)
+    through: list[float] = []
+    straight: list[float] = []
+    with served, direct:
+        roads = [(Caller(served, target.key), through), (Caller(direct, ""), straight)]
+        for number in range(pairs + min(100, pairs // 4)):
+            if number == min(100, pairs // 4):  # warm
+                through.clear(), straight.clear()
+                before = cpu_s(target.pid)
+            random.shuffle(roads)
+            for caller, times in roads:
+                times.append(caller.call(method, path, document))
+        used = (cpu_s(target.pid) - before) / pairs
+    medians = statistics.median(through), statistics.median(straight)
+    found = {
+        "through": medians[0], "direct": medians[1], "added": medians[0] - medians[1],
+        "added_at_p10": statistics.quantiles(through, n=10)[0] - statistics.quantiles(straight, n=10)[0],
+        "front_cpu": used,
+    }  # fmt: skip
+    return {name: round(value * 1000, 3) for name, value in found.items()}
 
 
-async def open_loop(client: httpx.AsyncClient, rate: float, seconds: float) -> dict[str, object]:
-    """Requests of 16 tokens at random times."""
-    times: list[float] = []
+async def open_loop(target: Target, rate: float, seconds: float) -> dict[str, object]:
+    """Streamed requests of 16 tokens at random times: whole answers and first tokens, milliseconds."""
+    whole: list[float] = []
+    first: list[float] = []
     errors = 0
+    body = {"model": target.model, "prompt": "Hello", "max_tokens": 16, "temperature": 0, "ignore_eos": True,
+            "stream": True}  # fmt: skip
 
-    async def one() -> None:
+    async def one(client: httpx.AsyncClient) -> None:
         nonlocal errors
+        started, begun = time.perf_counter(), 0.0
         try:
-            times.append(await completion(client, 16))
+            async with client.stream("POST", "/v1/completions", json=body) as reply:
+                reply.raise_for_status()
+                async for _ in reply.aiter_bytes():
+                    begun = begun or time.perf_counter() - started
+            whole.append(time.perf_counter() - started)
+            first.append(begun)
         except httpx.HTTPError:
             errors += 1
 
-    tasks, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        tasks.append(asyncio.create_task(one()))
-        await asyncio.sleep(random.expovariate(rate))
-    await asyncio.gather(*tasks)
-    return {"rate": rate, "requests": len(tasks), "errors": errors, **percentiles(times)}
-
-
-async def measure(url: str, socket: str, options: argparse.Namespace, front: int) -> dict[str, object]:
-    direct_transport = httpx.AsyncHTTPTransport(uds=socket)
+    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     limits = httpx.Limits(max_connections=None)
-    async with (
-        httpx.AsyncClient(base_url=url, timeout=120, limits=limits, trust_env=False) as served,
-        httpx.AsyncClient(base_url="http://vllm", transport=direct_transport, timeout=120) as direct,
-    ):
-        while (await served.get("/readyz")).status_code != 200:
-            await asyncio.sleep(0.5)
-        found: dict[str, object] = {"machine": platform.platform(), "python": platform.python_version()}
-        for call in (models, completion, streamed):
-            found[call.__name__] = await overhead(served, direct, call, options.requests, front)
-            print(call.__name__, found[call.__name__], flush=True)
-        found["open_loop"] = [await open_loop(served, rate, options.seconds) for rate in options.rate]
-        return found
+    async with httpx.AsyncClient(
+        base_url=target.url, timeout=120, limits=limits, trust_env=False, headers=headers
+    ) as client:
+        tasks, began = [], time.perf_counter()
+        while time.perf_counter() < began + seconds:
+            tasks.append(asyncio.create_task(one(client)))
+            await asyncio.sleep(random.expovariate(rate))
+        await asyncio.gather(*tasks)
+        took = time.perf_counter() - began
+    return {"rate": rate, "requests": len(tasks), "errors": errors, "tokens_per_s": round(16 * len(whole) / took, 1),
+            "whole_ms": percentiles(whole), "first_token_ms": percentiles(first)}  # fmt: skip
+
+
+@contextmanager
+def serving(export: Path, engine: str) -> Iterator[Target]:
+    """A service of `export` on vLLM, or on the script `engine`, once it is ready."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", SERVE, str(export), engine, folder]
+        environment = {**os.environ, "TMPDIR": folder}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        try:
+            assert process.stderr is not None
+            url = next((m[1] for line in process.stderr if (m := re.search(r"serving on (http://\S+)", line))), None)
+            if url is None:
+                raise SystemExit("the service did not start")
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+                while client.get("/readyz").status_code != 200:
+                    time.sleep(0.5)
+            yield Target(url, str(next(Path(folder).rglob("*.sock"))), process.pid)
+        finally:
+            process.terminate()
+            process.wait(120)
+
+
+def measure(target: Target, options: argparse.Namespace) -> dict[str, object]:
+    """Overhead and load of vLLM."""
+    completion = {"model": target.model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+    stream = completion | {"max_tokens": 16, "ignore_eos": True, "stream": True}
+    found: dict[str, object] = {
+        "models": overhead(target, options.pairs, "GET", "/v1/models"),
+        "completion_of_1": overhead(target, options.pairs, "POST", "/v1/completions", completion),
+        "stream_of_16": overhead(target, max(2, options.pairs // 5), "POST", "/v1/completions", stream),
+    }
+    print(json.dumps(found), flush=True)
+    return found | {"open_loop": [asyncio.run(open_loop(target, rate, options.seconds)) for rate in options.rate]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export", type=Path)
-    parser.add_argument("--requests", type=int, default=300, help="pairs of requests a kind (300)")
-    parser.add_argument("--rate", type=float, nargs="*", default=[4.0, 8.0], help="requests a second (4 8)")
+    parser.add_argument("export", type=Path, nargs="?")
+    parser.add_argument("--proxy-only", action="store_true", help="only the engine that answers at once; no vLLM")
+    parser.add_argument("--pairs", type=int, default=300, help="pairs of requests a kind (300)")
+    parser.add_argument("--rate", type=float, nargs="*", default=[1.0, 2.0], help="requests a second (1 2)")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each open-loop run (20)")
+    names = {"running": "its address", "socket": "vLLM's socket", "model": "its name", "key": "a key"}
+    for name, what in names.items():
+        parser.add_argument(f"--{name}", default="m" if name == "model" else "", help=f"a running service: {what}")
+    parser.add_argument("--pid", type=int, default=0, help="a running service: its process")
     options = parser.parse_args()
     random.seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TMPDIR": folder}
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(options.export)], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        try:
-            assert process.stderr is not None
-            url = next(m[1] for line in process.stderr if (m := re.search(r"serving on (http://\S+)", line)))
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            socket = str(next(Path(folder).glob("fp8pipe-serve-*")) / "vllm.sock")
-            print(json.dumps(asyncio.run(measure(url, socket, options, process.pid))))
-        finally:
-            process.terminate()
-            process.wait(60)
+    found: dict[str, object] = {
+        "machine": platform.processor() or platform.machine(), "python": platform.python_version(),
+        "load": os.getloadavg(),
+    }  # fmt: skip
+    if options.running:
+        target = Target(options.running, options.socket, options.pid, options.model, options.key)
+        found["vllm"] = measure(target, options)
+    else:
+        with serving(options.export, str(_INSTANT)) as target:
+            body = {"model": "m", "prompt": "Hello", "max_tokens": 1}
+            found["proxy_alone"] = overhead(target, 10 * options.pairs, "POST", "/v1/completions", body)
+            print(json.dumps(found["proxy_alone"]), flush=True)
+        if not options.proxy_only:
+            with serving(options.export, "vllm") as target:
+                found["vllm"] = measure(target, options)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The vision server under load: against raw ONNX Runtime, INT8 against float, open-loop percentiles, and a fuzzer.
+"""The vision server under load: against raw ONNX Runtime, open-loop percentiles, overload, and INT8 against float.
 
-    python benchmarks/serve_vision.py closed EXPORT [--clients 50] [--rounds 4] [--seconds 15]
-    python benchmarks/serve_vision.py open EXPORT [--load 0.7] [--seconds 60]
-    python benchmarks/serve_vision.py float EXPORT [--seconds 20]
-    python benchmarks/serve_vision.py fuzz EXPORT [--requests 20000]
+    python benchmarks/serve_vision.py all EXPORT [--clients 50] [--rounds 4] [--seconds 15] [--load 0.7]
+    python benchmarks/serve_vision.py closed|open|overload|float EXPORT ...
 
 `closed`: keep-alive clients send one preprocessed picture each (binary tensors), over and over; in turn with it, raw
 ONNX Runtime runs batches of the size that the server ran most. `open`: requests leave at their own times (Poisson) at
-a share of the throughput just measured, so that a slow answer does not slow the next request down. `float`: the same
-server over the same weights without quantizers. The last line is JSON. EXPORT may be `vit-s`: an INT8 ViT-S of random
-weights is made first, which computes as fast as a trained one.
+a share of the throughput just measured, so that a slow answer does not slow the next request down. `overload`: twice
+what the server can do, then half of it: who is refused, how long the others wait, and how soon all is well again.
+`float`: the same server over the same weights without quantizers, in turn. `all` is the four after each other; a
+round lasts --seconds, so the whole takes about (4 rounds + 4) times that. The last line is JSON.
+
+EXPORT may be `vit-s`: an INT8 ViT-S of random weights is made first, which computes as fast as a trained one. Options
+after --serve go to `fp8pipe serve`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from fuzz_requests import fuzz
 from running_server import running
 
 from exporters.onnx.runtime import open_session
@@ -108,8 +109,12 @@ class Client:
         reader, writer = self.streams
         writer.write(self.sent)
         head = await reader.readuntil(b"\r\n\r\n")
-        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        lines = head.lower().split(b"\r\n")
+        length = next(line for line in lines if line.startswith(b"content-length:"))
         await reader.readexactly(int(length.split(b":")[1]))
+        if b"connection: close" in lines:
+            writer.close()
+            self.streams = None
         return int(head[9:12])
 
 
@@ -128,23 +133,34 @@ async def closed_loop(make, clients, seconds):
 
 
 async def open_loop(make, rate, seconds):
-    """(statuses, latencies in seconds): requests leave at random times, whatever became of the others."""
-    statuses, latencies, idle, tasks = Counter(), [], [], []
-    chance, end = random.Random(0), time.monotonic() + seconds
-    due = time.monotonic()
+    """(status, when sent, latency; seconds) of each: requests leave at random times, whatever became of the others."""
+    found, idle, tasks = [], [], []
+    chance, started = random.Random(0), time.monotonic()
+    due = started
 
     async def call(due):
         client = idle.pop() if idle else make()
-        statuses[await client.call()] += 1
-        latencies.append(time.monotonic() - due)
+        status = await client.call()
+        found.append((status, due - started, time.monotonic() - due))
         idle.append(client)
 
-    while due < end:
+    while due < started + seconds:
         await asyncio.sleep(max(0, due - time.monotonic()))
         tasks.append(asyncio.create_task(call(due)))
         due += chance.expovariate(rate)
     await asyncio.gather(*tasks)
-    return statuses, sorted(latencies)
+    return found
+
+
+def percentiles(found):
+    """Milliseconds of the answered."""
+    times = sorted(latency for status, _, latency in found if status == 200)
+    return {f"p{p}_ms": round(1000 * times[min(len(times) - 1, int(len(times) * p / 100))], 1) for p in (50, 90, 99)}
+
+
+def count(found):
+    """How often which status came."""
+    return dict(sorted(Counter(status for status, _, _ in found).items()))
 
 
 def sizes_run(server):
@@ -196,11 +212,30 @@ def opened(export, arguments):
     """Percentiles at a share of the throughput."""
     with running(export, "--no-access-log", *arguments.serve) as server:
         make, _ = maker(server)
-        _, most = asyncio.run(closed_loop(make, arguments.clients, min(15, arguments.seconds)))
-        statuses, found = asyncio.run(open_loop(make, arguments.load * most, arguments.seconds))
-        at = {f"p{p}_ms": round(1000 * found[min(len(found) - 1, int(len(found) * p / 100))], 1) for p in (50, 90, 99)}
-        return {"rate": arguments.load * most, "requests": len(found), "statuses": dict(statuses), **at,
-                "p99_over_p50": at["p99_ms"] / at["p50_ms"]}  # fmt: skip
+        _, most = asyncio.run(closed_loop(make, arguments.clients, arguments.seconds))
+        found = asyncio.run(open_loop(make, arguments.load * most, arguments.seconds))
+        at = percentiles(found)
+        return {"capacity_per_s": most, "rate": arguments.load * most, "requests": len(found),
+                "statuses": count(found), **at, "p99_over_p50": at["p99_ms"] / at["p50_ms"]}  # fmt: skip
+
+
+def overload(export, arguments):
+    """Twice the throughput, then half of it. The queue is short: a long one would swallow a short flood."""
+    queue = str(arguments.clients)
+    with running(export, "--no-access-log", "--queue", queue, *arguments.serve) as server:
+        make, _ = maker(server)
+        _, most = asyncio.run(closed_loop(make, arguments.clients, arguments.seconds))
+        flood = asyncio.run(open_loop(make, 2 * most, arguments.seconds))
+        after = asyncio.run(open_loop(make, most / 2, arguments.seconds))
+        refused = [sent for status, sent, _ in after if status != 200]
+        refusals = sorted(latency for status, _, latency in flood if status != 200)
+        return {
+            "capacity_per_s": most, "flood": count(flood), "flood_answered": percentiles(flood),
+            "flood_answered_per_s": count(flood).get(200, 0) / arguments.seconds,
+            "refusal_p50_ms": round(1000 * refusals[len(refusals) // 2], 1) if refusals else None,
+            "after": count(after), "after_answered": percentiles(after),
+            "last_refusal_after_s": round(max(refused), 3) if refused else 0.0,
+        }  # fmt: skip
 
 
 def floats(export, arguments):
@@ -218,35 +253,26 @@ def floats(export, arguments):
     return {"int8_per_s": rates[0], "float_per_s": rates[1], "ratio": sum(rates[0]) / sum(rates[1])}
 
 
-def fuzzed(export, arguments):
-    """Statuses, and the server's resident memory along the way."""
-    with running(export, "--no-access-log", *arguments.serve) as server:
-        statuses, memory, chance = Counter(), [], random.Random(0)
-        for _ in range(10):
-            statuses += fuzz(server.port, arguments.requests // 10, chance)
-            status = Path(f"/proc/{server.process.pid}/status").read_text()
-            memory.append(int(status.partition("VmRSS:")[2].split()[0]) // 1024)
-        assert httpx.get(f"{server.url}/readyz").status_code == 200
-        return {"statuses": dict(sorted(statuses.items())), "resident_mb": memory}
+PARTS = {"closed": closed, "open": opened, "overload": overload, "float": floats}
 
 
 def main():
     """Run one and print JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["closed", "open", "float", "fuzz"])
+    parser.add_argument("what", choices=["all", *PARTS])
     parser.add_argument("export")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--load", type=float, default=0.7)
-    parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options of fp8pipe serve")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         export = vit_s(Path(scratch)) if arguments.export == "vit-s" else Path(arguments.export)
-        run = {"closed": closed, "open": opened, "float": floats, "fuzz": fuzzed}[arguments.what]
-        result = run(export, arguments)
-    result |= {"what": arguments.what, "cpu": cpu_model(), "python": platform.python_version(),
+        parts = list(PARTS) if arguments.what == "all" else [arguments.what]
+        result = {part: PARTS[part](export, arguments) for part in parts}
+    result |= {"seconds": arguments.seconds, "clients": arguments.clients}
+    result |= {"cpu": cpu_model(), "python": platform.python_version(),
                "onnxruntime": distribution_version("onnxruntime"), "export": arguments.export}  # fmt: skip
     print(json.dumps(result))
 

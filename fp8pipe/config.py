@@ -8,6 +8,7 @@ train for an hour with the default), and YAML is read with a safe loader that al
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +56,7 @@ def build_config(cls: type[T], values: Mapping[str, object]) -> T:
         findings = [_finding(cls, item) for item in error.errors(include_url=False)]
     count = len(findings)
     raise ConfigurationError(
-        f"{cls.__name__} has {count} invalid {'value' if count == 1 else 'values'}",
+        f"the {_spoken(cls)} settings have {count} invalid {'value' if count == 1 else 'values'}",
         why="; ".join(findings),
         fix="correct the values named above",
     )
@@ -140,6 +141,12 @@ def assign(values: dict[str, Any], dotted: str, value: object) -> None:
             )
         here = child
     here[last] = value
+
+
+def _spoken(cls: type[BaseModel]) -> str:
+    """A configuration's name for people: QuantizeVitConfig becomes quantize-vit."""
+    words = re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
+    return "-".join(word.lower() for word in words if word not in ("Config", "Options", "Settings", "Spec"))
 
 
 def _finding(cls: type[BaseModel], item: Any) -> str:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["CPU_FEATURES", "Gpu", "cpu_features", "cpu_model", "distribution_version", "gpus", "memory_bytes"]
+__all__ = [
+    "CPU_FEATURES", "Gpu", "available_bytes", "cpu_features", "cpu_model", "distribution_version", "gpus", "memory_bytes",
+]  # fmt: skip
 
 # The features that decide which low-precision kernels a CPU can run, narrowest first.
 CPU_FEATURES = (
@@ -54,6 +56,15 @@ def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
 def memory_bytes() -> int:
     """Physical memory, bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes() -> int:
+    """Memory that could be taken now without swapping, bytes; all of it where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return memory_bytes()
+    return int(text.split("MemAvailable:")[1].split()[0]) * 1024
 
 
 def gpus() -> list[Gpu]:

@@ -28,6 +28,8 @@ from fp8pipe.artifact import (
 from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.compat import import_transformers
 from fp8pipe.errors import ConfigurationError
+from fp8pipe.phases import enter_phase
+from fp8pipe.plan import refuse_impossible
 from fp8pipe.progress import track
 from fp8pipe.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.baselines import LoraMethod
@@ -45,7 +47,7 @@ from pipeline.training.loop import Trainer
 from pipeline.training.loss import answer_count, answer_loss
 from pipeline.training.method import Method
 from pipeline.training.plot import plot_run
-from pipeline.weights import checkpoint_names, count_differing, weights_digest, write_checkpoint
+from pipeline.weights import checkpoint_names, count_differing, tensor_elements, weights_digest, write_checkpoint
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
@@ -92,16 +94,33 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     widen_bf16_products()
     source = resolve_model(config.model)
     check_unquantized(source.path)
-    text = load_text(config, source)
+    if config.device == "cpu":
+        refuse_impossible(least_memory(config, source), f"the model {config.model}")
+    enter_phase("text")
+    return tune(config, source, load_text(config, source), output, force=force, resume=resume)
+
+
+def tune(
+    config: FinetuneConfig,
+    source: ModelSource,
+    text: TrainingText,
+    output: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> Artifact:
+    """The stage from the text on; see `finetune`. It enters the phases that a plan measures."""
     kind = "falqon" if config.method == "falqon" else "lora-merged"
     with ArtifactWriter(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
         for warning in text.warnings:
             writer.warn(warning)
+        enter_phase("load")
         model = load_model(config, source)
         for warning in export_obstacles(model):
             writer.warn(warning)
         method = build_method(config)
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
+        enter_phase("prepare")
         records = _prepare(config, model, method, store, text)
         converted = [record.name for record in records if record.converted]
         names = checkpoint_names(source.path, converted, getattr(model, "base_model_prefix", ""))
@@ -112,6 +131,11 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
         with track(config.steps, "training", done=trainer.step) as progress:
             trainer.run(lambda m: progress.advance(loss=m["loss"], tokens_per_second=m["tokens_per_second"]))
         return _deploy(config, source, text, writer, trainer, records, names)
+
+
+def least_memory(config: FinetuneConfig, source: ModelSource) -> int:
+    """Bytes that the loaded weights take, whatever comes afterwards; headers are read."""
+    return tensor_elements(source.path) * getattr(torch, config.dtype).itemsize
 
 
 def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
@@ -219,11 +243,14 @@ def _deploy(
 ) -> Artifact:
     """Last flush, evaluation of what is deployed, weights on disk and read back, manifest."""
     model, method = trainer.model, trainer.method
+    enter_phase("settle")
     flushed = method.finish(model, trainer.calibration_inputs)
     heldout = (text.heldout.at(i) for i in range(len(text.heldout)))
+    enter_phase("evaluate")
     deployed = heldout_loss(model, heldout, config.device)
     untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
     trainer.record({"step": trainer.step, "deployed_loss": deployed})
+    enter_phase("write")
     weights = {names[name]: value for name, value in method.deployed_weights().items()}
     write_checkpoint(source.path, writer.root, weights)
     _write_template(writer.root, text.template)

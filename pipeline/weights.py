@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -89,6 +90,15 @@ def checkpoint_names(base: Path, modules: Iterable[str], prefix: str) -> dict[st
             )
         names[module] = found[0]
     return names
+
+
+def tensor_elements(base: Path) -> int:
+    """Elements of all tensors of a checkpoint, from its headers."""
+    total = 0
+    for path in shard_paths(base):
+        with safe_open(path, "pt") as shard:
+            total += sum(math.prod(shard.get_slice(key).get_shape()) for key in shard.keys())  # noqa: SIM118
+    return total
 
 
 def weights_digest(base: Path) -> str:

@@ -5,6 +5,7 @@ from exporters.vllm.export import EXPORT_KIND, export_vllm, plan_export, plan_wa
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import ExportPlan
 from exporters.vllm.read import iter_shards, iter_weights, load_torch_model
+from exporters.vllm.rehearse import rehearse_export
 
 __all__ = [
     "EXPORT_KIND",
@@ -19,4 +20,5 @@ __all__ = [
     "load_torch_model",
     "plan_export",
     "plan_warnings",
+    "rehearse_export",
 ]

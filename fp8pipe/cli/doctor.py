@@ -8,10 +8,14 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fp8pipe.cli.common import Console, common_options, format_bytes
+
+if TYPE_CHECKING:
+    from fp8pipe.cli.doctor_abilities import Ability
 
 OK, MISSING, WARNING = "ok", "missing", "warning"
 # Distribution, what needs it, how to get it.
@@ -44,7 +48,13 @@ class Check:
 @click.option("--vllm-python", envvar="FP8PIPE_VLLM_PYTHON", help="Python of the environment with vLLM.")
 @common_options()
 def command(vllm_python: str | None, console: Console) -> None:
-    """Report Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space."""
+    """Report what this machine has, and what it can do.
+
+    First Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space; then what can be
+    trained, quantized, exported, built and served here, each with the command that adds it if it cannot.
+    """
+    from fp8pipe.cli.doctor_abilities import abilities
+
     checks = [
         *_python_checks(),
         *_device_checks(),
@@ -52,10 +62,20 @@ def command(vllm_python: str | None, console: Console) -> None:
         *(_optional_check(*entry) for entry in OPTIONAL),
         *_disk_checks(),
     ]
-    document = {"checks": [dataclasses.asdict(check) for check in checks]}
+    able = abilities(vllm_python)
+    document = {
+        "checks": [dataclasses.asdict(check) for check in checks], "can": [dataclasses.asdict(one) for one in able],
+    }  # fmt: skip
     shown = [check for check in checks if check.status != OK] if console.quiet else checks
     text = "\n".join(_line(check) for check in shown)
+    if not console.quiet:
+        text += "\n\nthis machine can\n" + "\n".join(_able(one) for one in able)
     console.emit(document, text, quiet_text=text)
+
+
+def _able(one: Ability) -> str:
+    add = f"\n{'':17}to add it: {one.add}" if one.add else ""
+    return f"  {'' if one.able else 'not '}{one.verb}".ljust(20) + f"{one.what}: {one.how}{add}"
 
 
 def _line(check: Check) -> str:

@@ -268,13 +268,17 @@ def _onnx_plan(
 
 
 def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], str]:
-    """The dry run: what would be written, and whether it fits; weights are not read, so nothing is linted."""
-    from exporters.vllm import plan_export, plan_warnings
+    """The dry run: what would be written and what it takes; of the weights nothing is read, so nothing is linted."""
+    from exporters.vllm import plan_export, plan_warnings, rehearse_export
     from fp8pipe.artifact.disk import free_bytes
+    from fp8pipe.companions import SERVED_FILES, companion_files
+    from fp8pipe.plan import Plan, missing_disk, missing_memory
 
     plan = plan_export(source, options)
-    free = free_bytes(output)
+    free, took = free_bytes(output), rehearse_export(plan)
     converted = sum(layer.converted for layer in plan.layers)
+    root = plan.source.root
+    written = plan.payload_bytes + sum((root / name).stat().st_size for name in companion_files(root, SERVED_FILES))
     document = {
         "source": str(source),
         "source_kind": str(plan.source.kind),
@@ -290,18 +294,24 @@ def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[
         "serving_hardware": _hardware(options),
     }
     actions = Counter(str(unit.action) for unit in plan.units)
-    rows = [
-        ("source", f"{source} ({document['source_kind']})"),
-        ("output", f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}"),
-        ("format", str(options.format)),
-        ("weights", f"{format_bytes(plan.payload_bytes)} in {len(plan.shards)} file(s)"),
-        ("disk", f"{format_bytes(free)} free{'' if document['fits'] else ': NOT ENOUGH'}"),
-        ("layers", f"{converted} in FP8, {len(plan.layers) - converted} not"),
-        ("tensors", ", ".join(f"{count} {action}" for action, count in sorted(actions.items()))),
-        ("to serve", document["serving_hardware"]),
-        *(("warning", warning) for warning in plan_warnings(plan)),
-    ]
-    return document, "plan (nothing was read but headers, nothing was written)\n" + table(rows)
+    shown = Plan(
+        reads=(f"{source} ({document['source_kind']})",),
+        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
+        peak_memory_bytes=took.peak_bytes,
+        disk_bytes=written,
+        output_bytes=written,
+        seconds=took.seconds,
+        missing=(*missing_disk(output, written), *missing_memory(took.peak_bytes, "free memory")),
+        notes=(*plan_warnings(plan), "memory and time from the largest tensor of each kind, with made-up values"),
+        facts={
+            "format": str(options.format),
+            "files": len(plan.shards),
+            "layers": f"{converted} in FP8, {len(plan.layers) - converted} not",
+            "tensors": ", ".join(f"{count} {action}" for action, count in sorted(actions.items())),
+            "to_serve": document["serving_hardware"],
+        },
+    )
+    return {**document, "plan": shown.document()}, shown.text()
 
 
 def _hardware(options: VllmExportOptions) -> str:

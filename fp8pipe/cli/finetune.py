@@ -89,8 +89,8 @@ def command(
         if dry_run:
             from pipeline.plan import plan_finetune
 
-            plan = plan_finetune(resolved)
-            console.emit(plan.document(), plan.text())
+            plan = plan_finetune(resolved, output)
+            console.emit({"dry_run": True, "plan": plan.document()}, plan.text())
             return
         from pipeline.finetune import finetune
 

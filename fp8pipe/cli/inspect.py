@@ -1,4 +1,4 @@
-"""`fp8pipe inspect`: what an artifact is, where it came from, and what became of its layers."""
+"""`fp8pipe inspect`: what an artifact or a foreign checkpoint is, and what it holds."""
 
 from __future__ import annotations
 
@@ -15,18 +15,38 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--layers", "list_layers", is_flag=True, help="List every layer, not only the counts.")
+@click.option("--headers", is_flag=True, help="Read headers only: no scales, no share of saturated codes.")
 @common_options()
-def command(artifact: Path, list_layers: bool, console: Console) -> None:
-    """Show kind, stage, parents, number format, gates, warnings and layers of ARTIFACT.
+def command(path: Path, list_layers: bool, headers: bool, console: Console) -> None:
+    """Show what PATH is and holds.
 
-    Checks that every file is there with its size; `fp8pipe verify` re-hashes them.
+    PATH is an artifact, a checkpoint of Hugging Face's form (compressed-tensors, ModelOpt, FP8 blocks, GPTQ, AWQ or
+    plain), or a .safetensors, .onnx or .gguf file. Of an artifact: kind, parents, gates, warnings, layers; of all:
+    formats, scales, codes at the ends of their grids, tokenizer, preprocessing. Tensors are read a chunk at a time.
+
+    Checks that every file of an artifact is there with its size; `fp8pipe verify` re-hashes them.
     """
-    from fp8pipe.artifact import open_artifact
+    from fp8pipe.artifact import MANIFEST_NAME, SEAL_NAME, open_artifact
+    from fp8pipe.cli.inspect_contents import contents_text
+    from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+    from fp8pipe.inspection import inspect_contents
 
-    opened = open_artifact(artifact, verify=False)
-    console.emit(_document(opened), _text(opened, list_layers), quiet_text=str(opened.root))
+    sealed = any((path / name).is_file() for name in (MANIFEST_NAME, SEAL_NAME)) or path.suffix == ".partial"
+    if not sealed:
+        contents = inspect_contents(path, look=not headers)
+        text = f"{path}\n{contents_text(contents, list_layers)}"
+        console.emit({"path": str(path), "contents": contents.plain()}, text, quiet_text=contents.form)
+        return
+    opened = open_artifact(path, verify=False)
+    document, text = _document(opened), _text(opened, list_layers)
+    try:
+        contents = inspect_contents(path, look=not headers)
+        document["contents"], text = contents.plain(), f"{text}\n{contents_text(contents, False)}"
+    except (BadArtifactError, ConfigurationError, MissingCapabilityError) as error:
+        document["contents"], text = None, f"{text}\ncontents not read: {error.what}: {error.why}"
+    console.emit(document, text, quiet_text=str(opened.root))
 
 
 def _document(opened: Artifact) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def command(
         if dry_run:
             from pipeline.vit.plan import plan_quantize_vit
 
-            plan = plan_quantize_vit(resolved)
-            console.emit(plan.document(), plan.text())
+            plan = plan_quantize_vit(resolved, output)
+            console.emit({"dry_run": True, "plan": plan.document()}, plan.text())
             return
         from pipeline.vit.stage import quantize_vit
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.cli.serve_language import language_options, split_language
 
 _KINDS = ("onnx-export", "trt-export", "vllm-export")
 
@@ -28,37 +29,42 @@ _KINDS = ("onnx-export", "trt-export", "vllm-export")
 @click.option("--max-total-body-mb", type=float, help="Requests held at once, megabytes; default 512.")
 @click.option("--max-connections", type=int, help="Open connections; default 1000.")
 @click.option("--rate-limit", type=float, help="Requests a second of a key or address; default: no limit.")
-@click.option("--request-timeout-s", type=float, help="Longest wait for the engine; default 30.")
+@click.option("--request-timeout-s", type=float, help="Longest wait for the engine; default 30, language: none.")
 @click.option("--drain-s", type=float, help="After SIGTERM, take requests for so long; default 2.")
 @click.option("--cors-origin", "cors_origins", multiple=True, help="An origin whose pages may call; repeatable.")
 @click.option("--no-access-log", "access_log", flag_value=False, default=None, help="No line a request.")
 @click.option("--no-page", "page", flag_value=False, default=None, help="No web page at /.")
+@language_options
 @common_options(dry_run=True)
 def command(export: Path, console: Console, dry_run: bool, **options: Any) -> None:
-    """Serve EXPORT over HTTP until SIGTERM, after checking every file against its manifest."""
+    """Serve EXPORT over HTTP until SIGTERM, after checking every file against its manifest.
+
+    For a language export, options of vLLM's own server may follow after `--`.
+    """
     from fp8pipe.artifact import open_artifact
     from fp8pipe.config import build_config
     from serving.http.config import ServeConfig
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
-    config = build_config(ServeConfig, given)
     artifact = open_artifact(export, kind=_KINDS, verify=False, caches="engines")
     language = artifact.kind == "vllm-export" or (artifact.kind == "trt-export" and "cache" in artifact.manifest.extra)
     _require_packages(language)
+    given, of_vllm = split_language(given, language)
+    config = build_config(ServeConfig, given)
     if dry_run:
         # Refused now if it would be refused then.
         artifact = open_artifact(export, kind=_KINDS, caches="engines")
-        _show(console, artifact, config, "language" if language else "vision")
+        _show(console, artifact, config, of_vllm)
         return
-    code = _serve(export, artifact.kind, language, config)
+    code = _serve(export, artifact.kind, config, of_vllm)
     if code:
         raise click.exceptions.Exit(code)
 
 
-def _serve(export: Path, kind: str, language: bool, config: Any) -> int:
+def _serve(export: Path, kind: str, config: Any, of_vllm: Any) -> int:
     from fp8pipe.errors import ConfigurationError
 
-    if not language:
+    if of_vllm is None:
         from serving.vision.server import serve_vision
 
         return serve_vision(export, config)
@@ -69,7 +75,7 @@ def _serve(export: Path, kind: str, language: bool, config: Any) -> int:
         )  # fmt: skip
     from serving.language.server import serve_language
 
-    return serve_language(export, config)
+    return serve_language(export, config, of_vllm)
 
 
 def _require_packages(language: bool) -> None:
@@ -87,13 +93,17 @@ def _require_packages(language: bool) -> None:
         )
 
 
-def _show(console: Console, artifact: Any, config: Any, kind: str) -> None:
+def _show(console: Console, artifact: Any, config: Any, of_vllm: Any) -> None:
+    kind = "vision" if of_vllm is None else "language"
     settings = config.model_dump(mode="json")
     document = {
         "export": str(artifact.root), "kind": artifact.kind, "server": kind, "digest": artifact.digest,
         "size_bytes": artifact.size_bytes, "config": settings,
     }  # fmt: skip
     rows = [(name, value) for name, value in settings.items()]
+    if of_vllm is not None:
+        document["vllm"] = of_vllm.model_dump(mode="json")
+        rows += [(f"vllm: {name}", value) for name, value in document["vllm"].items()]
     text = (
         f"{artifact.root} ({artifact.kind}, {format_bytes(artifact.size_bytes)}) would be served by the {kind} server"
     )

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -177,7 +177,9 @@ class _WeightEntry(FrozenConfig):
 class _Quantizers(FrozenConfig):
     """quantizers.json: `value = code * scale` throughout."""
 
-    scale_direction: str = Field(default="dequantized = code * scale", description="how scales are to be used")
+    scale_direction: Literal["dequantized = code * scale"] = Field(
+        default="dequantized = code * scale", description="the only direction that is read"
+    )
     weights: dict[str, _WeightEntry] = Field(description="by linear; codes and scales are tensors")
     activations: dict[str, _ActivationEntry] = Field(description="by site")
     block_activations: dict[str, _BlockEntry] = Field(default_factory=dict, description="by site: NVFP4")

@@ -121,6 +121,20 @@ def _groups(layers: dict[str, FalqonLinear], how: FinalFlush) -> Iterator[dict[s
         yield group
 
 
+def held_moments(widths: Iterable[int]) -> int:
+    """Bytes of second moments that a compensated flush holds at once.
+
+    Args:
+        widths: input features of the FALQON layers, in order.
+    """
+    largest = used = 0
+    for width in widths:
+        cost = 4 * width**2
+        used = cost if used and used + cost > _MOMENT_BYTES else used + cost
+        largest = max(largest, used)
+    return largest
+
+
 def _second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
     moments: dict[str, Tensor] = {}
     with _observed(layers, moments):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.errors import ConfigurationError
+from fp8pipe.phases import enter_phase
 from pipeline.falqon.flush import FlushReport
 from pipeline.training.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
 from pipeline.training.config import FinetuneConfig
@@ -90,6 +91,7 @@ class Trainer:
 
     def one_step(self) -> Metrics:
         """One optimizer step and its figures."""
+        enter_phase("step")
         config, started = self.config, time.perf_counter()
         rate = learning_rate_at(
             self.step,
@@ -144,6 +146,7 @@ class Trainer:
         return {f"{prefix}_{key}": value for key, value in report.health().items()}
 
     def _evaluate(self) -> None:
+        enter_phase("evaluate")
         batches = (self.heldout_batches.at(i) for i in range(len(self.heldout_batches)))
         loss = heldout_loss(self.model, batches, self.config.device, self.method.forward_context())
         self.record({"step": self.step, "heldout_loss": loss})
@@ -171,6 +174,7 @@ class Trainer:
         Raises:
             ConfigurationError: a parameter is no longer finite; such a state must not replace a good one.
         """
+        enter_phase("save")
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.names):
             raise self._diverged("parameters that are not finite")
         tensors = self.method.step_state() | optimizer_tensors(self.optimizer, self.names)

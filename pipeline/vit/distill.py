@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fp8pipe.errors import ConfigurationError
+from fp8pipe.phases import enter_phase
 from fp8pipe.vision.attention import intercept_attention
 from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.sources import VisionModel
@@ -84,6 +85,7 @@ class Distiller:
         return self.history
 
     def _one_step(self) -> Figures:
+        enter_phase("step")
         config = self.config
         factor = learning_rate_at(
             self.step, peak=1.0, steps=config.steps, warmup=config.warmup_steps, schedule=Schedule.COSINE
@@ -149,6 +151,7 @@ class Distiller:
 
     def save(self, store: CheckpointStore) -> None:
         """Write a checkpoint of the current step."""
+        enter_phase("save")
         tensors = {f"student/{n}": p.detach() for p, n in self.names.items()}
         store.save(self.step, tensors | optimizer_tensors(self.optimizer, self.names), {"history": self.history})
 

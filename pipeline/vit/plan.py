@@ -1,96 +1,124 @@
-"""What a quantization run would take, from the model's structure and a short measurement (`--dry-run`)."""
+"""What a quantization run would take: its structure from the model, the rest from rehearsals (`--dry-run`)."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+import tempfile
+from pathlib import Path
+from typing import Final
 
-import torch
-
-from calibration.make import FOLDER_PREFIX, ImageRequest
-from fp8pipe.vision.outputs import vision_outputs
+from calibration.make import ARTIFACT_PREFIX, FOLDER_PREFIX
+from fp8pipe.phases import can_measure
+from fp8pipe.plan import Plan, missing_disk, missing_memory, missing_packages
 from fp8pipe.vision.sources import load_vision_model
 from fp8pipe.vision.structure import read_structure
+from pipeline.rehearsal.process import rehearse
+from pipeline.rehearsal.scale import Scaled
+from pipeline.rehearsal.vision import PICTURES, STEPS
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.formats import weight_formats
+from pipeline.vit.stage import image_request
 
-_MIB = 1 << 20
-_FORWARDS_A_STEP = 3.0  # forward and backward, in forward passes
-_STUDENT_AND_TEACHER = 5.0  # a distillation step: the teacher's forward, the student's rounding, forward and backward
-_PROBE_IMAGES = 4
+__all__ = ["plan_quantize_vit"]
 
-
-@dataclass(frozen=True, slots=True)
-class VitPlan:
-    """A run's needs.
-
-    Attributes:
-        linears: linear layers that would be quantized.
-        attentions: attentions whose products would be.
-        parameters: of the model.
-        weight_bytes: of the quantized weights, packed at their bits.
-        image_seconds: estimated time for the images.
-        training_seconds: estimated time for the distillation.
-        memory_bytes: weights, gradients and optimizer state; activations come on top.
-        disk_bytes: artifact, images and checkpoints.
-    """
-
-    linears: int
-    attentions: int
-    parameters: int
-    weight_bytes: int
-    image_seconds: float
-    training_seconds: float
-    memory_bytes: int
-    disk_bytes: int
-
-    def document(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        return {"plan": asdict(self)}
-
-    def text(self) -> str:
-        """The plan for people."""
-        return "\n".join(
-            [
-                f"would quantize {self.linears} linear layers and the products of {self.attentions} attentions",
-                f"parameters: {self.parameters:,}; quantized weights {self.weight_bytes / _MIB:.1f} MiB",
-                f"time on this machine, roughly: images {self.image_seconds:.0f} s, "
-                f"distillation {self.training_seconds:.0f} s",
-                f"memory before activations: {self.memory_bytes / _MIB:.0f} MiB",
-                f"disk: {self.disk_bytes / _MIB:.0f} MiB",
-            ]
-        )
+_BATCH: Final = 32  # of the passes that measure
+_KEPT: Final = 2  # checkpoints
+_PACKAGES: Final = ("timm", "torchvision", "pillow")
+_SMALLER: Final = "a smaller distill.batch_size or synthesis.batch_size, or fewer --images"
 
 
-def plan_quantize_vit(config: QuantizeVitConfig) -> VitPlan:
-    """Plan a run; one forward pass is timed, nothing is written.
+def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> Plan:
+    """Plan a run; the stage is rehearsed with few images and steps in a scratch folder, nothing else is written.
+
+    Args:
+        config: the resolved configuration.
+        output: where the artifact would go.
 
     Raises:
         ConfigurationError: what the run itself would refuse about model, bits and calibration.
     """
-    ImageRequest(config.calibration, config.images, config.seed, config.synthesis).check()
+    image_request(config).check()
     vision = load_vision_model(config.model)
     size = vision.architecture.image_size
     structure = read_structure(vision.model, size)
-    pixels = torch.zeros(_PROBE_IMAGES, 3, *size)
-    with torch.no_grad():
-        vision_outputs(vision.model, pixels)
-        started = time.perf_counter()
-        vision_outputs(vision.model, pixels)
-        forward = (time.perf_counter() - started) / _PROBE_IMAGES
-    made = config.calibration != "gaussian" and not config.calibration.startswith(FOLDER_PREFIX)
     parameters = sum(p.numel() for p in vision.model.parameters())
     formats = weight_formats(structure, config.precision, config.edges)
     bits = sum(site.shape[0] * site.shape[1] * formats[site.name].bits for site in structure.linears)
-    images = config.images * 3 * size[0] * size[1]
-    return VitPlan(
-        linears=len(structure.linears),
-        attentions=len(structure.attentions),
-        parameters=parameters,
-        weight_bytes=bits // 8,
-        image_seconds=forward * _FORWARDS_A_STEP * config.images * config.synthesis.steps if made else 0.0,
-        training_seconds=forward * _STUDENT_AND_TEACHER * config.distill.steps * config.distill.batch_size,
-        memory_bytes=parameters * 4 * 5 + images * 5,
-        disk_bytes=parameters * (4 * 3 * 2 + 2) + images * 2,
+    found = _measured(config) if can_measure() else _reckoned(config, parameters, 3 * size[0] * size[1])
+    peak, disk, written, seconds, notes = found
+    where = output or Path(config.model).name
+    given = (config.calibration,) if config.calibration.startswith((FOLDER_PREFIX, ARTIFACT_PREFIX)) else ()
+    return Plan(
+        reads=(config.model, *given, *(() if config.evaluate is None else (config.evaluate,))),
+        writes=(f"{where}", f"{where}.partial while it runs"),
+        peak_memory_bytes=peak,
+        disk_bytes=disk,
+        output_bytes=written,
+        seconds=sum(seconds.values()) if seconds else None,
+        packages=_PACKAGES if vision.architecture.library == "timm" else (),
+        missing=(
+            *missing_packages(_PACKAGES if vision.architecture.library == "timm" else ()),
+            *missing_memory(peak, _SMALLER),
+            *missing_disk(output or Path(), disk),
+        ),
+        notes=notes,
+        facts={
+            "linears": len(structure.linears),
+            "attentions": len(structure.attentions),
+            "parameters": parameters,
+            "weight_bytes": bits // 8,
+            **{f"{name}_seconds": round(value, 1) for name, value in seconds.items()},
+        },
     )
+
+
+_Needs = tuple[int, int, int, dict[str, float], tuple[str, ...]]
+
+
+def _measured(config: QuantizeVitConfig) -> _Needs:
+    """Peak memory, peak disk, output, seconds by part, from rehearsals with few images."""
+    counts = _image_counts(config)
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-rehearsal-") as scratch:
+        for count in counts:
+            job = {"config": config.model_dump(mode="json"), "images": count}
+            runs.append((count, rehearse("pipeline.rehearsal.vision", job, Path(scratch) / f"{count}")))
+    scaled = Scaled(tuple(runs), config.images)
+    step, written = scaled.size("step"), scaled.size("output")
+    every = config.distill.save_every
+    saves = math.ceil(config.distill.steps / every) if every else min(1, config.distill.steps)
+    training = scaled.size("work") + min(saves, _KEPT + 1) * step
+    in_the_end = scaled.size("work") + min(saves, _KEPT) * step + written
+    notes = (
+        f"memory, disk and time from rehearsals with {' and '.join(map(str, counts))} images and {STEPS} steps, "
+        "in your batch sizes",
+    )
+    peak = max(max(scaled.peak(name) for name in scaled.phases()), scaled.child_peak)
+    return peak, max(training, in_the_end), written, _seconds(config, scaled, saves), notes
+
+
+def _image_counts(config: QuantizeVitConfig) -> tuple[int, ...]:
+    """One whole batch of everything, and two; or all images, where they are no more."""
+    largest = max(_BATCH, config.distill.batch_size, config.synthesis.batch_size)
+    few = math.ceil(largest / _BATCH) * _BATCH
+    return (config.images,) if config.images <= 2 * few else (few, 2 * few)
+
+
+def _seconds(config: QuantizeVitConfig, scaled: Scaled, saves: int) -> dict[str, float]:
+    made = max(1.0, config.synthesis.steps / STEPS) if config.calibration in ("synthetic", "patch-similarity") else 1.0
+    pictures = scaled.runs[-1][1].facts["pictures"]
+    return {
+        "image": scaled.seconds("images") * made,
+        "range": scaled.seconds("condition") + scaled.seconds("ranges"),
+        "training": scaled.seconds("step", least=True) * config.distill.steps + scaled.seconds("save") * saves,
+        "proof": sum(scaled.seconds(name) for name in ("start", "load", "deploy", "agree", "commit")),
+        "evaluation": scaled.seconds("evaluate") * pictures / min(pictures, PICTURES) if pictures else 0.0,
+    }
+
+
+def _reckoned(config: QuantizeVitConfig, parameters: int, pixels: int) -> _Needs:
+    """Peak memory, disk and output from sizes alone, without activations."""
+    images = config.images * pixels
+    note = "memory and disk are reckoned from sizes, without activations: this system does not tell peaks of memory"
+    written = parameters * 2 + images
+    return parameters * 4 * 5 + images * 5, written + images + parameters * 4 * 3 * _KEPT, written, {}, (note,)

@@ -20,7 +20,9 @@ from calibration.image_set import ImageSet
 from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_images
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent, check_place
 from fp8pipe.bf16 import widen_bf16_products
+from fp8pipe.phases import enter_phase
 from fp8pipe.progress import track
+from fp8pipe.vision.image_folder import ImageFolder
 from fp8pipe.vision.outputs import vision_outputs
 from fp8pipe.vision.quantized import QuantizedVit, save_quantized
 from fp8pipe.vision.quantizers import Kind, granularity
@@ -61,12 +63,29 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
     """
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
-    request = ImageRequest(config.calibration, config.images, config.seed, config.synthesis)
-    request.check()
+    image_request(config).check()
     vision = load_vision_model(config.model)
+    classes = vision.architecture.classes
+    folder = None if config.evaluate is None else read_evaluation_folder(config.evaluate, classes)
+    return quantize(config, vision, folder, output, force=force, resume=resume)
+
+
+def image_request(config: QuantizeVitConfig) -> ImageRequest:
+    """The images that a configuration asks for."""
+    return ImageRequest(config.calibration, config.images, config.seed, config.synthesis)
+
+
+def quantize(
+    config: QuantizeVitConfig,
+    vision: VisionModel,
+    folder: ImageFolder | None,
+    output: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> Artifact:
+    """The stage from the loaded model on; see `quantize_vit`. It enters the phases that a plan measures."""
     structure = read_structure(vision.model, vision.architecture.image_size)
-    if config.evaluate is not None:
-        read_evaluation_folder(config.evaluate, vision.architecture.classes)
     with ArtifactWriter(output, kind=KIND, stage="quantize-vit", force=force, resume=resume) as writer:
         store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
         described = config.model_dump(mode="json")
@@ -75,12 +94,13 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
         else:
             store.begin(described, {}, {"model": vision.digest})
         started = time.perf_counter()
-        images = _images(request, vision, structure, writer)
+        enter_phase("images")
+        images = _images(image_request(config), vision, structure, writer)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()
         student, history, conditioned = _train(config, vision, structure, images, store)
         seconds["training"] = time.perf_counter() - started
-        return _finish(config, vision, structure, images, student, history, conditioned, seconds, writer)
+        return _finish(config, vision, structure, images, student, history, conditioned, seconds, folder, writer)
 
 
 def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure, writer: ArtifactWriter) -> ImageSet:
@@ -102,8 +122,10 @@ def _train(
     config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore
 ) -> tuple[Student, list[dict[str, float]], Conditioned]:
     """The model's best form, ranges and first codes from the images, then distillation."""
+    enter_phase("condition")
     pixels = vision.preprocessing.normalize(images.images)
     conditioned = _condition(config, vision, structure, pixels)
+    enter_phase("ranges")
     student = begin_student(config, conditioned.vision, structure, pixels)
     distiller = Distiller(student, conditioned.vision, structure, pixels, config.distill, config.seed, store)
     if distiller.resume():
@@ -150,8 +172,10 @@ def _finish(
     history: list[dict[str, float]],
     conditioned: Conditioned,
     seconds: dict[str, float],
+    folder: ImageFolder | None,
     writer: ArtifactWriter,
 ) -> Artifact:
+    enter_phase("deploy")
     quantized = student.deploy()
     save_quantized(writer.root, quantized)
     images.save(writer.root / IMAGES, vision.architecture.classes)
@@ -159,13 +183,15 @@ def _finish(
     pixels = vision.preprocessing.normalize(images.images)
     for gate in (_code_gate(quantized), _rebuild_gate(quantized, pixels[:_PROBE_IMAGES], writer.root)):
         writer.gate(gate)
+    enter_phase("agree")
     similarity = _agreement(vision, quantized, pixels, structure)
     writer.gate(similarity)
     if not similarity.passed:
         writer.warn(f"the quantized model follows its teacher poorly: {similarity.name} {similarity.value:.3f}")
     if structure.is_backbone:
         writer.warn("a backbone: no class prior in the images, and features (1 - cosine) in the place of answers")
-    measured = _measure(config, vision, quantized)
+    measured = _measure(folder, vision, quantized)
+    enter_phase("commit")
     return writer.commit(
         config=config.model_dump(mode="json"),
         seed=config.seed,
@@ -203,11 +229,11 @@ def _described(quantized: QuantizedVit, name: str) -> str:
     return f"{weight.bits}-bit {weight.kind} weights"
 
 
-def _measure(config: QuantizeVitConfig, vision: VisionModel, quantized: QuantizedVit) -> dict[str, Any] | None:
+def _measure(folder: ImageFolder | None, vision: VisionModel, quantized: QuantizedVit) -> dict[str, Any] | None:
     classes = vision.architecture.classes
-    if config.evaluate is None or classes is None:
+    if folder is None or classes is None:
         return None
-    folder = read_evaluation_folder(config.evaluate, classes)
+    enter_phase("evaluate")
     models: dict[str, Model] = {"teacher": lambda x: vision_outputs(vision.model, x), "quantized": quantized}
     return accuracy(models, folder, vision.preprocessing, classes)
 

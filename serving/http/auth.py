@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fp8pipe.errors import ConfigurationError
-from serving.http.problems import Problem, Receive, Scope, Send, send_problem
+from serving.http.limits import refuse
+from serving.http.problems import Problem, Receive, Scope, Send
 
 __all__ = ["OPEN_PATHS", "AuthMiddleware", "KeyFile", "hash_key", "is_name", "new_key"]
 
@@ -123,7 +124,7 @@ class AuthMiddleware:
                 "an API key is needed" if missing else "this API key is not known",
                 "send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'", {"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-            await send_problem(problem, scope, receive, send)
+            await refuse(problem, scope, receive, send)
             return
         scope.setdefault("state", {})["client_name"] = name
         await self.app(scope, receive, send)

@@ -16,7 +16,7 @@ from typing import Any
 
 from serving.http.problems import Problem, Receive, Scope, Send, send_problem
 
-__all__ = ["BodyAccount", "BodyBudget", "BodyLimitMiddleware", "RateLimitMiddleware", "account_of"]
+__all__ = ["BodyAccount", "BodyBudget", "BodyLimitMiddleware", "RateLimitMiddleware", "account_of", "refuse"]
 
 _CLIENTS = 10_000
 # Before refusing, this much is read and thrown away: a sender that is cut off while sending never reads the answer.
@@ -77,9 +77,7 @@ class BodyLimitMiddleware:
         headers = dict(scope["headers"])
         stated = headers.get(b"content-length", b"")
         if stated.isdigit() and int(stated[:20]) > self.max_bytes:
-            if headers.get(b"expect", b"").lower() != b"100-continue":
-                await _discard(receive)
-            await send_problem(self._too_large(), scope, receive, send)
+            await refuse(self._too_large(), scope, receive, send)
             return
         account = BodyAccount(self.budget)
         scope.setdefault("state", {})["body_account"] = account
@@ -133,6 +131,13 @@ class _Limited:
         return message
 
 
+async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before the body was read: it is thrown away first, unless the client waits to be asked for it."""
+    if (b"expect", b"100-continue") not in ((name, value.lower()) for name, value in scope["headers"]):
+        await _discard(receive)
+    await send_problem(problem, scope, receive, send)
+
+
 async def _discard(receive: Receive) -> None:
     left = _DISCARD_BYTES
     try:
@@ -164,7 +169,7 @@ class RateLimitMiddleware:
                     429, "rate_limited", f"more than {self.rate:g} requests a second", f"try again in {after} s",
                     {"Retry-After": after},
                 )  # fmt: skip
-                await send_problem(problem, scope, receive, send)
+                await refuse(problem, scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

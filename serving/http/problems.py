@@ -33,7 +33,7 @@ class Problem(Exception):
     """A request that is not answered with a result.
 
     Args:
-        status: of HTTP, 4xx or 503.
+        status: of HTTP, 4xx, 503 or 504.
         code: a stable word for programs.
         message: what happened.
         fix: what the client can do.

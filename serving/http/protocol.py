@@ -66,9 +66,6 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
             in_body = cycle is not None and cycle.more_body and not cycle.response_started
             if not in_body and not self._header_bytes:
                 return None  # between requests, or the client has left before its answer
-            if in_body:
-                cycle.disconnected = True
-                cycle.message_event.set()
             self._refuse(400, "cut_off", "the connection ended before the request did")
             return True  # the transport stays until the answer is out
 
@@ -99,11 +96,18 @@ def limited_protocol(header_timeout_s: float, max_connections: int) -> type:
 
         def _refuse(self, status: int, code: str, message: str, extra: str = "") -> None:
             self._disarm()
+            self._refused = True
+            cycle = self.cycle
+            if self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
+                self.transport.close()  # an answer here would be taken for another request's
+                return
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True  # it is given up: after this answer none can be written
+                cycle.message_event.set()
             error = {"code": code, "message": message, "fix": "", "request_id": ""}
             body = json.dumps({"error": error}).encode()
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             head += f"content-length: {len(body)}\r\n{extra}connection: close\r\n\r\n"
-            self._refused = True
             self.transport.write(head.encode() + body)
             if self.transport.can_write_eof():
                 self.transport.write_eof()

@@ -3,7 +3,7 @@
 Its own paths are `/`, `/healthz`, `/readyz`, `/metrics` and `/v1/artifact`; everything else is vLLM's. An answer is
 streamed as it comes. A client that leaves ends its request in vLLM too. When vLLM breaks off, a client gets a 503 with
 `Retry-After` if nothing had been sent, an `error` event in a stream of events, and else a closed connection, so
-that no half answer is taken for a whole one.
+that no half answer is taken for a whole one. The same happens to what still runs when a drain's time is over.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"
 # Keys are checked here and are none of vLLM's business; the id is ours on both ways.
 _NOT_UP = _HOP | {b"host", b"content-length", b"expect", b"authorization", b"x-api-key", b"x-request-id"}
 _NOT_DOWN = _HOP | {b"date", b"server", b"x-request-id"}
+_SHUTTING_DOWN = ("shutting_down", "the server is shutting down")
 # Labels of metrics: a client's own text never becomes one.
 _ROUTES = frozenset(
     f"/v1/{name}" for name in ("chat/completions", "completions", "models", "embeddings", "responses", "artifact")
@@ -47,14 +48,35 @@ class Front:
         identity: what `/v1/artifact` answers.
         model: its name in the API, for the page.
         with_page: serve the page at `/`.
+        timeout_s: longest wait for the head of an answer, seconds; None waits as long as the client does.
     """
 
     def __init__(
         self, supervisor: Supervisor, lifecycle: Lifecycle, metrics: HttpMetrics, identity: dict[str, Any], model: str,
-        *, with_page: bool = True,
+        *, with_page: bool = True, timeout_s: float | None = None,
     ) -> None:  # fmt: skip
         self.supervisor, self.lifecycle, self.metrics, self.identity = supervisor, lifecycle, metrics, identity
+        self.timeout_s = timeout_s
         self._page = page(model, identity["digest"]) if with_page else None
+        self._running: set[asyncio.Task[Any]] = set()
+        self._ending = False
+
+    def end_after_drain(self, longest_s: float) -> None:
+        """From now on, `longest_s` after the drain has begun, end what still runs. To be called in the loop."""
+        loop = asyncio.get_running_loop()
+
+        # A signal's handler begins the drain, outside the loop.
+        def drain() -> None:
+            loop.call_soon_threadsafe(loop.call_later, longest_s, self._end)
+
+        self.lifecycle.on_drain.append(drain)
+
+    def _end(self) -> None:
+        self._ending = True
+        if self._running:
+            logger.warning("the drain is over: %d running requests are ended", len(self._running))
+        for task in self._running:
+            task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI says."""
@@ -123,13 +145,18 @@ class Front:
         gone = asyncio.ensure_future(receive())  # answers once the client has left
         assert task is not None
         gone.add_done_callback(lambda future: None if future.cancelled() else task.cancel())
+        self._running.add(task)
         try:
             await self._exchange(scope, body, send)
         except asyncio.CancelledError:
-            if not gone.done() or gone.cancelled():
+            left = gone.done() and not gone.cancelled()
+            if not left and not self._ending:
                 raise
             task.uncancel()
+            if not left:  # before anything was sent
+                raise Problem(503, *_SHUTTING_DOWN, "send the request again", {"Retry-After": "5"}) from None
         finally:
+            self._running.discard(task)
             gone.cancel()
 
     async def _exchange(self, scope: Scope, body: bytes, send: Send) -> None:
@@ -137,7 +164,13 @@ class Front:
         headers: Headers = [item for item in scope["headers"] if item[0] not in _NOT_UP]
         headers.append((b"x-request-id", scope["state"]["request_id"].encode()))
         try:
-            reply = await self.supervisor.upstream.request(scope["method"].encode(), target, headers, body)
+            async with asyncio.timeout(self.timeout_s):
+                reply = await self.supervisor.upstream.request(scope["method"].encode(), target, headers, body)
+        except TimeoutError:
+            raise Problem(
+                504, "engine_timeout", f"the model did not answer within {self.timeout_s:g} s",
+                "ask for fewer tokens, or for a stream",
+            ) from None  # fmt: skip
         except UpstreamError as error:
             logger.warning("request %s: vLLM %s", scope["state"]["request_id"], error)
             await self.supervisor.suspect()
@@ -151,9 +184,9 @@ class Front:
             reply.release()
 
     async def _stream(self, reply: Reply, send: Send) -> None:
-        events = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in reply.headers)
         headers = [item for item in reply.headers if item[0] not in _NOT_DOWN]
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        code, message = "engine_unavailable", "the model broke off"
         try:
             while (part := await reply.next()) is not None:
                 last = reply.finished
@@ -162,12 +195,18 @@ class Front:
                     return
         except UpstreamError:
             await self.supervisor.suspect()
-            if not events:
-                return  # without its end: the connection is closed
-            error = {"code": "engine_unavailable", "message": "the model broke off", "type": "engine_unavailable"}
+        except asyncio.CancelledError:
+            if not self._ending:
+                raise
+            code, message = _SHUTTING_DOWN
+        else:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
+        if any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in reply.headers):
+            error = {"code": code, "message": message, "type": code}
             event = b"\n\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+        # Else it stays without its end, and the connection is closed.
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,17 +27,20 @@ from serving.http.identity import identity_headers, identity_labels, identity_of
 from serving.http.metrics import HttpMetrics
 from serving.http.server import Lifecycle, make_server
 from serving.http.stack import wrap
-from serving.language.arguments import LanguageConfig, engine_command, engine_environment
+from serving.language.arguments import engine_command, engine_environment
 from serving.language.child import Child
+from serving.language.config import LanguageConfig
 from serving.language.front import Front
 from serving.language.supervisor import State, Supervisor
 from serving.language.upstream import Upstream
 from serving.vllm.environment import find_vllm_python, inspect_environment
 
-__all__ = ["serve_language"]
+__all__ = ["run_front", "serve_language", "supervise"]
 
 logger = logging.getLogger(__name__)
 EXPORT_KIND = "vllm-export"
+# For the errors that end what still ran when the drain was over.
+_LAST_WORDS_S = 5
 
 
 def serve_language(export: Path, config: ServeConfig, language: LanguageConfig | None = None) -> int:
@@ -62,21 +66,24 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
         command = engine_command(environment, artifact, chosen, socket)
-        supervisor = supervise(command, engine_environment(chosen), socket, log, chosen)
-        return run_front(supervisor, artifact, config, chosen.name_of(artifact))
+        model = chosen.name_of(artifact)
+        supervisor = supervise(command, engine_environment(chosen), socket, log, model, chosen)
+        return run_front(supervisor, artifact, config, chosen)
 
 
-def supervise(command: list[str], env: dict[str, str], socket: Path, log: Path, language: LanguageConfig) -> Supervisor:
-    """A supervisor, not yet running, of a server that listens on `socket`."""
+def supervise(
+    command: list[str], env: dict[str, str], socket: Path, log: Path, model: str, language: LanguageConfig
+) -> Supervisor:
+    """A supervisor, not yet running, of a server of `model` that listens on `socket`."""
 
     def start() -> Child:
         socket.unlink(missing_ok=True)  # of a run that was killed
         return Child(command, env, log)
 
-    return Supervisor(start, Upstream(socket), language.supervision)
+    return Supervisor(start, Upstream(socket), model, language.supervision)
 
 
-def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, model: str) -> int:
+def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, language: LanguageConfig) -> int:
     """Serve until a signal comes. Raises what made vLLM's first start fail."""
     lifecycle, metrics = Lifecycle(), HttpMetrics()
     metrics.identify(identity_labels(artifact))
@@ -89,11 +96,17 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, m
     lifecycle.on_drain.append(lambda: metrics.in_drain.set(1))
     keys = None if config.api_key_file is None else KeyFile(config.api_key_file)
     access, writer = start_access_log(config.access_log)
-    front = Front(supervisor, lifecycle, metrics, identity_of(artifact), model, with_page=config.page)
+    front = Front(
+        supervisor, lifecycle, metrics, identity_of(artifact), supervisor.model,
+        with_page=config.page, timeout_s=language.request_timeout_s,
+    )  # fmt: skip
     headers = identity_headers(artifact)
     layers = wrap(front, config, keys=keys, logger=access, metrics=metrics, lifecycle=lifecycle, headers=headers)
-    app = _with_lifespan(layers, supervisor, lambda: setattr(service, "should_exit", True))
+    drain_s = max(config.drain_s, language.drain_seconds)
+    app = _with_lifespan(layers, supervisor, lambda: setattr(service, "should_exit", True),
+                         lambda: front.end_after_drain(drain_s))  # fmt: skip
     service = make_server(app, config, lifecycle, reload=keys.reload if keys is not None else lambda: None)
+    service.config.timeout_graceful_shutdown = math.ceil(drain_s) + _LAST_WORDS_S
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         service.run()
@@ -105,11 +118,14 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, m
     return 0
 
 
-def _with_lifespan(layers: Any, supervisor: Supervisor, leave: Callable[[], None]) -> Any:
-    """`layers`, with the supervisor running between the service's start and its end."""
+def _with_lifespan(
+    layers: Any, supervisor: Supervisor, leave: Callable[[], None], begin: Callable[[], None]
+) -> Any:
+    """`layers`, with the supervisor running between the service's start, where `begin` is called, and its end."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        begin()
         task = asyncio.create_task(supervisor.run(leave))
         # A supervisor that fails unforeseen must end the service, not leave it without one.
         task.add_done_callback(lambda _: leave())

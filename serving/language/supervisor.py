@@ -2,6 +2,7 @@
 
 A first start that fails ends the service, since the export or the machine is at fault and a restart would not help.
 Once it has answered, a crash is followed by a restart, after 1, 2, 4 ... seconds, until it has stayed up for a while.
+A server that lives but does not answer, or whose engine makes no token any more, is killed and started again likewise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import Field
 from fp8pipe.config import FrozenConfig
 from fp8pipe.errors import Fp8PipeError
 from serving.language.child import Child
+from serving.language.liveness import until_hung
 from serving.language.upstream import Upstream, UpstreamError
 from serving.vllm.engine import engine_failure
 
@@ -41,6 +43,10 @@ class SupervisorConfig(FrozenConfig):
     probe_every_s: float = Field(default=0.5, gt=0, description="between looks at its health, seconds")
     probe_timeout_s: float = Field(default=10, gt=0, description="a health probe must be answered by then, seconds")
     probe_failures: int = Field(default=3, ge=1, description="unanswered probes in a row after which it is killed")
+    engine_timeout_s: float = Field(
+        default=120, gt=0, description="an engine asked for a token that makes none for so long is killed, seconds"
+    )
+    engine_probe_every_s: float = Field(default=10, gt=0, description="between requests for one token, seconds")
     first_delay_s: float = Field(default=1, gt=0, description="before the first restart, seconds; doubles each time")
     longest_delay_s: float = Field(default=60, gt=0, description="between restarts at most, seconds")
     steady_s: float = Field(default=300, gt=0, description="after this long up, crashes are counted anew, seconds")
@@ -53,11 +59,12 @@ class Supervisor:
     Args:
         start: starts one.
         upstream: how it is reached.
+        model: its name in the API, to ask the engine for a token.
         config: times.
     """
 
-    def __init__(self, start: Callable[[], Child], upstream: Upstream, config: SupervisorConfig) -> None:
-        self._start, self.upstream, self.config = start, upstream, config
+    def __init__(self, start: Callable[[], Child], upstream: Upstream, model: str, config: SupervisorConfig) -> None:
+        self._start, self.upstream, self.model, self.config = start, upstream, model, config
         self.state = State.STARTING
         self.restarts = 0
         self.child: Child | None = None
@@ -108,27 +115,48 @@ class Supervisor:
         self._enter(State.STARTING)
         self._suspect.clear()
         self.child = child = self._start()
-        loop = asyncio.get_running_loop()
-        missed, deadline = 0, loop.time() + self.config.start_timeout_s
-        while (code := child.exit_code()) is None:
-            if await self._healthy():
-                missed = 0
-                if self.state is not State.READY:
-                    self._last_start_s = loop.time() - self._since
-                    self._enter(State.READY)
-            elif self.state is State.READY:
-                missed += 1
-                if missed >= self.config.probe_failures or self._suspect.is_set():
-                    break
-            elif loop.time() > deadline:
-                break
-            await self._pause()
-        if self.state is State.READY and loop.time() - self._since > self.config.steady_s:
-            self._crashes = 0
+        code = await self._until_ready(child)
+        if self.state is State.READY:
+            code = await self._while_ready(child)
         self._enter(State.WAITING)
         self.upstream.close()
         await child.stop(0)
         return code if code is not None else (child.exit_code() or 1)
+
+    async def _until_ready(self, child: Child) -> int | None:
+        """Its exit code if it ended meanwhile; the state tells whether it is ready."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.start_timeout_s
+        while (code := child.exit_code()) is None and loop.time() < deadline:
+            if await self._healthy():
+                self._last_start_s = loop.time() - self._since
+                self._enter(State.READY)
+                break
+            await self._pause()
+        return code
+
+    async def _while_ready(self, child: Child) -> int | None:
+        """Until it ended (its exit code), or does not answer any more (None)."""
+        config, missed = self.config, 0
+        hung = asyncio.create_task(
+            until_hung(self.upstream, self.model, config.engine_timeout_s, config.engine_probe_every_s)
+        )
+        try:
+            while (code := child.exit_code()) is None:
+                missed = 0 if await self._healthy() else missed + 1
+                if missed >= config.probe_failures or (missed and self._suspect.is_set()):
+                    logger.error("vLLM's server does not answer: it is ended")
+                    break
+                if hung.done():
+                    hung.result()  # raises what is not foreseen
+                    logger.error("vLLM's engine has made no token for %g s: it is ended", config.engine_timeout_s)
+                    break
+                await self._pause()
+        finally:
+            hung.cancel()
+        if asyncio.get_running_loop().time() - self._since > config.steady_s:
+            self._crashes = 0
+        return code
 
     async def _pause(self) -> None:
         try:

@@ -14,7 +14,8 @@ from fp8pipe.config import FrozenConfig
 
 __all__ = ["RECORD_VERSION", "OnnxValidationRecord"]
 
-RECORD_VERSION = 1
+# 2: a seal lies beside the record.
+RECORD_VERSION = 2
 
 
 class OnnxValidationRecord(FrozenConfig):

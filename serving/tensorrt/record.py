@@ -11,7 +11,8 @@ from fp8pipe.config import FrozenConfig
 
 __all__ = ["RECORD_VERSION", "EngineReport", "Execution", "Timing", "TrtValidationRecord", "Verdict"]
 
-RECORD_VERSION = 1
+# 2: a seal lies beside the record.
+RECORD_VERSION = 2
 Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "REJECT"]
 
 

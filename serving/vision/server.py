@@ -56,6 +56,7 @@ def open_service(export: Path, config: ServeConfig) -> VisionService:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = config.max_pixels
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a hostile picture is the client's error, not ours
     keys = None if config.api_key_file is None else KeyFile(config.api_key_file)
     model = read_model(export)
     engine = open_engine(model, config)

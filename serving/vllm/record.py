@@ -23,7 +23,8 @@ __all__ = [
     "write_record",
 ]
 
-RECORD_VERSION = 1
+# 2: a seal lies beside the record.
+RECORD_VERSION = 2
 Verdict = Literal["ACCEPT", "REJECT"]
 
 

@@ -269,12 +269,19 @@ def test_inspect(artifact):
 
 
 def test_verify(artifact):
-    result = invoke("verify", artifact)
+    result = invoke("verify", "--quick", artifact)
     assert result.exit_code == 0
-    assert "all as written" in result.stdout
-    (artifact / "note.txt").write_text("mine")
+    assert "all as written (contents not looked at)" in result.stdout
+    # Hashes vouch for the bytes; that they are no weights is what the contents tell.
     document = json.loads(invoke("verify", artifact, "--json").stdout)
-    assert (document["verified"], document["unlisted_files"]) == (True, ["note.txt"])
+    assert {finding["catcher"] for finding in document["findings"]} == {"reopen"}
+    (artifact / "note.txt").write_text("mine")
+    document = json.loads(invoke("verify", "--quick", artifact, "--json").stdout)
+    assert (document["verified"], document["artifacts"][0]["unlisted_files"]) == (True, ["note.txt"])
+    assert document["notes"][0] == "a/note.txt: the manifest does not list it"
+    strict = invoke("verify", "--quick", "--strict", artifact)
+    assert strict.exit_code == 12
+    assert "note.txt" in strict.stderr
     (artifact / "model.safetensors").write_bytes(b"weighty")
     result = invoke("verify", artifact)
     assert result.exit_code == 12
@@ -305,6 +312,32 @@ def test_doctor_reports_and_says_how_to_get_what_is_missing(tmp_path, monkeypatc
     assert all(check["fix"] for check in checks.values() if check["status"] != "ok")
     text = invoke("doctor", "--vllm-python", tmp_path / "none").stdout
     assert checks["vllm environment"]["fix"] in text
+    able = {(one["verb"], one["what"]): one for one in json.loads(result.stdout)["can"]}
+    assert {verb for verb, _ in able} == {"train", "quantize", "export", "build engines", "serve"}
+    language = able["serve", "language, in vLLM"]
+    assert (language["able"], language["add"]) == (False, "make setup-vllm")
+    assert "not serve" in text
+    assert "to add it: make setup-vllm" in text
+    assert able["train", "falqon: E4M3 weights, bf16 or fp32 beside"]["able"]
+    # What is missing has a command, unless it is hardware.
+    assert all(one["able"] or one["add"] or "GPU" in one["how"] for one in able.values())
+
+
+def test_doctor_names_the_packages_that_a_verb_lacks(monkeypatch):
+    from fp8pipe import machine
+
+    real = machine.distribution_version
+    gone = {"onnxscript", "peft", "tensorrt-rtx", "timm", "fastapi"}
+    monkeypatch.setattr(machine, "distribution_version", lambda name: None if name in gone else real(name))
+    able = {(one["verb"], one["what"].split(":")[0].split(",")[0]): one for one in
+            json.loads(invoke("doctor", "--json").stdout)["can"]}  # fmt: skip
+    for key, extra, package in (
+        (("export", "onnx"), "onnx", "onnxscript"), (("train", "lora"), "train", "peft"),
+        (("quantize", "vision transformers"), "vit", "timm"), (("serve", "vision"), "", ""),
+    ):  # fmt: skip
+        assert not able[key]["able"]
+        assert package in able[key]["how"]
+        assert f"fp8pipe[{extra}" in able[key]["add"] or not extra
 
 
 def test_export_lists_only_targets_that_exist(artifact, tmp_path):

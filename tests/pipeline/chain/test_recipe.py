@@ -70,9 +70,9 @@ def test_a_recipe_is_named_after_its_file_and_given_back_whole(tmp_path):
         ({"stages": {"a": {"command": "work", "after": "b"}, "b": {"command": "work"}}}, "after is no list"),
         ({"stages": {"a": {"command": "work", "gates": {"name": "n"}}}}, "gates is no list"),
         ({"stages": {"a": {"command": "work", "gates": [{"name": "n", "figure": "f", "reason": "r"}]}}},
-         "GateSpec has 1 invalid value"),
+         "the gate settings have 1 invalid value"),
         ({"stages": {"a": {"command": "work", "gates": [{"figure": "f", "at_most": 1, "reason": "r", "nmae": "n"}]}}},
-         "GateSpec has 2 invalid values"),
+         "the gate settings have 2 invalid values"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(values, words):

@@ -73,6 +73,19 @@ def test_requirements_are_pinned() -> None:
         assert all(re.fullmatch(r"[a-z0-9.-]+==[\w.+]+", line) for line in lines), file.name
 
 
+def test_vision_images_hold_no_training_packages_and_fit_their_python() -> None:
+    slim = re.search(r"^ARG PYTHON_IMAGE=python:(3\.\d+)", DOCKERFILE, re.M)
+    assert slim is not None
+    # Ubuntu 24.04 has Python 3.12.
+    assert re.search(r"^ARG CUDA_IMAGE=nvidia/cuda:13\.\S+-cudnn-runtime-ubuntu24\.04$", DOCKERFILE, re.M)
+    for name, python, runtime in (("cpu", slim[1], "onnxruntime"), ("gpu", "3.12", "onnxruntime-gpu")):
+        text = (ROOT / "serving" / "container" / f"requirements-vision-{name}.txt").read_text(encoding="utf-8")
+        assert text.startswith(f"# Written by scripts/pin_container.py for Python {python}.\n")
+        found = {line.partition("==")[0] for line in text.splitlines()[1:]}
+        assert runtime in found
+        assert not found & {"torch", "onnx", "onnx-ir", "safetensors", "transformers"}
+
+
 def test_base_images_are_pinned_to_a_tag() -> None:
     images = re.findall(r"^ARG \w+_IMAGE=(\S+)$", DOCKERFILE, re.M)
     assert len(images) == 3

@@ -151,6 +151,18 @@ def test_requests_that_are_cut_off_are_answered():
             assert connection.recv(100) == b""
 
 
+def test_bytes_after_a_request_that_are_none(caplog):
+    """The connection ends with one answer, and what was being worked on does not write after it."""
+    with _served() as port:
+        found = _talk(port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc\x00garbage\r\n\r\n")
+        assert found.count(b"HTTP/1.1 ") == 1
+        assert found.startswith(b"HTTP/1.1 400 ")
+        pipelined = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2
+        _talk(port, pipelined + b"\x00garbage\r\n\r\n")
+        assert httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_slow_headers_and_slow_bodies_are_ended():
     with _served(header_timeout_s=0.3, body_timeout_s=0.3) as port:
         assert _talk(port, b"").startswith(b"HTTP/1.1 408 ")
@@ -199,9 +211,12 @@ def test_a_bucket_of_tokens():
         async def send(message):
             sent.append(message)
 
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
         scope = {"type": "http", "path": "/v1/classify", "headers": [], "client": ("a", 1), "state": {}}
         limit._buckets["a"] = (0.0, time.monotonic())
-        await limit(scope, None, send)
+        await limit(scope, receive, send)
 
     asyncio.run(call())
     assert sent[0]["status"] == 429

@@ -1,7 +1,8 @@
-"""The real front and supervisor over the stub, as a process: `serve_stub.py EXPORT STATE [KEYFILE]`."""
+"""The real front and supervisor over the stub: `serve_stub.py EXPORT STATE KEYFILE|- [JSON of LanguageConfig]`."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from fp8pipe import logs
 from fp8pipe.artifact import open_artifact
 from fp8pipe.errors import Fp8PipeError
 from serving.http.config import ServeConfig
-from serving.language.arguments import LanguageConfig
+from serving.language.config import LanguageConfig
 from serving.language.server import run_front, supervise
 from serving.language.supervisor import SupervisorConfig
 
@@ -20,15 +21,20 @@ def main() -> int:
     state = Path(sys.argv[2])
     socket = state / "stub.sock"
     stub = Path(__file__).with_name("stub_engine.py")
-    times = SupervisorConfig(probe_every_s=0.1, first_delay_s=0.5, stop_grace_s=2)
+    times = SupervisorConfig(
+        probe_every_s=0.1, first_delay_s=0.5, stop_grace_s=2, probe_timeout_s=2, engine_timeout_s=3,
+        engine_probe_every_s=0.2,
+    )
+    given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    language = LanguageConfig(supervision=times, served_model_name="stub", **given)
     supervisor = supervise(
         [sys.executable, str(stub), str(socket), str(state)],
-        dict(os.environ), socket, state / "log", LanguageConfig(supervision=times),
+        dict(os.environ), socket, state / "log", "stub", language,
     )  # fmt: skip
-    key_file = Path(sys.argv[3]) if len(sys.argv) > 3 else None
+    key_file = Path(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] != "-" else None
     config = ServeConfig(port=0, drain_s=0.5, max_body_mb=1, api_key_file=key_file)
     try:
-        return run_front(supervisor, open_artifact(sys.argv[1], verify=False), config, "stub")
+        return run_front(supervisor, open_artifact(sys.argv[1], verify=False), config, language)
     except Fp8PipeError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,7 +1,8 @@
 """A small real HTTP server on a Unix socket, where a test is about supervision and the front, not about vLLM.
 
-`stub_engine.py SOCKET STATE`: STATE is a folder; a file `refuse` in it makes it exit at its start. It starts a child
-of its own, as vLLM does, and writes both process ids to `STATE/pids`.
+`stub_engine.py SOCKET STATE`: STATE is a folder; a file `refuse` in it makes it exit at its start, and a file `hang`
+makes completions wait for ever while everything else is answered. It starts a child of its own, as vLLM does, and
+writes both process ids to `STATE/pids`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
+    connections = 0
+
+    def setup(self) -> None:
+        super().setup()
+        Handler.connections += 1
+        self.connection_number = Handler.connections
+
     def address_string(self) -> str:
         return "stub"
 
@@ -37,13 +45,17 @@ class Handler(BaseHTTPRequestHandler):
         return
 
     def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))  # else it would be taken for the next request
         if self.path == "/metrics":
             self._answer(b"# TYPE vllm:stub gauge\nvllm:stub 1.0\n", "text/plain")
         else:
-            self._answer(json.dumps({"path": self.path, "headers": dict(self.headers)}).encode())
+            seen = {"path": self.path, "headers": dict(self.headers), "connection": self.connection_number}
+            self._answer(json.dumps(seen).encode())
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/v1/completions" and (Path(sys.argv[2]) / "hang").exists():
+            time.sleep(1000)
         if self.path.startswith("/stream"):
             self._stream([str(number) for number in range(json.loads(body)["events"])])
         elif b'"stream":true' in body:
@@ -53,8 +65,18 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer(body, "application/octet-stream")
 
-    def _answer(self, body: bytes, kind: str = "application/json") -> None:
-        self.send_response(200)
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(b"", status=405)
+
+    do_DELETE = do_OPTIONS = do_PUT
+
+    def do_HEAD(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(b"")
+
+    def _answer(self, body: bytes, kind: str = "application/json", status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from fp8pipe import logs
 from serving.http.config import ServeConfig
-from serving.language.arguments import LanguageConfig
+from serving.language.config import LanguageConfig
 from serving.language.server import serve_language
 logs.setup(json=False, quiet=False, verbose=False)
 language = LanguageConfig(enforce_eager=True, max_num_seqs=8)

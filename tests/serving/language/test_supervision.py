@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -97,6 +98,57 @@ def test_sigterm_finishes_what_was_accepted(service: Running, tmp_path: Path) ->
     assert [len(lines) for lines in found] == [40] * 8
     assert service.process.wait(60) == 0
     wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_connections_to_the_engine_are_kept(service: Running) -> None:
+    with service.client() as client:
+        numbers = {client.get("/v1/models").json()["connection"] for _ in range(30)}
+    assert len(numbers) <= 3  # probes use them, too
+
+
+def test_a_server_that_is_stopped_is_started_again(service: Running, tmp_path: Path) -> None:
+    before = _pids(tmp_path)
+    os.kill(before[0], signal.SIGSTOP)
+    with service.client() as client:
+        reply = client.post("/v1/completions", json={"a": 1})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert int(reply.headers["retry-after"]) >= 1
+    wait_until(lambda: ready(service) and not set(before) & set(_pids(tmp_path)))
+    wait_until(lambda: not any(map(alive, before)))
+
+
+def test_an_engine_that_hangs_behind_a_healthy_server_is_started_again(service: Running, tmp_path: Path) -> None:
+    before = _pids(tmp_path)
+    (tmp_path / "hang").touch()
+    with service.client() as client:
+        assert client.get("/health").status_code == 200
+        reply = client.post("/v1/completions", json={"a": 1})
+        (tmp_path / "hang").unlink()
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_unavailable")
+    wait_until(lambda: ready(service) and not set(before) & set(_pids(tmp_path)))
+    assert "has made no token for" in "".join(service.lines)
+
+
+def test_an_answer_that_takes_too_long_is_a_504(export: Path, tmp_path: Path) -> None:
+    with running(STUB, str(export), str(tmp_path), "-", '{"request_timeout_s": 0.5}') as service:
+        wait_until(lambda: ready(service))
+        (tmp_path / "hang").touch()
+        with service.client() as client:
+            reply = client.post("/v1/completions", json={"a": 1})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "engine_timeout")
+
+
+def test_the_drain_ends_long_streams_with_an_error_event(export: Path, tmp_path: Path) -> None:
+    with running(STUB, str(export), str(tmp_path), "-", '{"drain_seconds": 2}') as service:
+        wait_until(lambda: ready(service))
+        with service.client() as client, client.stream("POST", "/stream", json={"events": 100_000}) as reply:
+            lines = reply.iter_lines()
+            assert next(lines) == "data: 0"
+            service.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]  # raises if the connection broke instead of ending
+        assert len(rest) > 10
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert service.process.wait(60) == 0
 
 
 def test_nothing_outlives_a_killed_supervisor(service: Running, tmp_path: Path) -> None:

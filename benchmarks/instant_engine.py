@@ -1,0 +1,39 @@
+"""A server on a Unix socket that answers everything at once, so that what a proxy adds can be seen alone."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import cast
+
+import httptools
+import uvloop
+
+_BODY = b'{"object": "list", "data": []}'
+_ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+
+
+class Answering(asyncio.Protocol):
+    """One connection."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """As asyncio says."""
+        self.transport = cast(asyncio.Transport, transport)
+        self.parser = httptools.HttpRequestParser(self)
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio says."""
+        self.parser.feed_data(data)
+
+    def on_message_complete(self) -> None:
+        """A request is whole."""
+        self.transport.write(_ANSWER)
+
+
+async def main() -> None:
+    server = await asyncio.get_running_loop().create_unix_server(Answering, sys.argv[1])
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

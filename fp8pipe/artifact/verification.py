@@ -1,0 +1,245 @@
+"""Everything about a tree of artifacts that needs no knowledge of their kinds: bytes, records, parents.
+
+Every finding is kept and none stops the search: who reads the list decides what to copy again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Gate, Parent
+from fp8pipe.artifact.reader import Artifact, check_file, read_manifest
+from fp8pipe.artifact.seal import check_seal, read_sealed, seal_path
+from fp8pipe.artifact.tree import RECORD_SUFFIX, RUN_FILE, Tree
+from fp8pipe.discrepancy import Catcher, Discrepancy
+from fp8pipe.errors import BadArtifactError
+from fp8pipe.runs import RunRecord, Verdict, read_run
+
+__all__ = ["Checked", "check_bytes", "check_record", "find_parent"]
+
+_ACCEPTED = ("ACCEPT", "PROVED-WITHOUT-RUNNING")
+
+
+@dataclass(slots=True)
+class Checked:
+    """What was found.
+
+    Attributes:
+        artifacts: those that could be opened, whole or not.
+        findings: everything that is wrong.
+        notes: what could not be checked, and files that nothing vouches for.
+        damaged: directories of artifacts whose bytes are not those of their manifest.
+        files: how many were hashed.
+    """
+
+    artifacts: list[Artifact] = field(default_factory=list)
+    findings: list[Discrepancy] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    damaged: set[Path] = field(default_factory=set)
+    files: int = 0
+
+
+def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntry], None] | None = None) -> Checked:
+    """Hash every file of every artifact, and check every seal.
+
+    Args:
+        tree: what to check.
+        strict: files that nothing vouches for are findings, not notes.
+        on_file: called after each file of an artifact.
+    """
+    checked = Checked()
+    strays: list[tuple[str, str, str]] = []
+    for root in tree.artifacts:
+        found, artifact = _check_artifact(root, on_file)
+        shown = tree.name_of(root)
+        checked.findings += [Discrepancy(f.catcher, f.where, f.why, shown) for f in found]
+        if found:
+            checked.damaged.add(root)
+        if artifact is not None:
+            checked.artifacts.append(artifact)
+            checked.files += len(artifact.manifest.files) + 2
+            strays += [(shown, name, "the manifest does not list it") for name in artifact.unlisted()]
+    for path in tree.records:
+        finding = check_seal(path)
+        checked.files += 2
+        if finding and _before_seals(path):
+            checked.notes.append(f"{tree.name_of(path)}: written before there were seals; its bytes are not checked")
+        elif finding:
+            checked.findings.append(Discrepancy(Catcher.SEAL, path.name, finding, tree.name_of(path)))
+    strays += [(tree.name_of(path.parent), path.name, "nothing vouches for it") for path in _unknown(tree)]
+    for shown, name, why in strays:
+        if strict:
+            checked.findings.append(Discrepancy(Catcher.MANIFEST, name, why, shown))
+        else:
+            checked.notes.append(f"{shown}/{name}: {why}")
+    checked.notes += [f"{tree.name_of(path)}: unfinished, not checked" for path in tree.unfinished]
+    return checked
+
+
+def _before_seals(path: Path) -> bool:
+    """Whether a record without a seal is of the first version, which had none."""
+    if seal_path(path).exists():
+        return False
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("schema_version") == 1 and path.name.endswith(RECORD_SUFFIX)
+
+
+def _check_artifact(
+    root: Path, on_file: Callable[[FileEntry], None] | None
+) -> tuple[list[Discrepancy], Artifact | None]:
+    try:
+        manifest = read_manifest(root)
+    except (BadArtifactError, OSError) as error:
+        seal = check_seal(root / MANIFEST_NAME)
+        # One of version 1 needs no seal, and what it holds may still be no manifest.
+        unsealed = not seal_path(root / MANIFEST_NAME).exists() and "no seal" not in str(error)
+        catcher = Catcher.SEAL if seal and not unsealed else Catcher.MANIFEST
+        why = seal if catcher is Catcher.SEAL else getattr(error, "why", "") or str(error)
+        return [Discrepancy(catcher, MANIFEST_NAME, why)], None
+    findings = []
+    for entry in manifest.files:
+        wrong = check_file(root, entry)
+        if wrong:
+            findings.append(Discrepancy(Catcher.HASH, entry.path, wrong))
+        if on_file is not None:
+            on_file(entry)
+    return findings + list(_check_gates(manifest.gates)), Artifact(root, manifest)
+
+
+def _check_gates(gates: list[Gate]) -> Iterator[Discrepancy]:
+    """A gate that passed with a value that is no number, or that counts differences and counted some."""
+    for gate in gates:
+        counts = gate.threshold == 0 and gate.name not in _MEASURED
+        if gate.passed and (gate.value != gate.value or (counts and gate.value > 0)):
+            why = f"the gate passed with {gate.value:g} against {gate.threshold:g}"
+            yield Discrepancy(Catcher.MANIFEST, gate.name, why)
+
+
+# Of these a larger value is the better one.
+_MEASURED = ("top-1 agreement",)
+
+
+def _unknown(tree: Tree) -> list[Path]:
+    """Files outside of artifacts, but those that a run's record names."""
+    known = set()
+    for path in tree.records:
+        record = _run_of(path)
+        if record is None:
+            continue
+        for stage in record.stages:
+            names = {stage.log, *stage.files, *(f"{stage.output}/{name}" for name in stage.files)}
+            known |= {path.parent / name for name in names if name}
+    return [path for path in tree.others if path not in known]
+
+
+def _run_of(path: Path) -> RunRecord | None:
+    if path.name != RUN_FILE:
+        return None
+    try:
+        return read_run(path.parent)
+    except BadArtifactError:
+        return None
+
+
+def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discrepancy], list[str]]:
+    """What a sealed record says, against the artifacts it speaks of.
+
+    Args:
+        path: the record.
+        artifacts: by their directories.
+
+    Returns:
+        findings and notes.
+    """
+    try:
+        data = json.loads(path.read_bytes() if _before_seals(path) else read_sealed(path))
+    except (OSError, BadArtifactError):
+        return [], []  # a finding of its seal already
+    except ValueError as error:
+        return [Discrepancy(Catcher.RECORD, path.name, f"it is not JSON: {error}")], []
+    if path.name == RUN_FILE:
+        return _check_run(path, artifacts)
+    findings = list(_check_verdict(path.name, data)) if isinstance(data, dict) else []
+    if not path.name.endswith(RECORD_SUFFIX):
+        return findings, []
+    export = artifacts.get(path.with_name(path.name.removesuffix(RECORD_SUFFIX)))
+    if export is None:
+        return findings, [f"{path.name}: the export that it speaks of was not found beside it"]
+    said = data.get("manifest_digest") if isinstance(data, dict) else None
+    if said != export.digest:
+        why = f"it speaks of manifest {said}; {export.root.name} has {export.digest}"
+        findings.append(Discrepancy(Catcher.RECORD, path.name, why))
+    return findings, []
+
+
+def _check_verdict(name: str, data: dict[str, Any]) -> Iterator[Discrepancy]:
+    """A verdict that contradicts the reasons or the gates beside it."""
+    if data.get("verdict") not in _ACCEPTED:
+        return
+    failed = [str(g.get("name")) for g in data.get("gates") or [] if isinstance(g, dict) and not g.get("passed")]
+    if data.get("reasons") or failed:
+        shown = "; ".join([*map(str, data.get("reasons") or []), *(f"gate {gate} failed" for gate in failed)])
+        yield Discrepancy(Catcher.RECORD, name, f"its verdict is {data['verdict']}, but {shown[:300]}")
+    for gate in data.get("gates") or []:
+        if gate.get("passed") and gate.get("threshold") == 0 and gate.get("name") not in _MEASURED:
+            value = gate.get("value")
+            if not isinstance(value, int | float) or value > 0:
+                yield Discrepancy(Catcher.RECORD, name, f"gate {gate['name']} passed with {value} against 0")
+
+
+def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discrepancy], list[str]]:
+    """Every stage's output is there, and has the content that the record names."""
+    try:
+        record = read_run(path.parent)
+    except BadArtifactError as error:
+        return [Discrepancy(Catcher.RECORD, path.name, error.why)], []
+    findings, notes = [], []
+    for stage in record.stages:
+        output = path.parent / stage.output
+        artifact = artifacts.get(output)
+        if not stage.content or stage.verdict is Verdict.INFEASIBLE:
+            continue
+        if artifact is not None and artifact.content != stage.content:
+            why = f"stage {stage.name} wrote content {stage.content}; {stage.output} has {artifact.content}"
+            findings.append(Discrepancy(Catcher.RECORD, path.name, why))
+        elif not output.exists():
+            findings.append(Discrepancy(Catcher.RECORD, stage.output, f"stage {stage.name} wrote it; it is missing"))
+        elif artifact is None and output.is_dir():
+            notes.append(f"{stage.output}: no artifact that could be opened, so its content is not compared")
+    return findings, notes
+
+
+def find_parent(
+    child: Artifact, parent: Parent, known: list[Artifact]
+) -> tuple[Artifact | None, Discrepancy | None, str]:
+    """The artifact that a manifest names as its parent.
+
+    Args:
+        child: whose manifest names it.
+        parent: as named.
+        known: artifacts among which it may be.
+
+    Returns:
+        the artifact, or a finding where one of its name has another digest, or a note where it is not there.
+    """
+    same = [other for other in known if other.digest == parent.digest]
+    if same:
+        return same[0], None, ""
+    again = [other for other in known if parent.content is not None and other.content == parent.content]
+    if again:
+        note = f"parent {parent.kind} {parent.digest[:12]} was made again with the same content: {again[0].root.name}"
+        return again[0], None, note
+    name = Path(parent.path).name
+    renamed = [other for other in known if other.kind == parent.kind and other.root.name == name]
+    if renamed and renamed[0].root != child.root:
+        why = f"the manifest names {parent.kind} {parent.digest}; {name} has {renamed[0].digest}"
+        return None, Discrepancy(Catcher.PARENT, name, why), ""
+    what = "is a model without a manifest" if parent.kind == "model" else "was not found"
+    return None, None, f"parent {parent.kind} {parent.digest[:12]} ({parent.path}) {what}: not compared"

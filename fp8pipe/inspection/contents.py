@@ -1,0 +1,142 @@
+"""The answer of an inspection: layers, histograms, and what lies beside the weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Contents", "LayerView", "ScaleBins"]
+
+_FEW_BINS = 40
+
+
+@dataclass(slots=True)
+class ScaleBins:
+    """How many scales lie between one power of two and the next.
+
+    Attributes:
+        bins: by floor(log2(scale)).
+        bad: scales that are zero, negative, infinite or NaN.
+    """
+
+    bins: Counter[int] = field(default_factory=Counter)
+    bad: int = 0
+
+    def add(self, scales: np.ndarray) -> None:
+        """Count scales of any shape and float type."""
+        values = scales.astype(np.float64).reshape(-1)
+        good = np.isfinite(values) & (values > 0)
+        self.bad += int((~good).sum())
+        # frexp is exact where log2 rounds: 1 = 0.5 * 2^1 lies in bin 0.
+        exponents, counts = np.unique(np.frexp(values[good])[1] - 1, return_counts=True)
+        self.bins.update(dict(zip(exponents.tolist(), counts.tolist(), strict=True)))
+
+    @property
+    def count(self) -> int:
+        """Scales counted."""
+        return sum(self.bins.values()) + self.bad
+
+    def merge(self, other: ScaleBins) -> None:
+        """Add another histogram."""
+        self.bins.update(other.bins)
+        self.bad += other.bad
+
+    def bars(self, width: int = 40) -> list[str]:
+        """The histogram as text, one line a bin from the smallest; a bar's length is its share of the largest."""
+        if not self.bins:
+            return []
+        most = max(self.bins.values())
+        low, high = min(self.bins), max(self.bins)
+        places = range(low, high + 1) if high - low < _FEW_BINS else sorted(self.bins)
+        lines = []
+        for place in places:
+            count = self.bins.get(place, 0)
+            length = max(1, round(width * count / most)) if count else 0
+            lines.append(f"2^{place:<4} {count:>10,} {'#' * length}")
+        return lines
+
+
+@dataclass(slots=True)
+class LayerView:
+    """One weight.
+
+    Attributes:
+        name: of the layer, without `.weight`.
+        format: for instance "fp8-e4m3", "int8", "int4-packed", "bf16".
+        shape: of the weight as it is meant, None where packing hides it.
+        size_bytes: codes, scales and zero points.
+        granularity: what shares a scale; empty for floats.
+        codes: how many were looked at; 0 where they were not.
+        saturated: of these, how many are at an end of the grid.
+        nan: of these, how many are NaN.
+        scales: histogram.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...] | None
+    size_bytes: int
+    granularity: str = ""
+    codes: int = 0
+    saturated: int = 0
+    nan: int = 0
+    scales: ScaleBins = field(default_factory=ScaleBins)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        share = self.saturated / self.codes if self.codes else None
+        return {
+            "name": self.name, "format": self.format, "shape": self.shape, "size_bytes": self.size_bytes,
+            "granularity": self.granularity, "codes": self.codes, "saturated": share, "nan_codes": self.nan,
+            "scales": {"log2_bins": dict(sorted(self.scales.bins.items())), "bad": self.scales.bad},
+        }  # fmt: skip
+
+
+@dataclass(slots=True)
+class Contents:
+    """A whole checkpoint.
+
+    Attributes:
+        form: in words, for instance "compressed-tensors (float-quantized)".
+        layers: weights, in the file's order.
+        facts: what lies beside them: tokenizer, template, preprocessing, inputs and outputs.
+        notes: what could not be read, and why.
+    """
+
+    form: str
+    layers: list[LayerView] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def by_format(self) -> list[tuple[str, str, int, int, int, int]]:
+        """Format, granularity, layers, bytes, codes, saturated codes; the largest first."""
+        groups: dict[tuple[str, str], list[LayerView]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.format, layer.granularity), []).append(layer)
+        rows = [
+            (*key, len(found), *(sum(getattr(x, what) for x in found) for what in ("size_bytes", "codes", "saturated")))
+            for key, found in groups.items()
+        ]
+        return sorted(rows, key=lambda row: -row[3])
+
+    def scales(self) -> ScaleBins:
+        """All scales together."""
+        total = ScaleBins()
+        for layer in self.layers:
+            total.merge(layer.scales)
+        return total
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        names = ("format", "granularity", "layers", "size_bytes", "codes", "saturated_codes")
+        return {
+            "form": self.form,
+            "formats": [dict(zip(names, row, strict=True)) for row in self.by_format()],
+            "scales": {"log2_bins": dict(sorted(self.scales().bins.items())), "bad": self.scales().bad},
+            "facts": self.facts,
+            "layers": [layer.plain() for layer in self.layers],
+            "notes": self.notes,
+        }

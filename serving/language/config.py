@@ -1,0 +1,97 @@
+"""How vLLM runs below the service: vLLM's own names where an option is vLLM's, and what may be passed on besides."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fp8pipe.artifact import Artifact
+from fp8pipe.config import FrozenConfig
+from serving.language.supervisor import SupervisorConfig
+
+__all__ = ["LanguageConfig"]
+
+# The service sets these itself: another value would put vLLM where nobody looks for it, or past the API keys.
+_OURS = frozenset(
+    ("--model", "--served-model-name", "--uds", "--host", "--port", "--api-key", "--ssl-keyfile", "--ssl-certfile",
+     "--ssl-ca-certs", "--ssl-cert-reqs", "--root-path", "--api-server-count", "--headless", "--config",
+     "--disable-uvicorn-access-log")
+)  # fmt: skip
+
+
+class LanguageConfig(FrozenConfig):
+    """How vLLM runs below the service. What is not given is left to vLLM, but for `dtype` and `max_model_len`."""
+
+    vllm_python: str | None = Field(default=None, description="vLLM's interpreter; found when not given")
+    served_model_name: str | None = Field(
+        default=None, min_length=1, description="model name in the API; the directory's by default"
+    )
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="compute dtype")
+    max_model_len: int | None = Field(
+        default=None, ge=16, description="context, tokens; default: the longest that the memory holds"
+    )
+    kv_cache_dtype: str | None = Field(
+        default=None, pattern=r"[a-z0-9_]+", description="dtype of the key/value cache; what there is depends on vLLM"
+    )
+    enforce_eager: bool = Field(default=False, description="do not compile: starts sooner, serves slower")
+    max_num_seqs: int | None = Field(default=None, ge=1, description="requests computed at once")
+    tensor_parallel_size: int | None = Field(default=None, ge=1, description="devices that share each layer")
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, description="part of a device's memory that vLLM takes; on a CPU, of the machine's"
+    )
+    kv_cache_gib: int | None = Field(default=None, ge=1, description="key/value cache on a CPU, GiB")
+    request_timeout_s: float | None = Field(
+        default=None, gt=0, description="an answer, or a stream's begin, must come by then, seconds; default: no limit"
+    )
+    drain_seconds: float = Field(
+        default=60, ge=0, description="after SIGTERM, what was accepted may take so long, seconds"
+    )
+    extra: tuple[str, ...] = Field(default=(), description="more arguments for vLLM's server, as they are")
+    supervision: SupervisorConfig = Field(default=SupervisorConfig(), description="starts, probes and restarts")
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, extra: tuple[str, ...]) -> tuple[str, ...]:
+        if extra and not extra[0].startswith("-"):
+            raise ValueError(f"{extra[0]!r} is no option; vLLM's own options follow after '--'")
+        typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}
+        for argument in extra:
+            flag = argument.split("=", 1)[0].replace("_", "-")
+            if flag in _OURS:
+                raise ValueError(f"{flag} is set by the service")
+            if flag in typed:
+                raise ValueError(f"{flag} is an option of this command: give it before '--'")
+        return extra
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.kv_cache_gib is not None and self.gpu_memory_utilization is not None:
+            raise ValueError("kv_cache_gib and gpu_memory_utilization both say how much memory: give one")
+        return self
+
+    def name_of(self, artifact: Artifact) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or artifact.root.absolute().name
+
+    def arguments(self) -> list[str]:
+        """vLLM's arguments for these settings."""
+        # -1: as much as the memory holds. Without it vLLM refuses to start where the model's full context does not fit.
+        command = ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len or -1)]
+        for name in ("kv_cache_dtype", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization"):
+            value = getattr(self, name)
+            if value is not None:
+                command += [_flag(name), str(value)]
+        if self.enforce_eager:
+            command.append("--enforce-eager")
+        return [*command, *self.extra]
+
+
+_TYPED = (
+    "dtype", "max_model_len", "kv_cache_dtype", "enforce_eager", "max_num_seqs", "tensor_parallel_size",
+    "gpu_memory_utilization",
+)  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,65 @@
+"""`fp8pipe verify` on a whole tree: nothing is found in what the commands wrote, and what is not checked is said."""
+
+from __future__ import annotations
+
+import json
+
+from artifact_tree import reseal
+from click.testing import CliRunner
+
+from fp8pipe.cli import main
+
+
+def verify(*arguments: object):
+    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+def test_nothing_is_found_in_what_was_written(whole_tree):
+    ended = verify(whole_tree, "--json", "--strict")
+    assert ended.exit_code == 0, ended.output
+    document = json.loads(ended.stdout)
+    assert document["verified"]
+    assert document["findings"] == []
+    assert len(document["artifacts"]) == 8
+    assert {pair["artifact"] for pair in document["compared"]} == {"vllm", "modelopt", "decoder", "onnx", "trt"}
+
+
+def test_a_record_of_the_first_version_needs_no_seal_and_a_later_one_does(tree):
+    path = tree / "onnx.validation.json"
+    (tree / "onnx.validation.sha256").unlink()
+    ended = verify("--quick", tree)
+    assert ended.exit_code == 12
+    assert "onnx.validation.sha256 is missing" in ended.stderr
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
+    document = json.loads(verify("--quick", "--json", tree).stdout)
+    assert document["verified"]
+    assert any("written before there were seals" in note for note in document["notes"])
+
+
+def test_a_parent_that_was_made_again_is_taken_and_said(tree):
+    """Another time of writing, the same content: the child is not stale."""
+    reseal(tree / "vit", lambda data: data.update(created="2027-01-01T00:00:00+00:00"))
+    document = json.loads(verify("--quick", "--json", tree).stdout)
+    assert document["verified"]
+    assert sum("made again with the same content" in note for note in document["notes"]) == 2
+
+
+def test_unfinished_runs_and_strays_are_said(tree):
+    (tree / "later.partial").mkdir()
+    (tree / "notes.txt").write_text("mine")
+    document = json.loads(verify("--quick", "--json", tree).stdout)
+    assert document["verified"]
+    assert any("later.partial: unfinished" in note for note in document["notes"])
+    assert any("notes.txt: nothing vouches for it" in note for note in document["notes"])
+    assert verify("--quick", "--strict", tree).exit_code == 12
+
+
+def test_damage_is_listed_whole_and_damaged_parents_are_not_compared_with(tree):
+    for name in ("vit/preprocessing.json", "vllm/config.json", "model/tokenizer.json"):
+        (tree / name).write_text("{}")
+    document = json.loads(verify("--json", tree).stdout)
+    found = {(f["artifact"], f["catcher"], f["where"]) for f in document["findings"]}
+    assert {
+        ("vit", "hash", "preprocessing.json"), ("vllm", "hash", "config.json"), ("model", "hash", "tokenizer.json"),
+    } <= found  # fmt: skip
+    assert {pair["artifact"] for pair in document["compared"]} == {"modelopt"}

@@ -1,0 +1,57 @@
+"""The content digest: the same for a rerun elsewhere and later, another one for anything that was made differently."""
+
+from __future__ import annotations
+
+import pytest
+
+from fp8pipe.artifact import ArtifactWriter, Gate, NumberFormat, Parent
+
+PARENT = Parent(kind="model", digest="feedface" * 8, path="/models/base")
+
+
+def write(place, weights=b"weights", metrics=b"1.0 s", **changes):
+    values = {
+        "config": {"steps": 3}, "seed": 1, "parents": [PARENT], "runtime": {"threads": 2},
+        "number_format": NumberFormat(name="e4m3", granularity="per-channel"), "extra": {"seconds": 12.5},
+    } | changes  # fmt: skip
+    with ArtifactWriter(place, kind=values.pop("kind", "falqon"), stage="finetune") as writer:
+        (writer.root / "model.safetensors").write_bytes(weights)
+        (writer.root / "metrics").mkdir()
+        (writer.root / "metrics" / "log.jsonl").write_bytes(metrics)
+        writer.gate(Gate(name="seconds", value=values["extra"]["seconds"], threshold=99, passed=True))
+        return writer.commit(volatile=["metrics"], **values)
+
+
+def test_times_places_and_measured_figures_are_left_out(tmp_path):
+    one = write(tmp_path / "a")
+    elsewhere = PARENT.model_copy(update={"path": "/elsewhere"})
+    two = write(tmp_path / "b", metrics=b"2.0 s", parents=[elsewhere], extra={"seconds": 99.0}, runtime={"threads": 1})
+    assert one.digest != two.digest
+    assert one.content == two.content
+    assert [entry.volatile for entry in one.manifest.files] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": b"weightz"},
+        {"config": {"steps": 4}},
+        {"seed": 2},
+        {"kind": "vit"},
+        {"number_format": None},
+        {"preprocessing": {"mean": [0.5]}},
+        {"parents": [PARENT.model_copy(update={"digest": "0" * 64})]},
+        {"parents": [PARENT.model_copy(update={"content": "0" * 64})]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_everything_else_counts(tmp_path, change):
+    assert write(tmp_path / "a").content != write(tmp_path / "b", **change).content
+
+
+def test_a_child_names_its_parent_by_both_digests(tmp_path):
+    parent = write(tmp_path / "a")
+    child = write(tmp_path / "b", parents=[parent.as_parent()])
+    assert child.manifest.parents[0].content == parent.content
+    again = write(tmp_path / "c", metrics=b"9 s")
+    assert write(tmp_path / "d", parents=[again.as_parent()]).content == child.content

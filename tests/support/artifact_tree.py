@@ -1,0 +1,114 @@
+"""A run's directory with one artifact of every kind, as the commands write them, of tiny models; and sealing again.
+
+Language: `model` (falqon) with its exports `vllm` (two shards), `modelopt` and `decoder`. Vision: `vit` with `onnx`,
+`trt` and its engine. Beside them a validation record and `run.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from quantized_families import quantized_family, storable, write_vit_artifact
+
+from exporters.onnx import OnnxExportOptions, export_onnx
+from exporters.tensorrt import TrtExportOptions, export_tensorrt
+from exporters.tensorrt.language import LanguageExportOptions, export_language
+from exporters.vllm import VllmExportOptions, export_vllm
+from fp8pipe import __version__
+from fp8pipe.artifact import (
+    MANIFEST_NAME,
+    SEAL_NAME,
+    FileEntry,
+    Manifest,
+    open_artifact,
+    read_manifest,
+    sha256_file,
+    write_sealed,
+)
+from fp8pipe.config import build_config
+from fp8pipe.runs import RunRecord, StageRecord, Verdict, write_run
+from serving.onnx.validate import validate_onnx
+
+__all__ = ["reseal", "write_language", "write_run_record", "write_vision"]
+
+STAGES = ("model", "vllm", "modelopt", "decoder", "vit", "onnx", "trt")
+
+
+def write_language(root: Path, model: Path, even_model: Path, text: Path) -> None:
+    """`model` and its exports.
+
+    Args:
+        root: the run's directory.
+        model: a falqon artifact, which is copied byte for byte.
+        even_model: one whose joined layers share scales.
+        text: for calibration.
+    """
+    import shutil
+
+    shutil.copytree(model, root / "model")
+    shutil.copytree(even_model, root / "even")
+    export_vllm(root / "model", root / "vllm", VllmExportOptions(max_shard_bytes=60_000))
+    options = {"compute_capabilities": ["8.9"], "sequence": [1, 8, 32], "calibration_data": str(text)}
+    for source, name, changes in (
+        ("even", "modelopt", {"format": "modelopt-checkpoint"}),
+        ("model", "decoder", {"builder": "none", "require": False}),
+    ):
+        export_language(root / source, root / name, build_config(LanguageExportOptions, options | changes))
+
+
+def write_vision(root: Path, *, engines: bool) -> None:
+    """`vit` and its exports, with a validation of `onnx`."""
+    quantized = storable(quantized_family("timm-vit", bits=8))
+    moments = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    quantized.preprocessing = quantized.preprocessing.model_copy(update=moments)  # no two alike
+    write_vit_artifact(root / "vit", quantized, images=4)
+    export_onnx(root / "vit", root / "onnx", OnnxExportOptions())
+    options = {"compute_capabilities": ["8.9"], "batch": [1, 2, 4], "builder": "rtx" if engines else "none"}
+    export_tensorrt(root / "vit", root / "trt", build_config(TrtExportOptions, options | {"require": False}))
+    validate_onnx(root / "onnx", against=root / "vit")
+
+
+def write_run_record(root: Path) -> None:
+    """`run.json` with every stage that is there."""
+    stages = [
+        StageRecord(
+            name=name, command="export", key="0" * 64, output=name, content=open_artifact(root / name).content,
+            verdict=Verdict.ACCEPT,
+        )
+        for name in STAGES
+        if (root / name).is_dir()
+    ]  # fmt: skip
+    record = RunRecord(
+        recipe="tiny", resolved={}, tool_version=__version__, stages=stages,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
+    write_run(record, root)
+
+
+def reseal(root: Path, change: Callable[[dict], None] | None = None) -> Path:
+    """Make hashes, manifest and seal right for whatever lies in `root`: as a writer does that is wrong, not the disk.
+
+    Args:
+        root: an artifact.
+        change: edits the manifest as plain data.
+    """
+    data = json.loads((root / MANIFEST_NAME).read_text())
+    if change is not None:
+        change(data)
+    flags = {entry["path"]: entry["volatile"] for entry in data["files"]}
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    data["files"] = [
+        FileEntry(
+            path=name, size=(root / name).stat().st_size, sha256=sha256_file(root / name),
+            volatile=flags.get(name, False),
+        ).model_dump()
+        for name in names
+        if name not in (MANIFEST_NAME, SEAL_NAME)
+    ]  # fmt: skip
+    manifest = Manifest.from_json(json.dumps(data), where=str(root))
+    write_sealed(root / MANIFEST_NAME, manifest.to_json())
+    read_manifest(root)
+    return root

@@ -1,0 +1,129 @@
+"""What a planted fault is, and the edits that plant one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from artifact_tree import reseal
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fp8pipe.artifact import write_sealed
+from fp8pipe.discrepancy import Catcher
+
+__all__ = ["Fault", "code_bits", "graph", "json_file", "manifest", "record", "tensors"]
+
+Plant = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: short, unique.
+        artifact: which artifact or record of the tree it is planted in.
+        where: the file, in words.
+        how: what is done to it.
+        catcher: the check that must report it.
+        named: what the report must name: file, layer, tensor or node.
+        plant: does it, given the tree; leaves hashes and seals right unless they are the fault.
+        parent: what must be in the tree beside it for the check; none where the artifact alone is enough.
+    """
+
+    name: str
+    artifact: str
+    where: str
+    how: str
+    catcher: Catcher
+    named: str
+    plant: Plant
+    parent: str | None = None
+
+
+def tensors(artifact: str, change: Callable[[dict[str, Tensor]], None], file: str = "") -> Plant:
+    """Edit the tensors of safetensors files, each staying in its file; new ones go into the first.
+
+    Args:
+        artifact: in the tree.
+        change: edits them by name.
+        file: one file's name; all but the adapter's where it is empty.
+    """
+
+    def plant(tree: Path) -> None:
+        root = tree / artifact
+        files = [root / file] if file else [f for f in sorted(root.glob("*.safetensors")) if "adapter" not in f.name]
+        held = {path: load_file(path) for path in files}
+        found = {name: tensor.clone() for part in held.values() for name, tensor in part.items()}
+        places = {name: path for path, part in held.items() for name in part}
+        change(found)
+        for path in files:
+            part = {n: t.contiguous() for n, t in found.items() if places.get(n, files[0]) == path}
+            save_file(part, path, metadata={"format": "pt"})
+        index = root / "model.safetensors.index.json"
+        if index.is_file():
+            data = json.loads(index.read_text())
+            data["weight_map"] = {name: places.get(name, files[0]).name for name in sorted(found)}
+            index.write_text(json.dumps(data, indent=2))
+        reseal(root)
+
+    return plant
+
+
+def json_file(
+    artifact: str, file: str, change: Callable[[Any], Any], also: Callable[[dict], None] | None = None
+) -> Plant:
+    """Edit a JSON file of an artifact; `change` returns the new content, or None if it edited in place."""
+
+    def plant(tree: Path) -> None:
+        path = tree / artifact / file
+        data = json.loads(path.read_text())
+        changed = change(data)
+        path.write_text(json.dumps(data if changed is None else changed, indent=2) + "\n")
+        reseal(tree / artifact, also)
+
+    return plant
+
+
+def manifest(artifact: str, change: Callable[[dict], None]) -> Plant:
+    """Edit the manifest and seal it again."""
+
+    def plant(tree: Path) -> None:
+        reseal(tree / artifact, change)
+
+    return plant
+
+
+def record(file: str, change: Callable[[dict], None]) -> Plant:
+    """Edit a record beside the artifacts and seal it again."""
+
+    def plant(tree: Path) -> None:
+        data = json.loads((tree / file).read_text())
+        change(data)
+        write_sealed(tree / file, json.dumps(data, indent=2) + "\n")
+
+    return plant
+
+
+def graph(artifact: str, edit: Callable[[ir.Model], None]) -> Plant:
+    """Edit `model.onnx`; engines beside it are then stale, unless the manifest is made to say otherwise."""
+
+    def plant(tree: Path) -> None:
+        path = tree / artifact / "model.onnx"
+        model = ir.load(path)
+        edit(model)
+        ir.save(model, path)
+        reseal(tree / artifact)
+
+    return plant
+
+
+def code_bits(tensor: Tensor) -> Tensor:
+    """The bytes of FP8 codes, to be edited in place."""
+    return tensor.view(torch.uint8)
