@@ -21,8 +21,8 @@ def section(subject: Subject) -> Section:
     for item in subject.of_kind(*EXPORTS):
         record = item.record("validation")
         if record is None:
-            stale = any(r.kind == "validation" for r in item.records)
-            what = "its record speaks of another manifest." if stale else "it was not validated."
+            unused = next((r.finding for r in item.records if r.kind == "validation"), "")
+            what = f"{unused}." if unused else "it was not validated."
             command = f"fp8pipe validate {subject.where(item)}"
             if item.kind == "modelopt-export":
                 what, command = "no engine here reads this layout, so its arithmetic is not proved.", ""
