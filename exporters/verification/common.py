@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,14 @@ def compare_gates(artifact: Artifact, again: Sequence[Gate]) -> Iterator[Discrep
         old = recorded.get(gate.name)
         if old is None:
             yield Discrepancy(Catcher.MANIFEST, f"gate {gate.name}", "the manifest does not hold it")
-        elif (old.value, old.threshold, old.passed) != (gate.value, gate.threshold, gate.passed):
+        elif (old.threshold, old.passed) != (gate.threshold, gate.passed) or not _close(old.value, gate.value):
             why = f"the manifest says {_gate(old)}; asked again it is {_gate(gate)}"
             yield Discrepancy(Catcher.MANIFEST, f"gate {gate.name}", why)
+
+
+def _close(recorded: float, again: float) -> bool:
+    """Whether a gate's value is the same one: counts exactly, norms up to the order of their sums."""
+    return recorded == again or (not float(again).is_integer() and math.isclose(recorded, again, rel_tol=1e-3))
 
 
 def _gate(gate: Gate) -> str:

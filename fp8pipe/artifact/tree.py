@@ -15,9 +15,11 @@ from fp8pipe.artifact.reader import PARTIAL_SUFFIX, SEAL_NAME
 from fp8pipe.artifact.seal import SEAL_SUFFIX, seal_path
 from fp8pipe.errors import BadArtifactError
 
-__all__ = ["RECORD_SUFFIX", "RUN_FILE", "Tree", "find_tree"]
+__all__ = ["BESIDE", "RECORD_SUFFIX", "RUN_FILE", "Tree", "find_tree"]
 
 RECORD_SUFFIX = ".validation.json"
+# What is found out about an artifact lies beside it.
+BESIDE = (RECORD_SUFFIX, ".bench.json", ".serve-check.json")
 RUN_FILE = "run.json"
 
 
@@ -68,8 +70,9 @@ def find_tree(root: Path) -> Tree:
         folders[:] = sorted(name for name in folders if not name.endswith(PARTIAL_SUFFIX))
         _sort_files(tree, here, set(files))
     if tree.artifacts == [root]:  # what was found about it lies beside it
-        beside = root.with_name(root.name + RECORD_SUFFIX)
-        tree.records += [beside] if beside.exists() or seal_path(beside).exists() else []
+        for suffix in BESIDE:
+            beside = root.with_name(root.name + suffix)
+            tree.records += [beside] if beside.exists() or seal_path(beside).exists() else []
     for found in (tree.artifacts, tree.records, tree.unfinished, tree.others):
         found.sort()
     return tree
@@ -79,7 +82,7 @@ def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
     """Records, known by their seal, their name, or a seal that they left behind; and others."""
     seals = {name for name in files if name.endswith(SEAL_SUFFIX)}
     records = {Path(name).with_suffix(".json").name for name in seals}
-    records |= {name for name in files if name == RUN_FILE or name.endswith(RECORD_SUFFIX)}
+    records |= {name for name in files if name == RUN_FILE or name.endswith(BESIDE)}
     tree.records += [folder / name for name in records]
     # A signature is checked with a key, which only the caller has.
     signatures = {name for name in files if name.endswith(".sig") and (folder / name[: -len(".sig")]).is_dir()}

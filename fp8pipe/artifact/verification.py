@@ -5,6 +5,7 @@ Every finding is kept and none stops the search: who reads the list decides what
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from fp8pipe.artifact.seal import check_seal, read_sealed, seal_path
 from fp8pipe.artifact.tree import RECORD_SUFFIX, RUN_FILE, Tree
 from fp8pipe.discrepancy import Catcher, Discrepancy
 from fp8pipe.errors import BadArtifactError
-from fp8pipe.runs import RunRecord, Verdict, read_run
+from fp8pipe.runs import RunRecord, StageRecord, Verdict, read_run
 
 __all__ = ["Checked", "check_bytes", "check_record", "find_parent"]
 
@@ -122,6 +123,8 @@ def _check_gates(gates: list[Gate]) -> Iterator[Discrepancy]:
             yield Discrepancy(Catcher.MANIFEST, gate.name, why)
 
 
+# What a run keeps for itself, beside its stages' outputs.
+_RUN_FILES = ("recipe.yaml", "stages", "logs")
 # Of these a larger value is the better one.
 _MEASURED = ("top-1 agreement",)
 
@@ -134,8 +137,10 @@ def _unknown(tree: Tree) -> list[Path]:
         if record is None:
             continue
         for stage in record.stages:
-            names = {stage.log, *stage.files, *(f"{stage.output}/{name}" for name in stage.files)}
+            names = {stage.log, *(f"{stage.output}/{name}" for name in stage.files)}
             known |= {path.parent / name for name in names if name}
+        working = (path.parent / name for name in _RUN_FILES)
+        known |= {other for place in working for other in tree.others if place in (other, *other.parents)}
     return [path for path in tree.others if path not in known]
 
 
@@ -167,12 +172,12 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Disc
     if path.name == RUN_FILE:
         return _check_run(path, artifacts)
     findings = list(_check_verdict(path.name, data)) if isinstance(data, dict) else []
-    if not path.name.endswith(RECORD_SUFFIX):
+    if not isinstance(data, dict) or "manifest_digest" not in data:
         return findings, []
-    export = artifacts.get(path.with_name(path.name.removesuffix(RECORD_SUFFIX)))
+    export = artifacts.get(path.with_name(path.stem.rpartition(".")[0]))
     if export is None:
         return findings, [f"{path.name}: the export that it speaks of was not found beside it"]
-    said = data.get("manifest_digest") if isinstance(data, dict) else None
+    said = data["manifest_digest"]
     if said != export.digest:
         why = f"it speaks of manifest {said}; {export.root.name} has {export.digest}"
         findings.append(Discrepancy(Catcher.RECORD, path.name, why))
@@ -187,7 +192,8 @@ def _check_verdict(name: str, data: dict[str, Any]) -> Iterator[Discrepancy]:
     if data.get("reasons") or failed:
         shown = "; ".join([*map(str, data.get("reasons") or []), *(f"gate {gate} failed" for gate in failed)])
         yield Discrepancy(Catcher.RECORD, name, f"its verdict is {data['verdict']}, but {shown[:300]}")
-    for gate in data.get("gates") or []:
+    counted = (data.get("gates") or []) if name.endswith(RECORD_SUFFIX) else []  # others hold measured times
+    for gate in counted:
         if gate.get("passed") and gate.get("threshold") == 0 and gate.get("name") not in _MEASURED:
             value = gate.get("value")
             if not isinstance(value, int | float) or value > 0:
@@ -211,9 +217,26 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discre
             findings.append(Discrepancy(Catcher.RECORD, path.name, why))
         elif not output.exists():
             findings.append(Discrepancy(Catcher.RECORD, stage.output, f"stage {stage.name} wrote it; it is missing"))
-        elif artifact is None and output.is_dir():
+        elif output.is_file():
+            findings += _check_stage_record(output, stage)
+        elif artifact is None:
             notes.append(f"{stage.output}: no artifact that could be opened, so its content is not compared")
     return findings, notes
+
+
+def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Discrepancy]:
+    """A stage whose output is a record: it is sealed, and its verdict is the one that the run judged."""
+    if not seal_path(output).exists() and not _before_seals(output):
+        yield Discrepancy(Catcher.SEAL, stage.output, check_seal(output))
+        return
+    try:
+        verdict = json.loads(output.read_bytes()).get("verdict")
+    except (ValueError, AttributeError):
+        return  # a finding of its seal, or of its own
+    text = json.dumps([stage.key, verdict], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    if hashlib.sha256(text.encode()).hexdigest() != stage.content:
+        why = f"stage {stage.name} was judged with another verdict than the {verdict} that stands there"
+        yield Discrepancy(Catcher.RECORD, stage.output, why)
 
 
 def find_parent(

@@ -19,6 +19,8 @@ from fp8pipe.artifact import (
     seal_path,
     write_sealed,
 )
+from fp8pipe.artifact.tree import find_tree
+from fp8pipe.artifact.verification import check_bytes, check_record
 from fp8pipe.errors import BadArtifactError
 from fp8pipe.runs import RunRecord, read_run, write_run
 from serving.record import record_path
@@ -143,3 +145,31 @@ def test_a_rename_keeps_the_seal_and_a_record_lies_beside(artifact, tmp_path):
     moved = shutil.move(artifact, tmp_path / "b.c")
     open_artifact(moved)
     assert seal_path(record_path(Path(moved))).name == "b.c.validation.sha256"
+
+
+def measured(artifact: Path, **changes: object) -> Path:
+    digest = open_artifact(artifact).digest
+    path = artifact.with_name(f"{artifact.name}.bench.json")
+    data = {"schema_version": 1, "manifest_digest": digest, "gates": [], "reasons": [], "verdict": "ACCEPT"}
+    return write_sealed(path, json.dumps(data | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({}, ""), ({"manifest_digest": "0" * 64}, "it speaks of manifest"), ({"reasons": ["slow"]}, "but slow")],
+)
+def test_a_measurement_beside_an_artifact_is_checked_with_it(artifact, changes, why):
+    measured(artifact, **changes)
+    tree = find_tree(artifact)
+    assert [path.name for path in tree.records] == ["a.bench.json"]
+    checked = check_bytes(tree)
+    findings, notes = check_record(tree.records[0], {a.root: a for a in checked.artifacts})
+    assert (checked.findings, notes) == ([], [])
+    assert [f.why[:60] for f in findings if why not in f.why] == []
+    assert bool(findings) == bool(why)
+
+
+def test_a_measurement_without_its_seal_is_found(artifact):
+    seal_path(measured(artifact)).unlink()
+    (finding,) = check_bytes(find_tree(artifact)).findings
+    assert (finding.catcher, finding.where) == ("seal", "a.bench.json")

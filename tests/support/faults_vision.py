@@ -153,6 +153,11 @@ def failed_gate(data: dict) -> None:
     data["gates"][0].update(value=4.0, passed=True)
 
 
+def turned(tree: Path) -> None:
+    """A record that is sealed, agrees with itself, and is not the one that the run judged."""
+    record("onnx.validation.json", lambda data: data.update(verdict="REJECT"))(tree)
+
+
 def unsealed(tree: Path) -> None:
     path = tree / "onnx" / "manifest.json"
     path.write_text(path.read_text().replace('"seed": null', '"seed": 1'))
@@ -300,6 +305,8 @@ RECORD_FAULTS = (
           C.RECORD, "onnx.validation.json", record("onnx.validation.json", failed_gate), "onnx"),
     Fault("run-content", "run.json", "run.json", "a stage wrote another content", C.RECORD, "run.json",
           record("run.json", run_content), "onnx"),
+    Fault("verdict-turned", "run.json", "onnx.validation.json", "the run judged another verdict than stands there",
+          C.RECORD, "onnx.validation.json", turned, "onnx"),
     Fault("manifest-edited", "onnx", "manifest.json", "the manifest was edited, its seal was not", C.SEAL,
           "manifest.json", unsealed),
     Fault("seal-missing", "onnx", "manifest.sha256", "the seal is not there", C.SEAL, "manifest.json",

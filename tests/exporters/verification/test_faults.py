@@ -39,7 +39,8 @@ def _graphs_are_made_once():
 def plant(fault: Fault, whole: Path, place: Path) -> Path:
     """A tree of what the fault needs, with the fault in it."""
     place.mkdir()
-    for name in {fault.artifact, fault.parent} - {None}:
+    names = {fault.artifact, fault.parent} - {None}
+    for name in names | ({"onnx.validation.json"} if "run.json" in names else set()):
         if (whole / name).is_dir():
             shutil.copytree(whole / name, place / name)
         else:
