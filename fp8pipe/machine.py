@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 __all__ = [
-    "CPU_FEATURES", "Gpu", "available_bytes", "cpu_features", "cpu_model", "distribution_version", "gpus", "memory_bytes",
+    "CPU_FEATURES", "Gpu", "available_bytes", "cpu_features", "cpu_model", "distribution_version", "gpus",
+    "memory_bytes",
 ]  # fmt: skip
 
 # The features that decide which low-precision kernels a CPU can run, narrowest first.

@@ -165,11 +165,13 @@ class _Card:
     def _proved(self) -> str:
         exact = [gate for gate in self.gates if gate.threshold == 0 and gate.value == 0]
         other = [gate for gate in self.gates if gate not in exact and gate.passed]
-        lines = [f"* {gate.name}: 0{_of(gate)}" for gate in exact]
+        lines = [f"* {gate.name}: 0{_counted(gate)}" for gate in exact]
         if other:
             named = ", ".join(gate.name for gate in other)
             lines.append(f"* within their thresholds (values in the manifest): {named}")
-        return "\n".join(lines) or "Nothing was compared."
+        if not lines:
+            return "Nothing was compared."
+        return "\n".join(["Differences found on the written files, before the export was sealed:\n", *lines])
 
     def _digests(self) -> str:
         rows = [("base model", self.base.digest)] if self.base is not self.parent or self.made is None else []
@@ -178,10 +180,11 @@ class _Card:
         return _table([(name, f"`{digest}`") for name, digest in rows])
 
 
-def _of(gate: Gate) -> str:
-    """What a count is a share of, where the gate begins by saying so."""
-    found = re.match(r"of [\d,]+[\w ]*", gate.detail)
-    return f" {found[0].strip()}" if found else ""
+def _counted(gate: Gate) -> str:
+    """What was counted, as the gate says it: "of 12 in 3 layers", or in brackets."""
+    if not gate.detail:
+        return ""
+    return f" {gate.detail}" if gate.detail.startswith("of ") else f" ({gate.detail})"
 
 
 def _task(root: Path) -> str:

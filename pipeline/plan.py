@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +29,11 @@ from pipeline.training.config import FinetuneConfig
 
 __all__ = ["plan_finetune"]
 
-_FEW, _MORE = 1, 3  # layers of the two rehearsals
+_LOG = logging.getLogger(__name__)
+
+# Rehearsed are a third of the layers and a fifth of that: what is noise there is not magnified much. Of a large model
+# fewer, as many as this holds.
+_REHEARSED_BYTES: Final = 1 << 30
 _FP32_STATES: Final = 4  # B, its gradient and AdamW's two moments, four bytes each
 _PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
 _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-checkpointing, or a smaller model"
@@ -54,8 +59,9 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     check_rank(candidates, config.rank)
     shapes = [candidate.shape for candidate in candidates]
     missing = _missing(config)
+    layer_bytes = 2 * sum(out * into for out, into in shapes) // layer_count(settings)
     if can_measure() and config.device == "cpu" and not missing:
-        peak, disk, written, seconds, notes = _measured(config, source, settings)
+        peak, disk, written, seconds, notes = _measured(config, source, settings, layer_bytes)
     else:
         peak, disk, written, seconds, notes = _reckoned(config, model, shapes)
     where = output or Path(config.model).name
@@ -96,10 +102,16 @@ def _missing(config: FinetuneConfig) -> tuple[Missing, ...]:
 _Needs = tuple[int, int, int, float | None, tuple[str, ...]]
 
 
-def _measured(config: FinetuneConfig, source: ModelSource, settings: Any) -> _Needs:
+def _layer_counts(layers: int, layer_bytes: int) -> tuple[int, ...]:
+    """Layers of each rehearsal; all of them where they are few."""
+    more = max(3, min(layers // 3, _REHEARSED_BYTES // max(1, layer_bytes)))
+    return (layers,) if layers <= more else (max(1, more // 5), more)
+
+
+def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_bytes: int) -> _Needs:
     """Peak memory, peak disk, output and seconds, from rehearsals with few layers."""
     layers = layer_count(settings)
-    counts = (layers,) if layers <= _MORE else (_FEW, _MORE)
+    counts = _layer_counts(layers, layer_bytes)
     runs = []
     with tempfile.TemporaryDirectory(prefix="fp8pipe-rehearsal-") as scratch:
         for count in counts:
@@ -124,6 +136,9 @@ def _measured(config: FinetuneConfig, source: ModelSource, settings: Any) -> _Ne
         f"memory, disk and time from rehearsals with {' and '.join(map(str, counts))} of {layers} layers, "
         "random weights, and the largest of your batches",
     )
+    _LOG.debug("peaks by phase: %s", dict(zip(scaled.phases(), peaks, strict=True)))
+    for count, measured in runs:
+        _LOG.debug("%d layers: %s", count, measured.peaks)
     return max(peaks), max(training, in_the_end), written, _seconds(config, scaled, saves), notes
 
 

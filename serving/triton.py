@@ -21,7 +21,7 @@ from fp8pipe.errors import BadArtifactError, ConfigurationError
 
 __all__ = ["write_triton_repository"]
 
-_KINDS = ("onnx-export", "vllm-export")
+KINDS = ("onnx-export", "vllm-export")
 _MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
 _MAX_BATCH = 32
 
@@ -39,7 +39,7 @@ def write_triton_repository(export: Path, output: Path, *, max_model_len: int | 
         ConfigurationError: the model is there already.
         OutOfMemoryError: the disk is full.
     """
-    artifact = open_artifact(export, kind=_KINDS)
+    artifact = open_artifact(export, kind=KINDS)
     name = artifact.root.resolve().name
     root = output / name
     if root.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from exporters.onnx.parity import compare_layers, inputs_of, outputs_of
 from exporters.onnx.passes.weights import fits_int4
 from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
 from exporters.onnx.produce import QuantizedGraph, as_exported, quantize_graph
+from exporters.onnx.rehearse import export_peak
 from exporters.onnx.reopen import reopen_gates
 from exporters.onnx.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
 from exporters.vision import CLASSES_FILE, MODEL_FILE, require_gates, write_description
@@ -62,6 +63,7 @@ class OnnxPlan:
         float_layers: linears that stay float.
         need_bytes: size of all stored tensors, bytes.
         precision: in words, for instance "int4 weights, int8 activations".
+        peak_bytes: largest resident memory of an export by this process; None where it cannot be told.
     """
 
     weights: tuple[str, ...]
@@ -69,6 +71,7 @@ class OnnxPlan:
     float_layers: tuple[str, ...]
     need_bytes: int
     precision: str
+    peak_bytes: int | None = None
 
 
 def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = True) -> OnnxPlan:
@@ -86,7 +89,7 @@ def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = Tru
     artifact = open_artifact(source, kind=SOURCE_KIND)
     quantized = load_quantized(artifact.root)
     refuse(lint_model(quantized, options.format, runtime=runtime), str(source))
-    return _plan(quantized, options.format)
+    return replace(_plan(quantized, options.format), peak_bytes=export_peak(quantized))
 
 
 def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artifact:

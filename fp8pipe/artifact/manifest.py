@@ -11,7 +11,7 @@ import json
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from fp8pipe.config import FrozenConfig
 from fp8pipe.errors import BadArtifactError
@@ -141,15 +141,18 @@ class Manifest(FrozenConfig):
         """
         plain = self._plain()
         kept: dict[str, Any] = {
-            name: plain[name] for name in ("kind", "config", "seed", "number_format", "preprocessing", "layers")
+            name: plain.get(name) for name in ("kind", "config", "seed", "number_format", "preprocessing", "layers")
         }
         kept["parents"] = [[parent.kind, parent.content or parent.digest] for parent in self.parents]
         kept["files"] = [[entry.path, entry.sha256] for entry in self.files if not entry.volatile]
         return hashlib.sha256(_canonical(kept)).hexdigest()
 
+    # A manifest that was read keeps the fields its file had: what later versions add, with a default, must not change
+    # the digest by which children know it.
+    _read: bool = PrivateAttr(default=False)
+
     def _plain(self) -> Any:
-        # Children of version 1 named digests of what the file held, which lacks the fields added since.
-        return json.loads(self.model_dump_json(exclude_unset=self.schema_version == 1))
+        return json.loads(self.model_dump_json(exclude_unset=self._read))
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str) -> Manifest:
@@ -176,11 +179,13 @@ class Manifest(FrozenConfig):
                 fix="upgrade fp8pipe, or write the artifact again with this version",
             )
         try:
-            return cls.model_validate(data)
+            manifest = cls.model_validate(data)
         except ValidationError as error:
             items = error.errors(include_url=False)
             findings = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in items]
             raise _bad(where, "; ".join(findings)) from error
+        manifest._read = True
+        return manifest
 
 
 def _canonical(plain: Any) -> bytes:

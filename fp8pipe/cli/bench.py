@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.cli.common import Console, common_options, table
 
 _KINDS = ("onnx-export", "vllm-export")
 
@@ -37,7 +38,7 @@ def command(
     settings = build_config(BenchConfig, given) if config is None else load_config(BenchConfig, config, given)
     artifact = open_artifact(export, kind=_KINDS, verify=False)
     if dry_run:
-        show_plan(console, artifact, settings, "bench")
+        show_plan(console, artifact, settings, "bench", vllm_python)
         return
     if artifact.kind == "onnx-export":
         from serving.measure.vision import bench_vision
@@ -50,18 +51,22 @@ def command(
     show_record(console, export, record)
 
 
-def show_plan(console: Console, artifact: Any, settings: Any, stage: str) -> None:
-    """What would be measured, and the record that would be written."""
+def show_plan(
+    console: Console, artifact: Any, settings: Any, stage: Literal["bench", "serve-check"], vllm_python: str | None
+) -> None:
+    """What would be measured, what that takes, and the record that would be written."""
     from serving.measure.record import measure_path
+    from serving.plan import plan_engine
 
+    record = measure_path(artifact.root, stage)
+    plan = plan_engine(artifact, stage, record, vllm_python=vllm_python)
+    chosen = settings.model_dump(mode="json")
+    plan = dataclasses.replace(plan, facts={**plan.facts, **{k: v for k, v in chosen.items() if v is not None}})
     document = {
-        "dry_run": True, "export": str(artifact.root), "kind": artifact.kind,
-        "settings": settings.model_dump(mode="json"),
-        "writes": str(measure_path(artifact.root, "bench" if stage == "bench" else "serve-check")),
+        "dry_run": True, "export": str(artifact.root), "kind": artifact.kind, "settings": chosen,
+        "writes": str(record), "plan": plan.document(),
     }  # fmt: skip
-    rows = [("export", f"{artifact.root} ({artifact.kind}, {format_bytes(artifact.size_bytes)})"),
-            ("would write", document["writes"]), *settings.model_dump(mode="json").items()]  # fmt: skip
-    console.emit(document, "plan (nothing was run)\n" + table(rows))
+    console.emit(document, plan.text())
 
 
 def show_record(console: Console, export: Path, record: Any) -> None:

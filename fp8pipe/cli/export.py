@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,10 +202,9 @@ def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: b
     options = build_config(TrtExportOptions, chosen)
     if dry_run:
         plain = build_config(OnnxExportOptions, {"force": options.force})
-        document, text = _onnx_plan(artifact, output, plain, runtime=False)
         places = {"rtx": list(plan_targets(artifact, options)[1]), "enterprise": ["the GPU of this machine"]}
         engines = places.get(options.builder, [])
-        text += f"\n  engines      {', '.join(engines) or 'none'} ({options.base} base)"
+        document, text = _onnx_plan(artifact, output, plain, engines=engines, base=str(options.base))
         document = {**document, "format": str(options.base), "engines": engines}
         console.emit({"dry_run": True, "target": "trt", **document}, text, quiet_text=str(output))
         return
@@ -234,14 +234,24 @@ def _report(exported: Artifact, target: str, format: str, console: Console, *aft
 
 
 def _onnx_plan(
-    source: Path, output: Path, options: OnnxExportOptions, *, runtime: bool = True
+    source: Path, output: Path, options: OnnxExportOptions, *, engines: Sequence[str] | None = None, base: str = ""
 ) -> tuple[dict[str, Any], str]:
-    """The dry run: what would be written; the artifact is read and linted, nothing is traced."""
+    """The dry run of a vision model: the artifact is read and linted, nothing of it is traced.
+
+    Args:
+        source: the artifact.
+        output: where the export would go.
+        options: of the graph.
+        engines: compute capabilities to compile for; None for ONNX Runtime, which needs none.
+        base: of engines, the type of what is not quantized.
+    """
     from exporters.onnx import plan_export
     from fp8pipe.artifact.disk import free_bytes
+    from fp8pipe.plan import Plan, missing_disk, missing_memory, missing_packages
 
-    plan = plan_export(source, options, runtime=runtime)
+    plan = plan_export(source, options, runtime=engines is None)
     free = free_bytes(output)
+    precision = plan.precision if engines is None else f"{plan.precision}, {base} base"
     document = {
         "source": str(source),
         "output": str(output),
@@ -254,17 +264,29 @@ def _onnx_plan(
         "layer_counts": {"quantized": len(plan.weights), "float": len(plan.float_layers)},
         "activation_sites": len(plan.activations),
     }
-    rows = [
-        ("source", str(source)),
-        ("output", f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}"),
-        ("format", str(options.format)),
-        ("precision", plan.precision),
-        ("layers", f"{len(plan.weights)} quantized, {len(plan.float_layers)} float"),
-        ("activations", f"{len(plan.activations)} sites quantized"),
-        ("weights", format_bytes(plan.need_bytes)),
-        ("disk", f"{format_bytes(free)} free{'' if document['fits'] else ': NOT ENOUGH'}"),
-    ]
-    return document, "plan (nothing was written)\n" + table(rows)
+    packages = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", *(("tensorrt-rtx",) if engines else ()))
+    notes = ["memory: packages and forward passes measured here, copies of the weights counted"]
+    if engines:
+        notes.append("engines are compiled by a process of its own, whose memory and time are not in these figures")
+    written = plan.need_bytes * (1 + len(engines or ()))
+    shown = Plan(
+        reads=(str(source),),
+        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
+        peak_memory_bytes=plan.peak_bytes,
+        disk_bytes=written,
+        output_bytes=written,
+        packages=packages,
+        missing=(*missing_packages(packages), *missing_disk(output, written),
+                 *missing_memory(plan.peak_bytes, "free memory")),
+        notes=tuple(notes),
+        facts={
+            "precision": precision,
+            "layers": f"{len(plan.weights)} quantized, {len(plan.float_layers)} float",
+            "activations": f"{len(plan.activations)} sites quantized",
+            **({} if engines is None else {"engines": ", ".join(engines) or "none"}),
+        },
+    )  # fmt: skip
+    return {**document, "plan": shown.document()}, shown.text()
 
 
 def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], str]:

@@ -6,26 +6,29 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fp8pipe.cli.common import Console, table
+from fp8pipe.artifact.disk import free_bytes
+from fp8pipe.cli.common import Console, format_bytes, table
+from fp8pipe.plan import Plan
 
 if TYPE_CHECKING:
     from pipeline.chain import Chain, RunState, StageStatus
-
-_WITHOUT_PLAN = ("validate",)
-
 
 def show_plan(state: RunState, chain: Chain, console: Console) -> None:
     """Check every stage that would run, and show the plan; writes nothing."""
     statuses = state.statuses()
     chain.check([status.spec for status in statuses if status.run])
     stages = [_planned(state, status) for status in statuses]
-    document = {"dry_run": True, "recipe": state.recipe.name, "directory": str(state.directory), "stages": stages}
+    total = _total(stages, state.directory)
+    document = {
+        "dry_run": True, "recipe": state.recipe.name, "directory": str(state.directory), "stages": stages,
+        "total": total,
+    }  # fmt: skip
     rows = [
         ("run" if stage["run"] else "skip", stage["name"], stage["command"], stage["why"], stage["output"])
         for stage in stages
@@ -34,6 +37,7 @@ def show_plan(state: RunState, chain: Chain, console: Console) -> None:
     for stage in stages:
         if stage["plan_text"]:
             lines += [f"{stage['name']}:", *(f"  {line}" for line in stage["plan_text"].splitlines())]
+    lines += ["in all:", *(f"  {line}" for line in _total_lines(total))]
     console.emit(document, "\n".join(lines), quiet_text=" ".join(stage["name"] for stage in stages if stage["run"]))
 
 
@@ -49,7 +53,7 @@ def _planned(state: RunState, status: StageStatus) -> dict[str, Any]:
 def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str]:
     """The command's own dry run, where all it reads is there."""
     spec = status.spec
-    if spec.command in _WITHOUT_PLAN or any(not state.outputs[name].exists() for name in spec.reads.values()):
+    if any(not state.outputs[name].exists() for name in spec.reads.values()):
         return {}, ""
     with tempfile.TemporaryDirectory(prefix="fp8pipe-plan-") as folder:
         file = Path(folder) / f"{spec.name}.yaml"
@@ -71,5 +75,45 @@ def _text(document: Mapping[str, Any]) -> str:
     if "error" in document:
         error = document["error"]
         return "\n".join(filter(None, (f"refused: {error.get('what')}", error.get("why"), error.get("fix"))))
-    plan = document.get("plan", document)
-    return "\n".join(f"{key}: {value}" for key, value in plan.items() if isinstance(value, str | int | float))
+    if "plan" not in document:
+        return ""
+    return Plan.of_document(document["plan"]).text()
+
+
+def _total(stages: Sequence[Mapping[str, Any]], directory: Path) -> dict[str, Any]:
+    """Sums over the stages that would run, as far as their plans are known now.
+
+    Stages run one after the other: the largest of their peaks counts, outputs stay, and what a stage needs beyond its
+    output (checkpoints) is needed once.
+    """
+    running = [stage for stage in stages if stage["run"]]
+    plans = {stage["name"]: stage["plan"]["plan"] for stage in running if "plan" in stage["plan"]}
+    beyond = [plan["disk_bytes"] - plan["output_bytes"] for plan in plans.values()]
+    disk = sum(plan["output_bytes"] for plan in plans.values()) + max(beyond, default=0)
+    missing = [item for plan in plans.values() for item in plan["missing"]]
+    return {
+        "peak_memory_bytes": max((plan["peak_memory_bytes"] or 0 for plan in plans.values()), default=0),
+        "disk_bytes": disk,
+        "seconds": sum(plan["seconds"] or 0.0 for plan in plans.values()),
+        "missing": [item for index, item in enumerate(missing) if item not in missing[:index]],
+        "fits_disk": disk <= free_bytes(directory),
+        "without_time": [name for name, plan in plans.items() if plan["seconds"] is None],
+        "not_planned": [stage["name"] for stage in running if stage["name"] not in plans],
+    }
+
+
+def _total_lines(total: Mapping[str, Any]) -> list[str]:
+    if not total["peak_memory_bytes"] and not total["not_planned"]:
+        return ["nothing would run"]
+    lines = [
+        f"memory  {format_bytes(total['peak_memory_bytes'])} at the largest stage's peak",
+        f"disk    {format_bytes(total['disk_bytes'])}{'' if total['fits_disk'] else ': NOT ENOUGH IS FREE'}",
+        f"time    about {total['seconds']:.0f} s",
+    ]
+    if total["without_time"]:
+        lines[-1] += f", and {', '.join(total['without_time'])}, whose time is not estimated"
+    lines += [f"MISSING {item['what']}; {item['fix']}" for item in total["missing"]]
+    if total["not_planned"]:
+        names = ", ".join(total["not_planned"])
+        lines.append(f"not in these figures: {names}; what they read is not there yet, or their plan failed")
+    return lines

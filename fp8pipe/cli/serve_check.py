@@ -32,6 +32,6 @@ def command(export: Path, config: Path | None, dry_run: bool, console: Console, 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     settings = build_config(ServeCheckConfig, given) if config is None else load_config(ServeCheckConfig, config, given)
     if dry_run:
-        show_plan(console, open_artifact(export, kind=KINDS, verify=False), settings, "serve-check")
+        show_plan(console, open_artifact(export, kind=KINDS, verify=False), settings, "serve-check", None)
         return
     show_record(console, export, serve_check(export, settings))

@@ -14,9 +14,19 @@ from fp8pipe.cli.common import Console, common_options
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The repository; may hold other models.")
 @click.option("--layout", type=click.Choice(["triton"]), default="triton", show_default=True, help="Whose repository.")
 @click.option("--max-model-len", type=click.IntRange(min=16), help="Language exports: context, tokens.")
-@common_options()
-def command(export: Path, output: Path, layout: str, max_model_len: int | None, console: Console) -> None:
+@common_options(dry_run=True)
+def command(
+    export: Path, output: Path, layout: str, max_model_len: int | None, dry_run: bool, console: Console
+) -> None:
     """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
+    if dry_run:
+        from fp8pipe.artifact import open_artifact
+        from serving.plan import plan_repository
+        from serving.triton import KINDS
+
+        plan = plan_repository(open_artifact(export, kind=KINDS, verify=False), output)
+        console.emit({"dry_run": True, "layout": layout, "plan": plan.document()}, plan.text())
+        return
     from serving.triton import write_triton_repository
 
     root = write_triton_repository(export, output, max_model_len=max_model_len)

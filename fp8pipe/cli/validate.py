@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,14 @@ _ENGINES = {"vllm-export": ("vllm",), "onnx-export": ("onnxruntime",), "trt-expo
     type=click.Path(path_type=Path),
     help="onnxruntime: image folder; compare classes on up to 500 of its pictures (needs --against).",
 )
-@common_options()
+@common_options(dry_run=True)
 def command(
     export: Path,
     engine: str | None,
     vllm_python: str | None,
     against: Path | None,
     images: Path | None,
+    dry_run: bool,
     console: Console,
 ) -> None:
     """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
@@ -50,6 +52,9 @@ def command(
     """
     from serving.record import ExportRejectedError
 
+    if dry_run:
+        _show_plan(export, _engine(export, engine), vllm_python, (against, images), console)
+        return
     rejection = None
     try:
         record = _validate(export, _engine(export, engine), vllm_python, against, images)
@@ -59,6 +64,20 @@ def command(
     console.emit(record.model_dump(mode="json"), text(export, record), quiet_text=record.verdict)
     if rejection is not None:
         raise rejection
+
+
+def _show_plan(
+    export: Path, engine: str, vllm_python: str | None, given: Sequence[Path | None], console: Console
+) -> None:
+    from fp8pipe.artifact import open_artifact
+    from serving.plan import plan_engine
+    from serving.record import record_path
+
+    artifact = open_artifact(export, kind=list(_ENGINES), verify=False, caches="engines")
+    reads = [str(path) for path in given if path is not None]
+    plan = plan_engine(artifact, "validate", record_path(artifact.root), vllm_python=vllm_python, reads=reads)
+    document = {"dry_run": True, "export": str(artifact.root), "engine": engine, "plan": plan.document()}
+    console.emit(document, plan.text())
 
 
 def _engine(export: Path, engine: str | None) -> str:

@@ -34,13 +34,17 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under a head; columns named in `numeric` are set right, with equal digits."""
+    """Rows under a head; columns named in `numeric` are set right, with equal digits.
+
+    A `folded` table opens at a click, and on paper; where `printed` is false, not on paper (a drawing shows the same).
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     numeric: Sequence[int] = ()
     folded: bool = False
+    printed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,8 @@ def shown(value: float, form: Form) -> str:
     if not math.isfinite(value):
         return "not finite"
     if form is Form.PERCENT:
-        return f"{100 * value:.2f} %"
+        percent = 100 * value
+        return f"{percent:.2f} %" if not value or abs(percent) >= 0.01 else f"{percent:.1e} %"
     if form is Form.LOSS:
         return f"{value:.4f}"
     if form is Form.RATIO:

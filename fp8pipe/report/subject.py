@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.artifact import MANIFEST_NAME, Artifact, open_artifact
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_seal, open_artifact, seal_path
 from fp8pipe.errors import BadArtifactError
 from fp8pipe.report.documents import Documents
 from fp8pipe.runs import RUN_NAME, RunRecord, read_run
@@ -24,12 +24,17 @@ class Record:
     Attributes:
         kind: validation, bench or serve-check.
         file: its name, relative to the subject's root.
-        current: whether it speaks of the export as it lies there now.
+        finding: why it is not used; empty where it is whole and speaks of the export as it lies there now.
     """
 
     kind: str
     file: str
-    current: bool
+    finding: str
+
+    @property
+    def current(self) -> bool:
+        """Whether it is used."""
+        return not self.finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,12 @@ def _item(root: Path, name: str, documents: Documents) -> Item:
     for kind in _RECORDS:
         file = f"{name}.{kind}.json"
         if (root / file).is_file():
-            told: Any = documents.get(file, "manifest_digest")
-            records.append(Record(kind, file, told == artifact.digest))
+            records.append(Record(kind, file, _finding(root / file, documents.get(file, "manifest_digest"), artifact)))
     return Item(name, artifact, tuple(records))
+
+
+def _finding(path: Path, told: Any, artifact: Artifact) -> str:
+    """Records of earlier versions have no seal; one that has must fit it."""
+    if seal_path(path).exists() and (damage := check_seal(path)):
+        return damage
+    return "" if told == artifact.digest else f"{path.name} speaks of another manifest than the one that lies here"

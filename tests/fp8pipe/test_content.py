@@ -55,3 +55,22 @@ def test_a_child_names_its_parent_by_both_digests(tmp_path):
     assert child.manifest.parents[0].content == parent.content
     again = write(tmp_path / "c", metrics=b"9 s")
     assert write(tmp_path / "d", parents=[again.as_parent()]).content == child.content
+
+
+def test_fields_that_later_versions_add_do_not_change_digests(tmp_path):
+    """A child knows its parent by digest: a field that the parent's file lacks must not count with its default."""
+    import hashlib
+    import json
+
+    from fp8pipe.artifact import Manifest
+
+    path = write(tmp_path / "a").root / "manifest.json"
+    data = json.loads(path.read_text())
+    for entry in data["files"]:
+        del entry["volatile"]  # as before that field was there
+    for gate in data["gates"]:
+        del gate["failure"]
+    manifest = Manifest.from_json(json.dumps(data), where="old")
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert manifest.digest == hashlib.sha256(canonical.encode()).hexdigest()
+    assert manifest.files[0].volatile is False

@@ -14,10 +14,11 @@ from fake_hub import fake_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
 
-from fp8pipe.artifact import ArtifactWriter, Gate
+from fp8pipe.artifact import ArtifactWriter, Gate, write_sealed
 from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from fp8pipe.push import Target, plan_push, push
 
+OWN = ("manifest.json", "manifest.sha256")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -59,9 +60,9 @@ def test_the_bytes_that_arrive_have_the_manifest_s_digests(hub, artifact):
     address = push(plan_push(artifact.root), Target("org/name"), client(hub))
     assert address.startswith(f"{hub.url}/org/name/commit/")
     listed = {entry.path: entry.sha256 for entry in artifact.manifest.files}
-    arrived = {name: hashlib.sha256(data).hexdigest() for name, data in hub.files.items() if name != "manifest.json"}
+    arrived = {name: hashlib.sha256(data).hexdigest() for name, data in hub.files.items() if name not in OWN}
     assert arrived == listed
-    assert hub.files["manifest.json"] == (artifact.root / "manifest.json").read_bytes()
+    assert {name: hub.files[name] for name in OWN} == {name: (artifact.root / name).read_bytes() for name in OWN}
     assert artifact.digest[:12] in hub.commits[0]["summary"]
     assert artifact.digest in hub.commits[0]["description"]
     assert hub.private == {"org/name": False}
@@ -131,7 +132,7 @@ def test_a_cut_upload_is_repeated_without_harm(hub, artifact):
     hub.calls.clear()
     push(plan_push(artifact.root), Target("org/name"), client(hub))
     assert sum(call.startswith("PUT") for call in hub.calls) == 1
-    assert set(hub.files) == {entry.path for entry in artifact.manifest.files} | {"manifest.json"}
+    assert set(hub.files) == {entry.path for entry in artifact.manifest.files} | set(OWN)
 
 
 def test_a_damaged_artifact_or_one_with_a_failed_gate_stays_here(tmp_path):
@@ -151,7 +152,9 @@ def test_the_record_of_a_validation_counts_if_it_speaks_of_these_files(tmp_path)
     assert len(plan_push(artifact.root).notes) == 2  # no gates, no record
     path.write_text(json.dumps({"manifest_digest": "0" * 64, "verdict": "REJECT"}))
     assert any("another manifest" in note for note in plan_push(artifact.root).notes)
-    path.write_text(json.dumps({"manifest_digest": artifact.digest, "verdict": "REJECT"}))
+    write_sealed(path, json.dumps({"manifest_digest": artifact.digest, "verdict": "ACCEPT"}))
+    assert len(plan_push(artifact.root).notes) == 1
+    write_sealed(path, json.dumps({"manifest_digest": artifact.digest, "verdict": "REJECT"}))
     with pytest.raises(GateFailedError, match="not pushed"):
         plan_push(artifact.root)
 
@@ -167,7 +170,7 @@ def test_the_command_takes_endpoint_and_token_from_the_environment(hub, artifact
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     planned = run(artifact.root, "org/name", "--dry-run", **variables)
     assert planned.returncode == 0, planned.stderr
-    assert "would upload 4 files" in planned.stdout
+    assert "would upload 5 files" in planned.stdout
     assert not hub.calls
     assert run(artifact.root, "org/name", **variables).returncode == 11  # no token
     done = run(artifact.root, "org/name", "--json", HF_TOKEN="hf_env", **variables)

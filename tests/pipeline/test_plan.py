@@ -36,7 +36,7 @@ def mixture(make_base):
 
 def test_experts_are_told_at_plan_and_at_start_and_refused_by_the_export(mixture, pairs, tmp_path):
     plan = plan_finetune(config(mixture, pairs))
-    (warning,) = plan.warnings
+    warning = plan.notes[0]
     assert "experts" in warning
     assert "--format bf16" in warning
     assert warning in plan.text()

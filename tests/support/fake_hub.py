@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, {"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             asked = json.loads(body)["files"]
-            small = (".json", ".md")
+            small = (".json", ".md", ".sha256")
             modes = {f["path"]: "regular" if f["path"].endswith(small) else "lfs" for f in asked}
             files = [{"path": p, "uploadMode": m, "shouldIgnore": False, "oid": None} for p, m in modes.items()]
             return self._send(200, {"files": files})

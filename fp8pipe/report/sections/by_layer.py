@@ -58,7 +58,7 @@ def _layers(subject: Subject, item: Item) -> Iterator[Block]:
     documents, place = subject.documents, (item.manifest, "extra", _KEY)
     rows = [[name, *(documents.figure(*place, name, key, form=form) for key, form, _ in _SHOWN)] for name in names]
     head = ["layer", "saturated", "norm ratio", "cosine", "changed"]
-    yield Table(head, rows, "The figures.", numeric=(1, 2, 3, 4), folded=True)
+    yield Table(head, rows, "The figures.", numeric=(1, 2, 3, 4), folded=True, printed=False)
 
 
 def _cells(subject: Subject, item: Item, names: dict[str, object], key: str, form: Form) -> list[tuple[str, Figure]]:

@@ -23,7 +23,7 @@ def own_gates(subject: Subject, item: Item) -> Iterator[Block]:
     for record in item.records:
         told = Badge(str(subject.documents.get(record.file, "verdict")))
         if not record.current:
-            yield Text([told, f" {record.file}, of another manifest: it says nothing about this artifact."])
+            yield Text([told, f" {record.file}, not used: {record.finding}."])
             continue
         yield Text([told, f" {record.file}"], f"Record of {record.kind}")
         if subject.documents.get(record.file, "gates"):

@@ -21,8 +21,8 @@ def section(subject: Subject) -> Section:
     for item in subject.of_kind(*EXPORTS):
         record = item.record("validation")
         if record is None:
-            stale = any(r.kind == "validation" for r in item.records)
-            what = "its record speaks of another manifest." if stale else "it was not validated."
+            unused = next((r.finding for r in item.records if r.kind == "validation"), "")
+            what = f"{unused}." if unused else "it was not validated."
             command = f"fp8pipe validate {subject.where(item)}"
             if item.kind == "modelopt-export":
                 what, command = "no engine here reads this layout, so its arithmetic is not proved.", ""
@@ -68,7 +68,8 @@ def _layers(subject: Subject, record: Record) -> Iterator[Block]:
          documents.figure(record.file, "layers", index, "differing_codes", form=Form.COUNT)]
         for index, layer in enumerate(layers)
     ]  # fmt: skip
-    yield Table(["product", "engine", "torch", "codes differing"], rows, "The figures.", (1, 2, 3), folded=True)
+    head = ["product", "engine", "torch", "codes differing"]
+    yield Table(head, rows, "The figures.", (1, 2, 3), folded=True, printed=False)
 
 
 def _inside_vllm(subject: Subject, record: Record) -> Iterator[Block]:

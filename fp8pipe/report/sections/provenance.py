@@ -51,6 +51,6 @@ def _node(subject: Subject, item: Item) -> Node:
     node = Node(parts)
     for record in item.records:
         verdict = subject.documents.get(record.file, "verdict")
-        state = "" if record.current else ", of another manifest"
+        state = "" if record.current else ", not used"
         node.children.append(Node([f"{record.kind}: {record.file}{state} ", Badge(str(verdict))]))
     return node

@@ -70,6 +70,12 @@ def _by_hand(subject: Subject) -> Iterator[Block]:
     for item in subject.items:
         manifest = item.artifact.manifest
         parent = manifest.parents[0].path.rpartition("/")[2] if manifest.parents else "its source"
-        chosen = yaml.safe_dump(manifest.config, sort_keys=False).strip()
-        yield Code(chosen, f"Configuration of {item.name}, defaults included: fp8pipe {manifest.stage}, from {parent}.")
+        chosen = yaml.safe_dump(_set(manifest.config), sort_keys=False).strip()
+        yield Code(chosen, f"Configuration of {item.name}, all that is set: fp8pipe {manifest.stage}, from {parent}.")
         yield Code(f"fp8pipe inspect {subject.path}\nfp8pipe verify {subject.path}", "Look at it, and hash it again.")
+
+
+def _set(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what is not set."""
+    found = {key: _set(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    return {key: value for key, value in found.items() if value is not None}

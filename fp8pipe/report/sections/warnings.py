@@ -16,7 +16,7 @@ def section(subject: Subject) -> Section:
     for item in subject.items:
         rows += [[item.name, warning] for warning in subject.documents.quotes(item.manifest, "warnings")]
         rows += [
-            [item.name, f"{record.file} speaks of another manifest than the one that lies here; it was left out"]
+            [item.name, f"{record.finding}; it was left out"]
             for record in item.records
             if not record.current
         ]

@@ -33,7 +33,7 @@ def write_tuned(place, **extra):
         losses = {"untuned": 2.251234, "deployed": 1.512345}
         base = Parent(kind="model", digest="ab" * 32, path="/somewhere/base")
         return writer.commit(
-            config={"method": "falqon", "steps": 4}, seed=3, parents=[base],
+            config={"method": "falqon", "steps": 4, "rows": None}, seed=3, parents=[base],
             extra={"heldout_loss": losses, "last_flush_layers": flushed, **extra},
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fp8pipe.artifact import ArtifactWriter
+from fp8pipe.artifact import ArtifactWriter, write_sealed
 from fp8pipe.report import default_output, write_report
 from fp8pipe.report.page import render
 from fp8pipe.report.subject import open_subject
@@ -159,6 +159,21 @@ def test_verdicts_come_first_and_failures_before_what_holds(page_of):
 def test_a_stale_record_is_named_and_left_out(page_of):
     assert "engines.validation.json speaks of another manifest" in page_of
     assert "blocks.0.mlp.fc1" not in sections(page_of)["parity"].partition("engines")[2]
+
+
+def test_a_damaged_record_is_left_out(run_directory):
+    path = run_directory / "onnx.validation.json"
+    kept = path.read_text()
+    try:
+        write_sealed(path, kept)
+        assert "QGemm" in render(open_subject(run_directory))
+        path.write_text(kept.replace("15", "16"))
+        page = render(open_subject(run_directory))
+        assert "QGemm" not in page
+        assert "onnx.validation.json has sha256" in page
+    finally:
+        path.write_text(kept)
+        path.with_suffix(".sha256").unlink(missing_ok=True)
 
 
 def test_missing_data_names_the_command_that_makes_it(run_directory, page_of):

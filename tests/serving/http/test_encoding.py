@@ -28,7 +28,7 @@ def test_both_ways(encoding, write, read):
     (gzip.compress(_TEXT)[:-1], "gzip", 400), (gzip.compress(_TEXT) + b"x", "gzip", 400),
     (gzip.compress(_TEXT) * 2, "gzip", 400), (b"", "gzip", 400), (b"plain", "deflate", 400),
     (zlib.compress(_TEXT), "gzip", 400), (_TEXT, "br", 415), (_TEXT, "gzip, gzip", 415),
-])  # fmt: skip
+], ids=range(10))  # fmt: skip
 def test_what_cannot_be_read(body, encoding, status):
     with pytest.raises(Problem) as caught:
         decompress(body, encoding, 1_000_000)

@@ -1,0 +1,108 @@
+"""What validating, measuring or checking an export would take: for dry runs, in which no engine is started.
+
+Memory of a process of ours is that of its packages, measured by importing them, and of the weights, counted from the
+manifest. An engine's is reckoned from its weights and its cache, and the plan says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from fp8pipe.artifact import Artifact
+from fp8pipe.errors import MissingCapabilityError
+from fp8pipe.phases import PhaseMeter, can_measure
+from fp8pipe.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
+from serving.vllm.environment import find_vllm_python, inspect_environment
+
+__all__ = ["RECORD_BYTES", "plan_engine", "plan_repository"]
+
+RECORD_BYTES: Final = 16_384  # a record beside an export, about
+_GRAPH_COPIES: Final = 6.0  # fp32: the file, the model it is compared with, sessions
+# vLLM for CPUs with nothing loaded, and its key/value cache as our commands start it.
+_VLLM_BYTES, _CACHE_BYTES = 900_000_000, 1 << 30
+_VLLM_COPIES: Final = 2.0  # fp32: as loaded, and as the engine lays them out
+_MODULES: Final = {
+    "validate": {"onnx-export": ("serving.onnx.validate", "onnxruntime"), "trt-export": ("serving.tensorrt.validate",)},
+    "bench": {"onnx-export": ("serving.measure.vision", "onnxruntime")},
+    "serve-check": {"onnx-export": ("serving.measure.check", "serving.vision.server", "onnxruntime")},
+}
+_PACKAGES: Final = {"onnx-export": ("onnx", "onnx-ir", "onnxruntime"), "trt-export": ("onnx", "onnx-ir", "onnxruntime")}
+
+
+def plan_engine(
+    artifact: Artifact, stage: str, record: Path, *, vllm_python: str | None = None, reads: Sequence[str] = ()
+) -> Plan:
+    """Plan a command that runs an export in its engine and writes a record beside it.
+
+    Args:
+        artifact: the export.
+        stage: validate, bench or serve-check.
+        record: where the record would go.
+        vllm_python: vLLM's interpreter; found when None.
+        reads: what else is read.
+    """
+    language = artifact.kind == "vllm-export"
+    packages = () if language else _PACKAGES[artifact.kind]
+    missing = missing_packages(packages)
+    if language:
+        missing += _missing_vllm(vllm_python)
+        peak: int | None = int(_VLLM_BYTES + _CACHE_BYTES + _VLLM_COPIES * _float_bytes(artifact))
+        note = "memory of vLLM is reckoned: itself, a cache of 1 GiB, and two copies of the weights in fp32"
+    else:
+        peak = None if missing else _own_peak(artifact, _MODULES[stage][artifact.kind])
+        note = "memory: packages measured here, copies of the weights counted"
+    return Plan(
+        reads=(f"{artifact.root} ({artifact.kind})", *reads),
+        writes=(str(record),),
+        peak_memory_bytes=peak,
+        disk_bytes=RECORD_BYTES,
+        output_bytes=RECORD_BYTES,
+        hardware="a CPU" if artifact.kind != "trt-export" else "a CPU for proofs; a GPU to run the engines",
+        packages=("vllm, in an environment of its own",) if language else packages,
+        missing=(*missing, *missing_memory(peak, "free memory")),
+        notes=(note,),
+        facts={"export_bytes": artifact.size_bytes},
+    )
+
+
+def plan_repository(artifact: Artifact, output: Path) -> Plan:
+    """Plan a model repository: a copy of the export's files."""
+    target = output / artifact.root.resolve().name
+    return Plan(
+        reads=(f"{artifact.root} ({artifact.kind})",),
+        writes=(f"{target}{' (exists already: will be refused)' if target.exists() else ''}",),
+        peak_memory_bytes=_own_peak(artifact, ("serving.triton",), copies=0.0),
+        disk_bytes=artifact.size_bytes,
+        output_bytes=artifact.size_bytes,
+        missing=missing_disk(output, artifact.size_bytes),
+        facts={"kind": artifact.kind},
+    )
+
+
+def _own_peak(artifact: Artifact, modules: Sequence[str], copies: float = _GRAPH_COPIES) -> int | None:
+    """Resident memory with these modules imported, and the weights."""
+    if not can_measure():
+        return None
+    with PhaseMeter() as meter:
+        meter.enter("imports")
+        for module in modules:
+            importlib.import_module(module)
+    return meter.phases["imports"].peak_bytes + int(copies * _float_bytes(artifact))
+
+
+def _float_bytes(artifact: Artifact) -> int:
+    """All linear weights in fp32, from the shapes in the manifest; never less than the files hold."""
+    linears = sum(4 * math.prod(layer.shape) for layer in artifact.manifest.layers if layer.shape)
+    return max(linears, artifact.size_bytes)
+
+
+def _missing_vllm(vllm_python: str | None) -> tuple[Missing, ...]:
+    try:
+        inspect_environment(find_vllm_python(vllm_python))
+    except MissingCapabilityError as error:
+        return (Missing(f"{error.what}: {error.why}", error.fix),)
+    return ()
