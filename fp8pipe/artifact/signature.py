@@ -17,8 +17,12 @@ from fp8pipe.errors import ConfigurationError, MissingCapabilityError
 __all__ = ["check_signature", "sign_directory", "signature_path"]
 
 SIGNATURE_SUFFIX = ".sig"
-# model-signing quotes digests as Python shows bytes.
-_DIGESTS = re.compile(r"Expected '.*?\)', Actual '.*?\)'")
+# model-signing gives the representation of a list of sentences, in which quotes may be escaped.
+_PARTS = (
+    ("other bytes", re.compile(r"Hash mismatch for \\?'(.*?)\\?':")),
+    ("not signed", re.compile(r"Extra files found in model \\?'.*?\\?': ([^\"'\\]*)")),
+    ("missing", re.compile(r"Missing files in model \\?'.*?\\?': ([^\"'\\]*)")),
+)
 
 
 def signature_path(directory: Path) -> Path:
@@ -100,9 +104,14 @@ def check_signature(
     try:
         config.verify(directory, signature)
     except Exception as error:  # a wrong key, a changed file and a damaged signature raise different things
-        text = _DIGESTS.sub("its bytes are others", " ".join(str(error).split()))
-        return text[:400] or f"it does not fit ({type(error).__name__})"
+        return _in_words(" ".join(str(error).split())) or f"it does not fit ({type(error).__name__})"
     return ""
+
+
+def _in_words(text: str) -> str:
+    """Which files differ, without the digests, which are shown as raw bytes."""
+    found = {what: ", ".join(pattern.findall(text)) for what, pattern in _PARTS}
+    return "; ".join(f"{what}: {names}" for what, names in found.items() if names) or text[:300]
 
 
 def _hashing(hashing: Any) -> Any:
