@@ -26,7 +26,10 @@ _GRAPH_COPIES: Final = 6.0  # fp32: the file, the model it is compared with, ses
 _VLLM_BYTES, _CACHE_BYTES = 900_000_000, 1 << 30
 _VLLM_COPIES: Final = 2.0  # fp32: as loaded, and as the engine lays them out
 _MODULES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
-    "validate": {"onnx-export": ("serving.onnx.validate", "onnxruntime", "onnx_ir"), "trt-export": ("serving.tensorrt.validate",)},
+    "validate": {
+        "onnx-export": ("serving.onnx.validate", "onnxruntime", "onnx_ir"),
+        "trt-export": ("serving.tensorrt.validate",),
+    },
     "bench": {"onnx-export": ("serving.measure.vision", "onnxruntime")},
     "serve-check": {"onnx-export": ("serving.measure.check", "serving.vision.server", "onnxruntime")},
 }
