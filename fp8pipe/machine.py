@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = [
     "CPU_FEATURES", "Gpu", "available_bytes", "cpu_features", "cpu_model", "distribution_version", "gpus",
-    "memory_bytes",
+    "memory_bytes", "resident_bytes",
 ]  # fmt: skip
 
 # The features that decide which low-precision kernels a CPU can run, narrowest first.
@@ -66,6 +66,13 @@ def available_bytes() -> int:
     except OSError:
         return memory_bytes()
     return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+
+
+def resident_bytes() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gpus() -> list[Gpu]:

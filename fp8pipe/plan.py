@@ -76,7 +76,7 @@ class Plan:
     def of_document(cls, document: Mapping[str, Any]) -> Plan:
         """Inverse of `document`."""
         names = {f.name for f in dataclasses.fields(cls)} - {"facts"}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k in names}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k in names}
         known["missing"] = tuple(Missing(**item) for item in document.get("missing", ()))
         return cls(**known, facts={k: v for k, v in document.items() if k not in names})
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from fp8pipe.artifact import Artifact
+from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.errors import MissingCapabilityError
 from fp8pipe.phases import PhaseMeter, can_measure
 from fp8pipe.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
@@ -25,8 +25,11 @@ _GRAPH_COPIES: Final = 6.0  # fp32: the file, the model it is compared with, ses
 # vLLM for CPUs with nothing loaded, and its key/value cache as our commands start it.
 _VLLM_BYTES, _CACHE_BYTES = 900_000_000, 1 << 30
 _VLLM_COPIES: Final = 2.0  # fp32: as loaded, and as the engine lays them out
-_MODULES: Final = {
-    "validate": {"onnx-export": ("serving.onnx.validate", "onnxruntime"), "trt-export": ("serving.tensorrt.validate",)},
+_MODULES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "validate": {
+        "onnx-export": ("serving.onnx.validate", "onnxruntime", "onnx_ir"),
+        "trt-export": ("serving.tensorrt.validate",),
+    },
     "bench": {"onnx-export": ("serving.measure.vision", "onnxruntime")},
     "serve-check": {"onnx-export": ("serving.measure.check", "serving.vision.server", "onnxruntime")},
 }
@@ -34,7 +37,13 @@ _PACKAGES: Final = {"onnx-export": ("onnx", "onnx-ir", "onnxruntime"), "trt-expo
 
 
 def plan_engine(
-    artifact: Artifact, stage: str, record: Path, *, vllm_python: str | None = None, reads: Sequence[str] = ()
+    artifact: Artifact,
+    stage: str,
+    record: Path,
+    *,
+    vllm_python: str | None = None,
+    against: Path | None = None,
+    reads: Sequence[str] = (),
 ) -> Plan:
     """Plan a command that runs an export in its engine and writes a record beside it.
 
@@ -43,7 +52,11 @@ def plan_engine(
         stage: validate, bench or serve-check.
         record: where the record would go.
         vllm_python: vLLM's interpreter; found when None.
+        against: the artifact that a vision export is compared with; it is run on empty images.
         reads: what else is read.
+
+    Raises:
+        BadArtifactError: `against` is no artifact.
     """
     language = artifact.kind == "vllm-export"
     packages = () if language else _PACKAGES[artifact.kind]
@@ -53,7 +66,7 @@ def plan_engine(
         peak: int | None = int(_VLLM_BYTES + _CACHE_BYTES + _VLLM_COPIES * _float_bytes(artifact))
         note = "memory of vLLM is reckoned: itself, a cache of 1 GiB, and two copies of the weights in fp32"
     else:
-        peak = None if missing else _own_peak(artifact, _MODULES[stage][artifact.kind])
+        peak = None if missing else _own_peak(artifact, _MODULES[stage][artifact.kind], against=against)
         note = "memory: packages measured here, copies of the weights counted"
     return Plan(
         reads=(f"{artifact.root} ({artifact.kind})", *reads),
@@ -75,7 +88,7 @@ def plan_repository(artifact: Artifact, output: Path) -> Plan:
     return Plan(
         reads=(f"{artifact.root} ({artifact.kind})",),
         writes=(f"{target}{' (exists already: will be refused)' if target.exists() else ''}",),
-        peak_memory_bytes=_own_peak(artifact, ("serving.triton",), copies=0.0),
+        peak_memory_bytes=_own_peak(artifact, ("serving.triton", "onnx"), copies=0.0),
         disk_bytes=artifact.size_bytes,
         output_bytes=artifact.size_bytes,
         missing=missing_disk(output, artifact.size_bytes),
@@ -83,15 +96,26 @@ def plan_repository(artifact: Artifact, output: Path) -> Plan:
     )
 
 
-def _own_peak(artifact: Artifact, modules: Sequence[str], copies: float = _GRAPH_COPIES) -> int | None:
-    """Resident memory with these modules imported, and the weights."""
+def _own_peak(
+    artifact: Artifact, modules: Sequence[str], *, against: Path | None = None, copies: float = _GRAPH_COPIES
+) -> int | None:
+    """Resident memory with these modules imported, the passes of `against`, and the weights."""
     if not can_measure():
         return None
     with PhaseMeter() as meter:
         meter.enter("imports")
         for module in modules:
             importlib.import_module(module)
+        if against is not None:
+            _run(against)
     return meter.phases["imports"].peak_bytes + int(copies * _float_bytes(artifact))
+
+
+def _run(against: Path) -> None:
+    from exporters.onnx.rehearse import run_model
+    from fp8pipe.vision.quantized import load_quantized
+
+    run_model(load_quantized(open_artifact(against, kind="vit").root))
 
 
 def _float_bytes(artifact: Artifact) -> int:

@@ -20,7 +20,7 @@ from exporters.onnx.runtime import open_session
 from fp8pipe.phases import PhaseMeter, can_measure
 from fp8pipe.vision.quantized import QuantizedVit
 
-__all__ = ["export_peak"]
+__all__ = ["export_peak", "run_model"]
 
 # fp32 copies of all weights at the worst moment, beside the artifact's own model: the models that are traced and
 # compared, the graph, its serialized float form, the written file and ONNX Runtime's sessions. See docs/planning.md.
@@ -40,7 +40,7 @@ def export_peak(quantized: QuantizedVit) -> int | None:
         meter.enter("packages")
         _trace_two_layers()
         meter.enter("forward")
-        _forward(quantized)
+        run_model(quantized)
     floats = sum(4 * tensor.numel() for tensor in quantized.model.state_dict().values())
     return max(phase.peak_bytes for phase in meter.phases.values()) + int(COPIES * floats)
 
@@ -60,7 +60,8 @@ def _trace_two_layers() -> None:
 
 
 @torch.no_grad()
-def _forward(quantized: QuantizedVit) -> None:
+def run_model(quantized: QuantizedVit) -> None:
+    """The passes of an export, or of its validation, on empty images."""
     height, width = quantized.structure.image_size
     pixels = torch.zeros(PROBE_IMAGES, 3, height, width)
     passes: tuple[Callable[[Tensor], Any], ...] = (lambda x: quantized.taps(x[:_LAYER_IMAGES]), quantized)

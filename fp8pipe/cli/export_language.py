@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fp8pipe.cli.common import Console, format_bytes, table
+from fp8pipe.cli.common import Console
 
 if TYPE_CHECKING:
     from exporters.tensorrt.language import LanguageExportOptions
@@ -62,10 +62,18 @@ def _refuse(chosen: dict[str, Any], keys: tuple[str, ...], what: str, why: str) 
         raise ConfigurationError(f"{' and '.join(foreign)} cannot be given for {what}", why=why, fix="leave it out")
 
 
+# fp32 copies of all weights that live at once: the reference that is compared with, the model that is traced, its
+# graph, and ONNX Runtime's session. A checkpoint is written tensor by tensor beside the reference alone.
+_GRAPH_COPIES: Final = 4.0
+_CHECKPOINT_COPIES: Final = 1.5
+
+
 def _plan(source: Path, output: Path, options: LanguageExportOptions) -> tuple[dict[str, Any], str]:
     """The dry run: headers and manifests are read; nothing is linted, calibrated or traced."""
-    from exporters.tensorrt.language import plan_language
+    from exporters.tensorrt.language import LanguageFormat, plan_language
     from fp8pipe.artifact.disk import free_bytes
+    from fp8pipe.machine import resident_bytes
+    from fp8pipe.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
     plan, free = plan_language(source, options), free_bytes(output)
     document = {
@@ -80,14 +88,31 @@ def _plan(source: Path, output: Path, options: LanguageExportOptions) -> tuple[d
         "layer_counts": {"quantized": plan.layers, "float": plan.others},
         "engines": list(plan.engines),
     }
-    rows = [
-        ("source", str(source)),
-        ("output", f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}"),
-        ("format", str(options.format)),
-        ("layers", f"{plan.layers} in FP8, {plan.others} float"),
-        ("calibration", f"{plan.text or 'no text is named: give --calibration-data'} ({options.calibration})"),
-        ("weights", format_bytes(plan.need_bytes)),
-        ("disk", f"{format_bytes(free)} free{'' if document['fits'] else ': NOT ENOUGH'}"),
-        ("engines", f"{', '.join(plan.engines) or 'none'}"),
-    ]
-    return document, "plan (nothing was written)\n" + table(rows)
+    graph = options.format is LanguageFormat.FP8
+    copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
+    peak = resident_bytes() + int(copies * 4 * plan.elements)
+    packages = (*(("onnx", "onnx-ir", "onnxscript", "onnxruntime") if graph else ()),
+                *(("tensorrt-rtx",) if plan.engines else ()))
+    written = plan.need_bytes * (1 + len(plan.engines))
+    no_text = Missing("no text is named to calibrate on", "give --calibration-data")
+    shown = Plan(
+        reads=(str(source), *((plan.text,) if plan.text else ())),
+        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
+        peak_memory_bytes=peak,
+        disk_bytes=written,
+        output_bytes=written,
+        packages=packages,
+        missing=(*(() if plan.text else (no_text,)), *missing_packages(packages), *missing_disk(output, written),
+                 *missing_memory(peak, "a machine with more memory, or a smaller model")),
+        notes=(
+            f"memory is reckoned: {copies:g} copies of all weights in fp32 beside what is loaded now",
+            *(("engines: as large as the weights, at most; compiled by a process of its own",) if plan.engines else ()),
+        ),
+        facts={
+            "format": str(options.format),
+            "layers": f"{plan.layers} in FP8, {plan.others} float",
+            "calibration": f"{plan.text or 'no text is named: give --calibration-data'} ({options.calibration})",
+            "engines": ", ".join(plan.engines) or "none",
+        },
+    )  # fmt: skip
+    return {**document, "plan": shown.document()}, shown.text()

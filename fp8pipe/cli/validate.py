@@ -75,7 +75,10 @@ def _show_plan(
 
     artifact = open_artifact(export, kind=list(_ENGINES), verify=False, caches="engines")
     reads = [str(path) for path in given if path is not None]
-    plan = plan_engine(artifact, "validate", record_path(artifact.root), vllm_python=vllm_python, reads=reads)
+    vision = given[0] if artifact.kind == "onnx-export" else None
+    plan = plan_engine(
+        artifact, "validate", record_path(artifact.root), vllm_python=vllm_python, against=vision, reads=reads
+    )
     document = {"dry_run": True, "export": str(artifact.root), "engine": engine, "plan": plan.document()}
     console.emit(document, plan.text())
 

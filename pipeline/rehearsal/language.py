@@ -61,33 +61,33 @@ class _Largest(Batches):
     """The largest batches of a run, largest first, over and over."""
 
     def __init__(self, batches: Batches, looked_at: int) -> None:
-        self._batches = batches
+        self._whole = batches
         sizes = []
         for index in range(min(looked_at, _LOOKED_AT)):
             batch = batches.at(index)
             sizes.append((batch.input_ids.numel() + batch.answer_tokens, index))
         self.mean = sum(size for size, _ in sizes) / len(sizes)
         self.largest = max(sizes)[0]
-        self._order = [index for _, index in sorted(sizes, reverse=True)]
+        self._largest_first = [index for _, index in sorted(sizes, reverse=True)]
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._largest_first)
 
     def at(self, step: int) -> Batch:
-        return self._batches.at(self._order[step % len(self._order)])
+        return self._whole.at(self._largest_first[step % len(self._largest_first)])
 
 
 class _First(Batches):
     """The largest batch of an evaluation alone."""
 
     def __init__(self, batches: _Largest) -> None:
-        self._batch = batches.at(0)
+        self._only = batches.at(0)
 
     def __len__(self) -> int:
         return 1
 
     def at(self, step: int) -> Batch:
-        return self._batch
+        return self._only
 
 
 class _Watched(PhaseMeter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class LanguagePlan:
         text: what scales would be measured on; none where nothing is named.
         need_bytes: of codes and float tensors, once; engines are not in it.
         engines: compute capabilities to compile for.
+        elements: of all tensors.
     """
 
     layers: int
@@ -33,6 +35,7 @@ class LanguagePlan:
     text: str | None
     need_bytes: int
     engines: tuple[str, ...]
+    elements: int
 
 
 def is_language_artifact(source: Path) -> bool:
@@ -63,4 +66,5 @@ def plan_language(source: Path, options: LanguageExportOptions) -> LanguagePlan:
         text=None if text is None else str(text),
         need_bytes=sum(unit.entry.size_bytes for unit in plan.units),
         engines=options.compute_capabilities if graph and options.builder == "rtx" else (),
+        elements=sum(math.prod(unit.entry.shape) for unit in plan.units),
     )
