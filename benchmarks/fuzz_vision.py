@@ -65,7 +65,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         export = Path(arguments.export) if arguments.export else write_export(Path(scratch), "timm-vit")
-        limits = ("--no-access-log", "--max-body-mb", "2", "--threads", "1", "--max-batch", "4", "--drain-s", "0")
+        limits = ("--no-access-log", "--max-body-mb", "2", "--threads", "1", "--max-batch", "4", "--linger-s", "0")
         with running(export, *limits) as server:
             raw, drawn, memory = attack(server, arguments.requests, arguments.schema)
             ready = httpx.get(f"{server.url}/readyz").status_code

@@ -35,7 +35,7 @@ class ServeConfig(FrozenConfig):
     header_timeout_s: float = Field(default=10, gt=0, description="so must the headers, once begun, seconds")
     keep_alive_s: float = Field(default=75, gt=0, description="an idle connection is closed after, seconds")
     request_timeout_s: float = Field(default=30, gt=0, description="longest wait for the engine, seconds")
-    drain_s: float = Field(default=2, ge=0, description="after SIGTERM new requests are still taken for, seconds")
+    linger_s: float = Field(default=2, ge=0, description="after SIGTERM new requests are still taken for, seconds")
     max_connections: int = Field(default=1000, gt=0, description="open connections; more are answered 503")
     rate_limit: float | None = Field(default=None, gt=0, description="requests a second of a key or address")
     rate_burst: int | None = Field(default=None, gt=0, description="requests at once; default: two seconds' worth")

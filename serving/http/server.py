@@ -1,6 +1,6 @@
 """Runs an app until it is told to stop, and stops without losing a request.
 
-On SIGTERM (or SIGINT) readiness turns 503 at once, so that a balancer looks elsewhere; for `drain_s` requests are
+On SIGTERM (or SIGINT) readiness turns 503 at once, so that a balancer looks elsewhere; for `linger_s` requests are
 still taken, each answered with `Connection: close`; then the listener closes, what was accepted is finished, and the
 process ends with 0. A second signal ends it at once. SIGHUP reads the API keys again.
 """
@@ -79,10 +79,10 @@ class Service(uvicorn.Server):
     """A server whose first signal drains and whose second stops."""
 
     def __init__(
-        self, config: uvicorn.Config, lifecycle: Lifecycle, drain_s: float, reload: Callable[[], None]
+        self, config: uvicorn.Config, lifecycle: Lifecycle, linger_s: float, reload: Callable[[], None]
     ) -> None:
         super().__init__(config)
-        self.lifecycle, self.drain_s, self._reload = lifecycle, drain_s, reload
+        self.lifecycle, self.linger_s, self._reload = lifecycle, linger_s, reload
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: Any = None) -> None:
@@ -118,10 +118,10 @@ class Service(uvicorn.Server):
             self.force_exit = self.should_exit = True
             return
         self.lifecycle.drain()
-        if self._loop is None or self.drain_s == 0:
+        if self._loop is None or self.linger_s == 0:
             self.should_exit = True
         else:
-            self._loop.call_soon_threadsafe(self._loop.call_later, self.drain_s, self._stop)
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.linger_s, self._stop)
 
     def _stop(self) -> None:
         self.should_exit = True
@@ -144,7 +144,7 @@ def make_server(
         http=limited_protocol(config.header_timeout_s, config.max_connections),
         timeout_graceful_shutdown=max(1, round(config.request_timeout_s + config.body_timeout_s)),
     )  # fmt: skip
-    return Service(settings, lifecycle, config.drain_s, reload)
+    return Service(settings, lifecycle, config.linger_s, reload)
 
 
 def run_service(

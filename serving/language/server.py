@@ -102,7 +102,7 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, l
     )  # fmt: skip
     headers = identity_headers(artifact)
     layers = wrap(front, config, keys=keys, logger=access, metrics=metrics, lifecycle=lifecycle, headers=headers)
-    drain_s = max(config.drain_s, language.drain_seconds)
+    drain_s = max(config.linger_s, language.drain_seconds)
     app = _with_lifespan(layers, supervisor, lambda: setattr(service, "should_exit", True),
                          lambda: front.end_after_drain(drain_s))  # fmt: skip
     service = make_server(app, config, lifecycle, reload=keys.reload if keys is not None else lambda: None)

@@ -49,7 +49,7 @@ async def _echo(scope, receive, send):
 
 @contextlib.contextmanager
 def _served(**settings):
-    config = ServeConfig(port=0, drain_s=0, **settings)
+    config = ServeConfig(port=0, linger_s=0, **settings)
     lifecycle = Lifecycle(ready=True)
     logger = logging.getLogger("silent")
     logger.disabled = True

@@ -83,7 +83,7 @@ def test_a_server_sends_its_spans_to_a_collector(tmp_path):
     collector.received = []
     threading.Thread(target=collector.serve_forever, daemon=True).start()
     variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}", "no_proxy": "*"}
-    limits = ("--max-batch", "1", "--threads", "1", "--drain-s", "0")
+    limits = ("--max-batch", "1", "--threads", "1", "--linger-s", "0")
     with running(export, *limits, **variables) as server:
         httpx.get(f"{server.url}/v1/artifact", headers={"traceparent": _PARENT})
         httpx.get(f"{server.url}/healthz")

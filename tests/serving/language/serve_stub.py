@@ -32,7 +32,7 @@ def main() -> int:
         dict(os.environ), socket, state / "log", "stub", language,
     )  # fmt: skip
     key_file = Path(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] != "-" else None
-    config = ServeConfig(port=0, drain_s=0.5, max_body_mb=1, api_key_file=key_file)
+    config = ServeConfig(port=0, linger_s=0.5, max_body_mb=1, api_key_file=key_file)
     try:
         return run_front(supervisor, open_artifact(sys.argv[1], verify=False), config, language)
     except Fp8PipeError as error:

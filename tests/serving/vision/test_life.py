@@ -85,7 +85,7 @@ def test_overload_is_shed_and_passes(export, png):
 
 
 def test_sigterm_under_load_drops_no_accepted_request(export, png):
-    with running(export, "--max-batch", "4", "--threads", "1", "--drain-s", "1") as server:
+    with running(export, "--max-batch", "4", "--threads", "1", "--linger-s", "1") as server:
 
         async def worker(found):
             async with httpx.AsyncClient(timeout=60) as client:
