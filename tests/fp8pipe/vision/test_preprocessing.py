@@ -122,7 +122,7 @@ def test_the_orientation_in_a_photograph_is_applied(tmp_path: Path):
     ],
 )
 def test_recipes_that_cannot_be(changes: dict[str, object], word: str):
-    with pytest.raises(ConfigurationError, match="Preprocessing") as caught:
+    with pytest.raises(ConfigurationError, match="the preprocessing settings have") as caught:
         recipe(**changes)
     assert word in caught.value.why
 

@@ -122,6 +122,8 @@ def test_ctrl_c_ends_the_stage_and_can_be_continued(tmp_path):
     runner = Runner(tmp_path / "run")
     stages = {"base": STAGES["base"] | {"steps": 6, "seconds": 0.3}}
     parent = os.getpid()
+    # A shell that runs tests in the background has it ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(stage: str, line: str) -> None:
         if "working on" in line:
@@ -129,8 +131,11 @@ def test_ctrl_c_ends_the_stage_and_can_be_continued(tmp_path):
 
     from pipeline.chain import Chain
 
-    with pytest.raises(InterruptedRunError, match="interrupted"):
-        Chain(runner.state(stages), interrupt).run()
+    try:
+        with pytest.raises(InterruptedRunError, match="interrupted"):
+            Chain(runner.state(stages), interrupt).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert runner.run(stages).verdict == "ACCEPT"
 
 
