@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 __all__ = [
-    "CPU_FEATURES", "Gpu", "available_bytes", "cpu_features", "cpu_model", "distribution_version", "gpus",
-    "memory_bytes", "resident_bytes",
+    "CPU_FEATURES", "Gpu", "available_bytes", "cpu_features", "cpu_model", "describe_machine",
+    "distribution_version", "gpus", "memory_bytes", "resident_bytes",
 ]  # fmt: skip
 
 # The features that decide which low-precision kernels a CPU can run, narrowest first.
@@ -73,6 +73,14 @@ def resident_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe_machine() -> dict[str, str | int | list[str]]:
+    """What a record keeps of the machine its figures come from; imports nothing heavy."""
+    return {
+        "processor": cpu_model(), "cores": len(os.sched_getaffinity(0)), "features": cpu_features(),
+        "memory_bytes": memory_bytes(), "system": platform.platform(),
+    }  # fmt: skip
 
 
 def gpus() -> list[Gpu]:

@@ -64,9 +64,9 @@ def command(
 REPORT = "report.html"
 
 
-def _work_done(state: RunState) -> list[tuple[str, str]]:
+def _work_done(state: RunState) -> list[str]:
     """What a report would show anew."""
-    return [(record.started, record.model_dump_json()) for record in state.records.values()]
+    return [record.model_dump_json() for record in state.records.values()]
 
 
 def _silent(stage: str, line: str) -> None:

@@ -59,8 +59,7 @@ def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str
         file = Path(folder) / f"{spec.name}.yaml"
         command = state.commands[spec.command]
         settings = state.settings(spec)
-        filed = {key: value for key, value in settings.items() if key not in command.inline}
-        file.write_text(yaml.safe_dump(filed), encoding="utf-8")
+        file.write_text(yaml.safe_dump(state.filed_settings(spec)), encoding="utf-8")
         line = [sys.executable, "-P", "-m", "fp8pipe"]
         line += [*command.arguments(settings, state.outputs[spec.name], file), "--dry-run", "--json"]
         ended = subprocess.run(line, capture_output=True, text=True)

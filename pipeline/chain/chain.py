@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
-import platform
 import shlex
 import shutil
 import time
@@ -19,7 +17,7 @@ from fp8pipe import __version__
 from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME, installed_versions
 from fp8pipe.artifact.seal import remove_sealed
 from fp8pipe.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
-from fp8pipe.machine import cpu_features, cpu_model, memory_bytes
+from fp8pipe.machine import describe_machine
 from fp8pipe.runs import RunRecord, StageRecord, Verdict, worst, write_run
 from pipeline.chain.commands import StageCommand
 from pipeline.chain.gates import judge, verdict_of_failure
@@ -136,8 +134,7 @@ class Chain:
         state, spec = self.state, status.spec
         command, output = state.commands[spec.command], state.outputs[spec.name]
         settings = state.settings(spec)
-        filed = {key: value for key, value in settings.items() if key not in command.inline}
-        text = yaml.safe_dump(filed, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(state.filed_settings(spec), sort_keys=False, allow_unicode=True)
         state.settings_file(spec).write_text(text, encoding="utf-8")
         extra = ["--resume"] if self._prepare(spec, command, status.key) else []
         if output.is_dir():
@@ -212,7 +209,7 @@ class Chain:
         records = self.state.records
         return RunRecord(
             recipe=self.state.recipe.name, resolved=self.state.recipe.plain(), tool_version=__version__,
-            versions=installed_versions(_VERSIONS), machine=_machine(), started=_now(),
+            versions=installed_versions(_VERSIONS), machine=describe_machine(), started=_now(),
             stages=[records[spec.name] for spec in self.state.recipe.stages if spec.name in records],
         )  # fmt: skip
 
@@ -251,12 +248,6 @@ def _stage_error(name: str, record: StageRecord) -> Fp8PipeError:
     error.exit_code = int(failure.get("exit_code", 1))  # type: ignore[misc]
     return error
 
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": cpu_model(), "cores": len(os.sched_getaffinity(0)), "features": cpu_features(),
-        "memory_bytes": memory_bytes(), "system": platform.platform(),
-    }  # fmt: skip
 
 
 def _now() -> str:

@@ -88,6 +88,11 @@ class RunState:
         """A stage's settings with paths in the place of references."""
         return substitute(spec.settings, self.outputs)
 
+    def filed_settings(self, spec: StageSpec) -> dict[str, Any]:
+        """Those of them that the command reads from a file; the others stand on its command line."""
+        inline = self.commands[spec.command].inline
+        return {key: value for key, value in self.settings(spec).items() if key not in inline}
+
     def settings_file(self, spec: StageSpec) -> Path:
         """Where the settings of a stage are written for its command to read."""
         return self.directory / STAGES / f"{spec.name}.yaml"

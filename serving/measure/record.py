@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydantic import Field
 
 from fp8pipe.artifact import Artifact, Gate, installed_versions
 from fp8pipe.config import FrozenConfig
-from fp8pipe.machine import cpu_features, cpu_model, memory_bytes
+from fp8pipe.machine import describe_machine
 from serving.record import write_record
 
 __all__ = ["Figure", "MeasureRecord", "measure_path", "write_measure"]
@@ -69,7 +68,7 @@ def write_measure(
     failed = [f"{gate.name}: {gate.value:g} ({gate.threshold:g}) {gate.detail}" for gate in gates if not gate.passed]
     record = MeasureRecord(
         stage=stage, date=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest, machine=_machine(),
+        manifest_digest=artifact.digest, machine=describe_machine(),
         versions={**installed_versions(packages), **(versions or {})},
         settings=settings.model_dump(mode="json"), rows=list(rows), figures={row.name: row.value for row in rows},
         not_measured=list(not_measured), gates=list(gates), reasons=failed, verdict="REJECT" if failed else "ACCEPT",
@@ -77,9 +76,3 @@ def write_measure(
     write_record(record, artifact.root, place=measure_path(artifact.root, stage))
     return record
 
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": cpu_model(), "cores": len(os.sched_getaffinity(0)), "features": cpu_features(),
-        "memory_bytes": memory_bytes(), "system": platform.platform(),
-    }  # fmt: skip
