@@ -23,6 +23,7 @@ Settings = Mapping[str, Any]
 _EXPORTS: Final = {"finetune": ("vllm", "trt"), "quantize-vit": ("onnx", "trt")}
 _LANGUAGE_KINDS: Final = ("falqon", "lora-merged")
 _ENGINES: Final = ("vllm", "onnxruntime", "tensorrt")
+_VALIDATE: Final = ("export", "engine", "against", "images", "vllm_python")
 
 
 def stage_commands() -> dict[str, StageCommand]:
@@ -38,7 +39,7 @@ def stage_commands() -> dict[str, StageCommand]:
         StageCommand("export", ("artifact",), _check_export, _export_arguments, _in_run, ("artifact", "target")),
         StageCommand(
             "validate", ("export", "against", "images"), _check_validate, _validate_arguments, _beside("validation"),
-            ("export", "engine", "against", "images", "vllm_python"), environment=_several_processes,
+            _VALIDATE, environment=_several_processes,
         ),
         StageCommand(
             "bench", ("export",), _check_measure(_bench_config), _measure_arguments("bench"), _beside("bench"),
@@ -72,7 +73,7 @@ def stage_schemas() -> dict[str, dict[str, Any]]:
         schemas[name] = _with(schemas[name], {"export": _TEXT}, ("export",))
     schemas["validate"] = _with(
         {"type": "object", "additionalProperties": False, "properties": {}},
-        {"export": _TEXT, "against": _TEXT, "images": _TEXT, "vllm_python": _TEXT, "engine": {"enum": list(_ENGINES)}},
+        {**dict.fromkeys(_VALIDATE, _TEXT), "engine": {"enum": list(_ENGINES)}},
         ("export",),
     )
     return schemas
@@ -172,10 +173,9 @@ def _made_by(artifact: str) -> str:
 def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
     _require(settings, "export")
     _must_be_export(read)
-    known = ("export", "engine", "against", "images", "vllm_python")
-    unknown = [key for key in settings if key not in known]
+    unknown = [key for key in settings if key not in _VALIDATE]
     if unknown:
-        why = f"{', '.join(unknown)}: unknown key, known keys: {', '.join(known)}"
+        why = f"{', '.join(unknown)}: unknown key, known keys: {', '.join(_VALIDATE)}"
         raise ConfigurationError("validate has unknown settings", why=why)
     if settings.get("engine") not in (None, *_ENGINES):
         raise ConfigurationError("unknown engine", why=f"engine: choose from {', '.join(_ENGINES)}")
@@ -217,8 +217,8 @@ def _export_arguments(settings: Settings, output: Path, file: Path) -> list[str]
 
 
 def _validate_arguments(settings: Settings, output: Path, file: Path) -> list[str]:
-    named = ("engine", "against", "images", "vllm_python")
-    flags = [[f"--{key.replace('_', '-')}", str(settings[key])] for key in named if settings.get(key) is not None]
+    named = [key for key in _VALIDATE if key != "export" and settings.get(key) is not None]
+    flags = [[f"--{key.replace('_', '-')}", str(settings[key])] for key in named]
     return ["validate", str(settings["export"]), *(part for flag in flags for part in flag)]
 
 
