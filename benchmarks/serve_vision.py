@@ -4,11 +4,11 @@
     python benchmarks/serve_vision.py closed|open|overload|float EXPORT ...
 
 `closed`: keep-alive clients send one preprocessed picture each (binary tensors), over and over; in turn with it, raw
-ONNX Runtime runs batches of the size that the server ran most. `open`: requests leave at their own times (Poisson) at
-a share of the throughput just measured, so that a slow answer does not slow the next request down. `overload`: twice
-what the server can do, then half of it: who is refused, how long the others wait, and how soon all is well again.
-`float`: the same server over the same weights without quantizers, in turn. `all` is the four after each other; a
-round lasts --seconds, so the whole takes about (4 rounds + 4) times that. The last line is JSON.
+ONNX Runtime runs batches of the size that the server ran most, in as many streams. `open`: requests leave at their own
+times (Poisson) at a share of the throughput just measured, so that a slow answer does not slow the next request down.
+`overload`: twice what the server can do, then half of it: who is refused, how long the others wait, and how soon all is
+well again. `float`: the same server over the same weights without quantizers, in turn. `all` is the four after each
+other; a round lasts --seconds, so the whole takes about (4 rounds + 4) times that. The last line is JSON.
 
 EXPORT may be `vit-s`: an INT8 ViT-S of random weights is made first, which computes as fast as a trained one. Options
 after --serve go to `fp8pipe serve`.
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -174,13 +175,19 @@ def sizes_run(server):
     return found
 
 
-def raw(session, pixels, size, seconds):
-    """Images a second of ONNX Runtime alone."""
-    batch, count, started = np.repeat(pixels, size, 0), 0, time.monotonic()
-    while time.monotonic() - started < seconds:
-        session.run(None, {"pixels": batch})
-        count += size
-    return count / (time.monotonic() - started)
+def raw(sessions, pixels, size, seconds):
+    """Images a second of ONNX Runtime alone, in as many streams as there are sessions."""
+    batch, started = np.repeat(pixels, size, 0), time.monotonic()
+
+    def stream(session):
+        count = 0
+        while time.monotonic() - started < seconds:
+            session.run(None, {"pixels": batch})
+            count += size
+        return count
+
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        return sum(pool.map(stream, sessions)) / (time.monotonic() - started)
 
 
 def maker(server):
@@ -193,7 +200,7 @@ def closed(export, arguments):
     with running(export, "--no-access-log", *arguments.serve) as server:
         make, pixels = maker(server)
         engine = httpx.get(f"{server.url}/v1/artifact").json()["engine"]
-        session = open_session(export / "model.onnx", threads=engine["threads"])
+        sessions = [open_session(export / "model.onnx", threads=engine["threads"]) for _ in range(engine["streams"])]
         asyncio.run(closed_loop(make, arguments.clients, 3))
         served, bare, statuses = [], [], Counter()
         for _ in range(arguments.rounds):
@@ -203,9 +210,9 @@ def closed(export, arguments):
             size = max(counts, key=lambda s: counts[s] * s)
             served.append(rate)
             statuses += found
-            bare.append(raw(session, pixels, size, arguments.seconds))
+            bare.append(raw(sessions, pixels, size, arguments.seconds))
         return {"served_per_s": served, "raw_per_s": bare, "share": sum(served) / sum(bare), "batch": size,
-                "threads": engine["threads"], "statuses": dict(statuses)}  # fmt: skip
+                "threads": engine["threads"], "streams": engine["streams"], "statuses": dict(statuses)}  # fmt: skip
 
 
 def opened(export, arguments):

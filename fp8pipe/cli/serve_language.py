@@ -18,7 +18,8 @@ _LANGUAGE_ONLY: Final = (
     "gpu_memory_utilization", "kv_cache_gib", "served_model_name", "vllm_python", "drain_seconds", *_SUPERVISION,
 )  # fmt: skip
 _VISION_ONLY: Final = (
-    "max_batch", "threads", "max_wait_ms", "queue", "max_pixels", "max_images", "provider", "inexact_batches",
+    "max_batch", "threads", "streams", "max_wait_ms", "queue", "max_pixels", "max_images", "provider",
+    "inexact_batches",
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class ServeConfig(FrozenConfig):
     page: bool = Field(default=True, description="serve the web page at /")
     max_batch: int | None = Field(default=None, gt=0, le=1024, description="images at once; default: measured")
     threads: int | None = Field(default=None, gt=0, description="threads within an operator; default: measured")
+    streams: int | None = Field(default=None, gt=0, le=256, description="batches run at once; default: measured")
     max_wait_ms: float = Field(default=2, ge=0, description="a batch waits for more images at most, milliseconds")
     queue: int = Field(default=256, gt=0, description="images that may wait; more are answered 503")
     max_pixels: int = Field(default=50_000_000, gt=0, description="largest picture, width times height")

@@ -60,7 +60,8 @@ def _add_operations(app: FastAPI, state: VisionState) -> None:
         "outputs": engine.width,
         "preprocessing": state.model.preprocessing.model_dump(mode="json"),
         "engine": {
-            "provider": engine.provider, "threads": engine.threads, "batch_sizes": engine.sizes,
+            "provider": engine.provider, "threads": engine.threads, "streams": len(engine.runs),
+            "batch_sizes": engine.sizes,
             "measured": [asdict(measured) for measured in engine.measured],
         },
     }  # fmt: skip

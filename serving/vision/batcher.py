@@ -1,6 +1,6 @@
-"""Dynamic batches: images of many requests run together, from one bounded queue, in one thread.
+"""Dynamic batches: images of many requests run together, from one bounded queue, in a thread for each stream.
 
-The thread takes what is there up to the largest batch, waits at most `max_wait_s` for more, and runs. While it runs,
+A thread takes what is there up to the largest batch, waits at most `max_wait_s` for more, and runs. While all run,
 the next batch gathers; so under load batches are full and nobody waits for the clock. A request beyond the queue is
 refused at once, one that has waited past its deadline is given up: both 503. The event loop only appends to a list.
 """
@@ -23,6 +23,8 @@ from serving.vision.metrics import VisionMetrics
 __all__ = ["Batcher", "Done"]
 
 logger = logging.getLogger(__name__)
+
+Run = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Batcher:
     """One engine's queue.
 
     Args:
-        run: (n, 3, H, W) float32 -> (n, C) float32, for n in `sizes`; called in one thread only.
+        runs: (n, 3, H, W) float32 -> (n, C) float32, for n in `sizes`; each is called in a thread of its own.
         sizes: batch sizes that may be run, ascending, beginning with 1.
         max_wait_s: how long the oldest image waits for company.
         capacity: images that may wait.
@@ -64,16 +66,16 @@ class Batcher:
     """
 
     def __init__(
-        self, run: Callable[[np.ndarray], np.ndarray], sizes: Sequence[int], *, max_wait_s: float, capacity: int,
-        metrics: VisionMetrics,
-    ) -> None:  # fmt: skip
-        self._run, self._sizes, self._max_wait_s, self._capacity = run, tuple(sizes), max_wait_s, capacity
+        self, runs: Sequence[Run], sizes: Sequence[int], *, max_wait_s: float, capacity: int, metrics: VisionMetrics
+    ) -> None:
+        self._sizes, self._max_wait_s, self._capacity = tuple(sizes), max_wait_s, capacity
         self._metrics = metrics
         self._waiting: deque[tuple[_Job, int]] = deque()
         self._change = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._work, args=(run,), name="engine", daemon=True) for run in runs]
+        for thread in self._threads:
+            thread.start()
 
     async def submit(self, pixels: np.ndarray, timeout_s: float) -> Done:
         """Run the images of one request.
@@ -96,20 +98,21 @@ class Batcher:
                 raise _busy("the queue is full")
             self._waiting.extend((job, row) for row in range(count))
             self._metrics.queue_depth.set(len(self._waiting))
-            self._change.notify()
+            self._change.notify_all()
         return await job.future
 
     def close(self) -> None:
-        """Finish what waits, then end the thread."""
+        """Finish what waits, then end the threads."""
         with self._change:
             self._closed = True
-            self._change.notify()
-        self._thread.join()
+            self._change.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
+    def _work(self, run: Run) -> None:
         while (batch := self._gather()) is not None:
             if batch:
-                self._answer(batch)
+                self._answer(run, batch)
 
     def _gather(self) -> list[tuple[_Job, int]] | None:
         """The next batch; None at the end."""
@@ -125,6 +128,8 @@ class Batcher:
             alive = self._drop_dead(largest)
             size = max((size for size in self._sizes if size <= len(alive)), default=0)
             self._waiting.extendleft(reversed(alive[size:]))
+            if self._waiting:
+                self._change.notify_all()  # another stream may be idle
             self._metrics.queue_depth.set(len(self._waiting))
             return alive[:size]
 
@@ -144,16 +149,17 @@ class Batcher:
             alive.append((job, row))
         return alive
 
-    def _answer(self, batch: list[tuple[_Job, int]]) -> None:
+    def _answer(self, run: Run, batch: list[tuple[_Job, int]]) -> None:
         started = time.monotonic()
-        for job, _ in batch:
-            if job.queue_s < 0:
-                job.queue_s = started - job.arrived
-                self._metrics.queue.observe(job.queue_s)
+        with self._change:  # the images of one request may run in several threads
+            for job in {id(job): job for job, _ in batch}.values():
+                if job.queue_s < 0:
+                    job.queue_s = started - job.arrived
+                    self._metrics.queue.observe(job.queue_s)
         first, row = batch[0]
         pixels = first.pixels[row : row + 1] if len(batch) == 1 else np.stack([job.pixels[row] for job, row in batch])
         try:
-            outputs = self._run(pixels)
+            outputs = run(pixels)
         except Exception as error:  # an engine's exceptions share no base; the request fails, the thread lives
             logger.exception("the engine failed on a batch of %d", len(batch))
             for job, _ in batch:
@@ -165,8 +171,10 @@ class Batcher:
         self._metrics.images.inc(len(batch))
         for (job, row), output in zip(batch, outputs, strict=True):
             job.rows[row] = output
-            job.left -= 1
-            if job.left == 0:
+            with self._change:
+                job.left -= 1
+                complete = job.left == 0
+            if complete:
                 job.loop.call_soon_threadsafe(_finish, job, Done(np.stack(job.rows), job.queue_s, took_s))  # type: ignore[arg-type]
 
 

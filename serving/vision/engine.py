@@ -1,4 +1,7 @@
-"""The engine behind the server, and the short measurement that chooses its batch sizes and threads.
+"""The engine behind the server, and the short measurement that chooses its batch sizes, streams and threads.
+
+Several batches at once, each with fewer threads, often do more together than one with all of them, and a burst waits
+less; a request that is alone takes longer. So streams are used only where they gain clearly.
 
 A batch must not change an answer: integer products do not, but a float product of one row may be computed by another
 kernel than one of eight. So each batch size is run once on random pixels when the server starts, and only those whose
@@ -8,11 +11,14 @@ rows equal the same images run alone, bit for bit, are used (unless `inexact_bat
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -31,7 +37,10 @@ logger = logging.getLogger(__name__)
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
 # Larger batches only make everybody wait longer when they gain less than this.
 _WORTHWHILE: Final = 1.03
+# Streams make a lone request slower, so they must gain more.
+_STREAMS_WORTHWHILE: Final = 1.1
 _LONGEST_BATCH_S: Final = 0.5
+_REPEATS: Final = 2
 _PROVIDERS: Final = {
     Provider.CPU: "CPUExecutionProvider",
     Provider.CUDA: "CUDAExecutionProvider",
@@ -46,12 +55,14 @@ class Measured:
 
     Attributes:
         threads: within an operator; 0 where it does not apply.
+        streams: batches run at once.
         batch: images at once.
         images_per_s: throughput.
         exact: whether every row equals the same image run alone, bit for bit.
     """
 
     threads: int
+    streams: int
     batch: int
     images_per_s: float
     exact: bool
@@ -62,7 +73,7 @@ class Engine:
     """A loaded engine.
 
     Attributes:
-        run: (n, 3, H, W) float32 -> (n, C) float32.
+        runs: (n, 3, H, W) float32 -> (n, C) float32, one a stream; they may run at once.
         sizes: batch sizes that are used.
         threads: within an operator; 0 where it does not apply.
         provider: where it computes.
@@ -70,12 +81,27 @@ class Engine:
         measured: what the choice was made from.
     """
 
-    run: Run
+    runs: tuple[Run, ...]
     sizes: tuple[int, ...]
     threads: int
     provider: str
     width: int
     measured: tuple[Measured, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A way to use the machine.
+
+    Attributes:
+        threads: within an operator; 0 where it does not apply.
+        streams: batches run at once.
+        open: makes a function for each stream.
+    """
+
+    threads: int
+    streams: int
+    open: Callable[[], tuple[Run, ...]]
 
 
 def open_engine(model: ServedModel, config: ServeConfig) -> Engine:
@@ -89,17 +115,35 @@ def open_engine(model: ServedModel, config: ServeConfig) -> Engine:
         from serving.vision.tensorrt import open_tensorrt
 
         run, provider, sizes = open_tensorrt(model)
-        return _chosen({0: run}, model, config, provider, sizes)
+        return _chosen([Layout(0, 1, lambda: (run,))], model, config, provider, sizes)
     path, cpu = model.artifact.root / MODEL_FILE, _PROVIDERS[Provider.CPU]
     providers = _providers(config.provider)
     if providers[0] != cpu:
         session = open_session(path, threads=config.threads or 1, providers=providers)
         if _in_use(session, providers[0], config.provider):
-            runs = {config.threads or 1: _session_run(session, model)}
-            return _chosen(runs, model, config, providers[0], _SIZES)
-    counts = [config.threads] if config.threads else sorted({_cores(), max(1, _cores() - 1)})
-    runs = {n: _session_run(open_session(path, threads=n, providers=[cpu]), model) for n in counts}
-    return _chosen(runs, model, config, cpu, _SIZES)
+            alone = (_session_run(session, model),)
+            return _chosen([Layout(config.threads or 1, 1, lambda: alone)], model, config, providers[0], _SIZES)
+    return _chosen(list(_layouts(path, model, config)), model, config, cpu, _SIZES)
+
+
+def _layouts(path: Path, model: ServedModel, config: ServeConfig) -> Iterator[Layout]:
+    """One stream with all cores and with one less, for the event loop; then ever more streams of ever fewer threads."""
+    cores = _cores()
+    if config.threads:
+        shapes = [(config.threads, config.streams or 1)]
+    elif config.streams:
+        shapes = [(max(1, cores // config.streams), config.streams)]
+    else:
+        shapes = [(threads, 1) for threads in sorted({cores, max(1, cores - 1)})]
+        shapes += [(cores // streams, streams) for streams in _SIZES[1:] if streams <= cores]
+    for threads, streams in shapes:
+        yield Layout(threads, streams, functools.partial(_cpu_runs, path, model, threads, streams))
+
+
+def _cpu_runs(path: Path, model: ServedModel, threads: int, streams: int) -> tuple[Run, ...]:
+    """A session has one pool of threads, so each stream has its own; with one thread there is no pool to share."""
+    sessions = [open_session(path, threads=threads) for _ in range(1 if threads == 1 else streams)]
+    return tuple(_session_run(sessions[stream % len(sessions)], model) for stream in range(streams))
 
 
 def _in_use(session: Any, asked: str, wanted: Provider) -> bool:
@@ -137,50 +181,61 @@ def _session_run(session: Any, model: ServedModel) -> Run:
 
 
 def _chosen(
-    runs: dict[int, Run], model: ServedModel, config: ServeConfig, provider: str, possible: tuple[int, ...]
+    layouts: Sequence[Layout], model: ServedModel, config: ServeConfig, provider: str, possible: tuple[int, ...]
 ) -> Engine:
     largest = config.max_batch or possible[-1]
-    if largest > possible[-1] and 0 in runs:
+    if largest > possible[-1] and layouts[0].threads == 0:
         raise ConfigurationError(
             f"batches of {largest} do not fit the engine", why=f"its profile ends at {possible[-1]}", fix="give less"
         )
     sizes = sorted({size for size in possible if size <= largest} | ({config.max_batch} if config.max_batch else set()))
     measured: list[Measured] = []
-    for threads, run in runs.items():
-        measured += _measure(run, threads, sizes, model, fixed=config.max_batch is not None)
-    usable = [m for m in measured if m.exact or config.inexact_batches]
-    best = max(m.images_per_s for m in usable)
-    if config.max_batch:
-        chosen = max(usable, key=lambda m: (m.batch, m.images_per_s))
-    else:
-        chosen = next(m for m in sorted(usable, key=lambda m: m.batch) if m.images_per_s * _WORTHWHILE >= best)
-    allowed = tuple(m.batch for m in usable if m.threads == chosen.threads and m.batch <= chosen.batch)
-    refused = [m.batch for m in measured if m.threads == chosen.threads and not m.exact]
+    for layout in layouts:
+        measured += _measure(layout, sizes, model, fixed=config.max_batch is not None)
+    chosen = _best([m for m in measured if m.exact or config.inexact_batches], fixed=config.max_batch is not None)
+    layout = next(one for one in layouts if (one.threads, one.streams) == (chosen.threads, chosen.streams))
+    same = [m for m in measured if (m.threads, m.streams) == (chosen.threads, chosen.streams)]
+    refused = [m.batch for m in same if not m.exact]
     if refused:
         said = "used all the same" if config.inexact_batches else "not used"
         logger.warning("batches of %s differ in bits from images run alone: %s", refused, said)
-    run = runs[chosen.threads]
-    width = run(np.zeros((1, *model.shape), np.float32)).shape[1]
-    return Engine(run, allowed, chosen.threads, provider, width, tuple(measured))
+    allowed = tuple(m.batch for m in same if (m.exact or config.inexact_batches) and m.batch <= chosen.batch)
+    runs = layout.open()
+    width = runs[0](np.zeros((1, *model.shape), np.float32)).shape[1]
+    return Engine(runs, allowed, chosen.threads, provider, width, tuple(measured))
 
 
-def _measure(run: Run, threads: int, sizes: list[int], model: ServedModel, *, fixed: bool) -> list[Measured]:
-    """Each size twice, the faster counts; sizes that take too long end it, unless a size was asked for."""
+def _best(usable: Sequence[Measured], *, fixed: bool) -> Measured:
+    """The smallest batch that is as good as any, and no streams where they gain little."""
+    single = [m for m in usable if m.streams == min(one.streams for one in usable)]
+    best = max(m.images_per_s for m in usable)
+    if best < _STREAMS_WORTHWHILE * max(m.images_per_s for m in single):
+        usable, best = single, max(m.images_per_s for m in single)
+    if fixed:
+        return max(usable, key=lambda m: (m.batch, m.images_per_s))
+    worthwhile = [m for m in usable if m.images_per_s * _WORTHWHILE >= best]
+    return min(worthwhile, key=lambda m: (m.batch, m.streams, -m.images_per_s))
+
+
+def _measure(layout: Layout, sizes: list[int], model: ServedModel, *, fixed: bool) -> list[Measured]:
+    """Each size several times, the fastest counts; sizes that take too long end it, unless a size was asked for."""
+    runs = layout.open()
     pixels = np.random.default_rng(0).standard_normal((sizes[-1], *model.shape), dtype=np.float32)
-    run(pixels[:1])  # the first run allocates
     alone: list[np.ndarray] = []
     found = []
-    for size in sizes:
-        alone += [run(pixels[row : row + 1])[0] for row in range(len(alone), size)]
-        took = []
-        for _ in range(2):
-            started = time.perf_counter()
-            outputs = run(pixels[:size])
-            took.append(time.perf_counter() - started)
-        exact = bool(np.array_equal(outputs, np.stack(alone)))
-        found.append(Measured(threads, size, size / min(took), exact))
-        if not fixed and min(took) * 2 > _LONGEST_BATCH_S:
-            break
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(lambda run: run(pixels[:1]), runs))  # the first run allocates
+        for size in sizes:
+            alone += [runs[0](pixels[row : row + 1])[0] for row in range(len(alone), size)]
+            took = []
+            for _ in range(_REPEATS):
+                started = time.perf_counter()
+                answers = list(pool.map(lambda run, size=size: run(pixels[:size]), runs))
+                took.append(time.perf_counter() - started)
+            exact = all(np.array_equal(answer, np.stack(alone)) for answer in answers)
+            found.append(Measured(layout.threads, len(runs), size, len(runs) * size / min(took), exact))
+            if not fixed and min(took) * 2 > _LONGEST_BATCH_S:
+                break
     return found
 
 

@@ -60,14 +60,15 @@ def open_service(export: Path, config: ServeConfig) -> VisionService:
     keys = None if config.api_key_file is None else KeyFile(config.api_key_file)
     model = read_model(export)
     engine = open_engine(model, config)
-    said = f"batches up to {engine.sizes[-1]}, {engine.threads} threads"
+    said = f"{len(engine.runs)} at once of batches up to {engine.sizes[-1]}, {engine.threads} threads each"
     logger.info("%s on %s: %s", model.name, engine.provider, said)
     metrics, lifecycle = VisionMetrics(), Lifecycle()
     metrics.identify(identity_labels(model.artifact))
     lifecycle.on_drain.append(lambda: metrics.in_drain.set(1))
+    wait_s = config.max_wait_ms / 1000
     state = VisionState(
         model, engine, config, metrics, lifecycle,
-        Batcher(engine.run, engine.sizes, max_wait_s=config.max_wait_ms / 1000, capacity=config.queue, metrics=metrics),
+        Batcher(engine.runs, engine.sizes, max_wait_s=wait_s, capacity=config.queue, metrics=metrics),
         ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="decode"),
     )  # fmt: skip
     lines, access = start_access_log(config.access_log)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serving.http.config import ServeConfig
-from serving.vision.engine import _chosen, open_engine
+from serving.vision.engine import Layout, Measured, _best, _chosen, open_engine
 from serving.vision.model import read_model
 
 
@@ -22,12 +22,40 @@ def _sums(pixels):
 
 
 def test_sizes_that_change_bits_are_not_used(model, caplog):
-    engine = _chosen({1: _sums}, model, ServeConfig(max_batch=4), "test", (1, 2, 4))
+    layouts = [Layout(1, 1, lambda: (_sums,))]
+    engine = _chosen(layouts, model, ServeConfig(max_batch=4), "test", (1, 2, 4))
     assert engine.sizes == (1, 2)
     assert [measured.exact for measured in engine.measured] == [True, True, False]
     assert "differ in bits" in caplog.text
-    all_of_them = _chosen({1: _sums}, model, ServeConfig(max_batch=4, inexact_batches=True), "test", (1, 2, 4))
+    all_of_them = _chosen(layouts, model, ServeConfig(max_batch=4, inexact_batches=True), "test", (1, 2, 4))
     assert all_of_them.sizes == (1, 2, 4)
+
+
+def test_streams_must_gain_clearly():
+    alone = [Measured(2, 1, 1, 100.0, True), Measured(2, 1, 4, 104.0, True)]
+    assert _best([*alone, Measured(1, 2, 1, 108.0, True)], fixed=False) == alone[1]
+    better = Measured(1, 2, 1, 130.0, True)
+    assert _best([*alone, better, Measured(1, 2, 2, 131.0, True)], fixed=False) == better
+    large = Measured(1, 2, 4, 130.0, True)
+    assert _best([*alone, better, large], fixed=True) == large
+
+
+def test_streams_give_the_bits_of_one(model):
+    config = ServeConfig(max_batch=2, threads=1, streams=3)
+    engine = open_engine(model, config)
+    assert (len(engine.runs), engine.measured[0].streams) == (3, 3)
+    pixels = np.random.default_rng(1).standard_normal((2, *model.shape), dtype=np.float32)
+    alone = open_engine(model, ServeConfig(max_batch=1, threads=1)).runs[0]
+    for run in engine.runs:
+        assert np.array_equal(run(pixels), np.concatenate([alone(pixels[:1]), alone(pixels[1:])]))
+
+
+def test_cores_are_divided_among_the_streams(model, monkeypatch):
+    monkeypatch.setattr("serving.vision.engine._cores", lambda: 4)
+    shapes = {(m.threads, m.streams) for m in open_engine(model, ServeConfig(max_batch=1)).measured}
+    assert shapes == {(4, 1), (3, 1), (2, 2), (1, 4)}
+    fixed = open_engine(model, ServeConfig(max_batch=1, streams=2))
+    assert (fixed.threads, len(fixed.runs)) == (2, 2)
 
 
 def test_a_real_export_keeps_its_bits_at_every_size(model):

@@ -27,7 +27,7 @@ def test_images_of_a_request_that_was_given_up_never_reach_the_engine():
         assert go.wait(30)
         return pixels
 
-    batcher = Batcher(engine, (1,), max_wait_s=0, capacity=100, metrics=VisionMetrics())
+    batcher = Batcher([engine], (1,), max_wait_s=0, capacity=100, metrics=VisionMetrics())
 
     async def scene():
         first = asyncio.create_task(batcher.submit(np.full((1, 1), 1, np.float32), 30))
