@@ -4,8 +4,9 @@
     python benchmarks/serve_vision.py closed|open|overload|float EXPORT ...
 
 `closed`: keep-alive clients send one preprocessed picture each (binary tensors), over and over; in turn with it, raw
-ONNX Runtime runs batches of the size that the server ran most, in as many streams. `open`: requests leave at their own
-times (Poisson) at a share of the throughput just measured, so that a slow answer does not slow the next request down.
+ONNX Runtime runs batches of the size that the server ran most, in as many streams. `open`: requests leave when they
+are due, at a share of the throughput just measured, so that a slow answer does not slow the next request down; from
+clients with a steady pace, and independent of each other (Poisson), beside what a queue that costs nothing would give.
 `overload`: twice what the server can do, then half of it: who is refused, how long the others wait, and how soon all is
 well again. `float`: the same server over the same weights without quantizers, in turn. `all` is the four after each
 other; a round lasts --seconds, so the whole takes about (4 rounds + 4) times that. The last line is JSON.
@@ -133,22 +134,50 @@ async def closed_loop(make, clients, seconds):
     return statuses, sum(statuses.values()) / (time.monotonic() - started)
 
 
-async def open_loop(make, rate, seconds):
-    """(status, when sent, latency; seconds) of each: requests leave at random times, whatever became of the others."""
+def independent(rate, seconds):
+    """Times of requests that know nothing of each other (Poisson)."""
+    chance, due, found = random.Random(0), 0.0, []
+    while due < seconds:
+        found.append(due)
+        due += chance.expovariate(rate)
+    return found
+
+
+def paced(rate, seconds, clients):
+    """Times of clients that each send at their own steady pace, a tenth early or late."""
+    chance, period, found = random.Random(0), clients / rate, []
+    for _ in range(clients):
+        due = chance.uniform(0, period)
+        while due < seconds:
+            found.append(due)
+            due += period * chance.uniform(0.9, 1.1)
+    return sorted(found)
+
+
+def ideal(dues, streams, service_s):
+    """What a queue that costs nothing would give: first come, first served, every image taking the same time."""
+    free, found = [0.0] * streams, []
+    for due in dues:
+        first = min(range(streams), key=free.__getitem__)
+        free[first] = max(due, free[first]) + service_s
+        found.append((200, due, free[first] - due))
+    return found
+
+
+async def open_loop(make, dues):
+    """(status, when sent, latency; seconds) of each: each leaves when due, whatever became of the others."""
     found, idle, tasks = [], [], []
-    chance, started = random.Random(0), time.monotonic()
-    due = started
+    started = time.monotonic()
 
     async def call(due):
         client = idle.pop() if idle else make()
         status = await client.call()
-        found.append((status, due - started, time.monotonic() - due))
+        found.append((status, due, time.monotonic() - started - due))
         idle.append(client)
 
-    while due < started + seconds:
-        await asyncio.sleep(max(0, due - time.monotonic()))
+    for due in dues:
+        await asyncio.sleep(max(0, started + due - time.monotonic()))
         tasks.append(asyncio.create_task(call(due)))
-        due += chance.expovariate(rate)
     await asyncio.gather(*tasks)
     return found
 
@@ -162,6 +191,13 @@ def percentiles(found):
 def count(found):
     """How often which status came."""
     return dict(sorted(Counter(status for status, _, _ in found).items()))
+
+
+def inference(server):
+    """(batches, seconds) so far."""
+    text = httpx.get(f"{server.url}/metrics").text
+    found = {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if line[0] != "#"}
+    return tuple(found.get(f'fp8pipe_stage_seconds_{what}{{stage="inference"}}', 0.0) for what in ("count", "sum"))
 
 
 def sizes_run(server):
@@ -216,14 +252,27 @@ def closed(export, arguments):
 
 
 def opened(export, arguments):
-    """Percentiles at a share of the throughput."""
+    """Percentiles at a share of the throughput, for two kinds of arrival, beside those of an ideal queue."""
     with running(export, "--no-access-log", *arguments.serve) as server:
         make, _ = maker(server)
+        engine = httpx.get(f"{server.url}/v1/artifact").json()["engine"]
         _, most = asyncio.run(closed_loop(make, arguments.clients, arguments.seconds))
-        found = asyncio.run(open_loop(make, arguments.load * most, arguments.seconds))
-        at = percentiles(found)
-        return {"capacity_per_s": most, "rate": arguments.load * most, "requests": len(found),
-                "statuses": count(found), **at, "p99_over_p50": at["p99_ms"] / at["p50_ms"]}  # fmt: skip
+        rate, shown = arguments.load * most, {}
+        arrivals = {
+            "paced": paced(rate, arguments.seconds, arguments.clients),
+            "independent": independent(rate, arguments.seconds),
+        }
+        for name, dues in arrivals.items():
+            before = inference(server)
+            found = asyncio.run(open_loop(make, dues))
+            batches, seconds = (after - old for after, old in zip(inference(server), before, strict=True))
+            at = percentiles(found)
+            shown[name] = {"requests": len(found), "statuses": count(found), **at,
+                           "p99_over_p50": at["p99_ms"] / at["p50_ms"], "batches": int(batches)}  # fmt: skip
+            if batches == len(found):  # one image each, so the ideal queue is known
+                best = percentiles(ideal(dues, engine["streams"], seconds / batches))
+                shown[name]["ideal"] = best | {"p99_over_p50": best["p99_ms"] / best["p50_ms"]}
+        return {"capacity_per_s": most, "rate": rate, "streams": engine["streams"], **shown}
 
 
 def overload(export, arguments):
@@ -232,8 +281,8 @@ def overload(export, arguments):
     with running(export, "--no-access-log", "--queue", queue, *arguments.serve) as server:
         make, _ = maker(server)
         _, most = asyncio.run(closed_loop(make, arguments.clients, arguments.seconds))
-        flood = asyncio.run(open_loop(make, 2 * most, arguments.seconds))
-        after = asyncio.run(open_loop(make, most / 2, arguments.seconds))
+        flood = asyncio.run(open_loop(make, independent(2 * most, arguments.seconds)))
+        after = asyncio.run(open_loop(make, independent(most / 2, arguments.seconds)))
         refused = [sent for status, sent, _ in after if status != 200]
         refusals = sorted(latency for status, _, latency in flood if status != 200)
         return {
