@@ -1,9 +1,11 @@
 """Kill a run at random moments, continue it, and compare every digest with the run that was left alone.
 
-    python benchmarks/kill_runs.py --recipe recipes/end-to-end.yaml --kills 20 --work runs/kills \\
+    python benchmarks/kill_runs.py --recipe recipes/end-to-end.yaml --kills 20 --jobs 2 --work runs/kills \\
         --set smollm2.steps=3 --set smollm2.rank=8 --set smollm2.heldout_limit=4 --set smollm2.settle_batches=1 \\
         --set smollm2.save_every=1 --set digits.images=8 --set digits.calibration=gaussian \\
-        --set 'digits.distill={steps: 8, save_every: 2}'
+        --set 'digits.distill={steps: 8, save_every: 2}' --set 'smollm2.gates=[]' --set 'digits.gates=[]'
+
+Gates on how good the models are would refuse runs that are so short.
 
 SIGKILL goes to the process of `fp8pipe run` alone: that its stages and engines end too is part of what is tried. The
 moment is drawn uniformly over the time that a whole run takes; a run that ends before it is compared and begun anew.
@@ -27,8 +29,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def command(options, directory):
     sets = [part for value in options.overrides for part in ("--set", value)]
-    program = [sys.executable, "-P", "-m", "fp8pipe", "run"]
-    return [*program, str(options.recipe), "--output", str(directory), "--no-report", *sets]
+    program = [sys.executable, "-P", "-m", "fp8pipe", "run", str(options.recipe)]
+    return [*program, "--output", str(directory), "--no-report", "--jobs", str(options.jobs), *sets]
 
 
 def contents(directory):
@@ -58,6 +60,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1, help="stages side by side (1)")
     parser.add_argument("--work", type=Path, required=True, help="directory; emptied")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="STAGE.KEY=VALUE")
