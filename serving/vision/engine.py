@@ -1,7 +1,8 @@
 """The engine behind the server, and the short measurement that chooses its batch sizes, streams and threads.
 
 Several batches at once, each with fewer threads, often do more together than one with all of them, and a burst waits
-less; a request that is alone takes longer. So streams are used only where they gain clearly.
+less; a request that is alone takes longer. So of all that do about as much as the best, that one is used in which an
+image is done soonest.
 
 A batch must not change an answer: integer products do not, but a float product of one row may be computed by another
 kernel than one of eight. So each batch size is run once on random pixels when the server starts, and only those whose
@@ -35,12 +36,10 @@ __all__ = ["Engine", "Measured", "open_engine"]
 logger = logging.getLogger(__name__)
 
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
-# Larger batches only make everybody wait longer when they gain less than this.
-_WORTHWHILE: Final = 1.03
-# Streams make a lone request slower, so they must gain more.
-_STREAMS_WORTHWHILE: Final = 1.1
+# Larger batches and more streams keep every image longer in the engine, and must gain this much.
+_WORTHWHILE: Final = 1.1
 _LONGEST_BATCH_S: Final = 0.5
-_REPEATS: Final = 2
+_REPEATS: Final = 3
 _PROVIDERS: Final = {
     Provider.CPU: "CPUExecutionProvider",
     Provider.CUDA: "CUDAExecutionProvider",
@@ -57,7 +56,7 @@ class Measured:
         threads: within an operator; 0 where it does not apply.
         streams: batches run at once.
         batch: images at once.
-        images_per_s: throughput.
+        images_per_s: throughput, of all streams.
         exact: whether every row equals the same image run alone, bit for bit.
     """
 
@@ -66,6 +65,11 @@ class Measured:
     batch: int
     images_per_s: float
     exact: bool
+
+    @property
+    def seconds(self) -> float:
+        """Time of one batch while all streams run."""
+        return self.streams * self.batch / self.images_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +210,11 @@ def _chosen(
 
 
 def _best(usable: Sequence[Measured], *, fixed: bool) -> Measured:
-    """The smallest batch that is as good as any, and no streams where they gain little."""
-    single = [m for m in usable if m.streams == min(one.streams for one in usable)]
-    best = max(m.images_per_s for m in usable)
-    if best < _STREAMS_WORTHWHILE * max(m.images_per_s for m in single):
-        usable, best = single, max(m.images_per_s for m in single)
+    """Of those with about the best throughput, the one in which an image is done soonest."""
     if fixed:
-        return max(usable, key=lambda m: (m.batch, m.images_per_s))
-    worthwhile = [m for m in usable if m.images_per_s * _WORTHWHILE >= best]
-    return min(worthwhile, key=lambda m: (m.batch, m.streams, -m.images_per_s))
+        usable = [m for m in usable if m.batch == max(one.batch for one in usable)]
+    best = max(m.images_per_s for m in usable)
+    return min((m for m in usable if m.images_per_s * _WORTHWHILE >= best), key=lambda m: m.seconds)
 
 
 def _measure(layout: Layout, sizes: list[int], model: ServedModel, *, fixed: bool) -> list[Measured]:
