@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
 # Larger batches and more streams keep every image longer in the engine, and must gain this much.
-_WORTHWHILE: Final = 1.1
+_WORTHWHILE: Final = 1.05
 _LONGEST_BATCH_S: Final = 0.5
 _REPEATS: Final = 3
 _PROVIDERS: Final = {

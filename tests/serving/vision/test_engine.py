@@ -32,11 +32,11 @@ def test_sizes_that_change_bits_are_not_used(model, caplog):
 
 
 def test_more_at_once_must_gain_clearly():
-    alone, four = Measured(2, 1, 1, 100.0, True), Measured(2, 1, 4, 108.0, True)
-    streams = Measured(1, 2, 1, 109.0, True)
+    alone, four = Measured(2, 1, 1, 100.0, True), Measured(2, 1, 4, 104.0, True)
+    streams = Measured(1, 2, 1, 104.0, True)
     assert _best([alone, four, streams], fixed=False) == alone
     better = Measured(1, 2, 1, 130.0, True)
-    assert _best([alone, Measured(2, 1, 8, 140.0, True), better, Measured(1, 2, 2, 131.0, True)], fixed=False) == better
+    assert _best([alone, Measured(2, 1, 8, 134.0, True), better, Measured(1, 2, 2, 131.0, True)], fixed=False) == better
     assert _best([alone, four, better], fixed=True) == four
 
 
