@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from exporters.vision import MODEL_FILE
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.errors import MissingCapabilityError
 from fp8pipe.phases import PhaseMeter, can_measure
@@ -88,7 +89,7 @@ def plan_repository(artifact: Artifact, output: Path) -> Plan:
     return Plan(
         reads=(f"{artifact.root} ({artifact.kind})",),
         writes=(f"{target}{' (exists already: will be refused)' if target.exists() else ''}",),
-        peak_memory_bytes=_own_peak(artifact, ("serving.triton", "onnx"), copies=0.0),
+        peak_memory_bytes=_repository_peak(artifact),
         disk_bytes=artifact.size_bytes,
         output_bytes=artifact.size_bytes,
         missing=missing_disk(output, artifact.size_bytes),
@@ -96,9 +97,20 @@ def plan_repository(artifact: Artifact, output: Path) -> Plan:
     )
 
 
-def _own_peak(
-    artifact: Artifact, modules: Sequence[str], *, against: Path | None = None, copies: float = _GRAPH_COPIES
-) -> int | None:
+def _repository_peak(artifact: Artifact) -> int | None:
+    """The one large step is done: the graph is loaded, to be asked for its outputs."""
+    if not can_measure():
+        return None
+    with PhaseMeter() as meter:
+        meter.enter("load")
+        from serving.triton import output_width
+
+        if artifact.kind == "onnx-export":
+            output_width(artifact.root / MODEL_FILE)
+    return meter.phases["load"].peak_bytes
+
+
+def _own_peak(artifact: Artifact, modules: Sequence[str], *, against: Path | None = None) -> int | None:
     """Resident memory with these modules imported, the passes of `against`, and the weights."""
     if not can_measure():
         return None
@@ -108,7 +120,7 @@ def _own_peak(
             importlib.import_module(module)
         if against is not None:
             _run(against)
-    return meter.phases["imports"].peak_bytes + int(copies * _float_bytes(artifact))
+    return meter.phases["imports"].peak_bytes + int(_GRAPH_COPIES * _float_bytes(artifact))
 
 
 def _run(against: Path) -> None:

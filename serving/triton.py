@@ -19,7 +19,7 @@ from typing import Any
 from fp8pipe.artifact import MANIFEST_NAME, SEAL_NAME, Artifact, open_artifact, translate_disk_full
 from fp8pipe.errors import BadArtifactError, ConfigurationError
 
-__all__ = ["write_triton_repository"]
+__all__ = ["output_width", "write_triton_repository"]
 
 KINDS = ("onnx-export", "vllm-export")
 _MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
@@ -63,7 +63,7 @@ def _write_onnx(artifact: Artifact, root: Path, name: str, max_model_len: int | 
         # The graph may keep its weights in files beside it.
         if entry.path.startswith(_MODEL):
             shutil.copyfile(artifact.root / entry.path, root / "1" / entry.path)
-    width = _width(root / "1" / _MODEL)
+    width = output_width(root / "1" / _MODEL)
     labels = _labels(artifact.root / _CLASSES)
     if labels is not None:
         (root / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
@@ -134,7 +134,8 @@ def _parameter(key: str, value: str) -> str:
     return f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}\n"
 
 
-def _width(model: Path) -> int:
+def output_width(model: Path) -> int:
+    """Number of outputs an image, as ONNX Runtime loads the graph."""
     from exporters.onnx.runtime import open_session
 
     size = open_session(model).get_outputs()[0].shape[-1]

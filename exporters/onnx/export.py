@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 EXPORT_KIND: Final = "onnx-export"
 SOURCE_KIND: Final = "vit"
 _LAYER_IMAGES: Final = 4
+_HALF: Final = 4  # bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class OnnxPlan:
         float_layers: linears that stay float.
         need_bytes: size of all stored tensors, bytes.
         precision: in words, for instance "int4 weights, int8 activations".
+        halves: whether codes of at most 4 bits lie in bytes of their own.
         peak_bytes: largest resident memory of an export by this process; None where it cannot be told.
     """
 
@@ -71,6 +73,7 @@ class OnnxPlan:
     float_layers: tuple[str, ...]
     need_bytes: int
     precision: str
+    halves: bool
     peak_bytes: int | None = None
 
 
@@ -204,6 +207,7 @@ def _plan(quantized: QuantizedVit, format: OnnxFormat) -> OnnxPlan:
         float_layers=tuple(n for n in quantized.structure.linear_names if n not in quantized.weights),
         need_bytes=codes + floats + scales,
         precision=f"{', '.join(kinds)} weights, {'quantized' if activations else 'float'} activations",
+        halves=not halves and any(w.bits <= _HALF for w in quantized.weights.values()),
     )
 
 

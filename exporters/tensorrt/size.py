@@ -21,7 +21,10 @@ from fp8pipe.config import FrozenConfig
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ALLOWANCE_BYTES", "LIMIT", "EngineSize", "ideal_bytes", "measure_engine", "size_gate", "stored_gate"]
+__all__ = [
+    "ALLOWANCE_BYTES", "LIMIT", "EngineSize", "expected_sizes", "ideal_bytes", "measure_engine", "size_gate",
+    "stored_gate",
+]  # fmt: skip
 
 # An FP16 copy of 8-bit codes would be at 2.
 LIMIT: Final = 1.35
@@ -31,6 +34,30 @@ _MEGABYTE: Final = 1_000_000
 # Text in runs of this length: by chance, weights give one in 10^800. The E4M3 scales of NVFP4 blocks are all of these
 # bytes, too, but have no line feed: as a scale that is 2^-6 of the usual ones.
 _TEXT: Final = re.compile(rb"[\t\n\r\x20-\x7e]{2000,}")
+
+# For plans: source text of a transformer block's kernels (0.9 to 1.2 MB at 6, 12 and 30 blocks), and what xz leaves of
+# codes (0.83 to 0.95 of them; 0.53 to 0.56 where 4 bits lie in a byte).
+_BLOCK_TEXT_BYTES: Final = 1_000_000
+_PACKED, _PACKED_HALVES = 0.9, 0.55
+
+
+def expected_sizes(graph_bytes: int, blocks: int, engines: int, *, pack: bool, halves: bool) -> tuple[int, int]:
+    """Bytes of an export with its engines: the most while it is made, and in the end.
+
+    Args:
+        graph_bytes: the graph with its weights.
+        blocks: transformer blocks.
+        engines: how many are built.
+        pack: whether they are stored compressed; while one is, it is there twice.
+        halves: whether codes of 4 bits lie in bytes.
+    """
+    if not engines:
+        return graph_bytes, graph_bytes
+    plain = graph_bytes + blocks * _BLOCK_TEXT_BYTES
+    if not pack:
+        return graph_bytes + engines * plain, graph_bytes + engines * plain
+    packed = int(graph_bytes * (_PACKED_HALVES if halves else _PACKED))
+    return graph_bytes + engines * packed + plain, graph_bytes + engines * packed
 
 
 class EngineSize(FrozenConfig):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.cli.export_vision import vision_plan
 
 if TYPE_CHECKING:
-    from exporters.onnx import OnnxExportOptions
     from exporters.vllm import VllmExportOptions
     from fp8pipe.artifact import Artifact
 
@@ -180,7 +179,7 @@ def _export_onnx(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: 
 
     options = build_config(OnnxExportOptions, chosen)
     if dry_run:
-        document, text = _onnx_plan(artifact, output, options)
+        document, text = vision_plan(artifact, output, options)
         console.emit({"dry_run": True, "target": "onnx", **document}, text, quiet_text=str(output))
         return
     _report(export_onnx(artifact, output, options), "onnx", str(options.format), console)
@@ -204,7 +203,8 @@ def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: b
         plain = build_config(OnnxExportOptions, {"force": options.force})
         places = {"rtx": list(plan_targets(artifact, options)[1]), "enterprise": ["the GPU of this machine"]}
         engines = places.get(options.builder, [])
-        document, text = _onnx_plan(artifact, output, plain, engines=engines, base=str(options.base))
+        base = str(options.base)
+        document, text = vision_plan(artifact, output, plain, engines=engines, base=base, pack=options.pack)
         document = {**document, "format": str(options.base), "engines": engines}
         console.emit({"dry_run": True, "target": "trt", **document}, text, quiet_text=str(output))
         return
@@ -231,62 +231,6 @@ def _report(exported: Artifact, target: str, format: str, console: Console, *aft
     }
     after = (*after, f"  next: fp8pipe validate {exported.root}")
     console.emit(document, "\n".join([text, *([table(rows)] if rows else []), *after]), quiet_text=str(exported.root))
-
-
-def _onnx_plan(
-    source: Path, output: Path, options: OnnxExportOptions, *, engines: Sequence[str] | None = None, base: str = ""
-) -> tuple[dict[str, Any], str]:
-    """The dry run of a vision model: the artifact is read and linted, nothing of it is traced.
-
-    Args:
-        source: the artifact.
-        output: where the export would go.
-        options: of the graph.
-        engines: compute capabilities to compile for; None for ONNX Runtime, which needs none.
-        base: of engines, the type of what is not quantized.
-    """
-    from exporters.onnx import plan_export
-    from fp8pipe.artifact.disk import free_bytes
-    from fp8pipe.plan import Plan, missing_disk, missing_memory, missing_packages
-
-    plan = plan_export(source, options, runtime=engines is None)
-    free = free_bytes(output)
-    precision = plan.precision if engines is None else f"{plan.precision}, {base} base"
-    document = {
-        "source": str(source),
-        "output": str(output),
-        "output_exists": output.exists(),
-        "format": str(options.format),
-        "precision": plan.precision,
-        "need_bytes": plan.need_bytes,
-        "free_bytes": free,
-        "fits": free >= plan.need_bytes,
-        "layer_counts": {"quantized": len(plan.weights), "float": len(plan.float_layers)},
-        "activation_sites": len(plan.activations),
-    }
-    packages = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", *(("tensorrt-rtx",) if engines else ()))
-    notes = ["memory: packages and forward passes measured here, copies of the weights counted"]
-    if engines:
-        notes.append("engines are compiled by a process of its own, whose memory and time are not in these figures")
-    written = plan.need_bytes * (1 + len(engines or ()))
-    shown = Plan(
-        reads=(str(source),),
-        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
-        peak_memory_bytes=plan.peak_bytes,
-        disk_bytes=written,
-        output_bytes=written,
-        packages=packages,
-        missing=(*missing_packages(packages), *missing_disk(output, written),
-                 *missing_memory(plan.peak_bytes, "free memory")),
-        notes=tuple(notes),
-        facts={
-            "precision": precision,
-            "layers": f"{len(plan.weights)} quantized, {len(plan.float_layers)} float",
-            "activations": f"{len(plan.activations)} sites quantized",
-            **({} if engines is None else {"engines": ", ".join(engines) or "none"}),
-        },
-    )  # fmt: skip
-    return {**document, "plan": shown.document()}, shown.text()
 
 
 def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], str]:

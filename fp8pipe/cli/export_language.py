@@ -62,12 +62,6 @@ def _refuse(chosen: dict[str, Any], keys: tuple[str, ...], what: str, why: str) 
         raise ConfigurationError(f"{' and '.join(foreign)} cannot be given for {what}", why=why, fix="leave it out")
 
 
-# fp32 copies of all weights that live at once: the reference that is compared with, the model that is traced, its
-# graph, and ONNX Runtime's session. A checkpoint is written tensor by tensor beside the reference alone.
-_GRAPH_COPIES: Final = 4.0
-_CHECKPOINT_COPIES: Final = 1.5
-
-
 def _plan(source: Path, output: Path, options: LanguageExportOptions) -> tuple[dict[str, Any], str]:
     """The dry run: headers and manifests are read; nothing is linted, calibrated or traced."""
     from exporters.tensorrt.language import LanguageFormat, plan_language
@@ -89,11 +83,10 @@ def _plan(source: Path, output: Path, options: LanguageExportOptions) -> tuple[d
         "engines": list(plan.engines),
     }
     graph = options.format is LanguageFormat.FP8
-    copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
-    peak = resident_bytes() + int(copies * 4 * plan.elements)
+    peak = resident_bytes() + plan.working_bytes
     packages = (*(("onnx", "onnx-ir", "onnxscript", "onnxruntime") if graph else ()),
                 *(("tensorrt-rtx",) if plan.engines else ()))
-    written = plan.need_bytes * (1 + len(plan.engines))
+    written = plan.disk_bytes
     no_text = Missing("no text is named to calibrate on", "give --calibration-data")
     shown = Plan(
         reads=(str(source), *((plan.text,) if plan.text else ())),
@@ -105,8 +98,8 @@ def _plan(source: Path, output: Path, options: LanguageExportOptions) -> tuple[d
         missing=(*(() if plan.text else (no_text,)), *missing_packages(packages), *missing_disk(output, written),
                  *missing_memory(peak, "a machine with more memory, or a smaller model")),
         notes=(
-            f"memory is reckoned: {copies:g} copies of all weights in fp32 beside what is loaded now",
-            *(("engines: as large as the weights, at most; compiled by a process of its own",) if plan.engines else ()),
+            f"memory is reckoned: {plan.reckoned}",
+            *(("engines are compiled by a process of its own, whose memory is not predicted",) if plan.engines else ()),
         ),
         facts={
             "format": str(options.format),

@@ -112,6 +112,8 @@ def test_quantizing_and_exporting_a_vit(tmp_path):
     artifact = tmp_path / "vit"
     compare(artifact, "quantize-vit", "--model", "sample:vit-digits", *options)
     compare(tmp_path / "onnx", "export", artifact, "--target", "onnx")
+    compare(tmp_path / "trt", "export", artifact, "--target", "trt", "--compute-capability", "8.9")
+    compare(tmp_path / "repository", "serve-repository", tmp_path / "onnx")
 
 
 def test_exporting_to_vllm(tmp_path):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from fp8pipe.grids import AMAX_FLOOR, E4M3
 from fp8pipe.text import IGNORED, Encoded
 
-__all__ = ["Score", "dynamic_inputs", "score_session", "score_torch", "static_inputs"]
+__all__ = ["BATCH", "Score", "dynamic_inputs", "score_session", "score_torch", "static_inputs"]
 
 # Texts scored together: what a graph dequantizes, it dequantizes once for all of them.
-_BATCH = 8
+BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ def score_session(logits: Callable[[Tensor], Any], text: Sequence[Encoded]) -> S
 def _score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
     losses = []
     ordered = sorted(text, key=lambda example: len(example.input_ids))
-    for start in range(0, len(ordered), _BATCH):
-        part = ordered[start : start + _BATCH]
+    for start in range(0, len(ordered), BATCH):
+        part = ordered[start : start + BATCH]
         longest = len(part[-1].input_ids)
         # What stands behind a text has no influence on it: no token sees a later one.
         ids = torch.tensor([[*x.input_ids, *[0] * (longest - len(x.input_ids))] for x in part])

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from exporters.tensorrt.language.options import LanguageExportOptions, LanguageFormat
+from exporters.tensorrt.language.perplexity import BATCH
 from exporters.tensorrt.language.source import LANGUAGE_KIND
+from exporters.tensorrt.language.text import LENGTH
+from exporters.tensorrt.size import expected_sizes
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action
@@ -15,6 +19,13 @@ from exporters.vllm.source import SourceKind
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact
 
 __all__ = ["LANGUAGE_KIND", "LanguagePlan", "is_language_artifact", "plan_language"]
+
+# fp32 copies of all weights that live at once: the reference that is compared with, the written graph as read again,
+# and ONNX Runtime's session with what it dequantizes; and of the logits: the session's, numpy's and torch's. Fitted to
+# the phases of one run (SmolLM2). A checkpoint is written tensor by tensor beside the reference alone.
+_GRAPH_COPIES: Final = 5.0
+_CHECKPOINT_COPIES: Final = 1.5
+_LOGITS_COPIES: Final = 4.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +37,20 @@ class LanguagePlan:
         others: linears without.
         text: what scales would be measured on; none where nothing is named.
         need_bytes: of codes and float tensors, once; engines are not in it.
+        disk_bytes: with engines.
         engines: compute capabilities to compile for.
-        elements: of all tensors.
+        working_bytes: that live at once at the worst moment, beside what is loaded now.
+        reckoned: how `working_bytes` was had, in words.
     """
 
     layers: int
     others: int
     text: str | None
     need_bytes: int
+    disk_bytes: int
     engines: tuple[str, ...]
-    elements: int
+    working_bytes: int
+    reckoned: str
 
 
 def is_language_artifact(source: Path) -> bool:
@@ -60,11 +75,22 @@ def plan_language(source: Path, options: LanguageExportOptions) -> LanguagePlan:
     converted = [unit for unit in plan.units if unit.action is Action.CODES]
     graph = options.format is LanguageFormat.FP8
     text = options.calibration_data or artifact.manifest.config.get("data")
+    need = sum(unit.entry.size_bytes for unit in plan.units)
+    engines = options.compute_capabilities if graph and options.builder == "rtx" else ()
+    shape = plan.source.config
+    disk, _ = expected_sizes(need, shape.get("num_hidden_layers", 0), len(engines), pack=False, halves=False)
+    copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
+    length = int(artifact.manifest.config.get("sequence_length", LENGTH))
+    logits = BATCH * length * shape.get("vocab_size", 0) * 4 if graph else 0
+    floats = 4 * sum(math.prod(unit.entry.shape) for unit in plan.units)
+    scored = f", {_LOGITS_COPIES:g} of the logits of {BATCH} texts" if graph else ""
     return LanguagePlan(
         layers=len(converted),
         others=sum(not layer.converted for layer in plan.layers),
         text=None if text is None else str(text),
-        need_bytes=sum(unit.entry.size_bytes for unit in plan.units),
-        engines=options.compute_capabilities if graph and options.builder == "rtx" else (),
-        elements=sum(math.prod(unit.entry.shape) for unit in plan.units),
+        need_bytes=need,
+        disk_bytes=disk,
+        engines=engines,
+        working_bytes=int(copies * floats + _LOGITS_COPIES * logits),
+        reckoned=f"{copies:g} copies of all weights in fp32{scored}, beside what is loaded now",
     )

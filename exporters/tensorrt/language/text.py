@@ -16,11 +16,11 @@ from fp8pipe.compat import import_transformers
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.text import Encoded, encode, load_records, split
 
-__all__ = ["ExportText", "read_text"]
+__all__ = ["LENGTH", "ExportText", "read_text"]
 
 # What `finetune` takes when nothing is said.
 _FRACTION = 0.1
-_LENGTH = 256
+LENGTH = 256
 _HELDOUT_LIMIT = 256
 
 
@@ -64,7 +64,7 @@ def read_text(model: LanguageModel, data: str | None, records: int) -> ExportTex
         load_records(str(source)), heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0
     )
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(model.root)
-    length = int(config.get("sequence_length", _LENGTH))
+    length = int(config.get("sequence_length", LENGTH))
     limit = int(config.get("heldout_limit", _HELDOUT_LIMIT))
     path = Path(str(source)).expanduser()
     return ExportText(
