@@ -30,5 +30,5 @@ def command(
     from serving.triton import write_triton_repository
 
     root = write_triton_repository(export, output, max_model_len=max_model_len)
-    text = f"{root}\n  next: tritonserver --model-repository {output.absolute()}"
+    text = f"{root}\n  next: cd {output.absolute()} && tritonserver --model-repository ."
     console.emit({"model": str(root), "layout": layout}, text, quiet_text=str(root))

@@ -21,7 +21,7 @@ from fp8pipe.config import build_config
 from fp8pipe.phases import PhaseMeter, enter_phase
 from fp8pipe.sources import ModelSource
 from pipeline.finetune import TrainingText, load_text, tune
-from pipeline.rehearsal.process import answer, read_job, size_of
+from pipeline.rehearsal.process import answer, perform, read_job, size_of
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.config import FinetuneConfig
 from pipeline.training.data import Batch, Batches
@@ -145,4 +145,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(perform(main))

@@ -7,17 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe.errors import Fp8PipeError, OutOfMemoryError
+from fp8pipe.errors import BadArtifactError, ConfigurationError, Fp8PipeError, MissingCapabilityError, OutOfMemoryError
 from fp8pipe.phases import PhaseMeter
 
-__all__ = ["Measured", "answer", "read_job", "rehearse", "size_of"]
+__all__ = ["Measured", "answer", "perform", "read_job", "rehearse", "size_of"]
 
-_JOB, _ANSWER = "job.json", "answer.json"
+_JOB, _ANSWER, _REFUSAL = "job.json", "answer.json", "refusal.json"
+# What the command itself would say of the same settings; the exit code tells which.
+_REFUSALS: Final = (ConfigurationError, MissingCapabilityError, BadArtifactError, OutOfMemoryError)
 _LAST: Final = 400  # characters of a failed rehearsal's own words
 
 
@@ -50,6 +52,7 @@ def rehearse(module: str, job: Mapping[str, Any], folder: Path) -> Measured:
 
     Raises:
         OutOfMemoryError: even the rehearsal was killed for memory.
+        ConfigurationError, MissingCapabilityError, BadArtifactError: the stage refuses, as the command would.
         Fp8PipeError: it failed otherwise; with its last words.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +63,10 @@ def rehearse(module: str, job: Mapping[str, Any], folder: Path) -> Measured:
             "not even a rehearsal on a part of the model fits into memory", why="it was killed",
             fix="use a smaller batch, shorter sequences or a smaller model",
         )  # fmt: skip
+    if (folder / _REFUSAL).is_file():
+        said = json.loads((folder / _REFUSAL).read_text())
+        kind = next((one for one in _REFUSALS if one.exit_code == ended.returncode), Fp8PipeError)
+        raise kind(said["what"], why=said["why"], fix=said["fix"])
     if ended.returncode or not (folder / _ANSWER).is_file():
         raise Fp8PipeError("the rehearsal behind this plan failed", why=ended.stderr.strip()[-_LAST:])
     found = json.loads((folder / _ANSWER).read_text())
@@ -71,6 +78,17 @@ def rehearse(module: str, job: Mapping[str, Any], folder: Path) -> Measured:
         sizes=found["sizes"],
         facts=found["facts"],
     )
+
+
+def perform(main: Callable[[Path], None]) -> int:
+    """Run a rehearsal in its own process; the exit code. What the stage refuses is left for who asked."""
+    folder = Path(sys.argv[1])
+    try:
+        main(folder)
+    except Fp8PipeError as error:
+        (folder / _REFUSAL).write_text(json.dumps({"what": error.what, "why": error.why, "fix": error.fix}))
+        return error.exit_code
+    return 0
 
 
 def read_job(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fp8pipe.config import build_config
 from fp8pipe.phases import PhaseMeter, enter_phase
 from fp8pipe.vision.image_folder import ImageFolder
 from fp8pipe.vision.sources import load_vision_model
-from pipeline.rehearsal.process import answer, read_job, size_of
+from pipeline.rehearsal.process import answer, perform, read_job, size_of
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.evaluate import read_evaluation_folder
@@ -75,4 +75,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(perform(main))

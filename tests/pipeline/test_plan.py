@@ -8,7 +8,7 @@ import torch
 from exporters.vllm import VllmExportOptions, export_vllm
 from fp8pipe.compat import import_transformers
 from fp8pipe.config import build_config
-from fp8pipe.errors import LintRefusedError, MissingCapabilityError
+from fp8pipe.errors import ConfigurationError, LintRefusedError, MissingCapabilityError
 from pipeline.device import check_device, hardware
 from pipeline.finetune import finetune
 from pipeline.outlook import export_obstacles
@@ -44,6 +44,12 @@ def test_experts_are_told_at_plan_and_at_start_and_refused_by_the_export(mixture
     assert warning in artifact.manifest.warnings
     with pytest.raises(LintRefusedError, match="unknown-matrix"):
         export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
+
+
+def test_a_plan_refuses_what_the_command_refuses(make_base, tmp_path):
+    with pytest.raises(ConfigurationError, match="no data file") as refusal:
+        plan_finetune(config(make_base(), tmp_path / "missing.jsonl"))
+    assert refusal.value.fix
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
