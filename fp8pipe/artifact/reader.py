@@ -94,9 +94,17 @@ def open_artifact(
         raise BadArtifactError(
             f"{root} is of the wrong kind",
             why=f"it is '{artifact.kind}'; expected {' or '.join(repr(name) for name in wanted)}",
-            fix="give the directory of an artifact of that kind",
+            fix=_toward(artifact.kind, root, wanted),
         )
     return artifact
+
+
+def _toward(kind: str, root: Path, wanted: list[str]) -> str:
+    """What to do with an artifact of this kind where an export was expected."""
+    target = {"falqon": "vllm", "lora-merged": "vllm", "vit": "onnx"}.get(kind)
+    if target is not None and any(name.endswith("-export") for name in wanted):
+        return f"export it first: fp8pipe export {root} --target {target} --output DIR; and give that DIR"
+    return "give the directory of an artifact of that kind"
 
 
 def read_artifact(

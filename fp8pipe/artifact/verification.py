@@ -23,6 +23,7 @@ from fp8pipe.runs import RunRecord, StageRecord, Verdict, read_run
 __all__ = ["Checked", "check_bytes", "check_record", "find_parent"]
 
 _ACCEPTED = ("ACCEPT", "PROVED-WITHOUT-RUNNING")
+_MANY = 5
 
 
 @dataclass(slots=True)
@@ -74,13 +75,24 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
         elif finding:
             checked.findings.append(Discrepancy(Catcher.SEAL, path.name, finding, tree.name_of(path)))
     strays += [(tree.name_of(path.parent), path.name, "nothing vouches for it") for path in _unknown(tree)]
-    for shown, name, why in strays:
-        if strict:
-            checked.findings.append(Discrepancy(Catcher.MANIFEST, name, why, shown))
-        else:
-            checked.notes.append(f"{shown}/{name}: {why}")
+    if strict:
+        checked.findings += [Discrepancy(Catcher.MANIFEST, name, why, shown) for shown, name, why in strays]
+    else:
+        checked.notes += _stray_notes(strays)
     checked.notes += [f"{tree.name_of(path)}: unfinished, not checked" for path in tree.unfinished]
     return checked
+
+
+def _stray_notes(strays: list[tuple[str, str, str]]) -> list[str]:
+    """A note a file; one for all of a folder that holds many."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for shown, name, why in strays:
+        groups.setdefault((shown, why), []).append(name)
+    notes = []
+    for (shown, why), names in groups.items():
+        many = len(names) > _MANY
+        notes += [f"{shown}/: {len(names)} files: {why}"] if many else [f"{shown}/{name}: {why}" for name in names]
+    return notes
 
 
 def _before_seals(path: Path) -> bool:

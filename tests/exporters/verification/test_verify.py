@@ -57,6 +57,14 @@ def test_unfinished_runs_and_strays_are_said(tree):
     assert verify("--quick", "--strict", tree).exit_code == 12
 
 
+def test_a_folder_of_strays_is_one_note(tree):
+    (tree / "pictures").mkdir()
+    for number in range(40):
+        (tree / "pictures" / f"{number}.png").write_bytes(b"x")
+    notes = json.loads(verify("--quick", "--json", tree).stdout)["notes"]
+    assert [note.partition(": ")[2] for note in notes if "pictures" in note] == ["40 files: nothing vouches for it"]
+
+
 def test_damage_is_listed_whole_and_damaged_parents_are_not_compared_with(tree):
     for name in ("vit/preprocessing.json", "vllm/config.json", "model/tokenizer.json"):
         (tree / name).write_text("{}")
