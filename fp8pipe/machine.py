@@ -15,7 +15,7 @@ __all__ = [
 
 # The features that decide which low-precision kernels a CPU can run, narrowest first.
 CPU_FEATURES = (
-    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
     "amx_fp16",
 )  # fmt: skip
 _CPUINFO = Path("/proc/cpuinfo")
