@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
-from fp8pipe.cli.serve_language import language_options, split_language
+from fp8pipe.cli.serve_language import VISION_ONLY, language_options, split_language
 
 _KINDS = ("onnx-export", "trt-export", "vllm-export")
 
@@ -52,31 +52,44 @@ def command(export: Path, console: Console, dry_run: bool, **options: Any) -> No
     _require_packages(language)
     given, of_vllm = split_language(given, language)
     config = build_config(ServeConfig, given)
+    if language and artifact.kind == "trt-export":
+        raise _not_served(export)
     if dry_run:
-        # Refused now if it would be refused then.
-        artifact = open_artifact(export, kind=_KINDS, caches="engines")
+        _refuse_now(export, config)
         _show(console, artifact, config, of_vllm)
         return
-    code = _serve(export, artifact.kind, config, of_vllm)
+    code = _serve(export, config, of_vllm)
     if code:
         raise click.exceptions.Exit(code)
 
 
-def _serve(export: Path, kind: str, config: Any, of_vllm: Any) -> int:
-    from fp8pipe.errors import ConfigurationError
-
+def _serve(export: Path, config: Any, of_vllm: Any) -> int:
     if of_vllm is None:
         from serving.vision.server import serve_vision
 
         return serve_vision(export, config)
-    if kind == "trt-export":
-        raise ConfigurationError(
-            f"{export} cannot be served", why="engines of language models are not run here",
-            fix="export with --target vllm, and serve that",
-        )  # fmt: skip
     from serving.language.server import serve_language
 
     return serve_language(export, config, of_vllm)
+
+
+def _refuse_now(export: Path, config: Any) -> None:
+    """What would be refused when it is served: changed files, a file of keys that cannot be read."""
+    from fp8pipe.artifact import open_artifact
+    from serving.http.auth import KeyFile
+
+    open_artifact(export, kind=_KINDS, caches="engines")
+    if config.api_key_file:
+        KeyFile(config.api_key_file)
+
+
+def _not_served(export: Path) -> Exception:
+    from fp8pipe.errors import ConfigurationError
+
+    return ConfigurationError(
+        f"{export} cannot be served", why="engines of language models are not run here",
+        fix="export with --target vllm, and serve that",
+    )  # fmt: skip
 
 
 def _require_packages(language: bool) -> None:
@@ -96,7 +109,7 @@ def _require_packages(language: bool) -> None:
 
 def _show(console: Console, artifact: Any, config: Any, of_vllm: Any) -> None:
     kind = "vision" if of_vllm is None else "language"
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json", exclude=None if of_vllm is None else set(VISION_ONLY))
     document = {
         "export": str(artifact.root), "kind": artifact.kind, "server": kind, "digest": artifact.digest,
         "size_bytes": artifact.size_bytes, "config": settings,

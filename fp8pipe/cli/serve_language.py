@@ -10,14 +10,14 @@ import click
 if TYPE_CHECKING:
     from serving.language.config import LanguageConfig
 
-__all__ = ["language_options", "split_language"]
+__all__ = ["VISION_ONLY", "language_options", "split_language"]
 
 _SUPERVISION: Final = ("engine_timeout_s",)
 _LANGUAGE_ONLY: Final = (
     "max_model_len", "dtype", "kv_cache_dtype", "enforce_eager", "max_num_seqs", "tensor_parallel_size",
     "gpu_memory_utilization", "kv_cache_gib", "served_model_name", "vllm_python", "drain_seconds", *_SUPERVISION,
 )  # fmt: skip
-_VISION_ONLY: Final = (
+VISION_ONLY: Final = (
     "max_batch", "threads", "streams", "max_wait_ms", "queue", "max_pixels", "max_images", "provider",
     "inexact_batches",
 )  # fmt: skip
@@ -58,7 +58,7 @@ def split_language(given: dict[str, Any], language: bool) -> tuple[dict[str, Any
     from fp8pipe.config import build_config
     from fp8pipe.errors import ConfigurationError
 
-    others = _VISION_ONLY if language else _LANGUAGE_ONLY
+    others = VISION_ONLY if language else _LANGUAGE_ONLY
     foreign = [f"--{name.replace('_', '-')}" for name in others if name in given]
     if not language and "extra" in given:
         foreign.append(" ".join(("--", *given["extra"])))

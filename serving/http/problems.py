@@ -27,6 +27,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
+_FIXES = {404: "the paths are listed at /openapi.json", 405: "the header Allow names the methods"}
 
 
 class Problem(Exception):
@@ -75,7 +76,8 @@ def install_problem_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _CODES.get(error.status_code, "bad_request")
-        problem = Problem(error.status_code, code, str(error.detail), headers=error.headers)
+        fix = _FIXES.get(error.status_code, "")
+        problem = Problem(error.status_code, code, str(error.detail), fix, error.headers)
         return problem_response(problem, request.scope)
 
     async def invalid(request: Request, error: Exception) -> Response:

@@ -169,3 +169,10 @@ def test_random_requests_are_never_the_servers_fault(server):
     assert not [status for status in outcome.statuses if status >= 500]
     assert outcome.unanswered == outcome.broken == []
     assert httpx.get(f"{server.url}/readyz").status_code == 200
+
+
+def test_a_wrong_method_is_told_the_right_ones(server):
+    answer = httpx.put(f"{server.url}/v1/classify", content=b"")
+    assert answer.status_code == 405
+    assert answer.headers["Allow"] == "POST"
+    assert "Allow" in answer.json()["error"]["fix"]

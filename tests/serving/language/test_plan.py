@@ -1,0 +1,39 @@
+"""`fp8pipe serve --dry-run` of a language export: its own settings alone, and the refusals of the real start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from fp8pipe.artifact import ArtifactWriter
+from fp8pipe.cli import main
+
+
+def test_a_plan_has_no_settings_of_the_other_kind(export: Path) -> None:
+    result = CliRunner().invoke(main, ["serve", str(export), "--dry-run", "--json", "--max-model-len", "128"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["server"] == "language"
+    assert plan["vllm"]["max_model_len"] == 128
+    assert "port" in plan["config"]
+    assert not {"max_batch", "streams", "queue", "max_pixels"} & set(plan["config"])
+
+
+def test_a_plan_reads_the_keys(export: Path, tmp_path: Path) -> None:
+    plan = ["serve", str(export), "--dry-run", "--api-key-file", str(tmp_path / "keys")]
+    assert CliRunner().invoke(main, plan).exit_code == 10
+    (tmp_path / "keys").write_text("sha256:no digest\n", encoding="utf-8")
+    assert CliRunner().invoke(main, plan).exit_code == 10
+    (tmp_path / "keys").write_text(f"sha256:{'0' * 64} alice\n", encoding="utf-8")
+    assert CliRunner().invoke(main, plan).exit_code == 0
+
+
+def test_engines_of_language_models_are_refused_in_a_plan_too(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "engines", kind="trt-export", stage="test") as writer:
+        (writer.root / "model.onnx").write_bytes(b"")
+        export = writer.commit(config={}, seed=None, extra={"cache": True}).root
+    result = CliRunner().invoke(main, ["serve", str(export), "--dry-run"])
+    assert result.exit_code == 10
+    assert "--target vllm" in result.output
