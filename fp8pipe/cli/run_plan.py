@@ -23,7 +23,7 @@ def show_plan(state: RunState, chain: Chain, console: Console) -> None:
     """Check every stage that would run, and show the plan; writes nothing."""
     statuses = state.statuses()
     chain.check([status.spec for status in statuses if status.run])
-    stages = [_planned(state, status) for status in statuses]
+    stages = _planned_all(state, statuses)
     total = _total(stages, state.directory)
     document = {
         "dry_run": True, "recipe": state.recipe.name, "directory": str(state.directory), "stages": stages,
@@ -41,9 +41,22 @@ def show_plan(state: RunState, chain: Chain, console: Console) -> None:
     console.emit(document, "\n".join(lines), quiet_text=" ".join(stage["name"] for stage in stages if stage["run"]))
 
 
-def _planned(state: RunState, status: StageStatus) -> dict[str, Any]:
+def _planned_all(state: RunState, statuses: Sequence[StageStatus]) -> list[dict[str, Any]]:
+    """All stages; where one reads what will be written anew, its plan is made from what is there now, and says so."""
+    found, pending = [], set[str]()
+    for status in statuses:
+        old = [name for name in dict.fromkeys(status.spec.reads.values()) if name in pending]
+        found.append(_planned(state, status, old))
+        if status.run:
+            pending.add(status.spec.name)
+    return found
+
+
+def _planned(state: RunState, status: StageStatus, old: Sequence[str]) -> dict[str, Any]:
     spec = status.spec
     plan, text = _own_plan(state, status) if status.run else ({}, "")
+    if text and old:
+        text = f"by what {' and '.join(old)} holds now\n{text}"
     return {
         "name": spec.name, "command": spec.command, "run": status.run, "why": status.why,
         "reads": dict(spec.reads), "output": str(state.outputs[spec.name]), "plan": plan, "plan_text": text,
@@ -62,6 +75,8 @@ def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str
         file.write_text(yaml.safe_dump(state.filed_settings(spec)), encoding="utf-8")
         line = [sys.executable, "-P", "-m", "fp8pipe"]
         line += [*command.arguments(settings, state.outputs[spec.name], file), "--dry-run", "--json"]
+        if state.outputs[spec.name].is_dir():
+            line.append("--force")  # as the run itself replaces it
         ended = subprocess.run(line, capture_output=True, text=True)
     try:
         document = json.loads(ended.stdout)

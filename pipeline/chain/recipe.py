@@ -34,12 +34,14 @@ from pydantic import Field, model_validator
 from fp8pipe.config import FrozenConfig, assign, build_config, read_yaml
 from fp8pipe.errors import ConfigurationError
 
-__all__ = ["GateSpec", "Recipe", "StageSpec", "load_recipe", "recipe_of", "references", "substitute"]
+__all__ = ["GateSpec", "Recipe", "StageSpec", "load_recipe", "recipe_of", "references", "settings_differing", "substitute"]
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 # The whole of a value, or what follows a prefix: `stage:model`, `artifact:stage:model`.
 _REFERENCE: Final = re.compile(r"((?:[a-z]+:)?)stage:(.+)", re.DOTALL)
 _TOP_KEYS: Final = ("name", "description", "stages")
+# Of a stage's entry, what decides nothing about its output.
+_NO_SETTINGS: Final = ("command", "gates", "after")
 
 
 class GateSpec(FrozenConfig):
@@ -196,6 +198,26 @@ def substitute(settings: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[s
     return {key: plain(value) for key, value in settings.items()}
 
 
+def settings_differing(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each setting that is not as it was, for people: `rounds 5 -> 10`.
+
+    Args:
+        former: a stage's entry in a resolved recipe.
+        now: the settings of a `StageSpec`.
+    """
+    before = dict(_leaves({name: value for name, value in former.items() if name not in _NO_SETTINGS}))
+    after = dict(_leaves(now))
+    return [
+        f"{dotted} {_shown(before, dotted)} -> {_shown(after, dotted)}"
+        for dotted in dict.fromkeys((*before, *after))
+        if _shown(before, dotted) != _shown(after, dotted)
+    ]
+
+
+def _shown(values: Mapping[str, Any], dotted: str) -> str:
+    return str(values[dotted]) if dotted in values else "(none)"
+
+
 def _matched(value: object) -> re.Match[str] | None:
     return _REFERENCE.fullmatch(value) if isinstance(value, str) else None
 
@@ -224,7 +246,7 @@ def _stage(name: str, entry: Any, where: str) -> StageSpec:
             why="`command:` is missing",
             fix="add for instance command: export",
         )
-    settings = {str(key): value for key, value in entry.items() if key not in ("command", "gates", "after")}
+    settings = {str(key): value for key, value in entry.items() if key not in _NO_SETTINGS}
     after, gates = entry.get("after") or (), entry.get("gates") or ()
     if isinstance(after, str) or not all(isinstance(item, str) for item in after):
         raise ConfigurationError(
@@ -236,10 +258,17 @@ def _stage(name: str, entry: Any, where: str) -> StageSpec:
         raise ConfigurationError(
             f"stage {name} of {where}: gates is no list", why=f"it is {gates!r}", fix="write gates: [{name: ..., ...}]"
         )
-    return StageSpec(
-        name, entry["command"], settings, tuple(build_config(GateSpec, item) for item in gates), tuple(after),
-        references(settings),
-    )  # fmt: skip
+    judged = tuple(_gate(item, name, where) for item in gates)
+    return StageSpec(name, entry["command"], settings, judged, tuple(after), references(settings))
+
+
+def _gate(values: Mapping[str, Any], stage: str, where: str) -> GateSpec:
+    try:
+        return build_config(GateSpec, values)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"stage {stage} of {where}: a gate has invalid values", why=error.why, fix=error.fix
+        ) from error
 
 
 def _ordered(specs: Mapping[str, StageSpec], where: str) -> list[str]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fp8pipe import __version__
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact
 from fp8pipe.artifact.place import partial_of
 from fp8pipe.errors import BadArtifactError, ConfigurationError
-from fp8pipe.runs import RUN_NAME, StageRecord, read_run
+from fp8pipe.runs import RUN_NAME, RunRecord, StageRecord, read_run
 from pipeline.chain.commands import StageCommand
 from pipeline.chain.gates import document_of
 from pipeline.chain.keys import SourceDigests, canonical_digest, file_states, stage_key
-from pipeline.chain.recipe import Recipe, StageSpec, substitute
+from pipeline.chain.recipe import Recipe, StageSpec, settings_differing, substitute
 
 __all__ = ["STAGES", "ChainOptions", "RunState", "StageStatus", "content_of", "inside"]
 
@@ -82,7 +83,8 @@ class RunState:
                 recipe.stage(name)
         self.outputs = self._outputs()
         self.sources = SourceDigests(self.directory / STAGES / "sources.json")
-        self.records = {stage.name: stage for stage in self._previous()}
+        self._former = self._previous()
+        self.records = {stage.name: stage for stage in self._former.stages} if self._former else {}
 
     def settings(self, spec: StageSpec) -> dict[str, Any]:
         """A stage's settings with paths in the place of references."""
@@ -175,8 +177,18 @@ class RunState:
         if record.error is not None:
             return "failed before"
         if record.key != key:
-            return "settings or inputs have changed"
+            return self._changed(spec)
         return "" if self._intact(record) else "its output was changed or removed"
+
+    def _changed(self, spec: StageSpec) -> str:
+        """What is not as it was, as far as the last run's record tells."""
+        former = self._former.resolved.get("stages", {}).get(spec.name) if self._former else None
+        differing = [] if former is None else settings_differing(former, spec.settings)
+        if differing:
+            return f"changed: {', '.join(differing)}"
+        if self._former and self._former.tool_version != __version__:
+            return f"fp8pipe was {self._former.tool_version}, and is {__version__}"
+        return "settings or inputs have changed"
 
     def _intact(self, record: StageRecord) -> bool:
         """Whether an output is what its stage left: by sizes and times, by every hash where those have changed."""
@@ -219,9 +231,9 @@ class RunState:
             )
         return outputs
 
-    def _previous(self) -> Sequence[StageRecord]:
+    def _previous(self) -> RunRecord | None:
         if (self.directory / RUN_NAME).is_file():
-            return read_run(self.directory).stages
+            return read_run(self.directory)
         foreign = self.directory.is_file() or (self.directory.is_dir() and any(self.directory.iterdir()))
         if foreign and not (self.directory / STAGES).is_dir():
             raise ConfigurationError(
@@ -229,7 +241,7 @@ class RunState:
                 why=f"it holds something, and no {RUN_NAME}",
                 fix="name another directory with --output",
             )
-        return []
+        return None
 
     def _taken_as_is(self) -> set[str]:
         if self.options.first is None:

@@ -112,6 +112,10 @@ def test_a_real_run_is_accepted_and_the_second_does_nothing_and_needs_no_torch(q
     assert ended.stderr.count("up to date") == 3
     stages = {stage.name: stage.started for stage in read_run(directory).stages}
     assert stages == {stage.name: stage.started for stage in record.stages}
+    plan = invoke("run", quick, "--output", directory, "--set", "model.images=4", "--dry-run")
+    assert "changed: images 8 -> 4" in plan.output
+    assert "by what model holds now" in plan.output
+    assert "refused" not in plan.output  # what is there would be replaced
 
 
 @pytest.mark.slow

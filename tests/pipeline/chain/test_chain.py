@@ -58,6 +58,18 @@ def test_a_changed_key_runs_exactly_what_depends_on_it(runner, change, started):
     assert runner.started == started
 
 
+def test_what_has_changed_is_named(runner):
+    runner.run(STAGES)
+    stages = changed(base={"value": 9, "steps": 2}, right={"seconds": 0.01})
+    why = {status.spec.name: status.why for status in runner.state(stages).statuses()}
+    assert why["base"] == "changed: value 1 -> 9"
+    assert why["right"] == "after base"
+    why = {status.spec.name: status.why for status in runner.state(changed(right={"seconds": 0.01})).statuses()}
+    assert why == {
+        "base": "up to date", "left": "up to date", "right": "changed: seconds (none) -> 0.01", "proof": "up to date",
+    }  # fmt: skip
+
+
 def test_a_source_is_known_by_its_bytes(runner, tmp_path):
     source = tmp_path / "text.txt"
     source.write_text("one")
@@ -67,6 +79,7 @@ def test_a_source_is_known_by_its_bytes(runner, tmp_path):
     runner.run(stages)
     assert runner.started == []
     source.write_text("two")
+    assert runner.state(stages).statuses()[0].why == "settings or inputs have changed"  # no setting has
     runner.run(stages)
     assert runner.started == ["base"]  # which writes what it wrote before
 
