@@ -16,6 +16,7 @@ __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_f
 PARTIAL_SUFFIX = ".partial"
 SEAL_NAME = seal_path(Path(MANIFEST_NAME)).name
 _CHUNK_BYTES = 8 << 20
+_NAMED = 6  # artifacts in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +186,15 @@ def _not_there(root: Path) -> BadArtifactError:
 
 
 def _unfinished(root: Path) -> BadArtifactError:
-    partial = root.name.endswith(PARTIAL_SUFFIX)
+    if root.name.endswith(PARTIAL_SUFFIX):
+        return BadArtifactError(
+            f"{root} is unfinished", why="the run that writes it did not end", fix="resume or repeat the run"
+        )
+    inside = sorted(path.parent.name for path in root.glob(f"*/{MANIFEST_NAME}"))
     return BadArtifactError(
-        f"{root} is unfinished" if partial else f"{root} is not an artifact",
-        why="the run that writes it did not end" if partial else f"it holds no {MANIFEST_NAME}",
-        fix="resume or repeat the run" if partial else "give the directory that a finished command wrote",
+        f"{root} is not an artifact",
+        why=f"it holds no {MANIFEST_NAME}" + (", but artifacts" if inside else ""),
+        fix=f"give one of them: {', '.join(str(root / name) for name in inside[:_NAMED])}"
+        if inside
+        else "give the directory that a finished command wrote",
     )

@@ -192,6 +192,15 @@ def test_unfinished_runs_are_not_opened(tmp_path):
         open_artifact(tmp_path / "nowhere")
 
 
+def test_a_directory_of_artifacts_names_them(tmp_path):
+    """A run's directory, given where one of its artifacts is meant."""
+    for name in ("b", "a"):
+        write(tmp_path / "run" / name)
+    with pytest.raises(BadArtifactError) as found:
+        open_artifact(tmp_path / "run")
+    assert found.value.fix == f"give one of them: {tmp_path / 'run' / 'a'}, {tmp_path / 'run' / 'b'}"
+
+
 def test_an_existing_artifact_is_kept_without_force(tmp_path):
     first = write(tmp_path / "a")
     with pytest.raises(ConfigurationError, match="exists already"):
