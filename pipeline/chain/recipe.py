@@ -23,7 +23,7 @@ from __future__ import annotations
 import difflib
 import graphlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -33,15 +33,12 @@ from pydantic import Field, model_validator
 
 from fp8pipe.config import FrozenConfig, assign, build_config, read_yaml
 from fp8pipe.errors import ConfigurationError
+from pipeline.chain.settings import NO_SETTINGS, references
 
-__all__ = ["GateSpec", "Recipe", "StageSpec", "load_recipe", "recipe_of", "references", "settings_differing", "substitute"]
+__all__ = ["GateSpec", "Recipe", "StageSpec", "load_recipe", "recipe_of"]
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-# The whole of a value, or what follows a prefix: `stage:model`, `artifact:stage:model`.
-_REFERENCE: Final = re.compile(r"((?:[a-z]+:)?)stage:(.+)", re.DOTALL)
 _TOP_KEYS: Final = ("name", "description", "stages")
-# Of a stage's entry, what decides nothing about its output.
-_NO_SETTINGS: Final = ("command", "gates", "after")
 
 
 class GateSpec(FrozenConfig):
@@ -179,60 +176,6 @@ def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
     return Recipe(name, str(values.get("description") or ""), tuple(specs[name] for name in _ordered(specs, where)))
 
 
-def references(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Names of stages in the settings, by the dotted setting that holds the reference."""
-    return {dotted: match[2] for dotted, value in _leaves(settings) if (match := _matched(value))}
-
-
-def substitute(settings: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, Any]:
-    """The settings with the paths of stages' outputs in the place of references."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        match = _matched(value)
-        return f"{match[1]}{paths[match[2]]}" if match else value
-
-    return {key: plain(value) for key, value in settings.items()}
-
-
-def settings_differing(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each setting that is not as it was, for people: `rounds 5 -> 10`.
-
-    Args:
-        former: a stage's entry in a resolved recipe.
-        now: the settings of a `StageSpec`.
-    """
-    before = dict(_leaves({name: value for name, value in former.items() if name not in _NO_SETTINGS}))
-    after = dict(_leaves(now))
-    return [
-        f"{dotted} {_shown(before, dotted)} -> {_shown(after, dotted)}"
-        for dotted in dict.fromkeys((*before, *after))
-        if _shown(before, dotted) != _shown(after, dotted)
-    ]
-
-
-def _shown(values: Mapping[str, Any], dotted: str) -> str:
-    return str(values[dotted]) if dotted in values else "(none)"
-
-
-def _matched(value: object) -> re.Match[str] | None:
-    return _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-
-
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{prefix}.{index}")
-    else:
-        yield prefix, value
-
-
 def _stage(name: str, entry: Any, where: str) -> StageSpec:
     if not _NAME.fullmatch(name):
         raise ConfigurationError(
@@ -246,7 +189,7 @@ def _stage(name: str, entry: Any, where: str) -> StageSpec:
             why="`command:` is missing",
             fix="add for instance command: export",
         )
-    settings = {str(key): value for key, value in entry.items() if key not in _NO_SETTINGS}
+    settings = {str(key): value for key, value in entry.items() if key not in NO_SETTINGS}
     after, gates = entry.get("after") or (), entry.get("gates") or ()
     if isinstance(after, str) or not all(isinstance(item, str) for item in after):
         raise ConfigurationError(

@@ -16,7 +16,8 @@ from fp8pipe.runs import RUN_NAME, RunRecord, StageRecord, read_run
 from pipeline.chain.commands import StageCommand
 from pipeline.chain.gates import document_of
 from pipeline.chain.keys import SourceDigests, canonical_digest, file_states, stage_key
-from pipeline.chain.recipe import Recipe, StageSpec, settings_differing, substitute
+from pipeline.chain.recipe import Recipe, StageSpec
+from pipeline.chain.settings import settings_differing, substitute
 
 __all__ = ["STAGES", "ChainOptions", "RunState", "StageStatus", "content_of", "inside"]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fp8pipe.errors import ConfigurationError
-from pipeline.chain.recipe import load_recipe, recipe_of, substitute
+from pipeline.chain.recipe import load_recipe, recipe_of
+from pipeline.chain.settings import substitute
 
 TEXT = """
 name: small
