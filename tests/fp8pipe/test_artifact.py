@@ -1,6 +1,5 @@
 """Artifacts: what is opened is what was written, and nothing finished is ever lost."""
 
-import errno
 import hashlib
 import json
 import math
@@ -23,13 +22,10 @@ from fp8pipe.artifact import (
     NumberFormat,
     Parent,
     check_file,
-    disk_guard,
     open_artifact,
-    translate_disk_full,
     write_sealed,
 )
-from fp8pipe.artifact.disk import free_bytes
-from fp8pipe.errors import BadArtifactError, ConfigurationError, OutOfMemoryError
+from fp8pipe.errors import BadArtifactError, ConfigurationError
 
 SHARD = "model-00002-of-00002.safetensors"
 
@@ -308,64 +304,6 @@ def test_an_output_below_a_file_is_a_configuration_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="cannot be written"):
         start(tmp_path / "file" / "a")
-
-
-def test_disk_guard_refuses_before_writing_with_both_numbers(tmp_path):
-    free = free_bytes(tmp_path / "not" / "there" / "yet")
-    assert free > 0
-    with pytest.raises(OutOfMemoryError, match=rf"needed {10**18} bytes, \d+ bytes are free"):
-        disk_guard(tmp_path / "x", 10**18)
-    with disk_guard(tmp_path / "x", 1):
-        pass
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
-def test_a_full_disk_becomes_exit_15(tmp_path):
-    with (
-        pytest.raises(OutOfMemoryError, match=r"needed 7 bytes, \d+ bytes are free"),
-        translate_disk_full(tmp_path, 7),
-        Path("/dev/full").open("w") as stream,
-    ):
-        print("x" * 7, file=stream, flush=True)
-
-
-def test_other_errors_pass_untranslated(tmp_path):
-    with pytest.raises(FileNotFoundError), translate_disk_full(tmp_path):
-        (tmp_path / "none").read_bytes()
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A real file system of 256 kB; needs the right to mount."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)], capture_output=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip("this user may not mount a file system")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
-def test_a_full_disk_while_writing_leaves_the_old_artifact(tiny_disk):
-    first = write(tiny_disk / "a")
-    with (
-        pytest.raises(OutOfMemoryError) as caught,
-        ArtifactWriter(tiny_disk / "a", kind="falqon", stage="finetune", force=True) as writer,
-    ):
-        (writer.root / "w.bin").write_bytes(bytes(1_000_000))
-    assert isinstance(caught.value.__cause__, OSError)
-    assert caught.value.__cause__.errno == errno.ENOSPC
-    assert open_artifact(tiny_disk / "a").digest == first.digest
-
-
-def test_a_full_disk_reported_by_safetensors_is_translated(tiny_disk):
-    with (
-        pytest.raises(OutOfMemoryError, match="is full"),
-        ArtifactWriter(tiny_disk / "a", kind="falqon", stage="finetune") as writer,
-    ):
-        save_file({"w": torch.zeros(1_000_000)}, writer.root / "w.safetensors")
 
 
 def test_paths_in_a_manifest_stay_inside():
