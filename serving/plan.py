@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.errors import MissingCapabilityError
 from fp8pipe.phases import PhaseMeter, can_measure
 from fp8pipe.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
+from serving.triton_graph import TritonDevice
 from serving.vllm.environment import find_vllm_python, inspect_environment
 
 __all__ = ["RECORD_BYTES", "plan_engine", "plan_repository"]
@@ -83,13 +85,13 @@ def plan_engine(
     )
 
 
-def plan_repository(artifact: Artifact, output: Path) -> Plan:
-    """Plan a model repository: a copy of the export's files."""
+def plan_repository(artifact: Artifact, output: Path, device: TritonDevice) -> Plan:
+    """Plan a model repository: a copy of the export's files, or its graph as a CPU gets it."""
     target = output / artifact.root.resolve().name
     return Plan(
         reads=(f"{artifact.root} ({artifact.kind})",),
         writes=(f"{target}{' (exists already: will be refused)' if target.exists() else ''}",),
-        peak_memory_bytes=_repository_peak(artifact),
+        peak_memory_bytes=_repository_peak(artifact, device),
         disk_bytes=artifact.size_bytes,
         output_bytes=artifact.size_bytes,
         missing=missing_disk(output, artifact.size_bytes),
@@ -97,17 +99,18 @@ def plan_repository(artifact: Artifact, output: Path) -> Plan:
     )
 
 
-def _repository_peak(artifact: Artifact) -> int | None:
-    """The one large step is done: the graph is loaded, to be asked for its outputs."""
+def _repository_peak(artifact: Artifact, device: TritonDevice) -> int | None:
+    """The one large step is done, in a folder that goes again."""
     if not can_measure():
         return None
-    with PhaseMeter() as meter:
-        meter.enter("load")
-        from serving.triton import output_width
+    with PhaseMeter() as meter, tempfile.TemporaryDirectory() as scratch:
+        meter.enter("graph")
+        from serving.triton_graph import write_graph
 
         if artifact.kind == "onnx-export":
-            output_width(artifact.root / MODEL_FILE)
-    return meter.phases["load"].peak_bytes
+            entries = artifact.manifest.runtime.get("session_entries", {})
+            write_graph(artifact.root / MODEL_FILE, Path(scratch) / MODEL_FILE, device, entries)
+    return meter.phases["graph"].peak_bytes
 
 
 def _own_peak(artifact: Artifact, modules: Sequence[str], *, against: Path | None = None) -> int | None:

@@ -16,27 +16,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.artifact import MANIFEST_NAME, SEAL_NAME, Artifact, open_artifact, translate_disk_full
-from fp8pipe.errors import BadArtifactError, ConfigurationError
+from fp8pipe.artifact import MANIFEST_NAME, SEAL_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
+from fp8pipe.errors import ConfigurationError
+from serving.triton_graph import TritonDevice, write_graph
 
-__all__ = ["output_width", "write_triton_repository"]
+__all__ = ["write_triton_repository"]
 
 KINDS = ("onnx-export", "vllm-export")
 _MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
 _MAX_BATCH = 32
 
 
-def write_triton_repository(export: Path, output: Path, *, max_model_len: int | None = None) -> Path:
+def write_triton_repository(
+    export: Path, output: Path, *, device: TritonDevice = TritonDevice.CPU, max_model_len: int | None = None
+) -> Path:
     """Write the repository; the folder of the model in it.
 
     Args:
         export: an onnx or a vllm export.
         output: the repository; may exist, and may hold other models.
+        device: of a vision export, see `write_graph`; vLLM chooses its own.
         max_model_len: context of a language model, tokens; vLLM's choice when None.
 
     Raises:
         BadArtifactError: the export's files are not those of its manifest, or it is of another kind.
         ConfigurationError: the model is there already.
+        GateFailedError, MissingCapabilityError: as `write_graph`.
         OutOfMemoryError: the disk is full.
     """
     artifact = open_artifact(export, kind=KINDS)
@@ -48,8 +53,10 @@ def write_triton_repository(export: Path, output: Path, *, max_model_len: int | 
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "1").mkdir(parents=True)
     with translate_disk_full(output, artifact.size_bytes):
-        write = _write_onnx if artifact.kind == "onnx-export" else _write_vllm
-        config = write(artifact, partial, name, max_model_len)
+        if artifact.kind == "onnx-export":
+            config = _write_onnx(artifact, partial, name, device)
+        else:
+            config = _write_vllm(artifact, partial, name, max_model_len)
         (partial / "config.pbtxt").write_text(config, encoding="utf-8")
         for file in (MANIFEST_NAME, SEAL_NAME):
             if (artifact.root / file).is_file():
@@ -58,33 +65,31 @@ def write_triton_repository(export: Path, output: Path, *, max_model_len: int | 
     return root
 
 
-def _write_onnx(artifact: Artifact, root: Path, name: str, max_model_len: int | None) -> str:
-    for entry in artifact.manifest.files:
-        # The graph may keep its weights in files beside it.
-        if entry.path.startswith(_MODEL):
-            shutil.copyfile(artifact.root / entry.path, root / "1" / entry.path)
-    width = output_width(root / "1" / _MODEL)
+def _write_onnx(artifact: Artifact, root: Path, name: str, device: TritonDevice) -> str:
+    graph = root / "1" / _MODEL
+    width = write_graph(artifact.root / _MODEL, graph, device, artifact.manifest.runtime.get("session_entries", {}))
     labels = _labels(artifact.root / _CLASSES)
     if labels is not None:
         (root / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
     if (artifact.root / _PREPROCESSING).is_file():
         shutil.copyfile(artifact.root / _PREPROCESSING, root / _PREPROCESSING)
     facts = artifact.manifest.extra
+    parameters = {"fp8pipe_artifact": artifact.digest, "fp8pipe_graph": f"sha256:{sha256_file(graph)}"}
     return _onnx_config(
-        name, facts["input"], facts["output"]["name"], width, labelled=labels is not None,
-        entries=artifact.manifest.runtime.get("session_entries", {}), digest=artifact.digest,
+        name, facts["input"], facts["output"]["name"], width, labelled=labels is not None, device=device,
+        parameters=parameters,
     )  # fmt: skip
 
 
 def _onnx_config(
-    name: str, source: Mapping[str, Any], result: str, width: int, *, labelled: bool, entries: Mapping[str, str],
-    digest: str,
+    name: str, source: Mapping[str, Any], result: str, width: int, *, labelled: bool, device: TritonDevice,
+    parameters: Mapping[str, str],
 ) -> str:  # fmt: skip
     dims = ", ".join(str(int(size)) for size in source["shape"][1:])
     label = '\n    label_filename: "labels.txt"' if labelled else ""
-    # The session entries that the export was compared with: without them integer layers may run as floats.
-    parameters = "".join(_parameter(key, value) for key, value in {**entries, "fp8pipe_artifact": digest}.items())
-    return f"""# Written from the export's manifest.
+    kind = "KIND_GPU" if device is TritonDevice.GPU else "KIND_CPU"
+    said = "".join(_parameter(key, value) for key, value in parameters.items())
+    return f"""# Written from the export's manifest, for --device {device.value}.
 name: {_quoted(name)}
 backend: "onnxruntime"
 max_batch_size: {_MAX_BATCH}
@@ -102,8 +107,9 @@ output [
     dims: [ {width} ]{label}
   }}
 ]
+instance_group [ {{ kind: {kind} }} ]
 dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
-{parameters}"""
+{said}"""
 
 
 def _write_vllm(artifact: Artifact, root: Path, name: str, max_model_len: int | None) -> str:
@@ -132,16 +138,6 @@ def _quoted(text: str) -> str:
 
 def _parameter(key: str, value: str) -> str:
     return f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}\n"
-
-
-def output_width(model: Path) -> int:
-    """Number of outputs an image, as ONNX Runtime loads the graph."""
-    from exporters.onnx.runtime import open_session
-
-    size = open_session(model).get_outputs()[0].shape[-1]
-    if not isinstance(size, int) or size < 1:
-        raise BadArtifactError(f"{model} has no fixed number of outputs", why="Triton needs one", fix="export again")
-    return size
 
 
 def _labels(path: Path) -> list[str] | None:

@@ -19,23 +19,30 @@ from exporters.onnx.packages import import_onnx_package
 from fp8pipe.errors import BadArtifactError
 from fp8pipe.machine import cpu_features
 
-__all__ = ["DISABLED_OPTIMIZERS", "SESSION_ENTRIES", "open_session", "run", "session_entries"]
+__all__ = [
+    "DISABLED_OPTIMIZERS", "PRECISION_MODE", "SESSION_ENTRIES", "has_vnni", "open_session", "run", "session_entries",
+]  # fmt: skip
 
 DISABLED_OPTIMIZERS: Final = ("QDQPropagationTransformer", "MatMulAddFusion")
-SESSION_ENTRIES: Final = {"session.qdq_matmulnbits_accuracy_level": "0", "session.x64quantprecision": "1"}
-_PRECISION_MODE: Final = "session.x64quantprecision"
+PRECISION_MODE: Final = "session.x64quantprecision"
+SESSION_ENTRIES: Final = {"session.qdq_matmulnbits_accuracy_level": "0", PRECISION_MODE: "1"}
 _VNNI: Final = frozenset({"avx512_vnni", "avx_vnni"})
 _ERRORS_ONLY = 3
 
 
-def session_entries(features: Collection[str] | None = None) -> dict[str, str]:
-    """`SESSION_ENTRIES`, which are right on any processor, less what this one has no use for.
+def has_vnni(features: Collection[str] | None = None) -> bool:
+    """Whether sums of 8-bit products are exact without the precision mode.
 
     Args:
         features: processor features, as `fp8pipe.machine.cpu_features` names them; this machine's when None.
     """
-    vnni = not _VNNI.isdisjoint(cpu_features() if features is None else features)
-    return {name: value for name, value in SESSION_ENTRIES.items() if not (vnni and name == _PRECISION_MODE)}
+    return not _VNNI.isdisjoint(cpu_features() if features is None else features)
+
+
+def session_entries(features: Collection[str] | None = None) -> dict[str, str]:
+    """`SESSION_ENTRIES`, which are right on any processor, less what one with these features has no use for."""
+    vnni = has_vnni(features)
+    return {name: value for name, value in SESSION_ENTRIES.items() if not (vnni and name == PRECISION_MODE)}
 
 
 def open_session(

@@ -13,22 +13,37 @@ from fp8pipe.cli.common import Console, common_options
 @click.argument("export", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The repository; may hold other models.")
 @click.option("--layout", type=click.Choice(["triton"]), default="triton", show_default=True, help="Whose repository.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cpu-vnni", "gpu"]),
+    help="Vision: where Triton computes; cpu (default) is right on any, cpu-vnni twice as fast where there is VNNI.",
+)
 @click.option("--max-model-len", type=click.IntRange(min=16), help="Language exports: context, tokens.")
 @common_options(dry_run=True)
 def command(
-    export: Path, output: Path, layout: str, max_model_len: int | None, dry_run: bool, console: Console
-) -> None:
+    export: Path, output: Path, layout: str, device: str | None, max_model_len: int | None, dry_run: bool,
+    console: Console,
+) -> None:  # fmt: skip
     """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
-    if dry_run:
-        from fp8pipe.artifact import open_artifact
-        from serving.plan import plan_repository
-        from serving.triton import KINDS
+    from fp8pipe.artifact import open_artifact
+    from fp8pipe.errors import ConfigurationError
+    from serving.triton import KINDS, TritonDevice
 
-        plan = plan_repository(open_artifact(export, kind=KINDS, verify=False), output)
+    artifact = open_artifact(export, kind=KINDS, verify=False)
+    language = artifact.kind == "vllm-export"
+    if (device if language else max_model_len) is not None:
+        raise ConfigurationError(
+            f"{'--device' if language else '--max-model-len'} cannot be given here",
+            why=f"this is a {'language' if language else 'vision'} export", fix="leave it out",
+        )  # fmt: skip
+    chosen = TritonDevice(device or "cpu")
+    if dry_run:
+        from serving.plan import plan_repository
+
+        plan = plan_repository(artifact, output, chosen)
         console.emit({"dry_run": True, "layout": layout, "plan": plan.document()}, plan.text())
         return
     from serving.triton import write_triton_repository
 
-    root = write_triton_repository(export, output, max_model_len=max_model_len)
+    root = write_triton_repository(export, output, device=chosen, max_model_len=max_model_len)
     text = f"{root}\n  next: cd {output.absolute()} && tritonserver --model-repository ."
     console.emit({"model": str(root), "layout": layout}, text, quiet_text=str(root))
