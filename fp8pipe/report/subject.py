@@ -104,7 +104,7 @@ class Subject:
 
 
 def open_subject(path: Path, image: Path | None = None) -> Subject:
-    """Open a run's directory, or an artifact's. Sizes of files are checked, not their bytes.
+    """Open a run's directory, or an artifact's, and check every file: a report speaks of what lies there.
 
     Raises:
         BadArtifactError: neither, or damaged.
@@ -126,7 +126,7 @@ def open_subject(path: Path, image: Path | None = None) -> Subject:
 
 
 def _item(root: Path, name: str, documents: Documents) -> Item:
-    artifact = open_artifact(root / name, verify=False)
+    artifact = open_artifact(root / name)
     records = []
     for kind in _RECORDS:
         file = f"{name}.{kind}.json"

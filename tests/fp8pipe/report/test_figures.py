@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 
 from fp8pipe.artifact import ArtifactWriter, write_sealed
+from fp8pipe.errors import BadArtifactError
 from fp8pipe.report import default_output, write_report
 from fp8pipe.report.page import render
 from fp8pipe.report.subject import open_subject
@@ -174,6 +176,19 @@ def test_a_damaged_record_is_left_out(run_directory):
     finally:
         path.write_text(kept)
         path.with_suffix(".sha256").unlink(missing_ok=True)
+
+
+def test_a_report_on_changed_files_is_refused(run_directory, tmp_path):
+    """One bit, same size: what a report says has to be of what lies there."""
+    shutil.copytree(run_directory, tmp_path / "run")
+    artifact = open_subject(tmp_path / "run").items[0].artifact
+    path = artifact.root / max(artifact.manifest.files, key=lambda entry: entry.size).path
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    for subject in (tmp_path / "run", artifact.root):
+        with pytest.raises(BadArtifactError, match=path.name):
+            open_subject(subject)
 
 
 def test_missing_data_names_the_command_that_makes_it(run_directory, page_of):
