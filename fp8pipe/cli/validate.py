@@ -52,12 +52,14 @@ def command(
     """
     from serving.record import ExportRejectedError
 
+    chosen = _engine(export, engine)
+    _refuse_foreign(chosen, against, images)
     if dry_run:
-        _show_plan(export, _engine(export, engine), vllm_python, (against, images), console)
+        _show_plan(export, chosen, vllm_python, (against, images), console)
         return
     rejection = None
     try:
-        record = _validate(export, _engine(export, engine), vllm_python, against, images)
+        record = _validate(export, chosen, vllm_python, against, images)
     except ExportRejectedError as error:
         rejection, record = error, error.record
     text = {"onnxruntime": _onnx_text, "tensorrt": _trt_text}.get(record.engine, _vllm_text)
@@ -103,25 +105,27 @@ def _validate(export: Path, engine: str, vllm_python: str | None, against: Path 
         from serving.onnx.validate import validate_onnx
 
         return validate_onnx(export, against=against, pictures=images)
-    if images is not None:
-        raise _foreign("--images", engine)
     if engine == "tensorrt":
         from serving.tensorrt.validate import validate_tensorrt
 
-        if against is not None:
-            raise _foreign("--against", engine)
         return validate_tensorrt(export)
     from serving.vllm.validate import validate_export
 
     return validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
 
 
-def _foreign(flag: str, engine: str) -> Exception:
+def _refuse_foreign(engine: str, against: Path | None, images: Path | None) -> None:
+    """Options of another engine, before anything is planned or run."""
     from fp8pipe.errors import ConfigurationError
 
-    return ConfigurationError(
-        f"{flag} cannot be given for {engine}", why="nothing is compared with it there", fix="leave it out"
-    )
+    takes = {"onnxruntime": ("--against", "--images"), "vllm": ("--against",)}.get(engine, ())
+    given = {"--against": against, "--images": images}
+    foreign = [flag for flag, value in given.items() if value is not None and flag not in takes]
+    if foreign:
+        raise ConfigurationError(
+            f"{' and '.join(foreign)} cannot be given for {engine}", why="nothing is compared with it there",
+            fix="leave it out",
+        )  # fmt: skip
 
 
 def _onnx_text(export: Path, record: Any) -> str:

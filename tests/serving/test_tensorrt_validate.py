@@ -67,9 +67,10 @@ def test_the_command_line_says_what_was_proved_and_what_was_not(export):
     assert json.loads(shown.stdout)["verdict"] == "PROVED-WITHOUT-RUNNING"
 
 
+@pytest.mark.parametrize("plan", [[], ["--dry-run"]])
 @pytest.mark.parametrize("flag", ["--against", "--images"])
-def test_what_it_does_not_compare_with_is_refused(export, flag):
-    ended = CliRunner().invoke(main, ["validate", str(export), flag, str(export)])
+def test_what_it_does_not_compare_with_is_refused(export, flag, plan):
+    ended = CliRunner().invoke(main, ["validate", str(export), flag, str(export), *plan])
     assert ended.exit_code == 10
     assert f"{flag} cannot be given for tensorrt" in ended.output
 
