@@ -46,8 +46,9 @@ def session_entries(features: Collection[str] | None = None) -> dict[str, str]:
 
 
 def open_session(
-    model: Path | bytes, *, optimized: Path | None = None, plain: bool = False, threads: int | None = None,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    model: Path | bytes, *, optimized: Path | None = None, plain: bool = False, portable: bool = False,
+    threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",),
+    entries: Mapping[str, str] | None = None,
 ) -> Any:  # fmt: skip
     """An `onnxruntime.InferenceSession`.
 
@@ -55,8 +56,10 @@ def open_session(
         model: a file, or its bytes.
         optimized: where to write the optimized graph; not written when None.
         plain: no graph optimization at all, every operator as it stands.
+        portable: only fusions that every CPU has, no layouts of this one's.
         threads: threads within an operator; the runtime's own choice when None.
         providers: where it computes, the first that can; the CPU is what exports are compared on.
+        entries: session entries; those of `session_entries` when None.
 
     Raises:
         BadArtifactError: the runtime refuses the graph.
@@ -65,10 +68,12 @@ def open_session(
     runtime = import_onnx_package("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    for key, value in session_entries().items():
+    for key, value in (session_entries() if entries is None else entries).items():
         options.add_session_config_entry(key, value)
     if plain:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if portable:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimized is not None:

@@ -23,7 +23,8 @@ def show_plan(state: RunState, chain: Chain, console: Console) -> None:
     """Check every stage that would run, and show the plan; writes nothing."""
     statuses = state.statuses()
     chain.check([status.spec for status in statuses if status.run])
-    stages = _planned_all(state, statuses)
+    anew = {status.spec.name for status in statuses if status.run}
+    stages = [_planned(state, status, anew.intersection(status.spec.reads.values())) for status in statuses]
     total = _total(stages, state.directory)
     document = {
         "dry_run": True, "recipe": state.recipe.name, "directory": str(state.directory), "stages": stages,
@@ -41,22 +42,12 @@ def show_plan(state: RunState, chain: Chain, console: Console) -> None:
     console.emit(document, "\n".join(lines), quiet_text=" ".join(stage["name"] for stage in stages if stage["run"]))
 
 
-def _planned_all(state: RunState, statuses: Sequence[StageStatus]) -> list[dict[str, Any]]:
-    """All stages; where one reads what will be written anew, its plan is made from what is there now, and says so."""
-    found, pending = [], set[str]()
-    for status in statuses:
-        old = [name for name in dict.fromkeys(status.spec.reads.values()) if name in pending]
-        found.append(_planned(state, status, old))
-        if status.run:
-            pending.add(status.spec.name)
-    return found
-
-
-def _planned(state: RunState, status: StageStatus, old: Sequence[str]) -> dict[str, Any]:
+def _planned(state: RunState, status: StageStatus, old: set[str]) -> dict[str, Any]:
+    """A stage's plan. Of the stages it reads, `old` will be written anew: it is made from what is there now."""
     spec = status.spec
     plan, text = _own_plan(state, status) if status.run else ({}, "")
     if text and old:
-        text = f"by what {' and '.join(old)} holds now\n{text}"
+        text = f"by what {' and '.join(sorted(old))} holds now\n{text}"
     return {
         "name": spec.name, "command": spec.command, "run": status.run, "why": status.why,
         "reads": dict(spec.reads), "output": str(state.outputs[spec.name]), "plan": plan, "plan_text": text,

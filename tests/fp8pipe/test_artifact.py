@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from small_artifacts import SHARD, write
 
 from fp8pipe.artifact import (
     SCHEMA_VERSION,
@@ -26,17 +26,6 @@ from fp8pipe.artifact import (
     write_sealed,
 )
 from fp8pipe.errors import BadArtifactError, ConfigurationError
-
-SHARD = "model-00002-of-00002.safetensors"
-
-
-def write(output: Path, *, content: bytes = b"codes", force: bool = False, **fields: object):
-    with ArtifactWriter(output, kind="falqon", stage="finetune", force=force) as writer:
-        (writer.root / "config.json").write_text("{}")
-        (writer.root / "nested").mkdir()
-        (writer.root / "nested" / "a.txt").write_bytes(content)
-        save_file({"w": torch.arange(64.0)}, writer.root / SHARD)
-        return writer.commit(**fields)
 
 
 def test_what_is_opened_is_what_was_written(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_artifacts import write
 
 from fp8pipe.artifact import (
     ArtifactWriter,
@@ -16,17 +17,6 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.artifact.disk import free_bytes
 from fp8pipe.errors import OutOfMemoryError
-
-SHARD = "model-00002-of-00002.safetensors"
-
-
-def write(output: Path, *, content: bytes = b"codes", force: bool = False, **fields: object):
-    with ArtifactWriter(output, kind="falqon", stage="finetune", force=force) as writer:
-        (writer.root / "config.json").write_text("{}")
-        (writer.root / "nested").mkdir()
-        (writer.root / "nested" / "a.txt").write_bytes(content)
-        save_file({"w": torch.arange(64.0)}, writer.root / SHARD)
-        return writer.commit(**fields)
 
 
 def test_disk_guard_refuses_before_writing_with_both_numbers(tmp_path):

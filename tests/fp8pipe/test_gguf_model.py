@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_packages import needs_gguf
 from safetensors.torch import load_file
 
 from fp8pipe.compat import import_transformers
@@ -20,17 +20,6 @@ from fp8pipe.gguf_model import cache_root, convert_gguf
 from fp8pipe.sources import check_unquantized, resolve_model
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def has(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-needs_gguf = pytest.mark.skipif(not (has("gguf") and has("accelerate")), reason="gguf, accelerate not installed")
 
 
 def write_gguf(path: Path, *, tied: bool, architecture: str = "llama") -> dict[str, torch.Tensor]:

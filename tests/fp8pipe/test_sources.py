@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import struct
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_packages import has, needs_gguf
 from safetensors.torch import load_file, save_file
 
 from fp8pipe.compat import import_transformers
@@ -19,17 +19,6 @@ from fp8pipe.samples import smollm2_gguf
 from fp8pipe.sources import check_unquantized, resolve_model
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def has(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-needs_gguf = pytest.mark.skipif(not (has("gguf") and has("accelerate")), reason="gguf, accelerate not installed")
 
 
 def checkpoint(path: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor) -> Path:
