@@ -1,4 +1,4 @@
-"""What student and teacher are shown of a calibration image in one step.
+"""What student and teacher are shown of a calibration image.
 
 Few images are seen many times each. Mirrored and cropped they stay new; blurred and relit they also cover what their
 maker left out: synthetic images have more fine detail and stronger colours than pictures do, and ranges and weights
@@ -16,7 +16,23 @@ from torch.nn import functional
 from pipeline.vit.config import DistillConfig
 
 _REACH = 3  # standard deviations a blur looks to either side
+_FIRST_VIEWS = 2  # a stream of the seed; a step's own are the distiller's
 _SHARPEST = 0.05  # standard deviation, in pixels, below which a blur changes nothing
+
+
+def first_views(pixels: Tensor, config: DistillConfig, seed: int) -> Tensor:
+    """One view of each image, from which ranges, first codes and the equivalent form are measured.
+
+    They are to fit what comes after them, in training and in service. Measured on synthetic images as they are,
+    their fine detail takes the place of what pictures consist of.
+
+    Args:
+        pixels: `(N, 3, H, W)`, normalized.
+        config: `augment` off shows the images themselves.
+        seed: of the run.
+    """
+    generator = torch.Generator().manual_seed(hash((seed, _FIRST_VIEWS)) & 0x7FFFFFFF)
+    return augment(pixels, generator, config) if config.augment else pixels
 
 
 def augment(pixels: Tensor, generator: torch.Generator, config: DistillConfig) -> Tensor:

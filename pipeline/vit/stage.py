@@ -30,6 +30,7 @@ from fp8pipe.vision.sources import VisionModel, load_vision_model
 from fp8pipe.vision.structure import VitStructure, read_structure
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.vit.conditioning.stage import Conditioned, condition
+from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
 from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
@@ -124,9 +125,10 @@ def _train(
     """The model's best form, ranges and first codes from the images, then distillation."""
     enter_phase("condition")
     pixels = vision.preprocessing.normalize(images.images)
-    conditioned = _condition(config, vision, structure, pixels)
+    views = first_views(pixels, config.distill, config.seed)
+    conditioned = _condition(config, vision, structure, views)
     enter_phase("ranges")
-    student = begin_student(config, conditioned.vision, structure, pixels)
+    student = begin_student(config, conditioned.vision, structure, views)
     distiller = Distiller(student, conditioned.vision, structure, pixels, config.distill, config.seed, store)
     if distiller.resume():
         _LOG.info("resumed after step %d", distiller.step)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.config import build_config
-from pipeline.vit.augment import augment, blur, crop, relight
+from pipeline.vit.augment import augment, blur, crop, first_views, relight
 from pipeline.vit.config import DistillConfig
 
 
@@ -65,3 +65,14 @@ def test_the_same_draws_give_the_same_pictures_and_each_picture_its_own():
     assert torch.equal(first, again)
     assert len({float(image.sum()) for image in first}) == 4
     assert first.shape == pixels.shape
+
+
+def test_first_views_are_views_of_the_run_and_the_images_themselves_without_augmentation():
+    pixels = pictures()
+    config = build_config(DistillConfig, {})
+    shown = first_views(pixels, config, 1)
+    assert shown.shape == pixels.shape
+    assert not torch.equal(shown, pixels)
+    assert torch.equal(shown, first_views(pixels, config, 1))
+    assert not torch.equal(shown, first_views(pixels, config, 2))
+    assert first_views(pixels, build_config(DistillConfig, {"augment": False}), 1) is pixels
