@@ -29,8 +29,8 @@ from fp8pipe.vision.quantizers import Kind, granularity
 from fp8pipe.vision.sources import VisionModel, load_vision_model
 from fp8pipe.vision.structure import VitStructure, read_structure
 from pipeline.training.checkpoint import CheckpointStore
-from pipeline.vit.conditioning.stage import Conditioned, condition
 from pipeline.vit.augment import first_views
+from pipeline.vit.conditioning.stage import Conditioned, condition
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
 from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
