@@ -124,9 +124,7 @@ def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_
     compensated = config.method == "falqon" and config.rule.final is FinalFlush.COMPENSATED
     held = [held_moments(few) for few in widths] if compensated else []
     real = held_moments(_with_all_layers(widths, counts, layers)) if compensated else 0
-    peaks = [
-        scaled.peak(name, held, real) if name == "settle" else scaled.peak(name) for name in scaled.phases()
-    ]
+    peaks = [scaled.peak(name, held, real) if name == "settle" else scaled.peak(name) for name in scaled.phases()]
     step, base, companions = scaled.size("step"), scaled.size("base"), _companion_bytes(source.path)
     written = scaled.size("output") + companions
     saves = math.ceil(config.steps / config.save_every) if config.save_every else 1

@@ -1,7 +1,7 @@
 """NVFP4 operands of a graph, read back from the graph itself: two DequantizeLinear, the first for the block scales.
 
-    weight:     codes FLOAT4E2M1, block scales FLOAT8E4M3FN, tensor scale; all stored
-    activation: TRT_FP4DynamicQuantize (domain `trt`) of the value and the tensor scale gives codes and block scales
+weight:     codes FLOAT4E2M1, block scales FLOAT8E4M3FN, tensor scale; all stored
+activation: TRT_FP4DynamicQuantize (domain `trt`) of the value and the tensor scale gives codes and block scales
 """
 
 from __future__ import annotations

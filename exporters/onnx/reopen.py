@@ -96,9 +96,7 @@ def _same(found: Quantizer | None, expected: Quantizer | None) -> bool:
     return codes and (found.scale, found.kind) == (expected.scale, expected.kind)
 
 
-def operand_at_sites(
-    layers: Sequence[ExportedLayer], quantized: QuantizedVit
-) -> Iterable[tuple[str, Operand | None]]:
+def operand_at_sites(layers: Sequence[ExportedLayer], quantized: QuantizedVit) -> Iterable[tuple[str, Operand | None]]:
     """Every operand of the model that may be quantized, with what the file has there; a site once a reader."""
     by_label = {layer.label: layer for layer in layers}
     for linear in quantized.structure.linears:

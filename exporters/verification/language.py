@@ -138,9 +138,7 @@ def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Disc
     yield from compare_files(artifact.root, parent, auxiliary_files(artifact.root), auxiliary_files(parent))
 
 
-def stray_weights(
-    root: Path, tensors: dict[str, TensorEntry], allowed: tuple[str, ...] = ()
-) -> Iterator[Discrepancy]:
+def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[str, ...] = ()) -> Iterator[Discrepancy]:
     """Weight files that no index names: a loader that takes all of them loads another model."""
     used = {entry.file for entry in tensors.values()}
     for path in sorted(root.glob("*.safetensors")):
@@ -148,9 +146,7 @@ def stray_weights(
             yield Discrepancy(Catcher.REOPEN, path.name, "the index does not name this file")
 
 
-def unexpected_tensors(
-    root: Path, tensors: dict[str, TensorEntry], structure: ModelStructure
-) -> Iterator[Discrepancy]:
+def unexpected_tensors(root: Path, tensors: dict[str, TensorEntry], structure: ModelStructure) -> Iterator[Discrepancy]:
     """Adapters left in the weights, and tensors that the architecture has and the files lack.
 
     Expert weights are left out: transformers holds them stacked, under names that no checkpoint has.

@@ -133,9 +133,7 @@ def _require(gates: list[Gate], root: Path) -> None:
 def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
     quantized = plan.options.format.quantized
     parent = plan.source.parent
-    write_card(
-        writer, source=plan.source.root, parent=parent, format=plan.options.format.value, layers=plan.layers
-    )
+    write_card(writer, source=plan.source.root, parent=parent, format=plan.options.format.value, layers=plan.layers)
     return writer.commit(
         config=plan.options.model_dump(mode="json", exclude={"force"}),
         seed=None,

@@ -251,9 +251,7 @@ def _seal_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
         _sync(path)
         if path.is_file():
             changing = any(name == entry or name.startswith(f"{entry}/") for entry in volatile)
-            entries.append(
-                FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path), volatile=changing)
-            )
+            entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path), volatile=changing))
     return entries
 
 

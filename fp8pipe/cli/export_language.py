@@ -84,8 +84,10 @@ def _plan(source: Path, output: Path, options: LanguageExportOptions) -> tuple[d
     }
     graph = options.format is LanguageFormat.FP8
     peak = resident_bytes() + plan.working_bytes
-    packages = (*(("onnx", "onnx-ir", "onnxscript", "onnxruntime") if graph else ()),
-                *(("tensorrt-rtx",) if plan.engines else ()))
+    packages = (
+        *(("onnx", "onnx-ir", "onnxscript", "onnxruntime") if graph else ()),
+        *(("tensorrt-rtx",) if plan.engines else ()),
+    )
     written = plan.disk_bytes
     no_text = Missing("no text is named to calibrate on", "give --calibration-data")
     shown = Plan(

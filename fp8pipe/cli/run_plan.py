@@ -19,6 +19,7 @@ from fp8pipe.plan import Plan
 if TYPE_CHECKING:
     from pipeline.chain import Chain, RunState, StageStatus
 
+
 def show_plan(state: RunState, chain: Chain, console: Console) -> None:
     """Check every stage that would run, and show the plan; writes nothing."""
     statuses = state.statuses()

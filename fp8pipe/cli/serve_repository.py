@@ -14,7 +14,8 @@ from fp8pipe.cli.common import Console, common_options
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The repository; may hold other models.")
 @click.option("--layout", type=click.Choice(["triton"]), default="triton", show_default=True, help="Whose repository.")
 @click.option(
-    "--device", type=click.Choice(["cpu", "cpu-vnni", "gpu"]),
+    "--device",
+    type=click.Choice(["cpu", "cpu-vnni", "gpu"]),
     help="Vision: where Triton computes; cpu (default) is right on any, cpu-vnni twice as fast where there is VNNI.",
 )
 @click.option("--max-model-len", type=click.IntRange(min=16), help="Language exports: context, tokens.")

@@ -37,21 +37,33 @@ class VerificationError(BadArtifactError):
 @click.command("verify")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
-    "--parents", "parents", multiple=True, type=click.Path(path_type=Path),
+    "--parents",
+    "parents",
+    multiple=True,
+    type=click.Path(path_type=Path),
     help="Where parents may lie that are not in DIRECTORY: an artifact, a tree of them, or a model. May be repeated.",
 )
 @click.option("--quick", is_flag=True, help="Hashes, seals and records only; contents are not looked at.")
 @click.option("--strict", is_flag=True, help="Files that nothing vouches for are findings too.")
 @click.option("--public-key", type=click.Path(path_type=Path), help="Check the signature with this key, PEM.")
 @click.option(
-    "--certificate", "certificates", multiple=True, type=click.Path(path_type=Path),
+    "--certificate",
+    "certificates",
+    multiple=True,
+    type=click.Path(path_type=Path),
     help="Check the signature with this trusted root, PEM. May be repeated.",
 )
 @click.option("--signature", type=click.Path(path_type=Path), help="The signature.  [default: DIRECTORY.sig]")
 @common_options()
 def command(
-    directory: Path, parents: tuple[Path, ...], quick: bool, strict: bool, public_key: Path | None,
-    certificates: tuple[Path, ...], signature: Path | None, console: Console,
+    directory: Path,
+    parents: tuple[Path, ...],
+    quick: bool,
+    strict: bool,
+    public_key: Path | None,
+    certificates: tuple[Path, ...],
+    signature: Path | None,
+    console: Console,
 ) -> None:
     """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 when anything is found.
 

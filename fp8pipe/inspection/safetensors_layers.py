@@ -58,9 +58,7 @@ def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: boo
     return found
 
 
-def _layer(
-    stem: str, suffix: str, codes: StoredTensor, parts: list[StoredTensor], bits: int, look: bool
-) -> LayerView:
+def _layer(stem: str, suffix: str, codes: StoredTensor, parts: list[StoredTensor], bits: int, look: bool) -> LayerView:
     size = codes.size_bytes + sum(part.size_bytes for part in parts)
     format = _format(suffix, codes, bits)
     shape = _shape(suffix, codes, parts[0] if parts else None, format, bits)

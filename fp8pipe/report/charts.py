@@ -15,9 +15,7 @@ __all__ = ["Point", "Series", "grid", "layer_place", "line_chart"]
 _WIDTH, _HEIGHT = 420, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 26, 30
 _MARKS = 400
-_DOT = Markup(
-    '<circle class="{}" cx="{}" cy="{}" r="{}" data-source="{}" data-value="{}"><title>{}</title></circle>'
-)
+_DOT = Markup('<circle class="{}" cx="{}" cy="{}" r="{}" data-source="{}" data-value="{}"><title>{}</title></circle>')
 _LABELS, _CELL = 124, 17
 
 

@@ -120,9 +120,7 @@ def open_subject(path: Path, image: Path | None = None) -> Subject:
         raise BadArtifactError(f"{path} is no run and no artifact")
     absolute = path.absolute()
     documents = Documents(absolute.parent)
-    return Subject(
-        path, absolute.parent, None, (_item(absolute.parent, absolute.name, documents),), documents, image
-    )
+    return Subject(path, absolute.parent, None, (_item(absolute.parent, absolute.name, documents),), documents, image)
 
 
 def _item(root: Path, name: str, documents: Documents) -> Item:

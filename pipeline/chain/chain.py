@@ -249,6 +249,5 @@ def _stage_error(name: str, record: StageRecord) -> Fp8PipeError:
     return error
 
 
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

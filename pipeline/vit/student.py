@@ -76,9 +76,7 @@ def _rounded_weight(step: Tensor | BlockScales, form: WeightFormat, dims: int) -
 
 
 def _rounded_activation(quantizer: Quantizer) -> nn.Module:
-    return (
-        RoundedBlockActivation(quantizer) if isinstance(quantizer, BlockQuantizer) else _RoundedActivation(quantizer)
-    )
+    return RoundedBlockActivation(quantizer) if isinstance(quantizer, BlockQuantizer) else _RoundedActivation(quantizer)
 
 
 class Student(nn.Module):

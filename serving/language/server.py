@@ -118,9 +118,7 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, l
     return 0
 
 
-def _with_lifespan(
-    layers: Any, supervisor: Supervisor, leave: Callable[[], None], begin: Callable[[], None]
-) -> Any:
+def _with_lifespan(layers: Any, supervisor: Supervisor, leave: Callable[[], None], begin: Callable[[], None]) -> Any:
     """`layers`, with the supervisor running between the service's start, where `begin` is called, and its end."""
 
     @asynccontextmanager

@@ -75,4 +75,3 @@ def write_measure(
     )  # fmt: skip
     write_record(record, artifact.root, place=measure_path(artifact.root, stage))
     return record
-

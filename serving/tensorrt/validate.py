@@ -226,7 +226,10 @@ def _precision(artifact: Artifact, engine: ReadyEngine) -> Gate:
 def _error(execution: Execution, reference: str) -> Gate:
     value = execution.relative_error
     return Gate(
-        name="relative error of the engine", value=value, threshold=RELATIVE_LIMIT, passed=value <= RELATIVE_LIMIT,
+        name="relative error of the engine",
+        value=value,
+        threshold=RELATIVE_LIMIT,
+        passed=value <= RELATIVE_LIMIT,
         detail=f"against {reference} on {execution.images} random images, {execution.device}",
     )
 

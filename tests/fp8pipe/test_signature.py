@@ -119,7 +119,8 @@ def _certificate(key, issuer_key, subject: str, issuer: str, *, authority: bool)
 def test_certificates_work_too(artifact, tmp_path):
     root_key, key = keys(tmp_path, "root"), keys(tmp_path)
     for file, parts in (
-        ("root.pem", (root_key, root_key, "root", "root", True)), ("key.pem", (key, root_key, "me", "root", False)),
+        ("root.pem", (root_key, root_key, "root", "root", True)),
+        ("key.pem", (key, root_key, "me", "root", False)),
     ):
         certificate = _certificate(*parts[:4], authority=parts[4])
         (tmp_path / file).write_bytes(certificate.public_bytes(PEM))
@@ -131,9 +132,7 @@ def test_certificates_work_too(artifact, tmp_path):
     ended = invoke("verify", artifact, "--certificate", tmp_path / "root.pem")
     assert ended.exit_code == 0, ended.output
     other = keys(tmp_path, "other")
-    (tmp_path / "other.pem").write_bytes(
-        _certificate(other, other, "other", "other", authority=True).public_bytes(PEM)
-    )
+    (tmp_path / "other.pem").write_bytes(_certificate(other, other, "other", "other", authority=True).public_bytes(PEM))
     assert invoke("verify", artifact, "--certificate", tmp_path / "other.pem").exit_code == 12
 
 

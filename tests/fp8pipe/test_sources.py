@@ -161,8 +161,6 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         check_unquantized(path)
 
 
-
-
 # ------------------------------------------------------------------ the sample
 
 

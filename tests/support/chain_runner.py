@@ -61,4 +61,3 @@ class Runner:
     def started(self) -> list[str]:
         """Stages that ran in the last run, in order."""
         return [stage for stage, line in self.lines if line.startswith(("work: ", "record: "))]
-

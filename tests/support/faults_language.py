@@ -76,7 +76,6 @@ def rows_of_fused(found: dict[str, Tensor]) -> None:
         swap(f"{K}{suffix}", f"{ATTENTION}.v_proj{suffix}")(found)
 
 
-
 def file(artifact: str, name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
     """A file's bytes; None deletes it, and what is not there counts as empty."""
 

@@ -24,8 +24,13 @@ def fuzz_schema(url: str, count: int, model: str) -> Counter[int]:
             examples = max(1, count * weight // (2 * sum(weights)))
 
             @seed(0)
-            @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None,
-                      phases=[Phase.generate])
+            @settings(
+                max_examples=examples,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+                database=None,
+                phases=[Phase.generate],
+            )
             @given(case=operation.as_strategy(mode, path_parameters=given_path or None))
             def call(case: schemathesis.Case) -> None:
                 statuses[case.call(timeout=60).status_code] += 1

@@ -82,9 +82,7 @@ def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions
             require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
             parent = model.artifact.as_parent()
-            write_card(
-                writer, source=model.root, parent=parent, format=options.format.value, layers=model.plan.layers
-            )
+            write_card(writer, source=model.root, parent=parent, format=options.format.value, layers=model.plan.layers)
             return writer.commit(
                 config=options.model_dump(mode="json", exclude={"force"}),
                 seed=None,

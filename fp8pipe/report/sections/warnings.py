@@ -15,11 +15,7 @@ def section(subject: Subject) -> Section:
     rows: list[list[Any]] = []
     for item in subject.items:
         rows += [[item.name, warning] for warning in subject.documents.quotes(item.manifest, "warnings")]
-        rows += [
-            [item.name, f"{record.finding}; it was left out"]
-            for record in item.records
-            if not record.current
-        ]
+        rows += [[item.name, f"{record.finding}; it was left out"] for record in item.records if not record.current]
         for record in (record for record in item.records if record.current):
             rows += [[record.file, text] for text in subject.documents.quotes(record.file, "reasons")]
     blocks: list[Block] = [Table(["from", "warning"], rows)] if rows else [Text(["There are none."])]

@@ -68,9 +68,7 @@ def test_graphs_for_onnx_runtime(tmp_path, family, bits, format):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "base"), [(Kind.E4M3, "fp16"), (Kind.INT, "fp32"), (Kind.NVFP4, "fp16")]
-)
+@pytest.mark.parametrize(("kind", "base"), [(Kind.E4M3, "fp16"), (Kind.INT, "fp32"), (Kind.NVFP4, "fp16")])
 def test_graphs_for_tensorrt(tmp_path, kind, base):
     quantized = storable(quantized_family("timm-vit", bits=8 if kind is Kind.E4M3 else 4, kind=kind))
     vit = write_vit_artifact(tmp_path / "vit", quantized, images=4).root

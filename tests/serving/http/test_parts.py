@@ -194,7 +194,7 @@ def test_request_ids_are_taken_over_when_sane():
     with _served() as port:
         url = f"http://127.0.0.1:{port}/"
         assert httpx.get(url, headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
-        made = httpx.get(url, headers={"X-Request-Id": "a b\"c"}).headers["x-request-id"]
+        made = httpx.get(url, headers={"X-Request-Id": 'a b"c'}).headers["x-request-id"]
         assert made != 'a b"c'
         assert made.isalnum()
 

@@ -22,7 +22,11 @@ def main() -> int:
     socket = state / "stub.sock"
     stub = Path(__file__).with_name("stub_engine.py")
     times = SupervisorConfig(
-        probe_every_s=0.1, first_delay_s=0.5, stop_grace_s=2, probe_timeout_s=2, engine_timeout_s=3,
+        probe_every_s=0.1,
+        first_delay_s=0.5,
+        stop_grace_s=2,
+        probe_timeout_s=2,
+        engine_timeout_s=3,
         engine_probe_every_s=0.2,
     )
     given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
