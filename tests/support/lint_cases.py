@@ -5,25 +5,41 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from graph_edits import Edit, before, behind, both, drop, find, opset, replace, set_attributes, store, stored
+from graph_edits import Edit, behind, both, drop, opset, replace, set_attributes, store
+from lint_edits import (
+    Seen,
+    all_of,
+    cast_activation,
+    cast_multiply,
+    constant,
+    dynamic,
+    empty_zero_point,
+    float_operand,
+    float_weight,
+    launches,
+    like,
+    nan,
+    no_zero_points,
+    number,
+    products,
+    runs_in,
+    second_quantizer,
+    small,
+    transposed_codes,
+    transposed_weight,
+    warned,
+    weights_of,
+)
 from small_graphs import attention, convolution, gemm, mlp, nvfp4
 
-from exporters.tensorrt.precision import read_precision
-from exporters.tensorrt.rtx import Built
-
 __all__ = ["BROKEN", "GOOD", "HARMLESS", "Case", "Seen", "products", "small"]
-
-E4M3: Final = ml_dtypes.float8_e4m3fn
-# Says what is missing in what was built; empty when it shows what it should.
-Seen = Callable[[ir.Model, Built], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,185 +94,6 @@ GOOD: Final[dict[str, Callable[[], ir.Model]]] = {
 }
 
 
-def products(model: ir.Model, built: Built) -> dict[str, str]:
-    """The precision of every product by its node; a star where its attention is fused."""
-    nodes = [str(node.name) for node in model.graph if node.op_type in ("MatMul", "Gemm", "Conv")]
-    report = read_precision(nodes, built.layers)
-    return {found.node: found.name + "*" * found.fused_attention for found in report.products}
-
-
-def runs_in(**expected: str) -> Seen:
-    """These products are built in these precisions."""
-
-    def seen(model: ir.Model, built: Built) -> str:
-        found = products(model, built)
-        return "" if expected.items() <= found.items() else f"{found}"
-
-    return seen
-
-
-def constant(shape: Sequence[int], dtype: str, kind: str = "", output: str = "") -> Seen:
-    """A layer of that kind reads a stored tensor of that shape and type, and writes that type."""
-
-    def seen(model: ir.Model, built: Built) -> str:
-        for layer in built.layers:
-            stored_here = any(port.shape == tuple(shape) and port.dtype == dtype for port in layer.constants)
-            if stored_here and kind in layer.kind and output in {"", *(port.dtype for port in layer.outputs)}:
-                return ""
-        return f"no {kind} layer reads {dtype} {shape}"
-
-    return seen
-
-
-def warned(pattern: str) -> Seen:
-    """The builder's warnings."""
-
-    def seen(model: ir.Model, built: Built) -> str:
-        return "" if any(re.search(pattern, text) for text in built.warnings) else f"{built.warnings}"
-
-    return seen
-
-
-def launches(kind: str, count: int) -> Seen:
-    """So many layers of that kind."""
-
-    def seen(model: ir.Model, built: Built) -> str:
-        found = sum(layer.kind == kind for layer in built.layers)
-        return "" if found == count else f"{found} {kind}"
-
-    return seen
-
-
-def all_of(*checks: Seen) -> Seen:
-    """Every one."""
-    return lambda model, built: "; ".join(filter(None, (check(model, built) for check in checks)))
-
-
-def small(shape: tuple[int, ...]) -> Callable[[Any], Any]:
-    """New scales of that shape, and of the type they had."""
-    random = np.random.default_rng(1).uniform(0.001, 0.002, shape)
-    return lambda array: random.astype(array.dtype)
-
-
-def _like(count: int) -> Callable[[Any], Any]:
-    """One number repeated."""
-    return lambda array: np.full(count, array)
-
-
-def _number(value: float) -> Callable[[Any], Any]:
-    return lambda array: np.full_like(array, value)
-
-
-def _float_weight(model: ir.Model) -> None:
-    """The codes' values in FP16, and a QuantizeLinear."""
-    dequantize = find(model, "up_w_dq")
-    codes, scale = (value.const_value.numpy() for value in dequantize.inputs[:2])
-    values = stored(model, "up_w_float", (codes.astype(np.float32) * scale).astype(np.float16))
-    zero = stored(model, "up_w_z", np.zeros(scale.shape, codes.dtype))
-    made = ir.node("QuantizeLinear", [values, dequantize.inputs[1], zero], {"axis": 1}, name="up_w_q")
-    made.outputs[0].name = "up_w_q_out"
-    model.graph.insert_before(dequantize, made)
-    dequantize.replace_input_with(0, made.outputs[0])
-
-
-def _instead(model: ir.Model, old: ir.Node, chain: Sequence[tuple[str, list[ir.Value], dict[str, Any]]]) -> None:
-    """Nodes one after another for a node; each reads the one before, and what it is given."""
-    value, *_ = old.inputs
-    for index, (op, others, attributes) in enumerate(chain):
-        made = ir.node(op, [value, *others], attributes, name=f"chain_{index}")
-        value = made.outputs[0]
-        value.name = f"chain_{index}_out"
-        model.graph.insert_before(old, made)
-    old.outputs[0].replace_all_uses_with(value)
-    model.graph.remove(old, safe=True)
-
-
-def _cast_multiply(model: ir.Model) -> None:
-    """Stored codes, Cast and Mul, as some exporters write weights."""
-    dequantize = find(model, "up_w_dq")
-    _instead(model, dequantize, [("Cast", [], {"to": 10}), ("Mul", [dequantize.inputs[1]], {})])
-
-
-def _cast_activation(to: int) -> Edit:
-    """Div, Cast, Cast, Mul for a quantizer."""
-
-    def edit(model: ir.Model) -> None:
-        drop("up_x_dq")(model)
-        quantize = find(model, "up_x_q")
-        scale = quantize.inputs[1]
-        _instead(
-            model, quantize,
-            [("Div", [scale], {}), ("Cast", [], {"to": to}), ("Cast", [], {"to": 10}), ("Mul", [scale], {})],
-        )  # fmt: skip
-
-    return edit
-
-
-def _transposed_codes(model: ir.Model) -> None:
-    store("up_w", np.transpose)(model)
-    before("up_w_dq", 0, "Transpose", perm=[1, 0])(model)
-
-
-def _transposed_weight(model: ir.Model) -> None:
-    both(store("up_w", np.transpose), set_attributes("up_w_dq", axis=0))(model)
-    behind("up_w_dq", "Transpose", perm=[1, 0])(model)
-
-
-def _dynamic(model: ir.Model) -> None:
-    """The largest absolute value over 127, computed."""
-    quantize, dequantize = find(model, "up_x_q"), find(model, "up_x_dq")
-    value = quantize.inputs[0]
-    chain: list[tuple[str, list[ir.Value], dict[str, Any]]] = [
-        ("Abs", [], {}), ("ReduceMax", [], {"keepdims": 0}), ("Mul", [stored(model, "part", np.float16(1 / 127))], {})
-    ]  # fmt: skip
-    for op, others, attributes in chain:
-        made = ir.node(op, [value, *others], attributes, name=f"dynamic_{op}")
-        value = made.outputs[0]
-        value.name = f"dynamic_{op}_out"
-        model.graph.insert_before(quantize, made)
-    quantize.replace_input_with(1, value)
-    dequantize.replace_input_with(1, value)
-
-
-def _float_operand(model: ir.Model) -> None:
-    """A float weight beside a quantized activation."""
-    replace("up", 1, np.ones((128, 256), np.float16))(model)
-    model.graph.remove(find(model, "up_w_dq"), safe=True)
-
-
-def _second_quantizer(model: ir.Model) -> None:
-    """Keys from another quantizer of the same value."""
-    quantize, reader = find(model, "x_q"), find(model, "k")
-    scale = stored(model, "other_s", np.array(0.03, np.float16))
-    value, zero = quantize.inputs[0], quantize.inputs[2]
-    first = ir.node("QuantizeLinear", [value, scale, zero], name="other_q")
-    second = ir.node("DequantizeLinear", [first.outputs[0], scale, zero], name="other_dq")
-    first.outputs[0].name, second.outputs[0].name = "other_q_out", "other_dq_out"
-    model.graph.insert_before(reader, [first, second])
-    reader.replace_input_with(0, second.outputs[0])
-
-
-def _weights_of(form: str, shape: tuple[int, ...]) -> Callable[[Any], Any]:
-    """The same codes in another type."""
-    types = {"fp8": E4M3, "int8": np.int8, "int4": ml_dtypes.int4}
-    return lambda array: np.clip(array.astype(np.float32), -7, 7).astype(types[form]).reshape(shape)
-
-
-def _nan(array: Any) -> Any:
-    changed = array.copy()
-    changed[3, 5] = np.nan
-    return changed
-
-
-def _no_zero_points(model: ir.Model) -> None:
-    for name in ("up_x_q", "up_x_dq"):
-        find(model, name).resize_inputs(2)
-
-
-def _empty_zero_point(model: ir.Model) -> None:
-    find(model, "up_w_dq").resize_inputs(3)
-
-
 _ZERO = r"Non-zero zero point is not supported"
 _POSITIVE = r"Scale coefficients must all be positive"
 _TYPES = r"must have same input types"
@@ -269,13 +106,13 @@ _UNIT = np.array(0.0, np.float16), np.array(1.0, np.float16)
 _BLOCKS = both(set_attributes("up_w_dq", axis=0, block_size=32), store("up_w_s", small((4, 256))))
 
 BROKEN: Final = (
-    Case("zero-point", "int8", store("up_x_z", _number(3)), _ZERO, node="up_x_q", what="activation"),
+    Case("zero-point", "int8", store("up_x_z", number(3)), _ZERO, node="up_x_q", what="activation"),
     Case("zero-point", "int8", replace("up_w_dq", 2, np.full(256, 5, np.int8)), _ZERO, node="up_w_dq", what="weight"),
     Case("zero-point", "int8", store("up_x_z", lambda a: np.uint8(128)), _ZERO, node="up_x_q", what="uint8"),
-    Case("empty-zero-point", "int8", _empty_zero_point, r"Invalid Node - up_w_dq", node="up_w_dq"),
+    Case("empty-zero-point", "int8", empty_zero_point, r"Invalid Node - up_w_dq", node="up_w_dq"),
     Case("unsigned", "int8", store("up_x_z", lambda a: np.uint8(0)),
          all_of(warned("Defaulting to INT8 instead"), runs_in(up="int8")), node="up_x_q"),
-    Case("unsigned", "int8", _no_zero_points, runs_in(up="int8"), node="up_x_q", what="by-default"),
+    Case("unsigned", "int8", no_zero_points, runs_in(up="int8"), node="up_x_q", what="by-default"),
     Case("unsigned-weight", "int8", store("up_w", lambda a: a.view(np.uint8)), "unsupported input type of UINT8",
          node="up_w_dq"),
     Case("element-type", "fp8", store("up_w", lambda a: a.astype(np.float32).astype(ml_dtypes.float8_e5m2)),
@@ -289,9 +126,9 @@ BROKEN: Final = (
     Case("scale-value", "int8", store("up_w_s", lambda a: np.where(np.arange(256) == 9, 0, a).astype(a.dtype)),
          _POSITIVE, node="up_w_dq", what="zero"),
     Case("scale-value", "int8", store("up_x_s", np.negative), _POSITIVE, node="up_x_q", what="negative"),
-    Case("scale-value", "fp8", store("up_x_s", _number(np.nan)), _POSITIVE, node="up_x_q", what="nan"),
-    Case("scale-infinite", "int8", store("down_w_s", _number(np.inf)), runs_in(down="int8"), node="down_w_dq"),
-    Case("nan-code", "fp8", store("up_w", _nan), runs_in(up="fp8"), node="up_w"),
+    Case("scale-value", "fp8", store("up_x_s", number(np.nan)), _POSITIVE, node="up_x_q", what="nan"),
+    Case("scale-infinite", "int8", store("down_w_s", number(np.inf)), runs_in(down="int8"), node="down_w_dq"),
+    Case("nan-code", "fp8", store("up_w", nan), runs_in(up="fp8"), node="up_w"),
     Case("scale-shape", "int8", store("up_w_s", lambda a: a[:255]), "K == scaleSize", node="up_w_dq", what="short"),
     Case("scale-shape", "int8", set_attributes("up_w_dq", axis=0), "K == scaleSize", node="up_w_dq", what="axis"),
     Case("scale-shape", "int8", store("up_w_s", lambda a: a[None]), _BLOCKED, node="up_w_dq", what="rank"),
@@ -308,12 +145,12 @@ BROKEN: Final = (
          runs_in(up="fp8xfp16"), node="up_w_dq"),
     Case("weight-axis", "int8-gemm", both(set_attributes("up_w_dq", axis=1), store("up_w_s", lambda a: a[:128])),
          runs_in(up="int8xfp16"), node="up_w_dq"),
-    Case("activation-axis", "int8", both(store("up_x_s", _like(128)), store("up_x_z", _like(128))),
+    Case("activation-axis", "int8", both(store("up_x_s", like(128)), store("up_x_z", like(128))),
          runs_in(up="int8xfp16"), node="up_x_dq"),
-    Case("activation-axis", "fp8", both(store("up_x_s", _like(128)), store("up_x_z", _like(128))),
+    Case("activation-axis", "fp8", both(store("up_x_s", like(128)), store("up_x_z", like(128))),
          runs_in(up="fp8xfp16"), node="up_x_dq"),
-    Case("dynamic-scale", "int8", _dynamic, runs_in(up="fp16"), node="up_x_q"),
-    Case("dynamic-scale", "fp8", _dynamic, runs_in(up="fp16"), node="up_x_q"),
+    Case("dynamic-scale", "int8", dynamic, runs_in(up="fp16"), node="up_x_q"),
+    Case("dynamic-scale", "fp8", dynamic, runs_in(up="fp16"), node="up_x_q"),
     Case("scaled-blocks", "int8", _BLOCKS,
          all_of(runs_in(up="int8"), constant((1, 1024), "Half")), node="up_w_dq"),
     Case("scaled-blocks", "fp8", _BLOCKS,
@@ -324,16 +161,16 @@ BROKEN: Final = (
          all_of(runs_in(up="fp16"), constant((128, 256), "Int4", "kgen", "Half")), node="up_w_dq", what="channel"),
     Case("eight-bit-blocks", "int8-weights", _BLOCKS, constant((128, 256), "Int8", "kgen", "Half"), node="up_w_dq"),
     Case("eight-bit-blocks", "fp8-weights", _BLOCKS, constant((128, 256), "FP8", "kgen", "Half"), node="up_w_dq"),
-    Case("mixed-codes", "fp8", store("up_w", _weights_of("int8", (128, 256))), _SAME, node="up", what="int8-weight"),
-    Case("mixed-codes", "int8", store("up_w", _weights_of("fp8", (128, 256))), "has_sf_opnd_type", node="up",
+    Case("mixed-codes", "fp8", store("up_w", weights_of("int8", (128, 256))), _SAME, node="up", what="int8-weight"),
+    Case("mixed-codes", "int8", store("up_w", weights_of("fp8", (128, 256))), "has_sf_opnd_type", node="up",
          what="fp8-weight"),
-    Case("mixed-codes", "fp8", store("up_w", _weights_of("int4", (128, 256))), _SAME, node="up", what="int4-weight"),
-    Case("int4-beside-int8", "int8", store("up_w", _weights_of("int4", (128, 256))),
+    Case("mixed-codes", "fp8", store("up_w", weights_of("int4", (128, 256))), _SAME, node="up", what="int4-weight"),
+    Case("int4-beside-int8", "int8", store("up_w", weights_of("int4", (128, 256))),
          all_of(runs_in(up="int8"), constant((128, 256), "Int4", "kgen", "Int8")), node="up"),
     Case("int4-activation", "int8", store("up_x_z", lambda a: a.astype(ml_dtypes.int4)), runs_in(up="int8"),
          node="up_x_q"),
-    Case("half-quantized", "int8", _float_operand, runs_in(up="int8xfp16"), node="up", what="activation"),
-    Case("half-quantized", "fp8", _float_operand, runs_in(up="fp8xfp16"), node="up", what="activation"),
+    Case("half-quantized", "int8", float_operand, runs_in(up="int8xfp16"), node="up", what="activation"),
+    Case("half-quantized", "fp8", float_operand, runs_in(up="fp8xfp16"), node="up", what="activation"),
     Case("half-quantized", "int8", drop("up_x_dq", "up_x_q"), runs_in(up="fp16", down="int8"), node="up",
          what="weight"),
     Case("half-quantized", "fp8-attention", drop("v_x_dq", "v_x_q"), runs_in(qk="fp8", av="fp16"), node="av",
@@ -343,11 +180,11 @@ BROKEN: Final = (
          what="mul"),
     Case("between", "fp8", behind("up_w_dq", "Mul", np.full((128, 1), 0.5, np.float16)), runs_in(up="fp8xfp16"),
          node="up", what="weight"),
-    Case("codes-undecoded", "int8", _cast_multiply, _CONSTANT, node="up_w", what="cast"),
-    Case("codes-undecoded", "fp8", _cast_multiply, "has datatype FP8 but is not consumed by", node="up_w", what="cast"),
-    Case("codes-undecoded", "int8", _transposed_codes, _CONSTANT, node="up_w", what="transpose"),
-    Case("cast-fp8", "fp8", _cast_activation(17), "has datatype FP8 but is not produced by", node="chain_1"),
-    Case("cast-int8", "int8", _cast_activation(3), runs_in(up="fp16"), node="chain_1"),
+    Case("codes-undecoded", "int8", cast_multiply, _CONSTANT, node="up_w", what="cast"),
+    Case("codes-undecoded", "fp8", cast_multiply, "has datatype FP8 but is not consumed by", node="up_w", what="cast"),
+    Case("codes-undecoded", "int8", transposed_codes, _CONSTANT, node="up_w", what="transpose"),
+    Case("cast-fp8", "fp8", cast_activation(17), "has datatype FP8 but is not produced by", node="chain_1"),
+    Case("cast-int8", "int8", cast_activation(3), runs_in(up="fp16"), node="chain_1"),
     Case("fp8-convolution", "fp8-convolution",
          both(store("up_w", lambda a: np.resize(a, (64, 16, 5, 7))), set_attributes("up", kernel_shape=[5, 7])),
          runs_in(up="fp16"), node="up"),
@@ -363,9 +200,9 @@ BROKEN: Final = (
          node="new"),
     Case("clipped-probabilities", "fp8-attention", behind("softmax", "Clip", *_UNIT), runs_in(qk="fp8", av="fp8"),
          node="new"),
-    Case("several-quantizers", "fp8-separate", _second_quantizer, all_of(runs_in(k="fp8"), launches("gemm", 3)),
+    Case("several-quantizers", "fp8-separate", second_quantizer, all_of(runs_in(k="fp8"), launches("gemm", 3)),
          node="x"),
-    Case("float-weight", "int8", _float_weight, runs_in(up="int8"), node="up_w_q"),
+    Case("float-weight", "int8", float_weight, runs_in(up="int8"), node="up_w_q"),
     Case("opset", "fp8", opset(18), runs_in(up="fp8")),
     Case("opset", "nvfp4", opset(21), runs_in(up="fp4"), "12.0"),
     Case("fp8-capability", "fp8", both(), _OLD.format("fp8_e4m3"), "8.6"),
@@ -381,7 +218,7 @@ HARMLESS: Final[dict[str, tuple[str, Edit, Seen]]] = {
     "fp32 scale of QuantizeLinear": ("int8", replace("up_x_q", 1, np.array(0.02, np.float32)), runs_in(up="int8")),
     "scales along rows": (
         "fp8",
-        both(store("up_x_s", _like(64)), store("up_x_z", _like(64)), set_attributes("up_x_q", axis=0),
+        both(store("up_x_s", like(64)), store("up_x_z", like(64)), set_attributes("up_x_q", axis=0),
              set_attributes("up_x_dq", axis=0)),
         runs_in(up="fp8"),
     ),
@@ -389,7 +226,7 @@ HARMLESS: Final[dict[str, tuple[str, Edit, Seen]]] = {
         "fp8", both(store("up_w_s", lambda a: a.astype(np.float32)), behind("up_w_dq", "Cast", to=10)),
         runs_in(up="fp8"),
     ),
-    "Transpose behind a weight": ("int8", _transposed_weight, runs_in(up="int8")),
+    "Transpose behind a weight": ("int8", transposed_weight, runs_in(up="int8")),
     "one factor behind a weight": ("int8", behind("up_w_dq", "Mul", np.array(0.5, np.float16)), runs_in(up="int8")),
     "one factor behind an activation": ("fp8", behind("up_x_dq", "Mul", np.array(0.5, np.float16)), runs_in(up="fp8")),
     "Reshape behind an activation": ("fp8", behind("up_x_dq", "Reshape", np.array([2, 32, 128])), runs_in(up="fp8")),
