@@ -21,10 +21,10 @@ _SHARPEST = 0.05  # standard deviation, in pixels, below which a blur changes no
 
 
 def first_views(pixels: Tensor, config: DistillConfig, seed: int) -> Tensor:
-    """One view of each image, from which ranges, first codes and the equivalent form are measured.
+    """One view of each made image, from which ranges, first codes and the equivalent form are measured.
 
-    They are to fit what comes after them, in training and in service. Measured on synthetic images as they are,
-    their fine detail takes the place of what pictures consist of.
+    Measured on made images as they are, they fit a fine detail that pictures do not have. Pictures are measured as
+    they are.
 
     Args:
         pixels: `(N, 3, H, W)`, normalized.

@@ -31,7 +31,7 @@ class DistillConfig(FrozenConfig):
     temperature: float = Field(5.0, gt=0, description="Softens both answers in the KL divergence.")
     structure_weight: float = Field(10.0, ge=0, description="Weight of the head-wise structural loss.")
     clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
-    augment: bool = Field(True, description="Mirror, crop, blur and relight: once for ranges, anew in every step.")
+    augment: bool = Field(True, description="Mirror, crop, blur and relight in each step, and to measure made images.")
     smallest_crop: float = Field(0.35, gt=0, le=1, description="Side of the smallest crop, of the image's.")
     blur: float = Field(0.027, ge=0, lt=0.25, description="Strongest blur: standard deviation, of the image's side.")
     colour: float = Field(0.4, ge=0, lt=1, description="Strongest change of contrast, brightness and colourfulness.")

@@ -125,10 +125,10 @@ def _train(
     """The model's best form, ranges and first codes from the images, then distillation."""
     enter_phase("condition")
     pixels = vision.preprocessing.normalize(images.images)
-    views = first_views(pixels, config.distill, config.seed)
-    conditioned = _condition(config, vision, structure, views)
+    measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed)
+    conditioned = _condition(config, vision, structure, measured)
     enter_phase("ranges")
-    student = begin_student(config, conditioned.vision, structure, views)
+    student = begin_student(config, conditioned.vision, structure, measured)
     distiller = Distiller(student, conditioned.vision, structure, pixels, config.distill, config.seed, store)
     if distiller.resume():
         _LOG.info("resumed after step %d", distiller.step)
@@ -209,7 +209,7 @@ def _finish(
         ],
         extra={
             "precision": str(config.precision), "edges": config.edges, "images": len(images.images),
-            "image_method": _method_name(images.method),
+            "image_method": _method_name(images),
             "image_losses": {name: sum(v) / len(v) for name, v in images.losses.items() if v},
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "conditioning": {"done": conditioned.steps, "left_out": conditioned.notes},
@@ -221,9 +221,13 @@ def _finish(
     )  # fmt: skip
 
 
-def _method_name(method: str) -> str:
+def _are_pictures(images: ImageSet) -> bool:
+    return images.method.startswith(FOLDER_PREFIX)
+
+
+def _method_name(images: ImageSet) -> str:
     """The kind of images, without a path of this machine."""
-    return "images" if method.startswith(FOLDER_PREFIX) else method
+    return "images" if _are_pictures(images) else images.method
 
 
 def _described(quantized: QuantizedVit, name: str) -> str:

@@ -23,9 +23,9 @@ from fp8pipe.cli import quantize_vit as cli
 from fp8pipe.config import build_config
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.vision.quantized import load_quantized
-from fp8pipe.vision.sources import save_vision_model
+from fp8pipe.vision.sources import load_vision_model, save_vision_model
 from pipeline.vit.config import QuantizeVitConfig
-from pipeline.vit.stage import quantize_vit
+from pipeline.vit.stage import begin_student, quantize_vit
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -77,6 +77,32 @@ def test_other_images_serve_too(calibration, model, pictures, tmp_path):
     artifact = quantize_vit(settings(model, calibration=spec, images=6, bits="wfp8afp8"), tmp_path / "out")
     assert artifact.manifest.extra["image_method"] == calibration
     assert artifact.manifest.extra["precision"] == "wfp8afp8"
+
+
+def test_made_images_are_measured_on_views_and_pictures_as_they_are(model, pictures, tmp_path, monkeypatch):
+    measured = []
+
+    def begin(config, vision, structure, pixels):
+        measured.append(pixels)
+        return begin_student(config, vision, structure, pixels)
+
+    monkeypatch.setattr("pipeline.vit.stage.begin_student", begin)
+    plain = {"steps": 0, "augment": False}
+    for name, changes in (
+        ("made", {"calibration": "gaussian"}),
+        ("reused", {"calibration": f"artifact:{tmp_path / 'made'}"}),
+        ("as made", {"calibration": f"artifact:{tmp_path / 'made'}", "distill": plain}),
+        ("own", {"calibration": f"images:{pictures}", "images": 6}),
+        ("own again", {"calibration": f"artifact:{tmp_path / 'own'}", "images": 6}),
+    ):
+        quantize_vit(settings(model, **({"distill": {"steps": 0}} | changes)), tmp_path / name)
+    kept = [ImageSet.load(tmp_path / name / "calibration").images for name in ("made", "own")]
+    made, shown = (load_vision_model(str(model)).preprocessing.normalize(images) for images in kept)
+    assert not torch.equal(measured[0], made)
+    assert torch.equal(measured[1], measured[0])
+    assert torch.equal(measured[2], made)
+    assert torch.equal(measured[3], shown)
+    assert torch.equal(measured[4], shown)
 
 
 def test_a_backbone_says_what_took_the_place_of_classes(tmp_path):
