@@ -16,7 +16,7 @@ from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
 from calibration.streams import image_stream, normal
 from fp8pipe.errors import BadArtifactError, ConfigurationError
-from fp8pipe.vision.image_folder import batches, read_image_folder
+from fp8pipe.vision.image_folder import UNLABELLED, batches, list_pictures
 from fp8pipe.vision.sources import VisionModel
 from fp8pipe.vision.structure import VitStructure
 
@@ -79,15 +79,26 @@ def make_images(
         ConfigurationError: an unknown method, a folder that is none or has too few pictures, or images that stay NaN.
     """
     request.check()
-    if request.method.startswith(FOLDER_PREFIX):
-        return _from_folder(request, vision)
-    if request.method.startswith(ARTIFACT_PREFIX):
-        return _from_artifact(request, structure)
+    given = read_images(request, vision, structure)
+    if given is not None:
+        return given
     if request.method == "gaussian":
         streams = [image_stream(request.seed, i) for i in range(request.count)]
         noise = vision.preprocessing.to_uint8(normal(streams, 3, *structure.image_size))
+        on_images(request.count)
         return ImageSet(noise, None, request.method, request.seed)
     return _synthesize(request, vision, structure, checkpoints, on_images)
+
+
+def read_images(request: ImageRequest, vision: VisionModel, structure: VitStructure) -> ImageSet | None:
+    """The images of a request that exist already: of a folder, or of an artifact. None where they are to be made.
+
+    Raises:
+        Fp8PipeError: there are none, too few, or a picture cannot be read.
+    """
+    if request.method.startswith(FOLDER_PREFIX):
+        return _from_folder(request, vision)
+    return _from_artifact(request, structure) if request.method.startswith(ARTIFACT_PREFIX) else None
 
 
 def _synthesize(
@@ -159,7 +170,7 @@ def _keep(part: ImageSet, folder: Path) -> None:
 
 def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
     path = Path(request.method.removeprefix(FOLDER_PREFIX)).expanduser()
-    folder = read_image_folder(path)
+    folder = list_pictures(path)
     if len(folder.files) < request.count:
         raise ConfigurationError(
             f"{path} has too few pictures",
@@ -169,12 +180,19 @@ def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
     generator = torch.Generator().manual_seed(request.seed)
     rows = torch.randperm(len(folder.files), generator=generator)[: request.count].tolist()
     pixels: Tensor = torch.cat(list(batches(folder, rows, vision.preprocessing, _READ_AT_ONCE)))
-    return ImageSet(pixels, torch.tensor([folder.labels[row] for row in rows]), request.method, None)
+    labels = torch.tensor([folder.labels[row] for row in rows]) if folder.classes != UNLABELLED else None
+    return ImageSet(pixels, labels, request.method, None)
 
 
 def _from_artifact(request: ImageRequest, structure: VitStructure) -> ImageSet:
     """The first images of an earlier run, so that several precisions share one synthesis."""
     path = Path(request.method.removeprefix(ARTIFACT_PREFIX)).expanduser()
+    if not (path / ARTIFACT_IMAGES).is_dir():
+        raise ConfigurationError(
+            f"{path} holds no calibration images",
+            why="it has no folder " + ARTIFACT_IMAGES if path.is_dir() else "there is no such directory",
+            fix="name what an earlier `fp8pipe quantize-vit` wrote",
+        )
     found = ImageSet.load(path / ARTIFACT_IMAGES)
     size = tuple(found.images.shape[2:])
     if len(found.images) < request.count or size != tuple(structure.image_size):

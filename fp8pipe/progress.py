@@ -76,7 +76,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._print("done" if kind is None else "stopped")
+        if self.total or kind is not None:  # nothing to do is nothing to show
+            self._print("done" if kind is None else "stopped")
 
     def advance(self, n: int = 1, **fields: Any) -> None:
         """Count `n` more units; `fields` (a loss, a rate) are shown beside them until replaced."""

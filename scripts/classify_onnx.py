@@ -29,7 +29,11 @@ FILTERS = {
 
 def read_rgb(path: Path) -> Image.Image:
     """A picture of any mode as 8-bit RGB, turned as its EXIF data says."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as a picture: {error}") from error
     if image.mode == "F":
         raise SystemExit(f"{path}: floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit greys: their 8 high bits

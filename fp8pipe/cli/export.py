@@ -182,7 +182,7 @@ def _export_onnx(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: 
         document, text = vision_plan(artifact, output, options)
         console.emit({"dry_run": True, "target": "onnx", **document}, text, quiet_text=str(output))
         return
-    _report(export_onnx(artifact, output, options), "onnx", str(options.format), console)
+    _report(export_onnx(artifact, output, options), "onnx", str(options.format), console, against=artifact)
 
 
 def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
@@ -213,8 +213,10 @@ def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: b
     _report(exported, "trt", exported.manifest.extra["format"], console, after)
 
 
-def _report(exported: Artifact, target: str, format: str, console: Console, *after: str) -> None:
-    """What was written, with every gate."""
+def _report(
+    exported: Artifact, target: str, format: str, console: Console, *after: str, against: Path | None = None
+) -> None:
+    """What was written, with every gate, and the command that proves it against what it was made from."""
     manifest = exported.manifest
     rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in manifest.gates]
     text = f"{exported.root}: {len(manifest.files)} files, {format_bytes(exported.size_bytes)}"
@@ -229,7 +231,8 @@ def _report(exported: Artifact, target: str, format: str, console: Console, *aft
         "gates": [gate.model_dump() for gate in manifest.gates],
         "warnings": list(manifest.warnings),
     }
-    after = (*after, f"  next: fp8pipe validate {exported.root}")
+    source = "" if against is None else f" --against {against}"
+    after = (*after, f"  next: fp8pipe validate {exported.root}{source}")
     console.emit(document, "\n".join([text, *([table(rows)] if rows else []), *after]), quiet_text=str(exported.root))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -13,9 +14,22 @@ from torch import Tensor
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.vision.preprocessing import Preprocessing
 
-__all__ = ["ImageFolder", "batches", "read_image_folder", "read_pixels"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "UNLABELLED",
+    "ImageFolder",
+    "batches",
+    "check_pictures",
+    "list_pictures",
+    "read_image_folder",
+    "read_pixels",
+]
 
 SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"))
+UNLABELLED: Final = ("",)  # the classes of pictures that lie in one place
+_SMALL: Final = (64, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +57,9 @@ def read_image_folder(path: Path) -> ImageFolder:
     """
     if not path.is_dir():
         raise ConfigurationError(
-            f"{path} is not an image folder", why="there is no such directory", fix="give a folder with one per class"
+            f"{path} is not an image folder",
+            why="there is no such directory",
+            fix="give a folder that holds one folder a class",
         )
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = {folder: sorted(_pictures(folder)) for folder in folders}
@@ -61,17 +77,46 @@ def read_image_folder(path: Path) -> ImageFolder:
     return ImageFolder(path, tuple(folder.name for folder in folders), files, labels)
 
 
+def list_pictures(path: Path) -> ImageFolder:
+    """The pictures of a folder that need no labels: one folder a class, or all in one place (then `UNLABELLED`).
+
+    Raises:
+        ConfigurationError: no folder, or neither layout.
+    """
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
+    loose = [] if any(p.is_dir() for p in entries) else [p for p in entries if _is_picture(p)]
+    return ImageFolder(path, UNLABELLED, tuple(loose), (0,) * len(loose)) if loose else read_image_folder(path)
+
+
+def check_pictures(folder: ImageFolder) -> None:
+    """Decode every picture once, JPEG ones small: what is broken is found before hours of work, not after.
+
+    Raises:
+        ConfigurationError: one cannot be read; the error names the file.
+    """
+    for file in folder.files:
+        with _opened(file) as image:
+            image.draft("RGB", _SMALL)
+            image.load()
+
+
 def read_pixels(file: Path, preprocessing: Preprocessing) -> Tensor:
     """One picture as (3, H, W) uint8, resized and cropped.
 
     Raises:
         ConfigurationError: it cannot be read; the error names the file.
     """
+    with _opened(file) as image:
+        return preprocessing.pixels(image)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file) as image:
-            return preprocessing.pixels(image)
+            yield image
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigurationError(
             f"{file} cannot be read as a picture",
@@ -89,5 +134,9 @@ def batches(folder: ImageFolder, rows: list[int], preprocessing: Preprocessing, 
 
 def _pictures(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file():
+        if _is_picture(path) and path.is_file():
             yield path
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")

@@ -94,7 +94,7 @@ def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> Vi
     raise ConfigurationError(
         f"there is no vision model {src!r}",
         why="it is neither a directory, nor timm:NAME, nor a sample",
-        fix="name a directory, timm:NAME, sample:vit-digits or sample:vit-s",
+        fix="name timm:NAME, sample:vit-digits, sample:vit-s, or a directory (download a hub's model into one first)",
     )
 
 

@@ -68,7 +68,7 @@ class CheckpointStore:
             raise ConfigurationError(
                 f"the run in {self.root.parent} was started with another configuration",
                 why="; ".join(different),
-                fix="resume with the same options, or start anew in another --output directory",
+                fix="resume with the same options, or start anew (--force, or another --output)",
             )
         found = inputs or {}
         changed = [name for name, digest in run["inputs"].items() if found.get(name) != digest]

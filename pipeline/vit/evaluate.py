@@ -12,7 +12,7 @@ from torch import Tensor
 from fp8pipe.errors import ConfigurationError
 from fp8pipe.samples import sample_name
 from fp8pipe.vision.digits import digits_folder
-from fp8pipe.vision.image_folder import ImageFolder, batches, read_image_folder
+from fp8pipe.vision.image_folder import ImageFolder, batches, check_pictures, read_image_folder
 from fp8pipe.vision.preprocessing import Preprocessing
 
 Model = Callable[[Tensor], Tensor]
@@ -23,7 +23,7 @@ def read_evaluation_folder(source: str | Path, classes: tuple[str, ...] | None) 
     """The labelled pictures that `source` names, a folder or `sample:digits`; its folders must be the model's classes.
 
     Raises:
-        ConfigurationError: no image folder, a model without classes, or classes that do not match.
+        ConfigurationError: no image folder, a model without classes, classes that do not match, a broken picture.
     """
     if classes is None:
         raise ConfigurationError(
@@ -42,6 +42,7 @@ def read_evaluation_folder(source: str | Path, classes: tuple[str, ...] | None) 
             why=f"no such class: {shown}; the model has {len(classes)}, beginning with {', '.join(classes[:5])}",
             fix="name each folder as the model names its class",
         )
+    check_pictures(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.image_set import ImageSet
-from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_images
+from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_images, read_images
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent, check_place
 from fp8pipe.bf16 import widen_bf16_products
 from fp8pipe.phases import enter_phase
@@ -87,6 +87,7 @@ def quantize(
 ) -> Artifact:
     """The stage from the loaded model on; see `quantize_vit`. It enters the phases that a plan measures."""
     structure = read_structure(vision.model, vision.architecture.image_size)
+    given = read_images(image_request(config), vision, structure)  # what is wrong with them leaves nothing behind
     with ArtifactWriter(output, kind=KIND, stage="quantize-vit", force=force, resume=resume) as writer:
         store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
         described = config.model_dump(mode="json")
@@ -96,7 +97,9 @@ def quantize(
             store.begin(described, {}, {"model": vision.digest})
         started = time.perf_counter()
         enter_phase("images")
-        images = _images(image_request(config), vision, structure, writer)
+        images = given or _images(image_request(config), vision, structure, writer)
+        for note in images.notes:
+            writer.warn(note)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()
         student, history, conditioned = _train(config, vision, structure, images, store)
@@ -114,8 +117,6 @@ def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure,
             done = finished
 
         images = make_images(request, vision, structure, checkpoints=writer.root / _IMAGES_WORK, on_images=advance)
-    for note in images.notes:
-        writer.warn(note)
     return images
 
 

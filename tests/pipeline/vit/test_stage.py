@@ -119,6 +119,34 @@ def test_classes_that_do_not_match_are_refused_before_anything_is_made(model, pi
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_broken_picture_is_refused_before_anything_is_made(model, pictures, tmp_path):
+    (pictures / "bee" / "2.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ConfigurationError, match=r"2\.png cannot be read"):
+        quantize_vit(settings(model, evaluate=str(pictures)), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "said"),
+    [
+        ("images:{}/nowhere", "not an image folder"),
+        ("images:{}/pictures", "too few pictures"),
+        ("artifact:{}/nowhere", "holds no calibration images"),
+        ("artifact:{}/model", "holds no calibration images"),
+    ],
+)
+def test_images_that_are_not_there_leave_nothing_behind(calibration, said, model, pictures, tmp_path):
+    with pytest.raises(ConfigurationError, match=said):
+        quantize_vit(settings(model, calibration=calibration.format(tmp_path)), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_pictures_for_calibration_need_no_classes(model, pictures, tmp_path):
+    calm = {"calibration": f"images:{pictures / 'ant'}", "images": 3, "distill": {"steps": 0}}
+    artifact = quantize_vit(settings(model, **calm), tmp_path / "out")
+    assert ImageSet.load(artifact.root / "calibration").labels is None
+
+
 _KILLED = """
 import sys
 sys.path.insert(0, sys.argv[1])
