@@ -57,6 +57,12 @@ def test_a_failure_is_shown_as_stopped_and_passes_on(capsys):
     assert "done" not in error
 
 
+def test_nothing_to_do_shows_nothing(capsys):
+    with track(0, "train"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
 def test_quiet_says_nothing(capsys):
     progress.configure(quiet=True)
     with track(2, "train", interval_s=0) as tracker:
