@@ -28,7 +28,7 @@ from fuzz_schema import fuzz_schema
 from running_server import running
 from tiny_exports import write_export
 
-from fp8pipe.machine import cpu_model, distribution_version
+from fp8pipe.core.machine import cpu_model, distribution_version
 
 _ROUNDS = 10
 

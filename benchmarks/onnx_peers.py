@@ -33,18 +33,20 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from exporters.onnx import OnnxExportOptions, export_onnx
-from exporters.onnx.images import folder_images, probe_images
-from exporters.onnx.plain import export_plain
-from exporters.onnx.runtime import open_session
-from exporters.tensorrt import TrtExportOptions, export_tensorrt
+from exporters.graph.images import folder_images, probe_images
+from exporters.graph.runtime import open_session
+from exporters.graph.trace import export_plain
+from exporters.onnx.export import export_onnx
+from exporters.onnx.options import OnnxExportOptions
+from exporters.tensorrt.export import export_tensorrt
+from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.rtx import build_rtx
-from fp8pipe.bf16 import widen_bf16_products
-from fp8pipe.config import build_config
-from fp8pipe.errors import Fp8PipeError
-from fp8pipe.vision.sources import load_vision_model
-from fp8pipe.vision.structure import read_structure
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.models.vision.sources import load_vision_model
+from fp8pipe.models.vision.structure import read_structure
+from fp8pipe.numerics.bf16 import widen_bf16_products
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 INTEGER = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "QLinearConv", "ConvInteger", "MatMulInteger")
@@ -193,7 +195,7 @@ def main():
     vision = float_graph(options.model, options.work / "float.onnx")
     files, failed = write_files(options, vision)
     pictures = folder_images(options.pictures, vision.preprocessing)
-    from fp8pipe.vision.image_folder import read_image_folder
+    from fp8pipe.models.vision.image_folder import read_image_folder
 
     folder = read_image_folder(options.pictures)
     rows = torch.randperm(len(folder.files), generator=torch.Generator().manual_seed(0))[: len(pictures.pixels)]

@@ -37,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 from running_server import running
 
-from exporters.onnx.runtime import open_session
+from exporters.graph.runtime import open_session
 from fp8pipe.artifact import ArtifactWriter, open_artifact
-from fp8pipe.machine import cpu_model, distribution_version
+from fp8pipe.core.machine import cpu_model, distribution_version
 
 
 def vit_s(folder):
@@ -50,9 +50,9 @@ def vit_s(folder):
     import quantized_families
     import vit_families
 
-    from exporters.onnx import OnnxFormat
-    from exporters.onnx.produce import quantize_graph
-    from exporters.vision import write_description
+    from exporters.graph.description import write_description
+    from exporters.graph.formats import OnnxFormat
+    from exporters.graph.produce import quantize_graph
 
     large = {"embed_dim": 384, "depth": 12, "num_heads": 6}
     family = vit_families.Family(

@@ -29,12 +29,12 @@ from calibration.losses import class_prior, head_similarity, total_variation
 from calibration.streams import image_stream
 from calibration.terms import Scene
 from calibration.views import view
-from fp8pipe.bf16 import widen_bf16_products
-from fp8pipe.config import build_config
-from fp8pipe.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.sources import load_vision_model
-from fp8pipe.vision.structure import AttentionSite, read_structure
+from fp8pipe.core.config import build_config
+from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.sources import load_vision_model
+from fp8pipe.models.vision.structure import AttentionSite, read_structure
+from fp8pipe.numerics.bf16 import widen_bf16_products
 
 
 def pairwise(maps, site):

@@ -37,13 +37,13 @@ def resident(key):
 def build_trainer(name, options, scratch):
     """A prepared trainer of the product's own loop."""
     fused, name = name.endswith(FUSED), name.removesuffix(FUSED)
-    from fp8pipe.bf16 import widen_bf16_products
-    from fp8pipe.config import build_config
-    from fp8pipe.sources import resolve_model
-    from pipeline.finetune import build_method, load_model, load_text
-    from pipeline.training.checkpoint import CheckpointStore
-    from pipeline.training.config import FinetuneConfig
-    from pipeline.training.loop import Trainer
+    from fp8pipe.core.config import build_config
+    from fp8pipe.models.language.sources import resolve_model
+    from fp8pipe.numerics.bf16 import widen_bf16_products
+    from pipeline.finetune.checkpoint import CheckpointStore
+    from pipeline.finetune.config import FinetuneConfig
+    from pipeline.finetune.loop import Trainer
+    from pipeline.finetune.stage import build_method, load_model, load_text
 
     widen_bf16_products()
     lora = name.startswith(("lora", "qlora"))

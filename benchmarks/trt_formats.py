@@ -13,10 +13,11 @@ import argparse
 import json
 from pathlib import Path
 
-from exporters.tensorrt import TrtExportOptions, export_tensorrt
-from fp8pipe.bf16 import widen_bf16_products
-from fp8pipe.config import build_config
-from fp8pipe.errors import Fp8PipeError
+from exporters.tensorrt.export import export_tensorrt
+from exporters.tensorrt.options import TrtExportOptions
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.stage import quantize_vit
 

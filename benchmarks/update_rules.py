@@ -25,16 +25,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/t
 
 import torch
 
-from exporters.vllm import VllmExportOptions, export_vllm
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.read import load_torch_model
 from fp8pipe.artifact import open_artifact
-from fp8pipe.config import build_config
-from fp8pipe.grids import E4M3, amax_scale_quant
-from fp8pipe.sources import resolve_model
+from fp8pipe.core.config import build_config
+from fp8pipe.models.language.sources import resolve_model
+from fp8pipe.numerics.grids import E4M3, amax_scale_quant
 from pipeline.falqon.rules import RULES
-from pipeline.finetune import finetune, load_text
-from pipeline.training.config import FinetuneConfig
-from pipeline.training.evaluate import heldout_loss
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.evaluate import heldout_loss
+from pipeline.finetune.stage import finetune, load_text
 
 
 def cast_tokens(module, args):

@@ -43,8 +43,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/t
 
 import torch
 
-from fp8pipe.config import build_config
-from fp8pipe.vision.image_folder import read_image_folder
+from fp8pipe.core.config import build_config
+from fp8pipe.models.vision.image_folder import read_image_folder
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.stage import quantize_vit
 

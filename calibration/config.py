@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fp8pipe.config import FrozenConfig, build_config
+from fp8pipe.core.config import FrozenConfig, build_config
 
 
 class SynthesisConfig(FrozenConfig):

@@ -16,19 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calibration.attended import plain_sites
 from calibration.batch import Batch
 from calibration.canvas import open_canvas
 from calibration.config import SynthesisConfig
-from calibration.leaves import dead_leaves
+from calibration.dead_leaves import dead_leaves
 from calibration.priors import deeper_half, draw_priors
 from calibration.pruning import TokenPruner
+from calibration.received_attention import plain_sites
 from calibration.regions import draw_regions
 from calibration.streams import image_stream, normal
 from calibration.terms import Terms
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.sources import VisionModel
-from fp8pipe.vision.structure import VitStructure
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.sources import VisionModel
+from fp8pipe.models.vision.structure import VitStructure
 
 _RESTARTS = 3
 

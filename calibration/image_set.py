@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 
 IMAGES_FILE: Final = "images.safetensors"
 FACTS_FILE: Final = "images.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fp8pipe.vision.structure import AttentionSite
+from fp8pipe.models.vision.structure import AttentionSite
 
 _C1, _C2 = 0.01**2, 0.03**2  # SSIM's constants for maps in [0, 1]
 

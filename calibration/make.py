@@ -15,10 +15,10 @@ from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
 from calibration.streams import image_stream, normal
-from fp8pipe.errors import BadArtifactError, ConfigurationError
-from fp8pipe.vision.image_folder import UNLABELLED, batches, list_pictures
-from fp8pipe.vision.sources import VisionModel
-from fp8pipe.vision.structure import VitStructure
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.vision.image_folder import UNLABELLED, batches, list_pictures
+from fp8pipe.models.vision.sources import VisionModel
+from fp8pipe.models.vision.structure import VitStructure
 
 FOLDER_PREFIX, ARTIFACT_PREFIX = "images:", "artifact:"
 ARTIFACT_IMAGES = "calibration"  # folder of an artifact

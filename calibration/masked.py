@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibration.attended import asking
-from fp8pipe.vision.structure import AttentionSite
+from calibration.received_attention import asking
+from fp8pipe.models.vision.structure import AttentionSite
 
 _FIRST_SHARE: Final = 0.5  # of the patches, published
 _LAST_SHARE: Final = 0.1

@@ -18,10 +18,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from calibration.attended import attended, plain_sites
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.structure import VitStructure
+from calibration.received_attention import attended, plain_sites
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.structure import VitStructure
 
 _TOLERANCE: Final = 1e-3  # of the largest output: sums in another order in fp32; positions that matter change far more
 Choose = Callable[[Tensor], Tensor]

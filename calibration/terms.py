@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from calibration.attended import attended
 from calibration.config import SynthesisConfig
 from calibration.losses import class_prior, head_similarity, patch_entropy, total_variation
 from calibration.masked import asked_logits, masked_difference, similarity_spread
 from calibration.priors import prior_distance
 from calibration.pruning import TokenPruner
-from fp8pipe.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.structure import AttentionSite, VitStructure
+from calibration.received_attention import attended
+from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.structure import AttentionSite, VitStructure
 
 
 @dataclass(frozen=True, slots=True)

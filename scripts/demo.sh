@@ -15,7 +15,7 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 say "1/3  Run the recipe: tune, quantize, export, prove, measure, serve"
 fp8pipe run recipes/end-to-end.yaml --output "$output"
 say "2/3  Ask the tuned model through /v1/chat/completions"
-answer="$(OMP_WAIT_POLICY=passive .venv/bin/python -P -m serving.vllm.ask "$output/smollm2-vllm" "$question")"
+answer="$(OMP_WAIT_POLICY=passive .venv/bin/python -P -m validation.vllm.ask "$output/smollm2-vllm" "$question")"
 printf '  question: %s\n  answer:   %s\n' "$question" "$answer"
 say "3/3  Classify real digits with the exported graph, in ONNX Runtime alone"
 rm -rf "$output/pictures"
@@ -33,5 +33,5 @@ cat <<TXT
   $output/*.validation.json      what was proved about them
   took $((SECONDS - started)) s
 TXT
-.venv/bin/python -P -c 'import sys; from pathlib import Path; from fp8pipe.runs import read_run
+.venv/bin/python -P -c 'import sys; from pathlib import Path; from fp8pipe.artifact.runs import read_run
 print(read_run(Path(sys.argv[1])).verdict)' "$output"

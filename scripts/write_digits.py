@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from fp8pipe.errors import Fp8PipeError
-from fp8pipe.vision.digits import digits_split, write_digits
+from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.models.vision.digits import digits_split, write_digits
 
 
 def main() -> int:

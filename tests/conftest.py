@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp8pipe.bf16 import widen_bf16_products
-from fp8pipe.compat import declare_torchvision_operators, import_transformers
+from fp8pipe.models.compat import declare_torchvision_operators, import_transformers
+from fp8pipe.numerics.bf16 import widen_bf16_products
 
 # Some tests import compressed-tensors, hence transformers, before any module of this project would declare them.
 declare_torchvision_operators()

@@ -10,23 +10,24 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from exporters.onnx.classes import compare_classes, measure_noise
-from exporters.onnx.exact import codes_gate, outputs_gate
-from exporters.onnx.gates import class_gates, float_gate, kernel_gate, parity_gates
-from exporters.onnx.graph_check import check_kernels
-from exporters.onnx.images import ProbeImages, probe_images
-from exporters.onnx.layers import read_layers
-from exporters.onnx.lint import lint_model, refuse
-from exporters.onnx.options import OnnxExportOptions, OnnxFormat
-from exporters.onnx.packages import import_onnx_package
-from exporters.onnx.parity import compare_layers, inputs_of, outputs_of
-from exporters.onnx.passes.weights import fits_int4
-from exporters.onnx.plain import INPUT_NAME, OPSET, OUTPUT_NAME
-from exporters.onnx.produce import QuantizedGraph, as_exported, quantize_graph
-from exporters.onnx.rehearse import export_peak
-from exporters.onnx.reopen import reopen_gates
-from exporters.onnx.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
-from exporters.vision import CLASSES_FILE, MODEL_FILE, require_gates, write_description
+from exporters.graph.classes import compare_classes, measure_noise
+from exporters.graph.description import CLASSES_FILE, MODEL_FILE, require_gates, write_description
+from exporters.graph.dry_run import export_peak
+from exporters.graph.exact import codes_gate, outputs_gate
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.gates import class_gates, float_gate, kernel_gate, parity_gates
+from exporters.graph.graph_check import check_kernels
+from exporters.graph.images import ProbeImages, probe_images
+from exporters.graph.layers import read_layers
+from exporters.graph.lint import lint_model, refuse
+from exporters.graph.packages import import_onnx_package
+from exporters.graph.parity import compare_layers, inputs_of, outputs_of
+from exporters.graph.passes.weights import fits_int4
+from exporters.graph.produce import QuantizedGraph, as_exported, quantize_graph
+from exporters.graph.reopen import reopen_gates
+from exporters.graph.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
+from exporters.graph.trace import INPUT_NAME, OPSET, OUTPUT_NAME
+from exporters.onnx.options import OnnxExportOptions
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -37,12 +38,12 @@ from fp8pipe.artifact import (
     installed_versions,
     open_artifact,
 )
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.model_card import CARD_FILE, write_card
-from fp8pipe.progress import track
-from fp8pipe.vision.exact import ExactVit
-from fp8pipe.vision.quantized import QuantizedVit, load_quantized
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.progress import track
+from fp8pipe.models.vision.exact import ExactVit
+from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.report.card import CARD_FILE, write_card
 
 __all__ = ["CLASSES_FILE", "EXPORT_KIND", "MODEL_FILE", "SOURCE_KIND", "OnnxPlan", "export_onnx", "plan_export"]
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.passes import Change
-from exporters.onnx.passes.tensors import add_initializer
-from fp8pipe.grids import E4M3
-from fp8pipe.vision.quantizers import INT8_MAX, INT8_MIN
+from exporters.graph.passes import Change
+from exporters.graph.passes.tensors import add_initializer
+from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN
 
 __all__ = ["hold_queries"]
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.onnx.blocks import DOMAIN, DYNAMIC_QUANTIZE
-from exporters.onnx.cut import cut_layers, input_name
-from exporters.onnx.layers import ExportedLayer, Operand
-from exporters.onnx.parity import FLOAT_TOLERANCE, LayerParity, exact_outputs, inputs_of, layer_error, outputs_of
+from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
+from exporters.graph.cut import cut_layers, input_name
+from exporters.graph.layers import ExportedLayer, Operand
+from exporters.graph.parity import FLOAT_TOLERANCE, LayerParity, exact_outputs, inputs_of, layer_error, outputs_of
 from fp8pipe.artifact import Gate
-from fp8pipe.vision.nvfp4 import BLOCK, BlockQuantizer
-from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.models.vision.quantized import QuantizedVit
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -28,8 +28,8 @@ from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder, installed_builder
 from exporters.tensorrt.rtx import SETTINGS, Built, Shapes, build_rtx
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
-from fp8pipe.config import FrozenConfig
-from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
 __all__ = ["EngineSource", "ReadyEngine", "profiles_of", "ready_engine"]
 

@@ -23,9 +23,9 @@ from pydantic import Field
 from exporters.tensorrt.inspector import parse_inspector
 from exporters.tensorrt.recipe import cache_folder
 from exporters.tensorrt.rtx import Built, Shapes, refused
-from fp8pipe.config import FrozenConfig
-from fp8pipe.errors import BadArtifactError, MissingCapabilityError
-from fp8pipe.machine import gpus
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
+from fp8pipe.core.machine import gpus
 
 __all__ = ["EnterpriseMachine", "EnterpriseSettings", "build_enterprise", "check_enterprise"]
 

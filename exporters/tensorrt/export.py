@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from exporters.findings import Finding
-from exporters.onnx.gates import float_gate
-from exporters.onnx.images import ProbeImages, probe_images
-from exporters.onnx.layers import ExportedLayer, read_layers
-from exporters.onnx.lint import lint_model, refuse
-from exporters.onnx.options import OnnxFormat
-from exporters.onnx.packages import import_onnx_package
-from exporters.onnx.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE
-from exporters.onnx.plain import INPUT_NAME, OUTPUT_NAME, ProductKind
-from exporters.onnx.produce import QuantizedGraph
-from exporters.onnx.reopen import reopen_gates
+from exporters.graph.description import require_gates, write_description
+from exporters.graph.findings import Finding
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.gates import float_gate
+from exporters.graph.images import ProbeImages, probe_images
+from exporters.graph.layers import ExportedLayer, read_layers
+from exporters.graph.lint import lint_model, refuse
+from exporters.graph.packages import import_onnx_package
+from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE
+from exporters.graph.produce import QuantizedGraph
+from exporters.graph.reopen import reopen_gates
+from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME, ProductKind
 from exporters.tensorrt.block_parity import block_gates, block_parity
 from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise
 from exporters.tensorrt.formats import TrtFormat, choose_format, in_format
@@ -35,7 +36,6 @@ from exporters.tensorrt.rtx import SETTINGS, Shapes, build_rtx
 from exporters.tensorrt.size import ideal_bytes, measure_engine, size_gate, stored_gate
 from exporters.tensorrt.targets import with_targets
 from exporters.tensorrt.trtexec import trtexec_command
-from exporters.vision import require_gates, write_description
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -47,10 +47,10 @@ from fp8pipe.artifact import (
     open_artifact,
     sha256_file,
 )
-from fp8pipe.model_card import CARD_FILE, write_card
-from fp8pipe.progress import track
-from fp8pipe.vision.quantized import QuantizedVit, load_quantized
-from fp8pipe.vision.quantizers import granularity
+from fp8pipe.core.progress import track
+from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.numerics.quantizers import granularity
+from fp8pipe.report.card import CARD_FILE, write_card
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -13,9 +13,9 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.passes import Change
-from exporters.onnx.passes.tensors import add_initializer
-from exporters.onnx.plain import PlainGraph, Product, ProductKind
+from exporters.graph.passes import Change
+from exporters.graph.passes.tensors import add_initializer
+from exporters.graph.trace import PlainGraph, Product, ProductKind
 
 __all__ = ["flatten_products"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Final
 
-from exporters.findings import Finding
-from exporters.onnx.lint import refuse
-from exporters.onnx.options import OnnxFormat
-from exporters.onnx.passes.weights import fits_int4
-from exporters.onnx.produce import as_exported
-from fp8pipe.vision.quantized import QuantizedVit
-from fp8pipe.vision.quantizers import Kind
+from exporters.graph.findings import Finding
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.lint import refuse
+from exporters.graph.passes.weights import fits_int4
+from exporters.graph.produce import as_exported
+from fp8pipe.models.vision.quantized import QuantizedVit
+from fp8pipe.numerics.quantizers import Kind
 
 __all__ = ["TrtFormat", "choose_format", "in_format"]
 

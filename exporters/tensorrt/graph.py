@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from exporters.onnx.lint import lint_graph, refuse
-from exporters.onnx.passes import (
+from exporters.graph.lint import lint_graph, refuse
+from exporters.graph.passes import (
     Change,
     name_products,
     quantize_activations,
@@ -11,16 +11,16 @@ from exporters.onnx.passes import (
     split_gemms,
     strip_metadata,
 )
-from exporters.onnx.passes.patches import unfold_patches
-from exporters.onnx.plain import PlainGraph, export_plain
-from exporters.onnx.produce import QuantizedGraph, float_model
+from exporters.graph.passes.patches import unfold_patches
+from exporters.graph.produce import QuantizedGraph, float_model
+from exporters.graph.trace import PlainGraph, export_plain
 from exporters.tensorrt.barrier import hold_queries
 from exporters.tensorrt.flatten import flatten_products
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
-from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer
-from fp8pipe.vision.quantized import QuantizedVit, of_type
-from fp8pipe.vision.quantizers import ActivationQuantizer, WeightCodes
+from fp8pipe.models.vision.quantized import QuantizedVit, of_type
+from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
+from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 __all__ = ["INT4_BLOCK", "typed_graph"]
 

@@ -13,9 +13,9 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.blocks import DYNAMIC_QUANTIZE
-from exporters.onnx.passes import Change
-from exporters.onnx.passes.tensors import add_initializer
+from exporters.graph.blocks import DYNAMIC_QUANTIZE
+from exporters.graph.passes import Change
+from exporters.graph.passes.tensors import add_initializer
 
 __all__ = ["NotHalf", "halve"]
 

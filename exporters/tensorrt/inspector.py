@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from exporters.tensorrt.listing import EngineLayer, Port
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["parse_inspector"]
 

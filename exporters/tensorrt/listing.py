@@ -18,8 +18,8 @@ from typing import Final
 
 from pydantic import Field
 
-from fp8pipe.config import FrozenConfig
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["EngineLayer", "Port", "parse_listing"]
 

@@ -15,13 +15,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.blocks import DOMAIN, DYNAMIC_QUANTIZE
-from exporters.onnx.passes import Change
-from exporters.onnx.passes.activations import operand_sites
-from exporters.onnx.passes.tensors import add_initializer, as_array
-from exporters.onnx.plain import PlainGraph, Product, ProductKind
-from fp8pipe.vision.nvfp4 import BLOCK, BlockCodes, BlockQuantizer
-from fp8pipe.vision.structure import VitStructure
+from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
+from exporters.graph.passes import Change
+from exporters.graph.passes.activations import operand_sites
+from exporters.graph.passes.tensors import add_initializer, as_array
+from exporters.graph.trace import PlainGraph, Product, ProductKind
+from fp8pipe.models.vision.structure import VitStructure
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer
 
 __all__ = ["FP4_OPSET", "quantize_block_activations", "quantize_block_weights", "raise_opset"]
 

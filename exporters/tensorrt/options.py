@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from exporters.tensorrt.enterprise import EnterpriseSettings
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.rtx import CAPABILITIES
-from fp8pipe.config import FrozenConfig
+from fp8pipe.core.config import FrozenConfig
 
 __all__ = ["Base", "Builder", "TrtExportOptions", "known_capabilities"]
 

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["PACKED_SUFFIX", "pack_engine", "unpack_engine"]
 

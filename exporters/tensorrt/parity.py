@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.onnx.cut import input_name
-from exporters.onnx.layers import ExportedLayer
-from exporters.onnx.parity import INTEGER_TOLERANCE, LayerParity, compare_layers, inputs_of, outputs_of
-from exporters.onnx.plain import ProductKind
+from exporters.graph.cut import input_name
+from exporters.graph.layers import ExportedLayer
+from exporters.graph.parity import INTEGER_TOLERANCE, LayerParity, compare_layers, inputs_of, outputs_of
+from exporters.graph.trace import ProductKind
 from fp8pipe.artifact import Gate
-from fp8pipe.vision.quantized import QuantizedVit
+from fp8pipe.models.vision.quantized import QuantizedVit
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -12,10 +12,10 @@ from typing import Final
 
 from pydantic import Field
 
-from exporters.onnx.layers import ExportedLayer
+from exporters.graph.layers import ExportedLayer
 from exporters.tensorrt.listing import EngineLayer
-from fp8pipe.config import FrozenConfig
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.numerics.quantizers import Kind
 
 __all__ = ["NAMES", "PrecisionReport", "ProductPrecision", "artifact_precisions", "read_precision"]
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fp8pipe.config import FrozenConfig
-from fp8pipe.machine import distribution_version
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.machine import distribution_version
 
 __all__ = ["DISTRIBUTIONS", "EngineRecipe", "cache_folder", "installed_builder"]
 

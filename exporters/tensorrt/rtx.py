@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from exporters.tensorrt.listing import EngineLayer, parse_listing
-from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
 __all__ = ["CAPABILITIES", "SETTINGS", "Built", "Shapes", "build_rtx", "check_capabilities", "refused"]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from pydantic import Field
 
 from fp8pipe.artifact import Gate
-from fp8pipe.config import FrozenConfig
+from fp8pipe.core.config import FrozenConfig
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,9 +9,9 @@ from typing import Final
 from exporters.tensorrt.formats import TrtFormat, choose_format
 from exporters.tensorrt.options import Builder, TrtExportOptions
 from fp8pipe.artifact import open_artifact
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.quantized import load_quantized
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.quantized import load_quantized
+from fp8pipe.numerics.quantizers import Kind
 
 __all__ = ["check_targets", "plan_targets", "with_targets"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from exporters.vllm.options import ExportFormat
 from exporters.vllm.plan import ExportPlan
 from exporters.vllm.quantization_config import quantization_config
-from fp8pipe.companions import SERVED_FILES, companion_files
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
 
 __all__ = ["auxiliary_files", "auxiliary_warnings", "export_config", "write_auxiliary"]
 

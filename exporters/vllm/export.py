@@ -10,12 +10,12 @@ from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
 from exporters.vllm.source import SourceKind, open_source
-from exporters.vllm.structure import read_structure
 from exporters.vllm.writer import write_weights
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, check_place
-from fp8pipe.errors import ConfigurationError, GateFailedError
-from fp8pipe.model_card import CARD_FILE, write_card
-from fp8pipe.progress import track
+from fp8pipe.core.errors import ConfigurationError, GateFailedError
+from fp8pipe.core.progress import track
+from fp8pipe.models.language.structure import read_structure
+from fp8pipe.report.card import CARD_FILE, write_card
 
 __all__ = ["EXPORT_KIND", "export_vllm", "plan_export", "plan_warnings"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from exporters.findings import Finding, LintFindingsError
+from exporters.graph.findings import Finding, LintFindingsError
 from exporters.vllm.lint_structure import lint_structure
 from exporters.vllm.lint_values import lint_values
 from exporters.vllm.plan import ExportPlan

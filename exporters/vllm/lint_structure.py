@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from exporters.findings import Finding
+from exporters.graph.findings import Finding
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, fused_siblings, tied_original
 from exporters.vllm.source import SourceKind
-from exporters.vllm.structure import Role
+from fp8pipe.models.language.structure import Role
 
 __all__ = ["lint_structure"]
 

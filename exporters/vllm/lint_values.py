@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from exporters.findings import Finding
-from exporters.vllm.codec import same_bits
+from exporters.graph.findings import Finding
 from exporters.vllm.plan import ExportPlan, Unit, tied_original
-from exporters.vllm.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
-from fp8pipe.grids import E4M3
+from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
+from fp8pipe.numerics.codec import same_bits
+from fp8pipe.numerics.grids import E4M3
 
 __all__ = ["lint_values"]
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from fp8pipe.config import FrozenConfig
+from fp8pipe.core.config import FrozenConfig
 
 __all__ = ["ExportFormat", "VllmExportOptions"]
 

@@ -16,9 +16,9 @@ from enum import StrEnum
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.quantization_config import CheckpointSchema, schema_for
 from exporters.vllm.source import Source
-from exporters.vllm.structure import ModelStructure, Role
-from exporters.vllm.tensors import DTYPES, PLAIN_FLOATS, TensorEntry
 from fp8pipe.artifact import LayerRecord
+from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry
+from fp8pipe.models.language.structure import ModelStructure, Role
 
 __all__ = ["Action", "ExportPlan", "Output", "Unit", "build_plan", "fused_siblings"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from exporters.vllm.codec import channel_scale, dequantize_weight, quantize_weight, to_bf16
 from exporters.vllm.plan import Action, Unit
-from exporters.vllm.tensors import read_tensor
+from fp8pipe.models.checkpoint.tensors import read_tensor
+from fp8pipe.numerics.codec import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
 __all__ = ["produce"]
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from exporters.vllm.options import ExportFormat
-from fp8pipe.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 
 __all__ = ["CheckpointSchema", "known_versions", "quantization_config", "schema_for"]
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.vllm.codec import dequantize_weight
 from exporters.vllm.export import EXPORT_KIND
 from exporters.vllm.plan import SCALE_SUFFIX
-from exporters.vllm.structure import load_config, model_class
-from exporters.vllm.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.artifact import open_artifact
+from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
+from fp8pipe.models.language.structure import load_config, model_class
+from fp8pipe.numerics.codec import dequantize_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from exporters.vllm.auxiliary import CONFIG_NAME, auxiliary_files
-from exporters.vllm.codec import dequantize_weight, quantize_weight, relative_error, same_bits
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from exporters.vllm.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.artifact import Gate
+from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
+from fp8pipe.numerics.codec import dequantize_weight, quantize_weight, relative_error, same_bits
 
 __all__ = ["reopen"]
 

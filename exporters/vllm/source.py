@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.vllm.tensors import TensorEntry, weight_entries
 from fp8pipe.artifact import MANIFEST_NAME, Parent, open_artifact, sha256_file
-from fp8pipe.errors import BadArtifactError, ConfigurationError
-from fp8pipe.sources import check_unquantized, resolve_model
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
+from fp8pipe.models.language.sources import check_unquantized, resolve_model
 
 __all__ = ["Source", "SourceKind", "open_source"]
 
@@ -60,7 +60,7 @@ def open_source(source: Path | str) -> Source:
     """Open and check an export's input.
 
     Args:
-        source: a directory, a .gguf file, or anything else that `fp8pipe.sources.resolve_model` understands.
+        source: a directory, a .gguf file, or anything else that `resolve_model` understands.
 
     Raises:
         ConfigurationError: nothing there, no config.json, or a checkpoint that is quantized already.

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from exporters.vllm.plan import ExportPlan, Output, Unit
 from exporters.vllm.produce import produce
-from exporters.vllm.tensors import DTYPES, INDEX_NAME
 from fp8pipe.artifact import disk_guard
+from fp8pipe.models.checkpoint.tensors import DTYPES, INDEX_NAME
 
 __all__ = ["write_weights"]
 

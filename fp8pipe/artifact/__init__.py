@@ -5,7 +5,7 @@ result is reopened and re-hashed, and only then renamed to `NAME/`. So a directo
 whole.
 """
 
-from fp8pipe.artifact.disk import disk_guard, translate_disk_full
+from fp8pipe.artifact.checksum import check_seal, read_sealed, remove_sealed, seal_path, write_sealed
 from fp8pipe.artifact.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -18,8 +18,8 @@ from fp8pipe.artifact.manifest import (
 )
 from fp8pipe.artifact.place import CHECKPOINT_PREFIX, check_place
 from fp8pipe.artifact.reader import SEAL_NAME, Artifact, check_file, open_artifact, read_manifest, sha256_file
-from fp8pipe.artifact.seal import check_seal, read_sealed, remove_sealed, seal_path, write_sealed
 from fp8pipe.artifact.writer import ArtifactWriter, installed_versions
+from fp8pipe.core.disk import disk_guard, translate_disk_full
 
 __all__ = [
     "CHECKPOINT_PREFIX",

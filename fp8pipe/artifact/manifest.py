@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
-from fp8pipe.config import FrozenConfig
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import BadArtifactError
 
 __all__ = [
     "MANIFEST_NAME",

@@ -11,7 +11,7 @@ from typing import IO
 
 from fp8pipe.artifact.manifest import MANIFEST_NAME
 from fp8pipe.artifact.reader import PARTIAL_SUFFIX
-from fp8pipe.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 
 __all__ = [
     "CHECKPOINT_PREFIX",

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp8pipe.artifact.checksum import read_sealed, seal_path
 from fp8pipe.artifact.manifest import MANIFEST_NAME, SEALED_SINCE, FileEntry, Manifest, Parent
-from fp8pipe.artifact.seal import read_sealed, seal_path
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_file"]
 

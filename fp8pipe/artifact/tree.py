@@ -10,10 +10,10 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fp8pipe.artifact.checksum import SEAL_SUFFIX, seal_path
 from fp8pipe.artifact.manifest import MANIFEST_NAME
 from fp8pipe.artifact.reader import PARTIAL_SUFFIX, SEAL_NAME
-from fp8pipe.artifact.seal import SEAL_SUFFIX, seal_path
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["BESIDE", "RECORD_SUFFIX", "RUN_FILE", "Tree", "find_tree"]
 

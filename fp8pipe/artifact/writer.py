@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from fp8pipe import __version__
-from fp8pipe.artifact.disk import ordinary_mode, translate_disk_full
+from fp8pipe.artifact.checksum import remove_sealed, write_sealed
 from fp8pipe.artifact.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -39,8 +39,8 @@ from fp8pipe.artifact.place import (
     translate_unwritable,
 )
 from fp8pipe.artifact.reader import Artifact, read_artifact, sha256_file
-from fp8pipe.artifact.seal import remove_sealed, write_sealed
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.disk import ordinary_mode, translate_disk_full
+from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]
 

@@ -31,8 +31,8 @@ def command(
     Engines of TensorRT are measured by `fp8pipe validate` on a GPU.
     """
     from fp8pipe.artifact import open_artifact
-    from fp8pipe.config import build_config, load_config
-    from serving.measure.config import BenchConfig
+    from fp8pipe.core.config import build_config, load_config
+    from validation.bench.config import BenchConfig
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     settings = build_config(BenchConfig, given) if config is None else load_config(BenchConfig, config, given)
@@ -41,11 +41,11 @@ def command(
         show_plan(console, artifact, settings, "bench", vllm_python)
         return
     if artifact.kind == "onnx-export":
-        from serving.measure.vision import bench_vision
+        from validation.bench.vision import bench_vision
 
         record = bench_vision(export, settings)
     else:
-        from serving.measure.language import bench_language
+        from validation.bench.language import bench_language
 
         record = bench_language(export, settings, vllm_python=vllm_python)
     show_record(console, export, record)
@@ -55,8 +55,8 @@ def show_plan(
     console: Console, artifact: Any, settings: Any, stage: Literal["bench", "serve-check"], vllm_python: str | None
 ) -> None:
     """What would be measured, what that takes, and the record that would be written."""
-    from serving.measure.record import measure_path
-    from serving.plan import plan_engine
+    from validation.bench.record import measure_path
+    from validation.plan import plan_engine
 
     record = measure_path(artifact.root, stage)
     plan = plan_engine(artifact, stage, record, vllm_python=vllm_python)
@@ -75,7 +75,7 @@ def show_record(console: Console, export: Path, record: Any) -> None:
     lines = [f"{record.verdict}  {export}", table(rows), *(f"  not measured: {text}" for text in record.not_measured)]
     console.emit(record.model_dump(mode="json"), "\n".join(lines), quiet_text=record.verdict)
     if record.verdict != "ACCEPT":
-        from fp8pipe.errors import GateFailedError
+        from fp8pipe.core.errors import GateFailedError
 
         raise GateFailedError(
             f"{export} does not hold", why="; ".join(record.reasons), fix="see the record beside the export"

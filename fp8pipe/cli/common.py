@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from fp8pipe.errors import Fp8PipeError, OutOfMemoryError
+from fp8pipe.core.errors import Fp8PipeError, OutOfMemoryError
 
 __all__ = ["Console", "Failure", "common_options", "failure_of", "table"]
 
@@ -119,7 +119,7 @@ def common_options(*, dry_run: bool = False) -> Callable[[Callable[..., Any]], C
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
-            from fp8pipe import logs
+            from fp8pipe.core import logs
 
             group_console = click.get_current_context().find_object(Console)
             console = group_console or Console()

@@ -87,7 +87,7 @@ def _python_checks() -> Iterator[Check]:
     import torch
 
     from fp8pipe import __version__
-    from fp8pipe.machine import distribution_version
+    from fp8pipe.core.machine import distribution_version
 
     yield Check("fp8pipe", OK, f"{__version__}, Python {platform.python_version()}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
@@ -100,7 +100,7 @@ def _python_checks() -> Iterator[Check]:
 def _device_checks() -> Iterator[Check]:
     import torch
 
-    from fp8pipe import machine
+    from fp8pipe.core import machine
 
     features = machine.cpu_features()
     cores = len(os.sched_getaffinity(0))
@@ -126,8 +126,8 @@ def _device_checks() -> Iterator[Check]:
 
 def _vllm_checks(vllm_python: str | None) -> Iterator[Check]:
     """The environment that vLLM lives in, its version, and the plugin that CPUs need."""
-    from fp8pipe.errors import MissingCapabilityError
-    from serving.vllm.environment import find_vllm_python, inspect_environment
+    from exporters.vllm.environment import find_vllm_python, inspect_environment
+    from fp8pipe.core.errors import MissingCapabilityError
 
     try:
         found = inspect_environment(find_vllm_python(vllm_python))
@@ -146,14 +146,14 @@ def _vllm_checks(vllm_python: str | None) -> Iterator[Check]:
 
 
 def _optional_check(name: str, purpose: str, how: str) -> Check:
-    from fp8pipe.machine import distribution_version
+    from fp8pipe.core.machine import distribution_version
 
     version = distribution_version(name)
     return Check(name, OK, version) if version else Check(name, MISSING, f"for {purpose}", how)
 
 
 def _disk_checks() -> Iterator[Check]:
-    from fp8pipe.artifact.disk import free_bytes
+    from fp8pipe.core.disk import free_bytes
 
     cache = Path(os.environ.get("FP8PIPE_CACHE") or Path.home() / ".cache" / "fp8pipe")
     for name, path in (("disk: here", Path.cwd()), ("disk: cache", cache)):

@@ -41,7 +41,7 @@ def abilities(vllm_python: str | None) -> list[Ability]:
 
 
 def _missing(names: tuple[str, ...]) -> list[str]:
-    from fp8pipe.machine import distribution_version
+    from fp8pipe.core.machine import distribution_version
 
     return [name for name in names if distribution_version(name) is None]
 
@@ -56,8 +56,8 @@ def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) 
 
 def _devices(kernels: Callable[[bool], str], on_cpu: str) -> str:
     """The CPU and every GPU, each with what `kernels` says of hardware with FP8 and without."""
-    from fp8pipe.bf16 import has_fast_bf16
-    from fp8pipe.machine import gpus
+    from fp8pipe.core.machine import gpus
+    from fp8pipe.numerics.bf16 import has_fast_bf16
 
     cpu = "bf16 products" if has_fast_bf16() else "fp32 products, several times slower"
     shown = [f"cpu ({on_cpu}{cpu})"]
@@ -91,7 +91,7 @@ def _export() -> Iterator[Ability]:
 def _build() -> Iterator[Ability]:
     from exporters.tensorrt.recipe import installed_builder
     from exporters.tensorrt.rtx import CAPABILITIES
-    from fp8pipe.machine import gpus
+    from fp8pipe.core.machine import gpus
 
     version = installed_builder("rtx")
     names = ", ".join(CAPABILITIES)
@@ -108,7 +108,7 @@ def _build() -> Iterator[Ability]:
 
 
 def _serve(vllm_python: str | None) -> Iterator[Ability]:
-    from fp8pipe.machine import gpus
+    from fp8pipe.core.machine import gpus
 
     yield _language(vllm_python)
     yield _packages("serve", "vision, in ONNX Runtime", (*_SERVER, "onnx", "onnxruntime", "onnx-ir"), "on the cpu",
@@ -124,8 +124,8 @@ def _serve(vllm_python: str | None) -> Iterator[Ability]:
 
 
 def _language(vllm_python: str | None) -> Ability:
-    from fp8pipe.errors import MissingCapabilityError
-    from serving.vllm.environment import find_vllm_python, inspect_environment
+    from exporters.vllm.environment import find_vllm_python, inspect_environment
+    from fp8pipe.core.errors import MissingCapabilityError
 
     what = "language, in vLLM"
     try:

@@ -13,7 +13,7 @@ from fp8pipe.cli.common import Console, common_options, format_bytes, table
 from fp8pipe.cli.export_vision import vision_plan
 
 if TYPE_CHECKING:
-    from exporters.vllm import VllmExportOptions
+    from exporters.vllm.options import VllmExportOptions
     from fp8pipe.artifact import Artifact
 
 _UNITS = {
@@ -119,8 +119,8 @@ def command(
 
 
 def _settings_of(config: Path | None) -> dict[str, Any]:
-    from fp8pipe.config import read_yaml
-    from fp8pipe.errors import ConfigurationError
+    from fp8pipe.core.config import read_yaml
+    from fp8pipe.core.errors import ConfigurationError
 
     found = {} if config is None else read_yaml(config)
     unknown = [key for key in found if key not in _TARGETS]
@@ -148,7 +148,7 @@ _FLAGS = {
 
 def _refuse_foreign(chosen: dict[str, Any], target: str) -> None:
     """Options of another target are named as they are written on the command line."""
-    from fp8pipe.errors import ConfigurationError
+    from fp8pipe.core.errors import ConfigurationError
 
     foreign = [key for key in chosen if target not in _TARGETS[key]]
     if foreign:
@@ -162,8 +162,9 @@ def _refuse_foreign(chosen: dict[str, Any], target: str) -> None:
 
 
 def _export_vllm(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
-    from exporters.vllm import VllmExportOptions, export_vllm
-    from fp8pipe.config import build_config
+    from exporters.vllm.export import export_vllm
+    from exporters.vllm.options import VllmExportOptions
+    from fp8pipe.core.config import build_config
 
     options = build_config(VllmExportOptions, chosen)
     if dry_run:
@@ -174,8 +175,9 @@ def _export_vllm(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: 
 
 
 def _export_onnx(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
-    from exporters.onnx import OnnxExportOptions, export_onnx
-    from fp8pipe.config import build_config
+    from exporters.onnx.export import export_onnx
+    from exporters.onnx.options import OnnxExportOptions
+    from fp8pipe.core.config import build_config
 
     options = build_config(OnnxExportOptions, chosen)
     if dry_run:
@@ -186,11 +188,13 @@ def _export_onnx(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: 
 
 
 def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
-    from exporters.onnx import OnnxExportOptions
-    from exporters.tensorrt import TrtExportOptions, export_tensorrt, plan_targets
-    from exporters.tensorrt.language import is_language_artifact
+    from exporters.onnx.options import OnnxExportOptions
+    from exporters.tensorrt.export import export_tensorrt
+    from exporters.tensorrt.language.plan import is_language_artifact
+    from exporters.tensorrt.options import TrtExportOptions
+    from exporters.tensorrt.targets import plan_targets
     from fp8pipe.cli.export_language import export_language_model, refuse_language_options
-    from fp8pipe.config import build_config
+    from fp8pipe.core.config import build_config
 
     if is_language_artifact(artifact):
         written = export_language_model(artifact, output, chosen, dry_run, console)
@@ -238,10 +242,11 @@ def _report(
 
 def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], str]:
     """The dry run: what would be written and what it takes; of the weights nothing is read, so nothing is linted."""
-    from exporters.vllm import plan_export, plan_warnings, rehearse_export
-    from fp8pipe.artifact.disk import free_bytes
-    from fp8pipe.companions import SERVED_FILES, companion_files
-    from fp8pipe.plan import Plan, missing_disk, missing_memory
+    from exporters.vllm.dry_run import rehearse_export
+    from exporters.vllm.export import plan_export, plan_warnings
+    from fp8pipe.core.disk import free_bytes
+    from fp8pipe.core.plan import Plan, missing_disk, missing_memory
+    from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
 
     plan = plan_export(source, options)
     free, took = free_bytes(output), rehearse_export(plan)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fp8pipe.cli.common import Console
 
 if TYPE_CHECKING:
-    from exporters.tensorrt.language import LanguageExportOptions
+    from exporters.tensorrt.language.options import LanguageExportOptions
     from fp8pipe.artifact import Artifact
 
 __all__ = ["export_language_model", "refuse_language_options"]
@@ -40,8 +40,9 @@ def export_language_model(
     Raises:
         ConfigurationError: options that do not apply to the format.
     """
-    from exporters.tensorrt.language import LanguageExportOptions, LanguageFormat, export_language
-    from fp8pipe.config import build_config
+    from exporters.tensorrt.language.export import export_language
+    from exporters.tensorrt.language.options import LanguageExportOptions, LanguageFormat
+    from fp8pipe.core.config import build_config
 
     _refuse(chosen, _VISION_ONLY, "a language model", "they are for vision models")
     options = build_config(LanguageExportOptions, chosen)
@@ -55,7 +56,7 @@ def export_language_model(
 
 
 def _refuse(chosen: dict[str, Any], keys: tuple[str, ...], what: str, why: str) -> None:
-    from fp8pipe.errors import ConfigurationError
+    from fp8pipe.core.errors import ConfigurationError
 
     foreign = [_FLAGS.get(key, f"--{key.replace('_', '-')}") for key in keys if key in chosen]
     if foreign:
@@ -64,10 +65,11 @@ def _refuse(chosen: dict[str, Any], keys: tuple[str, ...], what: str, why: str) 
 
 def _plan(source: Path, output: Path, options: LanguageExportOptions) -> tuple[dict[str, Any], str]:
     """The dry run: headers and manifests are read; nothing is linted, calibrated or traced."""
-    from exporters.tensorrt.language import LanguageFormat, plan_language
-    from fp8pipe.artifact.disk import free_bytes
-    from fp8pipe.machine import resident_bytes
-    from fp8pipe.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
+    from exporters.tensorrt.language.options import LanguageFormat
+    from exporters.tensorrt.language.plan import plan_language
+    from fp8pipe.core.disk import free_bytes
+    from fp8pipe.core.machine import resident_bytes
+    from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
     plan, free = plan_language(source, options), free_bytes(output)
     document = {

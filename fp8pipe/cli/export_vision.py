@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from exporters.onnx import OnnxExportOptions
+    from exporters.onnx.options import OnnxExportOptions
 
 __all__ = ["vision_plan"]
 
@@ -28,10 +28,10 @@ def vision_plan(
         base: of engines, the type of what is not quantized.
         pack: whether engines are stored compressed.
     """
-    from exporters.onnx import plan_export
+    from exporters.onnx.export import plan_export
     from exporters.tensorrt.size import expected_sizes
-    from fp8pipe.artifact.disk import free_bytes
-    from fp8pipe.plan import Plan, missing_disk, missing_memory, missing_packages
+    from fp8pipe.core.disk import free_bytes
+    from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
 
     plan = plan_export(source, options, runtime=engines is None)
     free = free_bytes(output)

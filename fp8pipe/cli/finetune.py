@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.cli.common import Console, common_options
-from fp8pipe.threads import wait_briefly
+from fp8pipe.core.threads import wait_briefly
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -81,18 +81,18 @@ def command(
     if config is None and missing:
         raise click.UsageError(f"Missing option {' and '.join(missing)} (or a --config file that sets it).")
     wait_briefly()
-    from fp8pipe.config import build_config, load_config
-    from pipeline.training.config import FinetuneConfig
+    from fp8pipe.core.config import build_config, load_config
+    from pipeline.finetune.config import FinetuneConfig
 
     resolved = build_config(FinetuneConfig, given) if config is None else load_config(FinetuneConfig, config, given)
     with console.capture_stdout():
         if dry_run:
-            from pipeline.plan import plan_finetune
+            from pipeline.finetune.plan import plan_finetune
 
             plan = plan_finetune(resolved, output)
             console.emit({"dry_run": True, "plan": plan.document()}, plan.text())
             return
-        from pipeline.finetune import finetune
+        from pipeline.finetune.stage import finetune
 
         artifact = finetune(resolved, output, force=force, resume=resume)
     manifest = artifact.manifest

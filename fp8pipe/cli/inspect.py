@@ -30,8 +30,8 @@ def command(path: Path, list_layers: bool, headers: bool, console: Console) -> N
     """
     from fp8pipe.artifact import MANIFEST_NAME, SEAL_NAME, open_artifact
     from fp8pipe.cli.inspect_contents import contents_text
-    from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-    from fp8pipe.inspection import inspect_contents
+    from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+    from fp8pipe.models.inspection import inspect_contents
 
     sealed = any((path / name).is_file() for name in (MANIFEST_NAME, SEAL_NAME)) or path.suffix == ".partial"
     if not sealed:

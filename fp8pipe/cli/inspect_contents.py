@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fp8pipe.cli.common import format_bytes, table
 
 if TYPE_CHECKING:
-    from fp8pipe.inspection import Contents, LayerView
+    from fp8pipe.models.inspection import Contents, LayerView
 
 _SHOWN_OPERATORS = 8
 

@@ -14,7 +14,7 @@ import click
 from fp8pipe.cli.common import Console, common_options, table
 
 if TYPE_CHECKING:
-    from exporters.findings import Finding
+    from exporters.graph.findings import Finding
 
 
 def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -37,10 +37,10 @@ def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 @common_options()
 def command(graph: Path, capabilities: tuple[str, ...], no_require: bool, console: Console) -> None:
     """Lint the ONNX file GRAPH, from any source; all findings at once, exit 13 when one is an error."""
-    from exporters.onnx.packages import import_onnx_package
+    from exporters.graph.packages import import_onnx_package
 
     import_onnx_package("onnx_ir")
-    from exporters.findings import LintFindingsError
+    from exporters.graph.findings import LintFindingsError
     from exporters.tensorrt.lint import lint_file
 
     report = lint_file(graph, capabilities)

@@ -24,7 +24,7 @@ def command(
     An artifact is refused if a file differs (exit 12) or a gate failed (14). The token comes from HF_TOKEN or from
     `hf auth login`, never from the command line.
     """
-    from fp8pipe.push import Target, plan_push, push
+    from fp8pipe.artifact.push import Target, plan_push, push
 
     plan = plan_push(directory)
     document = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.cli.common import Console, common_options
-from fp8pipe.threads import wait_briefly
+from fp8pipe.core.threads import wait_briefly
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -52,7 +52,7 @@ def command(
     if config is None and missing:
         raise click.UsageError(f"Missing option {' and '.join(missing)} (or a --config file that sets it).")
     wait_briefly()
-    from fp8pipe.config import build_config, load_config
+    from fp8pipe.core.config import build_config, load_config
     from pipeline.vit.config import QuantizeVitConfig
 
     for flag, (section, field) in NESTED.items():

@@ -11,8 +11,8 @@ import click
 from fp8pipe.cli.common import Console, common_options, table
 
 if TYPE_CHECKING:
-    from fp8pipe.runs import RunRecord
-    from pipeline.chain import RunState
+    from fp8pipe.artifact.runs import RunRecord
+    from pipeline.workflow import RunState
 
 
 @click.command("run")
@@ -43,7 +43,7 @@ def command(
     same command goes on from where it was.
     """
     from fp8pipe.cli.stages import stage_commands
-    from pipeline.chain import Chain, ChainOptions, RunState, load_recipe
+    from pipeline.workflow import Chain, ChainOptions, RunState, load_recipe
 
     read = load_recipe(recipe, overrides)
     options = ChainOptions(first=first, last=last, force=force, jobs=jobs)
@@ -98,8 +98,8 @@ def _report(directory: Path, console: Console) -> None:
 
 
 def _finish(record: RunRecord, state: RunState, console: Console) -> None:
-    from fp8pipe.errors import GateFailedError
-    from fp8pipe.runs import Verdict
+    from fp8pipe.artifact.runs import Verdict
+    from fp8pipe.core.errors import GateFailedError
 
     rows = [
         (stage.verdict, stage.name, stage.command, f"{stage.seconds:.0f} s", stage.output) for stage in record.stages
@@ -122,7 +122,7 @@ def _finish(record: RunRecord, state: RunState, console: Console) -> None:
 
 def _reasons(record: RunRecord) -> list[str]:
     """Each gate that does not hold, each stage that failed."""
-    from fp8pipe.runs import Verdict
+    from fp8pipe.artifact.runs import Verdict
 
     found = []
     for stage in record.stages:

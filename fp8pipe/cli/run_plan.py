@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fp8pipe.artifact.disk import free_bytes
 from fp8pipe.cli.common import Console, format_bytes, table
-from fp8pipe.plan import Plan
+from fp8pipe.core.disk import free_bytes
+from fp8pipe.core.plan import Plan
 
 if TYPE_CHECKING:
-    from pipeline.chain import Chain, RunState, StageStatus
+    from pipeline.workflow import Chain, RunState, StageStatus
 
 
 def show_plan(state: RunState, chain: Chain, console: Console) -> None:

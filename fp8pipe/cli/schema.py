@@ -24,7 +24,7 @@ def command(console: Console) -> None:
 def recipe_schema() -> dict[str, Any]:
     """The schema as data."""
     from fp8pipe.cli.stages import stage_schemas
-    from pipeline.chain import GateSpec
+    from pipeline.workflow import GateSpec
 
     definitions: dict[str, Any] = {}
     stages = []

@@ -43,7 +43,7 @@ def command(export: Path, console: Console, dry_run: bool, **options: Any) -> No
     For a language export, options of vLLM's own server may follow after `--`.
     """
     from fp8pipe.artifact import open_artifact
-    from fp8pipe.config import build_config
+    from fp8pipe.core.config import build_config
     from serving.http.config import ServeConfig
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
@@ -84,7 +84,7 @@ def _refuse_now(export: Path, config: Any) -> None:
 
 
 def _not_served(export: Path) -> Exception:
-    from fp8pipe.errors import ConfigurationError
+    from fp8pipe.core.errors import ConfigurationError
 
     return ConfigurationError(
         f"{export} cannot be served", why="engines of language models are not run here",
@@ -95,7 +95,7 @@ def _not_served(export: Path) -> Exception:
 def _require_packages(language: bool) -> None:
     from importlib.util import find_spec
 
-    from fp8pipe.errors import MissingCapabilityError
+    from fp8pipe.core.errors import MissingCapabilityError
 
     modules = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
     if not language:

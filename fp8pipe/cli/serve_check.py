@@ -25,9 +25,9 @@ def command(export: Path, config: Path | None, dry_run: bool, console: Console, 
     The record is EXPORT.serve-check.json.
     """
     from fp8pipe.artifact import open_artifact
-    from fp8pipe.config import build_config, load_config
-    from serving.measure.check import KINDS, serve_check
-    from serving.measure.config import ServeCheckConfig
+    from fp8pipe.core.config import build_config, load_config
+    from validation.bench.check import KINDS, serve_check
+    from validation.bench.config import ServeCheckConfig
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     settings = build_config(ServeCheckConfig, given) if config is None else load_config(ServeCheckConfig, config, given)

@@ -55,8 +55,8 @@ def split_language(given: dict[str, Any], language: bool) -> tuple[dict[str, Any
     Raises:
         ConfigurationError: options of the other kind, or values that vLLM's configuration refuses.
     """
-    from fp8pipe.config import build_config
-    from fp8pipe.errors import ConfigurationError
+    from fp8pipe.core.config import build_config
+    from fp8pipe.core.errors import ConfigurationError
 
     others = VISION_ONLY if language else _LANGUAGE_ONLY
     foreign = [f"--{name.replace('_', '-')}" for name in others if name in given]

@@ -25,9 +25,9 @@ def command(
     console: Console,
 ) -> None:  # fmt: skip
     """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
+    from exporters.triton.repository import KINDS, TritonDevice
     from fp8pipe.artifact import open_artifact
-    from fp8pipe.errors import ConfigurationError
-    from serving.triton import KINDS, TritonDevice
+    from fp8pipe.core.errors import ConfigurationError
 
     artifact = open_artifact(export, kind=KINDS, verify=False)
     language = artifact.kind == "vllm-export"
@@ -38,12 +38,12 @@ def command(
         )  # fmt: skip
     chosen = TritonDevice(device or "cpu")
     if dry_run:
-        from serving.plan import plan_repository
+        from validation.plan import plan_repository
 
         plan = plan_repository(artifact, output, chosen)
         console.emit({"dry_run": True, "layout": layout, "plan": plan.document()}, plan.text())
         return
-    from serving.triton import write_triton_repository
+    from exporters.triton.repository import write_triton_repository
 
     root = write_triton_repository(export, output, device=chosen, max_model_len=max_model_len)
     text = f"{root}\n  next: cd {output.absolute()} && tritonserver --model-repository ."

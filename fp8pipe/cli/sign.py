@@ -29,8 +29,8 @@ def command(
     """
     from fp8pipe.artifact.signature import sign_directory, signature_path
     from fp8pipe.artifact.tree import find_tree
-    from fp8pipe.artifact.verification import check_bytes
-    from fp8pipe.errors import BadArtifactError, ConfigurationError
+    from fp8pipe.artifact.verify import check_bytes
+    from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
     try:
         password = None if password_file is None else password_file.read_text(encoding="utf-8").rstrip("\r\n")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fp8pipe.errors import ConfigurationError
-from pipeline.chain.commands import StageCommand
+from fp8pipe.core.errors import ConfigurationError
+from pipeline.workflow.commands import StageCommand
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -89,7 +89,7 @@ def _with(schema: dict[str, Any], properties: dict[str, Any], required: tuple[st
 
 
 def _finetune_config() -> type[BaseModel]:
-    from pipeline.training.config import FinetuneConfig
+    from pipeline.finetune.config import FinetuneConfig
 
     return FinetuneConfig
 
@@ -101,13 +101,13 @@ def _vit_config() -> type[BaseModel]:
 
 
 def _bench_config() -> type[BaseModel]:
-    from serving.measure.config import BenchConfig
+    from validation.bench.config import BenchConfig
 
     return BenchConfig
 
 
 def _serve_check_config() -> type[BaseModel]:
-    from serving.measure.config import ServeCheckConfig
+    from validation.bench.config import ServeCheckConfig
 
     return ServeCheckConfig
 
@@ -120,7 +120,7 @@ _CONFIGS: Final[Mapping[str, Callable[[], type[BaseModel]]]] = {
 
 def _check_with(config: Callable[[], type[BaseModel]]) -> Callable[[Settings, Mapping[str, str]], None]:
     def check(settings: Settings, read: Mapping[str, str]) -> None:
-        from fp8pipe.config import build_config
+        from fp8pipe.core.config import build_config
 
         build_config(config(), settings)
 
@@ -129,7 +129,7 @@ def _check_with(config: Callable[[], type[BaseModel]]) -> Callable[[Settings, Ma
 
 def _check_measure(config: Callable[[], type[BaseModel]]) -> Callable[[Settings, Mapping[str, str]], None]:
     def check(settings: Settings, read: Mapping[str, str]) -> None:
-        from fp8pipe.config import build_config
+        from fp8pipe.core.config import build_config
 
         _require(settings, "export")
         _must_be_export(read)
@@ -143,7 +143,7 @@ def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
     from exporters.tensorrt.language.options import LanguageExportOptions
     from exporters.tensorrt.options import TrtExportOptions
     from exporters.vllm.options import VllmExportOptions
-    from fp8pipe.config import build_config
+    from fp8pipe.core.config import build_config
 
     _require(settings, "artifact", "target")
     rest = {key: value for key, value in settings.items() if key not in ("artifact", "target")}

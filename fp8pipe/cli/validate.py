@@ -50,7 +50,7 @@ def command(
 
     The record is written beside the export, as EXPORT.validation.json.
     """
-    from serving.record import ExportRejectedError
+    from fp8pipe.artifact.record import ExportRejectedError
 
     chosen = _engine(export, engine)
     _refuse_foreign(chosen, against, images)
@@ -72,8 +72,8 @@ def _show_plan(
     export: Path, engine: str, vllm_python: str | None, given: Sequence[Path | None], console: Console
 ) -> None:
     from fp8pipe.artifact import open_artifact
-    from serving.plan import plan_engine
-    from serving.record import record_path
+    from fp8pipe.artifact.record import record_path
+    from validation.plan import plan_engine
 
     artifact = open_artifact(export, kind=list(_ENGINES), verify=False, caches="engines")
     reads = [str(path) for path in given if path is not None]
@@ -88,7 +88,7 @@ def _show_plan(
 def _engine(export: Path, engine: str | None) -> str:
     """The engine for this kind of export."""
     from fp8pipe.artifact import open_artifact
-    from fp8pipe.errors import ConfigurationError
+    from fp8pipe.core.errors import ConfigurationError
 
     kind = open_artifact(export, kind=list(_ENGINES), verify=False, caches="engines").kind
     if engine is not None and engine not in _ENGINES[kind]:
@@ -102,21 +102,21 @@ def _engine(export: Path, engine: str | None) -> str:
 
 def _validate(export: Path, engine: str, vllm_python: str | None, against: Path | None, images: Path | None) -> Any:
     if engine == "onnxruntime":
-        from serving.onnx.validate import validate_onnx
+        from validation.onnx.validate import validate_onnx
 
         return validate_onnx(export, against=against, pictures=images)
     if engine == "tensorrt":
-        from serving.tensorrt.validate import validate_tensorrt
+        from validation.tensorrt.validate import validate_tensorrt
 
         return validate_tensorrt(export)
-    from serving.vllm.validate import validate_export
+    from validation.vllm.validate import validate_export
 
     return validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
 
 
 def _refuse_foreign(engine: str, against: Path | None, images: Path | None) -> None:
     """Options of another engine, before anything is planned or run."""
-    from fp8pipe.errors import ConfigurationError
+    from fp8pipe.core.errors import ConfigurationError
 
     takes = {"onnxruntime": ("--against", "--images"), "vllm": ("--against",)}.get(engine, ())
     given = {"--against": against, "--images": images}

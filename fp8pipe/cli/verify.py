@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.cli.common import Console, common_options
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 
 if TYPE_CHECKING:
+    from fp8pipe.artifact.discrepancy import Discrepancy
     from fp8pipe.artifact.tree import Tree
-    from fp8pipe.artifact.verification import Checked
-    from fp8pipe.discrepancy import Discrepancy
+    from fp8pipe.artifact.verify import Checked
 
 
 class VerificationError(BadArtifactError):
@@ -71,9 +71,9 @@ def command(
     record checked, every linter run. Where an artifact's parent is in the same tree, or given with --parents, all
     numbers and files are compared with it.
     """  # fmt: skip
-    from exporters.verification import verify_tree
+    from exporters.verify.whole import verify_tree
     from fp8pipe.artifact.tree import find_tree
-    from fp8pipe.progress import track
+    from fp8pipe.core.progress import track
 
     tree = find_tree(directory)
     if not tree.artifacts and not tree.records:
@@ -99,8 +99,8 @@ def command(
 def _signature(
     directory: Path, signature: Path | None, public_key: Path | None, certificates: tuple[Path, ...]
 ) -> list[Discrepancy]:
+    from fp8pipe.artifact.discrepancy import Catcher, Discrepancy
     from fp8pipe.artifact.signature import check_signature, signature_path
-    from fp8pipe.discrepancy import Catcher, Discrepancy
 
     place = signature_path(directory) if signature is None else signature
     wrong = check_signature(directory, place, public_key=public_key, certificates=certificates)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fp8pipe.vision.structure import AttentionSite
+    from fp8pipe.models.vision.structure import AttentionSite
 
 __all__ = ["AttentionMap", "attention_maps", "read_image"]
 
@@ -56,7 +56,7 @@ def attention_maps(root: Path, pixels: Tensor) -> list[AttentionMap]:
     """
     import torch
 
-    from fp8pipe.vision.quantized import load_quantized
+    from fp8pipe.models.vision.quantized import load_quantized
 
     quantized = load_quantized(root)
     sites = [site for site in quantized.structure.attentions if site.windows == 1 and not site.pools]
@@ -80,8 +80,8 @@ def read_image(root: Path, path: Path) -> Tensor:
     """
     from PIL import Image
 
-    from fp8pipe.vision.files import read_model_file
-    from fp8pipe.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+    from fp8pipe.models.vision.files import read_model_file
+    from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 
     preprocessing = read_model_file(Preprocessing, root / PREPROCESSING_FILE)
     try:

@@ -9,12 +9,12 @@ from typing import Any
 
 from fp8pipe import __version__
 from fp8pipe.artifact import translate_disk_full
-from fp8pipe.errors import ConfigurationError
+from fp8pipe.artifact.runs import RUN_NAME
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.report.figures import Badge
 from fp8pipe.report.sections import SECTIONS
 from fp8pipe.report.sections.verdicts import overall
 from fp8pipe.report.subject import Subject, open_subject
-from fp8pipe.runs import RUN_NAME
 
 __all__ = ["default_output", "render", "write_report"]
 

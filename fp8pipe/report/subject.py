@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_seal, open_artifact, seal_path
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.artifact.runs import RUN_NAME, RunRecord, read_run
+from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.report.documents import Documents
-from fp8pipe.runs import RUN_NAME, RunRecord, read_run
 
 __all__ = ["Item", "Record", "Subject", "open_subject"]
 

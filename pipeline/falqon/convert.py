@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
-from fp8pipe.errors import ConfigurationError
-from pipeline.falqon.casts import quantize_weight
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.numerics.casts import quantize_weight
 from pipeline.falqon.gradient import Losses, gradient_sketches
 from pipeline.falqon.initialise import Initialisation, adapter_directions
 from pipeline.falqon.layer import FalqonLinear

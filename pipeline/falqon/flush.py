@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8pipe.grids import E4M3
-from pipeline.falqon.casts import decode_units, meld_rows
+from fp8pipe.numerics.casts import decode_units, meld_rows
+from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import Rounding, UpdateRule
 

@@ -14,7 +14,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from pipeline.falqon.casts import ScaleRule, quantize_weight
+from fp8pipe.numerics.casts import ScaleRule, quantize_weight
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
 _POWER_ITERATIONS = 3

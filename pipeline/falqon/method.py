@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
 from pipeline.falqon.convert import FalqonGroup, convert_model
+from pipeline.falqon.final_merge import Inputs, settle
 from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
 from pipeline.falqon.gradient import Losses
 from pipeline.falqon.initialise import Initialisation
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import UpdateRule
-from pipeline.falqon.settle import Inputs, settle
-from pipeline.weights import Deployed, Weights
+from pipeline.finetune.weights import Deployed, Weights
 
 _HEALTH_LAYERS = 8  # layers previewed a log line; which ones rotates, so that the cost stays a fraction of a step
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from fp8pipe.errors import ConfigurationError
-from pipeline.falqon.casts import ScaleRule
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.numerics.casts import ScaleRule
 from pipeline.falqon.initialise import Initialisation
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fp8pipe.vision.nvfp4 import BLOCK, BlockQuantizer, BlockScales, e2m1_round
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer, BlockScales, e2m1_round
 
 # Half a step beyond the largest code still rounds to it: the last step, from 4 to 6, is 2.
 _INSIDE: Final = 7.0

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.phases import enter_phase
-from fp8pipe.vision.attention import intercept_attention
-from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.sources import VisionModel
-from fp8pipe.vision.structure import VitStructure
-from pipeline.training.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
-from pipeline.training.schedule import Schedule, learning_rate_at
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.phases import enter_phase
+from fp8pipe.models.vision.attention import intercept_attention
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.sources import VisionModel
+from fp8pipe.models.vision.structure import VitStructure
+from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
+from pipeline.finetune.schedule import Schedule, learning_rate_at
 from pipeline.vit.augment import augment
 from pipeline.vit.config import DistillConfig
 from pipeline.vit.losses import distillation, feature_distance, head_structure

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.samples import sample_name
-from fp8pipe.vision.digits import digits_folder
-from fp8pipe.vision.image_folder import ImageFolder, batches, check_pictures, read_image_folder
-from fp8pipe.vision.preprocessing import Preprocessing
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.samples import sample_name
+from fp8pipe.models.vision.digits import digits_folder
+from fp8pipe.models.vision.image_folder import ImageFolder, batches, check_pictures, read_image_folder
+from fp8pipe.models.vision.preprocessing import Preprocessing
 
 Model = Callable[[Tensor], Tensor]
 _ROWS = 64

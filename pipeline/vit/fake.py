@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fp8pipe.grids import E4M3
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.quantizers import Kind
 
 
 class _Fake(torch.autograd.Function):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fp8pipe.vision.nvfp4 import BLOCK
-from fp8pipe.vision.quantized import activation_sites
-from fp8pipe.vision.quantizers import Kind, Precision
-from fp8pipe.vision.structure import VitStructure
+from fp8pipe.models.vision.quantized import activation_sites
+from fp8pipe.models.vision.structure import VitStructure
+from fp8pipe.numerics.nvfp4 import BLOCK
+from fp8pipe.numerics.quantizers import Kind, Precision
 from pipeline.vit.student import WeightFormat
 
 _EDGE_BITS = 8

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Final
 
 from calibration.make import ARTIFACT_PREFIX, FOLDER_PREFIX
-from fp8pipe.phases import can_measure
-from fp8pipe.plan import Plan, missing_disk, missing_memory, missing_packages
-from fp8pipe.vision.sources import load_vision_model
-from fp8pipe.vision.structure import read_structure
-from pipeline.rehearsal.process import rehearse
-from pipeline.rehearsal.scale import Scaled
-from pipeline.rehearsal.vision import PICTURES, STEPS
+from fp8pipe.core.phases import can_measure
+from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
+from fp8pipe.models.vision.sources import load_vision_model
+from fp8pipe.models.vision.structure import read_structure
+from pipeline.dry_run.process import rehearse
+from pipeline.dry_run.scale import Scaled
+from pipeline.dry_run.vision import PICTURES, STEPS
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.formats import weight_formats
 from pipeline.vit.stage import image_request
@@ -82,7 +82,7 @@ def _measured(config: QuantizeVitConfig) -> _Needs:
     with tempfile.TemporaryDirectory(prefix="fp8pipe-rehearsal-") as scratch:
         for count in counts:
             job = {"config": config.model_dump(mode="json"), "images": count}
-            runs.append((count, rehearse("pipeline.rehearsal.vision", job, Path(scratch) / f"{count}")))
+            runs.append((count, rehearse("pipeline.dry_run.vision", job, Path(scratch) / f"{count}")))
     scaled = Scaled(tuple(runs), config.images)
     step, written = scaled.size("step"), scaled.size("output")
     every = config.distill.save_every

@@ -19,18 +19,17 @@ from torch import Tensor
 from calibration.image_set import ImageSet
 from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_images, read_images
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent, check_place
-from fp8pipe.bf16 import widen_bf16_products
-from fp8pipe.phases import enter_phase
-from fp8pipe.progress import track
-from fp8pipe.vision.image_folder import ImageFolder
-from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.quantized import QuantizedVit, save_quantized
-from fp8pipe.vision.quantizers import Kind, granularity
-from fp8pipe.vision.sources import VisionModel, load_vision_model
-from fp8pipe.vision.structure import VitStructure, read_structure
-from pipeline.training.checkpoint import CheckpointStore
+from fp8pipe.core.phases import enter_phase
+from fp8pipe.core.progress import track
+from fp8pipe.models.vision.image_folder import ImageFolder
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.quantized import QuantizedVit, save_quantized
+from fp8pipe.models.vision.sources import VisionModel, load_vision_model
+from fp8pipe.models.vision.structure import VitStructure, read_structure
+from fp8pipe.numerics.bf16 import widen_bf16_products
+from fp8pipe.numerics.quantizers import Kind, granularity
+from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.vit.augment import first_views
-from pipeline.vit.conditioning.stage import Conditioned, condition
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
 from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
@@ -38,6 +37,7 @@ from pipeline.vit.formats import activation_bits, activation_kinds, weight_forma
 from pipeline.vit.initialise import choose_quantizer, choose_steps, sample_sites
 from pipeline.vit.rounding import compensate_model, second_moments
 from pipeline.vit.student import Student
+from pipeline.vit.transforms.stage import Conditioned, condition
 
 _LOG = logging.getLogger(__name__)
 KIND = "vit"
@@ -274,7 +274,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
-from fp8pipe.vision.quantized import load_quantized
+from fp8pipe.models.vision.quantized import load_quantized
 torch.set_num_threads(int(sys.argv[3]))
 with torch.no_grad():
     logits = load_quantized(Path(sys.argv[1]))(load_file(Path(sys.argv[2]) / "probe.safetensors")["pixels"])

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fp8pipe.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer, BlockScales
-from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.quantized import Codes, QuantizedVit, Quantizer
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale, weight_limits
-from fp8pipe.vision.sources import VisionModel
-from fp8pipe.vision.structure import VitStructure
+from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.quantized import Codes, QuantizedVit, Quantizer
+from fp8pipe.models.vision.sources import VisionModel
+from fp8pipe.models.vision.structure import VitStructure
+from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer, BlockScales
+from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale, weight_limits
 from pipeline.vit.blocks import RoundedBlockActivation, RoundedBlockWeight
 from pipeline.vit.fake import fake_quantize
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 from serving.http.limits import refuse
 from serving.http.problems import Problem, Receive, Scope, Send
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from fp8pipe.config import FrozenConfig
+from fp8pipe.core.config import FrozenConfig
 
 __all__ = ["Provider", "ServeConfig"]
 

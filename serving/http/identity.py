@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fp8pipe.artifact import Artifact
+from fp8pipe.artifact.record import DIGEST_HEADER
 
-__all__ = ["DIGEST_HEADER", "identity_headers", "identity_labels", "identity_of"]
-
-DIGEST_HEADER = "x-fp8pipe-artifact"
+__all__ = ["identity_headers", "identity_labels", "identity_of"]
 
 
 def identity_of(artifact: Artifact) -> dict[str, Any]:

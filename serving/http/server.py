@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 
-from fp8pipe.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 from serving.http.config import ServeConfig
 from serving.http.problems import Receive, Scope, Send
 from serving.http.protocol import limited_protocol

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exporters.vllm.environment import VllmEnvironment, subprocess_environment
 from fp8pipe.artifact import Artifact
-from fp8pipe.errors import MissingCapabilityError
+from fp8pipe.core.errors import MissingCapabilityError
 from serving.language.config import LanguageConfig
 from serving.language.upstream import KEEP_ALIVE_S
-from serving.vllm.environment import VllmEnvironment, subprocess_environment
 
 __all__ = ["engine_command", "engine_environment"]
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.artifact import Artifact
-from fp8pipe.config import FrozenConfig
+from fp8pipe.core.config import FrozenConfig
 from serving.language.supervisor import SupervisorConfig
 
 __all__ = ["LanguageConfig"]

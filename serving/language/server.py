@@ -18,8 +18,9 @@ from typing import Any
 from prometheus_client import Gauge
 from starlette.applications import Starlette
 
+from exporters.vllm.environment import find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact, open_artifact
-from fp8pipe.errors import Fp8PipeError
+from fp8pipe.core.errors import Fp8PipeError
 from serving.http.access_log import start_access_log
 from serving.http.auth import KeyFile
 from serving.http.config import ServeConfig
@@ -33,7 +34,6 @@ from serving.language.config import LanguageConfig
 from serving.language.front import Front
 from serving.language.supervisor import State, Supervisor
 from serving.language.upstream import Upstream
-from serving.vllm.environment import find_vllm_python, inspect_environment
 
 __all__ = ["run_front", "serve_language", "supervise"]
 

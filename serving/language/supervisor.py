@@ -15,12 +15,12 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from fp8pipe.config import FrozenConfig
-from fp8pipe.errors import Fp8PipeError
+from exporters.vllm.processes import engine_failure
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import Fp8PipeError
 from serving.language.child import Child
 from serving.language.liveness import until_hung
 from serving.language.upstream import Upstream, UpstreamError
-from serving.vllm.engine import engine_failure
 
 __all__ = ["State", "Supervisor", "SupervisorConfig"]
 

@@ -24,10 +24,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from exporters.onnx.packages import import_onnx_package
-from exporters.onnx.runtime import open_session
-from exporters.vision import MODEL_FILE
-from fp8pipe.errors import ConfigurationError, MissingCapabilityError
+from exporters.graph.description import MODEL_FILE
+from exporters.graph.packages import import_onnx_package
+from exporters.graph.runtime import open_session
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from serving.http.config import Provider, ServeConfig
 from serving.vision.model import ServedModel
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.preprocessing import Preprocessing
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.preprocessing import Preprocessing
 from serving.http.problems import Problem
 
 __all__ = ["FORMATS", "ReadImage", "read_image"]

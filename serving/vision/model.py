@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.vision import CLASSES_FILE
+from exporters.graph.description import CLASSES_FILE
 from fp8pipe.artifact import Artifact, open_artifact
-from fp8pipe.errors import BadArtifactError
-from fp8pipe.vision.files import read_model_file
-from fp8pipe.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.vision.files import read_model_file
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 
 __all__ = ["KINDS", "ServedModel", "read_model"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fp8pipe.errors import BadArtifactError, MissingCapabilityError
-from fp8pipe.machine import gpus
+from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
+from fp8pipe.core.machine import gpus
 from serving.vision.model import ServedModel
 
 __all__ = ["open_tensorrt"]
@@ -39,7 +39,7 @@ def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
             f"{model.name} is a TensorRT export, and there is no GPU", why="torch sees no CUDA device",
             fix="serve it on a machine with an NVIDIA GPU, or export with --target onnx for this one",
         )  # fmt: skip
-    from exporters.tensorrt import ready_engine
+    from exporters.tensorrt.engine_cache import ready_engine
 
     ready = ready_engine(model.artifact.root, f"{device.capability[0]}.{device.capability[1]}")
     module = _MODULES[ready.recipe.builder]

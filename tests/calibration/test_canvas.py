@@ -10,7 +10,7 @@ from calibration.canvas import Pixels, Pyramid, layer_sizes, open_canvas
 from calibration.config import SynthesisConfig, mimiq_published
 from calibration.streams import image_stream
 from calibration.views import view
-from fp8pipe.config import build_config
+from fp8pipe.core.config import build_config
 
 LIMITS = (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0))
 

@@ -17,14 +17,14 @@ from PIL import Image
 from vit_families import family, vision_family
 
 from calibration.config import SynthesisConfig, mimiq_published
+from calibration.dead_leaves import dead_leaves
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
-from calibration.leaves import dead_leaves
 from calibration.make import ImageRequest, make_images
 from calibration.streams import image_stream
-from fp8pipe.config import build_config
-from fp8pipe.errors import BadArtifactError, ConfigurationError
-from fp8pipe.vision.structure import read_structure
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.vision.structure import read_structure
 
 
 def settings(**changes: object) -> SynthesisConfig:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calibration.losses import class_prior, head_similarity, patch_entropy, total_variation
-from fp8pipe.vision.structure import AttentionSite
+from fp8pipe.models.vision.structure import AttentionSite
 
 
 def site(heads: int, grid: tuple[int, int], prefix: int = 1, windows: int = 1) -> AttentionSite:

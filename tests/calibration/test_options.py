@@ -10,11 +10,11 @@ from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.make import ImageRequest, make_images
 from calibration.pruning import TokenPruner
-from fp8pipe.config import build_config
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.structure import read_structure
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.structure import read_structure
 
 OPTIONS = {
     "masked": {"spread": 1.0, "masked": 0.1},

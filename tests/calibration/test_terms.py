@@ -8,13 +8,13 @@ from functools import partial
 import pytest
 import torch
 
-from calibration.attended import attended
 from calibration.masked import asked_logits, informative, masked_difference, rounded, similarity_spread
 from calibration.plateau import Plateau
 from calibration.priors import deeper_half, draw_priors, prior_distance
+from calibration.received_attention import attended
 from calibration.regions import cut, draw_choice, draw_regions
 from calibration.streams import image_stream
-from fp8pipe.vision.structure import AttentionSite
+from fp8pipe.models.vision.structure import AttentionSite
 
 
 def site(heads: int = 3, grid: tuple[int, int] = (3, 4), prefix: int = 1) -> AttentionSite:

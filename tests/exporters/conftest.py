@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp8pipe.artifact import Artifact, ArtifactWriter, LayerRecord, NumberFormat
-from fp8pipe.compat import import_transformers
+from fp8pipe.models.compat import import_transformers
 
 GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 COPIED = (

@@ -8,10 +8,12 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from quantized_families import quantized_family, write_vit_artifact
 
-from exporters.onnx import OnnxExportOptions, export_onnx
-from exporters.vllm import VllmExportOptions, export_vllm
+from exporters.onnx.export import export_onnx
+from exporters.onnx.options import OnnxExportOptions
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, Parent, open_artifact
-from fp8pipe.model_card import CARD_FILE, write_card
+from fp8pipe.report.card import CARD_FILE, write_card
 
 
 def read(export):

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from quantized_families import quantized_family, write_vit_artifact
 
-from exporters.onnx import OnnxExportOptions, export_onnx
-from fp8pipe.vision.preprocessing import Preprocessing
-from fp8pipe.vision.quantized import load_quantized
+from exporters.onnx.export import export_onnx
+from exporters.onnx.options import OnnxExportOptions
+from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.quantized import load_quantized
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "classify_onnx.py"
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from vit_families import family, vision_family
 
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.image_folder import read_image_folder
-from fp8pipe.vision.outputs import vision_outputs
-from fp8pipe.vision.sources import load_vision_model, save_vision_model
-from fp8pipe.vision.structure import read_structure
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.image_folder import read_image_folder
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.sources import load_vision_model, save_vision_model
+from fp8pipe.models.vision.structure import read_structure
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "linear_probe.py"
 

@@ -14,10 +14,14 @@ from pathlib import Path
 
 from quantized_families import quantized_family, storable, write_vit_artifact
 
-from exporters.onnx import OnnxExportOptions, export_onnx
-from exporters.tensorrt import TrtExportOptions, export_tensorrt
-from exporters.tensorrt.language import LanguageExportOptions, export_language
-from exporters.vllm import VllmExportOptions, export_vllm
+from exporters.onnx.export import export_onnx
+from exporters.onnx.options import OnnxExportOptions
+from exporters.tensorrt.export import export_tensorrt
+from exporters.tensorrt.language.export import export_language
+from exporters.tensorrt.language.options import LanguageExportOptions
+from exporters.tensorrt.options import TrtExportOptions
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import VllmExportOptions
 from fp8pipe import __version__
 from fp8pipe.artifact import (
     MANIFEST_NAME,
@@ -29,9 +33,9 @@ from fp8pipe.artifact import (
     sha256_file,
     write_sealed,
 )
-from fp8pipe.config import build_config
-from fp8pipe.runs import RunRecord, StageRecord, Verdict, write_run
-from serving.onnx.validate import validate_onnx
+from fp8pipe.artifact.runs import RunRecord, StageRecord, Verdict, write_run
+from fp8pipe.core.config import build_config
+from validation.onnx.validate import validate_onnx
 
 __all__ = ["reseal", "write_language", "write_run_record", "write_vision"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.chain import Chain, ChainOptions, RunState, StageCommand
-from pipeline.chain.recipe import recipe_of
+from pipeline.workflow import Chain, ChainOptions, RunState, StageCommand
+from pipeline.workflow.recipe import recipe_of
 
 PROGRAM = (sys.executable, "-P", str(Path(__file__).with_name("chain_work.py")))
 # The stage's script imports the project as an installed package, or from here.
@@ -19,7 +19,7 @@ def quick_commands() -> dict[str, StageCommand]:
     """`work` writes an artifact, `record` a record beside what it reads."""
 
     def check(settings: Mapping[str, Any], read: Mapping[str, str]) -> None:
-        from fp8pipe.errors import ConfigurationError
+        from fp8pipe.core.errors import ConfigurationError
 
         known = ("value", "steps", "seconds", "reads", "source", "gate", "score", "exit_code", "verdict", "orphan")
         unknown = [key for key in settings if key not in known]

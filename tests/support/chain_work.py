@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from fp8pipe.artifact import ArtifactWriter, Gate, open_artifact
-from fp8pipe.artifact.seal import write_sealed
+from fp8pipe.artifact.checksum import write_sealed
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp8pipe.artifact import write_sealed
-from fp8pipe.discrepancy import Catcher
+from fp8pipe.artifact.discrepancy import Catcher
 
 __all__ = ["Fault", "code_bits", "graph", "json_file", "manifest", "record", "tensors"]
 

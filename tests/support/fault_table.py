@@ -12,7 +12,7 @@ from fault_case import Fault
 from faults_language import LANGUAGE_FAULTS
 from faults_vision import VISION_FAULTS
 
-from fp8pipe.discrepancy import Catcher
+from fp8pipe.artifact.discrepancy import Catcher
 
 __all__ = ["FAULTS", "PAGE", "page"]
 

@@ -12,7 +12,7 @@ from fault_case import Fault, code_bits, json_file, manifest, tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fp8pipe.discrepancy import Catcher
+from fp8pipe.artifact.discrepancy import Catcher
 
 __all__ = ["LANGUAGE_FAULTS"]
 

@@ -14,7 +14,7 @@ from artifact_tree import reseal
 from fault_case import Fault, graph, json_file, manifest, record, tensors
 from graph_edits import behind, drop, opset, replace, set_attributes, store
 
-from fp8pipe.discrepancy import Catcher
+from fp8pipe.artifact.discrepancy import Catcher
 
 __all__ = ["VISION_FAULTS"]
 

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from vit_families import family, vision_family
 
 from fp8pipe.artifact import Artifact, ArtifactWriter
-from fp8pipe.vision.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
-from fp8pipe.vision.quantized import QuantizedVit, activation_sites, of_type, save_quantized
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale
-from fp8pipe.vision.sources import VisionModel
-from fp8pipe.vision.structure import VitStructure, read_structure
+from fp8pipe.models.vision.quantized import QuantizedVit, activation_sites, of_type, save_quantized
+from fp8pipe.models.vision.sources import VisionModel
+from fp8pipe.models.vision.structure import VitStructure, read_structure
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
+from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale
 
 
 def quantized_family(name: str, bits: int = 4, kind: Kind = Kind.INT) -> QuantizedVit:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.vision.architecture import Architecture, build
-from fp8pipe.vision.preprocessing import Preprocessing
-from fp8pipe.vision.sources import VisionModel
+from fp8pipe.models.vision.architecture import Architecture, build
+from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.sources import VisionModel
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 

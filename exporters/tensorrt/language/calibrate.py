@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from exporters.tensorrt.language.options import Calibration
-from fp8pipe.config import FrozenConfig
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.grids import E4M3
-from fp8pipe.text import Encoded
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.text import Encoded
+from fp8pipe.numerics.grids import E4M3
 
 __all__ = ["InputCounts", "InputScale", "count_inputs", "scales_by_layer", "static_scale"]
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from exporters.onnx.layers import ExportedLayer, read_layers
-from exporters.onnx.packages import import_onnx_package
-from exporters.onnx.plain import OPSET
+from exporters.graph.description import require_gates
+from exporters.graph.layers import ExportedLayer, read_layers
+from exporters.graph.packages import import_onnx_package
+from exporters.graph.trace import OPSET
+from exporters.modelopt.checkpoint import export_checkpoint
 from exporters.tensorrt.language.calibrate import InputScale, count_inputs, scales_by_layer
-from exporters.tensorrt.language.checkpoint import export_checkpoint
 from exporters.tensorrt.language.graph import DecoderGraph, decoder_graph
 from exporters.tensorrt.language.options import LanguageExportOptions, LanguageFormat
 from exporters.tensorrt.language.perplexity import Score, dynamic_inputs, score_torch
@@ -29,7 +30,6 @@ from exporters.tensorrt.options import Builder
 from exporters.tensorrt.precision import PrecisionReport, read_precision
 from exporters.tensorrt.rtx import Shapes, build_rtx
 from exporters.tensorrt.trtexec import trtexec_command
-from exporters.vision import require_gates
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -39,9 +39,9 @@ from fp8pipe.artifact import (
     check_place,
     installed_versions,
 )
-from fp8pipe.companions import SERVED_FILES, companion_files
-from fp8pipe.model_card import CARD_FILE, write_card
-from fp8pipe.progress import track
+from fp8pipe.core.progress import track
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
+from fp8pipe.report.card import CARD_FILE, write_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

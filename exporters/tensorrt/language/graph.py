@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exporters.findings import Finding, LintFindingsError
-from exporters.onnx.passes import Change, name_products, quantize_weights, strip_metadata
+from exporters.graph.findings import Finding, LintFindingsError
+from exporters.graph.passes import Change, name_products, quantize_weights, strip_metadata
 from exporters.tensorrt.half import NotHalf
 from exporters.tensorrt.language.passes import quantize_inputs, tie_head, type_scales
 from exporters.tensorrt.language.source import LanguageModel

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pydantic import Field, field_validator, model_validator
 
 from exporters.tensorrt.options import Base, Builder, known_capabilities
-from fp8pipe.config import FrozenConfig
+from fp8pipe.core.config import FrozenConfig
 
 __all__ = ["Calibration", "LanguageExportOptions", "LanguageFormat"]
 

@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.passes import Change
-from exporters.onnx.passes.tensors import add_initializer
-from exporters.onnx.plain import PlainGraph
+from exporters.graph.passes import Change
+from exporters.graph.passes.tensors import add_initializer
+from exporters.graph.trace import PlainGraph
 from exporters.tensorrt.half import NotHalf
 
 __all__ = ["drop_quantizers", "quantize_inputs", "tie_head", "type_scales"]

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.grids import AMAX_FLOOR, E4M3
-from fp8pipe.text import IGNORED, Encoded
+from fp8pipe.models.language.text import IGNORED, Encoded
+from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3
 
 __all__ = ["BATCH", "Score", "dynamic_inputs", "score_session", "score_torch", "static_inputs"]
 

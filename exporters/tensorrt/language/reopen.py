@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters.onnx.cut import input_name
-from exporters.onnx.layers import ExportedLayer
-from exporters.onnx.parity import LayerParity, compare_layers
+from exporters.graph.cut import input_name
+from exporters.graph.layers import ExportedLayer
+from exporters.graph.parity import LayerParity, compare_layers
 from exporters.tensorrt.language.calibrate import InputScale
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.parity import parity_gates
 from fp8pipe.artifact import Gate
-from fp8pipe.text import Encoded
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind
+from fp8pipe.models.language.text import Encoded
+from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.onnx.runtime import open_session, run
+from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.language.passes import drop_quantizers
 from exporters.tensorrt.language.perplexity import Score, score_session
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names, present_names
 from exporters.tensorrt.options import Base
 from fp8pipe.artifact import Gate
-from fp8pipe.text import Encoded
+from fp8pipe.models.language.text import Encoded
 
 __all__ = ["CACHE_LIMIT", "PERPLEXITY_LIMIT", "DecoderSession", "cache_gates", "perplexity_gate", "unrounded_session"]
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.findings import Finding, LintFindingsError
+from exporters.graph.findings import Finding, LintFindingsError
 from exporters.vllm.export import plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan
-from exporters.vllm.structure import load_config, model_class
-from exporters.vllm.tensors import read_tensor
 from fp8pipe.artifact import Artifact, open_artifact
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.quantizers import WeightCodes
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.tensors import read_tensor
+from fp8pipe.models.language.structure import load_config, model_class
+from fp8pipe.numerics.quantizers import WeightCodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from exporters.tensorrt.language.source import LanguageModel
 from fp8pipe.artifact import sha256_file
-from fp8pipe.compat import import_transformers
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.text import Encoded, encode, load_records, split
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.text import Encoded, encode, load_records, split
 
 __all__ = ["LENGTH", "ExportText", "read_text"]
 

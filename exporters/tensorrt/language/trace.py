@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from exporters.onnx.packages import import_onnx_package
-from exporters.onnx.plain import OPSET, PlainGraph, Product, ProductKind, owner
-from fp8pipe.errors import ConfigurationError
+from exporters.graph.packages import import_onnx_package
+from exporters.graph.trace import OPSET, PlainGraph, Product, ProductKind, owner
+from fp8pipe.core.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporters.findings import LintFindingsError
+from exporters.graph.findings import LintFindingsError
 from exporters.tensorrt.lint.attention import lint_attention
 from exporters.tensorrt.lint.machines import lint_machines
 from exporters.tensorrt.lint.operands import lint_operands
@@ -20,7 +20,7 @@ from exporters.tensorrt.lint.rules import RULES, Effect, Report, Rule
 from exporters.tensorrt.lint.scales import lint_scales
 from exporters.tensorrt.lint.values import lint_values
 from exporters.tensorrt.lint.view import View
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["RULES", "Effect", "Report", "Rule", "check_file", "lint_file", "lint_typed"]
 

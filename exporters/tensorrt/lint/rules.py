@@ -14,7 +14,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from exporters.findings import Finding
+from exporters.graph.findings import Finding
 
 __all__ = ["RULES", "Effect", "Report", "Rule", "finding", "label"]
 

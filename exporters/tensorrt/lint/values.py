@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from exporters.findings import Finding
+from exporters.graph.findings import Finding
 from exporters.tensorrt.lint.rules import finding
 from exporters.tensorrt.lint.types import code_type
 from exporters.tensorrt.lint.view import CODES, DEQUANTIZE, QUANTIZE, View, constant

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.errors import Fp8PipeError
+from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.report.attention_maps import AttentionMap, attention_maps, read_image
 from fp8pipe.report.blocks import Block, Missing, Picture, Pictures, Section, Text
 from fp8pipe.report.figures import Form

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fp8pipe.artifact.runs import RUN_NAME
 from fp8pipe.report.blocks import Block, Code, Section, Table, Text
 from fp8pipe.report.figures import Figure, Form
 from fp8pipe.report.subject import Subject
-from fp8pipe.runs import RUN_NAME
 
 __all__ = ["section"]
 

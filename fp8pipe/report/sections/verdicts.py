@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fp8pipe.artifact.runs import RUN_NAME, GateOutcome, StageRecord, Verdict, worst
 from fp8pipe.report.blocks import Block, Section, Table, Text
 from fp8pipe.report.figures import Badge, Derive, Figure, Form, Quote
 from fp8pipe.report.sections.own_gates import own_gates
 from fp8pipe.report.subject import Subject
-from fp8pipe.runs import RUN_NAME, GateOutcome, StageRecord, Verdict, worst
 
 __all__ = ["overall", "section"]
 

@@ -11,14 +11,16 @@ import torch
 from click.testing import CliRunner
 from quantized_families import quantized_family, write_vit_artifact
 
-from exporters.findings import LintFindingsError
-from exporters.onnx import CLASSES_FILE, MODEL_FILE, OnnxExportOptions, OnnxFormat, export_onnx
-from exporters.onnx.layers import read_layers
-from exporters.onnx.lint import lint_model
+from exporters.graph.findings import LintFindingsError
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.layers import read_layers
+from exporters.graph.lint import lint_model
+from exporters.onnx.export import CLASSES_FILE, MODEL_FILE, export_onnx
+from exporters.onnx.options import OnnxExportOptions
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.cli import main
-from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError
-from fp8pipe.vision.quantizers import ActivationQuantizer, Kind
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
+from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +156,8 @@ def test_the_exported_classes_are_torchs(export, artifact):
     """On the calibration images, read by hand."""
     from safetensors.torch import load_file
 
-    from exporters.onnx.runtime import open_session, run
-    from fp8pipe.vision.quantized import load_quantized
+    from exporters.graph.runtime import open_session, run
+    from fp8pipe.models.vision.quantized import load_quantized
 
     quantized = load_quantized(artifact.root)
     pixels = quantized.preprocessing.normalize(

@@ -8,14 +8,14 @@ import torch
 from quantized_families import quantized_family
 from vit_families import NAMES, family, random_pixels
 
-from exporters.onnx.graph_check import check_kernels
-from exporters.onnx.layers import read_layers
-from exporters.onnx.options import OnnxFormat
-from exporters.onnx.parity import compare_layers, inputs_of, outputs_of
-from exporters.onnx.plain import ProductKind
-from exporters.onnx.produce import quantize_graph
-from exporters.onnx.reopen import reopen_gates
-from exporters.onnx.runtime import open_session, run
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.graph_check import check_kernels
+from exporters.graph.layers import read_layers
+from exporters.graph.parity import compare_layers, inputs_of, outputs_of
+from exporters.graph.produce import quantize_graph
+from exporters.graph.reopen import reopen_gates
+from exporters.graph.runtime import open_session, run
+from exporters.graph.trace import ProductKind
 
 # Tracing takes seconds a model. These have every kind of product, mask, window, pooling and sharing; the others are
 # their siblings, and run with the slow tests.

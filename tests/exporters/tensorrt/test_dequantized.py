@@ -8,11 +8,11 @@ import pytest
 import torch
 from quantized_families import quantized_family, storable
 
-from exporters.onnx.runtime import open_session, run
+from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.dequantized import dequantize_graph
 from exporters.tensorrt.formats import TrtFormat, in_format
 from exporters.tensorrt.graph import typed_graph
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.numerics.quantizers import Kind
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ import shutil
 import pytest
 from quantized_families import quantized_family, storable, write_vit_artifact
 
-from exporters.tensorrt import EngineSource, TrtExportOptions, engine_cache, export_tensorrt, ready_engine
+from exporters.tensorrt import engine_cache
+from exporters.tensorrt.engine_cache import EngineSource, ready_engine
+from exporters.tensorrt.export import export_tensorrt
+from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder
 from fp8pipe.artifact import MANIFEST_NAME, Manifest, open_artifact, sha256_file, write_sealed
-from fp8pipe.config import build_config
-from fp8pipe.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.numerics.quantizers import Kind
 
 ENGINE = "engines/rtx-8.9.engine"
 

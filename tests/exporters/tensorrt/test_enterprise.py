@@ -23,9 +23,9 @@ from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.trtexec import trtexec_command
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
-from fp8pipe.errors import BadArtifactError, GateFailedError, MissingCapabilityError
-from fp8pipe.machine import Gpu
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.core.errors import BadArtifactError, GateFailedError, MissingCapabilityError
+from fp8pipe.core.machine import Gpu
+from fp8pipe.numerics.quantizers import Kind
 
 PROFILES = {"pixels": ((1, 3, 24, 24), (8, 3, 24, 24), (32, 3, 24, 24))}
 

@@ -8,14 +8,14 @@ import pytest
 from quantized_families import quantized_family
 from vit_families import family, random_pixels
 
-from exporters.onnx.passes import split_gemms
-from exporters.onnx.plain import ProductKind, export_plain
-from exporters.onnx.produce import float_model
-from exporters.onnx.runtime import open_session, run
+from exporters.graph.passes import split_gemms
+from exporters.graph.produce import float_model
+from exporters.graph.runtime import open_session, run
+from exporters.graph.trace import ProductKind, export_plain
 from exporters.tensorrt.flatten import flatten_products
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.graph import typed_graph
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.numerics.quantizers import Kind
 
 
 def outputs(model: ir.Model, name: str) -> np.ndarray:

@@ -9,11 +9,11 @@ import pytest
 from quantized_families import quantized_family, storable_graph
 from vit_families import family, random_pixels
 
-from exporters.onnx.runtime import open_session, run
+from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
-from fp8pipe.vision.quantizers import Kind
+from fp8pipe.numerics.quantizers import Kind
 
 
 @pytest.mark.parametrize("kind", [Kind.INT, Kind.E4M3])

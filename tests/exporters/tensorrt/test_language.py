@@ -15,10 +15,11 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 from safetensors.torch import load_file
 
-from exporters.onnx.layers import read_layers
-from exporters.tensorrt.language import LanguageExportOptions, export_language
+from exporters.graph.layers import read_layers
 from exporters.tensorrt.language.calibrate import InputScale
+from exporters.tensorrt.language.export import export_language
 from exporters.tensorrt.language.graph import decoder_graph
+from exporters.tensorrt.language.options import LanguageExportOptions
 from exporters.tensorrt.language.perplexity import dynamic_inputs, score_torch, static_inputs
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
 from exporters.tensorrt.language.serve import (
@@ -32,9 +33,9 @@ from exporters.tensorrt.language.source import check_attention, open_language
 from exporters.tensorrt.language.text import read_text
 from exporters.tensorrt.options import Base
 from fp8pipe.cli import main
-from fp8pipe.config import build_config
-from fp8pipe.errors import BadArtifactError, ConfigurationError, LintRefusedError
-from fp8pipe.text import Encoded
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, LintRefusedError
+from fp8pipe.models.language.text import Encoded
 
 SCALES = 2.0**-4
 

@@ -11,9 +11,9 @@ from torch import nn
 from exporters.tensorrt.language.calibrate import InputCounts, count_inputs, scales_by_layer, static_scale
 from exporters.tensorrt.language.options import Calibration
 from exporters.tensorrt.language.perplexity import dynamic_inputs, score_torch, static_inputs
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.grids import E4M3
-from fp8pipe.text import Encoded
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.text import Encoded
+from fp8pipe.numerics.grids import E4M3
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import torch
 from language_edits import even
 from safetensors.torch import load_file
 
-from exporters.tensorrt.language import LanguageExportOptions, export_language
-from fp8pipe.config import build_config
-from fp8pipe.errors import GateFailedError
+from exporters.tensorrt.language.export import export_language
+from exporters.tensorrt.language.options import LanguageExportOptions
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import GateFailedError
 
 
 def export(source, output, text, **changes: object):
@@ -81,7 +82,7 @@ def test_other_scales_go_one_a_row_and_no_code_changes(language_artifact, langua
 
 
 def test_a_damaged_file_is_not_committed(language_artifact, language_text, tmp_path, monkeypatch):
-    from exporters.tensorrt.language import checkpoint
+    from exporters.modelopt import checkpoint
 
     real = checkpoint.save_file
 

@@ -9,10 +9,11 @@ import pytest
 from language_edits import even
 from safetensors import safe_open
 
-from exporters.tensorrt.language import LanguageExportOptions, export_language
-from fp8pipe.config import build_config
-from fp8pipe.errors import MissingCapabilityError
-from serving.vllm.environment import find_vllm_python, subprocess_environment
+from exporters.tensorrt.language.export import export_language
+from exporters.tensorrt.language.options import LanguageExportOptions
+from exporters.vllm.environment import find_vllm_python, subprocess_environment
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import MissingCapabilityError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.rtx import build_rtx
-from fp8pipe.errors import GateFailedError
+from fp8pipe.core.errors import GateFailedError
 
 SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True}
 # Options of ONNX Runtime's static quantization; rules that are errors; rules that warn.

@@ -6,7 +6,7 @@ import pytest
 
 from exporters.tensorrt.listing import parse_listing
 from exporters.tensorrt.precision import read_precision
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 
 US = "\x1f"
 

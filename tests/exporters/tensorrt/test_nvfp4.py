@@ -18,23 +18,24 @@ from onnx.reference import ReferenceEvaluator
 from quantized_families import quantized_family, storable_graph, write_vit_artifact
 from vit_families import family, random_pixels
 
-from exporters.onnx.layers import read_layers
-from exporters.onnx.options import OnnxFormat
-from exporters.onnx.reopen import reopen_gates
-from exporters.tensorrt import TrtExportOptions, export_tensorrt
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.layers import read_layers
+from exporters.graph.reopen import reopen_gates
 from exporters.tensorrt.block_parity import _operator, block_gates, block_parity, dynamic_quantize
+from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.formats import TrtFormat, in_format
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.halved import compare_halved, stored_arrays
+from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.precision import PrecisionReport, ProductPrecision, artifact_precisions
 from fp8pipe.cli import main
-from fp8pipe.config import build_config
-from fp8pipe.errors import BadArtifactError, ConfigurationError, GateFailedError, LintRefusedError
-from fp8pipe.vision.nvfp4 import BlockCodes, BlockQuantizer
-from fp8pipe.vision.quantized import of_type
-from fp8pipe.vision.quantizers import Kind
-from serving.tensorrt.validate import validate_tensorrt
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, LintRefusedError
+from fp8pipe.models.vision.quantized import of_type
+from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
+from fp8pipe.numerics.quantizers import Kind
+from validation.tensorrt.validate import validate_tensorrt
 
 NAME = "timm-vit"
 FP4, FP8 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn

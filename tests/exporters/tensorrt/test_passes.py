@@ -9,12 +9,12 @@ import torch
 from quantized_families import quantized_family, storable_graph
 from vit_families import family, random_pixels
 
-from exporters.onnx.options import OnnxFormat
-from exporters.onnx.passes.patches import unfold_patches
-from exporters.onnx.plain import export_plain
-from exporters.onnx.produce import float_model, quantize_graph
-from exporters.onnx.runtime import open_session, run
-from fp8pipe.vision.quantizers import Kind
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.passes.patches import unfold_patches
+from exporters.graph.produce import float_model, quantize_graph
+from exporters.graph.runtime import open_session, run
+from exporters.graph.trace import export_plain
+from fp8pipe.numerics.quantizers import Kind
 
 
 def outputs(model: ir.Model, name: str) -> np.ndarray:

@@ -9,17 +9,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporters.onnx.plain import export_plain
-from exporters.onnx.produce import float_model
+from exporters.graph.produce import float_model
+from exporters.graph.trace import export_plain
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.pack import pack_engine, unpack_engine
 from exporters.tensorrt.rtx import build_rtx
 from exporters.tensorrt.size import ALLOWANCE_BYTES, LIMIT, EngineSize, ideal_bytes, measure_engine, size_gate
-from fp8pipe.config import build_config
-from fp8pipe.errors import BadArtifactError
-from fp8pipe.vision.quantized import load_quantized
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.vision.quantized import load_quantized
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.stage import quantize_vit
 

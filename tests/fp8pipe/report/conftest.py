@@ -10,8 +10,8 @@ from quantized_families import quantized_family
 
 from calibration.image_set import ImageSet
 from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, Parent
-from fp8pipe.runs import GateOutcome, RunRecord, StageRecord, Verdict, write_run
-from fp8pipe.vision.quantized import save_quantized
+from fp8pipe.artifact.runs import GateOutcome, RunRecord, StageRecord, Verdict, write_run
+from fp8pipe.models.vision.quantized import save_quantized
 
 LAYERS = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")]
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from fp8pipe.artifact import ArtifactWriter, write_sealed
-from fp8pipe.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.report import default_output, write_report
 from fp8pipe.report.page import render
 from fp8pipe.report.subject import open_subject

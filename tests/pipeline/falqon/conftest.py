@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pipeline.falqon.casts import ScaleRule, quantize_weight
+from fp8pipe.numerics.casts import ScaleRule, quantize_weight
 from pipeline.falqon.layer import FalqonLinear
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fp8pipe.compat import import_transformers
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.grids import E4M3
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon.convert import convert_model, find_candidates
 from pipeline.falqon.initialise import Initialisation
 from pipeline.falqon.layer import FalqonLinear

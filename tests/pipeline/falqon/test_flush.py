@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fp8pipe.grids import E4M3
+from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon.flush import flush_rows, preview, select_rows, stochastic_round, target_rows
 from pipeline.falqon.rules import RULES, update_rule
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.falqon.casts import ScaleRule
+from fp8pipe.numerics.casts import ScaleRule
 from pipeline.falqon.flush import flush_rows, select_rows
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import update_rule
@@ -42,7 +42,7 @@ def test_released_rule_reproduces_the_official_layer(name):
 
 
 def test_the_recorded_weight_is_what_our_quantizer_makes():
-    from pipeline.falqon.casts import quantize_weight
+    from fp8pipe.numerics.casts import quantize_weight
 
     for name in ("a", "b"):
         recorded = np.load(GOLDEN / f"{name}.npz")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.falqon.casts import ScaleRule
+from fp8pipe.numerics.casts import ScaleRule
 from pipeline.falqon.initialise import Initialisation, adapter_directions, quantization_error
 
 RULE = ScaleRule.POWER_OF_TWO

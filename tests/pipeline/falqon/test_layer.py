@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8pipe.grids import E4M3, E5M2
-from pipeline.falqon import casts
-from pipeline.falqon.casts import ScaleRule, quantize_weight
+from fp8pipe.numerics import casts
+from fp8pipe.numerics.casts import ScaleRule, quantize_weight
+from fp8pipe.numerics.grids import E4M3, E5M2
 from pipeline.falqon.layer import FalqonLinear
 
 

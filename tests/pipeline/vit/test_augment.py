@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8pipe.config import build_config
+from fp8pipe.core.config import build_config
 from pipeline.vit.augment import augment, blur, crop, first_views, relight
 from pipeline.vit.config import DistillConfig
 

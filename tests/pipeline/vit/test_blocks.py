@@ -11,13 +11,13 @@ from vit_families import family, random_pixels, vision_family
 
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
-from fp8pipe.config import build_config
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
-from fp8pipe.vision.quantized import load_quantized, of_type, save_quantized
-from fp8pipe.vision.quantizers import Kind, Precision
-from fp8pipe.vision.sources import save_vision_model
-from fp8pipe.vision.structure import VitStructure, read_structure
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.quantized import load_quantized, of_type, save_quantized
+from fp8pipe.models.vision.sources import save_vision_model
+from fp8pipe.models.vision.structure import VitStructure, read_structure
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
+from fp8pipe.numerics.quantizers import Kind, Precision
 from pipeline.vit.blocks import fake_blocks
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller

@@ -20,10 +20,10 @@ from calibration.image_set import ImageSet
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.cli import quantize_vit as cli
-from fp8pipe.config import build_config
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.quantized import load_quantized
-from fp8pipe.vision.sources import load_vision_model, save_vision_model
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.quantized import load_quantized
+from fp8pipe.models.vision.sources import load_vision_model, save_vision_model
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.stage import begin_student, quantize_vit
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from vit_families import NAMES, family, random_pixels, vision_family
 
-from fp8pipe.config import build_config
-from fp8pipe.errors import ConfigurationError
-from fp8pipe.vision.quantized import activation_sites
-from fp8pipe.vision.quantizers import Kind, Precision
-from fp8pipe.vision.structure import read_structure
-from pipeline.training.checkpoint import CheckpointStore
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.quantized import activation_sites
+from fp8pipe.models.vision.structure import read_structure
+from fp8pipe.numerics.quantizers import Kind, Precision
+from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.vit.config import DistillConfig, QuantizeVitConfig
 from pipeline.vit.distill import Distiller
 from pipeline.vit.fake import fake_quantize

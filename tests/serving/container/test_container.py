@@ -128,9 +128,10 @@ def test_the_entry_point_in_a_bare_environment(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests" / "serving"))
     from tiny_checkpoints import make_model, write_plain
 
-    from exporters.vllm import VllmExportOptions, export_vllm
-    from fp8pipe.errors import MissingCapabilityError
-    from serving.vllm.environment import find_vllm_python
+    from exporters.vllm.environment import find_vllm_python
+    from exporters.vllm.export import export_vllm
+    from exporters.vllm.options import VllmExportOptions
+    from fp8pipe.core.errors import MissingCapabilityError
 
     try:
         engine = find_vllm_python()

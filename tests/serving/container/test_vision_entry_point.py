@@ -18,9 +18,9 @@ from bare_environment import bare_environment
 from PIL import Image
 from tiny_exports import write_export
 
-from exporters.onnx.runtime import open_session
-from fp8pipe.vision.files import read_model_file
-from fp8pipe.vision.preprocessing import Preprocessing
+from exporters.graph.runtime import open_session
+from fp8pipe.models.vision.files import read_model_file
+from fp8pipe.models.vision.preprocessing import Preprocessing
 from serving.vision.answers import probabilities
 
 _HEAVY = ["torch", "onnx", "onnx_ir", "transformers", "safetensors"]

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from fp8pipe.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 from serving.http.auth import KeyFile, hash_key, new_key
 from serving.http.config import ServeConfig
 from serving.http.limits import RateLimitMiddleware

@@ -18,8 +18,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny real FP8 export."""
     from tiny_checkpoints import make_model, write_plain
 
-    from exporters.vllm import VllmExportOptions, export_vllm
-    from exporters.vllm.options import ExportFormat
+    from exporters.vllm.export import export_vllm
+    from exporters.vllm.options import ExportFormat, VllmExportOptions
 
     root = tmp_path_factory.mktemp("language")
     export_vllm(write_plain(root / "plain", make_model()), root / "tiny", VllmExportOptions(format=ExportFormat.FP8))

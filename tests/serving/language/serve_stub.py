@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from fp8pipe import logs
 from fp8pipe.artifact import open_artifact
-from fp8pipe.errors import Fp8PipeError
+from fp8pipe.core import logs
+from fp8pipe.core.errors import Fp8PipeError
 from serving.http.config import ServeConfig
 from serving.language.config import LanguageConfig
 from serving.language.server import run_front, supervise

@@ -14,9 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from services import Running, ready, running, wait_until
 
-from fp8pipe.errors import MissingCapabilityError
+from exporters.vllm.environment import find_vllm_python
+from fp8pipe.core.errors import MissingCapabilityError
 from serving.http.auth import hash_key, new_key
-from serving.vllm.environment import find_vllm_python
 
 SERVE = """
 import sys

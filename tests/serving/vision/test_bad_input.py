@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fp8pipe.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.preprocessing import Preprocessing
 from serving.http.problems import Problem
 from serving.vision.images import read_image
 

@@ -13,10 +13,10 @@ from PIL import Image
 from running_server import running
 from tiny_exports import write_export
 
-from exporters.onnx.runtime import open_session
+from exporters.graph.runtime import open_session
 from fp8pipe.artifact import open_artifact
-from fp8pipe.vision.files import read_model_file
-from fp8pipe.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.files import read_model_file
+from fp8pipe.models.vision.preprocessing import Preprocessing
 from serving.vision.answers import probabilities
 
 

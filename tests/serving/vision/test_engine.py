@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fp8pipe.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 from serving.http.config import ServeConfig
 from serving.vision.engine import Layout, Measured, _best, _chosen, _refuse_streams, open_engine
 from serving.vision.model import read_model

@@ -118,7 +118,7 @@ def test_sigterm_under_load_drops_no_accepted_request(export, png):
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
 def test_a_tensorrt_export_without_a_gpu_is_refused(export, tmp_path):
     from fp8pipe.artifact import ArtifactWriter, open_artifact
-    from fp8pipe.machine import gpus
+    from fp8pipe.core.machine import gpus
 
     if gpus():
         pytest.skip("there is a GPU")

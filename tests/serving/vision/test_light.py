@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from running_server import running
 
-from exporters.onnx.runtime import open_session
-from fp8pipe.vision.files import read_model_file
-from fp8pipe.vision.preprocessing import Preprocessing
+from exporters.graph.runtime import open_session
+from fp8pipe.models.vision.files import read_model_file
+from fp8pipe.models.vision.preprocessing import Preprocessing
 from serving.vision.answers import probabilities
 
 _ROOT = Path(__file__).resolve().parents[3]

@@ -10,7 +10,7 @@ import pytest
 import tritonclient.http as triton
 from prometheus_client.parser import text_string_to_metric_families
 
-from exporters.onnx.runtime import open_session
+from exporters.graph.runtime import open_session
 
 
 @pytest.fixture

@@ -1,0 +1,254 @@
+"""The quantized layers of a graph, read back from the graph itself.
+
+Everything that is compared after an export starts here, from the file and the names in it alone: which codes and
+scales a layer multiplies, where its input is rounded, and which value is its result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporters.graph.blocks import is_block_operand, read_block_quantizer, read_block_weight
+from exporters.graph.trace import ProductKind
+from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
+from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["ExportedLayer", "Operand", "StoredWeight", "read_layers"]
+
+_SUFFIXES = {
+    "/MatMul": ProductKind.LINEAR, "/Conv": ProductKind.PATCH, "/qk": ProductKind.QK, "/av": ProductKind.AV,
+}  # fmt: skip
+_BLOCKED = 2  # axes of a scale that has blocks
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight as it is stored, in torch's layout.
+
+    Attributes:
+        codes: int8 or float8_e4m3fn, output channels first.
+        scale: `(out,)` fp32.
+        dtype: of the file, for instance "INT4".
+    """
+
+    codes: Tensor
+    scale: Tensor
+    dtype: str
+
+    def dequantize(self) -> Tensor:
+        """float64, exact."""
+        scale = self.scale.double().view(-1, *(1,) * (self.codes.dim() - 1))
+        return self.codes.float().double() * scale
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """What one side of a product reads.
+
+    Attributes:
+        source: the float value before anything of the quantizer; none for a stored weight.
+        quantizer: None where the operand stays float.
+        codes: the value of the quantizing node; none where there is none.
+        weight: the stored weight; none for an activation.
+        exact_limits: whether Clip's bounds are exactly the values of the smallest and largest code.
+    """
+
+    source: ir.Value | None = None
+    quantizer: ActivationQuantizer | BlockQuantizer | None = None
+    codes: ir.Value | None = None
+    weight: StoredWeight | BlockCodes | None = None
+    exact_limits: bool = True
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The family of the codes that are multiplied; empty where the operand is float."""
+        if isinstance(self.weight, StoredWeight):
+            return frozenset((Kind.INT if self.weight.codes.dtype == torch.int8 else Kind.E4M3,))
+        coded = self.weight or self.quantizer
+        return frozenset() if coded is None else frozenset((coded.kind,))
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedLayer:
+    """One product of the graph with everything around it.
+
+    Attributes:
+        kind: linear, patch, qk or av.
+        name: the module.
+        node: the product.
+        operands: both sides.
+        bias: `(out,)` fp32, or None.
+        output: the result, bias included; for qk the logits before the mask.
+    """
+
+    kind: ProductKind
+    name: str
+    node: ir.Node
+    operands: tuple[Operand, Operand]
+    bias: Tensor | None
+    output: ir.Value
+
+    @property
+    def label(self) -> str:
+        """A short unique name."""
+        return f"{self.name}.{self.kind}" if self.kind in (ProductKind.QK, ProductKind.AV) else self.name
+
+    @property
+    def integer(self) -> bool:
+        """Whether both sides are integer codes beside quantized activations: an engine can multiply integers."""
+        left, right = self.operands
+        right_int = right.weight.codes.dtype == torch.int8 if right.weight else _is_int(right.quantizer)
+        return _is_int(left.quantizer) and right_int and self.kind is not ProductKind.PATCH
+
+    @property
+    def blocks(self) -> bool:
+        """Whether a side is NVFP4."""
+        return any(Kind.NVFP4 in operand.kinds for operand in self.operands)
+
+
+def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
+    """The products that this project named, in the graph's order.
+
+    Raises:
+        BadArtifactError: none is there, or a quantizer has a form that this project does not write.
+    """
+    layers = []
+    for node in model.graph:
+        suffix = next((s for s in _SUFFIXES if (node.name or "").endswith(s)), None)
+        if suffix is not None and node.op_type in ("MatMul", "Conv"):
+            layers.append(_read(node, _SUFFIXES[suffix], str(node.name).removesuffix(suffix)))
+    if not layers:
+        raise _bad("it has no product that is named after a layer")
+    return tuple(layers)
+
+
+def _read(node: ir.Node, kind: ProductKind, name: str) -> ExportedLayer:
+    operands = (_operand(node.inputs[0], kind), _operand(node.inputs[1], kind))
+    output, bias = node.outputs[0], None
+    if kind is ProductKind.PATCH and len(node.inputs) > 2:
+        bias = _stored(node.inputs[2])
+    uses = _wide(output).uses()
+    if kind is ProductKind.LINEAR and len(uses) == 1:
+        ((add, index),) = uses
+        if add.name == f"{name}/Add":
+            bias, output = _stored(add.inputs[1 - index]), add.outputs[0]
+    return ExportedLayer(kind, name, node, operands, None if bias is None else torch.from_numpy(bias), output)
+
+
+def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
+    if value is None:
+        raise _bad("a product lacks an operand")
+    dequantize = value.producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return Operand(source=value)
+    codes, scale = dequantize.inputs[0], dequantize.inputs[1]
+    assert codes is not None
+    _refuse_zero_point(dequantize)
+    if is_block_operand(dequantize):
+        if codes.const_value is not None:
+            return Operand(weight=read_block_weight(dequantize))
+        value, blocks, codes = read_block_quantizer(dequantize)
+        return Operand(source=value, quantizer=blocks, codes=codes)
+    if codes.const_value is not None:
+        return Operand(weight=_weight(dequantize, codes, scale, kind))
+    quantize = codes.producer()
+    if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.inputs[1] is not scale:
+        raise _bad(f"{dequantize.name} does not follow a QuantizeLinear of the same scale")
+    _refuse_zero_point(quantize)
+    zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
+    dtype = "UINT8" if zero is None or zero.dtype is None else zero.dtype.name  # ONNX's default
+    if dtype not in ("INT8", "FLOAT8E4M3FN"):
+        raise _bad(f"{quantize.name} gives {dtype}")
+    source, low, high, exact = _clip(quantize.inputs[0], float(_array(scale)))
+    if dtype == "INT8":
+        quantizer = ActivationQuantizer(float(_array(scale)), low, high)
+    else:  # where it is clipped, it must be to the values of its largest codes
+        clipped = source is not quantize.inputs[0]
+        exact = exact and (not clipped or (low, high) == (-int(E4M3.max), int(E4M3.max)))
+        quantizer = ActivationQuantizer(float(_array(scale)), kind=Kind.E4M3)
+    return Operand(source=source, quantizer=quantizer, codes=codes, exact_limits=exact)
+
+
+def _weight(dequantize: ir.Node, codes: ir.Value, scale: ir.Value | None, kind: ProductKind) -> StoredWeight:
+    array = _array(codes)
+    if codes.dtype is not None and codes.dtype.name == "FLOAT8E4M3FN":
+        tensor = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8)).view(torch.float8_e4m3fn)
+    else:
+        tensor = torch.from_numpy(np.ascontiguousarray(array).astype(np.int8))
+    axis, scales = dequantize.attributes.get_int("axis", 1), _array(scale)
+    if kind is ProductKind.LINEAR:
+        tensor = tensor.T
+    if dequantize.attributes.get_int("block_size", 0):  # the scale of a channel, repeated for all of its blocks
+        if axis != 0 or kind is not ProductKind.LINEAR or scales.ndim != _BLOCKED or np.any(scales != scales[:1]):
+            raise _bad(f"{dequantize.name} has blocks that are not of one scale a channel")
+        axis, scales = 1, scales[0]
+    if axis != (1 if kind is ProductKind.LINEAR else 0):
+        raise _bad(f"{dequantize.name} scales along axis {axis}")
+    assert codes.dtype is not None
+    return StoredWeight(tensor, torch.from_numpy(scales), codes.dtype.name)
+
+
+def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, bool]:
+    """What is before the Clip, the codes of its bounds, and whether these are exact."""
+    if value is None:
+        raise _bad("a QuantizeLinear lacks its input")
+    clip = value.producer()
+    if clip is None or clip.op_type != "Clip" or not str(clip.name).endswith("/Clip"):
+        return value, _lowest(value), INT8_MAX, True
+    bounds = [float(_array(v)) if v is not None else None for v in (*clip.inputs[1:], None, None)][:2]
+    codes = [None if b is None else round(b / scale) for b in bounds]
+    exact = all(
+        b is None or np.float32(c) * np.float32(scale) == np.float32(b) for b, c in zip(bounds, codes, strict=True)
+    )
+    source = clip.inputs[0]
+    assert source is not None
+    low = _lowest(source) if codes[0] is None else codes[0]
+    return source, low, INT8_MAX if codes[1] is None else codes[1], exact
+
+
+def _lowest(value: ir.Value) -> int:
+    """The smallest code where nothing is clipped: of INT8, or of values that are never negative."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    return 0 if producer is not None and producer.op_type == "Softmax" else INT8_MIN
+
+
+def _wide(output: ir.Value) -> ir.Value:
+    """The same result in float64, where the graph casts it to that."""
+    readers = [node for node, _ in output.uses()]
+    return readers[0].outputs[0] if len(readers) == 1 and readers[0].op_type == "Cast" else output
+
+
+def _refuse_zero_point(node: ir.Node) -> None:
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    if zero is not None and np.any(_array(zero).astype(np.float32)):
+        raise _bad(f"{node.name} has a zero point other than 0")
+
+
+def _array(value: ir.Value | None) -> Any:
+    if value is None or value.const_value is None:
+        raise _bad("a scale, a bound or a code is not stored in the file")
+    return np.array(value.const_value.numpy())
+
+
+def _stored(value: ir.Value | None) -> Any:
+    return None if value is None or value.const_value is None else np.array(value.const_value.numpy())
+
+
+def _is_int(quantizer: ActivationQuantizer | BlockQuantizer | None) -> bool:
+    return quantizer is not None and quantizer.kind is Kind.INT
+
+
+def _bad(why: str) -> BadArtifactError:
+    return BadArtifactError("the ONNX graph is not one that this project wrote", why=why, fix="export it again")

@@ -1,0 +1,133 @@
+"""What must hold before a file is written: values that an engine would take for others, and graphs it would run slowly.
+
+Engines do not refuse a NaN scale or a code outside its width; they compute with it. All findings are collected first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from exporters.graph.findings import Finding, LintFindingsError
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.passes.weights import fits_int4
+from exporters.graph.trace import PlainGraph, owner
+from fp8pipe.models.vision.exact import inexact_sites
+from fp8pipe.models.vision.quantized import Codes, QuantizedVit
+from fp8pipe.numerics.nvfp4 import BlockCodes
+from fp8pipe.numerics.quantizers import Kind, weight_limits
+
+__all__ = ["lint_graph", "lint_model", "refuse"]
+
+# A protobuf file cannot be larger.
+_LARGEST_FILE_BYTES = 2**31 - 1
+_LARGEST_NIBBLE = 15
+
+
+def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = True) -> list[Finding]:
+    """Findings on the artifact's values, and on whether the format can hold them.
+
+    Args:
+        quantized: the artifact's model.
+        format: of the export.
+        runtime: whether ONNX Runtime shall run it; it has no four-bit floats.
+    """
+    findings = []
+    if not quantized.weights:
+        findings.append(
+            Finding("nothing-quantized", "the model", "no weight has codes", "export an artifact of quantize-vit")
+        )
+    for name, weight in quantized.weights.items():
+        findings += _values(name, weight)
+    if runtime and any(weight.kind is Kind.NVFP4 for weight in quantized.weights.values()):
+        findings.append(Finding("no-fp4", "weights", "ONNX Runtime has no kernels for NVFP4", "export to --target trt"))
+    if format is OnnxFormat.INT4_WEIGHT_ONLY and not any(map(fits_int4, quantized.weights.values())):
+        findings.append(
+            Finding("int4-width", "weights", "none has codes of 4 bits", "use --format qdq for this artifact")
+        )
+    if format.quantizes_activations:
+        findings += _mixed(quantized)
+    if format is OnnxFormat.QDQ_EXACT:
+        findings += _inexact(quantized)
+    for name, tensor in quantized.model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            findings.append(Finding("not-finite", name, "it holds NaN or infinity", "write the artifact again"))
+    return findings
+
+
+def lint_graph(plain: PlainGraph, model: nn.Module) -> list[Finding]:
+    """Findings on a float graph, before any pass: what engines have one kernel for must be one operator."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    findings = [
+        Finding(
+            "layer-norm", owner(node, norms), f"it became {node.op_type} and more",
+            "use the versions of torch and onnxscript that this project was tested with",
+        )
+        for node in plain.model.graph
+        if owner(node, norms) and node.op_type != "LayerNormalization"
+    ]  # fmt: skip
+    size = sum(v.const_value.nbytes for v in plain.model.graph.initializers.values() if v.const_value is not None)
+    if size > _LARGEST_FILE_BYTES:
+        findings.append(
+            Finding("file-size", "the float graph", f"{size} bytes", "one file holds 2 GB: use a smaller model")
+        )
+    return findings
+
+
+def refuse(findings: Iterable[Finding], source: str) -> None:
+    """Raise one error with all findings, if there are any.
+
+    Raises:
+        LintFindingsError: there are.
+    """
+    found = list(findings)
+    if found:
+        raise LintFindingsError(found, source)
+
+
+def _values(name: str, weight: Codes) -> list[Finding]:
+    findings = []
+    if not bool((torch.isfinite(weight.scale) & (weight.scale > 0)).all()):
+        findings.append(Finding("scale", name, "a scale is not a positive number", "quantize the model again"))
+    if isinstance(weight, BlockCodes):
+        beyond = int((weight.codes > _LARGEST_NIBBLE).sum())
+        why = f"{beyond} codes have more than 4 bits"
+        return [*findings, Finding("code-range", name, why, "quantize the model again")] if beyond else findings
+    if weight.kind is Kind.E4M3:
+        nan = int(torch.isnan(weight.codes.float()).sum())
+        if nan:
+            findings.append(Finding("e4m3-nan", name, f"{nan} codes are NaN", "quantize the model again"))
+        return findings
+    low, high = weight_limits(weight.bits)
+    outside = int(((weight.codes < low) | (weight.codes > high)).sum())
+    if outside:
+        why = f"{outside} codes are outside {low}..{high} ({weight.bits} bits)"
+        findings.append(Finding("code-range", name, why, "quantize the model again"))
+    return findings
+
+
+def _inexact(quantized: QuantizedVit) -> list[Finding]:
+    """Products that have no exact sum."""
+    why, fix = "its sums are rounded, so their order decides", "quantize to integers (wXaY), or use --format qdq"
+    return [Finding("no-exact-sum", name, why, fix) for name in inexact_sites(quantized)]
+
+
+def _mixed(quantized: QuantizedVit) -> list[Finding]:
+    """Layers that would multiply integers by FP8, for which no engine has a kernel."""
+    findings = []
+    groups = {site.name: f"{site.input_group}.input" for site in quantized.structure.linears}
+    for name, weight in quantized.weights.items():
+        activation = quantized.activations.get(groups[name])
+        if activation is not None and activation.kind is not weight.kind:
+            why = f"{weight.kind} weights, {activation.kind} activations"
+            findings.append(Finding("mixed-kinds", name, why, "quantize weights and activations to one kind"))
+    for attention in quantized.structure.attention_names:
+        for pair in (("q", "k"), ("probs", "v")):
+            kinds = {q.kind for what in pair if (q := quantized.activations.get(f"{attention}.{what}")) is not None}
+            if len(kinds) > 1:
+                findings.append(
+                    Finding("mixed-kinds", f"{attention}.{pair[0]}", "int and e4m3 operands", "use one kind for both")
+                )
+    return findings

@@ -1,0 +1,118 @@
+"""Pass: a patch embedding becomes the matrix product that it is.
+
+Its convolution steps as far as its kernel reaches, so every patch is multiplied once by one matrix. Engines have few
+kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the builder silently takes half precision), and
+every kernel for products. Pixels are rearranged before their quantizer, which works number by number: the codes are
+the same ones, in another order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from exporters.graph.passes import Change
+from exporters.graph.passes.tensors import add_initializer
+from exporters.graph.trace import PlainGraph, Product, ProductKind
+
+__all__ = ["unfold_patches"]
+
+
+def unfold_patches(plain: PlainGraph) -> tuple[PlainGraph, Change]:
+    """Replace the convolution of every patch embedding that can be; the model in place, the products anew.
+
+    One with overlapping patches, padding or groups stays a convolution.
+    """
+    products, changed = [], []
+    for product in plain.products:
+        if product.kind is ProductKind.PATCH and _unfoldable(product.node):
+            product = dataclasses.replace(product, kind=ProductKind.LINEAR, node=_unfold(plain.model.graph, product))
+            changed.append(product.name)
+        products.append(product)
+    return PlainGraph(plain.model, tuple(products)), Change("unfold_patches", tuple(changed))
+
+
+def _unfoldable(conv: ir.Node) -> bool:
+    weight = conv.inputs[1]
+    assert weight is not None
+    assert weight.shape is not None
+    kernel = tuple(int(side) for side in weight.shape[2:])  # type: ignore[arg-type]
+    attributes = conv.attributes
+    image = conv.inputs[0].shape[2:] if conv.inputs[0] is not None and conv.inputs[0].shape is not None else ()
+    sides = [side if isinstance(side, int) else 0 for side in image]
+    return (
+        tuple(attributes.get_ints("strides", (1, 1))) == kernel
+        and not any(attributes.get_ints("pads", (0, 0, 0, 0)))
+        and set(attributes.get_ints("dilations", (1, 1))) == {1}
+        and attributes.get_int("group", 1) == 1
+        and len(sides) == len(kernel) == 2
+        and all(side and side % step == 0 for side, step in zip(sides, kernel, strict=True))
+    )
+
+
+def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
+    """The product's MatMul; behind it the convolution's bias and layout."""
+    conv = product.node
+    pixels, weight = conv.inputs[0], conv.inputs[1]
+    assert pixels is not None
+    assert pixels.shape is not None
+    assert weight is not None
+    assert weight.const_value is not None
+    array = weight.const_value.numpy()
+    out, channels, high, wide = array.shape
+    rows, columns = int(pixels.shape[2]) // high, int(pixels.shape[3]) // wide  # type: ignore[arg-type]
+    name = product.name
+    chain = _Chain(graph, conv, name)
+    split = chain.reshape(pixels, "split", (0, channels, rows, high, columns, wide))
+    patches = chain.reshape(
+        chain.transpose(split, "gather", (0, 2, 4, 1, 3, 5)), "patches", (0, rows * columns, channels * high * wide)
+    )
+    matrix = add_initializer(graph, f"{name}.weight_t", np.ascontiguousarray(array.reshape(out, -1).T))
+    matmul = chain.add("MatMul", [patches, matrix], "product")
+    matmul.metadata_props.update(conv.metadata_props)
+    result = matmul.outputs[0]
+    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
+        result = chain.add("Add", [result, conv.inputs[2]], "biased").outputs[0]
+    result.shape = ir.Shape([pixels.shape[0], rows * columns, out])
+    image = chain.reshape(chain.transpose(result, "channels", (0, 2, 1)), "image", (0, out, rows, columns))
+    old = conv.outputs[0]
+    image.shape, kept = old.shape, old.name
+    old.replace_all_uses_with(image, replace_graph_outputs=True)
+    old.name, image.name = None, kept
+    graph.remove(conv, safe=True)
+    if not weight.uses() and weight.name is not None:
+        graph.initializers.pop(weight.name, None)
+    return matmul
+
+
+class _Chain:
+    """Adds nodes before one node."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node, name: str) -> None:
+        self._graph, self._before, self._name = graph, before, name
+        self._type = before.outputs[0].type
+
+    def add(self, op: str, inputs: Sequence[ir.Value | None], what: str, **attributes: Sequence[int]) -> ir.Node:
+        """A node whose output is called `NAME/what`."""
+        node = ir.node(op, list(inputs), attributes, name=f"{self._name}/{what}")
+        node.outputs[0].name, node.outputs[0].type = f"{self._name}/{what}", self._type
+        self._graph.insert_before(self._before, node)
+        return node
+
+    def reshape(self, value: ir.Value, what: str, shape: tuple[int, ...]) -> ir.Value:
+        """0 keeps a side."""
+        stored = add_initializer(self._graph, f"{self._name}/{what}/shape", np.array(shape, np.int64))
+        found = self.add("Reshape", [value, stored], what).outputs[0]
+        batch = value.shape[0] if value.shape is not None else None
+        found.shape = ir.Shape([batch, *shape[1:]])
+        return found
+
+    def transpose(self, value: ir.Value, what: str, order: tuple[int, ...]) -> ir.Value:
+        """Axes in another order."""
+        found = self.add("Transpose", [value], what, perm=order).outputs[0]
+        assert value.shape is not None
+        found.shape = ir.Shape([value.shape[axis] for axis in order])
+        return found

@@ -1,0 +1,212 @@
+"""The float graph of a vision transformer, and which of its products belongs to which layer.
+
+`torch.onnx.export` traces the prepared model while every attention runs the plain formula (the factor on the
+queries, before the product), so the graph holds two matrix products an attention and one a linear. The exporter notes
+for every node the modules it came from; with that, and by comparing the weights themselves, each product is
+assigned to its layer. A product that belongs to none, or a layer without one, is an error: nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from exporters.graph.packages import import_onnx_package
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.structure import VitStructure
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["INPUT_NAME", "OPSET", "OUTPUT_NAME", "PlainGraph", "Product", "ProductKind", "export_plain", "owner"]
+
+# 21 brings INT4, FP8 scales of every float type, and blocked scales; later ones bring nothing that is used here.
+OPSET: Final = 21
+INPUT_NAME: Final = "pixels"
+OUTPUT_NAME: Final = "logits"
+_SCOPES: Final = "pkg.torch.onnx.name_scopes"
+_PRODUCTS: Final = frozenset(("MatMul", "Gemm", "Conv", "Einsum"))
+
+
+class ProductKind(StrEnum):
+    """What a product multiplies."""
+
+    LINEAR = "linear"
+    PATCH = "patch"
+    QK = "qk"
+    AV = "av"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product of the graph.
+
+    Attributes:
+        kind: a linear, the patch embedding, or one of an attention's two products.
+        name: the module.
+        node: the MatMul, Gemm or Conv.
+    """
+
+    kind: ProductKind
+    name: str
+    node: ir.Node
+
+
+@dataclass(frozen=True, slots=True)
+class PlainGraph:
+    """A float graph.
+
+    Attributes:
+        model: opset 21; input `pixels` (batch, 3, H, W) float32, output `logits` (batch, C) float32.
+        products: in the order of the structure: linears, then attentions (qk, av).
+    """
+
+    model: ir.Model
+    products: tuple[Product, ...]
+
+
+class _Exported(nn.Module):
+    """The model as a function from pixels to one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return vision_outputs(self.model, pixels)
+
+
+def export_plain(model: nn.Module, structure: VitStructure) -> PlainGraph:
+    """Export a prepared model in float, with a dynamic batch.
+
+    Args:
+        model: prepared, eval mode, float32 (or float64: then so is the graph); not changed.
+        structure: of this model.
+
+    Raises:
+        ConfigurationError: the model cannot be traced, or a product cannot be assigned to a layer.
+        MissingCapabilityError: onnx, onnx-ir or onnxscript is not installed.
+    """
+    for package in ("onnx", "onnx_ir", "onnxscript"):
+        import_onnx_package(package)
+    graph_model = _trace(model, structure)
+    return PlainGraph(graph_model, tuple(_assign(graph_model, model, structure)))
+
+
+def _explicit(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return explicit_attention(q, k, v, mask, scale)
+
+
+def _trace(model: nn.Module, structure: VitStructure) -> ir.Model:
+    # Two images: a batch of one would be taken for a constant.
+    example = torch.zeros(2, 3, *structure.image_size, dtype=next(model.parameters()).dtype)
+    intercepted = intercept_attention(model, structure.attention_names, _explicit)
+    try:
+        # The exporter warns about its own use of deprecated functions.
+        with torch.no_grad(), warnings.catch_warnings(), intercepted:
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                _Exported(model), (example,), dynamo=True, opset_version=OPSET, verbose=False,
+                dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
+            )  # fmt: skip
+    except torch.onnx.OnnxExporterError as error:
+        raise ConfigurationError(
+            f"{type(model).__name__} cannot be traced into an ONNX graph",
+            why=" ".join(str(error.__cause__ or error).split())[:600],
+            fix="use a plain vision transformer, or a version of its library that traces",
+        ) from error
+    return program.model
+
+
+def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) -> Iterable[Product]:
+    by_module: dict[str, list[ir.Node]] = defaultdict(list)
+    known = {*structure.linear_names, *structure.attention_names}
+    stray = []
+    for node in graph_model.graph:
+        if node.op_type in _PRODUCTS:
+            found = owner(node, known)
+            by_module[found].append(node)
+            stray += [] if found else [node.name]
+    if stray:
+        raise _unassigned(model, f"{', '.join(map(str, stray))} belong to no layer")
+    for site in structure.linears:
+        (node,) = _exactly(1, site.name, [n for n in by_module[site.name] if _constant(n)], model)
+        weight = model.get_submodule(site.name).get_parameter("weight")
+        if not _holds(node, weight):
+            raise _unassigned(model, f"{node.name} does not multiply by the weight of {site.name}")
+        yield Product(ProductKind(site.kind), site.name, node)
+    for attention in structure.attentions:
+        nodes = [n for n in by_module[attention.name] if not _constant(n)]
+        qk, av = _exactly(2, attention.name, nodes, model)
+        if not _feeds(qk, av):
+            raise _unassigned(model, f"the products of {attention.name} are not in the order of an attention")
+        yield Product(ProductKind.QK, attention.name, qk)
+        yield Product(ProductKind.AV, attention.name, av)
+    assigned = len(structure.linears) + 2 * len(structure.attentions)
+    if assigned != sum(map(len, by_module.values())):
+        raise _unassigned(model, f"{sum(map(len, by_module.values()))} products for {assigned} of the structure")
+
+
+def owner(node: ir.Node, known: set[str]) -> str:
+    """The innermost module of `known` that the node was traced in; empty when there is none."""
+    import ast
+
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    # "model." is the attribute of `_Exported` that holds the model.
+    names = [str(scope).removeprefix("model.") for scope in scopes]
+    return next((name for name in reversed(names) if name in known), "")
+
+
+def _constant(node: ir.Node) -> bool:
+    """Whether the second operand is a stored tensor: a weight."""
+    operand = node.inputs[1]
+    return operand is not None and operand.const_value is not None
+
+
+def _holds(node: ir.Node, weight: Tensor) -> bool:
+    """Whether a node's stored operand is this weight, bit for bit, in the layout its operator wants."""
+    operand = node.inputs[1]
+    assert operand is not None
+    assert operand.const_value is not None
+    stored = torch.from_numpy(operand.const_value.numpy().copy())
+    transposed = node.op_type == "MatMul" or (not node.attributes.get_int("transB", 0) and node.op_type == "Gemm")
+    return torch.equal(stored, weight.detach().T if transposed else weight.detach())
+
+
+def _feeds(first: ir.Node, second: ir.Node) -> bool:
+    """Whether `first` is upstream of the first operand of `second`."""
+    seen: set[int] = set()
+    waiting = [second.inputs[0]]
+    while waiting:
+        value = waiting.pop()
+        producer = None if value is None else value.producer()
+        if producer is first:
+            return True
+        if producer is not None and id(producer) not in seen:
+            seen.add(id(producer))
+            waiting += producer.inputs
+    return False
+
+
+def _exactly(count: int, name: str, nodes: list[ir.Node], model: nn.Module) -> list[ir.Node]:
+    if len(nodes) != count:
+        raise _unassigned(model, f"{name} has {len(nodes)} product(s) in the graph, expected {count}")
+    return nodes
+
+
+def _unassigned(model: nn.Module, why: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the traced graph of {type(model).__name__} does not match its structure",
+        why=why,
+        fix="use versions of torch, onnxscript and the model's library that this project was tested with",
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints in the layout of NVIDIA ModelOpt, which TensorRT-LLM and vLLM read."""

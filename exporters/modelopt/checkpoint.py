@@ -1,0 +1,216 @@
+"""A checkpoint in the layout of NVIDIA ModelOpt's unified checkpoints, which TensorRT-LLM, vLLM and SGLang read.
+
+Two of its FP8 forms hold an artifact's codes as they are:
+
+* `FP8`: one scale a weight (`weight_scale`, `()`), one static scale an input (`input_scale`, `()`), both float32.
+* `FP8_PER_CHANNEL_PER_TOKEN`: one scale a row (`(out,)`), inputs quantized while it runs.
+
+Readers join queries, keys and values, and gate and up, into one product. In `FP8` that product has one scale, and a
+reader that finds several rounds all codes again to the largest. So `FP8` is written only where the scales of such a
+group are equal, as training with shared scales leaves them; otherwise the other form is, with each scale repeated down
+its rows, and the manifest says so. Nothing is rounded here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exporters.graph.description import require_gates
+from exporters.tensorrt.language.calibrate import InputScale, count_inputs, scales_by_layer
+from exporters.tensorrt.language.options import LanguageExportOptions
+from exporters.tensorrt.language.source import LanguageModel, open_language
+from exporters.tensorrt.language.text import ExportText, read_text
+from exporters.vllm.plan import fused_siblings
+from fp8pipe import __version__
+from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, disk_guard
+from fp8pipe.core.progress import track
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
+from fp8pipe.models.checkpoint.tensors import INDEX_NAME, SINGLE_NAME
+from fp8pipe.numerics.codec import same_bits
+from fp8pipe.report.card import CARD_FILE, write_card
+
+__all__ = ["CHECKPOINT_KIND", "QUANT_FILE", "export_checkpoint", "quant_config"]
+
+CHECKPOINT_KIND: Final = "modelopt-export"
+QUANT_FILE: Final = "hf_quant_config.json"
+_PER_TENSOR: Final = "FP8"
+_PER_CHANNEL: Final = "FP8_PER_CHANNEL_PER_TOKEN"
+_SHARD_BYTES: Final = 5_000_000_000
+
+
+def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
+    """Write the checkpoint, reopen it, and compare it with the artifact bit for bit.
+
+    Args:
+        source: directory of an artifact of kind `falqon`.
+        output: directory to create: safetensors, `hf_quant_config.json`, config.json, tokenizer files, a manifest.
+        options: calibration; `force`.
+
+    Returns:
+        The committed export, kind `modelopt-export`.
+
+    Raises:
+        ConfigurationError, BadArtifactError, LintFindingsError: as `export_language`.
+        GateFailedError: what was written differs from its source; not committed.
+    """
+    model = open_language(source)
+    uneven = uneven_groups(model)
+    algorithm = _PER_TENSOR if model.per_tensor and not uneven else _PER_CHANNEL
+    with track(2, "export") as progress:
+        text, scales = _calibrate(model, options) if algorithm == _PER_TENSOR else (None, None)
+        progress.advance(1)
+        with ArtifactWriter(output, kind=CHECKPOINT_KIND, stage="export", force=options.force) as writer:
+            if model.per_tensor and uneven:
+                writer.warn(
+                    f"{len(uneven)} group(s) of layers that readers join have unequal scales, the first: "
+                    f"{', '.join(uneven[0])}; written with one scale a row, so that no code is rounded again"
+                )
+            tensors = dict(checkpoint_tensors(model, algorithm, scales))
+            _save(tensors, writer.root)
+            _write_configs(model, algorithm, writer.root)
+            gates = _compare(tensors, model, writer.root)
+            for gate in gates:
+                writer.gate(gate)
+            require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
+            progress.advance(1)
+            parent = model.artifact.as_parent()
+            write_card(writer, source=model.root, parent=parent, format=options.format.value, layers=model.plan.layers)
+            return writer.commit(
+                config=options.model_dump(mode="json", exclude={"force"}),
+                seed=None,
+                parents=[parent],
+                volatile=[CARD_FILE],
+                number_format=NumberFormat(
+                    name="e4m3", granularity="per-tensor" if algorithm == _PER_TENSOR else "per-channel"
+                ),
+                runtime={"engine": "tensorrt-llm", "layout": "modelopt", "tested": False},
+                layers=list(model.plan.layers),
+                extra=_facts(options, algorithm, text, scales),
+            )
+
+
+def uneven_groups(model: LanguageModel) -> list[tuple[str, ...]]:
+    """Layers that readers join into one product and whose scales differ."""
+    groups = fused_siblings(model.weights, model.plan.schema.fused_groups)
+    return [g for g in groups if len({tuple(model.weights[n].scale.reshape(-1).tolist()) for n in g}) > 1]
+
+
+def checkpoint_tensors(
+    model: LanguageModel, algorithm: str, scales: Mapping[str, InputScale] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint: the artifact's codes and floats, scales in the algorithm's form."""
+    yield from model.floats.items()
+    for unit in model.plan.units:
+        if unit.module is None or unit.module not in model.weights:
+            continue
+        weight = model.weights[unit.module]
+        name = unit.entry.name.removesuffix(".weight")
+        yield unit.entry.name, weight.codes
+        rows = weight.codes.shape[0]
+        scale = weight.scale if algorithm == _PER_TENSOR else weight.scale.expand(rows)
+        yield f"{name}.weight_scale", scale.clone().contiguous()
+        if scales is not None:
+            yield f"{name}.input_scale", torch.tensor(scales[unit.module].scale, dtype=torch.float32)
+
+
+def quant_config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
+    """`hf_quant_config.json`: the keys that ModelOpt documents and no others."""
+    return {
+        "producer": {"name": "fp8pipe", "version": __version__},
+        "quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": excluded},
+    }
+
+
+def _calibrate(model: LanguageModel, options: LanguageExportOptions) -> tuple[ExportText, dict[str, InputScale]]:
+    text = read_text(model, options.calibration_data, options.calibration_records)
+    reference = model.torch_model(torch.float32)
+    return text, scales_by_layer(count_inputs(reference, list(model.weights), text.calibration), options.calibration)
+
+
+def _write_configs(model: LanguageModel, algorithm: str, root: Path) -> None:
+    """Configuration in both places where readers look, and tokenizer files byte for byte."""
+    config = quant_config(algorithm, list(model.plan.ignore))
+    (root / QUANT_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    block = {
+        "quant_method": "modelopt",
+        "quant_algo": algorithm,
+        "ignore": list(model.plan.ignore),
+        "producer": config["producer"],
+    }
+    if algorithm == _PER_TENSOR:
+        form = {"dynamic": False, "num_bits": 8, "type": "float"}
+        block["config_groups"] = {"group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}}
+    merged = {**model.plan.source.config, "quantization_config": block}
+    (root / "config.json").write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for relative in companion_files(model.root, SERVED_FILES):
+        (root / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.root / relative, root / relative)
+
+
+def _save(tensors: Mapping[str, Tensor], root: Path) -> None:
+    """One file, or several and an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > _SHARD_BYTES and shards[-1]:
+            shards.append({})
+        shards[-1][name] = tensor.contiguous()
+    count = len(shards)
+    names = [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with disk_guard(root, total):
+        for name, shard in zip(names, shards, strict=True):
+            save_file(shard, root / name, metadata={"format": "pt"})
+    if count > 1:
+        placed = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+        (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) -> list[Gate]:
+    """The files, read again, against the artifact."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(root.glob("*.safetensors")):
+        found |= load_file(file)
+    codes = floats = scales = 0
+    for unit in model.plan.units:
+        stored = found.get(unit.entry.name)
+        if unit.module is not None and unit.module in model.weights:
+            weight, name = model.weights[unit.module], unit.entry.name.removesuffix(".weight")
+            same = stored is not None and same_bits(stored, weight.codes)
+            codes += 0 if same else weight.codes.numel()
+            scale = found.get(f"{name}.weight_scale")
+            scales += int(scale is None or not bool((scale == weight.scale).all()))
+        else:
+            floats += int(stored is None or not same_bits(stored, model.floats[unit.entry.name]))
+    unplanned = len(set(found) ^ set(tensors))
+    return [
+        _gate("weight codes differing", codes, f"of {sum(w.codes.numel() for w in model.weights.values())}"),
+        _gate("weight scales differing", scales, f"of {len(model.weights)} layers"),
+        _gate("copied tensors differing", floats, f"of {len(model.floats)}, bit for bit"),
+        _gate("tensors not as planned", unplanned, f"of {len(tensors)}"),
+    ]
+
+
+def _gate(name: str, value: int, detail: str) -> Gate:
+    return Gate(name=name, value=value, threshold=0, passed=value == 0, detail=detail)
+
+
+def _facts(
+    options: LanguageExportOptions,
+    algorithm: str,
+    text: ExportText | None,
+    scales: Mapping[str, InputScale] | None,
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {"format": options.format.value, "quant_algo": algorithm}
+    if text is not None and scales is not None:
+        facts["calibration"] = {"data": text.source, "sha256": text.digest, "records": len(text.calibration)}
+        facts["activation_scales"] = {name: scale.model_dump() for name, scale in scales.items()}
+    return facts

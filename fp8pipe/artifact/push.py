@@ -1,0 +1,203 @@
+"""An artifact to a repository of the Hugging Face hub: hashed first, refused where a gate failed, only listed files.
+
+What arrives are the bytes that the manifest names, and nothing that merely lies in the same directory. Uploading is the
+hub client's business: it skips what the hub has already, so a cut upload is repeated without harm.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_seal, open_artifact, seal_path
+from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+__all__ = ["PushPlan", "Target", "plan_push", "push"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to.
+
+    Attributes:
+        repo_id: `organisation/name`, or `name` for one's own.
+        private: the repository must be private; it is made so if it is new.
+        revision: an existing branch; None is the main one.
+        create_pr: propose the upload instead of making it.
+    """
+
+    repo_id: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PushPlan:
+    """What would be uploaded.
+
+    Attributes:
+        artifact: every file hashed.
+        files: path and size in bytes of each file, the manifest and its seal first.
+        notes: what is worth knowing before it is public.
+    """
+
+    artifact: Artifact
+    files: tuple[tuple[str, int], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in all."""
+        return sum(size for _, size in self.files)
+
+
+def plan_push(directory: Path) -> PushPlan:
+    """Hash an artifact, look at its gates and its record, and list what an upload holds.
+
+    Raises:
+        BadArtifactError: no artifact, or a damaged one.
+        GateFailedError: a gate of it failed, or its record of a validation says REJECT.
+    """
+    artifact = open_artifact(directory)
+    failed = [f"{g.name}: {g.value:g} against {g.threshold:g}" for g in artifact.manifest.gates if not g.passed]
+    notes = [] if artifact.manifest.gates else ["it carries no gates: nothing was checked when it was written"]
+    verdict, note = _record(artifact)
+    if verdict == "REJECT":
+        failed.append("its record of a validation says REJECT")
+    if failed:
+        raise GateFailedError(
+            f"{artifact.root} is not pushed: {len(failed)} gate(s) failed", why="; ".join(failed),
+            fix="find out why (fp8pipe report), and write it again",
+        )  # fmt: skip
+    notes += [note] if note else []
+    notes += [f"not listed in the manifest, not uploaded: {name}" for name in artifact.unlisted()]
+    own = (artifact.root / MANIFEST_NAME, seal_path(artifact.root / MANIFEST_NAME))
+    sizes = [(path.name, path.stat().st_size) for path in own if path.is_file()]
+    sizes += [(entry.path, entry.size) for entry in artifact.manifest.files]
+    return PushPlan(artifact, tuple(sizes), tuple(notes))
+
+
+def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
+    """Upload, in a commit whose message names the digest (the client splits large folders into several).
+
+    Args:
+        plan: as `plan_push` made it.
+        target: the repository.
+        api: a client; None for one with the endpoint and token of the environment or the login.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        ConfigurationError: the hub refuses: token, rights, name, branch, conflict; or a public repository where a
+            private one was asked for.
+        MissingCapabilityError: no token, or the hub cannot be reached or fails.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    api = api or HfApi()
+    if not (api.token or get_token()):
+        raise MissingCapabilityError(
+            "there is no token for the hub", why="HF_TOKEN is not set, and nobody is logged in",
+            fix="set HF_TOKEN to a token with write access, or run `hf auth login`",
+        )  # fmt: skip
+    digest = plan.artifact.digest
+    with _translated(target, str(api.endpoint)):
+        if not target.create_pr:
+            api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+        if target.private and not api.model_info(target.repo_id).private:
+            raise ConfigurationError(
+                f"{target.repo_id} is public", why="--private was given, and the repository exists already",
+                fix="make it private on the hub, or name another",
+            )  # fmt: skip
+        done = api.upload_folder(
+            repo_id=target.repo_id, folder_path=plan.artifact.root, revision=target.revision,
+            create_pr=target.create_pr, allow_patterns=[glob.escape(name) for name, _ in plan.files],
+            commit_message=f"{plan.artifact.kind} {digest[:12]}, by fp8pipe",
+            commit_description=f"Digest of {MANIFEST_NAME}: {digest}",
+        )  # fmt: skip
+    return str(done.pr_url or done.commit_url)
+
+
+def _record(artifact: Artifact) -> tuple[str, str]:
+    """The verdict beside the artifact, if it speaks of these files; and what to say about it."""
+    path = artifact.root.absolute().with_name(artifact.root.absolute().name + ".validation.json")
+    if not path.is_file():
+        return "", "no record of a validation lies beside it"
+    if seal_path(path).exists() and (damage := check_seal(path)):
+        return "", damage
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        return "", f"{path.name} cannot be read"
+    if record.get("manifest_digest") != artifact.digest:
+        return "", f"{path.name} speaks of another manifest"
+    return str(record.get("verdict", "")), ""
+
+
+@contextmanager
+def _translated(target: Target, endpoint: str) -> Iterator[None]:
+    """Errors of the hub and of the network in this project's words."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise ConfigurationError(
+            f"{target.repo_id!r} is no name of a repository", why=" ".join(str(error).split())[:300],
+            fix="give organisation/name",
+        ) from error  # fmt: skip
+    except errors.OfflineModeIsEnabled as error:
+        raise MissingCapabilityError("the hub is switched off", why="HF_HUB_OFFLINE is set", fix="unset it") from error
+    except errors.HfHubHTTPError as error:
+        raise _refused(error, target, endpoint) from error
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        cause = error.__cause__  # the client wraps what befalls a single file
+        if isinstance(cause, errors.HfHubHTTPError):
+            raise _refused(cause, target, endpoint) from error
+        if not (_of_network(error) or _of_network(cause)):
+            raise
+        raise MissingCapabilityError(
+            f"the hub at {endpoint} cannot be reached", why=" ".join(str(error).split())[:300],
+            fix="check the network (HF_ENDPOINT, proxies) and push again; what has arrived is not sent twice",
+        ) from error  # fmt: skip
+
+
+def _of_network(error: BaseException | None) -> bool:
+    """Whether the network failed, for each library that versions of the client have used for it."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    told = isinstance(error, RuntimeError) and "Network error" in str(error)  # Xet's client has no class for it
+    return told or bool(names & {"TransportError", "ConnectionError", "TimeoutError"})
+
+
+_REFUSALS = {
+    401: ("the hub does not accept the token", "log in again (`hf auth login`), or set HF_TOKEN"),
+    403: ("the token may not write to {repo}", "use a token with write access to it, or --create-pr"),
+    404: ("{repo} or its branch is not on the hub, or not visible to this token", "check the name and --revision"),
+    409: ("{repo} was changed at the same time, or exists in another form", "push again"),
+    412: ("{repo} was changed at the same time", "push again"),
+    413: ("the hub refuses files of this size", "write the artifact in smaller files"),
+    429: ("the hub asks to slow down", "push again later; what has arrived is not sent twice"),
+}
+
+
+def _refused(error: HfHubHTTPError, target: Target, endpoint: str) -> ConfigurationError | MissingCapabilityError:
+    status = error.response.status_code if error.response is not None else 0
+    why = f"{endpoint} answered {status}: " + (" ".join(str(error.server_message or error).split())[:300])
+    what, fix = _REFUSALS.get(status, ("the hub refuses the upload to {repo}", "see the reason above"))
+    if status >= 500 or status == 0:
+        what, fix = "the hub failed", "push again later; what has arrived is not sent twice"
+        return MissingCapabilityError(what, why=why, fix=fix)
+    return ConfigurationError(what.format(repo=target.repo_id), why=why, fix=fix)

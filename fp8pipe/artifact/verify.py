@@ -1,0 +1,282 @@
+"""Everything about a tree of artifacts that needs no knowledge of their kinds: bytes, records, parents.
+
+Every finding is kept and none stops the search: who reads the list decides what to copy again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fp8pipe.artifact.checksum import check_seal, read_sealed, seal_path
+from fp8pipe.artifact.discrepancy import Catcher, Discrepancy
+from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Gate, Parent
+from fp8pipe.artifact.reader import Artifact, check_file, read_manifest
+from fp8pipe.artifact.runs import RunRecord, StageRecord, Verdict, read_run
+from fp8pipe.artifact.tree import RECORD_SUFFIX, RUN_FILE, Tree
+from fp8pipe.core.errors import BadArtifactError
+
+__all__ = ["Checked", "check_bytes", "check_record", "find_parent"]
+
+_ACCEPTED = ("ACCEPT", "PROVED-WITHOUT-RUNNING")
+_MANY = 5
+
+
+@dataclass(slots=True)
+class Checked:
+    """What was found.
+
+    Attributes:
+        artifacts: those that could be opened, whole or not.
+        findings: everything that is wrong.
+        notes: what could not be checked, and files that nothing vouches for.
+        damaged: directories of artifacts whose bytes are not those of their manifest.
+        files: how many were hashed.
+    """
+
+    artifacts: list[Artifact] = field(default_factory=list)
+    findings: list[Discrepancy] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    damaged: set[Path] = field(default_factory=set)
+    files: int = 0
+
+
+def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntry], None] | None = None) -> Checked:
+    """Hash every file of every artifact, and check every seal.
+
+    Args:
+        tree: what to check.
+        strict: files that nothing vouches for are findings, not notes.
+        on_file: called after each file of an artifact.
+    """
+    checked = Checked()
+    strays: list[tuple[str, str, str]] = []
+    for root in tree.artifacts:
+        found, artifact = _check_artifact(root, on_file)
+        shown = tree.name_of(root)
+        checked.findings += [Discrepancy(f.catcher, f.where, f.why, shown) for f in found]
+        if found:
+            checked.damaged.add(root)
+        if artifact is not None:
+            checked.artifacts.append(artifact)
+            checked.files += len(artifact.manifest.files) + 2
+            strays += [(shown, name, "the manifest does not list it") for name in artifact.unlisted()]
+            failed = [gate for gate in artifact.manifest.gates if not gate.passed]
+            checked.notes += [f"{shown}: when it was written, the gate '{gate.name}' failed" for gate in failed]
+    for path in tree.records:
+        finding = check_seal(path)
+        checked.files += 2
+        if finding and _before_seals(path):
+            checked.notes.append(f"{tree.name_of(path)}: written before there were seals; its bytes are not checked")
+        elif finding:
+            checked.findings.append(Discrepancy(Catcher.SEAL, path.name, finding, tree.name_of(path)))
+    strays += [(tree.name_of(path.parent), path.name, "nothing vouches for it") for path in _unknown(tree)]
+    if strict:
+        checked.findings += [Discrepancy(Catcher.MANIFEST, name, why, shown) for shown, name, why in strays]
+    else:
+        checked.notes += _stray_notes(strays)
+    checked.notes += [f"{tree.name_of(path)}: unfinished, not checked" for path in tree.unfinished]
+    return checked
+
+
+def _stray_notes(strays: list[tuple[str, str, str]]) -> list[str]:
+    """A note a file; one for all of a folder that holds many."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for shown, name, why in strays:
+        groups.setdefault((shown, why), []).append(name)
+    notes = []
+    for (shown, why), names in groups.items():
+        many = len(names) > _MANY
+        notes += [f"{shown}/: {len(names)} files: {why}"] if many else [f"{shown}/{name}: {why}" for name in names]
+    return notes
+
+
+def _before_seals(path: Path) -> bool:
+    """Whether a record without a seal is of the first version, which had none."""
+    if seal_path(path).exists():
+        return False
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("schema_version") == 1 and path.name.endswith(RECORD_SUFFIX)
+
+
+def _check_artifact(
+    root: Path, on_file: Callable[[FileEntry], None] | None
+) -> tuple[list[Discrepancy], Artifact | None]:
+    try:
+        manifest = read_manifest(root)
+    except (BadArtifactError, OSError) as error:
+        seal = check_seal(root / MANIFEST_NAME)
+        # One of version 1 needs no seal, and what it holds may still be no manifest.
+        unsealed = not seal_path(root / MANIFEST_NAME).exists() and "no seal" not in str(error)
+        catcher = Catcher.SEAL if seal and not unsealed else Catcher.MANIFEST
+        why = seal if catcher is Catcher.SEAL else getattr(error, "why", "") or str(error)
+        return [Discrepancy(catcher, MANIFEST_NAME, why)], None
+    findings = []
+    for entry in manifest.files:
+        wrong = check_file(root, entry)
+        if wrong:
+            findings.append(Discrepancy(Catcher.HASH, entry.path, wrong))
+        if on_file is not None:
+            on_file(entry)
+    return findings + list(_check_gates(manifest.gates)), Artifact(root, manifest)
+
+
+def _check_gates(gates: list[Gate]) -> Iterator[Discrepancy]:
+    """A gate that passed with a value that is no number, or that counts differences and counted some."""
+    for gate in gates:
+        counts = gate.threshold == 0 and gate.name not in _MEASURED
+        if gate.passed and (gate.value != gate.value or (counts and gate.value > 0)):
+            why = f"the gate passed with {gate.value:g} against {gate.threshold:g}"
+            yield Discrepancy(Catcher.MANIFEST, gate.name, why)
+
+
+# What a run keeps for itself, beside its stages' outputs.
+_RUN_FILES = ("recipe.yaml", "stages", "logs")
+# Of these a larger value is the better one.
+_MEASURED = ("top-1 agreement",)
+
+
+def _unknown(tree: Tree) -> list[Path]:
+    """Files outside of artifacts, but those that a run's record names."""
+    known = set()
+    for path in tree.records:
+        record = _run_of(path)
+        if record is None:
+            continue
+        for stage in record.stages:
+            names = {stage.log, *(f"{stage.output}/{name}" for name in stage.files)}
+            known |= {path.parent / name for name in names if name}
+        working = (path.parent / name for name in _RUN_FILES)
+        known |= {other for place in working for other in tree.others if place in (other, *other.parents)}
+    return [path for path in tree.others if path not in known]
+
+
+def _run_of(path: Path) -> RunRecord | None:
+    if path.name != RUN_FILE:
+        return None
+    try:
+        return read_run(path.parent)
+    except BadArtifactError:
+        return None
+
+
+def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discrepancy], list[str]]:
+    """What a sealed record says, against the artifacts it speaks of.
+
+    Args:
+        path: the record.
+        artifacts: by their directories.
+
+    Returns:
+        findings and notes.
+    """
+    try:
+        data = json.loads(path.read_bytes() if _before_seals(path) else read_sealed(path))
+    except (OSError, BadArtifactError):
+        return [], []  # a finding of its seal already
+    except ValueError as error:
+        return [Discrepancy(Catcher.RECORD, path.name, f"it is not JSON: {error}")], []
+    if path.name == RUN_FILE:
+        return _check_run(path, artifacts)
+    findings = list(_check_verdict(path.name, data)) if isinstance(data, dict) else []
+    if not isinstance(data, dict) or "manifest_digest" not in data:
+        return findings, []
+    export = artifacts.get(path.with_name(path.stem.rpartition(".")[0]))
+    if export is None:
+        return findings, [f"{path.name}: the export that it speaks of was not found beside it"]
+    said = data["manifest_digest"]
+    if said != export.digest:
+        why = f"it speaks of manifest {said}; {export.root.name} has {export.digest}"
+        findings.append(Discrepancy(Catcher.RECORD, path.name, why))
+    return findings, []
+
+
+def _check_verdict(name: str, data: dict[str, Any]) -> Iterator[Discrepancy]:
+    """A verdict that contradicts the reasons or the gates beside it."""
+    if data.get("verdict") not in _ACCEPTED:
+        return
+    failed = [str(g.get("name")) for g in data.get("gates") or [] if isinstance(g, dict) and not g.get("passed")]
+    if data.get("reasons") or failed:
+        shown = "; ".join([*map(str, data.get("reasons") or []), *(f"gate {gate} failed" for gate in failed)])
+        yield Discrepancy(Catcher.RECORD, name, f"its verdict is {data['verdict']}, but {shown[:300]}")
+    counted = (data.get("gates") or []) if name.endswith(RECORD_SUFFIX) else []  # others hold measured times
+    for gate in counted:
+        if gate.get("passed") and gate.get("threshold") == 0 and gate.get("name") not in _MEASURED:
+            value = gate.get("value")
+            if not isinstance(value, int | float) or value > 0:
+                yield Discrepancy(Catcher.RECORD, name, f"gate {gate['name']} passed with {value} against 0")
+
+
+def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discrepancy], list[str]]:
+    """Every stage's output is there, and has the content that the record names."""
+    try:
+        record = read_run(path.parent)
+    except BadArtifactError as error:
+        return [Discrepancy(Catcher.RECORD, path.name, error.why)], []
+    findings, notes = [], []
+    for stage in record.stages:
+        output = path.parent / stage.output
+        artifact = artifacts.get(output)
+        if not stage.content or stage.verdict is Verdict.INFEASIBLE:
+            continue
+        if artifact is not None and artifact.content != stage.content:
+            why = f"stage {stage.name} wrote content {stage.content}; {stage.output} has {artifact.content}"
+            findings.append(Discrepancy(Catcher.RECORD, path.name, why))
+        elif not output.exists():
+            findings.append(Discrepancy(Catcher.RECORD, stage.output, f"stage {stage.name} wrote it; it is missing"))
+        elif output.is_file():
+            findings += _check_stage_record(output, stage)
+        elif artifact is None:
+            notes.append(f"{stage.output}: no artifact that could be opened, so its content is not compared")
+    return findings, notes
+
+
+def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Discrepancy]:
+    """A stage whose output is a record: it is sealed, and its verdict is the one that the run judged."""
+    if not seal_path(output).exists() and not _before_seals(output):
+        yield Discrepancy(Catcher.SEAL, stage.output, check_seal(output))
+        return
+    try:
+        verdict = json.loads(output.read_bytes()).get("verdict")
+    except (ValueError, AttributeError):
+        return  # a finding of its seal, or of its own
+    text = json.dumps([stage.key, verdict], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    if hashlib.sha256(text.encode()).hexdigest() != stage.content:
+        why = f"stage {stage.name} was judged with another verdict than the {verdict} that stands there"
+        yield Discrepancy(Catcher.RECORD, stage.output, why)
+
+
+def find_parent(
+    child: Artifact, parent: Parent, known: list[Artifact]
+) -> tuple[Artifact | None, Discrepancy | None, str]:
+    """The artifact that a manifest names as its parent.
+
+    Args:
+        child: whose manifest names it.
+        parent: as named.
+        known: artifacts among which it may be.
+
+    Returns:
+        the artifact, or a finding where one of its name has another digest, or a note where it is not there.
+    """
+    same = [other for other in known if other.digest == parent.digest]
+    if same:
+        return same[0], None, ""
+    again = [other for other in known if parent.content is not None and other.content == parent.content]
+    if again:
+        note = f"parent {parent.kind} {parent.digest[:12]} was made again with the same content: {again[0].root.name}"
+        return again[0], None, note
+    name = Path(parent.path).name
+    renamed = [other for other in known if other.kind == parent.kind and other.root.name == name]
+    if renamed and renamed[0].root != child.root:
+        why = f"the manifest names {parent.kind} {parent.digest}; {name} has {renamed[0].digest}"
+        return None, Discrepancy(Catcher.PARENT, name, why), ""
+    what = "is a model without a manifest" if parent.kind == "model" else "was not found"
+    return None, None, f"parent {parent.kind} {parent.digest[:12]} ({parent.path}) {what}: not compared"

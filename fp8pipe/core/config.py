@@ -1,0 +1,177 @@
+"""Configurations: frozen, closed, described, and refused with every mistake at once.
+
+A stage's configuration is one `FrozenConfig`; command-line options are overrides of the same model, and the
+resolved values go into the artifact's manifest. Unknown keys are errors (a misspelt `leraning_rate` must not
+train for an hour with the default), and YAML is read with a safe loader that also refuses a key given twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fp8pipe.core.errors import ConfigurationError
+
+__all__ = ["FrozenConfig", "assign", "build_config", "load_config", "read_yaml"]
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class FrozenConfig(BaseModel):
+    """Base of every configuration: immutable, no unknown keys, and every field described.
+
+    Raises:
+        TypeError: when a subclass is defined with a field that has no description.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        missing = [name for name, field in cls.model_fields.items() if not field.description]
+        if missing:
+            raise TypeError(f"{cls.__name__}: these fields have no description: {', '.join(missing)}")
+
+
+def build_config(cls: type[T], values: Mapping[str, object]) -> T:
+    """Validate `values` into a `cls`.
+
+    Args:
+        cls: the configuration's class.
+        values: field values by name; nested configurations as mappings.
+
+    Raises:
+        ConfigurationError: one error that lists every invalid, missing and unknown key.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        findings = [_finding(cls, item) for item in error.errors(include_url=False)]
+    count = len(findings)
+    raise ConfigurationError(
+        f"the {_spoken(cls)} settings have {count} invalid {'value' if count == 1 else 'values'}",
+        why="; ".join(findings),
+        fix="correct the values named above",
+    )
+
+
+def load_config(cls: type[T], path: Path, overrides: Mapping[str, object] | None = None) -> T:
+    """Read a YAML mapping, apply `overrides`, and validate.
+
+    Args:
+        cls: the configuration's class.
+        path: a YAML file whose top level is a mapping (an empty file counts as an empty mapping).
+        overrides: values that win over the file's; a dotted key (`"a.b"`) reaches into a nested mapping.
+
+    Raises:
+        ConfigurationError: unreadable file, invalid YAML, or invalid values.
+    """
+    values = read_yaml(Path(path))
+    for dotted, value in (overrides or {}).items():
+        assign(values, dotted, value)
+    return build_config(cls, values)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a mapping with the same key twice, where YAML's default keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file counts as an empty mapping.
+
+    Raises:
+        ConfigurationError: unreadable, not YAML, a key given twice, or no mapping.
+    """
+    try:
+        # A subclass of SafeLoader: plain data only, no Python objects.
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read the configuration {path}",
+            why=error.strerror or str(error),
+            fix="give the path of a readable YAML file",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"{path} is not valid YAML", why=" ".join(str(error).split()), fix="correct the line named above"
+        ) from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigurationError(
+            f"{path} does not hold a mapping",
+            why=f"its top level is a {type(loaded).__name__}",
+            fix="write `key: value` lines",
+        )
+    return {str(key): value for key, value in loaded.items()}
+
+
+def assign(values: dict[str, Any], dotted: str, value: object) -> None:
+    """Set `values["a"]["b"] = value` for the dotted key `a.b`, creating mappings on the way."""
+    *parents, last = dotted.split(".")
+    here = values
+    for name in parents:
+        child = here.get(name)
+        if child is None:
+            child = here[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigurationError(
+                f"cannot set {dotted}",
+                why=f"{name} is {child!r}, not a group of settings",
+                fix=f"set {name} itself, or turn it into a mapping",
+            )
+        here = child
+    here[last] = value
+
+
+def _spoken(cls: type[BaseModel]) -> str:
+    """A configuration's name for people: QuantizeVitConfig becomes quantize-vit."""
+    words = re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
+    return "-".join(word.lower() for word in words if word not in ("Config", "Options", "Settings", "Spec"))
+
+
+def _finding(cls: type[BaseModel], item: Any) -> str:
+    """One sentence for one pydantic error."""
+    location: tuple[int | str, ...] = item["loc"]
+    name = ".".join(str(part) for part in location) or "(the whole configuration)"
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(cls, location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known)) or 'none'}"
+        return f"{name}: unknown key, {hint}"
+    if item["type"] == "missing":
+        return f"{name}: required and not given"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{name}: {message[:1].lower()}{message[1:]} (got {item['input']!r})"
+
+
+def _fields_at(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the nested configuration at `location`; empty when it cannot be told."""
+    for part in location:
+        field = cls.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        cls = annotation
+    return list(cls.model_fields)

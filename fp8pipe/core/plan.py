@@ -1,0 +1,178 @@
+"""What a command would read, write and take: the one form of every `--dry-run`.
+
+Peak memory is what the kernel will report of the command's largest process (`ru_maxrss`), disk is what its output and
+its checkpoints hold at once. Both are predictions from the shapes of the model at hand; where something of them was
+not measured, `notes` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe.core.disk import free_bytes
+from fp8pipe.core.errors import OutOfMemoryError
+from fp8pipe.core.machine import available_bytes, distribution_version, memory_bytes
+
+__all__ = ["Missing", "Plan", "missing_disk", "missing_memory", "missing_packages", "refuse_impossible"]
+
+# Distribution -> how it is had.
+_EXTRAS: Final = {
+    "gguf": "samples", "accelerate": "samples", "chatterbot-corpus": "samples", "scikit-learn": "samples",
+    "peft": "train", "bitsandbytes": "train", "timm": "vit", "torchvision": "vit", "pillow": "vit", "onnx": "onnx",
+    "onnxruntime": "onnx", "onnxscript": "onnx", "onnx-ir": "onnx", "tensorrt": "trt", "tensorrt-rtx": "trt-rtx",
+    "fastapi": "serve", "uvicorn": "serve", "prometheus-client": "serve",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Something that the command needs and this machine lacks: `what` with figures, `fix` is what gets it."""
+
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a command would take here.
+
+    Attributes:
+        reads: files, directories and names that are read.
+        writes: what is written.
+        peak_memory_bytes: largest resident memory of any of its processes; None where it cannot be told.
+        disk_bytes: most that its output and its checkpoints hold at once.
+        output_bytes: the finished output.
+        seconds: wall time on this machine, as busy as it is now; None where it was not estimated.
+        hardware: what it runs on, in words.
+        packages: distributions that it needs.
+        missing: what is not here.
+        notes: how figures were had, and what else should be known before.
+        facts: figures of this command alone.
+    """
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    peak_memory_bytes: int | None
+    disk_bytes: int
+    output_bytes: int
+    seconds: float | None = None
+    hardware: str = "a CPU"
+    packages: tuple[str, ...] = ()
+    missing: tuple[Missing, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """The plan as plain data, facts beside the rest."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "facts"}
+        fields["missing"] = [dataclasses.asdict(item) for item in self.missing]
+        return {**self.facts, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any]) -> Plan:
+        """Inverse of `document`."""
+        names = {f.name for f in dataclasses.fields(cls)} - {"facts"}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items() if k in names}
+        known["missing"] = tuple(Missing(**item) for item in document.get("missing", ()))
+        return cls(**known, facts={k: v for k, v in document.items() if k not in names})
+
+    def text(self) -> str:
+        """The plan for people."""
+        disk = f"{_size(self.disk_bytes)} at most, {_size(self.output_bytes)} in the end"
+        memory = "not known" if self.peak_memory_bytes is None else f"{_size(self.peak_memory_bytes)} at its peak"
+        rows = [
+            *(("reads", item) for item in self.reads),
+            *(("writes", item) for item in self.writes),
+            *((name.replace("_", " "), shown) for name, value in self.facts.items() if (shown := _shown(value))),
+            ("memory", memory),
+            ("disk", disk),
+            ("time", "not estimated" if self.seconds is None else f"about {_duration(self.seconds)}"),
+            ("hardware", self.hardware),
+            ("packages", ", ".join(self.packages) or "none beyond fp8pipe's own"),
+            *(("MISSING", f"{item.what}; {item.fix}") for item in self.missing),
+            *(("note", note) for note in self.notes),
+        ]
+        return "plan (nothing was written)\n" + "\n".join(f"  {name:<16}  {value}" for name, value in rows)
+
+
+def missing_packages(names: Iterable[str]) -> tuple[Missing, ...]:
+    """Those distributions that are not installed; nothing is imported."""
+    return tuple(
+        Missing(f"the package {name} is not installed", f"pip install 'fp8pipe[{_EXTRAS[name]}]'")
+        if name in _EXTRAS
+        else Missing(f"the package {name} is not installed", f"pip install {name}")
+        for name in names
+        if distribution_version(name) is None
+    )
+
+
+def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
+    """That more memory is needed than is available now, if so."""
+    available = available_bytes()
+    if peak_bytes is None or peak_bytes <= available:
+        return ()
+    return (Missing(f"memory: {_size(peak_bytes)} at the peak, {_size(available)} available now", fix),)
+
+
+def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
+    """That more disk is needed than is free at `output`, if so."""
+    free = free_bytes(output)
+    if need_bytes <= free:
+        return ()
+    what = f"disk: {_size(need_bytes)} needed, {_size(free)} free at {output}"
+    return (Missing(what, "free space, or give an output on another disk"),)
+
+
+def refuse_impossible(least_bytes: int, what: str) -> None:
+    """Refuse what cannot fit this machine, whatever else runs on it.
+
+    Args:
+        least_bytes: what `what` holds in memory at once, at the very least.
+        what: the thing that does not fit.
+
+    Raises:
+        OutOfMemoryError: it is more than all memory and swap together.
+    """
+    total = memory_bytes() + _swap_bytes()
+    if least_bytes <= total:
+        return
+    raise OutOfMemoryError(
+        f"{what} cannot fit into this machine's memory",
+        why=f"it is {_size(least_bytes)} before anything is done with it; memory and swap are {_size(total)}",
+        fix="use a smaller model or a larger machine; --dry-run tells what a run takes",
+    )
+
+
+def _swap_bytes() -> int:
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 0
+    return int(text.split("SwapTotal:")[1].split()[0]) * 1024
+
+
+def _size(size: int) -> str:
+    value, units = float(size), ("B", "kB", "MB", "GB", "TB")
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} ({item})" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

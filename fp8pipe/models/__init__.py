@@ -1,0 +1,1 @@
+"""Checkpoints and models as they are found: names, files, structure, language and vision."""

@@ -1,0 +1,254 @@
+"""A GGUF file becomes an ordinary Hugging Face checkpoint, once, in the cache.
+
+transformers can read GGUF weights but marks the loaded model "quantized with gguf" and refuses to save it.
+The weights it holds are plain floating point by then, so the state dict moves into a fresh model of the
+same configuration without the ``quantization_config`` entry, and that model is saved: bfloat16 safetensors
+under the checkpoint's names (a tied lm_head absent), generation_config, tokenizer and chat template.
+
+The conversion happens in ``<target>.partial`` under a file lock and ends with one rename: a reader sees the
+whole checkpoint or none, two processes convert once, and what a killed conversion left behind is swept by
+the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe.core.errors import (
+    BadArtifactError,
+    ConfigurationError,
+    Fp8PipeError,
+    MissingCapabilityError,
+    OutOfMemoryError,
+)
+from fp8pipe.models.samples import file_sha256
+
+__all__ = ["cache_root", "convert_gguf"]
+
+log = logging.getLogger(__name__)
+
+# Written into each converted directory; raise it when the conversion below changes what it writes.
+CONVERSION_VERSION: Final = 1
+RECORD: Final = "conversion.json"
+GGUF_MAGIC: Final = b"GGUF"
+
+
+def cache_root() -> Path:
+    """The directory for converted models: ``$FP8PIPE_CACHE/models`` or ``~/.cache/fp8pipe/models``."""
+    base = os.environ.get("FP8PIPE_CACHE")
+    return (Path(base).expanduser() if base else Path.home() / ".cache" / "fp8pipe") / "models"
+
+
+def convert_gguf(gguf: Path, *, name: str | None = None) -> Path:
+    """Directory of the checkpoint converted from ``gguf``; converts on the first call, reuses it afterwards.
+
+    The directory is ``<cache>/<name>-<first 12 digits of the file's sha256>``.
+
+    Args:
+        gguf: the GGUF file.
+        name: cache name; the file's stem by default.
+
+    Raises:
+        ConfigurationError: no such file, an architecture transformers cannot read, or an unwritable cache.
+        BadArtifactError: the file is not GGUF, or the cached directory was damaged.
+        MissingCapabilityError: the packages gguf or accelerate are absent.
+        OutOfMemoryError: the disk is full.
+    """
+    _check_gguf(gguf)
+    digest = file_sha256(gguf)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name or gguf.stem).strip("-.") or "model"
+    target = cache_root() / f"{stem}-{digest[:12]}"
+    if target.is_dir() and _is_current(target, digest):
+        return target
+    with _translated_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_name(target.name + ".lock")):
+            # Another process may have converted while this one waited for the lock.
+            if target.is_dir() and _is_current(target, digest):
+                return target
+            partial = target.with_name(target.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            log.info("converting %s to a bf16 checkpoint in %s (once)", gguf.name, target)
+            try:
+                _convert_into(gguf, partial)
+                _write_record(partial, gguf, digest)
+                shutil.rmtree(target, ignore_errors=True)  # an older conversion version, if any
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _check_gguf(gguf: Path) -> None:
+    if not gguf.is_file():
+        raise ConfigurationError(
+            f"there is no file {gguf}", why="a path ending in .gguf must be a GGUF file", fix="check the path"
+        )
+    with gguf.open("rb") as handle:
+        magic = handle.read(len(GGUF_MAGIC))
+    if magic != GGUF_MAGIC:
+        raise BadArtifactError(
+            f"{gguf} is not a GGUF file",
+            why=f"it begins with {magic!r}, not {GGUF_MAGIC!r}",
+            fix="download it again: the file may be truncated or an HTML error page",
+        )
+
+
+def _is_current(target: Path, digest: str) -> bool:
+    """True for a complete conversion of this version; False for an older one.
+
+    Raises:
+        BadArtifactError: a file is missing or has another size than was written.
+    """
+    fix = f"delete {target}; it will be converted again"
+    try:
+        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
+        files: dict[str, int] = record["files"]
+        version, source = record["version"], record["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadArtifactError(
+            f"the converted model in {target} is damaged",
+            why=f"{RECORD}: {type(error).__name__}: {error}",
+            fix=fix,
+        ) from error
+    if version != CONVERSION_VERSION or source != digest:
+        return False
+    for name, size in files.items():
+        path = target / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise BadArtifactError(
+                f"the converted model in {target} is damaged",
+                why=f"{name} has {found} bytes, {size} were written",
+                fix=fix,
+            )
+    return True
+
+
+def _write_record(root: Path, gguf: Path, digest: str) -> None:
+    """Writes the provenance and the sizes, and flushes every file to the disk."""
+    files = {p.name: p.stat().st_size for p in sorted(root.iterdir())}
+    record = {"version": CONVERSION_VERSION, "source": gguf.name, "sha256": digest, "files": files}
+    (root / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for path in root.iterdir():
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _convert_into(gguf: Path, root: Path) -> None:
+    for package in ("gguf", "accelerate"):
+        _require(package)
+    import torch
+
+    from fp8pipe.models.compat import import_transformers
+
+    transformers = import_transformers()
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            # Without this, weights stay in GGUF blocks wherever a kernel for them is installed.
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (Fp8PipeError, OSError, MemoryError):
+        raise
+    except Exception as error:  # the readers of a foreign file raise almost anything, tokenizers a bare Exception
+        if "allocate memory" in str(error):  # how torch says on the CPU that memory ran out
+            raise MemoryError(str(error)) from error
+        raise ConfigurationError(
+            f"{gguf} cannot be converted",
+            why=f"transformers {transformers.__version__} cannot read it: {type(error).__name__}: {error}",
+            fix="give the original Hugging Face checkpoint instead",
+        ) from error
+    _fix_pre_tokenizer(tokenizer, gguf)
+    tokenizer.model_max_length = loaded.config.max_position_embeddings
+    root.mkdir()
+    _unmarked(loaded).save_pretrained(root)
+    tokenizer.save_pretrained(root)
+
+
+def _unmarked(loaded: Any) -> Any:
+    """A model of the same class and weights (shared, not copied) that no longer claims to be quantized."""
+    import torch
+
+    config = copy.deepcopy(loaded.config)
+    for mark in ("quantization_config", "_model_name_or_path"):
+        if hasattr(config, mark):
+            delattr(config, mark)
+    with torch.device("meta"):  # no memory and no random initialisation: every weight is assigned below
+        fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict(), strict=True, assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = loaded.generation_config
+    return fresh
+
+
+def _fix_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
+    """Restores SmolLM's digit splitting, which transformers leaves out when it reads a GGUF file.
+
+    The vocabulary has no multi-digit token, so only white space before a number differs, but training text
+    should be cut exactly as the model's own training text was.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+            ]
+        )
+
+
+def _require(package: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingCapabilityError(
+            f"the package {package} is not installed",
+            why="transformers needs gguf and accelerate to read a GGUF file",
+            fix="pip install gguf accelerate",
+        )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on ``path``; the operating system releases it if the process dies."""
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _translated_errors(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutOfMemoryError(
+                f"the disk of {cache} is full",
+                why=str(error),
+                fix="free space, or set FP8PIPE_CACHE to a directory on another disk",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise ConfigurationError(
+                f"the cache {cache} cannot be written",
+                why=str(error),
+                fix="set FP8PIPE_CACHE to a writable directory",
+            ) from error
+        raise

@@ -1,0 +1,143 @@
+"""ONNX and GGUF files as layers."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
+from fp8pipe.models.inspection.bytes_of import count_ends
+from fp8pipe.models.inspection.contents import Contents, LayerView
+
+__all__ = ["read_gguf", "read_onnx"]
+
+_ONNX_FORMATS: Final = {
+    "INT8": "int8", "UINT8": "uint8", "INT4": "int4", "UINT4": "uint4", "FLOAT8E4M3FN": "fp8-e4m3",
+    "FLOAT8E5M2": "fp8-e5m2", "FLOAT4E2M1": "nvfp4", "FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16",
+}  # fmt: skip
+# Bytes of a block, and where its fp16 scale lies in it.
+_GGUF_SCALES: Final = {
+    "Q8_0": (34, 0), "Q4_0": (18, 0), "Q4_1": (20, 0), "Q5_0": (22, 0), "Q5_1": (24, 0), "Q2_K": (84, 80),
+    "Q3_K": (110, 108), "Q4_K": (144, 0), "Q5_K": (176, 0), "Q6_K": (210, 208),
+}  # fmt: skip
+_TWO_AXES: Final = 2
+
+
+def read_onnx(path: Path, *, look: bool = True) -> Contents:
+    """A graph: stored weights with the scales that decode them, quantizers of activations, inputs and outputs.
+
+    Raises:
+        BadArtifactError: it cannot be read as ONNX.
+        MissingCapabilityError: onnx-ir is not installed.
+    """
+    ir = _need("onnx_ir", "pip install 'fp8pipe[onnx]'")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's own error type is not public
+        raise BadArtifactError(f"{path} cannot be read as an ONNX graph", why=str(error)[:300]) from error
+    contents = Contents(f"ONNX, opset {model.opset_imports.get('')}, IR {model.ir_version}")
+    decoders = {n.inputs[0]: n for n in model.graph if n.op_type == "DequantizeLinear" and n.inputs[0] is not None}
+    quantizers = [n for n in model.graph if n.op_type == "QuantizeLinear"]
+    rest = 0
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            continue
+        decoder = decoders.get(value)
+        if decoder is not None and len(value.const_value.shape) >= _TWO_AXES:
+            contents.layers.append(_onnx_layer(str(name), value, decoder, look))
+        elif len(value.const_value.shape) >= _TWO_AXES:
+            format = _ONNX_FORMATS.get(value.dtype.name, value.dtype.name.lower())
+            shape = tuple(int(side) for side in value.const_value.shape)
+            contents.layers.append(LayerView(str(name), format, shape, value.const_value.nbytes))
+        else:
+            rest += value.const_value.nbytes
+    contents.layers.append(LayerView("other stored tensors", "small", None, rest))
+    operators: dict[str, int] = {}
+    for node in model.graph:
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    contents.facts = {
+        "inputs": [f"{v.name} {v.dtype.name if v.dtype else '?'} {v.shape}" for v in model.graph.inputs],
+        "outputs": [f"{v.name} {v.dtype.name if v.dtype else '?'} {v.shape}" for v in model.graph.outputs],
+        "operators": dict(sorted(operators.items(), key=lambda item: -item[1])),
+        "activation_quantizers": len(quantizers),
+    }
+    return contents
+
+
+def _onnx_layer(name: str, value: Any, decoder: Any, look: bool) -> LayerView:
+    codes, scale = value.const_value, decoder.inputs[1]
+    format = _ONNX_FORMATS.get(value.dtype.name, value.dtype.name.lower())
+    shape = tuple(int(side) for side in codes.shape)
+    stored = None if scale is None or scale.const_value is None else scale.const_value
+    view = LayerView(name, format, shape, codes.nbytes + (0 if stored is None else stored.nbytes))
+    if stored is None:
+        view.granularity = "computed scales"
+        return view
+    count = int(np.prod([int(side) for side in stored.shape], dtype=np.int64))
+    channels = shape[decoder.attributes.get_int("axis", 1)] if len(stored.shape) == 1 else 0
+    view.granularity = "per-tensor" if count == 1 else "per-channel" if count == channels else "per-block"
+    if look:
+        view.scales.add(np.asarray(stored.numpy(), dtype=np.float64))
+        view.codes, view.saturated, view.nan = _onnx_codes(codes.numpy(), format)
+    return view
+
+
+def _onnx_codes(array: np.ndarray, format: str) -> tuple[int, int, int]:
+    if format in ("int4", "uint4"):  # numpy holds one in a byte
+        low, high = (-8, 7) if format == "int4" else (0, 15)
+        values = array.astype(np.int16)
+        return values.size, int(((values <= low) | (values >= high)).sum()), 0
+    if format == "nvfp4":
+        return array.size, int((np.abs(array.astype(np.float32)) >= 6).sum()), 0
+    if format == "uint8":
+        return array.size, int(((array == 0) | (array == 255)).sum()), 0
+    return count_ends(np.ascontiguousarray(array).view(np.uint8).reshape(-1), format)
+
+
+def read_gguf(path: Path, *, look: bool = True) -> Contents:
+    """A GGUF file; tensors are mapped, and touched one at a time.
+
+    Raises:
+        BadArtifactError: it cannot be read.
+        MissingCapabilityError: gguf is not installed.
+    """
+    gguf = _need("gguf", "pip install 'fp8pipe[samples]'")
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except Exception as error:  # its reader raises whatever numpy raises
+        raise BadArtifactError(f"{path} cannot be read as GGUF", why=str(error)[:300]) from error
+    contents = Contents("GGUF")
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type.name
+        shape = tuple(int(side) for side in tensor.shape[::-1])
+        view = LayerView(tensor.name.removesuffix(".weight"), kind.lower(), shape, int(tensor.n_bytes))
+        block = _GGUF_SCALES.get(kind)
+        if block is not None:
+            width, place = block
+            view.granularity = "per-block"
+            if look:
+                rows = tensor.data.reshape(-1).view(np.uint8).reshape(-1, width)
+                view.scales.add(np.abs(np.ascontiguousarray(rows[:, place : place + 2]).view("<f2")))
+        contents.layers.append(view)
+    fields = reader.fields
+    contents.facts = {
+        "architecture": _text(fields.get("general.architecture")),
+        "name": _text(fields.get("general.name")),
+        "tokenizer": "tokenizer.ggml.tokens" in fields,
+        "chat_template": "tokenizer.chat_template" in fields,
+    }
+    return contents
+
+
+def _text(field: Any) -> str | None:
+    return None if field is None else bytes(field.parts[field.data[0]]).decode("utf-8", "replace")
+
+
+def _need(module: str, how: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingCapabilityError(f"{module} is not installed", why=str(error), fix=how) from error

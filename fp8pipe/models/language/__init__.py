@@ -1,0 +1,1 @@
+"""Language models: where they come from, their structure, and text for them."""

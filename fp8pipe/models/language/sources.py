@@ -1,0 +1,228 @@
+"""Where a base model comes from: one local directory, whatever the user named.
+
+Every stage reads a Hugging Face directory (config.json and safetensors). The user may name that directory,
+a hub id (``org/name`` or ``org/name@revision``), a GGUF file, or ``sample:smollm2``; this module turns each
+into the directory and says where it came from. It also holds the check that a base model is not quantized
+already: fine-tuning or converting FP8 codes as if they were weights would succeed and be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.models.checkpoint.gguf import convert_gguf
+from fp8pipe.models.checkpoint.sidecars import HUB_FILES
+from fp8pipe.models.samples import sample_name, smollm2_gguf
+
+__all__ = ["ModelSource", "check_unquantized", "resolve_model"]
+
+MODEL_SAMPLES: Final = ("smollm2",)
+# A hub id: at most one slash, no path syntax; an optional revision after "@".
+_HUB_ID: Final = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$")
+_MAX_HEADER_BYTES: Final = 100_000_000  # the safetensors format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A base model on this machine.
+
+    Attributes:
+        path: directory with config.json and safetensors.
+        origin: what the user named, for records.
+        revision: the hub commit, the first 12 digits of the GGUF file's sha256, or None for a plain
+            directory.
+    """
+
+    path: Path
+    origin: str
+    revision: str | None = None
+
+
+def resolve_model(src: str) -> ModelSource:
+    """The local directory of the model named by ``src``; downloads or converts it when needed.
+
+    Raises:
+        ConfigurationError: nothing of that name, or a directory that is no checkpoint.
+        MissingCapabilityError: a package or the network is missing.
+        BadArtifactError: a damaged file.
+    """
+    if not src.strip():
+        raise ConfigurationError(
+            "no model was named",
+            why="the name is empty",
+            fix="give a directory, a hub id, a .gguf file or sample:smollm2",
+        )
+    if sample_name(src, MODEL_SAMPLES, "model") is not None:
+        return _from_gguf(smollm2_gguf(), src, name="smollm2")
+    path = Path(src).expanduser()
+    if path.is_dir():
+        _check_checkpoint(path)
+        return ModelSource(path.resolve(), src)
+    if path.suffix.lower() == ".gguf":
+        return _from_gguf(path.absolute(), src, name=None)
+    if path.exists():
+        raise ConfigurationError(
+            f"{src} is not a model",
+            why="it is a file; a model is a directory or a .gguf file",
+            fix="give the directory that holds config.json",
+        )
+    match = _HUB_ID.match(src)
+    if match is None:
+        raise ConfigurationError(
+            f"there is no directory {src}",
+            why="and it does not look like a hub id (org/name)",
+            fix="check the path, or use sample:smollm2 for a small built-in model",
+        )
+    return _from_hub(src, match["id"], match["revision"])
+
+
+def _from_gguf(gguf: Path, origin: str, *, name: str | None) -> ModelSource:
+    path = convert_gguf(gguf, name=name)
+    return ModelSource(path, origin, path.name.rpartition("-")[2])
+
+
+def _from_hub(src: str, repo_id: str, revision: str | None) -> ModelSource:
+    """Downloads a snapshot; ``HF_HUB_OFFLINE=1`` makes huggingface_hub look in its cache only."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    try:
+        path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (
+        hub.GatedRepoError,
+        hub.RepositoryNotFoundError,
+        hub.RevisionNotFoundError,
+        hub.HFValidationError,
+    ) as error:
+        raise ConfigurationError(
+            f"there is no directory {src!r} here, and the hub does not give a model of that name",
+            why=f"{type(error).__name__}: {_first_line(error)}",
+            fix="check the name and the revision; for a private or gated model run `hf auth login` first",
+        ) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
+        raise MissingCapabilityError(
+            f"there is no directory {src!r} here, and the model could not be downloaded",
+            why=f"{type(error).__name__}: {_first_line(error)}",
+            fix="check the path, or the network (HF_HUB_OFFLINE must be unset to download); "
+            "sample:smollm2 needs no network",
+        ) from error
+    _check_checkpoint(path)
+    return ModelSource(path, src, path.name)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        raise ConfigurationError(
+            f"{path} is not a Hugging Face model directory",
+            why="it has no config.json",
+            fix=f"name the file instead: {path / ggufs[0]}" if ggufs else "give the directory that holds config.json",
+        )
+    if not any(path.glob("*.safetensors")):
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+        raise ConfigurationError(
+            f"{path} holds no safetensors weights",
+            why="only pickled weights are there, which are not loaded" if pickled else "no *.safetensors file is there",
+            fix="save the model again with save_pretrained(...)" if pickled else "check that the download is complete",
+        )
+
+
+def check_unquantized(path: Path) -> None:
+    """Refuses a base model whose weights are quantized already.
+
+    Reads config.json and the headers of the safetensors files (no weights).
+
+    Args:
+        path: model directory.
+
+    Raises:
+        ConfigurationError: a ``quantization_config`` in config.json, or FP8, FP4 or integer weight tensors.
+        BadArtifactError: config.json or a safetensors header cannot be read.
+    """
+    fix = "start from the original bf16, fp16 or fp32 checkpoint"
+    config = _read_config(path)
+    nested = [config, *(v for v in config.values() if isinstance(v, dict))]  # e.g. text_config
+    for part in nested:
+        quantization = part.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            raise ConfigurationError(
+                f"the model in {path} is quantized already",
+                why=f"config.json has a quantization_config (method {method})",
+                fix=fix,
+            )
+    for file in sorted(path.glob("*.safetensors")):
+        for name, entry in _tensor_entries(file):
+            if _is_quantized(name, entry):
+                raise ConfigurationError(
+                    f"the model in {path} is quantized already",
+                    why=f"{file.name}: {name} has dtype {entry['dtype']}",
+                    fix=fix,
+                )
+
+
+def _is_quantized(name: str, entry: dict[str, Any]) -> bool:
+    """FP8 and FP4 anywhere; integers only where a weight can be: some checkpoints keep integer masks."""
+    dtype = str(entry["dtype"])
+    if dtype.startswith(("F8", "F4", "F6")):
+        return True
+    buffer = name.rpartition(".")[2] in {"bias", "masked_bias", "position_ids", "token_type_ids", "mask"}
+    return dtype in {"I8", "U8", "I16", "U16", "I32", "U32", "I4", "U4"} and len(entry["shape"]) >= 2 and not buffer
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"{path} is not a Hugging Face model directory",
+            why="it has no config.json",
+            fix="give the directory that holds config.json",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadArtifactError(
+            f"{path / 'config.json'} cannot be read",
+            why=f"{type(error).__name__}: {error}",
+            fix="fetch the model again",
+        ) from error
+    if not isinstance(config, dict):
+        raise BadArtifactError(
+            f"{path / 'config.json'} cannot be read",
+            why="it is not a JSON object",
+            fix="fetch the model again",
+        )
+    return config
+
+
+def _tensor_entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and header entries (dtype, shape) of a safetensors file; sizes are checked against the file's."""
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(handle.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError(f"{file.stat().st_size} bytes, the header describes {8 + length + end}")
+        for entry in entries.values():
+            _ = entry["dtype"], entry["shape"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise BadArtifactError(
+            f"{file} is not a complete safetensors file",
+            why=f"{type(error).__name__}: {error}",
+            fix="fetch the model again",
+        ) from error
+    yield from entries.items()

@@ -1,0 +1,209 @@
+"""Every attention of a vision transformer, in the hands of a handler, without touching the model's code.
+
+All supported attentions end in one call of `torch.nn.functional.scaled_dot_product_attention` (`prepare_model`
+sees to that). So one patch of that function, for the time of a context, reaches every family at once: maps
+for a loss, quantizers for a student, the plain formula for an export. Outside the context nothing is changed,
+and the fused kernels stay in use.
+
+The patch replaces a name in a module of torch, so it holds for the whole process: one context at a time, and
+forwards from other threads are seen too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fp8pipe.core.errors import ConfigurationError
+
+__all__ = ["AttentionHandler", "attention_names", "explicit_attention", "intercept_attention", "module_stack"]
+
+Hook = Callable[[Tensor], Tensor]
+
+
+class AttentionHandler(Protocol):
+    """Computes one attention in the model's place."""
+
+    def __call__(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """The attention's output.
+
+        Args:
+            name: the module that calls, as in `model.named_modules()`.
+            q: queries (B, H, Nq, d), not yet multiplied by `scale`. B counts windows too.
+            k: keys (B, H, N, d).
+            v: values (B, H, N, d).
+            mask: what is added to the logits, broadcastable to (B, H, Nq, N); None where there is none.
+            scale: factor of the logits, usually 1/sqrt(d).
+
+        Returns:
+            (B, H, Nq, d).
+        """
+        ...
+
+
+def explicit_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    on_logits: Hook | None = None,
+    on_probs: Hook | None = None,
+) -> Tensor:
+    """softmax((q·scale) kᵀ + mask) v, in exactly this order: the scale on q, before the product.
+
+    Args:
+        q: (B, H, Nq, d).
+        k: (B, H, N, d).
+        v: (B, H, N, d).
+        mask: additive or None, broadcastable to (B, H, Nq, N).
+        scale: 1.0 multiplies nothing, for a q that has it already.
+        on_logits: sees (q·scale) kᵀ (B, H, Nq, N), before the mask, and returns what is used in its place.
+        on_probs: the same for the probabilities (B, H, Nq, N).
+
+    Returns:
+        (B, H, Nq, d).
+    """
+    if scale != 1.0:
+        q = q * scale
+    logits = q @ k.transpose(-2, -1)  # (B, H, Nq, d) @ (B, H, d, N)
+    if on_logits is not None:
+        logits = on_logits(logits)
+    if mask is not None:
+        logits = logits + mask
+    probs = logits.softmax(dim=-1)
+    if on_probs is not None:
+        probs = on_probs(probs)
+    return probs @ v  # (B, H, Nq, N) @ (B, H, N, d)
+
+
+@contextmanager
+def module_stack(modules: Collection[tuple[str, nn.Module]]) -> Iterator[list[str]]:
+    """The names of those of `modules` that are running, outermost first, while the context lasts."""
+    stack: list[str] = []
+    handles = []
+
+    def entering(name: str) -> Callable[..., None]:
+        return lambda module, args: stack.append(name)
+
+    def leaving(module: nn.Module, args: Any, output: Any) -> None:
+        stack.pop()
+
+    try:
+        for name, module in modules:
+            handles.append(module.register_forward_pre_hook(entering(name)))
+            # always_call: a forward that raises must leave the stack as it found it.
+            handles.append(module.register_forward_hook(leaving, always_call=True))
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def intercept_attention(model: nn.Module, names: Collection[str], handler: AttentionHandler) -> Iterator[None]:
+    """Give every attention of `names` to `handler` while the context lasts.
+
+    Attentions of other modules, and of other models, run as always. Works under autograd, autocast and
+    non-strict `torch.export`, and is undone however the context is left.
+
+    Args:
+        model: the model that will run.
+        names: modules that call the fused attention, as `attention_names` gives them.
+        handler: called in the place of the fused attention.
+
+    Raises:
+        ConfigurationError: a name is no module of the model; while running: an attention that is causal, has
+            dropout, or shares keys among heads.
+        RuntimeError: a context is active already.
+    """
+    if getattr(functional.scaled_dot_product_attention, "_fp8pipe_intercepts", False):
+        raise RuntimeError("attention is intercepted already; leave that context first")
+    fused = functional.scaled_dot_product_attention
+    with module_stack([(name, _module(model, name)) for name in names]) as stack:
+
+        def intercepted(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            scale: float | None = None,
+            enable_gqa: bool = False,
+        ) -> Tensor:
+            if not stack:
+                return fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            name = stack[-1]
+            _refuse(name, dropout_p, is_causal, enable_gqa)
+            if scale is None:
+                scale = 1.0 / math.sqrt(query.shape[-1])
+            return handler(name, query, key, value, _additive(attn_mask, query), scale)
+
+        intercepted._fp8pipe_intercepts = True  # type: ignore[attr-defined]
+        functional.scaled_dot_product_attention = intercepted
+        try:
+            yield
+        finally:
+            functional.scaled_dot_product_attention = fused
+
+
+@torch.no_grad()
+def attention_names(model: nn.Module, pixels: Tensor) -> list[str]:
+    """The modules that call the fused attention, innermost, in the order of their calls.
+
+    Args:
+        model: prepared by `prepare_model`; run once.
+        pixels: (N, 3, H, W), the images to run it on; their values do not matter.
+
+    Returns:
+        One name a call: a module that calls it twice is there twice.
+    """
+    everything = {name: module for name, module in model.named_modules() if name}
+    found: list[str] = []
+
+    def note(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        found.append(name)
+        return explicit_attention(q, k, v, mask, scale)
+
+    with intercept_attention(model, everything, note):
+        model(pixels)
+    return found
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigurationError(
+            f"the model has no module {name}", why=str(error), fix="take the names from attention_names(model, ...)"
+        ) from error
+
+
+def _refuse(name: str, dropout: float, causal: bool, grouped: bool) -> None:
+    reasons = []
+    if dropout > 0:
+        reasons.append(f"it drops attention probabilities (p={dropout})")
+    if causal:
+        reasons.append("it is causal")
+    if grouped:
+        reasons.append("its heads share keys and values")
+    if reasons:
+        raise ConfigurationError(
+            f"the attention {name} is of a kind that is not supported",
+            why=" and ".join(reasons),
+            fix="put the model in eval mode" if dropout > 0 else "use a plain vision transformer",
+        )
+
+
+def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A boolean mask (True: takes part) in its additive form."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)

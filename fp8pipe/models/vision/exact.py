@@ -1,0 +1,174 @@
+"""The quantized model in arithmetic that has one result: what every engine, thread count and processor can agree on.
+
+A quantized transformer is chaotic. Where sums are rounded at every addition, their order decides last bits, a last bit
+moves a code, and a few layers on the logits differ by percents, between two correct engines or one engine with two
+threads. So "the same model" has no bits to compare, unless its arithmetic leaves no choice. Here it leaves none:
+
+* products of codes are integers, and exact; one fp32 multiplication by `scale_x * scale_w` turns them into numbers;
+* everything between a product and the next quantizer is float64, and is rounded to fp32 once, where it is quantized.
+
+Two implementations then differ by 1e-15 of a value at most. A code changes with that only where a value lies so near to
+the border of two fp32 numbers that are at the border of two codes: of millions of codes, none. Codes and logits of a
+whole net are therefore equal, bit for bit, and a comparison needs no tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.architecture import build
+from fp8pipe.models.vision.attention import intercept_attention
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.quantized import QuantizedVit, of_type
+from fp8pipe.models.vision.structure import LinearSite
+from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes
+
+__all__ = ["ExactVit", "double_model", "inexact_sites"]
+
+# Up to here every integer is an fp32 number, and so is every partial sum of a product below it, in any order.
+_FP32_INTEGERS: Final = 2**24
+Codes = Callable[[str, Tensor], None]
+
+
+def inexact_sites(quantized: QuantizedVit) -> list[str]:
+    """Products whose sums depend on their order: those without integer codes on both sides."""
+    found = []
+    for site in quantized.structure.linears:
+        weight, reads = quantized.weights.get(site.name), quantized.activations.get(f"{site.input_group}.input")
+        if weight is None or weight.kind is not Kind.INT or reads is None or reads.kind is not Kind.INT:
+            found.append(site.name)
+    for attention in quantized.structure.attentions:
+        operands = (quantized.activations.get(f"{attention.name}.{what}") for what in ("q", "k", "probs", "v"))
+        if not all(q is not None and q.kind is Kind.INT for q in operands):
+            found.append(attention.name)
+    return found
+
+
+def double_model(quantized: QuantizedVit) -> nn.Module:
+    """The prepared model in float64 with dequantized weights, without hooks.
+
+    Epsilons of normalizations are rounded to fp32, as ONNX stores them.
+    """
+    model = build(quantized.architecture)
+    model.load_state_dict(quantized.model.state_dict())
+    for module in model.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            module.eps = _as_fp32(module.eps)  # type: ignore[assignment, arg-type]
+    return model.double()
+
+
+class ExactVit:
+    """The model of an artifact in exact arithmetic. Slower than `QuantizedVit` by a small factor.
+
+    Args:
+        quantized: not changed.
+
+    Raises:
+        ConfigurationError: a product has no integer codes (FP8 artifacts).
+    """
+
+    def __init__(self, quantized: QuantizedVit) -> None:
+        inexact = inexact_sites(quantized)
+        if inexact:
+            raise ConfigurationError(
+                f"{len(inexact)} product(s) have no exact result; the first: {inexact[0]}",
+                why="only integer codes on both sides can be summed without rounding",
+                fix="quantize with --bits wXaY for integers",
+            )
+        self.quantized = quantized
+        self._model = double_model(quantized)
+        self._weights = of_type(quantized.weights, WeightCodes)
+        self._activations = of_type(quantized.activations, ActivationQuantizer)
+        self._on_codes: Codes | None = None
+        for site in quantized.structure.linears:
+            layer = self._model.get_submodule(site.name)
+            layer.forward = self._linear(site, layer)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, on_codes: Codes | None = None) -> Tensor:
+        """Logits (or features) `(N, C)` fp32 of normalized pixels `(N, 3, H, W)` fp32.
+
+        Args:
+            pixels: the images.
+            on_codes: is told the codes (int8) of every activation site, in the order in which they are made.
+        """
+        self._on_codes = on_codes
+        try:
+            with intercept_attention(self._model, self.quantized.structure.attention_names, self._attend):
+                return vision_outputs(self._model, pixels.double()).float()
+        finally:
+            self._on_codes = None
+
+    def _codes(self, site: str, x: Tensor) -> tuple[Tensor, ActivationQuantizer]:
+        quantizer = self._activations[site]
+        codes = quantizer.codes(x.float())  # the one rounding to fp32
+        if self._on_codes is not None:
+            self._on_codes(site, codes)
+        return codes, quantizer
+
+    def _linear(self, site: LinearSite, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        weight = self._weights[site.name]
+
+        def forward(x: Tensor) -> Tensor:
+            codes, quantizer = self._codes(f"{site.input_group}.input", x)
+            output = _product(codes, weight, quantizer, layer)
+            bias = layer.bias
+            if bias is None:
+                return output
+            assert isinstance(bias, Tensor)
+            return output + (bias.view(-1, 1, 1) if site.kind == "patch" else bias)
+
+        return forward
+
+    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        q_codes, q_grid = self._codes(f"{name}.q", q * _as_fp32(scale))
+        k_codes, k_grid = self._codes(f"{name}.k", k)
+        v_codes, v_grid = self._codes(f"{name}.v", v)
+        logits = _scaled(_sum(q_codes, k_codes.transpose(-2, -1)), _joint(q_grid, k_grid))
+        probs = (logits if mask is None else logits + mask).softmax(-1)
+        p_codes, p_grid = self._codes(f"{name}.probs", probs)
+        return _scaled(_sum(p_codes, v_codes), _joint(p_grid, v_grid))
+
+
+def _product(codes: Tensor, weight: WeightCodes, reads: ActivationQuantizer, layer: nn.Module) -> Tensor:
+    """What a linear or a patch embedding multiplies, float64, without bias."""
+    flat = weight.codes.flatten(1)
+    scale = torch.tensor(reads.scale) * weight.scale  # fp32, as engines multiply them
+    if weight.codes.dim() == 2:
+        return _scaled(_sum(codes, flat.T), scale)
+    assert isinstance(layer, nn.Conv2d)
+    height, width = (size // step for size, step in zip(codes.shape[2:], _pair(layer.stride), strict=True))
+    patches = functional.unfold(codes.float(), _pair(layer.kernel_size), stride=_pair(layer.stride))  # (N, in, P)
+    output = _scaled(_sum(patches.transpose(1, 2).to(torch.int8), flat.T), scale)  # (N, P, out)
+    return output.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _sum(left: Tensor, right: Tensor) -> Tensor:
+    """The exact product of two tensors of codes: fp32 where all partial sums are fp32 numbers, else float64."""
+    bound = int(left.int().abs().max()) * int(right.int().abs().max()) * left.shape[-1]
+    dtype = torch.float32 if bound <= _FP32_INTEGERS else torch.float64
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _scaled(sums: Tensor, scale: Tensor) -> Tensor:
+    """Integers times an fp32 scale: rounded to fp32 before and after, then float64."""
+    return (sums.float() * scale).double()
+
+
+def _joint(left: ActivationQuantizer, right: ActivationQuantizer) -> Tensor:
+    return torch.tensor(left.scale) * torch.tensor(right.scale)
+
+
+def _pair(sides: int | tuple[int, ...]) -> tuple[int, int]:
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    return height, width
+
+
+def _as_fp32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))

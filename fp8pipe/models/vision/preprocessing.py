@@ -1,0 +1,173 @@
+"""From a picture to the model's input, as data that travels with the weights.
+
+An artifact that does not say how its pixels were made is only half a model: another crop or mean costs more
+accuracy than 8 bits do. So the recipe is a small frozen configuration, written beside the weights and read by
+training, evaluation, export and serving.
+
+The arithmetic has one order, in float32, for everybody who repeats it: ``((code / 255) - mean) / std``. It stands here
+once, and numpy and torch both run it. torch is imported by the methods that return tensors: a server needs arrays only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+__all__ = ["PREPROCESSING_FILE", "Preprocessing"]
+
+PREPROCESSING_FILE: Final = "preprocessing.json"
+
+Side = Annotated[int, Field(ge=1, le=16384)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0, le=16, allow_inf_nan=False)]
+
+
+class Preprocessing(FrozenConfig):
+    """Resize, crop and normalize.
+
+    Transparency is dropped, as image folders usually read it; 16-bit greys keep their 8 high bits.
+    """
+
+    resize: Side | tuple[Side, Side] = Field(
+        description="an int: the shorter side in pixels, ratio kept; (height, width): exactly that"
+    )
+    crop: tuple[Side, Side] = Field(
+        description="(height, width) in pixels, cut from the centre: the model's image size"
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
+        default="bicubic", description="Pillow's filter for the resize (antialiased)"
+    )
+    mean: tuple[Fraction, Fraction, Fraction] = Field(description="of each channel, for pixels from 0 to 1")
+    std: tuple[Deviation, Deviation, Deviation] = Field(description="of each channel, for pixels from 0 to 1")
+    channels: Literal["rgb"] = Field(default="rgb", description="order of the channels")
+    divisor: Literal[255] = Field(default=255, description="what 8-bit codes are divided by before mean and std")
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Preprocessing:
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
+        if self.crop[0] > sides[0] or self.crop[1] > sides[1]:
+            raise ValueError(f"the crop {self.crop} is larger than the resized image ({self.resize})")
+        return self
+
+    def codes(self, image: Image) -> np.ndarray:
+        """The resized and cropped picture.
+
+        Args:
+            image: any mode and size; an orientation in its EXIF data is applied.
+
+        Returns:
+            (3, H, W) uint8, H and W as in `crop`.
+
+        Raises:
+            ConfigurationError: floating-point pixels, whose range nobody states.
+        """
+        from PIL import ImageOps
+
+        rgb = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+        height, width = self._resized(rgb.height, rgb.width)
+        if (rgb.height, rgb.width) != (height, width):
+            rgb = rgb.resize((width, height), _filter(self.interpolation))
+        top, left = (round((height - self.crop[0]) / 2), round((width - self.crop[1]) / 2))
+        rgb = rgb.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        return np.ascontiguousarray(np.array(rgb).transpose(2, 0, 1))
+
+    def image_to_array(self, image: Image) -> np.ndarray:
+        """The model's input (3, H, W), float32, normalized. Raises as `codes`."""
+        mean, std = (np.array(v, dtype=np.float32).reshape(3, 1, 1) for v in (self.mean, self.std))
+        found: np.ndarray = _normalized(self.codes(image).astype(np.float32), self.divisor, mean, std)
+        return found
+
+    def pixels(self, image: Image) -> Tensor:
+        """`codes` as a tensor."""
+        import torch
+
+        return torch.from_numpy(self.codes(image))
+
+    def image_to_tensor(self, image: Image) -> Tensor:
+        """`image_to_array` as a tensor."""
+        import torch
+
+        return torch.from_numpy(self.image_to_array(image))
+
+    def normalize(self, codes: Tensor) -> Tensor:
+        """(..., 3, H, W) uint8 -> float32, normalized."""
+        found: Tensor = _normalized(codes.float(), self.divisor, *self._moments(codes))
+        return found
+
+    def to_uint8(self, normalized: Tensor) -> Tensor:
+        """The nearest codes: (..., 3, H, W) float32, normalized -> uint8; the inverse of `normalize`."""
+        import torch
+
+        mean, std = self._moments(normalized)
+        codes = (normalized.to(torch.float32) * std + mean) * self.divisor
+        return codes.round().clamp(0, self.divisor).to(torch.uint8)
+
+    def valid_range(self) -> tuple[Tensor, Tensor]:
+        """What black and white become: (low, high), each (3, 1, 1) float32."""
+        import torch
+
+        black = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        return self.normalize(black), self.normalize(black + self.divisor)
+
+    def resized_to(self, crop: tuple[int, int]) -> Preprocessing:
+        """The same recipe for another image size: the resize keeps its ratio to the crop."""
+        if crop == self.crop:
+            return self
+        factors = (crop[0] / self.crop[0], crop[1] / self.crop[1])
+        resize: int | tuple[int, int]
+        if isinstance(self.resize, tuple):
+            resize = (round(self.resize[0] * factors[0]), round(self.resize[1] * factors[1]))
+        else:
+            resize = max(round(self.resize * max(crop) / max(self.crop)), *crop)
+        return self.model_copy(update={"crop": crop, "resize": resize})
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=like.device) for v in (self.mean, self.std))
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if isinstance(self.resize, tuple):
+            return self.resize
+        # Integer arithmetic, floored, as torchvision does it: the longer side must not depend on a rounding.
+        if height <= width:
+            return self.resize, self.resize * width // height
+        return self.resize * height // width, self.resize
+
+
+def _normalized(codes: Any, divisor: int, mean: Any, std: Any) -> Any:
+    """Arrays or tensors of float32."""
+    return (codes / divisor - mean) / std
+
+
+def _filter(name: str) -> int:
+    from PIL.Image import Resampling
+
+    return int({"nearest": Resampling.NEAREST, "bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[name])
+
+
+def _eight_bits(image: Image) -> Image:
+    """A picture of 8-bit channels: Pillow's own conversion would clip the 16-bit greys to white."""
+    from PIL import Image as pil
+
+    if image.mode == "F":
+        raise ConfigurationError(
+            "a picture with floating-point pixels cannot be read",
+            why="nothing says which values are black and white",
+            fix="save it with 8 or 16 bits a channel",
+        )
+    if not image.mode.startswith("I"):
+        return image
+    # "I" is how some files with 16-bit greys are opened.
+    values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+    return pil.fromarray(values.astype(np.uint8))

@@ -1,0 +1,205 @@
+"""One pass over a model that notes every attention and linear, and refuses products that are neither.
+
+Below the modules, all products of a network are a handful of ATen operations. The probe watches them: each must
+happen inside an `nn.Linear`, inside an `nn.Conv2d`, or inside an intercepted attention. That is what makes the
+structure complete, for models nobody here has seen.
+
+A zero that wants a gradient is added to every result. Those that the output gives no gradient belong to layers
+that run for nothing (a pooling head beside the classifier, in SigLIP): an export drops them, so they are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.attention import explicit_attention, intercept_attention, module_stack
+from fp8pipe.models.vision.outputs import vision_outputs
+
+__all__ = ["AttentionCall", "LinearCall", "Probe", "probe"]
+
+# Two, so that windows (which multiply the batch) and batch are told apart from sizes of one.
+IMAGES = 2
+_WEIGHTED = (nn.Linear, nn.Conv2d)
+_PRODUCTS = {
+    "aten::mm": "a matrix product", "aten::addmm": "a matrix product", "aten::linear": "a matrix product",
+    "aten::bmm": "a batched product", "aten::baddbmm": "a batched product",
+    "aten::convolution": "a convolution", "aten::_convolution": "a convolution",
+    "aten::_softmax": "a softmax", "aten::_safe_softmax": "a softmax",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One attention as it was called; sizes as in `AttentionSite`, `batch` counts images times windows."""
+
+    name: str
+    batch: int
+    heads: int
+    queries: int
+    tokens: int
+    head_dim: int
+    mask: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCall:
+    """One linear or convolution as it was called.
+
+    Attributes:
+        input_id: equal for linears that read the same tensor object.
+        after_attention: whether every attention came before.
+    """
+
+    name: str
+    module: nn.Module
+    input_id: int
+    output_shape: torch.Size
+    after_attention: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a patch embedding's output."""
+        return self.output_shape[-2], self.output_shape[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one pass saw, in the order of the calls."""
+
+    images: int
+    attentions: tuple[AttentionCall, ...]
+    linears: tuple[LinearCall, ...]
+
+
+@dataclass(slots=True)
+class _Notes:
+    attentions: list[AttentionCall] = field(default_factory=list)
+    attention_marks: list[Tensor] = field(default_factory=list)
+    linears: list[tuple[str, nn.Module, Tensor, torch.Size, int]] = field(default_factory=list)
+    linear_marks: list[Tensor] = field(default_factory=list)
+    inside: bool = False
+
+    def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        batch, heads, queries, head_dim = q.shape
+        self.attentions.append(AttentionCall(name, batch, heads, queries, k.shape[2], head_dim, mask is not None))
+        self.inside = True
+        try:
+            return explicit_attention(q, k, v, mask, scale) + _mark(q, self.attention_marks)
+        finally:
+            self.inside = False
+
+    def see(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # The input is kept: a freed tensor's id could come again.
+        self.linears.append((name, module, args[0], output.shape, len(self.attentions)))
+        return output + _mark(output, self.linear_marks)
+
+
+def _mark(like: Tensor, marks: list[Tensor]) -> Tensor:
+    marks.append(torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True))
+    return marks[-1]
+
+
+class _Watch(TorchDispatchMode):
+    """Refuses products outside of linears, convolutions and intercepted attentions."""
+
+    def __init__(self, model: nn.Module, stack: list[str], notes: _Notes) -> None:
+        super().__init__()
+        self._model = model
+        self._stack = stack
+        self._notes = notes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operation = func.name().split(".")[0]
+        what = _PRODUCTS.get(operation)
+        if what is None and operation.startswith("aten::_scaled_dot_product"):
+            what = "an attention that was not intercepted"
+        if what is not None and not self._notes.inside:
+            name = self._stack[-1] if self._stack else ""
+            module = self._model.get_submodule(name)
+            if not isinstance(module, _WEIGHTED):
+                raise ConfigurationError(
+                    f"{type(self._model).__name__} has a part that cannot be quantized: {name or 'the model itself'}",
+                    why=f"{type(module).__name__} computes {what} ({operation}) of its own, outside nn.Linear and "
+                    "torch's scaled_dot_product_attention",
+                    fix="use a vision transformer whose attention calls scaled_dot_product_attention",
+                )
+        return func(*args, **(kwargs or {}))
+
+
+@torch.enable_grad()
+def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
+    """Run the model once on two blank images and note its parts.
+
+    Args:
+        model: prepared by `prepare_model`, in eval mode.
+        image_size: (height, width), pixels.
+
+    Raises:
+        ConfigurationError: the model does not run at that size, has no attention that can be intercepted or one
+            that is called twice, or computes products elsewhere; the error names the module.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    notes = _Notes()
+    handles = [
+        module.register_forward_hook(lambda m, args, output, name=name: notes.see(name, m, args, output))
+        for name, module in modules.items()
+        if isinstance(module, _WEIGHTED)
+    ]
+    try:
+        with module_stack(list(modules.items())) as stack, intercept_attention(model, modules, notes.attend):
+            output = _run(model, image_size, _Watch(model, stack, notes))
+    finally:
+        for handle in handles:
+            handle.remove()
+    marks = notes.attention_marks + notes.linear_marks
+    gradients = torch.autograd.grad(output.sum(), marks, allow_unused=True) if marks else ()
+    used = [gradient is not None for gradient in gradients]
+    count = len(notes.attentions)
+    attentions = tuple(call for call, is_used in zip(notes.attentions, used[:count], strict=True) if is_used)
+    _check(model, attentions)
+    last = max(index for index, is_used in enumerate(used[:count]) if is_used) + 1
+    linears = tuple(
+        LinearCall(name, module, id(x), shape, seen >= last)
+        for (name, module, x, shape, seen), is_used in zip(notes.linears, used[count:], strict=True)
+        if is_used
+    )
+    return Probe(IMAGES, attentions, linears)
+
+
+def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch) -> Tensor:
+    parameter = next(model.parameters())
+    pixels = torch.zeros(IMAGES, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with watch:
+            return vision_outputs(model, pixels)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{type(model).__name__} does not run on images of {image_size[0]}x{image_size[1]} pixels",
+            why=str(error).strip().partition("\n")[0] or type(error).__name__,
+            fix="give the image size that the model was built for",
+        ) from error
+
+
+def _check(model: nn.Module, calls: tuple[AttentionCall, ...]) -> None:
+    if not calls:
+        holders = [n for n, m in model.named_modules() if "atten" in type(m).__name__.lower() or n.endswith("attn")]
+        raise ConfigurationError(
+            f"{type(model).__name__} has no attention that can be reached",
+            why="nothing called torch's scaled_dot_product_attention; suspicious modules: "
+            + (", ".join(holders[:5]) or "none"),
+            fix="use a vision transformer whose attention calls scaled_dot_product_attention",
+        )
+    names = [call.name for call in calls]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigurationError(
+            f"the attention {twice} of {type(model).__name__} cannot be read",
+            why="it computes more than one attention in a forward",
+            fix="use a model with one attention a module",
+        )

@@ -1,0 +1,271 @@
+"""The quantized vision transformer as it is deployed: integer codes, scales, and float for what stays float.
+
+It is rebuilt from files alone and computes what the exported graph computes: each linear reads a quantized
+input, each attention multiplies quantized queries (after the factor 1/sqrt(d)), keys, probabilities and values. The
+products themselves run in fp32 on dequantized values. For integer codes these sums are exact up to fp32's own rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
+from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
+from fp8pipe.models.vision.files import read_model_file, write_model_file
+from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.models.vision.sources import WEIGHTS_FILE
+from fp8pipe.models.vision.structure import VitStructure, read_structure
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, BlockScales, pack_nibbles, unpack_nibbles
+from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes
+
+__all__ = ["QUANTIZERS_FILE", "Codes", "QuantizedVit", "Quantizer", "load_quantized", "of_type", "save_quantized"]
+
+QUANTIZERS_FILE: Final = "quantizers.json"
+_SCALE, _TENSOR_SCALE = "_scale", "_tensor_scale"
+_MATRIX: Final = 2  # axes
+T = TypeVar("T")
+Codes = WeightCodes | BlockCodes
+Quantizer = ActivationQuantizer | BlockQuantizer
+
+Tap = Callable[[str, str, Tensor], None]
+
+
+class QuantizedVit(nn.Module):
+    """A prepared model with weights and activations on their grids.
+
+    Sites of activations are named `GROUP.input` for what a linear reads (`GROUP` is the first linear that reads that
+    tensor) and `ATTENTION.q`, `.k`, `.probs`, `.v` for the operands of an attention's products. A site without a
+    quantizer stays float.
+
+    Args:
+        model: prepared, eval mode, float32; copied.
+        architecture: what builds the model.
+        preprocessing: what makes its input.
+        structure: of this model.
+        weights: codes by linear; a linear without codes stays float.
+        activations: quantizers by site.
+
+    Raises:
+        ValueError: a name that the structure does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        preprocessing: Preprocessing,
+        structure: VitStructure,
+        weights: Mapping[str, Codes],
+        activations: Mapping[str, Quantizer],
+    ) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.architecture, self.preprocessing, self.structure = architecture, preprocessing, structure
+        self.weights, self.activations = dict(weights), dict(activations)
+        unknown = (set(weights) - set(structure.linear_names)) | (set(activations) - set(activation_sites(structure)))
+        if unknown:
+            raise ValueError(f"the model has no {', '.join(sorted(unknown))}")
+        self._tap: Tap | None = None
+        for site in structure.linears:
+            layer = self.model.get_submodule(site.name)
+            if site.name in self.weights:
+                layer.get_parameter("weight").data.copy_(self.weights[site.name].dequantize())
+            layer.register_forward_pre_hook(self._on_input(site.name, f"{site.input_group}.input"))
+            layer.register_forward_hook(self._on_output(site.name))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (or pooled features) `(N, C)` of normalized pixels `(N, 3, H, W)`."""
+        with self.attention():
+            return vision_outputs(self.model, pixels)
+
+    def attention(self) -> AbstractContextManager[None]:
+        """While it lasts, `self.model` runs its attentions quantized; for whoever calls parts of the model."""
+        return intercept_attention(self.model, self.structure.attention_names, self._attend)
+
+    def quantize(self, site: str, x: Tensor) -> Tensor:
+        """`x` on the grid of `site`; unchanged where there is none."""
+        quantizer = self.activations.get(site)
+        return x if quantizer is None else quantizer.fake(x)
+
+    def taps(self, pixels: Tensor) -> dict[str, dict[str, Tensor]]:
+        """What every quantized part reads and gives, in float, for comparing it with a runtime.
+
+        Returns:
+            For a linear `input` (before its quantizer) and `output`; for an attention `q` (scaled), `k`, `probs_in`,
+            `v` (all before their quantizers), `logits` (before the mask) and `output`.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        self._tap = lambda name, what, tensor: found.setdefault(name, {}).__setitem__(what, tensor.detach().clone())
+        try:
+            with torch.no_grad():
+                self(pixels)
+        finally:
+            self._tap = None
+        return found
+
+    def _note(self, name: str, what: str, tensor: Tensor) -> Tensor:
+        if self._tap is not None:
+            self._tap(name, what, tensor)
+        return tensor
+
+    def _on_input(self, name: str, site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (self.quantize(site, self._note(name, "input", args[0])), *args[1:])
+
+        return hook
+
+    def _on_output(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._note(name, "output", output)
+
+        return hook
+
+    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        def quantized(what: str, x: Tensor, label: str | None = None) -> Tensor:
+            return self.quantize(f"{name}.{what}", self._note(name, label or what, x))
+
+        output = explicit_attention(
+            quantized("q", q * scale if scale != 1.0 else q), quantized("k", k), quantized("v", v), mask, 1.0,
+            on_logits=lambda logits: self._note(name, "logits", logits),
+            on_probs=lambda probs: quantized("probs", probs, "probs_in"),
+        )  # fmt: skip
+        return self._note(name, "output", output)
+
+
+def of_type(parts: Mapping[str, Any], kind: type[T]) -> dict[str, T]:
+    """Those of a model's weights or activations that are of one class."""
+    return {name: part for name, part in parts.items() if isinstance(part, kind)}
+
+
+def activation_sites(structure: VitStructure) -> tuple[str, ...]:
+    """The names of all activation sites: inputs of linears (once for those that share one), then attentions."""
+    inputs = dict.fromkeys(f"{site.input_group}.input" for site in structure.linears)
+    products = [f"{site.name}.{what}" for site in structure.attentions for what in ("q", "k", "probs", "v")]
+    return (*inputs, *products)
+
+
+class _ActivationEntry(FrozenConfig):
+    scale: float = Field(gt=0, description="value of one code step")
+    low: int = Field(description="smallest code")
+    high: int = Field(description="largest code")
+    kind: Kind = Field(description="int or e4m3")
+
+
+class _BlockEntry(FrozenConfig):
+    tensor_scale: float = Field(gt=0, description="value = code * block_scale * tensor_scale; block scales are dynamic")
+
+
+class _WeightEntry(FrozenConfig):
+    bits: int = Field(ge=2, le=8, description="width of the codes")
+    kind: Kind = Field(description="int, e4m3 or nvfp4")
+
+
+class _Quantizers(FrozenConfig):
+    """quantizers.json: `value = code * scale` throughout."""
+
+    scale_direction: Literal["dequantized = code * scale"] = Field(
+        default="dequantized = code * scale", description="the only direction that is read"
+    )
+    weights: dict[str, _WeightEntry] = Field(description="by linear; codes and scales are tensors")
+    activations: dict[str, _ActivationEntry] = Field(description="by site")
+    block_activations: dict[str, _BlockEntry] = Field(default_factory=dict, description="by site: NVFP4")
+
+
+def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
+    """Write the model: architecture.json, preprocessing.json, quantizers.json and model.safetensors.
+
+    A quantized weight is stored as codes under its own name, its scales `(out,)` fp32 beside it with `_scale`. NVFP4
+    codes lie two in a byte, the first in the low half (`(out, in / 2)` uint8); `_scale` is then `(out, in / 16)`
+    float8_e4m3fn, one a block, and `_tensor_scale` one fp32 number.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model_file(quantized.architecture, folder / ARCHITECTURE_FILE)
+    write_model_file(quantized.preprocessing, folder / PREPROCESSING_FILE)
+    entries = {
+        site: _ActivationEntry(scale=q.scale, low=q.low, high=q.high, kind=q.kind)
+        for site, q in of_type(quantized.activations, ActivationQuantizer).items()
+    }
+    dynamic = of_type(quantized.activations, BlockQuantizer)
+    blocks = {site: _BlockEntry(tensor_scale=q.tensor_scale) for site, q in dynamic.items()}
+    weights = {name: _WeightEntry(bits=w.bits, kind=w.kind) for name, w in quantized.weights.items()}
+    described = _Quantizers(weights=weights, activations=entries, block_activations=blocks)
+    write_model_file(described, folder / QUANTIZERS_FILE)
+    tensors = dict(quantized.model.state_dict())
+    for name, weight in quantized.weights.items():
+        tensors |= {f"{name}.weight{suffix}": tensor for suffix, tensor in _stored(weight).items()}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+
+
+def load_quantized(folder: Path) -> QuantizedVit:
+    """Read what `save_quantized` wrote; the model computes the same bits as the one saved.
+
+    Raises:
+        BadArtifactError: a file is missing, damaged, or does not fit the others.
+    """
+    architecture = read_model_file(Architecture, folder / ARCHITECTURE_FILE)
+    preprocessing = read_model_file(Preprocessing, folder / PREPROCESSING_FILE)
+    quantizers = read_model_file(_Quantizers, folder / QUANTIZERS_FILE)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+        weights = {name: _take_codes(name, entry, tensors) for name, entry in quantizers.weights.items()}
+        model = build(architecture)
+        model.load_state_dict(tensors, strict=True)
+        activations: dict[str, Quantizer] = {
+            site: ActivationQuantizer(e.scale, e.low, e.high, e.kind) for site, e in quantizers.activations.items()
+        }
+        activations |= {site: BlockQuantizer(e.tensor_scale) for site, e in quantizers.block_activations.items()}
+        structure = read_structure(model, architecture.image_size)
+        return QuantizedVit(model, architecture, preprocessing, structure, weights, activations)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        raise BadArtifactError(
+            f"{folder} does not hold a quantized vision model",
+            why=" ".join(f"{type(error).__name__}: {error}".split())[:600],
+            fix="write the artifact again",
+        ) from error
+
+
+def _stored(weight: Codes) -> dict[str, Tensor]:
+    """A weight's tensors by the suffix of their names."""
+    if isinstance(weight, BlockCodes):
+        tensor = torch.tensor(weight.scales.tensor)
+        return {"": pack_nibbles(weight.codes), _SCALE: weight.scales.block, _TENSOR_SCALE: tensor}
+    return {"": weight.codes, _SCALE: weight.scale}
+
+
+def _take_codes(name: str, entry: _WeightEntry, tensors: dict[str, Tensor]) -> Codes:
+    """Move a weight's codes and scales out of `tensors`, and put its dequantized form in."""
+    codes, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight{_SCALE}")
+    weight: Codes
+    if entry.kind is Kind.NVFP4:
+        weight = _block_codes(name, codes, scale, tensors.pop(f"{name}.weight{_TENSOR_SCALE}"))
+    else:
+        weight = WeightCodes(codes, scale, entry.bits)
+        if weight.kind is not entry.kind or codes.dtype not in (torch.int8, torch.float8_e4m3fn):
+            raise ValueError(f"{name}.weight holds {codes.dtype}, not {entry.kind} codes")
+        if scale.shape != codes.shape[:1] or not bool((scale > 0).all()):
+            raise ValueError(f"{name}.weight_scale must be one positive number an output channel")
+    tensors[f"{name}.weight"] = weight.dequantize()
+    return weight
+
+
+def _block_codes(name: str, packed: Tensor, block: Tensor, tensor: Tensor) -> BlockCodes:
+    if packed.dtype != torch.uint8 or packed.dim() != _MATRIX or tensor.numel() != 1:
+        raise ValueError(f"{name}.weight holds {packed.dtype} {tuple(packed.shape)}, not NVFP4 codes")
+    codes = unpack_nibbles(packed)
+    if block.shape != (codes.shape[0], codes.shape[1] // BLOCK):
+        raise ValueError(f"{name}.weight_scale must be one E4M3 number a block of {BLOCK} inputs")
+    return BlockCodes(codes, BlockScales(block, float(tensor)))

@@ -1,0 +1,166 @@
+"""Where a vision model comes from: one object, whatever the user named.
+
+``timm:NAME`` (pretrained weights from the hub), a directory (ours, one of transformers, or one that timm pushed
+to the hub), ``sample:vit-digits`` or ``sample:vit-s``. What comes back can be rebuilt anywhere: the architecture
+is data, and loading already went through it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.samples import focus_onnx, sample_name
+from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
+from fp8pipe.models.vision.files import read_model_file, write_model_file
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+
+__all__ = ["VISION_SAMPLES", "WEIGHTS_FILE", "VisionModel", "load_vision_model", "save_vision_model"]
+
+WEIGHTS_FILE: Final = "model.safetensors"
+VISION_SAMPLES: Final = ("vit-digits", "vit-s")
+TIMM_PREFIX: Final = "timm:"
+
+
+@dataclass(frozen=True, slots=True)
+class VisionModel:
+    """A vision model with everything needed to use and rebuild it.
+
+    Attributes:
+        model: prepared (see `prepare_model`): eval mode, float32, parameters without gradients, on the CPU.
+        architecture: builds the empty module.
+        preprocessing: makes its input.
+        origin: what the user named, for records.
+        digest: "sha256:" and 64 hex digits over architecture, preprocessing and weights.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    preprocessing: Preprocessing
+    origin: str
+    digest: str
+
+    @classmethod
+    def of(
+        cls, weights: dict[str, Tensor], architecture: Architecture, preprocessing: Preprocessing, origin: str
+    ) -> VisionModel:
+        """Builds the architecture and gives it the weights, by the names of the prepared model.
+
+        Raises:
+            BadArtifactError: the weights are not those of the architecture.
+        """
+        model = build(architecture)
+        try:
+            model.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            raise BadArtifactError(
+                f"the weights of {origin} do not fit {architecture.name}",
+                why=" ".join(str(error).split())[:600],
+                fix="take weights and architecture from one place",
+            ) from error
+        return cls(model, architecture, preprocessing, origin, _digest(model, architecture, preprocessing))
+
+
+def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> VisionModel:
+    """The vision model named by `src`.
+
+    Args:
+        src: ``timm:NAME``, a directory, ``sample:vit-digits`` or ``sample:vit-s``.
+        image_size: (height, width) in pixels; None for the model's own (``sample:vit-s``: 112).
+
+    Raises:
+        ConfigurationError: nothing of that name, no vision model, or an image size that does not fit.
+        MissingCapabilityError: a package or the network is missing.
+        BadArtifactError: a damaged file.
+    """
+    sample = sample_name(src, VISION_SAMPLES, "vision model")
+    if sample is not None:
+        return _sample(sample, src, image_size)
+    if src.startswith(TIMM_PREFIX):
+        from fp8pipe.models.vision.timm_source import load_from_timm
+
+        return VisionModel.of(*load_from_timm(src.removeprefix(TIMM_PREFIX), image_size), src)
+    path = Path(src).expanduser()
+    if src.strip() and path.is_dir():
+        return _directory(path, src, image_size)
+    raise ConfigurationError(
+        f"there is no vision model {src!r}",
+        why="it is neither a directory, nor timm:NAME, nor a sample",
+        fix="name timm:NAME, sample:vit-digits, sample:vit-s, or a directory (download a hub's model into one first)",
+    )
+
+
+def save_vision_model(vision: VisionModel, folder: Path) -> None:
+    """Write architecture.json, preprocessing.json and model.safetensors, which `load_vision_model` reads back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model_file(vision.architecture, folder / ARCHITECTURE_FILE)
+    write_model_file(vision.preprocessing, folder / PREPROCESSING_FILE)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in vision.model.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE)
+
+
+def _sample(name: str, src: str, image_size: tuple[int, int] | None) -> VisionModel:
+    if name == "vit-digits":
+        from fp8pipe.models.vision.digits import digits_weights_folder
+
+        return _own_directory(digits_weights_folder(), src, image_size)
+    from fp8pipe.models.vision.focus import FOCUS_IMAGE_SIZE, focus_architecture, focus_preprocessing, focus_weights
+
+    size = image_size or FOCUS_IMAGE_SIZE
+    architecture = focus_architecture(size)
+    return VisionModel.of(focus_weights(focus_onnx(), size), architecture, focus_preprocessing(size), src)
+
+
+def _directory(path: Path, src: str, image_size: tuple[int, int] | None) -> VisionModel:
+    if (path / ARCHITECTURE_FILE).is_file():
+        return _own_directory(path, src, image_size)
+    if (path / "config.json").is_file():
+        from fp8pipe.models.vision.timm_source import is_timm_folder, load_from_timm
+        from fp8pipe.models.vision.transformers_source import load_from_transformers
+
+        load = load_from_timm if is_timm_folder(path) else load_from_transformers
+        return VisionModel.of(*load(path, image_size), src)
+    raise ConfigurationError(
+        f"{path} is not a vision model",
+        why=f"it has neither {ARCHITECTURE_FILE} nor config.json",
+        fix="give the directory that holds one of them and model.safetensors",
+    )
+
+
+def _own_directory(path: Path, src: str, image_size: tuple[int, int] | None) -> VisionModel:
+    architecture = read_model_file(Architecture, path / ARCHITECTURE_FILE)
+    preprocessing = read_model_file(Preprocessing, path / PREPROCESSING_FILE)
+    if image_size not in (None, architecture.image_size):
+        raise ConfigurationError(
+            f"{src} reads images of {architecture.image_size[0]}x{architecture.image_size[1]} pixels",
+            why=f"{image_size[0]}x{image_size[1]} was asked for, and its position table is saved for its own size"
+            if image_size
+            else "",
+            fix="leave the image size out, or start from the model it was made of",
+        )
+    try:
+        weights = load_file(path / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise BadArtifactError(
+            f"{path / WEIGHTS_FILE} cannot be read",
+            why=f"{type(error).__name__}: {error}",
+            fix="write the directory again",
+        ) from error
+    return VisionModel.of(weights, architecture, preprocessing, src)
+
+
+def _digest(model: nn.Module, architecture: Architecture, preprocessing: Preprocessing) -> str:
+    """Over the content, so that two ways to the same model are seen to be the same."""
+    total = hashlib.sha256(f"{architecture.model_dump_json()}\n{preprocessing.model_dump_json()}\n".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{total.hexdigest()}"

@@ -1,0 +1,232 @@
+"""What a vision transformer is made of, read from one probing pass instead of from its names.
+
+Quantization and synthesis have to know every product of the forward: the attentions with their heads, tokens,
+prefix and windows, and the linears with what feeds them. The pass runs the model on two images, takes the
+attentions from the interception and the linears from hooks, and watches every operation below: a product, a
+softmax or a convolution that happens anywhere else is part of the model that this project would silently leave
+in float, so it is an error that names the module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.layout import token_layout
+from fp8pipe.models.vision.outputs import class_count
+from fp8pipe.models.vision.probe import AttentionCall, LinearCall, Probe, probe
+
+__all__ = ["AttentionSite", "LinearSite", "VitStructure", "read_structure"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSite:
+    """One attention.
+
+    Attributes:
+        name: the module that computes it.
+        heads: number of heads H.
+        head_dim: width d of queries and keys of one head.
+        tokens: keys in this attention, N (of one window where there are windows).
+        prefix_tokens: how many of them come before the patches (class, distillation, registers).
+        grid: (rows, columns) of the remaining tokens, row by row.
+        windows: attentions an image takes here; 1 is global.
+        mask: whether something is added to the logits (position bias, shift mask).
+        queries: query tokens; `tokens` in self-attention, fewer where a learned query pools.
+    """
+
+    name: str
+    heads: int
+    head_dim: int
+    tokens: int
+    prefix_tokens: int
+    grid: tuple[int, int]
+    windows: int
+    mask: bool
+    queries: int
+
+    @property
+    def pools(self) -> bool:
+        """Whether learned queries gather the tokens: there is no map from token to token."""
+        return self.queries != self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSite:
+    """One linear layer, or the patch embedding.
+
+    Attributes:
+        name: the module.
+        kind: "linear" (nn.Linear), or "patch" (the nn.Conv2d whose stride is its kernel).
+        shape: (out, in); in of a patch embedding is channels x height x width of a patch.
+        input_group: name of the first linear that reads the very same tensor (q, k and v share one).
+        bias: whether it adds one.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    input_group: str
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VitStructure:
+    """Everything of a model that quantization and synthesis treat.
+
+    Attributes:
+        attentions: in the order of their calls.
+        linears: in the order of their calls; the patch embedding is the first.
+        patch_embed: name of the patch embedding.
+        heads: the classifying linears (two with a distillation head, averaged); empty for a backbone.
+        image_size: (height, width), pixels.
+        patch_grid: (rows, columns) of the patch embedding's output.
+        classes: number of classes; None for a backbone.
+    """
+
+    attentions: tuple[AttentionSite, ...]
+    linears: tuple[LinearSite, ...]
+    patch_embed: str
+    heads: tuple[str, ...]
+    image_size: tuple[int, int]
+    patch_grid: tuple[int, int]
+    classes: int | None
+
+    @property
+    def head(self) -> str | None:
+        """The (first) classifying linear; None for a backbone."""
+        return self.heads[0] if self.heads else None
+
+    @property
+    def attention_names(self) -> tuple[str, ...]:
+        """What `intercept_attention` wants."""
+        return tuple(site.name for site in self.attentions)
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Linears and the patch embedding, in the order of their calls."""
+        return tuple(site.name for site in self.linears)
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether the model ends in features instead of logits."""
+        return not self.heads
+
+
+def read_structure(model: nn.Module, image_size: tuple[int, int]) -> VitStructure:
+    """The structure of a model, from one pass over two blank images.
+
+    Args:
+        model: prepared by `prepare_model`, in eval mode; not changed.
+        image_size: (height, width) in pixels.
+
+    Raises:
+        ConfigurationError: the model does not run at that size, or has a part that cannot be read: the error
+            names the module.
+    """
+    found = probe(model, image_size)
+    patch = _patch_embedding(found.linears, model)
+    _check_coverage(patch, image_size, model)
+    attentions = tuple(_attention_site(call, found, patch.grid, model) for call in found.attentions)
+    linears = _linear_sites(found.linears, model)
+    classes = class_count(model)
+    heads = _heads(found, classes)
+    if classes is not None and not heads:
+        raise ConfigurationError(
+            f"the head of {type(model).__name__} was not found",
+            why=f"no linear after the last attention has {classes} outputs",
+            fix="use a model whose head is a linear layer, or one without a head",
+        )
+    return VitStructure(attentions, linears, patch.name, heads, image_size, patch.grid, classes)
+
+
+def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> LinearCall:
+    patches = [call for call in linears if isinstance(call.module, nn.Conv2d)]
+    kind = type(model).__name__
+    if not patches or patches[0] is not linears[0]:
+        raise ConfigurationError(
+            f"{kind} has no patch embedding that can be read",
+            why=f"its first layer is {linears[0].name if linears else 'none'}, not a convolution over patches",
+            fix="use a model that embeds patches with one nn.Conv2d",
+        )
+    wrong = next((call for call in patches if not _is_patch(call.module)), None)
+    if wrong is None and len(patches) > 1:
+        wrong = patches[1]
+    if wrong is not None:
+        raise ConfigurationError(
+            f"{kind} has a convolution beside its patch embedding: {wrong.name}",
+            why=f"{wrong.module}; only patches cut without overlap are read",
+            fix="use a plain vision transformer (no convolutional stem or blocks)",
+        )
+    return patches[0]
+
+
+def _check_coverage(patch: LinearCall, image_size: tuple[int, int], model: nn.Module) -> None:
+    """Refuses an image size whose last rows or columns no patch sees: a convolution drops them silently."""
+    kernel = patch.module.kernel_size
+    covered = (patch.grid[0] * int(kernel[0]), patch.grid[1] * int(kernel[1]))  # type: ignore[index]
+    if covered[0] < image_size[0] or covered[1] < image_size[1]:
+        raise ConfigurationError(
+            f"{type(model).__name__} would not see all of an image of {image_size[0]}x{image_size[1]} pixels",
+            why=f"its patches of {kernel} cover {covered[0]}x{covered[1]}",
+            fix="give an image size that is a multiple of the patch",
+        )
+
+
+def _is_patch(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d):
+        return False
+    plain = module.kernel_size == module.stride and module.groups == 1 and set(module.dilation) == {1}
+    return plain and module.padding in {(0, 0), "valid"}
+
+
+def _attention_site(call: AttentionCall, found: Probe, patch_grid: tuple[int, int], model: nn.Module) -> AttentionSite:
+    if call.batch % found.images:
+        raise ConfigurationError(
+            f"the attention {call.name} cannot be read",
+            why=f"{found.images} images became a batch of {call.batch}, which is no whole number of windows",
+            fix="use a model that attends within images",
+        )
+    windows = call.batch // found.images
+    module = model.get_submodule(call.name)
+    prefix, grid = token_layout(call.name, module, call.tokens, windows, patch_grid)
+    return AttentionSite(
+        call.name, call.heads, call.head_dim, call.tokens, prefix, grid, windows, call.mask, call.queries
+    )
+
+
+def _linear_sites(calls: tuple[LinearCall, ...], model: nn.Module) -> tuple[LinearSite, ...]:
+    names: dict[str, int] = {}
+    weights: dict[int, str] = {}
+    readers: dict[int, str] = {}
+    sites = []
+    for call in calls:
+        names[call.name] = names.get(call.name, 0) + 1
+        weight = getattr(call.module, "_parameters", {}).get("weight")
+        problem = ""
+        if names[call.name] > 1:
+            problem = "it is called more than once in a forward"
+        elif weight is None:
+            problem = "its weight is computed (a parametrization), not a parameter"
+        elif id(weight) in weights:
+            problem = f"it shares its weight with {weights[id(weight)]}"
+        if problem or weight is None:
+            raise ConfigurationError(
+                f"the linear {call.name} of {type(model).__name__} cannot be read",
+                why=problem,
+                fix="use a model in which every layer has its own weight and runs once",
+            )
+        weights[id(weight)] = call.name
+        group = readers.setdefault(call.input_id, call.name)
+        kind = "patch" if isinstance(call.module, nn.Conv2d) else "linear"
+        shape = (weight.shape[0], weight.numel() // weight.shape[0])
+        sites.append(LinearSite(call.name, kind, shape, group, getattr(call.module, "bias", None) is not None))
+    return tuple(sites)
+
+
+def _heads(found: Probe, classes: int | None) -> tuple[str, ...]:
+    """The linears after the last attention that give (images, classes)."""
+    shape = (found.images, classes)
+    return tuple(c.name for c in found.linears if c.after_attention and tuple(c.output_shape) == shape)

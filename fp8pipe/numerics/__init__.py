@@ -1,0 +1,1 @@
+"""Every number format: grids, scales, rounding, and what differs by device."""

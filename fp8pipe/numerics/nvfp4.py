@@ -1,0 +1,230 @@
+"""NVFP4: four-bit floating codes in blocks of 16, two scales each, as Blackwell's tensor cores multiply them.
+
+`value = code * block_scale * tensor_scale`. A code is E2M1 (a sign and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6), a block
+scale E4M3, one for 16 neighbours along the inputs, and the tensor scale one number for all. Weights have stored
+block scales. Activations get theirs while they run, `E4M3(amax / (6 * tensor_scale))` of each block, as TensorRT's
+DynamicQuantize does; only their tensor scale is measured beforehand.
+
+Tensor scales are powers of two here. The format takes any fp32 number, but then `block_scale * tensor_scale` is rounded
+in whatever type an engine multiplies it, and two engines disagree. A power of two makes that product exact in fp32, and
+in FP16 down to its smallest number; the order of the divisions does not matter either. It costs one binade of the
+block scales' range, of which E4M3 has eighteen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.quantizers import Kind
+
+__all__ = [
+    "BLOCK",
+    "E2M1_MAX",
+    "BlockCodes",
+    "BlockQuantizer",
+    "BlockScales",
+    "choose_block_scales",
+    "e2m1_codes",
+    "e2m1_round",
+    "e2m1_values",
+    "pack_nibbles",
+    "power_of_two_scale",
+    "unpack_nibbles",
+]
+
+BLOCK: Final = 16
+E2M1_MAX: Final = 6.0
+_GRID: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_SIGN: Final = 8
+_SMALLEST_TENSOR_SCALE: Final = 2.0**-18  # as for every other scale: FP16 holds it
+_LARGEST_TENSOR_SCALE: Final = 2.0**15
+# Mapping a block's largest weight onto 4 in place of 6 uses the finer half of the grid: scales up to 1.5 times as large
+# are tried, so the tensor scale leaves room for them.
+_HEADROOM: Final = E2M1_MAX / 4.0
+# Neighbouring E4M3 codes of the scale that maps the largest weight onto 6; eight make a factor of two.
+_CANDIDATES: Final = (0, *(d for step in range(1, 8) for d in (-step, step)))
+_LARGEST_SCALE_CODE: Final = 0x7E  # 448
+
+
+def e2m1_round(units: Tensor) -> Tensor:
+    """The nearest values of the grid: ties to the even code, saturating at 6; fp32, the sign of zeros kept."""
+    magnitude = units.abs()
+    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    return torch.round(units / step).mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
+
+
+def e2m1_codes(values: Tensor) -> Tensor:
+    """The codes of grid values (`e2m1_round`'s): uint8, 0 to 15, the sign in bit 3."""
+    magnitude = values.abs()
+    index = torch.where(magnitude < 2.0, 2 * magnitude, torch.where(magnitude < 4.0, magnitude + 2, magnitude / 2 + 4))
+    return index.to(torch.uint8) + _SIGN * values.signbit().to(torch.uint8)
+
+
+def e2m1_values(codes: Tensor) -> Tensor:
+    """The values of codes 0 to 15, fp32."""
+    grid = torch.tensor([*_GRID, *(-value for value in _GRID)], device=codes.device)
+    return grid[codes.long()]
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Two codes a byte along the last axis, the first in the low half: `(..., n)` to `(..., n / 2)` uint8."""
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def power_of_two_scale(amax: float) -> float:
+    """The smallest tensor scale whose blocks reach `amax`: `6 * 448 * scale >= amax`; 2^-18 to 2^15."""
+    wanted = amax / (E2M1_MAX * E4M3.max)
+    scale = 2.0 ** math.ceil(math.log2(wanted)) if wanted > 0 else 0.0
+    return min(max(scale, _SMALLEST_TENSOR_SCALE), _LARGEST_TENSOR_SCALE)
+
+
+def _blocks(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, BLOCK))
+
+
+def _in_blocks(x: Tensor, scale: Tensor) -> Tensor:
+    """`x` on the grid of its blocks, before the scale; zero in blocks of scale zero. In blocks of 16."""
+    scale = scale.unsqueeze(-1)
+    return e2m1_round(_blocks(x) / torch.where(scale > 0, scale, math.inf))
+
+
+def _check_tensor_scale(scale: float) -> None:
+    if not _SMALLEST_TENSOR_SCALE <= scale <= _LARGEST_TENSOR_SCALE or math.frexp(scale)[0] != 0.5:
+        raise ValueError(f"a tensor scale must be a power of two from 2^-18 to 2^15, got {scale!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockQuantizer:
+    """NVFP4 for an activation: block scales made from the tensor itself.
+
+    Attributes:
+        tensor_scale: a power of two.
+
+    Raises:
+        ValueError: another tensor scale.
+    """
+
+    tensor_scale: float
+
+    def __post_init__(self) -> None:
+        _check_tensor_scale(self.tensor_scale)
+
+    @property
+    def kind(self) -> Kind:
+        """The family of codes."""
+        return Kind.NVFP4
+
+    def block_scales(self, x: Tensor) -> Tensor:
+        """`E4M3(amax / (6 * tensor_scale))` of each block: `(..., n)` to `(..., n / 16)` float8_e4m3fn."""
+        amax = _blocks(x.float()).abs().amax(-1)
+        # A tensor: some devices multiply by the reciprocal of a plain number.
+        return E4M3.cast(amax / torch.tensor(E2M1_MAX * self.tensor_scale, device=x.device))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """E2M1 codes of `x`, whose last axis is a multiple of 16: uint8, 0 to 15."""
+        scale = self.block_scales(x).float() * self.tensor_scale
+        return e2m1_codes(_in_blocks(x.float(), scale)).flatten(-2)
+
+    def fake(self, x: Tensor) -> Tensor:
+        """`code * block_scale * tensor_scale`, fp32; every product is exact."""
+        scale = self.block_scales(x).float() * self.tensor_scale
+        return _in_blocks(x.float(), scale).mul_(scale.unsqueeze(-1)).flatten(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScales:
+    """The scales of a weight.
+
+    Attributes:
+        block: `(out, in / 16)` float8_e4m3fn, positive.
+        tensor: a power of two.
+
+    Raises:
+        ValueError: another tensor scale, or block scales that are not positive numbers.
+    """
+
+    block: Tensor
+    tensor: float
+
+    def __post_init__(self) -> None:
+        _check_tensor_scale(self.tensor)
+        if self.block.dtype != torch.float8_e4m3fn or not bool((self.block.float() > 0).all()):
+            raise ValueError("block scales must be positive E4M3 numbers")
+
+    @property
+    def product(self) -> Tensor:
+        """`block * tensor`, `(out, in / 16)` fp32, exact."""
+        return self.block.float() * self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCodes:
+    """The codes of one weight in NVFP4.
+
+    Attributes:
+        codes: `(out, in)` uint8, one E2M1 code (0 to 15) each.
+        scales: of its blocks along the inputs.
+    """
+
+    codes: Tensor
+    scales: BlockScales
+
+    @property
+    def kind(self) -> Kind:
+        """The family of codes."""
+        return Kind.NVFP4
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return 4
+
+    @property
+    def scale(self) -> Tensor:
+        """What a code is multiplied by: `(out, in / 16)` fp32."""
+        return self.scales.product
+
+    def dequantize(self) -> Tensor:
+        """`code * block_scale * tensor_scale`, `(out, in)` fp32, exact."""
+        return (_blocks(e2m1_values(self.codes)) * self.scale.unsqueeze(-1)).flatten(-2)
+
+    @classmethod
+    def of(cls, weight: Tensor, scales: BlockScales) -> BlockCodes:
+        """Round a weight `(out, in)` to the nearest codes."""
+        return cls(e2m1_codes(_in_blocks(weight.float(), scales.product)).flatten(-2), scales)
+
+
+def choose_block_scales(weight: Tensor, *, search: bool = True) -> BlockScales:
+    """Scales of a weight, block by block those with the least squared rounding error.
+
+    Tried are the E4M3 number nearest to `amax / 6` and its seven neighbours on either side: smaller ones saturate,
+    larger ones move the largest weight onto 4 or 3, where the grid is finer.
+
+    Args:
+        weight: `(out, in)`, any float dtype; in is a multiple of 16.
+        search: False takes the one nearest to `amax / 6`.
+    """
+    blocks = _blocks(weight.detach().float())
+    amax = blocks.abs().amax(-1)
+    tensor = power_of_two_scale(float(amax.max()) * _HEADROOM)
+    nearest = E4M3.cast(amax / torch.tensor(E2M1_MAX * tensor, device=amax.device)).view(torch.uint8).int()
+    best = torch.full_like(amax, math.inf)
+    chosen = torch.zeros_like(nearest, dtype=torch.uint8)
+    for offset in _CANDIDATES if search else (0,):
+        code = (nearest + offset).clamp(1, _LARGEST_SCALE_CODE).to(torch.uint8)
+        scale = (code.view(torch.float8_e4m3fn).float() * tensor).unsqueeze(-1)
+        error = (e2m1_round(blocks / scale).mul_(scale) - blocks).square().sum(-1)
+        chosen = torch.where(error < best, code, chosen)
+        best = torch.minimum(error, best)
+    return BlockScales(chosen.view(torch.float8_e4m3fn), tensor)

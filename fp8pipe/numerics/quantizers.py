@@ -1,0 +1,212 @@
+"""The number formats of a quantized vision transformer: grids that an integer (or FP8) runtime runs exactly.
+
+One form serves every bit width and every engine: `code = clamp(round(x / scale), low, high)`, with zero at code 0. A
+range that is not symmetric is one whose `low` and `high` are not: `low = -z, high = 2^k - 1 - z` has the levels of
+a k-bit grid with zero point z, in an INT8 container whose own zero point is 0, as TensorRT demands. A range of one
+sign (probabilities) is `low = 0`. At 8 bits the container leaves room for symmetric ranges and for 0..127 alone.
+
+Division, never multiplication by a reciprocal, and ties to even: ONNX QuantizeLinear's formula, bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.numerics.grids import E4M3
+
+__all__ = [
+    "INT8_MAX",
+    "INT8_MIN",
+    "SMALLEST_SCALE",
+    "ActivationQuantizer",
+    "Kind",
+    "Precision",
+    "WeightCodes",
+    "granularity",
+    "storable_scale",
+    "weight_limits",
+]
+
+INT8_MIN: Final = -128
+INT8_MAX: Final = 127
+# FP16 has 6 bits left here: a scale that is rounded to it changes by less than a hundredth.
+SMALLEST_SCALE: Final = 2.0**-18
+_LARGEST_SCALE: Final = 65504.0
+
+
+def storable_scale(scale: Tensor) -> Tensor:
+    """The nearest scale that FP32 and FP16 both hold exactly, fp32; at least 2^-18.
+
+    Engines that compute in half precision want the scales in it too. One that is rounded only then is another scale
+    than the one that was trained; eleven bits are enough for any scale, if they are chosen before the training.
+    """
+    return scale.float().clamp(SMALLEST_SCALE, _LARGEST_SCALE).half().float()
+
+
+class Kind(StrEnum):
+    """The family of codes."""
+
+    INT = "int"
+    E4M3 = "e4m3"
+    NVFP4 = "nvfp4"
+
+
+def granularity(kind: Kind) -> Literal["per-channel", "per-block"]:
+    """What shares a weight's scale, as manifests call it."""
+    return "per-block" if kind is Kind.NVFP4 else "per-channel"
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationQuantizer:
+    """One scale for a whole activation tensor.
+
+    Attributes:
+        scale: positive, exactly an fp32 number; `value = code * scale`.
+        low: smallest code, -128 to 0 (integer codes).
+        high: largest code, 0 to 127 (integer codes).
+        kind: integer codes, or E4M3, whose own range replaces `low` and `high`.
+
+    Raises:
+        ValueError: a scale that is not a positive fp32 number, or bounds outside INT8.
+    """
+
+    scale: float
+    low: int = INT8_MIN
+    high: int = INT8_MAX
+    kind: Kind = Kind.INT
+
+    def __post_init__(self) -> None:
+        as_fp32 = torch.tensor(self.scale, dtype=torch.float32)
+        if not (torch.isfinite(as_fp32) and as_fp32 > 0 and float(as_fp32) == self.scale):
+            raise ValueError(f"a scale must be a positive fp32 number, got {self.scale!r}")
+        if not INT8_MIN <= self.low <= 0 <= self.high <= INT8_MAX or self.low == self.high:
+            raise ValueError(f"codes {self.low}..{self.high} do not fit INT8 around zero")
+
+    @property
+    def levels(self) -> int:
+        """How many different codes there are."""
+        return 254 if self.kind is Kind.E4M3 else self.high - self.low + 1
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of `x` (any shape, computed in fp32): int8 or float8_e4m3fn."""
+        units = x.float() / torch.tensor(self.scale, device=x.device)
+        if self.kind is Kind.E4M3:
+            return E4M3.cast(units)
+        return torch.round(units).clamp_(self.low, self.high).to(torch.int8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """`code * scale`, fp32."""
+        return codes.float() * torch.tensor(self.scale, device=codes.device)
+
+    def fake(self, x: Tensor) -> Tensor:
+        """`dequantize(codes(x))` in one go, fp32, without gradient through the rounding."""
+        scale = torch.tensor(self.scale, device=x.device)
+        if self.kind is Kind.E4M3:
+            return E4M3.cast(x.float() / scale).float().mul_(scale)
+        return torch.round(x.float() / scale).clamp_(self.low, self.high).mul_(scale)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCodes:
+    """The codes of one weight, one scale an output channel.
+
+    Attributes:
+        codes: int8 or float8_e4m3fn, in the weight's own shape, output channels first.
+        scale: `(out,)` fp32, positive; `weight = code * scale`.
+        bits: width of integer codes; 8 for E4M3.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+
+    @property
+    def kind(self) -> Kind:
+        """The family of codes, by their dtype."""
+        return Kind.INT if self.codes.dtype == torch.int8 else Kind.E4M3
+
+    def dequantize(self) -> Tensor:
+        """`code * scale`, fp32, in the weight's shape."""
+        return self.codes.float() * _per_channel(self.scale, self.codes)
+
+    @classmethod
+    def of(cls, weight: Tensor, scale: Tensor, bits: int, kind: Kind = Kind.INT) -> WeightCodes:
+        """Round a weight to the nearest codes.
+
+        Args:
+            weight: `(out, ...)`, any float dtype.
+            scale: `(out,)` fp32, positive.
+            bits: 2 to 8 for integer codes.
+            kind: integer codes or E4M3.
+        """
+        units = weight.float() / _per_channel(scale, weight)
+        if kind is Kind.E4M3:
+            return cls(E4M3.cast(units), scale.float(), 8)
+        low, high = weight_limits(bits)
+        return cls(torch.round(units).clamp_(low, high).to(torch.int8), scale.float(), bits)
+
+
+def weight_limits(bits: int) -> tuple[int, int]:
+    """Smallest and largest weight code: two's complement, without -128, which not every engine takes."""
+    half = 2 ** (bits - 1)
+    return max(-half, -INT8_MAX), half - 1
+
+
+def _per_channel(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.view(-1, *(1,) * (like.dim() - 1))
+
+
+# What users call the floating kinds, and their bits.
+_FLOATING: Final = {Kind.E4M3: ("wfp8afp8", 8), Kind.NVFP4: ("wnvfp4anvfp4", 4)}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bits of weights and activations, as users name them: `w4a8`, `wfp8afp8`, or `wnvfp4anvfp4`.
+
+    Attributes:
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        kind: integer codes, E4M3, or NVFP4 for both.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    kind: Kind = Kind.INT
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Read `wXaY`.
+
+        Raises:
+            ConfigurationError: another form, or bits outside 2 to 8.
+        """
+        for kind, (name, bits) in _FLOATING.items():
+            if text.lower() == name:
+                return cls(bits, bits, kind)
+        match = re.fullmatch(r"w(\d+)a(\d+)", text.lower())
+        if match is None:
+            raise ConfigurationError(
+                f"{text!r} names no precision",
+                why="it is written wXaY: X bits for weights, Y bits for activations",
+                fix="use for instance w4a4, w4a8, w8a8, wfp8afp8 for FP8 (E4M3), or wnvfp4anvfp4",
+            )
+        weights, activations = int(match[1]), int(match[2])
+        if not (2 <= weights <= 8 and 2 <= activations <= 8):
+            raise ConfigurationError(
+                f"{text} is outside the integer grids",
+                why="weights and activations have 2 to 8 bits each",
+                fix="use w2a2 to w8a8, wfp8afp8, or wnvfp4anvfp4",
+            )
+        return cls(weights, activations)
+
+    def __str__(self) -> str:
+        found = _FLOATING.get(self.kind)
+        return f"w{self.weight_bits}a{self.activation_bits}" if found is None else found[0]

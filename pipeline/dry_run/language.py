@@ -1,0 +1,148 @@
+"""Rehearses a fine-tuning run: the real stage and the real text, on the model's own architecture with few layers.
+
+Widths, vocabulary, batches and dtypes are the real ones; weights are random, and no weight of the real model is read.
+Started as a process of its own by `pipeline.finetune.plan`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from fp8pipe.core.config import build_config
+from fp8pipe.core.phases import PhaseMeter, enter_phase
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.sources import ModelSource
+from fp8pipe.numerics.bf16 import widen_bf16_products
+from pipeline.dry_run.process import answer, perform, read_job, size_of
+from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.data import Batch, Batches
+from pipeline.finetune.stage import TrainingText, load_text, tune
+
+__all__ = ["layer_count", "with_layers", "write_model"]
+
+STEPS: Final = 3  # the first makes the optimizer's state, the last is logged
+_LOOKED_AT: Final = 512  # batches among which the largest is sought
+_ACCUMULATED: Final = 2  # micro-batches: from the second on none takes more memory
+
+
+def layer_count(settings: Any) -> int:
+    """Decoder layers of a transformers configuration."""
+    return int(settings.get_text_config(decoder=True).num_hidden_layers)
+
+
+def with_layers(settings: Any, count: int) -> Any:
+    """A copy of the configuration with its first `count` layers alone, in all lists that hold one entry a layer."""
+    settings = copy.deepcopy(settings)
+    text = settings.get_text_config(decoder=True)
+    full = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == full and full > count:
+            setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+    return settings
+
+
+def write_model(settings: Any, dtype: torch.dtype, folder: Path) -> None:
+    """A checkpoint of random weights, as the real one is stored."""
+    torch.manual_seed(0)
+    model = import_transformers().AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    model.save_pretrained(folder)
+
+
+class _Largest(Batches):
+    """The largest batches of a run, largest first, over and over."""
+
+    def __init__(self, batches: Batches, looked_at: int) -> None:
+        self._whole = batches
+        sizes = []
+        for index in range(min(looked_at, _LOOKED_AT)):
+            batch = batches.at(index)
+            sizes.append((batch.input_ids.numel() + batch.answer_tokens, index))
+        self.mean = sum(size for size, _ in sizes) / len(sizes)
+        self.largest = max(sizes)[0]
+        self._largest_first = [index for _, index in sorted(sizes, reverse=True)]
+
+    def __len__(self) -> int:
+        return len(self._largest_first)
+
+    def at(self, step: int) -> Batch:
+        return self._whole.at(self._largest_first[step % len(self._largest_first)])
+
+
+class _First(Batches):
+    """The largest batch of an evaluation alone."""
+
+    def __init__(self, batches: _Largest) -> None:
+        self._only = batches.at(0)
+
+    def __len__(self) -> int:
+        return 1
+
+    def at(self, step: int) -> Batch:
+        return self._only
+
+
+class _Watched(PhaseMeter):
+    """Also looks at checkpoints before they are removed."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        super().__init__()
+        self._checkpoints = checkpoints
+        self.sizes: dict[str, int] = {}
+
+    def enter(self, name: str) -> None:
+        """End the phase that goes on, and begin `name`."""
+        super().enter(name)
+        steps = CheckpointStore(self._checkpoints, keep=1).steps()
+        if steps and name == "settle":
+            everything, step = size_of(self._checkpoints), size_of(self._checkpoints / f"step-{steps[-1]:08d}")
+            self.sizes = {"step": step, "base": everything - step}
+
+
+def _small(config: FinetuneConfig) -> FinetuneConfig:
+    changes = {
+        "steps": STEPS, "log_every": STEPS, "evaluate_every": 0, "save_every": 0, "keep_checkpoints": 1,
+        "warmup_steps": 0, "gradient_accumulation": min(config.gradient_accumulation, _ACCUMULATED),
+    }  # fmt: skip
+    return config.model_copy(update=changes)
+
+
+def _text(config: FinetuneConfig, source: ModelSource) -> tuple[TrainingText, Mapping[str, float]]:
+    whole = load_text(config, source)
+    train = _Largest(whole.train, config.steps * config.gradient_accumulation)
+    heldout = _Largest(whole.heldout, len(whole.heldout))
+    facts = {
+        "train_share": train.mean / train.largest, "heldout_share": heldout.mean / heldout.largest,
+        "heldout_batches": float(len(whole.heldout)),
+    }  # fmt: skip
+    return replace(whole, train=train, heldout=_First(heldout)), facts
+
+
+def main(folder: Path) -> None:
+    """Rehearse the job in `folder`: `config`, `base` (for tokenizer and templates) and `model` (the small one)."""
+    import fp8pipe.cli  # noqa: F401 (the real run holds it, too)
+
+    job = read_job(folder)
+    config = build_config(FinetuneConfig, job["config"])
+    output = folder / "artifact"
+    meter = _Watched(output.with_name(f"{output.name}.partial") / "checkpoints")
+    with meter:
+        widen_bf16_products()
+        enter_phase("text")
+        text, facts = _text(config, ModelSource(Path(job["base"]), config.model))
+        artifact = tune(_small(config), ModelSource(Path(job["model"]), config.model), text, output)
+    inputs = {record.name: record.shape[1] for record in artifact.manifest.layers if record.shape}
+    settled = [inputs[name] for name in artifact.manifest.extra["last_flush_layers"]]
+    answer(folder, meter, {**meter.sizes, "output": size_of(artifact.root)}, {**facts, "settled": settled})
+
+
+if __name__ == "__main__":
+    sys.exit(perform(main))

@@ -1,0 +1,176 @@
+"""Checkpoints of a run: safetensors, written whole or not at all, rotated, and enough to resume bit for bit.
+
+A checkpoint holds what steps change: the trained parameters, codes that were flushed, and the optimizer's state. Data
+order, learning rate and stochastic rounding are functions of the step, so the step number is their whole state.
+What preparation computed is stored once, beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fp8pipe.artifact import disk_guard
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+
+_PREFIX = "step-"
+_STATE, _TENSORS, _BASE, _RUN = "state.json", "state.safetensors", "base.safetensors", "run.json"
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one directory.
+
+    Args:
+        root: `.../checkpoints`; created when first written.
+        keep: newest checkpoints kept.
+    """
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root = root
+        self.keep = keep
+
+    def begin(self, config: dict[str, Any], base: dict[str, Tensor], inputs: dict[str, str] | None = None) -> None:
+        """Record the run's configuration, what preparation computed, and the sha256 of its input files by name."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        _write(self.root / _BASE, base)
+        _atomic_text(self.root / _RUN, json.dumps({"config": config, "inputs": inputs or {}}, indent=1, sort_keys=True))
+
+    def started(self) -> bool:
+        """Whether `begin` completed in an earlier process."""
+        return (self.root / _RUN).exists()
+
+    def check_config(self, config: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
+        """Refuse to resume another run's checkpoints.
+
+        Args:
+            config: the configuration, as given to `begin`.
+            inputs: sha256 of the input files by name, as given to `begin`.
+
+        Raises:
+            ConfigurationError: naming every field, or every file, that differs.
+        """
+        run = json.loads((self.root / _RUN).read_text())
+        stored = run["config"]
+        different = [
+            f"{key}: {stored.get(key)!r} then, {config.get(key)!r} now"
+            for key in sorted(stored.keys() | config.keys())
+            if stored.get(key) != config.get(key)
+        ]
+        if different:
+            raise ConfigurationError(
+                f"the run in {self.root.parent} was started with another configuration",
+                why="; ".join(different),
+                fix="resume with the same options, or start anew (--force, or another --output)",
+            )
+        found = inputs or {}
+        changed = [name for name, digest in run["inputs"].items() if found.get(name) != digest]
+        if changed:
+            raise ConfigurationError(
+                f"{', '.join(changed)} changed since the run in {self.root.parent} was started",
+                why="; ".join(f"{name}: sha256 {run['inputs'][name]} then, {found.get(name)} now" for name in changed),
+                fix="restore the file, or start anew (--force, or another --output)",
+            )
+
+    def base(self) -> dict[str, Tensor]:
+        """What `begin` stored."""
+        return load_file(self.root / _BASE)
+
+    def steps(self) -> list[int]:
+        """Completed checkpoints, oldest first."""
+        found = self.root.glob(f"{_PREFIX}*/{_STATE}")
+        return sorted(int(path.parent.name.removeprefix(_PREFIX)) for path in found)
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step` completed steps, then drop the oldest."""
+        target = self.root / f"{_PREFIX}{step:08d}"
+        scratch = self.root / f"writing-{step:08d}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _write(scratch / _TENSORS, tensors)
+        _atomic_text(scratch / _STATE, json.dumps({"step": step, **state}))
+        scratch.rename(target)
+        _sync_directory(self.root)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.root / f"{_PREFIX}{old:08d}")
+        return target
+
+    def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and state of a checkpoint.
+
+        Raises:
+            BadArtifactError: it cannot be read.
+        """
+        folder = self.root / f"{_PREFIX}{step:08d}"
+        try:
+            return load_file(folder / _TENSORS), json.loads((folder / _STATE).read_text())
+        except Exception as error:
+            raise BadArtifactError(
+                f"the checkpoint {folder} cannot be read",
+                why=str(error),
+                fix="delete that folder: --resume then continues from the checkpoint before it",
+            ) from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors `optimizer/NAME/KEY`; numbers become 0-d tensors."""
+    tensors: dict[str, Tensor] = {}
+    for parameter, name in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is None:
+                continue
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            tensors[f"optimizer/{name}/{key}"] = tensor.detach()
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of `optimizer_tensors`."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    for path, tensor in tensors.items():
+        if not path.startswith("optimizer/"):
+            continue
+        name, _, key = path.removeprefix("optimizer/").rpartition("/")
+        parameter = parameters[name]
+        on_device = tensor if key == "step" and tensor.dim() == 0 else tensor.to(parameter.device)
+        integral = not tensor.is_floating_point() and tensor.dim() == 0
+        optimizer.state[parameter][key] = int(tensor) if integral else on_device
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    need = sum(tensor.numel() * tensor.element_size() for tensor in dense.values())
+    with disk_guard(path, need):
+        save_file(dense, path)
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    with safe_open(path, "pt") as reopened:
+        if set(reopened.keys()) != set(dense):
+            raise BadArtifactError(f"{path} was not written whole", fix="check the disk and run again")
+
+
+def _atomic_text(path: Path, text: str) -> None:
+    scratch = path.with_suffix(".writing")
+    with disk_guard(path, len(text)), scratch.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    scratch.rename(path)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

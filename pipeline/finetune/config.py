@@ -1,0 +1,118 @@
+"""The configuration of a fine-tuning run: one frozen model, whose resolved form goes into the artifact."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fp8pipe.core.config import FrozenConfig
+from pipeline.falqon.initialise import Initialisation
+from pipeline.falqon.rules import DEFAULT_RULE, RULES, UpdateRule, update_rule
+from pipeline.finetune.schedule import Schedule
+
+_FALQON_ONLY = ("update_rule", "rows", "initialisation")
+
+
+class FinetuneConfig(FrozenConfig):
+    """What to train, on what, and how.
+
+    Defaults that hang on the method are filled in, so that the manifest holds what was used; what does not apply to
+    the method is None, and refused when given.
+    """
+
+    model: str = Field(description="Base model: directory, hub id, .gguf file or sample:NAME.")
+    data: str = Field(description="Training text: JSONL file, hub id or sample:NAME.")
+    method: Literal["falqon", "lora", "qlora"] = Field("falqon", description="Fine-tuning method.")
+    rank: int = Field(64, ge=1, description="Rank of the adapter.")
+    update_rule: str | None = Field(None, description=f"FALQON: how B enters the codes; default {DEFAULT_RULE}.")
+    rows: int | None = Field(
+        None, ge=0, description="FALQON: rows flushed a layer and step, by the rules that flush; default the rank."
+    )
+    initialisation: Initialisation | None = Field(
+        None, description="FALQON: where A comes from; default: the update rule's own choice."
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="lora, qlora: the update is scaled by alpha / rank; default the rank."
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    schedule: Schedule = Field(Schedule.COSINE, description="Shape of the learning rate after warm-up.")
+    warmup_steps: int = Field(5, ge=0, description="Optimizer steps of linear warm-up.")
+    optimizer: Literal["adamw", "adamw-8bit"] = Field("adamw", description="Optimizer; 8-bit needs bitsandbytes.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
+    clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
+    steps: int = Field(60, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(4, ge=1, description="Sequences a micro-batch.")
+    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches an optimizer step.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    sequence_length: int = Field(256, ge=8, description="Tokens a sequence, at most.")
+    packing: bool = Field(True, description="Put several examples into one sequence, kept apart by position.")
+    heldout_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the records kept for evaluation.")
+    heldout_limit: int = Field(256, ge=1, description="Held-out records evaluated, at most.")
+    evaluate_every: int = Field(50, ge=0, description="Steps between evaluations; 0: only first and last.")
+    save_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only the last.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
+    log_every: int = Field(5, ge=1, description="Steps between log lines.")
+    gradient_batches: int = Field(2, ge=1, description="FALQON: micro-batches behind the gradient initialisation.")
+    settle_batches: int = Field(32, ge=1, description="FALQON: training sequences behind the last flush.")
+    seed: int = Field(0, ge=0, description="Seed of order, initialisation and rounding.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Dtype of activations and unconverted weights."
+    )
+
+    @field_validator("update_rule")
+    @classmethod
+    def _known_rule(cls, name: str | None) -> str | None:
+        try:
+            return None if name is None else update_rule(name).name
+        except Exception as error:
+            raise ValueError(str(error)) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Resolve the defaults that hang on other settings; None counts as not given."""
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        method, rank = str(given.get("method", "falqon")), given.get("rank", cls.model_fields["rank"].default)
+        usable = isinstance(rank, int) and rank >= 1  # or it is refused itself, which is enough
+        defaults: dict[str, Any] = {}
+        if method == "falqon":
+            defaults["update_rule"] = DEFAULT_RULE
+            rule = RULES.get(str(given.get("update_rule", DEFAULT_RULE)))
+            if rule is not None:
+                defaults["initialisation"] = rule.initialisation
+            if rule is not None and usable and _takes_rows(rule):
+                defaults["rows"] = rank
+        elif usable:
+            defaults["lora_alpha"] = rank
+        return defaults | given
+
+    @model_validator(mode="after")
+    def _refuse_what_does_not_apply(self) -> Self:
+        """An option without effect is a misunderstanding, and a run of hours should not rest on one."""
+        found = []
+        if self.method == "falqon":
+            if self.lora_alpha is not None:
+                found.append("lora_alpha does not apply to falqon, whose update has no other scale than learning_rate")
+            if self.rows is not None and not _takes_rows(self.rule):
+                why = "always flushes the rank's number of rows" if self.rule.rank_rows else "flushes once, at the end"
+                found.append(f"rows does not apply to the update rule {self.update_rule}, which {why}")
+        else:
+            given = [name for name in _FALQON_ONLY if getattr(self, name) is not None]
+            found += [f"{name} does not apply to {self.method}, only to falqon" for name in given]
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+    @property
+    def rule(self) -> UpdateRule:
+        """FALQON's update rule."""
+        return update_rule(self.update_rule or DEFAULT_RULE)
+
+
+def _takes_rows(rule: UpdateRule) -> bool:
+    return rule.flush_every_step and not rule.rank_rows

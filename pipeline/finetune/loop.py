@@ -1,0 +1,205 @@
+"""The training loop: one optimizer step at a time, the same for every method, resumable at any of them.
+
+Everything a step needs besides the stored tensors follows from the step's number: its batches, its learning
+rate, its random draws. A run killed at any moment and resumed ends with the same bits as one left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.phases import enter_phase
+from pipeline.falqon.flush import FlushReport
+from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.data import Batches
+from pipeline.finetune.evaluate import heldout_loss, model_inputs
+from pipeline.finetune.loss import answer_count, answer_loss
+from pipeline.finetune.method import Method
+from pipeline.finetune.optimizer import build_optimizer
+from pipeline.finetune.schedule import learning_rate_at
+
+_LOG = logging.getLogger(__name__)
+Metrics = dict[str, Any]
+
+
+class Trainer:
+    """Runs the steps of one configuration.
+
+    Args:
+        config: the resolved configuration.
+        model: prepared by `method`, on its device.
+        method: what trains and how.
+        train: training batches.
+        heldout: held-out batches.
+        store: where checkpoints go.
+        metrics_file: JSON lines, one a log line or evaluation.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: nn.Module,
+        method: Method,
+        train: Batches,
+        heldout: Batches,
+        store: CheckpointStore,
+        metrics_file: Path,
+    ) -> None:
+        self.config, self.model, self.method = config, model, method
+        self.train_batches, self.heldout_batches = train, heldout
+        self.store, self.metrics_file = store, metrics_file
+        self.names = {p: n for n, p in method.parameters().items()}
+        self.optimizer = build_optimizer(config, list(self.names))
+        self.step = 0
+        self.history: list[Metrics] = []
+        self._flushed: FlushReport | None = None
+
+    def run(self, on_step: Callable[[Metrics], None] = lambda metrics: None) -> None:
+        """Train from the current step to the last, logging, evaluating and saving on the way.
+
+        Args:
+            on_step: told the figures of every step.
+
+        Raises:
+            ConfigurationError: the loss or the gradient stopped being finite; the last checkpoint remains.
+        """
+        config = self.config
+        if self.step == 0:
+            self._evaluate()
+        self.model.train()
+        while self.step < config.steps:
+            figures = self.one_step()
+            on_step(figures)
+            last = self.step == config.steps
+            if last or self.step % config.log_every == 0:
+                self.record(figures | self._health())
+            if last or (config.evaluate_every and self.step % config.evaluate_every == 0):
+                self._evaluate()
+            if last or (config.save_every and self.step % config.save_every == 0):
+                self.save()
+
+    def one_step(self) -> Metrics:
+        """One optimizer step and its figures."""
+        enter_phase("step")
+        config, started = self.config, time.perf_counter()
+        rate = learning_rate_at(
+            self.step,
+            peak=config.learning_rate,
+            steps=config.steps,
+            warmup=config.warmup_steps,
+            schedule=config.schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, answers, tokens = self._accumulate()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
+        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            raise self._diverged(f"loss {loss}, gradient norm {float(norm)}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        will_log = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
+        before_flush = time.perf_counter()
+        self._flushed = self.method.after_step(self.step, measure=will_log)
+        self.step += 1
+        ended = time.perf_counter()
+        seconds = ended - started
+        return {
+            "step": self.step, "loss": loss, "learning_rate": rate, "gradient_norm": float(norm),
+            "answer_tokens": answers, "tokens_per_second": tokens / seconds,
+            "flush_share": (ended - before_flush) / seconds,
+        }  # fmt: skip
+
+    def _accumulate(self) -> tuple[float, int, int]:
+        """Forward and backward over the micro-batches: mean loss, answer tokens, tokens."""
+        config = self.config
+        first = self.step * config.gradient_accumulation
+        batches = [self.train_batches.at(first + i) for i in range(config.gradient_accumulation)]
+        answers = sum(answer_count(batch.labels) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            if answer_count(batch.labels) == 0:
+                continue
+            with self.method.forward_context():
+                inputs = model_inputs(batch, config.device)
+                loss = answer_loss(self.model, inputs, batch.labels.to(config.device), float(answers))
+            loss.backward()
+            total += float(loss.detach())
+        return total, answers, sum(batch.tokens for batch in batches)
+
+    def _health(self) -> Metrics:
+        """What happened at this step's flush, or would happen to the waiting update."""
+        report = self._flushed if self._flushed is not None else self.method.health(self.step)
+        if report is None:
+            return {}
+        prefix = "flush" if self._flushed is not None else "pending"
+        return {f"{prefix}_{key}": value for key, value in report.health().items()}
+
+    def _evaluate(self) -> None:
+        enter_phase("evaluate")
+        batches = (self.heldout_batches.at(i) for i in range(len(self.heldout_batches)))
+        loss = heldout_loss(self.model, batches, self.config.device, self.method.forward_context())
+        self.record({"step": self.step, "heldout_loss": loss})
+
+    def record(self, figures: Metrics) -> None:
+        """Append a line to the history and the metrics file, and log it."""
+        self.history.append(figures)
+        with self.metrics_file.open("a") as handle:
+            handle.write(json.dumps(figures) + "\n")
+        _LOG.info("%s", "  ".join(f"{key} {_brief(value)}" for key, value in figures.items()))
+
+    def _diverged(self, observed: str) -> ConfigurationError:
+        kept = self.store.steps()
+        where = f"the checkpoint of step {kept[-1]} in {self.store.root} is kept" if kept else "no checkpoint yet"
+        rate = self.optimizer.param_groups[0]["lr"]
+        return ConfigurationError(
+            f"training diverged at step {self.step + 1}",
+            why=f"{observed} at learning rate {rate:.3g}; {where}",
+            fix="lower --learning-rate, or raise the warm-up, and start anew",
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step.
+
+        Raises:
+            ConfigurationError: a parameter is no longer finite; such a state must not replace a good one.
+        """
+        enter_phase("save")
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.names):
+            raise self._diverged("parameters that are not finite")
+        tensors = self.method.step_state() | optimizer_tensors(self.optimizer, self.names)
+        self.store.save(self.step, tensors, {"history": self.history})
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint, if there is one."""
+        steps = self.store.steps()
+        if not steps:
+            self.metrics_file.write_text("")
+            return False
+        tensors, state = self.store.load(steps[-1])
+        step_state = {k: v for k, v in tensors.items() if not k.startswith("optimizer/")}
+        self.method.load_step_state(step_state)
+        restore_optimizer(self.optimizer, self.names, tensors)
+        self.step, self.history = int(state["step"]), list(state["history"])
+        self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        return True
+
+    def calibration_inputs(self) -> list[dict[str, Tensor]]:
+        """The first training batches, `settle_batches` sequences in all."""
+        count = math.ceil(self.config.settle_batches / self.config.batch_size)
+        batches = (self.train_batches.at(i) for i in range(count))
+        return [model_inputs(batch, self.config.device) for batch in batches]
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

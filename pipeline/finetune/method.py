@@ -1,0 +1,70 @@
+"""What the training loop asks of a method, so that FALQON and its baselines run through one and the same loop."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fp8pipe.artifact import LayerRecord
+from pipeline.falqon.final_merge import Inputs
+from pipeline.falqon.flush import FlushReport
+from pipeline.falqon.gradient import Losses
+from pipeline.finetune.weights import Weights
+
+
+class Method(Protocol):
+    """A way to fine-tune; see `pipeline.falqon.method` and `pipeline.finetune.lora`."""
+
+    def prepare(
+        self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
+    ) -> list[LayerRecord]:
+        """Change `model` in place so that only the method's parameters train.
+
+        Args:
+            model: as loaded.
+            stored: an earlier `base_state`.
+            losses: runs a few training batches on the unprepared model, yielding each one's loss.
+        """
+        ...
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters, by a stable name."""
+        ...
+
+    def forward_context(self) -> AbstractContextManager:
+        """Context of every forward pass (autocast, or nothing)."""
+        ...
+
+    def after_step(self, step: int, measure: bool) -> FlushReport | None:
+        """Called after the optimizer stepped; a report when something was flushed and `measure` asks for it."""
+        ...
+
+    def health(self, step: int) -> FlushReport | None:
+        """The survival of the buffered update, were it flushed now; None where that has no meaning."""
+        ...
+
+    def base_state(self) -> dict[str, Tensor]:
+        """What preparation computed and steps do not change."""
+        ...
+
+    def step_state(self) -> dict[str, Tensor]:
+        """What steps change, beside the optimizer's own state."""
+        ...
+
+    def load_step_state(self, state: dict[str, Tensor]) -> None:
+        """Restore `step_state` in place."""
+        ...
+
+    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+        """Bring the weights into the form that is deployed; what a last flush did, by layer, where there is one."""
+        ...
+
+    def deployed_weights(self) -> Weights:
+        """The weights as they are served, by module path."""
+        ...
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Tensors of the adapter, kept beside the weights for the record."""
+        ...

@@ -1,0 +1,201 @@
+"""What a fine-tuning run would take: its structure from headers, the rest from rehearsals (`--dry-run`)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from fp8pipe.core.phases import can_measure
+from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
+from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, companion_files
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
+from pipeline.dry_run.language import layer_count, with_layers, write_model
+from pipeline.dry_run.process import rehearse
+from pipeline.dry_run.scale import Scaled
+from pipeline.falqon.convert import check_rank, find_candidates
+from pipeline.falqon.final_merge import held_moments
+from pipeline.falqon.rules import FinalFlush
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.device import check_device, hardware
+from pipeline.finetune.export_warnings import export_obstacles
+
+__all__ = ["plan_finetune"]
+
+_LOG = logging.getLogger(__name__)
+
+# Rehearsed are a third of the layers and a fifth of that: what is noise there is not magnified much. Of a large model
+# fewer, as many as this holds.
+_REHEARSED_BYTES: Final = 1 << 30
+_FP32_STATES: Final = 4  # B, its gradient and AdamW's two moments, four bytes each
+_PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
+_SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-checkpointing, or a smaller model"
+
+
+def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
+    """Plan a run without reading a weight; the model's headers, the text, and rehearsals on random weights.
+
+    Args:
+        config: the resolved configuration.
+        output: where the artifact would go.
+
+    Raises:
+        ConfigurationError: what the run itself would refuse about model, text and rank.
+    """
+    source = resolve_model(config.model)
+    check_unquantized(source.path)
+    settings = import_transformers().AutoConfig.from_pretrained(source.path)
+    with torch.device("meta"):
+        model = import_transformers().AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
+    model.tie_weights()
+    candidates, skipped = find_candidates(model)
+    check_rank(candidates, config.rank)
+    shapes = [candidate.shape for candidate in candidates]
+    missing = _missing(config)
+    layer_bytes = 2 * sum(out * into for out, into in shapes) // layer_count(settings)
+    if can_measure() and config.device == "cpu" and not missing:
+        peak, disk, written, seconds, notes = _measured(config, source, settings, layer_bytes)
+    else:
+        peak, disk, written, seconds, notes = _reckoned(config, model, shapes)
+    where = output or Path(config.model).name
+    return Plan(
+        reads=(f"{config.model} ({source.path})", config.data),
+        writes=(f"{where}", f"{where}.partial while it runs"),
+        peak_memory_bytes=peak,
+        disk_bytes=disk,
+        output_bytes=written,
+        seconds=seconds,
+        hardware=hardware(config.method, config.device),
+        packages=(*_PACKAGES[config.method], *(("bitsandbytes",) if config.optimizer == "adamw-8bit" else ())),
+        missing=(*missing, *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
+        notes=(*export_obstacles(model), *notes),
+        facts={
+            "layers": len(candidates),
+            "left_out": {record.name: record.reason for record in skipped},
+            "trainable": _adapter(config, shapes),
+            "steps": config.steps,
+            "tokens": config.steps * config.gradient_accumulation * config.batch_size * config.sequence_length,
+        },
+    )
+
+
+def _missing(config: FinetuneConfig) -> tuple[Missing, ...]:
+    """Packages and hardware that are not here."""
+    from fp8pipe.core.errors import MissingCapabilityError
+
+    names = (*_PACKAGES[config.method], *(("bitsandbytes",) if config.optimizer == "adamw-8bit" else ()))
+    found = missing_packages(dict.fromkeys(names))
+    try:
+        check_device(config.device, config.method)
+    except MissingCapabilityError as error:
+        return (*found, Missing(f"{error.what}: {error.why}", error.fix))
+    return found
+
+
+_Needs = tuple[int, int, int, float | None, tuple[str, ...]]
+
+
+def _layer_counts(layers: int, layer_bytes: int) -> tuple[int, ...]:
+    """Layers of each rehearsal; all of them where they are few."""
+    more = max(3, min(layers // 3, _REHEARSED_BYTES // max(1, layer_bytes)))
+    return (layers,) if layers <= more else (max(1, more // 5), more)
+
+
+def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_bytes: int) -> _Needs:
+    """Peak memory, peak disk, output and seconds, from rehearsals with few layers."""
+    layers = layer_count(settings)
+    counts = _layer_counts(layers, layer_bytes)
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-rehearsal-") as scratch:
+        for count in counts:
+            folder = Path(scratch) / f"{count}"
+            write_model(with_layers(settings, count), _stored_dtype(source.path), folder / "model")
+            job = {"config": config.model_dump(mode="json"), "base": str(source.path), "model": f"{folder / 'model'}"}
+            runs.append((count, rehearse("pipeline.dry_run.language", job, folder)))
+    scaled = Scaled(tuple(runs), layers)
+    widths = [[int(width) for width in measured.facts["settled"]] for _, measured in runs]
+    compensated = config.method == "falqon" and config.rule.final is FinalFlush.COMPENSATED
+    held = [held_moments(few) for few in widths] if compensated else []
+    real = held_moments(_with_all_layers(widths, counts, layers)) if compensated else 0
+    peaks = [scaled.peak(name, held, real) if name == "settle" else scaled.peak(name) for name in scaled.phases()]
+    step, base, companions = scaled.size("step"), scaled.size("base"), _companion_bytes(source.path)
+    written = scaled.size("output") + companions
+    saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
+    training = base + min(saves, config.keep_checkpoints + 1) * step
+    in_the_end = base + min(saves, config.keep_checkpoints) * step + written
+    notes = (
+        f"memory, disk and time from rehearsals with {' and '.join(map(str, counts))} of {layers} layers, "
+        "random weights, and the largest of your batches",
+    )
+    _LOG.debug("peaks by phase: %s", dict(zip(scaled.phases(), peaks, strict=True)))
+    for count, measured in runs:
+        _LOG.debug("%d layers: %s", count, measured.peaks)
+    return max(peaks), max(training, in_the_end), written, _seconds(config, scaled, saves), notes
+
+
+def _seconds(config: FinetuneConfig, scaled: Scaled, saves: int) -> float:
+    facts = scaled.runs[-1][1].facts
+    once = sum(scaled.seconds(name) for name in ("start", "text", "load", "prepare", "settle", "write"))
+    rehearsed = min(config.gradient_accumulation, 2)
+    step = scaled.seconds("step", least=True) * config.gradient_accumulation / rehearsed * facts["train_share"]
+    evaluations = 2 + (math.ceil(config.steps / config.evaluate_every) if config.evaluate_every else 1)
+    evaluation = scaled.seconds("evaluate", least=True) * facts["heldout_batches"] * facts["heldout_share"]
+    return once + config.steps * step + evaluations * evaluation + saves * scaled.seconds("save")
+
+
+def _with_all_layers(widths: Sequence[list[int]], counts: Sequence[int], layers: int) -> list[int]:
+    """Input features of all FALQON layers: what a model layer adds, as often as there are layers."""
+    if len(counts) == 1:
+        return widths[0]
+    added = widths[1][len(widths[0]) :]
+    block = added[: len(added) // (counts[1] - counts[0])]
+    return widths[0] + block * (layers - counts[0])
+
+
+def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[int, int]]) -> _Needs:
+    """Peak memory, disk and output from shapes alone, without activations."""
+    linear = sum(out * into for out, into in shapes)
+    others = sum(p.numel() for p in model.parameters()) - linear
+    width = getattr(torch, config.dtype).itemsize
+    adapter = _adapter(config, shapes)
+    weights = others * width + int(linear * {"falqon": 1.0, "lora": width, "qlora": 0.53}[config.method])
+    loaded = (others + linear) * width
+    written = others * width + linear * (1 if config.method == "falqon" else width)
+    checkpoint = 3 * 4 * adapter  # B and two moments
+    note = (
+        "memory and disk are reckoned from shapes, without activations; nothing was rehearsed (on "
+        f"{'this system' if config.device == 'cpu' else 'a GPU, or without a package,'} it is not done)"
+    )
+    peak = max(loaded, weights + _FP32_STATES * 4 * adapter)
+    return peak, written + config.keep_checkpoints * checkpoint, written, None, (note,)
+
+
+def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:
+    """Trained parameters."""
+    return sum(out if config.method == "falqon" else out + into for out, into in shapes) * config.rank
+
+
+def _stored_dtype(base: Path) -> torch.dtype:
+    """The dtype of the checkpoint's largest tensors: of its first matrix."""
+    from safetensors import safe_open
+
+    from pipeline.finetune.weights import shard_paths
+
+    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    with safe_open(shard_paths(base)[0], "pt") as shard:
+        for key in shard.keys():  # noqa: SIM118 (not a mapping)
+            found = shard.get_slice(key)
+            if len(found.get_shape()) == 2:
+                return known.get(found.get_dtype(), torch.bfloat16)
+    return torch.bfloat16
+
+
+def _companion_bytes(base: Path) -> int:
+    return sum((base / relative).stat().st_size for relative in companion_files(base, BASE_MODEL_FILES))

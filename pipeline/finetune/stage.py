@@ -1,0 +1,315 @@
+"""The fine-tuning stage: base model and text in, one artifact out.
+
+The order matters: everything that can be refused is refused before the model is touched, and the deployed
+weights are written, reopened and compared before the artifact gets its name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8pipe.artifact import (
+    Artifact,
+    ArtifactWriter,
+    Gate,
+    LayerRecord,
+    NumberFormat,
+    Parent,
+    check_place,
+    sha256_file,
+)
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.phases import enter_phase
+from fp8pipe.core.plan import refuse_impossible
+from fp8pipe.core.progress import track
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
+from fp8pipe.numerics import native
+from fp8pipe.numerics.bf16 import widen_bf16_products
+from pipeline.falqon.flush import FlushReport
+from pipeline.falqon.method import FalqonMethod
+from pipeline.finetune.attention import use_matmul_attention
+from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.data import Batches, TemplateInfo, encode, load_records, split
+from pipeline.finetune.device import check_device
+from pipeline.finetune.evaluate import heldout_loss, model_inputs
+from pipeline.finetune.export_warnings import export_obstacles
+from pipeline.finetune.loop import Trainer
+from pipeline.finetune.lora import LoraMethod
+from pipeline.finetune.loss import answer_count, answer_loss
+from pipeline.finetune.method import Method
+from pipeline.finetune.plot import plot_run
+from pipeline.finetune.weights import (
+    checkpoint_names,
+    count_differing,
+    tensor_elements,
+    weights_digest,
+    write_checkpoint,
+)
+
+_LOG = logging.getLogger(__name__)
+_CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingText:
+    """The user's text as batches.
+
+    Attributes:
+        train: training batches.
+        heldout: held-out batches, each visited once an evaluation.
+        facts: counts for the manifest.
+        template: the chat template that rendered it.
+        digests: sha256 of the local file it was read from, by the name that the user gave.
+        warnings: what was dropped or defaulted.
+    """
+
+    train: Batches
+    heldout: Batches
+    facts: dict[str, Any]
+    template: TemplateInfo
+    digests: dict[str, str]
+    warnings: list[str]
+
+
+def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
+    """Run the stage.
+
+    Args:
+        config: the resolved configuration.
+        output: the artifact's directory; must not exist unless `force`.
+        force: replace an existing artifact.
+        resume: continue the unfinished run of `output`, if there is one.
+
+    Returns:
+        The finished artifact (kind `falqon` or `lora-merged`).
+
+    Raises:
+        Fp8PipeError: see the error's own text; checkpoints written so far stay in `OUTPUT.partial`.
+    """
+    check_device(config.device, config.method)
+    check_place(output, force=force, resume=resume)
+    widen_bf16_products()
+    source = resolve_model(config.model)
+    check_unquantized(source.path)
+    if config.device == "cpu":
+        refuse_impossible(least_memory(config, source), f"the model {config.model}")
+    enter_phase("text")
+    return tune(config, source, load_text(config, source), output, force=force, resume=resume)
+
+
+def tune(
+    config: FinetuneConfig,
+    source: ModelSource,
+    text: TrainingText,
+    output: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> Artifact:
+    """The stage from the text on; see `finetune`. It enters the phases that a plan measures."""
+    kind = "falqon" if config.method == "falqon" else "lora-merged"
+    with ArtifactWriter(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
+        for warning in text.warnings:
+            writer.warn(warning)
+        enter_phase("load")
+        model = load_model(config, source)
+        for warning in export_obstacles(model):
+            writer.warn(warning)
+        method = build_method(config)
+        store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
+        enter_phase("prepare")
+        records = _prepare(config, model, method, store, text)
+        converted = [record.name for record in records if record.converted]
+        names = checkpoint_names(source.path, converted, getattr(model, "base_model_prefix", ""))
+        trainer = Trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
+        if trainer.resume():
+            _LOG.info("resumed after step %d", trainer.step)
+        _announce(records)
+        with track(config.steps, "training", done=trainer.step) as progress:
+            trainer.run(lambda m: progress.advance(loss=m["loss"], tokens_per_second=m["tokens_per_second"]))
+        return _deploy(config, source, text, writer, trainer, records, names)
+
+
+def least_memory(config: FinetuneConfig, source: ModelSource) -> int:
+    """Bytes that the loaded weights take, whatever comes afterwards; headers are read."""
+    return tensor_elements(source.path) * getattr(torch, config.dtype).itemsize
+
+
+def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
+    """Read, split, encode and batch the training text.
+
+    Raises:
+        ConfigurationError: data that is empty, malformed, or without answers.
+    """
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(source.path)
+    digests = data_digests(config.data)
+    records = load_records(config.data)
+    train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0)
+    heldout = heldout[: config.heldout_limit]
+    encoded_train = encode(train, tokenizer, config.sequence_length)
+    encoded_heldout = encode(heldout, tokenizer, config.sequence_length)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad or 0}
+    facts = {"records": len(records), "train": len(train), "heldout": len(heldout)}
+    return TrainingText(
+        train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
+        heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
+        facts=facts,
+        template=encoded_train.template,
+        digests=digests,
+        warnings=[*encoded_train.warnings],
+    )
+
+
+def data_digests(data: str) -> dict[str, str]:
+    """The sha256 of `data`, by its name, if it is a local file; nothing for other sources."""
+    path = Path(data).expanduser()
+    return {data: sha256_file(path)} if path.is_file() else {}
+
+
+def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
+    """The base model in the configured dtype, on its device."""
+    auto = import_transformers().AutoModelForCausalLM
+    try:
+        model = auto.from_pretrained(source.path, dtype=getattr(torch, config.dtype))
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigurationError(
+            f"{config.model} cannot be loaded as a causal language model",
+            why=str(error).splitlines()[0],
+            fix="give a decoder model that transformers' AutoModelForCausalLM knows",
+        ) from error
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.device == "cpu":
+        use_matmul_attention(model)
+    return model.to(config.device)
+
+
+def build_method(config: FinetuneConfig) -> Method:
+    """The method that the configuration names."""
+    if config.method == "falqon":
+        rule = config.rule
+        return FalqonMethod(
+            rule,
+            rank=config.rank,
+            rows=config.rows,
+            initialisation=config.initialisation or rule.initialisation,
+            seed=config.seed,
+        )
+    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
+    return LoraMethod(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
+
+
+def _prepare(
+    config: FinetuneConfig, model: nn.Module, method: Method, store: CheckpointStore, text: TrainingText
+) -> list[LayerRecord]:
+    described = config.model_dump(mode="json")
+    if store.started():
+        store.check_config(described, text.digests)
+        return method.prepare(model, store.base())
+
+    def losses() -> Iterator[torch.Tensor]:
+        for index in range(config.gradient_batches):
+            batch = text.train.at(index)
+            with method.forward_context():
+                labels = batch.labels.to(config.device)
+                yield answer_loss(model, model_inputs(batch, config.device), labels, max(1.0, answer_count(labels)))
+
+    records = method.prepare(model, losses=losses)
+    store.begin(described, method.base_state(), text.digests)
+    return records
+
+
+def _announce(records: list[LayerRecord]) -> None:
+    done = [record for record in records if record.converted]
+    skipped = [record for record in records if not record.converted]
+    _LOG.info("converted %d of %d linear layers", len(done), len(records))
+    for record in skipped:
+        _LOG.info("left out: %s (%s)", record.name, record.reason)
+
+
+def _deploy(
+    config: FinetuneConfig,
+    source: ModelSource,
+    text: TrainingText,
+    writer: ArtifactWriter,
+    trainer: Trainer,
+    records: list[LayerRecord],
+    names: dict[str, str],
+) -> Artifact:
+    """Last flush, evaluation of what is deployed, weights on disk and read back, manifest."""
+    model, method = trainer.model, trainer.method
+    enter_phase("settle")
+    flushed = method.finish(model, trainer.calibration_inputs)
+    heldout = (text.heldout.at(i) for i in range(len(text.heldout)))
+    enter_phase("evaluate")
+    deployed = heldout_loss(model, heldout, config.device)
+    untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
+    trainer.record({"step": trainer.step, "deployed_loss": deployed})
+    enter_phase("write")
+    weights = {names[name]: value for name, value in method.deployed_weights().items()}
+    write_checkpoint(source.path, writer.root, weights)
+    _write_template(writer.root, text.template)
+    _write_adapter(writer, method)
+    differing = count_differing(writer.root, weights)
+    writer.gate(Gate(name="reopened bytes differing", value=differing, threshold=0, passed=differing == 0))
+    learned = Gate(
+        name="held-out loss of the deployed weights", value=deployed, threshold=untuned, passed=deployed < untuned,
+        detail="nats an answer token; below the untuned model", failure="REGRESSION",
+    )  # fmt: skip
+    writer.gate(learned)
+    if not learned.passed:
+        writer.warn(
+            f"the tuned model is no better on held-out text than the untuned one ({deployed:.4f}, {untuned:.4f})"
+        )
+    plot_run(trainer.history, writer.root / _PLOT, f"{config.method} on {source.origin}")
+    transposed = [name for name, weight in weights.items() if weight.transposed]
+    return writer.commit(
+        config=config.model_dump(mode="json"),
+        seed=config.seed,
+        parents=[Parent(kind="model", digest=weights_digest(source.path), path=source.origin)],
+        number_format=NumberFormat(name="e4m3", granularity="per-tensor") if config.method == "falqon" else None,
+        runtime={
+            "device": config.device, "threads": torch.get_num_threads(), "native": native.library() is not None,
+            "attention": getattr(model.config, "_attn_implementation", None),
+        },
+        layers=[r.model_copy(update={"name": names.get(r.name, r.name)}) for r in records],
+        extra={
+            **_method_facts(config),
+            "rank": config.rank, "base_dtype": config.dtype, "transposed": transposed, "data": text.facts,
+            "last_flush": sum(flushed.values(), FlushReport()).health() if flushed else None,
+            "last_flush_layers": {names.get(name, name): report.health() for name, report in flushed.items()},
+            "heldout_loss": {"untuned": untuned, "deployed": deployed},
+        },
+        exclude=[_CHECKPOINTS], volatile=[_METRICS, _PLOT],
+    )  # fmt: skip
+
+
+def _method_facts(config: FinetuneConfig) -> dict[str, Any]:
+    return {"adapter": "flushed", "rule": config.update_rule} if config.method == "falqon" else {"adapter": "merged"}
+
+
+def _write_template(root: Path, template: TemplateInfo) -> None:
+    """A model without a chat template has now learned the plain one: without it, it would be asked in another."""
+    if template.origin == "plain":
+        (root / "chat_template.jinja").write_text(template.template, encoding="utf-8")
+
+
+def _write_adapter(writer: ArtifactWriter, method: Method) -> None:
+    from safetensors.torch import save_file
+
+    tensors = method.adapter()
+    if tensors:
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, writer.root / "adapter.safetensors"
+        )

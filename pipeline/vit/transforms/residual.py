@@ -1,0 +1,129 @@
+"""One rotation of the whole residual stream, folded into the weights around it.
+
+LayerNorm without gain and bias commutes with every orthogonal Q that keeps the vector of ones: mean and length are the
+same, so `LN(Qx) = Q LN(x)`. With gains and biases folded into the linears that read them (and layer scales into those
+that write), everything that writes the stream is multiplied by Q and everything that reads it by its transpose. The
+model computes what it computed, and no channel of what its linears read stands out any more. (SliceGPT, arXiv
+2401.15024, has the invariance for RMSNorm; keeping the ones keeps LayerNorm, so no architecture changes.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fp8pipe.models.vision.structure import VitStructure
+from pipeline.vit.transforms.heads import random_rotation
+from pipeline.vit.transforms.wiring import Wiring
+
+
+class NotRotatable(Exception):
+    """The stream of this model has a reader or writer that cannot take the rotation; says which."""
+
+
+def ones_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix `(size, size)`, float64, with `Q 1 = 1`."""
+    first = torch.full((size, 1), size**-0.5, dtype=torch.float64)
+    rest = torch.randn(size, size - 1, generator=generator, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(torch.cat([first, rest], dim=1))
+    turned = torch.eye(size, dtype=torch.float64)
+    turned[1:, 1:] = random_rotation(size - 1, generator)
+    return basis @ turned @ basis.T
+
+
+@torch.no_grad()
+def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, generator: torch.Generator) -> None:
+    """Turn the residual stream, in place.
+
+    Raises:
+        NotRotatable: the model has a part that would compute something else; it may have been changed already.
+    """
+    width = _width(structure)
+    readers = _readers(model, structure, wiring, width)
+    read = {name for names in readers.values() for name in names}
+    writers = [s.name for s in structure.linears if s.shape[0] == width and s.name not in read]
+    inner = {rows.linear for a in wiring.attentions for rows in (a.q, a.k, a.v) if rows is not None}
+    if not set(writers).isdisjoint(inner):
+        raise NotRotatable("a linear that feeds an attention does not read a norm")
+    _fold_layer_scales(model, structure, wiring, writers, width)
+    turn = ones_keeping_rotation(width, generator)
+    for norm, linears in readers.items():
+        _fold_norm(model, norm, linears, turn)
+    for name in writers:
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            turned = turn @ parameter.double().flatten(1) if parameter.dim() > 1 else turn @ parameter.double()
+            parameter.copy_(turned.view_as(parameter))
+    for parameter in _embeddings(model, width):
+        parameter.copy_(parameter.double() @ turn.T)
+
+
+def _width(structure: VitStructure) -> int:
+    if structure.is_backbone:
+        raise NotRotatable("a backbone gives the stream itself, as features")
+    if any(site.windows > 1 for site in structure.attentions):
+        raise NotRotatable("a stream that is merged between stages has no one width")
+    return structure.linears[0].shape[0]
+
+
+def _readers(model: nn.Module, structure: VitStructure, wiring: Wiring, width: int) -> dict[str, tuple[str, ...]]:
+    """Linears by norm. The last norm may be read through pooling: then its readers are the heads."""
+    on_stream = [n for n in wiring.readers if tuple(model.get_submodule(n).normalized_shape) == (width,)]  # type: ignore[arg-type]
+    readers = {norm: wiring.readers[norm] for norm in on_stream if wiring.readers[norm]}
+    silent = [norm for norm in on_stream if norm not in readers]
+    known = {name for linears in readers.values() for name in linears}
+    heads = tuple(name for name in structure.heads if name not in known)
+    if heads and len(silent) == 1:
+        readers[silent.pop()] = heads
+    if silent:
+        raise NotRotatable(f"{silent[0]} is a norm that no linear reads directly")
+    return readers
+
+
+def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], turn: Tensor) -> None:
+    """Gain, and bias where a linear can take it, go into the readers; these are turned back."""
+    module = model.get_submodule(norm)
+    gain, bias = module.get_parameter("weight").double(), module.get_parameter("bias").double()
+    layers = [model.get_submodule(name) for name in linears]
+    foldable = all(getattr(layer, "bias", None) is not None for layer in layers)
+    if not foldable and bool((bias != 0).any()) and float(gain.abs().min()) < 1e-3 * float(gain.abs().max()):
+        raise NotRotatable(f"{norm} has a bias that its readers cannot take, and gains near zero")
+    for layer in layers:
+        weight = layer.get_parameter("weight")
+        blocks = weight.double().view(weight.shape[0], -1, len(gain))  # pooled tokens side by side
+        if foldable:
+            layer.get_parameter("bias").add_((blocks @ bias).sum(1).to(weight.dtype))
+        weight.copy_(((blocks * gain) @ turn.T).flatten(1))
+    kept = torch.zeros_like(bias) if foldable else turn @ (bias / gain)
+    module.get_parameter("weight").fill_(1)
+    module.get_parameter("bias").copy_(kept)
+
+
+def _fold_layer_scales(
+    model: nn.Module, structure: VitStructure, wiring: Wiring, writers: list[str], width: int
+) -> None:
+    """Vectors that multiply what a block adds to the stream (LayerScale, arXiv 2103.17239)."""
+    for holder, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+            continue
+        scales = [p for p in module._parameters.values() if p is not None and p.dim() == 1]
+        if not scales:
+            continue
+        if any(len(p) != width for p in scales):
+            raise NotRotatable(f"{holder} holds a vector of another width than the stream")
+        inside = [name for name in writers if name.startswith(f"{holder}.")]
+        if not inside:  # a module of its own scales what ran last
+            before = wiring.order[: wiring.order.index(holder)] if holder in wiring.order else ()
+            inside = [name for name in before if name in writers][-1:]
+        if len(inside) != len(scales):
+            raise NotRotatable(f"{holder} scales something that is not known")
+        for scale, name in zip(scales, inside, strict=True):
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                parameter.mul_(scale.view(-1, *(1,) * (parameter.dim() - 1)))
+            scale.fill_(1)
+
+
+def _embeddings(model: nn.Module, width: int) -> list[nn.Parameter]:
+    """Class tokens, registers and positions: what is added to the stream without a linear."""
+    known = nn.Linear | nn.Conv2d | nn.LayerNorm
+    held = [p for m in model.modules() if not isinstance(m, known) for p in m._parameters.values() if p is not None]
+    return [p for p in held if p.dim() > 1 and p.shape[-1] == width]

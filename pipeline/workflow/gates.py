@@ -1,0 +1,130 @@
+"""Gates as code: figures that stages wrote, judged by the recipe's thresholds, and the gates that stages judged.
+
+REGRESSION: a finite figure on the wrong side. ANOMALOUS: a figure that is missing or not finite, or two things that
+must be equal and are not. INFEASIBLE: the stage could not run here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe.artifact import MANIFEST_NAME
+from fp8pipe.artifact.runs import GateOutcome, Verdict
+from pipeline.workflow.recipe import GateSpec, StageSpec
+
+__all__ = ["document_of", "figure_at", "judge", "verdict_of_failure"]
+
+# Exit codes that say something about this machine or this export, and nothing about the recipe's text.
+_INFEASIBLE: Final = frozenset((11, 13, 15))
+_ANOMALOUS: Final = frozenset((12, 14))
+_ACCEPTED: Final = frozenset(("ACCEPT", "PROVED-WITHOUT-RUNNING"))
+
+
+def verdict_of_failure(exit_code: int) -> Verdict | None:
+    """What a failed stage's exit code means; None where the run itself must end with it."""
+    if exit_code in _INFEASIBLE:
+        return Verdict.INFEASIBLE
+    return Verdict.ANOMALOUS if exit_code in _ANOMALOUS else None
+
+
+def document_of(output: Path) -> tuple[Path, dict[str, Any]]:
+    """The manifest of an artifact, or a record: its file, and its content (empty where it is not there)."""
+    path = output / MANIFEST_NAME if output.is_dir() else output
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return path, {}
+    return path, document if isinstance(document, dict) else {}
+
+
+def figure_at(document: Any, path: str) -> float | None:
+    """The number at a dotted path (`extra.accuracy.quantized.top1`, `canary.0.tokens`); None where there is none."""
+    here = document
+    for part in path.split("."):
+        if isinstance(here, Mapping) and part in here:
+            here = here[part]
+        elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+            here = here[int(part)]
+        else:
+            return None
+    if isinstance(here, bool):
+        return float(here)
+    if isinstance(here, str):  # manifests write infinities and NaN as strings
+        return float(here) if here.lower().lstrip("-") in ("nan", "inf", "infinity") else None
+    return float(here) if isinstance(here, int | float) else None
+
+
+def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list[GateOutcome]:
+    """All gates of a stage that has ended: those its output carries, its record's verdict, and the recipe's.
+
+    Args:
+        spec: the stage.
+        directory: of the run, for the sources of figures.
+        outputs: what every stage wrote, by name.
+    """
+    path, document = document_of(outputs[spec.name])
+    where = _relative(path, directory)
+    found = [_own(gate, f"{where}#gates.{index}.value") for index, gate in enumerate(document.get("gates") or [])]
+    if "verdict" in document:
+        found.append(_recorded(document, f"{where}#verdict"))
+    return found + [_judged(gate, where, document, directory, outputs) for gate in spec.gates]
+
+
+def _own(gate: Mapping[str, Any], source: str) -> GateOutcome:
+    value, threshold, passed = figure_at(gate, "value"), figure_at(gate, "threshold"), bool(gate.get("passed"))
+    verdict = Verdict.ACCEPT if passed else Verdict(gate.get("failure", Verdict.ANOMALOUS))
+    above = value is not None and threshold is not None and (value > threshold) is passed and value != threshold
+    bound = "at_least" if above else "at_most"
+    return GateOutcome(
+        name=str(gate["name"]), source=source, value=value, verdict=verdict, reason=str(gate.get("detail", "")),
+        **{bound: threshold},
+    )  # fmt: skip
+
+
+def _recorded(document: Mapping[str, Any], source: str) -> GateOutcome:
+    said = str(document["verdict"])
+    accepted = said in _ACCEPTED
+    reasons = document.get("reasons") or document.get("not_proved") or []
+    return GateOutcome(
+        name=f"verdict of the record: {said}", source=source, value=float(accepted), at_least=1.0,
+        verdict=Verdict.ACCEPT if accepted else Verdict.ANOMALOUS, reason="; ".join(map(str, reasons)),
+    )  # fmt: skip
+
+
+def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs: Mapping[str, Path]) -> GateOutcome:
+    value, source = figure_at(document, gate.figure), f"{where}#{gate.figure}"
+    for operation, other in (("-", gate.minus), ("/", gate.over)):
+        if other is None:
+            continue
+        stage, hash_sign, inner = other.rpartition("#")
+        place, held = document_of(outputs[stage]) if hash_sign and stage in outputs else (directory / where, document)
+        second = figure_at(held, inner)
+        source += f" {operation} {_relative(place, directory)}#{inner}"
+        value = _combined(operation, value, second)
+    return GateOutcome(
+        name=gate.name, source=source, value=value, at_least=gate.at_least, at_most=gate.at_most, reason=gate.reason,
+        verdict=_verdict(value, gate.at_least, gate.at_most),
+    )  # fmt: skip
+
+
+def _combined(operation: str, first: float | None, second: float | None) -> float | None:
+    if first is None or second is None:
+        return None
+    if operation == "-":
+        return first - second
+    return first / second if second else math.nan
+
+
+def _verdict(value: float | None, at_least: float | None, at_most: float | None) -> Verdict:
+    if value is None or not math.isfinite(value):
+        return Verdict.ANOMALOUS
+    inside = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    return Verdict.ACCEPT if inside else Verdict.REGRESSION
+
+
+def _relative(path: Path, directory: Path) -> str:
+    return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)

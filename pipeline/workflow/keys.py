@@ -1,0 +1,125 @@
+"""When a stage need not run again: its key, a digest over everything that decides what it writes.
+
+The key covers the command, its settings as the recipe gives them, the contents of the stages it reads, the bytes of
+what it reads from outside, and the tool's version. Files are hashed once and remembered by size and time of change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe import __version__
+from fp8pipe.artifact import MANIFEST_NAME, Manifest, sha256_file
+from pipeline.workflow.recipe import StageSpec
+
+__all__ = ["SourceDigests", "canonical_digest", "file_states", "stage_key"]
+
+_PREFIXES: Final = ("images:", "artifact:")
+# Of a model directory, these say nothing about the model.
+_SKIPPED: Final = (".git", ".cache", "__pycache__")
+
+
+def canonical_digest(value: Any) -> str:
+    """sha256 (hexadecimal) of plain data as sorted JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stage_key(spec: StageSpec, contents: Mapping[str, str], sources: Mapping[str, str]) -> str:
+    """The key of a stage.
+
+    Args:
+        spec: the stage; names of stages do not matter, only what they hold.
+        contents: content digests of the stages it reads, by the setting that names them.
+        sources: digests of what it reads from outside, by setting.
+    """
+    settings = {key: value for key, value in spec.settings.items()}
+    for dotted in spec.reads:
+        _blank(settings, dotted.split("."))
+    return canonical_digest(
+        {
+            "command": spec.command, "settings": settings, "reads": dict(contents), "sources": dict(sources),
+            "version": __version__,
+        }
+    )  # fmt: skip
+
+
+def file_states(path: Path) -> dict[str, tuple[int, int]]:
+    """Size (bytes) and time of change (ns) of every file at `path`: a directory's, or the file itself as `.`."""
+    if path.is_file():
+        state = path.stat()
+        return {".": (state.st_size, state.st_mtime_ns)}
+    found = {}
+    for folder, inner, names in os.walk(path):
+        inner[:] = sorted(name for name in inner if name not in _SKIPPED)
+        for name in sorted(names):
+            file = Path(folder) / name
+            state = file.stat()
+            found[file.relative_to(path).as_posix()] = (state.st_size, state.st_mtime_ns)
+    return found
+
+
+class SourceDigests:
+    """Digests of what the user names, remembered in a file.
+
+    Args:
+        memory: where; an unreadable file only means that everything is hashed again.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        try:
+            self._known: dict[str, list[Any]] = dict(json.loads(memory.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            self._known = {}
+
+    def digest(self, source: str) -> str:
+        """What `source` holds: a content or byte digest of a path; the name itself of anything else."""
+        for prefix in _PREFIXES:
+            if source.startswith(prefix):
+                return prefix + self.digest(source.removeprefix(prefix))
+        path = Path(source).expanduser()
+        if (path / MANIFEST_NAME).is_file():
+            manifest = path / MANIFEST_NAME
+            return Manifest.from_json(manifest.read_bytes(), where=str(manifest)).content
+        if path.is_file() or path.is_dir():
+            return self._bytes_of(path)
+        return source
+
+    def save(self) -> None:
+        """Remember for the next run."""
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._memory.with_suffix(".partial")
+        partial.write_text(json.dumps(self._known), encoding="utf-8")
+        os.replace(partial, self._memory)
+
+    def _bytes_of(self, path: Path) -> str:
+        states = canonical_digest(file_states(path))
+        known = self._known.get(str(path.absolute()))
+        if known is None or known[0] != states:
+            files = [path] if path.is_file() else [path / name for name in file_states(path)]
+            named = [[file.relative_to(path).as_posix(), sha256_file(file)] for file in files]
+            known = self._known[str(path.absolute())] = [states, canonical_digest(named)]
+        return str(known[1])
+
+
+def _blank(settings: dict[str, Any], parts: list[str]) -> None:
+    """Take a reference out of the settings: which name a stage has decides nothing."""
+    here: Any = settings
+    for part in parts[:-1]:
+        inner = here[int(part)] if isinstance(here, list) else here[part]
+        inner = dict(inner) if isinstance(inner, Mapping) else list(inner)
+        if isinstance(here, list):
+            here[int(part)] = inner
+        else:
+            here[part] = inner
+        here = inner
+    if isinstance(here, list):
+        here[int(parts[-1])] = None
+    else:
+        here[parts[-1]] = None

@@ -1,0 +1,261 @@
+"""Recipes: YAML that names stages, their settings, what they read of each other, and what is accepted.
+
+```yaml
+name: digits
+stages:
+  digits:
+    command: quantize-vit
+    model: sample:vit-digits
+    bits: w4a4
+  onnx:
+    command: export
+    artifact: stage:digits
+    target: onnx
+    gates:
+      - {name: size, figure: extra.payload_bytes, at_most: 5000000, reason: fits the device}
+```
+
+`stage:NAME` stands for what that stage writes. Everything else in a stage is a setting of its command.
+"""
+
+from __future__ import annotations
+
+import difflib
+import graphlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import Field, model_validator
+
+from fp8pipe.core.config import FrozenConfig, assign, build_config, read_yaml
+from fp8pipe.core.errors import ConfigurationError
+from pipeline.workflow.settings import NO_SETTINGS, references
+
+__all__ = ["GateSpec", "Recipe", "StageSpec", "load_recipe", "recipe_of"]
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_TOP_KEYS: Final = ("name", "description", "stages")
+
+
+class GateSpec(FrozenConfig):
+    """One thing that must hold of what a stage wrote."""
+
+    name: str = Field(min_length=1, description="what it asks, in a few words")
+    figure: str = Field(
+        min_length=1, description="path in the stage's manifest or record, for instance extra.heldout_loss.deployed"
+    )
+    minus: str | None = Field(None, description="a figure to subtract; STAGE#path takes it from another stage")
+    over: str | None = Field(None, description="a figure to divide by; STAGE#path takes it from another stage")
+    at_least: float | None = Field(None, description="the smallest value accepted")
+    at_most: float | None = Field(None, description="the largest value accepted")
+    reason: str = Field(min_length=1, description="why this threshold")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> GateSpec:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError(f"gate {self.name!r} has neither at_least nor at_most")
+        if self.minus is not None and self.over is not None:
+            raise ValueError(f"gate {self.name!r}: minus and over cannot both be given")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """One stage of a recipe.
+
+    Attributes:
+        name: the stage's, unique in the recipe.
+        command: what it does.
+        settings: of the command, as written; references are still references.
+        gates: what must hold.
+        after: stages that must have ended before, though nothing of them is read.
+        reads: names of the stages it reads, by the dotted setting that names them.
+    """
+
+    name: str
+    command: str
+    settings: Mapping[str, Any]
+    gates: tuple[GateSpec, ...] = ()
+    after: tuple[str, ...] = ()
+    reads: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of all stages that must have ended before."""
+        return tuple(dict.fromkeys((*self.reads.values(), *self.after)))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe, read and checked as far as it can be without knowing the commands.
+
+    Attributes:
+        name: of the recipe.
+        description: for people.
+        stages: in an order in which they can run.
+    """
+
+    name: str
+    description: str
+    stages: tuple[StageSpec, ...]
+
+    def stage(self, name: str) -> StageSpec:
+        """The stage of that name.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise _no_stage(name, [stage.name for stage in self.stages])
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as data, with every override applied."""
+        stages: dict[str, Any] = {}
+        for spec in self.stages:
+            entry: dict[str, Any] = {"command": spec.command, **spec.settings}
+            if spec.after:
+                entry["after"] = list(spec.after)
+            if spec.gates:
+                entry["gates"] = [gate.model_dump(mode="json", exclude_none=True) for gate in spec.gates]
+            stages[spec.name] = entry
+        return {"name": self.name, "description": self.description, "stages": stages}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `STAGE.KEY=VALUE`, values read as YAML; they win over the file.
+
+    Raises:
+        ConfigurationError: unreadable, malformed, an unknown stage in an override or a reference, or a circle.
+    """
+    values = read_yaml(Path(path))
+    values.setdefault("name", Path(path).stem)
+    stages = values.get("stages")
+    for override in overrides:
+        dotted, value = _parse_override(override)
+        stage = dotted.split(".")[0]
+        if isinstance(stages, dict) and stage not in stages:
+            raise _no_stage(stage, list(stages), f"--set {override}")
+        assign(values, f"stages.{dotted}", value)
+    return recipe_of(values, str(path))
+
+
+def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from plain data; `where` is for messages.
+
+    Raises:
+        ConfigurationError: as `load_recipe`.
+    """
+    unknown = [key for key in values if key not in _TOP_KEYS]
+    if unknown:
+        raise ConfigurationError(
+            f"{where} has unknown keys: {', '.join(map(str, unknown))}",
+            why=f"a recipe holds {', '.join(_TOP_KEYS)}",
+            fix="a stage's settings belong below stages.NAME",
+        )
+    stages = values.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise ConfigurationError(
+            f"{where} names no stages", why="`stages:` is missing or empty", fix="add `stages: {NAME: {command: ...}}`"
+        )
+    specs = {str(name): _stage(str(name), entry, where) for name, entry in stages.items()}
+    for spec in specs.values():
+        for needed in spec.needs:
+            if needed not in specs:
+                raise _no_stage(needed, list(specs), f"stage {spec.name} of {where}")
+    name = str(values.get("name") or "recipe")
+    return Recipe(name, str(values.get("description") or ""), tuple(specs[name] for name in _ordered(specs, where)))
+
+
+def _stage(name: str, entry: Any, where: str) -> StageSpec:
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{name!r} cannot name a stage of {where}",
+            why="its output is a directory of that name",
+            fix="use small letters, digits and hyphens, at most 63",
+        )
+    if not isinstance(entry, dict) or not isinstance(entry.get("command"), str):
+        raise ConfigurationError(
+            f"stage {name} of {where} names no command",
+            why="`command:` is missing",
+            fix="add for instance command: export",
+        )
+    settings = {str(key): value for key, value in entry.items() if key not in NO_SETTINGS}
+    after, gates = entry.get("after") or (), entry.get("gates") or ()
+    if isinstance(after, str) or not all(isinstance(item, str) for item in after):
+        raise ConfigurationError(
+            f"stage {name} of {where}: after is no list of stages",
+            why=f"it is {after!r}",
+            fix="write after: [NAME, ...]",
+        )
+    if not isinstance(gates, list | tuple) or not all(isinstance(item, dict) for item in gates):
+        raise ConfigurationError(
+            f"stage {name} of {where}: gates is no list", why=f"it is {gates!r}", fix="write gates: [{name: ..., ...}]"
+        )
+    judged = tuple(_gate(item, name, where) for item in gates)
+    return StageSpec(name, entry["command"], settings, judged, tuple(after), references(settings))
+
+
+def _gate(values: Mapping[str, Any], stage: str, where: str) -> GateSpec:
+    try:
+        return build_config(GateSpec, values)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"stage {stage} of {where}: a gate has invalid values", why=error.why, fix=error.fix
+        ) from error
+
+
+def _ordered(specs: Mapping[str, StageSpec], where: str) -> list[str]:
+    """Names in an order in which the stages can run, as near to the file's as that allows."""
+    sorter = graphlib.TopologicalSorter({name: spec.needs for name, spec in specs.items()})
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        raise ConfigurationError(
+            f"the stages of {where} wait for each other",
+            why=" -> ".join(error.args[1]),
+            fix="remove one of these references",
+        ) from error
+    places, order = {name: place for place, name in enumerate(specs)}, []
+    ready = set(sorter.get_ready())
+    while ready:
+        first = min(ready, key=places.__getitem__)
+        ready.remove(first)
+        order.append(first)
+        sorter.done(first)
+        ready.update(sorter.get_ready())
+    return order
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    dotted, equals, value = text.partition("=")
+    if not equals or "." not in dotted:
+        raise ConfigurationError(
+            f"--set {text} cannot be read",
+            why="it is not STAGE.KEY=VALUE",
+            fix="write for instance --set model.steps=80",
+        )
+    try:
+        return dotted.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(
+            f"--set {text} cannot be read", why=" ".join(str(error).split()), fix="quote the value"
+        ) from error
+
+
+def _no_stage(name: str, known: Sequence[str], where: str = "") -> ConfigurationError:
+    close = difflib.get_close_matches(name, known, n=1)
+    return ConfigurationError(
+        f"there is no stage named {name!r}" + (f" ({where})" if where else ""),
+        why=f"the stages are: {', '.join(known)}",
+        fix=f"did you mean {close[0]!r}?" if close else "name one of these",
+    )

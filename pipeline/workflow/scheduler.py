@@ -1,0 +1,253 @@
+"""The chain itself: stages started in order, resumed where they were cut, judged, and recorded one by one."""
+
+from __future__ import annotations
+
+import fcntl
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import yaml
+
+from fp8pipe import __version__
+from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME, installed_versions
+from fp8pipe.artifact.checksum import remove_sealed
+from fp8pipe.artifact.runs import RunRecord, StageRecord, Verdict, worst, write_run
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
+from fp8pipe.core.machine import describe_machine
+from pipeline.workflow.commands import StageCommand
+from pipeline.workflow.gates import judge, verdict_of_failure
+from pipeline.workflow.keys import file_states
+from pipeline.workflow.process import Ended, StageProcess
+from pipeline.workflow.recipe import StageSpec
+from pipeline.workflow.state import STAGES, RunState, StageStatus, content_of, inside
+
+__all__ = ["Chain"]
+
+LOGS, RECIPE_NAME = "logs", "recipe.yaml"
+_POLL_S: Final = 0.05
+_INTERRUPT_S: Final = 60.0
+# A run that was killed leaves processes that die within a moment, and hold its lock until then.
+_LOCK_S: Final = 15.0
+_VERSIONS: Final = ("torch", "transformers", "timm", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
+
+Show = Callable[[str, str], None]
+
+
+class Chain:
+    """Runs a recipe in its directory.
+
+    Args:
+        state: the recipe, its directory, and what is in it.
+        show: called with a stage's name and a line for people.
+    """
+
+    def __init__(self, state: RunState, show: Show) -> None:
+        self.state, self._show = state, show
+        self._running: dict[str, tuple[StageProcess, StageStatus, str]] = {}
+        self._failed = False
+        self._lock = -1
+
+    def check(self, stages: Sequence[StageSpec]) -> None:
+        """Build the typed configuration of these stages.
+
+        Raises:
+            ConfigurationError: one error that names every mistake of every stage.
+        """
+        found, recipe = [], self.state.recipe
+        for spec in stages:
+            read = {dotted: recipe.stage(name).command for dotted, name in spec.reads.items()}
+            try:
+                self.state.commands[spec.command].check(self.state.settings(spec), read)
+            except Fp8PipeError as error:
+                found.append(f"{spec.name}: {error.why or error.what}")
+        if found:
+            raise ConfigurationError(
+                f"the recipe {recipe.name} cannot be run as it is", why="; ".join(found),
+                fix="correct the settings named above; `fp8pipe schema` describes them all",
+            )  # fmt: skip
+
+    def run(self) -> RunRecord:
+        """Run what must be run, judge everything, and record it after every stage.
+
+        Returns:
+            The record; a failed gate is a verdict in it.
+
+        Raises:
+            ConfigurationError: settings that a command refuses, each named, before anything is run.
+            Fp8PipeError: a stage failed for a reason that is no verdict; the record holds it, too.
+            InterruptedRunError: Ctrl-C; running stages have been ended and can be resumed.
+        """
+        with self._locked():
+            self.check([status.spec for status in self.state.statuses() if status.run])
+            text = yaml.safe_dump(self.state.recipe.plain(), sort_keys=False, allow_unicode=True)
+            (self.state.directory / RECIPE_NAME).write_text(text, encoding="utf-8")
+            try:
+                self._schedule()
+            except KeyboardInterrupt as error:
+                names = ", ".join(self._running) or "nothing"
+                for process, _, _ in self._running.values():
+                    process.interrupt(_INTERRUPT_S)
+                raise InterruptedRunError(
+                    "interrupted", why=f"while running {names}", fix="run the same command again: it goes on from there"
+                ) from error
+            finally:
+                for process, _, _ in self._running.values():
+                    process.close()
+            return self._record()
+
+    def _schedule(self) -> None:
+        waiting = list(self.state.wanted())
+        names, ended = {spec.name for spec in waiting}, set[str]()
+        while self._running or (waiting and not self._failed):
+            for spec in list(waiting):
+                free = len(self._running) < self.state.options.jobs and not self._failed
+                if not free or not ended.issuperset(names.intersection(spec.needs)):
+                    continue
+                waiting.remove(spec)
+                if not self._begin(self.state.status(spec)):
+                    ended.add(spec.name)
+            for name, (process, status, started) in list(self._running.items()):
+                if (result := process.poll()) is not None:
+                    del self._running[name]
+                    ended.add(name)
+                    self._settle(status.spec, self._finished(status, result, started))
+            time.sleep(_POLL_S if self._running else 0)
+
+    def _begin(self, status: StageStatus) -> bool:
+        """Start a stage, or settle one that need not run; true where it runs now."""
+        name = status.spec.name
+        if status.run:
+            self._show(name, f"{status.spec.command}: {status.why}")
+            self._running[name] = (self._start(status), status, _now())
+            return True
+        record = self._adopted(status) if status.adopt else self.state.records[name]
+        self._settle(status.spec, record, status.why)
+        return False
+
+    def _start(self, status: StageStatus) -> StageProcess:
+        """Start a stage: resumed where an unfinished run of the same key is there, anew otherwise."""
+        state, spec = self.state, status.spec
+        command, output = state.commands[spec.command], state.outputs[spec.name]
+        settings = state.settings(spec)
+        text = yaml.safe_dump(state.filed_settings(spec), sort_keys=False, allow_unicode=True)
+        state.settings_file(spec).write_text(text, encoding="utf-8")
+        extra = ["--resume"] if self._prepare(spec, command, status.key) else []
+        if output.is_dir():
+            extra.append("--force")
+        elif output.is_file():
+            remove_sealed(output)  # an old record must not be taken for the new one
+        log = state.directory / LOGS / f"{spec.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        log.unlink(missing_ok=True)
+        return StageProcess(
+            [*state.arguments(spec), *extra], log, command.environment(settings),
+            lambda line: self._show(spec.name, line), lock=self._lock, program=command.program,
+        )  # fmt: skip
+
+    def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:
+        """Throw away what another configuration left unfinished; true where an unfinished run can go on."""
+        marker, partial = self.state.marker(spec), self.state.partial(spec)
+        same = marker.is_file() and marker.read_text(encoding="utf-8") == key
+        if partial.is_dir() and not same:
+            shutil.rmtree(partial)
+        marker.write_text(key, encoding="utf-8")
+        return command.resumable and partial.is_dir() and any(partial.glob(f"{CHECKPOINT_PREFIX}*"))
+
+    def _finished(self, status: StageStatus, result: Ended, started: str) -> StageRecord:
+        spec, output = status.spec, self.state.outputs[status.spec.name]
+        error = result.document.get("error") if result.code else None
+        if result.code and error is None:
+            what = f"the stage {spec.name} died"
+            error = {"type": "Died", "exit_code": result.code, "what": what, "why": "", "fix": ""}
+        # A record that says REJECT is an output, and its exit code a verdict.
+        written = output.exists() and (error is None or output.is_file())
+        return self._described(status, started, result.seconds, result.peak_rss_bytes, error, written)
+
+    def _adopted(self, status: StageStatus) -> StageRecord:
+        """The record of a stage that ended when nobody was there to write it."""
+        marker = self.state.marker(status.spec).stat().st_mtime
+        manifest = (self.state.outputs[status.spec.name] / MANIFEST_NAME).stat().st_mtime
+        started = datetime.fromtimestamp(marker, UTC).isoformat(timespec="seconds")
+        return self._described(status, started, max(0.0, manifest - marker), 0, None, True)
+
+    def _described(
+        self, status: StageStatus, started: str, seconds: float, peak: int, error: dict[str, Any] | None, written: bool
+    ) -> StageRecord:
+        spec, state = status.spec, self.state
+        output = state.outputs[spec.name]
+        return StageRecord(
+            name=spec.name, command=spec.command, key=status.key, inputs=dict(spec.reads),
+            output=inside(output, state.directory), content=content_of(output, status.key) if written else "",
+            files=file_states(output) if written else {}, log=f"{LOGS}/{spec.name}.log",
+            reproduce=shlex.join(["fp8pipe", *state.arguments(spec)]), started=started, seconds=seconds,
+            peak_rss_bytes=peak, verdict=Verdict.ACCEPT, error=error,
+        )  # fmt: skip
+
+    def _settle(self, spec: StageSpec, record: StageRecord, note: str = "") -> None:
+        """Judge a stage and write the run's record; nothing is built on a stage that is not accepted."""
+        state = self.state
+        code = int(record.error["exit_code"]) if record.error else 0
+        gates = judge(spec, state.directory, state.outputs) if record.content else []
+        failure = verdict_of_failure(code) if code else None
+        verdict = worst([*(gate.verdict for gate in gates), *([failure or Verdict.ANOMALOUS] if code else [])])
+        state.records[spec.name] = record.model_copy(update={"gates": gates, "verdict": verdict})
+        state.sources.save()
+        write_run(self._record(), state.directory)
+        if not code:
+            state.marker(spec).unlink(missing_ok=True)
+        self._show(spec.name, f"{verdict} {note or f'in {record.seconds:.0f} s'}")
+        if code and failure is None:
+            raise _stage_error(spec.name, record)
+        self._failed |= verdict is not Verdict.ACCEPT
+
+    def _record(self) -> RunRecord:
+        records = self.state.records
+        return RunRecord(
+            recipe=self.state.recipe.name, resolved=self.state.recipe.plain(), tool_version=__version__,
+            versions=installed_versions(_VERSIONS), machine=describe_machine(), started=_now(),
+            stages=[records[spec.name] for spec in self.state.recipe.stages if spec.name in records],
+        )  # fmt: skip
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the run's lock. Its descriptor is handed to every stage, so that it is held as long as one lives."""
+        folder = self.state.directory / STAGES
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as file:
+            deadline = time.monotonic() + _LOCK_S
+            while not _try_lock(file.fileno()):
+                if time.monotonic() > deadline:
+                    raise ConfigurationError(
+                        f"{self.state.directory} is being written by another run", why="its lock is held",
+                        fix="wait for it, or name another directory with --output",
+                    )  # fmt: skip
+                time.sleep(_POLL_S)
+            self._lock = file.fileno()
+            yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _stage_error(name: str, record: StageRecord) -> Fp8PipeError:
+    failure = record.error or {}
+    error = Fp8PipeError(
+        f"the stage {name} failed: {failure.get('what', '')}", why=str(failure.get("why", "")),
+        fix=f"{failure.get('fix') or 'see its log'} (log: {record.log})",
+    )  # fmt: skip
+    error.exit_code = int(failure.get("exit_code", 1))  # type: ignore[misc]
+    return error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

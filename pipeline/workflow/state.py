@@ -1,0 +1,273 @@
+"""What a run's directory holds already, and so which stages need not run again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe import __version__
+from fp8pipe.artifact import MANIFEST_NAME, open_artifact
+from fp8pipe.artifact.place import partial_of
+from fp8pipe.artifact.runs import RUN_NAME, RunRecord, StageRecord, read_run
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from pipeline.workflow.commands import StageCommand
+from pipeline.workflow.gates import document_of
+from pipeline.workflow.keys import SourceDigests, canonical_digest, file_states, stage_key
+from pipeline.workflow.recipe import Recipe, StageSpec
+from pipeline.workflow.settings import settings_differing, substitute
+
+__all__ = ["STAGES", "ChainOptions", "RunState", "StageStatus", "content_of", "inside"]
+
+STAGES: Final = "stages"
+
+
+@dataclass(frozen=True, slots=True)
+class ChainOptions:
+    """Which part of a recipe is wanted.
+
+    Attributes:
+        first: stages before it are taken as they are, even if their settings have changed.
+        last: it and what it needs; nothing else is run.
+        force: stages that run even if nothing has changed.
+        jobs: stages that may run side by side.
+    """
+
+    first: str | None = None
+    last: str | None = None
+    force: tuple[str, ...] = ()
+    jobs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """What is to be done with one stage.
+
+    Attributes:
+        spec: the stage.
+        run: whether it would run.
+        why: in words.
+        key: its key; empty where that hangs on a stage that has yet to run.
+        adopt: whether its output is there, and only the record of it is missing.
+    """
+
+    spec: StageSpec
+    run: bool
+    why: str
+    key: str
+    adopt: bool = False
+
+
+class RunState:
+    """A recipe and the directory it runs in.
+
+    Args:
+        recipe: what to do.
+        commands: the commands that stages may name.
+        directory: of the run; need not exist.
+        options: which part is wanted.
+
+    Raises:
+        ConfigurationError: an unknown command or stage, two stages with one output, or a directory of something else.
+    """
+
+    def __init__(
+        self, recipe: Recipe, commands: Mapping[str, StageCommand], directory: Path, options: ChainOptions
+    ) -> None:
+        self.recipe, self.commands, self.options = recipe, commands, options
+        self.directory = Path(directory)
+        _check_commands(recipe, commands)
+        for name in (options.first, options.last, *options.force):
+            if name is not None:
+                recipe.stage(name)
+        self.outputs = self._outputs()
+        self.sources = SourceDigests(self.directory / STAGES / "sources.json")
+        self._former = self._previous()
+        self.records = {stage.name: stage for stage in self._former.stages} if self._former else {}
+
+    def settings(self, spec: StageSpec) -> dict[str, Any]:
+        """A stage's settings with paths in the place of references."""
+        return substitute(spec.settings, self.outputs)
+
+    def filed_settings(self, spec: StageSpec) -> dict[str, Any]:
+        """Those of them that the command reads from a file; the others stand on its command line."""
+        inline = self.commands[spec.command].inline
+        return {key: value for key, value in self.settings(spec).items() if key not in inline}
+
+    def settings_file(self, spec: StageSpec) -> Path:
+        """Where the settings of a stage are written for its command to read."""
+        return self.directory / STAGES / f"{spec.name}.yaml"
+
+    def marker(self, spec: StageSpec) -> Path:
+        """The file that says with which key the stage was started."""
+        return self.directory / STAGES / f"{spec.name}.key"
+
+    def partial(self, spec: StageSpec) -> Path:
+        """Where its command writes until it is done."""
+        return partial_of(self.outputs[spec.name])
+
+    def arguments(self, spec: StageSpec) -> list[str]:
+        """The command line of a stage after `fp8pipe`."""
+        command = self.commands[spec.command]
+        return command.arguments(self.settings(spec), self.outputs[spec.name], self.settings_file(spec))
+
+    def wanted(self) -> tuple[StageSpec, ...]:
+        """The stages that are asked for, in order."""
+        if self.options.last is None:
+            return self.recipe.stages
+        needed = {self.options.last}
+        for spec in reversed(self.recipe.stages):
+            if spec.name in needed:
+                needed.update(spec.needs)
+        return tuple(spec for spec in self.recipe.stages if spec.name in needed)
+
+    def statuses(self) -> list[StageStatus]:
+        """What would be done now with every stage that is wanted, in order."""
+        found: list[StageStatus] = []
+        pending: set[str] = set()
+        for spec in self.wanted():
+            waiting = dict.fromkeys(name for name in spec.reads.values() if name in pending)
+            why = f"after {' and '.join(waiting)}"
+            found.append(StageStatus(spec, True, why, "") if waiting else self.status(spec))
+            if found[-1].run:
+                pending.add(spec.name)
+        return found
+
+    def status(self, spec: StageSpec) -> StageStatus:
+        """Whether a stage must run, when all it reads is there.
+
+        Raises:
+            ConfigurationError: it is to be taken as it is, and is not there.
+        """
+        record = self.records.get(spec.name)
+        if spec.name in self._taken_as_is():
+            if record is None or record.error is not None or not self._intact(record):
+                raise ConfigurationError(
+                    f"the stage {spec.name} has no output that could be used",
+                    why=f"--from {self.options.first} takes it as it is, and it has not ended, or was changed",
+                    fix=f"--from {spec.name}, or no --from",
+                )
+            return StageStatus(spec, False, "taken as it is", record.key)
+        key = self.key(spec)
+        if spec.name in self.options.force:
+            return StageStatus(spec, True, "--force", key)
+        why = self._stale(spec, record, key)
+        if why and self._left_unrecorded(spec, key):
+            return StageStatus(spec, False, "up to date, its record was lost", key, adopt=True)
+        return StageStatus(spec, bool(why), why or "up to date", key)
+
+    def key(self, spec: StageSpec) -> str:
+        """The stage's key, from what it reads as it is now."""
+        contents = {
+            dotted: self.records[name].content if name in self.records else "" for dotted, name in spec.reads.items()
+        }
+        sources = {
+            name: self.sources.digest(str(spec.settings[name]))
+            for name in self.commands[spec.command].sources
+            if spec.settings.get(name) is not None and name not in spec.reads
+        }
+        return stage_key(spec, contents, sources)
+
+    def _stale(self, spec: StageSpec, record: StageRecord | None, key: str) -> str:
+        """Why a stage must run; empty where it need not."""
+        if record is None:
+            same = self.marker(spec).is_file() and self.marker(spec).read_text(encoding="utf-8") == key
+            return "unfinished" if same and self.partial(spec).is_dir() else "not yet run"
+        if record.error is not None:
+            return "failed before"
+        if record.key != key:
+            return self._changed(spec)
+        return "" if self._intact(record) else "its output was changed or removed"
+
+    def _changed(self, spec: StageSpec) -> str:
+        """What is not as it was, as far as the last run's record tells."""
+        former = self._former.resolved.get("stages", {}).get(spec.name) if self._former else None
+        differing = [] if former is None else settings_differing(former, spec.settings)
+        if differing:
+            return f"changed: {', '.join(differing)}"
+        if self._former and self._former.tool_version != __version__:
+            return f"fp8pipe was {self._former.tool_version}, and is {__version__}"
+        return "settings or inputs have changed"
+
+    def _intact(self, record: StageRecord) -> bool:
+        """Whether an output is what its stage left: by sizes and times, by every hash where those have changed."""
+        output = self.outputs[record.name]
+        if not output.exists():
+            return False
+        if file_states(output) == {name: tuple(state) for name, state in record.files.items()}:
+            return True
+        if output.is_file():
+            return content_of(output, record.key) == record.content
+        try:
+            return open_artifact(output).content == record.content
+        except BadArtifactError:
+            return False
+
+    def _left_unrecorded(self, spec: StageSpec, key: str) -> bool:
+        """Whether a chain that died after its stage had ended left the output: it is newer than the stage's start."""
+        marker, manifest = self.marker(spec), self.outputs[spec.name] / MANIFEST_NAME
+        if not (marker.is_file() and manifest.is_file()) or marker.read_text(encoding="utf-8") != key:
+            return False
+        if os.stat(manifest).st_mtime_ns <= os.stat(marker).st_mtime_ns:
+            return False
+        try:
+            open_artifact(self.outputs[spec.name])
+        except BadArtifactError:
+            return False
+        return True
+
+    def _outputs(self) -> dict[str, Path]:
+        outputs: dict[str, Path] = {}
+        for spec in self.recipe.stages:  # in order, so that what a stage reads is known
+            command = self.commands[spec.command]
+            outputs[spec.name] = command.output(substitute(spec.settings, outputs), self.directory, spec.name)
+        doubles = [name for name, path in outputs.items() if list(outputs.values()).count(path) > 1]
+        if doubles:
+            raise ConfigurationError(
+                f"the stages {' and '.join(doubles)} would write the same file",
+                why=str(outputs[doubles[0]]),
+                fix="validate an export in one stage only",
+            )
+        return outputs
+
+    def _previous(self) -> RunRecord | None:
+        if (self.directory / RUN_NAME).is_file():
+            return read_run(self.directory)
+        foreign = self.directory.is_file() or (self.directory.is_dir() and any(self.directory.iterdir()))
+        if foreign and not (self.directory / STAGES).is_dir():
+            raise ConfigurationError(
+                f"{self.directory} is not a run",
+                why=f"it holds something, and no {RUN_NAME}",
+                fix="name another directory with --output",
+            )
+        return None
+
+    def _taken_as_is(self) -> set[str]:
+        if self.options.first is None:
+            return set()
+        names = [spec.name for spec in self.recipe.stages]
+        return set(names[: names.index(self.options.first)])
+
+
+def content_of(output: Path, key: str) -> str:
+    """The content digest of an artifact; of a record, whose bytes hold times: what it judged, and how."""
+    if output.is_dir():
+        return open_artifact(output, verify=False).content
+    return canonical_digest([key, document_of(output)[1].get("verdict")])
+
+
+def inside(path: Path, directory: Path) -> str:
+    """The path relative to the directory where it lies in it, or as it is."""
+    return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
+
+
+def _check_commands(recipe: Recipe, commands: Mapping[str, StageCommand]) -> None:
+    unknown = [f"{spec.name}: {spec.command}" for spec in recipe.stages if spec.command not in commands]
+    if unknown:
+        raise ConfigurationError(
+            f"the recipe {recipe.name} names unknown commands: {', '.join(unknown)}",
+            why=f"stages can be: {', '.join(commands)}",
+            fix="correct `command:`",
+        )

@@ -1,0 +1,193 @@
+"""Seals: every changed bit of a record or of its seal is found, and a crash at any moment is not taken for one."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fp8pipe.artifact import (
+    ArtifactWriter,
+    Gate,
+    Manifest,
+    check_seal,
+    open_artifact,
+    read_sealed,
+    remove_sealed,
+    seal_path,
+    write_sealed,
+)
+from fp8pipe.artifact.record import record_path
+from fp8pipe.artifact.runs import RunRecord, read_run, write_run
+from fp8pipe.artifact.tree import find_tree
+from fp8pipe.artifact.verify import check_bytes, check_record
+from fp8pipe.core.errors import BadArtifactError
+
+RECORD = RunRecord(recipe="r", resolved={"a": 1}, tool_version="0", started="2026-01-01T00:00:00+00:00")
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    return write_sealed(tmp_path / "run.json", '{"loss": 1.5, "name": "é"}\n')
+
+
+def test_a_sealed_record_is_read_back_and_sha256sum_agrees(record):
+    assert check_seal(record) == ""
+    assert json.loads(read_sealed(record)) == {"loss": 1.5, "name": "é"}
+    assert sorted(path.name for path in record.parent.iterdir()) == ["run.json", "run.sha256"]
+    subprocess.run(["sha256sum", "--strict", "-c", "run.sha256"], cwd=record.parent, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.sha256"])
+def test_every_flipped_bit_is_found(record, name):
+    path = record.with_name(name)
+    data = path.read_bytes()
+    for place in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        assert "run.json has sha256" in check_seal(record), place
+    path.write_bytes(data)
+    assert check_seal(record) == ""
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda b: b + b"\n", lambda b: b[:-1], lambda b: b.upper(), lambda b: b"", bytes.strip]
+)
+def test_a_seal_of_another_form_is_found_though_sha256sum_may_accept_it(record, spoil):
+    seal = seal_path(record)
+    seal.write_bytes(spoil(seal.read_bytes()))
+    assert "run.sha256" in check_seal(record)
+    with pytest.raises(BadArtifactError, match=r"run\.json is not what was written"):
+        read_sealed(record)
+
+
+def test_missing_pieces_are_told_apart(record):
+    seal_path(record).unlink()
+    assert check_seal(record) == "run.json has no seal: run.sha256 is missing"
+    record.unlink()
+    assert "run.json cannot be read" in check_seal(record)
+    with pytest.raises(FileNotFoundError):
+        read_sealed(record)
+
+
+@pytest.mark.parametrize("replaced", range(3))
+def test_a_crash_between_any_two_steps_leaves_one_whole_record(record, monkeypatch, replaced):
+    real, calls = os.replace, []
+
+    def crash(source, target):
+        if len(calls) == replaced:
+            raise KeyboardInterrupt
+        calls.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    if replaced < 2:
+        with pytest.raises(KeyboardInterrupt):
+            write_sealed(record, "new\n")
+    else:
+        write_sealed(record, "new\n")
+    assert check_seal(record) == ""
+    assert read_sealed(record) == (b"new\n" if replaced else '{"loss": 1.5, "name": "é"}\n'.encode())
+    monkeypatch.undo()
+    write_sealed(record, "newer\n")
+    assert read_sealed(record) == b"newer\n"
+    remove_sealed(record)
+    assert list(record.parent.iterdir()) == []
+
+
+def test_a_run_is_read_only_as_it_was_written(tmp_path):
+    path = write_run(RECORD, tmp_path)
+    assert read_run(tmp_path) == RECORD
+    path.write_bytes(path.read_bytes().replace(b'"a": 1', b'"a": 3'))
+    with pytest.raises(BadArtifactError, match=r"run\.json has sha256"):
+        read_run(tmp_path)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
+        (writer.root / "w.bin").write_bytes(b"weights")
+        return writer.commit(seed=3).root
+
+
+def test_a_manifest_is_sealed_and_the_seal_is_no_unlisted_file(artifact):
+    opened = open_artifact(artifact)
+    assert opened.unlisted() == []
+    assert check_seal(artifact / "manifest.json") == ""
+    (artifact / "manifest.json").write_text((artifact / "manifest.json").read_text().replace('"seed": 3', '"seed": 7'))
+    for verify in (True, False):
+        with pytest.raises(BadArtifactError, match=r"manifest\.json has sha256"):
+            open_artifact(artifact, verify=verify)
+
+
+def test_a_manifest_without_a_seal_is_refused_unless_it_is_of_the_first_version(artifact):
+    seal_path(artifact / "manifest.json").unlink()
+    with pytest.raises(BadArtifactError, match=r"manifest\.sha256 is missing"):
+        open_artifact(artifact)
+    path = artifact / "manifest.json"
+    old = json.loads(path.read_text()) | {"schema_version": 1}
+    del old["files"][0]["volatile"]  # the first version had no such field, and its digests do not cover it
+    path.write_text(json.dumps(old))
+    digest = Manifest.from_json(path.read_bytes(), where="test").digest
+    assert open_artifact(artifact).digest == digest
+    canonical = json.dumps(old, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert digest == hashlib.sha256(canonical.encode()).hexdigest()
+    write_sealed(path, json.dumps(old))
+    path.write_text(json.dumps(old | {"seed": 4}))
+    with pytest.raises(BadArtifactError, match="sha256"):
+        open_artifact(artifact)
+
+
+def test_a_rename_keeps_the_seal_and_a_record_lies_beside(artifact, tmp_path):
+    moved = shutil.move(artifact, tmp_path / "b.c")
+    open_artifact(moved)
+    assert seal_path(record_path(Path(moved))).name == "b.c.validation.sha256"
+
+
+def measured(artifact: Path, **changes: object) -> Path:
+    digest = open_artifact(artifact).digest
+    path = artifact.with_name(f"{artifact.name}.bench.json")
+    data = {"schema_version": 1, "manifest_digest": digest, "gates": [], "reasons": [], "verdict": "ACCEPT"}
+    return write_sealed(path, json.dumps(data | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({}, ""), ({"manifest_digest": "0" * 64}, "it speaks of manifest"), ({"reasons": ["slow"]}, "but slow")],
+)
+def test_a_measurement_beside_an_artifact_is_checked_with_it(artifact, changes, why):
+    measured(artifact, **changes)
+    tree = find_tree(artifact)
+    assert [path.name for path in tree.records] == ["a.bench.json"]
+    checked = check_bytes(tree)
+    findings, notes = check_record(tree.records[0], {a.root: a for a in checked.artifacts})
+    assert (checked.findings, notes) == ([], [])
+    assert [f.why[:60] for f in findings if why not in f.why] == []
+    assert bool(findings) == bool(why)
+
+
+def test_a_measurement_without_its_seal_is_found(artifact):
+    seal_path(measured(artifact)).unlink()
+    (finding,) = check_bytes(find_tree(artifact)).findings
+    assert (finding.catcher, finding.where) == ("seal", "a.bench.json")
+
+
+def test_a_gate_that_failed_is_said_and_one_that_lies_is_found(tmp_path):
+    with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
+        writer.gate(Gate(name="loss", value=2.0, threshold=1.0, passed=False))
+        writer.gate(Gate(name="codes differing", value=2.0, threshold=0.0, passed=True))
+        writer.commit()
+    checked = check_bytes(find_tree(tmp_path / "a"))
+    assert checked.notes == ["a: when it was written, the gate 'loss' failed"]
+    assert [(f.catcher, f.where) for f in checked.findings] == [("manifest", "codes differing")]
+
+
+def test_a_copied_manifest_makes_no_artifact_of_a_model_repository(tmp_path):
+    (tmp_path / "repository" / "m").mkdir(parents=True)
+    for name in ("manifest.json", "manifest.sha256", "config.pbtxt"):
+        (tmp_path / "repository" / "m" / name).write_text("x")
+    assert find_tree(tmp_path).artifacts == []

@@ -1,0 +1,54 @@
+"""`fp8pipe doctor`: what is here, what is missing, and the command that adds it."""
+
+import json
+
+from click.testing import CliRunner
+
+from fp8pipe.cli import main
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_doctor_reports_and_says_how_to_get_what_is_missing(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
+    result = invoke("doctor", "--json", "--vllm-python", tmp_path / "none")
+    assert result.exit_code == 0
+    checks = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert torch.__version__ in checks["torch"]["value"]
+    assert checks["vllm environment"]["status"] == "missing"
+    assert str(tmp_path / "none") in checks["vllm environment"]["value"]
+    assert checks["disk: cache"]["value"].endswith(str(tmp_path / "cache"))
+    assert (checks["cuda device"]["status"] != "missing") == torch.cuda.is_available()
+    assert all(check["fix"] for check in checks.values() if check["status"] != "ok")
+    text = invoke("doctor", "--vllm-python", tmp_path / "none").stdout
+    assert checks["vllm environment"]["fix"] in text
+    able = {(one["verb"], one["what"]): one for one in json.loads(result.stdout)["can"]}
+    assert {verb for verb, _ in able} == {"train", "quantize", "export", "build engines", "serve"}
+    language = able["serve", "language, in vLLM"]
+    assert (language["able"], language["add"]) == (False, "make setup-vllm")
+    assert "not serve" in text
+    assert "to add it: make setup-vllm" in text
+    assert able["train", "falqon: E4M3 weights, bf16 or fp32 beside"]["able"]
+    # What is missing has a command, unless it is hardware.
+    assert all(one["able"] or one["add"] or "GPU" in one["how"] for one in able.values())
+
+
+def test_doctor_names_the_packages_that_a_verb_lacks(monkeypatch):
+    from fp8pipe.core import machine
+
+    real = machine.distribution_version
+    gone = {"onnxscript", "peft", "tensorrt-rtx", "timm", "fastapi"}
+    monkeypatch.setattr(machine, "distribution_version", lambda name: None if name in gone else real(name))
+    able = {(one["verb"], one["what"].split(":")[0].split(",")[0]): one for one in
+            json.loads(invoke("doctor", "--json").stdout)["can"]}  # fmt: skip
+    for key, extra, package in (
+        (("export", "onnx"), "onnx", "onnxscript"), (("train", "lora"), "train", "peft"),
+        (("quantize", "vision transformers"), "vit", "timm"), (("serve", "vision"), "", ""),
+    ):  # fmt: skip
+        assert not able[key]["able"]
+        assert package in able[key]["how"]
+        assert f"fp8pipe[{extra}" in able[key]["add"] or not extra

@@ -1,0 +1,117 @@
+"""`fp8pipe finetune` on the command line: choices and defaults as in the configuration, and what it says at the end."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, get_args
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fp8pipe.artifact import ArtifactWriter, Gate
+from fp8pipe.cli import main
+from fp8pipe.cli.finetune import DEVICES, INITIALISATIONS, METHODS, OPTIMIZERS, SCHEDULES, UPDATE_RULES, command
+from fp8pipe.cli.finetune import finished_text as text_of
+from pipeline.falqon.initialise import Initialisation
+from pipeline.falqon.rules import DEFAULT_RULE, RULES
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.schedule import Schedule
+
+OPTIONS = {option.name: option for option in command.params if isinstance(option, click.Option)}
+NOT_SETTINGS = {"output", "config", "force", "resume", "dry_run", "json", "quiet", "verbose"}
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_choices_are_those_of_the_configuration():
+    fields = FinetuneConfig.model_fields
+    assert get_args(fields["method"].annotation) == METHODS
+    assert get_args(fields["optimizer"].annotation) == OPTIMIZERS
+    assert get_args(fields["device"].annotation) == DEVICES
+    assert set(UPDATE_RULES) == set(RULES)
+    assert set(INITIALISATIONS) == {how.value for how in Initialisation}
+    assert set(SCHEDULES) == {shape.value for shape in Schedule}
+    for name in ("method", "update_rule", "initialisation", "schedule", "optimizer", "device"):
+        assert isinstance(OPTIONS[name].type, click.Choice)
+
+
+def _shown(option: click.Option) -> str | None:
+    match = re.search(r"\[default: (.*)\]$", option.help or "")
+    return match[1] if match else None
+
+
+def test_every_setting_shows_its_default():
+    shown = {name: _shown(option) for name, option in OPTIONS.items() if name not in NOT_SETTINGS}
+    special = {
+        "model": None,
+        "data": None,
+        "update_rule": DEFAULT_RULE,
+        "rows": "the rank",
+        "lora_alpha": "the rank",
+        "initialisation": "the update rule's",
+        "packing": "packing",
+        "gradient_checkpointing": "no-gradient-checkpointing",
+    }
+    assert FinetuneConfig.model_fields["packing"].default is True
+    assert FinetuneConfig.model_fields["gradient_checkpointing"].default is False
+    for name, default in shown.items():
+        expected: Any = special.get(name, FinetuneConfig.model_fields[name].default)
+        assert default == (expected if expected is None else str(getattr(expected, "value", expected))), name
+    # Shown only: a default that the parser applied would win over the file's value.
+    parsed = command.make_context("finetune", ["--output", "o"]).params
+    assert {name: parsed[name] for name in shown} == dict.fromkeys(shown)
+
+
+def test_an_unknown_choice_is_a_usage_error():
+    result = invoke("finetune", "--model", "m", "--data", "d", "--output", "o", "--update-rule", "lve")
+    assert result.exit_code == 2
+    assert "accumulate-feedback" in result.stderr
+
+
+def test_model_and_data_may_come_from_the_file(tmp_path):
+    output = tmp_path / "out"
+    bare = invoke("finetune", "--output", output)
+    assert bare.exit_code == 2
+    assert "--model" in bare.stderr
+    assert "--data" in bare.stderr
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"model: {tmp_path / 'absent'}\ndata: sample:chatterbot\n")
+    result = invoke("finetune", "--config", settings, "--output", output)
+    assert result.exit_code == 10
+    assert str(tmp_path / "absent") in result.stderr  # it went as far as looking for the model
+    settings.write_text("data: sample:chatterbot\n")
+    result = invoke("finetune", "--config", settings, "--output", output)
+    assert result.exit_code == 10
+    assert "model: required and not given" in result.stderr
+    assert invoke("finetune", "--config", settings).exit_code == 2  # --output stays required
+
+
+@pytest.fixture
+def finished(tmp_path):
+    with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
+        (writer.root / "model.safetensors").write_bytes(b"weights")
+        writer.warn("one fallback")
+        writer.gate(Gate(name="learned", value=2.5, threshold=2.0, passed=False, detail="nats"))
+        writer.gate(Gate(name="bytes", value=0, threshold=0, passed=True))
+        losses = {"untuned": 2.0, "deployed": 2.5}
+        health = {"changed": 0.03125, "cosine": 0.9}
+        return writer.commit(extra={"heldout_loss": losses, "last_flush": health, "rule": "live"})
+
+
+def test_a_finished_run_shows_what_is_wrong(finished):
+    text = text_of(finished)
+    assert "warning: one fallback" in text
+    assert "failed gate: learned: 2.5 (2) nats" in text
+    assert "bytes" not in text
+
+
+def test_inspect_shows_losses_and_the_last_flush(finished):
+    lines = [" ".join(line.split()) for line in invoke("inspect", finished.root).stdout.splitlines()]
+    assert "held-out loss untuned 2, deployed 2.5 nats an answer token" in lines
+    assert "last flush changed 0.03125, cosine 0.9" in lines
+    document = json.loads(invoke("inspect", finished.root, "--json").stdout)
+    assert document["manifest"]["extra"]["last_flush"]["cosine"] == 0.9

@@ -1,0 +1,35 @@
+"""Every failure has its own exit code, and says what, why and what to do."""
+
+import pytest
+
+from fp8pipe.core import errors
+
+# The documented contract; scripts rely on it.
+EXIT_CODES = {
+    "ConfigurationError": 10,
+    "MissingCapabilityError": 11,
+    "BadArtifactError": 12,
+    "LintRefusedError": 13,
+    "GateFailedError": 14,
+    "OutOfMemoryError": 15,
+    "InterruptedRunError": 130,
+}
+
+
+def test_every_error_class_has_its_documented_exit_code():
+    found = {cls.__name__: cls.exit_code for cls in errors.Fp8PipeError.__subclasses__()}
+    found = {name: code for name, code in found.items() if hasattr(errors, name)}
+    assert found == EXIT_CODES
+
+
+@pytest.mark.parametrize(
+    ("why", "fix", "lines"),
+    [
+        ("", "", ["what"]),
+        ("because", "", ["what", "  why: because"]),
+        ("", "do this", ["what", "  fix: do this"]),
+        ("because", "do this", ["what", "  why: because", "  fix: do this"]),
+    ],
+)
+def test_text_holds_the_parts_that_were_given(why, fix, lines):
+    assert str(errors.ConfigurationError("what", why=why, fix=fix)).splitlines() == lines

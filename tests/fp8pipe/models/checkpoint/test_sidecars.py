@@ -1,0 +1,42 @@
+"""The files that travel with weights: the same ones at all three doors."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, HUB_FILES, SERVED_FILES, companion_files
+
+CARRIED = (
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "qwen.tiktoken",
+    "tokenizer.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+)
+LEFT = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "tokenizer.bin",
+    "manifest.json",
+    "manifest.sha256",
+    "plot.png",
+    "notes/LICENSE",
+)
+
+
+@pytest.mark.parametrize("patterns", [SERVED_FILES, BASE_MODEL_FILES])
+def test_files_found_in_a_directory(tmp_path: Path, patterns: tuple[str, ...]) -> None:
+    for name in (*CARRIED, *LEFT):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [str(path) for path in companion_files(tmp_path, patterns)] == sorted(CARRIED)
+
+
+def test_a_download_brings_all_of_them() -> None:
+    for name in CARRIED:  # huggingface_hub matches whole paths with fnmatch
+        assert any(fnmatch(name, pattern) for pattern in HUB_FILES), name

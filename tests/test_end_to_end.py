@@ -1,0 +1,77 @@
+"""The whole road on a tiny model: train, export, and a real vLLM that serves the very same codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.read import iter_weights
+from fp8pipe.core.config import build_config
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.stage import finetune
+
+ROOT = Path(__file__).resolve().parents[1]
+VLLM_PYTHON = Path(os.environ.get("FP8PIPE_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+
+
+@pytest.fixture
+def trained(make_base, pairs, tmp_path):
+    """A tuned artifact of a Llama that vLLM's CPU attention supports (head size 32)."""
+    base = make_base(
+        "llama", hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+    )
+    values = {"model": str(base), "data": str(pairs), "rank": 16, "steps": 8, "batch_size": 2, "sequence_length": 64}
+    return finetune(build_config(FinetuneConfig, values | {"learning_rate": 1e-2}), tmp_path / "model")
+
+
+def test_every_exported_weight_is_the_trainers_code_times_its_scale(trained, tmp_path):
+    export = export_vllm(trained.root, tmp_path / "export", VllmExportOptions())
+    stored = load_file(trained.root / "model.safetensors")
+    seen = set()
+    for name, weight in iter_weights(export.root):
+        layer = name.removesuffix(".weight")
+        scale = stored.get(f"{layer}.weight_scale")
+        expected = stored[name].float() if scale is None else stored[name].float() * scale
+        assert torch.equal(weight, expected)
+        seen.add(name)
+    assert seen == {name for name in stored if not name.endswith(".weight_scale")}
+
+
+def test_served_weights_are_exact_in_bf16(trained):
+    """Power-of-two scales: an engine that computes in bf16 holds exactly code * scale."""
+    stored = load_file(trained.root / "model.safetensors")
+    scales = [name for name in stored if name.endswith(".weight_scale")]
+    assert scales
+    for name in scales:
+        weight = stored[name.removesuffix("_scale")].float() * stored[name]
+        assert torch.equal(weight.to(torch.bfloat16).float(), weight)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="make setup-vllm builds vLLM's environment")
+def test_vllm_serves_exactly_what_was_trained(trained, tmp_path):
+    export = tmp_path / "export"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "fp8pipe", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    made = run("export", str(trained.root), "--target", "vllm", "--output", str(export))
+    assert made.returncode == 0, made.stderr
+    run("validate", str(export), "--against", str(trained.root), "--vllm-python", str(VLLM_PYTHON))
+    record = json.loads((tmp_path / "export.validation.json").read_text())
+    assert record["weights"]["reference"] == "source"
+    assert record["weights"]["layers"] == 14
+    assert record["weights"]["differing"] == record["weights"]["differing_codes"] == 0
+    assert record["logprobs"]["max_abs_diff"] < 1e-3
+    # A toy may have nothing to say, which alone is a reason to reject it; but it must say what torch says.
+    assert {answer["verdict"] for answer in record["canary"]} <= {"ok", "empty", "degenerate"}

@@ -1,0 +1,164 @@
+"""Validation in ONNX Runtime: accepted as exported, rejected when the graph was changed, engine chosen by kind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from quantized_families import quantized_family, write_vit_artifact
+
+from exporters.graph.classes import ClassAgreement
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.gates import agreement_gate
+from exporters.onnx.export import MODEL_FILE, export_onnx
+from exporters.onnx.options import OnnxExportOptions
+from fp8pipe.artifact import ArtifactWriter, open_artifact
+from fp8pipe.artifact.record import ExportRejectedError, record_path
+from fp8pipe.cli import main
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from validation.onnx.validate import validate_onnx
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return write_vit_artifact(tmp_path_factory.mktemp("vit") / "model", quantized_family("timm-vit"), images=4)
+
+
+@pytest.fixture(scope="module")
+def exported(artifact, tmp_path_factory):
+    return export_onnx(artifact.root, tmp_path_factory.mktemp("export") / "onnx", OnnxExportOptions()).root
+
+
+@pytest.fixture
+def export(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "onnx")
+
+
+def _rewrite(export, change):
+    """Change the graph and seal the export again, as someone with the tools could."""
+    old = open_artifact(export)
+    target = export.with_name("changed")
+    with ArtifactWriter(target, kind=old.kind, stage="export") as writer:
+        for entry in old.manifest.files:
+            shutil.copy(export / entry.path, writer.root / entry.path)
+        model = ir.load(writer.root / MODEL_FILE)
+        change(model)
+        ir.save(model, writer.root / MODEL_FILE)
+        writer.commit(config={}, seed=None, parents=old.manifest.parents, extra=old.manifest.extra)
+    return target
+
+
+def _double(name):
+    def change(model):
+        value = model.graph.initializers[name]
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(2), name=name)
+
+    return change
+
+
+@pytest.mark.parametrize("with_artifact", [False, True])
+def test_an_export_is_accepted(export, artifact, with_artifact):
+    record = validate_onnx(export, against=artifact.root if with_artifact else None)
+    assert record.verdict == "ACCEPT"
+    assert record.reference == ("artifact" if with_artifact else "export")
+    assert record.kernels.integer == 13
+    assert {layer.layer for layer in record.layers} == set(record.kernels.operators)
+    assert json.loads(record_path(export).read_text())["manifest_digest"] == open_artifact(export).digest
+
+
+def _pictures(folder, count):
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(random.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_classes_are_compared_on_pictures(export, artifact, tmp_path):
+    pictures = _pictures(tmp_path / "pictures", 40)
+    record = validate_onnx(export, against=artifact.root, pictures=pictures)
+    assert record.classes.images == 80
+    gate = next(gate for gate in record.gates if gate.name == "top-1 agreement")
+    assert gate.value == record.classes.agreeing / 80
+    assert gate.passed
+    assert gate.threshold <= 0.995
+
+
+@pytest.mark.parametrize(("agreeing", "own", "passes"), [(498, 1.0, True), (497, 1.0, False), (460, 0.93, True),
+                                                         (430, 0.93, False)])  # fmt: skip
+def test_an_engine_may_lose_what_the_model_itself_loses(agreeing, own, passes):
+    """Three standard errors of a share of 0.93 on 500 pictures are 0.034."""
+    agreement = ClassAgreement(
+        images=500, source="pictures", agreeing=agreeing, largest_difference=0.1, near_tie=0.0, disagreements=[]
+    )
+    assert agreement_gate(agreement, own).passed is passes
+
+
+def test_pictures_that_are_none_are_refused(export, artifact, tmp_path):
+    command = ["validate", str(export), "--images", str(tmp_path / "nowhere")]
+    alone = CliRunner().invoke(main, command)
+    assert alone.exit_code == 10
+    assert "--against" in alone.output
+    result = CliRunner().invoke(main, [*command, "--against", str(artifact.root)])
+    assert result.exit_code == 10
+    assert "not an image folder" in result.output
+
+
+def test_int4_weights_alone_are_accepted(artifact, tmp_path):
+    options = OnnxExportOptions(format=OnnxFormat.INT4_WEIGHT_ONLY)
+    root = export_onnx(artifact.root, tmp_path / "int4", options).root
+    assert validate_onnx(root).verdict == "ACCEPT"
+    assert validate_onnx(root, against=artifact.root).verdict == "ACCEPT"
+
+
+def test_a_changed_scale_is_rejected_against_the_artifact(export, artifact):
+    changed = _rewrite(export, _double("blocks.0.mlp.fc1.weight_scale"))
+    with pytest.raises(ExportRejectedError) as caught:
+        validate_onnx(changed, against=artifact.root)
+    assert caught.value.exit_code == 14
+    assert "weight scales differing" in caught.value.why
+    assert json.loads(record_path(changed).read_text())["verdict"] == "REJECT"
+
+
+def test_a_layer_that_runs_in_float_is_rejected(export):
+    """A pair with a second reader: right, and no longer on integers."""
+
+    def change(model):
+        product = next(node for node in model.graph if node.name == "blocks.0.mlp.fc1/MatMul")
+        extra = ir.node("Identity", [product.inputs[0]], name="extra")
+        extra.outputs[0].name, extra.outputs[0].type = "extra", ir.TensorType(ir.DataType.FLOAT)
+        model.graph.append(extra)
+        model.graph.outputs.append(extra.outputs[0])
+
+    with pytest.raises(ExportRejectedError, match="does not compute") as caught:
+        validate_onnx(_rewrite(export, change))
+    assert "integer layers run in float" in caught.value.why
+
+
+def test_damage_is_no_verdict(export, artifact, tmp_path):
+    record_path(export).write_text("{}")
+    other = write_vit_artifact(tmp_path / "other", quantized_family("timm-deit"))
+    with pytest.raises(ConfigurationError, match="was not made from"):
+        validate_onnx(export, against=other.root)
+    with pytest.raises(BadArtifactError, match="wrong kind"):
+        validate_onnx(artifact.root)
+    data = (export / MODEL_FILE).read_bytes()
+    (export / MODEL_FILE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(BadArtifactError, match="sha256"):
+        validate_onnx(export)
+
+
+def test_the_command_line_takes_the_engine_from_the_kind(export):
+    result = CliRunner().invoke(main, ["validate", str(export), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["engine"] == "onnxruntime"
+    named = CliRunner().invoke(main, ["validate", str(export), "--engine", "onnxruntime", "--quiet"])
+    assert (named.exit_code, named.stdout.strip()) == (0, "ACCEPT")
+    wrong = CliRunner().invoke(main, ["validate", str(export), "--engine", "vllm"])
+    assert wrong.exit_code == 10

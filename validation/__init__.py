@@ -1,0 +1,1 @@
+"""Running an engine to prove that it holds the artifact."""

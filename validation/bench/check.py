@@ -1,0 +1,181 @@
+"""Start the service that users would start, ask it, and end it: does it answer as the engine alone does?
+
+The service is `fp8pipe serve` in a process of its own. It must become ready, say which artifact it serves, answer as
+expected, and end in order on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fp8pipe.artifact import Artifact, Gate, open_artifact
+from fp8pipe.artifact.record import DIGEST_HEADER
+from fp8pipe.core.errors import Fp8PipeError
+from validation.bench.config import ServeCheckConfig
+from validation.bench.record import Figure, MeasureRecord, write_measure
+from validation.vllm.launcher import free_port
+
+__all__ = ["serve_check"]
+
+KINDS = ("onnx-export", "vllm-export")
+_END_S = 120.0
+_PACKAGES = ("onnxruntime", "fastapi", "uvicorn")
+
+
+def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
+    """Ask an export's service and write `<export>.serve-check.json` beside it.
+
+    Raises:
+        BadArtifactError: a damaged export, or of a kind that is not served.
+        Fp8PipeError: the service did not become ready; its last lines are quoted.
+    """
+    artifact = open_artifact(export, kind=KINDS)
+    started = time.monotonic()
+    with _service(artifact.root, config.ready_s) as (url, process):
+        ready = time.monotonic() - started
+        gates = [_identity(url, artifact)]
+        ask = _ask_vision if artifact.kind == "onnx-export" else _ask_language
+        asked, answers = ask(url, artifact, config)
+        gates += answers
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(_END_S)
+    gates.append(
+        Gate(name="exit status after SIGTERM", value=code, threshold=0, passed=code == 0, detail="0: ended in order")
+    )
+    rows = [
+        Figure(what="time until ready", name="ready_s", value=ready, unit="s", detail="hashes, load and warm-up"),
+        Figure(what="requests asked", name="requests", value=asked, unit=""),
+        *(
+            Figure(what=gate.name, name=_key(gate.name), value=gate.value, unit="", detail=gate.detail)
+            for gate in gates
+        ),
+    ]
+    return write_measure(artifact, "serve-check", config, rows, packages=_PACKAGES, gates=gates)
+
+
+@contextmanager
+def _service(export: Path, ready_s: float) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The service on a free port, ready; killed at the end if it still runs."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-P", "-m", "fp8pipe", "serve", str(export), "--port", str(port), "--no-access-log"]
+    with tempfile.NamedTemporaryFile(prefix="fp8pipe-serve-", suffix=".log") as log:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            deadline = time.monotonic() + ready_s
+            while not _ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    lines = Path(log.name).read_text(errors="replace").splitlines()[-8:]
+                    state = (
+                        "did not become ready in time" if process.poll() is None else f"ended with {process.returncode}"
+                    )
+                    raise Fp8PipeError(f"the service {state}", why="\n".join(lines), fix=f"try: fp8pipe serve {export}")
+                time.sleep(0.2)
+            yield url, process
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _ready(url: str) -> bool:
+    with contextlib.suppress(OSError, urllib.error.URLError):
+        return _call(f"{url}/readyz")[0] == 200
+    return False
+
+
+def _call(url: str, body: bytes | None = None, kind: str = "application/json") -> tuple[int, bytes, dict[str, str]]:
+    request = urllib.request.Request(url, body, {"Content-Type": kind})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=300) as reply:
+            return reply.status, reply.read(), {key.lower(): value for key, value in reply.headers.items()}
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), {}
+
+
+def _identity(url: str, artifact: Artifact) -> Gate:
+    status, body, headers = _call(f"{url}/v1/artifact")
+    said = json.loads(body).get("digest") if status == 200 else None
+    header = headers.get(DIGEST_HEADER, "").removeprefix("sha256:")
+    differing = int(said != artifact.digest) + int(header != artifact.digest)
+    detail = "digest in /v1/artifact and in the header, against the manifest's"
+    return Gate(name="identities differing", value=differing, threshold=0, passed=differing == 0, detail=detail)
+
+
+def _ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
+    """Pixels through the inference protocol, against the graph run here: equal bits."""
+    from exporters.graph.runtime import open_session
+    from exporters.onnx.export import MODEL_FILE
+
+    session = open_session(artifact.root / MODEL_FILE)
+    names = session.get_inputs()[0].name, session.get_outputs()[0].name
+    shape = artifact.manifest.extra["input"]["shape"][1:]
+    pixels = np.random.default_rng(0).standard_normal((config.images, *shape), dtype=np.float32)
+    differing = refused = 0
+    model = json.loads(_call(f"{url}/v1/artifact")[1])["name"]
+    for image in pixels:
+        tensor = {"name": names[0], "shape": [1, *shape], "datatype": "FP32", "data": image.ravel().tolist()}
+        status, body, _ = _call(f"{url}/v2/models/{model}/infer", json.dumps({"inputs": [tensor]}).encode())
+        if status != 200:
+            refused += 1
+            continue
+        served = np.array(json.loads(body)["outputs"][0]["data"], dtype=np.float32)
+        expected = session.run([names[1]], {names[0]: image[None]})[0].ravel()
+        differing += int((served != expected).sum())
+    detail = f"of {config.images} pictures, against ONNX Runtime called directly"
+    return config.images, [
+        Gate(name="requests refused", value=refused, threshold=0, passed=refused == 0, detail=f"of {config.images}"),
+        Gate(name="outputs differing", value=differing, threshold=0, passed=differing == 0, detail=detail),
+    ]
+
+
+def _ask_language(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
+    """Every question twice, once whole and once as a stream: greedy answers must be equal and not empty."""
+    model = json.loads(_call(f"{url}/v1/models")[1])["data"][0]["id"]
+    empty = differing = 0
+    for prompt in config.prompts:
+        body = {
+            "model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
+            "max_tokens": config.tokens,
+        }  # fmt: skip
+        whole = _content(_call(f"{url}/v1/chat/completions", json.dumps(body).encode())[1])
+        stream = _call(f"{url}/v1/chat/completions", json.dumps(body | {"stream": True}).encode())[1]
+        empty += not whole.strip()
+        differing += whole != _joined(stream)
+    return 2 * len(config.prompts), [
+        Gate(name="empty answers", value=empty, threshold=0, passed=empty == 0, detail=f"of {len(config.prompts)}"),
+        Gate(
+            name="streamed answers differing", value=differing, threshold=0, passed=differing == 0,
+            detail="against the same question answered whole, greedily",
+        ),
+    ]  # fmt: skip
+
+
+def _content(body: bytes) -> str:
+    document: dict[str, Any] = json.loads(body)
+    return str(document["choices"][0]["message"]["content"]) if "choices" in document else ""
+
+
+def _joined(stream: bytes) -> str:
+    events = [line.removeprefix(b"data: ") for line in stream.splitlines() if line.startswith(b"data: {")]
+    choices = [json.loads(event).get("choices") or [] for event in events]
+    return "".join(choice["delta"].get("content") or "" for found in choices for choice in found)
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_").lower()

@@ -1,0 +1,37 @@
+"""What may be set of `bench` and `serve-check`."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from fp8pipe.core.config import FrozenConfig
+
+__all__ = ["BenchConfig", "ServeCheckConfig"]
+
+
+class BenchConfig(FrozenConfig):
+    """How an export is measured."""
+
+    batches: tuple[int, ...] = Field((1, 8), min_length=1, description="vision: images at once")
+    rounds: int = Field(20, ge=3, description="vision: calls of every graph and batch size; language: requests alone")
+    threads: int | None = Field(None, ge=1, description="vision: threads within an operator; default: the runtime's")
+    concurrency: int = Field(4, ge=1, description="language: requests at once, in the second measurement")
+    tokens: int = Field(32, ge=2, description="language: tokens of every answer")
+
+    @field_validator("batches")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in value):
+            raise ValueError("every batch size is at least 1")
+        return tuple(dict.fromkeys(value))
+
+
+class ServeCheckConfig(FrozenConfig):
+    """How a service is asked."""
+
+    images: int = Field(8, ge=1, description="vision: pictures that are sent")
+    prompts: tuple[str, ...] = Field(
+        ("What is the capital of France?", "Name a colour."), min_length=1, description="language: questions asked"
+    )
+    tokens: int = Field(24, ge=1, description="language: longest answer, tokens")
+    ready_s: float = Field(600.0, gt=0, description="longest wait for the service to be ready, seconds")

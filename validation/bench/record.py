@@ -1,0 +1,77 @@
+"""The record of a measurement: figures by name, each with its unit, where and when it was made, and what is missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fp8pipe.artifact import Artifact, Gate, installed_versions
+from fp8pipe.artifact.record import write_record
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.machine import describe_machine
+
+__all__ = ["Figure", "MeasureRecord", "measure_path", "write_measure"]
+
+RECORD_VERSION = 1
+Stage = Literal["bench", "serve-check"]
+
+
+class Figure(FrozenConfig):
+    """One measured value."""
+
+    what: str = Field(description="what was measured, in words")
+    name: str = Field(description="its key in `figures`")
+    value: float = Field(description="the value")
+    unit: str = Field(description="its unit; empty for a ratio or a count")
+    detail: str = Field(default="", description="how, in words")
+
+
+class MeasureRecord(FrozenConfig):
+    """One measurement."""
+
+    schema_version: int = Field(default=RECORD_VERSION, description="version of this schema")
+    stage: Stage = Field(description="bench or serve-check")
+    date: str = Field(description="UTC time, ISO 8601")
+    export: str = Field(description="name of the export's directory")
+    manifest_digest: str = Field(description="digest of the export's manifest when it was measured")
+    machine: dict[str, Any] = Field(description="processor, cores, memory, system")
+    versions: dict[str, str] = Field(description="versions of the packages that took part")
+    settings: dict[str, Any] = Field(description="the resolved settings")
+    rows: list[Figure] = Field(description="the figures, in order")
+    figures: dict[str, float] = Field(description="the same by name, for gates")
+    not_measured: list[str] = Field(default_factory=list, description="what was not, and why")
+    gates: list[Gate] = Field(default_factory=list, description="what had to hold")
+    reasons: list[str] = Field(default_factory=list, description="why it was rejected; empty when accepted")
+    verdict: Literal["ACCEPT", "REJECT"] = Field(description="REJECT where a gate failed")
+
+
+def measure_path(export: Path, stage: Stage) -> Path:
+    """`<export>.bench.json` or `<export>.serve-check.json`, beside the export."""
+    absolute = Path(os.path.abspath(export))
+    return absolute.with_name(f"{absolute.name}.{stage}.json")
+
+
+def write_measure(
+    artifact: Artifact, stage: Stage, settings: FrozenConfig, rows: Sequence[Figure], *, packages: Sequence[str],
+    gates: Sequence[Gate] = (), not_measured: Sequence[str] = (), versions: Mapping[str, str] | None = None,
+) -> MeasureRecord:  # fmt: skip
+    """Write a record beside its export, in one step.
+
+    Raises:
+        OutOfMemoryError: the disk is full.
+    """
+    failed = [f"{gate.name}: {gate.value:g} ({gate.threshold:g}) {gate.detail}" for gate in gates if not gate.passed]
+    record = MeasureRecord(
+        stage=stage, date=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
+        manifest_digest=artifact.digest, machine=describe_machine(),
+        versions={**installed_versions(packages), **(versions or {})},
+        settings=settings.model_dump(mode="json"), rows=list(rows), figures={row.name: row.value for row in rows},
+        not_measured=list(not_measured), gates=list(gates), reasons=failed, verdict="REJECT" if failed else "ACCEPT",
+    )  # fmt: skip
+    write_record(record, artifact.root, place=measure_path(artifact.root, stage))
+    return record

@@ -1,0 +1,250 @@
+"""Prove that ONNX Runtime computes what an exported graph says, and, with the artifact, what was quantized.
+
+Without the artifact the graph is its own reference: its layers are compared with the exact products of the codes in
+the file, and the whole net with the same graph run plainly, operator by operator. With it, every number in the file
+is compared with the artifact's first, and the reference is the quantized model in torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporters.graph.classes import compare_classes, own_agreement
+from exporters.graph.cut import input_name
+from exporters.graph.exact import codes_gate, outputs_gate
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.gates import agreement_gate, class_gates, kernel_gate, parity_gates
+from exporters.graph.graph_check import check_kernels
+from exporters.graph.images import ProbeImages, folder_images, probe_images
+from exporters.graph.layers import ExportedLayer, read_layers
+from exporters.graph.packages import import_onnx_package
+from exporters.graph.parity import compare_layers, inputs_of, outputs_of
+from exporters.graph.produce import as_exported
+from exporters.graph.reopen import reopen_gates
+from exporters.graph.runtime import open_session, run
+from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
+from exporters.onnx.export import EXPORT_KIND, MODEL_FILE, SOURCE_KIND
+from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
+from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_record
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.progress import track
+from fp8pipe.models.vision.exact import ExactVit
+from fp8pipe.models.vision.files import read_model_file
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.models.vision.quantized import load_quantized
+from validation.onnx.record import OnnxValidationRecord
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["validate_onnx"]
+
+_LAYER_IMAGES: Final = 4
+_BATCH: Final = 64
+_VERSIONS: Final = ("torch", "onnx", "onnx-ir", "onnxruntime")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What the engine is compared with.
+
+    Attributes:
+        name: "artifact" or "export".
+        gates: comparisons of the file itself.
+        inputs: of the cut layers, by name; None where the whole net has exact results, and layers are not cut.
+        outputs: torch's outputs of the layers, by label; None without torch model.
+        expected: outputs of the whole net, (N, C).
+        own: share of the images whose class it keeps itself when disturbed; None where that was not asked.
+    """
+
+    name: str
+    gates: list[Gate]
+    inputs: dict[str, Any] | None
+    outputs: dict[str, Tensor] | None
+    expected: Tensor
+    own: float | None = None
+
+
+def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path | None = None) -> OnnxValidationRecord:
+    """Validate an onnx-export in ONNX Runtime and write `<export>.validation.json` beside it.
+
+    Args:
+        export: the export's directory.
+        against: the quantized artifact it was made from; then that is the reference.
+        pictures: an image folder; the whole net is compared on up to 500 of its pictures instead of the calibration
+            images, and must choose the artifact's class for 99.5 % of them, or for as many as the artifact itself
+            keeps under rounding errors. Needs `against`.
+
+    Returns:
+        The record, of verdict ACCEPT.
+
+    Raises:
+        ConfigurationError: `against` is not the export's parent, or missing; `pictures` is no image folder.
+        BadArtifactError: the export is damaged, or ONNX Runtime refuses it.
+        MissingCapabilityError: a package is missing.
+        ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
+    """
+    if pictures is not None and against is None:
+        raise ConfigurationError(
+            "pictures cannot be compared without the artifact",
+            why="it tells how many classes rounding errors alone may change",
+            fix="give it with --against",
+        )
+    onnx_ir = import_onnx_package("onnx_ir")
+    artifact = open_artifact(export, kind=EXPORT_KIND)
+    source = None if against is None else _parent(artifact, against)
+    remove_record(artifact.root)  # from here on a failure leaves no verdict
+    model = _load(onnx_ir, artifact.root / MODEL_FILE)
+    layers = read_layers(model)
+    preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
+    if pictures is None:
+        images = probe_images(None if source is None else source.root, preprocessing)
+    else:
+        images = folder_images(pictures, preprocessing)
+    with track(2, "validate") as progress:
+        reference = (
+            _own(artifact, model, layers, images)
+            if source is None
+            else _torch(artifact, source, model, layers, images, of_pictures=pictures is not None)
+        )
+        progress.advance(1)
+        record = _compare(artifact, model, layers, images, reference)
+        progress.advance(1)
+    path = write_record(record, artifact.root)
+    if record.verdict == "REJECT":
+        raise ExportRejectedError(
+            f"ONNX Runtime does not compute what {artifact.root} holds",
+            why="; ".join(record.reasons),
+            fix=f"do not deploy it; the figures are in {path}",
+            record=record,
+        )
+    return record
+
+
+def _parent(export: Artifact, against: Path) -> Artifact:
+    source = open_artifact(against, kind=SOURCE_KIND)
+    if source.digest not in {parent.digest for parent in export.manifest.parents}:
+        raise ConfigurationError(
+            f"{export.root} was not made from {against}",
+            why="its manifest names another artifact, or that artifact has changed since",
+            fix="give the artifact that was exported",
+        )
+    return source
+
+
+def _load(onnx_ir: Any, path: Path) -> ir.Model:
+    try:
+        return onnx_ir.load(path)
+    except Exception as error:  # protobuf's errors share no public base
+        raise BadArtifactError(f"{path} is not an ONNX graph", why=str(error)[:300], fix="export it again") from error
+
+
+def _torch(
+    export: Artifact,
+    source: Artifact,
+    model: ir.Model,
+    layers: tuple[ExportedLayer, ...],
+    images: ProbeImages,
+    *,
+    of_pictures: bool,
+) -> _Reference:
+    """The quantized model, rebuilt from the artifact."""
+    quantized = load_quantized(source.root)
+    format = OnnxFormat(export.manifest.extra["format"])
+    if format is OnnxFormat.QDQ_EXACT:
+        gates = reopen_gates(model, layers, quantized, format)
+        gates.append(codes_gate(model, layers, quantized, images.pixels))
+        return _Reference("artifact", gates, None, None, _in_batches(ExactVit(quantized), images))
+    expected = as_exported(quantized, format)
+    taps = expected.taps(images.pixels[:_LAYER_IMAGES])
+    with torch.no_grad():
+        outputs = _in_batches(expected, images)
+    return _Reference(
+        "artifact", reopen_gates(model, layers, quantized, format), inputs_of(expected, layers, taps),
+        outputs_of(layers, taps), outputs, own_agreement(expected, images.pixels, outputs) if of_pictures else None,
+    )  # fmt: skip
+
+
+def _own(export: Artifact, model: ir.Model, layers: tuple[ExportedLayer, ...], images: ProbeImages) -> _Reference:
+    """The graph itself, no operator optimized."""
+    if OnnxFormat(export.manifest.extra["format"]) is OnnxFormat.QDQ_EXACT:
+        # Its own reference is itself in another batch and on one thread: the order of sums must not matter.
+        single = open_session(export.root / MODEL_FILE, threads=1)
+        outputs = [run(single, {INPUT_NAME: x.numpy()})[OUTPUT_NAME] for x in images.pixels.split(1)]
+        return _Reference("export", [], None, None, torch.from_numpy(np.concatenate(outputs)))
+    session = open_session(export.root / MODEL_FILE, plain=True)
+    whole = _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
+    found = run(
+        open_session(_with_outputs(model, layers), plain=True), {INPUT_NAME: images.pixels[:_LAYER_IMAGES].numpy()}
+    )
+    found[INPUT_NAME] = images.pixels[:_LAYER_IMAGES].numpy()
+    inputs = {input_name(source): found[str(source.name)] for source in _sources(layers)}
+    return _Reference("export", [], inputs, None, whole)
+
+
+def _in_batches(model: Callable[[Tensor], Tensor], images: ProbeImages) -> Tensor:
+    """Outputs for all images, with the memory of a few."""
+    return torch.cat([model(batch) for batch in images.pixels.split(_BATCH)])
+
+
+def _sources(layers: tuple[ExportedLayer, ...]) -> list[ir.Value]:
+    return list(dict.fromkeys(o.source for layer in layers for o in layer.operands if o.source is not None))
+
+
+def _with_outputs(model: ir.Model, layers: tuple[ExportedLayer, ...]) -> bytes:
+    """The graph with the float inputs of all layers as further outputs."""
+    import onnx
+    import onnx_ir as ir
+
+    proto = ir.to_proto(model)
+    present = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    names = [str(source.name) for source in _sources(layers) if source.name not in present]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    return bytes(proto.SerializeToString())
+
+
+def _compare(
+    export: Artifact,
+    model: ir.Model,
+    layers: tuple[ExportedLayer, ...],
+    images: ProbeImages,
+    reference: _Reference,
+) -> OnnxValidationRecord:
+    path = export.root / MODEL_FILE
+    exact = reference.inputs is None
+    parity = [] if reference.inputs is None else compare_layers(model, layers, reference.inputs, reference.outputs)
+    kernels = check_kernels(path, layers)
+    started = time.perf_counter()
+    session = open_session(path)
+    load_s = time.perf_counter() - started
+    found = _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
+    near_tie = float(export.manifest.extra["near_tie"])
+    classes = compare_classes(reference.expected, found, near_tie, images.source)
+    whole = [outputs_gate(reference.expected, found)] if exact else class_gates(classes)
+    gates = [*reference.gates, *(parity_gates(parity) if parity else ()), kernel_gate(kernels), *whole]
+    gates += [] if reference.own is None else [agreement_gate(classes, reference.own)]
+    reasons = [f"{g.name}: {g.value:g} against {g.threshold:g} ({g.detail})" for g in gates if not g.passed]
+    return OnnxValidationRecord(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        export=export.root.absolute().name,
+        manifest_digest=export.digest,
+        engine="onnxruntime",
+        versions=installed_versions(_VERSIONS),
+        reference="artifact" if reference.name == "artifact" else "export",
+        layers=parity,
+        kernels=kernels,
+        classes=classes,
+        gates=gates,
+        load_s=round(load_s, 3),
+        reasons=reasons,
+        verdict="REJECT" if reasons else "ACCEPT",
+    )

@@ -1,0 +1,262 @@
+"""Prove what can be proved of an export for TensorRT on this machine, and say what could not be.
+
+Everywhere: the files are those of the manifest, ONNX Runtime runs the graph as it stands, every engine fits the
+installed builder (or is built again, with a notice), and every product is multiplied in the export's format. On a GPU
+also: the engine's outputs against ONNX Runtime's on the same pixels, and its time against an FP16 engine of the same
+weights.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from exporters.graph.images import probe_images
+from exporters.graph.packages import import_onnx_package
+from exporters.graph.runtime import open_session, run
+from exporters.tensorrt.block_parity import evaluate_graph
+from exporters.tensorrt.dequantized import dequantize_graph
+from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
+from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
+from exporters.tensorrt.export import ENGINES, EXPORT_KIND, MODEL_FILE
+from exporters.tensorrt.formats import TrtFormat
+from exporters.tensorrt.rtx import CAPABILITIES, build_rtx
+from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact, sha256_file
+from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_record
+from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.machine import gpus
+from fp8pipe.core.progress import track
+from fp8pipe.models.vision.files import read_model_file
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.numerics.quantizers import Kind
+from validation.tensorrt.language import is_language_export, prove_language
+from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict
+from validation.tensorrt.run import run_engine
+
+__all__ = ["RELATIVE_LIMIT", "validate_tensorrt"]
+
+_VERSIONS: Final = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
+# Quantized activations make a net chaotic: sums of another order move a code, and layers carry it on. The same 8-bit
+# ViT differs by 0.03 to 0.08 of its outputs' norm between two exact ways of adding; a wrong scale gives 0.5 and more.
+RELATIVE_LIMIT: Final = 0.15
+_IMAGES: Final = 64
+_FEW_IMAGES: Final = 2
+
+
+def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = None) -> TrtValidationRecord:
+    """Validate a trt-export and write `<export>.validation.json` beside it.
+
+    Args:
+        export: the export's directory.
+        notify: gets the notice of an engine that is built again; the log otherwise.
+
+    Returns:
+        The record: ACCEPT when an engine was run, PROVED-WITHOUT-RUNNING where no GPU is.
+
+    Raises:
+        BadArtifactError: anything but an engine is damaged, ONNX Runtime refuses the graph, or an engine does not run.
+        MissingCapabilityError: a package is missing; an engine must be built and no builder is there; or the GPU is
+            none that the export's builder builds for.
+        GateFailedError: an engine built again multiplies in another precision.
+        ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
+    """
+    import_onnx_package("onnxruntime")
+    artifact = open_artifact(export, kind=EXPORT_KIND, caches=ENGINES)
+    remove_record(artifact.root)  # from here on a failure leaves no verdict
+    if is_language_export(artifact):
+        return _concluded(prove_language(artifact), artifact)
+    device = next(iter(gpus()), None)
+    here = None if device is None else f"{device.capability[0]}.{device.capability[1]}"
+    capabilities = list(artifact.manifest.extra["engines"]) if here is None else [_runnable(artifact, here)]
+    with track(2 + len(capabilities), "validate") as progress:
+        pixels = _pixels(artifact)
+        expected = _expected(artifact, pixels)
+        progress.advance(1)
+        engines = []
+        for capability in capabilities:
+            engines.append(ready_engine(artifact.root, capability, on_build=notify))
+            progress.advance(1)
+        execution = None if here is None else _execute(artifact, engines[0], pixels, expected)
+        progress.advance(1)
+    return _concluded(_record(artifact, engines, expected, execution), artifact)
+
+
+def _concluded(record: TrtValidationRecord, artifact: Artifact) -> TrtValidationRecord:
+    """Written beside the export; an error where it rejects."""
+    path = write_record(record, artifact.root)
+    if record.verdict == "REJECT":
+        raise ExportRejectedError(
+            f"{artifact.root} does not hold in TensorRT",
+            why="; ".join(record.reasons),
+            fix=f"do not deploy it; the figures are in {path}",
+            record=record,
+        )
+    return record
+
+
+def _runnable(artifact: Artifact, capability: str) -> str:
+    """This GPU's capability, if the export's builder builds for it."""
+    if artifact.manifest.config["builder"] != "enterprise" and capability not in CAPABILITIES:
+        raise MissingCapabilityError(
+            f"TensorRT for RTX does not run on this GPU (compute capability {capability})",
+            why=f"it builds for {', '.join(CAPABILITIES)}",
+            fix="export with --builder enterprise here, or validate on one of these",
+        )
+    return capability
+
+
+def _pixels(artifact: Artifact) -> np.ndarray:
+    """(N, 3, H, W) float32. Random: the export holds no images. Few for NVFP4, which is evaluated slowly."""
+    preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
+    count = max(_FEW_IMAGES, artifact.manifest.config["batch"][0]) if _is_nvfp4(artifact) else _IMAGES
+    return probe_images(None, preprocessing, count).pixels.numpy()
+
+
+def _is_nvfp4(artifact: Artifact) -> bool:
+    return TrtFormat(artifact.manifest.extra["format"]).kind is Kind.NVFP4
+
+
+def _expected(artifact: Artifact, pixels: np.ndarray) -> np.ndarray:
+    """The graph's outputs, every operator as it stands: ONNX Runtime's integer kernels saturate on some CPUs.
+
+    Those of NVFP4 come from ONNX's reference evaluator, since ONNX Runtime has no four-bit floats.
+    """
+    if _is_nvfp4(artifact):
+        names = _names(artifact)
+        return np.asarray(evaluate_graph(artifact.root / MODEL_FILE, {names[0]: pixels})[names[1]])
+    session = open_session(artifact.root / MODEL_FILE, plain=True)
+    names = _names(artifact)
+    return np.concatenate([run(session, {names[0]: pixels[i : i + 8]})[names[1]] for i in range(0, len(pixels), 8)])
+
+
+def _names(artifact: Artifact) -> tuple[str, str]:
+    extra = artifact.manifest.extra
+    return extra["input"]["name"], extra["output"]["name"]
+
+
+def _execute(artifact: Artifact, engine: ReadyEngine, pixels: np.ndarray, expected: np.ndarray) -> Execution:
+    low, usual, high = (shape[0] for shape in engine.recipe.profiles[_names(artifact)[0]])
+    sizes = sorted({low, usual, high})
+    pixels = pixels[: len(pixels) // low * low]
+    arguments: dict[str, Any] = {"names": _names(artifact), "time_batches": sizes, "batch": low}
+    found = run_engine(engine.path, engine.recipe.builder, pixels, **arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = _plain_engine(artifact, engine, Path(scratch))
+        times = run_engine(plain, engine.recipe.builder, pixels, **arguments).times_ms
+    wanted = expected[: len(pixels)].astype(np.float32)
+    error = float(np.linalg.norm(found.outputs - wanted) / np.linalg.norm(wanted))
+    classifies = artifact.manifest.extra["output"]["what"] == "logits"
+    return Execution(
+        device=found.device, images=len(pixels), relative_error=error,
+        same_class=float((found.outputs.argmax(1) == wanted.argmax(1)).mean()) if classifies else None,
+        timings=tuple(Timing(batch=n, engine_ms=found.times_ms[n], fp16_ms=times[n]) for n in sizes),
+    )  # fmt: skip
+
+
+def _plain_engine(artifact: Artifact, engine: ReadyEngine, scratch: Path) -> Path:
+    """An engine of the same weights without quantizers, by the same builder for the same GPU."""
+    import onnx_ir as ir
+
+    graph, path = scratch / "plain.onnx", scratch / "plain.engine"
+    model = ir.load(artifact.root / MODEL_FILE)
+    dequantize_graph(model)
+    ir.save(model, graph)
+    if engine.recipe.builder == "enterprise":
+        settings = EnterpriseSettings.model_validate(engine.recipe.settings)
+        build_enterprise(graph, path, check_enterprise(), engine.recipe.profiles, settings)
+    else:
+        build_rtx(graph, path, [engine.recipe.capability], engine.recipe.profiles)
+    return path
+
+
+def _record(
+    artifact: Artifact, engines: list[ReadyEngine], expected: np.ndarray, execution: Execution | None
+) -> TrtValidationRecord:
+    manifest = artifact.manifest
+    gates = [_finite(expected, _reference(artifact)), *(_precision(artifact, engine) for engine in engines)]
+    if execution is not None:
+        gates.append(_error(execution, _reference(artifact)))
+    reasons = tuple(f"{g.name}: {g.value:g} against {g.threshold:g} ({g.detail})" for g in gates if not g.passed)
+    ended: Verdict = "ACCEPT" if execution is not None else "PROVED-WITHOUT-RUNNING"
+    return TrtValidationRecord(
+        created=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
+        manifest_digest=artifact.digest, versions=installed_versions(_VERSIONS),
+        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=manifest.extra["format"],
+        engines=tuple(
+            EngineReport(
+                capability=e.recipe.capability, builder=e.recipe.builder, version=e.recipe.version,
+                source=e.source.value, reasons=e.reasons, precisions=dict(e.precisions),
+            )
+            for e in engines
+        ),
+        execution=execution, proved=_proved(artifact, engines, execution), not_proved=_not_proved(engines, execution),
+        gates=tuple(gates), reasons=reasons, verdict="REJECT" if reasons else ended,
+    )  # fmt: skip
+
+
+def _reference(artifact: Artifact) -> str:
+    return "ONNX's reference evaluator" if _is_nvfp4(artifact) else "ONNX Runtime"
+
+
+def _finite(expected: np.ndarray, reference: str) -> Gate:
+    bad = int((~np.isfinite(expected)).sum())
+    detail = f"of {expected.size} of the graph in {reference}, {len(expected)} random images"
+    return Gate(name="outputs that are no numbers", value=bad, threshold=0, passed=bad == 0, detail=detail)
+
+
+def _precision(artifact: Artifact, engine: ReadyEngine) -> Gate:
+    """Products in another precision than the graph has them in: they are as many of each kind, or some are not."""
+    format, counts = TrtFormat(artifact.manifest.extra["format"]), engine.precisions
+    wanted = Counter(artifact.manifest.extra["products"].values())
+    other = 0 if format.weight_only else sum((Counter(counts) - wanted).values())
+    required = bool(artifact.manifest.config["require"])
+    return Gate(
+        name=f"products not in {format} for {engine.recipe.capability}", value=other,
+        threshold=0 if required else other, passed=other == 0 or not required,
+        detail=", ".join(f"{count} in {name}" for name, count in sorted(counts.items())),
+    )  # fmt: skip
+
+
+def _error(execution: Execution, reference: str) -> Gate:
+    value = execution.relative_error
+    return Gate(
+        name="relative error of the engine",
+        value=value,
+        threshold=RELATIVE_LIMIT,
+        passed=value <= RELATIVE_LIMIT,
+        detail=f"against {reference} on {execution.images} random images, {execution.device}",
+    )
+
+
+def _proved(artifact: Artifact, engines: list[ReadyEngine], execution: Execution | None) -> tuple[str, ...]:
+    gates = sum(gate.passed for gate in artifact.manifest.gates)
+    said = [
+        f"every file but engines has the manifest's digest; {gates} gates of the export passed on them",
+        f"{_reference(artifact)} reads and runs the graph",
+        *(
+            f"{e.recipe.builder} {e.recipe.version} parsed the graph and built it for {e.recipe.capability} "
+            f"(engine from the {'export' if e.source == 'export' else 'cache'}): "
+            + ", ".join(f"{count} products in {name}" for name, count in sorted(e.precisions.items()))
+            for e in engines
+        ),
+    ]
+    if execution is not None:
+        said.append(f"the engine ran on {execution.device}, and was timed")
+    return tuple(said)
+
+
+def _not_proved(engines: list[ReadyEngine], execution: Execution | None) -> tuple[str, ...]:
+    if execution is not None:
+        return ()
+    missing = [] if engines else ["that a builder takes the graph: the export holds no engine"]
+    return (
+        *missing,
+        "execution: no engine was loaded or run, for there is no GPU here (or torch sees none)",
+        "timing: no speed was measured",
+    )

@@ -1,0 +1,87 @@
+"""Ask an export one question through vLLM's OpenAI server: `python -m validation.vllm.ask EXPORT "question"`.
+
+Starts the server, sends one `/v1/chat/completions` request, prints the answer on stdout, and ends the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from fp8pipe.core import logs
+from fp8pipe.core.errors import Fp8PipeError
+from validation.vllm.launcher import ServerOptions, server
+
+__all__ = ["ask", "main"]
+
+
+def ask(url: str, model: str, question: str, *, max_tokens: int = 64, api_key: str | None = None) -> str:
+    """One greedy answer of a running server.
+
+    Args:
+        url: base URL of the server.
+        model: the served name.
+        question: the user's message.
+        max_tokens: longest answer, tokens.
+        api_key: the server's key, if it has one.
+
+    Raises:
+        Fp8PipeError: the server refused the request or did not answer; its own words are quoted.
+    """
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    headers = {"Content-Type": "application/json"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=600) as reply:
+            document = json.load(reply)
+    except urllib.error.HTTPError as error:
+        words = error.read().decode("utf-8", errors="replace")
+        raise Fp8PipeError("vLLM's server refused the question", why=f"{error.code}: {words}") from error
+    except (urllib.error.URLError, OSError) as error:
+        raise Fp8PipeError("vLLM's server did not answer", why=str(error)) from error
+    return str(document["choices"][0]["message"]["content"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m validation.vllm.ask", description="Ask an export one question.")
+    parser.add_argument("export", type=Path, help="a vllm-export directory")
+    parser.add_argument("question")
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest answer, tokens (64)")
+    parser.add_argument("--vllm-python", help="vLLM's Python interpreter")
+    given = parser.parse_args(arguments)
+    logs.setup(json=False, quiet=False, verbose=False)
+    signal.signal(signal.SIGTERM, _leave)  # so that the server is ended too
+    try:
+        options = ServerOptions(served_name="export")
+        with server(given.export, options, vllm_python=given.vllm_python) as url:
+            print(ask(url, "export", given.question, max_tokens=given.max_tokens))
+    except Fp8PipeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
