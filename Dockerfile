@@ -19,6 +19,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY fp8pipe fp8pipe
 COPY pipeline pipeline
 COPY exporters exporters
+COPY validation validation
 COPY serving serving
 COPY calibration calibration
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . ./serving/vllm_plugin

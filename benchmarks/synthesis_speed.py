@@ -18,7 +18,7 @@ import os
 import time
 from statistics import median
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/threads.py
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/threads.py
 
 import torch
 

@@ -39,7 +39,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/threads.py
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/threads.py
 
 import torch
 

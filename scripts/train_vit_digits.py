@@ -1,8 +1,9 @@
 """Train `sample:vit-digits`: a small ViT on the training part of scikit-learn's digits.
 
-    python scripts/train_vit_digits.py --output fp8pipe/vision/weights/vit_digits [--epochs N] [--seed N] [--threads N]
+    python scripts/train_vit_digits.py --output fp8pipe/models/vision/weights/vit_digits \\
+        [--epochs N] [--seed N] [--threads N]
 
-The weights in `fp8pipe/vision/weights/vit_digits` are what this script writes with its defaults (another machine
+The weights in `fp8pipe/models/vision/weights/vit_digits` are what this script writes with its defaults (another machine
 or number of threads gives other last digits, and so another file of the same accuracy). A timm
 `VisionTransformer`: 24 x 24 pixels, patches of 4, 37 tokens, width 96, 6 heads of 16, 6 layers, 0.67 M
 parameters, kept as float16 (loading widens them again). Whoever replaces them updates the digest in

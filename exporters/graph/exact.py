@@ -1,8 +1,8 @@
 """The export whose results have one value: a float64 graph around integer products, compared end to end, bit for bit.
 
 In the ordinary graph engine and torch differ in last bits between the products, so only layers can be compared that
-were fed the same input. Here nothing is left to the engine's choice (see `fp8pipe/vision/exact.py`), so the whole net
-is compared: all codes on the way from the pixels to the answer, and the answer itself.
+were fed the same input. Here nothing is left to the engine's choice (see `fp8pipe/models/vision/exact.py`), so the whole
+network is compared: all codes on the way from the pixels to the answer, and the answer itself.
 """
 
 from __future__ import annotations

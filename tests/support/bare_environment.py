@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ["pyproject.toml", "README.md", "LICENSE", "fp8pipe", "pipeline", "exporters", "serving", "calibration"]
+_ROOMS = ["fp8pipe", "pipeline", "exporters", "validation", "serving", "calibration"]
+_SOURCES = ["pyproject.toml", "README.md", "LICENSE", *_ROOMS]
 
 
 def bare_environment(folder: Path, pins: str) -> Path:

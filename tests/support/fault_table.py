@@ -45,7 +45,7 @@ are noted, stored numbers are compared still); the machine code inside of an eng
 signature helps ([artifact.md](artifact.md#signatures)).
 
 This page is written by `python tests/support/fault_table.py` from the registry in `tests/support/faults_*.py`; a test
-keeps the two alike, and `tests/exporters/verification/test_faults.py` plants them all.
+keeps the two alike, and `tests/exporters/verify/test_faults.py` plants them all.
 
 ## Catchers
 

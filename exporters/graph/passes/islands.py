@@ -2,7 +2,7 @@
 
 For a graph that was traced from a float64 model. Codes, scales and the products of codes stay as ONNX Runtime's
 integer kernels want them: fp32 in, fp32 out. Each quantizer reads its value rounded to fp32 once, and each product of
-codes is widened as soon as it is scaled. (Why this makes results equal bit for bit: `fp8pipe/vision/exact.py`.)
+codes is widened as soon as it is scaled. (Why this makes results equal bit for bit: `fp8pipe/models/vision/exact.py`.)
 """
 
 from __future__ import annotations
