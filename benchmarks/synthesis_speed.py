@@ -82,7 +82,7 @@ class Plain:
 def plain_step(plain, canvas, streams, labels, step):
     """One step: a whole backward pass, as `loss.backward()` makes it."""
     pixels = canvas.pixels()
-    total = plain.losses(pixels, view(pixels, streams, step, plain.config), labels)
+    total = plain.losses(pixels, view(pixels, None, streams, step, plain.config)[0], labels)
     total.backward()
     canvas.step([p.grad for p in canvas.parameters], plain.config.learning_rate)
     for parameter in (*canvas.parameters, *plain.vision.model.parameters()):
@@ -92,7 +92,8 @@ def plain_step(plain, canvas, streams, labels, step):
 def our_step(ours, canvas, streams, labels, step):
     """One step as the product takes it."""
     pixels = canvas.pixels()
-    terms = ours._terms(Scene(pixels, view(pixels, streams, step, ours.config), labels, 0.0, {}, None))
+    shown = view(pixels, None, streams, step, ours.config)[0]
+    terms = ours.terms(Scene(pixels, shown, labels, 0.0, {}, None))
     total = torch.stack([term.sum() for term in terms.values()]).sum()
     canvas.step(torch.autograd.grad(total, canvas.parameters), ours.config.learning_rate)
 

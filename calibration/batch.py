@@ -1,4 +1,10 @@
-"""Images that are optimised together, each with everything that is its own; some may leave before the others."""
+"""Images that are optimised together, each with everything that is its own; some may leave before the others.
+
+An image whose loss has stopped falling is finished early. Every view is another one, so single losses jump; what is
+compared are means over two windows of steps. An image is finished when the mean over the last window is not below the
+one before by at least the tolerance, relatively. Only an image's own losses decide about it, so who leaves when is the
+same whenever the same batch is made, in a run that was cut and resumed as in any other.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +13,10 @@ from torch import Tensor
 
 from calibration.canvas import Canvas
 from calibration.config import SynthesisConfig
-from calibration.plateau import Plateau
-from calibration.regions import Regions, cut, draw_choice
+from calibration.regions import cut, draw_choice
 from calibration.streams import uniform
 from calibration.terms import Scene
-from calibration.views import view_with_maps
+from calibration.views import view
 
 
 class Batch:
@@ -21,10 +26,10 @@ class Batch:
         config: which views and terms.
         grid: rows and columns of patches.
         layers: attentions that have priors, in the order of `priors`.
-        streams: one an image.
+        streams: one per image.
         labels: `(N,)` int64.
         canvas: of all images.
-        regions: classes of quarters, or None.
+        regions: targets of wholes and quarters, see `draw_regions`, or None.
         priors: `(N, layers, heads, rows, columns)`, or None.
 
     Attributes:
@@ -40,7 +45,7 @@ class Batch:
         streams: list[torch.Generator],
         labels: Tensor,
         canvas: Canvas,
-        regions: Regions | None,
+        regions: Tensor | None,
         priors: Tensor | None,
     ) -> None:
         self.rows, self.labels, self.canvas = torch.arange(len(streams)), labels, canvas
@@ -55,9 +60,9 @@ class Batch:
         maps = None if self._priors is None else self._priors.flatten(1, 2)
         if self._regions is not None:
             choice = draw_choice(self._streams, config.regions)
-            shown, targets = cut(shown, choice), self._regions.chosen(choice)
+            shown, targets = cut(shown, choice), self._regions[torch.arange(len(choice)), choice]
             maps = None if maps is None else cut(maps, choice)
-        shown, maps = view_with_maps(shown, maps, self._streams, step, config)
+        shown, maps = view(shown, maps, self._streams, step, config)
         draws = uniform(self._streams, self._grid[0] * self._grid[1]) if config.masked else None
         return Scene(pixels, shown, targets, step / config.steps, self._by_layer(maps), draws)
 
@@ -72,7 +77,34 @@ class Batch:
         self.rows = self.rows[stays]
         self.canvas.keep(stays)
         self._streams = [stream for stream, here in zip(self._streams, stays.tolist(), strict=True) if here]
-        if self._regions is not None:
-            self._regions = self._regions.keep(stays)
-        if self._priors is not None:
-            self._priors = self._priors[stays]
+        self._regions = None if self._regions is None else self._regions[stays]
+        self._priors = None if self._priors is None else self._priors[stays]
+
+
+class Plateau:
+    """Watches the losses of a batch.
+
+    Args:
+        tolerance: least relative fall from window to window; 0 lets nobody leave.
+        window: steps a window has.
+    """
+
+    def __init__(self, tolerance: float, window: int) -> None:
+        self._tolerance, self._window = tolerance, window
+        self._history: list[Tensor] = []
+
+    def going(self, losses: Tensor) -> Tensor:
+        """Which images go on, boolean `(N,)`; those that do not are forgotten.
+
+        Args:
+            losses: `(N,)` of this step, of the images that went on before. A loss that is not finite goes on.
+        """
+        self._history = [*self._history, losses.detach().clone()][-2 * self._window :]
+        if not self._tolerance or len(self._history) < 2 * self._window:
+            return torch.ones_like(losses, dtype=torch.bool)
+        before = torch.stack(self._history[: self._window]).mean(0)
+        fall = before - torch.stack(self._history[self._window :]).mean(0)
+        # Not `fall >= ...`: a comparison with NaN is false, and the synthesizer starts an image with NaN again.
+        stays = ~(fall < self._tolerance * before.abs())
+        self._history = [past[stays] for past in self._history]
+        return stays

@@ -1,18 +1,27 @@
-"""How synthetic images are made: a frozen configuration, and the published settings as a preset."""
+"""How synthetic images are made: a frozen configuration, and the settings of the published method as a preset."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from fp8pipe.core.config import FrozenConfig, build_config
+from fp8pipe.core.config import FrozenConfig
+
+# MimiQ (arXiv 2407.20021): 2,000 steps from white noise.
+_PUBLISHED: Final = {
+    "steps": 2000, "start": "noise", "canvas": "pixels", "views": "shifts", "learning_rate": 0.1, "variation": 2.5e-5,
+    "bf16": False,
+}  # fmt: skip
 
 
 class SynthesisConfig(FrozenConfig):
     """Optimisation of pixels through the frozen model."""
 
-    steps: int = Field(60, ge=0, description="Optimizer steps an image; 0 keeps what it starts from.")
+    preset: Literal["default", "published"] = Field(
+        "default", description="published: the settings of MimiQ, arXiv 2407.20021; values given beside it win."
+    )
+    steps: int = Field(60, ge=0, description="Optimizer steps per image; 0 keeps what it starts from.")
     batch_size: int = Field(16, ge=1, description="Images optimised together; does not change them.")
     start: Literal["noise", "leaves"] = Field("leaves", description="White noise, or procedural dead leaves.")
     canvas: Literal["pyramid", "pixels"] = Field("pyramid", description="What is optimised: layers, or pixels.")
@@ -29,7 +38,7 @@ class SynthesisConfig(FrozenConfig):
     priors: float = Field(0.0, ge=0, description="Weight of SARDFQ's attention priors.")
     regions: float = Field(0.0, ge=0, le=1, description="Share of views of one quarter with a class of its own; 0 off.")
     variation: float = Field(0.01, ge=0, description="Weight of the total variation.")
-    views: Literal["camera", "shifts"] = Field("camera", description="Zoomed, turned, relit; or circular shifts.")
+    views: Literal["camera", "shifts"] = Field("camera", description="Zoomed, rotated, relit; or circular shifts.")
     nearest: float = Field(0.6, gt=0, le=1, description="camera: least part of the picture's side that is shown.")
     jitter: int = Field(8, ge=0, description="shifts: the largest in the first half, pixels; twice that later.")
     mirror: bool = Field(False, description="shifts: mirror half of the views.")
@@ -41,27 +50,15 @@ class SynthesisConfig(FrozenConfig):
     clamp: bool = Field(True, description="Keep pixels those of a valid image.")
     bf16: bool = Field(True, description="Run the model in bf16; losses and pixels stay fp32.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        published = isinstance(values, dict) and values.get("preset") == "published"
+        return _PUBLISHED | values if published else values
+
     @model_validator(mode="after")
     def _all_patches_for_their_terms(self) -> SynthesisConfig:
         wanting = [name for name in ("masked", "priors") if getattr(self, name)]
         if self.keep < 1 and wanting:
-            raise ValueError(
-                f"keep: {' and '.join(wanting)} speak of all patches; leave keep at 1, or {wanting[0]} at 0"
-            )
+            raise ValueError(f"keep: {' and '.join(wanting)} need all patches; leave keep at 1, or {wanting[0]} at 0")
         return self
-
-
-def mimiq_published() -> SynthesisConfig:
-    """The settings of the published method (arXiv 2407.20021): 2,000 steps from white noise."""
-    return build_config(
-        SynthesisConfig,
-        {
-            "steps": 2000,
-            "start": "noise",
-            "canvas": "pixels",
-            "views": "shifts",
-            "learning_rate": 0.1,
-            "variation": 2.5e-5,
-            "bf16": False,
-        },
-    )

@@ -8,21 +8,18 @@ order. Which images of a batch finish early is decided by the images of that bat
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibration.batch import Batch
 from calibration.canvas import open_canvas
 from calibration.config import SynthesisConfig
 from calibration.dead_leaves import dead_leaves
-from calibration.priors import deeper_half, draw_priors
-from calibration.pruning import TokenPruner
-from calibration.received_attention import plain_sites
+from calibration.image_set import ImageSet
+from calibration.received_attention import draw_priors
 from calibration.regions import draw_regions
 from calibration.streams import image_stream, normal
 from calibration.terms import Terms
@@ -31,23 +28,6 @@ from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 
 _RESTARTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Synthesized:
-    """A finished batch.
-
-    Attributes:
-        images: `(n, 3, H, W)` uint8.
-        labels: `(n,)` int64, the classes asked for; -1 throughout for a backbone.
-        losses: last value of each term, by name, an image each.
-        notes: what went wrong on the way, in words.
-    """
-
-    images: Tensor
-    labels: Tensor
-    losses: dict[str, list[float]]
-    notes: list[str]
 
 
 class Synthesizer:
@@ -65,28 +45,10 @@ class Synthesizer:
 
     def __init__(self, vision: VisionModel, structure: VitStructure, config: SynthesisConfig, seed: int) -> None:
         self.vision, self.structure, self.config, self.seed = vision, structure, config, seed
-        self._model = _halved(vision.model) if config.bf16 else vision.model
-        self.sites = {site.name: site for site in structure.attentions if not site.pools and site.heads > 1}
-        if not self.sites and config.similarity > 0:
-            raise ConfigurationError(
-                "this model has no attention with several heads",
-                why="the synthesis compares the maps of different heads",
-                fix="use --calibration gaussian or images:DIR",
-            )
-        if config.regions and structure.classes is None:
-            raise ConfigurationError(
-                "regions need a model with classes",
-                why="each quarter of an image is made for a class, and this model is a backbone",
-                fix="leave regions at 0",
-            )
-        wishes = [name for name in ("masked", "priors") if getattr(config, name)]
-        self._plain = plain_sites(structure, " and ".join(wishes)) if wishes else {}
-        self._depths = deeper_half(list(self._plain)) if config.priors else {}
-        pruner = TokenPruner(vision.model, structure, config.prune_after, config.keep) if config.keep < 1 else None
-        self._terms = Terms(self._model, structure, self.sites, self._plain, self._depths, pruner, config)
+        self.terms = Terms(vision.model, structure, config)
 
-    def batch(self, first: int, count: int, on_step: Callable[[int], None] = lambda step: None) -> Synthesized:
-        """Images number `first` to `first + count - 1`.
+    def batch(self, first: int, count: int, on_step: Callable[[int], None] = lambda step: None) -> ImageSet:
+        """Images number `first` to `first + count - 1`; labels are the classes asked for, -1 throughout for a backbone.
 
         Raises:
             ConfigurationError: an image became NaN in every attempt.
@@ -103,17 +65,18 @@ class Synthesizer:
                 pixels[index], labels[index] = again[0][0], again[1][0]
                 for name in losses:
                     losses[name][index] = again[2][name][0]
-        return Synthesized(self.vision.preprocessing.to_uint8(pixels), labels, losses, notes)
+        images = self.vision.preprocessing.to_uint8(pixels)
+        return ImageSet(images, labels, "synthetic", self.seed, losses, notes)
 
     def _optimise(
         self, numbers: list[int], attempts: list[int], on_step: Callable[[int], None]
     ) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
-        """Finished pixels `(N, 3, H, W)` normalized, labels `(N,)`, and last losses an image."""
+        """Finished pixels `(N, 3, H, W)` normalized, labels `(N,)`, and last losses by name, one per image."""
         config, batch = self.config, self._begin(numbers, attempts)
         labels, done = batch.labels, torch.empty(len(numbers), 3, *self.structure.image_size)
         found: dict[str, Tensor] = {}
         for step in range(config.steps):
-            terms = self._terms(batch.scene(step))
+            terms = self.terms(batch.scene(step))
             each = torch.stack(list(terms.values())).sum(0)
             batch.canvas.step(torch.autograd.grad(each.sum(), batch.canvas.parameters), self._rate(step))
             for name, term in terms.items():
@@ -136,9 +99,9 @@ class Synthesizer:
         canvas = open_canvas(self._start(numbers, streams), self.vision.preprocessing.valid_range(), config)
         regions = draw_regions(streams, labels, classes) if config.regions and classes is not None else None
         grid = self.structure.patch_grid
-        heads = next(iter(self._plain.values())).heads if self._plain else 0
-        priors = draw_priors(streams, len(self._depths), heads, grid) if self._depths else None
-        return Batch(config, grid, list(self._depths), streams, labels, canvas, regions, priors)
+        depths, sites = self.terms.depths, self.terms.global_sites
+        priors = draw_priors(streams, len(depths), sites[next(iter(depths))].heads, grid) if depths else None
+        return Batch(config, grid, list(depths), streams, labels, canvas, regions, priors)
 
     def _labels(self, streams: list[torch.Generator]) -> Tensor:
         classes = self.structure.classes
@@ -165,12 +128,3 @@ class Synthesizer:
             why=f"the losses diverge at learning rate {self.config.learning_rate}",
             fix="lower the synthesis learning rate, or use --calibration gaussian or images:DIR",
         )
-
-
-def _halved(model: nn.Module) -> nn.Module:
-    """A copy whose linears hold the bf16 weights that autocast would make of them anew at every step."""
-    copied = copy.deepcopy(model)
-    for module in copied.modules():
-        if type(module) is nn.Linear:
-            module.to(torch.bfloat16)
-    return copied

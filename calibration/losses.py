@@ -1,4 +1,4 @@
-"""What synthetic images are made to do: losses on the attention of the frozen model, one value an image.
+"""What synthetic images are made to do: losses on the attention of the frozen model, one value per image.
 
 Every loss is a vector over images, so that a batch never couples its members and an image does not depend on which
 others it was made with.
@@ -7,7 +7,6 @@ others it was made with.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -50,11 +49,6 @@ def head_similarity(maps: Tensor, site: AttentionSite, *, absolute: bool = False
     similarity = top / (luminance * contrast)
     each = 1 - (similarity.abs() if absolute else similarity.square())
     return each.flatten(1).mean(1).view(-1, site.windows).mean(1)
-
-
-def total_similarity(maps: Mapping[str, Tensor], sites: Mapping[str, AttentionSite], *, absolute: bool) -> Tensor:
-    """Mean of `head_similarity` over all attentions, `(N,)`."""
-    return torch.stack([head_similarity(maps[name], site, absolute=absolute) for name, site in sites.items()]).mean(0)
 
 
 def total_variation(images: Tensor) -> Tensor:

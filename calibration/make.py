@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ def _synthesize(
             parts.append(ImageSet.load(folder))
         else:
             made = synthesizer.batch(first, min(config.batch_size, request.count - first))
-            parts.append(ImageSet(made.images, made.labels, request.method, request.seed, made.losses, made.notes))
+            parts.append(replace(made, method=request.method))
             if folder is not None:
                 _keep(parts[-1], folder)
         on_images(first + len(parts[-1].images))

@@ -1,8 +1,8 @@
-"""Fewer tokens in the deeper layers: after some block, the patches that are attended least leave the forward.
+"""Fewer tokens in the deeper layers: after some block, the patches that receive least attention leave the forward.
 
-What an image is made of is decided where attention goes; patches that hardly anybody looks at cost as much as the
-others and change little. (Token pruning in model inversion: "Sparse Model Inversion", ICML 2024.) Scores are those of
-the block's own attention, see `attended`, and every image keeps its own patches in their order.
+What an image is made of is decided where attention goes; patches that receive hardly any cost as much as the others
+and change little. (Token pruning in model inversion: "Sparse Model Inversion", ICML 2024.) Scores are those of the
+block's own attention, see `received_attention`, and every image keeps its own patches in their order.
 
 Whether a model bears this is tried, not looked up in a list of names: positions must not be used after the block (no
 windows, no biases on positions, no rotary ones), so permuting the patches there must not change what the model answers,
@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from calibration.received_attention import attended, plain_sites
+from calibration.received_attention import global_sites, received_attention
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.outputs import vision_outputs
 from fp8pipe.models.vision.structure import VitStructure
@@ -41,10 +41,10 @@ class TokenPruner:
     """
 
     def __init__(self, model: nn.Module, structure: VitStructure, after: int, share: float) -> None:
-        names = list(plain_sites(structure, "fewer tokens (keep)"))
-        if after >= len(names):
-            raise _refused(f"prune_after is {after}, and the model has {len(names)} blocks", "lower prune_after")
-        self.site = plain_sites(structure, "keep")[names[after - 1]]
+        sites = list(global_sites(structure, "fewer tokens (keep)").values())
+        if after >= len(sites):
+            raise _refused(f"prune_after is {after}, and the model has {len(sites)} blocks", "lower prune_after")
+        self.site = sites[after - 1]
         self._block = _block_of(self.site.name)
         self._prefix, self._patches = self.site.prefix_tokens, structure.patch_grid[0] * structure.patch_grid[1]
         self._count = max(1, round(self._patches * share))
@@ -53,7 +53,7 @@ class TokenPruner:
 
     def note(self, probabilities: Tensor) -> None:
         """Scores of this forward, from the probabilities `(N, H, tokens, tokens)` of `self.site`."""
-        self._scores = attended(probabilities.detach(), self.site).mean(1)
+        self._scores = received_attention(probabilities.detach(), self.site).mean(1)
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[None]:
@@ -88,7 +88,7 @@ class TokenPruner:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(2, 3, *structure.image_size, generator=generator)
         order = torch.randperm(self._patches, generator=generator)
-        plain = vision_outputs(model, pixels)
+        whole = vision_outputs(model, pixels)
         try:
             with self._hooked(model, lambda hidden: order.expand(2, -1)):
                 moved = vision_outputs(model, pixels)
@@ -97,7 +97,7 @@ class TokenPruner:
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0][:200]
             raise _refused(f"it does not run with fewer of them: {reason}", "leave keep at 1") from error
-        if not bool((moved - plain).abs().max() <= _TOLERANCE * plain.abs().max()):
+        if not bool((moved - whole).abs().max() <= _TOLERANCE * whole.abs().max()):
             raise _refused("its later blocks use the positions of patches", "leave keep at 1")
 
 

@@ -1,7 +1,7 @@
 """Several things in one picture (SARDFQ, arXiv 2412.16553: multi-semantic reinforcement and soft-label learning).
 
 An image made for one class shows it once, on an empty ground. Here its four quarters have a class each: a view shows
-either one quarter, enlarged, which shall be taken for its class, or the whole, which shall be taken for all four.
+either one quarter, enlarged, which should be recognised as its class, or the whole, which should show all four.
 The targets are soft: a softmax of uniform numbers in [0, 1), with those of the wanted classes from [5, 10).
 
 The published method adds the parts to the batch, so a step costs more; here a part takes the place of the whole in
@@ -10,7 +10,6 @@ some of the views, and a step costs the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -18,38 +17,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from calibration.streams import uniform
+from calibration.views import resample
 
 QUARTERS: Final = 4
 _LEAST, _MOST = 5.0, 10.0  # logits of wanted classes: ours, so that they stand out and differ
 
 
-@dataclass(frozen=True, slots=True)
-class Regions:
-    """Targets of a batch.
+def draw_regions(streams: list[torch.Generator], labels: Tensor, classes: int) -> Tensor:
+    """Targets `(N, 5, C)` fp32 with sums of 1: the whole image's, then those of its quarters, in reading order.
 
-    Attributes:
-        targets: `(N, 5, C)` fp32, sums of 1: the whole image's, then those of its quarters, row by row.
+    The classes of the quarters (the first has the image's label) are drawn from each image's own stream.
     """
-
-    targets: Tensor
-
-    def chosen(self, choice: Tensor) -> Tensor:
-        """Targets `(N, C)` of the views that `choice` `(N,)` names."""
-        return self.targets[torch.arange(len(choice)), choice]
-
-    def keep(self, rows: Tensor) -> Regions:
-        """Of some of the images."""
-        return Regions(self.targets[rows])
-
-
-def draw_regions(streams: list[torch.Generator], labels: Tensor, classes: int) -> Regions:
-    """Classes of the quarters (the first has the image's label) and targets, from each image's own stream."""
     wanted = (uniform(streams, QUARTERS) * classes).long().clamp(max=classes - 1)
     wanted[:, 0] = labels
     each = functional.one_hot(wanted, classes)  # (N, 4, C)
     marked = torch.cat([each.sum(1, keepdim=True), each], 1) > 0
     draws = uniform(streams, 1 + QUARTERS, classes)
-    return Regions(torch.where(marked, _LEAST + (_MOST - _LEAST) * draws, draws).softmax(-1))
+    return torch.where(marked, _LEAST + (_MOST - _LEAST) * draws, draws).softmax(-1)
 
 
 def draw_choice(streams: list[torch.Generator], share: float) -> Tensor:
@@ -66,6 +50,4 @@ def cut(pictures: Tensor, choice: Tensor) -> Tensor:
     where[:, 0, 0] = where[:, 1, 1] = 0.5
     where[:, 0, 2] = (corner % 2) - 0.5
     where[:, 1, 2] = (corner // 2) - 0.5
-    grid = functional.affine_grid(where, list(pictures.shape), align_corners=False)
-    parts = functional.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return torch.where((choice > 0).view(-1, 1, 1, 1), parts, pictures)
+    return torch.where((choice > 0).view(-1, 1, 1, 1), resample(pictures, where, "border"), pictures)

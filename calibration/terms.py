@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 from calibration.config import SynthesisConfig
 from calibration.losses import class_prior, head_similarity, patch_entropy, total_variation
-from calibration.masked import asked_logits, masked_difference, similarity_spread
-from calibration.priors import prior_distance
+from calibration.masked import masked_difference, query_logits, similarity_spread
 from calibration.pruning import TokenPruner
-from calibration.received_attention import attended
+from calibration.received_attention import deeper_half, global_sites, prior_distance, received_attention
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.outputs import vision_outputs
 from fp8pipe.models.vision.structure import AttentionSite, VitStructure
@@ -44,36 +45,49 @@ class Terms:
     """Computes losses through a frozen model.
 
     Args:
-        model: what runs.
+        model: what runs; not changed.
         structure: of it.
+        config: which terms, with which weights.
+
+    Attributes:
         sites: attentions whose heads are compared, by name.
-        plain: attentions of a plain transformer by name, for masks; empty without.
+        global_sites: for masks and priors, attentions that see all patches, by name; empty without these terms.
         depths: weights of the attentions that have priors; empty without.
         pruner: of tokens, or None.
-        config: which terms, with which weights.
+
+    Raises:
+        ConfigurationError: a model whose attentions show no maps, or one that an option does not fit.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: VitStructure,
-        sites: dict[str, AttentionSite],
-        plain: dict[str, AttentionSite],
-        depths: dict[str, float],
-        pruner: TokenPruner | None,
-        config: SynthesisConfig,
-    ) -> None:
-        self._model, self._structure, self._config = model, structure, config
-        self._sites, self._plain, self._depths, self._pruner = sites, plain, depths, pruner
+    def __init__(self, model: nn.Module, structure: VitStructure, config: SynthesisConfig) -> None:
+        self._model = _halved(model) if config.bf16 else model
+        self._structure, self.config = structure, config
+        self.sites = {site.name: site for site in structure.attentions if not site.pools and site.heads > 1}
+        if not self.sites and config.similarity > 0:
+            raise ConfigurationError(
+                "this model has no attention with several heads",
+                why="the synthesis compares the maps of different heads",
+                fix="use --calibration gaussian or images:DIR",
+            )
+        if config.regions and structure.classes is None:
+            raise ConfigurationError(
+                "regions need a model with classes",
+                why="each quarter of an image is made for a class, and this model is a backbone",
+                fix="leave regions at 0",
+            )
+        wishes = [name for name in ("masked", "priors") if getattr(config, name)]
+        self.global_sites = global_sites(structure, " and ".join(wishes)) if wishes else {}
+        self.depths = deeper_half(list(self.global_sites)) if config.priors else {}
+        self.pruner = TokenPruner(model, structure, config.prune_after, config.keep) if config.keep < 1 else None
 
     def __call__(self, scene: Scene) -> dict[str, Tensor]:
         """Weighted terms by name, each `(N,)` fp32, differentiable in the pixels."""
-        config = self._config
+        config = self.config
         seen = _Seen(self, scene)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
             intercept_attention(self._model, self._structure.attention_names, seen.attend),
-            self._pruner.active(self._model) if self._pruner else nullcontext(),
+            self.pruner.active(self._model) if self.pruner else nullcontext(),
         ):
             outputs = vision_outputs(self._model, scene.view)
         terms = seen.terms()
@@ -84,16 +98,25 @@ class Terms:
         return terms
 
 
+def _halved(model: nn.Module) -> nn.Module:
+    """A copy whose linears hold the bf16 weights that autocast would otherwise make anew at every step."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if type(module) is nn.Linear:
+            module.to(torch.bfloat16)
+    return copied
+
+
 class _Seen:
     """What the attentions of one forward show."""
 
     def __init__(self, owner: Terms, scene: Scene) -> None:
-        self._owner, self._config, self._scene = owner, owner._config, scene
+        self._owner, self._config, self._scene = owner, owner.config, scene
         self._found: dict[str, list[Tensor]] = {name: [] for name in ("similarity", "entropy", "spread", "priors")}
-        self._asked: list[tuple[Tensor, Tensor]] = []
+        self._query_logits: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        owner, config, site = self._owner, self._config, self._owner._sites.get(name)
+        owner, config, site = self._owner, self._config, self._owner.sites.get(name)
 
         def on_logits(logits: Tensor) -> Tensor:
             if config.maps == "logits":
@@ -105,18 +128,19 @@ class _Seen:
         def on_probs(probs: Tensor) -> Tensor:
             if config.maps == "probabilities":
                 self._compare(probs, site)
-            if owner._pruner and name == owner._pruner.site.name:
-                owner._pruner.note(probs)
+            if owner.pruner and name == owner.pruner.site.name:
+                owner.pruner.note(probs)
             if name in self._scene.priors:
-                distance = prior_distance(attended(probs, owner._plain[name]), self._scene.priors[name])
-                self._found["priors"].append(owner._depths[name] * distance)
+                shares = received_attention(probs, owner.global_sites[name])
+                distance = prior_distance(shares, self._scene.priors[name])
+                self._found["priors"].append(owner.depths[name] * distance)
             return probs
 
         output = explicit_attention(q, k, v, mask, scale, on_logits=on_logits, on_probs=on_probs)
         if site is not None and config.entropy:
             self._found["entropy"].append(patch_entropy(output, site))
-        if config.masked and name in owner._plain:
-            self._asked.append(asked_logits(q, k, owner._plain[name], config.masked_bits))
+        if config.masked and name in owner.global_sites:
+            self._query_logits.append(query_logits(q, k, owner.global_sites[name], config.masked_bits))
         return output
 
     def _compare(self, maps: Tensor, site: AttentionSite | None) -> None:
@@ -127,12 +151,9 @@ class _Seen:
     def terms(self) -> dict[str, Tensor]:
         """Weighted means over layers."""
         config = self._config
-        weights = {
-            "similarity": config.similarity, "entropy": config.entropy, "spread": config.spread,
-            "priors": config.priors,
-        }  # fmt: skip
-        terms = {name: weights[name] * torch.stack(found).mean(0) for name, found in self._found.items() if found}
-        if self._asked and self._scene.draws is not None:
-            difference = masked_difference(self._asked, self._scene.progress, self._scene.draws)
+        found = {name: torch.stack(parts).mean(0) for name, parts in self._found.items() if parts}
+        terms = {name: getattr(config, name) * mean for name, mean in found.items()}
+        if self._query_logits and self._scene.draws is not None:
+            difference = masked_difference(self._query_logits, self._scene.progress, self._scene.draws)
             terms["masked"] = config.masked * difference
         return terms

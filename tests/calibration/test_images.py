@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from vit_families import family, vision_family
 
-from calibration.config import SynthesisConfig, mimiq_published
+from calibration.config import SynthesisConfig
 from calibration.dead_leaves import dead_leaves
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
@@ -95,7 +95,8 @@ def test_other_families_make_images_too(name):
 
 def test_the_published_settings_run():
     vision, structure = tiny()
-    config = mimiq_published().model_copy(update={"steps": 2, "batch_size": 2})
+    config = build_config(SynthesisConfig, {"preset": "published", "steps": 2, "batch_size": 2})
+    assert build_config(SynthesisConfig, config.model_dump()) == config
     assert (config.learning_rate, config.start, config.variation) == (0.1, "noise", 2.5e-5)
     made = Synthesizer(vision, structure, config, seed=0).batch(0, 2)
     assert made.images.dtype == torch.uint8

@@ -66,7 +66,7 @@ def test_finished_images_keep_the_pixels_they_had():
     assert all(len(values) == 4 for values in found.losses.values())
 
 
-def test_pruned_models_see_the_most_attended_patches():
+def test_pruned_models_see_the_patches_that_receive_most_attention():
     """Against the model cut by hand: the block's output shortened, the rest of the blocks run on that."""
     vision, structure = tiny()
     model = vision.model.eval()
@@ -89,7 +89,7 @@ def test_pruned_models_see_the_most_attended_patches():
         hidden = model._pos_embed(model.patch_embed(pixels))
         hidden = model.blocks[0](model.norm_pre(hidden))
         prefix, area = pruner.site.prefix_tokens, structure.patch_grid[0] * structure.patch_grid[1]
-        among = noted["probs"][:, :, 0, prefix:]  # what the class token asks for, a head's shares adding up to 1
+        among = noted["probs"][:, :, 0, prefix:]  # what the class token attends to, a head's shares adding up to 1
         scores = (among / among.sum(-1, keepdim=True)).mean(1)
         rows = scores.topk(round(area / 2), dim=1).indices.sort(dim=1).values
         short = torch.stack([torch.cat([h[:prefix], h[prefix + r]]) for h, r in zip(hidden, rows, strict=True)])

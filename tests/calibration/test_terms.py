@@ -8,10 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from calibration.masked import asked_logits, informative, masked_difference, rounded, similarity_spread
-from calibration.plateau import Plateau
-from calibration.priors import deeper_half, draw_priors, prior_distance
-from calibration.received_attention import attended
+from calibration.batch import Plateau
+from calibration.masked import informative, masked_difference, query_logits, rounded, similarity_spread
+from calibration.received_attention import deeper_half, draw_priors, prior_distance, received_attention
 from calibration.regions import cut, draw_choice, draw_regions
 from calibration.streams import image_stream
 from fp8pipe.models.vision.structure import AttentionSite
@@ -68,7 +67,7 @@ def test_the_masked_difference_equals_its_definition(prefix):
     where = site(prefix=prefix)
     layers = [(random(2, 3, where.tokens, 8, seed=i).float(), random(2, 3, where.tokens, 8, seed=9 + i).float())
               for i in range(2)]  # fmt: skip
-    answers = [asked_logits(q, k, where, 4) for q, k in layers]
+    answers = [query_logits(q, k, where, 4) for q, k in layers]
     draws = torch.rand(2, 12, generator=torch.Generator().manual_seed(3))
     found = masked_difference(answers, 0.0, draws)
     for image in range(2):
@@ -77,8 +76,8 @@ def test_the_masked_difference_equals_its_definition(prefix):
             sides = []
             for cast in (lambda x: x, lambda x: rounded(x, 4)):
                 a, b = cast(q)[image].double(), cast(k)[image].double()
-                asks = a[:, 0] if prefix else a.mean(1)
-                sides.append(torch.stack([(asks * b[:, prefix + p]).sum(-1).mean() for p in range(12)]))
+                query = a[:, 0] if prefix else a.mean(1)
+                sides.append(torch.stack([(query * b[:, prefix + p]).sum(-1).mean() for p in range(12)]))
             both.append(sides)
         importance = sum(sides[0] for sides in both) / 2
         chosen = sorted(range(12), key=lambda p: -float(importance[p]))[:6]
@@ -120,18 +119,17 @@ def test_deeper_layers_count_more():
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_attended_shares_are_of_patches_alone(prefix):
+def test_shares_of_received_attention_are_of_patches_alone(prefix):
     where = site(prefix=prefix)
     maps = random(2, 3, where.tokens, where.tokens).softmax(-1)
-    found = attended(maps, where)
+    found = received_attention(maps, where)
     assert (found.sum(-1) - 1).abs().max() <= 1e-6
     row = maps[:, :, 0, prefix:] if prefix else maps.mean(2)
     assert (found.double() - row / row.sum(-1, keepdim=True)).abs().max() <= 1e-6
 
 
 def test_targets_name_the_label_and_the_quarters():
-    regions = draw_regions(streams(4), torch.tensor([0, 3, 5, 9]), 10)
-    targets = regions.targets
+    targets = draw_regions(streams(4), torch.tensor([0, 3, 5, 9]), 10)
     assert (targets.sum(-1) - 1).abs().max() <= 1e-6
     assert torch.equal(targets[:, 1].argmax(-1), torch.tensor([0, 3, 5, 9]))  # the first quarter has the label
     for image in targets:
@@ -159,6 +157,6 @@ def test_the_share_of_quarters_is_the_one_asked_for():
 def test_an_image_leaves_when_its_loss_stops_falling():
     watch = Plateau(0.02, 3)
     going = [watch.going(torch.tensor([10.0 - step, 5.0, math.nan])).tolist() for step in range(6)]
-    assert going == [[True] * 3] * 5 + [[True, False, True]]  # after two windows; NaN is the synthesizer's to mend
+    assert going == [[True] * 3] * 5 + [[True, False, True]]  # after two windows; the synthesizer starts NaN again
     assert watch.going(torch.tensor([3.9, math.nan])).shape == (2,)
     assert all(bool(Plateau(0.0, 1).going(torch.zeros(2)).all()) for _ in range(5))
