@@ -17,8 +17,9 @@ from exporters.graph.blocks import is_block_operand, read_block_quantizer, read_
 from exporters.graph.trace import ProductKind
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
-from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind
+from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir

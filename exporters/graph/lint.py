@@ -16,8 +16,9 @@ from exporters.graph.passes.weights import fits_int4
 from exporters.graph.trace import PlainGraph, owner
 from fp8pipe.models.vision.exact import inexact_sites
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes
-from fp8pipe.numerics.quantizers import Kind, weight_limits
+from fp8pipe.numerics.quantizers import weight_limits
 
 __all__ = ["lint_graph", "lint_model", "refuse"]
 

@@ -22,7 +22,8 @@ from exporters.graph.passes import (
 from exporters.graph.trace import PlainGraph, export_plain
 from fp8pipe.models.vision.architecture import build
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, of_type
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir

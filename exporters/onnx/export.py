@@ -42,7 +42,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CARD_FILE, write_card
 
 __all__ = ["CLASSES_FILE", "EXPORT_KIND", "MODEL_FILE", "SOURCE_KIND", "OnnxPlan", "export_onnx", "plan_export"]

@@ -49,7 +49,7 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
-from fp8pipe.numerics.quantizers import granularity
+from fp8pipe.numerics.kinds import granularity
 from fp8pipe.report.card import CARD_FILE, write_card
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from exporters.graph.lint import refuse
 from exporters.graph.passes.weights import fits_int4
 from exporters.graph.produce import as_exported
 from fp8pipe.models.vision.quantized import QuantizedVit
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 __all__ = ["TrtFormat", "choose_format", "in_format"]
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from exporters.graph.layers import ExportedLayer
 from exporters.tensorrt.listing import EngineLayer
 from fp8pipe.core.config import FrozenConfig
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 __all__ = ["NAMES", "PrecisionReport", "ProductPrecision", "artifact_precisions", "read_precision"]
 

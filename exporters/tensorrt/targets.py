@@ -11,7 +11,7 @@ from exporters.tensorrt.options import Builder, TrtExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import load_quantized
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 __all__ = ["check_targets", "plan_targets", "with_targets"]
 

@@ -35,7 +35,7 @@ from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.files import read_model_file
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
-from fp8pipe.numerics.quantizers import Kind, granularity
+from fp8pipe.numerics.kinds import Kind, granularity
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -15,20 +15,13 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from fp8pipe.numerics import native
 from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3, FloatGrid, amax_scale_quant
-
-
-class ScaleRule(StrEnum):
-    """How scales follow from amax, and how many there are."""
-
-    EXACT = "exact"
-    POWER_OF_TWO = "power-of-two"
+from fp8pipe.numerics.kinds import ScaleRule
 
 
 @dataclass(frozen=True, slots=True)

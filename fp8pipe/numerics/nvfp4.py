@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.numerics.grids import E4M3
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 __all__ = [
     "BLOCK",

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8pipe.numerics.casts import Cast, ScaleRule, decode
+from fp8pipe.numerics.casts import Cast, decode
+from fp8pipe.numerics.kinds import ScaleRule
 
 _ALIGN = 16  # torch._scaled_mm: K and N must be multiples of 16
 

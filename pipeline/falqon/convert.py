@@ -17,9 +17,9 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.casts import quantize_weight
 from pipeline.falqon.gradient import Losses, gradient_sketches
-from pipeline.falqon.initialise import Initialisation, adapter_directions
+from pipeline.falqon.initialise import adapter_directions
 from pipeline.falqon.layer import FalqonLinear
-from pipeline.falqon.rules import UpdateRule
+from pipeline.falqon.rules import Initialisation, UpdateRule
 from pipeline.falqon.shared import FalqonPart, StackedOutput, find_shared_inputs
 
 

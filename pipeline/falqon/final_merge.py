@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon.flush import FlushReport, flush_report, target_rows, write_rows
 from pipeline.falqon.layer import FalqonLinear
-from pipeline.falqon.rules import FinalFlush
+from pipeline.falqon.rules import FinalMerge
 
 _BLOCK = 128  # columns whose error stays in the block before one GEMM spreads it
 # Of H's mean diagonal. A few outlier inputs dominate that mean in LLMs: GPTQ's usual 0.01 would damp all others into
@@ -70,7 +70,7 @@ def _inverse_factor(moments: Tensor) -> Tensor:
 def settle(
     model: nn.Module,
     layers: dict[str, FalqonLinear],
-    how: FinalFlush,
+    how: FinalMerge,
     inputs: Inputs,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, FlushReport]:
@@ -89,7 +89,7 @@ def settle(
     """
     reports: dict[str, FlushReport] = {}
     for group in _groups(layers, how):
-        moments = _second_moments(model, group, inputs) if how is FinalFlush.COMPENSATED else {}
+        moments = _second_moments(model, group, inputs) if how is FinalMerge.COMPENSATED else {}
         for name, layer in group.items():
             reports[name] = _settle_layer(layer, moments.get(name))
             on_progress(len(reports))
@@ -106,12 +106,12 @@ def _settle_layer(layer: FalqonLinear, moments: Tensor | None) -> FlushReport:
     return report
 
 
-def _groups(layers: dict[str, FalqonLinear], how: FinalFlush) -> Iterator[dict[str, FalqonLinear]]:
+def _groups(layers: dict[str, FalqonLinear], how: FinalMerge) -> Iterator[dict[str, FalqonLinear]]:
     """Consecutive layers whose second moments fit the budget together."""
     group: dict[str, FalqonLinear] = {}
     used = 0
     for name, layer in layers.items():
-        cost = 4 * layer.in_features**2 if how is FinalFlush.COMPENSATED else 0
+        cost = 4 * layer.in_features**2 if how is FinalMerge.COMPENSATED else 0
         if group and used + cost > _MOMENT_BYTES:
             yield group
             group, used = {}, 0

@@ -9,24 +9,15 @@ which the loss falls first; as A never changes, that is what lets a frozen A kee
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import torch
 from torch import Tensor
 
-from fp8pipe.numerics.casts import ScaleRule, quantize_weight
+from fp8pipe.numerics.casts import quantize_weight
+from fp8pipe.numerics.kinds import ScaleRule
+from pipeline.falqon.rules import Initialisation
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
 _POWER_ITERATIONS = 3
-
-
-class Initialisation(StrEnum):
-    """Where A comes from."""
-
-    SVD = "svd"
-    RANDOMIZED_SVD = "randomized-svd"
-    RANDOM = "random"
-    GRADIENT = "gradient"
 
 
 def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fp8pipe.numerics.casts import Cast, ScaleRule, cast
+from fp8pipe.numerics.casts import Cast, cast
 from fp8pipe.numerics.grids import E4M3, E5M2
+from fp8pipe.numerics.kinds import ScaleRule
 from fp8pipe.numerics.products import adapter_gradient, forward_product, input_gradient
 
 

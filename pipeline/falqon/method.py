@@ -12,9 +12,8 @@ from pipeline.falqon.convert import FalqonGroup, convert_model
 from pipeline.falqon.final_merge import Inputs, settle
 from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
 from pipeline.falqon.gradient import Losses
-from pipeline.falqon.initialise import Initialisation
 from pipeline.falqon.layer import FalqonLinear
-from pipeline.falqon.rules import UpdateRule
+from pipeline.falqon.rules import Initialisation, UpdateRule
 from pipeline.finetune.weights import Deployed, Weights
 
 _HEALTH_LAYERS = 8  # layers previewed a log line; which ones rotates, so that the cost stays a fraction of a step

@@ -11,8 +11,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.numerics.casts import ScaleRule
-from pipeline.falqon.initialise import Initialisation
+from fp8pipe.numerics.kinds import ScaleRule
+
+
+class Initialisation(StrEnum):
+    """Where A comes from."""
+
+    SVD = "svd"
+    RANDOMIZED_SVD = "randomized-svd"
+    RANDOM = "random"
+    GRADIENT = "gradient"
 
 
 class Rounding(StrEnum):
@@ -22,7 +30,7 @@ class Rounding(StrEnum):
     STOCHASTIC = "stochastic"
 
 
-class FinalFlush(StrEnum):
+class FinalMerge(StrEnum):
     """What happens to the update still buffered in B when training ends."""
 
     NEAREST = "nearest"
@@ -56,13 +64,13 @@ class UpdateRule:
     error_feedback: bool = False
     scale: ScaleRule = ScaleRule.POWER_OF_TWO
     stacked: bool = True
-    final: FinalFlush = FinalFlush.NEAREST
+    final: FinalMerge = FinalMerge.NEAREST
     initialisation: Initialisation = Initialisation.GRADIENT
 
 
 _ERROR_SVD = Initialisation.RANDOMIZED_SVD
 _RULES = (
-    UpdateRule("live", live=True, flush_every_step=False, final=FinalFlush.COMPENSATED),
+    UpdateRule("live", live=True, flush_every_step=False, final=FinalMerge.COMPENSATED),
     UpdateRule("live-nearest", live=True, flush_every_step=False),
     UpdateRule("live-flush", live=True, flush_every_step=True),
     UpdateRule(
@@ -75,7 +83,7 @@ _RULES = (
         stacked=False,
         initialisation=Initialisation.SVD,
     ),
-    UpdateRule("live-svd", live=True, flush_every_step=False, final=FinalFlush.COMPENSATED, initialisation=_ERROR_SVD),
+    UpdateRule("live-svd", live=True, flush_every_step=False, final=FinalMerge.COMPENSATED, initialisation=_ERROR_SVD),
     UpdateRule("accumulate", live=False, flush_every_step=True, initialisation=_ERROR_SVD),
     UpdateRule(
         "accumulate-feedback", live=False, flush_every_step=True, error_feedback=True, initialisation=_ERROR_SVD

@@ -7,8 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.core.config import FrozenConfig
-from pipeline.falqon.initialise import Initialisation
-from pipeline.falqon.rules import DEFAULT_RULE, RULES, UpdateRule, update_rule
+from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation, UpdateRule, update_rule
 from pipeline.finetune.schedule import Schedule
 
 _FALQON_ONLY = ("update_rule", "rows", "initialisation")

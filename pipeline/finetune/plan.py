@@ -22,7 +22,7 @@ from pipeline.dry_run.process import rehearse
 from pipeline.dry_run.scale import Scaled
 from pipeline.falqon.convert import check_rank, find_candidates
 from pipeline.falqon.final_merge import held_moments
-from pipeline.falqon.rules import FinalFlush
+from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.device import check_device, hardware
 from pipeline.finetune.export_warnings import export_obstacles
@@ -121,7 +121,7 @@ def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_
             runs.append((count, rehearse("pipeline.dry_run.language", job, folder)))
     scaled = Scaled(tuple(runs), layers)
     widths = [[int(width) for width in measured.facts["settled"]] for _, measured in runs]
-    compensated = config.method == "falqon" and config.rule.final is FinalFlush.COMPENSATED
+    compensated = config.method == "falqon" and config.rule.final is FinalMerge.COMPENSATED
     held = [held_moments(few) for few in widths] if compensated else []
     real = held_moments(_with_all_layers(widths, counts, layers)) if compensated else 0
     peaks = [scaled.peak(name, held, real) if name == "settle" else scaled.peak(name) for name in scaled.phases()]

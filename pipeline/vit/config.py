@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from calibration.config import SynthesisConfig
 from fp8pipe.core.config import FrozenConfig, build_config
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.numerics.quantizers import Kind, Precision
+from fp8pipe.numerics.kinds import Kind, Precision
 
 
 class ConditioningConfig(FrozenConfig):

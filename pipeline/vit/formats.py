@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fp8pipe.models.vision.quantized import activation_sites
 from fp8pipe.models.vision.structure import VitStructure
+from fp8pipe.numerics.kinds import Kind, Precision
 from fp8pipe.numerics.nvfp4 import BLOCK
-from fp8pipe.numerics.quantizers import Kind, Precision
 from pipeline.vit.student import WeightFormat
 
 _EDGE_BITS = 8

@@ -18,8 +18,9 @@ from fp8pipe.models.vision.quantized import QuantizedVit, Quantizer, activation_
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockQuantizer, BlockScales, choose_block_scales, power_of_two_scale
-from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind, storable_scale, weight_limits
+from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, storable_scale, weight_limits
 from pipeline.vit.student import WeightFormat
 
 _SAMPLE: Final = 1 << 15  # values of a site that its range is chosen on

@@ -18,8 +18,9 @@ from fp8pipe.models.vision.outputs import vision_outputs
 from fp8pipe.models.vision.quantized import Quantizer
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockScales, e2m1_round
-from fp8pipe.numerics.quantizers import Kind, weight_limits
+from fp8pipe.numerics.quantizers import weight_limits
 from pipeline.vit.student import WeightFormat
 
 _DAMPING: Final = 0.01  # of the mean second moment: keeps channels that never vary from being given anything

@@ -27,7 +27,7 @@ from fp8pipe.models.vision.quantized import QuantizedVit, save_quantized
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
-from fp8pipe.numerics.quantizers import Kind, granularity
+from fp8pipe.numerics.kinds import Kind, granularity
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig

@@ -20,8 +20,9 @@ from fp8pipe.models.vision.outputs import vision_outputs
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, Quantizer
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer, BlockScales
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale, weight_limits
+from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes, storable_scale, weight_limits
 from pipeline.vit.blocks import RoundedBlockActivation, RoundedBlockWeight
 from pipeline.vit.fake import fake_quantize
 

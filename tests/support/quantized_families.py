@@ -13,8 +13,9 @@ from fp8pipe.artifact import Artifact, ArtifactWriter
 from fp8pipe.models.vision.quantized import QuantizedVit, activation_sites, of_type, save_quantized
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure, read_structure
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes, storable_scale
+from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes, storable_scale
 
 
 def quantized_family(name: str, bits: int = 4, kind: Kind = Kind.INT) -> QuantizedVit:

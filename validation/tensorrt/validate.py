@@ -34,7 +34,7 @@ from fp8pipe.core.machine import gpus
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.files import read_model_file
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 from validation.tensorrt.language import is_language_export, prove_language
 from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict
 from validation.tensorrt.run import run_engine

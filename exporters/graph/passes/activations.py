@@ -22,7 +22,8 @@ from exporters.graph.passes.change import Change
 from exporters.graph.passes.tensors import add_initializer
 from exporters.graph.trace import PlainGraph, Product, ProductKind
 from fp8pipe.models.vision.structure import VitStructure
-from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, Kind
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer
 
 __all__ = ["operand_sites", "quantize_activations"]
 

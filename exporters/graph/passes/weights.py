@@ -17,8 +17,9 @@ import onnx_ir as ir
 from exporters.graph.passes.change import Change
 from exporters.graph.passes.tensors import add_initializer, as_array
 from exporters.graph.trace import PlainGraph, Product, ProductKind
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes
-from fp8pipe.numerics.quantizers import Kind, WeightCodes
+from fp8pipe.numerics.quantizers import WeightCodes
 
 __all__ = ["fits_int4", "quantize_weights"]
 

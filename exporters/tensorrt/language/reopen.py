@@ -17,7 +17,8 @@ from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.parity import parity_gates
 from fp8pipe.artifact import Gate
 from fp8pipe.models.language.text import Encoded
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.quantizers import ActivationQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -27,7 +27,8 @@ from fp8pipe.models.vision.attention import intercept_attention
 from fp8pipe.models.vision.outputs import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.models.vision.structure import LinearSite
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 __all__ = ["ExactVit", "double_model", "inexact_sites"]
 

@@ -29,8 +29,9 @@ from fp8pipe.models.vision.outputs import vision_outputs
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 from fp8pipe.models.vision.sources import WEIGHTS_FILE
 from fp8pipe.models.vision.structure import VitStructure, read_structure
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, BlockScales, pack_nibbles, unpack_nibbles
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind, WeightCodes
+from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 __all__ = ["QUANTIZERS_FILE", "Codes", "QuantizedVit", "Quantizer", "load_quantized", "of_type", "save_quantized"]
 

@@ -25,7 +25,7 @@ from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import LintRefusedError
 from fp8pipe.models.vision.exact import ExactVit
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 from validation.onnx.validate import validate_onnx
 
 # Every kind of product, mask, activation function and pooling; their siblings run with the slow tests.

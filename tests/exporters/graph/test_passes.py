@@ -19,7 +19,8 @@ from exporters.graph.passes.activations import _insert
 from exporters.graph.produce import float_model, quantize_graph
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import PlainGraph, export_plain
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.quantizers import ActivationQuantizer
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from exporters.onnx.options import OnnxExportOptions
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.quantizers import ActivationQuantizer
 
 
 @pytest.fixture(scope="module")

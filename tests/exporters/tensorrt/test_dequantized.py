@@ -12,7 +12,7 @@ from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.dequantized import dequantize_graph
 from exporters.tensorrt.formats import TrtFormat, in_format
 from exporters.tensorrt.graph import typed_graph
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from exporters.tensorrt.recipe import EngineRecipe, cache_folder
 from fp8pipe.artifact import MANIFEST_NAME, Manifest, open_artifact, sha256_file, write_sealed
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 ENGINE = "engines/rtx-8.9.engine"
 

@@ -25,7 +25,7 @@ from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, GateFailedError, MissingCapabilityError
 from fp8pipe.core.machine import Gpu
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 PROFILES = {"pixels": ((1, 3, 24, 24), (8, 3, 24, 24), (32, 3, 24, 24))}
 

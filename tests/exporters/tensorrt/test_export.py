@@ -19,7 +19,7 @@ from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, LintRefusedError
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.stage import quantize_vit
 

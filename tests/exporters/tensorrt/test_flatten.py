@@ -15,7 +15,7 @@ from exporters.graph.trace import ProductKind, export_plain
 from exporters.tensorrt.flatten import flatten_products
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.graph import typed_graph
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 
 def outputs(model: ir.Model, name: str) -> np.ndarray:

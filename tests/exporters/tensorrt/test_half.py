@@ -13,7 +13,7 @@ from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 
 @pytest.mark.parametrize("kind", [Kind.INT, Kind.E4M3])

@@ -12,7 +12,7 @@ from exporters.tensorrt.half import halve
 from exporters.tensorrt.lint import RULES, Effect, lint_file, lint_typed
 from exporters.tensorrt.rtx import Built, build_rtx
 from fp8pipe.core.errors import BadArtifactError, GateFailedError
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 LOW = {"int8": "int8", "fp8": "fp8", "nvfp4": "fp4"}
 

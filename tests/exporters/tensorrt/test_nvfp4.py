@@ -33,8 +33,8 @@ from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, LintRefusedError
 from fp8pipe.models.vision.quantized import of_type
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
-from fp8pipe.numerics.quantizers import Kind
 from validation.tensorrt.validate import validate_tensorrt
 
 NAME = "timm-vit"

@@ -14,7 +14,7 @@ from exporters.graph.passes.patches import unfold_patches
 from exporters.graph.produce import float_model, quantize_graph
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import export_plain
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 
 def outputs(model: ir.Model, name: str) -> np.ndarray:

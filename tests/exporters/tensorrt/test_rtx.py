@@ -16,7 +16,7 @@ from exporters.tensorrt.half import halve
 from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.rtx import build_rtx
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 
 @pytest.fixture(scope="module", params=[Kind.INT, Kind.E4M3])

@@ -18,7 +18,7 @@ from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact.tree import find_tree
 from fp8pipe.core.config import build_config
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 
 def verified(root: Path, *parents: Path) -> list[tuple[str, str]]:

@@ -14,8 +14,7 @@ from fp8pipe.artifact import ArtifactWriter, Gate
 from fp8pipe.cli import main
 from fp8pipe.cli.finetune import DEVICES, INITIALISATIONS, METHODS, OPTIMIZERS, SCHEDULES, UPDATE_RULES, command
 from fp8pipe.cli.finetune import finished_text as text_of
-from pipeline.falqon.initialise import Initialisation
-from pipeline.falqon.rules import DEFAULT_RULE, RULES
+from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.schedule import Schedule
 

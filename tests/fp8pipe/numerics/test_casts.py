@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8pipe.numerics import casts, native
-from fp8pipe.numerics.casts import ScaleRule, cast, decode, power_of_two_scale, quantize_weight
+from fp8pipe.numerics.casts import cast, decode, power_of_two_scale, quantize_weight
 from fp8pipe.numerics.grids import E4M3, E5M2
+from fp8pipe.numerics.kinds import ScaleRule
 
 GRIDS = {"e4m3": (E4M3, ml_dtypes.float8_e4m3fn), "e5m2": (E5M2, ml_dtypes.float8_e5m2)}
 

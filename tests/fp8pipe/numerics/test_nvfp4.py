@@ -15,6 +15,7 @@ from vit_families import family, random_pixels
 
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.quantized import load_quantized, of_type, save_quantized
+from fp8pipe.numerics.kinds import Kind, Precision
 from fp8pipe.numerics.nvfp4 import (
     BLOCK,
     BlockCodes,
@@ -28,7 +29,6 @@ from fp8pipe.numerics.nvfp4 import (
     power_of_two_scale,
     unpack_nibbles,
 )
-from fp8pipe.numerics.quantizers import Kind, Precision
 
 FP4, FP8 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
 

@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.numerics.quantizers import (
-    SMALLEST_SCALE,
-    ActivationQuantizer,
-    Kind,
-    Precision,
-    WeightCodes,
-    storable_scale,
-    weight_limits,
-)
+from fp8pipe.numerics.kinds import Kind, Precision
+from fp8pipe.numerics.quantizers import SMALLEST_SCALE, ActivationQuantizer, WeightCodes, storable_scale, weight_limits
 
 FP32 = st.floats(min_value=2.0**-20, max_value=64.0, width=32)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fp8pipe.numerics.casts import ScaleRule, quantize_weight
+from fp8pipe.numerics.casts import quantize_weight
+from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.layer import FalqonLinear
 
 

@@ -10,9 +10,8 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon.convert import convert_model, find_candidates
-from pipeline.falqon.initialise import Initialisation
 from pipeline.falqon.layer import FalqonLinear
-from pipeline.falqon.rules import update_rule
+from pipeline.falqon.rules import Initialisation, update_rule
 from pipeline.falqon.shared import find_shared_inputs
 
 

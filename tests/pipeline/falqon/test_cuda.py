@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8pipe.numerics.casts import ScaleRule, cast
+from fp8pipe.numerics.casts import cast
 from fp8pipe.numerics.grids import E4M3, E5M2
+from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.flush import flush_rows, select_rows
 from pipeline.falqon.rules import update_rule
 

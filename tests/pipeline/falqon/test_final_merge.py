@@ -10,8 +10,7 @@ from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon import final_merge as settle_module
 from pipeline.falqon.convert import convert_model
 from pipeline.falqon.final_merge import compensated_round, settle
-from pipeline.falqon.initialise import Initialisation
-from pipeline.falqon.rules import FinalFlush, update_rule
+from pipeline.falqon.rules import FinalMerge, Initialisation, update_rule
 
 
 def correlated_inputs(tokens, width, seed=0):
@@ -97,7 +96,7 @@ def test_settling_leaves_the_function_nearly_alone_and_clears_b(tuned):
     with torch.no_grad():
         before = model(**batches[0], use_cache=False).logits
     drift = {}
-    for how in FinalFlush:
+    for how in FinalMerge:
         for name, layer in layers.items():
             layer.codes.copy_(state[name][0])
             layer.lora_B.data.copy_(state[name][1])
@@ -113,13 +112,13 @@ def test_settling_leaves_the_function_nearly_alone_and_clears_b(tuned):
         assert {name: report.changed for name, report in reports.items()} == changed
         with torch.no_grad():
             drift[how] = (model(**batches[0], use_cache=False).logits - before).float().norm()
-    assert drift[FinalFlush.COMPENSATED] < drift[FinalFlush.NEAREST]
+    assert drift[FinalMerge.COMPENSATED] < drift[FinalMerge.NEAREST]
 
 
 def test_a_small_memory_budget_gives_the_same_codes_up_to_order_of_settling(tuned, monkeypatch):
     model, layers, batches = tuned
     monkeypatch.setattr(settle_module, "_MOMENT_BYTES", 1)  # one layer at a time
     passes = []
-    reports = settle(model, layers, FinalFlush.COMPENSATED, lambda: passes.append(1) or batches)
+    reports = settle(model, layers, FinalMerge.COMPENSATED, lambda: passes.append(1) or batches)
     assert len(passes) == len(layers)
     assert [report.rows for report in reports.values()] == [layer.out_features for layer in layers.values()]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fp8pipe.numerics.casts import ScaleRule
+from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.flush import flush_rows, select_rows
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import update_rule

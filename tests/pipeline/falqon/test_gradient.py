@@ -8,8 +8,7 @@ import torch
 from fp8pipe.models.compat import import_transformers
 from pipeline.falqon.convert import convert_model
 from pipeline.falqon.gradient import gradient_sketches
-from pipeline.falqon.initialise import Initialisation
-from pipeline.falqon.rules import update_rule
+from pipeline.falqon.rules import Initialisation, update_rule
 from pipeline.finetune.loss import answer_loss
 
 GROUPS = [["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"], ["model.layers.1.self_attn.o_proj"]]

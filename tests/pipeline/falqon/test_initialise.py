@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8pipe.numerics.casts import ScaleRule
-from pipeline.falqon.initialise import Initialisation, adapter_directions, quantization_error
+from fp8pipe.numerics.kinds import ScaleRule
+from pipeline.falqon.initialise import adapter_directions, quantization_error
+from pipeline.falqon.rules import Initialisation
 
 RULE = ScaleRule.POWER_OF_TWO
 

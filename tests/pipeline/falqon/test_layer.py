@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fp8pipe.numerics import casts
-from fp8pipe.numerics.casts import ScaleRule, quantize_weight
+from fp8pipe.numerics.casts import quantize_weight
 from fp8pipe.numerics.grids import E4M3, E5M2
+from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.layer import FalqonLinear
 
 

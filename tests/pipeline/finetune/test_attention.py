@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fp8pipe.models.compat import import_transformers
-from pipeline.finetune.attention import NAME, attend, use_matmul_attention
 from pipeline.finetune import attention
+from pipeline.finetune.attention import NAME, attend, use_matmul_attention
 
 BATCH, HEADS, GROUPS, LENGTH, WIDTH = 2, 6, 2, 16, 8
 

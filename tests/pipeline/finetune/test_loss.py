@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8pipe.models.compat import import_transformers
-from pipeline.finetune.loss import IGNORE, _SummedCrossEntropy, answer_count, answer_loss
 from pipeline.finetune import loss as loss_module
+from pipeline.finetune.loss import IGNORE, _SummedCrossEntropy, answer_count, answer_loss
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import load_quantized, of_type, save_quantized
 from fp8pipe.models.vision.sources import save_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
+from fp8pipe.numerics.kinds import Kind, Precision
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, choose_block_scales
-from fp8pipe.numerics.quantizers import Kind, Precision
 from pipeline.vit.blocks import fake_blocks
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller

@@ -10,7 +10,7 @@ from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import activation_sites
 from fp8pipe.models.vision.structure import read_structure
-from fp8pipe.numerics.quantizers import Kind, Precision
+from fp8pipe.numerics.kinds import Kind, Precision
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.vit.config import DistillConfig, QuantizeVitConfig
 from pipeline.vit.distill import Distiller

@@ -22,7 +22,7 @@ from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
 from fp8pipe.core.machine import Gpu
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 from validation.tensorrt import run as run_module
 from validation.tensorrt import run_worker, validate
 from validation.tensorrt.run import Run, run_engine

@@ -10,7 +10,7 @@ from vit_families import family, random_pixels
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.exact import _FP32_INTEGERS, ExactVit, _sum, inexact_sites
-from fp8pipe.numerics.quantizers import Kind
+from fp8pipe.numerics.kinds import Kind
 
 
 def test_results_do_not_depend_on_threads_or_batch():

@@ -18,7 +18,8 @@ from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.outputs import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized, save_quantized
 from fp8pipe.models.vision.structure import read_structure
-from fp8pipe.numerics.quantizers import ActivationQuantizer, Kind
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.quantizers import ActivationQuantizer
 
 
 @pytest.mark.parametrize("name", NAMES)

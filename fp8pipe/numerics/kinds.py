@@ -1,0 +1,81 @@
+"""The names of number formats, as configurations, command lines and manifests use them; imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Literal
+
+from fp8pipe.core.errors import ConfigurationError
+
+__all__ = ["Kind", "Precision", "ScaleRule", "granularity"]
+
+
+class ScaleRule(StrEnum):
+    """How FP8 scales follow from amax, and how many there are."""
+
+    EXACT = "exact"
+    POWER_OF_TWO = "power-of-two"
+
+
+class Kind(StrEnum):
+    """The family of codes."""
+
+    INT = "int"
+    E4M3 = "e4m3"
+    NVFP4 = "nvfp4"
+
+
+def granularity(kind: Kind) -> Literal["per-channel", "per-block"]:
+    """What shares a weight's scale, as manifests call it."""
+    return "per-block" if kind is Kind.NVFP4 else "per-channel"
+
+
+# What users call the floating kinds, and their bits.
+_FLOATING: Final = {Kind.E4M3: ("wfp8afp8", 8), Kind.NVFP4: ("wnvfp4anvfp4", 4)}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bits of weights and activations, as users name them: `w4a8`, `wfp8afp8`, or `wnvfp4anvfp4`.
+
+    Attributes:
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        kind: integer codes, E4M3, or NVFP4 for both.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    kind: Kind = Kind.INT
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Read `wXaY`.
+
+        Raises:
+            ConfigurationError: another form, or bits outside 2 to 8.
+        """
+        for kind, (name, bits) in _FLOATING.items():
+            if text.lower() == name:
+                return cls(bits, bits, kind)
+        match = re.fullmatch(r"w(\d+)a(\d+)", text.lower())
+        if match is None:
+            raise ConfigurationError(
+                f"{text!r} names no precision",
+                why="it is written wXaY: X bits for weights, Y bits for activations",
+                fix="use for instance w4a4, w4a8, w8a8, wfp8afp8 for FP8 (E4M3), or wnvfp4anvfp4",
+            )
+        weights, activations = int(match[1]), int(match[2])
+        if not (2 <= weights <= 8 and 2 <= activations <= 8):
+            raise ConfigurationError(
+                f"{text} is outside the integer grids",
+                why="weights and activations have 2 to 8 bits each",
+                fix="use w2a2 to w8a8, wfp8afp8, or wnvfp4anvfp4",
+            )
+        return cls(weights, activations)
+
+    def __str__(self) -> str:
+        found = _FLOATING.get(self.kind)
+        return f"w{self.weight_bits}a{self.activation_bits}" if found is None else found[0]
