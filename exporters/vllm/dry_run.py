@@ -22,11 +22,11 @@ from exporters.vllm.writer import write_weights
 from fp8pipe.core.phases import PhaseMeter, can_measure
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries
 
-__all__ = ["Rehearsed", "rehearse_export"]
+__all__ = ["DryRun", "dry_run_export"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Rehearsed:
+class DryRun:
     """What an export takes.
 
     Attributes:
@@ -38,7 +38,7 @@ class Rehearsed:
     seconds: float
 
 
-def rehearse_export(plan: ExportPlan) -> Rehearsed:
+def dry_run_export(plan: ExportPlan) -> DryRun:
     """Lint, write and reopen the largest tensor of each action in a scratch folder.
 
     Args:
@@ -49,7 +49,7 @@ def rehearse_export(plan: ExportPlan) -> Rehearsed:
         known = largest.get(unit.action)
         if known is None or unit.entry.size_bytes > known.entry.size_bytes:
             largest[unit.action] = unit
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-rehearsal-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
         root = Path(scratch)
         units = tuple(_made_up(unit, root / f"{unit.action}.safetensors") for unit in largest.values())
         # An empty root: the adapter beside the real weights is not read either.
@@ -61,7 +61,7 @@ def rehearse_export(plan: ExportPlan) -> Rehearsed:
         seconds = time.perf_counter() - started
     done = sum(unit.entry.size_bytes for unit in units)
     everything = sum(unit.entry.size_bytes for unit in plan.units)
-    return Rehearsed(peak, seconds * everything / max(done, 1))
+    return DryRun(peak, seconds * everything / max(done, 1))
 
 
 def _run(plan: ExportPlan, root: Path) -> int | None:

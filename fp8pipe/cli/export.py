@@ -242,14 +242,14 @@ def _report(
 
 def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], str]:
     """The dry run: what would be written and what it takes; of the weights nothing is read, so nothing is linted."""
-    from exporters.vllm.dry_run import rehearse_export
+    from exporters.vllm.dry_run import dry_run_export
     from exporters.vllm.export import plan_export, plan_warnings
     from fp8pipe.core.disk import free_bytes
     from fp8pipe.core.plan import Plan, missing_disk, missing_memory
     from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
 
     plan = plan_export(source, options)
-    free, took = free_bytes(output), rehearse_export(plan)
+    free, took = free_bytes(output), dry_run_export(plan)
     converted = sum(layer.converted for layer in plan.layers)
     root = plan.source.root
     written = plan.payload_bytes + sum((root / name).stat().st_size for name in companion_files(root, SERVED_FILES))

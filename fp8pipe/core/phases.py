@@ -1,7 +1,7 @@
 """The phases of a stage: announced by the stage itself, and measured by whoever listens.
 
 A stage says `enter_phase("load")` where another kind of work begins. Nothing happens then, unless a `PhaseMeter` is
-active: a plan rehearses a stage on a smaller model, and memory and time of each phase have to be told apart, because
+active: a plan runs a stage on a smaller model, and memory and time of each phase have to be told apart, because
 each grows in its own way.
 """
 
@@ -13,7 +13,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 __all__ = ["Phase", "PhaseMeter", "can_measure", "enter_phase"]
 
@@ -56,7 +56,7 @@ class PhaseMeter:
         self._name, self._began = _FIRST, time.perf_counter()
         self._token: Token[PhaseMeter | None] | None = None
 
-    def __enter__(self) -> PhaseMeter:
+    def __enter__(self) -> Self:
         self._token = _meter.set(self)
         return self
 

@@ -1,4 +1,4 @@
-"""Rehearses a fine-tuning run: the real stage and the real text, on the model's own architecture with few layers.
+"""A dry run of fine-tuning: the real stage and the real text, on the model's own architecture with few layers.
 
 Widths, vocabulary, batches and dtypes are the real ones; weights are random, and no weight of the real model is read.
 Started as a process of its own by `pipeline.finetune.plan`.
@@ -16,12 +16,10 @@ from typing import Any, Final
 import torch
 
 from fp8pipe.core.config import build_config
-from fp8pipe.core.phases import PhaseMeter, enter_phase
+from fp8pipe.core.phases import enter_phase
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource
-from fp8pipe.numerics.bf16 import widen_bf16_products
-from pipeline.dry_run.process import answer, perform, read_job, size_of
-from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.dry_run.process import CheckpointMeter, perform
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.data import Batch, Batches
 from pipeline.finetune.stage import TrainingText, load_text, tune
@@ -90,23 +88,6 @@ class _First(Batches):
         return self._only
 
 
-class _Watched(PhaseMeter):
-    """Also looks at checkpoints before they are removed."""
-
-    def __init__(self, checkpoints: Path) -> None:
-        super().__init__()
-        self._checkpoints = checkpoints
-        self.sizes: dict[str, int] = {}
-
-    def enter(self, name: str) -> None:
-        """End the phase that goes on, and begin `name`."""
-        super().enter(name)
-        steps = CheckpointStore(self._checkpoints, keep=1).steps()
-        if steps and name == "settle":
-            everything, step = size_of(self._checkpoints), size_of(self._checkpoints / f"step-{steps[-1]:08d}")
-            self.sizes = {"step": step, "base": everything - step}
-
-
 def _small(config: FinetuneConfig) -> FinetuneConfig:
     changes = {
         "steps": STEPS, "log_every": STEPS, "evaluate_every": 0, "save_every": 0, "keep_checkpoints": 1,
@@ -126,23 +107,17 @@ def _text(config: FinetuneConfig, source: ModelSource) -> tuple[TrainingText, Ma
     return replace(whole, train=train, heldout=_First(heldout)), facts
 
 
-def main(folder: Path) -> None:
-    """Rehearse the job in `folder`: `config`, `base` (for tokenizer and templates) and `model` (the small one)."""
-    import fp8pipe.cli  # noqa: F401 (the real run holds it, too)
-
-    job = read_job(folder)
+def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, Any]]:
+    """Fine-tune as `config` says, from `base` (tokenizer and templates) and `model` (the small one)."""
     config = build_config(FinetuneConfig, job["config"])
-    output = folder / "artifact"
-    meter = _Watched(output.with_name(f"{output.name}.partial") / "checkpoints")
-    with meter:
-        widen_bf16_products()
+    with CheckpointMeter(output.with_name(f"{output.name}.partial"), "final merge", "checkpoints") as meter:
         enter_phase("text")
         text, facts = _text(config, ModelSource(Path(job["base"]), config.model))
         artifact = tune(_small(config), ModelSource(Path(job["model"]), config.model), text, output)
     inputs = {record.name: record.shape[1] for record in artifact.manifest.layers if record.shape}
-    settled = [inputs[name] for name in artifact.manifest.extra["last_flush_layers"]]
-    answer(folder, meter, {**meter.sizes, "output": size_of(artifact.root)}, {**facts, "settled": settled})
+    merged = [inputs[name] for name in artifact.manifest.extra["last_flush_layers"]]
+    return meter, {**facts, "merged": merged}
 
 
 if __name__ == "__main__":
-    sys.exit(perform(main))
+    sys.exit(perform(run))

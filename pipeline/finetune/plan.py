@@ -1,4 +1,4 @@
-"""What a fine-tuning run would take: its structure from headers, the rest from rehearsals (`--dry-run`)."""
+"""What a fine-tuning run would take: its structure from headers, the rest from dry runs (`--dry-run`)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, companion_files
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.dry_run.language import layer_count, with_layers, write_model
-from pipeline.dry_run.process import rehearse
-from pipeline.dry_run.scale import Scaled
+from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.falqon.convert import check_rank, find_candidates
 from pipeline.falqon.final_merge import held_moments
 from pipeline.falqon.rules import FinalMerge
@@ -31,16 +30,16 @@ __all__ = ["plan_finetune"]
 
 _LOG = logging.getLogger(__name__)
 
-# Rehearsed are a third of the layers and a fifth of that: what is noise there is not magnified much. Of a large model
+# Dry runs have a third of the layers and a fifth of that: what is noise there is not magnified much. Of a large model
 # fewer, as many as this holds.
-_REHEARSED_BYTES: Final = 1 << 30
+_DRY_RUN_BYTES: Final = 1 << 30
 _FP32_STATES: Final = 4  # B, its gradient and AdamW's two moments, four bytes each
 _PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
 _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-checkpointing, or a smaller model"
 
 
 def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
-    """Plan a run without reading a weight; the model's headers, the text, and rehearsals on random weights.
+    """Plan a run without reading a weight; the model's headers, the text, and dry runs on random weights.
 
     Args:
         config: the resolved configuration.
@@ -103,35 +102,35 @@ _Needs = tuple[int, int, int, float | None, tuple[str, ...]]
 
 
 def _layer_counts(layers: int, layer_bytes: int) -> tuple[int, ...]:
-    """Layers of each rehearsal; all of them where they are few."""
-    more = max(3, min(layers // 3, _REHEARSED_BYTES // max(1, layer_bytes)))
+    """Layers of each dry run; all of them where they are few."""
+    more = max(3, min(layers // 3, _DRY_RUN_BYTES // max(1, layer_bytes)))
     return (layers,) if layers <= more else (max(1, more // 5), more)
 
 
 def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_bytes: int) -> _Needs:
-    """Peak memory, peak disk, output and seconds, from rehearsals with few layers."""
+    """Peak memory, peak disk, output and seconds, from dry runs with few layers."""
     layers = layer_count(settings)
     counts = _layer_counts(layers, layer_bytes)
     runs = []
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-rehearsal-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
         for count in counts:
             folder = Path(scratch) / f"{count}"
             write_model(with_layers(settings, count), _stored_dtype(source.path), folder / "model")
             job = {"config": config.model_dump(mode="json"), "base": str(source.path), "model": f"{folder / 'model'}"}
-            runs.append((count, rehearse("pipeline.dry_run.language", job, folder)))
+            runs.append((count, dry_run("pipeline.dry_run.language", job, folder)))
     scaled = Scaled(tuple(runs), layers)
-    widths = [[int(width) for width in measured.facts["settled"]] for _, measured in runs]
+    widths = [[int(width) for width in measured.facts["merged"]] for _, measured in runs]
     compensated = config.method == "falqon" and config.rule.final is FinalMerge.COMPENSATED
     held = [held_moments(few) for few in widths] if compensated else []
     real = held_moments(_with_all_layers(widths, counts, layers)) if compensated else 0
-    peaks = [scaled.peak(name, held, real) if name == "settle" else scaled.peak(name) for name in scaled.phases()]
-    step, base, companions = scaled.size("step"), scaled.size("base"), _companion_bytes(source.path)
+    peaks = [scaled.peak(name, held, real) if name == "final merge" else scaled.peak(name) for name in scaled.phases()]
+    step, base, companions = scaled.size("step"), scaled.size("kept"), _companion_bytes(source.path)
     written = scaled.size("output") + companions
     saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
     training = base + min(saves, config.keep_checkpoints + 1) * step
     in_the_end = base + min(saves, config.keep_checkpoints) * step + written
     notes = (
-        f"memory, disk and time from rehearsals with {' and '.join(map(str, counts))} of {layers} layers, "
+        f"memory, disk and time from dry runs with {' and '.join(map(str, counts))} of {layers} layers, "
         "random weights, and the largest of your batches",
     )
     _LOG.debug("peaks by phase: %s", dict(zip(scaled.phases(), peaks, strict=True)))
@@ -142,9 +141,9 @@ def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_
 
 def _seconds(config: FinetuneConfig, scaled: Scaled, saves: int) -> float:
     facts = scaled.runs[-1][1].facts
-    once = sum(scaled.seconds(name) for name in ("start", "text", "load", "prepare", "settle", "write"))
-    rehearsed = min(config.gradient_accumulation, 2)
-    step = scaled.seconds("step", least=True) * config.gradient_accumulation / rehearsed * facts["train_share"]
+    once = sum(scaled.seconds(name) for name in ("start", "text", "load", "prepare", "final merge", "write"))
+    run = min(config.gradient_accumulation, 2)
+    step = scaled.seconds("step", least=True) * config.gradient_accumulation / run * facts["train_share"]
     evaluations = 2 + (math.ceil(config.steps / config.evaluate_every) if config.evaluate_every else 1)
     evaluation = scaled.seconds("evaluate", least=True) * facts["heldout_batches"] * facts["heldout_share"]
     return once + config.steps * step + evaluations * evaluation + saves * scaled.seconds("save")
@@ -170,8 +169,8 @@ def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[i
     written = others * width + linear * (1 if config.method == "falqon" else width)
     checkpoint = 3 * 4 * adapter  # B and two moments
     note = (
-        "memory and disk are reckoned from shapes, without activations; nothing was rehearsed (on "
-        f"{'this system' if config.device == 'cpu' else 'a GPU, or without a package,'} it is not done)"
+        "memory and disk are reckoned from shapes, without activations; no dry run was made (on "
+        f"{'this system' if config.device == 'cpu' else 'a GPU, or without a package,'} there is none)"
     )
     peak = max(loaded, weights + _FP32_STATES * 4 * adapter)
     return peak, written + config.keep_checkpoints * checkpoint, written, None, (note,)

@@ -249,7 +249,7 @@ def _deploy(
 ) -> Artifact:
     """Last flush, evaluation of what is deployed, weights on disk and read back, manifest."""
     model, method = trainer.model, trainer.method
-    enter_phase("settle")
+    enter_phase("final merge")
     flushed = method.finish(model, trainer.calibration_inputs)
     heldout = (text.heldout.at(i) for i in range(len(text.heldout)))
     enter_phase("evaluate")

@@ -1,4 +1,4 @@
-"""What a quantization run would take: its structure from the model, the rest from rehearsals (`--dry-run`)."""
+"""What a quantization run would take: its structure from the model, the rest from dry runs (`--dry-run`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from fp8pipe.core.phases import can_measure
 from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.vision.sources import load_vision_model
 from fp8pipe.models.vision.structure import read_structure
-from pipeline.dry_run.process import rehearse
-from pipeline.dry_run.scale import Scaled
+from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.dry_run.vision import PICTURES, STEPS
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.formats import weight_formats
@@ -28,7 +27,7 @@ _SMALLER: Final = "a smaller distill.batch_size or synthesis.batch_size, or fewe
 
 
 def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> Plan:
-    """Plan a run; the stage is rehearsed with few images and steps in a scratch folder, nothing else is written.
+    """Plan a run; the stage is run with few images and steps in a scratch folder, nothing else is written.
 
     Args:
         config: the resolved configuration.
@@ -76,21 +75,21 @@ _Needs = tuple[int, int, int, dict[str, float], tuple[str, ...]]
 
 
 def _measured(config: QuantizeVitConfig) -> _Needs:
-    """Peak memory, peak disk, output, seconds by part, from rehearsals with few images."""
+    """Peak memory, peak disk, output, seconds by part, from dry runs with few images."""
     counts = _image_counts(config)
     runs = []
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-rehearsal-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
         for count in counts:
             job = {"config": config.model_dump(mode="json"), "images": count}
-            runs.append((count, rehearse("pipeline.dry_run.vision", job, Path(scratch) / f"{count}")))
+            runs.append((count, dry_run("pipeline.dry_run.vision", job, Path(scratch) / f"{count}")))
     scaled = Scaled(tuple(runs), config.images)
     step, written = scaled.size("step"), scaled.size("output")
     every = config.distill.save_every
     saves = math.ceil(config.distill.steps / every) if every else min(1, config.distill.steps)
-    training = scaled.size("work") + min(saves, _KEPT + 1) * step
-    in_the_end = scaled.size("work") + min(saves, _KEPT) * step + written
+    training = scaled.size("kept") + min(saves, _KEPT + 1) * step
+    in_the_end = scaled.size("kept") + min(saves, _KEPT) * step + written
     notes = (
-        f"memory, disk and time from rehearsals with {' and '.join(map(str, counts))} images and {STEPS} steps, "
+        f"memory, disk and time from dry runs with {' and '.join(map(str, counts))} images and {STEPS} steps, "
         "in your batch sizes",
     )
     peak = max(max(scaled.peak(name) for name in scaled.phases()), scaled.child_peak)
