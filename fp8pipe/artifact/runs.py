@@ -1,6 +1,6 @@
 """The record of a run of a recipe: which stage made what, from what, how long it took, and what the gates said.
 
-The chain writes it after every stage, in one step; `verify`, `report` and a second run read it. It lies in the run's
+The workflow writes it after every stage, in one step; `verify`, `report` and a second run read it. It lies in the run's
 directory, beside the stages' outputs, whose digests it holds.
 """
 

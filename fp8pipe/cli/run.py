@@ -43,19 +43,19 @@ def command(
     same command goes on from where it was.
     """
     from fp8pipe.cli.stages import stage_commands
-    from pipeline.workflow import Chain, ChainOptions, RunState, load_recipe
+    from pipeline.workflow import RunOptions, RunState, WorkflowRunner, load_recipe
 
     read = load_recipe(recipe, overrides)
-    options = ChainOptions(first=first, last=last, force=force, jobs=jobs)
+    options = RunOptions(first=first, last=last, force=force, jobs=jobs)
     state = RunState(read, stage_commands(), output or Path("runs") / read.name, options)
     if dry_run:
         from fp8pipe.cli.run_plan import show_plan
 
-        show_plan(state, Chain(state, _silent), console)
+        show_plan(state, WorkflowRunner(state, _silent), console)
         return
     signal.signal(signal.SIGTERM, _interrupted)
     before = _work_done(state)
-    record = Chain(state, _shown(console)).run()
+    record = WorkflowRunner(state, _shown(console)).run()
     if not no_report and (_work_done(state) != before or not (state.directory / REPORT).is_file()):
         _report(state.directory, console)
     _finish(record, state, console)

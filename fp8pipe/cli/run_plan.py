@@ -17,13 +17,13 @@ from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.plan import Plan
 
 if TYPE_CHECKING:
-    from pipeline.workflow import Chain, RunState, StageStatus
+    from pipeline.workflow import RunState, StageStatus, WorkflowRunner
 
 
-def show_plan(state: RunState, chain: Chain, console: Console) -> None:
+def show_plan(state: RunState, runner: WorkflowRunner, console: Console) -> None:
     """Check every stage that would run, and show the plan; writes nothing."""
     statuses = state.statuses()
-    chain.check([status.spec for status in statuses if status.run])
+    runner.check([status.spec for status in statuses if status.run])
     anew = {status.spec.name for status in statuses if status.run}
     stages = [_planned(state, status, anew.intersection(status.spec.reads.values())) for status in statuses]
     total = _total(stages, state.directory)

@@ -1,4 +1,4 @@
-"""The commands that a recipe's stages may name, as the chain needs to know them.
+"""The commands that a recipe's stages may name, as the workflow needs to know them.
 
 Nothing heavy is imported here: a run in which nothing is to be done must not wait for torch.
 """

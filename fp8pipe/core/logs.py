@@ -12,7 +12,7 @@ from fp8pipe.core import progress
 
 __all__ = ["setup"]
 
-ROOMS = ("fp8pipe", "calibration", "pipeline", "exporters", "serving")
+ROOMS = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
 _MARK = "_fp8pipe_handler"
 
 

@@ -1,4 +1,4 @@
-"""What the chain must know of a command to run it: which settings it takes, what it reads, where it writes."""
+"""What a workflow must know of a command to run it: which settings it takes, what it reads, where it writes."""
 
 from __future__ import annotations
 

@@ -7,16 +7,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
+
+from fp8pipe.core.guard import start_guarded
 
 __all__ = ["Ended", "StageProcess"]
-
-_GUARD: Final = Path(__file__).with_name("guard.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +59,12 @@ class StageProcess:
     ) -> None:
         self._answer, self._report = log.with_suffix(".json"), log.with_suffix(".ended")
         self._report.unlink(missing_ok=True)
-        # The guard ends when the other end of this pipe is closed: by `close`, or by this process's death.
-        leash, self._hold = os.pipe()
-        command = [*program, *arguments, "--json"]
         with self._answer.open("wb") as answer:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_GUARD), str(leash), str(self._report), *command],
-                stdin=subprocess.DEVNULL, stdout=answer, stderr=subprocess.PIPE, pass_fds=(leash, lock),
-                start_new_session=True,  # Ctrl-C reaches the chain alone, which passes it on once
-                env={**environment, **os.environ},
+            # A session of its own: Ctrl-C reaches the run alone, which passes it on once.
+            self._process, self._held = start_guarded(
+                [*program, *arguments, "--json"], report=self._report, pass_fds=(lock,), stdin=subprocess.DEVNULL,
+                stdout=answer, stderr=subprocess.PIPE, env={**environment, **os.environ},
             )  # fmt: skip
-        os.close(leash)
         self._reader = threading.Thread(target=self._copy, args=(log, show), daemon=True)
         self._reader.start()
 
@@ -97,9 +91,9 @@ class StageProcess:
 
     def close(self) -> None:
         """Let go of the guard: what still runs is killed."""
-        if self._hold >= 0:
-            os.close(self._hold)
-            self._hold = -1
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
 
     def _copy(self, log: Path, show: Callable[[str], None]) -> None:
         assert self._process.stderr is not None

@@ -19,13 +19,13 @@ from pipeline.workflow.keys import SourceDigests, canonical_digest, file_states,
 from pipeline.workflow.recipe import Recipe, StageSpec
 from pipeline.workflow.settings import settings_differing, substitute
 
-__all__ = ["STAGES", "ChainOptions", "RunState", "StageStatus", "content_of", "inside"]
+__all__ = ["STAGES", "RunOptions", "RunState", "StageStatus", "content_of", "inside"]
 
 STAGES: Final = "stages"
 
 
 @dataclass(frozen=True, slots=True)
-class ChainOptions:
+class RunOptions:
     """Which part of a recipe is wanted.
 
     Attributes:
@@ -49,7 +49,7 @@ class StageStatus:
         spec: the stage.
         run: whether it would run.
         why: in words.
-        key: its key; empty where that hangs on a stage that has yet to run.
+        key: its key; empty where that depends on a stage that has yet to run.
         adopt: whether its output is there, and only the record of it is missing.
     """
 
@@ -74,7 +74,7 @@ class RunState:
     """
 
     def __init__(
-        self, recipe: Recipe, commands: Mapping[str, StageCommand], directory: Path, options: ChainOptions
+        self, recipe: Recipe, commands: Mapping[str, StageCommand], directory: Path, options: RunOptions
     ) -> None:
         self.recipe, self.commands, self.options = recipe, commands, options
         self.directory = Path(directory)
@@ -206,7 +206,7 @@ class RunState:
             return False
 
     def _left_unrecorded(self, spec: StageSpec, key: str) -> bool:
-        """Whether a chain that died after its stage had ended left the output: it is newer than the stage's start."""
+        """Whether a run that died after its stage had ended left the output: it is newer than the stage's start."""
         marker, manifest = self.marker(spec), self.outputs[spec.name] / MANIFEST_NAME
         if not (marker.is_file() and manifest.is_file()) or marker.read_text(encoding="utf-8") != key:
             return False

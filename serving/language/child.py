@@ -7,13 +7,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["Child"]
+from fp8pipe.core.guard import start_guarded
 
-_GUARD = Path(__file__).with_name("guard.py")
+__all__ = ["Child"]
 
 
 class Child:
@@ -26,16 +25,10 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-        read, self._leash = os.pipe()
-        try:
-            with log.open("wb") as out:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(_GUARD), str(read), *command],
-                    stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=dict(env),
-                    pass_fds=(read,), start_new_session=True,
-                )  # fmt: skip
-        finally:
-            os.close(read)
+        with log.open("wb") as out:
+            self._process, self._held = start_guarded(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=dict(env)
+            )
         self.log = log
 
     @property
@@ -49,18 +42,17 @@ class Child:
         return code if code is None or code <= 128 else 128 - code
 
     async def stop(self, grace_s: float) -> None:
-        """End every process of the group: politely, then not. Also to be called after it ended by itself."""
-        with contextlib.suppress(ProcessLookupError):
-            if self.exit_code() is None and grace_s > 0:
-                os.killpg(self.pid, signal.SIGTERM)
-                await self._wait(grace_s)
-        # Workers may have stayed behind, so the group is killed even when its leader has gone.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        await self._wait(5.0)
+        """End every process that was started: politely, then not. Also to be called after it ended by itself."""
+        if self.exit_code() is None and grace_s > 0:
+            self._process.terminate()  # the guard passes it on
+            await self._wait(grace_s)
         with contextlib.suppress(OSError):
-            os.close(self._leash)
-            self._leash = -1
+            os.close(self._held)  # the guard kills what is left
+            self._held = -1
+        await self._wait(5.0)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # had the guard been killed itself, workers might have stayed behind
+        await self._wait(5.0)
 
     async def _wait(self, longest_s: float) -> None:
         deadline = asyncio.get_running_loop().time() + longest_s

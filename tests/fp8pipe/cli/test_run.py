@@ -17,7 +17,7 @@ from fp8pipe.artifact.runs import read_run
 from fp8pipe.cli import main
 from fp8pipe.cli.schema import recipe_schema
 from fp8pipe.cli.stages import stage_commands
-from pipeline.workflow import Chain, ChainOptions, RunState, load_recipe
+from pipeline.workflow import RunOptions, RunState, WorkflowRunner, load_recipe
 
 VLLM_PYTHON = Path(os.environ.get("FP8PIPE_VLLM_PYTHON", Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"))
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
@@ -47,7 +47,7 @@ def invoke(*arguments: object):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_accepted_by_every_command(path, tmp_path):
     recipe = load_recipe(path)
-    Chain(RunState(recipe, stage_commands(), tmp_path / "run", ChainOptions()), print).check(recipe.stages)
+    WorkflowRunner(RunState(recipe, stage_commands(), tmp_path / "run", RunOptions()), print).check(recipe.stages)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,9 +1,9 @@
-"""A chain of quick stages in a directory of its own."""
+"""Recipes of quick stages, run in a directory of their own."""
 
 from __future__ import annotations
 
 import pytest
-from chain_runner import Runner
+from workflow_runner import Runner
 
 
 @pytest.fixture

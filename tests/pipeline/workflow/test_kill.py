@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chain_runner import Runner
+from workflow_runner import Runner
 
 from fp8pipe.core.errors import InterruptedRunError
 
@@ -86,7 +86,7 @@ def test_other_settings_do_not_continue_an_unfinished_stage(tmp_path):
 
 
 def test_an_output_whose_record_was_lost_is_kept(tmp_path):
-    """The chain may die between the end of a stage and its own record of it."""
+    """The run may die between the end of a stage and its own record of it."""
     runner = Runner(tmp_path / "run")
     record = runner.run(STAGES)
     for name in ("run.json", "run.sha256"):

@@ -1,4 +1,4 @@
-"""Runs recipes of quick stages (`chain_work.py`) in a directory, for tests of the chain."""
+"""Runs recipes of quick stages (`workflow_stage.py`) in a directory, for tests of the workflow."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.workflow import Chain, ChainOptions, RunState, StageCommand
+from pipeline.workflow import RunOptions, RunState, StageCommand, WorkflowRunner
 from pipeline.workflow.recipe import recipe_of
 
-PROGRAM = (sys.executable, "-P", str(Path(__file__).with_name("chain_work.py")))
+PROGRAM = (sys.executable, "-P", str(Path(__file__).with_name("workflow_stage.py")))
 # The stage's script imports the project as an installed package, or from here.
 ROOT = str(Path(__file__).parents[2])
 
@@ -51,11 +51,11 @@ class Runner:
 
     def state(self, stages: Mapping[str, Any], **options: Any) -> RunState:
         recipe = recipe_of({"name": "test", "stages": stages}, "test")
-        return RunState(recipe, quick_commands(), self.directory, ChainOptions(**options))
+        return RunState(recipe, quick_commands(), self.directory, RunOptions(**options))
 
     def run(self, stages: Mapping[str, Any], **options: Any):
         self.lines = []
-        return Chain(self.state(stages, **options), lambda stage, line: self.lines.append((stage, line))).run()
+        return WorkflowRunner(self.state(stages, **options), lambda stage, line: self.lines.append((stage, line))).run()
 
     @property
     def started(self) -> list[str]:

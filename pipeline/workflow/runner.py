@@ -1,4 +1,4 @@
-"""The chain itself: stages started in order, resumed where they were cut, judged, and recorded one by one."""
+"""Runs a recipe: stages are started in order, resumed where they were cut, judged, and recorded one by one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.workflow.process import Ended, StageProcess
 from pipeline.workflow.recipe import StageSpec
 from pipeline.workflow.state import STAGES, RunState, StageStatus, content_of, inside
 
-__all__ = ["Chain"]
+__all__ = ["WorkflowRunner"]
 
 LOGS, RECIPE_NAME = "logs", "recipe.yaml"
 _POLL_S: Final = 0.05
@@ -38,7 +38,7 @@ _VERSIONS: Final = ("torch", "transformers", "timm", "onnx", "onnxruntime", "ten
 Show = Callable[[str, str], None]
 
 
-class Chain:
+class WorkflowRunner:
     """Runs a recipe in its directory.
 
     Args:
@@ -115,18 +115,18 @@ class Chain:
                 if (result := process.poll()) is not None:
                     del self._running[name]
                     ended.add(name)
-                    self._settle(status.spec, self._finished(status, result, started))
+                    self._judge(status.spec, self._finished(status, result, started))
             time.sleep(_POLL_S if self._running else 0)
 
     def _begin(self, status: StageStatus) -> bool:
-        """Start a stage, or settle one that need not run; true where it runs now."""
+        """Start a stage, or record one that need not run; true where it runs now."""
         name = status.spec.name
         if status.run:
             self._show(name, f"{status.spec.command}: {status.why}")
             self._running[name] = (self._start(status), status, _now())
             return True
         record = self._adopted(status) if status.adopt else self.state.records[name]
-        self._settle(status.spec, record, status.why)
+        self._judge(status.spec, record, status.why)
         return False
 
     def _start(self, status: StageStatus) -> StageProcess:
@@ -188,7 +188,7 @@ class Chain:
             peak_rss_bytes=peak, verdict=Verdict.ACCEPT, error=error,
         )  # fmt: skip
 
-    def _settle(self, spec: StageSpec, record: StageRecord, note: str = "") -> None:
+    def _judge(self, spec: StageSpec, record: StageRecord, note: str = "") -> None:
         """Judge a stage and write the run's record; nothing is built on a stage that is not accepted."""
         state = self.state
         code = int(record.error["exit_code"]) if record.error else 0

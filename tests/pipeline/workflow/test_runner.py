@@ -1,4 +1,4 @@
-"""The chain on quick stages: what runs, what does not run again, what stops it, and what the record says."""
+"""Running a recipe of quick stages: what runs, what does not run again, what stops it, and what the record says."""
 
 from __future__ import annotations
 
@@ -239,11 +239,11 @@ def test_stages_that_need_nothing_of_each_other_run_side_by_side(runner):
 
 
 def test_a_second_run_in_the_same_directory_is_refused(runner, monkeypatch):
-    import pipeline.workflow.scheduler as chain
+    import pipeline.workflow.runner as workflow_runner
 
-    monkeypatch.setattr(chain, "_LOCK_S", 0.2)
+    monkeypatch.setattr(workflow_runner, "_LOCK_S", 0.2)
     state = runner.state(STAGES)
-    first = chain.Chain(state, lambda *_: None)
+    first = workflow_runner.WorkflowRunner(state, lambda *_: None)
     with first._locked(), pytest.raises(ConfigurationError, match="is being written by another run"):
         runner.run(STAGES)
 

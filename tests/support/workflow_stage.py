@@ -1,4 +1,4 @@
-"""A stage that takes no time to start, for tests of the chain: `work.py NAME --config FILE --output DIR [flags]`.
+"""A stage that starts at once, for tests of the workflow: `workflow_stage.py NAME --config FILE --output DIR [flags]`.
 
 It does what real stages do: writes through `ArtifactWriter`, keeps a checkpoint after every step, resumes, refuses,
 fails a gate, or writes a record beside its input. Its output depends on its settings and on what it reads alone.

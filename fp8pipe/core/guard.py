@@ -1,0 +1,121 @@
+"""Stands between us and a command, so that nothing of it outlives either: `guard.py PIPE REPORT COMMAND...`.
+
+A command may start engines and workers in sessions of their own, and a signal that the kernel sends at a parent's death
+reaches one process only. So this process adopts what the command leaves behind (it is a subreaper) and watches a pipe
+whose other end its starter holds. It kills every descendant when the pipe ends, which is when the starter does, however
+it dies, and when the command itself ends. SIGTERM and SIGINT are passed on; the command also gets SIGKILL from the
+kernel should the guard be killed. REPORT, unless empty, gets exit status, wall time and peak memory. Run with `-I -S`:
+standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["start_guarded"]
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_POLL_S = 0.1
+_KILL_ROUNDS = 50
+
+
+def start_guarded(
+    command: Sequence[str], *, report: Path | None = None, pass_fds: tuple[int, ...] = (), **options: Any
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a command below a guard, in a session of its own.
+
+    Args:
+        command: what to run.
+        report: where the guard writes how the command ended.
+        pass_fds: descriptors that the guard holds as long as it lives.
+        options: for `subprocess.Popen`.
+
+    Returns:
+        The guard's process, and a descriptor: closing it kills the command and all that it started.
+    """
+    watched, held = os.pipe()
+    line = [sys.executable, "-I", "-S", __file__, str(watched), str(report or ""), *command]
+    try:
+        return subprocess.Popen(line, pass_fds=(watched, *pass_fds), start_new_session=True, **options), held
+    except BaseException:
+        os.close(held)
+        raise
+    finally:
+        os.close(watched)
+
+
+def main() -> int:
+    """Run the command; its exit status, or 128 and the signal's number."""
+    watched, report, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    _set_option(_PR_SET_CHILD_SUBREAPER, 1)
+    started = time.monotonic()
+    child = subprocess.Popen(command, preexec_fn=lambda: _set_option(_PR_SET_PDEATHSIG, signal.SIGKILL), close_fds=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: child.send_signal(n))
+    while True:
+        ended, _, _ = select.select([watched], [], [], _POLL_S)
+        if ended and not os.read(watched, 1):
+            _kill_descendants()
+            return 128 + signal.SIGKILL
+        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if pid:
+            break
+    code = os.waitstatus_to_exitcode(status)
+    code = 128 - code if code < 0 else code
+    _kill_descendants()
+    if report:
+        seconds = time.monotonic() - started
+        found = {"code": code, "seconds": seconds, "peak_rss_bytes": usage.ru_maxrss * 1024}
+        Path(report).write_text(json.dumps(found))
+    return code
+
+
+def _set_option(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _kill_descendants() -> None:
+    """Kill children, and what they leave to us, until none is left."""
+    for _ in range(_KILL_ROUNDS):
+        for pid in _descendants(os.getpid()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.02)
+
+
+def _descendants(root: int) -> list[int]:
+    """Processes below `root`, from /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    found = [pid for pid, parent in parents.items() if parent == root]
+    for pid in found:
+        found += [inner for inner, parent in parents.items() if parent == pid]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
