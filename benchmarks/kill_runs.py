@@ -1,7 +1,7 @@
 """Kill a run at random moments, continue it, and compare every digest with the run that was left alone.
 
     python benchmarks/kill_runs.py --recipe recipes/end-to-end.yaml --kills 20 --jobs 2 --work runs/kills \\
-        --set smollm2.steps=3 --set smollm2.rank=8 --set smollm2.heldout_limit=4 --set smollm2.settle_batches=1 \\
+        --set smollm2.steps=3 --set smollm2.rank=8 --set smollm2.heldout_limit=4 --set smollm2.final_merge_batches=1 \\
         --set smollm2.save_every=1 --set digits.images=8 --set digits.calibration=gaussian \\
         --set 'digits.distill={steps: 8, save_every: 2}' --set 'smollm2.gates=[]' --set 'digits.gates=[]'
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import Flag, FrozenConfig
 
 # MimiQ (arXiv 2407.20021): 2,000 steps from white noise.
 _PUBLISHED: Final = {
@@ -21,7 +21,9 @@ class SynthesisConfig(FrozenConfig):
     preset: Literal["default", "published"] = Field(
         "default", description="published: the settings of MimiQ, arXiv 2407.20021; values given beside it win."
     )
-    steps: int = Field(60, ge=0, description="Optimizer steps per image; 0 keeps what it starts from.")
+    steps: Annotated[int, Flag("synthesis-steps")] = Field(
+        60, ge=0, description="Optimizer steps per synthetic image; 0 keeps what it starts from."
+    )
     batch_size: int = Field(16, ge=1, description="Images optimised together; does not change them.")
     start: Literal["noise", "leaves"] = Field("leaves", description="White noise, or procedural dead leaves.")
     canvas: Literal["pyramid", "pixels"] = Field("pyramid", description="What is optimised: layers, or pixels.")

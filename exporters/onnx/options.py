@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from exporters.graph.formats import OnnxFormat
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import CONFIG_ONLY, FrozenConfig
 
 __all__ = ["OnnxExportOptions"]
 
@@ -18,4 +20,4 @@ class OnnxExportOptions(FrozenConfig):
         description="qdq (weights and activations as trained), qdq-exact (in arithmetic that has one result) or "
         "int4-weight-only (float activations)",
     )
-    force: bool = Field(default=False, description="replace an existing output directory (true or false)")
+    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="replace an existing output directory")

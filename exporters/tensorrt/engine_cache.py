@@ -22,7 +22,7 @@ from pydantic import Field
 
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
 from exporters.tensorrt.export import ENGINES, EXPORT_KIND, MODEL_FILE
-from exporters.tensorrt.formats import TrtFormat
+from exporters.tensorrt.options import TrtFormat
 from exporters.tensorrt.pack import PACKED_SUFFIX, unpack_engine
 from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder, installed_builder

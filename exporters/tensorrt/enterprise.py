@@ -16,14 +16,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from pydantic import Field
 
 from exporters.tensorrt.inspector import parse_inspector
 from exporters.tensorrt.recipe import cache_folder
 from exporters.tensorrt.rtx import Built, Shapes, refused
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import Flag, FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
 from fp8pipe.core.machine import gpus
 
@@ -55,9 +55,13 @@ class EnterpriseMachine:
 class EnterpriseSettings(FrozenConfig):
     """How the builder is set up; part of an engine's recipe."""
 
-    workspace_mib: int = Field(default=4096, gt=0, description="scratch memory that kernels may take, MiB")
+    workspace_mib: Annotated[int, Flag("workspace")] = Field(
+        default=4096, gt=0, description="enterprise: scratch memory that kernels may take, MiB"
+    )
     optimization_level: int = Field(default=3, ge=0, le=5, description="effort of the search; 3 is its default")
-    version_compatible: bool = Field(default=False, description="engines that later versions load, too")
+    version_compatible: Annotated[bool, Flag("version-compatible")] = Field(
+        default=False, description="enterprise: engines that later versions load, too"
+    )
 
     @staticmethod
     def network_flags(version: str) -> tuple[str, ...]:

@@ -22,12 +22,12 @@ from exporters.graph.reopen import reopen_gates
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME, ProductKind
 from exporters.tensorrt.block_parity import block_gates, block_parity
 from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise
-from exporters.tensorrt.formats import TrtFormat, choose_format, in_format
+from exporters.tensorrt.formats import choose_format, in_format
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
 from exporters.tensorrt.halved import compare_halved, stored_arrays
 from exporters.tensorrt.lint import check_file
-from exporters.tensorrt.options import Base, Builder, TrtExportOptions
+from exporters.tensorrt.options import Base, Builder, TrtExportOptions, TrtFormat
 from exporters.tensorrt.pack import pack_engine
 from exporters.tensorrt.parity import parity_gates, typed_parity
 from exporters.tensorrt.precision import PrecisionReport, artifact_precisions, read_precision

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Final
 
 from exporters.graph.findings import Finding
@@ -10,42 +9,12 @@ from exporters.graph.formats import OnnxFormat
 from exporters.graph.lint import refuse
 from exporters.graph.passes.weights import fits_int4
 from exporters.graph.produce import as_exported
+from exporters.tensorrt.options import TrtFormat
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.numerics.kinds import Kind
 
-__all__ = ["TrtFormat", "choose_format", "in_format"]
+__all__ = ["choose_format", "in_format"]
 
-
-class TrtFormat(StrEnum):
-    """How products are stored and multiplied.
-
-    `fp8`, `int8`: weights and activations as trained, both products of every attention too.
-    `nvfp4`: linears in NVFP4, both ends and the products of every attention in FP8, as trained.
-    `int8-weight-only`, `int4-weight-only`: weights as trained, in INT8 or in INT4 blocks; activations stay float.
-    `nvfp4-weight-only`: weights as trained, in NVFP4 and, at both ends, FP8; activations stay float.
-    """
-
-    FP8 = "fp8"
-    INT8 = "int8"
-    NVFP4 = "nvfp4"
-    INT8_WEIGHT_ONLY = "int8-weight-only"
-    INT4_WEIGHT_ONLY = "int4-weight-only"
-    NVFP4_WEIGHT_ONLY = "nvfp4-weight-only"
-
-    @property
-    def weight_only(self) -> bool:
-        """Whether activations stay float."""
-        return self in (TrtFormat.INT8_WEIGHT_ONLY, TrtFormat.INT4_WEIGHT_ONLY, TrtFormat.NVFP4_WEIGHT_ONLY)
-
-    @property
-    def kind(self) -> Kind:
-        """The family of the codes that it stores."""
-        return _KINDS.get(self, Kind.INT)
-
-
-_KINDS: Final = {
-    TrtFormat.FP8: Kind.E4M3, TrtFormat.NVFP4: Kind.NVFP4, TrtFormat.NVFP4_WEIGHT_ONLY: Kind.NVFP4,
-}  # fmt: skip
 # For messages: what codes of a family are called, the artifact's own format, and the precision that makes them.
 _OWN: Final = {
     Kind.INT: ("integers", TrtFormat.INT8, "integer bits, for instance w8a8"),

@@ -16,8 +16,8 @@ from exporters.graph.produce import QuantizedGraph, float_model
 from exporters.graph.trace import PlainGraph, export_plain
 from exporters.tensorrt.barrier import hold_queries
 from exporters.tensorrt.flatten import flatten_products
-from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
+from exporters.tensorrt.options import TrtFormat
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated, Final
 
 from pydantic import Field, field_validator, model_validator
 
 from exporters.tensorrt.enterprise import EnterpriseSettings
-from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.rtx import CAPABILITIES
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
+from fp8pipe.numerics.kinds import Kind
 
-__all__ = ["Base", "Builder", "TrtExportOptions", "known_capabilities"]
+__all__ = ["Base", "Builder", "TrtExportOptions", "TrtFormat", "known_capabilities"]
 
 
 class Builder(StrEnum):
@@ -44,22 +45,54 @@ def known_capabilities(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+class TrtFormat(StrEnum):
+    """How products are stored and multiplied.
+
+    `fp8`, `int8`: weights and activations as trained, both products of every attention too.
+    `nvfp4`: linears in NVFP4, both ends and the products of every attention in FP8, as trained.
+    `int8-weight-only`, `int4-weight-only`: weights as trained, in INT8 or in INT4 blocks; activations stay float.
+    `nvfp4-weight-only`: weights as trained, in NVFP4 and, at both ends, FP8; activations stay float.
+    """
+
+    FP8 = "fp8"
+    INT8 = "int8"
+    NVFP4 = "nvfp4"
+    INT8_WEIGHT_ONLY = "int8-weight-only"
+    INT4_WEIGHT_ONLY = "int4-weight-only"
+    NVFP4_WEIGHT_ONLY = "nvfp4-weight-only"
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations stay float."""
+        return self in (TrtFormat.INT8_WEIGHT_ONLY, TrtFormat.INT4_WEIGHT_ONLY, TrtFormat.NVFP4_WEIGHT_ONLY)
+
+    @property
+    def kind(self) -> Kind:
+        """The family of the codes that it stores."""
+        return _KINDS.get(self, Kind.INT)
+
+
+_KINDS: Final = {
+    TrtFormat.FP8: Kind.E4M3, TrtFormat.NVFP4: Kind.NVFP4, TrtFormat.NVFP4_WEIGHT_ONLY: Kind.NVFP4,
+}  # fmt: skip
+
+
 class TrtExportOptions(FrozenConfig):
     """Options of one export."""
 
-    format: TrtFormat | None = Field(
-        None, description="fp8, int8, nvfp4, int8-, int4- or nvfp4-weight-only; the artifact's own when not given"
+    format: Annotated[TrtFormat | None, Flag(default="the artifact's own")] = Field(
+        None, description="fp8, int8, nvfp4, int8-, int4- or nvfp4-weight-only"
     )
-    builder: Builder = Field(Builder.RTX, description="rtx (anywhere), enterprise (this GPU), none (graph alone)")
-    base: Base = Field(Base.FP16, description="fp16 or fp32: the type of what is not quantized")
-    compute_capabilities: tuple[str, ...] = Field(
-        ("8.9", "12.0"), description="GPUs that rtx compiles for; when not given, 12.0 alone for NVFP4"
+    builder: Builder = Field(Builder.RTX, description="who compiles: rtx anywhere, enterprise for this GPU, or nobody")
+    base: Base = Field(Base.FP16, description="type of what is not quantized")
+    compute_capabilities: Annotated[tuple[str, ...], Flag("compute-capability", "8.9 12.0, for NVFP4 12.0")] = Field(
+        ("8.9", "12.0"), description="a GPU that rtx compiles for; repeatable"
     )
     batch: tuple[int, int, int] = Field((1, 8, 32), description="smallest, usual and largest batch")
-    require: bool = Field(True, description="refuse engines with a product in another precision (true or false)")
-    enterprise: EnterpriseSettings = Field(EnterpriseSettings(), description="how TensorRT's builder is set up")
-    pack: bool = Field(True, description="store engines compressed with xz, as `.engine.xz` (true or false)")
-    force: bool = Field(False, description="replace an existing output directory (true or false)")
+    require: bool = Field(True, description="refuse engines with a product in another precision")
+    enterprise: EnterpriseSettings = Field(EnterpriseSettings(), description="how the enterprise builder is set up")
+    pack: bool = Field(True, description="store engines compressed with xz, as `.engine.xz`")
+    force: Annotated[bool, CONFIG_ONLY] = Field(False, description="replace an existing output directory")
 
     @field_validator("compute_capabilities")
     @classmethod

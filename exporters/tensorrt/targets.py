@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from exporters.tensorrt.formats import TrtFormat, choose_format
-from exporters.tensorrt.options import Builder, TrtExportOptions
+from exporters.tensorrt.formats import choose_format
+from exporters.tensorrt.options import Builder, TrtExportOptions, TrtFormat
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import load_quantized

@@ -21,11 +21,11 @@ from exporters.graph.produce import quantize_graph
 from exporters.graph.runtime import open_session
 from exporters.onnx.export import MODEL_FILE
 from exporters.onnx.options import OnnxExportOptions
-from exporters.tensorrt.formats import TrtFormat, in_format
+from exporters.tensorrt.formats import in_format
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.lint import lint_file
-from exporters.tensorrt.options import Base
+from exporters.tensorrt.options import Base, TrtFormat
 from exporters.tensorrt.verify_engines import check_engines
 from exporters.verify.common import compare_json, compare_layers, lint_discrepancies
 from exporters.verify.graphs import compare_graphs, compare_stored

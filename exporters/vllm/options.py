@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field
 
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, Size
 
 __all__ = ["ExportFormat", "VllmExportOptions"]
 
@@ -14,7 +15,7 @@ __all__ = ["ExportFormat", "VllmExportOptions"]
 class ExportFormat(StrEnum):
     """How the linear layers of the export are stored and run.
 
-    `fp8`: E4M3 weights, one scale a row, activations quantized per token at run time (W8A8).
+    `fp8`: E4M3 weights, one scale per row, activations quantized per token at run time (W8A8).
     `w8a16`: the same weights; activations stay in the model's dtype.
     `bf16`: no quantization; FP8 weights are dequantized and rounded once to bf16.
     """
@@ -41,13 +42,12 @@ class VllmExportOptions(FrozenConfig):
         default=ExportFormat.FP8,
         description="fp8 (W8A8, per-row scales), w8a16 (weight-only FP8) or bf16 (dequantized)",
     )
-    max_shard_bytes: int = Field(
+    max_shard_bytes: Annotated[Size, Flag("max-shard-size")] = Field(
         default=5_000_000_000,
-        ge=1,
-        description="most tensor data in one safetensors file, bytes (>= 1); a larger one gets its own",
+        description="most tensor data in one file, for instance 5GB; a larger tensor gets its own",
     )
     vllm_version: str = Field(
         default="0.32.0",
         description="vLLM version whose checkpoint schema is written (one of the declared versions)",
     )
-    force: bool = Field(default=False, description="replace an existing output directory (true or false)")
+    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="replace an existing output directory")

@@ -8,20 +8,18 @@ from typing import Any, Literal
 
 import click
 
-from fp8pipe.cli.common import Console, common_options, table
+from fp8pipe.cli.common import Console, common_options, show_plan, stage_options, table
+from fp8pipe.cli.options import model_options, resolve
+from validation.bench.config import BenchConfig
 
 _KINDS = ("onnx-export", "vllm-export")
 
 
 @click.command("bench")
 @click.argument("export", type=click.Path(path_type=Path))
-@click.option("--batch", "batches", type=int, multiple=True, help="Vision: images at once; repeatable.  [1 8]")
-@click.option("--rounds", type=int, help="Calls of every graph and batch size; requests of a language model.  [20]")
-@click.option("--threads", type=int, help="Vision: threads within an operator.  [the runtime's choice]")
-@click.option("--concurrency", type=int, help="Language: requests at once, in the second measurement.  [4]")
-@click.option("--tokens", type=int, help="Language: tokens of every answer.  [32]")
+@model_options(BenchConfig)
 @click.option("--vllm-python", envvar="FP8PIPE_VLLM_PYTHON", help="Language: Python of the environment with vLLM.")
-@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="YAML file with any of the settings.")
+@stage_options("config")
 @common_options(dry_run=True)
 def command(
     export: Path, vllm_python: str | None, config: Path | None, dry_run: bool, console: Console, **options: Any
@@ -31,14 +29,11 @@ def command(
     Engines of TensorRT are measured by `fp8pipe validate` on a GPU.
     """
     from fp8pipe.artifact import open_artifact
-    from fp8pipe.core.config import build_config, load_config
-    from validation.bench.config import BenchConfig
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    settings = build_config(BenchConfig, given) if config is None else load_config(BenchConfig, config, given)
+    settings = resolve(BenchConfig, config, options)
     artifact = open_artifact(export, kind=_KINDS, verify=False)
     if dry_run:
-        show_plan(console, artifact, settings, "bench", vllm_python)
+        show_measure_plan(console, artifact, settings, "bench", vllm_python)
         return
     if artifact.kind == "onnx-export":
         from validation.bench.vision import bench_vision
@@ -51,7 +46,7 @@ def command(
     show_record(console, export, record)
 
 
-def show_plan(
+def show_measure_plan(
     console: Console, artifact: Any, settings: Any, stage: Literal["bench", "serve-check"], vllm_python: str | None
 ) -> None:
     """What would be measured, what that takes, and the record that would be written."""
@@ -62,11 +57,7 @@ def show_plan(
     plan = plan_engine(artifact, stage, record, vllm_python=vllm_python)
     chosen = settings.model_dump(mode="json")
     plan = dataclasses.replace(plan, facts={**plan.facts, **{k: v for k, v in chosen.items() if v is not None}})
-    document = {
-        "dry_run": True, "export": str(artifact.root), "kind": artifact.kind, "settings": chosen,
-        "writes": str(record), "plan": plan.document(),
-    }  # fmt: skip
-    console.emit(document, plan.text())
+    show_plan(console, plan, export=str(artifact.root), kind=artifact.kind, settings=chosen, writes=str(record))
 
 
 def show_record(console: Console, export: Path, record: Any) -> None:

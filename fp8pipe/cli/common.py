@@ -12,13 +12,19 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fp8pipe.core.errors import Fp8PipeError, OutOfMemoryError
 
-__all__ = ["Console", "Failure", "common_options", "failure_of", "table"]
+if TYPE_CHECKING:
+    from fp8pipe.artifact import Artifact
+    from fp8pipe.core.plan import Plan
+
+__all__ = ["Console", "Failure", "common_options", "failure_of", "format_bytes", "show_artifact", "show_plan",
+           "stage_options", "table"]  # fmt: skip
 
 
 @dataclass
@@ -143,6 +149,44 @@ def common_options(*, dry_run: bool = False) -> Callable[[Callable[..., Any]], C
         return decorated
 
     return decorate
+
+
+def stage_options(*names: str, written: str = "artifact") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: those of --output, --config, --force and --resume that are named.
+
+    Args:
+        names: without dashes.
+        written: what the command writes, for help.
+    """
+    path, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
+    options = {
+        "output": click.option("--output", required=True, type=path, help=f"The {written}'s directory."),
+        "config": click.option("--config", type=file, help="YAML file of settings; options win over it."),
+        "force": click.option("--force", is_flag=True, help=f"Replace an existing {written}."),
+        "resume": click.option("--resume", is_flag=True, help="Continue the unfinished run of --output."),
+    }
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            function = options[name](function)
+        return function
+
+    return decorate
+
+
+def show_plan(console: Console, plan: Plan, **facts: Any) -> None:
+    """A dry run's result: the plan, and what else its document holds."""
+    console.emit({"dry_run": True, **facts, "plan": plan.document()}, plan.text())
+
+
+def show_artifact(console: Console, artifact: Artifact, text: str, **facts: Any) -> None:
+    """A stage's result: what was written, what its gates and warnings say, and `facts` of its own."""
+    manifest = artifact.manifest
+    document = {
+        "artifact": str(artifact.root), "digest": artifact.digest, "kind": artifact.kind, **facts,
+        "gates": [gate.model_dump() for gate in manifest.gates], "warnings": manifest.warnings,
+    }  # fmt: skip
+    console.emit(document, text, quiet_text=str(artifact.root))
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:

@@ -7,17 +7,16 @@ from typing import Any
 
 import click
 
-from fp8pipe.cli.bench import show_plan, show_record
-from fp8pipe.cli.common import Console, common_options
+from fp8pipe.cli.bench import show_measure_plan, show_record
+from fp8pipe.cli.common import Console, common_options, stage_options
+from fp8pipe.cli.options import model_options, resolve
+from validation.bench.config import ServeCheckConfig
 
 
 @click.command("serve-check")
 @click.argument("export", type=click.Path(path_type=Path))
-@click.option("--images", type=int, help="Vision: pictures that are sent.  [8]")
-@click.option("--prompt", "prompts", multiple=True, help="Language: a question; repeatable.  [two of ours]")
-@click.option("--tokens", type=int, help="Language: longest answer.  [24]")
-@click.option("--ready-s", type=float, help="Longest wait for the service to be ready, seconds.  [600]")
-@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="YAML file with any of the settings.")
+@model_options(ServeCheckConfig)
+@stage_options("config")
 @common_options(dry_run=True)
 def command(export: Path, config: Path | None, dry_run: bool, console: Console, **options: Any) -> None:
     """Start `fp8pipe serve` on EXPORT, ask it, end it; exit 14 when an answer is wrong.
@@ -25,13 +24,10 @@ def command(export: Path, config: Path | None, dry_run: bool, console: Console, 
     The record is EXPORT.serve-check.json.
     """
     from fp8pipe.artifact import open_artifact
-    from fp8pipe.core.config import build_config, load_config
     from validation.bench.check import KINDS, serve_check
-    from validation.bench.config import ServeCheckConfig
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    settings = build_config(ServeCheckConfig, given) if config is None else load_config(ServeCheckConfig, config, given)
+    settings = resolve(ServeCheckConfig, config, options)
     if dry_run:
-        show_plan(console, open_artifact(export, kind=KINDS, verify=False), settings, "serve-check", None)
+        show_measure_plan(console, open_artifact(export, kind=KINDS, verify=False), settings, "serve-check", None)
         return
     show_record(console, export, serve_check(export, settings))

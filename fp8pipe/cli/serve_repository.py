@@ -25,7 +25,8 @@ def command(
     console: Console,
 ) -> None:  # fmt: skip
     """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
-    from exporters.triton.repository import KINDS, TritonDevice
+    from exporters.triton.graph import TritonDevice
+    from exporters.triton.repository import KINDS
     from fp8pipe.artifact import open_artifact
     from fp8pipe.core.errors import ConfigurationError
 

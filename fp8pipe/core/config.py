@@ -10,15 +10,17 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fp8pipe.core.errors import ConfigurationError
 
-__all__ = ["FrozenConfig", "assign", "build_config", "load_config", "read_yaml"]
+__all__ = ["CONFIG_ONLY", "Flag", "FrozenConfig", "Size", "assign", "build_config", "load_config", "parse_size",
+           "read_yaml"]  # fmt: skip
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -26,11 +28,15 @@ T = TypeVar("T", bound=BaseModel)
 class FrozenConfig(BaseModel):
     """Base of every configuration: immutable, no unknown keys, and every field described.
 
+    Attributes:
+        renamed: fields' former names and today's, so that an old recipe is refused with the new name.
+
     Raises:
         TypeError: when a subclass is defined with a field that has no description.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings")
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -38,6 +44,45 @@ class FrozenConfig(BaseModel):
         missing = [name for name, field in cls.model_fields.items() if not field.description]
         if missing:
             raise TypeError(f"{cls.__name__}: these fields have no description: {', '.join(missing)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How a field stands on the command line: `Annotated[int, Flag("synthesis-steps")]`.
+
+    Without one, `batch_size` is `--batch-size`. A field of a nested model is an option only if it has a name here.
+
+    Attributes:
+        name: of the option, without dashes in front.
+        default: in words, where it follows from something else.
+        config_only: it is no option of its own.
+    """
+
+    name: str = ""
+    default: str = ""
+    config_only: bool = False
+
+
+CONFIG_ONLY: Final = Flag(config_only=True)
+_UNITS: Final = {
+    "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
+}  # fmt: skip
+
+
+def parse_size(value: object) -> int:
+    """Bytes: `5GB` is 5 * 10^9, `5GiB` 5 * 2^30, a number without unit is bytes.
+
+    Raises:
+        ValueError: showing the accepted forms.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
+    size = round(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise ValueError(f"{value!r} is not a size; write for instance 5GB, 500MB or 2GiB")
+    return size
+
+
+Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str)]
 
 
 def build_config(cls: type[T], values: Mapping[str, object]) -> T:
@@ -154,7 +199,9 @@ def _finding(cls: type[BaseModel], item: Any) -> str:
     location: tuple[int | str, ...] = item["loc"]
     name = ".".join(str(part) for part in location) or "(the whole configuration)"
     if item["type"] == "extra_forbidden":
-        known = _fields_at(cls, location[:-1])
+        known, renamed = _fields_at(cls, location[:-1])
+        if location[-1] in renamed:
+            return f"{name}: unknown key, it is called {renamed[str(location[-1])]!r} now"
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known)) or 'none'}"
         return f"{name}: unknown key, {hint}"
@@ -166,12 +213,12 @@ def _finding(cls: type[BaseModel], item: Any) -> str:
     return f"{name}: {message[:1].lower()}{message[1:]} (got {item['input']!r})"
 
 
-def _fields_at(cls: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the nested configuration at `location`; empty when it cannot be told."""
+def _fields_at(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], Mapping[str, str]]:
+    """Field names of the nested configuration at `location`, and former ones; empty when it cannot be told."""
     for part in location:
         field = cls.model_fields.get(str(part))
         annotation = field.annotation if field else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
+            return [], {}
         cls = annotation
-    return list(cls.model_fields)
+    return list(cls.model_fields), cls.renamed if issubclass(cls, FrozenConfig) else {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation, UpdateRule, update_rule
 from pipeline.finetune.schedule import Schedule
 
@@ -16,48 +17,56 @@ _FALQON_ONLY = ("update_rule", "rows", "initialisation")
 class FinetuneConfig(FrozenConfig):
     """What to train, on what, and how.
 
-    Defaults that hang on the method are filled in, so that the manifest holds what was used; what does not apply to
+    Defaults that depend on the method are filled in, so that the manifest holds what was used; what does not apply to
     the method is None, and refused when given.
     """
 
-    model: str = Field(description="Base model: directory, hub id, .gguf file or sample:NAME.")
-    data: str = Field(description="Training text: JSONL file, hub id or sample:NAME.")
-    method: Literal["falqon", "lora", "qlora"] = Field("falqon", description="Fine-tuning method.")
+    renamed: ClassVar[Mapping[str, str]] = {"settle_batches": "final_merge_batches"}
+
+    model: str = Field(description="Base model: directory, hub id, .gguf file or sample:NAME; required.")
+    data: str = Field(description="Training text: JSONL file, hub id or sample:NAME; required.")
+    method: Literal["falqon", "lora", "qlora"] = Field("falqon", description="How to tune; lora and qlora: baselines.")
     rank: int = Field(64, ge=1, description="Rank of the adapter.")
-    update_rule: str | None = Field(None, description=f"FALQON: how B enters the codes; default {DEFAULT_RULE}.")
-    rows: int | None = Field(
-        None, ge=0, description="FALQON: rows flushed a layer and step, by the rules that flush; default the rank."
+    update_rule: Annotated[str | None, Flag(default=DEFAULT_RULE)] = Field(
+        None, description="FALQON: how updates enter the FP8 codes.", json_schema_extra={"enum": [*RULES]}
     )
-    initialisation: Initialisation | None = Field(
-        None, description="FALQON: where A comes from; default: the update rule's own choice."
+    rows: Annotated[int | None, Flag(default="the rank")] = Field(
+        None, ge=0, description="FALQON: rows flushed per layer and step, by rules that flush."
     )
-    lora_alpha: float | None = Field(
-        None, gt=0, description="lora, qlora: the update is scaled by alpha / rank; default the rank."
+    initialisation: Annotated[Initialisation | None, Flag(default="the update rule's")] = Field(
+        None, description="FALQON: where A comes from."
+    )
+    lora_alpha: Annotated[float | None, Flag(default="the rank")] = Field(
+        None, gt=0, description="lora, qlora: the update is scaled by alpha / rank."
     )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     schedule: Schedule = Field(Schedule.COSINE, description="Shape of the learning rate after warm-up.")
-    warmup_steps: int = Field(5, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_steps: int = Field(5, ge=0, description="Steps of linear warm-up.")
     optimizer: Literal["adamw", "adamw-8bit"] = Field("adamw", description="Optimizer; 8-bit needs bitsandbytes.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
-    clip_norm: float = Field(1.0, gt=0, description="Global gradient norm limit.")
+    weight_decay: Annotated[float, CONFIG_ONLY] = Field(0.0, ge=0, description="Decoupled weight decay.")
+    beta2: Annotated[float, CONFIG_ONLY] = Field(0.999, gt=0, lt=1, description="AdamW's second-moment decay.")
+    clip_norm: Annotated[float, CONFIG_ONLY] = Field(1.0, gt=0, description="Global gradient norm limit.")
     steps: int = Field(60, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(4, ge=1, description="Sequences a micro-batch.")
-    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches an optimizer step.")
+    batch_size: int = Field(4, ge=1, description="Sequences per micro-batch.")
+    gradient_accumulation: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    sequence_length: int = Field(256, ge=8, description="Tokens a sequence, at most.")
-    packing: bool = Field(True, description="Put several examples into one sequence, kept apart by position.")
+    sequence_length: int = Field(256, ge=8, description="Tokens per sequence, at most.")
+    packing: bool = Field(True, description="Several examples in a sequence, kept apart by position.")
     heldout_fraction: float = Field(0.1, gt=0, lt=1, description="Share of the records kept for evaluation.")
-    heldout_limit: int = Field(256, ge=1, description="Held-out records evaluated, at most.")
-    evaluate_every: int = Field(50, ge=0, description="Steps between evaluations; 0: only first and last.")
+    heldout_limit: Annotated[int, CONFIG_ONLY] = Field(256, ge=1, description="Held-out records evaluated, at most.")
+    evaluate_every: int = Field(50, ge=0, description="Steps between evaluations; 0: first and last only.")
     save_every: int = Field(50, ge=0, description="Steps between checkpoints; 0: only the last.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep_checkpoints: Annotated[int, CONFIG_ONLY] = Field(2, ge=1, description="Checkpoints kept.")
     log_every: int = Field(5, ge=1, description="Steps between log lines.")
-    gradient_batches: int = Field(2, ge=1, description="FALQON: micro-batches behind the gradient initialisation.")
-    settle_batches: int = Field(32, ge=1, description="FALQON: training sequences behind the last flush.")
+    gradient_batches: Annotated[int, CONFIG_ONLY] = Field(
+        2, ge=1, description="FALQON: micro-batches behind the gradient initialisation."
+    )
+    final_merge_batches: Annotated[int, CONFIG_ONLY] = Field(
+        32, ge=1, description="FALQON: training sequences behind the final merge."
+    )
     seed: int = Field(0, ge=0, description="Seed of order, initialisation and rounding.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train.")
-    dtype: Literal["bfloat16", "float32"] = Field(
+    dtype: Annotated[Literal["bfloat16", "float32"], CONFIG_ONLY] = Field(
         "bfloat16", description="Dtype of activations and unconverted weights."
     )
 
@@ -72,7 +81,7 @@ class FinetuneConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Resolve the defaults that hang on other settings; None counts as not given."""
+        """Resolve the defaults that depend on other settings; None counts as not given."""
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}

@@ -195,8 +195,8 @@ class Trainer:
         return True
 
     def calibration_inputs(self) -> list[dict[str, Tensor]]:
-        """The first training batches, `settle_batches` sequences in all."""
-        count = math.ceil(self.config.settle_batches / self.config.batch_size)
+        """The first training batches, `final_merge_batches` sequences in all."""
+        count = math.ceil(self.config.final_merge_batches / self.config.batch_size)
         batches = (self.train_batches.at(i) for i in range(count))
         return [model_inputs(batch, self.config.device) for batch in batches]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from calibration.config import SynthesisConfig
-from fp8pipe.core.config import FrozenConfig, build_config
+from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, build_config
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.kinds import Kind, Precision
 
@@ -15,16 +15,18 @@ from fp8pipe.numerics.kinds import Kind, Precision
 class ConditioningConfig(FrozenConfig):
     """Which equivalent form of the model is quantized; none of them changes what it computes."""
 
-    rotate_residual: bool = Field(True, description="Turn the residual stream, where the model allows it.")
-    rotate_heads: bool = Field(True, description="Turn queries, keys and values within each head.")
+    rotate_residual: bool = Field(True, description="Rotate the residual stream, where the model allows it.")
+    rotate_heads: bool = Field(True, description="Rotate queries, keys and values within each head.")
     centre: bool = Field(True, description="Move means of keys, values and norms into biases.")
 
 
 class DistillConfig(FrozenConfig):
     """How the student is distilled."""
 
-    steps: int = Field(200, ge=0, description="Optimizer steps; 0 deploys the measured ranges as they are.")
-    batch_size: int = Field(16, ge=1, description="Images a step.")
+    steps: Annotated[int, Flag("distill-steps")] = Field(
+        200, ge=0, description="Optimizer steps of distillation; 0 deploys the measured ranges as they are."
+    )
+    batch_size: int = Field(16, ge=1, description="Images per step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak rate of weights, in units of their mean code step.")
     step_learning_rate: float = Field(1e-3, gt=0, description="Peak rate of the logarithms of quantization steps.")
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up; a cosine to zero follows.")
@@ -42,22 +44,26 @@ class DistillConfig(FrozenConfig):
 class QuantizeVitConfig(FrozenConfig):
     """What to quantize, to what, on which images."""
 
-    model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME.")
-    bits: str = Field(description="Precision wXaY (2 to 8 bits each), wfp8afp8 or wnvfp4anvfp4.")
-    calibration: str = Field("synthetic", description="synthetic, patch-similarity, gaussian, images:, artifact:DIR.")
+    model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME; required.")
+    bits: str = Field(description="wXaY with 2 to 8 bits each, wfp8afp8, or wnvfp4anvfp4; required.")
+    calibration: str = Field(
+        "synthetic", description="synthetic, patch-similarity, gaussian, images:DIR or artifact:DIR."
+    )
     images: int = Field(128, ge=1, description="Calibration images.")
     edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
-    seed: int = Field(0, ge=0, description="Of images, order and augmentation.")
+    seed: int = Field(0, ge=0, description="Seed of images, order and augmentation.")
     synthesis: SynthesisConfig = Field(
         default_factory=lambda: build_config(SynthesisConfig, {}), description="How synthetic images are made."
     )
     conditioning: ConditioningConfig = Field(
         default_factory=lambda: build_config(ConditioningConfig, {}), description="Equivalent form that is quantized."
     )
-    rounding: Literal["nearest", "compensated"] = Field(
+    rounding: Annotated[Literal["nearest", "compensated"], CONFIG_ONLY] = Field(
         "compensated", description="First rounding of weights; compensated: later columns make up for earlier ones."
     )
-    evaluate: str | None = Field(None, description="Folder of labelled pictures to measure accuracy on.")
+    evaluate: str | None = Field(
+        None, description="Folder of labelled pictures (one folder per class) to measure accuracy on."
+    )
     distill: DistillConfig = Field(default_factory=lambda: build_config(DistillConfig, {}), description="Distillation.")
 
     @field_validator("bits")

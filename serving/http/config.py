@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import Flag, FrozenConfig
 
-__all__ = ["Provider", "ServeConfig"]
-
-
-class Provider(StrEnum):
-    """Where ONNX Runtime computes."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-    TENSORRT = "tensorrt"
+__all__ = ["ServeConfig"]
 
 
 class ServeConfig(FrozenConfig):
-    """One service."""
+    """One service, whatever it serves."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="port; 0 takes a free one")
-    api_key_file: Path | None = Field(default=None, description="file of hashed API keys; none: open to everybody")
+    api_key_file: Annotated[Path | None, Flag(default="none: open to everybody")] = Field(
+        default=None, description="file of hashed API keys (fp8pipe serve-key)"
+    )
     max_body_mb: float = Field(default=16, gt=0, le=4096, description="largest request body, megabytes (10^6 bytes)")
     max_total_body_mb: float = Field(
         default=512, gt=0, description="bodies held at once, of all connections, megabytes; more are answered 503"
@@ -37,25 +30,20 @@ class ServeConfig(FrozenConfig):
     request_timeout_s: float = Field(default=30, gt=0, description="longest wait for the engine, seconds")
     linger_s: float = Field(default=2, ge=0, description="after SIGTERM new requests are still taken for, seconds")
     max_connections: int = Field(default=1000, gt=0, description="open connections; more are answered 503")
-    rate_limit: float | None = Field(default=None, gt=0, description="requests a second of a key or address")
-    rate_burst: int | None = Field(default=None, gt=0, description="requests at once; default: two seconds' worth")
-    cors_origins: tuple[str, ...] = Field(default=(), description="origins whose pages may call; none by default")
-    access_log: bool = Field(default=True, description="one JSON line a request on stderr")
-    page: bool = Field(default=True, description="serve the web page at /")
-    max_batch: int | None = Field(default=None, gt=0, le=1024, description="images at once; default: measured")
-    threads: int | None = Field(default=None, gt=0, description="threads within an operator; default: measured")
-    streams: int | None = Field(default=None, gt=0, le=256, description="batches run at once; default: measured")
-    max_wait_ms: float = Field(default=2, ge=0, description="a batch waits for more images at most, milliseconds")
-    queue: int = Field(default=256, gt=0, description="images that may wait; more are answered 503")
-    max_pixels: int = Field(default=50_000_000, gt=0, description="largest picture, width times height")
-    max_images: int = Field(default=64, gt=0, description="images in one request")
-    provider: Provider = Field(default=Provider.AUTO, description="where ONNX Runtime computes")
-    inexact_batches: bool = Field(
-        default=False, description="allow batch sizes whose rows differ in bits from the same images run alone"
+    rate_limit: Annotated[float | None, Flag(default="no limit")] = Field(
+        default=None, gt=0, description="requests per second of a key or address"
     )
+    rate_burst: Annotated[int | None, Flag(default="two seconds' worth")] = Field(
+        default=None, gt=0, description="requests at once of a key or address"
+    )
+    cors_origins: Annotated[tuple[str, ...], Flag("cors-origin", "none")] = Field(
+        default=(), description="an origin whose pages may call; repeatable"
+    )
+    access_log: bool = Field(default=True, description="one JSON line per request on stderr")
+    page: bool = Field(default=True, description="serve the web page at /")
 
     @model_validator(mode="after")
-    def _one_body_fits(self) -> ServeConfig:
+    def _one_body_fits(self) -> Self:
         if self.max_total_body_mb < self.max_body_mb:
             raise ValueError(f"max_total_body_mb ({self.max_total_body_mb:g}) is less than max_body_mb "
                              f"({self.max_body_mb:g})")  # fmt: skip

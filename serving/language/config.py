@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fp8pipe.artifact import Artifact
-from fp8pipe.core.config import FrozenConfig
-from serving.language.supervisor import SupervisorConfig
+from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 
-__all__ = ["LanguageConfig"]
+if TYPE_CHECKING:
+    from fp8pipe.artifact import Artifact
+
+__all__ = ["LanguageConfig", "SupervisorConfig"]
+
+_BY_VLLM: Final = Flag(default="vLLM's choice")
 
 # The service sets these itself: another value would put vLLM where nobody looks for it, or past the API keys.
 _OURS = frozenset(
@@ -20,34 +23,59 @@ _OURS = frozenset(
 )  # fmt: skip
 
 
+class SupervisorConfig(FrozenConfig):
+    """Times of supervision."""
+
+    start_timeout_s: float = Field(default=1800, gt=0, description="longest start, seconds")
+    probe_every_s: float = Field(default=0.5, gt=0, description="between looks at its health, seconds")
+    probe_timeout_s: float = Field(default=10, gt=0, description="a health probe must be answered by then, seconds")
+    probe_failures: int = Field(default=3, ge=1, description="unanswered probes in a row after which it is killed")
+    engine_timeout_s: Annotated[float, Flag("engine-timeout-s")] = Field(
+        default=120, gt=0, description="an engine asked for a token that makes none for so long is killed, seconds"
+    )
+    engine_probe_every_s: float = Field(default=10, gt=0, description="between requests for one token, seconds")
+    first_delay_s: float = Field(default=1, gt=0, description="before the first restart, seconds; doubles each time")
+    longest_delay_s: float = Field(default=60, gt=0, description="between restarts at most, seconds")
+    steady_s: float = Field(default=300, gt=0, description="after this long up, crashes are counted anew, seconds")
+    stop_grace_s: float = Field(default=10, ge=0, description="from SIGTERM to SIGKILL, seconds")
+
+
 class LanguageConfig(FrozenConfig):
     """How vLLM runs below the service. What is not given is left to vLLM, but for `dtype` and `max_model_len`."""
 
-    vllm_python: str | None = Field(default=None, description="vLLM's interpreter; found when not given")
-    served_model_name: str | None = Field(
-        default=None, min_length=1, description="model name in the API; the directory's by default"
+    vllm_python: Annotated[str | None, Flag(default="found")] = Field(
+        default=None, description="Python of the environment with vLLM"
+    )
+    served_model_name: Annotated[str | None, Flag(default="the directory's")] = Field(
+        default=None, min_length=1, description="model name in the API"
     )
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="compute dtype")
-    max_model_len: int | None = Field(
-        default=None, ge=16, description="context, tokens; default: the longest that the memory holds"
+    max_model_len: Annotated[int | None, Flag(default="the longest that the memory holds")] = Field(
+        default=None, ge=16, description="context, tokens"
     )
-    kv_cache_dtype: str | None = Field(
+    kv_cache_dtype: Annotated[str | None, _BY_VLLM] = Field(
         default=None, pattern=r"[a-z0-9_]+", description="dtype of the key/value cache; what there is depends on vLLM"
     )
     enforce_eager: bool = Field(default=False, description="do not compile: starts sooner, serves slower")
-    max_num_seqs: int | None = Field(default=None, ge=1, description="requests computed at once")
-    tensor_parallel_size: int | None = Field(default=None, ge=1, description="devices that share each layer")
-    gpu_memory_utilization: float | None = Field(
+    max_num_seqs: Annotated[int | None, _BY_VLLM] = Field(default=None, ge=1, description="requests computed at once")
+    tensor_parallel_size: Annotated[int | None, Flag(default="1")] = Field(
+        default=None, ge=1, description="devices that share each layer"
+    )
+    gpu_memory_utilization: Annotated[float | None, _BY_VLLM] = Field(
         default=None, gt=0, le=1, description="part of a device's memory that vLLM takes; on a CPU, of the machine's"
     )
-    kv_cache_gib: int | None = Field(default=None, ge=1, description="key/value cache on a CPU, GiB")
-    request_timeout_s: float | None = Field(
-        default=None, gt=0, description="an answer, or a stream's begin, must come by then, seconds; default: no limit"
+    kv_cache_gib: Annotated[int | None, Flag(default="1")] = Field(
+        default=None, ge=1, description="key/value cache on a CPU, GiB"
+    )
+    request_timeout_s: Annotated[float | None, Flag(default="no limit")] = Field(
+        default=None, gt=0, description="an answer, or a stream's begin, must come by then, seconds"
     )
     drain_seconds: float = Field(
         default=60, ge=0, description="after SIGTERM, what was accepted may take so long, seconds"
     )
-    extra: tuple[str, ...] = Field(default=(), description="more arguments for vLLM's server, as they are")
+    extra: Annotated[tuple[str, ...], CONFIG_ONLY] = Field(
+        default=(), description="more arguments for vLLM's server, as they are"
+    )
     supervision: SupervisorConfig = Field(default=SupervisorConfig(), description="starts, probes and restarts")
 
     @field_validator("extra")

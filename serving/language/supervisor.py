@@ -13,16 +13,14 @@ import math
 from collections.abc import Callable
 from enum import StrEnum
 
-from pydantic import Field
-
 from exporters.vllm.processes import engine_failure
-from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import Fp8PipeError
 from serving.language.child import Child
+from serving.language.config import SupervisorConfig
 from serving.language.liveness import until_hung
 from serving.language.upstream import Upstream, UpstreamError
 
-__all__ = ["State", "Supervisor", "SupervisorConfig"]
+__all__ = ["State", "Supervisor"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,23 +32,6 @@ class State(StrEnum):
     READY = "ready"
     WAITING = "waiting"  # for the next restart
     STOPPED = "stopped"
-
-
-class SupervisorConfig(FrozenConfig):
-    """Times of supervision."""
-
-    start_timeout_s: float = Field(default=1800, gt=0, description="longest start, seconds")
-    probe_every_s: float = Field(default=0.5, gt=0, description="between looks at its health, seconds")
-    probe_timeout_s: float = Field(default=10, gt=0, description="a health probe must be answered by then, seconds")
-    probe_failures: int = Field(default=3, ge=1, description="unanswered probes in a row after which it is killed")
-    engine_timeout_s: float = Field(
-        default=120, gt=0, description="an engine asked for a token that makes none for so long is killed, seconds"
-    )
-    engine_probe_every_s: float = Field(default=10, gt=0, description="between requests for one token, seconds")
-    first_delay_s: float = Field(default=1, gt=0, description="before the first restart, seconds; doubles each time")
-    longest_delay_s: float = Field(default=60, gt=0, description="between restarts at most, seconds")
-    steady_s: float = Field(default=300, gt=0, description="after this long up, crashes are counted anew, seconds")
-    stop_grace_s: float = Field(default=10, ge=0, description="from SIGTERM to SIGKILL, seconds")
 
 
 class Supervisor:

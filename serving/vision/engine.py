@@ -28,7 +28,7 @@ from exporters.graph.description import MODEL_FILE
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.runtime import open_session
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
-from serving.http.config import Provider, ServeConfig
+from serving.vision.config import Provider, VisionConfig
 from serving.vision.model import ServedModel
 
 __all__ = ["Engine", "Measured", "open_engine"]
@@ -108,7 +108,7 @@ class Layout:
     open: Callable[[], tuple[Run, ...]]
 
 
-def open_engine(model: ServedModel, config: ServeConfig) -> Engine:
+def open_engine(model: ServedModel, config: VisionConfig) -> Engine:
     """Load the graph, measure, and choose.
 
     Raises:
@@ -133,7 +133,7 @@ def open_engine(model: ServedModel, config: ServeConfig) -> Engine:
     return _chosen(list(_layouts(path, model, config)), model, config, cpu, _SIZES)
 
 
-def _refuse_streams(config: ServeConfig) -> None:
+def _refuse_streams(config: VisionConfig) -> None:
     if config.streams is not None:
         raise ConfigurationError(
             "--streams does not apply here", why="a GPU runs one batch at a time; streams divide the cores of a CPU",
@@ -141,7 +141,7 @@ def _refuse_streams(config: ServeConfig) -> None:
         )  # fmt: skip
 
 
-def _layouts(path: Path, model: ServedModel, config: ServeConfig) -> Iterator[Layout]:
+def _layouts(path: Path, model: ServedModel, config: VisionConfig) -> Iterator[Layout]:
     """One stream with all cores and with one less, for the event loop; then ever more streams of ever fewer threads."""
     cores = _cores()
     if config.threads:
@@ -196,7 +196,7 @@ def _session_run(session: Any, model: ServedModel) -> Run:
 
 
 def _chosen(
-    layouts: Sequence[Layout], model: ServedModel, config: ServeConfig, provider: str, possible: tuple[int, ...]
+    layouts: Sequence[Layout], model: ServedModel, config: VisionConfig, provider: str, possible: tuple[int, ...]
 ) -> Engine:
     largest = config.max_batch or possible[-1]
     if largest > possible[-1] and layouts[0].threads == 0:

@@ -12,12 +12,12 @@ from typing import Any
 
 from serving.http.access_log import start_access_log
 from serving.http.auth import KeyFile
-from serving.http.config import ServeConfig
 from serving.http.identity import identity_headers, identity_labels
 from serving.http.server import Lifecycle, run_service
 from serving.http.stack import wrap
 from serving.vision.app import build_app
 from serving.vision.batcher import Batcher
+from serving.vision.config import VisionConfig
 from serving.vision.engine import open_engine
 from serving.vision.metrics import VisionMetrics
 from serving.vision.model import read_model
@@ -45,7 +45,7 @@ class VisionService:
     access: QueueListener | None
 
 
-def open_service(export: Path, config: ServeConfig) -> VisionService:
+def open_service(export: Path, config: VisionConfig) -> VisionService:
     """Check the export's files, load it, and measure.
 
     Raises:
@@ -77,7 +77,7 @@ def open_service(export: Path, config: ServeConfig) -> VisionService:
     return VisionService(app, state, keys, access)
 
 
-def serve_vision(export: Path, config: ServeConfig) -> int:
+def serve_vision(export: Path, config: VisionConfig) -> int:
     """Serve until SIGTERM; the exit code. Raises as `open_service`."""
     service = open_service(export, config)
     reload = (lambda: None) if service.keys is None else service.keys.reload

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serving.http.config import ServeConfig
 from serving.http.problems import Problem
 from serving.http.server import Lifecycle
 from serving.vision.batcher import Batcher, Done
+from serving.vision.config import VisionConfig
 from serving.vision.engine import Engine
 from serving.vision.images import ReadImage, read_image
 from serving.vision.metrics import VisionMetrics
@@ -32,7 +32,7 @@ class VisionState:
 
     model: ServedModel
     engine: Engine
-    config: ServeConfig
+    config: VisionConfig
     metrics: VisionMetrics
     lifecycle: Lifecycle
     batcher: Batcher

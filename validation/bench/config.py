@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator
 
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import Flag, FrozenConfig
 
 __all__ = ["BenchConfig", "ServeCheckConfig"]
 
@@ -12,11 +14,15 @@ __all__ = ["BenchConfig", "ServeCheckConfig"]
 class BenchConfig(FrozenConfig):
     """How an export is measured."""
 
-    batches: tuple[int, ...] = Field((1, 8), min_length=1, description="vision: images at once")
+    batches: Annotated[tuple[int, ...], Flag("batch")] = Field(
+        (1, 8), min_length=1, description="vision: images at once; repeatable"
+    )
     rounds: int = Field(20, ge=3, description="vision: calls of every graph and batch size; language: requests alone")
-    threads: int | None = Field(None, ge=1, description="vision: threads within an operator; default: the runtime's")
+    threads: Annotated[int | None, Flag(default="the runtime's choice")] = Field(
+        None, ge=1, description="vision: threads within an operator"
+    )
     concurrency: int = Field(4, ge=1, description="language: requests at once, in the second measurement")
-    tokens: int = Field(32, ge=2, description="language: tokens of every answer")
+    tokens: int = Field(32, ge=2, description="language: tokens per answer")
 
     @field_validator("batches")
     @classmethod
@@ -30,8 +36,9 @@ class ServeCheckConfig(FrozenConfig):
     """How a service is asked."""
 
     images: int = Field(8, ge=1, description="vision: pictures that are sent")
-    prompts: tuple[str, ...] = Field(
-        ("What is the capital of France?", "Name a colour."), min_length=1, description="language: questions asked"
-    )
+    prompts: Annotated[tuple[str, ...], Flag("prompt", default="two of ours")] = Field(
+        ("What is the capital of France?", "Name a colour."), min_length=1,
+        description="language: a question that is asked; repeatable",
+    )  # fmt: skip
     tokens: int = Field(24, ge=1, description="language: longest answer, tokens")
     ready_s: float = Field(600.0, gt=0, description="longest wait for the service to be ready, seconds")

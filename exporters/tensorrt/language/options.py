@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
 from exporters.tensorrt.options import Base, Builder, known_capabilities
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 
 __all__ = ["Calibration", "LanguageExportOptions", "LanguageFormat"]
 
@@ -39,21 +40,25 @@ class LanguageExportOptions(FrozenConfig):
     """Options of one export of a language model."""
 
     format: LanguageFormat = Field(LanguageFormat.FP8, description="fp8 (graph and engines) or modelopt-checkpoint")
-    builder: Builder = Field(Builder.RTX, description="rtx (compiles on any machine) or none (the graph alone)")
-    base: Base = Field(Base.FP16, description="fp16 or fp32: the type of what is not quantized")
-    compute_capabilities: tuple[str, ...] = Field(("8.9", "12.0"), description="GPUs to compile for")
+    builder: Builder = Field(Builder.RTX, description="rtx, which compiles on any machine, or none, the graph alone")
+    base: Base = Field(Base.FP16, description="type of what is not quantized")
+    compute_capabilities: Annotated[tuple[str, ...], Flag("compute-capability")] = Field(
+        ("8.9", "12.0"), description="a GPU to compile for; repeatable"
+    )
     batch: tuple[int, int, int] = Field((1, 1, 8), description="smallest, usual and largest batch, sequences")
     sequence: tuple[int, int, int] = Field(
         (1, 128, 1024), description="smallest, usual and largest number of new tokens; also of cached ones"
     )
-    cache: bool = Field(True, description="key/value cache as inputs and outputs of the graph (true or false)")
-    calibration: Calibration = Field(Calibration.AMAX, description="amax, percentile or mse")
-    calibration_data: str | None = Field(None, description="text to calibrate on; what the artifact was trained on")
-    calibration_records: int = Field(128, ge=1, description="records to calibrate on (>= 1)")
-    require: bool = Field(
-        True, description="refuse engines with a product in another precision, and a worse perplexity (true or false)"
+    cache: bool = Field(True, description="key/value cache as inputs and outputs of the graph")
+    calibration: Calibration = Field(Calibration.AMAX, description="how static activation scales follow from the text")
+    calibration_data: Annotated[str | None, Flag(default="the training's")] = Field(
+        None, description="text to calibrate on"
     )
-    force: bool = Field(False, description="replace an existing output directory (true or false)")
+    calibration_records: int = Field(128, ge=1, description="records to calibrate on")
+    require: bool = Field(
+        True, description="refuse engines with a product in another precision, and a worse perplexity"
+    )
+    force: Annotated[bool, CONFIG_ONLY] = Field(False, description="replace an existing output directory")
 
     @field_validator("builder")
     @classmethod

@@ -13,8 +13,8 @@ from exporters.graph.produce import float_model
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import ProductKind, export_plain
 from exporters.tensorrt.flatten import flatten_products
-from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.graph import typed_graph
+from exporters.tensorrt.options import TrtFormat
 from fp8pipe.numerics.kinds import Kind
 
 

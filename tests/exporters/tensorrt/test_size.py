@@ -11,9 +11,9 @@ import pytest
 
 from exporters.graph.produce import float_model
 from exporters.graph.trace import export_plain
-from exporters.tensorrt.formats import TrtFormat
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve
+from exporters.tensorrt.options import TrtFormat
 from exporters.tensorrt.pack import pack_engine, unpack_engine
 from exporters.tensorrt.rtx import build_rtx
 from exporters.tensorrt.size import ALLOWANCE_BYTES, LIMIT, EngineSize, ideal_bytes, measure_engine, size_gate

@@ -102,7 +102,7 @@ def test_finetuning_a_tiny_model(make_base, pairs, tmp_path):
 def test_finetuning_smollm2(tmp_path):
     options = ("--steps", 2, "--batch-size", 4, "--sequence-length", 64)
     config = tmp_path / "config.yaml"
-    config.write_text("{heldout_limit: 8, settle_batches: 4}")
+    config.write_text("{heldout_limit: 8, final_merge_batches: 4}")
     given = ("--model", "sample:smollm2", "--data", "sample:chatterbot", "--config", config, *options)
     compare(tmp_path / "out", "finetune", *given)
 

@@ -28,7 +28,7 @@ def config(base, data, **changes):
     values = {
         "model": str(base), "data": str(data), "rank": 8, "steps": 6, "batch_size": 2, "sequence_length": 64,
         "learning_rate": 1e-2, "warmup_steps": 1, "log_every": 2, "evaluate_every": 3, "save_every": 2,
-        "settle_batches": 4, "heldout_fraction": 0.2,
+        "final_merge_batches": 4, "heldout_fraction": 0.2,
     }  # fmt: skip
     return build_config(FinetuneConfig, values | changes)
 

@@ -11,9 +11,8 @@ from fp8pipe.artifact import open_artifact
 from fp8pipe.core import logs
 from fp8pipe.core.errors import Fp8PipeError
 from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
+from serving.language.config import LanguageConfig, SupervisorConfig
 from serving.language.server import run_front, supervise
-from serving.language.supervisor import SupervisorConfig
 
 
 def main() -> int:
