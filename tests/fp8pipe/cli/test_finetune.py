@@ -1,68 +1,19 @@
-"""`fp8pipe finetune` on the command line: choices and defaults as in the configuration, and what it says at the end."""
+"""`fp8pipe finetune` on the command line: its options, and what it says at the end."""
 
 from __future__ import annotations
 
 import json
-import re
-from typing import Any, get_args
 
-import click
 import pytest
 from click.testing import CliRunner
 
 from fp8pipe.artifact import ArtifactWriter, Gate
 from fp8pipe.cli import main
-from fp8pipe.cli.finetune import DEVICES, INITIALISATIONS, METHODS, OPTIMIZERS, SCHEDULES, UPDATE_RULES, command
 from fp8pipe.cli.finetune import finished_text as text_of
-from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation
-from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.schedule import Schedule
-
-OPTIONS = {option.name: option for option in command.params if isinstance(option, click.Option)}
-NOT_SETTINGS = {"output", "config", "force", "resume", "dry_run", "json", "quiet", "verbose"}
 
 
 def invoke(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def test_choices_are_those_of_the_configuration():
-    fields = FinetuneConfig.model_fields
-    assert get_args(fields["method"].annotation) == METHODS
-    assert get_args(fields["optimizer"].annotation) == OPTIMIZERS
-    assert get_args(fields["device"].annotation) == DEVICES
-    assert set(UPDATE_RULES) == set(RULES)
-    assert set(INITIALISATIONS) == {how.value for how in Initialisation}
-    assert set(SCHEDULES) == {shape.value for shape in Schedule}
-    for name in ("method", "update_rule", "initialisation", "schedule", "optimizer", "device"):
-        assert isinstance(OPTIONS[name].type, click.Choice)
-
-
-def _shown(option: click.Option) -> str | None:
-    match = re.search(r"\[default: (.*)\]$", option.help or "")
-    return match[1] if match else None
-
-
-def test_every_setting_shows_its_default():
-    shown = {name: _shown(option) for name, option in OPTIONS.items() if name not in NOT_SETTINGS}
-    special = {
-        "model": None,
-        "data": None,
-        "update_rule": DEFAULT_RULE,
-        "rows": "the rank",
-        "lora_alpha": "the rank",
-        "initialisation": "the update rule's",
-        "packing": "packing",
-        "gradient_checkpointing": "no-gradient-checkpointing",
-    }
-    assert FinetuneConfig.model_fields["packing"].default is True
-    assert FinetuneConfig.model_fields["gradient_checkpointing"].default is False
-    for name, default in shown.items():
-        expected: Any = special.get(name, FinetuneConfig.model_fields[name].default)
-        assert default == (expected if expected is None else str(getattr(expected, "value", expected))), name
-    # Shown only: a default that the parser applied would win over the file's value.
-    parsed = command.make_context("finetune", ["--output", "o"]).params
-    assert {name: parsed[name] for name in shown} == dict.fromkeys(shown)
 
 
 def test_an_unknown_choice_is_a_usage_error():
@@ -87,6 +38,10 @@ def test_model_and_data_may_come_from_the_file(tmp_path):
     assert result.exit_code == 10
     assert "model: required and not given" in result.stderr
     assert invoke("finetune", "--config", settings).exit_code == 2  # --output stays required
+    settings.write_text("{model: m, data: d, settle_batches: 3}")
+    result = invoke("finetune", "--config", settings, "--output", output)
+    assert result.exit_code == 10
+    assert "settle_batches: unknown key, it is called 'final_merge_batches' now" in result.stderr
 
 
 @pytest.fixture
