@@ -30,7 +30,7 @@ from exporters.graph.passes.patches import unfold_patches
 from exporters.graph.reopen import operand_at_sites
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import INPUT_NAME, export_plain
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Gate, none_of
 from fp8pipe.models.vision.exact import ExactVit, double_model
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
@@ -101,14 +101,14 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
             compared += mine.numel()
             differing += _count(mine, quantized.activations[site].codes(torch.from_numpy(theirs[name])))
     detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
-    return _gate("codes differing end to end", differing, detail)
+    return none_of("codes differing end to end", differing, detail)
 
 
 def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
     """Outputs of the net `(N, C)` fp32, bit for bit."""
     differing = int((expected.view(torch.int32) != found.view(torch.int32)).sum()) if _alike(expected, found) else -1
     detail = f"of {expected.numel()} for {len(expected)} images, bit for bit"
-    return _gate("outputs differing end to end", expected.numel() if differing < 0 else differing, detail)
+    return none_of("outputs differing end to end", expected.numel() if differing < 0 else differing, detail)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -140,7 +140,3 @@ def _with_sources(model: ir.Model, names: Sequence[str]) -> bytes:
     proto: Any = ir.to_proto(model)
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
     return bytes(proto.SerializeToString())
-
-
-def _gate(name: str, value: int, detail: str) -> Gate:
-    return Gate(name=name, value=value, threshold=0, passed=value == 0, detail=detail)

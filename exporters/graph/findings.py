@@ -1,35 +1,15 @@
-"""One thing that is wrong with a planned export: which rule, which tensor, and what to do about it."""
+"""A linter refuses an export: one error that carries every finding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.core.errors import LintRefusedError
 
-__all__ = ["Finding", "LintFindingsError"]
+__all__ = ["LintFindingsError"]
 
 _SHOWN = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A refused export's reason.
-
-    Attributes:
-        rule: stable identifier.
-        tensor: the tensor, module, node or file concerned.
-        why: what was seen, with values.
-        fix: what the user can do.
-    """
-
-    rule: str
-    tensor: str
-    why: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"[{self.rule}] {self.tensor}: {self.why}"
 
 
 class LintFindingsError(LintRefusedError):

@@ -15,7 +15,7 @@ from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE, LayerPari
 from exporters.graph.produce import unquantized
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.models.vision.quantized import QuantizedVit
 
 __all__ = ["agreement_gate", "class_gates", "float_gate", "kernel_gate", "parity_gates"]
@@ -37,7 +37,7 @@ def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> G
     same = found.shape == expected.shape
     error = float((found - expected).abs().max() / expected.abs().max()) if same else math.nan
     return Gate(
-        name="float graph error", value=error, threshold=_FLOAT_GRAPH_TOLERANCE, passed=error <= _FLOAT_GRAPH_TOLERANCE,
+        name="float graph error", value=error, comparison=Comparison.AT_MOST, threshold=_FLOAT_GRAPH_TOLERANCE,
         detail=f"largest difference over largest output, batch of {len(expected)}, before quantization",
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
     codes = sum(layer.codes for layer in report)
     gates = [
         Gate(
-            name="activation codes differing", value=differing, threshold=0, passed=differing == 0,
+            name="activation codes differing", value=differing,
             detail=f"of {codes} in {len(report)} layers, each fed the same input",
         )
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def _error_gate(name: str, errors: Mapping[str, float], tolerance: float) -> lis
     detail = f"against the exact result of the codes, over the layer's largest output; {len(errors)} layers"
     return [
         Gate(
-            name=name, value=errors[worst], threshold=tolerance, passed=errors[worst] <= tolerance,
+            name=name, value=errors[worst], comparison=Comparison.AT_MOST, threshold=tolerance,
             detail=f"{detail}, the worst: {worst}",
         )
     ]  # fmt: skip
@@ -78,7 +78,7 @@ def kernel_gate(report: KernelReport) -> Gate:
     """Integer kernels for every layer of integer codes."""
     missing = report.float_layers
     return Gate(
-        name="integer layers run in float", value=len(missing), threshold=0, passed=not missing,
+        name="integer layers run in float", value=len(missing),
         detail=f"{report.integer} run on integers{'; the first that does not: ' + missing[0] if missing else ''}",
     )  # fmt: skip
 
@@ -94,8 +94,7 @@ def class_gates(agreement: ClassAgreement) -> list[Gate]:
     finite = math.isfinite(agreement.largest_difference)
     return [
         Gate(
-            name="clear top-1 disagreements", value=len(clear) if finite else math.nan, threshold=0,
-            passed=not clear and finite, detail=detail,
+            name="clear top-1 disagreements", value=len(clear) if finite else math.nan, detail=detail,
         )
     ]  # fmt: skip
 
@@ -112,6 +111,6 @@ def agreement_gate(agreement: ClassAgreement, own: float) -> Gate:
     least = min(_LEAST_AGREEMENT, own - spread)
     detail = f"{agreement.agreeing} of {agreement.images} {agreement.source}; the reference keeps {own:.1%} of its "
     return Gate(
-        name="top-1 agreement", value=share, threshold=round(least, 4), passed=share >= least,
+        name="top-1 agreement", value=share, comparison=Comparison.AT_LEAST, threshold=least,
         detail=detail + "own classes when each of its layers is disturbed by 1e-6",
     )  # fmt: skip

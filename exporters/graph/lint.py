@@ -10,10 +10,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from exporters.graph.findings import Finding, LintFindingsError
+from exporters.graph.findings import LintFindingsError
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.passes.weights import fits_int4
 from exporters.graph.trace import PlainGraph, owner
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.vision.exact import inexact_sites
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit
 from fp8pipe.numerics.kinds import Kind

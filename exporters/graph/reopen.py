@@ -11,7 +11,7 @@ from torch import Tensor
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.layers import ExportedLayer, Operand, StoredWeight
 from exporters.graph.trace import ProductKind
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Gate, none_of
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, Quantizer
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
 
@@ -40,11 +40,11 @@ def reopen_gates(
     quantizers = _quantizers(layers, quantized, format)
     floats, copies = _float_tensors(model, by_label, quantized)
     return [
-        _gate("weight codes differing", codes, f"of {sum(w.codes.numel() for w in quantized.weights.values())}"),
-        _gate("weight scales differing", scales, f"of {sum(w.scale.numel() for w in quantized.weights.values())}"),
-        _gate("activation quantizers differing", *quantizers),
-        _gate("float tensors differing", *floats),
-        _gate("float copies of quantized weights", *copies),
+        none_of("weight codes differing", codes, f"of {sum(w.codes.numel() for w in quantized.weights.values())}"),
+        none_of("weight scales differing", scales, f"of {sum(w.scale.numel() for w in quantized.weights.values())}"),
+        none_of("activation quantizers differing", *quantizers),
+        none_of("float tensors differing", *floats),
+        none_of("float copies of quantized weights", *copies),
     ]
 
 
@@ -144,7 +144,3 @@ def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
     if tensor.shape == weight.shape:
         return torch.equal(tensor, weight)
     return weight.dim() == 2 and tensor.shape == weight.T.shape and torch.equal(tensor, weight.T)
-
-
-def _gate(name: str, value: int, detail: str = "") -> Gate:
-    return Gate(name=name, value=value, threshold=0, passed=value == 0, detail=detail)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from exporters.graph.description import INPUT_NAME, OUTPUT_NAME
 from exporters.graph.packages import import_onnx_package
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
@@ -31,8 +32,6 @@ __all__ = ["INPUT_NAME", "OPSET", "OUTPUT_NAME", "PlainGraph", "Product", "Produ
 
 # 21 brings INT4, FP8 scales of every float type, and blocked scales; later ones bring nothing that is used here.
 OPSET: Final = 21
-INPUT_NAME: Final = "pixels"
-OUTPUT_NAME: Final = "logits"
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _PRODUCTS: Final = frozenset(("MatMul", "Gemm", "Conv", "Einsum"))
 

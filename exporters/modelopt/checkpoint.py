@@ -24,29 +24,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exporters.graph.description import require_gates
-from exporters.tensorrt.language.calibrate import InputScale, count_inputs, scales_by_layer
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.language.source import LanguageModel, open_language
+from exporters.modelopt.options import ModeloptExportOptions
+from exporters.modelopt.target import KIND, ModeloptDetails
+from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
+from exporters.tensorrt.language.source import LanguageModel, language_records, open_language
+from exporters.tensorrt.language.target import InputScale
 from exporters.tensorrt.language.text import ExportText, read_text
 from exporters.vllm.plan import fused_siblings
 from fp8pipe import __version__
-from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, disk_guard
+from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, check_place, disk_guard, none_of
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
 from fp8pipe.models.checkpoint.tensors import INDEX_NAME, SINGLE_NAME
 from fp8pipe.numerics.codec import same_bits
-from fp8pipe.report.card import CARD_FILE, write_card
+from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
-__all__ = ["CHECKPOINT_KIND", "QUANT_FILE", "export_checkpoint", "quant_config"]
+__all__ = ["QUANT_FILE", "export_checkpoint", "quant_config"]
 
-CHECKPOINT_KIND: Final = "modelopt-export"
 QUANT_FILE: Final = "hf_quant_config.json"
 _PER_TENSOR: Final = "FP8"
 _PER_CHANNEL: Final = "FP8_PER_CHANNEL_PER_TOKEN"
 _SHARD_BYTES: Final = 5_000_000_000
 
+_CARD: Final = CardFacts(
+    "Model Optimizer", "TensorRT-LLM",
+    ("The checkpoint was compared with its source bit for bit; TensorRT-LLM itself was not run.",),
+    "A reader of ModelOpt checkpoints takes this directory, for instance TensorRT-LLM's `trtllm-serve`.",
+)  # fmt: skip
 
-def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
+
+def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions) -> Artifact:
     """Write the checkpoint, reopen it, and compare it with the artifact bit for bit.
 
     Args:
@@ -61,13 +68,14 @@ def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions
         ConfigurationError, BadArtifactError, LintFindingsError: as `export_language`.
         GateFailedError: what was written differs from its source; not committed.
     """
+    check_place(output, force=options.force)
     model = open_language(source)
     uneven = uneven_groups(model)
     algorithm = _PER_TENSOR if model.per_tensor and not uneven else _PER_CHANNEL
     with track(2, "export") as progress:
         text, scales = _calibrate(model, options) if algorithm == _PER_TENSOR else (None, None)
         progress.advance(1)
-        with ArtifactWriter(output, kind=CHECKPOINT_KIND, stage="export", force=options.force) as writer:
+        with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             if model.per_tensor and uneven:
                 writer.warn(
                     f"{len(uneven)} group(s) of layers that readers join have unequal scales, the first: "
@@ -81,8 +89,8 @@ def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions
                 writer.gate(gate)
             require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
-            parent = model.artifact.as_parent()
-            write_card(writer, source=model.root, parent=parent, format=options.format.value, layers=model.plan.layers)
+            parent, layers = model.artifact.as_parent(), checkpoint_layers(model, algorithm, options.calibration)
+            write_card(writer, _CARD, source=model.root, parent=parent, format=options.format, layers=layers)
             return writer.commit(
                 config=options.model_dump(mode="json", exclude={"force"}),
                 seed=None,
@@ -92,8 +100,8 @@ def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions
                     name="e4m3", granularity="per-tensor" if algorithm == _PER_TENSOR else "per-channel"
                 ),
                 runtime={"engine": "tensorrt-llm", "layout": "modelopt", "tested": False},
-                layers=list(model.plan.layers),
-                extra=_facts(options, algorithm, text, scales),
+                layers=layers,
+                details=_details(options, algorithm, text, scales),
             )
 
 
@@ -129,7 +137,7 @@ def quant_config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
     }
 
 
-def _calibrate(model: LanguageModel, options: LanguageExportOptions) -> tuple[ExportText, dict[str, InputScale]]:
+def _calibrate(model: LanguageModel, options: ModeloptExportOptions) -> tuple[ExportText, dict[str, InputScale]]:
     text = read_text(model, options.calibration_data, options.calibration_records)
     reference = model.torch_model(torch.float32)
     return text, scales_by_layer(count_inputs(reference, list(model.weights), text.calibration), options.calibration)
@@ -192,25 +200,28 @@ def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) ->
             floats += int(stored is None or not same_bits(stored, model.floats[unit.entry.name]))
     unplanned = len(set(found) ^ set(tensors))
     return [
-        _gate("weight codes differing", codes, f"of {sum(w.codes.numel() for w in model.weights.values())}"),
-        _gate("weight scales differing", scales, f"of {len(model.weights)} layers"),
-        _gate("copied tensors differing", floats, f"of {len(model.floats)}, bit for bit"),
-        _gate("tensors not as planned", unplanned, f"of {len(tensors)}"),
+        none_of("weight codes differing", codes, f"of {sum(w.codes.numel() for w in model.weights.values())}"),
+        none_of("weight scales differing", scales, f"of {len(model.weights)} layers"),
+        none_of("copied tensors differing", floats, f"of {len(model.floats)}, bit for bit"),
+        none_of("tensors not as planned", unplanned, f"of {len(tensors)}"),
     ]
 
 
-def _gate(name: str, value: int, detail: str) -> Gate:
-    return Gate(name=name, value=value, threshold=0, passed=value == 0, detail=detail)
-
-
-def _facts(
-    options: LanguageExportOptions,
+def _details(
+    options: ModeloptExportOptions,
     algorithm: str,
     text: ExportText | None,
     scales: Mapping[str, InputScale] | None,
-) -> dict[str, Any]:
-    facts: dict[str, Any] = {"format": options.format.value, "quant_algo": algorithm}
-    if text is not None and scales is not None:
-        facts["calibration"] = {"data": text.source, "sha256": text.digest, "records": len(text.calibration)}
-        facts["activation_scales"] = {name: scale.model_dump() for name, scale in scales.items()}
-    return facts
+) -> ModeloptDetails:
+    if text is None or scales is None:
+        return ModeloptDetails(format=options.format, quant_algo=algorithm)
+    return ModeloptDetails(
+        format=options.format, quant_algo=algorithm, calibration=text.facts, activation_scales=dict(scales)
+    )
+
+
+def checkpoint_layers(model: LanguageModel, algorithm: str, calibration: str = "amax") -> list[LayerRecord]:
+    """The artifact's records with the scales as they are written: repeated per row, or one and a static one of inputs."""
+    if algorithm == _PER_CHANNEL:
+        return list(model.plan.layers)
+    return language_records(model, calibration)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from exporters.modelopt.checkpoint import QUANT_FILE, checkpoint_tensors, quant_config
-from exporters.tensorrt.language.calibrate import InputScale
+from exporters.modelopt.checkpoint import QUANT_FILE, checkpoint_layers, checkpoint_tensors, quant_config
+from exporters.modelopt.target import ModeloptDetails
 from exporters.tensorrt.language.source import open_language
 from exporters.verify.common import compare_files, compare_json, compare_layers
 from exporters.vllm.verify import stray_weights, unexpected_tensors
 from fp8pipe.artifact import Artifact
-from fp8pipe.artifact.discrepancy import Catcher, Discrepancy
+from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.models.language.structure import read_structure
@@ -23,7 +23,7 @@ from fp8pipe.numerics.codec import same_bits
 __all__ = ["check_modelopt"]
 
 
-def check_modelopt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Discrepancy]:
+def check_modelopt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
     """Codes, scales, both configurations; every tensor against the parent's."""
     tensors = weight_entries(artifact.root)
     yield from stray_weights(artifact.root, tensors)
@@ -35,52 +35,52 @@ def check_modelopt(artifact: Artifact, parent: Path | None, notes: list[str]) ->
         yield from _against(artifact, tensors, parent)
 
 
-def _values(name: str, entry: TensorEntry, tensors: dict[str, TensorEntry]) -> Iterator[Discrepancy]:
+def _values(name: str, entry: TensorEntry, tensors: dict[str, TensorEntry]) -> Iterator[Finding]:
     if entry.dtype == "F8_E4M3":
         nan = int(((read_tensor(entry).view(torch.uint8) & 0x7F) == 0x7F).sum())
         if nan:
-            yield Discrepancy(Catcher.LINT, name, f"{nan} codes are NaN (nan-code)")
+            yield Finding(Check.LINT, name, f"{nan} codes are NaN (nan-code)")
         if f"{name}_scale" not in tensors:
-            yield Discrepancy(Catcher.LINT, name, "FP8 codes without a scale (missing-scale)")
+            yield Finding(Check.LINT, name, "FP8 codes without a scale (missing-scale)")
     elif name.endswith(("weight_scale", "input_scale")):
         scale = read_tensor(entry)
         if entry.dtype != "F32":
-            yield Discrepancy(Catcher.LINT, name, f"a scale of {entry.dtype}; expected F32 (scale-shape)")
+            yield Finding(Check.LINT, name, f"a scale of {entry.dtype}; expected F32 (scale-shape)")
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            yield Discrepancy(Catcher.LINT, name, "a scale is not a positive number (scale)")
+            yield Finding(Check.LINT, name, "a scale is not a positive number (scale)")
     elif not bool(torch.isfinite(read_tensor(entry).float()).all()):
-        yield Discrepancy(Catcher.LINT, name, "holds NaN or infinity (not-finite)")
+        yield Finding(Check.LINT, name, "holds NaN or infinity (not-finite)")
 
 
-def _configs(artifact: Artifact) -> Iterator[Discrepancy]:
+def _configs(artifact: Artifact) -> Iterator[Finding]:
     """hf_quant_config.json and config.json's block, against the manifest's algorithm and layers."""
-    manifest = artifact.manifest
+    manifest, details = artifact.manifest, artifact.manifest.details_of(ModeloptDetails)
     excluded = [layer.name for layer in manifest.layers if not layer.converted]
-    expected = quant_config(manifest.extra["quant_algo"], excluded)
+    expected = quant_config(details.quant_algo, excluded)
     found = json.loads((artifact.root / QUANT_FILE).read_text(encoding="utf-8"))
     yield from compare_json(found.get("quantization"), expected["quantization"], QUANT_FILE, "quantization")
     block = json.loads((artifact.root / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     said = {key: block.get(key) for key in ("quant_method", "quant_algo", "ignore")}
-    wanted = {"quant_method": "modelopt", "quant_algo": manifest.extra["quant_algo"], "ignore": excluded}
+    wanted = {"quant_method": "modelopt", "quant_algo": details.quant_algo, "ignore": excluded}
     yield from compare_json(said, wanted, "config.json", "quantization_config")
 
 
-def _against(artifact: Artifact, tensors: dict[str, TensorEntry], parent: Path) -> Iterator[Discrepancy]:
+def _against(artifact: Artifact, tensors: dict[str, TensorEntry], parent: Path) -> Iterator[Finding]:
     model = open_language(parent)
-    said = artifact.manifest.extra.get("activation_scales")
-    scales = None if said is None else {name: InputScale.model_validate(scale) for name, scale in said.items()}
-    expected = dict(checkpoint_tensors(model, artifact.manifest.extra["quant_algo"], scales))
+    details = artifact.manifest.details_of(ModeloptDetails)
+    scales = details.activation_scales
+    expected = dict(checkpoint_tensors(model, details.quant_algo, scales))
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             why = "it is missing" if name not in tensors else "a tensor that no export writes"
-            yield Discrepancy(Catcher.PARITY, name, why)
+            yield Finding(Check.PARITY, name, why)
         elif not same_bits(read_tensor(tensors[name]), expected[name]):
-            yield Discrepancy(Catcher.PARITY, name, "its dtype, shape or bits do not follow from the parent")
-    yield from compare_layers(artifact.manifest.layers, model.plan.layers)
+            yield Finding(Check.PARITY, name, "its dtype, shape or bits do not follow from the parent")
+    yield from compare_layers(artifact.manifest.layers, checkpoint_layers(model, details.quant_algo))
     yield from compare_files(
         artifact.root, parent, companion_files(artifact.root, SERVED_FILES), companion_files(parent, SERVED_FILES)
     )
     ours = json.loads((artifact.root / "config.json").read_text(encoding="utf-8"))
     ours.pop("quantization_config", None)
     for found in compare_json(ours, model.plan.source.config, "config.json"):
-        yield Discrepancy(Catcher.PARITY, found.where, found.why)
+        yield Finding(Check.PARITY, found.where, found.why)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exporters.graph.classes import compare_classes, measure_noise
-from exporters.graph.description import CLASSES_FILE, MODEL_FILE, require_gates, write_description
+from exporters.graph.description import CLASSES_FILE, MODEL_FILE, graph_details, require_gates, write_description
 from exporters.graph.dry_run import export_peak
 from exporters.graph.exact import codes_gate, outputs_gate
 from exporters.graph.formats import OnnxFormat
@@ -23,62 +23,46 @@ from exporters.graph.lint import lint_model, refuse
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.parity import compare_layers, inputs_of, outputs_of
 from exporters.graph.passes.weights import fits_int4
+from exporters.graph.plan import GraphPlan, vision_plan
 from exporters.graph.produce import QuantizedGraph, as_exported, quantize_graph
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
 from exporters.graph.trace import INPUT_NAME, OPSET, OUTPUT_NAME
 from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import KIND, OnnxDetails
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
     Gate,
-    LayerRecord,
     NumberFormat,
     check_place,
     installed_versions,
     open_artifact,
 )
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.plan import Plan
 from fp8pipe.core.progress import track
+from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.numerics.kinds import Kind
-from fp8pipe.report.card import CARD_FILE, write_card
+from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
-__all__ = ["CLASSES_FILE", "EXPORT_KIND", "MODEL_FILE", "SOURCE_KIND", "OnnxPlan", "export_onnx", "plan_export"]
+__all__ = ["CLASSES_FILE", "MODEL_FILE", "SOURCE_KIND", "export_onnx", "plan_export"]
 
 logger = logging.getLogger(__name__)
 
-EXPORT_KIND: Final = "onnx-export"
 SOURCE_KIND: Final = "vit"
 _LAYER_IMAGES: Final = 4
 _HALF: Final = 4  # bits
 
-
-@dataclass(frozen=True, slots=True)
-class OnnxPlan:
-    """What an export would write.
-
-    Attributes:
-        weights: layers whose weights are stored as codes.
-        activations: sites that are quantized.
-        float_layers: linears that stay float.
-        need_bytes: size of all stored tensors, bytes.
-        precision: in words, for instance "int4 weights, int8 activations".
-        halves: whether codes of at most 4 bits lie in bytes of their own.
-        peak_bytes: largest resident memory of an export by this process; None where it cannot be told.
-    """
-
-    weights: tuple[str, ...]
-    activations: tuple[str, ...]
-    float_layers: tuple[str, ...]
-    need_bytes: int
-    precision: str
-    halves: bool
-    peak_bytes: int | None = None
+_CARD: Final = CardFacts("onnx", "ONNX Runtime", (
+    "A whole quantized network is chaotic: single layers agree with torch to rounding, whole outputs loosely.",
+    "Other runtimes than ONNX Runtime were not tried.",
+))  # fmt: skip
 
 
-def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = True) -> OnnxPlan:
+def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = True) -> GraphPlan:
     """Read and lint the artifact, and say what an export would hold. Writes nothing.
 
     Args:
@@ -94,6 +78,12 @@ def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = Tru
     quantized = load_quantized(artifact.root)
     refuse(lint_model(quantized, options.format, runtime=runtime), str(source))
     return replace(_plan(quantized, options.format), peak_bytes=export_peak(quantized))
+
+
+def plan_onnx(source: Path, output: Path, options: OnnxExportOptions) -> tuple[dict[str, Any], Plan]:
+    """The dry run: the artifact is read and linted, nothing of it is traced."""
+    plan = plan_export(source, options)
+    return vision_plan(plan, source, output, format=options.format.value, force=options.force)
 
 
 def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artifact:
@@ -129,7 +119,7 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
     with track(3, "export") as progress:
         graph = quantize_graph(quantized, options.format, str(source))
         progress.advance(1)
-        with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
+        with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             _write(writer.root, graph, quantized)
             progress.advance(1)
             gates, near_tie = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
@@ -139,8 +129,10 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
             fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
             require_gates(gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
-            extra = _extra(graph, quantized, options) | {"near_tie": near_tie}
-            return _commit(writer, artifact, quantized, options, extra)
+            details = OnnxDetails(
+                **graph_details(graph, quantized, options.format.value).model_dump(), near_tie=near_tie
+            )
+            return _commit(writer, artifact, quantized, options, details)
 
 
 def _write(root: Path, graph: QuantizedGraph, quantized: QuantizedVit) -> None:
@@ -193,7 +185,7 @@ def _warn(writer: ArtifactWriter, quantized: QuantizedVit, format: OnnxFormat, i
         writer.warn(f"{len(plan.float_layers)} linear layer(s) stay float; the first: {plan.float_layers[0]}")
 
 
-def _plan(quantized: QuantizedVit, format: OnnxFormat) -> OnnxPlan:
+def _plan(quantized: QuantizedVit, format: OnnxFormat) -> GraphPlan:
     int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
     halves = {n for n, w in quantized.weights.items() if w.kind is Kind.NVFP4 or (int4 and fits_int4(w))}
     codes = sum((w.codes.numel() + 1) // 2 if n in halves else w.codes.numel() for n, w in quantized.weights.items())
@@ -202,7 +194,7 @@ def _plan(quantized: QuantizedVit, format: OnnxFormat) -> OnnxPlan:
     scales = sum(4 * w.scale.numel() for w in quantized.weights.values())
     activations = () if int4 else tuple(quantized.activations)
     kinds = sorted({f"{w.bits}-bit {w.kind}" for w in quantized.weights.values()})
-    return OnnxPlan(
+    return GraphPlan(
         weights=tuple(quantized.weights),
         activations=activations,
         float_layers=tuple(n for n in quantized.structure.linear_names if n not in quantized.weights),
@@ -217,13 +209,13 @@ def _commit(
     artifact: Artifact,
     quantized: QuantizedVit,
     options: OnnxExportOptions,
-    extra: dict[str, Any],
+    details: OnnxDetails,
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
     float_kind = all(w.kind is Kind.E4M3 for w in quantized.weights.values())
-    layers = [_record(site.name, site.shape, quantized) for site in quantized.structure.linears]
+    layers = layer_records(quantized, artifact.manifest.layers, activations=options.format.quantizes_activations)
     parent = artifact.as_parent()
-    write_card(writer, source=artifact.root, parent=parent, format=options.format.value, layers=layers)
+    write_card(writer, _CARD, source=artifact.root, parent=parent, format=options.format.value, layers=layers)
     return writer.commit(
         config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
@@ -240,20 +232,5 @@ def _commit(
         layers=layers,
         volatile=[CARD_FILE],
         versions=versions,
-        extra=extra,
+        details=details,
     )
-
-
-def _record(name: str, shape: tuple[int, int], quantized: QuantizedVit) -> LayerRecord:
-    weight = quantized.weights.get(name)
-    reason = "no codes in the artifact" if weight is None else f"{weight.bits}-bit {weight.kind}"
-    return LayerRecord(name=name, converted=weight is not None, reason=reason, shape=shape)
-
-
-def _extra(graph: QuantizedGraph, quantized: QuantizedVit, options: OnnxExportOptions) -> dict[str, Any]:
-    return {
-        "format": options.format.value,
-        "input": {"name": INPUT_NAME, "shape": ["batch", 3, *quantized.architecture.image_size], "type": "float32"},
-        "output": {"name": OUTPUT_NAME, "what": "logits" if quantized.architecture.classes else "features"},
-        "passes": {change.name: len(change.changed) for change in graph.changes},
-    }

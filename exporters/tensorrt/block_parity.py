@@ -22,7 +22,7 @@ from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
 from exporters.graph.cut import cut_layers, input_name
 from exporters.graph.layers import ExportedLayer, Operand
 from exporters.graph.parity import FLOAT_TOLERANCE, LayerParity, exact_outputs, inputs_of, layer_error, outputs_of
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer
 
@@ -92,7 +92,7 @@ def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
     codes, differing = sum(layer.codes for layer in report), sum(layer.differing_codes for layer in report)
     gates = [
         Gate(
-            name="NVFP4 codes and block scales differing", value=differing, threshold=0, passed=differing == 0,
+            name="NVFP4 codes and block scales differing", value=differing,
             detail=f"of {codes} in {len(report)} layers, each fed the same input",
         )
     ]  # fmt: skip
@@ -106,7 +106,7 @@ def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
         value, detail = errors[worst], "against the exact result of the codes, over the layer's largest output"
         gates.append(
             Gate(
-                name=name, value=value, threshold=tolerance, passed=value <= tolerance,
+                name=name, value=value, comparison=Comparison.AT_MOST, threshold=tolerance,
                 detail=f"{detail}; the worst: {worst}",
             )
         )  # fmt: skip

@@ -16,17 +16,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
-from exporters.tensorrt.export import ENGINES, EXPORT_KIND, MODEL_FILE
+from exporters.tensorrt.export import ENGINES, MODEL_FILE
 from exporters.tensorrt.options import TrtFormat
 from exporters.tensorrt.pack import PACKED_SUFFIX, unpack_engine
 from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder, installed_builder
 from exporters.tensorrt.rtx import SETTINGS, Built, Shapes, build_rtx
+from exporters.tensorrt.target import KIND, BuiltEngine, TrtDetails
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
@@ -88,20 +89,19 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
         GateFailedError: the builder refuses the graph, or multiplies in another precision than the export asks for.
         OutOfMemoryError: the disk is full.
     """
-    artifact = open_artifact(export, kind=EXPORT_KIND, caches=ENGINES)
+    artifact = open_artifact(export, kind=KIND, caches=ENGINES)
     wanted = _wanted(artifact, capability)
-    entry = artifact.manifest.extra["engines"].get(capability)
+    entry = artifact.manifest.details_of(TrtDetails).engines.get(capability)
     reasons = _stale(artifact, entry, wanted, capability)
-    if not reasons and not entry["engine"].endswith(PACKED_SUFFIX):
-        stored = artifact.root / entry["engine"]
-        return ReadyEngine(stored, wanted, EngineSource.EXPORT, entry["precisions"], ())
+    if entry is not None and not reasons and not entry.engine.endswith(PACKED_SUFFIX):
+        return ReadyEngine(artifact.root / entry.engine, wanted, EngineSource.EXPORT, entry.precisions, ())
     kept = _from_cache(wanted)
     if kept is not None:
         source = EngineSource.CACHE if reasons else EngineSource.EXPORT
         return ReadyEngine(_place(wanted), wanted, source, kept.precisions, reasons)
-    if not reasons:
-        _keep(wanted, lambda path: _unpack(artifact.root / entry["engine"], path, entry["precisions"]))
-        return ReadyEngine(_place(wanted), wanted, EngineSource.EXPORT, entry["precisions"], ())
+    if entry is not None and not reasons:
+        _keep(wanted, lambda path: _unpack(artifact.root / entry.engine, path, entry.precisions))
+        return ReadyEngine(_place(wanted), wanted, EngineSource.EXPORT, entry.precisions, ())
     notice = f"building the engine of {artifact.root} for {capability} again: {'; '.join(reasons)}"
     if on_build is not None:
         on_build(notice)
@@ -113,19 +113,20 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
 
 def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
     """Shapes of an export's inputs: what its engines are built for."""
-    for entry in artifact.manifest.extra["engines"].values():
-        if (recipe := _recipe(entry)) is not None:
-            return dict(recipe.profiles)
-    described = artifact.manifest.extra["input"]
-    sides = [int(side) for side in described["shape"][1:]]
+    details = artifact.manifest.details_of(TrtDetails)
+    for entry in details.engines.values():
+        if entry.recipe is not None:
+            return dict(entry.recipe.profiles)
+    sides = [int(side) for side in details.input.shape[1:]]
     low, usual, high = ((int(count), *sides) for count in artifact.manifest.config["batch"])
-    return {described["name"]: (low, usual, high)}
+    return {details.input.name: (low, usual, high)}
 
 
 def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
     """What an engine for this machine would be made from."""
     config = artifact.manifest.config
-    stored = _recipe(artifact.manifest.extra["engines"].get(capability))
+    entry = artifact.manifest.details_of(TrtDetails).engines.get(capability)
+    stored = None if entry is None else entry.recipe
     builder: Literal["rtx", "enterprise"] = "enterprise" if config["builder"] == "enterprise" else "rtx"
     # Without a builder nothing can be built, and nothing says that the stored engine is of another version.
     version = installed_builder(builder) or (stored.version if stored else "none installed")
@@ -136,23 +137,15 @@ def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
     )  # fmt: skip
 
 
-def _recipe(entry: Mapping[str, Any] | None) -> EngineRecipe | None:
-    """What a stored engine was made from; None where there is none, or the export is older than recipes."""
-    found = None if entry is None else entry.get("recipe")
-    return None if found is None else EngineRecipe.model_validate(found)
-
-
-def _stale(
-    artifact: Artifact, entry: Mapping[str, Any] | None, wanted: EngineRecipe, capability: str
-) -> tuple[str, ...]:
+def _stale(artifact: Artifact, entry: BuiltEngine | None, wanted: EngineRecipe, capability: str) -> tuple[str, ...]:
     """Why the export's own engine does not serve; empty when it does."""
     if entry is None:
         return (f"the export holds none for compute capability {capability}",)
-    stored = _recipe(entry)
+    stored = entry.recipe
     if stored is None:
         return ("the export is older than this version and does not say what its engines were made from",)
     differences = stored.differences(wanted)
-    listed = next((file for file in artifact.manifest.files if file.path == entry["engine"]), None)
+    listed = next((file for file in artifact.manifest.files if file.path == entry.engine), None)
     damage = "the manifest does not list it" if listed is None else check_file(artifact.root, listed)
     return (*differences, damage) if damage else differences
 
@@ -225,9 +218,10 @@ def _checked(artifact: Artifact, built: Built, capability: str) -> dict[str, int
 
     nodes = [str(node.name) for node in ir.load(artifact.root / MODEL_FILE).graph if node.op_type in _PRODUCTS]
     report = read_precision(nodes, built.layers)
-    format = TrtFormat(artifact.manifest.extra["format"])
+    details = artifact.manifest.details_of(TrtDetails)
+    format = TrtFormat(details.format)
     required = artifact.manifest.config["require"] and not format.weight_only
-    other = report.not_in(artifact.manifest.extra["products"]) if required else ()
+    other = report.not_in(details.products) if required else ()
     if other:
         counts = json.dumps(report.counts())
         raise GateFailedError(

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from exporters.graph.description import require_gates, write_description
-from exporters.graph.findings import Finding
+from exporters.graph.description import graph_details, require_gates, write_description
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import float_gate
 from exporters.graph.images import ProbeImages, probe_images
@@ -17,9 +16,12 @@ from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.lint import lint_model, refuse
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE
+from exporters.graph.plan import vision_plan
 from exporters.graph.produce import QuantizedGraph
 from exporters.graph.reopen import reopen_gates
-from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME, ProductKind
+from exporters.graph.trace import INPUT_NAME, ProductKind
+from exporters.onnx.export import plan_export
+from exporters.onnx.options import OnnxExportOptions
 from exporters.tensorrt.block_parity import block_gates, block_parity
 from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise
 from exporters.tensorrt.formats import choose_format, in_format
@@ -33,41 +35,47 @@ from exporters.tensorrt.parity import parity_gates, typed_parity
 from exporters.tensorrt.precision import PrecisionReport, artifact_precisions, read_precision
 from exporters.tensorrt.recipe import EngineRecipe
 from exporters.tensorrt.rtx import SETTINGS, Shapes, build_rtx
-from exporters.tensorrt.size import ideal_bytes, measure_engine, size_gate, stored_gate
-from exporters.tensorrt.targets import with_targets
+from exporters.tensorrt.size import expected_sizes, ideal_bytes, measure_engine, size_gate, stored_gate
+from exporters.tensorrt.target import ENGINE_LIMITS, KIND, BuiltEngine, TrtDetails
+from exporters.tensorrt.targets import plan_targets, with_targets
 from exporters.tensorrt.trtexec import trtexec_command
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
+    Comparison,
     Gate,
-    LayerRecord,
     NumberFormat,
     check_place,
     installed_versions,
     open_artifact,
     sha256_file,
 )
+from fp8pipe.artifact.finding import Finding
+from fp8pipe.core.plan import Plan
 from fp8pipe.core.progress import track
+from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.numerics.kinds import granularity
-from fp8pipe.report.card import CARD_FILE, write_card
+from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ENGINES", "EXPORT_KIND", "LAYERS_FILE", "MODEL_FILE", "engine_file", "export_tensorrt"]
+__all__ = ["ENGINES", "LAYERS_FILE", "MODEL_FILE", "engine_file", "export_tensorrt"]
 
-EXPORT_KIND: Final = "trt-export"
 SOURCE_KIND: Final = "vit"
 MODEL_FILE: Final = "model.onnx"
 ENGINES: Final = "engines"
 LAYERS_FILE: Final = "layers.json"
 _LAYER_IMAGES: Final = 4
+_BLOCK_LINEARS: Final = 4  # qkv, projection and the two of the MLP
 _FLOATS: Final = ("fp16", "fp32", "bf16")
 # What the manifest keeps of an engine's entry in layers.json.
 _IN_MANIFEST: Final = (
     "engine", "engine_bytes", "stored_bytes", "size", "precisions", "fused_attentions", "recipe",
 )  # fmt: skip
+
+_CARD: Final = CardFacts("tensorrt", "TensorRT", ENGINE_LIMITS)
 
 
 def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Artifact:
@@ -105,7 +113,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
     with track(2 + len(engines), "export") as progress:
         graph = typed_graph(quantized, format, str(source))
         progress.advance(1)
-        with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
+        with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             layers = read_layers(graph.model)
             gates = _write(writer.root, graph, layers, quantized, images, options, str(source))
             ideal = ideal_bytes(graph.model)
@@ -136,6 +144,26 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
             if images.source.startswith("random"):
                 writer.warn(f"compared on {images.source}")
             return _commit(writer, artifact, quantized, options, format, graph, reports, artifact_precisions(layers))
+
+
+def plan_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> tuple[dict[str, Any], Plan]:
+    """The dry run: the artifact is read and linted, nothing of it is traced, and no builder is called."""
+    graph = plan_export(source, OnnxExportOptions(force=options.force), runtime=False)
+    places = {Builder.RTX: list(plan_targets(source, options)[1]), Builder.ENTERPRISE: ["the GPU of this machine"]}
+    engines = places.get(options.builder, [])
+    blocks = (len(graph.weights) + len(graph.float_layers)) // _BLOCK_LINEARS
+    sizes = expected_sizes(graph.need_bytes, blocks, len(engines), pack=options.pack, halves=graph.halves)
+    document, plan = vision_plan(
+        graph, source, output, format=options.base.value, force=options.force, engines=engines,
+        base=options.base.value, sizes=sizes,
+    )  # fmt: skip
+    return {**document, "engines": engines}, plan
+
+
+def after_export(artifact: Artifact) -> list[str]:
+    """What to say after an export."""
+    command = artifact.manifest.details_of(TrtDetails).trtexec
+    return ["  to build TensorRT's engine on another machine:", f"    {command}"]
 
 
 def engine_file(capability: str, builder: Builder = Builder.RTX) -> str:
@@ -228,14 +256,14 @@ def _precision_gate(
     shown = ", ".join(f"{count} in {name}" for name, count in sorted(report.counts().items()))
     if format.weight_only:  # the builder is free to dequantize: codes and memory stay small, nothing is rounded anew
         value = sum(product.name in _FLOATS for product in report.products)
-        return Gate(name=f"products in float for {capability}", value=value, threshold=value, passed=True, detail=shown)
+        return Gate(name=f"products in float for {capability}", value=value, threshold=value, detail=shown)
     wanted = artifact_precisions(layers)
     other = report.not_in(wanted)
     if len(kinds := Counter(wanted.values())) > 1:
         shown += f"; in the artifact {', '.join(f'{count} in {name}' for name, count in sorted(kinds.items()))}"
     return Gate(
-        name=f"products not in {format} for {capability}", value=len(other), threshold=0 if required else len(other),
-        passed=not other or not required, detail=shown + (f"; the first: {other[0]}" if other else ""),
+        name=f"products not in {format} for {capability}", value=len(other),
+        comparison=Comparison.AT_MOST, threshold=0 if required else len(other), detail=shown + (f"; the first: {other[0]}" if other else ""),
     )  # fmt: skip
 
 
@@ -250,12 +278,9 @@ def _commit(
     products: dict[str, str],
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "timm"))
-    layers = [
-        LayerRecord(name=s.name, converted=s.name in quantized.weights, reason=options.base.value, shape=s.shape)
-        for s in quantized.structure.linears
-    ]
+    layers = layer_records(quantized, artifact.manifest.layers, activations=not format.weight_only)
     parent = artifact.as_parent()
-    write_card(writer, source=artifact.root, parent=parent, format=format.value, layers=layers)
+    write_card(writer, _CARD, source=artifact.root, parent=parent, format=format.value, layers=layers)
     return writer.commit(
         config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
@@ -266,17 +291,13 @@ def _commit(
         layers=layers,
         volatile=[CARD_FILE],
         versions=versions,
-        extra={
-            "format": format.value,
-            "base": options.base.value,
-            "input": {"name": INPUT_NAME, "shape": ["batch", 3, *quantized.architecture.image_size], "type": "float32"},
-            "output": {"name": OUTPUT_NAME, "what": "logits" if quantized.architecture.classes else "features"},
-            "trtexec": trtexec_command(
+        details=TrtDetails(
+            **graph_details(graph, quantized, format.value).model_dump(), base=options.base.value,
+            trtexec=trtexec_command(
                 MODEL_FILE, _profiles(quantized, options), workspace_mib=options.enterprise.workspace_mib,
                 version_compatible=options.enterprise.version_compatible,
             ),
-            "products": products,
-            "passes": {change.name: len(change.changed) for change in graph.changes},
-            "engines": {c: {k: e[k] for k in _IN_MANIFEST} for c, e in reports.items()},
-        },
+            products=products,
+            engines={c: BuiltEngine.model_validate({k: e[k] for k in _IN_MANIFEST}) for c, e in reports.items()},
+        ),
     )  # fmt: skip

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from exporters.graph.findings import Finding
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.lint import refuse
 from exporters.graph.passes.weights import fits_int4
 from exporters.graph.produce import as_exported
 from exporters.tensorrt.options import TrtFormat
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.numerics.kinds import Kind
 

@@ -19,7 +19,7 @@ from exporters.graph.cut import input_name
 from exporters.graph.layers import ExportedLayer
 from exporters.graph.parity import INTEGER_TOLERANCE, LayerParity, compare_layers, inputs_of, outputs_of
 from exporters.graph.trace import ProductKind
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.models.vision.quantized import QuantizedVit
 
 if TYPE_CHECKING:
@@ -69,11 +69,11 @@ def parity_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLER
     worst = max(report, key=lambda layer: layer.error if layer.error == layer.error else float("inf"))
     return [
         Gate(
-            name="activation codes differing", value=differing, threshold=0, passed=differing == 0,
+            name="activation codes differing", value=differing,
             detail=f"of {codes} in {len(report)} layers, each fed the same input",
         ),
         Gate(
-            name="layer error", value=worst.error, threshold=tolerance, passed=worst.error <= tolerance,
+            name="layer error", value=worst.error, comparison=Comparison.AT_MOST, threshold=tolerance,
             detail=f"against the exact result of the codes, over the layer's largest output; the worst: {worst.layer}",
         ),
     ]  # fmt: skip

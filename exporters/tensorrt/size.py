@@ -13,16 +13,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pydantic import Field
-
-from fp8pipe.artifact import Gate
-from fp8pipe.core.config import FrozenConfig
+from exporters.tensorrt.target import EngineSize
+from fp8pipe.artifact import Comparison, Gate
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
-    "ALLOWANCE_BYTES", "LIMIT", "EngineSize", "expected_sizes", "ideal_bytes", "measure_engine", "size_gate",
+    "ALLOWANCE_BYTES", "LIMIT", "expected_sizes", "ideal_bytes", "measure_engine", "size_gate",
     "stored_gate",
 ]  # fmt: skip
 
@@ -60,24 +58,6 @@ def expected_sizes(graph_bytes: int, blocks: int, engines: int, *, pack: bool, h
     return graph_bytes + engines * packed + plain, graph_bytes + engines * packed
 
 
-class EngineSize(FrozenConfig):
-    """Bytes of one engine."""
-
-    engine_bytes: int = Field(gt=0, description="the file")
-    text_bytes: int = Field(ge=0, description="source text of kernels, and the builder's description of the network")
-    ideal_bytes: int = Field(gt=0, description="the graph's codes, scales and floats")
-
-    @property
-    def over_ideal(self) -> float:
-        """The whole file, over the ideal."""
-        return self.engine_bytes / self.ideal_bytes
-
-    @property
-    def weights_over_ideal(self) -> float:
-        """The file without its text, over the ideal."""
-        return (self.engine_bytes - self.text_bytes) / self.ideal_bytes
-
-
 def ideal_bytes(model: ir.Model) -> int:
     """Bytes of all stored tensors of a graph; two INT4 or FP4 codes a byte."""
     tensors = (value.const_value for value in model.graph.initializers.values())
@@ -110,7 +90,8 @@ def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
     shown = f"codes, scales and floats have {size.ideal_bytes / _MEGABYTE:.1f}: x{size.weights_over_ideal:.2f}"
     return Gate(
         name=f"MB of the engine beside text for {capability}",
-        value=value, threshold=limit if required else max(value, limit), passed=value <= limit or not required,
+        value=value, comparison=Comparison.AT_MOST,
+        threshold=limit if required else max(value, limit),
         detail=f"of {size.engine_bytes / _MEGABYTE:.1f}; {shown}",
     )  # fmt: skip
 
@@ -128,6 +109,7 @@ def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, require
     limit = (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
     return Gate(
         name=f"MB of the stored engine for {capability}",
-        value=value, threshold=limit if required else max(value, limit), passed=value <= limit or not required,
+        value=value, comparison=Comparison.AT_MOST,
+        threshold=limit if required else max(value, limit),
         detail=f"x{stored_bytes / size.ideal_bytes:.2f} of codes, scales and floats",
     )  # fmt: skip

@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exporters.graph.details import GraphDetails, GraphInput
+from exporters.target import call, open_export
 from exporters.triton.graph import TritonDevice, write_graph
-from fp8pipe.artifact import MANIFEST_NAME, SEAL_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
+from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.errors import ConfigurationError
 
 __all__ = ["write_triton_repository"]
 
-KINDS = ("onnx-export", "vllm-export")
 _MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
 _MAX_BATCH = 32
 
@@ -33,7 +34,7 @@ def write_triton_repository(
     """Write the repository; the folder of the model in it.
 
     Args:
-        export: an onnx or a vllm export.
+        export: one whose target says how (`Service.repository`).
         output: the repository; may exist, and may hold other models.
         device: of a vision export, see `write_graph`; vLLM chooses its own.
         max_model_len: context of a language model, tokens; vLLM's choice when None.
@@ -44,7 +45,8 @@ def write_triton_repository(
         GateFailedError, MissingCapabilityError: as `write_graph`.
         OutOfMemoryError: the disk is full.
     """
-    artifact = open_artifact(export, kind=KINDS)
+    found, target = open_export(export, lambda known: known.service.repository)
+    artifact = open_artifact(found.root)
     name = artifact.root.resolve().name
     root = output / name
     if root.exists():
@@ -53,19 +55,17 @@ def write_triton_repository(
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "1").mkdir(parents=True)
     with translate_disk_full(output, artifact.size_bytes):
-        if artifact.kind == "onnx-export":
-            config = _write_onnx(artifact, partial, name, device)
-        else:
-            config = _write_vllm(artifact, partial, name, max_model_len)
+        config = call(target.service.repository or "", artifact, partial, name, device, max_model_len)
         (partial / "config.pbtxt").write_text(config, encoding="utf-8")
-        for file in (MANIFEST_NAME, SEAL_NAME):
+        for file in (MANIFEST_NAME, CHECKSUM_NAME):
             if (artifact.root / file).is_file():
                 shutil.copyfile(artifact.root / file, partial / file)
     partial.rename(root)
     return root
 
 
-def _write_onnx(artifact: Artifact, root: Path, name: str, device: TritonDevice) -> str:
+def write_vision(artifact: Artifact, root: Path, name: str, device: TritonDevice, max_model_len: int | None) -> str:
+    """The files of a graph, and its config.pbtxt."""
     graph = root / "1" / _MODEL
     width = write_graph(artifact.root / _MODEL, graph, device, artifact.manifest.runtime.get("session_entries", {}))
     labels = _labels(artifact.root / _CLASSES)
@@ -73,19 +73,19 @@ def _write_onnx(artifact: Artifact, root: Path, name: str, device: TritonDevice)
         (root / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
     if (artifact.root / _PREPROCESSING).is_file():
         shutil.copyfile(artifact.root / _PREPROCESSING, root / _PREPROCESSING)
-    facts = artifact.manifest.extra
+    details = artifact.manifest.details_of(GraphDetails)
     parameters = {"fp8pipe_artifact": artifact.digest, "fp8pipe_graph": f"sha256:{sha256_file(graph)}"}
     return _onnx_config(
-        name, facts["input"], facts["output"]["name"], width, labelled=labels is not None, device=device,
+        name, details.input, details.output.name, width, labelled=labels is not None, device=device,
         parameters=parameters,
     )  # fmt: skip
 
 
 def _onnx_config(
-    name: str, source: Mapping[str, Any], result: str, width: int, *, labelled: bool, device: TritonDevice,
+    name: str, source: GraphInput, result: str, width: int, *, labelled: bool, device: TritonDevice,
     parameters: Mapping[str, str],
 ) -> str:  # fmt: skip
-    dims = ", ".join(str(int(size)) for size in source["shape"][1:])
+    dims = ", ".join(str(int(size)) for size in source.shape[1:])
     label = '\n    label_filename: "labels.txt"' if labelled else ""
     kind = "KIND_GPU" if device is TritonDevice.GPU else "KIND_CPU"
     said = "".join(_parameter(key, value) for key, value in parameters.items())
@@ -95,7 +95,7 @@ backend: "onnxruntime"
 max_batch_size: {_MAX_BATCH}
 input [
   {{
-    name: {_quoted(source["name"])}
+    name: {_quoted(source.name)}
     data_type: TYPE_FP32
     dims: [ {dims} ]
   }}
@@ -112,7 +112,8 @@ dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
 {said}"""
 
 
-def _write_vllm(artifact: Artifact, root: Path, name: str, max_model_len: int | None) -> str:
+def write_language(artifact: Artifact, root: Path, name: str, device: TritonDevice, max_model_len: int | None) -> str:
+    """The files of a checkpoint for the vLLM backend, and its config.pbtxt."""
     checkpoint = root / "1" / "checkpoint"
     for entry in artifact.manifest.files:
         (checkpoint / entry.path).parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fp8pipe.artifact.discrepancy import Catcher, Discrepancy
+from fp8pipe.artifact.finding import Check, Finding
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["compare_graphs", "compare_stored"]
 
 
-def compare_graphs(found: ir.Model, expected: ir.Model) -> Iterator[Discrepancy]:
+def compare_graphs(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:
     """Everything but stored numbers in which a file's graph differs from the one made again.
 
     Args:
@@ -46,7 +46,7 @@ def _signature(value: ir.Value) -> tuple[str, str, str]:
     return str(value.name), str(value.dtype), str(value.shape)
 
 
-def _compare_nodes(found: list[ir.Node], expected: list[ir.Node]) -> Iterator[Discrepancy]:
+def _compare_nodes(found: list[ir.Node], expected: list[ir.Node]) -> Iterator[Finding]:
     """By the name of the first output, which every node has and no two share."""
     ours, theirs = ({str(n.outputs[0].name): n for n in nodes} for nodes in (found, expected))
     for name in theirs:
@@ -71,7 +71,7 @@ def _compare_nodes(found: list[ir.Node], expected: list[ir.Node]) -> Iterator[Di
                 yield _parity(_label(other), f"attribute {key}: {pair[0]}; expected {pair[1]}")
 
 
-def compare_stored(found: ir.Model, expected: ir.Model) -> Iterator[Discrepancy]:
+def compare_stored(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:
     """Every stored tensor, by name: type, shape and bytes."""
     ours, theirs = found.graph.initializers, expected.graph.initializers
     for name in sorted(ours.keys() | theirs.keys()):
@@ -83,7 +83,7 @@ def compare_stored(found: ir.Model, expected: ir.Model) -> Iterator[Discrepancy]
             yield from _compare_tensors(name, ours[name].const_value, theirs[name].const_value)
 
 
-def _compare_tensors(name: str, found: Any, expected: Any) -> Iterator[Discrepancy]:
+def _compare_tensors(name: str, found: Any, expected: Any) -> Iterator[Finding]:
     kinds = tuple((str(t.dtype), tuple(t.shape)) for t in (found, expected))
     if kinds[0] != kinds[1]:
         yield _parity(name, f"it is {kinds[0]}; expected {kinds[1]}")
@@ -116,5 +116,5 @@ def _label(node: ir.Node) -> str:
     return str(node.name or f"{node.op_type} -> {node.outputs[0].name}")
 
 
-def _parity(where: str, why: str) -> Discrepancy:
-    return Discrepancy(Catcher.PARITY, where, why if len(why) <= 400 else why[:397] + "...")
+def _parity(where: str, why: str) -> Finding:
+    return Finding(Check.PARITY, where, why if len(why) <= 400 else why[:397] + "...")

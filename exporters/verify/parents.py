@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exporters.vllm.source import open_source
 from fp8pipe.artifact import Artifact, Parent, read_manifest
-from fp8pipe.artifact.discrepancy import Catcher, Discrepancy
+from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.tree import find_tree
 from fp8pipe.artifact.verify import find_parent
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
@@ -27,7 +27,7 @@ class Found:
     """
 
     path: Path | None = None
-    findings: list[Discrepancy] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -71,13 +71,13 @@ class Family:
                 found.path = known.root
         return found
 
-    def _other(self, artifact: Artifact, parent: Parent) -> Discrepancy | None:
+    def _other(self, artifact: Artifact, parent: Parent) -> Finding | None:
         """An artifact that was named as the parent, is of its kind, and is another one."""
         others = [named for named in self.named if named.kind == parent.kind and named.root != artifact.root]
         if not others:
             return None
         why = f"the manifest names {parent.kind} {parent.digest}; {others[0].root.name} has {others[0].digest}"
-        return Discrepancy(Catcher.PARENT, others[0].root.name, why)
+        return Finding(Check.PARENT, others[0].root.name, why)
 
 
 def _model_digest(place: Path) -> str:

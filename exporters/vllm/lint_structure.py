@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from exporters.graph.findings import Finding
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, fused_siblings, tied_original
 from exporters.vllm.source import SourceKind
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.language.structure import Role
 
 __all__ = ["lint_structure"]
@@ -62,7 +62,7 @@ def _scales(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _adapter_state(plan: ExportPlan) -> Iterator[Finding]:
-    state = plan.source.extra.get("adapter")
+    state = plan.source.adapter
     if plan.source.kind == SourceKind.FALQON and state != "flushed":
         yield Finding(
             "adapter-not-flushed",

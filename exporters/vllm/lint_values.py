@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from exporters.graph.findings import Finding
 from exporters.vllm.plan import ExportPlan, Unit, tied_original
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
 from fp8pipe.numerics.codec import same_bits
 from fp8pipe.numerics.grids import E4M3

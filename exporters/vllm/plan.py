@@ -16,7 +16,7 @@ from enum import StrEnum
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.quantization_config import CheckpointSchema, schema_for
 from exporters.vllm.source import Source
-from fp8pipe.artifact import LayerRecord
+from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry
 from fp8pipe.models.language.structure import ModelStructure, Role
 
@@ -25,6 +25,8 @@ __all__ = ["Action", "ExportPlan", "Output", "Unit", "build_plan", "fused_siblin
 SCALE_SUFFIX = "_scale"
 # FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
 DIMENSION_MULTIPLE = 16
+# What vLLM does with the inputs of an FP8 layer whose activations are declared dynamic, per token.
+ENGINE_ACTIVATIONS = Encoding(format="e4m3", bits=8, granularity="per-token", scale_rule=ScaleRule.AMAX, dynamic=True)
 
 
 class Action(StrEnum):
@@ -152,7 +154,9 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
         dropped=tuple(u for u in units if u.action is Action.DROP),
         orphans=orphans,
         ignore=tuple(sorted(projections.keys() - quantized, key=_natural)) if options.format.quantized else (),
-        layers=tuple(_layer(m, structure, quantized, refused) for m in sorted(projections, key=_natural)),
+        layers=tuple(
+            _layer(m, source, structure, options, quantized, refused) for m in sorted(projections, key=_natural)
+        ),
     )
 
 
@@ -252,12 +256,22 @@ def tied_original(original: str, source: Source, structure: ModelStructure) -> T
     return source.tensors.get(original) or source.tensors.get(short)
 
 
-def _layer(module: str, structure: ModelStructure, quantized: set[str], refused: dict[str, str]) -> LayerRecord:
+def _layer(
+    module: str, source: Source, structure: ModelStructure, options: VllmExportOptions, quantized: set[str],
+    refused: dict[str, str],
+) -> LayerRecord:  # fmt: skip
     shape = structure.shapes[module]
     rows, columns = reversed(shape) if structure.roles[module] is Role.CONV1D else shape
-    converted = module in quantized
-    reason = "" if converted else refused.get(module, "not FP8 in the source, or not asked for")
-    return LayerRecord(name=module, converted=converted, reason=reason, shape=(rows, columns))
+    if module not in quantized:
+        reason = refused.get(module, "not FP8 in the source, or not asked for")
+        return LayerRecord(name=module, reason=reason, shape=(rows, columns))
+    before = source.encoding_of(module)
+    rule = ScaleRule.AMAX if before is None else before.scale_rule
+    weight = Encoding(format="e4m3", bits=8, granularity="per-channel", scale_rule=rule)
+    return LayerRecord(
+        name=module, shape=(rows, columns), weight=weight,
+        activation=ENGINE_ACTIVATIONS if options.format is ExportFormat.FP8 else None,
+    )  # fmt: skip
 
 
 def _shards(units: list[Unit], max_bytes: int) -> tuple[tuple[Unit, ...], ...]:

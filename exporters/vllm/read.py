@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.vllm.export import EXPORT_KIND
 from exporters.vllm.plan import SCALE_SUFFIX
+from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import open_artifact
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.models.language.structure import load_config, model_class
@@ -72,8 +72,8 @@ def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _by_file(export: Path) -> Iterator[tuple[str, list[tuple[TensorEntry, TensorEntry | None, bool]]]]:
-    artifact = open_artifact(export, kind=EXPORT_KIND, verify=False)
-    transposed = set(artifact.manifest.extra.get("transposed", []))
+    artifact = open_artifact(export, kind=KIND, verify=False)
+    transposed = set(artifact.manifest.details_of(VllmDetails).transposed)
     entries = weight_entries(export)
     for file in sorted({entry.file for entry in entries.values()}):
         weights = []

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from exporters.vllm.auxiliary import CONFIG_NAME, auxiliary_files
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.numerics.codec import dequantize_weight, quantize_weight, relative_error, same_bits
 
@@ -152,7 +152,6 @@ def _payload(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
         name="payload-bytes",
         value=float(size),
         threshold=float(plan.payload_bytes),
-        passed=size == plan.payload_bytes,
         detail="tensor data written, bytes; must equal the plan",
     )
 
@@ -182,8 +181,8 @@ def _config(plan: ExportPlan, root: Path) -> Gate:
 def _none(name: str, wrong: list[str], detail: str) -> Gate:
     if wrong:
         detail = f"{detail}; differing: {', '.join(wrong[:5])}" + (" ..." if len(wrong) > 5 else "")
-    return Gate(name=name, value=float(len(wrong)), threshold=0.0, passed=not wrong, detail=detail)
+    return Gate(name=name, value=float(len(wrong)), detail=detail)
 
 
 def _below(name: str, value: float, threshold: float, detail: str) -> Gate:
-    return Gate(name=name, value=value, threshold=threshold, passed=value <= threshold, detail=detail)
+    return Gate(name=name, value=value, comparison=Comparison.AT_MOST, threshold=threshold, detail=detail)

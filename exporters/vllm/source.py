@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.artifact import MANIFEST_NAME, Parent, open_artifact, sha256_file
+from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_artifact, sha256_file
+from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
@@ -23,8 +24,7 @@ __all__ = ["Source", "SourceKind", "open_source"]
 class SourceKind:
     """Names of the three kinds of source."""
 
-    FALQON = "falqon"
-    LORA_MERGED = "lora-merged"
+    FALQON, LORA_MERGED = TUNED_KINDS
     HUGGING_FACE = "huggingface"
 
 
@@ -38,7 +38,8 @@ class Source:
         config: parsed config.json.
         tensors: entries by tensor name.
         transposed: module names the artifact declares as stored `(in, out)`, None when nothing declares.
-        extra: the manifest's `extra`, empty for a plain directory.
+        layers: the manifest's records by layer, empty for a plain directory.
+        adapter: what the manifest says became of the adapter; None for a plain directory.
         parent: the record for the export's manifest.
     """
 
@@ -47,13 +48,28 @@ class Source:
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
     transposed: frozenset[str] | None
-    extra: dict[str, Any]
+    layers: dict[str, LayerRecord]
+    adapter: str | None
     parent: Parent
 
     @property
     def holds_codes(self) -> bool:
         """Whether linear weights are FP8 codes already."""
         return self.kind == SourceKind.FALQON
+
+    def encoding_of(self, module: str) -> Encoding | None:
+        """How the source stores a layer's weight, as its manifest says; names may lack the base model's prefix."""
+        found = self._record(module)
+        return None if found is None else found.weight
+
+    @property
+    def trained_activations(self) -> Encoding | None:
+        """How training quantized the inputs of FP8 layers; None where it did not, or where nothing was trained in FP8."""
+        return next((layer.activation for layer in self.layers.values() if layer.activation is not None), None)
+
+    def _record(self, module: str) -> LayerRecord | None:
+        parts = module.split(".")
+        return next((self.layers[n] for i in range(len(parts)) if (n := ".".join(parts[i:])) in self.layers), None)
 
 
 def open_source(source: Path | str) -> Source:
@@ -77,14 +93,15 @@ def open_source(source: Path | str) -> Source:
 def _from_artifact(root: Path) -> Source:
     artifact = open_artifact(root, kind=(SourceKind.FALQON, SourceKind.LORA_MERGED))
     manifest = artifact.manifest
-    names = manifest.extra.get("transposed") or []
+    details = manifest.details_of(TunedDetails)
     return Source(
         root=root,
         kind=manifest.kind,
         config=_read_config(root),
         tensors=weight_entries(root),
-        transposed=frozenset(str(name).removesuffix(".weight") for name in names),
-        extra=dict(manifest.extra),
+        transposed=frozenset(name.removesuffix(".weight") for name in details.transposed),
+        layers={layer.name: layer for layer in manifest.layers},
+        adapter=details.adapter,
         parent=artifact.as_parent(),
     )
 
@@ -102,7 +119,8 @@ def _from_hugging_face(root: Path, origin: str) -> Source:
         config=config,
         tensors=tensors,
         transposed=None,
-        extra={},
+        layers={},
+        adapter=None,
         parent=Parent(kind="model", digest=_digest(root, tensors), path=origin),
     )
 

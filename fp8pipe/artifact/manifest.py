@@ -1,7 +1,7 @@
 """The manifest: what an artifact is, where it came from, and how its numbers are to be read.
 
-Typed and versioned, so that a reader refuses what it does not understand instead of guessing. Scales always
-state their direction; a gate keeps its value and threshold beside its verdict; a fallback is a warning here.
+Typed by its kind and versioned, so that a reader refuses what it does not understand instead of guessing. Scales always
+state their direction; a gate's verdict follows from its numbers; a fallback is a warning here.
 """
 
 from __future__ import annotations
@@ -9,28 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, SerializeAsAny, ValidationError
 
+from fp8pipe.artifact.gate import Gate
+from fp8pipe.artifact.kinds import Details, kind_named
+from fp8pipe.artifact.layers import LayerRecord
+from fp8pipe.artifact.migrate import migrate
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = [
-    "MANIFEST_NAME",
-    "SCHEMA_VERSION",
-    "SEALED_SINCE",
-    "FileEntry",
-    "Gate",
-    "LayerRecord",
-    "Manifest",
-    "NumberFormat",
+    "CHECKSUM_SINCE", "MANIFEST_NAME", "SCHEMA_VERSION", "FileEntry", "Gate", "LayerRecord", "Manifest", "NumberFormat",
     "Parent",
-]
+]  # fmt: skip
 
-# 2: a seal lies beside the manifest.
-SCHEMA_VERSION = 2
-SEALED_SINCE = 2
+D = TypeVar("D", bound=Details)
+
+# 2: a checksum lies beside the manifest. 3: facts are typed by kind, layers have encodings, gates their comparison.
+SCHEMA_VERSION = 3
+CHECKSUM_SINCE = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -53,20 +52,6 @@ class FileEntry(FrozenConfig):
     sha256: Sha256 = Field(description="digest of the file's bytes, hexadecimal")
     volatile: bool = Field(
         default=False, description="true where the bytes hold times, or a compiler's free choices: a rerun may differ"
-    )
-
-
-class Gate(FrozenConfig):
-    """A value that was compared with a threshold, and the verdict."""
-
-    name: str = Field(description="what was measured")
-    value: float = Field(description="the measured value; NaN is recorded as such")
-    threshold: float = Field(description="what it was compared with")
-    passed: bool = Field(description="the verdict")
-    detail: str = Field(default="", description="unit, direction of the comparison, or why it failed")
-    failure: Literal["ANOMALOUS", "REGRESSION"] = Field(
-        default="ANOMALOUS",
-        description="what its failing means: two things differ that must be equal, or a figure got worse than accepted",
     )
 
 
@@ -93,20 +78,11 @@ class NumberFormat(FrozenConfig):
     )
 
 
-class LayerRecord(FrozenConfig):
-    """What became of one layer."""
-
-    name: str = Field(description="the layer's name in the checkpoint, without '.weight'")
-    converted: bool = Field(description="true when the layer is stored in the number format")
-    reason: str = Field(default="", description="why it was converted or left alone")
-    shape: tuple[int, int] | None = Field(default=None, description="(out, in); none where it has no matrix")
-
-
 class Manifest(FrozenConfig):
-    """Everything an artifact says about itself."""
+    """Everything an artifact says about itself: what all kinds have in common, and `details` typed by the kind."""
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1, description="version of this schema")
-    kind: str = Field(description="what the artifact is: 'falqon', 'lora-merged', 'vllm-export', ...")
+    kind: str = Field(description="what the artifact is; a registered kind")
     stage: str = Field(description="the command or stage that wrote it")
     created: str = Field(description="UTC time of writing, ISO 8601")
     tool_version: str = Field(description="fp8pipe's version")
@@ -121,16 +97,37 @@ class Manifest(FrozenConfig):
     layers: list[LayerRecord] = Field(default_factory=list, description="every layer that was considered")
     gates: list[Gate] = Field(default_factory=list, description="measured checks")
     warnings: list[str] = Field(default_factory=list, description="fallbacks and findings, in words")
-    extra: dict[str, Any] = Field(default_factory=dict, description="facts particular to the kind")
+    details: SerializeAsAny[Details] = Field(description="facts of the kind, in the kind's own model")
+
+    # What a file holds, as it was read: its digest must not change when a later schema adds or renames fields.
+    _stored: dict[str, Any] | None = PrivateAttr(default=None)
 
     def to_json(self) -> str:
         """The manifest as indented JSON text, ending in a newline; infinities and NaN become strings."""
-        return json.dumps(self._plain(), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.plain(), indent=2, ensure_ascii=False) + "\n"
+
+    def plain(self) -> dict[str, Any]:
+        """The manifest as plain data of today's schema; fields without a value are left out."""
+        found: dict[str, Any] = json.loads(self.model_dump_json(exclude_none=True))
+        return found
+
+    def details_of(self, model: type[D]) -> D:
+        """The details, typed.
+
+        Raises:
+            BadArtifactError: the artifact is of a kind with other details.
+        """
+        if not isinstance(self.details, model):
+            raise BadArtifactError(
+                f"an artifact of kind {self.kind!r} has no {model.__name__}",
+                why=f"its details are {type(self.details).__name__}", fix="give an artifact of the right kind",
+            )  # fmt: skip
+        return self.details
 
     @property
     def digest(self) -> str:
         """sha256 (hexadecimal) of the canonical JSON: sorted keys, no spaces, UTF-8."""
-        return hashlib.sha256(_canonical(self._plain())).hexdigest()
+        return hashlib.sha256(_canonical(self._as_stored())).hexdigest()
 
     @property
     def content(self) -> str:
@@ -139,31 +136,28 @@ class Manifest(FrozenConfig):
         Covers kind, configuration, seed, the parents' contents, the number format, preprocessing, layers, and the
         bytes of every file that is not volatile. Left out are times, places, versions and measured figures.
         """
-        plain = self._plain()
+        stored = self._as_stored()
         kept: dict[str, Any] = {
-            name: plain.get(name) for name in ("kind", "config", "seed", "number_format", "preprocessing", "layers")
+            name: stored.get(name) for name in ("kind", "config", "seed", "number_format", "preprocessing", "layers")
         }
         kept["parents"] = [[parent.kind, parent.content or parent.digest] for parent in self.parents]
         kept["files"] = [[entry.path, entry.sha256] for entry in self.files if not entry.volatile]
         return hashlib.sha256(_canonical(kept)).hexdigest()
 
-    # A manifest that was read keeps the fields its file had: what later versions add, with a default, must not change
-    # the digest by which children know it.
-    _read: bool = PrivateAttr(default=False)
-
-    def _plain(self) -> Any:
-        return json.loads(self.model_dump_json(exclude_unset=self._read))
+    def _as_stored(self) -> dict[str, Any]:
+        return self.plain() if self._stored is None else self._stored
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str) -> Manifest:
-        """Parse a manifest.
+        """Parse a manifest of any schema up to today's.
 
         Args:
             text: the file's content.
             where: its path, for messages.
 
         Raises:
-            BadArtifactError: not JSON, a newer schema (both versions are named), or fields that do not fit.
+            BadArtifactError: not JSON, a newer schema (both versions are named), an unknown kind, or fields that do not
+                fit.
         """
         try:
             data = json.loads(text)
@@ -179,13 +173,28 @@ class Manifest(FrozenConfig):
                 fix="upgrade fp8pipe, or write the artifact again with this version",
             )
         try:
-            manifest = cls.model_validate(data)
+            manifest = cls.model_validate(_typed(data, where))
         except ValidationError as error:
             items = error.errors(include_url=False)
             findings = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in items]
             raise _bad(where, "; ".join(findings)) from error
-        manifest._read = True
+        manifest._stored = data
         return manifest
+
+
+def _typed(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """The data with `details` in the model of its kind, brought to today's schema first where it is older."""
+    name = data.get("kind")
+    if not isinstance(name, str):
+        return data  # refused for that
+    kind = kind_named(name, where)
+    if isinstance(version := data.get("schema_version", 1), int) and version < SCHEMA_VERSION:
+        try:
+            data = kind.migrate(migrate(data)) | {"schema_version": SCHEMA_VERSION}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise _bad(where, f"its schema is {version}, and it lacks {error}") from error
+        kind = kind_named(data["kind"], where)
+    return {**data, "details": kind.details.model_validate(data.get("details", {}))}
 
 
 def _canonical(plain: Any) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_seal, open_artifact, seal_path
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_checksum, checksum_path, open_artifact
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class PushPlan:
 
     Attributes:
         artifact: every file hashed.
-        files: path and size in bytes of each file, the manifest and its seal first.
+        files: path and size in bytes of each file, the manifest and its checksum first.
         notes: what is worth knowing before it is public.
     """
 
@@ -81,7 +81,7 @@ def plan_push(directory: Path) -> PushPlan:
         )  # fmt: skip
     notes += [note] if note else []
     notes += [f"not listed in the manifest, not uploaded: {name}" for name in artifact.unlisted()]
-    own = (artifact.root / MANIFEST_NAME, seal_path(artifact.root / MANIFEST_NAME))
+    own = (artifact.root / MANIFEST_NAME, checksum_path(artifact.root / MANIFEST_NAME))
     sizes = [(path.name, path.stat().st_size) for path in own if path.is_file()]
     sizes += [(entry.path, entry.size) for entry in artifact.manifest.files]
     return PushPlan(artifact, tuple(sizes), tuple(notes))
@@ -134,7 +134,7 @@ def _record(artifact: Artifact) -> tuple[str, str]:
     path = artifact.root.absolute().with_name(artifact.root.absolute().name + ".validation.json")
     if not path.is_file():
         return "", "no record of a validation lies beside it"
-    if seal_path(path).exists() and (damage := check_seal(path)):
+    if checksum_path(path).exists() and (damage := check_checksum(path)):
         return "", damage
     try:
         record = json.loads(path.read_bytes())

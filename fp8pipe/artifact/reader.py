@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8pipe.artifact.checksum import read_sealed, seal_path
-from fp8pipe.artifact.manifest import MANIFEST_NAME, SEALED_SINCE, FileEntry, Manifest, Parent
+from fp8pipe.artifact.checksum import checksum_path, read_checked
+from fp8pipe.artifact.kinds import kind_named
+from fp8pipe.artifact.manifest import CHECKSUM_SINCE, MANIFEST_NAME, FileEntry, Manifest, Parent
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_file"]
 
 PARTIAL_SUFFIX = ".partial"
-SEAL_NAME = seal_path(Path(MANIFEST_NAME)).name
+CHECKSUM_NAME = checksum_path(Path(MANIFEST_NAME)).name
 _CHUNK_BYTES = 8 << 20
 _NAMED = 6  # artifacts in an error
 
@@ -57,7 +58,7 @@ class Artifact:
 
     def unlisted(self) -> list[str]:
         """Files in the directory that the manifest does not list, sorted."""
-        listed = {entry.path for entry in self.manifest.files} | {MANIFEST_NAME, SEAL_NAME}
+        listed = {entry.path for entry in self.manifest.files} | {MANIFEST_NAME, CHECKSUM_NAME}
         found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
         return sorted(set(found) - listed)
 
@@ -82,7 +83,7 @@ def open_artifact(
     Raises:
         BadArtifactError: no such directory, unfinished, of a newer schema or another kind, or a file that is
             missing, of another size, or whose digest differs (the message names the file and both digests);
-            the manifest's own seal is always checked.
+            the manifest's own checksum is always checked.
     """
     root = Path(path)
     if not root.is_dir():
@@ -101,10 +102,10 @@ def open_artifact(
 
 
 def _toward(kind: str, root: Path, wanted: list[str]) -> str:
-    """What to do with an artifact of this kind where an export was expected."""
-    target = {"falqon": "vllm", "lora-merged": "vllm", "vit": "onnx"}.get(kind)
-    if target is not None and any(name.endswith("-export") for name in wanted):
-        return f"export it first: fp8pipe export {root} --target {target} --output DIR; and give that DIR"
+    """What to do with an artifact of this kind where another was expected."""
+    exports = [name for name in wanted if kind in kind_named(name).made_from]
+    if exports:
+        return f"export it first: fp8pipe export {root} --target {kind_named(exports[0]).target} --output DIR; and give that DIR"
     return "give the directory of an artifact of that kind"
 
 
@@ -132,19 +133,19 @@ def read_artifact(
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest in `root`, whose bytes its seal speaks of; one of schema version 1 needs no seal.
+    """The manifest in `root`, whose bytes its checksum speaks of; one of schema version 1 needs no checksum.
 
     Raises:
-        BadArtifactError: there is none, its seal is missing or another, or it is none of this schema.
+        BadArtifactError: there is none, its checksum is missing or another, or it is none of this schema.
     """
     path = root / MANIFEST_NAME
     if not path.is_file():
         raise _unfinished(root)
-    if seal_path(path).exists():
-        return Manifest.from_json(read_sealed(path), where=str(path))
+    if checksum_path(path).exists():
+        return Manifest.from_json(read_checked(path), where=str(path))
     manifest = Manifest.from_json(path.read_bytes(), where=str(path))
-    if manifest.schema_version >= SEALED_SINCE:
-        read_sealed(path)
+    if manifest.schema_version >= CHECKSUM_SINCE:
+        read_checked(path)
     return manifest
 
 

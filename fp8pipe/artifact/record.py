@@ -1,4 +1,4 @@
-"""Where every validation leaves its record: beside the export, sealed, in one step.
+"""Where every validation leaves its record: beside the export, checksummed, in one step.
 
 Beside and not inside, so that the hashes in the export's manifest stay true.
 """
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel
 
-from fp8pipe.artifact import remove_sealed, translate_disk_full, write_sealed
+from fp8pipe.artifact import remove_checked, translate_disk_full, write_checked
 from fp8pipe.core.errors import GateFailedError
 
 __all__ = ["DIGEST_HEADER", "ExportRejectedError", "record_path", "remove_record", "write_record"]
@@ -41,12 +41,12 @@ def record_path(export: Path) -> Path:
 
 
 def remove_record(export: Path) -> None:
-    """Remove the record beside an export, with its seal: an old verdict must not outlive a failure."""
-    remove_sealed(record_path(export))
+    """Remove the record beside an export, with its checksum: an old verdict must not outlive a failure."""
+    remove_checked(record_path(export))
 
 
 def write_record(record: BaseModel, export: Path, *, place: Path | None = None) -> Path:
-    """Write the record with its seal: a reader sees the old file or the new one, whole.
+    """Write the record with its checksum: a reader sees the old file or the new one, whole.
 
     Args:
         record: what was found.
@@ -58,4 +58,4 @@ def write_record(record: BaseModel, export: Path, *, place: Path | None = None) 
     """
     path = place or record_path(export)
     with translate_disk_full(path.parent):
-        return write_sealed(path, record.model_dump_json(indent=2) + "\n")
+        return write_checked(path, record.model_dump_json(indent=2) + "\n")

@@ -7,45 +7,22 @@ directory, beside the stages' outputs, whose digests it holds.
 from __future__ import annotations
 
 import json
-from enum import StrEnum
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from fp8pipe.artifact.checksum import read_sealed, write_sealed
+from fp8pipe.artifact.checksum import read_checked, write_checked
+from fp8pipe.artifact.gate import Comparison, Gate, Verdict, worst
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 
-__all__ = ["RUN_NAME", "GateOutcome", "RunRecord", "StageRecord", "Verdict", "read_run", "worst", "write_run"]
+__all__ = ["RUN_NAME", "RunRecord", "StageRecord", "read_run", "write_run"]
 
 RUN_NAME = "run.json"
-RUN_SCHEMA = 1
-
-
-class Verdict(StrEnum):
-    """What gates say, from best to worst."""
-
-    ACCEPT = "ACCEPT"
-    """Every gate holds."""
-    REGRESSION = "REGRESSION"
-    """A measured figure is on the wrong side of its threshold."""
-    ANOMALOUS = "ANOMALOUS"
-    """A figure is missing or not finite, or two things that must be equal are not: nothing measured can be trusted."""
-    INFEASIBLE = "INFEASIBLE"
-    """The stage cannot run here: a package, a device, memory or disk is missing, or the export is refused."""
-
-
-class GateOutcome(FrozenConfig):
-    """One gate of a recipe, judged."""
-
-    name: str = Field(description="what it asks, in a few words")
-    source: str = Field(description="where the figure stands: file of the run's directory, '#', path inside of it")
-    value: float | None = Field(description="the figure; none where it is missing")
-    at_least: float | None = Field(default=None, description="the smallest value accepted")
-    at_most: float | None = Field(default=None, description="the largest value accepted")
-    verdict: Verdict = Field(description="of this gate")
-    reason: str = Field(description="why this threshold")
+# 2: gates carry their comparison.
+RUN_SCHEMA = 2
 
 
 class StageRecord(FrozenConfig):
@@ -65,7 +42,7 @@ class StageRecord(FrozenConfig):
     started: str = Field(default="", description="UTC time, ISO 8601")
     seconds: float = Field(default=0.0, ge=0, description="wall time")
     peak_rss_bytes: int = Field(default=0, ge=0, description="largest resident memory of its processes, bytes")
-    gates: list[GateOutcome] = Field(default_factory=list, description="the recipe's gates on this stage")
+    gates: list[Gate] = Field(default_factory=list, description="the recipe's gates on this stage")
     verdict: Verdict = Field(description="the worst of its gates, or why it failed")
     error: dict[str, Any] | None = Field(default=None, description="the failure as `--json` gives it; none if it ended")
 
@@ -92,21 +69,15 @@ class RunRecord(FrozenConfig):
         return next((stage for stage in self.stages if stage.name == name), None)
 
 
-def worst(verdicts: Any) -> Verdict:
-    """The worst of some verdicts; ACCEPT of none."""
-    order = list(Verdict)
-    return max(verdicts, key=order.index, default=Verdict.ACCEPT)
-
-
 def read_run(directory: Path) -> RunRecord:
     """Read `directory`/run.json.
 
     Raises:
-        BadArtifactError: there is none, or its seal is missing or another, or it is none of this schema.
+        BadArtifactError: there is none, or its checksum is missing or another, or it is none of this schema.
     """
     path = Path(directory) / RUN_NAME
     try:
-        return RunRecord.model_validate(json.loads(read_sealed(path)))
+        return RunRecord.model_validate(_migrated(json.loads(read_checked(path))))
     except OSError as error:
         raise BadArtifactError(
             f"{directory} holds no run",
@@ -121,6 +92,23 @@ def read_run(directory: Path) -> RunRecord:
         ) from error
 
 
+def _migrated(data: dict[str, Any]) -> dict[str, Any]:
+    """A record of schema 1, whose gates had two bounds in place of a comparison, in today's form."""
+    if data.get("schema_version", 1) >= RUN_SCHEMA:
+        return data
+    stages = [{**stage, "gates": [new for old in stage["gates"] for new in _two(old)]} for stage in data["stages"]]
+    return data | {"stages": stages, "schema_version": RUN_SCHEMA}
+
+
+def _two(old: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    bounds = {Comparison.AT_LEAST: old.get("at_least"), Comparison.AT_MOST: old.get("at_most")}
+    kept = {"name": old["name"], "value": old["value"], "source": old["source"], "detail": old["reason"]}
+    failure = old["verdict"] if old["verdict"] != Verdict.ACCEPT else Verdict.ANOMALOUS
+    for comparison, threshold in bounds.items():
+        if threshold is not None:
+            yield {**kept, "comparison": comparison, "threshold": threshold, "failure": failure}
+
+
 def write_run(record: RunRecord, directory: Path) -> Path:
-    """Write the record with its seal: a reader, and a run after a crash, sees the old one or the new one, whole."""
-    return write_sealed(Path(directory) / RUN_NAME, record.model_dump_json(indent=2) + "\n")
+    """Write the record with its checksum: a reader, and a run after a crash, sees the old one or the new one, whole."""
+    return write_checked(Path(directory) / RUN_NAME, record.model_dump_json(indent=2) + "\n")

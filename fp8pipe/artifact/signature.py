@@ -1,6 +1,6 @@
 """Signatures of a directory by a key of its owner, in OpenSSF's model-signing format. Nothing leaves the machine.
 
-Seals and hashes show damage. Who can write the files can write them again, too; a signature shows who did. It lies
+Checksums and hashes show damage. Who can write the files can write them again, too; a signature shows who did. It lies
 beside the directory, as `DIR.sig`, so that the files in it stay those of the manifest.
 """
 

@@ -10,9 +10,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fp8pipe.artifact.checksum import SEAL_SUFFIX, seal_path
+from fp8pipe.artifact.checksum import CHECKSUM_SUFFIX, checksum_path
 from fp8pipe.artifact.manifest import MANIFEST_NAME
-from fp8pipe.artifact.reader import PARTIAL_SUFFIX, SEAL_NAME
+from fp8pipe.artifact.reader import CHECKSUM_NAME, PARTIAL_SUFFIX
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["BESIDE", "RECORD_SUFFIX", "RUN_FILE", "Tree", "find_tree"]
@@ -29,10 +29,10 @@ class Tree:
 
     Attributes:
         root: the directory that was searched.
-        artifacts: directories that hold a manifest, or its seal.
-        records: JSON files with a seal, or with the name of a record or a run.
+        artifacts: directories that hold a manifest, or its checksum.
+        records: JSON files with a checksum, or with the name of a record or a run.
         unfinished: directories of runs that did not end.
-        others: files outside of artifacts that have no seal.
+        others: files outside of artifacts that have no checksum.
     """
 
     root: Path
@@ -63,7 +63,7 @@ def find_tree(root: Path) -> Tree:
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         # A model repository for Triton holds a copy of an export's manifest, and other files than it lists.
-        if {MANIFEST_NAME, SEAL_NAME} & set(files) and "config.pbtxt" not in files:
+        if {MANIFEST_NAME, CHECKSUM_NAME} & set(files) and "config.pbtxt" not in files:
             tree.artifacts.append(here)
             folders.clear()
             continue
@@ -73,18 +73,18 @@ def find_tree(root: Path) -> Tree:
     if tree.artifacts == [root]:  # what was found about it lies beside it
         for suffix in BESIDE:
             beside = root.with_name(root.name + suffix)
-            tree.records += [beside] if beside.exists() or seal_path(beside).exists() else []
+            tree.records += [beside] if beside.exists() or checksum_path(beside).exists() else []
     for found in (tree.artifacts, tree.records, tree.unfinished, tree.others):
         found.sort()
     return tree
 
 
 def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
-    """Records, known by their seal, their name, or a seal that they left behind; and others."""
-    seals = {name for name in files if name.endswith(SEAL_SUFFIX)}
-    records = {Path(name).with_suffix(".json").name for name in seals}
+    """Records, known by their checksum, their name, or a checksum that they left behind; and others."""
+    checksums = {name for name in files if name.endswith(CHECKSUM_SUFFIX)}
+    records = {Path(name).with_suffix(".json").name for name in checksums}
     records |= {name for name in files if name == RUN_FILE or name.endswith(BESIDE)}
     tree.records += [folder / name for name in records]
     # A signature is checked with a key, which only the caller has.
     signatures = {name for name in files if name.endswith(".sig") and (folder / name[: -len(".sig")]).is_dir()}
-    tree.others += [folder / name for name in files - seals - records - signatures]
+    tree.others += [folder / name for name in files - checksums - records - signatures]

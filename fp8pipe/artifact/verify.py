@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.artifact.checksum import check_seal, read_sealed, seal_path
-from fp8pipe.artifact.discrepancy import Catcher, Discrepancy
-from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Gate, Parent
+from pydantic import ValidationError
+
+from fp8pipe.artifact.checksum import check_checksum, checksum_path, read_checked
+from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.artifact.gate import Verdict, failures, read_gate
+from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent
 from fp8pipe.artifact.reader import Artifact, check_file, read_manifest
-from fp8pipe.artifact.runs import RunRecord, StageRecord, Verdict, read_run
+from fp8pipe.artifact.runs import RunRecord, StageRecord, read_run
 from fp8pipe.artifact.tree import RECORD_SUFFIX, RUN_FILE, Tree
 from fp8pipe.core.errors import BadArtifactError
 
@@ -39,14 +42,14 @@ class Checked:
     """
 
     artifacts: list[Artifact] = field(default_factory=list)
-    findings: list[Discrepancy] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     damaged: set[Path] = field(default_factory=set)
     files: int = 0
 
 
 def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntry], None] | None = None) -> Checked:
-    """Hash every file of every artifact, and check every seal.
+    """Hash every file of every artifact, and check every checksum.
 
     Args:
         tree: what to check.
@@ -58,7 +61,7 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
     for root in tree.artifacts:
         found, artifact = _check_artifact(root, on_file)
         shown = tree.name_of(root)
-        checked.findings += [Discrepancy(f.catcher, f.where, f.why, shown) for f in found]
+        checked.findings += [replace(f, artifact=shown) for f in found]
         if found:
             checked.damaged.add(root)
         if artifact is not None:
@@ -68,15 +71,17 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
             failed = [gate for gate in artifact.manifest.gates if not gate.passed]
             checked.notes += [f"{shown}: when it was written, the gate '{gate.name}' failed" for gate in failed]
     for path in tree.records:
-        finding = check_seal(path)
+        finding = check_checksum(path)
         checked.files += 2
-        if finding and _before_seals(path):
-            checked.notes.append(f"{tree.name_of(path)}: written before there were seals; its bytes are not checked")
+        if finding and _before_checksums(path):
+            checked.notes.append(
+                f"{tree.name_of(path)}: written before there were checksums; its bytes are not checked"
+            )
         elif finding:
-            checked.findings.append(Discrepancy(Catcher.SEAL, path.name, finding, tree.name_of(path)))
+            checked.findings.append(Finding(Check.CHECKSUM, path.name, finding, artifact=tree.name_of(path)))
     strays += [(tree.name_of(path.parent), path.name, "nothing vouches for it") for path in _unknown(tree)]
     if strict:
-        checked.findings += [Discrepancy(Catcher.MANIFEST, name, why, shown) for shown, name, why in strays]
+        checked.findings += [Finding(Check.MANIFEST, name, why, artifact=shown) for shown, name, why in strays]
     else:
         checked.notes += _stray_notes(strays)
     checked.notes += [f"{tree.name_of(path)}: unfinished, not checked" for path in tree.unfinished]
@@ -95,9 +100,9 @@ def _stray_notes(strays: list[tuple[str, str, str]]) -> list[str]:
     return notes
 
 
-def _before_seals(path: Path) -> bool:
-    """Whether a record without a seal is of the first version, which had none."""
-    if seal_path(path).exists():
+def _before_checksums(path: Path) -> bool:
+    """Whether a record without a checksum is of the first version, which had none."""
+    if checksum_path(path).exists():
         return False
     try:
         data = json.loads(path.read_bytes())
@@ -106,41 +111,28 @@ def _before_seals(path: Path) -> bool:
     return isinstance(data, dict) and data.get("schema_version") == 1 and path.name.endswith(RECORD_SUFFIX)
 
 
-def _check_artifact(
-    root: Path, on_file: Callable[[FileEntry], None] | None
-) -> tuple[list[Discrepancy], Artifact | None]:
+def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> tuple[list[Finding], Artifact | None]:
     try:
         manifest = read_manifest(root)
     except (BadArtifactError, OSError) as error:
-        seal = check_seal(root / MANIFEST_NAME)
-        # One of version 1 needs no seal, and what it holds may still be no manifest.
-        unsealed = not seal_path(root / MANIFEST_NAME).exists() and "no seal" not in str(error)
-        catcher = Catcher.SEAL if seal and not unsealed else Catcher.MANIFEST
-        why = seal if catcher is Catcher.SEAL else getattr(error, "why", "") or str(error)
-        return [Discrepancy(catcher, MANIFEST_NAME, why)], None
+        checksum = check_checksum(root / MANIFEST_NAME)
+        # One of version 1 needs no checksum, and what it holds may still be no manifest.
+        unchecked = not checksum_path(root / MANIFEST_NAME).exists() and "no checksum" not in str(error)
+        catcher = Check.CHECKSUM if checksum and not unchecked else Check.MANIFEST
+        why = checksum if catcher is Check.CHECKSUM else getattr(error, "why", "") or str(error)
+        return [Finding(catcher, MANIFEST_NAME, why)], None
     findings = []
     for entry in manifest.files:
         wrong = check_file(root, entry)
         if wrong:
-            findings.append(Discrepancy(Catcher.HASH, entry.path, wrong))
+            findings.append(Finding(Check.HASH, entry.path, wrong))
         if on_file is not None:
             on_file(entry)
-    return findings + list(_check_gates(manifest.gates)), Artifact(root, manifest)
-
-
-def _check_gates(gates: list[Gate]) -> Iterator[Discrepancy]:
-    """A gate that passed with a value that is no number, or that counts differences and counted some."""
-    for gate in gates:
-        counts = gate.threshold == 0 and gate.name not in _MEASURED
-        if gate.passed and (gate.value != gate.value or (counts and gate.value > 0)):
-            why = f"the gate passed with {gate.value:g} against {gate.threshold:g}"
-            yield Discrepancy(Catcher.MANIFEST, gate.name, why)
+    return findings, Artifact(root, manifest)
 
 
 # What a run keeps for itself, beside its stages' outputs.
 _RUN_FILES = ("recipe.yaml", "stages", "logs")
-# Of these a larger value is the better one.
-_MEASURED = ("top-1 agreement",)
 
 
 def _unknown(tree: Tree) -> list[Path]:
@@ -167,8 +159,8 @@ def _run_of(path: Path) -> RunRecord | None:
         return None
 
 
-def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discrepancy], list[str]]:
-    """What a sealed record says, against the artifacts it speaks of.
+def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
+    """What a checksummed record says, against the artifacts it speaks of.
 
     Args:
         path: the record.
@@ -178,11 +170,11 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Disc
         findings and notes.
     """
     try:
-        data = json.loads(path.read_bytes() if _before_seals(path) else read_sealed(path))
+        data = json.loads(path.read_bytes() if _before_checksums(path) else read_checked(path))
     except (OSError, BadArtifactError):
-        return [], []  # a finding of its seal already
+        return [], []  # a finding of its checksum already
     except ValueError as error:
-        return [Discrepancy(Catcher.RECORD, path.name, f"it is not JSON: {error}")], []
+        return [Finding(Check.RECORD, path.name, f"it is not JSON: {error}")], []
     if path.name == RUN_FILE:
         return _check_run(path, artifacts)
     findings = list(_check_verdict(path.name, data)) if isinstance(data, dict) else []
@@ -194,32 +186,31 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Disc
     said = data["manifest_digest"]
     if said != export.digest:
         why = f"it speaks of manifest {said}; {export.root.name} has {export.digest}"
-        findings.append(Discrepancy(Catcher.RECORD, path.name, why))
+        findings.append(Finding(Check.RECORD, path.name, why))
     return findings, []
 
 
-def _check_verdict(name: str, data: dict[str, Any]) -> Iterator[Discrepancy]:
+def _check_verdict(name: str, data: dict[str, Any]) -> Iterator[Finding]:
     """A verdict that contradicts the reasons or the gates beside it."""
     if data.get("verdict") not in _ACCEPTED:
         return
-    failed = [str(g.get("name")) for g in data.get("gates") or [] if isinstance(g, dict) and not g.get("passed")]
-    if data.get("reasons") or failed:
-        shown = "; ".join([*map(str, data.get("reasons") or []), *(f"gate {gate} failed" for gate in failed)])
-        yield Discrepancy(Catcher.RECORD, name, f"its verdict is {data['verdict']}, but {shown[:300]}")
-    counted = (data.get("gates") or []) if name.endswith(RECORD_SUFFIX) else []  # others hold measured times
-    for gate in counted:
-        if gate.get("passed") and gate.get("threshold") == 0 and gate.get("name") not in _MEASURED:
-            value = gate.get("value")
-            if not isinstance(value, int | float) or value > 0:
-                yield Discrepancy(Catcher.RECORD, name, f"gate {gate['name']} passed with {value} against 0")
+    reasons = [str(reason) for reason in data.get("reasons") or []]
+    for gate in data.get("gates") or []:
+        try:
+            reasons += failures([read_gate(gate)])
+        except (ValidationError, TypeError, KeyError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            yield Finding(Check.RECORD, name, f"a gate of it cannot be read: {why}")
+    if reasons:
+        yield Finding(Check.RECORD, name, f"its verdict is {data['verdict']}, but {'; '.join(reasons)[:300]}")
 
 
-def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discrepancy], list[str]]:
+def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
     """Every stage's output is there, and has the content that the record names."""
     try:
         record = read_run(path.parent)
     except BadArtifactError as error:
-        return [Discrepancy(Catcher.RECORD, path.name, error.why)], []
+        return [Finding(Check.RECORD, path.name, error.why)], []
     findings, notes = [], []
     for stage in record.stages:
         output = path.parent / stage.output
@@ -228,9 +219,9 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discre
             continue
         if artifact is not None and artifact.content != stage.content:
             why = f"stage {stage.name} wrote content {stage.content}; {stage.output} has {artifact.content}"
-            findings.append(Discrepancy(Catcher.RECORD, path.name, why))
+            findings.append(Finding(Check.RECORD, path.name, why))
         elif not output.exists():
-            findings.append(Discrepancy(Catcher.RECORD, stage.output, f"stage {stage.name} wrote it; it is missing"))
+            findings.append(Finding(Check.RECORD, stage.output, f"stage {stage.name} wrote it; it is missing"))
         elif output.is_file():
             findings += _check_stage_record(output, stage)
         elif artifact is None:
@@ -238,24 +229,22 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Discre
     return findings, notes
 
 
-def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Discrepancy]:
-    """A stage whose output is a record: it is sealed, and its verdict is the one that the run judged."""
-    if not seal_path(output).exists() and not _before_seals(output):
-        yield Discrepancy(Catcher.SEAL, stage.output, check_seal(output))
+def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
+    """A stage whose output is a record: it has a checksum, and its verdict is the one that the run judged."""
+    if not checksum_path(output).exists() and not _before_checksums(output):
+        yield Finding(Check.CHECKSUM, stage.output, check_checksum(output))
         return
     try:
         verdict = json.loads(output.read_bytes()).get("verdict")
     except (ValueError, AttributeError):
-        return  # a finding of its seal, or of its own
+        return  # a finding of its checksum, or of its own
     text = json.dumps([stage.key, verdict], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     if hashlib.sha256(text.encode()).hexdigest() != stage.content:
         why = f"stage {stage.name} was judged with another verdict than the {verdict} that stands there"
-        yield Discrepancy(Catcher.RECORD, stage.output, why)
+        yield Finding(Check.RECORD, stage.output, why)
 
 
-def find_parent(
-    child: Artifact, parent: Parent, known: list[Artifact]
-) -> tuple[Artifact | None, Discrepancy | None, str]:
+def find_parent(child: Artifact, parent: Parent, known: list[Artifact]) -> tuple[Artifact | None, Finding | None, str]:
     """The artifact that a manifest names as its parent.
 
     Args:
@@ -277,6 +266,6 @@ def find_parent(
     renamed = [other for other in known if other.kind == parent.kind and other.root.name == name]
     if renamed and renamed[0].root != child.root:
         why = f"the manifest names {parent.kind} {parent.digest}; {name} has {renamed[0].digest}"
-        return None, Discrepancy(Catcher.PARENT, name, why), ""
+        return None, Finding(Check.PARENT, name, why), ""
     what = "is a model without a manifest" if parent.kind == "model" else "was not found"
     return None, None, f"parent {parent.kind} {parent.digest[:12]} ({parent.path}) {what}: not compared"

@@ -1,6 +1,6 @@
 """Writing an artifact so that a crash at any instant leaves the old one, or none, or the whole new one.
 
-Order: files into `NAME.partial/`, each flushed to the disk; the manifest and its seal; everything reopened and
+Order: files into `NAME.partial/`, each flushed to the disk; the manifest and its checksum; everything reopened and
 re-hashed; one rename. A finished artifact is only ever replaced by that last rename, and only when `force` was given.
 """
 
@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any
 
 from fp8pipe import __version__
-from fp8pipe.artifact.checksum import remove_sealed, write_sealed
+from fp8pipe.artifact.checksum import remove_checked, write_checked
+from fp8pipe.artifact.kinds import Details
 from fp8pipe.artifact.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -117,6 +118,7 @@ class ArtifactWriter:
     def commit(
         self,
         *,
+        details: Details,
         config: Mapping[str, Any] | None = None,
         seed: int | None = None,
         parents: Sequence[Parent] = (),
@@ -125,13 +127,13 @@ class ArtifactWriter:
         runtime: Mapping[str, Any] | None = None,
         layers: Sequence[LayerRecord] = (),
         versions: Mapping[str, str] | None = None,
-        extra: Mapping[str, Any] | None = None,
         exclude: Iterable[str] = (),
         volatile: Iterable[str] = (),
     ) -> Artifact:
         """Hash, write the manifest, reopen and verify, and rename to the final name.
 
         Args:
+            details: facts of the kind, in the kind's own model.
             config: the resolved configuration.
             seed: the run's seed.
             parents: what the artifact was made from.
@@ -140,7 +142,6 @@ class ArtifactWriter:
             runtime: the runtime it was checked against.
             layers: every layer considered.
             versions: library versions beyond those of `installed_versions`.
-            extra: facts particular to the kind.
             exclude: names in `root`, files or directories, that are deleted first (checkpoints).
             volatile: names in `root`, files or directories, whose bytes a rerun may change: measured times, or what
                 a compiler is free to choose. They are hashed as all others, and left out of the content digest.
@@ -156,7 +157,7 @@ class ArtifactWriter:
         with translate_disk_full(self.output):
             for name in (*exclude, LOCK_NAME):
                 _remove(self.root, name)
-            remove_sealed(self.root / MANIFEST_NAME)
+            remove_checked(self.root / MANIFEST_NAME)
             manifest = Manifest(
                 kind=self.kind,
                 stage=self.stage,
@@ -166,14 +167,14 @@ class ArtifactWriter:
                 config=dict(config or {}),
                 seed=seed,
                 parents=list(parents),
-                files=_seal_files(self.root, tuple(volatile)),
+                files=_hash_files(self.root, tuple(volatile)),
                 number_format=number_format,
                 preprocessing=None if preprocessing is None else dict(preprocessing),
                 runtime=dict(runtime or {}),
                 layers=list(layers),
                 gates=self.gates,
                 warnings=self.warnings,
-                extra=dict(extra or {}),
+                details=details,
             )
             self._write_manifest(manifest)
             self._rename()
@@ -182,7 +183,7 @@ class ArtifactWriter:
 
     def _write_manifest(self, manifest: Manifest) -> None:
         path = self.root / MANIFEST_NAME
-        write_sealed(path, manifest.to_json())
+        write_checked(path, manifest.to_json())
         _sync(self.root)
         reopened = read_artifact(self.root, verify=True)
         if reopened.digest != manifest.digest:
@@ -234,7 +235,7 @@ def _remove(root: Path, name: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _seal_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
+def _hash_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
     """Make every file readable as the umask says, flush and hash it; refuses links, which break when moved."""
     entries = []
     mode = ordinary_mode(root)

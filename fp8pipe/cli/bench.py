@@ -12,8 +12,6 @@ from fp8pipe.cli.common import Console, common_options, show_plan, stage_options
 from fp8pipe.cli.options import model_options, resolve
 from validation.bench.config import BenchConfig
 
-_KINDS = ("onnx-export", "vllm-export")
-
 
 @click.command("bench")
 @click.argument("export", type=click.Path(path_type=Path))
@@ -28,33 +26,26 @@ def command(
 
     Engines of TensorRT are measured by `fp8pipe validate` on a GPU.
     """
-    from fp8pipe.artifact import open_artifact
+    from exporters.target import call, open_export
 
     settings = resolve(BenchConfig, config, options)
-    artifact = open_artifact(export, kind=_KINDS, verify=False)
+    artifact, target = open_export(export, lambda known: known.service.bench)
+    extra = {"vllm_python": vllm_python} if target.service.domain == "language" else {}
     if dry_run:
-        show_measure_plan(console, artifact, settings, "bench", vllm_python)
+        show_measure_plan(console, artifact, target, settings, "bench", **extra)
         return
-    if artifact.kind == "onnx-export":
-        from validation.bench.vision import bench_vision
-
-        record = bench_vision(export, settings)
-    else:
-        from validation.bench.language import bench_language
-
-        record = bench_language(export, settings, vllm_python=vllm_python)
-    show_record(console, export, record)
+    show_record(console, export, call(target.service.bench or "", export, settings, **extra))
 
 
 def show_measure_plan(
-    console: Console, artifact: Any, settings: Any, stage: Literal["bench", "serve-check"], vllm_python: str | None
+    console: Console, artifact: Any, target: Any, settings: Any, stage: Literal["bench", "serve-check"], **extra: Any
 ) -> None:
     """What would be measured, what that takes, and the record that would be written."""
+    from exporters.target import call
     from validation.bench.record import measure_path
-    from validation.plan import plan_engine
 
     record = measure_path(artifact.root, stage)
-    plan = plan_engine(artifact, stage, record, vllm_python=vllm_python)
+    plan = call(target.service.plan, artifact, stage, record, **extra)
     chosen = settings.model_dump(mode="json")
     plan = dataclasses.replace(plan, facts={**plan.facts, **{k: v for k, v in chosen.items() if v is not None}})
     show_plan(console, plan, export=str(artifact.root), kind=artifact.kind, settings=chosen, writes=str(record))

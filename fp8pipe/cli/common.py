@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.core.errors import Fp8PipeError, OutOfMemoryError
+from fp8pipe.core.text import format_bytes, table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
     from fp8pipe.core.plan import Plan
 
-__all__ = ["Console", "Failure", "common_options", "failure_of", "format_bytes", "show_artifact", "show_plan",
-           "stage_options", "table"]  # fmt: skip
+__all__ = ["Console", "Failure", "common_options", "failure_of", "format_bytes", "show_artifact", "show_plan", "stage_options", "table"]  # fmt: skip
 
 
 @dataclass
@@ -174,9 +174,9 @@ def stage_options(*names: str, written: str = "artifact") -> Callable[[Callable[
     return decorate
 
 
-def show_plan(console: Console, plan: Plan, **facts: Any) -> None:
+def show_plan(console: Console, plan: Plan, quiet_text: str = "", **facts: Any) -> None:
     """A dry run's result: the plan, and what else its document holds."""
-    console.emit({"dry_run": True, **facts, "plan": plan.document()}, plan.text())
+    console.emit({"dry_run": True, **facts, "plan": plan.document()}, plan.text(), quiet_text=quiet_text)
 
 
 def show_artifact(console: Console, artifact: Artifact, text: str, **facts: Any) -> None:
@@ -184,28 +184,9 @@ def show_artifact(console: Console, artifact: Artifact, text: str, **facts: Any)
     manifest = artifact.manifest
     document = {
         "artifact": str(artifact.root), "digest": artifact.digest, "kind": artifact.kind, **facts,
-        "gates": [gate.model_dump() for gate in manifest.gates], "warnings": manifest.warnings,
+        "gates": [gate.model_dump(mode="json") for gate in manifest.gates], "warnings": manifest.warnings,
     }  # fmt: skip
     console.emit(document, text, quiet_text=str(artifact.root))
-
-
-def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
-    """Rows as aligned columns of plain text."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    columns = range(max(map(len, cells), default=0))
-    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in columns]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in cells)
-    return "\n".join((indent + line).rstrip() for line in lines)
-
-
-def format_bytes(size: int) -> str:
-    """Bytes with a decimal unit: `1.2 GB`."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
 
 
 def _failure(

@@ -14,6 +14,7 @@ from pipeline.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
+    from fp8pipe.artifact.kinds import HeldoutLoss
 
 
 @click.command(name="finetune")
@@ -38,18 +39,27 @@ def command(
         from pipeline.finetune.stage import finetune
 
         artifact = finetune(settings, output, force=force, resume=resume)
-    losses = artifact.manifest.extra["heldout_loss"]
-    show_artifact(console, artifact, finished_text(artifact), heldout_loss=losses)
+    losses = losses_of(artifact)
+    show_artifact(console, artifact, finished_text(artifact), heldout_loss=losses.model_dump())
+
+
+def losses_of(artifact: Artifact) -> HeldoutLoss:
+    """Held-out losses of a run that has ended."""
+    from fp8pipe.artifact.kinds import TunedDetails
+
+    losses = artifact.manifest.details_of(TunedDetails).heldout_loss
+    assert losses is not None
+    return losses
 
 
 def finished_text(artifact: Artifact) -> str:
     """What a finished run says: losses, whatever is wrong, and the next step."""
-    losses = artifact.manifest.extra["heldout_loss"]
+    losses = losses_of(artifact)
     failed = [gate for gate in artifact.manifest.gates if not gate.passed]
     lines = [
         str(artifact.root),
-        f"  held-out answer loss: {losses['untuned']:.4f} untuned, {losses['deployed']:.4f} deployed",
-        *(f"  failed gate: {gate.name}: {gate.value:g} ({gate.threshold:g}) {gate.detail}".rstrip() for gate in failed),
+        f"  held-out answer loss: {losses.untuned:.4f} untuned, {losses.deployed:.4f} deployed",
+        *(f"  failed gate: {gate}" for gate in failed),
         *(f"  warning: {warning}" for warning in artifact.manifest.warnings),
         f"  next: fp8pipe export {artifact.root} --target vllm --output {artifact.root}-vllm",
     ]

@@ -11,7 +11,7 @@ import click
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
 
 if TYPE_CHECKING:
-    from fp8pipe.artifact import Artifact, Manifest
+    from fp8pipe.artifact import Artifact, LayerRecord, Manifest
 
 
 @click.command("inspect")
@@ -28,13 +28,13 @@ def command(path: Path, list_layers: bool, headers: bool, console: Console) -> N
 
     Checks that every file of an artifact is there with its size; `fp8pipe verify` re-hashes them.
     """
-    from fp8pipe.artifact import MANIFEST_NAME, SEAL_NAME, open_artifact
+    from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, open_artifact
     from fp8pipe.cli.inspect_contents import contents_text
     from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
     from fp8pipe.models.inspection import inspect_contents
 
-    sealed = any((path / name).is_file() for name in (MANIFEST_NAME, SEAL_NAME)) or path.suffix == ".partial"
-    if not sealed:
+    checksummed = any((path / name).is_file() for name in (MANIFEST_NAME, CHECKSUM_NAME)) or path.suffix == ".partial"
+    if not checksummed:
         contents = inspect_contents(path, look=not headers)
         text = f"{path}\n{contents_text(contents, list_layers)}"
         console.emit({"path": str(path), "contents": contents.plain()}, text, quiet_text=contents.form)
@@ -83,20 +83,21 @@ def _text(opened: Artifact, list_layers: bool) -> str:
         rows.append(("format", description))
     if manifest.seed is not None:
         rows.append(("seed", manifest.seed))
-    rows += [(key, value) for key, value in manifest.extra.items() if isinstance(value, str | int | float)]
-    rows += _training(manifest)
+    details = manifest.details.model_dump(mode="json", exclude_none=True)
+    rows += [(key, value) for key, value in details.items() if isinstance(value, str | int | float)]
+    rows += _training(details)
     parts = [str(opened.root), table(rows), *_findings(opened)]
     if manifest.layers:
         parts += _layers(manifest, list_layers)
     return "\n".join(parts)
 
 
-def _training(manifest: Manifest) -> list[tuple[str, object]]:
-    """Held-out losses and the health of the last flush, where the manifest has them."""
-    named = (("heldout_loss", "held-out loss", " nats an answer token"), ("last_flush", "last flush", ""))
+def _training(details: dict[str, Any]) -> list[tuple[str, object]]:
+    """Held-out losses and the health of the final merge, where the manifest has them."""
+    named = (("heldout_loss", "held-out loss", " nats per answer token"), ("final_merge", "final merge", ""))
     rows: list[tuple[str, object]] = []
     for key, label, unit in named:
-        figures = manifest.extra.get(key)
+        figures = details.get(key)
         if isinstance(figures, dict):
             rows.append((label, ", ".join(f"{name} {_brief(value)}" for name, value in figures.items()) + unit))
     return rows
@@ -110,11 +111,7 @@ def _findings(opened: Artifact) -> list[str]:
     manifest = opened.manifest
     parts = []
     if manifest.gates:
-        gates = [
-            ("pass" if g.passed else "FAIL", g.name, f"{g.value:g}", f"({g.threshold:g})", g.detail)
-            for g in manifest.gates
-        ]
-        parts += ["gates (threshold)", table(gates)]
+        parts += ["gates (what the value must be)", table([gate.row for gate in manifest.gates])]
     warnings = [*manifest.warnings, *(f"not listed in the manifest: {name}" for name in opened.unlisted())]
     if warnings:
         parts += ["warnings", *(f"  {warning}" for warning in warnings)]
@@ -129,12 +126,20 @@ def _layers(manifest: Manifest, list_layers: bool) -> list[str]:
                 "converted" if layer.converted else "skipped",
                 layer.name,
                 "x".join(map(str, layer.shape)) if layer.shape else "-",
-                layer.reason,
+                _encoded(layer),
             )
             for layer in manifest.layers
         ]
         return ["layers", table(rows)]
-    groups = Counter((layer.converted, layer.reason) for layer in manifest.layers)
+    groups = Counter((layer.converted, _encoded(layer)) for layer in manifest.layers)
     ordered = sorted(groups.items(), key=lambda item: (not item[0][0], -item[1]))
     counted = [(count, "converted" if done else "skipped", reason) for (done, reason), count in ordered]
     return ["layers", table(counted)]
+
+
+def _encoded(layer: LayerRecord) -> str:
+    """How a layer is stored, and what its input is rounded to; why, where it is not quantized."""
+    if layer.weight is None:
+        return layer.reason
+    inputs = "float inputs" if layer.activation is None else f"inputs {layer.activation}"
+    return "; ".join(filter(None, (str(layer.weight), inputs, layer.reason)))

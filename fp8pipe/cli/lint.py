@@ -14,7 +14,7 @@ import click
 from fp8pipe.cli.common import Console, common_options, table
 
 if TYPE_CHECKING:
-    from exporters.graph.findings import Finding
+    from fp8pipe.artifact.finding import Finding
 
 
 def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[
 
     counts = Counter(found.rule for found in errors)
     told = [(str(RULES[rule].effect), rule, f"{count} place(s)", RULES[rule].fix) for rule, count in counts.items()]
-    return told + [("warning", found.rule, found.tensor, found.why) for found in warnings]
+    return told + [("warning", found.rule, found.where, found.why) for found in warnings]
 
 
 def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pipeline.vit.config import QuantizeVitConfig
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
+    from fp8pipe.artifact.kinds import VitDetails
 
 
 @click.command(name="quantize-vit")
@@ -39,24 +40,29 @@ def command(
         from pipeline.vit.stage import quantize_vit
 
         artifact = quantize_vit(settings, output, force=force, resume=resume)
-    extra = artifact.manifest.extra
-    show_artifact(console, artifact, finished_text(artifact), precision=extra["precision"], accuracy=extra["accuracy"])
+    details = details_of(artifact).model_dump(mode="json", include={"precision", "accuracy"})
+    show_artifact(console, artifact, finished_text(artifact), **details)
+
+
+def details_of(artifact: Artifact) -> VitDetails:
+    """What the manifest says of a quantized vision transformer."""
+    from fp8pipe.artifact.kinds import VitDetails
+
+    return artifact.manifest.details_of(VitDetails)
 
 
 def finished_text(artifact: Artifact) -> str:
     """What a finished run says: accuracy if it was measured, gates, warnings, and the next step."""
-    manifest = artifact.manifest
-    measured = manifest.extra["accuracy"]
-    lines = [str(artifact.root), f"  {manifest.extra['precision']}, {manifest.extra['images']} images"]
+    manifest, details = artifact.manifest, details_of(artifact)
+    measured = details.accuracy
+    lines = [str(artifact.root), f"  {details.precision}, {details.images} images"]
     if measured:
         lines += [
-            f"  {name:9} top-1 {measured[name]['top1']:.4f}  top-5 {measured[name]['top5']:.4f}"
-            for name in ("teacher", "quantized")
+            f"  {name:9} top-1 {found.top1:.4f}  top-5 {found.top5:.4f}"
+            for name, found in (("teacher", measured.teacher), ("quantized", measured.quantized))
         ]
-    for gate in manifest.gates:
-        verdict = "ok" if gate.passed else "FAILED"
-        lines.append(f"  {gate.name}: {gate.value:g} ({gate.threshold:g}) {verdict}")
+    lines += [f"  {gate.name}: {gate.numbers} {'ok' if gate.passed else 'FAILED'}" for gate in manifest.gates]
     lines += [f"  warning: {warning}" for warning in manifest.warnings]
-    target = "trt" if manifest.extra["precision"] == "wnvfp4anvfp4" else "onnx"  # no other engine runs NVFP4
+    target = "trt" if details.precision == "wnvfp4anvfp4" else "onnx"  # no other engine runs NVFP4
     lines.append(f"  next: fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}")
     return "\n".join(lines)

@@ -130,8 +130,5 @@ def _reasons(record: RunRecord) -> list[str]:
             found.append(f"{stage.name}: {stage.error.get('what', '')}")
         for gate in stage.gates:
             if gate.verdict is not Verdict.ACCEPT:
-                bound = f"at least {gate.at_least:g}" if gate.at_least is not None else ""
-                bound += f"at most {gate.at_most:g}" if gate.at_most is not None else ""
-                value = "missing" if gate.value is None else f"{gate.value:g}"
-                found.append(f"{stage.name}: {gate.name} is {value}, accepted is {bound}")
+                found.append(f"{stage.name}: {gate.name} is {gate.numbers}")
     return found

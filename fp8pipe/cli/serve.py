@@ -16,8 +16,6 @@ from serving.vision.config import VisionConfig
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
 
-_KINDS = ("onnx-export", "trt-export", "vllm-export")
-
 
 @click.command("serve")
 @click.argument("export", type=click.Path(path_type=Path))
@@ -29,21 +27,22 @@ def command(export: Path, extra: tuple[str, ...], console: Console, dry_run: boo
 
     For a language export, options of vLLM's own server may follow after `--`.
     """
-    from fp8pipe.artifact import open_artifact
+    from exporters.target import call, open_export
 
-    artifact = open_artifact(export, kind=_KINDS, verify=False, caches="engines")
-    language = artifact.kind == "vllm-export" or (artifact.kind == "trt-export" and "cache" in artifact.manifest.extra)
+    artifact, target = open_export(export, lambda known: known.service)
+    service = target.service
+    language = service.domain == "language"
     _require_packages(language)
     _refuse_foreign(options, extra, language)
     config = resolve(ServeConfig if language else VisionConfig, None, options)
     of_vllm = resolve(LanguageConfig, None, options, extra=extra) if language else None
-    if language and artifact.kind == "trt-export":
-        raise _not_served(export)
+    if service.serve is None:
+        raise _not_served(export, service.refusal)
     if dry_run:
         _refuse_now(export, config)
         _show(console, artifact, config, of_vllm)
         return
-    code = _serve(export, config, of_vllm)
+    code = call(service.serve, export, config, of_vllm)
     if code:
         raise click.exceptions.Exit(code)
 
@@ -62,31 +61,21 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
         )  # fmt: skip
 
 
-def _serve(export: Path, config: ServeConfig, of_vllm: LanguageConfig | None) -> int:
-    if isinstance(config, VisionConfig):
-        from serving.vision.server import serve_vision
-
-        return serve_vision(export, config)
-    from serving.language.server import serve_language
-
-    return serve_language(export, config, of_vllm)
-
-
 def _refuse_now(export: Path, config: ServeConfig) -> None:
     """What would be refused when it is served: changed files, a file of keys that cannot be read."""
     from fp8pipe.artifact import open_artifact
     from serving.http.auth import KeyFile
 
-    open_artifact(export, kind=_KINDS, caches="engines")
+    open_artifact(export, caches="engines")
     if config.api_key_file:
         KeyFile(config.api_key_file)
 
 
-def _not_served(export: Path) -> Exception:
+def _not_served(export: Path, why: str) -> Exception:
     from fp8pipe.core.errors import ConfigurationError
 
     return ConfigurationError(
-        f"{export} cannot be served", why="engines of language models are not run here",
+        f"{export} cannot be served", why=why,
         fix="export with --target vllm, and serve that",
     )  # fmt: skip
 

@@ -23,11 +23,11 @@ def command(export: Path, config: Path | None, dry_run: bool, console: Console, 
 
     The record is EXPORT.serve-check.json.
     """
-    from fp8pipe.artifact import open_artifact
-    from validation.bench.check import KINDS, serve_check
+    from exporters.target import open_export
+    from validation.bench.check import serve_check
 
     settings = resolve(ServeCheckConfig, config, options)
     if dry_run:
-        show_measure_plan(console, open_artifact(export, kind=KINDS, verify=False), settings, "serve-check", None)
+        show_measure_plan(console, *open_export(export, lambda known: known.service.ask), settings, "serve-check")
         return
     show_record(console, export, serve_check(export, settings))

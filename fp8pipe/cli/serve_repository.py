@@ -25,13 +25,12 @@ def command(
     console: Console,
 ) -> None:  # fmt: skip
     """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
+    from exporters.target import open_export
     from exporters.triton.graph import TritonDevice
-    from exporters.triton.repository import KINDS
-    from fp8pipe.artifact import open_artifact
     from fp8pipe.core.errors import ConfigurationError
 
-    artifact = open_artifact(export, kind=KINDS, verify=False)
-    language = artifact.kind == "vllm-export"
+    artifact, target = open_export(export, lambda known: known.service.repository)
+    language = target.service.domain == "language"
     if (device if language else max_model_len) is not None:
         raise ConfigurationError(
             f"{'--device' if language else '--max-model-len'} cannot be given here",
@@ -39,7 +38,7 @@ def command(
         )  # fmt: skip
     chosen = TritonDevice(device or "cpu")
     if dry_run:
-        from validation.plan import plan_repository
+        from exporters.triton.plan import plan_repository
 
         plan = plan_repository(artifact, output, chosen)
         console.emit({"dry_run": True, "layout": layout, "plan": plan.document()}, plan.text())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.workflow.commands import StageCommand
 
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["stage_commands", "stage_schemas"]
 
 Settings = Mapping[str, Any]
-# What each target takes, by the command that made the artifact.
-_EXPORTS: Final = {"finetune": ("vllm", "trt"), "quantize-vit": ("onnx", "trt")}
-_LANGUAGE_KINDS: Final = ("falqon", "lora-merged")
-_ENGINES: Final = ("vllm", "onnxruntime", "tensorrt")
 _VALIDATE: Final = ("export", "engine", "against", "images", "vllm_python")
+# What commands leave, for stages that read one that has not run yet.
+_LEFT_BY: Final = {"finetune": TUNED_KINDS, "quantize-vit": (VIT_KIND,)}
 
 
 def stage_commands() -> dict[str, StageCommand]:
@@ -55,25 +54,19 @@ def stage_commands() -> dict[str, StageCommand]:
 
 def stage_schemas() -> dict[str, dict[str, Any]]:
     """By command, the JSON schema of its settings; imports every room."""
-    from exporters.onnx.options import OnnxExportOptions
-    from exporters.tensorrt.language.options import LanguageExportOptions
-    from exporters.tensorrt.options import TrtExportOptions
-    from exporters.vllm.options import VllmExportOptions
+    from exporters.target import targets
 
     schemas = {name: make().model_json_schema() for name, make in _CONFIGS.items()}
-    exports: tuple[tuple[str, str, type[BaseModel]], ...] = (
-        ("export vllm", "vllm", VllmExportOptions), ("export onnx", "onnx", OnnxExportOptions),
-        ("export trt", "trt", TrtExportOptions), ("export trt, language", "trt", LanguageExportOptions),
-    )  # fmt: skip
-    for name, target, config in exports:
-        schema = config.model_json_schema()
-        schema["properties"].pop("force")
-        schemas[name] = _with(schema, {"artifact": _TEXT, "target": {"const": target}}, ("artifact", "target"))
+    for target in targets():
+        schema = target.options.model_json_schema()
+        schema["properties"].pop("force", None)
+        named = {"artifact": _TEXT, "target": {"const": target.name}}
+        schemas[f"export {target.name}: {target.help}"] = _with(schema, named, ("artifact", "target"))
     for name in ("bench", "serve-check"):
         schemas[name] = _with(schemas[name], {"export": _TEXT}, ("export",))
     schemas["validate"] = _with(
         {"type": "object", "additionalProperties": False, "properties": {}},
-        {**dict.fromkeys(_VALIDATE, _TEXT), "engine": {"enum": list(_ENGINES)}},
+        {**dict.fromkeys(_VALIDATE, _TEXT), "engine": {"enum": _engines()}},
         ("export",),
     )
     return schemas
@@ -139,35 +132,26 @@ def _check_measure(config: Callable[[], type[BaseModel]]) -> Callable[[Settings,
 
 
 def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
-    from exporters.onnx.options import OnnxExportOptions
-    from exporters.tensorrt.language.options import LanguageExportOptions
-    from exporters.tensorrt.options import TrtExportOptions
-    from exporters.vllm.options import VllmExportOptions
+    from exporters.target import choose, kind_of_source
     from fp8pipe.core.config import build_config
 
     _require(settings, "artifact", "target")
     rest = {key: value for key, value in settings.items() if key not in ("artifact", "target")}
     if "force" in rest:
         raise ConfigurationError("force is no setting of a stage", why="force: the run replaces what is out of date")
-    target, made_by = settings["target"], read.get("artifact") or _made_by(str(settings["artifact"]))
-    fitting = _EXPORTS.get(made_by, ("vllm",))  # a plain model
-    if target not in fitting:
-        raise ConfigurationError(
-            f"target {target} does not fit", why=f"target: what {made_by} made can go to {' or '.join(fitting)}"
-        )
-    trt: type[BaseModel] = LanguageExportOptions if made_by == "finetune" else TrtExportOptions
-    options: dict[str, type[BaseModel]] = {"vllm": VllmExportOptions, "onnx": OnnxExportOptions, "trt": trt}
-    build_config(options[str(target)], rest)
+    maker = read.get("artifact")
+    kinds = (kind_of_source(str(settings["artifact"])),) if maker is None else _LEFT_BY.get(maker, (maker,))
+    try:
+        target = choose(str(settings["target"]), kinds[0], rest.get("format"))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"target {settings['target']} does not fit", why=f"target: {error.why}") from error
+    build_config(target.options, rest)
 
 
-def _made_by(artifact: str) -> str:
-    """The command that made an artifact from outside the run; "a plain model" without manifest."""
-    from fp8pipe.artifact import MANIFEST_NAME, open_artifact
+def _engines() -> list[str]:
+    from exporters.target import targets
 
-    if not (Path(artifact) / MANIFEST_NAME).is_file():
-        return "a plain model"
-    kind = open_artifact(artifact, verify=False).kind
-    return {"vit": "quantize-vit", **dict.fromkeys(_LANGUAGE_KINDS, "finetune")}.get(kind, kind)
+    return list(dict.fromkeys(engine.name for target in targets() for engine in target.engines))
 
 
 def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
@@ -177,8 +161,8 @@ def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
     if unknown:
         why = f"{', '.join(unknown)}: unknown key, known keys: {', '.join(_VALIDATE)}"
         raise ConfigurationError("validate has unknown settings", why=why)
-    if settings.get("engine") not in (None, *_ENGINES):
-        raise ConfigurationError("unknown engine", why=f"engine: choose from {', '.join(_ENGINES)}")
+    if settings.get("engine") not in (None, *_engines()):
+        raise ConfigurationError("unknown engine", why=f"engine: choose from {', '.join(_engines())}")
 
 
 def _must_be_export(read: Mapping[str, str]) -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp8pipe.cli.common import Console, common_options, table
+from fp8pipe.cli.common import Console, common_options
 
-# The engines by the kind of export that they run; the first is the default.
-_ENGINES = {"vllm-export": ("vllm",), "onnx-export": ("onnxruntime",), "trt-export": ("tensorrt",)}
+if TYPE_CHECKING:
+    from exporters.target import Engine, ExportTarget
+    from fp8pipe.artifact import Artifact
 
 
 @click.command("validate")
 @click.argument("export", type=click.Path(path_type=Path))
 @click.option(
     "--engine",
-    type=click.Choice([engine for engines in _ENGINES.values() for engine in engines]),
     help="The engine; default: the one the export is for.",
 )
 @click.option(
@@ -50,113 +49,63 @@ def command(
 
     The record is written beside the export, as EXPORT.validation.json.
     """
+    from exporters.target import call, open_export
     from fp8pipe.artifact.record import ExportRejectedError
 
-    chosen = _engine(export, engine)
-    _refuse_foreign(chosen, against, images)
+    artifact, target = open_export(export, lambda known: known.engines)
+    chosen = _engine(artifact, target, engine)
+    given = _understood(chosen, {"against": against, "images": images, "vllm_python": vllm_python})
     if dry_run:
-        _show_plan(export, chosen, vllm_python, (against, images), console)
+        _show_plan(artifact, target, chosen, given, console)
         return
     rejection = None
     try:
-        record = _validate(export, chosen, vllm_python, against, images)
+        record = call(chosen.validate, export, **given)
     except ExportRejectedError as error:
         rejection, record = error, error.record
-    text = {"onnxruntime": _onnx_text, "tensorrt": _trt_text}.get(record.engine, _vllm_text)
-    console.emit(record.model_dump(mode="json"), text(export, record), quiet_text=record.verdict)
+    console.emit(record.model_dump(mode="json"), call(chosen.describe, export, record), quiet_text=record.verdict)
     if rejection is not None:
         raise rejection
 
 
-def _show_plan(
-    export: Path, engine: str, vllm_python: str | None, given: Sequence[Path | None], console: Console
-) -> None:
-    from fp8pipe.artifact import open_artifact
-    from fp8pipe.artifact.record import record_path
-    from validation.plan import plan_engine
-
-    artifact = open_artifact(export, kind=list(_ENGINES), verify=False, caches="engines")
-    reads = [str(path) for path in given if path is not None]
-    vision = given[0] if artifact.kind == "onnx-export" else None
-    plan = plan_engine(
-        artifact, "validate", record_path(artifact.root), vllm_python=vllm_python, against=vision, reads=reads
-    )
-    document = {"dry_run": True, "export": str(artifact.root), "engine": engine, "plan": plan.document()}
-    console.emit(document, plan.text())
-
-
-def _engine(export: Path, engine: str | None) -> str:
+def _engine(artifact: Artifact, target: ExportTarget, name: str | None) -> Engine:
     """The engine for this kind of export."""
-    from fp8pipe.artifact import open_artifact
+    from exporters.target import targets
     from fp8pipe.core.errors import ConfigurationError
 
-    kind = open_artifact(export, kind=list(_ENGINES), verify=False, caches="engines").kind
-    if engine is not None and engine not in _ENGINES[kind]:
+    known = dict.fromkeys(engine.name for other in targets() for engine in other.engines)
+    if name is not None and name not in known:
+        raise click.UsageError(f"--engine {name}: choose from {', '.join(known)}")
+    found = next((engine for engine in target.engines if name in (None, engine.name)), None)
+    if found is None:
         raise ConfigurationError(
-            f"{export} cannot be validated in {engine}",
-            why=f"it is of the kind {kind}, made for {_ENGINES[kind][0]}",
-            fix=f"--engine {_ENGINES[kind][0]}, or none",
+            f"{artifact.root} cannot be validated in {name}",
+            why=f"it is of the kind {artifact.kind}, made for {target.engines[0].name}",
+            fix=f"--engine {target.engines[0].name}, or none",
         )
-    return engine or _ENGINES[kind][0]
+    return found
 
 
-def _validate(export: Path, engine: str, vllm_python: str | None, against: Path | None, images: Path | None) -> Any:
-    if engine == "onnxruntime":
-        from validation.onnx.validate import validate_onnx
-
-        return validate_onnx(export, against=against, pictures=images)
-    if engine == "tensorrt":
-        from validation.tensorrt.validate import validate_tensorrt
-
-        return validate_tensorrt(export)
-    from validation.vllm.validate import validate_export
-
-    return validate_export(export, engine=engine, vllm_python=vllm_python, against=against)
-
-
-def _refuse_foreign(engine: str, against: Path | None, images: Path | None) -> None:
-    """Options of another engine, before anything is planned or run."""
+def _understood(engine: Engine, options: dict[str, Any]) -> dict[str, Any]:
+    """What was given, for an engine that takes it; refused otherwise, but for the Python of vLLM, which is often set."""
     from fp8pipe.core.errors import ConfigurationError
 
-    takes = {"onnxruntime": ("--against", "--images"), "vllm": ("--against",)}.get(engine, ())
-    given = {"--against": against, "--images": images}
-    foreign = [flag for flag, value in given.items() if value is not None and flag not in takes]
+    given = {name: value for name, value in options.items() if value is not None}
+    foreign = [f"--{name}" for name in given if name not in (*engine.takes, "vllm_python")]
     if foreign:
         raise ConfigurationError(
-            f"{' and '.join(foreign)} cannot be given for {engine}", why="nothing is compared with it there",
+            f"{' and '.join(foreign)} cannot be given for {engine.name}", why="nothing is compared with it there",
             fix="leave it out",
         )  # fmt: skip
+    return {name: value for name, value in given.items() if name in engine.takes}
 
 
-def _onnx_text(export: Path, record: Any) -> str:
-    rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in record.gates]
-    title = f"{record.verdict}  {export} in ONNX Runtime {record.versions.get('onnxruntime', '')}"
-    return f"{title}, against the {record.reference}\n{table(rows)}"
+def _show_plan(
+    artifact: Artifact, target: ExportTarget, engine: Engine, given: dict[str, Any], console: Console
+) -> None:
+    from exporters.target import call
+    from fp8pipe.artifact.record import record_path
 
-
-def _trt_text(export: Path, record: Any) -> str:
-    rows = [(gate.name, f"{gate.value:g}", f"({gate.threshold:g})", gate.detail) for gate in record.gates]
-    lines = [f"{record.verdict}  {export} in TensorRT", table(rows)]
-    lines += [f"  proved: {text}" for text in record.proved]
-    lines += [f"  not proved: {text}" for text in record.not_proved]
-    if record.execution is not None:
-        lines += [
-            f"  batch {t.batch}: {t.engine_ms:.3f} ms, in FP16 {t.fp16_ms:.3f} ms (x{t.fp16_ms / t.engine_ms:.2f})"
-            for t in record.execution.timings
-        ]
-    return "\n".join(lines)
-
-
-def _vllm_text(export: Path, record: Any) -> str:
-    weights, logprobs = record.weights, record.logprobs
-    rows = [
-        (
-            "weights read back",
-            f"{weights.elements:,} elements of {weights.tensors} tensors, against the {weights.reference}",
-        ),
-        ("weights differing", f"{weights.differing}"),
-        ("FP8 codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
-        ("log-probabilities", f"largest difference {logprobs.max_abs_diff:.1e} nats over {logprobs.tokens} tokens"),
-        *((f"asked: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in record.canary),
-    ]
-    return f"{record.verdict}  {export} in {record.engine} {record.versions.get(record.engine, '')}\n{table(rows)}"
+    plan = call(target.service.plan or "", artifact, "validate", record_path(artifact.root), **given)
+    document = {"dry_run": True, "export": str(artifact.root), "engine": engine.name, "plan": plan.document()}
+    console.emit(document, plan.text())

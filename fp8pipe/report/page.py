@@ -20,7 +20,7 @@ __all__ = ["default_output", "render", "write_report"]
 
 
 def default_output(path: Path) -> Path:
-    """`RUN/report.html`; beside an artifact, which is sealed, `ARTIFACT.report.html`."""
+    """`RUN/report.html`; beside an artifact, which has a checksum, `ARTIFACT.report.html`."""
     absolute = Path(os.path.abspath(path))
     if (path / RUN_NAME).is_file():
         return absolute / "report.html"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_seal, open_artifact, seal_path
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_checksum, checksum_path, open_artifact
+from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, read_run
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.report.documents import Documents
@@ -98,6 +99,10 @@ class Subject:
         """Artifacts of some kinds."""
         return (item for item in self.items if item.kind in kinds)
 
+    def exports(self) -> list[Item]:
+        """Artifacts that an engine runs, or would."""
+        return [item for item in self.items if kind_named(item.kind).target]
+
     def where(self, item: Item) -> str:
         """An artifact's directory as one would type it."""
         return str(self.path / item.name) if self.run is not None else str(self.path)
@@ -134,7 +139,7 @@ def _item(root: Path, name: str, documents: Documents) -> Item:
 
 
 def _finding(path: Path, told: Any, artifact: Artifact) -> str:
-    """Records of earlier versions have no seal; one that has must fit it."""
-    if seal_path(path).exists() and (damage := check_seal(path)):
+    """Records of earlier versions have no checksum; one that has must fit it."""
+    if checksum_path(path).exists() and (damage := check_checksum(path)):
         return damage
     return "" if told == artifact.digest else f"{path.name} speaks of another manifest than the one that lies here"

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 
+from fp8pipe.artifact.kinds import TunedDetails
 from fp8pipe.core.config import build_config
 from fp8pipe.core.phases import enter_phase
 from fp8pipe.models.compat import import_transformers
@@ -115,7 +116,7 @@ def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, A
         text, facts = _text(config, ModelSource(Path(job["base"]), config.model))
         artifact = tune(_small(config), ModelSource(Path(job["model"]), config.model), text, output)
     inputs = {record.name: record.shape[1] for record in artifact.manifest.layers if record.shape}
-    merged = [inputs[name] for name in artifact.manifest.extra["last_flush_layers"]]
+    merged = [inputs[name] for name in artifact.manifest.details_of(TunedDetails).final_merge_layers]
     return meter, {**facts, "merged": merged}
 
 

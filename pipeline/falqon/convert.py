@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.artifact import LayerRecord
+from fp8pipe.artifact import Encoding, LayerRecord
+from fp8pipe.artifact import ScaleRule as Rule
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.numerics.casts import quantize_weight
+from fp8pipe.numerics.casts import ScaleRule, quantize_weight
 from pipeline.falqon.gradient import Losses, gradient_sketches
 from pipeline.falqon.initialise import adapter_directions
 from pipeline.falqon.layer import FalqonLinear
@@ -67,11 +68,9 @@ def find_candidates(model: nn.Module) -> tuple[list[Candidate], list[LayerRecord
             continue
         candidate = Candidate(name, module, transposed)
         if module is head:
-            skipped.append(LayerRecord(name=name, converted=False, reason="output head", shape=candidate.shape))
+            skipped.append(LayerRecord(name=name, reason="output head", shape=candidate.shape))
         elif len(owners[_identity(module.get_parameter("weight"))]) > 1:
-            skipped.append(
-                LayerRecord(name=name, converted=False, reason="weight tied to another module", shape=candidate.shape)
-            )
+            skipped.append(LayerRecord(name=name, reason="weight tied to another module", shape=candidate.shape))
         else:
             candidates.append(candidate)
     if not candidates:
@@ -173,7 +172,11 @@ class FalqonGroup:
 
 def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:
     reason = "linear" if len(layer.parts) == 1 else f"linear, stacked with {len(layer.parts) - 1} of the same input"
-    return LayerRecord(name=name, converted=True, reason=reason, shape=(rows, layer.in_features))
+    tensorwise = layer.scale_rule is ScaleRule.EXACT
+    rule = Rule.AMAX if tensorwise else Rule.POWER_OF_TWO
+    weight = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
+    inputs = weight.model_copy(update={"dynamic": True, "granularity": "per-tensor" if tensorwise else "per-token"})
+    return LayerRecord(name=name, shape=(rows, layer.in_features), weight=weight, activation=inputs, reason=reason)
 
 
 def _build(

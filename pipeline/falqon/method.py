@@ -57,6 +57,11 @@ class FalqonMethod:
         self.layers = {group.name: group.layer for group in self.groups}
         return records
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The linear layers that train."""
+        return tuple(name for group in self.groups for name in group.members)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """B of every layer; nothing else trains."""
         return {f"{name}.lora_B": layer.lora_B for name, layer in self.layers.items()}

@@ -37,7 +37,7 @@ class LoraMethod:
         self.alpha = alpha
         self.seed = seed
         self.quantized = quantized
-        self._names: tuple[str, ...] = ()
+        self.names: tuple[str, ...] = ()
         self._transposed: dict[str, bool] = {}
         self._peft: Any = None
 
@@ -48,7 +48,7 @@ class LoraMethod:
         candidates, records = find_candidates(model)
         check_rank(candidates, self.rank)
         peft = _import_peft()
-        self._names = tuple(candidate.name for candidate in candidates)
+        self.names = tuple(candidate.name for candidate in candidates)
         self._transposed = {candidate.name: candidate.transposed for candidate in candidates}
         shapes = {candidate.name: candidate.shape for candidate in candidates}
         if self.quantized:
@@ -56,12 +56,12 @@ class LoraMethod:
                 _to_nf4(model, candidate.name, candidate.weight())
         torch.manual_seed(self.seed)
         config = peft.LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules=list(self._names), lora_dropout=0.0,
+            r=self.rank, lora_alpha=self.alpha, target_modules=list(self.names), lora_dropout=0.0,
             fan_in_fan_out=any(self._transposed.values()) and not self.quantized,
         )  # fmt: skip
         self._peft = peft.get_peft_model(model, config)
         how = "NF4 with adapter" if self.quantized else "bf16 with adapter"
-        records += [LayerRecord(name=n, converted=True, reason=how, shape=shapes[n]) for n in self._names]
+        records += [LayerRecord(name=n, reason=how, shape=shapes[n]) for n in self.names]
         return records
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -95,14 +95,14 @@ class LoraMethod:
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
         """Merge the adapters into bf16 weights; NF4 weights are dequantized first, as they were trained."""
-        for name in self._names:
+        for name in self.names:
             _merge(model, name)
         return {}
 
     def deployed_weights(self) -> Weights:
         """The merged bf16 weights, in the checkpoint's orientation, by linear layer."""
         weights: Weights = {}
-        for name in self._names:
+        for name in self.names:
             weight = self._peft.base_model.model.get_submodule(name).weight.detach()
             turned = weight.t().contiguous() if self.quantized and self._transposed[name] else weight
             weights[name] = Deployed(turned.to(torch.bfloat16), None, self._transposed[name])

@@ -29,6 +29,11 @@ class Method(Protocol):
         """
         ...
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Module paths of the linear layers that train."""
+        ...
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters, by a stable name."""
         ...

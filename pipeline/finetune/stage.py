@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +17,16 @@ from torch import nn
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
+    Comparison,
     Gate,
     LayerRecord,
     NumberFormat,
     Parent,
+    Verdict,
     check_place,
     sha256_file,
 )
+from fp8pipe.artifact.kinds import HeldoutLoss, MergeHealth, TextFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.phases import enter_phase
 from fp8pipe.core.plan import refuse_impossible
@@ -74,7 +76,7 @@ class TrainingText:
 
     train: Batches
     heldout: Batches
-    facts: dict[str, Any]
+    facts: TextFacts
     template: TemplateInfo
     digests: dict[str, str]
     warnings: list[str]
@@ -128,12 +130,11 @@ def tune(
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
         enter_phase("prepare")
         records = _prepare(config, model, method, store, text)
-        converted = [record.name for record in records if record.converted]
-        names = checkpoint_names(source.path, converted, getattr(model, "base_model_prefix", ""))
+        names = checkpoint_names(source.path, method.names, getattr(model, "base_model_prefix", ""))
         trainer = Trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
         if trainer.resume():
             _LOG.info("resumed after step %d", trainer.step)
-        _announce(records)
+        _announce(records, method.names)
         with track(config.steps, "training", done=trainer.step) as progress:
             trainer.run(lambda m: progress.advance(loss=m["loss"], tokens_per_second=m["tokens_per_second"]))
         return _deploy(config, source, text, writer, trainer, records, names)
@@ -159,7 +160,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     encoded_heldout = encode(heldout, tokenizer, config.sequence_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad or 0}
-    facts = {"records": len(records), "train": len(train), "heldout": len(heldout)}
+    facts = TextFacts(records=len(records), train=len(train), heldout=len(heldout))
     return TrainingText(
         train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
         heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
@@ -230,12 +231,11 @@ def _prepare(
     return records
 
 
-def _announce(records: list[LayerRecord]) -> None:
-    done = [record for record in records if record.converted]
-    skipped = [record for record in records if not record.converted]
-    _LOG.info("converted %d of %d linear layers", len(done), len(records))
-    for record in skipped:
-        _LOG.info("left out: %s (%s)", record.name, record.reason)
+def _announce(records: list[LayerRecord], trained: tuple[str, ...]) -> None:
+    _LOG.info("converted %d of %d linear layers", len(trained), len(records))
+    for record in records:
+        if record.name not in trained:
+            _LOG.info("left out: %s (%s)", record.name, record.reason)
 
 
 def _deploy(
@@ -262,10 +262,10 @@ def _deploy(
     _write_template(writer.root, text.template)
     _write_adapter(writer, method)
     differing = count_differing(writer.root, weights)
-    writer.gate(Gate(name="reopened bytes differing", value=differing, threshold=0, passed=differing == 0))
+    writer.gate(Gate(name="reopened bytes differing", value=differing))
     learned = Gate(
-        name="held-out loss of the deployed weights", value=deployed, threshold=untuned, passed=deployed < untuned,
-        detail="nats an answer token; below the untuned model", failure="REGRESSION",
+        name="held-out loss of the deployed weights", value=deployed, comparison=Comparison.BELOW,
+        threshold=untuned, detail="nats per answer token; below the untuned model", failure=Verdict.REGRESSION,
     )  # fmt: skip
     writer.gate(learned)
     if not learned.passed:
@@ -274,29 +274,30 @@ def _deploy(
         )
     plot_run(trainer.history, writer.root / _PLOT, f"{config.method} on {source.origin}")
     transposed = [name for name, weight in weights.items() if weight.transposed]
+    falqon = config.method == "falqon"
     return writer.commit(
         config=config.model_dump(mode="json"),
         seed=config.seed,
         parents=[Parent(kind="model", digest=weights_digest(source.path), path=source.origin)],
-        number_format=NumberFormat(name="e4m3", granularity="per-tensor") if config.method == "falqon" else None,
+        number_format=NumberFormat(name="e4m3", granularity="per-tensor") if falqon else None,
         runtime={
             "device": config.device, "threads": torch.get_num_threads(), "native": native.library() is not None,
             "attention": getattr(model.config, "_attn_implementation", None),
         },
         layers=[r.model_copy(update={"name": names.get(r.name, r.name)}) for r in records],
-        extra={
-            **_method_facts(config),
-            "rank": config.rank, "base_dtype": config.dtype, "transposed": transposed, "data": text.facts,
-            "last_flush": sum(flushed.values(), FlushReport()).health() if flushed else None,
-            "last_flush_layers": {names.get(name, name): report.health() for name, report in flushed.items()},
-            "heldout_loss": {"untuned": untuned, "deployed": deployed},
-        },
+        details=TunedDetails(
+            adapter="flushed" if falqon else "merged", rule=config.update_rule if falqon else None, rank=config.rank,
+            base_dtype=config.dtype, transposed=transposed, data=text.facts,
+            final_merge=_health(sum(flushed.values(), FlushReport())) if flushed else None,
+            final_merge_layers={names.get(name, name): _health(report) for name, report in flushed.items()},
+            heldout_loss=HeldoutLoss(untuned=untuned, deployed=deployed),
+        ),
         exclude=[_CHECKPOINTS], volatile=[_METRICS, _PLOT],
     )  # fmt: skip
 
 
-def _method_facts(config: FinetuneConfig) -> dict[str, Any]:
-    return {"adapter": "flushed", "rule": config.update_rule} if config.method == "falqon" else {"adapter": "merged"}
+def _health(report: FlushReport) -> MergeHealth:
+    return MergeHealth(**report.health())
 
 
 def _write_template(root: Path, template: TemplateInfo) -> None:

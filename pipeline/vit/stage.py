@@ -18,9 +18,21 @@ from torch import Tensor
 
 from calibration.image_set import ImageSet
 from calibration.make import ARTIFACT_IMAGES, FOLDER_PREFIX, ImageRequest, make_images, read_images
-from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent, check_place
+from fp8pipe.artifact import (
+    Artifact,
+    ArtifactWriter,
+    Comparison,
+    Gate,
+    NumberFormat,
+    Parent,
+    ScaleRule,
+    Verdict,
+    check_place,
+)
+from fp8pipe.artifact.kinds import Accuracy, FirstLast, TransformFacts, VitDetails
 from fp8pipe.core.phases import enter_phase
 from fp8pipe.core.progress import track
+from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.image_folder import ImageFolder
 from fp8pipe.models.vision.outputs import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, save_quantized
@@ -204,20 +216,17 @@ def _finish(
         ),
         preprocessing=vision.preprocessing.model_dump(mode="json"),
         runtime={"device": "cpu", "threads": torch.get_num_threads()},
-        layers=[
-            LayerRecord(name=s.name, converted=True, reason=_described(quantized, s.name), shape=s.shape)
-            for s in structure.linears
-        ],
-        extra={
-            "precision": str(config.precision), "edges": config.edges, "images": len(images.images),
-            "image_method": _method_name(images),
-            "image_losses": {name: sum(v) / len(v) for name, v in images.losses.items() if v},
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
-            "conditioning": {"done": conditioned.steps, "left_out": conditioned.notes},
-            "seconds_per_image": round(seconds["images"] / len(images.images), 3),
-            "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]} if history else None,
-            "accuracy": measured,
-        },
+        layers=layer_records(quantized, rule=ScaleRule.LEARNED if config.distill.steps else ScaleRule.CALIBRATED),
+        details=VitDetails(
+            precision=str(config.precision), edges=config.edges, images=len(images.images),
+            image_method=_method_name(images),
+            image_losses={name: sum(v) / len(v) for name, v in images.losses.items() if v},
+            seconds={name: round(value, 1) for name, value in seconds.items()},
+            transforms=TransformFacts(done=list(conditioned.steps), left_out=list(conditioned.notes)),
+            seconds_per_image=round(seconds["images"] / len(images.images), 3),
+            loss=FirstLast(first=history[0]["loss"], last=history[-1]["loss"]) if history else None,
+            accuracy=None if measured is None else Accuracy.model_validate(measured),
+        ),
         exclude=[_CHECKPOINTS, _IMAGES_WORK], volatile=[_METRICS],
     )  # fmt: skip
 
@@ -229,11 +238,6 @@ def _are_pictures(images: ImageSet) -> bool:
 def _method_name(images: ImageSet) -> str:
     """The kind of images, without a path of this machine."""
     return "images" if _are_pictures(images) else images.method
-
-
-def _described(quantized: QuantizedVit, name: str) -> str:
-    weight = quantized.weights[name]
-    return f"{weight.bits}-bit {weight.kind} weights"
 
 
 def _measure(folder: ImageFolder | None, vision: VisionModel, quantized: QuantizedVit) -> dict[str, Any] | None:
@@ -248,7 +252,7 @@ def _measure(folder: ImageFolder | None, vision: VisionModel, quantized: Quantiz
 def _code_gate(quantized: QuantizedVit) -> Gate:
     """No weight may use more codes than its bits allow: what is called 4-bit must fit 4 bits."""
     above = sum(len(w.codes.view(torch.uint8).unique()) > 2**w.bits for w in quantized.weights.values())
-    return Gate(name="weights with too many codes", value=above, threshold=0, passed=above == 0)
+    return Gate(name="weights with too many codes", value=above)
 
 
 @torch.no_grad()
@@ -264,8 +268,8 @@ def _agreement(vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, str
         value = float((teacher.argmax(1) == student.argmax(1)).float().mean())
         name = "top-1 agreement with the teacher"
     return Gate(
-        name=name, value=value, threshold=0.5, passed=value >= 0.5, detail="on the calibration images",
-        failure="REGRESSION",
+        name=name, value=value, comparison=Comparison.AT_LEAST, threshold=0.5, detail="on the calibration images",
+        failure=Verdict.REGRESSION,
     )  # fmt: skip
 
 
@@ -292,7 +296,7 @@ def _rebuild_gate(quantized: QuantizedVit, pixels: Tensor, root: Path) -> Gate:
     name = "logits differing after a fresh process"
     if ended.returncode:
         last = ended.stderr.strip().splitlines()[-1:] or ["no message"]
-        return Gate(name=name, value=float(pixels.shape[0]), threshold=0, passed=False, detail=last[0][:300])
+        return Gate(name=name, value=float(pixels.shape[0]), detail=last[0][:300])
     again = load_file(scratch / "answer.safetensors")["logits"]
     differing = int((again != quantized(pixels)).sum())
-    return Gate(name=name, value=differing, threshold=0, passed=differing == 0, detail=f"of {again.numel()}")
+    return Gate(name=name, value=differing, detail=f"of {again.numel()}")

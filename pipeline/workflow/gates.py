@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe.artifact import MANIFEST_NAME
-from fp8pipe.artifact.runs import GateOutcome, Verdict
+from fp8pipe.artifact import MANIFEST_NAME, read_manifest
+from fp8pipe.artifact.gate import Comparison, Gate, Verdict, read_gate
+from fp8pipe.core.errors import BadArtifactError
 from pipeline.workflow.recipe import GateSpec, StageSpec
 
 __all__ = ["document_of", "figure_at", "judge", "verdict_of_failure"]
@@ -32,17 +33,17 @@ def verdict_of_failure(exit_code: int) -> Verdict | None:
 
 
 def document_of(output: Path) -> tuple[Path, dict[str, Any]]:
-    """The manifest of an artifact, or a record: its file, and its content (empty where it is not there)."""
+    """The manifest of an artifact in today's schema, or a record: its file, and its content (empty where unreadable)."""
     path = output / MANIFEST_NAME if output.is_dir() else output
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        document = read_manifest(output).plain() if output.is_dir() else json.loads(path.read_bytes())
+    except (OSError, ValueError, BadArtifactError):
         return path, {}
     return path, document if isinstance(document, dict) else {}
 
 
 def figure_at(document: Any, path: str) -> float | None:
-    """The number at a dotted path (`extra.accuracy.quantized.top1`, `canary.0.tokens`); None where there is none."""
+    """The number at a dotted path (`details.accuracy.quantized.top1`, `canary.0.tokens`); None where there is none."""
     here = document
     for part in path.split("."):
         if isinstance(here, Mapping) and part in here:
@@ -58,7 +59,7 @@ def figure_at(document: Any, path: str) -> float | None:
     return float(here) if isinstance(here, int | float) else None
 
 
-def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list[GateOutcome]:
+def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list[Gate]:
     """All gates of a stage that has ended: those its output carries, its record's verdict, and the recipe's.
 
     Args:
@@ -68,34 +69,26 @@ def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list
     """
     path, document = document_of(outputs[spec.name])
     where = _relative(path, directory)
-    found = [_own(gate, f"{where}#gates.{index}.value") for index, gate in enumerate(document.get("gates") or [])]
+    found = [
+        read_gate(gate).model_copy(update={"source": f"{where}#gates.{index}.value"})
+        for index, gate in enumerate(document.get("gates") or [])
+    ]
     if "verdict" in document:
         found.append(_recorded(document, f"{where}#verdict"))
-    return found + [_judged(gate, where, document, directory, outputs) for gate in spec.gates]
+    return found + [judged for gate in spec.gates for judged in _judged(gate, where, document, directory, outputs)]
 
 
-def _own(gate: Mapping[str, Any], source: str) -> GateOutcome:
-    value, threshold, passed = figure_at(gate, "value"), figure_at(gate, "threshold"), bool(gate.get("passed"))
-    verdict = Verdict.ACCEPT if passed else Verdict(gate.get("failure", Verdict.ANOMALOUS))
-    above = value is not None and threshold is not None and (value > threshold) is passed and value != threshold
-    bound = "at_least" if above else "at_most"
-    return GateOutcome(
-        name=str(gate["name"]), source=source, value=value, verdict=verdict, reason=str(gate.get("detail", "")),
-        **{bound: threshold},
-    )  # fmt: skip
-
-
-def _recorded(document: Mapping[str, Any], source: str) -> GateOutcome:
+def _recorded(document: Mapping[str, Any], source: str) -> Gate:
     said = str(document["verdict"])
-    accepted = said in _ACCEPTED
     reasons = document.get("reasons") or document.get("not_proved") or []
-    return GateOutcome(
-        name=f"verdict of the record: {said}", source=source, value=float(accepted), at_least=1.0,
-        verdict=Verdict.ACCEPT if accepted else Verdict.ANOMALOUS, reason="; ".join(map(str, reasons)),
+    return Gate(
+        name=f"verdict of the record: {said}", value=float(said in _ACCEPTED), comparison=Comparison.EQUAL,
+        threshold=1.0, detail="; ".join(map(str, reasons)), source=source,
     )  # fmt: skip
 
 
-def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs: Mapping[str, Path]) -> GateOutcome:
+def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs: Mapping[str, Path]) -> Iterator[Gate]:
+    """One gate for each bound."""
     value, source = figure_at(document, gate.figure), f"{where}#{gate.figure}"
     for operation, other in (("-", gate.minus), ("/", gate.over)):
         if other is None:
@@ -105,10 +98,12 @@ def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs:
         second = figure_at(held, inner)
         source += f" {operation} {_relative(place, directory)}#{inner}"
         value = _combined(operation, value, second)
-    return GateOutcome(
-        name=gate.name, source=source, value=value, at_least=gate.at_least, at_most=gate.at_most, reason=gate.reason,
-        verdict=_verdict(value, gate.at_least, gate.at_most),
-    )  # fmt: skip
+    for comparison, bound in ((Comparison.AT_LEAST, gate.at_least), (Comparison.AT_MOST, gate.at_most)):
+        if bound is not None:
+            yield Gate(
+                name=gate.name, value=value, comparison=comparison, threshold=bound, detail=gate.reason, source=source,
+                failure=Verdict.REGRESSION,
+            )  # fmt: skip
 
 
 def _combined(operation: str, first: float | None, second: float | None) -> float | None:
@@ -117,13 +112,6 @@ def _combined(operation: str, first: float | None, second: float | None) -> floa
     if operation == "-":
         return first - second
     return first / second if second else math.nan
-
-
-def _verdict(value: float | None, at_least: float | None, at_most: float | None) -> Verdict:
-    if value is None or not math.isfinite(value):
-        return Verdict.ANOMALOUS
-    inside = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
-    return Verdict.ACCEPT if inside else Verdict.REGRESSION
 
 
 def _relative(path: Path, directory: Path) -> str:

@@ -12,7 +12,7 @@ stages:
     artifact: stage:digits
     target: onnx
     gates:
-      - {name: size, figure: extra.payload_bytes, at_most: 5000000, reason: fits the device}
+      - {name: size, figure: details.payload_bytes, at_most: 5000000, reason: fits the device}
 ```
 
 `stage:NAME` stands for what that stage writes. Everything else in a stage is a setting of its command.
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.core.config import FrozenConfig, assign, build_config, read_yaml
 from fp8pipe.core.errors import ConfigurationError
@@ -46,13 +46,19 @@ class GateSpec(FrozenConfig):
 
     name: str = Field(min_length=1, description="what it asks, in a few words")
     figure: str = Field(
-        min_length=1, description="path in the stage's manifest or record, for instance extra.heldout_loss.deployed"
+        min_length=1, description="path in the stage's manifest or record, for instance details.heldout_loss.deployed"
     )
     minus: str | None = Field(None, description="a figure to subtract; STAGE#path takes it from another stage")
     over: str | None = Field(None, description="a figure to divide by; STAGE#path takes it from another stage")
     at_least: float | None = Field(None, description="the smallest value accepted")
     at_most: float | None = Field(None, description="the largest value accepted")
     reason: str = Field(min_length=1, description="why this threshold")
+
+    @field_validator("figure", "minus", "over")
+    @classmethod
+    def _of_today(cls, value: str | None) -> str | None:
+        """Recipes from before schema 3 of manifests say `extra` where it is `details` now."""
+        return value if value is None else re.sub(r"(^|#)extra\.", r"\1details.", value)
 
     @model_validator(mode="after")
     def _bounded(self) -> GateSpec:

@@ -15,8 +15,9 @@ import yaml
 
 from fp8pipe import __version__
 from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME, installed_versions
-from fp8pipe.artifact.checksum import remove_sealed
-from fp8pipe.artifact.runs import RunRecord, StageRecord, Verdict, worst, write_run
+from fp8pipe.artifact.checksum import remove_checked
+from fp8pipe.artifact.gate import Verdict, worst
+from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
 from fp8pipe.core.machine import describe_machine
 from pipeline.workflow.commands import StageCommand
@@ -140,7 +141,7 @@ class WorkflowRunner:
         if output.is_dir():
             extra.append("--force")
         elif output.is_file():
-            remove_sealed(output)  # an old record must not be taken for the new one
+            remove_checked(output)  # an old record must not be taken for the new one
         log = state.directory / LOGS / f"{spec.name}.log"
         log.parent.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from prometheus_client import Gauge
 from starlette.applications import Starlette
 
 from exporters.vllm.environment import find_vllm_python, inspect_environment
+from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import Fp8PipeError
 from serving.http.access_log import start_access_log
@@ -38,7 +39,6 @@ from serving.language.upstream import Upstream
 __all__ = ["run_front", "serve_language", "supervise"]
 
 logger = logging.getLogger(__name__)
-EXPORT_KIND = "vllm-export"
 # For the errors that end what still ran when the drain was over.
 _LAST_WORDS_S = 5
 
@@ -61,7 +61,7 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
         OutOfMemoryError: vLLM ran out of memory while it started.
     """
     chosen = language or LanguageConfig()
-    artifact = open_artifact(export, kind=EXPORT_KIND, verify=True)
+    artifact = open_artifact(export, kind=KIND, verify=True)
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"

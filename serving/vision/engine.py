@@ -116,7 +116,7 @@ def open_engine(model: ServedModel, config: VisionConfig) -> Engine:
         MissingCapabilityError: the provider or the GPU is not here, or cannot be used.
         BadArtifactError: ONNX Runtime refuses the graph.
     """
-    if model.artifact.kind == "trt-export":
+    if model.engine == "tensorrt":
         _refuse_streams(config)
         from serving.vision.tensorrt import open_tensorrt
 

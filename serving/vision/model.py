@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.graph.description import CLASSES_FILE
+from exporters.graph.details import GraphDetails
 from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.files import read_model_file
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 
-__all__ = ["KINDS", "ServedModel", "read_model"]
-
-KINDS = ("onnx-export", "trt-export")
+__all__ = ["ServedModel", "read_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,11 @@ class ServedModel:
     output_name: str
 
     @property
+    def engine(self) -> str:
+        """The engine that runs it, as `--engine` names it."""
+        return kind_named(self.artifact.kind).engines[0]
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(3, H, W) of one input."""
         return (3, *self.preprocessing.crop)
@@ -49,19 +54,21 @@ def read_model(export: Path) -> ServedModel:
     Raises:
         BadArtifactError: a file is not what the manifest says, or the export is of no vision model.
     """
-    artifact = open_artifact(export, kind=KINDS, caches="engines")
-    if not (artifact.root / PREPROCESSING_FILE).is_file():
+    artifact = open_artifact(export, caches="engines")
+    details = artifact.manifest.details
+    if not isinstance(details, GraphDetails) or not (artifact.root / PREPROCESSING_FILE).is_file():
         raise BadArtifactError(
-            f"{export} is no vision model's export", why=f"it has no {PREPROCESSING_FILE}", fix="export a vision model"
+            f"{export} is no vision model's export",
+            why=f"it is of kind {artifact.kind!r}, or has no {PREPROCESSING_FILE}",
+            fix="export a vision model",
         )
-    extra = artifact.manifest.extra
     return ServedModel(
         artifact=artifact,
         name=artifact.root.resolve().name,
         preprocessing=read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE),
         classes=_classes(artifact.root / CLASSES_FILE),
-        input_name=extra["input"]["name"],
-        output_name=extra["output"]["name"],
+        input_name=details.input.name,
+        output_name=details.output.name,
     )
 
 

@@ -45,7 +45,7 @@ def metadata(model: ServedModel, width: int) -> dict[str, Any]:
     return {
         "name": model.name,
         "versions": [VERSION],
-        "platform": "tensorrt_plan" if model.artifact.kind == "trt-export" else "onnxruntime_onnx",
+        "platform": "tensorrt_plan" if model.engine == "tensorrt" else "onnxruntime_onnx",
         "inputs": [{"name": model.input_name, "datatype": _TYPE, "shape": [-1, *model.shape]}],
         "outputs": [{"name": model.output_name, "datatype": _TYPE, "shape": [-1, width]}],
     }

@@ -77,7 +77,7 @@ def open_service(export: Path, config: VisionConfig) -> VisionService:
     return VisionService(app, state, keys, access)
 
 
-def serve_vision(export: Path, config: VisionConfig) -> int:
+def serve_vision(export: Path, config: VisionConfig, language: None = None) -> int:
     """Serve until SIGTERM; the exit code. Raises as `open_service`."""
     service = open_service(export, config)
     reload = (lambda: None) if service.keys is None else service.keys.reload

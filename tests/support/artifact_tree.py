@@ -24,20 +24,21 @@ from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe import __version__
 from fp8pipe.artifact import (
+    CHECKSUM_NAME,
     MANIFEST_NAME,
-    SEAL_NAME,
     FileEntry,
     Manifest,
     open_artifact,
     read_manifest,
     sha256_file,
-    write_sealed,
+    write_checked,
 )
-from fp8pipe.artifact.runs import RunRecord, StageRecord, Verdict, write_run
+from fp8pipe.artifact.gate import Verdict
+from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.core.config import build_config
 from validation.onnx.validate import validate_onnx
 
-__all__ = ["reseal", "write_language", "write_run_record", "write_vision"]
+__all__ = ["rehash", "write_language", "write_run_record", "write_vision"]
 
 STAGES = ("model", "vllm", "modelopt", "decoder", "vit", "onnx", "trt")
 
@@ -101,8 +102,8 @@ def write_run_record(root: Path) -> None:
     write_run(record, root)
 
 
-def reseal(root: Path, change: Callable[[dict], None] | None = None) -> Path:
-    """Make hashes, manifest and seal right for whatever lies in `root`: as a writer does that is wrong, not the disk.
+def rehash(root: Path, change: Callable[[dict], None] | None = None) -> Path:
+    """Make hashes, manifest and checksum right for whatever lies in `root`: as a writer does that is wrong, not the disk.
 
     Args:
         root: an artifact.
@@ -119,9 +120,9 @@ def reseal(root: Path, change: Callable[[dict], None] | None = None) -> Path:
             volatile=flags.get(name, False),
         ).model_dump()
         for name in names
-        if name not in (MANIFEST_NAME, SEAL_NAME)
+        if name not in (MANIFEST_NAME, CHECKSUM_NAME)
     ]  # fmt: skip
     manifest = Manifest.from_json(json.dumps(data), where=str(root))
-    write_sealed(root / MANIFEST_NAME, manifest.to_json())
+    write_checked(root / MANIFEST_NAME, manifest.to_json())
     read_manifest(root)
     return root

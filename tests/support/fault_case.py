@@ -10,12 +10,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from artifact_tree import reseal
+from artifact_tree import rehash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp8pipe.artifact import write_sealed
-from fp8pipe.artifact.discrepancy import Catcher
+from fp8pipe.artifact import write_checked
+from fp8pipe.artifact.finding import Check
 
 __all__ = ["Fault", "code_bits", "graph", "json_file", "manifest", "record", "tensors"]
 
@@ -33,7 +33,7 @@ class Fault:
         how: what is done to it.
         catcher: the check that must report it.
         named: what the report must name: file, layer, tensor or node.
-        plant: does it, given the tree; leaves hashes and seals right unless they are the fault.
+        plant: does it, given the tree; leaves hashes and checksums right unless they are the fault.
         parent: what must be in the tree beside it for the check; none where the artifact alone is enough.
     """
 
@@ -41,7 +41,7 @@ class Fault:
     artifact: str
     where: str
     how: str
-    catcher: Catcher
+    catcher: Check
     named: str
     plant: Plant
     parent: str | None = None
@@ -71,7 +71,7 @@ def tensors(artifact: str, change: Callable[[dict[str, Tensor]], None], file: st
             data = json.loads(index.read_text())
             data["weight_map"] = {name: places.get(name, files[0]).name for name in sorted(found)}
             index.write_text(json.dumps(data, indent=2))
-        reseal(root)
+        rehash(root)
 
     return plant
 
@@ -86,27 +86,27 @@ def json_file(
         data = json.loads(path.read_text())
         changed = change(data)
         path.write_text(json.dumps(data if changed is None else changed, indent=2) + "\n")
-        reseal(tree / artifact, also)
+        rehash(tree / artifact, also)
 
     return plant
 
 
 def manifest(artifact: str, change: Callable[[dict], None]) -> Plant:
-    """Edit the manifest and seal it again."""
+    """Edit the manifest and checksum it again."""
 
     def plant(tree: Path) -> None:
-        reseal(tree / artifact, change)
+        rehash(tree / artifact, change)
 
     return plant
 
 
 def record(file: str, change: Callable[[dict], None]) -> Plant:
-    """Edit a record beside the artifacts and seal it again."""
+    """Edit a record beside the artifacts and checksum it again."""
 
     def plant(tree: Path) -> None:
         data = json.loads((tree / file).read_text())
         change(data)
-        write_sealed(tree / file, json.dumps(data, indent=2) + "\n")
+        write_checked(tree / file, json.dumps(data, indent=2) + "\n")
 
     return plant
 
@@ -119,7 +119,7 @@ def graph(artifact: str, edit: Callable[[ir.Model], None]) -> Plant:
         model = ir.load(path)
         edit(model)
         ir.save(model, path)
-        reseal(tree / artifact)
+        rehash(tree / artifact)
 
     return plant
 

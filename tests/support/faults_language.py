@@ -7,19 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from artifact_tree import reseal
+from artifact_tree import rehash
 from fault_case import Fault, code_bits, json_file, manifest, tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fp8pipe.artifact.discrepancy import Catcher
+from fp8pipe.artifact.finding import Check
 
 __all__ = ["LANGUAGE_FAULTS"]
 
 ATTENTION = "model.layers.0.self_attn"
 Q, K, OUT = (f"{ATTENTION}.{x}_proj" for x in "qko")
 SHARD = "model-00002-of-00002.safetensors"
-C = Catcher
+C = Check
 
 
 def swap(a: str, b: str) -> Callable[[dict[str, Tensor]], None]:
@@ -87,14 +87,14 @@ def file(artifact: str, name: str, change: Callable[[bytes], bytes | None]) -> C
             path.unlink()
         else:
             path.write_bytes(data)
-        reseal(tree / artifact)
+        rehash(tree / artifact)
 
     return plant
 
 
 def stray(tree: Path) -> None:
     save_file({f"{Q}.weight": torch.zeros(64, 64)}, tree / "vllm" / "extra.safetensors")
-    reseal(tree / "vllm")
+    rehash(tree / "vllm")
 
 
 def swapped_index(data: dict) -> None:
@@ -248,7 +248,7 @@ EXPORT_FAULTS = (
           manifest("vllm", lambda data: data["parents"][0].update(digest="0" * 64, content=None)), "model"),
     Fault("parent-replaced", "model", WEIGHTS, "the parent was written again, its export was not", C.PARENT, "model",
           other_parent, "vllm"),
-    Fault("manifest-of-another", "vllm", "manifest.json", "another artifact's manifest, with its seal", C.HASH,
+    Fault("manifest-of-another", "vllm", "manifest.json", "another artifact's manifest, with its checksum", C.HASH,
           "config.json", copied_manifest, "model"),
 )  # fmt: skip
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from artifact_tree import reseal
+from artifact_tree import rehash
 from fault_case import Fault, graph, json_file, manifest, record, tensors
 from graph_edits import behind, drop, opset, replace, set_attributes, store
 
-from fp8pipe.artifact.discrepancy import Catcher
+from fp8pipe.artifact.finding import Check
 
 __all__ = ["VISION_FAULTS"]
 
-C = Catcher
+C = Check
 QKV, PROJ = "blocks.0.attn.qkv", "blocks.0.attn.proj"
 PRE = "preprocessing.json"
 LAST = "model.layers.1.mlp.down_proj"
@@ -58,7 +58,7 @@ def flip_code(array: Any) -> Any:
 
 def template(tree: Path) -> None:
     (tree / "decoder" / "chat_template.jinja").write_text("{{ messages }}")
-    reseal(tree / "decoder")
+    rehash(tree / "decoder")
 
 
 def swap_heads(array: Any) -> Any:
@@ -111,7 +111,7 @@ def external(offset: int) -> Callable[[Path], None]:
         entry = next(e for e in tensor.external_data if e.key == "offset")
         entry.value = str(int(entry.value) + offset)
         path.write_bytes(proto.SerializeToString())
-        reseal(tree / "onnx")
+        rehash(tree / "onnx")
 
     return plant
 
@@ -134,7 +134,7 @@ def stale(tree: Path) -> None:
     layers = json.loads(path.read_text())
     layers["8.9"]["recipe"]["graph_sha256"] = "ab" * 32
     path.write_text(json.dumps(layers))
-    reseal(tree / "trt")
+    rehash(tree / "trt")
 
 
 def precisions(data: dict) -> None:
@@ -154,18 +154,18 @@ def failed_gate(data: dict) -> None:
 
 
 def turned(tree: Path) -> None:
-    """A record that is sealed, agrees with itself, and is not the one that the run judged."""
+    """A record that has a checksum, agrees with itself, and is not the one that the run judged."""
     record("onnx.validation.json", lambda data: data.update(verdict="REJECT"))(tree)
 
 
-def unsealed(tree: Path) -> None:
+def unchecked(tree: Path) -> None:
     path = tree / "onnx" / "manifest.json"
     path.write_text(path.read_text().replace('"seed": null', '"seed": 1'))
 
 
 def unlisted_engine(tree: Path) -> None:
     (tree / "trt" / "engines" / "rtx-12.0.engine").write_bytes(b"another engine")
-    reseal(tree / "trt")
+    rehash(tree / "trt")
 
 
 GRAPH = "model.onnx"
@@ -307,11 +307,11 @@ RECORD_FAULTS = (
           record("run.json", run_content), "onnx"),
     Fault("verdict-turned", "run.json", "onnx.validation.json", "the run judged another verdict than stands there",
           C.RECORD, "onnx.validation.json", turned, "onnx"),
-    Fault("manifest-edited", "onnx", "manifest.json", "the manifest was edited, its seal was not", C.SEAL,
-          "manifest.json", unsealed),
-    Fault("seal-missing", "onnx", "manifest.sha256", "the seal is not there", C.SEAL, "manifest.json",
+    Fault("manifest-edited", "onnx", "manifest.json", "the manifest was edited, its checksum was not", C.CHECKSUM,
+          "manifest.json", unchecked),
+    Fault("checksum-missing", "onnx", "manifest.sha256", "the checksum is not there", C.CHECKSUM, "manifest.json",
           lambda tree: (tree / "onnx" / "manifest.sha256").unlink()),
-    Fault("seal-spaced", "onnx", "manifest.sha256", "one more line end, which sha256sum accepts", C.SEAL,
+    Fault("checksum-spaced", "onnx", "manifest.sha256", "one more line end, which sha256sum accepts", C.CHECKSUM,
           "manifest.json",
           lambda tree: (tree / "onnx" / "manifest.sha256").open("a").write("\n") and None),
     Fault("file-missing", "onnx", PRE, "a file of the manifest is not there", C.HASH, PRE,

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from fp8pipe.artifact import ArtifactWriter, Gate, open_artifact
-from fp8pipe.artifact.checksum import write_sealed
+from fp8pipe.artifact.checksum import write_checked
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
         waits = [sys.executable, "-c", "import time; time.sleep(600)", settings["orphan"]]
         subprocess.Popen(waits, start_new_session=True)
     if given.command == "record":
-        write_sealed(given.output, json.dumps({"verdict": settings.get("verdict", "ACCEPT"), "gates": []}))
+        write_checked(given.output, json.dumps({"verdict": settings.get("verdict", "ACCEPT"), "gates": []}))
         return 14 if settings.get("verdict") == "REJECT" else 0
     work(given, settings)
     return 0

@@ -15,6 +15,7 @@ from statistics import median
 from safetensors import safe_open
 
 from exporters.vllm.environment import find_vllm_python, inspect_environment
+from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import Fp8PipeError
 from validation.bench.config import BenchConfig
@@ -23,7 +24,6 @@ from validation.vllm.launcher import ServerOptions, server
 
 __all__ = ["bench_language"]
 
-EXPORT_KIND = "vllm-export"
 _PROMPT = "Write a long story about a lighthouse keeper and the sea."
 _NO_COMPARISON = "speed against full precision: on a CPU vLLM computes FP8 weights in bf16, so there is none to see"
 _SCALE_ENDINGS = ("_scale", "_scale_inv")
@@ -44,7 +44,7 @@ def bench_language(export: Path, config: BenchConfig, *, vllm_python: str | None
         MissingCapabilityError: no vLLM.
         Fp8PipeError: the server does not answer.
     """
-    artifact = open_artifact(export, kind=EXPORT_KIND)
+    artifact = open_artifact(export, kind=KIND)
     environment = inspect_environment(find_vllm_python(vllm_python))
     options = ServerOptions(served_name="export", max_num_seqs=max(8, config.concurrency))
     with server(export, options, vllm_python=vllm_python, verify=False) as url:

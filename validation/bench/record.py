@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fp8pipe.artifact import Artifact, Gate, installed_versions
+from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.record import write_record
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.machine import describe_machine
@@ -65,7 +66,7 @@ def write_measure(
     Raises:
         OutOfMemoryError: the disk is full.
     """
-    failed = [f"{gate.name}: {gate.value:g} ({gate.threshold:g}) {gate.detail}" for gate in gates if not gate.passed]
+    failed = failures(gates)
     record = MeasureRecord(
         stage=stage, date=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
         manifest_digest=artifact.digest, machine=describe_machine(),

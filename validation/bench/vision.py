@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from exporters.graph.description import MODEL_FILE
 from exporters.graph.runtime import open_session
-from exporters.onnx.export import EXPORT_KIND, MODEL_FILE
+from exporters.onnx.target import KIND, OnnxDetails
 from exporters.tensorrt.dequantized import dequantize_graph
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.progress import track
@@ -37,7 +38,7 @@ def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
     """
     import onnx_ir as ir
 
-    artifact = open_artifact(export, kind=EXPORT_KIND)
+    artifact = open_artifact(export, kind=KIND)
     graph = artifact.root / MODEL_FILE
     with tempfile.TemporaryDirectory(prefix="fp8pipe-bench-") as folder:
         plain = Path(folder) / MODEL_FILE
@@ -48,7 +49,7 @@ def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
         sessions = {
             "export": open_session(graph, threads=config.threads), "float": open_session(plain, threads=config.threads)
         }  # fmt: skip
-    shape = artifact.manifest.extra["input"]["shape"][1:]
+    shape = tuple(map(int, artifact.manifest.details_of(OnnxDetails).input.shape[1:]))
     rows = _sizes(sizes)
     with track(len(config.batches) * config.rounds, "bench") as progress:
         for batch in config.batches:

@@ -14,7 +14,7 @@ from fp8pipe.core.config import FrozenConfig
 
 __all__ = ["RECORD_VERSION", "OnnxValidationRecord"]
 
-# 2: a seal lies beside the record.
+# 2: a checksum lies beside the record.
 RECORD_VERSION = 2
 
 

@@ -32,11 +32,14 @@ from exporters.graph.produce import as_exported
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
-from exporters.onnx.export import EXPORT_KIND, MODEL_FILE, SOURCE_KIND
+from exporters.onnx.export import MODEL_FILE, SOURCE_KIND
+from exporters.onnx.target import KIND, OnnxDetails
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
+from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.progress import track
+from fp8pipe.core.text import table
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.files import read_model_file
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
@@ -100,7 +103,7 @@ def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path |
             fix="give it with --against",
         )
     onnx_ir = import_onnx_package("onnx_ir")
-    artifact = open_artifact(export, kind=EXPORT_KIND)
+    artifact = open_artifact(export, kind=KIND)
     source = None if against is None else _parent(artifact, against)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     model = _load(onnx_ir, artifact.root / MODEL_FILE)
@@ -159,7 +162,7 @@ def _torch(
 ) -> _Reference:
     """The quantized model, rebuilt from the artifact."""
     quantized = load_quantized(source.root)
-    format = OnnxFormat(export.manifest.extra["format"])
+    format = OnnxFormat(export.manifest.details_of(OnnxDetails).format)
     if format is OnnxFormat.QDQ_EXACT:
         gates = reopen_gates(model, layers, quantized, format)
         gates.append(codes_gate(model, layers, quantized, images.pixels))
@@ -176,7 +179,7 @@ def _torch(
 
 def _own(export: Artifact, model: ir.Model, layers: tuple[ExportedLayer, ...], images: ProbeImages) -> _Reference:
     """The graph itself, no operator optimized."""
-    if OnnxFormat(export.manifest.extra["format"]) is OnnxFormat.QDQ_EXACT:
+    if OnnxFormat(export.manifest.details_of(OnnxDetails).format) is OnnxFormat.QDQ_EXACT:
         # Its own reference is itself in another batch and on one thread: the order of sums must not matter.
         single = open_session(export.root / MODEL_FILE, threads=1)
         outputs = [run(single, {INPUT_NAME: x.numpy()})[OUTPUT_NAME] for x in images.pixels.split(1)]
@@ -227,12 +230,12 @@ def _compare(
     session = open_session(path)
     load_s = time.perf_counter() - started
     found = _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
-    near_tie = float(export.manifest.extra["near_tie"])
+    near_tie = export.manifest.details_of(OnnxDetails).near_tie
     classes = compare_classes(reference.expected, found, near_tie, images.source)
     whole = [outputs_gate(reference.expected, found)] if exact else class_gates(classes)
     gates = [*reference.gates, *(parity_gates(parity) if parity else ()), kernel_gate(kernels), *whole]
     gates += [] if reference.own is None else [agreement_gate(classes, reference.own)]
-    reasons = [f"{g.name}: {g.value:g} against {g.threshold:g} ({g.detail})" for g in gates if not g.passed]
+    reasons = failures(gates)
     return OnnxValidationRecord(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         export=export.root.absolute().name,
@@ -248,3 +251,9 @@ def _compare(
         reasons=reasons,
         verdict="REJECT" if reasons else "ACCEPT",
     )
+
+
+def describe(export: Path, record: OnnxValidationRecord) -> str:
+    """The record for people."""
+    title = f"{record.verdict}  {export} in ONNX Runtime {record.versions.get('onnxruntime', '')}"
+    return f"{title}, against the {record.reference}\n{table([gate.row for gate in record.gates])}"

@@ -7,50 +7,64 @@ them, and none is made: a record says so.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from exporters.graph.packages import import_onnx_package
 from exporters.tensorrt.language.export import MODEL_FILE
 from exporters.tensorrt.language.serve import DecoderSession
+from exporters.tensorrt.language.target import KIND, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.options import Base
+from exporters.tensorrt.target import BuiltEngine
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact, sha256_file
-from validation.tensorrt.record import EngineReport, TrtValidationRecord
+from fp8pipe.artifact.gate import failures
+from fp8pipe.artifact.record import remove_record
+from validation.tensorrt.record import EngineReport, TrtValidationRecord, concluded
 
-__all__ = ["is_language_export", "prove_language"]
+__all__ = ["prove_language", "validate_language"]
 
 _TOKENS = (2, 16)  # sequences, and ids of each
 _VERSIONS = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx")
 
 
-def is_language_export(artifact: Artifact) -> bool:
-    """Whether the export is of a language model."""
-    return artifact.kind == "trt-export" and "cache" in artifact.manifest.extra
+def validate_language(export: Path) -> TrtValidationRecord:
+    """Validate a language model's export and write `<export>.validation.json` beside it.
+
+    Raises:
+        BadArtifactError: a file is damaged, or ONNX Runtime refuses the graph.
+        ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
+    """
+    import_onnx_package("onnxruntime")
+    artifact = open_artifact(export, kind=KIND)
+    remove_record(artifact.root)  # from here on a failure leaves no verdict
+    return concluded(prove_language(artifact), artifact)
 
 
 def prove_language(artifact: Artifact) -> TrtValidationRecord:
     """The record of a language export; its verdict is PROVED-WITHOUT-RUNNING, or REJECT.
 
     Args:
-        artifact: the export; every file is compared with the manifest, engines too.
+        artifact: the export, every file of which was compared with the manifest, engines too.
 
     Raises:
         BadArtifactError: a file is damaged, or ONNX Runtime refuses the graph.
     """
-    artifact = open_artifact(artifact.root)
-    engines = artifact.manifest.extra["engines"]
+    details = artifact.manifest.details_of(TrtLanguageDetails)
+    engines = details.engines
     gates = (_finite(artifact), _lint(artifact, tuple(engines)), *(_precision(c, e) for c, e in engines.items()))
-    reasons = tuple(f"{g.name}: {g.value:g} against {g.threshold:g} ({g.detail})" for g in gates if not g.passed)
+    reasons = tuple(failures(gates))
     version = artifact.manifest.versions.get("tensorrt-rtx", "")
     return TrtValidationRecord(
         created=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
         manifest_digest=artifact.digest, versions=installed_versions(_VERSIONS),
-        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=artifact.manifest.extra["format"],
+        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=details.format,
         engines=tuple(
             EngineReport(
                 capability=capability, builder="rtx", version=version, source="export", reasons=(),
-                precisions=entry["precisions"],
+                precisions=entry.precisions,
             )
             for capability, entry in engines.items()
         ),
@@ -61,28 +75,27 @@ def prove_language(artifact: Artifact) -> TrtValidationRecord:
 
 def _finite(artifact: Artifact) -> Gate:
     """The graph runs in ONNX Runtime, and gives numbers."""
-    extra = artifact.manifest.extra
-    cache = extra["cache"]
-    shape = None if cache is None else (cache["layers"], cache["heads"], cache["size"])
-    session = DecoderSession(artifact.root / MODEL_FILE, shape, Base(extra["base"]))
+    details = artifact.manifest.details_of(TrtLanguageDetails)
+    cache = details.cache
+    shape = None if cache is None else (cache.layers, cache.heads, cache.size)
+    session = DecoderSession(artifact.root / MODEL_FILE, shape, Base(details.base))
     logits = session.logits(torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) + 1)
     bad = int((~np.isfinite(logits)).sum())
     detail = f"of {logits.size} logits of the graph in ONNX Runtime, {_TOKENS[0]} sequences of {_TOKENS[1]} tokens"
-    return Gate(name="outputs that are no numbers", value=bad, threshold=0, passed=bad == 0, detail=detail)
+    return Gate(name="outputs that are no numbers", value=bad, detail=detail)
 
 
 def _lint(artifact: Artifact, capabilities: tuple[str, ...]) -> Gate:
     errors = lint_file(artifact.root / MODEL_FILE, capabilities).errors()
     rules = ", ".join(sorted({finding.rule for finding in errors}))
-    return Gate(name="findings of the linter", value=len(errors), threshold=0, passed=not errors, detail=rules)
+    return Gate(name="findings of the linter", value=len(errors), detail=rules)
 
 
-def _precision(capability: str, entry: dict[str, object]) -> Gate:
-    counts = entry["precisions"]
-    assert isinstance(counts, dict)
+def _precision(capability: str, entry: BuiltEngine) -> Gate:
+    counts = entry.precisions
     other = sum(count for name, count in counts.items() if name != "fp8")
     return Gate(
-        name=f"linear products not in fp8 for {capability}", value=other, threshold=0, passed=other == 0,
+        name=f"linear products not in fp8 for {capability}", value=other,
         detail=", ".join(f"{count} in {name}" for name, count in sorted(counts.items())),
     )  # fmt: skip
 

@@ -6,12 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Artifact, Gate
+from fp8pipe.artifact.record import ExportRejectedError, write_record
 from fp8pipe.core.config import FrozenConfig
 
-__all__ = ["RECORD_VERSION", "EngineReport", "Execution", "Timing", "TrtValidationRecord", "Verdict"]
+__all__ = ["RECORD_VERSION", "EngineReport", "Execution", "Timing", "TrtValidationRecord", "Verdict", "concluded"]
 
-# 2: a seal lies beside the record.
+# 2: a checksum lies beside the record.
 RECORD_VERSION = 2
 Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "REJECT"]
 
@@ -65,3 +66,16 @@ class TrtValidationRecord(FrozenConfig):
     verdict: Verdict = Field(
         description="PROVED-WITHOUT-RUNNING: nothing speaks against it, and no engine was executed"
     )
+
+
+def concluded(record: TrtValidationRecord, artifact: Artifact) -> TrtValidationRecord:
+    """Written beside the export; an error where it rejects."""
+    path = write_record(record, artifact.root)
+    if record.verdict == "REJECT":
+        raise ExportRejectedError(
+            f"{artifact.root} does not hold in TensorRT",
+            why="; ".join(record.reasons),
+            fix=f"do not deploy it; the figures are in {path}",
+            record=record,
+        )
+    return record

@@ -24,19 +24,21 @@ from exporters.tensorrt.block_parity import evaluate_graph
 from exporters.tensorrt.dequantized import dequantize_graph
 from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
-from exporters.tensorrt.export import ENGINES, EXPORT_KIND, MODEL_FILE
+from exporters.tensorrt.export import ENGINES, MODEL_FILE
 from exporters.tensorrt.options import TrtFormat
 from exporters.tensorrt.rtx import CAPABILITIES, build_rtx
-from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact, sha256_file
-from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_record
+from exporters.tensorrt.target import KIND, TrtDetails
+from fp8pipe.artifact import Artifact, Comparison, Gate, installed_versions, open_artifact, sha256_file
+from fp8pipe.artifact.gate import failures
+from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
 from fp8pipe.core.progress import track
+from fp8pipe.core.text import table
 from fp8pipe.models.vision.files import read_model_file
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
 from fp8pipe.numerics.kinds import Kind
-from validation.tensorrt.language import is_language_export, prove_language
-from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict
+from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict, concluded
 from validation.tensorrt.run import run_engine
 
 __all__ = ["RELATIVE_LIMIT", "validate_tensorrt"]
@@ -67,13 +69,11 @@ def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = No
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
     import_onnx_package("onnxruntime")
-    artifact = open_artifact(export, kind=EXPORT_KIND, caches=ENGINES)
+    artifact = open_artifact(export, kind=KIND, caches=ENGINES)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
-    if is_language_export(artifact):
-        return _concluded(prove_language(artifact), artifact)
     device = next(iter(gpus()), None)
     here = None if device is None else f"{device.capability[0]}.{device.capability[1]}"
-    capabilities = list(artifact.manifest.extra["engines"]) if here is None else [_runnable(artifact, here)]
+    capabilities = list(_details(artifact).engines) if here is None else [_runnable(artifact, here)]
     with track(2 + len(capabilities), "validate") as progress:
         pixels = _pixels(artifact)
         expected = _expected(artifact, pixels)
@@ -84,20 +84,11 @@ def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = No
             progress.advance(1)
         execution = None if here is None else _execute(artifact, engines[0], pixels, expected)
         progress.advance(1)
-    return _concluded(_record(artifact, engines, expected, execution), artifact)
+    return concluded(_record(artifact, engines, expected, execution), artifact)
 
 
-def _concluded(record: TrtValidationRecord, artifact: Artifact) -> TrtValidationRecord:
-    """Written beside the export; an error where it rejects."""
-    path = write_record(record, artifact.root)
-    if record.verdict == "REJECT":
-        raise ExportRejectedError(
-            f"{artifact.root} does not hold in TensorRT",
-            why="; ".join(record.reasons),
-            fix=f"do not deploy it; the figures are in {path}",
-            record=record,
-        )
-    return record
+def _details(artifact: Artifact) -> TrtDetails:
+    return artifact.manifest.details_of(TrtDetails)
 
 
 def _runnable(artifact: Artifact, capability: str) -> str:
@@ -119,7 +110,7 @@ def _pixels(artifact: Artifact) -> np.ndarray:
 
 
 def _is_nvfp4(artifact: Artifact) -> bool:
-    return TrtFormat(artifact.manifest.extra["format"]).kind is Kind.NVFP4
+    return TrtFormat(_details(artifact).format).kind is Kind.NVFP4
 
 
 def _expected(artifact: Artifact, pixels: np.ndarray) -> np.ndarray:
@@ -136,8 +127,8 @@ def _expected(artifact: Artifact, pixels: np.ndarray) -> np.ndarray:
 
 
 def _names(artifact: Artifact) -> tuple[str, str]:
-    extra = artifact.manifest.extra
-    return extra["input"]["name"], extra["output"]["name"]
+    details = _details(artifact)
+    return details.input.name, details.output.name
 
 
 def _execute(artifact: Artifact, engine: ReadyEngine, pixels: np.ndarray, expected: np.ndarray) -> Execution:
@@ -151,7 +142,7 @@ def _execute(artifact: Artifact, engine: ReadyEngine, pixels: np.ndarray, expect
         times = run_engine(plain, engine.recipe.builder, pixels, **arguments).times_ms
     wanted = expected[: len(pixels)].astype(np.float32)
     error = float(np.linalg.norm(found.outputs - wanted) / np.linalg.norm(wanted))
-    classifies = artifact.manifest.extra["output"]["what"] == "logits"
+    classifies = _details(artifact).output.what == "logits"
     return Execution(
         device=found.device, images=len(pixels), relative_error=error,
         same_class=float((found.outputs.argmax(1) == wanted.argmax(1)).mean()) if classifies else None,
@@ -178,16 +169,15 @@ def _plain_engine(artifact: Artifact, engine: ReadyEngine, scratch: Path) -> Pat
 def _record(
     artifact: Artifact, engines: list[ReadyEngine], expected: np.ndarray, execution: Execution | None
 ) -> TrtValidationRecord:
-    manifest = artifact.manifest
     gates = [_finite(expected, _reference(artifact)), *(_precision(artifact, engine) for engine in engines)]
     if execution is not None:
         gates.append(_error(execution, _reference(artifact)))
-    reasons = tuple(f"{g.name}: {g.value:g} against {g.threshold:g} ({g.detail})" for g in gates if not g.passed)
+    reasons = tuple(failures(gates))
     ended: Verdict = "ACCEPT" if execution is not None else "PROVED-WITHOUT-RUNNING"
     return TrtValidationRecord(
         created=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
         manifest_digest=artifact.digest, versions=installed_versions(_VERSIONS),
-        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=manifest.extra["format"],
+        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=_details(artifact).format,
         engines=tuple(
             EngineReport(
                 capability=e.recipe.capability, builder=e.recipe.builder, version=e.recipe.version,
@@ -207,18 +197,18 @@ def _reference(artifact: Artifact) -> str:
 def _finite(expected: np.ndarray, reference: str) -> Gate:
     bad = int((~np.isfinite(expected)).sum())
     detail = f"of {expected.size} of the graph in {reference}, {len(expected)} random images"
-    return Gate(name="outputs that are no numbers", value=bad, threshold=0, passed=bad == 0, detail=detail)
+    return Gate(name="outputs that are no numbers", value=bad, detail=detail)
 
 
 def _precision(artifact: Artifact, engine: ReadyEngine) -> Gate:
     """Products in another precision than the graph has them in: they are as many of each kind, or some are not."""
-    format, counts = TrtFormat(artifact.manifest.extra["format"]), engine.precisions
-    wanted = Counter(artifact.manifest.extra["products"].values())
+    format, counts = TrtFormat(_details(artifact).format), engine.precisions
+    wanted = Counter(_details(artifact).products.values())
     other = 0 if format.weight_only else sum((Counter(counts) - wanted).values())
     required = bool(artifact.manifest.config["require"])
     return Gate(
         name=f"products not in {format} for {engine.recipe.capability}", value=other,
-        threshold=0 if required else other, passed=other == 0 or not required,
+        comparison=Comparison.AT_MOST, threshold=0 if required else other,
         detail=", ".join(f"{count} in {name}" for name, count in sorted(counts.items())),
     )  # fmt: skip
 
@@ -228,8 +218,8 @@ def _error(execution: Execution, reference: str) -> Gate:
     return Gate(
         name="relative error of the engine",
         value=value,
+        comparison=Comparison.AT_MOST,
         threshold=RELATIVE_LIMIT,
-        passed=value <= RELATIVE_LIMIT,
         detail=f"against {reference} on {execution.images} random images, {execution.device}",
     )
 
@@ -260,3 +250,16 @@ def _not_proved(engines: list[ReadyEngine], execution: Execution | None) -> tupl
         "execution: no engine was loaded or run, for there is no GPU here (or torch sees none)",
         "timing: no speed was measured",
     )
+
+
+def describe(export: Path, record: TrtValidationRecord) -> str:
+    """The record for people."""
+    lines = [f"{record.verdict}  {export} in TensorRT", table([gate.row for gate in record.gates])]
+    lines += [f"  proved: {text}" for text in record.proved]
+    lines += [f"  not proved: {text}" for text in record.not_proved]
+    if record.execution is not None:
+        lines += [
+            f"  batch {t.batch}: {t.engine_ms:.3f} ms, in FP16 {t.fp16_ms:.3f} ms (x{t.fp16_ms / t.engine_ms:.2f})"
+            for t in record.execution.timings
+        ]
+    return "\n".join(lines)

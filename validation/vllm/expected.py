@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.vllm.export import EXPORT_KIND
 from exporters.vllm.plan import SCALE_SUFFIX
 from exporters.vllm.source import Source, open_source
+from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
@@ -71,7 +71,7 @@ class ExpectedWeights:
     def __init__(self, export: Artifact, against: Path | None = None) -> None:
         self.export = export
         self.entries = weight_entries(export.root)
-        self.transposed = set(export.manifest.extra.get("transposed", []))
+        self.transposed = set(export.manifest.details_of(VllmDetails).transposed)
         self.source = None if against is None else _parent_source(export, against)
         self.names = [name for name in self.entries if not _is_scale(name, self.entries)]
 
@@ -155,4 +155,4 @@ def open_export(export: Path, *, verify: bool = True) -> Artifact:
     Raises:
         BadArtifactError: not a finished vllm-export, or changed since it was written.
     """
-    return open_artifact(export, kind=EXPORT_KIND, verify=verify)
+    return open_artifact(export, kind=KIND, verify=verify)

@@ -23,7 +23,7 @@ __all__ = [
     "write_record",
 ]
 
-# 2: a seal lies beside the record.
+# 2: a checksum lies beside the record.
 RECORD_VERSION = 2
 Verdict = Literal["ACCEPT", "REJECT"]
 

@@ -21,6 +21,7 @@ from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspec
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.core.progress import track
+from fp8pipe.core.text import table
 from validation.vllm.engine import ProbeJob, run_probe
 from validation.vllm.expected import ExpectedWeights, count_differences, open_export
 from validation.vllm.record import ExportRejectedError, ValidationRecord, WeightReport, remove_record, write_record
@@ -50,7 +51,6 @@ _LONGEST_CONTEXT = 1024  # tokens
 def validate_export(
     export: Path,
     *,
-    engine: str = "vllm",
     vllm_python: str | None = None,
     against: Path | None = None,
     prompts: Sequence[str] = CANARY_PROMPTS,
@@ -61,7 +61,6 @@ def validate_export(
 
     Args:
         export: the export's directory.
-        engine: "vllm", the only engine for this kind of export.
         vllm_python: vLLM's interpreter; found when None (see `environment.find_vllm_python`).
         against: the falqon artifact it was made from; then weights are compared with that artifact's.
         prompts: questions to ask.
@@ -72,12 +71,12 @@ def validate_export(
         The record, of verdict ACCEPT.
 
     Raises:
-        ConfigurationError: another engine, no prompts, or `against` is not the export's parent.
+        ConfigurationError: no prompts, or `against` is not the export's parent.
         BadArtifactError: the export is damaged, or vLLM cannot load it.
         MissingCapabilityError: no vLLM, one that runs on a GPU, or its CPU plugin is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
-    _check_request(engine, prompts, max_tokens)
+    _check_request(prompts, max_tokens)
     artifact = open_export(Path(export))
     expected = ExpectedWeights(artifact, against)
     environment = inspect_environment(find_vllm_python(vllm_python))
@@ -96,11 +95,7 @@ def validate_export(
     return record
 
 
-def _check_request(engine: str, prompts: Sequence[str], max_tokens: int) -> None:
-    if engine != "vllm":
-        raise ConfigurationError(
-            f"a vllm-export cannot be validated in {engine!r}", why="it is a vLLM checkpoint", fix="--engine vllm"
-        )
+def _check_request(prompts: Sequence[str], max_tokens: int) -> None:
     if not prompts or max_tokens < 1:
         raise ConfigurationError(
             "a validation asks at least one question and allows at least one token",
@@ -231,3 +226,17 @@ def _compare_weights(expected: ExpectedWeights, found: dict[str, dict[str, Any]]
         gemm_differs=[name for name, finding in found.items() if finding.get("gemm_differs")],
         read=read,
     )
+
+
+def describe(export: Path, record: ValidationRecord) -> str:
+    """The record for people."""
+    weights, logprobs = record.weights, record.logprobs
+    rows = [
+        ("weights read back",
+         f"{weights.elements:,} elements of {weights.tensors} tensors, against the {weights.reference}"),
+        ("weights differing", f"{weights.differing}"),
+        ("FP8 codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
+        ("log-probabilities", f"largest difference {logprobs.max_abs_diff:.1e} nats over {logprobs.tokens} tokens"),
+        *((f"asked: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in record.canary),
+    ]  # fmt: skip
+    return f"{record.verdict}  {export} in {record.engine} {record.versions.get(record.engine, '')}\n{table(rows)}"

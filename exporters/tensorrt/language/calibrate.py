@@ -15,16 +15,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from exporters.tensorrt.language.options import Calibration
-from fp8pipe.core.config import FrozenConfig
+from exporters.tensorrt.language.target import InputScale
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text import Encoded
 from fp8pipe.numerics.grids import E4M3
 
-__all__ = ["InputCounts", "InputScale", "count_inputs", "scales_by_layer", "static_scale"]
+__all__ = ["InputCounts", "count_inputs", "scales_by_layer", "static_scale"]
 
 _BINS: Final = 1 << 15  # bfloat16 without its sign
 _CLIPPED: Final = 1e-5  # share of values that `percentile` may clip
@@ -75,15 +74,6 @@ class InputCounts:
         """The magnitude that a share of `beyond` exceeds."""
         above = self.counts.flip(0).cumsum(0).flip(0)
         return min(self.amax, float(_magnitudes()[int((above > beyond * self.total).nonzero().max())]))
-
-
-class InputScale(FrozenConfig):
-    """One static scale, as it is recorded in an export."""
-
-    scale: float = Field(gt=0, description="value = code * scale; a power of two")
-    amax: float = Field(description="largest magnitude seen")
-    clipped: float = Field(description="share of the values seen that are beyond the range")
-    values: int = Field(description="values seen")
 
 
 def count_inputs(model: nn.Module, layers: Sequence[str], text: Sequence[Encoded]) -> dict[str, InputCounts]:

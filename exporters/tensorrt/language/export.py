@@ -12,43 +12,44 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from exporters.graph.description import require_gates
+from exporters.graph.details import GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.trace import OPSET
-from exporters.modelopt.checkpoint import export_checkpoint
-from exporters.tensorrt.language.calibrate import InputScale, count_inputs, scales_by_layer
+from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
 from exporters.tensorrt.language.graph import DecoderGraph, decoder_graph
-from exporters.tensorrt.language.options import LanguageExportOptions, LanguageFormat
+from exporters.tensorrt.language.options import LanguageExportOptions
 from exporters.tensorrt.language.perplexity import Score, dynamic_inputs, score_torch
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
 from exporters.tensorrt.language.serve import DecoderSession, cache_gates, perplexity_gate, unrounded_session
-from exporters.tensorrt.language.source import LanguageModel, check_attention, open_language
+from exporters.tensorrt.language.source import LanguageModel, check_attention, language_records, open_language
+from exporters.tensorrt.language.target import KIND, CacheFacts, InputScale, PerplexityFacts, TrtLanguageDetails
 from exporters.tensorrt.language.text import ExportText, read_text
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Builder
 from exporters.tensorrt.precision import PrecisionReport, read_precision
 from exporters.tensorrt.rtx import Shapes, build_rtx
+from exporters.tensorrt.target import ENGINE_LIMITS, BuiltEngine
 from exporters.tensorrt.trtexec import trtexec_command
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
+    Comparison,
     Gate,
-    LayerRecord,
     NumberFormat,
     check_place,
     installed_versions,
 )
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
-from fp8pipe.report.card import CARD_FILE, write_card
+from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["EXPORT_KIND", "LAYERS_FILE", "MODEL_FILE", "SCALES_FILE", "export_language"]
+__all__ = ["LAYERS_FILE", "MODEL_FILE", "SCALES_FILE", "export_language"]
 
-EXPORT_KIND: Final = "trt-export"
 MODEL_FILE: Final = "model.onnx"
 DATA_FILE: Final = "model.onnx.data"
 SCALES_FILE: Final = "activation_scales.json"
@@ -59,6 +60,11 @@ _WORKSPACE_MIB: Final = 4096  # of the builder elsewhere
 # Largest share of an input's values that may lie beyond its static range.
 _CLIPPED: Final = 1e-3
 
+_CARD: Final = CardFacts(
+    "tensorrt", "TensorRT", ENGINE_LIMITS,
+    "Load an engine of `engines/`, or build one: `details.trtexec` in the manifest is the command.",
+)  # fmt: skip
+
 
 def export_language(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
     """Write a FALQON artifact for TensorRT.
@@ -66,7 +72,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
     Args:
         source: directory of an artifact of kind `falqon`.
         output: directory to create: `model.onnx`, `activation_scales.json`, `engines/`, `layers.json`, config and
-            tokenizer files, a manifest; or, as `modelopt-checkpoint`, what `export_checkpoint` writes.
+            tokenizer files, a manifest.
         options: format, base type, builder, GPUs, lengths, calibration.
 
     Returns:
@@ -81,8 +87,6 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
             precision; not committed.
     """
     check_place(output, force=options.force)
-    if options.format is LanguageFormat.MODELOPT:
-        return export_checkpoint(source, output, options)
     import_onnx_package("onnxruntime")
     model = open_language(source)
     check_attention(model)
@@ -97,7 +101,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
         progress.advance(1)
         graph = decoder_graph(model, {k: v.scale for k, v in scales.items()}, options.base, cache=options.cache)
         progress.advance(1)
-        with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
+        with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             _write(writer.root, graph, model, scales)
             layers, gates = _prove(writer.root, model, reference, scales, text)
             scored, served = _serve(writer.root, graph, text, own, options)
@@ -117,11 +121,10 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
                 writer.gate(gate)
             fix = f"look into {writer.root}; perplexity and precision may be waived with --no-require"
             require_gates(gates, "the export does not hold what was asked", fix)
-            scores = {
-                "own": own.perplexity, "served": served.perplexity, "error": served.error_against(own),
-                "tokens": own.tokens,
-            }  # fmt: skip
-            return _commit(writer, model, options, graph, text, reports, {"perplexity": scores})
+            scores = PerplexityFacts(
+                own=own.perplexity, served=served.perplexity, error=served.error_against(own), tokens=own.tokens
+            )
+            return _commit(writer, model, options, graph, text, reports, scores)
 
 
 def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mapping[str, InputScale]) -> None:
@@ -150,7 +153,7 @@ def _prove(
     clipped = max(scales.values(), key=lambda scale: scale.clipped)
     detail = f"of the values seen in calibration, at the layer where it is largest; amax {clipped.amax:g}"
     share = Gate(
-        name="clipped activations", value=clipped.clipped, threshold=_CLIPPED, passed=clipped.clipped <= _CLIPPED,
+        name="clipped activations", value=clipped.clipped, comparison=Comparison.AT_MOST, threshold=_CLIPPED,
         detail=detail,
     )  # fmt: skip
     return layers, [*gates, *proved, share]
@@ -221,8 +224,8 @@ def _precision_gate(report: PrecisionReport, capability: str, *, required: bool)
     other = report.not_in(dict.fromkeys((product.node for product in report.products), "fp8"))
     shown = ", ".join(f"{count} in {name}" for name, count in sorted(report.counts().items()))
     return Gate(
-        name=f"linear products not in fp8 for {capability}", value=len(other), threshold=0 if required else len(other),
-        passed=not other or not required, detail=shown + (f"; the first: {other[0]}" if other else ""),
+        name=f"linear products not in fp8 for {capability}", value=len(other),
+        comparison=Comparison.AT_MOST, threshold=0 if required else len(other), detail=shown + (f"; the first: {other[0]}" if other else ""),
     )  # fmt: skip
 
 
@@ -233,15 +236,12 @@ def _commit(
     graph: DecoderGraph,
     text: ExportText,
     reports: dict[str, dict[str, Any]],
-    facts: dict[str, Any],
+    perplexity: PerplexityFacts,
 ) -> Artifact:
     shown = ("engine", "engine_bytes", "build_s", "precisions", "kernels", "fused_attentions")
-    layers = [
-        LayerRecord(name=x.name, converted=x.name in model.weights, reason=x.reason, shape=x.shape)
-        for x in model.plan.layers
-    ]
+    layers = language_records(model, options.calibration)
     parent = model.artifact.as_parent()
-    write_card(writer, source=model.root, parent=parent, format=options.format.value, layers=layers)
+    write_card(writer, _CARD, source=model.root, parent=parent, format=options.format, layers=layers)
     return writer.commit(
         config=options.model_dump(mode="json", exclude={"force"}),
         seed=None,
@@ -251,16 +251,19 @@ def _commit(
         layers=layers,
         volatile=[CARD_FILE],
         versions=installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "transformers")),
-        extra={
-            "format": options.format.value,
-            "base": options.base.value,
-            "output": {"name": LOGITS, "what": "logits"},
-            "trtexec": trtexec_command(MODEL_FILE, _profiles(graph.cache, options), workspace_mib=_WORKSPACE_MIB),
-            "cache": None if graph.cache is None else dict(zip(("layers", "heads", "size"), graph.cache, strict=True)),
-            "activations": "e4m3, one static scale a tensor (training: one power of two a token)",
-            "calibration": {"data": text.source, "sha256": text.digest, "records": len(text.calibration)},
-            "passes": {change.name: len(change.changed) for change in graph.changes},
-            "engines": {c: {k: e[k] for k in shown} for c, e in reports.items()},
-            **facts,
-        },
+        details=TrtLanguageDetails(
+            format=options.format,
+            base=options.base.value,
+            output=GraphOutput(name=LOGITS, what="logits"),
+            trtexec=trtexec_command(MODEL_FILE, _profiles(graph.cache, options), workspace_mib=_WORKSPACE_MIB),
+            cache=None
+            if graph.cache is None
+            else CacheFacts.model_validate(dict(zip(("layers", "heads", "size"), graph.cache, strict=True))),
+            activations=next(layer.activation for layer in layers if layer.activation is not None),
+            trained_activations=model.plan.source.trained_activations,
+            calibration=text.facts,
+            passes={change.name: len(change.changed) for change in graph.changes},
+            engines={c: BuiltEngine.model_validate({k: e[k] for k in shown}) for c, e in reports.items()},
+            perplexity=perplexity,
+        ),
     )

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from exporters.graph.findings import Finding, LintFindingsError
+from exporters.graph.findings import LintFindingsError
 from exporters.graph.passes import Change, name_products, quantize_weights, strip_metadata
 from exporters.tensorrt.half import NotHalf
 from exporters.tensorrt.language.passes import quantize_inputs, tie_head, type_scales
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.trace import CacheShape, cache_shape, trace_decoder
 from exporters.tensorrt.options import Base
+from fp8pipe.artifact.finding import Finding
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from exporters.tensorrt.options import Base, Builder, known_capabilities
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 
-__all__ = ["Calibration", "LanguageExportOptions", "LanguageFormat"]
-
-
-class LanguageFormat(StrEnum):
-    """What is written.
-
-    `fp8`: an ONNX graph of the decoder with FP8 codes and static activation scales, and engines.
-    `modelopt-checkpoint`: safetensors in the layout of ModelOpt's unified checkpoints, for TensorRT-LLM and others.
-    """
-
-    FP8 = "fp8"
-    MODELOPT = "modelopt-checkpoint"
+__all__ = ["Calibration", "CalibrationOptions", "LanguageExportOptions"]
 
 
 class Calibration(StrEnum):
@@ -36,10 +25,20 @@ class Calibration(StrEnum):
     MSE = "mse"
 
 
-class LanguageExportOptions(FrozenConfig):
-    """Options of one export of a language model."""
+class CalibrationOptions(FrozenConfig):
+    """How static scales of inputs are had."""
 
-    format: LanguageFormat = Field(LanguageFormat.FP8, description="fp8 (graph and engines) or modelopt-checkpoint")
+    calibration: Calibration = Field(Calibration.AMAX, description="how static activation scales follow from the text")
+    calibration_data: Annotated[str | None, Flag(default="the training's")] = Field(
+        None, description="text to calibrate on"
+    )
+    calibration_records: int = Field(128, ge=1, description="records to calibrate on")
+
+
+class LanguageExportOptions(CalibrationOptions):
+    """Options of one export of a language model as a graph with engines."""
+
+    format: Literal["fp8"] = Field("fp8", description="graph and engines")
     builder: Builder = Field(Builder.RTX, description="rtx, which compiles on any machine, or none, the graph alone")
     base: Base = Field(Base.FP16, description="type of what is not quantized")
     compute_capabilities: Annotated[tuple[str, ...], Flag("compute-capability")] = Field(
@@ -50,11 +49,6 @@ class LanguageExportOptions(FrozenConfig):
         (1, 128, 1024), description="smallest, usual and largest number of new tokens; also of cached ones"
     )
     cache: bool = Field(True, description="key/value cache as inputs and outputs of the graph")
-    calibration: Calibration = Field(Calibration.AMAX, description="how static activation scales follow from the text")
-    calibration_data: Annotated[str | None, Flag(default="the training's")] = Field(
-        None, description="text to calibrate on"
-    )
-    calibration_records: int = Field(128, ge=1, description="records to calibrate on")
     require: bool = Field(
         True, description="refuse engines with a product in another precision, and a worse perplexity"
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from exporters.tensorrt.language.options import LanguageExportOptions, LanguageFormat
+from exporters.tensorrt.language.options import CalibrationOptions, LanguageExportOptions
 from exporters.tensorrt.language.perplexity import BATCH
 from exporters.tensorrt.language.source import LANGUAGE_KIND
 from exporters.tensorrt.language.text import LENGTH
@@ -15,10 +15,12 @@ from exporters.tensorrt.size import expected_sizes
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action
-from exporters.vllm.source import SourceKind
-from fp8pipe.artifact import MANIFEST_NAME, open_artifact
+from fp8pipe.artifact import open_artifact
+from fp8pipe.core.disk import free_bytes
+from fp8pipe.core.machine import resident_bytes
+from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
-__all__ = ["LANGUAGE_KIND", "LanguagePlan", "is_language_artifact", "plan_language"]
+__all__ = ["LANGUAGE_KIND", "LanguagePlan", "plan_language"]
 
 # fp32 copies of all weights that live at once: the reference that is compared with, the written graph as read again,
 # and ONNX Runtime's session with what it dequantizes; and of the logits: the session's, numpy's and torch's. Fitted to
@@ -53,17 +55,7 @@ class LanguagePlan:
     reckoned: str
 
 
-def is_language_artifact(source: Path) -> bool:
-    """Whether a directory is a language model's artifact; False for anything else.
-
-    That of a baseline is one too: the export then says that its weights are no FP8 codes.
-    """
-    if not (source / MANIFEST_NAME).is_file():
-        return False
-    return open_artifact(source, verify=False).kind in (SourceKind.FALQON, SourceKind.LORA_MERGED)
-
-
-def plan_language(source: Path, options: LanguageExportOptions) -> LanguagePlan:
+def plan_language(source: Path, options: LanguageExportOptions | CalibrationOptions) -> LanguagePlan:
     """Plan an export; headers and the manifest are read, no weights.
 
     Raises:
@@ -73,10 +65,12 @@ def plan_language(source: Path, options: LanguageExportOptions) -> LanguagePlan:
     plan = plan_export(source, VllmExportOptions())
     artifact = open_artifact(source, kind=LANGUAGE_KIND, verify=False)
     converted = [unit for unit in plan.units if unit.action is Action.CODES]
-    graph = options.format is LanguageFormat.FP8
+    graph = isinstance(options, LanguageExportOptions)
     text = options.calibration_data or artifact.manifest.config.get("data")
     need = sum(unit.entry.size_bytes for unit in plan.units)
-    engines = options.compute_capabilities if graph and options.builder == "rtx" else ()
+    engines = (
+        options.compute_capabilities if isinstance(options, LanguageExportOptions) and options.builder == "rtx" else ()
+    )
     shape = plan.source.config
     disk, _ = expected_sizes(need, shape.get("num_hidden_layers", 0), len(engines), pack=False, halves=False)
     copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
@@ -94,3 +88,53 @@ def plan_language(source: Path, options: LanguageExportOptions) -> LanguagePlan:
         working_bytes=int(copies * floats + _LOGITS_COPIES * logits),
         reckoned=f"{copies:g} copies of all weights in fp32{scored}, beside what is loaded now",
     )
+
+
+def plan_for_people(
+    source: Path, output: Path, options: LanguageExportOptions | CalibrationOptions
+) -> tuple[dict[str, Any], Plan]:
+    """The dry run: headers and manifests are read; nothing is linted, calibrated or traced."""
+
+    plan, free = plan_language(source, options), free_bytes(output)
+    document = {
+        "source": str(source),
+        "output": str(output),
+        "output_exists": output.exists(),
+        "format": str(getattr(options, "format", "")),
+        "calibration_data": plan.text,
+        "need_bytes": plan.need_bytes,
+        "free_bytes": free,
+        "fits": free >= plan.need_bytes,
+        "layer_counts": {"quantized": plan.layers, "float": plan.others},
+        "engines": list(plan.engines),
+    }
+    graph = isinstance(options, LanguageExportOptions)
+    peak = resident_bytes() + plan.working_bytes
+    packages = (
+        *(("onnx", "onnx-ir", "onnxscript", "onnxruntime") if graph else ()),
+        *(("tensorrt-rtx",) if plan.engines else ()),
+    )
+    written = plan.disk_bytes
+    no_text = Missing("no text is named to calibrate on", "give --calibration-data")
+    force = getattr(options, "force", False)
+    shown = Plan(
+        reads=(str(source), *((plan.text,) if plan.text else ())),
+        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not force else ''}",),
+        peak_memory_bytes=peak,
+        disk_bytes=written,
+        output_bytes=written,
+        packages=packages,
+        missing=(*(() if plan.text else (no_text,)), *missing_packages(packages), *missing_disk(output, written),
+                 *missing_memory(peak, "a machine with more memory, or a smaller model")),
+        notes=(
+            f"memory is reckoned: {plan.reckoned}",
+            *(("engines are compiled by a process of its own, whose memory is not predicted",) if plan.engines else ()),
+        ),
+        facts={
+            "format": str(getattr(options, "format", "")),
+            "layers": f"{plan.layers} in FP8, {plan.others} float",
+            "calibration": f"{plan.text or 'no text is named: give --calibration-data'} ({options.calibration})",
+            "engines": ", ".join(plan.engines) or "none",
+        },
+    )  # fmt: skip
+    return document, shown

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from exporters.graph.cut import input_name
 from exporters.graph.layers import ExportedLayer
 from exporters.graph.parity import LayerParity, compare_layers
-from exporters.tensorrt.language.calibrate import InputScale
 from exporters.tensorrt.language.source import LanguageModel
+from exporters.tensorrt.language.target import InputScale
 from exporters.tensorrt.parity import parity_gates
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Gate, none_of
 from fp8pipe.models.language.text import Encoded
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer
@@ -61,11 +61,11 @@ def number_gates(
     different, strays, compared = _float_tensors(graph, model)
     total = sum(weight.codes.numel() for weight in model.weights.values())
     return [
-        _gate("weight codes differing", codes, f"of {total} in {len(model.weights)} layers"),
-        _gate("weight scales differing", weight_scales, f"of {len(model.weights)} layers"),
-        _gate("activation scales differing", inputs, f"of {len(model.weights)} layers, against the calibration"),
-        _gate("float tensors differing", len(different), f"of {compared}{_first(different)}"),
-        _gate("float matrices that are not the artifact's", len(strays), _first(strays).removeprefix("; ")),
+        none_of("weight codes differing", codes, f"of {total} in {len(model.weights)} layers"),
+        none_of("weight scales differing", weight_scales, f"of {len(model.weights)} layers"),
+        none_of("activation scales differing", inputs, f"of {len(model.weights)} layers, against the calibration"),
+        none_of("float tensors differing", len(different), f"of {compared}{_first(different)}"),
+        none_of("float matrices that are not the artifact's", len(strays), _first(strays).removeprefix("; ")),
     ]
 
 
@@ -152,7 +152,3 @@ def _rounded_once(found: Any, wanted: Any) -> bool:
 
 def _first(names: Sequence[str]) -> str:
     return f"; the first: {names[0]}" if names else ""
-
-
-def _gate(name: str, value: int, detail: str) -> Gate:
-    return Gate(name=name, value=value, threshold=0, passed=value == 0, detail=detail)

@@ -16,7 +16,7 @@ from exporters.tensorrt.language.passes import drop_quantizers
 from exporters.tensorrt.language.perplexity import Score, score_session
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names, present_names
 from exporters.tensorrt.options import Base
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.models.language.text import Encoded
 
 __all__ = ["CACHE_LIMIT", "PERPLEXITY_LIMIT", "DecoderSession", "cache_gates", "perplexity_gate", "unrounded_session"]
@@ -90,7 +90,7 @@ def perplexity_gate(session: DecoderSession, text: list[Encoded], own: Score, *,
     limit = PERPLEXITY_LIMIT if required else max(PERPLEXITY_LIMIT, worse)
     shown = f"{found.perplexity:.4f} against {own.perplexity:.4f} with dynamic scales, standard error {error:.2%}"
     gate = Gate(
-        name="perplexity above the artifact's", value=worse, threshold=limit, passed=worse <= limit,
+        name="perplexity above the artifact's", value=worse, comparison=Comparison.AT_MOST, threshold=limit,
         detail=f"{shown}, {own.tokens} held-out answer tokens",
     )  # fmt: skip
     return gate, found
@@ -128,7 +128,7 @@ def cache_gates(session: DecoderSession, text: list[Encoded]) -> list[Gate]:
     detail = f"over the largest logit, activations not quantized; {same}"
     return [
         Gate(
-            name="logits of the cache against none", value=worst, threshold=CACHE_LIMIT, passed=worst <= CACHE_LIMIT,
+            name="logits of the cache against none", value=worst, comparison=Comparison.AT_MOST, threshold=CACHE_LIMIT,
             detail=detail,
         )
     ]  # fmt: skip

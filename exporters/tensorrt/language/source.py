@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.graph.findings import Finding, LintFindingsError
+from exporters.graph.findings import LintFindingsError
 from exporters.vllm.export import plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan
-from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
 from fp8pipe.models.language.structure import load_config, model_class
@@ -91,6 +92,22 @@ def open_language(source: Path) -> LanguageModel:
         else:
             floats[unit.entry.name] = read_tensor(unit.entry)
     return LanguageModel(artifact, plan, weights, floats)
+
+
+def language_records(model: LanguageModel, calibration: str) -> list[LayerRecord]:
+    """The artifact's layers as a graph with static scales has them; what training recorded of a weight is kept."""
+    rule = ScaleRule.POWER_OF_TWO if calibration == "amax" else ScaleRule(calibration)
+    inputs = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
+    records = []
+    for layer in model.plan.layers:
+        weight = model.weights.get(layer.name)
+        if weight is None or layer.weight is None:
+            records.append(layer.model_copy(update={"weight": None, "activation": None}))
+            continue
+        per = "per-tensor" if weight.scale.dim() == 0 else "per-channel"
+        stored = layer.weight.model_copy(update={"granularity": per})
+        records.append(layer.model_copy(update={"weight": stored, "activation": inputs}))
+    return records
 
 
 def check_attention(model: LanguageModel) -> None:

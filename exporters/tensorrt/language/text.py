@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporters.tensorrt.language.source import LanguageModel
+from exporters.tensorrt.language.target import CalibrationFacts
 from fp8pipe.artifact import sha256_file
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
@@ -39,6 +40,11 @@ class ExportText:
     digest: str | None
     calibration: Sequence[Encoded]
     heldout: Sequence[Encoded]
+
+    @property
+    def facts(self) -> CalibrationFacts:
+        """What a manifest says of it."""
+        return CalibrationFacts(data=self.source, sha256=self.digest, records=len(self.calibration))
 
 
 def read_text(model: LanguageModel, data: str | None, records: int) -> ExportText:

@@ -7,30 +7,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.graph.layers import ExportedLayer
-from exporters.tensorrt.language.calibrate import InputScale
+from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.tensorrt.language.export import SCALES_FILE
 from exporters.tensorrt.language.graph import decoder_graph
 from exporters.tensorrt.language.options import LanguageExportOptions
 from exporters.tensorrt.language.reopen import number_gates
 from exporters.tensorrt.language.source import open_language
+from exporters.tensorrt.language.target import InputScale, TrtLanguageDetails
+from exporters.tensorrt.lint import lint_file
+from exporters.tensorrt.verify import check_engines
 from exporters.verify.common import compare_files, failed_gates
+from exporters.verify.graph_export import check_file
 from exporters.verify.graphs import compare_graphs, compare_stored
 from fp8pipe.artifact import Artifact, installed_versions
-from fp8pipe.artifact.discrepancy import Discrepancy
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["compare_decoder"]
+__all__ = ["check_language"]
 
 _TRACERS = ("torch", "transformers", "onnxscript", "onnx-ir")
 
 
-def compare_decoder(
+def check_language(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
+    """An export of a language model for TensorRT: the graph's file, its engines, and everything against the parent."""
+    engines = artifact.manifest.details_of(TrtLanguageDetails).engines
+    require = bool(artifact.manifest.config.get("require", True))
+    model = yield from check_file(
+        artifact, lambda path: lint_file(path, tuple(engines)).errors(require=require), readable=True
+    )
+    if model is None:
+        return
+    yield from check_engines(artifact, engines, None)
+    if parent is not None:
+        yield from _compare_decoder(artifact, model, read_layers(model), parent, notes)
+
+
+def _compare_decoder(
     artifact: Artifact, model: ir.Model, layers: tuple[ExportedLayer, ...], parent: Path, notes: list[str]
-) -> Iterator[Discrepancy]:
+) -> Iterator[Finding]:
     """Codes, scales and floats; the graph; tokenizer and configuration."""
     import onnx_ir as ir
 

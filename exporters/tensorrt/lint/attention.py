@@ -13,10 +13,10 @@ from typing import Final
 
 import onnx_ir as ir
 
-from exporters.graph.findings import Finding
 from exporters.tensorrt.lint.rules import finding, label
 from exporters.tensorrt.lint.types import code_type
 from exporters.tensorrt.lint.view import DEQUANTIZE, QUANTIZE, Product, View, constant
+from fp8pipe.artifact.finding import Finding
 
 __all__ = ["lint_attention"]
 

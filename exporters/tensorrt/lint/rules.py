@@ -14,7 +14,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from exporters.graph.findings import Finding
+from fp8pipe.artifact.finding import Finding
 
 __all__ = ["RULES", "Effect", "Report", "Rule", "finding", "label"]
 
@@ -121,7 +121,7 @@ class Report:
         for found in self.warnings(require=require):
             by_rule.setdefault(found.rule, []).append(found)
         return tuple(
-            f"{rule}: {first.why} ({f'{1 + len(rest)} times, first at ' if rest else ''}{first.tensor})"
+            f"{rule}: {first.why} ({f'{1 + len(rest)} times, first at ' if rest else ''}{first.where})"
             for rule, (first, *rest) in by_rule.items()
         )
 

@@ -8,9 +8,9 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.findings import Finding
 from exporters.tensorrt.lint.rules import finding, label
 from exporters.tensorrt.lint.view import DEQUANTIZE, QUANTIZE, Operand, Product, View, attribute_axis, constant
+from fp8pipe.artifact.finding import Finding
 
 __all__ = ["lint_scales"]
 

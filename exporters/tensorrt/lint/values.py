@@ -8,10 +8,10 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.findings import Finding
 from exporters.tensorrt.lint.rules import finding
 from exporters.tensorrt.lint.types import code_type
 from exporters.tensorrt.lint.view import CODES, DEQUANTIZE, QUANTIZE, View, constant
+from fp8pipe.artifact.finding import Finding
 
 __all__ = ["lint_values"]
 

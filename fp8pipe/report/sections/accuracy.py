@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, VitDetails
 from fp8pipe.report.blocks import Block, Missing, Section, Table, Text
 from fp8pipe.report.figures import Derive, Form
 from fp8pipe.report.subject import Item, Subject
@@ -15,10 +16,10 @@ __all__ = ["section"]
 def section(subject: Subject) -> Section:
     """The section."""
     blocks: list[Block] = []
-    for item in subject.of_kind("vit"):
+    for item in subject.of_kind(VIT_KIND):
         blocks.append(_vision(subject, item))
     blocks += list(_losses(subject))
-    for item in subject.of_kind("trt-export"):
+    for item in subject.items:
         blocks += list(_perplexity(subject, item))
     for item in subject.items:
         blocks += list(_agreement(subject, item))
@@ -33,15 +34,15 @@ def section(subject: Subject) -> Section:
 
 def _vision(subject: Subject, item: Item) -> Block:
     documents = subject.documents
-    images = documents.figure(item.manifest, "extra", "accuracy", "images", form=Form.COUNT)
+    images = documents.figure(item.manifest, "details", "accuracy", "images", form=Form.COUNT)
     if images is None:
         return Missing(
             f"{item.name} was not evaluated on labelled pictures.", "fp8pipe quantize-vit ... --evaluate FOLDER"
         )
     rows = []
-    precision = str(item.artifact.manifest.extra.get("precision", "quantized"))
+    precision = item.artifact.manifest.details_of(VitDetails).precision
     for key, name in (("teacher", "original, full precision"), ("quantized", precision)):
-        place = ("extra", "accuracy", key)
+        place = ("details", "accuracy", key)
         top1, top5 = (documents.figure(item.manifest, *place, top, form=Form.PERCENT) for top in ("top1", "top5"))
         rows.append([name, top1, top5, images])
     return Table(["model", "top-1", "top-5", "pictures"], rows, f"{item.name}: held-out labelled pictures.", (1, 2, 3))
@@ -49,10 +50,10 @@ def _vision(subject: Subject, item: Item) -> Block:
 
 def _losses(subject: Subject) -> Iterator[Block]:
     rows: list[list[Any]] = []
-    for item in subject.of_kind("falqon", "lora-merged"):
+    for item in subject.of_kind(*TUNED_KINDS):
         method = str(item.artifact.manifest.config.get("method", item.kind))
         for key in ("untuned", "deployed"):
-            loss = subject.documents.figure(item.manifest, "extra", "heldout_loss", key, form=Form.LOSS)
+            loss = subject.documents.figure(item.manifest, "details", "heldout_loss", key, form=Form.LOSS)
             if loss is not None:
                 rows.append([item.name, method, key, loss])
     if rows:
@@ -64,7 +65,7 @@ def _losses(subject: Subject) -> Iterator[Block]:
 
 
 def _perplexity(subject: Subject, item: Item) -> Iterator[Block]:
-    place = ("extra", "perplexity")
+    place = ("details", "perplexity")
     own, served, error, tokens = (
         subject.documents.figure(item.manifest, *place, key) for key in ("own", "served", "error", "tokens")
     )

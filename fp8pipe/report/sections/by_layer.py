@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
 from fp8pipe.report.blocks import Block, Drawing, Drawings, Missing, Section, Table, Text
 from fp8pipe.report.charts import grid
 from fp8pipe.report.figures import Figure, Form
@@ -11,7 +12,7 @@ from fp8pipe.report.subject import Item, Subject
 
 __all__ = ["section"]
 
-_KEY = "last_flush_layers"
+_KEY = "final_merge_layers"
 _SHOWN = (
     ("saturated", Form.PERCENT, "Saturation: share of targets beyond the largest code."),
     ("norm_ratio", Form.RATIO, "Survival in size: change applied over change intended; compensation may exceed 1."),
@@ -23,9 +24,9 @@ _SHOWN = (
 def section(subject: Subject) -> Section:
     """The section."""
     blocks: list[Block] = []
-    for item in subject.of_kind("falqon"):
+    for item in subject.of_kind(TUNED_KINDS[0]):
         blocks += list(_layers(subject, item))
-    others = sorted({item.kind for item in subject.of_kind("lora-merged", "vit")})
+    others = sorted({item.kind for item in subject.of_kind(TUNED_KINDS[1], VIT_KIND)})
     if others:
         shown = " and ".join(others)
         text = f"Artifacts of kind {shown} have no flush: their weights are rounded once, not updated in FP8."
@@ -40,7 +41,7 @@ def section(subject: Subject) -> Section:
 
 
 def _layers(subject: Subject, item: Item) -> Iterator[Block]:
-    names = subject.documents.get(item.manifest, "extra", _KEY)
+    names = subject.documents.get(item.manifest, "details", _KEY)
     if not names:
         what = f"{item.name} holds no figures by layer: it was written before they were kept."
         yield Missing(what, "fp8pipe finetune, with the configuration below")
@@ -55,12 +56,12 @@ def _layers(subject: Subject, item: Item) -> Iterator[Block]:
         drawings.append(Drawing(grid(cells, f"{key} by layer of {item.name}"), [caption, *strongest]))
     yield Text([f"{len(names)} layers. Layers that read one input (q, k, v; gate, up) are one layer here."], item.name)
     yield Drawings(drawings)
-    documents, place = subject.documents, (item.manifest, "extra", _KEY)
+    documents, place = subject.documents, (item.manifest, "details", _KEY)
     rows = [[name, *(documents.figure(*place, name, key, form=form) for key, form, _ in _SHOWN)] for name in names]
     head = ["layer", "saturated", "norm ratio", "cosine", "changed"]
     yield Table(head, rows, "The figures.", numeric=(1, 2, 3, 4), folded=True, printed=False)
 
 
 def _cells(subject: Subject, item: Item, names: dict[str, object], key: str, form: Form) -> list[tuple[str, Figure]]:
-    found = ((n, subject.documents.figure(item.manifest, "extra", _KEY, n, key, form=form)) for n in names)
+    found = ((n, subject.documents.figure(item.manifest, "details", _KEY, n, key, form=form)) for n in names)
     return [(name, figure) for name, figure in found if figure is not None]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fp8pipe.artifact.gate import read_gate
 from fp8pipe.report.blocks import Block, Table, Text
-from fp8pipe.report.figures import Badge, Form
+from fp8pipe.report.figures import Badge, Figure, Form
 from fp8pipe.report.subject import Item, Subject
 
 __all__ = ["own_gates"]
@@ -33,10 +34,12 @@ def own_gates(subject: Subject, item: Item) -> Iterator[Block]:
 def _table(subject: Subject, file: str, caption: str) -> Table:
     documents = subject.documents
     rows = []
-    for index, gate in enumerate(documents.get(file, "gates")):
+    for index, plain in enumerate(documents.get(file, "gates")):
+        gate = read_gate(plain)
         value, threshold = (documents.figure(file, "gates", index, k, form=Form.PLAIN) for k in ("value", "threshold"))
-        verdict: Any = "holds" if gate["passed"] else Badge(gate.get("failure", "FAILED"))
+        verdict: Any = "holds" if gate.passed else Badge(str(gate.verdict))
         detail = documents.quote(file, "gates", index, "detail")
         name = documents.quote(file, "gates", index, "name")
-        rows.append([name, verdict, value or "missing", threshold or "missing", detail or "must be equal"])
+        bound = [f"{gate.comparison} ", threshold or Figure(gate.threshold, f"{file}#/gates/{index}/threshold")]
+        rows.append([name, verdict, value or "missing", bound, detail or "must be equal"])
     return Table(_HEAD, rows, caption, numeric=(2, 3))

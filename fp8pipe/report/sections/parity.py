@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.report.blocks import Block, Drawing, Drawings, Lines, Missing, Section, Table, Text
 from fp8pipe.report.charts import grid
 from fp8pipe.report.figures import Badge, Derive, Form
@@ -12,19 +13,17 @@ from fp8pipe.report.subject import Record, Subject
 
 __all__ = ["section"]
 
-EXPORTS = ("vllm-export", "onnx-export", "trt-export", "modelopt-export")
-
 
 def section(subject: Subject) -> Section:
     """The section."""
     blocks: list[Block] = []
-    for item in subject.of_kind(*EXPORTS):
+    for item in subject.exports():
         record = item.record("validation")
         if record is None:
             unused = next((r.finding for r in item.records if r.kind == "validation"), "")
             what = f"{unused}." if unused else "it was not validated."
             command = f"fp8pipe validate {subject.where(item)}"
-            if item.kind == "modelopt-export":
+            if not kind_named(item.kind).engines:
                 what, command = "no engine here reads this layout, so its arithmetic is not proved.", ""
             blocks.append(Missing(f"{item.name}: {what}", command))
             continue

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fp8pipe.artifact.kinds import VIT_KIND, VitDetails
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.report.attention_maps import AttentionMap, attention_maps, read_image
 from fp8pipe.report.blocks import Block, Missing, Picture, Pictures, Section, Text
@@ -25,7 +26,7 @@ _WIDEST, _LARGEST = 900, 300_000
 def section(subject: Subject) -> Section:
     """The section."""
     blocks: list[Block] = []
-    for item in subject.of_kind("vit"):
+    for item in subject.of_kind(VIT_KIND):
         blocks += list(_pictures(subject, item))
     if not blocks:
         text = "Nothing here was calibrated with images: they are part of quantizing a vision transformer."
@@ -35,9 +36,9 @@ def section(subject: Subject) -> Section:
 
 def _pictures(subject: Subject, item: Item) -> Iterator[Block]:
     documents = subject.documents
-    count = documents.figure(item.manifest, "extra", "images", form=Form.COUNT)
-    seconds = documents.figure(item.manifest, "extra", "seconds_per_image")
-    method = item.artifact.manifest.extra.get("image_method", "an unnamed method")
+    count = documents.figure(item.manifest, "details", "images", form=Form.COUNT)
+    seconds = documents.figure(item.manifest, "details", "seconds_per_image")
+    method = item.artifact.manifest.details_of(VitDetails).image_method
     parts: list[Any] = [count or "No", f" images, method: {_METHODS.get(method, method)}."]
     if seconds is not None and seconds.value:
         parts += [" Seconds an image: ", seconds, "."]

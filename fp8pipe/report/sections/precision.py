@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.report.blocks import Block, Missing, Section, Table, Text
 from fp8pipe.report.figures import Derive, Form
 from fp8pipe.report.subject import Item, Subject
@@ -18,19 +19,26 @@ LAYERS = "layers.json"
 def section(subject: Subject) -> Section:
     """The section."""
     blocks: list[Block] = []
-    for item in subject.of_kind("trt-export"):
-        blocks += list(_engines(subject, item))
-    for item in subject.of_kind("onnx-export"):
-        blocks += list(_kernels(subject, item))
-    for item in subject.of_kind("vllm-export"):
-        counted = subject.documents.derived(Derive.SUM, item.manifest, "layers", "*", "converted")
-        known = subject.documents.derived(Derive.COUNT, item.manifest, "layers")
-        how = item.artifact.manifest.extra.get("activations", "not stated")
-        told = f" linear layers are stored as codes. Activations: {how}."
-        blocks.append(Text([counted or "No", " of ", known or "no", told], item.name))
+    for item in subject.exports():
+        if "tensorrt" in kind_named(item.kind).engines:
+            blocks += list(_engines(subject, item))
+        elif "onnxruntime" in kind_named(item.kind).engines:
+            blocks += list(_kernels(subject, item))
+        else:
+            blocks.append(_stored(subject, item))
     if not blocks:
         blocks.append(Missing("No engine and no graph is here.", "fp8pipe export ... --target trt, or --target onnx"))
     return Section("precision", "Precision in the engine", "What each product is really multiplied in.", blocks)
+
+
+def _stored(subject: Subject, item: Item) -> Block:
+    """What the manifest says of layers whose kernels the engine chooses when it runs."""
+    layers = item.artifact.manifest.layers
+    counted = subject.documents.derived(Derive.COUNT, item.manifest, "layers", "*", "weight")
+    known = subject.documents.derived(Derive.COUNT, item.manifest, "layers")
+    inputs = next((str(layer.activation) for layer in layers if layer.activation is not None), "not quantized")
+    told = f" linear layers are stored as codes. Activations: {inputs}."
+    return Text([counted or "No", " of ", known or "no", told], item.name)
 
 
 def _engines(subject: Subject, item: Item) -> Iterator[Block]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.report.blocks import Block, Lines, Missing, Section, Table
 from fp8pipe.report.figures import Derive, Figure, Form
-from fp8pipe.report.sections.parity import EXPORTS
 from fp8pipe.report.subject import Item, Record, Subject
 
 __all__ = ["section"]
@@ -20,15 +20,15 @@ def section(subject: Subject) -> Section:
     blocks: list[Block] = []
     if subject.items:
         blocks.append(_sizes(subject))
-    for item in subject.of_kind(*EXPORTS):
+    for item in subject.exports():
         for kind, title in _TITLES.items():
             record = item.record(kind)
             if record is not None:
                 blocks += list(_rows(subject, item, record, title))
-            elif item.kind != "modelopt-export":
+            elif kind in kind_named(item.kind).measured_by:
                 blocks.append(Missing(f"{item.name}: {_absent(kind)}", f"fp8pipe {kind} {subject.where(item)}"))
         blocks += list(_timings(subject, item))
-    if not list(subject.of_kind(*EXPORTS)):
+    if not subject.exports():
         blocks.append(Missing("There is no export to measure.", "fp8pipe export, then fp8pipe bench"))
     return Section("speed", "Speed and size", "Measured beside full precision, on the machine named with it.", blocks)
 

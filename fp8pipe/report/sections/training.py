@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
 from fp8pipe.report.blocks import Block, Drawing, Drawings, Missing, Section, Text
 from fp8pipe.report.charts import Point, Series, line_chart
 from fp8pipe.report.figures import Form
@@ -23,7 +24,7 @@ _HEALTH = {
 def section(subject: Subject) -> Section:
     """The section."""
     blocks: list[Block] = []
-    for item in subject.of_kind("falqon", "lora-merged", "vit"):
+    for item in subject.of_kind(*TUNED_KINDS, VIT_KIND):
         blocks += list(_curves(subject, item))
     if not blocks:
         blocks.append(Missing("No artifact that was trained is here.", "fp8pipe finetune, or fp8pipe quantize-vit"))
@@ -51,22 +52,22 @@ def _curves(subject: Subject, item: Item) -> Iterator[Block]:
                 svg = line_chart([found], f"{key} of {item.name}", low=0.0)
                 drawings.append(Drawing(svg, [meaning[0].upper() + meaning[1:] + "."]))
     yield Drawings(drawings)
-    if item.kind == "falqon" and len(drawings) < 2:
+    if item.kind == TUNED_KINDS[0] and len(drawings) < 2:
         yield Missing("The health of the update was not logged.", "fp8pipe finetune, with a smaller log_every")
-    if item.kind == "lora-merged":
+    if item.kind == TUNED_KINDS[1]:
         yield Text(["LoRA keeps its update in higher precision, so saturation and survival have no meaning."])
-    if item.kind == "vit":
+    if item.kind == VIT_KIND:
         yield Text(["Held-out loss, saturation and survival of updates are not logged while a ViT is distilled."])
 
 
 def _what(item: Item) -> str:
-    if item.kind == "vit":
+    if item.kind == VIT_KIND:
         return "Distillation of the low-bit model from its original."
     return f"Fine-tuning with {item.artifact.manifest.config.get('method', 'an unnamed method')}."
 
 
 def _unit(item: Item) -> str:
-    return "distance from the teacher" if item.kind == "vit" else "nats an answer token"
+    return "distance from the teacher" if item.kind == VIT_KIND else "nats an answer token"
 
 
 def _series(subject: Subject, item: Item, key: str, label: str, dashed: bool = False) -> Series | None:

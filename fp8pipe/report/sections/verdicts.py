@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fp8pipe.artifact.runs import RUN_NAME, GateOutcome, StageRecord, Verdict, worst
+from fp8pipe.artifact.gate import Gate, Verdict, worst
+from fp8pipe.artifact.runs import RUN_NAME, StageRecord
 from fp8pipe.report.blocks import Block, Section, Table, Text
 from fp8pipe.report.figures import Badge, Derive, Figure, Form, Quote
 from fp8pipe.report.sections.own_gates import own_gates
@@ -31,7 +32,7 @@ def overall(subject: Subject) -> Verdict:
         return subject.run.verdict
     found = []
     for item in subject.items:
-        found += [Verdict.ACCEPT if gate.passed else Verdict(gate.failure) for gate in item.artifact.manifest.gates]
+        found += [gate.verdict for gate in item.artifact.manifest.gates]
         told = (subject.documents.get(record.file, "verdict") for record in item.records if record.current)
         found += [Verdict.ANOMALOUS for verdict in told if verdict == "REJECT"]
     return worst(found)
@@ -88,20 +89,16 @@ def _gates(stages: list[StageRecord]) -> Iterator[Block]:
             yield Table(_HEAD, rows, caption, numeric=(2, 3), folded=True)
 
 
-def _carried(gate: GateOutcome) -> bool:
+def _carried(gate: Gate) -> bool:
     """Whether the stage's own output carries the gate; else the recipe asks for it."""
     _, _, inside = gate.source.partition("#")
     return inside.startswith("gates.") or inside == "verdict"
 
 
-def _gate(number: int, index: int, gate: GateOutcome) -> list[Any]:
+def _gate(number: int, index: int, gate: Gate) -> list[Any]:
     place = f"{RUN_NAME}#/stages/{number}/gates/{index}"
     value: Any = "missing" if gate.value is None else Figure(gate.value, f"{place}/value")
-    bound: list[Any] = []
-    if gate.at_least is not None:
-        bound += ["≥ ", Figure(gate.at_least, f"{place}/at_least")]
-    if gate.at_most is not None:
-        bound += [" and ≤ " if bound else "≤ ", Figure(gate.at_most, f"{place}/at_most")]
+    bound = [f"{gate.comparison} ", Figure(gate.threshold, f"{place}/threshold")]
     verdict: Any = "holds" if gate.verdict is Verdict.ACCEPT else Badge(str(gate.verdict))
-    reason: Any = Quote(gate.reason, f"{place}/reason") if gate.reason else "must hold exactly"
-    return [Quote(gate.name, f"{place}/name"), verdict, value, bound or "a number", reason]
+    reason: Any = Quote(gate.detail, f"{place}/detail") if gate.detail else "must hold exactly"
+    return [Quote(gate.name, f"{place}/name"), verdict, value, bound, reason]

@@ -13,7 +13,7 @@ from exporters.tensorrt.engine_cache import EngineSource, ready_engine
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder
-from fp8pipe.artifact import MANIFEST_NAME, Manifest, open_artifact, sha256_file, write_sealed
+from fp8pipe.artifact import MANIFEST_NAME, Manifest, open_artifact, sha256_file, write_checked
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.numerics.kinds import Kind
@@ -68,7 +68,7 @@ def _edited(root, change):
     manifest = Manifest.from_json(path.read_text(), where="test")
     extra = json.loads(json.dumps(manifest.extra))
     change(extra["engines"]["8.9"]["recipe"])
-    write_sealed(path, manifest.model_copy(update={"extra": extra}).to_json())
+    write_checked(path, manifest.model_copy(update={"extra": extra}).to_json())
 
 
 def _older(root):
@@ -89,7 +89,7 @@ def _without_recipe(root):
     extra = json.loads(json.dumps(manifest.extra))
     del extra["engines"]["8.9"]["recipe"]
     config = {key: value for key, value in manifest.config.items() if key != "enterprise"}
-    write_sealed(path, manifest.model_copy(update={"extra": extra, "config": config}).to_json())
+    write_checked(path, manifest.model_copy(update={"extra": extra, "config": config}).to_json())
 
 
 @pytest.mark.parametrize(

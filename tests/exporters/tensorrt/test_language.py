@@ -16,7 +16,6 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from exporters.graph.layers import read_layers
-from exporters.tensorrt.language.calibrate import InputScale
 from exporters.tensorrt.language.export import export_language
 from exporters.tensorrt.language.graph import decoder_graph
 from exporters.tensorrt.language.options import LanguageExportOptions
@@ -30,6 +29,7 @@ from exporters.tensorrt.language.serve import (
     unrounded_session,
 )
 from exporters.tensorrt.language.source import check_attention, open_language
+from exporters.tensorrt.language.target import InputScale
 from exporters.tensorrt.language.text import read_text
 from exporters.tensorrt.options import Base
 from fp8pipe.cli import main

@@ -1,4 +1,4 @@
-"""Faults that hashes cannot show: each is planted, sealed again, and must be reported by its catcher, by name."""
+"""Faults that hashes cannot show: each is planted, checksummed again, and must be reported by its catcher, by name."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_planted_fault_is_caught_by_name(fault, whole_tree, tmp_path):
         pytest.skip("TensorRT for RTX is not installed")
     root = plant(fault, whole_tree, tmp_path / "run")
     checked, _ = verify_tree(find_tree(root))
-    caught = [f for f in checked.findings if f.catcher is fault.catcher and fault.named in f"{f.where}: {f.why}"]
+    caught = [f for f in checked.findings if f.check is fault.check and fault.named in f"{f.where}: {f.why}"]
     assert caught, "\n".join(map(str, checked.findings)) or "nothing was found"
 
 

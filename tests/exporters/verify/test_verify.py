@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from artifact_tree import reseal
+from artifact_tree import rehash
 from click.testing import CliRunner
 
 from fp8pipe.cli import main
@@ -36,12 +36,12 @@ def test_a_record_of_the_first_version_needs_no_seal_and_a_later_one_does(tree):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
     document = json.loads(verify("--quick", "--json", tree).stdout)
     assert document["verified"]
-    assert any("written before there were seals" in note for note in document["notes"])
+    assert any("written before there were checksums" in note for note in document["notes"])
 
 
 def test_a_parent_that_was_made_again_is_taken_and_said(tree):
     """Another time of writing, the same content: the child is not stale."""
-    reseal(tree / "vit", lambda data: data.update(created="2027-01-01T00:00:00+00:00"))
+    rehash(tree / "vit", lambda data: data.update(created="2027-01-01T00:00:00+00:00"))
     document = json.loads(verify("--quick", "--json", tree).stdout)
     assert document["verified"]
     assert sum("made again with the same content" in note for note in document["notes"]) == 2

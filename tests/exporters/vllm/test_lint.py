@@ -16,7 +16,7 @@ from exporters.graph.findings import LintFindingsError
 from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from fp8pipe.artifact import write_sealed
+from fp8pipe.artifact import write_checked
 from fp8pipe.core.errors import LintRefusedError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -163,7 +163,7 @@ def test_orientation_that_contradicts_the_model(gpt2: Path, falqon: Callable[...
     source = falqon(gpt2)
     manifest = json.loads((source / "manifest.json").read_text())
     manifest["extra"]["transposed"] = manifest["extra"]["transposed"][1:]
-    write_sealed(source / "manifest.json", json.dumps(manifest))
+    write_checked(source / "manifest.json", json.dumps(manifest))
     with pytest.raises(LintFindingsError) as caught:
         export_vllm(source, tmp_path / "export", FP8)
     assert rules(caught) == {"orientation"}

@@ -23,7 +23,7 @@ from fp8pipe.artifact import (
     Parent,
     check_file,
     open_artifact,
-    write_sealed,
+    write_checked,
 )
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
@@ -127,7 +127,7 @@ def test_added_files_are_reported(tmp_path):
 
 def change_manifest(root: Path, **changes: object) -> None:
     path = root / "manifest.json"
-    write_sealed(path, json.dumps(json.loads(path.read_text()) | changes))
+    write_checked(path, json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_newer_schema_is_refused_naming_both_versions(tmp_path):
@@ -151,7 +151,7 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, changes):
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_a_manifest_that_is_no_object_is_refused(tmp_path, text):
     write(tmp_path / "a")
-    write_sealed(tmp_path / "a" / "manifest.json", text)
+    write_checked(tmp_path / "a" / "manifest.json", text)
     with pytest.raises(BadArtifactError, match="not a valid manifest"):
         open_artifact(tmp_path / "a")
 

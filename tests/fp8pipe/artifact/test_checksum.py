@@ -1,4 +1,4 @@
-"""Seals: every changed bit of a record or of its seal is found, and a crash at any moment is not taken for one."""
+"""Checksums: every changed bit of a record or of its checksum is found, and a crash at any moment is not taken for one."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from fp8pipe.artifact import (
     ArtifactWriter,
     Gate,
     Manifest,
-    check_seal,
+    check_checksum,
+    checksum_path,
     open_artifact,
-    read_sealed,
-    remove_sealed,
-    seal_path,
-    write_sealed,
+    read_checked,
+    remove_checked,
+    write_checked,
 )
 from fp8pipe.artifact.record import record_path
 from fp8pipe.artifact.runs import RunRecord, read_run, write_run
@@ -31,12 +31,12 @@ RECORD = RunRecord(recipe="r", resolved={"a": 1}, tool_version="0", started="202
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
-    return write_sealed(tmp_path / "run.json", '{"loss": 1.5, "name": "é"}\n')
+    return write_checked(tmp_path / "run.json", '{"loss": 1.5, "name": "é"}\n')
 
 
 def test_a_sealed_record_is_read_back_and_sha256sum_agrees(record):
-    assert check_seal(record) == ""
-    assert json.loads(read_sealed(record)) == {"loss": 1.5, "name": "é"}
+    assert check_checksum(record) == ""
+    assert json.loads(read_checked(record)) == {"loss": 1.5, "name": "é"}
     assert sorted(path.name for path in record.parent.iterdir()) == ["run.json", "run.sha256"]
     subprocess.run(["sha256sum", "--strict", "-c", "run.sha256"], cwd=record.parent, check=True, capture_output=True)
 
@@ -49,29 +49,29 @@ def test_every_flipped_bit_is_found(record, name):
         flipped = bytearray(data)
         flipped[place // 8] ^= 1 << place % 8
         path.write_bytes(flipped)
-        assert "run.json has sha256" in check_seal(record), place
+        assert "run.json has sha256" in check_checksum(record), place
     path.write_bytes(data)
-    assert check_seal(record) == ""
+    assert check_checksum(record) == ""
 
 
 @pytest.mark.parametrize(
     "spoil", [lambda b: b + b"\n", lambda b: b[:-1], lambda b: b.upper(), lambda b: b"", bytes.strip]
 )
 def test_a_seal_of_another_form_is_found_though_sha256sum_may_accept_it(record, spoil):
-    seal = seal_path(record)
-    seal.write_bytes(spoil(seal.read_bytes()))
-    assert "run.sha256" in check_seal(record)
+    checksum = checksum_path(record)
+    checksum.write_bytes(spoil(checksum.read_bytes()))
+    assert "run.sha256" in check_checksum(record)
     with pytest.raises(BadArtifactError, match=r"run\.json is not what was written"):
-        read_sealed(record)
+        read_checked(record)
 
 
 def test_missing_pieces_are_told_apart(record):
-    seal_path(record).unlink()
-    assert check_seal(record) == "run.json has no seal: run.sha256 is missing"
+    checksum_path(record).unlink()
+    assert check_checksum(record) == "run.json has no checksum: run.sha256 is missing"
     record.unlink()
-    assert "run.json cannot be read" in check_seal(record)
+    assert "run.json cannot be read" in check_checksum(record)
     with pytest.raises(FileNotFoundError):
-        read_sealed(record)
+        read_checked(record)
 
 
 @pytest.mark.parametrize("replaced", range(3))
@@ -87,15 +87,15 @@ def test_a_crash_between_any_two_steps_leaves_one_whole_record(record, monkeypat
     monkeypatch.setattr(os, "replace", crash)
     if replaced < 2:
         with pytest.raises(KeyboardInterrupt):
-            write_sealed(record, "new\n")
+            write_checked(record, "new\n")
     else:
-        write_sealed(record, "new\n")
-    assert check_seal(record) == ""
-    assert read_sealed(record) == (b"new\n" if replaced else '{"loss": 1.5, "name": "é"}\n'.encode())
+        write_checked(record, "new\n")
+    assert check_checksum(record) == ""
+    assert read_checked(record) == (b"new\n" if replaced else '{"loss": 1.5, "name": "é"}\n'.encode())
     monkeypatch.undo()
-    write_sealed(record, "newer\n")
-    assert read_sealed(record) == b"newer\n"
-    remove_sealed(record)
+    write_checked(record, "newer\n")
+    assert read_checked(record) == b"newer\n"
+    remove_checked(record)
     assert list(record.parent.iterdir()) == []
 
 
@@ -117,7 +117,7 @@ def artifact(tmp_path: Path) -> Path:
 def test_a_manifest_is_sealed_and_the_seal_is_no_unlisted_file(artifact):
     opened = open_artifact(artifact)
     assert opened.unlisted() == []
-    assert check_seal(artifact / "manifest.json") == ""
+    assert check_checksum(artifact / "manifest.json") == ""
     (artifact / "manifest.json").write_text((artifact / "manifest.json").read_text().replace('"seed": 3', '"seed": 7'))
     for verify in (True, False):
         with pytest.raises(BadArtifactError, match=r"manifest\.json has sha256"):
@@ -125,7 +125,7 @@ def test_a_manifest_is_sealed_and_the_seal_is_no_unlisted_file(artifact):
 
 
 def test_a_manifest_without_a_seal_is_refused_unless_it_is_of_the_first_version(artifact):
-    seal_path(artifact / "manifest.json").unlink()
+    checksum_path(artifact / "manifest.json").unlink()
     with pytest.raises(BadArtifactError, match=r"manifest\.sha256 is missing"):
         open_artifact(artifact)
     path = artifact / "manifest.json"
@@ -136,7 +136,7 @@ def test_a_manifest_without_a_seal_is_refused_unless_it_is_of_the_first_version(
     assert open_artifact(artifact).digest == digest
     canonical = json.dumps(old, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert digest == hashlib.sha256(canonical.encode()).hexdigest()
-    write_sealed(path, json.dumps(old))
+    write_checked(path, json.dumps(old))
     path.write_text(json.dumps(old | {"seed": 4}))
     with pytest.raises(BadArtifactError, match="sha256"):
         open_artifact(artifact)
@@ -145,14 +145,14 @@ def test_a_manifest_without_a_seal_is_refused_unless_it_is_of_the_first_version(
 def test_a_rename_keeps_the_seal_and_a_record_lies_beside(artifact, tmp_path):
     moved = shutil.move(artifact, tmp_path / "b.c")
     open_artifact(moved)
-    assert seal_path(record_path(Path(moved))).name == "b.c.validation.sha256"
+    assert checksum_path(record_path(Path(moved))).name == "b.c.validation.sha256"
 
 
 def measured(artifact: Path, **changes: object) -> Path:
     digest = open_artifact(artifact).digest
     path = artifact.with_name(f"{artifact.name}.bench.json")
     data = {"schema_version": 1, "manifest_digest": digest, "gates": [], "reasons": [], "verdict": "ACCEPT"}
-    return write_sealed(path, json.dumps(data | changes))
+    return write_checked(path, json.dumps(data | changes))
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def test_a_measurement_beside_an_artifact_is_checked_with_it(artifact, changes, 
 
 
 def test_a_measurement_without_its_seal_is_found(artifact):
-    seal_path(measured(artifact)).unlink()
+    checksum_path(measured(artifact)).unlink()
     (finding,) = check_bytes(find_tree(artifact)).findings
-    assert (finding.catcher, finding.where) == ("seal", "a.bench.json")
+    assert (finding.check, finding.where) == ("checksum", "a.bench.json")
 
 
 def test_a_gate_that_failed_is_said_and_one_that_lies_is_found(tmp_path):
@@ -183,7 +183,7 @@ def test_a_gate_that_failed_is_said_and_one_that_lies_is_found(tmp_path):
         writer.commit()
     checked = check_bytes(find_tree(tmp_path / "a"))
     assert checked.notes == ["a: when it was written, the gate 'loss' failed"]
-    assert [(f.catcher, f.where) for f in checked.findings] == [("manifest", "codes differing")]
+    assert [(f.check, f.where) for f in checked.findings] == [("manifest", "codes differing")]
 
 
 def test_a_copied_manifest_makes_no_artifact_of_a_model_repository(tmp_path):

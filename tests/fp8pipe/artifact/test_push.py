@@ -14,7 +14,7 @@ from fake_hub import fake_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
 
-from fp8pipe.artifact import ArtifactWriter, Gate, write_sealed
+from fp8pipe.artifact import ArtifactWriter, Gate, write_checked
 from fp8pipe.artifact.push import Target, plan_push, push
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
@@ -152,9 +152,9 @@ def test_the_record_of_a_validation_counts_if_it_speaks_of_these_files(tmp_path)
     assert len(plan_push(artifact.root).notes) == 2  # no gates, no record
     path.write_text(json.dumps({"manifest_digest": "0" * 64, "verdict": "REJECT"}))
     assert any("another manifest" in note for note in plan_push(artifact.root).notes)
-    write_sealed(path, json.dumps({"manifest_digest": artifact.digest, "verdict": "ACCEPT"}))
+    write_checked(path, json.dumps({"manifest_digest": artifact.digest, "verdict": "ACCEPT"}))
     assert len(plan_push(artifact.root).notes) == 1
-    write_sealed(path, json.dumps({"manifest_digest": artifact.digest, "verdict": "REJECT"}))
+    write_checked(path, json.dumps({"manifest_digest": artifact.digest, "verdict": "REJECT"}))
     with pytest.raises(GateFailedError, match="not pushed"):
         plan_push(artifact.root)
 

@@ -10,7 +10,8 @@ from quantized_families import quantized_family
 
 from calibration.image_set import ImageSet
 from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, Parent
-from fp8pipe.artifact.runs import GateOutcome, RunRecord, StageRecord, Verdict, write_run
+from fp8pipe.artifact.gate import Gate, Verdict
+from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.models.vision.quantized import save_quantized
 
 LAYERS = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")]
@@ -82,7 +83,7 @@ def bench(digest):
 
 
 def gate(name, source, value, verdict, **bound):
-    return GateOutcome(name=name, source=source, value=value, verdict=verdict, reason="half a point is noise", **bound)
+    return Gate(name=name, source=source, value=value, verdict=verdict, reason="half a point is noise", **bound)
 
 
 def stage(name, command, output, gates=(), verdict=Verdict.ACCEPT, error=None):

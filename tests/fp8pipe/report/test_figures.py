@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fp8pipe.artifact import ArtifactWriter, write_sealed
+from fp8pipe.artifact import ArtifactWriter, write_checked
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.report import default_output, write_report
 from fp8pipe.report.page import render
@@ -167,7 +167,7 @@ def test_a_damaged_record_is_left_out(run_directory):
     path = run_directory / "onnx.validation.json"
     kept = path.read_text()
     try:
-        write_sealed(path, kept)
+        write_checked(path, kept)
         assert "QGemm" in render(open_subject(run_directory))
         path.write_text(kept.replace("15", "16"))
         page = render(open_subject(run_directory))

@@ -10,7 +10,8 @@ import shutil
 import pytest
 
 from fp8pipe.artifact import open_artifact
-from fp8pipe.artifact.runs import Verdict, read_run
+from fp8pipe.artifact.gate import Verdict
+from fp8pipe.artifact.runs import read_run
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 
 STAGES = {

@@ -40,7 +40,7 @@ def export(exported, tmp_path):
 
 
 def _rewrite(export, change):
-    """Change the graph and seal the export again, as someone with the tools could."""
+    """Change the graph and checksum the export again, as someone with the tools could."""
     old = open_artifact(export)
     target = export.with_name("changed")
     with ArtifactWriter(target, kind=old.kind, stage="export") as writer:

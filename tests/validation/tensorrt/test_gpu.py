@@ -21,7 +21,7 @@ from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import cache_folder
 from exporters.tensorrt.rtx import CAPABILITIES
-from fp8pipe.artifact import MANIFEST_NAME, Manifest, write_sealed
+from fp8pipe.artifact import MANIFEST_NAME, Manifest, write_checked
 from fp8pipe.core.config import build_config
 from fp8pipe.core.machine import gpus
 from pipeline.vit.config import QuantizeVitConfig
@@ -96,7 +96,7 @@ def test_an_engine_of_another_version_is_built_again_and_runs(exports, tmp_path,
     manifest = Manifest.from_json((export / MANIFEST_NAME).read_text(), where="test")
     extra = json.loads(json.dumps(manifest.extra))
     extra["engines"][capability()]["recipe"]["version"] = "10.0.0.1"
-    write_sealed(export / MANIFEST_NAME, manifest.model_copy(update={"extra": extra}).to_json())
+    write_checked(export / MANIFEST_NAME, manifest.model_copy(update={"extra": extra}).to_json())
     notices = []
     ready = ready_engine(export, capability(), on_build=notices.append)
     assert ready.source is EngineSource.BUILT

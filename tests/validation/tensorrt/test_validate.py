@@ -16,7 +16,7 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 from exporters.tensorrt.engine_cache import ready_engine
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.options import TrtExportOptions
-from fp8pipe.artifact import MANIFEST_NAME, Manifest, write_sealed
+from fp8pipe.artifact import MANIFEST_NAME, Manifest, write_checked
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
@@ -51,7 +51,7 @@ def _edit(export, change):
     manifest = Manifest.from_json(path.read_text(), where="test")
     extra = json.loads(json.dumps(manifest.extra))
     change(extra)
-    write_sealed(path, manifest.model_copy(update={"extra": extra}).to_json())
+    write_checked(path, manifest.model_copy(update={"extra": extra}).to_json())
 
 
 def test_the_command_line_says_what_was_proved_and_what_was_not(export):

@@ -1,46 +1,65 @@
-"""The dry run of `fp8pipe export --target onnx` and of `--target trt` for a vision model."""
+"""The dry run of exports of vision models as graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
-if TYPE_CHECKING:
-    from exporters.onnx.options import OnnxExportOptions
+from fp8pipe.core.disk import free_bytes
+from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
 
-__all__ = ["vision_plan"]
+__all__ = ["GraphPlan", "vision_plan"]
 
-_BLOCK_LINEARS: Final = 4  # qkv, projection and the two of the MLP
+
+@dataclass(frozen=True, slots=True)
+class GraphPlan:
+    """What an export would write.
+
+    Attributes:
+        weights: layers whose weights are stored as codes.
+        activations: sites that are quantized.
+        float_layers: linears that stay float.
+        need_bytes: size of all stored tensors, bytes.
+        precision: in words, for instance "int4 weights, int8 activations".
+        halves: whether codes of at most 4 bits lie in bytes of their own.
+        peak_bytes: largest resident memory of an export by this process; None where it cannot be told.
+    """
+
+    weights: tuple[str, ...]
+    activations: tuple[str, ...]
+    float_layers: tuple[str, ...]
+    need_bytes: int
+    precision: str
+    halves: bool
+    peak_bytes: int | None = None
 
 
 def vision_plan(
-    source: Path, output: Path, options: OnnxExportOptions, *, engines: Sequence[str] | None = None, base: str = "",
-    pack: bool = True,
-) -> tuple[dict[str, Any], str]:  # fmt: skip
-    """The dry run of a vision model: the artifact is read and linted, nothing of it is traced.
+    plan: GraphPlan, source: Path, output: Path, *, format: str, force: bool, engines: Sequence[str] | None = None,
+    base: str = "", sizes: tuple[int, int] | None = None,
+) -> tuple[dict[str, Any], Plan]:  # fmt: skip
+    """The dry run of an export of a vision model: the artifact was read and linted, nothing of it is traced.
 
     Args:
+        plan: what the graph would hold.
         source: the artifact.
         output: where the export would go.
-        options: of the graph.
+        format: of the export.
+        force: whether an existing output is replaced.
         engines: compute capabilities to compile for; None for ONNX Runtime, which needs none.
         base: of engines, the type of what is not quantized.
-        pack: whether engines are stored compressed.
+        sizes: bytes of the export while it is made, and in the end; those of the graph when None.
     """
-    from exporters.onnx.export import plan_export
-    from exporters.tensorrt.size import expected_sizes
-    from fp8pipe.core.disk import free_bytes
-    from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
 
-    plan = plan_export(source, options, runtime=engines is None)
     free = free_bytes(output)
     precision = plan.precision if engines is None else f"{plan.precision}, {base} base"
     document = {
         "source": str(source),
         "output": str(output),
         "output_exists": output.exists(),
-        "format": str(options.format),
+        "format": format,
         "precision": plan.precision,
         "need_bytes": plan.need_bytes,
         "free_bytes": free,
@@ -52,11 +71,10 @@ def vision_plan(
     notes = ["memory: packages and forward passes measured here, copies of the weights counted"]
     if engines:
         notes.append("engines are compiled by a process of its own, whose memory and time are not in these figures")
-    blocks = (len(plan.weights) + len(plan.float_layers)) // _BLOCK_LINEARS
-    most, written = expected_sizes(plan.need_bytes, blocks, len(engines or ()), pack=pack, halves=plan.halves)
+    most, written = sizes or (plan.need_bytes, plan.need_bytes)
     shown = Plan(
         reads=(str(source),),
-        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
+        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not force else ''}",),
         peak_memory_bytes=plan.peak_bytes,
         disk_bytes=most,
         output_bytes=written,
@@ -71,4 +89,4 @@ def vision_plan(
             **({} if engines is None else {"engines": ", ".join(engines) or "none"}),
         },
     )  # fmt: skip
-    return {**document, "plan": shown.document()}, shown.text()
+    return document, shown

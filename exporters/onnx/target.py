@@ -1,0 +1,42 @@
+"""The target `onnx`: a Q/DQ graph for ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pydantic import Field
+
+from exporters.graph.details import GraphDetails
+from exporters.onnx.options import OnnxExportOptions
+from exporters.target import Engine, ExportTarget, Service
+from fp8pipe.artifact.kinds import VIT_KIND
+
+__all__ = ["KIND", "TARGET", "OnnxDetails"]
+
+KIND: Final = "onnx-export"
+
+
+class OnnxDetails(GraphDetails):
+    """Of an export to ONNX."""
+
+    near_tie: float = Field(
+        default=0.0, description="margin of two classes within which rounding errors may swap them, logits"
+    )
+
+
+TARGET: Final = ExportTarget(
+    name="onnx", kind=KIND, takes=(VIT_KIND,), options=OnnxExportOptions, details=OnnxDetails,
+    help="a Q/DQ graph for ONNX Runtime", export="exporters.onnx.export:export_onnx",
+    plan="exporters.onnx.export:plan_onnx", verify="exporters.onnx.verify:check_onnx",
+    engines=(
+        Engine(
+            "onnxruntime", "validation.onnx.validate:validate_onnx", "validation.onnx.validate:describe",
+            ("against", "images"),
+        ),
+    ),
+    service=Service(
+        "vision", serve="serving.vision.server:serve_vision", plan="validation.plan:plan_onnx",
+        bench="validation.bench.vision:bench_vision", ask="validation.bench.check:ask_vision",
+        repository="exporters.triton.repository:write_vision",
+    ),
+)  # fmt: skip

@@ -1,0 +1,234 @@
+"""What an export target is, and the registry of all of them.
+
+A target is one object: what it takes, its option model, and where the functions lie that plan, export, verify, prove and
+serve it. The command line, its help, the JSON schema, `verify`, the report, the model card and `serve` ask this
+registry; nothing else knows a kind of export by name. A new format is one folder with such an object, and one line in
+`_BUILTIN`; another package calls `register` itself.
+
+Functions are named as `module:function` and imported when they are called, so that help and schema need no torch, and so
+that a target may name rooms above this one (validation, serving) without importing them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from fp8pipe.artifact.kinds import ArtifactKind, Details, Migration, register_kind, unregister_kind
+from fp8pipe.artifact.manifest import MANIFEST_NAME
+from fp8pipe.artifact.reader import Artifact, open_artifact
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import ConfigurationError
+
+__all__ = [
+    "PLAIN_MODEL", "Engine", "ExportTarget", "Reference", "Service", "call", "choose", "kind_of_source", "load",
+    "open_export", "register", "target_of", "targets", "unregister",
+]  # fmt: skip
+
+# What a target may take besides artifacts: a model without a manifest.
+PLAIN_MODEL: Final = "model"
+_BUILTIN: Final = (
+    "exporters.vllm.target", "exporters.onnx.target", "exporters.tensorrt.target", "exporters.tensorrt.language.target",
+    "exporters.modelopt.target",
+)  # fmt: skip
+
+Reference = str | Callable[..., Any]
+
+
+def call(reference: Reference, *args: Any, **kwargs: Any) -> Any:
+    """Call a function that is given itself, or named as `module:function`."""
+    if not isinstance(reference, str):
+        return reference(*args, **kwargs)
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that runs exports of a target, to prove them.
+
+    Attributes:
+        name: as in `--engine`.
+        validate: `(export, **given) -> record`; raises `ExportRejectedError` with the record where it rejects.
+        describe: `(export, record) -> str`, for people.
+        takes: options of `validate` that it understands, by their names in Python.
+    """
+
+    name: str
+    validate: Reference
+    describe: Reference
+    takes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """How exports of a target are run: served, measured, asked.
+
+    Attributes:
+        domain: whose options apply, and which server it is.
+        serve: `(export, config, language_config) -> exit code`; none where it is not served, for the reason `refusal`.
+        refusal: why it is not served.
+        plan: `(artifact, stage, record, **given) -> Plan` of validate, bench and serve-check.
+        bench: `(export, config, **given) -> MeasureRecord`; none where nothing is measured.
+        ask: `(url, artifact, config) -> (requests, gates)` of serve-check; none where there is none.
+        repository: `(artifact, folder, **given) -> None`: the files of a model in a Triton repository.
+    """
+
+    domain: Literal["language", "vision"]
+    serve: Reference | None = None
+    refusal: str = ""
+    plan: Reference | None = None
+    bench: Reference | None = None
+    ask: Reference | None = None
+    repository: Reference | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportTarget:
+    """One form in which an artifact leaves.
+
+    Attributes:
+        name: as in `--target`; several targets of one name differ by what they take, and by their formats.
+        kind: of the artifacts it writes.
+        takes: kinds of artifact that it is made from; PLAIN_MODEL for a model without a manifest.
+        options: its option model; `force` in it means that an existing output is replaced.
+        details: what its manifests hold of their own.
+        help: what it writes, in a few words.
+        export: `(source, output, options) -> Artifact`.
+        plan: `(source, output, options) -> (document, Plan)`.
+        verify: `(artifact, parent, notes) -> Iterator[Finding]`: the files against the manifest and the parent.
+        formats: values of `--format` that mean this target, where another takes the same; empty for the usual one.
+        engines: that can prove its exports, the usual one first.
+        service: how they are run.
+        after: `(artifact) -> list[str]`, lines for people after an export.
+        migrate: brings its manifests of older schemas to today's.
+    """
+
+    name: str
+    kind: str
+    takes: tuple[str, ...]
+    options: type[FrozenConfig]
+    details: type[Details]
+    help: str
+    export: Reference
+    plan: Reference
+    verify: Reference
+    formats: tuple[str, ...] = ()
+    engines: tuple[Engine, ...] = ()
+    service: Service = field(default_factory=lambda: Service("vision", refusal="nothing serves this kind of export"))
+    after: Reference | None = None
+    migrate: Migration = lambda data: data
+
+
+_targets: dict[str, ExportTarget] = {}
+
+
+def register(target: ExportTarget) -> None:
+    """Make a target known.
+
+    Raises:
+        ConfigurationError: its kind is registered already, or another takes the same source under the same name.
+    """
+    if target.kind in _targets:
+        raise ConfigurationError(
+            f"the export target {target.kind!r} is registered twice", why="a kind has one target",
+            fix="choose another kind, or unregister the first",
+        )  # fmt: skip
+    for other in _targets.values():
+        shared = set(other.takes) & set(target.takes)
+        if other.name == target.name and shared and not set(other.formats) ^ set(target.formats):
+            raise ConfigurationError(
+                f"--target {target.name} of {', '.join(sorted(shared))} means two targets",
+                why=f"{other.kind} and {target.kind} are chosen by nothing else", fix="give one of them formats",
+            )  # fmt: skip
+    register_kind(
+        ArtifactKind(
+            target.kind, target.details, target.migrate, target.takes, target.name,
+            tuple(engine.name for engine in target.engines),
+            tuple(k for k, v in (("bench", target.service.bench), ("serve-check", target.service.ask)) if v is not None),
+        )
+    )  # fmt: skip
+    _targets[target.kind] = target
+
+
+def unregister(kind: str) -> None:
+    """Forget a target."""
+    _targets.pop(kind, None)
+    unregister_kind(kind)
+
+
+def targets() -> tuple[ExportTarget, ...]:
+    """All of them, in the order of registration."""
+    load()
+    return tuple(_targets.values())
+
+
+def target_of(kind: str) -> ExportTarget | None:
+    """The target that writes artifacts of a kind; None for artifacts that are no exports."""
+    load()
+    return _targets.get(kind)
+
+
+def open_export(export: Path, able: Callable[[ExportTarget], Any]) -> tuple[Artifact, ExportTarget]:
+    """Open an export that can be run somehow, without hashing its files.
+
+    Args:
+        export: its directory.
+        able: whether a target can.
+
+    Raises:
+        BadArtifactError: no export, or of a kind that cannot.
+    """
+    kinds = [target.kind for target in targets() if able(target)]
+    artifact = open_artifact(export, kind=kinds, verify=False, caches="engines")
+    return artifact, _targets[artifact.kind]
+
+
+def kind_of_source(source: Path | str) -> str:
+    """The kind of the artifact in a directory; PLAIN_MODEL for everything without a manifest."""
+    root = Path(source)
+    if (root / MANIFEST_NAME).is_file() or root.name.endswith(".partial"):
+        return open_artifact(root, verify=False).kind
+    return PLAIN_MODEL
+
+
+def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
+    """The target that `--target NAME` means for a source of a kind.
+
+    Args:
+        name: of the target.
+        kind: of the source, or PLAIN_MODEL.
+        format: as in `--format`.
+
+    Raises:
+        ConfigurationError: no target of that name takes such a source.
+    """
+    named = [target for target in targets() if target.name == name]
+    fitting = [target for target in named if kind in target.takes]
+    asked = [target for target in fitting if format in target.formats]
+    usual = [target for target in fitting if not target.formats]
+    if asked or usual:
+        return (asked or usual)[0]
+    if fitting:
+        return fitting[0]
+    others = dict.fromkeys(target.name for target in _targets.values() if kind in target.takes)
+    what = "a model without a manifest" if kind == PLAIN_MODEL else f"an artifact of kind {kind!r}"
+    raise ConfigurationError(
+        f"--target {name} takes no such source", why=f"it is {what}; {name} takes {_list(named)}",
+        fix=f"--target {' or --target '.join(others)}" if others else "give what finetune or quantize-vit wrote",
+    )  # fmt: skip
+
+
+def _list(named: Sequence[ExportTarget]) -> str:
+    return ", ".join(dict.fromkeys(kind for target in named for kind in target.takes)) or "nothing: it is unknown"
+
+
+@cache
+def load() -> None:
+    """Register the targets of this package, once; called by everything that asks for one."""
+    for module in _BUILTIN:
+        register(importlib.import_module(module).TARGET)

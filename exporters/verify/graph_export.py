@@ -1,0 +1,220 @@
+"""Checks that every export gets whose net is a graph: signature, layers, the files beside it, and the graph made again.
+
+The graph of a vision export is made again from its parent and compared with the file, operator by operator and number
+by number. Tracing depends on versions of torch and onnxscript: where they are others than the manifest names,
+differences of structure are only noted, and those of stored numbers are findings still.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from exporters.graph.description import CLASSES_FILE, MODEL_FILE
+from exporters.graph.details import GraphInput, GraphOutput
+from exporters.graph.layers import ExportedLayer, read_layers
+from exporters.graph.packages import import_onnx_package
+from exporters.graph.runtime import open_session
+from exporters.verify.common import compare_json, compare_layers, lint_findings
+from exporters.verify.graphs import compare_graphs, compare_stored
+from fp8pipe.artifact import Artifact, LayerRecord, installed_versions
+from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.vision.files import read_model_file
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.numerics.quantizers import Kind, weight_limits
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["GraphChecks", "check_file", "check_vision_graph"]
+
+_TRACERS: Final = ("torch", "onnxscript", "onnx-ir", "timm")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphChecks:
+    """What an export target says of its graphs.
+
+    Attributes:
+        lint: the linter's findings on the file that its engine minds.
+        readable: whether layers can be read back one by one; not from a halved graph, whose pixels stay float32 up to
+            their codes.
+        remake: the graph again, from the parent's model and its name for messages.
+        records: layer records, from the parent's model.
+    """
+
+    lint: Callable[[Path], Iterable[Finding]]
+    readable: bool
+    remake: Callable[[QuantizedVit, str], ir.Model]
+    records: Callable[[QuantizedVit], Sequence[LayerRecord]]
+
+
+def check_vision_graph(
+    artifact: Artifact, parent: Path | None, notes: list[str], checks: GraphChecks
+) -> Iterator[Finding]:
+    """An export of a vision model as a graph."""
+    model = yield from check_file(artifact, checks.lint, readable=checks.readable)
+    if model is None:
+        return
+    yield from _descriptions(artifact, model)
+    if parent is not None:
+        yield from _against(artifact, model, parent, notes, checks)
+
+
+def check_file(
+    artifact: Artifact, lint: Callable[[Path], Iterable[Finding]], *, readable: bool
+) -> Generator[Finding, None, ir.Model | None]:
+    """The graph's file by itself; returns the graph, or None where it cannot be read."""
+    onnx_ir = import_onnx_package("onnx_ir")
+    path = artifact.root / MODEL_FILE
+    try:
+        model = onnx_ir.load(path)
+        yield from lint_findings(lint(path))
+        yield from _signature(artifact, model)
+        yield from _layers(artifact, read_layers(model)) if readable else _products(artifact, model)
+    except BadArtifactError as error:
+        yield Finding(Check.REOPEN, MODEL_FILE, f"{error.what}: {error.why}")
+        return None
+    except (ValueError, TypeError, OSError, KeyError, RuntimeError) as error:
+        yield Finding(Check.REOPEN, MODEL_FILE, f"cannot be read as a graph: {error}"[:300])
+        return None
+    yield from _runs(artifact, path, onnx_ir)
+    return model
+
+
+def _signature(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
+    """Inputs, outputs and operators' version, as the manifest says."""
+    manifest = artifact.manifest
+    opset = manifest.runtime.get("opset")
+    if opset is not None and model.opset_imports.get("") != opset:
+        why = f"opset {model.opset_imports.get('')}; the manifest says {opset}"
+        yield Finding(Check.MANIFEST, MODEL_FILE, why)
+    for what, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        stated = getattr(manifest.details, what, None)
+        names = [str(value.name) for value in values]
+        if isinstance(stated, GraphInput | GraphOutput) and stated.name not in names:
+            why = f"its {what} is {', '.join(names)}; the manifest says {stated.name}"
+            yield Finding(Check.MANIFEST, MODEL_FILE, why)
+
+
+def _layers(artifact: Artifact, layers: tuple[ExportedLayer, ...]) -> Iterator[Finding]:
+    """Stored weights against the manifest's layers: there, of that shape, of codes within their bits."""
+    stored = {layer.name: layer for layer in layers if layer.operands[1].weight is not None}
+    for layer in layers:
+        for operand in layer.operands:
+            if not operand.exact_limits:
+                yield Finding(Check.REOPEN, layer.label, "a Clip's bound is not the value of a code")
+    stated = {record.name: record for record in artifact.manifest.layers}
+    for name in sorted(stored.keys() - stated.keys()):
+        yield Finding(Check.MANIFEST, name, "holds codes; the manifest does not list this layer")
+    for name, record in stated.items():
+        if record.converted and name not in stored:
+            yield Finding(Check.MANIFEST, name, "the manifest says it holds codes; the graph has none for it")
+        elif name in stored and not record.converted:
+            yield Finding(Check.MANIFEST, name, "holds codes; the manifest says it is left float")
+        elif name in stored:
+            yield from _weight(name, stored[name].operands[1].weight, record)
+
+
+def _products(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
+    """Every layer of the manifest has its product, and no product belongs to a layer that the manifest lacks."""
+    suffixes = ("/MatMul", "/Conv")
+    found = {str(n.name).removesuffix(s) for n in model.graph for s in suffixes if str(n.name).endswith(s)}
+    stated = {layer.name for layer in artifact.manifest.layers}
+    for name in sorted(found ^ stated):
+        why = "the manifest does not list this layer" if name in found else "the graph has no product of this layer"
+        yield Finding(Check.MANIFEST, name, why)
+
+
+def _weight(name: str, weight: Any, record: LayerRecord) -> Iterator[Finding]:
+    codes = weight.codes.flatten(1)
+    if record.shape is not None and tuple(codes.shape) != record.shape:
+        yield Finding(Check.MANIFEST, name, f"codes {tuple(codes.shape)}; the manifest says {record.shape}")
+    if record.weight is not None and record.weight.format == Kind.INT:
+        low, high = weight_limits(record.weight.bits)
+        outside = int(((codes < low) | (codes > high)).sum())
+        if outside:
+            yield Finding(Check.REOPEN, name, f"{outside} codes are outside {low}..{high} ({record.weight.bits} bits)")
+
+
+def _runs(artifact: Artifact, path: Path, onnx_ir: Any) -> Iterator[Finding]:
+    """ONNX's checker takes the file, and ONNX Runtime loads it; it has no kernels for four-bit floats."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # its exceptions share no public base
+        yield Finding(Check.REOPEN, MODEL_FILE, f"ONNX's checker: {' '.join(str(error).split())[:300]}")
+    stated = artifact.manifest.number_format
+    if stated is not None and stated.name == Kind.NVFP4:
+        return
+    try:
+        open_session(path)
+    except BadArtifactError as error:
+        yield Finding(Check.REOPEN, MODEL_FILE, f"{error.what}: {error.why}")
+
+
+def _descriptions(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
+    """preprocessing.json and classes.json, against the manifest and the graph."""
+    described = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
+    found, stated = described.model_dump(mode="json"), artifact.manifest.preprocessing
+    yield from compare_json(found, stated, PREPROCESSING_FILE)
+    side = [str(size) for size in model.graph.inputs[0].shape or ()][2:]
+    if side != [str(size) for size in described.crop]:
+        why = f"crop {described.crop}; the graph takes {' x '.join(side)} pixels"
+        yield Finding(Check.REOPEN, PREPROCESSING_FILE, why)
+    classes = artifact.root / CLASSES_FILE
+    width = list(model.graph.outputs[0].shape or ())[-1:]
+    if classes.is_file() and width:
+        names = json.loads(classes.read_text(encoding="utf-8"))
+        if str(len(names)) != str(width[0]) and str(width[0]).isdigit():
+            yield Finding(Check.REOPEN, CLASSES_FILE, f"{len(names)} classes; the graph gives {width[0]} numbers")
+
+
+def _against(
+    artifact: Artifact, model: ir.Model, parent: Path, notes: list[str], checks: GraphChecks
+) -> Iterator[Finding]:
+    """Everything again from the parent: the graph, and the files beside it."""
+    import onnx_ir as ir
+
+    quantized = load_quantized(parent)
+    ours, theirs = artifact.root / PREPROCESSING_FILE, quantized.preprocessing.model_dump(mode="json")
+    for found in compare_json(json.loads(ours.read_text(encoding="utf-8")), theirs, PREPROCESSING_FILE):
+        yield Finding(Check.PARITY, found.where, found.why)
+    wanted, classes = quantized.architecture.classes, artifact.root / CLASSES_FILE
+    found_classes = json.loads(classes.read_text(encoding="utf-8")) if classes.is_file() else None
+    if found_classes != (None if wanted is None else list(wanted)):
+        yield Finding(Check.PARITY, CLASSES_FILE, _first_class(found_classes, wanted))
+    yield from compare_layers(artifact.manifest.layers, checks.records(quantized))
+    expected = ir.from_proto(ir.to_proto(checks.remake(quantized, str(parent))))
+    yield from compare_stored(model, expected)
+    other = _other_versions(artifact)
+    structure = list(compare_graphs(model, expected))
+    if other and structure:
+        notes.append(
+            f"operators differ in {len(structure)} places from a graph made here, where "
+            f"{other}; not judged, since tracing depends on it"
+        )
+    else:
+        yield from structure
+
+
+def _first_class(found: Any, wanted: Any) -> str:
+    if found is None or wanted is None:
+        return "classes are missing" if found is None else "the parent has no classes"
+    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b]
+    if not pairs:
+        return f"{len(found)} classes; the parent has {len(wanted)}"
+    index, a, b = pairs[0]
+    return f"{len(pairs)} classes differ from the parent's; class {index} is {a!r}, expected {b!r}"
+
+
+def _other_versions(artifact: Artifact) -> str:
+    """Versions of what traces, where they are others than the manifest's; empty where they are the same."""
+    here, then = installed_versions(_TRACERS), artifact.manifest.versions
+    return ", ".join(f"{n} is {here.get(n)}, not {then[n]}" for n in _TRACERS if n in then and then[n] != here.get(n))

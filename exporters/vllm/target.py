@@ -1,0 +1,67 @@
+"""The target `vllm`: a compressed-tensors checkpoint for vLLM, whose codes are the artifact's, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pydantic import Field
+
+from exporters.target import PLAIN_MODEL, Engine, ExportTarget, Service
+from exporters.vllm.options import VllmExportOptions
+from fp8pipe.artifact.kinds import TUNED_KINDS, Details
+from fp8pipe.artifact.layers import Encoding
+
+__all__ = ["KIND", "TARGET", "VllmDetails"]
+
+KIND: Final = "vllm-export"
+
+
+class VllmDetails(Details):
+    """Of an export to vLLM."""
+
+    format: str = Field(description="fp8, w8a16 or bf16")
+    transposed: list[str] = Field(default_factory=list, description="quantized weights stored as (in, out)")
+    ignore: list[str] = Field(default_factory=list, description="layers that the engine must not quantize")
+    activations: Encoding | None = Field(
+        default=None, description="how the engine quantizes inputs; none where it does not"
+    )
+    trained_activations: Encoding | None = Field(
+        default=None,
+        description="how training quantized them; none where it did not, or where nothing was trained in FP8",
+    )
+    quantized_here: bool = Field(default=False, description="whether this export did the rounding")
+    payload_bytes: int = Field(ge=0, description="tensor data in the weight files")
+
+
+def _migrate(data: dict[str, Any]) -> dict[str, Any]:
+    """Activations were a sentence: `e4m3, dynamic, one scale a token (training: ...)`."""
+    details = dict(data["details"])
+    said = str(details.pop("activations", ""))
+    token = {"format": "e4m3", "bits": 8, "granularity": "per-token", "scale_rule": "amax", "dynamic": True}
+    trained = {"one a tensor": token | {"granularity": "per-tensor"},
+               "one power of two a token": token | {"scale_rule": "power-of-two"}}  # fmt: skip
+    details["activations"] = token if said.startswith("e4m3") else None
+    details["trained_activations"] = next((trained[key] for key in trained if f"training: {key})" in said), None)
+    for layer in data["layers"]:
+        if layer.get("weight") is not None and details["activations"] is not None:
+            layer["activation"] = token
+    return data | {"details": details}
+
+
+TARGET: Final = ExportTarget(
+    name="vllm", kind=KIND, takes=(*TUNED_KINDS, PLAIN_MODEL), options=VllmExportOptions, details=VllmDetails,
+    help="a checkpoint for vLLM", export="exporters.vllm.export:export_vllm", plan="exporters.vllm.plan_for_people:plan_vllm",
+    verify="exporters.vllm.verify:check_vllm",
+    engines=(
+        Engine(
+            "vllm", "validation.vllm.validate:validate_export", "validation.vllm.validate:describe",
+            ("against", "vllm_python"),
+        ),
+    ),
+    service=Service(
+        "language", serve="serving.language.server:serve_language", plan="validation.plan:plan_vllm",
+        bench="validation.bench.language:bench_language", ask="validation.bench.check:ask_language",
+        repository="exporters.triton.repository:write_language",
+    ),
+    migrate=_migrate,
+)  # fmt: skip

@@ -1,0 +1,152 @@
+"""The one type of a judged result: a value, how it is compared, the threshold, and so the verdict.
+
+Exports, validations, recipes, reports and model cards all hold gates of this type. Whether a gate passed is never
+stated beside its numbers, it follows from them: a record that claims otherwise is refused when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from typing import Any, Final
+
+from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_validator
+
+from fp8pipe.core.config import FrozenConfig
+
+__all__ = ["Comparison", "Gate", "Verdict", "failures", "none_of", "read_gate", "worst"]
+
+
+class Verdict(StrEnum):
+    """What gates say, from best to worst."""
+
+    ACCEPT = "ACCEPT"
+    """Every gate holds."""
+    REGRESSION = "REGRESSION"
+    """A measured figure is on the wrong side of its threshold."""
+    ANOMALOUS = "ANOMALOUS"
+    """A figure is missing or not finite, or two things that must be equal are not: nothing measured can be trusted."""
+    INFEASIBLE = "INFEASIBLE"
+    """The stage cannot run here: a package, a device, memory or disk is missing, or the export is refused."""
+
+
+class Comparison(StrEnum):
+    """What a value must be, against its threshold."""
+
+    AT_MOST = "at most"
+    AT_LEAST = "at least"
+    BELOW = "below"
+    EQUAL = "equal"
+
+
+_HOLDS: Final[Mapping[Comparison, Callable[[float, float], bool]]] = {
+    Comparison.AT_MOST: float.__le__, Comparison.AT_LEAST: float.__ge__, Comparison.BELOW: float.__lt__,
+    Comparison.EQUAL: float.__eq__,
+}  # fmt: skip
+
+
+class Gate(FrozenConfig):
+    """A value that is compared with a threshold; `passed` and `verdict` follow from the two."""
+
+    name: str = Field(description="what was measured")
+    value: float | None = Field(
+        default=None, description="the measured value; NaN is recorded as such, none where it is missing"
+    )
+    comparison: Comparison = Field(
+        default=Comparison.EQUAL, description="what the value must be, against the threshold"
+    )
+    threshold: float = Field(default=0.0, description="what it is compared with")
+    detail: str = Field(default="", description="unit, what was counted, or why this threshold")
+    failure: Verdict = Field(
+        default=Verdict.ANOMALOUS,
+        description="what its failing means: two things differ that must be equal, or a figure got worse than accepted",
+    )
+    source: str = Field(
+        default="", description="where the figure stands, as FILE#path; empty for the gate's own artifact"
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_false_claims(cls, data: Any, handler: ModelWrapValidatorHandler[Gate]) -> Gate:
+        """Read what `passed` and `verdict` claim, and hold it against the numbers."""
+        claims = {}
+        if isinstance(data, Mapping):
+            claims = {key: data[key] for key in ("passed", "verdict") if key in data}
+            data = {key: value for key, value in data.items() if key not in claims}
+        gate = handler(data)
+        for key, claimed in claims.items():
+            if claimed != getattr(gate, key):
+                raise ValueError(f"the gate {gate.name!r} claims {key}={claimed}, and {gate.numbers} says otherwise")
+        return gate
+
+    @computed_field(description="whether the value is what it must be; NaN and a missing value never are")  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether the value is what it must be; NaN and a missing value never are."""
+        return self.value is not None and _HOLDS[self.comparison](float(self.value), float(self.threshold))
+
+    @computed_field(description="what the gate says")  # type: ignore[prop-decorator]
+    @property
+    def verdict(self) -> Verdict:
+        """What the gate says."""
+        if self.passed:
+            return Verdict.ACCEPT
+        return self.failure if self.value is not None and math.isfinite(self.value) else Verdict.ANOMALOUS
+
+    @property
+    def numbers(self) -> str:
+        """The comparison in words: `0.2 (at most 0.1)`."""
+        value = "missing" if self.value is None else f"{self.value:g}"
+        return f"{value} ({self.comparison} {self.threshold:g})"
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """Verdict, name, numbers and detail, for tables."""
+        return "pass" if self.passed else "FAIL", self.name, self.numbers, self.detail
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.numbers}{f'; {self.detail}' if self.detail else ''}"
+
+
+def none_of(name: str, count: float, detail: str = "") -> Gate:
+    """A gate on a count of faults: there may be none."""
+    return Gate(name=name, value=count, comparison=Comparison.EQUAL, threshold=0, detail=detail)
+
+
+def failures(gates: Iterable[Gate]) -> list[str]:
+    """Each failed gate in a sentence; empty where all hold."""
+    return [str(gate) for gate in gates if not gate.passed]
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of some verdicts; ACCEPT of none."""
+    return max(verdicts, key=list(Verdict).index, default=Verdict.ACCEPT)
+
+
+# Gates of schemas before 3 had no comparison. Of these a larger value is the better one, or equality is meant.
+_BEFORE_3: Final[Mapping[str, Comparison]] = {
+    "top-1 agreement": Comparison.AT_LEAST,
+    "top-1 agreement with the teacher": Comparison.AT_LEAST,
+    "cosine with the teacher's features": Comparison.AT_LEAST,
+    "held-out loss of the deployed weights": Comparison.BELOW,
+    "payload-bytes": Comparison.EQUAL,
+}
+
+
+def read_gate(data: Mapping[str, Any]) -> Gate:
+    """A gate of any schema.
+
+    Raises:
+        pydantic.ValidationError: fields that do not fit, or a claim that its numbers do not bear out.
+    """
+    if "comparison" in data or "threshold" not in data:
+        return Gate.model_validate(data)
+    known = _BEFORE_3.get(str(data.get("name")))
+    # A waived gate of old had its value as its threshold; a threshold of 0 counted faults.
+    plain = Comparison.EQUAL if data["threshold"] == 0 else Comparison.AT_MOST
+    gate: dict[str, Any] = {**data, "comparison": known or plain}
+    if known is Comparison.AT_LEAST and data.get("passed") and isinstance(data["value"], float):
+        gate["threshold"] = min(data["threshold"], data["value"])  # it had been rounded to four digits
+    return Gate.model_validate_json(json.dumps(gate))
