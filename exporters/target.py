@@ -98,6 +98,7 @@ class ExportTarget:
         options: its option model; `force` in it means that an existing output is replaced.
         details: what its manifests hold of their own.
         help: what it writes, in a few words.
+        label: what help says before an option that not every target has; the name when empty.
         export: `(source, output, options) -> Artifact`.
         plan: `(source, output, options) -> (document, Plan)`.
         verify: `(artifact, parent, notes) -> Iterator[Finding]`: the files against the manifest and the parent.
@@ -121,6 +122,7 @@ class ExportTarget:
     engines: tuple[Engine, ...] = ()
     service: Service = field(default_factory=lambda: Service("vision", refusal="nothing serves this kind of export"))
     after: Reference | None = None
+    label: str = ""
     migrate: Migration = lambda data: data
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from exporters.vllm.dry_run import measure_export
+from exporters.vllm.dry_run import dry_run_export
 from exporters.vllm.export import plan_export, plan_warnings
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.core.disk import free_bytes
@@ -20,7 +20,7 @@ def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[d
     """The dry run: what would be written and what it takes; of the weights nothing is read, so nothing is linted."""
 
     plan = plan_export(source, options)
-    free, took = free_bytes(output), measure_export(plan)
+    free, took = free_bytes(output), dry_run_export(plan)
     converted = sum(layer.converted for layer in plan.layers)
     root = plan.source.root
     written = plan.payload_bytes + sum((root / name).stat().st_size for name in companion_files(root, SERVED_FILES))

@@ -32,7 +32,7 @@ def make_command() -> click.Command:
     for decorate in (
         common_options(dry_run=True),
         stage_options("output", "config", "force"),
-        union_options({_label(target): target.options for target in known}),
+        union_options({target.label or target.name: target.options for target in known}),
         click.option(
             "--target", type=click.Choice(list(dict.fromkeys(target.name for target in known))), required=True,
             help="; ".join(f"{target.name}: {target.help}" for target in known) + ".",
@@ -64,11 +64,6 @@ def _export(
     _report(call(chosen.export, artifact, output, options), chosen, artifact, console)
 
 
-def _label(target: ExportTarget) -> str:
-    """What help says before an option that not every target has."""
-    return f"{target.name} ({target.help.partition(':')[0]})" if ":" in target.help else target.name
-
-
 def _refuse_foreign(given: dict[str, Any], settings: dict[str, Any], target: ExportTarget, config: Path | None) -> None:
     """Options of another target are named as they are written; keys that no target has, as unknown ones."""
     known = {option.path: option.flag for other in targets() for option in options_of(other.options)}
@@ -85,11 +80,11 @@ def _refuse_foreign(given: dict[str, Any], settings: dict[str, Any], target: Exp
     if flags:
         names = [flag.removeprefix("--").removeprefix("no-") for flag in flags]
         owners = dict.fromkeys(
-            f"--target {_label(other)}" for other in targets()
+            f"--target {other.label or other.name}" for other in targets()
             if {option.flag for option in options_of(other.options)} & set(names)
         )  # fmt: skip
         raise ConfigurationError(
-            f"{' and '.join(flags)} cannot be given for --target {_label(target)}",
+            f"{' and '.join(flags)} cannot be given for --target {target.label or target.name}",
             why=f"made for {' or '.join(owners)}", fix="leave it out",
         )  # fmt: skip
 

@@ -7,8 +7,8 @@ from typing import Final, Literal
 
 from fp8pipe.artifact.layers import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, Quantizer
-from fp8pipe.numerics.nvfp4 import BlockQuantizer
 from fp8pipe.numerics.kinds import Kind, granularity
+from fp8pipe.numerics.nvfp4 import BlockQuantizer
 
 __all__ = ["layer_records"]
 
