@@ -246,13 +246,12 @@ def _plan(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[
     from exporters.vllm.export import plan_export, plan_warnings
     from fp8pipe.core.disk import free_bytes
     from fp8pipe.core.plan import Plan, missing_disk, missing_memory
-    from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
+    from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
 
     plan = plan_export(source, options)
     free, took = free_bytes(output), dry_run_export(plan)
     converted = sum(layer.converted for layer in plan.layers)
-    root = plan.source.root
-    written = plan.payload_bytes + sum((root / name).stat().st_size for name in companion_files(root, SERVED_FILES))
+    written = plan.payload_bytes + sidecar_bytes(plan.source.root, SERVED_FILES)
     document = {
         "source": str(source),
         "source_kind": str(plan.source.kind),
