@@ -14,7 +14,6 @@ its rows, and the manifest says so. Nothing is rounded here.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -34,8 +33,8 @@ from exporters.vllm.plan import fused_siblings
 from fp8pipe import __version__
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, check_place, disk_guard, none_of
 from fp8pipe.core.progress import track
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
-from fp8pipe.models.checkpoint.tensors import INDEX_NAME, SINGLE_NAME
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
+from fp8pipe.models.checkpoint.tensors import SINGLE_NAME, write_index
 from fp8pipe.numerics.codec import same_bits
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
@@ -158,9 +157,7 @@ def _write_configs(model: LanguageModel, algorithm: str, root: Path) -> None:
         block["config_groups"] = {"group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}}
     merged = {**model.plan.source.config, "quantization_config": block}
     (root / "config.json").write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for relative in companion_files(model.root, SERVED_FILES):
-        (root / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.root / relative, root / relative)
+    copy_sidecars(model.root, root, SERVED_FILES)
 
 
 def _save(tensors: Mapping[str, Tensor], root: Path) -> None:
@@ -178,8 +175,7 @@ def _save(tensors: Mapping[str, Tensor], root: Path) -> None:
             save_file(shard, root / name, metadata={"format": "pt"})
     if count > 1:
         placed = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-        (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(root, placed, total)
 
 
 def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) -> list[Gate]:

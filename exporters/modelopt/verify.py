@@ -15,7 +15,7 @@ from exporters.verify.common import compare_files, compare_json, compare_layers
 from exporters.vllm.verify import stray_weights, unexpected_tensors
 from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.numerics.codec import same_bits
@@ -78,7 +78,7 @@ def _against(artifact: Artifact, tensors: dict[str, TensorEntry], parent: Path) 
             yield Finding(Check.PARITY, name, "its dtype, shape or bits do not follow from the parent")
     yield from compare_layers(artifact.manifest.layers, checkpoint_layers(model, details.quant_algo))
     yield from compare_files(
-        artifact.root, parent, companion_files(artifact.root, SERVED_FILES), companion_files(parent, SERVED_FILES)
+        artifact.root, parent, sidecar_files(artifact.root, SERVED_FILES), sidecar_files(parent, SERVED_FILES)
     )
     ours = json.loads((artifact.root / "config.json").read_text(encoding="utf-8"))
     ours.pop("quantization_config", None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from exporters.vllm.options import ExportFormat
 from exporters.vllm.plan import ExportPlan
 from exporters.vllm.quantization_config import quantization_config
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars, sidecar_files
 
 __all__ = ["auxiliary_files", "auxiliary_warnings", "export_config", "write_auxiliary"]
 
@@ -23,7 +23,7 @@ CONFIG_NAME = "config.json"
 
 def auxiliary_files(root: Path) -> Iterator[Path]:
     """Paths, relative to `root`, of the files copied byte for byte; sorted."""
-    yield from companion_files(root, SERVED_FILES)
+    yield from sidecar_files(root, SERVED_FILES)
 
 
 def auxiliary_warnings(root: Path) -> list[str]:
@@ -56,9 +56,7 @@ def export_config(plan: ExportPlan) -> dict[str, object]:
 def write_auxiliary(plan: ExportPlan, root: Path) -> None:
     """Copy the auxiliary files and write config.json (byte for byte when nothing in it changes)."""
     source = plan.source.root
-    for relative in auxiliary_files(source):
-        (root / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / relative, root / relative)
+    copy_sidecars(source, root, SERVED_FILES)
     config = export_config(plan)
     if config == plan.source.config:
         shutil.copyfile(source / CONFIG_NAME, root / CONFIG_NAME)

@@ -17,12 +17,11 @@ from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.quantization_config import CheckpointSchema, schema_for
 from exporters.vllm.source import Source
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
-from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry
+from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, is_scale
 from fp8pipe.models.language.structure import ModelStructure, Role
 
 __all__ = ["Action", "ExportPlan", "Output", "Unit", "build_plan", "fused_siblings"]
 
-SCALE_SUFFIX = "_scale"
 # FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
 DIMENSION_MULTIPLE = 16
 # What vLLM does with the inputs of an FP8 layer whose activations are declared dynamic, per token.
@@ -133,13 +132,10 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
     """
     schema = schema_for(options.vllm_version)
     refused = _not_quantizable(source, structure, schema)
-    scales = {
-        name for name in source.tensors if name.endswith(SCALE_SUFFIX) and name[: -len(SCALE_SUFFIX)] in source.tensors
-    }
     units = [
         _unit(entry, source, structure, options.format, refused)
         for name, entry in sorted(source.tensors.items(), key=lambda item: _natural(item[0]))
-        if name not in scales
+        if not is_scale(name, source.tensors)
     ]
     orphans = tuple(u.entry for u in units if u.entry.name.endswith(".weight" + SCALE_SUFFIX))
     kept = [u for u in units if u.action is not Action.DROP and u.entry not in orphans]

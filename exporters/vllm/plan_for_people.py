@@ -11,7 +11,7 @@ from exporters.vllm.export import plan_export, plan_warnings
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.plan import Plan, missing_disk, missing_memory
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 
 __all__ = ["plan_vllm"]
 
@@ -23,7 +23,7 @@ def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[d
     free, took = free_bytes(output), dry_run_export(plan)
     converted = sum(layer.converted for layer in plan.layers)
     root = plan.source.root
-    written = plan.payload_bytes + sum((root / name).stat().st_size for name in companion_files(root, SERVED_FILES))
+    written = plan.payload_bytes + sum((root / name).stat().st_size for name in sidecar_files(root, SERVED_FILES))
     document = {
         "source": str(source),
         "source_kind": str(plan.source.kind),

@@ -1,4 +1,4 @@
-"""Reading an export back: dequantized weights shard by shard, or a model as an engine's reference.
+"""Reading an export back: dequantized weights one by one, or a model as an engine's reference.
 
 The reference model holds `code * scale`, computed in fp32 and rounded once to the dtype asked for. It
 quantizes no activations, so it is the reference for `w8a16`, for `bf16`, and for engines that dequantize at
@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.vllm.plan import SCALE_SUFFIX
 from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import open_artifact
-from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
+from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.structure import load_config, model_class
 from fp8pipe.numerics.codec import dequantize_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["iter_shards", "iter_weights", "load_torch_model"]
+__all__ = ["iter_weights", "load_torch_model"]
 
 
 def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
@@ -40,18 +39,17 @@ def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         BadArtifactError: not a finished vllm-export, or damaged.
     """
-    for _, weights in _by_file(Path(export)):
-        for entry, scale, transposed in weights:
-            yield entry.name, _value(entry, scale, transposed)
-
-
-def iter_shards(export: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The same, a file at a time: file name and its tensors (fp32, so up to four times the file's size)."""
-    for file_name, weights in _by_file(Path(export)):
-        yield (
-            file_name,
-            {entry.name: _value(entry, scale, transposed) for entry, scale, transposed in weights},
-        )
+    artifact = open_artifact(export, kind=KIND, verify=False)
+    transposed = set(artifact.manifest.details_of(VllmDetails).transposed)
+    entries = weight_entries(Path(export))
+    for name, entry in entries.items():
+        if is_scale(name, entries):
+            continue
+        tensor, scale = read_tensor(entry), entries.get(name + SCALE_SUFFIX)
+        if scale is not None:
+            yield name, dequantize_weight(tensor, read_tensor(scale), transposed=name in transposed)
+        else:
+            yield name, tensor.float() if tensor.is_floating_point() else tensor.clone()
 
 
 def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -69,23 +67,3 @@ def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in iter_weights(export_dir)}
     model: PreTrainedModel = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return model.eval()
-
-
-def _by_file(export: Path) -> Iterator[tuple[str, list[tuple[TensorEntry, TensorEntry | None, bool]]]]:
-    artifact = open_artifact(export, kind=KIND, verify=False)
-    transposed = set(artifact.manifest.details_of(VllmDetails).transposed)
-    entries = weight_entries(export)
-    for file in sorted({entry.file for entry in entries.values()}):
-        weights = []
-        for name, entry in entries.items():
-            is_scale = name.endswith(SCALE_SUFFIX) and name[: -len(SCALE_SUFFIX)] in entries
-            if entry.file == file and not is_scale:
-                weights.append((entry, entries.get(name + SCALE_SUFFIX), name in transposed))
-        yield file.name, weights
-
-
-def _value(entry: TensorEntry, scale: TensorEntry | None, transposed: bool) -> Tensor:
-    tensor = read_tensor(entry)
-    if scale is not None:
-        return dequantize_weight(tensor, read_tensor(scale), transposed=transposed)
-    return tensor.float() if tensor.is_floating_point() else tensor.clone()

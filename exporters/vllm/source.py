@@ -1,21 +1,20 @@
 """What an export starts from: a falqon artifact, a merged-LoRA artifact, or a plain Hugging Face directory.
 
 All three become one value: tensor headers, the parsed config.json, and where it all came from. No tensor data
-is read here except for hashing a plain directory, which has no manifest to vouch for it.
+is read here except for hashing a plain directory, whose bytes no manifest covers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_artifact, sha256_file
+from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_artifact
 from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, checkpoint_digest, weight_entries
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 
 __all__ = ["Source", "SourceKind", "open_source"]
@@ -109,10 +108,8 @@ def _from_artifact(root: Path) -> Source:
 def _from_hugging_face(root: Path, origin: str) -> Source:
     config = _read_config(root)
     check_unquantized(root)
-    try:
+    with blame_configuration():
         tensors = weight_entries(root)
-    except BadArtifactError as error:
-        raise ConfigurationError(error.what, why=error.why, fix=error.fix) from error
     return Source(
         root=root,
         kind=SourceKind.HUGGING_FACE,
@@ -121,7 +118,7 @@ def _from_hugging_face(root: Path, origin: str) -> Source:
         transposed=None,
         layers={},
         adapter=None,
-        parent=Parent(kind="model", digest=_digest(root, tensors), path=origin),
+        parent=Parent(kind="model", digest=checkpoint_digest(root, tensors), path=origin),
     )
 
 
@@ -140,12 +137,3 @@ def _read_config(root: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigurationError(f"{path} is not a JSON object", why=f"it holds a {type(config).__name__}")
     return config
-
-
-def _digest(root: Path, tensors: dict[str, TensorEntry]) -> str:
-    """sha256 over the names and sha256 of config.json and every weight file."""
-    files = sorted({entry.file for entry in tensors.values()} | {root / "config.json"})
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{sha256_file(file)}  {file.name}\n".encode())
-    return total.hexdigest()

@@ -16,10 +16,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from exporters.vllm.plan import ExportPlan, Output, Unit
-from exporters.vllm.produce import produce
+from exporters.vllm.plan import Action, ExportPlan, Output, Unit
 from fp8pipe.artifact import disk_guard
-from fp8pipe.models.checkpoint.tensors import DTYPES, INDEX_NAME
+from fp8pipe.models.checkpoint.tensors import DTYPES, read_tensor, write_index
+from fp8pipe.numerics.codec import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
 __all__ = ["write_weights"]
 
@@ -48,11 +48,7 @@ def write_weights(plan: ExportPlan, root: Path, advance: Callable[[], None] = la
             for unit in units
             for output in unit.outputs
         }
-        index = {
-            "metadata": {"total_size": plan.payload_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(root, weight_map, plan.payload_bytes)
 
 
 def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None]) -> None:
@@ -62,7 +58,7 @@ def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None])
         handle.write(header)
         start = handle.tell()
         for unit in units:
-            for name, tensor in produce(unit).items():
+            for name, tensor in _produce(unit).items():
                 handle.seek(start + offsets[name])
                 _write_tensor(handle, tensor)
             advance()
@@ -91,3 +87,32 @@ def _layout(outputs: Sequence[Output]) -> tuple[bytes, dict[str, int]]:
 def _write_tensor(handle: BinaryIO, tensor: Tensor) -> None:
     if tensor.numel():
         handle.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _produce(unit: Unit) -> dict[str, Tensor]:
+    """The output tensors of a unit that passed the linter, by name, on the CPU: the codec applied to the source.
+
+    Raises:
+        ValueError: a tensor came out with another shape than planned (a defect of this exporter).
+    """
+    weight = read_tensor(unit.entry)
+    if unit.action is Action.QUANTIZE:
+        tensors = list(quantize_weight(weight, transposed=unit.transposed))
+    elif unit.action is Action.CODES:
+        tensors = [weight, channel_scale(_scale(unit), unit.outputs[1].shape[0])]
+    elif unit.action is Action.DEQUANTIZE:
+        tensors = [to_bf16(dequantize_weight(weight, _scale(unit), transposed=unit.transposed))]
+    elif unit.action is Action.CAST:
+        tensors = [to_bf16(weight)]
+    else:
+        tensors = [weight]
+    for tensor, output in zip(tensors, unit.outputs, strict=True):
+        if tuple(tensor.shape) != output.shape:
+            raise ValueError(f"{output.name}: planned {output.shape}, produced {tuple(tensor.shape)}")
+    return {output.name: tensor for output, tensor in zip(unit.outputs, tensors, strict=True)}
+
+
+def _scale(unit: Unit) -> Tensor:
+    if unit.scale is None:
+        raise ValueError(f"{unit.entry.name}: FP8 codes without a scale passed the linter")
+    return read_tensor(unit.scale)

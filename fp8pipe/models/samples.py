@@ -12,16 +12,16 @@ never imported, so its own dependencies need not be installed) and their digest 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.metadata
 from pathlib import Path
 from typing import Final
 
 import yaml
 
+from fp8pipe.artifact import sha256_file
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 
-__all__ = ["SAMPLE_PREFIX", "chatterbot_conversations", "file_sha256", "focus_onnx", "sample_name", "smollm2_gguf"]
+__all__ = ["SAMPLE_PREFIX", "chatterbot_conversations", "focus_onnx", "sample_name", "smollm2_gguf"]
 
 SAMPLE_PREFIX: Final = "sample:"
 
@@ -64,12 +64,6 @@ def sample_name(src: str, known: tuple[str, ...], what: str) -> str | None:
     )
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _installed_files(distribution: str, install: str) -> list[importlib.metadata.PackagePath]:
     try:
         files = importlib.metadata.files(distribution)
@@ -108,7 +102,7 @@ def _weights_file(distribution: str, version: str, suffix: str, sha256: str, kin
             why=f"found: {', '.join(map(str, paths)) or 'none'}",
             fix=reinstall,
         )
-    found = file_sha256(paths[0])
+    found = sha256_file(paths[0])
     if found != sha256:
         raise BadArtifactError(
             f"{paths[0]} is not the published {model} file",

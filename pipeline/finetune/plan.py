@@ -14,7 +14,8 @@ from torch import nn
 
 from fp8pipe.core.phases import can_measure
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
-from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, companion_files
+from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
+from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.dry_run.language import layer_count, with_layers, write_model
@@ -124,8 +125,8 @@ def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_
     held = [held_moments(few) for few in widths] if compensated else []
     real = held_moments(_with_all_layers(widths, counts, layers)) if compensated else 0
     peaks = [scaled.peak(name, held, real) if name == "final merge" else scaled.peak(name) for name in scaled.phases()]
-    step, base, companions = scaled.size("step"), scaled.size("kept"), _companion_bytes(source.path)
-    written = scaled.size("output") + companions
+    step, base = scaled.size("step"), scaled.size("kept")
+    written = scaled.size("output") + sidecar_bytes(source.path, BASE_MODEL_FILES)
     saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
     training = base + min(saves, config.keep_checkpoints + 1) * step
     in_the_end = base + min(saves, config.keep_checkpoints) * step + written
@@ -183,18 +184,7 @@ def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:
 
 def _stored_dtype(base: Path) -> torch.dtype:
     """The dtype of the checkpoint's largest tensors: of its first matrix."""
-    from safetensors import safe_open
-
-    from pipeline.finetune.weights import shard_paths
-
-    known = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    with safe_open(shard_paths(base)[0], "pt") as shard:
-        for key in shard.keys():  # noqa: SIM118 (not a mapping)
-            found = shard.get_slice(key)
-            if len(found.get_shape()) == 2:
-                return known.get(found.get_dtype(), torch.bfloat16)
-    return torch.bfloat16
-
-
-def _companion_bytes(base: Path) -> int:
-    return sum((base / relative).stat().st_size for relative in companion_files(base, BASE_MODEL_FILES))
+    with blame_configuration():
+        entries = header_entries(weight_files(base)[0]).values()
+    first = next((entry.dtype for entry in entries if len(entry.shape) == 2), "BF16")
+    return DTYPES[first] if first in PLAIN_FLOATS - {"F64"} else torch.bfloat16

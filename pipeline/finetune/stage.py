@@ -7,6 +7,7 @@ weights are written, reopened and compared before the artifact gets its name.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,13 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.phases import enter_phase
 from fp8pipe.core.plan import refuse_impossible
 from fp8pipe.core.progress import track
+from fp8pipe.models.checkpoint.tensors import (
+    blame_configuration,
+    checkpoint_names,
+    header_entries,
+    weight_files,
+    weights_digest,
+)
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from fp8pipe.numerics import native
@@ -49,13 +57,7 @@ from pipeline.finetune.lora import LoraMethod
 from pipeline.finetune.loss import answer_count, answer_loss
 from pipeline.finetune.method import Method
 from pipeline.finetune.plot import plot_run
-from pipeline.finetune.weights import (
-    checkpoint_names,
-    count_differing,
-    tensor_elements,
-    weights_digest,
-    write_checkpoint,
-)
+from pipeline.finetune.weights import count_differing, write_checkpoint
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
@@ -142,7 +144,10 @@ def tune(
 
 def least_memory(config: FinetuneConfig, source: ModelSource) -> int:
     """Bytes that the loaded weights take, whatever comes afterwards; headers are read."""
-    return tensor_elements(source.path) * getattr(torch, config.dtype).itemsize
+    with blame_configuration():
+        entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return sum(math.prod(entry.shape) for entry in entries) * dtype.itemsize
 
 
 def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:

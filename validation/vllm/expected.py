@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.vllm.plan import SCALE_SUFFIX
 from exporters.vllm.source import Source, open_source
 from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
+from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
 from fp8pipe.numerics.codec import dequantize_weight, to_bf16
 from fp8pipe.numerics.grids import E4M3
 
@@ -73,7 +72,7 @@ class ExpectedWeights:
         self.entries = weight_entries(export.root)
         self.transposed = set(export.manifest.details_of(VllmDetails).transposed)
         self.source = None if against is None else _parent_source(export, against)
-        self.names = [name for name in self.entries if not _is_scale(name, self.entries)]
+        self.names = [name for name in self.entries if not is_scale(name, self.entries)]
 
     @property
     def reference(self) -> str:
@@ -121,10 +120,6 @@ def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
         return bits, 0
     codes = E4M3.cast(actual / expected.scale)
     return bits, int((codes.view(torch.uint8) != expected.codes.contiguous().view(torch.uint8)).sum())
-
-
-def _is_scale(name: str, entries: dict[str, TensorEntry]) -> bool:
-    return name.endswith(SCALE_SUFFIX) and name[: -len(SCALE_SUFFIX)] in entries
 
 
 def _read(entries: dict[str, TensorEntry], name: str, transposed: bool) -> Expected:

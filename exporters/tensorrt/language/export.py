@@ -42,7 +42,7 @@ from fp8pipe.artifact import (
     installed_versions,
 )
 from fp8pipe.core.progress import track
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
 if TYPE_CHECKING:
@@ -135,9 +135,8 @@ def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mappin
     ir.save(graph.model, root / MODEL_FILE, external_data=DATA_FILE if stored > _INLINE_BYTES else None)
     shown = {name: scale.model_dump() for name, scale in scales.items()}
     (root / SCALES_FILE).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-    for relative in (Path("config.json"), *companion_files(model.root, SERVED_FILES)):
-        (root / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.root / relative, root / relative)
+    shutil.copyfile(model.root / "config.json", root / "config.json")
+    copy_sidecars(model.root, root, SERVED_FILES)
 
 
 def _prove(

@@ -21,7 +21,7 @@ from exporters.verify.graph_export import check_file
 from exporters.verify.graphs import compare_graphs, compare_stored
 from fp8pipe.artifact import Artifact, installed_versions
 from fp8pipe.artifact.finding import Finding
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, companion_files
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,10 +55,8 @@ def _compare_decoder(
     stored = json.loads((artifact.root / SCALES_FILE).read_text(encoding="utf-8"))
     scales = {name: InputScale.model_validate(scale) for name, scale in stored.items()}
     yield from failed_gates(number_gates(layers, model, source, scales))
-    names = (Path("config.json"), *companion_files(artifact.root, SERVED_FILES))
-    yield from compare_files(
-        artifact.root, parent, names, (Path("config.json"), *companion_files(parent, SERVED_FILES))
-    )
+    names = (Path("config.json"), *sidecar_files(artifact.root, SERVED_FILES))
+    yield from compare_files(artifact.root, parent, names, (Path("config.json"), *sidecar_files(parent, SERVED_FILES)))
     options = LanguageExportOptions.model_validate(artifact.manifest.config)
     graph = decoder_graph(source, {n: s.scale for n, s in scales.items()}, options.base, cache=options.cache)
     expected = ir.from_proto(ir.to_proto(graph.model))

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from fp8pipe.artifact import sha256_file
 from fp8pipe.core.errors import (
     BadArtifactError,
     ConfigurationError,
@@ -32,7 +33,6 @@ from fp8pipe.core.errors import (
     MissingCapabilityError,
     OutOfMemoryError,
 )
-from fp8pipe.models.samples import file_sha256
 
 __all__ = ["cache_root", "convert_gguf"]
 
@@ -66,7 +66,7 @@ def convert_gguf(gguf: Path, *, name: str | None = None) -> Path:
         OutOfMemoryError: the disk is full.
     """
     _check_gguf(gguf)
-    digest = file_sha256(gguf)
+    digest = sha256_file(gguf)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name or gguf.stem).strip("-.") or "model"
     target = cache_root() / f"{stem}-{digest[:12]}"
     if target.is_dir() and _is_current(target, digest):

@@ -1,13 +1,17 @@
-"""Safetensors files as a table of entries: headers first, one tensor at a time after.
+"""A checkpoint's weights as a table of entries: index and headers first, one tensor at a time after.
 
 Planning needs names, dtypes and shapes only; writing and comparing need one tensor in memory at once. Each
-read opens the file anew, so no mapping outlives the tensor it served and memory stays near one tensor.
+read opens the file anew, so no mapping outlives the tensor it served and memory stays near one tensor. Names come from
+the checkpoint, never from the module tree: transformers renames weights when it loads.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fp8pipe.core.errors import BadArtifactError
-
-__all__ = ["DTYPES", "TensorEntry", "header_entries", "read_tensor", "weight_entries"]
+from fp8pipe.artifact import sha256_file
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# A weight's scale is stored under the weight's name and this.
+SCALE_SUFFIX = "_scale"
 
-# safetensors' spelling of each dtype this exporter can carry.
+# safetensors' spelling of each dtype that an exporter can carry.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,53 +68,59 @@ class TensorEntry:
 
 
 def header_entries(file: Path) -> dict[str, TensorEntry]:
-    """Entries of one file, read from its header alone.
+    """Entries of one file by name, sorted, read from its header alone.
 
     Raises:
-        BadArtifactError: not a safetensors file, or a dtype this exporter does not carry.
+        BadArtifactError: not a safetensors file, or not all of it.
     """
-    entries: dict[str, TensorEntry] = {}
     try:
         with safe_open(str(file), framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                part = handle.get_slice(name)
-                entries[name] = TensorEntry(name, part.get_dtype(), tuple(part.get_shape()), file)
+            parts = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118 (no mapping)
+            return {name: TensorEntry(name, p.get_dtype(), tuple(p.get_shape()), file) for name, p in parts}
     except (OSError, SafetensorError) as error:
         raise BadArtifactError(
-            f"{file} cannot be read as safetensors", why=str(error), fix="fetch or write it again"
+            f"{file} is not a complete safetensors file", why=str(error), fix="fetch or write it again"
         ) from error
-    unknown = sorted({e.dtype for e in entries.values()} - DTYPES.keys())
-    if unknown:
-        raise BadArtifactError(
-            f"{file} holds tensors of dtype {', '.join(unknown)}",
-            why=f"this exporter carries {', '.join(DTYPES)}",
-            fix="start from an unquantized checkpoint",
-        )
-    return entries
 
 
-def weight_entries(root: Path) -> dict[str, TensorEntry]:
-    """All tensors of a Hugging Face style directory: `model.safetensors`, or the shards of its index.
+def weight_files(root: Path) -> list[Path]:
+    """The weights of a Hugging Face style directory: `model.safetensors`, or the shards of its index, sorted.
 
     Raises:
-        BadArtifactError: no weights, an unreadable index, a shard missing, or an index that disagrees with
-            the shards.
+        BadArtifactError: no weights, or an unreadable index.
     """
     single, index = root / SINGLE_NAME, root / INDEX_NAME
     if single.is_file():
-        return header_entries(single)
+        return [single]
     if not index.is_file():
         raise BadArtifactError(
             f"{root} holds no weights",
             why=f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
             fix="save the model as safetensors (save_pretrained does)",
         )
-    weight_map = _weight_map(index)
+    return [root / name for name in sorted(set(_weight_map(index).values()))]
+
+
+def weight_entries(root: Path) -> dict[str, TensorEntry]:
+    """All tensors of a Hugging Face style directory, by name.
+
+    Raises:
+        BadArtifactError: no weights, an unreadable index, a shard missing, an index that disagrees with the shards, or
+            a dtype that no exporter carries.
+    """
     entries: dict[str, TensorEntry] = {}
-    for file_name in sorted(set(weight_map.values())):
-        entries.update(header_entries(root / file_name))
+    for file in weight_files(root):
+        entries |= (found := header_entries(file))
+        if unknown := sorted({e.dtype for e in found.values()} - DTYPES.keys()):
+            raise BadArtifactError(
+                f"{file} holds tensors of dtype {', '.join(unknown)}",
+                why=f"this exporter carries {', '.join(DTYPES)}",
+                fix="start from an unquantized checkpoint",
+            )
+    index = root / INDEX_NAME
+    weight_map = {} if (root / SINGLE_NAME).is_file() else _weight_map(index)
     wrong = sorted(n for n, f in weight_map.items() if n not in entries or entries[n].file.name != f)
-    wrong += sorted(entries.keys() - weight_map.keys())
+    wrong += sorted(entries.keys() - weight_map.keys()) if weight_map else []
     if wrong:
         raise BadArtifactError(
             f"{index} disagrees with its shards",
@@ -131,7 +142,83 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
+@contextmanager
+def blame_configuration() -> Iterator[None]:
+    """While active, a checkpoint that cannot be read is a model of the user's that cannot be used."""
+    try:
+        yield
+    except BadArtifactError as error:
+        raise ConfigurationError(error.what, why=error.why, fix=error.fix) from error
+
+
 def read_tensor(entry: TensorEntry) -> Tensor:
     """The tensor itself, on the CPU, as stored (mapped from its file: do not write to it)."""
     with safe_open(str(entry.file), framework="pt") as handle:
-        return handle.get_tensor(entry.name)
+        tensor: Tensor = handle.get_tensor(entry.name)
+    return tensor
+
+
+def is_scale(name: str, entries: Mapping[str, object]) -> bool:
+    """Whether a tensor is the scale of another one of `entries`."""
+    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in entries
+
+
+def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write the index of a checkpoint in several files.
+
+    Args:
+        root: the checkpoint's directory.
+        weight_map: file name by tensor name.
+        total_size: of all tensors, bytes.
+    """
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def spellings(name: str, prefix: str) -> tuple[str, ...]:
+    """How a checkpoint may spell a name: as the model does, without the base model's prefix, or with it."""
+    return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+
+
+def checkpoint_names(root: Path, modules: Iterable[str], prefix: str) -> dict[str, str]:
+    """For each module path, its name in the checkpoint (without `.weight`).
+
+    Args:
+        root: the checkpoint.
+        modules: module paths in the loaded model.
+        prefix: the model's `base_model_prefix`, which checkpoints of the bare model lack.
+
+    Raises:
+        ConfigurationError: a module's weight is not in the checkpoint under any spelling, or the checkpoint cannot be
+            read.
+    """
+    with blame_configuration():
+        present = {name for file in weight_files(root) for name in header_entries(file)}
+    names: dict[str, str] = {}
+    for module in modules:
+        found = [name for name in spellings(module, prefix) if f"{name}.weight" in present]
+        if not found:
+            bare = spellings(module, prefix)[1]
+            raise ConfigurationError(
+                f"the weight of {module} is not in the checkpoint under a name that can be traced",
+                why=f"neither {module}.weight nor {bare}.weight is among its {len(present)} tensors",
+                fix="save the model once with transformers' save_pretrained and start from that",
+            )
+        names[module] = found[0]
+    return names
+
+
+def weights_digest(root: Path) -> str:
+    """sha256 over the bytes of the weight files: how a trained artifact names the model it started from."""
+    digest = hashlib.sha256()
+    for path in weight_files(root):
+        with path.open("rb") as handle:
+            while block := handle.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def checkpoint_digest(root: Path, entries: Mapping[str, TensorEntry]) -> str:
+    """sha256 over the names and sha256 of config.json and every weight file: how an export names a plain directory."""
+    files = sorted({entry.file for entry in entries.values()} | {root / "config.json"})
+    return hashlib.sha256("".join(f"{sha256_file(file)}  {file.name}\n" for file in files).encode()).hexdigest()

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +17,7 @@ from typing import Any, Final
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.gguf import convert_gguf
 from fp8pipe.models.checkpoint.sidecars import HUB_FILES
+from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries
 from fp8pipe.models.samples import sample_name, smollm2_gguf
 
 __all__ = ["ModelSource", "check_unquantized", "resolve_model"]
@@ -26,7 +25,6 @@ __all__ = ["ModelSource", "check_unquantized", "resolve_model"]
 MODEL_SAMPLES: Final = ("smollm2",)
 # A hub id: at most one slash, no path syntax; an optional revision after "@".
 _HUB_ID: Final = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$")
-_MAX_HEADER_BYTES: Final = 100_000_000  # the safetensors format's own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,22 +161,21 @@ def check_unquantized(path: Path) -> None:
                 fix=fix,
             )
     for file in sorted(path.glob("*.safetensors")):
-        for name, entry in _tensor_entries(file):
-            if _is_quantized(name, entry):
+        for entry in header_entries(file).values():
+            if _is_quantized(entry):
                 raise ConfigurationError(
                     f"the model in {path} is quantized already",
-                    why=f"{file.name}: {name} has dtype {entry['dtype']}",
+                    why=f"{file.name}: {entry.name} has dtype {entry.dtype}",
                     fix=fix,
                 )
 
 
-def _is_quantized(name: str, entry: dict[str, Any]) -> bool:
+def _is_quantized(entry: TensorEntry) -> bool:
     """FP8 and FP4 anywhere; integers only where a weight can be: some checkpoints keep integer masks."""
-    dtype = str(entry["dtype"])
-    if dtype.startswith(("F8", "F4", "F6")):
+    if entry.dtype.startswith(("F8", "F4", "F6")):
         return True
-    buffer = name.rpartition(".")[2] in {"bias", "masked_bias", "position_ids", "token_type_ids", "mask"}
-    return dtype in {"I8", "U8", "I16", "U16", "I32", "U32", "I4", "U4"} and len(entry["shape"]) >= 2 and not buffer
+    buffer = entry.name.rpartition(".")[2] in {"bias", "masked_bias", "position_ids", "token_type_ids", "mask"}
+    return entry.dtype in {"I8", "U8", "I16", "U16", "I32", "U32"} and len(entry.shape) >= 2 and not buffer
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -203,26 +200,3 @@ def _read_config(path: Path) -> dict[str, Any]:
             fix="fetch the model again",
         )
     return config
-
-
-def _tensor_entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and header entries (dtype, shape) of a safetensors file; sizes are checked against the file's."""
-    try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"header of {length} bytes")
-            header = json.loads(handle.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if file.stat().st_size != 8 + length + end:
-            raise ValueError(f"{file.stat().st_size} bytes, the header describes {8 + length + end}")
-        for entry in entries.values():
-            _ = entry["dtype"], entry["shape"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise BadArtifactError(
-            f"{file} is not a complete safetensors file",
-            why=f"{type(error).__name__}: {error}",
-            fix="fetch the model again",
-        ) from error
-    yield from entries.items()

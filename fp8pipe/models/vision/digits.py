@@ -17,8 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fp8pipe.artifact import sha256_file
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.models.samples import file_sha256
 from fp8pipe.models.vision.preprocessing import Preprocessing
 
 __all__ = [
@@ -114,7 +114,7 @@ def digits_weights_folder() -> Path:
         BadArtifactError: the weights are absent, or not the published ones.
     """
     weights = _WEIGHTS / "model.safetensors"
-    found = file_sha256(weights) if weights.is_file() else "that of no file"
+    found = sha256_file(weights) if weights.is_file() else "that of no file"
     if found != _WEIGHTS_SHA256:
         raise BadArtifactError(
             f"{weights} is not the published ViT of sample:vit-digits",

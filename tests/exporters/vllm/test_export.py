@@ -1,4 +1,4 @@
-"""Exports of tiny models, read back by two strangers: compressed-tensors and transformers."""
+"""Exports of tiny models, read back by two third parties: compressed-tensors and transformers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.read import iter_shards, iter_weights, load_torch_model
+from exporters.vllm.read import iter_weights, load_torch_model
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.models.checkpoint.tensors import weight_entries
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.numerics.codec import same_bits
 
@@ -195,9 +196,7 @@ def test_tiny_shards_hold_the_same_tensors(llama: Path, falqon: Callable[..., Pa
         assert all(name.removesuffix("_scale") in tensors for name in tensors)  # a weight and its scale stay together
     index = json.loads((parts.root / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in second.values())
-    assert {name: file for file, part in iter_shards(parts.root) for name in part} == {
-        name: file for name, file in index["weight_map"].items() if not name.endswith("_scale")
-    }
+    assert {name: entry.file.name for name, entry in weight_entries(parts.root).items()} == index["weight_map"]
     assert import_transformers().AutoModelForCausalLM.from_pretrained(parts.root) is not None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.models.samples import chatterbot_conversations, file_sha256, focus_onnx, sample_name, smollm2_gguf
+from fp8pipe.models.samples import chatterbot_conversations, focus_onnx, sample_name, smollm2_gguf
 
 
 def install(root: Path, name: str, version: str, files: dict[str, bytes]) -> None:
@@ -26,11 +26,6 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place for installed packages that hides the real ones."""
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     return tmp_path
-
-
-def test_the_digest_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"abc" * 1_000_000)
-    assert file_sha256(tmp_path / "f") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
 
 
 def test_sample_names() -> None:

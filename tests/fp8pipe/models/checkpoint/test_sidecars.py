@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, HUB_FILES, SERVED_FILES, companion_files
+from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, HUB_FILES, SERVED_FILES, sidecar_files
 
 CARRIED = (
     "LICENSE",
@@ -34,7 +34,7 @@ def test_files_found_in_a_directory(tmp_path: Path, patterns: tuple[str, ...]) -
     for name in (*CARRIED, *LEFT):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert [str(path) for path in companion_files(tmp_path, patterns)] == sorted(CARRIED)
+    assert [str(path) for path in sidecar_files(tmp_path, patterns)] == sorted(CARRIED)
 
 
 def test_a_download_brings_all_of_them() -> None:

@@ -1,0 +1,81 @@
+"""Index, shards, headers, names and digests of checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.checkpoint.tensors import (
+    checkpoint_digest,
+    checkpoint_names,
+    header_entries,
+    is_scale,
+    read_tensor,
+    weight_entries,
+    weight_files,
+    weights_digest,
+    write_index,
+)
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """Two shards; the second holds a weight with a scale, under the bare model's name."""
+    save_file({"model.a.weight": torch.ones(2, 3)}, tmp_path / SHARDS[0])
+    save_file({"b.weight": torch.ones(4, 2), "b.weight_scale": torch.tensor(0.5)}, tmp_path / SHARDS[1])
+    names = {"b.weight": SHARDS[1], "b.weight_scale": SHARDS[1], "model.a.weight": SHARDS[0]}
+    write_index(tmp_path, names, 60)
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_shards_are_read_by_their_index(sharded: Path) -> None:
+    assert [file.name for file in weight_files(sharded)] == list(SHARDS)
+    entries = weight_entries(sharded)
+    assert {name: (entry.shape, entry.size_bytes) for name, entry in entries.items()} == {
+        "model.a.weight": ((2, 3), 24), "b.weight": ((4, 2), 32), "b.weight_scale": ((), 4)
+    }  # fmt: skip
+    assert float(read_tensor(entries["b.weight_scale"])) == 0.5
+    assert [name for name in entries if is_scale(name, entries)] == ["b.weight_scale"]
+
+
+def test_a_single_file_needs_no_index_and_goes_before_one(sharded: Path) -> None:
+    save_file({"c.weight": torch.ones(1, 1)}, sharded / "model.safetensors")
+    assert list(weight_entries(sharded)) == ["c.weight"]
+
+
+def test_names_are_found_with_and_without_the_base_models_prefix(sharded: Path) -> None:
+    found = checkpoint_names(sharded, ["model.a", "a", "model.b"], "model")
+    assert found == {"model.a": "model.a", "a": "model.a", "model.b": "b"}
+    with pytest.raises(ConfigurationError, match="the weight of c is not"):
+        checkpoint_names(sharded, ["c"], "model")
+
+
+def test_both_digests_are_what_manifests_hold(sharded: Path) -> None:
+    contents = [(sharded / name).read_bytes() for name in SHARDS]
+    assert weights_digest(sharded) == hashlib.sha256(b"".join(contents)).hexdigest()
+    named = [(b"{}", "config.json"), *zip(contents, SHARDS, strict=True)]
+    lines = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for content, name in named)
+    assert checkpoint_digest(sharded, weight_entries(sharded)) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_what_cannot_be_read_is_named(sharded: Path) -> None:
+    write_index(sharded, {"model.a.weight": SHARDS[1]}, 24)
+    with pytest.raises(BadArtifactError, match="disagrees with its shards"):
+        weight_entries(sharded)
+    write_index(sharded, {"model.a.weight": "../x.safetensors"}, 24)
+    with pytest.raises(BadArtifactError, match="points outside"):
+        weight_files(sharded)
+    (sharded / SHARDS[0]).write_bytes(b"no weights")
+    with pytest.raises(BadArtifactError, match="not a complete safetensors file"):
+        header_entries(sharded / SHARDS[0])
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(ConfigurationError, match="holds no weights"):
+        checkpoint_names(sharded, ["a"], "model")
