@@ -30,9 +30,9 @@ _STANDARD_ERRORS: Final = 3.0
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
     """The float graph against the float model: everything that is not quantized, with another batch than the traced."""
-    plain = unquantized(quantized)
+    model = unquantized(quantized)
     with torch.no_grad():
-        expected = plain(pixels[:3])
+        expected = model(pixels[:3])
     found = torch.from_numpy(run(open_session(float_bytes), {INPUT_NAME: pixels[:3].numpy()})[OUTPUT_NAME])
     same = found.shape == expected.shape
     error = float((found - expected).abs().max() / expected.abs().max()) if same else math.nan

@@ -27,7 +27,7 @@ from fp8pipe.models.vision.structure import VitStructure
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["INPUT_NAME", "OPSET", "OUTPUT_NAME", "PlainGraph", "Product", "ProductKind", "export_plain", "owner"]
+__all__ = ["INPUT_NAME", "OPSET", "OUTPUT_NAME", "FloatGraph", "Product", "ProductKind", "owner", "trace_float"]
 
 # 21 brings INT4, FP8 scales of every float type, and blocked scales; later ones bring nothing that is used here.
 OPSET: Final = 21
@@ -46,9 +46,9 @@ class ProductKind(StrEnum):
     AV = "av"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Product:
-    """One product of the graph.
+    """One product of the graph; a pass that puts another node in its place says so here.
 
     Attributes:
         kind: a linear, the patch embedding, or one of an attention's two products.
@@ -62,7 +62,7 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainGraph:
+class FloatGraph:
     """A float graph.
 
     Attributes:
@@ -72,6 +72,11 @@ class PlainGraph:
 
     model: ir.Model
     products: tuple[Product, ...]
+
+    def in_graph_order(self) -> list[Product]:
+        """The products by the order of their nodes: what several read must stand before the first of them."""
+        order = {node: index for index, node in enumerate(self.model.graph)}
+        return sorted(self.products, key=lambda product: order[product.node])
 
 
 class _Exported(nn.Module):
@@ -86,7 +91,7 @@ class _Exported(nn.Module):
         return vision_outputs(self.model, pixels)
 
 
-def export_plain(model: nn.Module, structure: VitStructure) -> PlainGraph:
+def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
     """Export a prepared model in float, with a dynamic batch.
 
     Args:
@@ -100,7 +105,7 @@ def export_plain(model: nn.Module, structure: VitStructure) -> PlainGraph:
     for package in ("onnx", "onnx_ir", "onnxscript"):
         import_onnx_package(package)
     graph_model = _trace(model, structure)
-    return PlainGraph(graph_model, tuple(_assign(graph_model, model, structure)))
+    return FloatGraph(graph_model, tuple(_assign(graph_model, model, structure)))
 
 
 def _explicit(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -24,8 +24,7 @@ from exporters.tensorrt.block_parity import block_gates, block_parity
 from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise
 from exporters.tensorrt.formats import choose_format, in_format
 from exporters.tensorrt.graph import typed_graph
-from exporters.tensorrt.half import NotHalf, halve
-from exporters.tensorrt.halved import compare_halved, stored_arrays
+from exporters.tensorrt.half import NotHalf, compare_halved, halve, stored_arrays
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions, TrtFormat
 from exporters.tensorrt.pack import pack_engine

@@ -50,7 +50,7 @@ def typed_parity(
             weight = quantized.model.get_submodule(layer.name).get_parameter("weight")
             inputs[input_name(source)] = _unfolded(taps[layer.name]["input"], weight.shape[2:]).numpy()
             outputs[layer.label] = outputs[layer.label].flatten(2).transpose(1, 2)
-    return compare_layers(model, layers, inputs, outputs, plain=True)
+    return compare_layers(model, layers, inputs, outputs, optimize=False)
 
 
 def _unfolded(pixels: Tensor, kernel: Sequence[int]) -> Tensor:

@@ -88,7 +88,7 @@ def layer_gates(
     for start in range(0, len(layers), _AT_ONCE):
         part = layers[start : start + _AT_ONCE]
         names = dict.fromkeys(input_name(x.operands[0].source) for x in part if x.operands[0].source is not None)
-        report += compare_layers(graph, part, {name: inputs[name] for name in names}, plain=True)
+        report += compare_layers(graph, part, {name: inputs[name] for name in names}, optimize=False)
     return parity_gates(report), report
 
 

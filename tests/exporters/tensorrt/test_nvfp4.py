@@ -25,8 +25,7 @@ from exporters.tensorrt.block_parity import _operator, block_gates, block_parity
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.formats import in_format
 from exporters.tensorrt.graph import typed_graph
-from exporters.tensorrt.half import halve
-from exporters.tensorrt.halved import compare_halved, stored_arrays
+from exporters.tensorrt.half import compare_halved, halve, stored_arrays
 from exporters.tensorrt.options import TrtExportOptions, TrtFormat
 from exporters.tensorrt.precision import PrecisionReport, ProductPrecision, artifact_precisions
 from fp8pipe.cli import main
