@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import ArtifactWriter, Gate
 from fp8pipe.core.errors import GateFailedError
 from fp8pipe.models.vision.files import write_model_file
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE
@@ -29,10 +29,11 @@ def write_description(root: Path, quantized: QuantizedVit) -> None:
         (root / CLASSES_FILE).write_text(text, encoding="utf-8")
 
 
-def require_gates(gates: Sequence[Gate], what: str, fix: str) -> None:
-    """Refuse an export whose gates do not all pass.
+def require_gates(writer: ArtifactWriter, gates: Sequence[Gate], what: str, fix: str) -> None:
+    """Record the gates of an export, and refuse it when they do not all pass.
 
     Args:
+        writer: of the export.
         gates: all of them.
         what: what failed, in words; the number of failed gates is added.
         fix: what the user can do.
@@ -40,6 +41,8 @@ def require_gates(gates: Sequence[Gate], what: str, fix: str) -> None:
     Raises:
         GateFailedError: with every failed gate's value, threshold and detail.
     """
+    for gate in gates:
+        writer.gate(gate)
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         raise GateFailedError(

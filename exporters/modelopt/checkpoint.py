@@ -76,9 +76,7 @@ def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions
             _save(tensors, writer.root)
             _write_configs(model, algorithm, writer.root)
             gates = _compare(tensors, model, writer.root)
-            for gate in gates:
-                writer.gate(gate)
-            require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
+            require_gates(writer, gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
             parent = model.artifact.as_parent()
             write_card(writer, source=model.root, parent=parent, format=options.format.value, layers=model.plan.layers)

@@ -8,18 +8,20 @@ outputs of the graph keep their types. `compare_halved` reads the written file a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
 from exporters.graph.blocks import DYNAMIC_QUANTIZE
+from exporters.graph.findings import Finding, LintFindingsError
 from exporters.graph.passes import Change
 from exporters.graph.passes.editing import add_initializer, cast, cast_outputs
 from fp8pipe.artifact import Gate
 
-__all__ = ["NotHalf", "compare_halved", "halve", "stored_arrays"]
+__all__ = ["NotHalf", "compare_halved", "halve", "refuse_not_half", "stored_arrays"]
 
 _LARGEST: Final = float(np.finfo(np.float16).max)
 _QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear", DYNAMIC_QUANTIZE)
@@ -28,7 +30,20 @@ _SCALE: Final = 1  # position among a quantizer's operands
 
 
 class NotHalf(ValueError):
-    """A stored tensor that FP16 cannot hold."""
+    """A stored tensor that FP16 cannot hold: its name, and why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+        self.name, self.why = name, why
+
+
+@contextmanager
+def refuse_not_half(source: str, fix: str) -> Iterator[None]:
+    """While active, a tensor that FP16 cannot hold is a finding that refuses the export of `source`."""
+    try:
+        yield
+    except NotHalf as error:
+        raise LintFindingsError([Finding("not-half", error.name, error.why, fix)], source) from error
 
 
 def halve(model: ir.Model) -> Change:
@@ -90,9 +105,9 @@ def _halve_stored(value: ir.Value) -> str:
     finite = array[np.isfinite(array)]
     exact = any(node.op_type in _QUANTIZERS and index == _SCALE for node, index in value.uses())
     if exact and not np.array_equal(array, array.astype(np.float16).astype(np.float32)):
-        raise NotHalf(f"{value.name}: a scale that FP16 does not hold exactly")
+        raise NotHalf(str(value.name), "a scale that FP16 does not hold exactly")
     if finite.size and float(np.abs(finite).max()) > _LARGEST and not _is_mask(array):
-        raise NotHalf(f"{value.name}: {float(np.abs(finite).max()):g} is beyond FP16")
+        raise NotHalf(str(value.name), f"{float(np.abs(finite).max()):g} is beyond FP16")
     name = str(value.name)
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)

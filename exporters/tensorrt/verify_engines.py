@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from exporters.tensorrt.export import LAYERS_FILE, MODEL_FILE
+from exporters.tensorrt.engines import LAYERS_FILE, MODEL_FILE
 from exporters.verify.common import compare_json
 from fp8pipe.artifact import Artifact, sha256_file
 from fp8pipe.artifact.discrepancy import Catcher, Discrepancy

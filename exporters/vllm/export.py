@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exporters.graph.description import require_gates
+from exporters.graph.lint import refuse
 from exporters.vllm.auxiliary import auxiliary_warnings, write_auxiliary
-from exporters.vllm.lint import lint, refuse
+from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
 from exporters.vllm.source import SourceKind, open_source
 from exporters.vllm.writer import write_weights
-from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, check_place
-from fp8pipe.core.errors import ConfigurationError, GateFailedError
+from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat, check_place
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.progress import track
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.report.card import CARD_FILE, write_card
@@ -58,7 +60,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     _check_output(output, source, options)
     plan = plan_export(source, options)
     with track(len(plan.units) + len(plan.dropped), "lint") as progress:
-        refuse(lint(plan, lambda: progress.advance(1)), plan)
+        refuse(lint(plan, lambda: progress.advance(1)), str(plan.source.root))
     with ArtifactWriter(output, kind=EXPORT_KIND, stage="export", force=options.force) as writer:
         for warning in plan_warnings(plan):
             writer.warn(warning)
@@ -67,9 +69,8 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         write_auxiliary(plan, writer.root)
         with track(len(plan.units), "compare") as progress:
             gates = reopen(plan, writer.root, lambda: progress.advance(1))
-        for gate in gates:
-            writer.gate(gate)
-        _require(gates, writer.root)
+        fix = f"check the disk and export again; what was written is left in {writer.root}"
+        require_gates(writer, gates, "the written export differs from its source", fix)
         return _commit(writer, plan)
 
 
@@ -118,16 +119,6 @@ def _activations(plan: ExportPlan) -> str:
     if plan.source.holds_codes and rule is not None:
         trained = "one a tensor" if rule == _TENSOR_SCALE_RULE else "one power of two a token"
     return f"e4m3, dynamic, one scale a token (training: {trained})"
-
-
-def _require(gates: list[Gate], root: Path) -> None:
-    failed = [gate for gate in gates if not gate.passed]
-    if failed:
-        raise GateFailedError(
-            f"the written export differs from its source ({len(failed)} gate(s) failed)",
-            why="\n       ".join(f"{g.name}: {g.value:g} against {g.threshold:g}; {g.detail}" for g in failed),
-            fix=f"check the disk and export again; what was written is left in {root}",
-        )
 
 
 def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:

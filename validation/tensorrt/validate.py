@@ -20,12 +20,12 @@ import numpy as np
 from exporters.graph.images import probe_images
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.runtime import open_session, run
-from exporters.tensorrt.block_parity import evaluate_graph
 from exporters.tensorrt.dequantized import dequantize_graph
 from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
+from exporters.tensorrt.engines import ENGINES, EXPORT_KIND, MODEL_FILE
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
-from exporters.tensorrt.export import ENGINES, EXPORT_KIND, MODEL_FILE
 from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.parity import evaluate_graph
 from exporters.tensorrt.rtx import CAPABILITIES, build_rtx
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact, sha256_file
 from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_record

@@ -10,7 +10,7 @@ import torch
 
 from exporters.graph.findings import Finding, LintFindingsError
 from exporters.graph.passes import Change, name_products, quantize_weights, strip_metadata
-from exporters.tensorrt.half import NotHalf
+from exporters.tensorrt.half import refuse_not_half
 from exporters.tensorrt.language.passes import quantize_inputs, tie_head, type_scales
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.trace import CacheShape, cache_shape, trace_decoder
@@ -67,12 +67,9 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
         tie_head(traced.model),
     ]
     traced.model.graph.name = "decoder"
-    try:
+    fix = "export with --base fp32, or train with a rule whose scales are powers of two (live)"
+    with refuse_not_half(str(model.root), fix):
         changes.append(type_scales(traced.model, ir.DataType.FLOAT16 if base is Base.FP16 else ir.DataType.FLOAT))
-    except NotHalf as error:
-        name, _, why = str(error).partition(": ")
-        fix = "export with --base fp32, or train with a rule whose scales are powers of two (live)"
-        raise LintFindingsError([Finding("not-half", name, why, fix)], str(model.root)) from error
     return DecoderGraph(traced.model, tuple(changes), shape if cache else None)
 
 

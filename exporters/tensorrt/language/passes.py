@@ -77,7 +77,7 @@ def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:
         array = value.const_value.numpy()
         typed = array.astype(dtype.numpy())
         if not np.array_equal(typed.astype(np.float32), array):
-            raise NotHalf(f"{value.name}: a scale that FP16 does not hold exactly")
+            raise NotHalf(str(value.name), "a scale that FP16 does not hold exactly")
         value.const_value = ir.tensor(typed, name=str(value.name))
         value.type = ir.TensorType(dtype)
         changed.append(str(value.name))
