@@ -49,7 +49,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
     session = open_session(_with_sources(model, list(names.values())))
     compared = differing = 0
     pixels = pixels[:_CODE_IMAGES]
-    for batch in pixels.split(_BATCH):
+    for batch in torch.split(pixels, _BATCH):
         ours: dict[str, Tensor] = {}
         exact(batch, on_codes=ours.__setitem__)
         theirs = run(session, {INPUT_NAME: batch.numpy()})

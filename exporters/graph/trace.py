@@ -1,8 +1,8 @@
 """The float graph of a vision transformer, and which of its products belongs to which layer.
 
 `torch.onnx.export` traces the prepared model while every attention runs the plain formula (the factor on the
-queries, before the product), so the graph holds two matrix products an attention and one a linear. The exporter notes
-for every node the modules it came from; with that, and by comparing the weights themselves, each product is
+queries, before the product), so the graph holds two matrix products per attention and one per linear. The exporter
+notes for every node the modules it came from; with that, and by comparing the weights themselves, each product is
 assigned to its layer. A product that belongs to none, or a layer without one, is an error: nothing is guessed.
 """
 
@@ -130,7 +130,8 @@ def _trace(model: nn.Module, structure: VitStructure) -> ir.Model:
             why=" ".join(str(error.__cause__ or error).split())[:600],
             fix="use a plain vision transformer, or a version of its library that traces",
         ) from error
-    return program.model
+    graph: ir.Model = program.model
+    return graph
 
 
 def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) -> Iterable[Product]:

@@ -2,8 +2,8 @@
 
 Two of its FP8 forms hold an artifact's codes as they are:
 
-* `FP8`: one scale a weight (`weight_scale`, `()`), one static scale an input (`input_scale`, `()`), both float32.
-* `FP8_PER_CHANNEL_PER_TOKEN`: one scale a row (`(out,)`), inputs quantized while it runs.
+* `FP8`: one scale per weight (`weight_scale`, `()`), one static scale per input (`input_scale`, `()`), both float32.
+* `FP8_PER_CHANNEL_PER_TOKEN`: one scale per row (`(out,)`), inputs quantized while it runs.
 
 Readers join queries, keys and values, and gate and up, into one product. In `FP8` that product has one scale, and a
 reader that finds several rounds all codes again to the largest. So `FP8` is written only where the scales of such a
@@ -70,7 +70,7 @@ def export_checkpoint(source: Path, output: Path, options: LanguageExportOptions
             if model.per_tensor and uneven:
                 writer.warn(
                     f"{len(uneven)} group(s) of layers that readers join have unequal scales, the first: "
-                    f"{', '.join(uneven[0])}; written with one scale a row, so that no code is rounded again"
+                    f"{', '.join(uneven[0])}; written with one scale per row, so that no code is rounded again"
                 )
             tensors = dict(checkpoint_tensors(model, algorithm, scales))
             _save(tensors, writer.root)

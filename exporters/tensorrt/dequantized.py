@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -58,7 +58,7 @@ def _stored(graph: ir.Graph, node: ir.Node) -> ir.Value:
     return value
 
 
-def _spread(scale: NDArray, codes: NDArray, axis: int, block: int) -> NDArray:
+def _spread(scale: NDArray[Any], codes: NDArray[Any], axis: int, block: int) -> NDArray[Any]:
     """One scale per tensor, per channel or per block, in a shape that multiplies the codes."""
     if block:
         return np.repeat(scale, block, axis=axis).astype(np.float32)

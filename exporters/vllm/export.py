@@ -42,7 +42,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
 
     Args:
         source: a falqon artifact, a lora-merged artifact, or a plain model as `resolve_model` takes it (a Hugging
-            Face directory, a .gguf file, ...; quantized on the way, one scale a row, no calibration data needed).
+            Face directory, a .gguf file, ...; quantized on the way, one scale per row, no calibration data needed).
         output: directory to create; it is a Hugging Face checkpoint with a manifest.json beside its files.
         options: format, shard size, engine version, whether to replace an existing output.
 
@@ -80,7 +80,7 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
     if quantized:
         warnings.append(
-            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale a row, "
+            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale per row, "
             f"from {plan.source.kind}); they were not trained in FP8"
         )
     if any(unit.quantized and unit.transposed for unit in plan.units):
@@ -117,8 +117,8 @@ def _activations(plan: ExportPlan) -> str:
     rule = plan.source.extra.get("rule")
     trained = "not quantized"
     if plan.source.holds_codes and rule is not None:
-        trained = "one a tensor" if rule == _TENSOR_SCALE_RULE else "one power of two a token"
-    return f"e4m3, dynamic, one scale a token (training: {trained})"
+        trained = "one per tensor" if rule == _TENSOR_SCALE_RULE else "one power of two per token"
+    return f"e4m3, dynamic, one scale per token (training: {trained})"
 
 
 def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:

@@ -240,7 +240,7 @@ def _layer(module: str, structure: ModelStructure, quantized: set[str], refused:
     shape = structure.shapes[module]
     rows, columns = reversed(shape) if structure.roles[module] is Role.CONV1D else shape
     converted = module in quantized
-    reason = "" if converted else refused.get(module, "not FP8 in the source, or not asked for")
+    reason = "" if converted else refused.get(module, "not FP8 in the source, or not requested")
     return LayerRecord(name=module, converted=converted, reason=reason, shape=(rows, columns))
 
 

@@ -247,7 +247,7 @@ def _commit(
             "output": {"name": LOGITS, "what": "logits"},
             "trtexec": trtexec_command(MODEL_FILE, _profiles(graph.cache, options), workspace_mib=_WORKSPACE_MIB),
             "cache": None if graph.cache is None else dict(zip(("layers", "heads", "size"), graph.cache, strict=True)),
-            "activations": "e4m3, one static scale a tensor (training: one power of two a token)",
+            "activations": "e4m3, one static scale per tensor (training: one power of two per token)",
             "calibration": {"data": text.source, "sha256": text.digest, "records": len(text.calibration)},
             "passes": {change.name: len(change.changed) for change in graph.changes},
             "engines": {c: {k: e[k] for k in shown} for c, e in reports.items()},

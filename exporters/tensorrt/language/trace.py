@@ -146,7 +146,8 @@ def _trace(model: PreTrainedModel, shape: CacheShape, cache: bool) -> ir.Model:
             why=" ".join(str(error.__cause__ or error).split())[:600],
             fix="export with --format modelopt-checkpoint, or --target vllm",
         ) from error
-    return program.model
+    graph: ir.Model = program.model
+    return graph
 
 
 def _name_ports(model: ir.Model, layers: int) -> None:
