@@ -108,7 +108,8 @@ def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
     layers = [quantized.model.get_submodule(name) for name in quantized.structure.linear_names]
     handles = [layer.register_forward_hook(_disturb(random)) for layer in layers]
     try:
-        return quantized(pixels)
+        outputs: Tensor = quantized(pixels)
+        return outputs
     finally:
         for handle in handles:
             handle.remove()

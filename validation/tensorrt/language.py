@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
-from exporters.tensorrt.language.export import MODEL_FILE
+from exporters.tensorrt.engines import MODEL_FILE
 from exporters.tensorrt.language.serve import DecoderSession
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.options import Base
