@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.core.errors import Fp8PipeError, OutOfMemoryError
+from fp8pipe.core.machine import format_bytes
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -196,16 +197,6 @@ def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in columns]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in cells)
     return "\n".join((indent + line).rstrip() for line in lines)
-
-
-def format_bytes(size: int) -> str:
-    """Bytes with a decimal unit: `1.2 GB`."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
 
 
 def _failure(
