@@ -35,7 +35,7 @@ import torch
 
 from exporters.graph.images import folder_images, probe_images
 from exporters.graph.runtime import open_session
-from exporters.graph.trace import export_plain
+from exporters.graph.trace import trace_float
 from exporters.onnx.export import export_onnx
 from exporters.onnx.options import OnnxExportOptions
 from exporters.tensorrt.export import export_tensorrt
@@ -56,10 +56,10 @@ CAPABILITY = "8.9"
 def float_graph(model, path):
     """The unquantized model as ONNX, opset 21, dynamic batch."""
     vision = load_vision_model(model)
-    plain = export_plain(vision.model, read_structure(vision.model, vision.architecture.image_size))
-    for index, node in enumerate(plain.model.graph):
+    traced = trace_float(vision.model, read_structure(vision.model, vision.architecture.image_size))
+    for index, node in enumerate(traced.model.graph):
         node.name = node.name or f"node_{index}"
-    ir.save(plain.model, path)
+    ir.save(traced.model, path)
     return vision
 
 
@@ -123,7 +123,7 @@ def integer_products(path, ours):
 def open_cpu(path, ours, optimized=None):
     """A session on one thread; graphs of others with ONNX Runtime's defaults."""
     if ours:
-        return open_session(path, threads=1, optimized=optimized)
+        return open_session(path, threads=1, write_to=optimized)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     if optimized is not None:

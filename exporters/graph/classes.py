@@ -97,7 +97,7 @@ def own_agreement(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> 
 
     What a model does not keep here, no engine can be asked to keep either: its sums round in another order.
     """
-    parts = [_disturbed(quantized, batch, seed) for seed, batch in enumerate(pixels.split(_BATCH))]
+    parts = [_disturbed(quantized, batch, seed) for seed, batch in enumerate(torch.split(pixels, _BATCH))]
     return float((torch.cat(parts).argmax(1) == expected.argmax(1)).float().mean())
 
 
@@ -108,7 +108,8 @@ def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
     layers = [quantized.model.get_submodule(name) for name in quantized.structure.linear_names]
     handles = [layer.register_forward_hook(_disturb(random)) for layer in layers]
     try:
-        return quantized(pixels)
+        outputs: Tensor = quantized(pixels)
+        return outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -117,6 +118,7 @@ def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
 def _disturb(random: torch.Generator) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         signs = torch.randint(0, 2, output.shape, generator=random) * 2 - 1
-        return output + INTEGER_TOLERANCE * output.abs().max() * signs
+        disturbed: Tensor = output + INTEGER_TOLERANCE * output.abs().max() * signs
+        return disturbed
 
     return hook

@@ -75,7 +75,8 @@ def _cut(
         initializer=[ir.to_proto(tensor.const_value) for tensor in tensors if tensor.const_value is not None],
     )  # fmt: skip
     opset = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version).SerializeToString()
+    made: Any = onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version)
+    return bytes(made.SerializeToString())
 
 
 def _widened(product: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from exporters.graph.details import GraphDetails, GraphInput, GraphOutput
-from fp8pipe.artifact import Gate
+from fp8pipe.artifact import ArtifactWriter, Gate
 from fp8pipe.core.errors import GateFailedError
 from fp8pipe.models.vision.files import write_model_file
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE
@@ -51,10 +51,11 @@ def graph_details(graph: QuantizedGraph, quantized: QuantizedVit, format: str) -
     )
 
 
-def require_gates(gates: Sequence[Gate], what: str, fix: str) -> None:
-    """Refuse an export whose gates do not all pass.
+def require_gates(writer: ArtifactWriter, gates: Sequence[Gate], what: str, fix: str) -> None:
+    """Record the gates of an export, and refuse it when they do not all pass.
 
     Args:
+        writer: of the export.
         gates: all of them.
         what: what failed, in words; the number of failed gates is added.
         fix: what the user can do.
@@ -62,6 +63,8 @@ def require_gates(gates: Sequence[Gate], what: str, fix: str) -> None:
     Raises:
         GateFailedError: with every failed gate's value, threshold and detail.
     """
+    for gate in gates:
+        writer.gate(gate)
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         raise GateFailedError(

@@ -1,7 +1,8 @@
-"""The export whose results have one value: a float64 graph around integer products, compared end to end, bit for bit.
+"""Gates of the export whose results have one value: codes and outputs of the whole net, compared bit for bit.
 
 In the ordinary graph engine and torch differ in last bits between the products, so only layers can be compared that
-were fed the same input. Here nothing is left to the engine's choice (see `fp8pipe/models/vision/exact.py`), so the whole
+were fed the same input. Here a float64 graph stands around integer products (`passes/islands.py`) and nothing is left
+to the engine's choice (see `fp8pipe/models/vision/exact.py`), so the whole
 network is compared: all codes on the way from the pixels to the answer, and the answer itself.
 """
 
@@ -15,64 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from exporters.graph.layers import ExportedLayer
-from exporters.graph.lint import lint_graph, refuse
-from exporters.graph.passes import (
-    Change,
-    name_products,
-    quantize_activations,
-    quantize_weights,
-    split_gemms,
-    strip_metadata,
-)
-from exporters.graph.passes.gelu import expand_gelus
-from exporters.graph.passes.islands import make_islands
-from exporters.graph.passes.patches import unfold_patches
 from exporters.graph.reopen import operand_at_sites
 from exporters.graph.runtime import open_session, run
-from exporters.graph.trace import INPUT_NAME, export_plain
+from exporters.graph.trace import INPUT_NAME
 from fp8pipe.artifact import Gate, none_of
-from fp8pipe.models.vision.exact import ExactVit, double_model
-from fp8pipe.models.vision.quantized import QuantizedVit, of_type
-from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
+from fp8pipe.models.vision.exact import ExactVit
+from fp8pipe.models.vision.quantized import QuantizedVit
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["codes_gate", "exact_graph", "outputs_gate"]
+__all__ = ["codes_gate", "outputs_gate"]
 
 _CODE_IMAGES: Final = 16
 _BATCH: Final = 8  # the codes of a whole net are kept for so many images at a time
-
-
-def exact_graph(quantized: QuantizedVit, source: str) -> tuple[ir.Model, tuple[Change, ...]]:
-    """Trace in float64, lint and rewrite.
-
-    Args:
-        quantized: the artifact's model, integer codes throughout.
-        source: the artifact, for messages.
-
-    Raises:
-        LintFindingsError: the traced graph cannot be quantized well.
-        ConfigurationError: it cannot be traced, or its layers are not found in the graph.
-    """
-    model = double_model(quantized)
-    plain = export_plain(model, quantized.structure)
-    refuse(lint_graph(plain, model), source)
-    plain, split = split_gemms(plain)
-    plain, unfolded = unfold_patches(plain)
-    changes = [
-        split,
-        unfolded,
-        quantize_weights(plain, of_type(quantized.weights, WeightCodes), zero_points=True),
-        quantize_activations(
-            plain, quantized.structure, of_type(quantized.activations, ActivationQuantizer), share=False
-        ),
-        name_products(plain),
-        make_islands(plain),
-        expand_gelus(plain.model),
-        strip_metadata(plain.model),
-    ]
-    return plain.model, tuple(changes)
 
 
 def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor) -> Gate:
@@ -92,7 +49,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
     session = open_session(_with_sources(model, list(names.values())))
     compared = differing = 0
     pixels = pixels[:_CODE_IMAGES]
-    for batch in pixels.split(_BATCH):
+    for batch in torch.split(pixels, _BATCH):
         ours: dict[str, Tensor] = {}
         exact(batch, on_codes=ours.__setitem__)
         theirs = run(session, {INPUT_NAME: batch.numpy()})

@@ -18,7 +18,10 @@ from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
 from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.models.vision.quantized import QuantizedVit
 
-__all__ = ["agreement_gate", "class_gates", "float_gate", "kernel_gate", "parity_gates"]
+__all__ = [
+    "agreement_gate", "class_gates", "float_gate", "kernel_gate", "layer_codes_gate", "layer_error_gate",
+    "parity_gates", "torch_errors",
+]  # fmt: skip
 
 # fp32 in another order through a whole float net: some 1e-6 of the largest output.
 _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
@@ -30,9 +33,9 @@ _STANDARD_ERRORS: Final = 3.0
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
     """The float graph against the float model: everything that is not quantized, with another batch than the traced."""
-    plain = unquantized(quantized)
+    model = unquantized(quantized)
     with torch.no_grad():
-        expected = plain(pixels[:3])
+        expected = model(pixels[:3])
     found = torch.from_numpy(run(open_session(float_bytes), {INPUT_NAME: pixels[:3].numpy()})[OUTPUT_NAME])
     same = found.shape == expected.shape
     error = float((found - expected).abs().max() / expected.abs().max()) if same else math.nan
@@ -43,35 +46,36 @@ def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> G
 
 
 def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
-    """Codes and outputs, layer by layer."""
+    """Codes and outputs, layer by layer; no gate for a kind of layer that is not there."""
+    kinds = (
+        ("integer layer error", {layer.layer: layer.error for layer in report if layer.integer}, INTEGER_TOLERANCE),
+        ("float layer error", {layer.layer: layer.error for layer in report if not layer.integer}, FLOAT_TOLERANCE),
+        ("torch layer error", torch_errors(report), FLOAT_TOLERANCE),
+    )
+    codes = layer_codes_gate("activation codes differing", report)
+    return [codes, *(layer_error_gate(name, errors, tolerance) for name, errors, tolerance in kinds if errors)]
+
+
+def torch_errors(report: Sequence[LayerParity]) -> dict[str, float]:
+    """Errors of torch's own outputs by layer, where there are any."""
+    return {layer.layer: layer.torch_error for layer in report if layer.torch_error is not None}
+
+
+def layer_codes_gate(name: str, report: Sequence[LayerParity]) -> Gate:
+    """Activation codes that differ, over all layers."""
     differing = sum(layer.differing_codes for layer in report)
-    codes = sum(layer.codes for layer in report)
-    gates = [
-        Gate(
-            name="activation codes differing", value=differing,
-            detail=f"of {codes} in {len(report)} layers, each fed the same input",
-        )
-    ]  # fmt: skip
-    integers = {layer.layer: layer.error for layer in report if layer.integer}
-    floats = {layer.layer: layer.error for layer in report if not layer.integer}
-    in_torch = {layer.layer: layer.torch_error for layer in report if layer.torch_error is not None}
-    gates += _error_gate("integer layer error", integers, INTEGER_TOLERANCE)
-    gates += _error_gate("float layer error", floats, FLOAT_TOLERANCE)
-    return gates + _error_gate("torch layer error", in_torch, FLOAT_TOLERANCE)
+    detail = f"of {sum(layer.codes for layer in report)} in {len(report)} layers, each fed the same input"
+    return Gate(name=name, value=differing, detail=detail)
 
 
-def _error_gate(name: str, errors: Mapping[str, float], tolerance: float) -> list[Gate]:
-    """The worst of some errors; no gate where there are none."""
-    if not errors:
-        return []
+def layer_error_gate(name: str, errors: Mapping[str, float], tolerance: float) -> Gate:
+    """The worst of some layers' errors."""
     worst = max(errors, key=lambda layer: math.inf if math.isnan(errors[layer]) else errors[layer])
     detail = f"against the exact result of the codes, over the layer's largest output; {len(errors)} layers"
-    return [
-        Gate(
-            name=name, value=errors[worst], comparison=Comparison.AT_MOST, threshold=tolerance,
-            detail=f"{detail}, the worst: {worst}",
-        )
-    ]  # fmt: skip
+    return Gate(
+        name=name, value=errors[worst], comparison=Comparison.AT_MOST, threshold=tolerance,
+        detail=f"{detail}, the worst: {worst}",
+    )  # fmt: skip
 
 
 def kernel_gate(report: KernelReport) -> Gate:

@@ -41,7 +41,7 @@ def check_kernels(model: Path, layers: Sequence[ExportedLayer]) -> KernelReport:
     onnx_ir = import_onnx_package("onnx_ir")
     with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
         optimized = Path(folder) / "optimized.onnx"
-        open_session(model, optimized=optimized)
+        open_session(model, write_to=optimized)
         made_by = {value.name: node.op_type for node in onnx_ir.load(optimized).graph for value in node.outputs}
     operators = {}
     for layer in layers:

@@ -191,7 +191,7 @@ def _weight(dequantize: ir.Node, codes: ir.Value, scale: ir.Value | None, kind: 
         tensor = tensor.T
     if dequantize.attributes.get_int("block_size", 0):  # the scale of a channel, repeated for all of its blocks
         if axis != 0 or kind is not ProductKind.LINEAR or scales.ndim != _BLOCKED or np.any(scales != scales[:1]):
-            raise _bad(f"{dequantize.name} has blocks that are not of one scale a channel")
+            raise _bad(f"{dequantize.name} has blocks that are not of one scale per channel")
         axis, scales = 1, scales[0]
     if axis != (1 if kind is ProductKind.LINEAR else 0):
         raise _bad(f"{dequantize.name} scales along axis {axis}")

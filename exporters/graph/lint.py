@@ -13,7 +13,7 @@ from torch import nn
 from exporters.graph.findings import LintFindingsError
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.passes.weights import fits_int4
-from exporters.graph.trace import PlainGraph, owner
+from exporters.graph.trace import FloatGraph, owner
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.vision.exact import inexact_sites
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit
@@ -59,7 +59,7 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = T
     return findings
 
 
-def lint_graph(plain: PlainGraph, model: nn.Module) -> list[Finding]:
+def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
     """Findings on a float graph, before any pass: what engines have one kernel for must be one operator."""
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     findings = [
@@ -67,10 +67,10 @@ def lint_graph(plain: PlainGraph, model: nn.Module) -> list[Finding]:
             "layer-norm", owner(node, norms), f"it became {node.op_type} and more",
             "use the versions of torch and onnxscript that this project was tested with",
         )
-        for node in plain.model.graph
+        for node in traced.model.graph
         if owner(node, norms) and node.op_type != "LayerNormalization"
     ]  # fmt: skip
-    size = sum(v.const_value.nbytes for v in plain.model.graph.initializers.values() if v.const_value is not None)
+    size = sum(v.const_value.nbytes for v in traced.model.graph.initializers.values() if v.const_value is not None)
     if size > _LARGEST_FILE_BYTES:
         findings.append(
             Finding("file-size", "the float graph", f"{size} bytes", "one file holds 2 GB: use a smaller model")

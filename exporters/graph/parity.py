@@ -104,7 +104,7 @@ def compare_layers(
     inputs: Mapping[str, Any],
     torch_outputs: Mapping[str, Tensor] | None = None,
     *,
-    plain: bool = False,
+    optimize: bool = True,
 ) -> list[LayerParity]:
     """Run every layer in ONNX Runtime, optimized as in service, and compare it with the exact result.
 
@@ -113,10 +113,10 @@ def compare_layers(
         layers: its layers.
         inputs: float inputs by their names in the cut model (see `inputs_of`).
         torch_outputs: what torch gives for them, by label (see `outputs_of`); compared too.
-        plain: every operator as it stands, for graphs that another engine runs: no integer kernel of this CPU, and
-            sums in float64, so that only the graph is judged.
+        optimize: False for graphs that another engine runs: every operator as it stands, no integer kernel of this
+            CPU, and sums in float64, so that only the graph is judged.
     """
-    outputs = run(open_session(cut_layers(model, layers, wide=plain), plain=plain), inputs)
+    outputs = run(open_session(cut_layers(model, layers, wide=not optimize), optimize=optimize), inputs)
     cut = cut_codes(model, layers)
     codes = {} if cut is None else run(open_session(cut), inputs)
     exact = exact_outputs(layers, inputs)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from exporters.graph.exact import exact_graph
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.lint import lint_graph, refuse
 from exporters.graph.passes import (
@@ -18,17 +17,22 @@ from exporters.graph.passes import (
     quantize_weights,
     split_gemms,
     strip_metadata,
+    unfold_patches,
 )
-from exporters.graph.trace import PlainGraph, export_plain
+from exporters.graph.passes.gelu import expand_gelus
+from exporters.graph.passes.islands import make_islands
+from exporters.graph.trace import FloatGraph, trace_float
 from fp8pipe.models.vision.architecture import build
+from fp8pipe.models.vision.exact import double_model
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, of_type
+from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["QuantizedGraph", "as_exported", "float_model", "quantize_graph", "unquantized"]
+__all__ = ["QuantizedGraph", "as_exported", "float_model", "quantize_graph", "trace_linted", "unquantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,39 +77,48 @@ def _with(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit
     )
 
 
-def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> QuantizedGraph:
-    """Trace, lint and rewrite.
+def trace_linted(model: nn.Module, structure: VitStructure, source: str) -> FloatGraph:
+    """The float graph of a model, before any pass.
 
     Args:
-        quantized: the artifact's model.
-        format: what the graph shall hold.
+        model: in float, prepared.
+        structure: of the model.
         source: the artifact, for messages.
 
     Raises:
         LintFindingsError: the traced graph cannot be quantized well.
         ConfigurationError: it cannot be traced, or its layers are not found in the graph.
     """
+    traced = trace_float(model, structure)
+    refuse(lint_graph(traced, model), source)
+    return traced
+
+
+def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> QuantizedGraph:
+    """Trace, lint and rewrite; for the exact format in float64.
+
+    Args:
+        quantized: the artifact's model; for the exact format with integer codes throughout.
+        format: what the graph shall hold.
+        source: the artifact, for messages.
+
+    Raises:
+        LintFindingsError, ConfigurationError: as `trace_linted`.
+    """
     import onnx_ir as ir
 
-    if format is OnnxFormat.QDQ_EXACT:
-        exact, changed = exact_graph(quantized, source)
-        return QuantizedGraph(exact, b"", changed)
-    model = float_model(quantized)
-    plain = export_plain(model, quantized.structure)
-    refuse(lint_graph(plain, model), source)
-    float_bytes = ir.to_proto(plain.model).SerializeToString()
-    plain, split = split_gemms(plain)
-    int4 = format is OnnxFormat.INT4_WEIGHT_ONLY
-    weights = of_type(quantized.weights, WeightCodes)
-    changes = [split, quantize_weights(plain, weights, int4=int4, zero_points=True)]
-    if format is OnnxFormat.QDQ:
-        changes.append(_activations(plain, quantized))
-    changes += [name_products(plain), strip_metadata(plain.model)]
-    return QuantizedGraph(plain.model, float_bytes, tuple(changes))
-
-
-def _activations(plain: PlainGraph, quantized: QuantizedVit) -> Change:
-    """Integer codes: one pair a reader, which ONNX Runtime needs; FP8, which it runs in float: shared pairs."""
-    activations = of_type(quantized.activations, ActivationQuantizer)
-    integer = any(q.kind is Kind.INT for q in activations.values())
-    return quantize_activations(plain, quantized.structure, activations, share=not integer)
+    exact, int4 = format is OnnxFormat.QDQ_EXACT, format is OnnxFormat.INT4_WEIGHT_ONLY
+    traced = trace_linted(double_model(quantized) if exact else float_model(quantized), quantized.structure, source)
+    float_bytes = b"" if exact else ir.to_proto(traced.model).SerializeToString()
+    changes = [split_gemms(traced), *([unfold_patches(traced)] if exact else [])]
+    changes.append(quantize_weights(traced, of_type(quantized.weights, WeightCodes), int4=int4, zero_points=True))
+    if format.quantizes_activations:
+        # Integer codes: one pair for each reader, which ONNX Runtime needs; FP8, which it runs in float: shared pairs.
+        activations = of_type(quantized.activations, ActivationQuantizer)
+        integer = any(q.kind is Kind.INT for q in activations.values())
+        changes.append(quantize_activations(traced, quantized.structure, activations, share=not integer))
+    changes.append(name_products(traced))
+    if exact:
+        changes += [make_islands(traced), expand_gelus(traced.model)]
+    changes.append(strip_metadata(traced.model))
+    return QuantizedGraph(traced.model, float_bytes, tuple(changes))

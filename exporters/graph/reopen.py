@@ -97,7 +97,7 @@ def _same(found: Quantizer | None, expected: Quantizer | None) -> bool:
 
 
 def operand_at_sites(layers: Sequence[ExportedLayer], quantized: QuantizedVit) -> Iterable[tuple[str, Operand | None]]:
-    """Every operand of the model that may be quantized, with what the file has there; a site once a reader."""
+    """Every operand of the model that may be quantized, with what the file has there; a site once per reader."""
     by_label = {layer.label: layer for layer in layers}
     for linear in quantized.structure.linears:
         layer = by_label.get(linear.name)

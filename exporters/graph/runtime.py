@@ -46,7 +46,7 @@ def session_entries(features: Collection[str] | None = None) -> dict[str, str]:
 
 
 def open_session(
-    model: Path | bytes, *, optimized: Path | None = None, plain: bool = False, portable: bool = False,
+    model: Path | bytes, *, write_to: Path | None = None, optimize: bool = True, portable: bool = False,
     threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",),
     entries: Mapping[str, str] | None = None,
 ) -> Any:  # fmt: skip
@@ -54,8 +54,8 @@ def open_session(
 
     Args:
         model: a file, or its bytes.
-        optimized: where to write the optimized graph; not written when None.
-        plain: no graph optimization at all, every operator as it stands.
+        write_to: where to write the optimized graph; not written when None.
+        optimize: False runs every operator as it stands.
         portable: only fusions that every CPU has, no layouts of this one's.
         threads: threads within an operator; the runtime's own choice when None.
         providers: where it computes, the first that can; the CPU is what exports are compared on.
@@ -70,14 +70,14 @@ def open_session(
     options.log_severity_level = _ERRORS_ONLY
     for key, value in (session_entries() if entries is None else entries).items():
         options.add_session_config_entry(key, value)
-    if plain:
+    if not optimize:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if portable:
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     if threads is not None:
         options.intra_op_num_threads = threads
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
+    if write_to is not None:
+        options.optimized_model_filepath = str(write_to)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return runtime.InferenceSession(

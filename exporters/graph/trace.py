@@ -1,8 +1,8 @@
 """The float graph of a vision transformer, and which of its products belongs to which layer.
 
 `torch.onnx.export` traces the prepared model while every attention runs the plain formula (the factor on the
-queries, before the product), so the graph holds two matrix products an attention and one a linear. The exporter notes
-for every node the modules it came from; with that, and by comparing the weights themselves, each product is
+queries, before the product), so the graph holds two matrix products per attention and one per linear. The exporter
+notes for every node the modules it came from; with that, and by comparing the weights themselves, each product is
 assigned to its layer. A product that belongs to none, or a layer without one, is an error: nothing is guessed.
 """
 
@@ -28,7 +28,7 @@ from fp8pipe.models.vision.structure import VitStructure
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["INPUT_NAME", "OPSET", "OUTPUT_NAME", "PlainGraph", "Product", "ProductKind", "export_plain", "owner"]
+__all__ = ["INPUT_NAME", "OPSET", "OUTPUT_NAME", "FloatGraph", "Product", "ProductKind", "owner", "trace_float"]
 
 # 21 brings INT4, FP8 scales of every float type, and blocked scales; later ones bring nothing that is used here.
 OPSET: Final = 21
@@ -45,9 +45,9 @@ class ProductKind(StrEnum):
     AV = "av"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Product:
-    """One product of the graph.
+    """One product of the graph; a pass that puts another node in its place says so here.
 
     Attributes:
         kind: a linear, the patch embedding, or one of an attention's two products.
@@ -61,7 +61,7 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainGraph:
+class FloatGraph:
     """A float graph.
 
     Attributes:
@@ -71,6 +71,11 @@ class PlainGraph:
 
     model: ir.Model
     products: tuple[Product, ...]
+
+    def in_graph_order(self) -> list[Product]:
+        """The products by the order of their nodes: what several read must stand before the first of them."""
+        order = {node: index for index, node in enumerate(self.model.graph)}
+        return sorted(self.products, key=lambda product: order[product.node])
 
 
 class _Exported(nn.Module):
@@ -85,7 +90,7 @@ class _Exported(nn.Module):
         return vision_outputs(self.model, pixels)
 
 
-def export_plain(model: nn.Module, structure: VitStructure) -> PlainGraph:
+def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
     """Export a prepared model in float, with a dynamic batch.
 
     Args:
@@ -99,7 +104,7 @@ def export_plain(model: nn.Module, structure: VitStructure) -> PlainGraph:
     for package in ("onnx", "onnx_ir", "onnxscript"):
         import_onnx_package(package)
     graph_model = _trace(model, structure)
-    return PlainGraph(graph_model, tuple(_assign(graph_model, model, structure)))
+    return FloatGraph(graph_model, tuple(_assign(graph_model, model, structure)))
 
 
 def _explicit(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -124,7 +129,8 @@ def _trace(model: nn.Module, structure: VitStructure) -> ir.Model:
             why=" ".join(str(error.__cause__ or error).split())[:600],
             fix="use a plain vision transformer, or a version of its library that traces",
         ) from error
-    return program.model
+    graph: ir.Model = program.model
+    return graph
 
 
 def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) -> Iterable[Product]:

@@ -2,8 +2,8 @@
 
 Two of its FP8 forms hold an artifact's codes as they are:
 
-* `FP8`: one scale a weight (`weight_scale`, `()`), one static scale an input (`input_scale`, `()`), both float32.
-* `FP8_PER_CHANNEL_PER_TOKEN`: one scale a row (`(out,)`), inputs quantized while it runs.
+* `FP8`: one scale per weight (`weight_scale`, `()`), one static scale per input (`input_scale`, `()`), both float32.
+* `FP8_PER_CHANNEL_PER_TOKEN`: one scale per row (`(out,)`), inputs quantized while it runs.
 
 Readers join queries, keys and values, and gate and up, into one product. In `FP8` that product has one scale, and a
 reader that finds several rounds all codes again to the largest. So `FP8` is written only where the scales of such a
@@ -78,15 +78,13 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
             if model.per_tensor and uneven:
                 writer.warn(
                     f"{len(uneven)} group(s) of layers that readers join have unequal scales, the first: "
-                    f"{', '.join(uneven[0])}; written with one scale a row, so that no code is rounded again"
+                    f"{', '.join(uneven[0])}; written with one scale per row, so that no code is rounded again"
                 )
             tensors = dict(checkpoint_tensors(model, algorithm, scales))
             _save(tensors, writer.root)
             _write_configs(model, algorithm, writer.root)
             gates = _compare(tensors, model, writer.root)
-            for gate in gates:
-                writer.gate(gate)
-            require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
+            require_gates(writer, gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
             parent, layers = model.artifact.as_parent(), checkpoint_layers(model, algorithm, options.calibration)
             write_card(writer, _CARD, source=model.root, parent=parent, format=options.format, layers=layers)

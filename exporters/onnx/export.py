@@ -124,10 +124,8 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
             progress.advance(1)
             gates, near_tie = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
             progress.advance(1)
-            for gate in gates:
-                writer.gate(gate)
             fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
-            require_gates(gates, "the written graph differs from its artifact", fix)
+            require_gates(writer, gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
             details = OnnxDetails(
                 **graph_details(graph, quantized, options.format.value).model_dump(), near_tie=near_tie

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+
+from exporters.graph.passes.editing import cast
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,8 +58,8 @@ def _stored(graph: ir.Graph, node: ir.Node) -> ir.Value:
     return value
 
 
-def _spread(scale: NDArray, codes: NDArray, axis: int, block: int) -> NDArray:
-    """One scale a tensor, a channel, or a block, in a shape that multiplies the codes."""
+def _spread(scale: NDArray[Any], codes: NDArray[Any], axis: int, block: int) -> NDArray[Any]:
+    """One scale per tensor, per channel or per block, in a shape that multiplies the codes."""
     if block:
         return np.repeat(scale, block, axis=axis).astype(np.float32)
     if scale.size == 1:
@@ -80,8 +82,4 @@ def _typed(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     wanted = node.inputs[1].dtype if node.inputs[1] is not None else None
     if wanted is None or value.dtype == wanted:
         return value
-    cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{node.name}/Cast")
-    output = cast.outputs[0]
-    output.name, output.type, output.shape = f"{node.name}/cast", ir.TensorType(wanted), value.shape
-    graph.insert_before(node, cast)
-    return output
+    return cast(graph, node, value, wanted, f"{node.name}/Cast", f"{node.name}/cast")

@@ -20,13 +20,13 @@ from typing import Final, Literal
 
 from pydantic import Field
 
+from exporters.tensorrt.builder import Built, Shapes
+from exporters.tensorrt.engines import ENGINES, MODEL_FILE
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
-from exporters.tensorrt.export import ENGINES, MODEL_FILE
 from exporters.tensorrt.options import TrtFormat
-from exporters.tensorrt.pack import PACKED_SUFFIX, unpack_engine
 from exporters.tensorrt.precision import read_precision
-from exporters.tensorrt.recipe import EngineRecipe, cache_folder, installed_builder
-from exporters.tensorrt.rtx import SETTINGS, Built, Shapes, build_rtx
+from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
+from exporters.tensorrt.rtx import SETTINGS, build_rtx
 from exporters.tensorrt.target import KIND, BuiltEngine, TrtDetails
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.config import FrozenConfig

@@ -8,11 +8,9 @@ serves, or TensorRT for RTX, which needs neither.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
+import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +18,16 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field
 
-from exporters.tensorrt.inspector import parse_inspector
+from exporters.tensorrt.builder import Built, Shapes, run_builder
+from exporters.tensorrt.listing import parse_inspector
 from exporters.tensorrt.recipe import cache_folder
-from exporters.tensorrt.rtx import Built, Shapes, refused
 from fp8pipe.core.config import Flag, FrozenConfig
-from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
+from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
 
-__all__ = ["EnterpriseMachine", "EnterpriseSettings", "build_enterprise", "check_enterprise"]
+__all__ = ["EnterpriseMachine", "EnterpriseSettings", "build_enterprise", "check_enterprise", "trtexec_command"]
 
-_WORKER: Final = Path(__file__).with_name("enterprise_worker.py")
 _TIMEOUT_S: Final = 4 * 3600
-_REFUSED: Final = 3
 _OLDEST: Final = (10, 13)
 _ELSEWHERE: Final = (
     "; or export with --builder none and build with trtexec where the engine will run (the export's manifest holds "
@@ -128,36 +124,51 @@ def build_enterprise(
         GateFailedError: the parser or the builder refuses the graph; its own words are in the message.
         BadArtifactError: the builder died, or the engine's inspector cannot be read.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        answer, path = Path(scratch) / "answer.json", Path(scratch) / "job.json"
-        path.write_text(json.dumps(job(graph, engine, answer, machine, profiles, settings)), encoding="utf-8")
-        ended = subprocess.run(
-            [sys.executable, "-P", str(_WORKER), str(path)], capture_output=True, text=True, timeout=_TIMEOUT_S
-        )
-        if ended.returncode not in (0, _REFUSED) or not answer.is_file():
-            last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
-            raise BadArtifactError(
-                "the builder of TensorRT died",
-                why=last[0][:600],
-                fix="free some memory of the GPU, and try again; then report it with the graph",
-            )
-        found = json.loads(answer.read_text(encoding="utf-8"))
-    if not found["built"]:
-        raise refused("TensorRT", found["parsed"], [*found["errors"], *found["messages"]])
+    found = run_builder(
+        job(machine, profiles, settings), graph, engine, "TensorRT", timeout_s=_TIMEOUT_S, memory="memory of the GPU"
+    )
     return Built(found["version"], parse_inspector(found["inspector"]), tuple(found["messages"]))
 
 
-def job(
-    graph: Path, engine: Path, answer: Path, machine: EnterpriseMachine, profiles: Mapping[str, Shapes],
-    settings: EnterpriseSettings,
-) -> dict[str, Any]:  # fmt: skip
-    """What the worker is told; all of it is JSON."""
+def job(machine: EnterpriseMachine, profiles: Mapping[str, Shapes], settings: EnterpriseSettings) -> dict[str, Any]:
+    """What the worker is told beside files; all of it is JSON."""
     return {
-        "graph": str(graph), "engine": str(engine), "answer": str(answer), "profiles": dict(profiles),
-        "parent": os.getpid(),
+        "package": "tensorrt", "profiles": dict(profiles), "inspect": True,
         "network_flags": list(settings.network_flags(machine.version)),
         "builder_flags": list(settings.builder_flags()),
         "workspace_bytes": settings.workspace_mib << 20,
         "optimization_level": settings.optimization_level,
         "timing_cache": str(cache_folder() / f"timing-{machine.version}-{machine.capability}.cache"),
     }  # fmt: skip
+
+
+def trtexec_command(
+    graph: str, profiles: Mapping[str, Shapes], *, workspace_mib: int, version_compatible: bool = False
+) -> str:
+    """The command line that builds the same engine elsewhere: on the machine that will serve, with NVIDIA's `trtexec`.
+
+    One line for a shell; the engine, its layers and the timing cache are written where it is run. Every flag is one of
+    10.x and of 11.x. `--stronglyTyped` is needed by 10.x, and accepted by 11.x, where networks are always strongly
+    typed. Flags of precision are not given: the graph holds the types, and 11.x has none.
+
+    Args:
+        graph: path of the ONNX file, as it is to be written.
+        profiles: smallest, usual and largest shape of each input; the names are the graph's.
+        workspace_mib: scratch memory of the builder, MiB.
+        version_compatible: whether later versions of the same major one shall load the engine.
+    """
+    shapes = [
+        f"--{flag}Shapes=" + ",".join(f"{name}:{_sides(shape[index])}" for name, shape in profiles.items())
+        for index, flag in enumerate(("min", "opt", "max"))
+    ]
+    flags = [
+        f"--onnx={graph}", "--saveEngine=model.engine", "--stronglyTyped", *(shapes if profiles else []),
+        f"--memPoolSize=workspace:{workspace_mib}", "--timingCacheFile=timing.cache",
+        "--profilingVerbosity=detailed", "--exportLayerInfo=model.layers.json",
+        *(["--versionCompatible"] if version_compatible else []), "--skipInference",
+    ]  # fmt: skip
+    return shlex.join(["trtexec", *flags])
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in shape)

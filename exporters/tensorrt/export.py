@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,27 +21,31 @@ from exporters.graph.reopen import reopen_gates
 from exporters.graph.trace import INPUT_NAME, ProductKind
 from exporters.onnx.export import plan_export
 from exporters.onnx.options import OnnxExportOptions
-from exporters.tensorrt.block_parity import block_gates, block_parity
-from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise
+from exporters.tensorrt.builder import Shapes
+from exporters.tensorrt.engines import (
+    MODEL_FILE,
+    describe_engine,
+    engine_file,
+    precision_gate,
+    shown_counts,
+    write_layers,
+)
+from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise, trtexec_command
 from exporters.tensorrt.formats import choose_format, in_format
 from exporters.tensorrt.graph import typed_graph
-from exporters.tensorrt.half import NotHalf, halve
-from exporters.tensorrt.halved import compare_halved, stored_arrays
+from exporters.tensorrt.half import compare_halved, halve, refuse_not_half, stored_arrays
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions, TrtFormat
-from exporters.tensorrt.pack import pack_engine
-from exporters.tensorrt.parity import parity_gates, typed_parity
+from exporters.tensorrt.parity import block_gates, block_parity, typed_gates, typed_parity
 from exporters.tensorrt.precision import PrecisionReport, artifact_precisions, read_precision
-from exporters.tensorrt.recipe import EngineRecipe
-from exporters.tensorrt.rtx import SETTINGS, Shapes, build_rtx
+from exporters.tensorrt.recipe import EngineRecipe, pack_engine
+from exporters.tensorrt.rtx import SETTINGS, build_rtx
 from exporters.tensorrt.size import expected_sizes, ideal_bytes, measure_engine, size_gate, stored_gate
 from exporters.tensorrt.target import ENGINE_LIMITS, KIND, BuiltEngine, TrtDetails
 from exporters.tensorrt.targets import plan_targets, with_targets
-from exporters.tensorrt.trtexec import trtexec_command
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
-    Comparison,
     Gate,
     NumberFormat,
     check_place,
@@ -50,7 +53,6 @@ from fp8pipe.artifact import (
     open_artifact,
     sha256_file,
 )
-from fp8pipe.artifact.finding import Finding
 from fp8pipe.core.plan import Plan
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.encodings import layer_records
@@ -61,21 +63,17 @@ from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ENGINES", "LAYERS_FILE", "MODEL_FILE", "engine_file", "export_tensorrt"]
+__all__ = ["export_tensorrt"]
 
 SOURCE_KIND: Final = "vit"
-MODEL_FILE: Final = "model.onnx"
-ENGINES: Final = "engines"
-LAYERS_FILE: Final = "layers.json"
 _LAYER_IMAGES: Final = 4
-_BLOCK_LINEARS: Final = 4  # qkv, projection and the two of the MLP
 _FLOATS: Final = ("fp16", "fp32", "bf16")
+_BLOCK_LINEARS: Final = 4  # qkv, projection and the two of the MLP
+_CARD: Final = CardFacts("tensorrt", "TensorRT", ENGINE_LIMITS)
 # What the manifest keeps of an engine's entry in layers.json.
 _IN_MANIFEST: Final = (
     "engine", "engine_bytes", "stored_bytes", "size", "precisions", "fused_attentions", "recipe",
 )  # fmt: skip
-
-_CARD: Final = CardFacts("tensorrt", "TensorRT", ENGINE_LIMITS)
 
 
 def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Artifact:
@@ -114,36 +112,22 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
         graph = typed_graph(quantized, format, str(source))
         progress.advance(1)
         with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
-            layers = read_layers(graph.model)
-            gates = _write(writer.root, graph, layers, quantized, images, options, str(source))
-            ideal = ideal_bytes(graph.model)
+            made = _Made(writer.root, graph, read_layers(graph.model), quantized, format, options, machine)
+            gates = made.write(images, str(source))
             for warning in check_file(writer.root / MODEL_FILE, engines, str(source), require=options.require):
                 writer.warn(warning)
             progress.advance(1)
             reports: dict[str, dict[str, Any]] = {}
             for capability in engines:
-                report, entry = _build(writer.root, layers, quantized, options, capability, machine)
-                reports[capability] = entry
-                gates.append(_precision_gate(report, layers, format, capability, required=options.require))
-                size = measure_engine(writer.root / entry["engine"], ideal)
-                entry["size"] = size.model_dump()
-                if options.pack:
-                    packed = pack_engine(writer.root / entry["engine"])
-                    entry["engine"] = packed.relative_to(writer.root).as_posix()
-                entry["stored_bytes"] = (writer.root / entry["engine"]).stat().st_size
-                held = options.require and not format.weight_only
-                gates.append(size_gate(size, capability, required=held))
-                gates.append(stored_gate(size, entry["stored_bytes"], capability, required=held and options.pack))
+                reports[capability], held = made.engine(capability)
+                gates += held
                 progress.advance(1)
-            if reports:
-                (writer.root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-            for gate in gates:
-                writer.gate(gate)
+            write_layers(writer.root, reports)
             fix = f"look into {writer.root}; precision alone may be waived with --no-require"
-            require_gates(gates, "the export does not hold what was asked", fix)
+            require_gates(writer, gates, "the export does not hold what was asked", fix)
             if images.source.startswith("random"):
                 writer.warn(f"compared on {images.source}")
-            return _commit(writer, artifact, quantized, options, format, graph, reports, artifact_precisions(layers))
+            return _commit(writer, artifact, quantized, options, format, graph, reports, made.precisions)
 
 
 def plan_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> tuple[dict[str, Any], Plan]:
@@ -166,105 +150,108 @@ def after_export(artifact: Artifact) -> list[str]:
     return ["  to build TensorRT's engine on another machine:", f"    {command}"]
 
 
-def engine_file(capability: str, builder: Builder = Builder.RTX) -> str:
-    """Where an engine is built in an export: `engines/rtx-8.9.engine`; `.xz` is added when it is packed."""
-    return f"{ENGINES}/{'rtx' if builder is Builder.RTX else 'trt'}-{capability}.engine"
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One export on its way.
 
+    Attributes:
+        root: where it is written.
+        graph: float32, until it is written.
+        layers: of the graph.
+        quantized: the model of the format.
+        format: how products are stored and multiplied.
+        options: with the format's own compute capabilities.
+        machine: that builds with TensorRT; None for other builders.
+    """
 
-def _write(
-    root: Path,
-    graph: QuantizedGraph,
-    layers: Sequence[ExportedLayer],
-    quantized: QuantizedVit,
-    images: ProbeImages,
-    options: TrtExportOptions,
-    source: str,
-) -> list[Gate]:
-    """The files but engines; gates on the graph before and after it is halved."""
-    import onnx_ir as ir
+    root: Path
+    graph: QuantizedGraph
+    layers: Sequence[ExportedLayer]
+    quantized: QuantizedVit
+    format: TrtFormat
+    options: TrtExportOptions
+    machine: EnterpriseMachine | None
 
-    gates = reopen_gates(graph.model, layers, quantized, OnnxFormat.QDQ)
-    gates.append(float_gate(graph.float_bytes, quantized, images.pixels))
-    pixels = images.pixels[:_LAYER_IMAGES]
-    convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
-    report = typed_parity(graph.model, layers, quantized, pixels)
-    gates += parity_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE)
-    gates += block_gates(block_parity(graph.model, layers, quantized, pixels))
-    before = stored_arrays(graph.model)
-    if options.base is Base.FP16:
-        _halve(graph.model, source)
-    ir.save(graph.model, root / MODEL_FILE)
-    gates += compare_halved(before, ir.load(root / MODEL_FILE))
-    write_description(root, quantized)
-    return gates
+    @property
+    def precisions(self) -> dict[str, str]:
+        """The artifact's own precision, by product."""
+        return artifact_precisions(self.layers)
+
+    def write(self, images: ProbeImages, source: str) -> list[Gate]:
+        """The files but engines; gates on the graph before and after it is halved."""
+        import onnx_ir as ir
+
+        model, layers, quantized = self.graph.model, self.layers, self.quantized
+        gates = reopen_gates(model, layers, quantized, OnnxFormat.QDQ)
+        gates.append(float_gate(self.graph.float_bytes, quantized, images.pixels))
+        pixels = images.pixels[:_LAYER_IMAGES]
+        convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
+        report = typed_parity(model, layers, quantized, pixels)
+        gates += typed_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE)
+        gates += block_gates(block_parity(model, layers, quantized, pixels))
+        before = stored_arrays(model)
+        if self.options.base is Base.FP16:
+            _halve(model, source)
+        ir.save(model, self.root / MODEL_FILE)
+        gates += compare_halved(before, ir.load(self.root / MODEL_FILE))
+        write_description(self.root, quantized)
+        return gates
+
+    def engine(self, capability: str) -> tuple[dict[str, Any], list[Gate]]:
+        """Build one engine and store it: its entry for layers.json, and gates on its precision and its size."""
+        report, entry = self._build(capability)
+        size = measure_engine(self.root / entry["engine"], ideal_bytes(self.graph.model))
+        entry["size"] = size.model_dump()
+        if self.options.pack:
+            entry["engine"] = pack_engine(self.root / entry["engine"]).relative_to(self.root).as_posix()
+        entry["stored_bytes"] = (self.root / entry["engine"]).stat().st_size
+        held = self.options.require and not self.format.weight_only
+        return entry, [
+            self._precision_gate(report, capability),
+            size_gate(size, capability, required=held),
+            stored_gate(size, entry["stored_bytes"], capability, required=held and self.options.pack),
+        ]
+
+    def _build(self, capability: str) -> tuple[PrecisionReport, dict[str, Any]]:
+        profiles, machine = _profiles(self.quantized, self.options), self.machine
+        name = engine_file(capability, self.options.builder)
+        graph, path = self.root / MODEL_FILE, self.root / name
+        path.parent.mkdir(exist_ok=True)
+        if machine is None:
+            built, settings = build_rtx(graph, path, [capability], profiles), dict(SETTINGS)
+        else:
+            built = build_enterprise(graph, path, machine, profiles, self.options.enterprise)
+            settings = self.options.enterprise.model_dump()
+        recipe = EngineRecipe(
+            builder="rtx" if machine is None else "enterprise", version=built.version, capability=capability,
+            graph_sha256=sha256_file(graph), profiles=profiles, settings=settings,
+        )  # fmt: skip
+        report = read_precision([str(layer.node.name) for layer in self.layers], built.layers)
+        entry = {
+            "recipe": recipe.model_dump(mode="json"),
+            **describe_engine(self.root, name, report, built),
+            "fused_attentions": sum(product.fused_attention for product in report.products) // 2,
+        }
+        return report, entry
+
+    def _precision_gate(self, report: PrecisionReport, capability: str) -> Gate:
+        if not self.format.weight_only:
+            name = f"products not in {self.format} for {capability}"
+            return precision_gate(report, self.precisions, name, required=self.options.require)
+        # The builder is free to dequantize: codes and memory stay small, nothing is rounded anew.
+        value, detail = sum(product.name in _FLOATS for product in report.products), shown_counts(report.counts())
+        return Gate(name=f"products in float for {capability}", value=value, threshold=value, detail=detail)
 
 
 def _halve(model: ir.Model, source: str) -> None:
-    try:
+    with refuse_not_half(source, "quantize the model again with this version, or export with --base fp32"):
         halve(model)
-    except NotHalf as error:
-        fix = "quantize the model again with this version, or export with --base fp32"
-        refuse([Finding("not-half", str(error).partition(":")[0], str(error).partition(": ")[2], fix)], source)
-
-
-def _build(
-    root: Path,
-    layers: Sequence[ExportedLayer],
-    quantized: QuantizedVit,
-    options: TrtExportOptions,
-    capability: str,
-    machine: EnterpriseMachine | None,
-) -> tuple[PrecisionReport, dict[str, Any]]:
-    """One engine, what it multiplies in, and its entry for layers.json."""
-    profiles = _profiles(quantized, options)
-    name = engine_file(capability, options.builder)
-    graph, path = root / MODEL_FILE, root / name
-    path.parent.mkdir(exist_ok=True)
-    if machine is None:
-        built, settings = build_rtx(graph, path, [capability], profiles), dict(SETTINGS)
-    else:
-        built = build_enterprise(graph, path, machine, profiles, options.enterprise)
-        settings = options.enterprise.model_dump()
-    recipe = EngineRecipe(
-        builder="rtx" if machine is None else "enterprise", version=built.version, capability=capability,
-        graph_sha256=sha256_file(graph), profiles=profiles, settings=settings,
-    )  # fmt: skip
-    report = read_precision([str(layer.node.name) for layer in layers], built.layers)
-    entry = {
-        "recipe": recipe.model_dump(mode="json"),
-        "engine": name,
-        "engine_bytes": path.stat().st_size,
-        "precisions": report.counts(),
-        "fused_attentions": sum(product.fused_attention for product in report.products) // 2,
-        "products": [product.model_dump() for product in report.products],
-        "other_layers": report.other_layers,
-        "builder_warnings": list(built.warnings),
-        "layers": [layer.model_dump() for layer in built.layers],
-    }
-    return report, entry
 
 
 def _profiles(quantized: QuantizedVit, options: TrtExportOptions) -> dict[str, Shapes]:
     size = quantized.architecture.image_size
     low, usual, high = ((count, 3, *size) for count in options.batch)
     return {INPUT_NAME: (low, usual, high)}
-
-
-def _precision_gate(
-    report: PrecisionReport, layers: Sequence[ExportedLayer], format: TrtFormat, capability: str, *, required: bool
-) -> Gate:
-    shown = ", ".join(f"{count} in {name}" for name, count in sorted(report.counts().items()))
-    if format.weight_only:  # the builder is free to dequantize: codes and memory stay small, nothing is rounded anew
-        value = sum(product.name in _FLOATS for product in report.products)
-        return Gate(name=f"products in float for {capability}", value=value, threshold=value, detail=shown)
-    wanted = artifact_precisions(layers)
-    other = report.not_in(wanted)
-    if len(kinds := Counter(wanted.values())) > 1:
-        shown += f"; in the artifact {', '.join(f'{count} in {name}' for name, count in sorted(kinds.items()))}"
-    return Gate(
-        name=f"products not in {format} for {capability}", value=len(other),
-        comparison=Comparison.AT_MOST, threshold=0 if required else len(other), detail=shown + (f"; the first: {other[0]}" if other else ""),
-    )  # fmt: skip
 
 
 def _commit(
@@ -292,7 +279,8 @@ def _commit(
         volatile=[CARD_FILE],
         versions=versions,
         details=TrtDetails(
-            **graph_details(graph, quantized, format.value).model_dump(), base=options.base.value,
+            **graph_details(graph, quantized, format.value).model_dump(),
+            base=options.base.value,
             trtexec=trtexec_command(
                 MODEL_FILE, _profiles(quantized, options), workspace_mib=options.enterprise.workspace_mib,
                 version_compatible=options.enterprise.version_compatible,

@@ -23,8 +23,8 @@ _OWN: Final = {
 }
 
 
-def choose_format(quantized: QuantizedVit, asked: TrtFormat | None, source: str) -> TrtFormat:
-    """The format asked for, or the artifact's own.
+def choose_format(quantized: QuantizedVit, wanted: TrtFormat | None, source: str) -> TrtFormat:
+    """The wanted format, or the artifact's own.
 
     Raises:
         LintFindingsError: the artifact's codes cannot be stored in it without being rounded again.
@@ -33,7 +33,7 @@ def choose_format(quantized: QuantizedVit, asked: TrtFormat | None, source: str)
     # NVFP4 has FP8 beside it; no other family has any.
     kind = next((kind for kind in (Kind.NVFP4, Kind.E4M3) if kind in kinds), Kind.INT)
     called, own, _ = _OWN[kind]
-    format = own if asked is None else asked
+    format = own if wanted is None else wanted
     findings = []
     if kind is not format.kind:
         bits = _OWN[format.kind][2]

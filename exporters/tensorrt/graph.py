@@ -1,8 +1,7 @@
-"""A quantized vision model as the graph that TensorRT builds well: strongly typed, one quantizer a value."""
+"""A quantized vision model as the graph that TensorRT builds well: strongly typed, one quantizer per value."""
 
 from __future__ import annotations
 
-from exporters.graph.lint import lint_graph, refuse
 from exporters.graph.passes import (
     Change,
     name_products,
@@ -10,14 +9,13 @@ from exporters.graph.passes import (
     quantize_weights,
     split_gemms,
     strip_metadata,
+    unfold_patches,
 )
-from exporters.graph.passes.patches import unfold_patches
-from exporters.graph.produce import QuantizedGraph, float_model
-from exporters.graph.trace import PlainGraph, export_plain
-from exporters.tensorrt.barrier import hold_queries
-from exporters.tensorrt.flatten import flatten_products
+from exporters.graph.produce import QuantizedGraph, float_model, trace_linted
+from exporters.graph.trace import FloatGraph
 from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
 from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.passes import flatten_products, hold_queries
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
@@ -37,40 +35,35 @@ def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> Quan
         source: the artifact, for messages.
 
     Raises:
-        LintFindingsError: the traced graph cannot be quantized well.
-        ConfigurationError: it cannot be traced, or its layers are not found in the graph.
+        LintFindingsError, ConfigurationError: as `trace_linted`.
     """
     import onnx_ir as ir
 
-    model = float_model(quantized)
-    plain = export_plain(model, quantized.structure)
-    refuse(lint_graph(plain, model), source)
-    float_bytes = ir.to_proto(plain.model).SerializeToString()
-    plain, split = split_gemms(plain)
-    plain, unfolded = unfold_patches(plain)
+    traced = trace_linted(float_model(quantized), quantized.structure, source)
+    float_bytes = ir.to_proto(traced.model).SerializeToString()
     changes = [
-        split,
-        unfolded,
-        *_prepared(plain, quantized),
+        split_gemms(traced),
+        unfold_patches(traced),
+        *_prepared(traced, quantized),
         quantize_weights(
-            plain, of_type(quantized.weights, WeightCodes), int4=format is TrtFormat.INT4_WEIGHT_ONLY, block=INT4_BLOCK
+            traced, of_type(quantized.weights, WeightCodes), int4=format is TrtFormat.INT4_WEIGHT_ONLY, block=INT4_BLOCK
         ),
-        quantize_block_weights(plain, of_type(quantized.weights, BlockCodes)),
+        quantize_block_weights(traced, of_type(quantized.weights, BlockCodes)),
         quantize_activations(
-            plain, quantized.structure, of_type(quantized.activations, ActivationQuantizer), share=True
+            traced, quantized.structure, of_type(quantized.activations, ActivationQuantizer), share=True
         ),
-        quantize_block_activations(plain, quantized.structure, of_type(quantized.activations, BlockQuantizer)),
-        name_products(plain),
-        strip_metadata(plain.model),
-        hold_queries(plain.model),
+        quantize_block_activations(traced, quantized.structure, of_type(quantized.activations, BlockQuantizer)),
+        name_products(traced),
+        strip_metadata(traced.model),
+        hold_queries(traced.model),
     ]
-    return QuantizedGraph(plain.model, float_bytes, tuple(changes))
+    return QuantizedGraph(traced.model, float_bytes, tuple(changes))
 
 
-def _prepared(plain: PlainGraph, quantized: QuantizedVit) -> list[Change]:
+def _prepared(traced: FloatGraph, quantized: QuantizedVit) -> list[Change]:
     """What NVFP4 alone needs: a newer opset, and at most three axes where activations are rounded in blocks."""
     if not of_type(quantized.weights, BlockCodes):
         return []
     sites = of_type(quantized.activations, BlockQuantizer)
     rounded = [site.name for site in quantized.structure.linears if f"{site.input_group}.input" in sites]
-    return [raise_opset(plain.model, activations=bool(sites)), flatten_products(plain, rounded)]
+    return [raise_opset(traced.model, activations=bool(sites)), flatten_products(traced, rounded)]

@@ -3,21 +3,26 @@
 Codes and scales keep their values: scales are trained as numbers that FP16 holds exactly, and one that is not is
 refused. What changes is the arithmetic between products. Pixels stay float32 up to their quantizer, so their codes are
 those of the artifact bit for bit; normalizations take FP16 and compute in float32 (`stash_type` 1). Inputs and
-outputs of the graph keep their types.
+outputs of the graph keep their types. `compare_halved` reads the written file again: only types may have changed.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
 from exporters.graph.blocks import DYNAMIC_QUANTIZE
+from exporters.graph.findings import LintFindingsError
 from exporters.graph.passes import Change
-from exporters.graph.passes.tensors import add_initializer
+from exporters.graph.passes.editing import add_initializer, cast, cast_outputs
+from fp8pipe.artifact import Gate
+from fp8pipe.artifact.finding import Finding
 
-__all__ = ["NotHalf", "halve"]
+__all__ = ["NotHalf", "compare_halved", "halve", "refuse_not_half", "stored_arrays"]
 
 _LARGEST: Final = float(np.finfo(np.float16).max)
 _QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear", DYNAMIC_QUANTIZE)
@@ -26,7 +31,20 @@ _SCALE: Final = 1  # position among a quantizer's operands
 
 
 class NotHalf(ValueError):
-    """A stored tensor that FP16 cannot hold."""
+    """A stored tensor that FP16 cannot hold: its name, and why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+        self.name, self.why = name, why
+
+
+@contextmanager
+def refuse_not_half(source: str, fix: str) -> Iterator[None]:
+    """While active, a tensor that FP16 cannot hold is a finding that refuses the export of `source`."""
+    try:
+        yield
+    except NotHalf as error:
+        raise LintFindingsError([Finding("not-half", error.name, error.why, fix)], source) from error
 
 
 def halve(model: ir.Model) -> Change:
@@ -51,7 +69,7 @@ def halve(model: ir.Model) -> Change:
         if node not in islands:
             _retype(node)
     _cast_inputs(graph, islands)
-    _cast_outputs(graph)
+    cast_outputs(graph, "half", ir.DataType.FLOAT16)
     return Change("halve", tuple(changed))
 
 
@@ -88,9 +106,9 @@ def _halve_stored(value: ir.Value) -> str:
     finite = array[np.isfinite(array)]
     exact = any(node.op_type in _QUANTIZERS and index == _SCALE for node, index in value.uses())
     if exact and not np.array_equal(array, array.astype(np.float16).astype(np.float32)):
-        raise NotHalf(f"{value.name}: a scale that FP16 does not hold exactly")
+        raise NotHalf(str(value.name), "a scale that FP16 does not hold exactly")
     if finite.size and float(np.abs(finite).max()) > _LARGEST and not _is_mask(array):
-        raise NotHalf(f"{value.name}: {float(np.abs(finite).max()):g} is beyond FP16")
+        raise NotHalf(str(value.name), f"{float(np.abs(finite).max()):g} is beyond FP16")
     name = str(value.name)
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
@@ -128,22 +146,46 @@ def _cast_inputs(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
         outside = [(node, index) for node, index in value.uses() if node not in islands]
         if value.dtype != ir.DataType.FLOAT or not outside:
             continue
-        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT16)}, name=f"{value.name}/Cast")
-        cast.outputs[0].name, cast.outputs[0].shape = f"{value.name}/half", value.shape
-        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
-        graph.insert_before(outside[0][0], cast)
+        names = f"{value.name}/Cast", f"{value.name}/half"
+        half = cast(graph, outside[0][0], value, ir.DataType.FLOAT16, *names)
         for node, index in outside:
-            node.replace_input_with(index, cast.outputs[0])
+            node.replace_input_with(index, half)
 
 
-def _cast_outputs(graph: ir.Graph) -> None:
-    for position, value in enumerate(list(graph.outputs)):
-        if value.dtype != ir.DataType.FLOAT16:
-            continue
-        name = str(value.name)
-        value.name = f"{name}/half"
-        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{name}/Cast")
-        cast.outputs[0].name, cast.outputs[0].shape = name, value.shape
-        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        graph.append(cast)
-        graph.outputs[position] = cast.outputs[0]
+def stored_arrays(model: ir.Model) -> dict[str, Any]:
+    """Copies of all stored tensors, by name."""
+    values = model.graph.initializers.items()
+    return {name: value.const_value.numpy().copy() for name, value in values if value.const_value is not None}
+
+
+def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
+    """Gates on a written FP16 graph.
+
+    Args:
+        before: the float32 graph's tensors (`stored_arrays`), whose every number was compared with the artifact.
+        written: the file, read again.
+    """
+    after = stored_arrays(written)
+    codes = scales = others = 0
+    for name, array in before.items():
+        found = after.get(name)
+        if found is None or found.shape != array.shape:
+            codes, scales, others = codes + 1, scales, others + 1
+        elif array.dtype != np.float32:
+            codes += int((found.view(np.uint8) != array.view(np.uint8)).sum()) if array.dtype.itemsize == 1 else 0
+            others += int(array.dtype.itemsize > 1 and not np.array_equal(found, array))
+        elif name.endswith("scale"):
+            scales += int((found.astype(np.float32) != array).sum())
+        else:
+            with np.errstate(over="ignore"):
+                expected = array if found.dtype == np.float32 else array.astype(np.float16)
+            others += int(not np.array_equal(found, expected))
+    detail = f"of {len(before)} stored tensors, the written file against the graph before halving"
+    return [
+        Gate(name=name, value=value, detail=detail)
+        for name, value in (
+            ("codes changed by halving", codes),
+            ("scales changed by halving", scales),
+            ("tensors not rounded once to FP16", others),
+        )
+    ]

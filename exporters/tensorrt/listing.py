@@ -1,27 +1,32 @@
-"""What the builder says it built: one line a layer of its log, read into plain records.
+"""What a builder says it built, read into records: from the log of TensorRT for RTX, and from TensorRT's inspector.
 
 An engine's inspector wants a GPU. The builder's log at its most talkative level holds the same list, written
-while it compiles, so precision can be proved on any machine. The text has the form
+while it compiles, so precision can be proved on any machine. The text has one line per layer, of the form
 
     Name: N, LayerType: T, Inputs: [ { Name: .., Dimensions: [..], .., Datatype: D, .. }, ..], Constants: [..],
     Outputs: [..], TacticName: X, StreamId: 0, Metadata: [ONNX Layer: node]<US>[ONNX Layer: node]
 
 where <US> is the unit separator, code 31. Copies of shapes to the device have no constants, and name parameters;
 signals between streams name an event.
+
+The inspector prints JSON. 10.x writes a tensor's layout and type in one text, `"Format/Datatype": "Row major linear
+FP16 format"`; 11.x has a key for each. Kinds of layers are called as in the listing, so that products are found again
+alike. (IEngineInspector; "Migrating IEngineInspector Usage from TensorRT 10.x to 11.x".)
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from pydantic import Field
 
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 
-__all__ = ["EngineLayer", "Port", "parse_listing"]
+__all__ = ["EngineLayer", "Port", "parse_inspector", "parse_listing"]
 
 _LINE: Final = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], "
@@ -83,3 +88,68 @@ def _ports(text: str) -> tuple[Port, ...]:
         Port(shape=tuple(int(side) for side in port["shape"].split(",") if side), dtype=port["dtype"])
         for port in _PORT.finditer(text)
     )
+
+
+# The first that a description contains. Longer names stand before those that they contain.
+_TYPES: Final = (
+    ("fp4", "FP4E2M1"), ("int4", "Int4"), ("fp8", "FP8"), ("e4m3", "FP8"), ("int8", "Int8"), ("bfloat16", "BFloat16"),
+    ("bf16", "BFloat16"), ("fp16", "Half"), ("half", "Half"), ("fp32", "Float"), ("float", "Float"),
+    ("int64", "Int64"), ("int32", "Int32"), ("bool", "Bool"),
+)  # fmt: skip
+# Products that are not compiled by Myelin, the part of TensorRT that TensorRT for RTX consists of.
+_KINDS: Final[Mapping[str, str]] = {
+    "MatrixMultiply": "gemm", "CaskGemmMatrixMultiply": "gemm", "CaskGemmConvolution": "gemm",
+    "Convolution": "convolution", "CaskConvolution": "convolution", "CaskFlattenConvolution": "convolution",
+}  # fmt: skip
+_TYPE_KEYS: Final = ("Datatype", "DataType", "Format/Datatype")
+_INSPECTED_NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|\s*$)")
+
+
+def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
+    """The layers of an engine, in the order of execution.
+
+    Args:
+        text: of `IEngineInspector.get_engine_information(LayerInformationFormat.JSON)`.
+
+    Raises:
+        BadArtifactError: it is no such text, or holds names alone (an engine that was not built with detailed
+            profiling verbosity).
+    """
+    try:
+        layers = json.loads(text)["Layers"]
+        return tuple(_inspected(entry) for entry in layers)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadArtifactError(
+            "the engine's inspector answers in a form that this version does not know",
+            why=f"{type(error).__name__}: {error}; it begins {text[:120]!r}",
+            fix="build with detailed profiling verbosity, and a version of TensorRT from 10.13 to 11.x",
+        ) from error
+
+
+def _inspected(entry: Mapping[str, Any]) -> EngineLayer:
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"a layer is only named: {str(entry)[:80]}")
+    constants = _tensors(entry.get("Constants", ()))
+    weights = entry.get("Weights")
+    if isinstance(weights, Mapping) and weights.get("Count"):
+        constants += (Port(shape=(int(weights["Count"]),), dtype=_dtype(str(weights["Type"]))),)
+    return EngineLayer(
+        name=entry["Name"], kind=_KINDS.get(entry["LayerType"], entry["LayerType"]), inputs=_tensors(entry["Inputs"]),
+        constants=constants, outputs=_tensors(entry["Outputs"]), tactic=str(entry.get("TacticName", "")),
+        nodes=tuple(_INSPECTED_NODE.findall(entry.get("Metadata") or "")),
+    )  # fmt: skip
+
+
+def _tensors(entries: Any) -> tuple[Port, ...]:
+    return tuple(
+        Port(
+            shape=tuple(int(side) for side in entry["Dimensions"]),
+            dtype=_dtype(next(str(entry[key]) for key in _TYPE_KEYS if key in entry)),
+        )
+        for entry in entries
+    )
+
+
+def _dtype(text: str) -> str:
+    lowered = text.lower()
+    return next((name for part, name in _TYPES if part in lowered), text)

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
 from exporters.graph.passes import Change
 from exporters.graph.passes.activations import operand_sites
-from exporters.graph.passes.tensors import add_initializer, as_array
-from exporters.graph.trace import PlainGraph, Product, ProductKind
+from exporters.graph.passes.editing import add_initializer, as_array, insert, take_weight
+from exporters.graph.trace import FloatGraph, Product, ProductKind
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer
 
@@ -43,58 +43,48 @@ def raise_opset(model: ir.Model, *, activations: bool) -> Change:
     return Change("raise_opset", (str(FP4_OPSET), *((DOMAIN,) if activations else ())))
 
 
-def quantize_block_weights(plain: PlainGraph, weights: Mapping[str, BlockCodes]) -> Change:
+def quantize_block_weights(traced: FloatGraph, weights: Mapping[str, BlockCodes]) -> Change:
     """Replace the stored operand of every linear of `weights`; the float tensor is removed.
 
     Args:
-        plain: without Gemm (see `split_gemms`); changed in place.
+        traced: without Gemm (see `split_gemms`); changed in place.
         weights: codes by layer.
 
     Returns:
         The layers' names.
     """
     changed = []
-    for product in plain.products:
+    for product in traced.products:
         if product.kind is ProductKind.LINEAR and product.name in weights:
-            _replace(plain.model.graph, product, weights[product.name])
+            _replace(traced.model.graph, product, weights[product.name])
             changed.append(product.name)
     return Change("quantize_block_weights", tuple(changed))
 
 
 def _replace(graph: ir.Graph, product: Product, weight: BlockCodes) -> None:
-    old, name = product.node.inputs[1], f"{product.name}.weight"
-    assert old is not None
-    assert old.name is not None
-    # The float tensor goes first: its name may be the one that the codes get.
-    product.node.replace_input_with(1, None)
-    if not old.uses() and not old.is_graph_output():
-        graph.initializers.pop(old.name)
+    old, name = take_weight(graph, product), f"{product.name}.weight"
     codes = np.ascontiguousarray(weight.codes.numpy().T).view(ml_dtypes.float4_e2m1fn)
     blocks = np.ascontiguousarray(as_array(weight.scales.block).T)
-    stored = [
+    stored = (
         add_initializer(graph, name, codes),
         add_initializer(graph, f"{name}_block_scale", blocks),
         add_initializer(graph, f"{name}_tensor_scale", np.array(weight.scales.tensor, np.float32)),
-    ]
-    nodes, value = _dequantize(stored[0], stored[1], stored[2], name, axis=0)
-    value.shape = old.shape
-    graph.insert_before(product.node, nodes)
-    product.node.replace_input_with(1, value)
+    )
+    product.node.replace_input_with(1, _dequantize(graph, product.node, stored, name, old, axis=0))
 
 
 def quantize_block_activations(
-    plain: PlainGraph, structure: VitStructure, activations: Mapping[str, BlockQuantizer]
+    traced: FloatGraph, structure: VitStructure, activations: Mapping[str, BlockQuantizer]
 ) -> Change:
     """Round the inputs of linears whose site has a quantizer; readers of one value share it. In place.
 
     Returns:
         The names of the sites, in the graph's order.
     """
-    graph = plain.model.graph
-    order = {node: index for index, node in enumerate(graph)}
+    graph = traced.model.graph
     found: dict[tuple[ir.Value, BlockQuantizer], ir.Value] = {}
     changed = []
-    for product in sorted(plain.products, key=lambda product: order[product.node]):
+    for product in traced.in_graph_order():
         for position, site in operand_sites(product, structure).items():
             quantizer, value = activations.get(site), product.node.inputs[position]
             if quantizer is None or value is None:
@@ -115,21 +105,21 @@ def _round(graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: BlockQu
     codes, blocks = dynamic.outputs
     codes.name, codes.type, codes.shape = f"{site}/codes", ir.TensorType(ir.DataType.FLOAT4E2M1), value.shape
     blocks.name, blocks.type = f"{site}/block_scales", ir.TensorType(ir.DataType.FLOAT8E4M3FN)
-    nodes, dequantized = _dequantize(codes, blocks, scale, site, axis=-1)
-    dequantized.shape = value.shape
-    graph.insert_before(before, [dynamic, *nodes])
-    return dequantized
+    graph.insert_before(before, dynamic)
+    return _dequantize(graph, before, (codes, blocks, scale), site, value, axis=-1)
 
 
 def _dequantize(
-    codes: ir.Value, blocks: ir.Value, scale: ir.Value, name: str, axis: int
-) -> tuple[list[ir.Node], ir.Value]:
-    """Block scales first, then codes: the nodes, and the float32 value."""
-    inner = ir.node("DequantizeLinear", [blocks, scale], name=f"{name}/scales/DequantizeLinear")
-    inner.outputs[0].name, inner.outputs[0].type = f"{name}/scales", ir.TensorType(ir.DataType.FLOAT)
-    outer = ir.node(
-        "DequantizeLinear", [codes, inner.outputs[0]], {"axis": axis, "block_size": BLOCK},
-        name=f"{name}/DequantizeLinear",
+    graph: ir.Graph, before: ir.Node, stored: tuple[ir.Value, ir.Value, ir.Value], name: str, like: ir.Value, axis: int
+) -> ir.Value:
+    """The float32 value of codes, block scales and tensor scale: block scales are dequantized first, then codes."""
+    codes, blocks, scale = stored
+    scales = f"{name}/scales"
+    inner = insert(
+        graph, before, "DequantizeLinear", [blocks, scale], f"{scales}/DequantizeLinear", scales, None,
+        dtype=ir.DataType.FLOAT,
     )  # fmt: skip
-    outer.outputs[0].name, outer.outputs[0].type = f"{name}/dequantized", ir.TensorType(ir.DataType.FLOAT)
-    return [inner, outer], outer.outputs[0]
+    return insert(
+        graph, before, "DequantizeLinear", [codes, inner], f"{name}/DequantizeLinear", f"{name}/dequantized", like,
+        dtype=ir.DataType.FLOAT, attributes={"axis": axis, "block_size": BLOCK},
+    )  # fmt: skip

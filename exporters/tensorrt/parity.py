@@ -1,32 +1,57 @@
-"""Layer by layer, ONNX Runtime on the graph before it is halved against the artifact in torch.
+"""Layer by layer on the graph before it is halved, against the artifact in torch: the same input on both sides.
 
-The comparison is that of the ONNX export. Only the patch embedding differs, a product of rearranged pixels here. Every
-operator runs as it stands, and products add up in float64: ONNX Runtime's integer kernels saturate on CPUs without VNNI
-and its float32 sums round at every addition, neither of which is the graph's. What remains is the rounding of `code *
-scale` and of the bias to fp32, a few times 6e-8, so 1e-6 of a layer's largest output is allowed, as for integer kernels
-in the ONNX export. A patch embedding that stays a convolution is summed in float32: 1e-5.
+The comparison is that of the ONNX export, in ONNX Runtime. Only the patch embedding differs, a product of rearranged
+pixels here. Every operator runs as it stands, and products add up in float64: ONNX Runtime's integer kernels saturate
+on CPUs without VNNI and its float32 sums round at every addition, neither of which is the graph's. What remains is the
+rounding of `code * scale` and of the bias to fp32, a few times 6e-8, so 1e-6 of a layer's largest output is allowed, as
+for integer kernels in the ONNX export. A patch embedding that stays a convolution is summed in float32: 1e-5.
+
+ONNX Runtime has no kernels for NVFP4. There ONNX's reference evaluator runs the written nodes one by one. TensorRT's
+own operator is written here once more, from its documentation, in numpy with the casts of ml_dtypes: the scale of a
+block is E4M3(amax / 6 / tensor_scale), a code E2M1(x / (block_scale * tensor_scale)), both to nearest, ties to even,
+saturating. Codes must be equal. Outputs are compared with the exact result of the codes: products of NVFP4 numbers are
+exact in fp32, and sums of so few bits stay within 1e-6 of the layer's largest output. Beside float activations every
+term is rounded, and 1e-5 is allowed, as for other float sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.graph.cut import input_name
-from exporters.graph.layers import ExportedLayer
-from exporters.graph.parity import INTEGER_TOLERANCE, LayerParity, compare_layers, inputs_of, outputs_of
+from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
+from exporters.graph.cut import cut_layers, input_name
+from exporters.graph.gates import layer_codes_gate, layer_error_gate, torch_errors
+from exporters.graph.layers import ExportedLayer, Operand
+from exporters.graph.parity import (
+    FLOAT_TOLERANCE,
+    INTEGER_TOLERANCE,
+    LayerParity,
+    compare_layers,
+    exact_outputs,
+    inputs_of,
+    layer_error,
+    outputs_of,
+)
 from exporters.graph.trace import ProductKind
-from fp8pipe.artifact import Comparison, Gate
+from fp8pipe.artifact import Gate
 from fp8pipe.models.vision.quantized import QuantizedVit
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["parity_gates", "typed_parity"]
+__all__ = [
+    "BLOCK_TOLERANCE", "block_gates", "block_parity", "dynamic_quantize", "evaluate_graph", "typed_gates",
+    "typed_parity",
+]  # fmt: skip
 
+BLOCK_TOLERANCE: Final = 1e-6
 _PATCHES = "/patches"
 
 
@@ -50,30 +75,136 @@ def typed_parity(
             weight = quantized.model.get_submodule(layer.name).get_parameter("weight")
             inputs[input_name(source)] = _unfolded(taps[layer.name]["input"], weight.shape[2:]).numpy()
             outputs[layer.label] = outputs[layer.label].flatten(2).transpose(1, 2)
-    return compare_layers(model, layers, inputs, outputs, plain=True)
+    return compare_layers(model, layers, inputs, outputs, optimize=False)
 
 
 def _unfolded(pixels: Tensor, kernel: Sequence[int]) -> Tensor:
-    """`(N, C, H, W)` as `(N, patches, C * h * w)`: one row a patch, channel by channel."""
+    """`(N, C, H, W)` as `(N, patches, C * h * w)`: one row per patch, channel by channel."""
     return torch.nn.functional.unfold(pixels, tuple(kernel), stride=tuple(kernel)).transpose(1, 2).contiguous()
 
 
-def parity_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLERANCE) -> list[Gate]:
+def typed_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLERANCE) -> list[Gate]:
     """Codes and outputs of all layers.
 
     Args:
         report: of layers whose products add up in float64.
         tolerance: `FLOAT_TOLERANCE` where some add up in float32.
     """
-    codes, differing = sum(layer.codes for layer in report), sum(layer.differing_codes for layer in report)
-    worst = max(report, key=lambda layer: layer.error if layer.error == layer.error else float("inf"))
+    errors = {layer.layer: layer.error for layer in report}
+    codes = layer_codes_gate("activation codes differing", report)
+    return [codes, layer_error_gate("layer error", errors, tolerance)]
+
+
+def dynamic_quantize(x: Any, tensor_scale: Any) -> tuple[Any, Any]:
+    """What TRT_FP4DynamicQuantize gives for blocks of 16 along the last axis.
+
+    Args:
+        x: numpy float array `(..., n)`.
+        tensor_scale: numpy scalar.
+
+    Returns:
+        Codes `(..., n)` float4_e2m1fn and block scales `(..., n / 16)` float8_e4m3fn.
+    """
+    import ml_dtypes
+
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, BLOCK)
+    scale = np.float32(tensor_scale)
+    wanted = np.abs(blocks).max(-1) / np.float32(6) / scale
+    block_scales = np.minimum(wanted, np.float32(448)).astype(ml_dtypes.float8_e4m3fn)
+    steps = (block_scales.astype(np.float32) * scale)[..., None]
+    units = np.divide(blocks, steps, out=np.zeros_like(blocks), where=steps > 0)
+    return np.clip(units, -6, 6).astype(ml_dtypes.float4_e2m1fn).reshape(x.shape), block_scales
+
+
+def block_parity(
+    model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
+) -> list[LayerParity]:
+    """Every product with an NVFP4 operand, on the same input on both sides; empty where there is none.
+
+    Args:
+        model: the float32 graph.
+        layers: of it.
+        quantized: the artifact's model.
+        pixels: `(N, 3, H, W)`, normalized.
+    """
+    chosen = [layer for layer in layers if layer.blocks]
+    if not chosen:
+        return []
+    taps = quantized.taps(pixels)
+    inputs, in_torch = inputs_of(quantized, chosen, taps), outputs_of(chosen, taps)
+    found, exact = _evaluate(model, chosen, inputs), exact_outputs(chosen, inputs)
+    report = []
+    for layer in chosen:
+        codes, differing = _count(layer.operands[0], inputs)
+        report.append(
+            LayerParity(
+                layer=layer.label, codes=codes, differing_codes=differing, integer=False,
+                error=layer_error(torch.from_numpy(found[str(layer.output.name)]), exact[layer.label]),
+                torch_error=layer_error(in_torch[layer.label], exact[layer.label]),
+            )
+        )  # fmt: skip
+    return report
+
+
+def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
+    """Codes, and outputs of the evaluator and of torch; none without NVFP4 layers."""
+    if not report:
+        return []
+    errors = {layer.layer: layer.error for layer in report}
+    # Torch adds up in float32, which shows where activations are float.
+    in_torch = BLOCK_TOLERANCE if all(layer.codes for layer in report) else FLOAT_TOLERANCE
     return [
-        Gate(
-            name="activation codes differing", value=differing,
-            detail=f"of {codes} in {len(report)} layers, each fed the same input",
-        ),
-        Gate(
-            name="layer error", value=worst.error, comparison=Comparison.AT_MOST, threshold=tolerance,
-            detail=f"against the exact result of the codes, over the layer's largest output; the worst: {worst.layer}",
-        ),
-    ]  # fmt: skip
+        layer_codes_gate("NVFP4 codes and block scales differing", report),
+        layer_error_gate("NVFP4 layer error", errors, BLOCK_TOLERANCE),
+        layer_error_gate("NVFP4 layer error in torch", torch_errors(report), in_torch),
+    ]
+
+
+def _evaluate(model: ir.Model, layers: Sequence[ExportedLayer], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers' outputs by their names, one node after the other."""
+    import onnx
+
+    return _run(onnx.load_model_from_string(cut_layers(model, layers, wide=True)), inputs)
+
+
+def evaluate_graph(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs by name of a whole graph with NVFP4 operators, which ONNX Runtime does not have; slow.
+
+    Args:
+        path: ONNX file.
+        inputs: numpy arrays by name.
+    """
+    import onnx
+
+    return _run(onnx.load(path), inputs)
+
+
+def _run(proto: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(proto, new_ops=[_operator()])
+    return dict(zip(evaluator.output_names, evaluator.run(None, dict(inputs)), strict=True))
+
+
+def _operator() -> Any:
+    """TRT_FP4DynamicQuantize as the evaluator takes it; its class's name is the operator's."""
+    from onnx.reference.op_run import OpRun
+
+    def run(self: Any, x: Any, tensor_scale: Any, **attributes: int) -> tuple[Any, Any]:
+        if attributes.get("block_size") != BLOCK or attributes.get("axis") not in (-1, x.ndim - 1):
+            raise ValueError(f"{DYNAMIC_QUANTIZE} of {attributes} is not one that this project writes")
+        return dynamic_quantize(x, tensor_scale)
+
+    return type(DYNAMIC_QUANTIZE, (OpRun,), {"op_domain": DOMAIN, "_run": run})
+
+
+def _count(operand: Operand, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Codes and block scales of an activation: how many, and how many differ between torch and numpy."""
+    if not isinstance(operand.quantizer, BlockQuantizer) or operand.source is None:
+        return 0, 0
+    x = inputs[input_name(operand.source)]
+    codes, scales = dynamic_quantize(x, np.float32(operand.quantizer.tensor_scale))
+    tensor = torch.from_numpy(x)
+    ours = operand.quantizer.codes(tensor).numpy(), operand.quantizer.block_scales(tensor).view(torch.uint8).numpy()
+    differing = sum(int((a != b.view(np.uint8)).sum()) for a, b in zip(ours, (codes, scales), strict=True))
+    return codes.size + scales.size, differing

@@ -1,29 +1,43 @@
-"""What an engine was made from. An engine is a cache: of a graph, a builder, a GPU's architecture and settings.
+"""What an engine was made from, and how it is stored. An engine is a cache: of a graph, a builder, a GPU, and settings.
 
 All of it stands in the export's manifest, so an engine that no longer fits is known without loading it. TensorRT loads
 an engine only with the version that built it, and only on the architecture it was built for.
+
+Engines at rest are compressed with xz, which takes the repeated source text of their kernels away. As it is loaded, an
+engine of a small model is ten times its codes; packed, it has about their size, and so it is stored and shipped. A
+runtime wants the unpacked file: `ready_engine` or `xz -dk` gives it back, and `--no-pack` keeps it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
+import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
 from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.machine import distribution_version
 
-__all__ = ["DISTRIBUTIONS", "EngineRecipe", "cache_folder", "installed_builder"]
+__all__ = [
+    "DISTRIBUTIONS", "PACKED_SUFFIX", "EngineRecipe", "cache_folder", "installed_builder", "pack_engine",
+    "unpack_engine",
+]  # fmt: skip
 
 # Distributions that hold each builder; the first that is installed counts.
 DISTRIBUTIONS = {
     "rtx": ("tensorrt-rtx",),
     "enterprise": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
 }
+PACKED_SUFFIX: Final = ".xz"
+# The text is found at every level; higher ones take seconds per megabyte for what is left, the codes.
+_PRESET: Final = 1
+_CHUNK_BYTES: Final = 1 << 20
 _NAMES = {"rtx": "TensorRT for RTX", "enterprise": "TensorRT"}
 
 
@@ -68,3 +82,25 @@ def cache_folder() -> Path:
     """`$FP8PIPE_CACHE/engines`, or `~/.cache/fp8pipe/engines`."""
     base = os.environ.get("FP8PIPE_CACHE")
     return (Path(base).expanduser() if base else Path.home() / ".cache" / "fp8pipe") / "engines"
+
+
+def pack_engine(engine: Path) -> Path:
+    """Replace `NAME.engine` by `NAME.engine.xz`; its path."""
+    packed = engine.with_name(engine.name + PACKED_SUFFIX)
+    with engine.open("rb") as unpacked, lzma.open(packed, "wb", preset=_PRESET) as file:
+        shutil.copyfileobj(unpacked, file, _CHUNK_BYTES)
+    engine.unlink()
+    return packed
+
+
+def unpack_engine(packed: Path, target: Path) -> None:
+    """Unpack an engine to `target`.
+
+    Raises:
+        BadArtifactError: it is not whole.
+    """
+    try:
+        with lzma.open(packed) as file, target.open("wb") as unpacked:
+            shutil.copyfileobj(file, unpacked, _CHUNK_BYTES)
+    except (lzma.LZMAError, EOFError) as error:
+        raise BadArtifactError(f"{packed} is damaged", why=str(error), fix="export the model again") from error

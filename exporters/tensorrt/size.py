@@ -26,7 +26,7 @@ __all__ = [
 
 # An FP16 copy of 8-bit codes would be at 2.
 LIMIT: Final = 1.35
-# Beside text and weights an engine has a header and a record a layer: 57 kB at two blocks, 210 kB at twelve.
+# Beside text and weights an engine has a header and a record per layer: 57 kB at two blocks, 210 kB at twelve.
 ALLOWANCE_BYTES: Final = 256 * 1024
 _MEGABYTE: Final = 1_000_000
 # Text in runs of this length: by chance, weights give one in 10^800. The E4M3 scales of NVFP4 blocks are all of these
@@ -59,7 +59,7 @@ def expected_sizes(graph_bytes: int, blocks: int, engines: int, *, pack: bool, h
 
 
 def ideal_bytes(model: ir.Model) -> int:
-    """Bytes of all stored tensors of a graph; two INT4 or FP4 codes a byte."""
+    """Bytes of all stored tensors of a graph; two INT4 or FP4 codes per byte."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 

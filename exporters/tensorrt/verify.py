@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.tensorrt.export import ENGINES, LAYERS_FILE, MODEL_FILE
+from exporters.tensorrt.engines import ENGINES, LAYERS_FILE, MODEL_FILE
 from exporters.tensorrt.formats import TrtFormat, in_format
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve

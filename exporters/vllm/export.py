@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exporters.graph.description import require_gates
+from exporters.graph.lint import refuse
 from exporters.vllm.auxiliary import auxiliary_warnings, write_auxiliary
-from exporters.vllm.lint import lint, refuse
+from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
 from exporters.vllm.source import open_source
 from exporters.vllm.target import KIND, VllmDetails
 from exporters.vllm.writer import write_weights
-from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, check_place
-from fp8pipe.core.errors import ConfigurationError, GateFailedError
+from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat, check_place
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.progress import track
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
@@ -48,7 +50,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
 
     Args:
         source: a falqon artifact, a lora-merged artifact, or a plain model as `resolve_model` takes it (a Hugging
-            Face directory, a .gguf file, ...; quantized on the way, one scale a row, no calibration data needed).
+            Face directory, a .gguf file, ...; quantized on the way, one scale per row, no calibration data needed).
         output: directory to create; it is a Hugging Face checkpoint with a manifest.json beside its files.
         options: format, shard size, engine version, whether to replace an existing output.
 
@@ -66,7 +68,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     _check_output(output, source, options)
     plan = plan_export(source, options)
     with track(len(plan.units) + len(plan.dropped), "lint") as progress:
-        refuse(lint(plan, lambda: progress.advance(1)), plan)
+        refuse(lint(plan, lambda: progress.advance(1)), str(plan.source.root))
     with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
         for warning in plan_warnings(plan):
             writer.warn(warning)
@@ -75,9 +77,8 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         write_auxiliary(plan, writer.root)
         with track(len(plan.units), "compare") as progress:
             gates = reopen(plan, writer.root, lambda: progress.advance(1))
-        for gate in gates:
-            writer.gate(gate)
-        _require(gates, writer.root)
+        fix = f"check the disk and export again; what was written is left in {writer.root}"
+        require_gates(writer, gates, "the written export differs from its source", fix)
         return _commit(writer, plan)
 
 
@@ -87,7 +88,7 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
     if quantized:
         warnings.append(
-            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale a row, "
+            f"{len(quantized)} weight(s) were quantized by this export (round to nearest, one scale per row, "
             f"from {plan.source.kind}); they were not trained in FP8"
         )
     if any(unit.quantized and unit.transposed for unit in plan.units):
@@ -115,16 +116,6 @@ def _check_output(output: Path, source: Path | str, options: VllmExportOptions) 
             fix="name another directory",
         )
     check_place(output, force=options.force)
-
-
-def _require(gates: list[Gate], root: Path) -> None:
-    failed = [gate for gate in gates if not gate.passed]
-    if failed:
-        raise GateFailedError(
-            f"the written export differs from its source ({len(failed)} gate(s) failed)",
-            why="\n       ".join(map(str, failed)),
-            fix=f"check the disk and export again; what was written is left in {root}",
-        )
 
 
 def details_of(plan: ExportPlan) -> VllmDetails:

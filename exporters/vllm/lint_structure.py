@@ -7,26 +7,54 @@ which it leaves unquantized. A checkpoint that loads and then serves noise is th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, fused_siblings, tied_original
 from exporters.vllm.source import SourceKind
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.language.structure import Role
 
-__all__ = ["lint_structure"]
+__all__ = ["found", "lint_structure"]
 
-USE_BF16 = "export with --format bf16"
+_USE_BF16: Final = "export with --format bf16"
+_WRITE_AGAIN: Final = "write the artifact again"
+_OTHER_CONFIG: Final = "use the config.json that belongs to these weights"
+_FIXES: Final = {
+    "orphan-scale": _WRITE_AGAIN,
+    "adapter-not-flushed": "finish the run so that the buffer is merged into the weights",
+    "nothing-quantized": _USE_BF16,
+    "unknown-matrix": _USE_BF16,
+    "weight-format": _WRITE_AGAIN,
+    "missing-scale": _WRITE_AGAIN,
+    "weight-shape": _OTHER_CONFIG,
+    "tied-missing": "complete the checkpoint",
+    "not-linear": _USE_BF16,
+    "dimension-multiple": _USE_BF16,
+    "fused-group": "convert all parts of the group or none, or " + _USE_BF16,
+    "ignore-incomplete": "add the module to the ignore list",
+    "ignore-stale": "remove it from the ignore list",
+    "transposed-weight": _USE_BF16,
+    "orientation": _OTHER_CONFIG,
+    "scale-shape": _WRITE_AGAIN,
+    "missing-weight": "complete the checkpoint, or correct tie_word_embeddings in config.json",
+    "engine-leaves-unquantized": "keep this layer out of the conversion, or " + _USE_BF16,
+    "ignore-wrong": "remove it from the ignore list",
+    "scale-not-finite": _WRITE_AGAIN,
+    "scale-not-positive": _WRITE_AGAIN,
+    "scale-reciprocal": "store amax/448 (dequantized = code * scale), not 448/amax",
+    "nan-code": "train again: a weight became NaN",
+    "tied-differs": "set tie_word_embeddings to false in config.json, or remove the wrong copy",
+    "not-finite": "repair or retrain the model",
+}
+
+
+def found(rule: str, tensor: str, why: str) -> Finding:
+    """A finding with its rule's fix."""
+    return Finding(rule, tensor, why, _FIXES[rule])
 
 
 def lint_structure(plan: ExportPlan) -> list[Finding]:
-    """All findings that headers alone reveal, for any format.
-
-    Args:
-        plan: the planned export.
-
-    Returns:
-        Findings, empty when there are none.
-    """
+    """All findings that headers alone reveal, for any format."""
     rules = [_scales, _adapter_state, _shapes, _tied]
     if plan.options.format.quantized:
         rules += [_something_quantized, _known_names, _placement, _dimensions, _fused, _ignore, _transposed]
@@ -35,41 +63,27 @@ def lint_structure(plan: ExportPlan) -> list[Finding]:
 
 def _scales(plan: ExportPlan) -> Iterator[Finding]:
     for entry in plan.orphans:
-        yield Finding("orphan-scale", entry.name, "a scale without its weight", "write the artifact again")
+        yield found("orphan-scale", entry.name, "a scale without its weight")
     for unit in plan.units:
         entry, scale = unit.entry, unit.scale
         if entry.dtype == "F8_E5M2":
-            yield Finding("weight-format", entry.name, "weights are E4M3, not E5M2", "write the artifact again")
+            yield found("weight-format", entry.name, "weights are E4M3, not E5M2")
         if entry.dtype != "F8_E4M3":
             if scale is not None:
-                yield Finding(
-                    "orphan-scale",
-                    scale.name,
-                    f"its weight is {entry.dtype}, not FP8",
-                    "write the artifact again",
-                )
+                yield found("orphan-scale", scale.name, f"its weight is {entry.dtype}, not FP8")
             continue
         rows = entry.shape[-1 if unit.transposed else 0] if entry.shape else 0
         if scale is None:
-            yield Finding("missing-scale", entry.name, "FP8 codes without weight_scale", "write the artifact again")
+            yield found("missing-scale", entry.name, "FP8 codes without weight_scale")
         elif scale.dtype != "F32" or scale.shape not in {(), (1,), (rows, 1)}:
-            yield Finding(
-                "scale-shape",
-                scale.name,
-                f"{scale.dtype} {scale.shape}; expected F32 () or ({rows}, 1)",
-                "write the artifact again",
-            )
+            yield found("scale-shape", scale.name, f"{scale.dtype} {scale.shape}; expected F32 () or ({rows}, 1)")
 
 
 def _adapter_state(plan: ExportPlan) -> Iterator[Finding]:
     state = plan.source.adapter
     if plan.source.kind == SourceKind.FALQON and state != "flushed":
-        yield Finding(
-            "adapter-not-flushed",
-            "adapter.safetensors",
-            f"the artifact's adapter is {state!r}: the buffer holds updates the weights lack",
-            "finish the run so that the buffer is merged into the weights",
-        )
+        why = f"the artifact's adapter is {state!r}: the buffer holds updates the weights lack"
+        yield found("adapter-not-flushed", "adapter.safetensors", why)
 
 
 def _shapes(plan: ExportPlan) -> Iterator[Finding]:
@@ -81,37 +95,23 @@ def _shapes(plan: ExportPlan) -> Iterator[Finding]:
             continue
         seen.add(unit.module)
         if unit.entry.shape != structure.shapes[unit.module]:
-            yield Finding(
-                "weight-shape",
-                unit.entry.name,
-                f"{unit.entry.shape}, but config.json declares {structure.shapes[unit.module]}",
-                "use the config.json that belongs to these weights",
-            )
+            why = f"{unit.entry.shape}, but config.json declares {structure.shapes[unit.module]}"
+            yield found("weight-shape", unit.entry.name, why)
     if plan.options.format.quantized:
         for module in structure.projections.keys() - seen:
             if f"{module}.weight" not in structure.tied:
-                yield Finding(
-                    "missing-weight",
-                    f"{module}.weight",
-                    "the model has it, the checkpoint has not",
-                    "complete the checkpoint, or correct tie_word_embeddings in config.json",
-                )
+                yield found("missing-weight", f"{module}.weight", "the model has it, the checkpoint has not")
 
 
 def _tied(plan: ExportPlan) -> Iterator[Finding]:
     for name, original in plan.structure.tied.items():
         if tied_original(original, plan.source, plan.structure) is None and name not in plan.source.tensors:
-            yield Finding(
-                "tied-missing",
-                original,
-                f"{name} is tied to it, and neither is stored",
-                "complete the checkpoint",
-            )
+            yield found("tied-missing", original, f"{name} is tied to it, and neither is stored")
 
 
 def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:
     if not any(unit.quantized for unit in plan.units):
-        yield Finding("nothing-quantized", str(plan.source.root), "no layer would be FP8", USE_BF16)
+        yield found("nothing-quantized", str(plan.source.root), "no layer would be FP8")
 
 
 def _known_names(plan: ExportPlan) -> Iterator[Finding]:
@@ -120,13 +120,11 @@ def _known_names(plan: ExportPlan) -> Iterator[Finding]:
         known = unit.module in plan.structure.roles or plan.structure.is_discarded(unit.entry.name)
         if len(unit.entry.shape) < 2 or known:
             continue
-        yield Finding(
-            "unknown-matrix",
-            unit.entry.name,
+        why = (
             f"shape {unit.entry.shape} belongs to no linear layer or embedding of "
-            f"{plan.structure.architecture}, so how the engine treats it in an FP8 checkpoint is unknown",
-            USE_BF16,
+            f"{plan.structure.architecture}, so how the engine treats it in an FP8 checkpoint is unknown"
         )
+        yield found("unknown-matrix", unit.entry.name, why)
 
 
 def _placement(plan: ExportPlan) -> Iterator[Finding]:
@@ -136,26 +134,18 @@ def _placement(plan: ExportPlan) -> Iterator[Finding]:
             continue
         role = structure.roles.get(unit.module)
         if role not in {Role.LINEAR, Role.CONV1D}:
-            yield Finding("not-linear", unit.entry.name, f"FP8 codes in a {role or 'module of unknown kind'}", USE_BF16)
+            yield found("not-linear", unit.entry.name, f"FP8 codes in a {role or 'module of unknown kind'}")
         elif not structure.in_decoder(unit.module):
             where = "the output head" if unit.module == structure.output_head else "outside the text decoder"
-            yield Finding(
-                "engine-leaves-unquantized",
-                unit.entry.name,
-                f"FP8 codes in {where}, which the engine loads without a scale",
-                "keep this layer out of the conversion, or " + USE_BF16,
-            )
+            why = f"FP8 codes in {where}, which the engine loads without a scale"
+            yield found("engine-leaves-unquantized", unit.entry.name, why)
 
 
 def _dimensions(plan: ExportPlan) -> Iterator[Finding]:
     for unit in plan.units:
         if unit.quantized and any(size % DIMENSION_MULTIPLE for size in unit.entry.shape):
-            yield Finding(
-                "dimension-multiple",
-                unit.entry.name,
-                f"shape {unit.entry.shape}: FP8 kernels need multiples of {DIMENSION_MULTIPLE}",
-                USE_BF16,
-            )
+            why = f"shape {unit.entry.shape}: FP8 kernels need multiples of {DIMENSION_MULTIPLE}"
+            yield found("dimension-multiple", unit.entry.name, why)
 
 
 def _fused(plan: ExportPlan) -> Iterator[Finding]:
@@ -163,13 +153,11 @@ def _fused(plan: ExportPlan) -> Iterator[Finding]:
     for group in fused_siblings(plan.structure.projections, plan.schema.fused_groups):
         plain = [module for module in group if module not in quantized]
         if plain and len(plain) < len(group):
-            yield Finding(
-                "fused-group",
-                group[0],
+            why = (
                 f"the engine fuses {', '.join(m.rpartition('.')[2] for m in group)}; "
-                f"{', '.join(m.rpartition('.')[2] for m in plain)} not quantized",
-                "convert all parts of the group or none, or " + USE_BF16,
+                f"{', '.join(m.rpartition('.')[2] for m in plain)} not quantized"
             )
+            yield found("fused-group", group[0], why)
 
 
 def _ignore(plan: ExportPlan) -> Iterator[Finding]:
@@ -179,17 +167,12 @@ def _ignore(plan: ExportPlan) -> Iterator[Finding]:
     for unit in plan.units:
         projection = unit.module in structure.projections and unit.entry.name.endswith(".weight")
         if projection and not unit.quantized and unit.module not in ignore:
-            yield Finding(
-                "ignore-incomplete",
-                unit.entry.name,
-                "unquantized, but not in the ignore list",
-                "add the module to the ignore list",
-            )
+            yield found("ignore-incomplete", unit.entry.name, "unquantized, but not in the ignore list")
     for module in sorted(ignore):
         if module not in structure.projections:
-            yield Finding("ignore-stale", module, "matches no linear layer", "remove it from the ignore list")
+            yield found("ignore-stale", module, "matches no linear layer")
         elif module in quantized:
-            yield Finding("ignore-wrong", module, "its weight is FP8 codes", "remove it from the ignore list")
+            yield found("ignore-wrong", module, "its weight is FP8 codes")
 
 
 def _transposed(plan: ExportPlan) -> Iterator[Finding]:
@@ -199,18 +182,12 @@ def _transposed(plan: ExportPlan) -> Iterator[Finding]:
         if not unit.quantized:
             continue
         if unit.transposed and not served:
-            yield Finding(
-                "transposed-weight",
-                unit.entry.name,
+            why = (
                 f"stored (in, out), and vLLM {plan.schema.vllm_version}'s loader of {structure.model_type} "
-                "is not known to transpose FP8 codes",
-                USE_BF16,
+                "is not known to transpose FP8 codes"
             )
+            yield found("transposed-weight", unit.entry.name, why)
         stem = unit.entry.name.removesuffix(".weight")
         if declared is not None and unit.transposed != (stem in declared):
-            yield Finding(
-                "orientation",
-                unit.entry.name,
-                f"the artifact says transposed={stem in declared}, the model says {unit.transposed}",
-                "use the config.json that belongs to these weights",
-            )
+            why = f"the artifact says transposed={stem in declared}, the model says {unit.transposed}"
+            yield found("orientation", unit.entry.name, why)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.quantization_config import CheckpointSchema, schema_for
@@ -32,7 +33,7 @@ class Action(StrEnum):
     """What becomes of a source tensor."""
 
     COPY = "copy"  # bytes as they are
-    CODES = "codes"  # FP8 codes as they are, scale repeated to one a row
+    CODES = "codes"  # FP8 codes as they are, scale repeated to one per row
     QUANTIZE = "quantize"  # rounded to FP8 on the way
     DEQUANTIZE = "dequantize"  # FP8 codes -> bf16
     CAST = "cast"  # other floats -> bf16
@@ -93,7 +94,7 @@ class ExportPlan:
         dropped: units that leave no output.
         orphans: source tensors that belong to no unit (scales without codes).
         ignore: module names for the quantization block's `ignore`.
-        layers: one record a linear layer.
+        layers: one record per linear layer.
     """
 
     source: Source
@@ -117,7 +118,7 @@ class ExportPlan:
         return sum(unit.size_bytes for unit in self.units)
 
     def shard_names(self) -> tuple[str, ...]:
-        """File names, one a shard: `model.safetensors`, or Hugging Face's numbered names."""
+        """File names, one per shard: `model.safetensors`, or Hugging Face's numbered names."""
         count = len(self.shards)
         if count == 1:
             return ("model.safetensors",)
@@ -130,10 +131,9 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
     Raises:
         ConfigurationError: an undeclared vLLM version.
     """
-    schema = schema_for(options.vllm_version)
-    refused = _not_quantizable(source, structure, schema)
+    planner = _Planner(source, structure, options.format, schema_for(options.vllm_version))
     units = [
-        _unit(entry, source, structure, options.format, refused)
+        planner.unit(entry)
         for name, entry in sorted(source.tensors.items(), key=lambda item: _natural(item[0]))
         if not is_scale(name, source.tensors)
     ]
@@ -145,13 +145,13 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
         source=source,
         structure=structure,
         options=options,
-        schema=schema,
+        schema=planner.schema,
         shards=_shards(kept, options.max_shard_bytes),
         dropped=tuple(u for u in units if u.action is Action.DROP),
         orphans=orphans,
         ignore=tuple(sorted(projections.keys() - quantized, key=_natural)) if options.format.quantized else (),
         layers=tuple(
-            _layer(m, source, structure, options, quantized, refused) for m in sorted(projections, key=_natural)
+            _layer(m, source, structure, options, quantized, planner.refused) for m in sorted(projections, key=_natural)
         ),
     )
 
@@ -171,79 +171,67 @@ def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> 
     return found
 
 
-def _not_quantizable(source: Source, structure: ModelStructure, schema: CheckpointSchema) -> dict[str, str]:
-    """Linear layers a plain weight must stay unquantized in -> why."""
-    reasons: dict[str, str] = {}
-    for module in structure.projections:
-        shape = structure.shapes[module]
-        if module == structure.output_head:
-            reasons[module] = "output head: the engine builds it without a quantization scheme"
-        elif not structure.in_decoder(module):
-            reasons[module] = "outside the text decoder"
-        elif any(size % DIMENSION_MULTIPLE for size in shape):
-            reasons[module] = f"shape {shape} is no multiple of {DIMENSION_MULTIPLE}"
-    for group in fused_siblings(structure.projections, schema.fused_groups):
-        blocked = [m for m in group if m in reasons]
-        for module in group:
-            if blocked and module not in reasons:
-                reasons[module] = f"the engine fuses it with {blocked[0]}, which stays unquantized"
-    return reasons
+@dataclass(frozen=True)
+class _Planner:
+    """What decides about a tensor: where it comes from, the model it belongs to, and the export's format."""
 
+    source: Source
+    structure: ModelStructure
+    format: ExportFormat
+    schema: CheckpointSchema
 
-def _unit(
-    entry: TensorEntry,
-    source: Source,
-    structure: ModelStructure,
-    export_format: ExportFormat,
-    refused: dict[str, str],
-) -> Unit:
-    module, role = structure.module_of(entry.name), structure.role_of(entry.name)
-    scale = source.tensors.get(entry.name + SCALE_SUFFIX) if entry.name.endswith(".weight") else None
-    transposed = role is Role.CONV1D
-    action = _action(entry, module, role, source, structure, export_format, refused)
-    outputs: tuple[Output, ...]
-    if action is Action.DROP:
-        outputs = ()
-    elif action in {Action.DEQUANTIZE, Action.CAST}:
-        outputs = (Output(entry.name, "BF16", entry.shape),)
-    elif action is Action.COPY or len(entry.shape) != 2:
-        outputs = (Output(entry.name, entry.dtype, entry.shape),)
-    else:
-        rows = entry.shape[1 if transposed else 0]
-        outputs = (
-            Output(entry.name, "F8_E4M3", entry.shape),
-            Output(entry.name + SCALE_SUFFIX, "F32", (rows, 1)),
-        )
-    return Unit(entry, scale, action, outputs, module, transposed)
+    @cached_property
+    def refused(self) -> dict[str, str]:
+        """Linear layers whose float weight must stay unquantized, with the reason."""
+        reasons: dict[str, str] = {}
+        for module in self.structure.projections:
+            shape = self.structure.shapes[module]
+            if module == self.structure.output_head:
+                reasons[module] = "output head: the engine builds it without a quantization scheme"
+            elif not self.structure.in_decoder(module):
+                reasons[module] = "outside the text decoder"
+            elif any(size % DIMENSION_MULTIPLE for size in shape):
+                reasons[module] = f"shape {shape} is no multiple of {DIMENSION_MULTIPLE}"
+        for group in fused_siblings(self.structure.projections, self.schema.fused_groups):
+            blocked = [m for m in group if m in reasons]
+            for module in group:
+                if blocked and module not in reasons:
+                    reasons[module] = f"the engine fuses it with {blocked[0]}, which stays unquantized"
+        return reasons
 
+    def unit(self, entry: TensorEntry) -> Unit:
+        """What becomes of a tensor."""
+        module, role = self.structure.module_of(entry.name), self.structure.role_of(entry.name)
+        scale = self.source.tensors.get(entry.name + SCALE_SUFFIX) if entry.name.endswith(".weight") else None
+        transposed = role is Role.CONV1D
+        action = self._action(entry, module, role)
+        outputs: tuple[Output, ...]
+        if action is Action.DROP:
+            outputs = ()
+        elif action in {Action.DEQUANTIZE, Action.CAST}:
+            outputs = (Output(entry.name, "BF16", entry.shape),)
+        elif action is Action.COPY or len(entry.shape) != 2:
+            outputs = (Output(entry.name, entry.dtype, entry.shape),)
+        else:
+            rows = entry.shape[1 if transposed else 0]
+            weight = Output(entry.name, "F8_E4M3", entry.shape)
+            outputs = (weight, Output(entry.name + SCALE_SUFFIX, "F32", (rows, 1)))
+        return Unit(entry, scale, action, outputs, module, transposed)
 
-def _action(
-    entry: TensorEntry,
-    module: str | None,
-    role: Role | None,
-    source: Source,
-    structure: ModelStructure,
-    export_format: ExportFormat,
-    refused: dict[str, str],
-) -> Action:
-    if _is_tied_copy(entry.name, source, structure):
-        return Action.DROP
-    if entry.dtype == "F8_E4M3":
-        return Action.CODES if export_format.quantized else Action.DEQUANTIZE
-    if entry.dtype not in PLAIN_FLOATS:
+    def _action(self, entry: TensorEntry, module: str | None, role: Role | None) -> Action:
+        original = self.structure.tied.get(entry.name)
+        if original is not None and tied_original(original, self.source, self.structure) is not None:
+            return Action.DROP
+        if entry.dtype == "F8_E4M3":
+            return Action.CODES if self.format.quantized else Action.DEQUANTIZE
+        if entry.dtype not in PLAIN_FLOATS:
+            return Action.COPY
+        if not self.format.quantized:
+            return Action.COPY if entry.dtype == "BF16" else Action.CAST
+        projection = role in {Role.LINEAR, Role.CONV1D} and len(entry.shape) == 2
+        if projection and module not in self.refused and not self.source.holds_codes:
+            return Action.QUANTIZE
         return Action.COPY
-    if not export_format.quantized:
-        return Action.COPY if entry.dtype == "BF16" else Action.CAST
-    projection = role in {Role.LINEAR, Role.CONV1D} and len(entry.shape) == 2
-    if projection and module not in refused and not source.holds_codes:
-        return Action.QUANTIZE
-    return Action.COPY
-
-
-def _is_tied_copy(name: str, source: Source, structure: ModelStructure) -> bool:
-    """Whether the model shares this tensor with another one that the checkpoint also holds."""
-    original = structure.tied.get(name)
-    return original is not None and tied_original(original, source, structure) is not None
 
 
 def tied_original(original: str, source: Source, structure: ModelStructure) -> TensorEntry | None:
@@ -259,7 +247,7 @@ def _layer(
     shape = structure.shapes[module]
     rows, columns = reversed(shape) if structure.roles[module] is Role.CONV1D else shape
     if module not in quantized:
-        reason = refused.get(module, "not FP8 in the source, or not asked for")
+        reason = refused.get(module, "not FP8 in the source, or not requested")
         return LayerRecord(name=module, reason=reason, shape=(rows, columns))
     before = source.encoding_of(module)
     rule = ScaleRule.AMAX if before is None else before.scale_rule

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,5 +65,6 @@ def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = load_config(Path(export_dir))
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in iter_weights(export_dir)}
-    model: PreTrainedModel = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    return model.eval()
+    model: Any = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated

@@ -1,4 +1,4 @@
-"""After writing: open the export as a stranger would and compare it with its source, bit for bit.
+"""After writing: open the export as a third party would and compare it with its source, bit for bit.
 
 The comparison does not go through the code that wrote the files: names and shapes come from the written
 headers, the quantization block from the written config.json, and the expected weight from the source's own
@@ -48,7 +48,7 @@ def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: N
     Args:
         plan: the plan it was written from.
         root: the written directory.
-        advance: called once a weight, for progress.
+        advance: called once per weight, for progress.
 
     Returns:
         Gates, passed or not; the caller decides what a failure means.

@@ -32,7 +32,7 @@ def write_weights(plan: ExportPlan, root: Path, advance: Callable[[], None] = la
     Args:
         plan: a plan that passed the linter.
         root: an existing directory.
-        advance: called once a weight, for progress.
+        advance: called once per weight, for progress.
 
     Raises:
         OutOfMemoryError: the disk is too small or fills up (exit code 15).

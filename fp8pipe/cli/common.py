@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.core.errors import Fp8PipeError, OutOfMemoryError
-from fp8pipe.core.text import format_bytes, table
+from fp8pipe.core.machine import format_bytes
+from fp8pipe.core.text import table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact

@@ -22,17 +22,11 @@ class Fp8PipeError(Exception):
 
     def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
         super().__init__(what)
-        self.what = what
-        self.why = why
-        self.fix = fix
+        self.what, self.why, self.fix = what, why, fix
 
     def __str__(self) -> str:
-        parts = [self.what]
-        if self.why:
-            parts.append(f"  why: {self.why}")
-        if self.fix:
-            parts.append(f"  fix: {self.fix}")
-        return "\n".join(parts)
+        parts = (self.what, self.why and f"  why: {self.why}", self.fix and f"  fix: {self.fix}")
+        return "\n".join(filter(None, parts))
 
 
 class ConfigurationError(Fp8PipeError):

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 __all__ = [
-    "CPU_FEATURES", "Gpu", "available_bytes", "cpu_features", "cpu_model", "describe_machine",
-    "distribution_version", "gpus", "memory_bytes", "resident_bytes",
+    "CPU_FEATURES", "Gpu", "available_bytes", "cpu_features", "cpu_model", "describe_machine", "distribution_version",
+    "format_bytes", "gpus", "memory_bytes", "resident_bytes", "swap_bytes",
 ]  # fmt: skip
 
 # The features that decide which low-precision kernels a CPU can run, narrowest first.
@@ -25,17 +25,11 @@ FP8_CAPABILITY = (8, 9)
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One CUDA device.
-
-    Attributes:
-        name: the device's name.
-        capability: (major, minor) compute capability.
-        memory_bytes: total memory.
-    """
+    """One CUDA device."""
 
     name: str
-    capability: tuple[int, int]
-    memory_bytes: int
+    capability: tuple[int, int]  # (major, minor) compute capability
+    memory_bytes: int  # in all
 
     @property
     def fp8(self) -> bool:
@@ -45,13 +39,13 @@ class Gpu:
 
 def cpu_features(cpuinfo: Path = _CPUINFO) -> list[str]:
     """Those of `CPU_FEATURES` that the processor reports; empty where the file does not exist."""
-    flags = set(_cpuinfo_field(cpuinfo, "flags").split())
+    flags = set(_proc_field(cpuinfo, "flags").split())
     return [name for name in CPU_FEATURES if name in flags]
 
 
 def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
     """The processor's name."""
-    return _cpuinfo_field(cpuinfo, "model name") or platform.processor() or platform.machine()
+    return _proc_field(cpuinfo, "model name") or platform.processor() or platform.machine()
 
 
 def memory_bytes() -> int:
@@ -61,11 +55,12 @@ def memory_bytes() -> int:
 
 def available_bytes() -> int:
     """Memory that could be taken now without swapping, bytes; all of it where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return memory_bytes()
-    return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    return _field_bytes("MemAvailable", memory_bytes())
+
+
+def swap_bytes() -> int:
+    """Swap space, bytes; none where the system does not say."""
+    return _field_bytes("SwapTotal", 0)
 
 
 def resident_bytes() -> int:
@@ -102,13 +97,26 @@ def distribution_version(name: str) -> str | None:
         return None
 
 
-def _cpuinfo_field(cpuinfo: Path, name: str) -> str:
+def format_bytes(size: int) -> str:
+    """Bytes with a decimal unit: `1.2 GB`."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def _field_bytes(name: str, otherwise: int) -> int:
+    value = _proc_field(Path("/proc/meminfo"), name)
+    return int(value.split()[0]) * 1024 if value else otherwise
+
+
+def _proc_field(path: Path, name: str) -> str:
+    """The first value of `name: value`; empty where there is none."""
     try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return ""
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")

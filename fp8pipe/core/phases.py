@@ -37,15 +37,10 @@ def can_measure() -> bool:
 
 @dataclass(slots=True)
 class Phase:
-    """What a phase took.
+    """What a phase took."""
 
-    Attributes:
-        peak_bytes: largest resident memory while it went on, with what was resident before.
-        seconds: wall time of each of its occurrences.
-    """
-
-    peak_bytes: int = 0
-    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0  # largest resident memory while it went on, with what was resident before
+    seconds: list[float] = field(default_factory=list)  # wall time of each of its occurrences
 
 
 class PhaseMeter:

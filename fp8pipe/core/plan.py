@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.errors import OutOfMemoryError
-from fp8pipe.core.machine import available_bytes, distribution_version, memory_bytes
+from fp8pipe.core.machine import available_bytes, distribution_version, format_bytes, memory_bytes, swap_bytes
 
 __all__ = ["Missing", "Plan", "missing_disk", "missing_memory", "missing_packages", "refuse_impossible"]
 
@@ -38,33 +38,19 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a command would take here.
+    """What a command would take here."""
 
-    Attributes:
-        reads: files, directories and names that are read.
-        writes: what is written.
-        peak_memory_bytes: largest resident memory of any of its processes; None where it cannot be told.
-        disk_bytes: most that its output and its checkpoints hold at once.
-        output_bytes: the finished output.
-        seconds: wall time on this machine, as busy as it is now; None where it was not estimated.
-        hardware: what it runs on, in words.
-        packages: distributions that it needs.
-        missing: what is not here.
-        notes: how figures were had, and what else should be known before.
-        facts: figures of this command alone.
-    """
-
-    reads: tuple[str, ...]
+    reads: tuple[str, ...]  # files, directories and names
     writes: tuple[str, ...]
-    peak_memory_bytes: int | None
-    disk_bytes: int
-    output_bytes: int
-    seconds: float | None = None
-    hardware: str = "a CPU"
-    packages: tuple[str, ...] = ()
+    peak_memory_bytes: int | None  # largest resident memory of any of its processes; None where it cannot be told
+    disk_bytes: int  # most that its output and its checkpoints hold at once
+    output_bytes: int  # the finished output
+    seconds: float | None = None  # wall time on this machine, as busy as it is now; None where it was not estimated
+    hardware: str = "a CPU"  # what it runs on, in words
+    packages: tuple[str, ...] = ()  # distributions that it needs
     missing: tuple[Missing, ...] = ()
-    notes: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # how figures were had, and what else should be known before
+    facts: Mapping[str, Any] = field(default_factory=dict)  # figures of this command alone
 
     def document(self) -> dict[str, Any]:
         """The plan as plain data, facts beside the rest."""
@@ -82,8 +68,10 @@ class Plan:
 
     def text(self) -> str:
         """The plan for people."""
-        disk = f"{_size(self.disk_bytes)} at most, {_size(self.output_bytes)} in the end"
-        memory = "not known" if self.peak_memory_bytes is None else f"{_size(self.peak_memory_bytes)} at its peak"
+        disk = f"{format_bytes(self.disk_bytes)} at most, {format_bytes(self.output_bytes)} in the end"
+        memory = (
+            "not known" if self.peak_memory_bytes is None else f"{format_bytes(self.peak_memory_bytes)} at its peak"
+        )
         rows = [
             *(("reads", item) for item in self.reads),
             *(("writes", item) for item in self.writes),
@@ -101,13 +89,9 @@ class Plan:
 
 def missing_packages(names: Iterable[str]) -> tuple[Missing, ...]:
     """Those distributions that are not installed; nothing is imported."""
-    return tuple(
-        Missing(f"the package {name} is not installed", f"pip install 'fp8pipe[{_EXTRAS[name]}]'")
-        if name in _EXTRAS
-        else Missing(f"the package {name} is not installed", f"pip install {name}")
-        for name in names
-        if distribution_version(name) is None
-    )
+    missing = [name for name in names if distribution_version(name) is None]
+    sources = {name: f"'fp8pipe[{_EXTRAS[name]}]'" if name in _EXTRAS else name for name in missing}
+    return tuple(Missing(f"the package {name} is not installed", f"pip install {sources[name]}") for name in missing)
 
 
 def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
@@ -115,7 +99,7 @@ def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
     available = available_bytes()
     if peak_bytes is None or peak_bytes <= available:
         return ()
-    return (Missing(f"memory: {_size(peak_bytes)} at the peak, {_size(available)} available now", fix),)
+    return (Missing(f"memory: {format_bytes(peak_bytes)} at the peak, {format_bytes(available)} available now", fix),)
 
 
 def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
@@ -123,7 +107,7 @@ def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
     free = free_bytes(output)
     if need_bytes <= free:
         return ()
-    what = f"disk: {_size(need_bytes)} needed, {_size(free)} free at {output}"
+    what = f"disk: {format_bytes(need_bytes)} needed, {format_bytes(free)} free at {output}"
     return (Missing(what, "free space, or give an output on another disk"),)
 
 
@@ -137,31 +121,15 @@ def refuse_impossible(least_bytes: int, what: str) -> None:
     Raises:
         OutOfMemoryError: it is more than all memory and swap together.
     """
-    total = memory_bytes() + _swap_bytes()
+    total = memory_bytes() + swap_bytes()
     if least_bytes <= total:
         return
+    least = format_bytes(least_bytes)
     raise OutOfMemoryError(
         f"{what} cannot fit into this machine's memory",
-        why=f"it is {_size(least_bytes)} before anything is done with it; memory and swap are {_size(total)}",
+        why=f"it is {least} before anything is done with it; memory and swap are {format_bytes(total)}",
         fix="use a smaller model or a larger machine; --dry-run tells what a run takes",
     )
-
-
-def _swap_bytes() -> int:
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 0
-    return int(text.split("SwapTotal:")[1].split()[0]) * 1024
-
-
-def _size(size: int) -> str:
-    value, units = float(size), ("B", "kB", "MB", "GB", "TB")
-    for unit in units[:-1]:
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
 
 
 def _duration(seconds: float) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,19 +18,12 @@ __all__ = ["Tracker", "configure", "track"]
 PLAIN_INTERVAL_S = 5.0
 
 
-@dataclass
-class _Settings:
-    quiet: bool = False
-    plain: bool = False
-
-
-_settings = _Settings()
+_settings = {"quiet": False, "plain": False}
 
 
 def configure(*, quiet: bool = False, plain: bool = False) -> None:
     """Set how later trackers show themselves: `quiet` shows nothing, `plain` never draws a bar."""
-    _settings.quiet = quiet
-    _settings.plain = plain
+    _settings.update(quiet=quiet, plain=plain)
 
 
 def track(total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S) -> Tracker:
@@ -43,30 +35,20 @@ def track(total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_IN
         done: units finished by an earlier run; rate and time left count only new ones.
         interval_s: least time between two plain lines, in seconds.
     """
-    if not _settings.quiet and not _settings.plain and sys.stderr.isatty():
+    if not any(_settings.values()) and sys.stderr.isatty():
         return _BarTracker(total, label, done=done)
-    return Tracker(total, label, done=done, interval_s=interval_s, silent=_settings.quiet)
+    return Tracker(total, label, done=done, interval_s=interval_s, silent=_settings["quiet"])
 
 
 class Tracker:
     """Counts work and prints plain lines: at most one every `interval_s`, and one at the end."""
 
     def __init__(
-        self,
-        total: int,
-        label: str,
-        *,
-        done: int = 0,
-        interval_s: float = PLAIN_INTERVAL_S,
-        silent: bool = False,
+        self, total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S, silent: bool = False
     ) -> None:
-        self.total = total
-        self.label = label
-        self.completed = done
+        self.total, self.label, self.completed = total, label, done
         self.fields: dict[str, Any] = {}
-        self._start_units = done
-        self._interval_s = interval_s
-        self._silent = silent
+        self._start_units, self._interval_s, self._silent = done, interval_s, silent
         self._start_s = self._shown_s = time.monotonic()
 
     def __enter__(self) -> Tracker:
@@ -88,14 +70,18 @@ class Tracker:
 
     def line(self, ending: str = "") -> str:
         """The present state as text."""
-        elapsed_s = time.monotonic() - self._start_s
-        rate = (self.completed - self._start_units) / elapsed_s if elapsed_s > 0 else 0.0
+        elapsed_s, rate = self._pace()
         parts = [f"{self.label}: {self.completed}/{self.total}", f"{rate:.3g}/s"]
         if ending:
             parts.append(f"{ending} after {format_duration(elapsed_s)}")
         elif rate > 0:
             parts.append(f"{format_duration((self.total - self.completed) / rate)} left")
         return "  ".join([*parts, *_format_fields(self.fields)])
+
+    def _pace(self) -> tuple[float, float]:
+        """Seconds since the start, and units done per second since then."""
+        elapsed_s = time.monotonic() - self._start_s
+        return elapsed_s, (self.completed - self._start_units) / elapsed_s if elapsed_s > 0 else 0.0
 
     def _print(self, ending: str) -> None:
         self._shown_s = time.monotonic()
@@ -111,17 +97,12 @@ class _BarTracker(Tracker):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        # Training prints into pipes and logs of its own; the bar must not take stdout over.
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-            console=Console(stderr=True),
-            # Training prints into pipes and logs of its own; the bar must not take stdout over.
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=Console(stderr=True),
             redirect_stdout=False,
-        )
+        )  # fmt: skip
         self._task = self._bar.add_task(label, total=total, completed=done, rate="", shown="")
 
     def __enter__(self) -> _BarTracker:
@@ -132,10 +113,8 @@ class _BarTracker(Tracker):
     def advance(self, n: int = 1, **fields: Any) -> None:
         self.completed += n
         self.fields.update(fields)
-        elapsed_s = time.monotonic() - self._start_s
-        rate = (self.completed - self._start_units) / elapsed_s if elapsed_s > 0 else 0.0
         shown = "  ".join(_format_fields(self.fields))
-        self._bar.update(self._task, completed=self.completed, rate=f"{rate:.3g}/s", shown=shown)
+        self._bar.update(self._task, completed=self.completed, rate=f"{self._pace()[1]:.3g}/s", shown=shown)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

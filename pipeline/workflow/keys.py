@@ -16,6 +16,7 @@ from typing import Any, Final
 from fp8pipe import __version__
 from fp8pipe.artifact import MANIFEST_NAME, Manifest, sha256_file
 from pipeline.workflow.recipe import StageSpec
+from pipeline.workflow.settings import replace_references
 
 __all__ = ["SourceDigests", "canonical_digest", "file_states", "stage_key"]
 
@@ -38,15 +39,9 @@ def stage_key(spec: StageSpec, contents: Mapping[str, str], sources: Mapping[str
         contents: content digests of the stages it reads, by the setting that names them.
         sources: digests of what it reads from outside, by setting.
     """
-    settings = {key: value for key, value in spec.settings.items()}
-    for dotted in spec.reads:
-        _blank(settings, dotted.split("."))
-    return canonical_digest(
-        {
-            "command": spec.command, "settings": settings, "reads": dict(contents), "sources": dict(sources),
-            "version": __version__,
-        }
-    )  # fmt: skip
+    settings = replace_references(spec.settings, lambda prefix, stage: None)
+    fields = {"command": spec.command, "settings": settings, "reads": dict(contents), "sources": dict(sources)}
+    return canonical_digest({**fields, "version": __version__})
 
 
 def file_states(path: Path) -> dict[str, tuple[int, int]]:
@@ -59,17 +54,12 @@ def file_states(path: Path) -> dict[str, tuple[int, int]]:
         inner[:] = sorted(name for name in inner if name not in _SKIPPED)
         for name in sorted(names):
             file = Path(folder) / name
-            state = file.stat()
-            found[file.relative_to(path).as_posix()] = (state.st_size, state.st_mtime_ns)
+            found[file.relative_to(path).as_posix()] = (file.stat().st_size, file.stat().st_mtime_ns)
     return found
 
 
 class SourceDigests:
-    """Digests of what the user names, remembered in a file.
-
-    Args:
-        memory: where; an unreadable file only means that everything is hashed again.
-    """
+    """Digests of what the user names, remembered in the file `memory`; unreadable, everything is hashed again."""
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
@@ -106,20 +96,3 @@ class SourceDigests:
             named = [[file.relative_to(path).as_posix(), sha256_file(file)] for file in files]
             known = self._known[str(path.absolute())] = [states, canonical_digest(named)]
         return str(known[1])
-
-
-def _blank(settings: dict[str, Any], parts: list[str]) -> None:
-    """Take a reference out of the settings: which name a stage has decides nothing."""
-    here: Any = settings
-    for part in parts[:-1]:
-        inner = here[int(part)] if isinstance(here, list) else here[part]
-        inner = dict(inner) if isinstance(inner, Mapping) else list(inner)
-        if isinstance(here, list):
-            here[int(part)] = inner
-        else:
-            here[part] = inner
-        here = inner
-    if isinstance(here, list):
-        here[int(parts[-1])] = None
-    else:
-        here[parts[-1]] = None

@@ -20,19 +20,12 @@ __all__ = ["Ended", "StageProcess"]
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a stage ended.
-
-    Attributes:
-        code: its exit code.
-        seconds: wall time.
-        peak_rss_bytes: largest resident memory of any of its processes, bytes.
-        document: what it printed with `--json`; empty where that is no document.
-    """
+    """How a stage ended."""
 
     code: int
-    seconds: float
-    peak_rss_bytes: int
-    document: dict[str, Any]
+    seconds: float  # wall time
+    peak_rss_bytes: int  # largest resident memory of any of its processes
+    document: dict[str, Any]  # what it printed with `--json`; empty where that is no document
 
 
 class StageProcess:
@@ -49,14 +42,9 @@ class StageProcess:
 
     def __init__(
         self,
-        arguments: Sequence[str],
-        log: Path,
-        environment: Mapping[str, str],
-        show: Callable[[str], None],
-        *,
-        lock: int,
+        arguments: Sequence[str], log: Path, environment: Mapping[str, str], show: Callable[[str], None], *, lock: int,
         program: Sequence[str],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._answer, self._report = log.with_suffix(".json"), log.with_suffix(".ended")
         self._report.unlink(missing_ok=True)
         with self._answer.open("wb") as answer:

@@ -71,23 +71,14 @@ class GateSpec(FrozenConfig):
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One stage of a recipe.
-
-    Attributes:
-        name: the stage's, unique in the recipe.
-        command: what it does.
-        settings: of the command, as written; references are still references.
-        gates: what must hold.
-        after: stages that must have ended before, though nothing of them is read.
-        reads: names of the stages it reads, by the dotted setting that names them.
-    """
+    """One stage of a recipe."""
 
     name: str
     command: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # of the command, as written; references are still references
     gates: tuple[GateSpec, ...] = ()
-    after: tuple[str, ...] = ()
-    reads: Mapping[str, str] = field(default_factory=dict)
+    after: tuple[str, ...] = ()  # stages that must have ended before, though nothing of them is read
+    reads: Mapping[str, str] = field(default_factory=dict)  # stages it reads, by the dotted setting that names them
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -97,13 +88,7 @@ class StageSpec:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe, read and checked as far as it can be without knowing the commands.
-
-    Attributes:
-        name: of the recipe.
-        description: for people.
-        stages: in an order in which they can run.
-    """
+    """A recipe, checked as far as it can be without knowing the commands; its stages are in an order that can run."""
 
     name: str
     description: str
@@ -115,10 +100,10 @@ class Recipe:
         Raises:
             ConfigurationError: there is none.
         """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise _no_stage(name, [stage.name for stage in self.stages])
+        stages = {stage.name: stage for stage in self.stages}
+        if name not in stages:
+            raise _no_stage(name, list(stages))
+        return stages[name]
 
     def plain(self) -> dict[str, Any]:
         """The recipe as data, with every override applied."""
@@ -164,10 +149,9 @@ def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
     unknown = [key for key in values if key not in _TOP_KEYS]
     if unknown:
         raise ConfigurationError(
-            f"{where} has unknown keys: {', '.join(map(str, unknown))}",
-            why=f"a recipe holds {', '.join(_TOP_KEYS)}",
+            f"{where} has unknown keys: {', '.join(map(str, unknown))}", why=f"a recipe holds {', '.join(_TOP_KEYS)}",
             fix="a stage's settings belong below stages.NAME",
-        )
+        )  # fmt: skip
     stages = values.get("stages")
     if not isinstance(stages, dict) or not stages:
         raise ConfigurationError(
@@ -185,39 +169,29 @@ def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
 def _stage(name: str, entry: Any, where: str) -> StageSpec:
     if not _NAME.fullmatch(name):
         raise ConfigurationError(
-            f"{name!r} cannot name a stage of {where}",
-            why="its output is a directory of that name",
+            f"{name!r} cannot name a stage of {where}", why="its output is a directory of that name",
             fix="use small letters, digits and hyphens, at most 63",
-        )
+        )  # fmt: skip
+    stage = f"stage {name} of {where}"
     if not isinstance(entry, dict) or not isinstance(entry.get("command"), str):
         raise ConfigurationError(
-            f"stage {name} of {where} names no command",
-            why="`command:` is missing",
-            fix="add for instance command: export",
+            f"{stage} names no command", why="`command:` is missing", fix="add for instance command: export"
         )
     settings = {str(key): value for key, value in entry.items() if key not in NO_SETTINGS}
     after, gates = entry.get("after") or (), entry.get("gates") or ()
     if isinstance(after, str) or not all(isinstance(item, str) for item in after):
         raise ConfigurationError(
-            f"stage {name} of {where}: after is no list of stages",
-            why=f"it is {after!r}",
-            fix="write after: [NAME, ...]",
+            f"{stage}: after is no list of stages", why=f"it is {after!r}", fix="write after: [NAME, ...]"
         )
     if not isinstance(gates, list | tuple) or not all(isinstance(item, dict) for item in gates):
         raise ConfigurationError(
-            f"stage {name} of {where}: gates is no list", why=f"it is {gates!r}", fix="write gates: [{name: ..., ...}]"
+            f"{stage}: gates is no list", why=f"it is {gates!r}", fix="write gates: [{name: ..., ...}]"
         )
-    judged = tuple(_gate(item, name, where) for item in gates)
-    return StageSpec(name, entry["command"], settings, judged, tuple(after), references(settings))
-
-
-def _gate(values: Mapping[str, Any], stage: str, where: str) -> GateSpec:
     try:
-        return build_config(GateSpec, values)
+        judged = tuple(build_config(GateSpec, item) for item in gates)
     except ConfigurationError as error:
-        raise ConfigurationError(
-            f"stage {stage} of {where}: a gate has invalid values", why=error.why, fix=error.fix
-        ) from error
+        raise ConfigurationError(f"{stage}: a gate has invalid values", why=error.why, fix=error.fix) from error
+    return StageSpec(name, entry["command"], settings, judged, tuple(after), references(settings))
 
 
 def _ordered(specs: Mapping[str, StageSpec], where: str) -> list[str]:
@@ -227,16 +201,13 @@ def _ordered(specs: Mapping[str, StageSpec], where: str) -> list[str]:
         sorter.prepare()
     except graphlib.CycleError as error:
         raise ConfigurationError(
-            f"the stages of {where} wait for each other",
-            why=" -> ".join(error.args[1]),
+            f"the stages of {where} wait for each other", why=" -> ".join(error.args[1]),
             fix="remove one of these references",
-        ) from error
-    places, order = {name: place for place, name in enumerate(specs)}, []
-    ready = set(sorter.get_ready())
+        ) from error  # fmt: skip
+    places, order, ready = list(specs), [], set(sorter.get_ready())
     while ready:
-        first = min(ready, key=places.__getitem__)
+        order.append(first := min(ready, key=places.index))
         ready.remove(first)
-        order.append(first)
         sorter.done(first)
         ready.update(sorter.get_ready())
     return order

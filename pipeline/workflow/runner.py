@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
@@ -40,12 +41,7 @@ Show = Callable[[str, str], None]
 
 
 class WorkflowRunner:
-    """Runs a recipe in its directory.
-
-    Args:
-        state: the recipe, its directory, and what is in it.
-        show: called with a stage's name and a line for people.
-    """
+    """Runs a recipe in its directory; `show` is called with a stage's name and a line for people."""
 
     def __init__(self, state: RunState, show: Show) -> None:
         self.state, self._show = state, show
@@ -85,8 +81,7 @@ class WorkflowRunner:
         """
         with self._locked():
             self.check([status.spec for status in self.state.statuses() if status.run])
-            text = yaml.safe_dump(self.state.recipe.plain(), sort_keys=False, allow_unicode=True)
-            (self.state.directory / RECIPE_NAME).write_text(text, encoding="utf-8")
+            _write_yaml(self.state.directory / RECIPE_NAME, self.state.recipe.plain())
             try:
                 self._schedule()
             except KeyboardInterrupt as error:
@@ -134,9 +129,7 @@ class WorkflowRunner:
         """Start a stage: resumed where an unfinished run of the same key is there, anew otherwise."""
         state, spec = self.state, status.spec
         command, output = state.commands[spec.command], state.outputs[spec.name]
-        settings = state.settings(spec)
-        text = yaml.safe_dump(state.filed_settings(spec), sort_keys=False, allow_unicode=True)
-        state.settings_file(spec).write_text(text, encoding="utf-8")
+        _write_yaml(state.settings_file(spec), state.filed_settings(spec))
         extra = ["--resume"] if self._prepare(spec, command, status.key) else []
         if output.is_dir():
             extra.append("--force")
@@ -146,15 +139,14 @@ class WorkflowRunner:
         log.parent.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
         return StageProcess(
-            [*state.arguments(spec), *extra], log, command.environment(settings),
+            [*state.arguments(spec), *extra], log, command.environment(state.settings(spec)),
             lambda line: self._show(spec.name, line), lock=self._lock, program=command.program,
         )  # fmt: skip
 
     def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:
         """Throw away what another configuration left unfinished; true where an unfinished run can go on."""
         marker, partial = self.state.marker(spec), self.state.partial(spec)
-        same = marker.is_file() and marker.read_text(encoding="utf-8") == key
-        if partial.is_dir() and not same:
+        if partial.is_dir() and not self.state.started_with(spec, key):
             shutil.rmtree(partial)
         marker.write_text(key, encoding="utf-8")
         return command.resumable and partial.is_dir() and any(partial.glob(f"{CHECKPOINT_PREFIX}*"))
@@ -248,6 +240,10 @@ def _stage_error(name: str, record: StageRecord) -> Fp8PipeError:
     )  # fmt: skip
     error.exit_code = int(failure.get("exit_code", 1))  # type: ignore[misc]
     return error
+
+
+def _write_yaml(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _now() -> str:

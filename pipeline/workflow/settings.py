@@ -1,13 +1,13 @@
-"""A stage's settings, leaf by leaf: references to other stages, and what differs from a former recipe."""
+"""A stage's settings, value by value: references to other stages, and what differs from an earlier recipe."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["NO_SETTINGS", "references", "settings_differing", "substitute"]
+__all__ = ["NO_SETTINGS", "references", "replace_references", "settings_differing", "substitute"]
 
 # Of a stage's entry in a recipe, what decides nothing about its output.
 NO_SETTINGS: Final = ("command", "gates", "after")
@@ -22,16 +22,21 @@ def references(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def substitute(settings: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, Any]:
     """The settings with the paths of stages' outputs in the place of references."""
+    return replace_references(settings, lambda prefix, stage: f"{prefix}{paths[stage]}")
 
-    def plain(value: Any) -> Any:
+
+def replace_references(settings: Mapping[str, Any], replacement: Callable[[str, str], Any]) -> dict[str, Any]:
+    """The settings with `replacement(prefix, stage)` in the place of references."""
+
+    def replaced(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
+            return {key: replaced(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
+            return [replaced(item) for item in value]
         match = _matched(value)
-        return f"{match[1]}{paths[match[2]]}" if match else value
+        return replacement(match[1], match[2]) if match else value
 
-    return {key: plain(value) for key, value in settings.items()}
+    return {key: replaced(value) for key, value in settings.items()}
 
 
 def settings_differing(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,7 @@
-"""What a run's directory holds already, and so which stages need not run again."""
+"""A run: a recipe, its directory, what that holds already, and so which stages need not run again."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,56 +25,33 @@ STAGES: Final = "stages"
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Which part of a recipe is wanted.
+    """Which part of a recipe is wanted."""
 
-    Attributes:
-        first: stages before it are taken as they are, even if their settings have changed.
-        last: it and what it needs; nothing else is run.
-        force: stages that run even if nothing has changed.
-        jobs: stages that may run side by side.
-    """
-
-    first: str | None = None
-    last: str | None = None
-    force: tuple[str, ...] = ()
-    jobs: int = 1
+    first: str | None = None  # stages before it are taken as they are, even if their settings have changed
+    last: str | None = None  # it and what it needs; nothing else is run
+    force: tuple[str, ...] = ()  # stages that run even if nothing has changed
+    jobs: int = 1  # stages that may run side by side
 
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """What is to be done with one stage.
-
-    Attributes:
-        spec: the stage.
-        run: whether it would run.
-        why: in words.
-        key: its key; empty where that depends on a stage that has yet to run.
-        adopt: whether its output is there, and only the record of it is missing.
-    """
+    """What is to be done with one stage."""
 
     spec: StageSpec
-    run: bool
+    run: bool  # whether it would run
     why: str
-    key: str
-    adopt: bool = False
+    key: str  # empty where it depends on a stage that has yet to run
+    adopt: bool = False  # its output is there, and only the record of it is missing
 
 
 class RunState:
-    """A recipe and the directory it runs in.
-
-    Args:
-        recipe: what to do.
-        commands: the commands that stages may name.
-        directory: of the run; need not exist.
-        options: which part is wanted.
+    """A recipe, the commands that its stages may name, and the directory it runs in, which need not exist.
 
     Raises:
         ConfigurationError: an unknown command or stage, two stages with one output, or a directory of something else.
     """
 
-    def __init__(
-        self, recipe: Recipe, commands: Mapping[str, StageCommand], directory: Path, options: RunOptions
-    ) -> None:
+    def __init__(self, recipe: Recipe, commands: Mapping[str, StageCommand], directory: Path, options: RunOptions):
         self.recipe, self.commands, self.options = recipe, commands, options
         self.directory = Path(directory)
         _check_commands(recipe, commands)
@@ -103,6 +79,10 @@ class RunState:
     def marker(self, spec: StageSpec) -> Path:
         """The file that says with which key the stage was started."""
         return self.directory / STAGES / f"{spec.name}.key"
+
+    def started_with(self, spec: StageSpec, key: str) -> bool:
+        """Whether an unfinished or unrecorded start of the stage had this key."""
+        return self.marker(spec).is_file() and self.marker(spec).read_text(encoding="utf-8") == key
 
     def partial(self, spec: StageSpec) -> Path:
         """Where its command writes until it is done."""
@@ -173,8 +153,7 @@ class RunState:
     def _stale(self, spec: StageSpec, record: StageRecord | None, key: str) -> str:
         """Why a stage must run; empty where it need not."""
         if record is None:
-            same = self.marker(spec).is_file() and self.marker(spec).read_text(encoding="utf-8") == key
-            return "unfinished" if same and self.partial(spec).is_dir() else "not yet run"
+            return "unfinished" if self.started_with(spec, key) and self.partial(spec).is_dir() else "not yet run"
         if record.error is not None:
             return "failed before"
         if record.key != key:
@@ -208,9 +187,9 @@ class RunState:
     def _left_unrecorded(self, spec: StageSpec, key: str) -> bool:
         """Whether a run that died after its stage had ended left the output: it is newer than the stage's start."""
         marker, manifest = self.marker(spec), self.outputs[spec.name] / MANIFEST_NAME
-        if not (marker.is_file() and manifest.is_file()) or marker.read_text(encoding="utf-8") != key:
+        if not (manifest.is_file() and self.started_with(spec, key)):
             return False
-        if os.stat(manifest).st_mtime_ns <= os.stat(marker).st_mtime_ns:
+        if manifest.stat().st_mtime_ns <= marker.stat().st_mtime_ns:
             return False
         try:
             open_artifact(self.outputs[spec.name])
@@ -226,10 +205,9 @@ class RunState:
         doubles = [name for name, path in outputs.items() if list(outputs.values()).count(path) > 1]
         if doubles:
             raise ConfigurationError(
-                f"the stages {' and '.join(doubles)} would write the same file",
-                why=str(outputs[doubles[0]]),
+                f"the stages {' and '.join(doubles)} would write the same file", why=str(outputs[doubles[0]]),
                 fix="validate an export in one stage only",
-            )
+            )  # fmt: skip
         return outputs
 
     def _previous(self) -> RunRecord | None:
@@ -238,10 +216,9 @@ class RunState:
         foreign = self.directory.is_file() or (self.directory.is_dir() and any(self.directory.iterdir()))
         if foreign and not (self.directory / STAGES).is_dir():
             raise ConfigurationError(
-                f"{self.directory} is not a run",
-                why=f"it holds something, and no {RUN_NAME}",
+                f"{self.directory} is not a run", why=f"it holds something, and no {RUN_NAME}",
                 fix="name another directory with --output",
-            )
+            )  # fmt: skip
         return None
 
     def _taken_as_is(self) -> set[str]:
@@ -268,6 +245,5 @@ def _check_commands(recipe: Recipe, commands: Mapping[str, StageCommand]) -> Non
     if unknown:
         raise ConfigurationError(
             f"the recipe {recipe.name} names unknown commands: {', '.join(unknown)}",
-            why=f"stages can be: {', '.join(commands)}",
-            fix="correct `command:`",
-        )
+            why=f"stages can be: {', '.join(commands)}", fix="correct `command:`",
+        )  # fmt: skip

@@ -184,10 +184,10 @@ def _own(export: Artifact, model: ir.Model, layers: tuple[ExportedLayer, ...], i
         single = open_session(export.root / MODEL_FILE, threads=1)
         outputs = [run(single, {INPUT_NAME: x.numpy()})[OUTPUT_NAME] for x in images.pixels.split(1)]
         return _Reference("export", [], None, None, torch.from_numpy(np.concatenate(outputs)))
-    session = open_session(export.root / MODEL_FILE, plain=True)
+    session = open_session(export.root / MODEL_FILE, optimize=False)
     whole = _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
     found = run(
-        open_session(_with_outputs(model, layers), plain=True), {INPUT_NAME: images.pixels[:_LAYER_IMAGES].numpy()}
+        open_session(_with_outputs(model, layers), optimize=False), {INPUT_NAME: images.pixels[:_LAYER_IMAGES].numpy()}
     )
     found[INPUT_NAME] = images.pixels[:_LAYER_IMAGES].numpy()
     inputs = {input_name(source): found[str(source.name)] for source in _sources(layers)}

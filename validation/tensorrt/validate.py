@@ -20,12 +20,12 @@ import numpy as np
 from exporters.graph.images import probe_images
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.runtime import open_session, run
-from exporters.tensorrt.block_parity import evaluate_graph
 from exporters.tensorrt.dequantized import dequantize_graph
 from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
+from exporters.tensorrt.engines import ENGINES, MODEL_FILE
 from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
-from exporters.tensorrt.export import ENGINES, MODEL_FILE
 from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.parity import evaluate_graph
 from exporters.tensorrt.rtx import CAPABILITIES, build_rtx
 from exporters.tensorrt.target import KIND, TrtDetails
 from fp8pipe.artifact import Artifact, Comparison, Gate, installed_versions, open_artifact, sha256_file
@@ -121,7 +121,7 @@ def _expected(artifact: Artifact, pixels: np.ndarray) -> np.ndarray:
     if _is_nvfp4(artifact):
         names = _names(artifact)
         return np.asarray(evaluate_graph(artifact.root / MODEL_FILE, {names[0]: pixels})[names[1]])
-    session = open_session(artifact.root / MODEL_FILE, plain=True)
+    session = open_session(artifact.root / MODEL_FILE, optimize=False)
     names = _names(artifact)
     return np.concatenate([run(session, {names[0]: pixels[i : i + 8]})[names[1]] for i in range(0, len(pixels), 8)])
 

@@ -6,7 +6,7 @@ at an end where INT8 saturates, and below zero after a softmax. Engines fuse att
 
 Readers of one value with one quantizer share one pair, or have one each: ONNX Runtime multiplies integers only where
 the pair has a single reader, and merges equal pairs before it looks. So separate pairs differ in their `axis`,
-which means nothing beside one scale a tensor.
+which means nothing beside one scale per tensor.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.passes.change import Change
-from exporters.graph.passes.tensors import add_initializer
-from exporters.graph.trace import PlainGraph, Product, ProductKind
+from exporters.graph.passes.editing import Change, quantize_value
+from exporters.graph.trace import FloatGraph, Product, ProductKind
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer
@@ -41,12 +40,12 @@ def operand_sites(product: Product, structure: VitStructure) -> dict[int, str]:
 
 
 def quantize_activations(
-    plain: PlainGraph, structure: VitStructure, activations: Mapping[str, ActivationQuantizer], *, share: bool
+    traced: FloatGraph, structure: VitStructure, activations: Mapping[str, ActivationQuantizer], *, share: bool
 ) -> Change:
     """Insert `[Clip,] QuantizeLinear, DequantizeLinear` before every operand whose site has a quantizer.
 
     Args:
-        plain: changed in place.
+        traced: changed in place.
         structure: of the model.
         activations: quantizers by site.
         share: one pair for all readers of one value with one quantizer; otherwise one each, named after it.
@@ -57,7 +56,7 @@ def quantize_activations(
     pairs: dict[tuple[ir.Value, ActivationQuantizer], ir.Value] = {}
     readers: Counter[ir.Value] = Counter()
     changed = []
-    for product in _in_graph_order(plain):
+    for product in traced.in_graph_order():
         for position, site in operand_sites(product, structure).items():
             quantizer, value = activations.get(site), product.node.inputs[position]
             if quantizer is None or value is None:
@@ -67,17 +66,12 @@ def quantize_activations(
                 first = not readers[value]
                 name = site if first or product.kind is not ProductKind.LINEAR else f"{product.name}.input"
                 axis = _axis(readers[value], value)
-                found = pairs[value, quantizer] = _insert(plain.model.graph, product.node, value, quantizer, name, axis)
+                found = _insert(traced.model.graph, product.node, value, quantizer, name, axis)
+                pairs[value, quantizer] = found
                 readers[value] += 1
                 changed.append(name)
             product.node.replace_input_with(position, found)
     return Change("quantize_activations", tuple(changed))
-
-
-def _in_graph_order(plain: PlainGraph) -> list[Product]:
-    """A pair must stand before the first of its readers."""
-    order = {node: index for index, node in enumerate(plain.model.graph)}
-    return sorted(plain.products, key=lambda product: order[product.node])
 
 
 def _axis(readers: int, value: ir.Value) -> int:
@@ -91,43 +85,17 @@ def _insert(
     graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: ActivationQuantizer, site: str, axis: int
 ) -> ir.Value:
     """The dequantized form of `value`."""
-    dtype = np.dtype(np.int8) if quantizer.kind is Kind.INT else np.dtype(ml_dtypes.float8_e4m3fn)
-    scale = add_initializer(graph, f"{site}/scale", np.array(quantizer.scale, np.float32))
-    zero = add_initializer(graph, f"zero_{dtype.name}", np.zeros((), dtype))
-    attributes = {} if axis == _DEFAULT_AXIS else {"axis": axis}
-    nodes = []
-    current = value
-    limits = _limits(graph, quantizer, site, value) if quantizer.kind is Kind.INT else []
-    if limits:
-        nodes.append(ir.node("Clip", [current, *limits], name=f"{site}/Clip"))
-        current = _typed(nodes[-1], f"{site}/clipped", ir.DataType.FLOAT, value)
-    nodes.append(ir.node("QuantizeLinear", [current, scale, zero], attributes, name=f"{site}/QuantizeLinear"))
-    codes = _typed(nodes[-1], f"{site}/codes", ir.DataType.from_numpy(dtype), value)
-    nodes.append(ir.node("DequantizeLinear", [codes, scale, zero], attributes, name=f"{site}/DequantizeLinear"))
-    graph.insert_before(before, nodes)
-    return _typed(nodes[-1], f"{site}/dequantized", ir.DataType.FLOAT, value)
+    integer = quantizer.kind is Kind.INT
+    return quantize_value(
+        graph, before, value, site, quantizer.scale, np.dtype(np.int8 if integer else ml_dtypes.float8_e4m3fn),
+        bounds=_bounds(quantizer, value) if integer else (None, None),
+        axis=None if axis == _DEFAULT_AXIS else axis, to=ir.DataType.FLOAT,
+    )  # fmt: skip
 
 
-def _typed(node: ir.Node, name: str, dtype: ir.DataType, like: ir.Value) -> ir.Value:
-    output = node.outputs[0]
-    output.name, output.type, output.shape = name, ir.TensorType(dtype), like.shape
-    return output
-
-
-def _limits(graph: ir.Graph, quantizer: ActivationQuantizer, site: str, value: ir.Value) -> list[ir.Value | None]:
-    """Clip's bounds: the values of the smallest and largest code; none where INT8 itself saturates there.
-
-    Returns:
-        Empty where no Clip is needed.
-    """
-    scale = np.float32(quantizer.scale)
-    low = high = None
-    producer = value.producer()
+def _bounds(quantizer: ActivationQuantizer, value: ir.Value) -> tuple[np.float32 | None, np.float32 | None]:
+    """Clip's bounds: the values of the smallest and largest code; none where INT8 itself saturates there."""
+    scale, producer = np.float32(quantizer.scale), value.producer()
     never_negative = producer is not None and producer.op_type == "Softmax"
-    if quantizer.low != INT8_MIN and not never_negative:
-        low = add_initializer(graph, f"{site}/low", np.array(np.float32(quantizer.low) * scale, np.float32))
-    if quantizer.high != INT8_MAX:
-        high = add_initializer(graph, f"{site}/high", np.array(np.float32(quantizer.high) * scale, np.float32))
-    if low is None and high is None:
-        return []
-    return [low] if high is None else [low, high]
+    low = None if quantizer.low == INT8_MIN or never_negative else np.float32(quantizer.low) * scale
+    return low, None if quantizer.high == INT8_MAX else np.float32(quantizer.high) * scale

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from exporters.graph.passes.change import Change
-from exporters.graph.trace import PlainGraph, Product, ProductKind
+from exporters.graph.passes.editing import Change, stored_bias
+from exporters.graph.trace import FloatGraph, ProductKind
 from fp8pipe import __version__
 
 __all__ = ["SUFFIXES", "name_products", "strip_metadata"]
@@ -22,20 +22,20 @@ SUFFIXES = {
 }
 
 
-def name_products(plain: PlainGraph) -> Change:
+def name_products(traced: FloatGraph) -> Change:
     """Name products and their bias after their layers: `NAME/MatMul`, `NAME/Add`, `NAME/qk`, ..."""
-    for product in plain.products:
+    for product in traced.products:
         product.node.name = product.name + SUFFIXES[product.kind]
         output = product.node.outputs[0]
         if product.kind is ProductKind.LINEAR:
-            add = _bias(product)
+            add = stored_bias(product.node)
             if add is not None:
                 add.name = f"{product.name}/Add"
                 _name(output, f"{product.name}/product")
                 output = add.outputs[0]
         suffix = "/logits" if product.kind is ProductKind.QK else "/output"
         _name(output, product.name + suffix)
-    return Change("name_products", tuple(product.name for product in plain.products))
+    return Change("name_products", tuple(product.name for product in traced.products))
 
 
 def strip_metadata(model: ir.Model) -> Change:
@@ -62,19 +62,6 @@ def strip_metadata(model: ir.Model) -> Change:
     model.producer_name, model.producer_version = "fp8pipe", __version__
     model.graph.name = "vision_transformer"
     return Change("strip_metadata", tuple(stripped))
-
-
-def _bias(product: Product) -> ir.Node | None:
-    """The Add behind a linear's MatMul, if there is one and it adds a stored vector."""
-    uses = product.node.outputs[0].uses()
-    if len(uses) != 1:
-        return None
-    ((node, index),) = uses
-    if node.op_type != "Add":
-        return None
-    other = node.inputs[1 - index]
-    stored = other is not None and other.const_value is not None and len(other.const_value.shape) == 1
-    return node if stored else None
 
 
 def _name(value: ir.Value, name: str) -> None:

@@ -14,8 +14,7 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.passes.change import Change
-from exporters.graph.passes.tensors import add_initializer
+from exporters.graph.passes.editing import Change, add_initializer, hand_over
 
 __all__ = ["COEFFICIENTS", "expand_gelus"]
 
@@ -68,11 +67,8 @@ def _expand(graph: ir.Graph, gelu: ir.Node, x: ir.Value) -> None:
     lost = apply("Mul", apply("Mul", magnitude, 0.5), tail)
     result = apply("Sub", apply("Max", x, 0.0), lost)
     graph.insert_before(gelu, nodes)
-    output = gelu.outputs[0]
-    name = output.name
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    hand_over(gelu.outputs[0], result)
     graph.remove(gelu, safe=True)
-    result.name = name
 
 
 def _constant(graph: ir.Graph, number: float) -> ir.Value:

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from exporters.graph.passes.change import Change
-from exporters.graph.trace import PlainGraph
+from exporters.graph.passes.editing import Change, cast, cast_outputs
+from exporters.graph.trace import FloatGraph
 
 __all__ = ["make_islands"]
 
 
-def make_islands(plain: PlainGraph) -> Change:
+def make_islands(traced: FloatGraph) -> Change:
     """Insert the casts, in place; the graph's input and output become fp32.
 
     Args:
-        plain: traced in float64, with quantized weights and activations.
+        traced: in float64, with quantized weights and activations.
 
     Returns:
         The names of the values that are cast.
     """
-    graph = plain.model.graph
+    graph = traced.model.graph
     changed = [_narrow_input(graph, node) for node in list(graph) if node.op_type == "QuantizeLinear"]
-    changed += [_widen(graph, product.node) for product in plain.products]
+    changed += [_widen(graph, product.node) for product in traced.products]
     return Change("make_islands", (*changed, *_narrow_ends(graph)))
 
 
@@ -39,7 +39,7 @@ def _narrow_input(graph: ir.Graph, quantize: ir.Node) -> str:
         first, value = producer, producer.inputs[0]
     assert value is not None
     site = str(quantize.name).removesuffix("/QuantizeLinear")
-    first.replace_input_with(0, _cast(graph, first, value, ir.DataType.FLOAT, f"{site}/fp32"))
+    first.replace_input_with(0, cast(graph, first, value, ir.DataType.FLOAT, f"{site}/fp32/Cast", f"{site}/fp32"))
     return site
 
 
@@ -62,23 +62,9 @@ def _narrow_ends(graph: ir.Graph) -> list[str]:
     for value in graph.inputs:
         value.type = ir.TensorType(ir.DataType.FLOAT)
         readers = [(node, index) for node, index in value.uses()]
-        wide = _cast(graph, readers[0][0], value, ir.DataType.DOUBLE, f"{value.name}/double")
+        double = f"{value.name}/double"
+        wide = cast(graph, readers[0][0], value, ir.DataType.DOUBLE, f"{double}/Cast", double)
         for node, index in readers:
             node.replace_input_with(index, wide)
-    for position, value in enumerate(list(graph.outputs)):
-        name = str(value.name)
-        value.name = f"{name}/double"
-        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=f"{name}/Cast")
-        narrow = cast.outputs[0]
-        narrow.name, narrow.type, narrow.shape = name, ir.TensorType(ir.DataType.FLOAT), value.shape
-        graph.append(cast)
-        graph.outputs[position] = narrow
+    cast_outputs(graph, "double")
     return [str(value.name) for value in (*graph.inputs, *graph.outputs)]
-
-
-def _cast(graph: ir.Graph, before: ir.Node, value: ir.Value, to: ir.DataType, name: str) -> ir.Value:
-    cast = ir.node("Cast", [value], {"to": int(to)}, name=f"{name}/Cast")
-    output = cast.outputs[0]
-    output.name, output.type, output.shape = name, ir.TensorType(to), value.shape
-    graph.insert_before(before, cast)
-    return output

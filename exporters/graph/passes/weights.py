@@ -14,9 +14,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.passes.change import Change
-from exporters.graph.passes.tensors import add_initializer, as_array
-from exporters.graph.trace import PlainGraph, Product, ProductKind
+from exporters.graph.passes.editing import Change, add_initializer, as_array, insert, take_weight
+from exporters.graph.trace import FloatGraph, Product, ProductKind
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes
 from fp8pipe.numerics.quantizers import WeightCodes
@@ -32,7 +31,7 @@ def fits_int4(weight: WeightCodes | BlockCodes) -> bool:
 
 
 def quantize_weights(
-    plain: PlainGraph,
+    traced: FloatGraph,
     weights: Mapping[str, WeightCodes],
     *,
     int4: bool = False,
@@ -42,7 +41,7 @@ def quantize_weights(
     """Replace the stored operand of every layer of `weights`; the float tensor is removed.
 
     Args:
-        plain: without Gemm (see `split_gemms`); changed in place.
+        traced: without Gemm (see `split_gemms`); changed in place.
         weights: codes by layer.
         int4: store codes of at most 4 bits as INT4; wider ones stay INT8.
         block: with `int4`, repeat every scale for each so many inputs, for engines that take INT4 in blocks alone; a
@@ -50,9 +49,9 @@ def quantize_weights(
         zero_points: store the zero points of INT8 codes, 0 for every channel, instead of leaving them out. ONNX Runtime
             turns INT8 weights into UINT8 for CPUs whose INT8 products saturate, and makes a wrong shape up otherwise.
     """
-    graph = plain.model.graph
+    graph = traced.model.graph
     changed = []
-    for product in plain.products:
+    for product in traced.products:
         if product.kind in (ProductKind.LINEAR, ProductKind.PATCH) and product.name in weights:
             _replace(graph, product, weights[product.name], int4, block, zero_points)
             changed.append(product.name)
@@ -62,9 +61,6 @@ def quantize_weights(
 def _replace(
     graph: ir.Graph, product: Product, weight: WeightCodes, int4: bool, block: int | None, zero_points: bool
 ) -> None:
-    old = product.node.inputs[1]
-    assert old is not None
-    assert old.name is not None
     codes, axis = as_array(weight.codes), 0
     if product.kind is ProductKind.LINEAR:
         codes, axis = np.ascontiguousarray(codes.reshape(len(codes), -1).T), 1  # an unfolded patch embedding has 4 axes
@@ -74,19 +70,12 @@ def _replace(
         codes = codes.astype(ml_dtypes.int4)
         if block is not None:
             scales, form = np.repeat(scales[None], len(codes) // block, 0), {"axis": 0, "block_size": block}
-    # The float tensor goes first: its name may be the one that the codes get.
-    product.node.replace_input_with(1, None)
-    if not old.uses() and not old.is_graph_output():
-        graph.initializers.pop(old.name)
-    codes_value = add_initializer(graph, f"{product.name}.weight", codes)
-    scale = add_initializer(graph, f"{product.name}.weight_scale", scales)
-    operands = [codes_value, scale]
+    old, name = take_weight(graph, product), f"{product.name}.weight"
+    operands = [add_initializer(graph, name, codes), add_initializer(graph, f"{name}_scale", scales)]
     if zero_points and codes.dtype == np.int8:
-        operands.append(add_initializer(graph, f"{product.name}.weight_zero_point", np.zeros(scales.shape, np.int8)))
-    node = ir.node("DequantizeLinear", operands, form, name=f"{product.name}.weight/DequantizeLinear")
-    output = node.outputs[0]
-    output.name, output.shape = f"{product.name}.weight/dequantized", old.shape
+        operands.append(add_initializer(graph, f"{name}_zero_point", np.zeros(scales.shape, np.int8)))
     # The scales are fp32 in a float64 graph, too.
-    output.type = ir.TensorType(ir.DataType.FLOAT) if old.dtype == ir.DataType.DOUBLE else old.type
-    graph.insert_before(product.node, node)
-    product.node.replace_input_with(1, output)
+    dtype = ir.DataType.FLOAT if old.dtype == ir.DataType.DOUBLE else None
+    names = f"{name}/DequantizeLinear", f"{name}/dequantized"
+    value = insert(graph, product.node, "DequantizeLinear", operands, *names, old, dtype=dtype, attributes=form)
+    product.node.replace_input_with(1, value)

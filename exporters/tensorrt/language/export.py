@@ -16,6 +16,15 @@ from exporters.graph.details import GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.trace import OPSET
+from exporters.tensorrt.builder import Shapes
+from exporters.tensorrt.engines import (
+    MODEL_FILE,
+    describe_engine,
+    engine_file,
+    precision_gate,
+    write_layers,
+)
+from exporters.tensorrt.enterprise import trtexec_command
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
 from exporters.tensorrt.language.graph import DecoderGraph, decoder_graph
 from exporters.tensorrt.language.options import LanguageExportOptions
@@ -29,9 +38,8 @@ from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Builder
 from exporters.tensorrt.precision import PrecisionReport, read_precision
-from exporters.tensorrt.rtx import Shapes, build_rtx
+from exporters.tensorrt.rtx import build_rtx
 from exporters.tensorrt.target import ENGINE_LIMITS, BuiltEngine
-from exporters.tensorrt.trtexec import trtexec_command
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -48,18 +56,16 @@ from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LAYERS_FILE", "MODEL_FILE", "SCALES_FILE", "export_language"]
+__all__ = ["SCALES_FILE", "export_language"]
 
-MODEL_FILE: Final = "model.onnx"
 DATA_FILE: Final = "model.onnx.data"
 SCALES_FILE: Final = "activation_scales.json"
-LAYERS_FILE: Final = "layers.json"
 # A protobuf message ends at 2 GB; larger tensors lie beside it.
 _INLINE_BYTES: Final = 1_500_000_000
 _WORKSPACE_MIB: Final = 4096  # of the builder elsewhere
 # Largest share of an input's values that may lie beyond its static range.
 _CLIPPED: Final = 1e-3
-
+_CACHE: Final = ("layers", "heads", "size")
 _CARD: Final = CardFacts(
     "tensorrt", "TensorRT", ENGINE_LIMITS,
     "Load an engine of `engines/`, or build one: `details.trtexec` in the manifest is the command.",
@@ -113,14 +119,13 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
             reports: dict[str, dict[str, Any]] = {}
             for capability in engines:
                 report, reports[capability] = _build(writer.root, layers, graph.cache, options, capability)
-                gates.append(_precision_gate(report, capability, required=options.require))
+                wanted = dict.fromkeys((product.node for product in report.products), "fp8")
+                name = f"linear products not in fp8 for {capability}"
+                gates.append(precision_gate(report, wanted, name, required=options.require))
                 progress.advance(1)
-            if reports:
-                (writer.root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-            for gate in gates:
-                writer.gate(gate)
+            write_layers(writer.root, reports)
             fix = f"look into {writer.root}; perplexity and precision may be waived with --no-require"
-            require_gates(gates, "the export does not hold what was asked", fix)
+            require_gates(writer, gates, "the export does not hold what was asked", fix)
             scores = PerplexityFacts(
                 own=own.perplexity, served=served.perplexity, error=served.error_against(own), tokens=own.tokens
             )
@@ -198,34 +203,20 @@ def _build(
     capability: str,
 ) -> tuple[PrecisionReport, dict[str, Any]]:
     """One engine, what it multiplies in, and its entry for layers.json."""
-    path = root / f"engines/rtx-{capability}.engine"
+    name = engine_file(capability)
+    path = root / name
     path.parent.mkdir(exist_ok=True)
     started = time.monotonic()
     built = build_rtx(root / MODEL_FILE, path, [capability], _profiles(cache, options))
     report = read_precision([str(layer.node.name) for layer in layers], built.layers)
     entry = {
         "tensorrt_rtx": built.version,
-        "engine": f"engines/rtx-{capability}.engine",
-        "engine_bytes": path.stat().st_size,
         "build_s": round(time.monotonic() - started, 1),
-        "precisions": report.counts(),
+        **describe_engine(root, name, report, built),
         "kernels": len({product.layer for product in report.products}),
         "fused_attentions": sum("mha" in layer.name for layer in built.layers),
-        "products": [product.model_dump() for product in report.products],
-        "other_layers": report.other_layers,
-        "builder_warnings": list(built.warnings),
-        "layers": [layer.model_dump() for layer in built.layers],
     }
     return report, entry
-
-
-def _precision_gate(report: PrecisionReport, capability: str, *, required: bool) -> Gate:
-    other = report.not_in(dict.fromkeys((product.node for product in report.products), "fp8"))
-    shown = ", ".join(f"{count} in {name}" for name, count in sorted(report.counts().items()))
-    return Gate(
-        name=f"linear products not in fp8 for {capability}", value=len(other),
-        comparison=Comparison.AT_MOST, threshold=0 if required else len(other), detail=shown + (f"; the first: {other[0]}" if other else ""),
-    )  # fmt: skip
 
 
 def _commit(
@@ -255,9 +246,7 @@ def _commit(
             base=options.base.value,
             output=GraphOutput(name=LOGITS, what="logits"),
             trtexec=trtexec_command(MODEL_FILE, _profiles(graph.cache, options), workspace_mib=_WORKSPACE_MIB),
-            cache=None
-            if graph.cache is None
-            else CacheFacts.model_validate(dict(zip(("layers", "heads", "size"), graph.cache, strict=True))),
+            cache=None if graph.cache is None else CacheFacts(**dict(zip(_CACHE, graph.cache, strict=True))),
             activations=next(layer.activation for layer in layers if layer.activation is not None),
             trained_activations=model.plan.source.trained_activations,
             calibration=text.facts,

@@ -10,7 +10,7 @@ import torch
 
 from exporters.graph.findings import LintFindingsError
 from exporters.graph.passes import Change, name_products, quantize_weights, strip_metadata
-from exporters.tensorrt.half import NotHalf
+from exporters.tensorrt.half import refuse_not_half
 from exporters.tensorrt.language.passes import quantize_inputs, tie_head, type_scales
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.trace import CacheShape, cache_shape, trace_decoder
@@ -56,25 +56,22 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
     import onnx_ir as ir
 
     dtype = TORCH_TYPES[base]
-    traced = model.torch_model(dtype)
+    decoder = model.torch_model(dtype)
     refuse_overflow(model, dtype)
-    plain = trace_decoder(traced, list(model.weights), cache=cache)
-    shape = cache_shape(traced)
+    traced = trace_decoder(decoder, list(model.weights), cache=cache)
+    shape = cache_shape(decoder)
     changes = [
-        strip_metadata(plain.model),  # first: it takes the tracer's prefix off names, and ours have none
-        quantize_weights(plain, model.weights),
-        quantize_inputs(plain, scales),
-        name_products(plain),
-        tie_head(plain.model),
+        strip_metadata(traced.model),  # first: it takes the tracer's prefix off names, and ours have none
+        quantize_weights(traced, model.weights),
+        quantize_inputs(traced, scales),
+        name_products(traced),
+        tie_head(traced.model),
     ]
-    plain.model.graph.name = "decoder"
-    try:
-        changes.append(type_scales(plain.model, ir.DataType.FLOAT16 if base is Base.FP16 else ir.DataType.FLOAT))
-    except NotHalf as error:
-        name, _, why = str(error).partition(": ")
-        fix = "export with --base fp32, or train with a rule whose scales are powers of two (live)"
-        raise LintFindingsError([Finding("not-half", name, why, fix)], str(model.root)) from error
-    return DecoderGraph(plain.model, tuple(changes), shape if cache else None)
+    traced.model.graph.name = "decoder"
+    fix = "export with --base fp32, or train with a rule whose scales are powers of two (live)"
+    with refuse_not_half(str(model.root), fix):
+        changes.append(type_scales(traced.model, ir.DataType.FLOAT16 if base is Base.FP16 else ir.DataType.FLOAT))
+    return DecoderGraph(traced.model, tuple(changes), shape if cache else None)
 
 
 def refuse_overflow(model: LanguageModel, dtype: torch.dtype) -> None:

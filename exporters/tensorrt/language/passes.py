@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.graph.passes import Change
-from exporters.graph.passes.tensors import add_initializer
-from exporters.graph.trace import PlainGraph
+from exporters.graph.passes.editing import drop_unused, insert, quantize_value
+from exporters.graph.trace import FloatGraph
 from exporters.tensorrt.half import NotHalf
 
 __all__ = ["drop_quantizers", "quantize_inputs", "tie_head", "type_scales"]
@@ -24,11 +24,11 @@ _FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
 _SCALE: Final = 1  # position among a quantizer's operands
 
 
-def quantize_inputs(plain: PlainGraph, scales: Mapping[str, float]) -> Change:
-    """Insert `QuantizeLinear, DequantizeLinear` (E4M3) before every product's activation; one pair a value.
+def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
+    """Insert `QuantizeLinear, DequantizeLinear` (E4M3) before every product's activation; one pair per value.
 
     Args:
-        plain: changed in place.
+        traced: changed in place.
         scales: by layer; layers that read one value have one scale.
 
     Returns:
@@ -37,32 +37,19 @@ def quantize_inputs(plain: PlainGraph, scales: Mapping[str, float]) -> Change:
     Raises:
         ValueError: two layers read one value and have different scales.
     """
-    order = {node: index for index, node in enumerate(plain.model.graph)}
     pairs: dict[ir.Value, tuple[float, ir.Value]] = {}
     changed = []
-    for product in sorted(plain.products, key=lambda product: order[product.node]):
+    for product in traced.in_graph_order():
         value, scale = product.node.inputs[0], scales[product.name]
         assert value is not None
         if value not in pairs:
-            pairs[value] = scale, _insert(plain.model.graph, product.node, value, scale, f"{product.name}.input")
-            changed.append(f"{product.name}.input")
+            site = f"{product.name}.input"
+            pairs[value] = scale, quantize_value(traced.model.graph, product.node, value, site, scale, _FP8)
+            changed.append(site)
         if pairs[value][0] != scale:
             raise ValueError(f"{product.name} shares its input with a layer of another scale")
         product.node.replace_input_with(0, pairs[value][1])
     return Change("quantize_inputs", tuple(changed))
-
-
-def _insert(graph: ir.Graph, before: ir.Node, value: ir.Value, scale: float, site: str) -> ir.Value:
-    stored = add_initializer(graph, f"{site}/scale", np.array(scale, np.float32))
-    zero = add_initializer(graph, f"zero_{_FP8.name}", np.zeros((), _FP8))
-    quantize = ir.node("QuantizeLinear", [value, stored, zero], name=f"{site}/QuantizeLinear")
-    codes = quantize.outputs[0]
-    codes.name, codes.type, codes.shape = f"{site}/codes", ir.TensorType(ir.DataType.FLOAT8E4M3FN), value.shape
-    dequantize = ir.node("DequantizeLinear", [codes, stored, zero], name=f"{site}/DequantizeLinear")
-    output = dequantize.outputs[0]
-    output.name, output.type, output.shape = f"{site}/dequantized", value.type, value.shape
-    graph.insert_before(before, [quantize, dequantize])
-    return output
 
 
 def drop_quantizers(model: ir.Model) -> Change:
@@ -90,7 +77,7 @@ def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:
         array = value.const_value.numpy()
         typed = array.astype(dtype.numpy())
         if not np.array_equal(typed.astype(np.float32), array):
-            raise NotHalf(f"{value.name}: a scale that FP16 does not hold exactly")
+            raise NotHalf(str(value.name), "a scale that FP16 does not hold exactly")
         value.const_value = ir.tensor(typed, name=str(value.name))
         value.type = ir.TensorType(dtype)
         changed.append(str(value.name))
@@ -112,13 +99,10 @@ def tie_head(model: ir.Model) -> Change:
             continue
         for table in tables:
             if _transposes(table, head):
-                turn = ir.node("Transpose", [table], {"perm": [1, 0]}, name=f"{table.name}/Transpose")
-                output = turn.outputs[0]
-                output.name, output.type, output.shape = f"{table.name}/transposed", head.type, head.shape
-                graph.insert_before(node, turn)
-                node.replace_input_with(1, output)
-                if not head.uses() and head.name is not None:
-                    graph.initializers.pop(head.name, None)
+                names = f"{table.name}/Transpose", f"{table.name}/transposed"
+                transposed = insert(graph, node, "Transpose", [table], *names, head, attributes={"perm": [1, 0]})
+                node.replace_input_with(1, transposed)
+                drop_unused(graph, head)
                 changed.append(str(node.name))
                 break
     return Change("tie_head", tuple(changed))

@@ -1,7 +1,7 @@
 """How well a model predicts held-out answers: in torch with the scales it was trained for, and in ONNX Runtime.
 
-The artifact is served with one dynamic scale a token. Static scales are another function, so no comparison of codes can
-prove that they serve; a perplexity on real text can.
+The artifact is served with one dynamic scale per token. Static scales are another function, so no comparison of codes
+can prove that they serve; a perplexity on real text can.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score
 
 @contextmanager
 def dynamic_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
-    """While active, the inputs of `layers` are rounded to E4M3 with one scale a token, `amax / 448`, as engines do."""
+    """While active, inputs of `layers` are rounded to E4M3 with one scale per token, `amax / 448`, as engines do."""
 
     def rounded(x: Tensor) -> Tensor:
         values = x.float()

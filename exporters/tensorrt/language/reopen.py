@@ -14,7 +14,7 @@ from exporters.graph.layers import ExportedLayer
 from exporters.graph.parity import LayerParity, compare_layers
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.target import InputScale
-from exporters.tensorrt.parity import parity_gates
+from exporters.tensorrt.parity import typed_gates
 from fp8pipe.artifact import Gate, none_of
 from fp8pipe.models.language.text import Encoded
 from fp8pipe.numerics.kinds import Kind
@@ -88,8 +88,8 @@ def layer_gates(
     for start in range(0, len(layers), _AT_ONCE):
         part = layers[start : start + _AT_ONCE]
         names = dict.fromkeys(input_name(x.operands[0].source) for x in part if x.operands[0].source is not None)
-        report += compare_layers(graph, part, {name: inputs[name] for name in names}, plain=True)
-    return parity_gates(report), report
+        report += compare_layers(graph, part, {name: inputs[name] for name in names}, optimize=False)
+    return typed_gates(report), report
 
 
 def _inputs(layers: Sequence[ExportedLayer], reference: nn.Module, example: Encoded) -> dict[str, Any]:

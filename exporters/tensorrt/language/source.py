@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class LanguageModel:
     Attributes:
         artifact: with its manifest.
         plan: its tensors and their roles, from headers.
-        weights: codes by module, `(out, in)`; the scale has one value, `()`, or one a row, `(out,)`.
+        weights: codes by module, `(out, in)`; the scale has one value, `()`, or one per row, `(out,)`.
         floats: all other tensors by their names in the checkpoint, as stored.
     """
 
@@ -66,10 +66,11 @@ class LanguageModel:
         for unit in self.plan.units:
             if unit.action is Action.CODES and unit.module is not None:
                 state[unit.entry.name] = self.weights[unit.module].dequantize().to(dtype)
-        model: PreTrainedModel = model_class(config).from_pretrained(
+        model: Any = model_class(config).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, attn_implementation="eager"
         )
-        return model.eval()
+        evaluated: PreTrainedModel = model.eval()
+        return evaluated
 
 
 def open_language(source: Path) -> LanguageModel:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from exporters.graph.packages import import_onnx_package
-from exporters.graph.trace import OPSET, PlainGraph, Product, ProductKind, owner
+from exporters.graph.trace import OPSET, FloatGraph, Product, ProductKind, owner
 from fp8pipe.core.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class _Decoder(nn.Module):
         return (found.logits.float(), *present)
 
 
-def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool) -> PlainGraph:
+def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool) -> FloatGraph:
     """Export a model in float, with dynamic batch, sequence and past.
 
     Args:
@@ -116,7 +116,7 @@ def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool)
     shape = cache_shape(model)
     graph = _trace(model, shape, cache)
     _name_ports(graph, shape[0] if cache else 0)
-    return PlainGraph(graph, tuple(_assign(graph, model, layers)))
+    return FloatGraph(graph, tuple(_assign(graph, model, layers)))
 
 
 def _trace(model: PreTrainedModel, shape: CacheShape, cache: bool) -> ir.Model:
@@ -146,7 +146,8 @@ def _trace(model: PreTrainedModel, shape: CacheShape, cache: bool) -> ir.Model:
             why=" ".join(str(error.__cause__ or error).split())[:600],
             fix="export with --format modelopt-checkpoint, or --target vllm",
         ) from error
-    return program.model
+    graph: ir.Model = program.model
+    return graph
 
 
 def _name_ports(model: ir.Model, layers: int) -> None:

@@ -1,9 +1,8 @@
 """Rules on what the builder fuses or moves: attention as one kernel, and the products before its quantizers.
 
 An attention is one kernel when both of its products multiply codes and nothing but quantizing stands between its
-softmax and the second product. Quantizers move upwards into the product that feeds them (see
-`exporters.tensorrt.barrier`); several that quantize parts of one product, its queries, keys and values, cost it its
-codes.
+softmax and the second product. Quantizers move upwards into the product that feeds them (see `hold_queries` in
+`exporters.tensorrt.passes`); several that quantize parts of one product (queries, keys, values) cost it its codes.
 """
 
 from __future__ import annotations

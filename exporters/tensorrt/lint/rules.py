@@ -56,11 +56,11 @@ RULES: Final[Mapping[str, Rule]] = {
     "scale-value": Rule(_R, "store positive, finite scales; a channel of zeros may have any"),
     "scale-infinite": Rule(_W, "store finite scales"),
     "nan-code": Rule(_W, "quantize the weight again, and saturate"),
-    "scale-shape": Rule(_R, "store one scale a tensor, one for each channel of the axis, or one a block"),
+    "scale-shape": Rule(_R, "store one scale per tensor, one for each channel of the axis, or one per block"),
     "block-size": Rule(_W, "let block_size be the axis's length over the number of scales along it"),
     "operand-types": Rule(_R, "give DequantizeLinear scales of the type that the product's other operand has"),
     "weight-axis": Rule(_D, "give a weight one scale for each output channel"),
-    "activation-axis": Rule(_D, "give an activation one scale a tensor"),
+    "activation-axis": Rule(_D, "give an activation one scale per tensor"),
     "dynamic-scale": Rule(_D, "store the scale: measure it on data, or store weights alone in low precision"),
     "scaled-blocks": Rule(_W, "scale 8-bit products for each output channel; blocks are for float activations"),
     "one-block": Rule(_D, "use blocks of 32, at least two along the inputs"),
@@ -116,7 +116,7 @@ class Report:
         return f"or give --no-require, which accepts what is only multiplied in another precision: {shown}"
 
     def summary(self, *, require: bool = True) -> tuple[str, ...]:
-        """The warnings, one sentence a rule: how often, and where first."""
+        """The warnings, one sentence per rule: how often, and where first."""
         by_rule: dict[str, list[Finding]] = {}
         for found in self.warnings(require=require):
             by_rule.setdefault(found.rule, []).append(found)

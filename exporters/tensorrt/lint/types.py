@@ -53,8 +53,8 @@ def _given(node: ir.Node, known: dict[ir.Value, ir.DataType]) -> ir.DataType | N
     if node.op_type == QUANTIZE:
         return code_type(node)
     if node.op_type == DEQUANTIZE:
-        asked = node.attributes.get_int("output_dtype", 0)
-        return ir.DataType(asked) if asked else _type(node, 1, known)
+        given = node.attributes.get_int("output_dtype", 0)
+        return ir.DataType(given) if given else _type(node, 1, known)
     if node.op_type == "Constant" and "value" in node.attributes:
         return node.attributes["value"].as_tensor().dtype
     if node.op_type == "Where":

@@ -12,11 +12,12 @@ from click.testing import CliRunner
 from quantized_families import quantized_family, write_vit_artifact
 from vit_families import NAMES, family, random_pixels
 
-from exporters.graph.exact import codes_gate, exact_graph, outputs_gate
+from exporters.graph.exact import codes_gate, outputs_gate
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.graph_check import check_kernels
 from exporters.graph.layers import read_layers
 from exporters.graph.passes.gelu import COEFFICIENTS, expand_gelus
+from exporters.graph.produce import quantize_graph
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import open_session, run
 from exporters.onnx.export import export_onnx
@@ -36,7 +37,7 @@ FIRST = {"timm-vit", "timm-eva02-split", "hf-swin-wide", "hf-clip", "timm-siglip
 def test_every_family_has_the_same_bits_in_torch_and_in_onnx_runtime(name, tmp_path):
     quantized, pixels = quantized_family(name), random_pixels(family(name), 6)
     path = tmp_path / "model.onnx"
-    ir.save(exact_graph(quantized, name)[0], path)
+    ir.save(quantize_graph(quantized, OnnxFormat.QDQ_EXACT, name).model, path)
     model = ir.load(path)
     layers = read_layers(model)
     assert [g for g in reopen_gates(model, layers, quantized, OnnxFormat.QDQ_EXACT) if not g.passed] == []

@@ -18,7 +18,7 @@ from exporters.graph.passes import name_products, quantize_activations, quantize
 from exporters.graph.passes.activations import _insert
 from exporters.graph.produce import float_model, quantize_graph
 from exporters.graph.runtime import open_session, run
-from exporters.graph.trace import PlainGraph, export_plain
+from exporters.graph.trace import FloatGraph, trace_float
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer
 
@@ -29,23 +29,23 @@ def quantized():
 
 
 @pytest.fixture(scope="module")
-def plain_bytes(quantized):
-    plain = export_plain(float_model(quantized), quantized.structure)
-    names = [(product.kind, product.name, product.node.name) for product in plain.products]
-    return ir.to_proto(plain.model).SerializeToString(), names
+def float_bytes(quantized):
+    traced = trace_float(float_model(quantized), quantized.structure)
+    names = [(product.kind, product.name, product.node.name) for product in traced.products]
+    return ir.to_proto(traced.model).SerializeToString(), names
 
 
 @pytest.fixture
-def plain(plain_bytes):
+def traced(float_bytes):
     """A fresh copy: passes change it."""
     import onnx
 
     from exporters.graph.trace import Product
 
-    data, names = plain_bytes
+    data, names = float_bytes
     model = ir.from_proto(onnx.ModelProto.FromString(data))
     nodes = {node.name: node for node in model.graph}
-    return PlainGraph(model, tuple(Product(kind, name, nodes[node]) for kind, name, node in names))
+    return FloatGraph(model, tuple(Product(kind, name, nodes[node]) for kind, name, node in names))
 
 
 def _one_quantizer(quantizer: ActivationQuantizer) -> bytes:
@@ -85,62 +85,62 @@ def test_fp8_gives_the_codes_of_the_grid():
     assert np.array_equal(found, quantizer.fake(torch.from_numpy(x)).numpy())
 
 
-def test_clip_stands_only_where_int8_does_not_saturate_by_itself(plain, quantized):
+def test_clip_stands_only_where_int8_does_not_saturate_by_itself(traced, quantized):
     sites = dict(quantized.activations)
     first, second = list(sites)[1:3]
     sites[first] = ActivationQuantizer(0.5)
     sites[second] = ActivationQuantizer(0.5, 0, 127)
     probabilities = [site for site in sites if site.endswith(".probs")]
     sites[probabilities[0]] = ActivationQuantizer(1 / 128, 0, 127)
-    quantize_activations(plain, quantized.structure, sites, share=True)
-    clips = {node.name.removesuffix("/Clip"): node for node in plain.model.graph if node.op_type == "Clip"}
+    quantize_activations(traced, quantized.structure, sites, share=True)
+    clips = {node.name.removesuffix("/Clip"): node for node in traced.model.graph if node.op_type == "Clip"}
     assert first not in clips
     assert len(clips[second].inputs) == 2  # no upper bound: INT8 ends at 127
     assert clips[probabilities[1]].inputs[1] is None  # no lower bound: a softmax is not negative
     assert set(clips) == set(sites) - {first, probabilities[0]}
 
 
-def test_wider_codes_stay_int8_beside_int4(plain, quantized):
+def test_wider_codes_stay_int8_beside_int4(traced, quantized):
     first, *others = quantized.weights
     weights = dict(quantized.weights)
     weights[first] = replace(weights[first], bits=8)
-    quantize_weights(plain, weights, int4=True)
-    types = {name: plain.model.graph.initializers[f"{name}.weight"].dtype for name in weights}
+    quantize_weights(traced, weights, int4=True)
+    types = {name: traced.model.graph.initializers[f"{name}.weight"].dtype for name in weights}
     assert types == {first: ir.DataType.INT8} | dict.fromkeys(others, ir.DataType.INT4)
 
 
-def test_readers_of_one_tensor_share_a_pair_or_have_one_each(plain, quantized):
-    change = quantize_activations(plain, quantized.structure, quantized.activations, share=True)
+def test_readers_of_one_tensor_share_a_pair_or_have_one_each(traced, quantized):
+    change = quantize_activations(traced, quantized.structure, quantized.activations, share=True)
     assert sorted(change.changed) == sorted(quantized.activations)
-    assert sum(node.op_type == "QuantizeLinear" for node in plain.model.graph) == len(quantized.activations)
+    assert sum(node.op_type == "QuantizeLinear" for node in traced.model.graph) == len(quantized.activations)
 
 
-def test_separate_pairs_have_one_reader_each(plain, quantized):
-    change = quantize_activations(plain, quantized.structure, quantized.activations, share=False)
+def test_separate_pairs_have_one_reader_each(traced, quantized):
+    change = quantize_activations(traced, quantized.structure, quantized.activations, share=False)
     shared = len(quantized.structure.linears) - len({site.input_group for site in quantized.structure.linears})
     assert shared == 4
     assert len(change.changed) == len(set(change.changed)) == len(quantized.activations) + shared
-    pairs = [node for node in plain.model.graph if node.op_type == "DequantizeLinear"]
+    pairs = [node for node in traced.model.graph if node.op_type == "DequantizeLinear"]
     assert all(len(node.outputs[0].uses()) == 1 for node in pairs)
 
 
-def test_gemm_is_split_without_changing_the_result(plain):
-    assert any(node.op_type == "Gemm" for node in plain.model.graph)
+def test_gemm_is_split_without_changing_the_result(traced):
+    assert any(node.op_type == "Gemm" for node in traced.model.graph)
     pixels = {"pixels": random_pixels(family("hf-vit"), 3).numpy()}
-    before = run(open_session(ir.to_proto(plain.model).SerializeToString()), pixels)["logits"]
-    plain, change = split_gemms(plain)
+    before = run(open_session(ir.to_proto(traced.model).SerializeToString()), pixels)["logits"]
+    change = split_gemms(traced)
     assert change.changed
-    assert not any(node.op_type == "Gemm" for node in plain.model.graph)
-    after = run(open_session(ir.to_proto(plain.model).SerializeToString()), pixels)["logits"]
+    assert not any(node.op_type == "Gemm" for node in traced.model.graph)
+    after = run(open_session(ir.to_proto(traced.model).SerializeToString()), pixels)["logits"]
     assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()  # fp32 in another order
 
 
-def test_weights_are_codes_and_no_float_copy_remains(plain, quantized):
-    plain, _ = split_gemms(plain)
-    change = quantize_weights(plain, quantized.weights)
+def test_weights_are_codes_and_no_float_copy_remains(traced, quantized):
+    split_gemms(traced)
+    change = quantize_weights(traced, quantized.weights)
     assert set(change.changed) == set(quantized.weights)
-    name_products(plain)
-    for layer in read_layers(plain.model):
+    name_products(traced)
+    for layer in read_layers(traced.model):
         if layer.name in quantized.weights:
             stored, wanted = layer.operands[1].weight, quantized.weights[layer.name]
             assert stored.dtype == "INT8"
@@ -149,7 +149,7 @@ def test_weights_are_codes_and_no_float_copy_remains(plain, quantized):
             # Straight from DequantizeLinear into the product.
             assert layer.node.inputs[1].producer().op_type == "DequantizeLinear"
     sizes = {weight.codes.numel() for weight in quantized.weights.values()}
-    floats = [v for v in plain.model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT]
+    floats = [v for v in traced.model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT]
     assert [v.name for v in floats if v.const_value.size in sizes and v.const_value.numpy().ndim == 2] == []
 
 

@@ -28,7 +28,7 @@ def test_it_is_the_torch_model_with_quantized_weights_alone(tmp_path, kind, bits
     assert not [node for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip")]
     ir.save(model, tmp_path / "plain.onnx")
     pixels = torch.randn(3, 3, *map(int, model.graph.inputs[0].shape[2:]), generator=torch.Generator().manual_seed(0))
-    (found,) = run(open_session(tmp_path / "plain.onnx", plain=True), {"pixels": pixels.numpy()}).values()
+    (found,) = run(open_session(tmp_path / "plain.onnx", optimize=False), {"pixels": pixels.numpy()}).values()
     with torch.no_grad():
         expected = in_format(quantized, TrtFormat.INT8_WEIGHT_ONLY)(pixels).numpy()
     # Two orders of float32 sums, a few layers deep.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,12 +16,18 @@ import pytest
 from click.testing import CliRunner
 from quantized_families import quantized_family, storable, storable_graph, write_vit_artifact
 
-from exporters.tensorrt import enterprise, enterprise_worker
-from exporters.tensorrt.enterprise import EnterpriseMachine, EnterpriseSettings, build_enterprise, check_enterprise, job
+from exporters.tensorrt import build_worker, enterprise
+from exporters.tensorrt.enterprise import (
+    EnterpriseMachine,
+    EnterpriseSettings,
+    build_enterprise,
+    check_enterprise,
+    job,
+    trtexec_command,
+)
 from exporters.tensorrt.half import halve
-from exporters.tensorrt.inspector import parse_inspector
+from exporters.tensorrt.listing import parse_inspector
 from exporters.tensorrt.precision import read_precision
-from exporters.tensorrt.trtexec import trtexec_command
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, GateFailedError, MissingCapabilityError
@@ -79,7 +86,7 @@ def test_the_command_line_ends_before_anything_is_written(tmp_path, monkeypatch)
 def test_only_version_10_is_asked_for_strong_typing(tmp_path, monkeypatch, version, flags):
     monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path))
     settings = EnterpriseSettings(workspace_mib=100, version_compatible=True)
-    told = job(Path("g.onnx"), Path("e"), Path("a"), EnterpriseMachine(version, "9.0"), PROFILES, settings)
+    told = job(EnterpriseMachine(version, "9.0"), PROFILES, settings)
     assert told["network_flags"] == flags
     assert told["builder_flags"] == ["VERSION_COMPATIBLE"]
     assert told["workspace_bytes"] == 100 * 1024 * 1024
@@ -137,18 +144,21 @@ API = {
     "BuilderFlag": ("VERSION_COMPATIBLE",),
     "ILogger": (),
 }  # fmt: skip
+# What only TensorRT for RTX has.
+RTX_API = {"IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"), "ComputeCapability": ("SM89",)}
 # Names of Python, and of the worker itself.
 OWN = {
     "loads", "dumps", "read_text", "write_text", "read_bytes", "write_bytes", "argv", "messages", "append", "name",
     "items", "is_file", "parent", "mkdir", "with_name", "getpid", "replace", "exit", "__init__", "__version__",
     "CDLL", "SIGKILL", "getppid", "platform", "prctl",
+    "import_module", "get",
 }  # fmt: skip
 
 
 def test_the_worker_calls_no_name_beyond_the_table():
-    tree = ast.parse(Path(enterprise_worker.__file__).read_text())
+    tree = ast.parse(Path(build_worker.__file__).read_text())
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    known = {name for names in API.values() for name in names} | set(API) | OWN
+    known = {name for table in (API, RTX_API) for names in table.values() for name in names} | {*API, *RTX_API} | OWN
     assert used - known == set()
     flags = {*EnterpriseSettings.network_flags("10.13"), *EnterpriseSettings(version_compatible=True).builder_flags()}
     assert flags <= known
@@ -157,7 +167,12 @@ def test_the_worker_calls_no_name_beyond_the_table():
 def test_every_name_of_the_table_is_one_of_tensorrt_for_rtx_too():
     """The same classes, of a package that can be installed here."""
     trt = pytest.importorskip("tensorrt_rtx")
-    missing = [f"{c}.{name}" for c, names in API.items() for name in names if not hasattr(getattr(trt, c), name)]
+    missing = [
+        f"{c}.{name}"
+        for c, names in (*API.items(), *RTX_API.items())
+        for name in names
+        if not hasattr(getattr(trt, c), name)
+    ]
     assert not missing
 
 
@@ -175,10 +190,11 @@ def test_the_worker_runs_up_to_the_device(tmp_path, monkeypatch, version):
     profiles = {"pixels": tuple((n, 3, *map(int, model.graph.inputs[0].shape[2:])) for n in (1, 2, 4))}
     answer, engine, path = tmp_path / "answer.json", tmp_path / "engine", tmp_path / "job.json"
     machine = EnterpriseMachine(version, "8.9")
-    told = job(tmp_path / "model.onnx", engine, answer, machine, profiles, EnterpriseSettings())
+    files = {"graph": str(tmp_path / "model.onnx"), "engine": str(engine), "answer": str(answer), "parent": os.getpid()}
+    told = job(machine, profiles, EnterpriseSettings()) | files
     path.write_text(json.dumps(told))
     for _ in range(2):  # the second finds the first one's timings
-        ended = subprocess.run([sys.executable, "-P", enterprise_worker.__file__, path], capture_output=True, text=True)
+        ended = subprocess.run([sys.executable, "-P", build_worker.__file__, path], capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
         found = json.loads(answer.read_text())
         assert (found["parsed"], found["built"], found["errors"]) == (True, True, [])

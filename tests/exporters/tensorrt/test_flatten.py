@@ -11,15 +11,15 @@ from vit_families import family, random_pixels
 from exporters.graph.passes import split_gemms
 from exporters.graph.produce import float_model
 from exporters.graph.runtime import open_session, run
-from exporters.graph.trace import ProductKind, export_plain
-from exporters.tensorrt.flatten import flatten_products
+from exporters.graph.trace import ProductKind, trace_float
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.passes import flatten_products
 from fp8pipe.numerics.kinds import Kind
 
 
 def outputs(model: ir.Model, name: str) -> np.ndarray:
-    session = open_session(ir.to_proto(model).SerializeToString(), plain=True)
+    session = open_session(ir.to_proto(model).SerializeToString(), optimize=False)
     return run(session, {"pixels": random_pixels(family(name), 3).numpy()})["logits"]
 
 
@@ -27,24 +27,26 @@ def outputs(model: ir.Model, name: str) -> np.ndarray:
 def test_the_flattened_graph_computes_the_same(name):
     """With a batch of three, where two were traced."""
     quantized = quantized_family(name)
-    plain, _ = split_gemms(export_plain(float_model(quantized), quantized.structure))
-    expected = outputs(plain.model, name)
-    wide = {p.name for p in plain.products if p.kind is ProductKind.LINEAR and len(p.node.inputs[0].shape) > 3}
+    traced = trace_float(float_model(quantized), quantized.structure)
+    split_gemms(traced)
+    expected = outputs(traced.model, name)
+    wide = {p.name for p in traced.products if p.kind is ProductKind.LINEAR and len(p.node.inputs[0].shape) > 3}
     assert wide
-    change = flatten_products(plain, quantized.structure.linear_names)
+    change = flatten_products(traced, quantized.structure.linear_names)
     assert set(change.changed) == wide
-    linears = [product.node for product in plain.products if product.kind is ProductKind.LINEAR]
+    linears = [product.node for product in traced.products if product.kind is ProductKind.LINEAR]
     assert max(len(node.inputs[0].shape) for node in linears) == 3
     # Sums over the same axis; a runtime may order them otherwise for another shape.
-    np.testing.assert_allclose(outputs(plain.model, name), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(outputs(traced.model, name), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 def test_models_of_three_axes_are_left_alone():
     quantized = quantized_family("timm-vit")
-    plain, _ = split_gemms(export_plain(float_model(quantized), quantized.structure))
-    count = len(plain.model.graph)
-    assert flatten_products(plain, quantized.structure.linear_names).changed == ()
-    assert len(plain.model.graph) == count
+    traced = trace_float(float_model(quantized), quantized.structure)
+    split_gemms(traced)
+    count = len(traced.model.graph)
+    assert flatten_products(traced, quantized.structure.linear_names).changed == ()
+    assert len(traced.model.graph) == count
 
 
 def test_every_dynamic_quantizer_reads_at_most_three_axes():

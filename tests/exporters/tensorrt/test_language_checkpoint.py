@@ -65,7 +65,7 @@ def test_the_configuration_has_the_documented_keys(language_artifact, language_t
 
 @pytest.mark.parametrize("options", [{"granularity": "per-channel"}, {"edit": None}])
 def test_other_scales_go_one_a_row_and_no_code_changes(language_artifact, language_text, tmp_path, options):
-    """One scale a row, or one a tensor that differs between layers that readers join."""
+    """One scale per row, or one per tensor that differs between layers that readers join."""
     source = language_artifact("llama", **options)
     written = export(source, tmp_path / "out", language_text)
     before, after = load_file(source / "model.safetensors"), load_file(written.root / "model.safetensors")

@@ -21,13 +21,12 @@ from vit_families import family, random_pixels
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.layers import read_layers
 from exporters.graph.reopen import reopen_gates
-from exporters.tensorrt.block_parity import _operator, block_gates, block_parity, dynamic_quantize
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.formats import in_format
 from exporters.tensorrt.graph import typed_graph
-from exporters.tensorrt.half import halve
-from exporters.tensorrt.halved import compare_halved, stored_arrays
+from exporters.tensorrt.half import compare_halved, halve, stored_arrays
 from exporters.tensorrt.options import TrtExportOptions, TrtFormat
+from exporters.tensorrt.parity import _operator, block_gates, block_parity, dynamic_quantize
 from exporters.tensorrt.precision import PrecisionReport, ProductPrecision, artifact_precisions
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config

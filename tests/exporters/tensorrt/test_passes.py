@@ -10,28 +10,28 @@ from quantized_families import quantized_family, storable_graph
 from vit_families import family, random_pixels
 
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.passes.patches import unfold_patches
+from exporters.graph.passes import unfold_patches
 from exporters.graph.produce import float_model, quantize_graph
 from exporters.graph.runtime import open_session, run
-from exporters.graph.trace import export_plain
+from exporters.graph.trace import trace_float
 from fp8pipe.numerics.kinds import Kind
 
 
 def outputs(model: ir.Model, name: str) -> np.ndarray:
-    session = open_session(ir.to_proto(model).SerializeToString(), plain=True)
+    session = open_session(ir.to_proto(model).SerializeToString(), optimize=False)
     return run(session, {"pixels": random_pixels(family(name), 3).numpy()})["logits"]
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "hf-vit", "hf-clip"])
 def test_an_unfolded_patch_embedding_computes_the_same(name):
     quantized = quantized_family(name)
-    plain = export_plain(float_model(quantized), quantized.structure)
-    expected = outputs(plain.model, name)
-    unfolded, change = unfold_patches(plain)
+    traced = trace_float(float_model(quantized), quantized.structure)
+    expected = outputs(traced.model, name)
+    change = unfold_patches(traced)
     assert len(change.changed) == 1
-    assert not [node for node in unfolded.model.graph if node.op_type == "Conv"]
+    assert not [node for node in traced.model.graph if node.op_type == "Conv"]
     # The same products, added in another order.
-    np.testing.assert_allclose(outputs(unfolded.model, name), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(outputs(traced.model, name), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", [Kind.INT, Kind.E4M3])

@@ -73,7 +73,7 @@ def test_a_builder_ends_with_the_process_that_started_it(tmp_path):
     """The worker refuses to begin for a parent that is gone: nobody would take its engine."""
     job = {"graph": "none.onnx", "engine": "e", "answer": str(tmp_path / "answer"), "parent": 1 << 22}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    worker = Path(rtx.__file__).with_name("rtx_worker.py")
+    worker = Path(rtx.__file__).with_name("build_worker.py")
     ended = subprocess.run([sys.executable, "-P", str(worker), str(tmp_path / "job.json")], capture_output=True)
     assert ended.returncode == 1
     assert not (tmp_path / "answer").exists()

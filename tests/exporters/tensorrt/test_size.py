@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from exporters.graph.produce import float_model
-from exporters.graph.trace import export_plain
+from exporters.graph.trace import trace_float
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.options import TrtFormat
-from exporters.tensorrt.pack import pack_engine, unpack_engine
+from exporters.tensorrt.recipe import pack_engine, unpack_engine
 from exporters.tensorrt.rtx import build_rtx
 from exporters.tensorrt.size import ALLOWANCE_BYTES, LIMIT, EngineSize, ideal_bytes, measure_engine, size_gate
 from fp8pipe.core.config import build_config
@@ -68,9 +68,9 @@ def test_dequantized_weights_are_noticed_in_a_real_engine(tmp_path):
     quantize_vit(build_config(QuantizeVitConfig, config | {"distill": {"steps": 0}}), tmp_path / "model")
     quantized = load_quantized(tmp_path / "model")
     typed = typed_graph(quantized, TrtFormat.INT8, "digits").model
-    plain = export_plain(float_model(quantized), quantized.structure).model
+    traced = trace_float(float_model(quantized), quantized.structure).model
     gates = []
-    for name, model in (("int8", typed), ("fp16", plain)):
+    for name, model in (("int8", typed), ("fp16", traced)):
         halve(model)
         ir.save(model, tmp_path / f"{name}.onnx")
         profiles = {"pixels": tuple((count, 3, 24, 24) for count in (1, 2, 4))}

@@ -1,6 +1,6 @@
 """Stock vLLM serves the FP8 exports, GPT-2's transposed weights included, with the numbers of the reference.
 
-The reference quantizes activations as the checkpoint's scheme says (E4M3, one scale a token), so what is left
+The reference quantizes activations as the checkpoint's scheme says (E4M3, one scale per token), so what is left
 between the two is where single activations round to neighbouring codes.
 """
 

@@ -133,7 +133,7 @@ def test_gpt2_keeps_its_orientation_and_its_numbers(
     stored, expected = raw(export.root), dequantized(source)
     fc = "transformer.h.0.mlp.c_fc.weight"
     assert stored[fc].shape == (64, 256)
-    assert stored[fc + "_scale"].shape == (256, 1)  # one an output, which is the second axis
+    assert stored[fc + "_scale"].shape == (256, 1)  # one per output, which is the second axis
     for name, value in iter_weights(export.root):
         assert same_bits(value, expected[name].float()), name
     assert any("transformers" in warning for warning in export.manifest.warnings)
@@ -259,13 +259,13 @@ def test_headless_checkpoint_names_are_understood(gpt2: Path, tmp_path: Path) ->
     assert "h.0.attn.c_attn.weight_scale" in raw(export.root)
 
 
-@pytest.mark.parametrize(("rule", "trained"), [("live", "one power of two a token"), ("released", "one a tensor")])
+@pytest.mark.parametrize(("rule", "trained"), [("live", "one power of two per token"), ("released", "one per tensor")])
 def test_the_manifest_says_how_activations_were_trained(
     llama: Path, falqon: Callable[..., Path], tmp_path: Path, rule: str, trained: str
 ) -> None:
     source = falqon(llama, rule=rule)
     export = export_vllm(source, tmp_path / "fp8", options("fp8"))
-    assert export.manifest.extra["activations"] == f"e4m3, dynamic, one scale a token (training: {trained})"
+    assert export.manifest.extra["activations"] == f"e4m3, dynamic, one scale per token (training: {trained})"
     export = export_vllm(source, tmp_path / "w8a16", options("w8a16"))
     assert export.manifest.extra["activations"] == "not quantized"
     export = export_vllm(llama, tmp_path / "plain", options("fp8"))

@@ -51,7 +51,7 @@ def test_more_memory_or_disk_than_there_is_is_missing(tmp_path):
 
 def test_only_the_impossible_is_refused(monkeypatch):
     monkeypatch.setattr(planning, "memory_bytes", lambda: 1000)
-    monkeypatch.setattr(planning, "_swap_bytes", lambda: 500)
+    monkeypatch.setattr(planning, "swap_bytes", lambda: 500)
     refuse_impossible(1500, "it")
     with pytest.raises(OutOfMemoryError, match="it cannot fit") as caught:
         refuse_impossible(1501, "it")

@@ -16,7 +16,7 @@ import torch
 
 from exporters.tensorrt.engine_cache import EngineSource, ready_engine
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.inspector import parse_inspector
+from exporters.tensorrt.listing import parse_inspector
 from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import cache_folder

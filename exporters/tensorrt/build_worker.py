@@ -1,12 +1,15 @@
-"""Builds one engine with TensorRT 10 or 11, in a process of its own: `python -P enterprise_worker.py JOB`.
+"""Builds one engine in a process of its own: `python -P build_worker.py JOB`.
 
-JOB is a JSON file (`enterprise.job`); the answer goes to the path it names. Nothing of the project but this file is
-imported. Needs a GPU: the builder times kernels on it, and the inspector reads the engine from it.
+The library takes the first logger of a process for good, and a compiler that dies must not take its caller along. JOB
+is a JSON file (`builder.run_builder`); the answer goes to the path it names. Nothing of the project but this file is
+imported. TensorRT for RTX compiles on any machine for the compute capabilities it is told, and logs the layers.
+TensorRT 10 and 11 need a GPU: the builder times kernels on it, and the inspector reads the engine from it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -16,18 +19,19 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _KEPT = ("INTERNAL_ERROR", "ERROR", "WARNING")
+_LISTED = "LayerType: "
 
 
 def main() -> int:
     """Build what the job says; 0 when an engine was written, 3 when the graph or the builder refused."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     _end_with(job["parent"])
-    import tensorrt as trt
-
+    trt = importlib.import_module(job["package"])
     logger = _logger(trt)
     found = _build(trt, logger, job)
-    messages = [text for level, text in logger.messages if level in _KEPT]
-    answer = {"version": trt.__version__, "messages": messages, **found}
+    listing = [text for _, text in logger.messages if _LISTED in text]
+    said = [text for level, text in logger.messages if level in _KEPT and _LISTED not in text]
+    answer = {"version": trt.__version__, "listing": listing, "messages": said, **found}
     Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     return 0 if found["built"] else 3
 
@@ -41,15 +45,14 @@ def _end_with(parent: int) -> None:
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[tuple[str, str]] = []
+    def begin(self: Any) -> None:
+        trt.ILogger.__init__(self)
+        self.messages = []
 
-        def log(self, severity: Any, message: str) -> None:
-            self.messages.append((severity.name, message))
+    def log(self: Any, severity: Any, message: str) -> None:
+        self.messages.append((severity.name, message))
 
-    return Logger()
+    return type("Logger", (trt.ILogger,), {"__init__": begin, "log": log})()
 
 
 def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
@@ -60,28 +63,37 @@ def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
     if not parser.parse_from_file(job["graph"]):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         return {"parsed": False, "built": False, "errors": [f"{e.node_name()}: {e.desc()}" for e in errors]}
-    config = _config(trt, builder, job)
-    _use_timings(config, Path(job["timing_cache"]))
+    config, timings = _config(trt, builder, job), job.get("timing_cache")
+    if timings:
+        _use_timings(config, Path(timings))
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         return {"parsed": True, "built": False, "errors": []}
     Path(job["engine"]).write_bytes(memoryview(engine))
-    _keep_timings(config, Path(job["timing_cache"]))
-    return {"parsed": True, "built": True, "errors": [], "inspector": _inspect(trt, logger, engine, job["profiles"])}
+    if timings:
+        _keep_timings(config, Path(timings))
+    inspector = _inspect(trt, logger, engine, job["profiles"]) if job["inspect"] else ""
+    return {"parsed": True, "built": True, "errors": [], "inspector": inspector}
 
 
 def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.builder_optimization_level = job["optimization_level"]
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_bytes"])
-    for flag in job["builder_flags"]:
+    if "optimization_level" in job:
+        config.builder_optimization_level = job["optimization_level"]
+    if "workspace_bytes" in job:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_bytes"])
+    for flag in job.get("builder_flags", ()):
         config.set_flag(getattr(trt.BuilderFlag, flag))
     if job["profiles"]:
         profile = builder.create_optimization_profile()
         for name, (low, usual, high) in job["profiles"].items():
             profile.set_shape(name, low, usual, high)
         config.add_optimization_profile(profile)
+    if "capabilities" in job:
+        config.num_compute_capabilities = len(job["capabilities"])
+        for index, capability in enumerate(job["capabilities"]):
+            config.set_compute_capability(getattr(trt.ComputeCapability, capability), index)
     return config
 
 

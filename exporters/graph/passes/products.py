@@ -1,38 +1,75 @@
-"""Pass: a patch embedding becomes the matrix product that it is.
+"""Passes: what is a matrix product with something around it becomes a MatMul and the rest.
 
-Its convolution steps as far as its kernel reaches, so every patch is multiplied once by one matrix. Engines have few
-kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the builder silently takes half precision), and
-every kernel for products. Pixels are rearranged before their quantizer, which works number by number: the codes are
-the same ones, in another order.
+`split_gemms`: engines run a quantized MatMul on integers and add a float bias afterwards; a quantized Gemm has to have
+a quantized bias, or none of it is integer. So no product keeps its bias inside.
+
+`unfold_patches`: the convolution of a patch embedding steps as far as its kernel reaches, so every patch is multiplied
+once by one matrix. Engines have few kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the builder
+silently takes half precision), and every kernel for products. Pixels are rearranged before their quantizer, which works
+number by number: the codes are the same ones, in another order.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.passes import Change
-from exporters.graph.passes.tensors import add_initializer
-from exporters.graph.trace import PlainGraph, Product, ProductKind
+from exporters.graph.passes.editing import Change, add_initializer, drop_unused, hand_over
+from exporters.graph.trace import FloatGraph, Product, ProductKind
 
-__all__ = ["unfold_patches"]
+__all__ = ["split_gemms", "unfold_patches"]
 
 
-def unfold_patches(plain: PlainGraph) -> tuple[PlainGraph, Change]:
-    """Replace the convolution of every patch embedding that can be; the model in place, the products anew.
+def split_gemms(traced: FloatGraph) -> Change:
+    """Replace every Gemm of a layer by MatMul and Add, in place."""
+    changed = []
+    for product in traced.products:
+        if product.node.op_type == "Gemm":
+            product.node = _split_gemm(traced.model.graph, product)
+            changed.append(product.name)
+    return Change("split_gemms", tuple(changed))
+
+
+def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
+    gemm = product.node
+    attributes = gemm.attributes
+    unscaled = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1.0
+    if not unscaled or attributes.get_int("transA", 0) != 0:
+        raise ValueError(f"{gemm.name} is no product with a bias alone")
+    x, weight = gemm.inputs[0], gemm.inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    stored = weight
+    if attributes.get_int("transB", 0):
+        weight = add_initializer(graph, f"{product.name}.weight_t", np.ascontiguousarray(weight.const_value.numpy().T))
+    output = gemm.outputs[0]
+    matmul = ir.node("MatMul", [x, weight], name=gemm.name)
+    matmul.metadata_props.update(gemm.metadata_props)
+    nodes = [matmul]
+    if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
+        nodes.append(ir.node("Add", [matmul.outputs[0], gemm.inputs[2]]))
+    for node in nodes:
+        node.outputs[0].type, node.outputs[0].shape = output.type, output.shape
+    graph.insert_before(gemm, nodes)
+    hand_over(output, nodes[-1].outputs[0])
+    graph.remove(gemm, safe=True)
+    drop_unused(graph, stored)
+    return matmul
+
+
+def unfold_patches(traced: FloatGraph) -> Change:
+    """Replace the convolution of every patch embedding that can be, in place.
 
     One with overlapping patches, padding or groups stays a convolution.
     """
-    products, changed = [], []
-    for product in plain.products:
+    changed = []
+    for product in traced.products:
         if product.kind is ProductKind.PATCH and _unfoldable(product.node):
-            product = dataclasses.replace(product, kind=ProductKind.LINEAR, node=_unfold(plain.model.graph, product))
+            product.kind, product.node = ProductKind.LINEAR, _unfold(traced.model.graph, product)
             changed.append(product.name)
-        products.append(product)
-    return PlainGraph(plain.model, tuple(products)), Change("unfold_patches", tuple(changed))
+    return Change("unfold_patches", tuple(changed))
 
 
 def _unfoldable(conv: ir.Node) -> bool:
@@ -78,13 +115,10 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
         result = chain.add("Add", [result, conv.inputs[2]], "biased").outputs[0]
     result.shape = ir.Shape([pixels.shape[0], rows * columns, out])
     image = chain.reshape(chain.transpose(result, "channels", (0, 2, 1)), "image", (0, out, rows, columns))
-    old = conv.outputs[0]
-    image.shape, kept = old.shape, old.name
-    old.replace_all_uses_with(image, replace_graph_outputs=True)
-    old.name, image.name = None, kept
+    image.shape = conv.outputs[0].shape
+    hand_over(conv.outputs[0], image)
     graph.remove(conv, safe=True)
-    if not weight.uses() and weight.name is not None:
-        graph.initializers.pop(weight.name, None)
+    drop_unused(graph, weight)
     return matmul
 
 

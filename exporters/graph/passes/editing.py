@@ -1,0 +1,175 @@
+"""What passes are made of: their result, and the edits of a graph that several of them make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from exporters.graph.trace import Product
+
+__all__ = [
+    "Change", "add_initializer", "as_array", "cast", "cast_outputs", "drop_unused", "hand_over", "insert",
+    "quantize_value", "stored_bias", "take_weight",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one pass did, so that a caller can count, report and refuse.
+
+    Attributes:
+        name: the pass.
+        changed: names of the layers, sites or nodes it rewrote, in its order.
+    """
+
+    name: str
+    changed: tuple[str, ...]
+
+
+def add_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """A stored tensor of that name, from a numpy array (ml_dtypes for the small types); the existing one if there.
+
+    Raises:
+        ValueError: the name is taken by another tensor.
+    """
+    tensor = ir.tensor(array, name=name)
+    existing = graph.initializers.get(name)
+    if existing is not None:
+        stored = existing.const_value
+        alike = stored is not None and (stored.dtype, stored.shape) == (tensor.dtype, tensor.shape)
+        if stored is None or not alike or stored.tobytes() != tensor.tobytes():
+            raise ValueError(f"the graph has another tensor named {name}")
+        return existing
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tuple(array.shape)), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def as_array(codes: Tensor) -> Any:
+    """Codes as numpy holds them: int8, or ml_dtypes' float8_e4m3fn; contiguous."""
+    import ml_dtypes
+
+    if codes.dtype == torch.float8_e4m3fn:
+        return codes.detach().cpu().contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return codes.detach().cpu().contiguous().numpy()
+
+
+def insert(
+    graph: ir.Graph, before: ir.Node | None, op: str, inputs: Sequence[ir.Value | None], name: str, output: str,
+    like: ir.Value | None, *, dtype: ir.DataType | None = None, attributes: Mapping[str, Any] | None = None,
+) -> ir.Value:  # fmt: skip
+    """The output of a new node.
+
+    Args:
+        graph: changed in place.
+        before: the node it stands before; None for the end.
+        op: the operator.
+        inputs: of the node.
+        name: of the node.
+        output: the name of its output.
+        like: what has the output's shape, and its type unless `dtype` is given; None for no shape.
+        dtype: of the output.
+        attributes: of the node.
+    """
+    node = ir.node(op, inputs, attributes, name=name)
+    value = node.outputs[0]
+    value.name = output
+    if like is not None:
+        value.shape, value.type = like.shape, like.type
+    if dtype is not None:
+        value.type = ir.TensorType(dtype)
+    if before is None:
+        graph.append(node)
+    else:
+        graph.insert_before(before, node)
+    return value
+
+
+def cast(graph: ir.Graph, before: ir.Node | None, value: ir.Value, to: ir.DataType, node: str, output: str) -> ir.Value:
+    """A value in another type; the names of the Cast and of its output."""
+    return insert(graph, before, "Cast", [value], node, output, value, dtype=to, attributes={"to": int(to)})
+
+
+def cast_outputs(graph: ir.Graph, suffix: str, dtype: ir.DataType | None = None) -> None:
+    """Outputs of the graph (of one type, if given) become float32 under their names; before that NAME/suffix."""
+    for position, value in enumerate(list(graph.outputs)):
+        if dtype is None or value.dtype == dtype:
+            name = str(value.name)
+            value.name = f"{name}/{suffix}"
+            graph.outputs[position] = cast(graph, None, value, ir.DataType.FLOAT, f"{name}/Cast", name)
+
+
+def quantize_value(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, site: str, scale: Any, dtype: Any, *,
+    bounds: tuple[Any, Any] = (None, None), axis: int | None = None, to: ir.DataType | None = None,
+) -> ir.Value:  # fmt: skip
+    """The rounded form of a value: `[Clip,] QuantizeLinear, DequantizeLinear`, named after the site.
+
+    Args:
+        graph: changed in place.
+        before: the node that reads it.
+        value: float.
+        site: the pair's name.
+        scale: of the codes, a number.
+        dtype: numpy's type of the codes.
+        bounds: smallest and largest number of a Clip before it, None where it has none; without any there is no Clip.
+        axis: written into both nodes; not when None.
+        to: type of the result; the value's own when None.
+    """
+    stored = add_initializer(graph, f"{site}/scale", np.array(scale, np.float32))
+    zero = add_initializer(graph, f"zero_{dtype.name}", np.zeros((), dtype))
+    attributes = None if axis is None else {"axis": axis}
+    current, (low, high) = value, bounds
+    if low is not None or high is not None:
+        limits = [None if low is None else add_initializer(graph, f"{site}/low", np.array(low, np.float32))]
+        limits += [] if high is None else [add_initializer(graph, f"{site}/high", np.array(high, np.float32))]
+        current = insert(graph, before, "Clip", [value, *limits], f"{site}/Clip", f"{site}/clipped", value, dtype=to)
+    codes = insert(
+        graph, before, "QuantizeLinear", [current, stored, zero], f"{site}/QuantizeLinear", f"{site}/codes", value,
+        dtype=ir.DataType.from_numpy(dtype), attributes=attributes,
+    )  # fmt: skip
+    return insert(
+        graph, before, "DequantizeLinear", [codes, stored, zero], f"{site}/DequantizeLinear", f"{site}/dequantized",
+        value, dtype=to, attributes=attributes,
+    )  # fmt: skip
+
+
+def hand_over(old: ir.Value, new: ir.Value) -> None:
+    """`new` takes the place and the name of `old`."""
+    name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name, new.name = None, name
+
+
+def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
+    """Forget a stored tensor that nothing reads: no float copy of a weight may stay behind."""
+    if not value.uses() and not value.is_graph_output() and value.name is not None:
+        graph.initializers.pop(value.name, None)
+
+
+def take_weight(graph: ir.Graph, product: Product) -> ir.Value:
+    """Take the float weight of a product out of the graph: its name may be the one that the codes get."""
+    old = product.node.inputs[1]
+    assert old is not None
+    product.node.replace_input_with(1, None)
+    drop_unused(graph, old)
+    return old
+
+
+def stored_bias(product: ir.Node) -> ir.Node | None:
+    """The Add of a stored vector behind a product, if it is all that reads it."""
+    uses = product.outputs[0].uses()
+    if len(uses) != 1:
+        return None
+    ((add, index),) = uses
+    other = add.inputs[1 - index] if add.op_type == "Add" else None
+    stored = other is not None and other.const_value is not None and len(other.const_value.shape) == 1
+    return add if stored else None
