@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from exporters.graph.packages import import_onnx_package
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import VitStructure
 
 if TYPE_CHECKING:

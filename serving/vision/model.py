@@ -9,8 +9,7 @@ from pathlib import Path
 from exporters.graph.description import CLASSES_FILE
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import BadArtifactError
-from fp8pipe.models.vision.files import read_model_file
-from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 
 __all__ = ["KINDS", "ServedModel", "read_model"]
 

@@ -38,8 +38,7 @@ from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_re
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.exact import ExactVit
-from fp8pipe.models.vision.files import read_model_file
-from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import load_quantized
 from validation.onnx.record import OnnxValidationRecord
 
