@@ -25,8 +25,7 @@ from torch import Tensor
 from exporters.graph.description import require_gates
 from exporters.tensorrt.language.calibrate import InputScale, count_inputs, scales_by_layer
 from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.language.source import LanguageModel, open_language
-from exporters.tensorrt.language.text import ExportText, read_text
+from exporters.tensorrt.language.source import ExportText, LanguageModel, open_language, read_text
 from exporters.vllm.plan import fused_siblings
 from fp8pipe import __version__
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, disk_guard

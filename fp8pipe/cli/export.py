@@ -190,9 +190,9 @@ def _export_onnx(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: 
 def _export_trt(artifact: Path, output: Path, chosen: dict[str, Any], dry_run: bool, console: Console) -> None:
     from exporters.onnx.options import OnnxExportOptions
     from exporters.tensorrt.export import export_tensorrt
+    from exporters.tensorrt.formats import plan_targets
     from exporters.tensorrt.language.plan import is_language_artifact
     from exporters.tensorrt.options import TrtExportOptions
-    from exporters.tensorrt.targets import plan_targets
     from fp8pipe.cli.export_language import export_language_model, refuse_language_options
     from fp8pipe.core.config import build_config
 

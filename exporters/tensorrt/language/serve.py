@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exporters.graph.runtime import open_session, run
-from exporters.tensorrt.language.passes import drop_quantizers
+from exporters.tensorrt.language.graph import drop_quantizers
 from exporters.tensorrt.language.perplexity import Score, score_session
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names, present_names
 from exporters.tensorrt.options import Base

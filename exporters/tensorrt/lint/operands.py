@@ -9,8 +9,7 @@ import onnx_ir as ir
 
 from exporters.graph.findings import Finding
 from exporters.tensorrt.lint.rules import finding, label
-from exporters.tensorrt.lint.types import code_type, element_types
-from exporters.tensorrt.lint.view import QUANTIZE, Operand, Product, View, constant, fixed
+from exporters.tensorrt.lint.view import QUANTIZE, Operand, Product, View, code_type, constant, element_types, fixed
 
 __all__ = ["lint_operands"]
 
