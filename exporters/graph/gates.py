@@ -120,9 +120,7 @@ def class_gates(agreement: ClassAgreement) -> list[Gate]:
 def agreement_gate(agreement: ClassAgreement, own: float) -> Gate:
     """The share of pictures that both sides give the same class.
 
-    Args:
-        agreement: of the engine with the reference.
-        own: of the reference with itself, its layers disturbed by rounding errors (`own_agreement`).
+    `own` is the agreement of the reference with itself, its layers disturbed by rounding errors (`own_agreement`).
     """
     share = agreement.agreeing / agreement.images
     spread = _STANDARD_ERRORS * math.sqrt(own * (1 - own) / agreement.images)
@@ -144,11 +142,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
     ONNX Runtime shows what each quantizer reads; the codes of that are made here, by the formula that the comparison of
     layers holds against its own.
 
-    Args:
-        model: the graph, as read from its file.
-        layers: its layers.
-        quantized: the artifact's model.
-        pixels: images `(N, 3, H, W)`, normalized, fp32; only the first of them are compared.
+    `layers` are those of `model`, as read from its file; of `pixels` (N, 3, H, W), normalized, the first are compared.
     """
     exact, sites = ExactVit(quantized), operand_at_sites(layers, quantized)
     names = {site: str(operand.source.name) for site, operand in sites if operand is not None and operand.source}

@@ -92,11 +92,7 @@ class _Exported(nn.Module):
 
 
 def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
-    """Export a prepared model in float, with a dynamic batch.
-
-    Args:
-        model: prepared, eval mode, float32 (or float64: then so is the graph); not changed.
-        structure: of this model.
+    """Trace a prepared model, with a dynamic batch, in its float type. The model is not changed.
 
     Raises:
         ConfigurationError: the model cannot be traced, or a product cannot be assigned to a layer.

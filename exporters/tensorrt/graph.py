@@ -38,12 +38,7 @@ INT4_BLOCK = 32
 
 
 def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> QuantizedGraph:
-    """Trace, lint and rewrite; every float is float32 still (see `halve`).
-
-    Args:
-        quantized: the model of this format (`in_format`).
-        format: how weights are stored.
-        source: the artifact, for messages.
+    """Trace, lint and rewrite the model of a format (`in_format`); every float is float32 still (see `halve`).
 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
@@ -129,12 +124,8 @@ def flatten_products(traced: FloatGraph, names: Collection[str]) -> Change:
     the last are laid together before the product and apart again behind its bias: the same numbers, in the same order.
     Windows are cut from images, so the first axis may be dynamic; the others are constants.
 
-    Args:
-        traced: changed in place; without Gemm (see `split_gemms`), before anything is quantized.
-        names: linears whose inputs will be quantized in blocks.
-
-    Returns:
-        The names of the linears that were changed.
+    The graph is without Gemm (see `split_gemms`), and nothing is quantized yet; `names` are linears whose inputs
+    will be quantized in blocks. The change names the linears that were changed.
     """
     flat: dict[ir.Value, ir.Value] = {}
     changed = []

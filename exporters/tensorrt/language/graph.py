@@ -57,13 +57,7 @@ class DecoderGraph:
 
 
 def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:
-    """Trace and rewrite.
-
-    Args:
-        model: the artifact.
-        scales: static activation scales by layer.
-        base: type of what is not quantized.
-        cache: with a key/value cache.
+    """Trace and rewrite: static activation scales by layer, the type of what is not quantized, with or without a cache.
 
     Raises:
         ConfigurationError: it cannot be traced, or its layers are not found in the graph.
@@ -91,11 +85,7 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
 
 
 def refuse_overflow(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Refuse float tensors with values beyond the base type.
-
-    Raises:
-        LintFindingsError: naming every one.
-    """
+    """Refuse float tensors with values beyond the base type, naming every one."""
     findings = [
         Finding("not-half", name, f"a value beyond the largest of {dtype}", "export with --base fp32")
         for name, tensor in model.floats.items()
@@ -112,12 +102,7 @@ _SCALE: Final = 1  # position among a quantizer's operands
 def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
     """Insert `QuantizeLinear, DequantizeLinear` (E4M3) before every product's activation; one pair per value.
 
-    Args:
-        traced: changed in place.
-        scales: by layer; layers that read one value have one scale.
-
-    Returns:
-        The names of the pairs.
+    Layers that read one value have one scale. The change names the pairs.
 
     Raises:
         ValueError: two layers read one value and have different scales.

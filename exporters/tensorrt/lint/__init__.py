@@ -25,12 +25,7 @@ __all__ = ["RULES", "Effect", "Report", "Rule", "check_file", "lint_file", "lint
 
 
 def lint_typed(model: ir.Model, capabilities: Sequence[str] = ()) -> Report:
-    """Findings on a graph that a strongly typed network is to be made from.
-
-    Args:
-        model: not changed.
-        capabilities: compute capabilities to compile for, for instance ("8.9", "12.0"); none judges no type by them.
-    """
+    """Findings on a graph for a strongly typed network; without capabilities no type is judged by them."""
     view = View(model)
     findings = [
         *lint_values(view),
@@ -66,16 +61,9 @@ def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
 
 
 def check_file(path: Path, capabilities: Sequence[str], source: str, *, require: bool) -> tuple[str, ...]:
-    """Refuse a file before a builder is called.
+    """Refuse a file before a builder is called; `require` refuses also what is built in another precision.
 
-    Args:
-        path: ONNX file.
-        capabilities: to compile for.
-        source: what it was made from, for messages.
-        require: refuse also what is built in another precision.
-
-    Returns:
-        One sentence for each rule that warns.
+    Returns one sentence for each rule that warns.
 
     Raises:
         LintFindingsError: every finding that is an error.
