@@ -1,4 +1,4 @@
-"""API keys from a file of digests: `sha256:<hex> [name]`, one a line, `#` begins a comment.
+"""API keys from a file of digests: `sha256:<hex> [name]`, one per line; `#` begins a comment.
 
 A key is 256 random bits, so one round of sha256 hides it: there is nothing to guess. Presented keys are hashed and
 compared with every stored digest in constant time. The file is looked at again when its time or size changes, at
@@ -65,7 +65,7 @@ class KeyFile:
         self._stamp = self._look()
         self._keys = _read(path)
         if not self._keys:
-            raise ConfigurationError(f"{path} holds no API keys", why="nobody could call", fix="add one a line")
+            raise ConfigurationError(f"{path} holds no API keys", why="nobody could call", fix="add one per line")
         self._looked = time.monotonic()
 
     def name_of(self, key: bytes) -> str | None:
@@ -112,7 +112,7 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI says. The key's name is put into the state as `client_name`."""
-        if scope["type"] != "http" or self.keys is None or scope["path"] in self.open_paths:
+        if self.keys is None or scope["path"] in self.open_paths:
             await self.app(scope, receive, send)
             return
         key = _presented(scope)
