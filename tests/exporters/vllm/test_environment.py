@@ -112,7 +112,7 @@ def test_child_processes_are_offline_and_do_not_see_our_packages(monkeypatch: py
     [
         (
             1,
-            "fp8pipe_vllm_cpu.versions.UntestedVersionError: tested with 0.32.0; this is 0.40.0",
+            "fp8pipe_vllm_cpu.settings.UntestedVersionError: tested with 0.32.0; this is 0.40.0",
             MissingCapabilityError,
         ),
         (1, "ModuleNotFoundError: No module named 'xgrammar'", MissingCapabilityError),
