@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 # Probes carry no key, and the page holds no secret.
 OPEN_PATHS = frozenset(("/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"))
-_LINE = re.compile(r"sha256:([0-9a-f]{64})(?:\s+([\w.@-]{1,64}))?")
-_NAME = re.compile(r"[\w.@-]{1,64}")
+_NAME = r"[\w.@-]{1,64}"
+_LINE = re.compile(rf"sha256:([0-9a-f]{{64}})(?:\s+({_NAME}))?")
 _LOOK_EVERY_S = 1.0
-_LONGEST_KEY = 512
+_MAX_KEY_LENGTH = 512
 
 
 def new_key() -> str:
@@ -47,7 +47,7 @@ def hash_key(key: str, name: str = "") -> str:
 
 def is_name(text: str) -> bool:
     """Whether a key may be called so."""
-    return _NAME.fullmatch(text) is not None
+    return re.fullmatch(_NAME, text) is not None
 
 
 class KeyFile:
@@ -118,13 +118,10 @@ class AuthMiddleware:
         key = _presented(scope)
         name = None if key is None else self.keys.name_of(key)
         if name is None:
-            missing = key is None
-            problem = Problem(
-                401, "missing_key" if missing else "wrong_key",
-                "an API key is needed" if missing else "this API key is not known",
-                "send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'", {"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
-            await refuse(problem, scope, receive, send)
+            code, message = ("missing_key", "an API key is needed") if key is None else (
+                "wrong_key", "this API key is not known")  # fmt: skip
+            fix = "send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            await refuse(Problem(401, code, message, fix, {"WWW-Authenticate": "Bearer"}), scope, receive, send)
             return
         scope.setdefault("state", {})["client_name"] = name
         await self.app(scope, receive, send)
@@ -133,9 +130,9 @@ class AuthMiddleware:
 def _presented(scope: Scope) -> bytes | None:
     for name, value in scope["headers"]:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return bytes(value[7:].strip()[:_LONGEST_KEY])
+            return bytes(value[7:].strip()[:_MAX_KEY_LENGTH])
         if name == b"x-api-key":
-            return bytes(value.strip()[:_LONGEST_KEY])
+            return bytes(value.strip()[:_MAX_KEY_LENGTH])
     return None
 
 

@@ -69,58 +69,53 @@ class BodyLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI says. What the app sees of a body that cannot be taken is a `Problem`, raised by `receive`."""
-        headers = dict(scope["headers"])
-        stated = headers.get(b"content-length", b"")
+        stated = dict(scope["headers"]).get(b"content-length", b"")
         if stated.isdigit() and int(stated[:20]) > self.max_bytes:
             await refuse(self._too_large(), scope, receive, send)
             return
         account = BodyAccount(self.budget)
         scope.setdefault("state", {})["body_account"] = account
         try:
-            await self.app(scope, _Limited(self, receive, account), send)
+            await self.app(scope, self._limited(receive, account), send)
         finally:
             account.close()
+
+    def _limited(self, receive: Receive, account: BodyAccount) -> Receive:
+        """A `receive` that counts bytes and time."""
+        left, complete = self.max_bytes, False
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
+
+        async def limited() -> Any:
+            nonlocal left, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body did not arrive within {self.timeout_s:g} s"
+                raise Problem(408, "body_too_slow", late, "send it faster, or less", _CLOSE) from None
+            if message["type"] == "http.request":
+                size = len(message.get("body", b""))
+                left -= size
+                complete = not message.get("more_body", False)
+                try:
+                    if left < 0:
+                        raise self._too_large()
+                    account.take(size)
+                except Problem:
+                    if not complete:
+                        await _discard(receive)
+                    raise
+            return message
+
+        return limited
 
     def _too_large(self) -> Problem:
         limit = f"{self.max_bytes / 1e6:g} MB"
         return Problem(
             413, "body_too_large", f"the body is larger than {limit}", "send smaller or fewer images", _CLOSE
         )
-
-    def _too_slow(self) -> Problem:
-        late = f"the body did not arrive within {self.timeout_s:g} s"
-        return Problem(408, "body_too_slow", late, "send it faster, or less", _CLOSE)
-
-
-class _Limited:
-    """A `receive` that counts bytes and time."""
-
-    def __init__(self, limits: BodyLimitMiddleware, receive: Receive, account: BodyAccount) -> None:
-        self._limits, self._receive, self._left, self._account = limits, receive, limits.max_bytes, account
-        self._deadline = asyncio.get_running_loop().time() + limits.timeout_s
-        self._complete = False
-
-    async def __call__(self) -> Any:
-        if self._complete:
-            return await self._receive()
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                message = await self._receive()
-        except TimeoutError:
-            raise self._limits._too_slow() from None
-        if message["type"] == "http.request":
-            size = len(message.get("body", b""))
-            self._left -= size
-            self._complete = not message.get("more_body", False)
-            try:
-                if self._left < 0:
-                    raise self._limits._too_large()
-                self._account.take(size)
-            except Problem:
-                if not self._complete:
-                    await _discard(self._receive)
-                raise
-        return message
 
 
 async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:

@@ -28,10 +28,9 @@ from serving.http.config import ServeConfig
 from serving.http.server import Lifecycle
 from serving.http.service import identity_of, read_keys, serve
 from serving.http.telemetry import HttpMetrics
-from serving.language.child import Child
 from serving.language.config import LanguageConfig
 from serving.language.front import Front
-from serving.language.supervisor import State, Supervisor
+from serving.language.supervisor import Child, State, Supervisor
 from serving.language.upstream import KEEP_ALIVE_S, Upstream
 
 __all__ = ["run_front", "serve_language", "supervise"]

@@ -116,13 +116,7 @@ def _metadata(model: ServedModel, width: int) -> dict[str, Any]:
 
 
 def _parse_infer(body: bytes, header_length: str | None, model: ServedModel, max_images: int) -> _InferRequest:
-    """Read an inference request.
-
-    Args:
-        body: the whole of it.
-        header_length: the value of `_HEADER_LENGTH`, where it was sent.
-        model: what is served.
-        max_images: in one request.
+    """Read an inference request; `header_length` is the header of that name, where it was sent.
 
     Raises:
         Problem: 4xx, whatever the bytes are.
