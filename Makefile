@@ -1,5 +1,6 @@
 # make setup       .venv: fp8pipe, its tests and tools
 # make setup-vllm  .venv-vllm: vLLM and the CPU plugin, apart because vLLM pins torch exactly
+# make check       before a commit: linters, types, import contracts and quick tests, in less than a minute
 # make test        both environments, then linters, types, import contracts and tests
 # make demo        both environments, then the demonstration
 #
@@ -24,7 +25,7 @@ VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILE
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup setup-vllm lint test demo clean
+.PHONY: setup setup-vllm lint check test demo clean
 
 setup: $(STAMP)
 
@@ -50,6 +51,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What needs no model and no engine: some 25 s of two cores. With linters and types (once mypy has its cache) it stays
+# below a minute; who adds a test here keeps it so.
+QUICK_TESTS := tests/fp8pipe/core tests/fp8pipe/numerics tests/fp8pipe/artifact tests/fp8pipe/cli/test_options.py \
+	tests/pipeline/workflow/test_recipe.py
+
+check: export OMP_WAIT_POLICY = passive
+check: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not vllm and not gpu" $(QUICK_TESTS)
 
 # Many tests start processes of their own: threads that spin would starve them.
 test: export OMP_WAIT_POLICY = passive

@@ -39,8 +39,8 @@ import httpx
 SERVE = """
 import os, sys
 from pathlib import Path
-from fp8pipe import logs
 from fp8pipe.artifact import open_artifact
+from fp8pipe.core import logs
 from serving.http.config import ServeConfig
 from serving.language.config import LanguageConfig
 from serving.language.server import run_front, serve_language, supervise
@@ -108,7 +108,7 @@ def cpu_s(pid: int) -> float:
 
 
 def overhead(target: Target, pairs: int, method: str, path: str, document: object = None) -> dict[str, float]:
-    """Both roads, alternately; each pair in random order. Milliseconds."""
+    """Both paths, alternately; each pair in random order. Milliseconds."""
     parts = urlsplit(target.url)
     served = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=120)
     served.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -117,13 +117,13 @@ def overhead(target: Target, pairs: int, method: str, path: str, document: objec
     through: list[float] = []
     straight: list[float] = []
     with served, direct:
-        roads = [(Caller(served, target.key), through), (Caller(direct, ""), straight)]
+        paths = [(Caller(served, target.key), through), (Caller(direct, ""), straight)]
         for number in range(pairs + min(100, pairs // 4)):
             if number == min(100, pairs // 4):  # warm
                 through.clear(), straight.clear()
                 before = cpu_s(target.pid)
-            random.shuffle(roads)
-            for caller, times in roads:
+            random.shuffle(paths)
+            for caller, times in paths:
                 times.append(caller.call(method, path, document))
         used = (cpu_s(target.pid) - before) / pairs
     medians = statistics.median(through), statistics.median(straight)

@@ -31,7 +31,7 @@ from calibration.terms import Scene
 from calibration.views import view
 from fp8pipe.core.config import build_config
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import load_vision_model
 from fp8pipe.models.vision.structure import AttentionSite, read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products

@@ -83,7 +83,8 @@ def _surface(canvas: _Canvas) -> Tensor:
     fy, fx = torch.fft.fftfreq(height).view(-1, 1), torch.fft.rfftfreq(width).view(1, -1)
     falloff = (fy.square() + fx.square()).sqrt().clamp(min=1 / max(height, width)).pow(-(0.8 + draws[2]))
     texture = torch.fft.irfft2(torch.fft.rfft2(noise) * falloff, s=(height, width))
-    return colour.clamp(0, 1).view(3, 1, 1) + 0.15 * draws[3] * texture / texture.std().clamp(min=1e-6)
+    surface: Tensor = colour.clamp(0, 1).view(3, 1, 1) + 0.15 * draws[3] * texture / texture.std().clamp(min=1e-6)
+    return surface
 
 
 def _leaf(canvas: _Canvas) -> Tensor:

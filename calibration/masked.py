@@ -28,7 +28,6 @@ _LAST_SHARE: Final = 0.1
 _DROPPED: Final = 0.3
 
 
-@torch.autocast("cpu", enabled=False)
 def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
     """Negative Gaussian entropy of the cosines among patches' attention rows.
 
@@ -39,18 +38,18 @@ def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
     Returns:
         `(N,)` fp32.
     """
-    rows = functional.normalize(logits[:, :, site.prefix_tokens :, site.prefix_tokens :].float().mean(1), dim=-1)
-    cosines = (rows @ rows.transpose(-2, -1)).flatten(1)  # (N, P, P) @ (N, P, P)
-    return -0.5 * (math.log(2 * math.pi * math.e) + torch.log(cosines.var(1, unbiased=False) + 1e-8))
+    with torch.autocast("cpu", enabled=False):
+        rows = functional.normalize(logits[:, :, site.prefix_tokens :, site.prefix_tokens :].float().mean(1), dim=-1)
+        cosines = (rows @ rows.transpose(-2, -1)).flatten(1)  # (N, P, P) @ (N, P, P)
+        return -0.5 * (math.log(2 * math.pi * math.e) + torch.log(cosines.var(1, unbiased=False) + 1e-8))
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:
     """`values` `(N, H, T, d)` on a symmetric grid of `bits`, one step per image and head; gradients pass unchanged."""
-    step = values.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+    step: Tensor = values.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
     return values + ((values / step).round() * step - values).detach()
 
 
-@torch.autocast("cpu", enabled=False)
 def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[Tensor, Tensor]:
     """Logits of one attention's `summary_query`, in float and rounded.
 
@@ -64,9 +63,10 @@ def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[
         Two `(N, patches)` fp32: q.k of the patches, the mean over heads.
     """
     found = []
-    for queries, keys in ((q.float(), k.float()), (rounded(q.float(), bits), rounded(k.float(), bits))):
-        logits = summary_query(queries, site) @ keys[:, :, site.prefix_tokens :].transpose(-2, -1)  # (N, H, 1, P)
-        found.append(logits[:, :, 0].mean(1))
+    with torch.autocast("cpu", enabled=False):
+        for queries, keys in ((q.float(), k.float()), (rounded(q.float(), bits), rounded(k.float(), bits))):
+            logits = summary_query(queries, site) @ keys[:, :, site.prefix_tokens :].transpose(-2, -1)  # (N, H, 1, P)
+            found.append(logits[:, :, 0].mean(1))
     return found[0], found[1]
 
 

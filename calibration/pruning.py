@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calibration.received_attention import global_sites, received_attention
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import VitStructure
 
 _TOLERANCE: Final = 1e-3  # of the largest output: sums in another order in fp32; positions that matter change far more

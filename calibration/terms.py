@@ -16,7 +16,7 @@ from calibration.pruning import TokenPruner
 from calibration.received_attention import deeper_half, global_sites, prior_distance, received_attention
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import AttentionSite, VitStructure
 
 

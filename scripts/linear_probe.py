@@ -4,9 +4,9 @@
         [--image-size N] [--train-fraction X] [--seed N] [--decay X] [--batch-size N] [--dtype bfloat16|float32]
         [--split SPLIT]
 
-FOLDER holds one folder of pictures a class. The head reads the class token and the mean of the patches, as
-`fp8pipe.models.vision.probed.ClassAndPatches` has it. Features are computed once; on them the head is the exact minimum
-of a convex loss (multinomial logistic regression with an L2 term, L-BFGS), on standardized features whose
+FOLDER holds one folder of pictures per class. The head reads the class token and the mean of the patches, as
+`fp8pipe.models.vision.architecture.ClassAndPatches` has it. Features are computed once; on them the head is the exact
+minimum of a convex loss (multinomial logistic regression with an L2 term, L-BFGS), on standardized features whose
 standardization is then folded into its weights. So the result depends on the split's seed alone, not on a
 schedule. DIR is a model directory for every command that takes a vision model.
 
@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
-from fp8pipe.models.vision.architecture import build
+from fp8pipe.models.vision.architecture import ClassAndPatches, build
 from fp8pipe.models.vision.image_folder import ImageFolder, batches, read_image_folder
-from fp8pipe.models.vision.probed import ClassAndPatches
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model, save_vision_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 

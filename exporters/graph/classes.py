@@ -54,10 +54,7 @@ class ClassAgreement(FrozenConfig):
 def measure_noise(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> float:
     """The largest margin that rounding errors may close: twice the largest change of an output in disturbed runs.
 
-    Args:
-        quantized: the model.
-        pixels: (N, 3, H, W), normalized.
-        expected: its outputs for them, (N, C).
+    `pixels` (N, 3, H, W) are normalized, and `expected` (N, C) are the outputs for them.
 
     Returns:
         In units of the outputs; 0 where no code is near enough to a border to change.
@@ -67,14 +64,7 @@ def measure_noise(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> 
 
 
 def compare_classes(expected: Tensor, found: Tensor, near_tie: float, source: str) -> ClassAgreement:
-    """Compare outputs `(N, C)`.
-
-    Args:
-        expected: the reference's.
-        found: the engine's.
-        near_tie: see `measure_noise`.
-        source: where the images come from.
-    """
+    """Compare the reference's outputs `(N, C)` with an engine's; `near_tie` as of `measure_noise`."""
     relative = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
     ours, theirs = expected.argmax(1), found.argmax(1)
     differing = [

@@ -27,10 +27,7 @@ def input_name(value: ir.Value) -> str:
 def cut_layers(model: ir.Model, layers: Sequence[ExportedLayer], *, wide: bool = False) -> bytes:
     """A model whose outputs are the layers' outputs, by their names in the graph.
 
-    Args:
-        model: the graph.
-        layers: of it.
-        wide: add the products of matrices up in float64, so that what differs is the graph and not the order of sums.
+    `wide` adds the products of matrices up in float64, so that what differs is the graph and not the order of sums.
     """
     return _cut(model, layers, [layer.output for layer in layers], wide=wide)
 

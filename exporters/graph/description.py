@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final
 from exporters.graph.details import GraphDetails, GraphInput, GraphOutput
 from fp8pipe.artifact import ArtifactWriter, Gate
 from fp8pipe.core.errors import GateFailedError
-from fp8pipe.models.vision.files import write_model_file
-from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, write_model_file
 
 if TYPE_CHECKING:
     from exporters.graph.produce import QuantizedGraph

@@ -29,11 +29,7 @@ _LAYER_IMAGES: Final = 4
 
 
 def export_peak(quantized: QuantizedVit) -> int | None:
-    """Peak resident memory of an export by this process, bytes; None where packages or the system do not allow it.
-
-    Args:
-        quantized: the artifact's model.
-    """
+    """Peak resident memory of an export by this process, bytes; None where packages or the system do not allow it."""
     if not can_measure():
         return None
     with PhaseMeter() as meter:

@@ -32,12 +32,7 @@ class KernelReport(FrozenConfig):
 
 
 def check_kernels(model: Path, layers: Sequence[ExportedLayer]) -> KernelReport:
-    """Optimize a graph file as in service, and look the layers up.
-
-    Args:
-        model: the file.
-        layers: as `read_layers` found them in it.
-    """
+    """Optimize a graph file as in service, and look the layers up that `read_layers` found in it."""
     onnx_ir = import_onnx_package("onnx_ir")
     with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
         optimized = Path(folder) / "optimized.onnx"

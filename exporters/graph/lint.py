@@ -31,10 +31,7 @@ _LARGEST_NIBBLE = 15
 def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = True) -> list[Finding]:
     """Findings on the artifact's values, and on whether the format can hold them.
 
-    Args:
-        quantized: the artifact's model.
-        format: of the export.
-        runtime: whether ONNX Runtime shall run it; it has no four-bit floats.
+    `runtime`: whether ONNX Runtime shall run it; it has no four-bit floats.
     """
     findings = []
     if not quantized.weights:
@@ -79,11 +76,7 @@ def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
 
 
 def refuse(findings: Iterable[Finding], source: str) -> None:
-    """Raise one error with all findings, if there are any.
-
-    Raises:
-        LintFindingsError: there are.
-    """
+    """Raise one LintFindingsError with all findings, if there are any."""
     found = list(findings)
     if found:
         raise LintFindingsError(found, source)

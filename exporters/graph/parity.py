@@ -68,15 +68,9 @@ class LayerParity(FrozenConfig):
 
 
 def inputs_of(quantized: QuantizedVit, layers: Sequence[ExportedLayer], taps: Mapping[str, Any]) -> dict[str, Any]:
-    """The float inputs of the cut layers, as torch has them.
+    """The float inputs of the cut layers, as torch has them: numpy arrays by the inputs' names in the cut model.
 
-    Args:
-        quantized: the model in torch.
-        layers: of the exported graph.
-        taps: `quantized.taps(pixels)`.
-
-    Returns:
-        numpy arrays by the inputs' names in the cut model.
+    `taps` are those of `quantized.taps(pixels)`.
     """
     found: dict[str, Any] = {}
     for layer in layers:

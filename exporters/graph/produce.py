@@ -78,12 +78,7 @@ def _with(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit
 
 
 def trace_linted(model: nn.Module, structure: VitStructure, source: str) -> FloatGraph:
-    """The float graph of a model, before any pass.
-
-    Args:
-        model: in float, prepared.
-        structure: of the model.
-        source: the artifact, for messages.
+    """The float graph of a prepared float model, before any pass; `source` is the artifact's name in messages.
 
     Raises:
         LintFindingsError: the traced graph cannot be quantized well.
@@ -95,12 +90,7 @@ def trace_linted(model: nn.Module, structure: VitStructure, source: str) -> Floa
 
 
 def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> QuantizedGraph:
-    """Trace, lint and rewrite; for the exact format in float64.
-
-    Args:
-        quantized: the artifact's model; for the exact format with integer codes throughout.
-        format: what the graph shall hold.
-        source: the artifact, for messages.
+    """Trace, lint and rewrite; for the exact format in float64, and with integer codes throughout.
 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.

@@ -24,16 +24,9 @@ __all__ = ["operand_at_sites", "reopen_gates"]
 def reopen_gates(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, format: OnnxFormat
 ) -> list[Gate]:
-    """Compare a graph that was read from its file with the artifact's model.
+    """Compare a graph that was read from its file, and its layers, with the artifact's model.
 
-    Args:
-        model: the graph.
-        layers: its layers (`read_layers`).
-        quantized: the artifact's model.
-        format: of the export.
-
-    Returns:
-        Gates on codes, scales, quantizers and float tensors; the value is a count, and 0 passes.
+    Gates on codes, scales, quantizers and float tensors; the value is a count, and 0 passes.
     """
     by_label = {layer.label: layer for layer in layers}
     codes, scales = _weights(by_label, quantized)

@@ -31,11 +31,7 @@ _ERRORS_ONLY = 3
 
 
 def has_vnni(features: Collection[str] | None = None) -> bool:
-    """Whether sums of 8-bit products are exact without the precision mode.
-
-    Args:
-        features: processor features, as `fp8pipe.core.machine.cpu_features` names them; this machine's when None.
-    """
+    """Whether sums of 8-bit products are exact without the precision mode; features of this machine when None."""
     return not _VNNI.isdisjoint(cpu_features() if features is None else features)
 
 

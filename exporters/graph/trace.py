@@ -22,7 +22,7 @@ from exporters.graph.description import INPUT_NAME, OUTPUT_NAME
 from exporters.graph.packages import import_onnx_package
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import VitStructure
 
 if TYPE_CHECKING:
@@ -91,11 +91,7 @@ class _Exported(nn.Module):
 
 
 def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
-    """Export a prepared model in float, with a dynamic batch.
-
-    Args:
-        model: prepared, eval mode, float32 (or float64: then so is the graph); not changed.
-        structure: of this model.
+    """Trace a prepared model, with a dynamic batch, in its float type. The model is not changed.
 
     Raises:
         ConfigurationError: the model cannot be traced, or a product cannot be assigned to a layer.

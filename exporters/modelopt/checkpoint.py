@@ -26,9 +26,8 @@ from exporters.graph.description import require_gates
 from exporters.modelopt.options import ModeloptExportOptions
 from exporters.modelopt.target import KIND, ModeloptDetails
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
-from exporters.tensorrt.language.source import LanguageModel, language_records, open_language
+from exporters.tensorrt.language.source import ExportText, LanguageModel, language_records, open_language, read_text
 from exporters.tensorrt.language.target import InputScale
-from exporters.tensorrt.language.text import ExportText, read_text
 from exporters.vllm.plan import fused_siblings
 from fp8pipe import __version__
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, check_place, disk_guard, none_of

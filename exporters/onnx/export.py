@@ -13,9 +13,8 @@ from torch import Tensor
 from exporters.graph.classes import compare_classes, measure_noise
 from exporters.graph.description import CLASSES_FILE, MODEL_FILE, graph_details, require_gates, write_description
 from exporters.graph.dry_run import export_peak
-from exporters.graph.exact import codes_gate, outputs_gate
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import class_gates, float_gate, kernel_gate, parity_gates
+from exporters.graph.gates import class_gates, codes_gate, float_gate, kernel_gate, outputs_gate, parity_gates
 from exporters.graph.graph_check import check_kernels
 from exporters.graph.images import ProbeImages, probe_images
 from exporters.graph.layers import read_layers

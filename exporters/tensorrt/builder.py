@@ -44,16 +44,8 @@ def run_builder(
 ) -> dict[str, Any]:
     """Build one engine in a process of its own.
 
-    Args:
-        job: what `build_worker.py` is told beside files; all of it is JSON.
-        graph: ONNX file.
-        engine: file to write.
-        product: the builder's name, for messages.
-        timeout_s: seconds that it may take.
-        memory: what to free when it dies.
-
-    Returns:
-        `version`, `messages`, and `listing` (layers in its log) or `inspector` (layers as JSON).
+    `job` is what `build_worker.py` is told beside files; all of it is JSON. The answer holds `version`, `messages`, and
+    `listing` (layers in its log) or `inspector` (layers as JSON). `memory` is what to free when it dies.
 
     Raises:
         GateFailedError: the parser or the builder refuses the graph; its own words are in the message.

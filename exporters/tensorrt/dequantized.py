@@ -16,13 +16,9 @@ __all__ = ["dequantize_graph"]
 
 
 def dequantize_graph(model: ir.Model) -> int:
-    """Replace stored codes by their values, and drop quantizers of activations; in place.
+    """Replace stored codes by values in their scale's type, and drop quantizers of activations; in place.
 
-    Args:
-        model: an export's graph; values get the type of their scale.
-
-    Returns:
-        How many DequantizeLinear nodes are gone.
+    Returns how many DequantizeLinear nodes are gone.
     """
     graph, gone = model.graph, 0
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:

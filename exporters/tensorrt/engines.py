@@ -48,14 +48,7 @@ def write_layers(root: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def precision_gate(report: PrecisionReport, wanted: Mapping[str, str], name: str, *, required: bool) -> Gate:
-    """Products that an engine multiplies in another precision.
-
-    Args:
-        report: of the engine.
-        wanted: the artifact's precision by node.
-        name: of the gate.
-        required: False makes it a figure.
-    """
+    """Products that an engine multiplies in another precision than wanted; a figure alone when not required."""
     other, kinds = report.not_in(wanted), Counter(wanted.values())
     detail = shown_counts(report.counts())
     if len(kinds) > 1:

@@ -113,13 +113,6 @@ def build_enterprise(
 ) -> Built:
     """Build for the GPU of this machine. Timings are kept in the cache, for the next build.
 
-    Args:
-        graph: ONNX file.
-        engine: file to write.
-        machine: of `check_enterprise`.
-        profiles: shapes of the dynamic inputs, by name.
-        settings: of the builder.
-
     Raises:
         GateFailedError: the parser or the builder refuses the graph; its own words are in the message.
         BadArtifactError: the builder died, or the engine's inspector cannot be read.

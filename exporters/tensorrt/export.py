@@ -31,7 +31,7 @@ from exporters.tensorrt.engines import (
     write_layers,
 )
 from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise, trtexec_command
-from exporters.tensorrt.formats import choose_format, in_format
+from exporters.tensorrt.formats import choose_format, in_format, plan_targets, with_targets
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import compare_halved, halve, refuse_not_half, stored_arrays
 from exporters.tensorrt.lint import check_file
@@ -42,7 +42,6 @@ from exporters.tensorrt.recipe import EngineRecipe, pack_engine
 from exporters.tensorrt.rtx import SETTINGS, build_rtx
 from exporters.tensorrt.size import expected_sizes, ideal_bytes, measure_engine, size_gate, stored_gate
 from exporters.tensorrt.target import ENGINE_LIMITS, KIND, BuiltEngine, TrtDetails
-from exporters.tensorrt.targets import plan_targets, with_targets
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,

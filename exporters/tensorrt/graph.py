@@ -1,6 +1,16 @@
-"""A quantized vision model as the graph that TensorRT builds well: strongly typed, one quantizer per value."""
+"""A quantized vision model as the graph that TensorRT builds well: strongly typed, one quantizer per value.
+
+The passes are those of the graph room, NVFP4's, and two that the builder asks for: queries that keep their quantizer,
+and linears of at most three axes.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
 
 from exporters.graph.passes import (
     Change,
@@ -11,28 +21,24 @@ from exporters.graph.passes import (
     strip_metadata,
     unfold_patches,
 )
+from exporters.graph.passes.editing import add_initializer, insert, stored_bias
 from exporters.graph.produce import QuantizedGraph, float_model, trace_linted
-from exporters.graph.trace import FloatGraph
+from exporters.graph.trace import FloatGraph, Product, ProductKind
 from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
 from exporters.tensorrt.options import TrtFormat
-from exporters.tensorrt.passes import flatten_products, hold_queries
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
+from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
-from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
+from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, WeightCodes
 
-__all__ = ["INT4_BLOCK", "typed_graph"]
+__all__ = ["INT4_BLOCK", "flatten_products", "hold_queries", "typed_graph"]
 
 # The smallest block that the builder takes: the most layers fit it.
 INT4_BLOCK = 32
 
 
 def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> QuantizedGraph:
-    """Trace, lint and rewrite; every float is float32 still (see `halve`).
-
-    Args:
-        quantized: the model of this format (`in_format`).
-        format: how weights are stored.
-        source: the artifact, for messages.
+    """Trace, lint and rewrite the model of a format (`in_format`); every float is float32 still (see `halve`).
 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
@@ -67,3 +73,104 @@ def _prepared(traced: FloatGraph, quantized: QuantizedVit) -> list[Change]:
     sites = of_type(quantized.activations, BlockQuantizer)
     rounded = [site.name for site in quantized.structure.linears if f"{site.input_group}.input" in sites]
     return [raise_opset(traced.model, activations=bool(sites)), flatten_products(traced, rounded)]
+
+
+_QUERIES = ".q/QuantizeLinear"
+_MOST_AXES = 3
+
+
+def hold_queries(model: ir.Model) -> Change:
+    """Clip every quantized query to its range, also where quantizing would clip it anyway; in place.
+
+    The builder moves a quantizer upwards, through transposes and slices, into the product that feeds it. The joint
+    product of queries, keys and values has three, of different scales; to apply them it multiplies them into the
+    product's weights, which it dequantizes for that. The result is an FP8 or INT8 model whose widest products run in
+    half precision, without a word. A Clip is not moved, so it keeps one of the three where it is, and with it the
+    weights' codes. Its bounds are the values of the smallest and largest code: it changes no code.
+    """
+    changed = []
+    for node in list(model.graph):
+        if node.op_type != "QuantizeLinear" or not (node.name or "").endswith(_QUERIES):
+            continue
+        value = node.inputs[0]
+        assert value is not None
+        producer = value.producer()
+        if producer is None or producer.op_type != "Clip":
+            changed.append(_clip(model.graph, node, value))
+    return Change("hold_queries", tuple(changed))
+
+
+def _clip(graph: ir.Graph, quantize: ir.Node, value: ir.Value) -> str:
+    site = str(quantize.name).removesuffix("/QuantizeLinear")
+    scale, zero = quantize.inputs[1], quantize.inputs[2]
+    assert scale is not None
+    assert scale.const_value is not None
+    assert zero is not None
+    low, high = (INT8_MIN, INT8_MAX) if zero.dtype == ir.DataType.INT8 else (-E4M3.max, E4M3.max)
+    step = scale.const_value.numpy()
+    bounds = [
+        add_initializer(graph, f"{site}/{name}", (np.asarray(code, step.dtype) * step).astype(step.dtype))
+        for name, code in (("low", low), ("high", high))
+    ]
+    clipped = insert(graph, quantize, "Clip", [value, *bounds], f"{site}/Clip", f"{site}/clipped", value)
+    quantize.replace_input_with(0, clipped)
+    return site
+
+
+def flatten_products(traced: FloatGraph, names: Collection[str]) -> Change:
+    """Linears of `names` with four axes become ones of three, for TensorRT's dynamic quantizer, which takes no more.
+
+    Models that keep patches as an image (Swin of timm) multiply `(N, rows, columns, C)`. The axes between the first and
+    the last are laid together before the product and apart again behind its bias: the same numbers, in the same order.
+    Windows are cut from images, so the first axis may be dynamic; the others are constants.
+
+    The graph is without Gemm (see `split_gemms`), and nothing is quantized yet; `names` are linears whose inputs
+    will be quantized in blocks. The change names the linears that were changed.
+    """
+    flat: dict[ir.Value, ir.Value] = {}
+    changed = []
+    for product in traced.products:
+        if product.kind is ProductKind.LINEAR and product.name in names and _axes(product.node.inputs[0]) > _MOST_AXES:
+            _flatten(traced.model.graph, product, flat)
+            changed.append(product.name)
+    return Change("flatten_products", tuple(changed))
+
+
+def _axes(value: ir.Value | None) -> int:
+    return 0 if value is None or value.shape is None else len(value.shape)
+
+
+def _flatten(graph: ir.Graph, product: Product, flat: dict[ir.Value, ir.Value]) -> None:
+    node, value = product.node, product.node.inputs[0]
+    assert value is not None
+    assert value.shape is not None
+    first, *middle, width = value.shape
+    sides = [side for side in middle if isinstance(side, int)]
+    if len(sides) != len(middle) or not isinstance(width, int):
+        raise ValueError(f"{product.name} has dynamic sides besides its first: {value.shape}")
+    tokens = math.prod(sides)
+    if value not in flat:  # readers of one value go on sharing one quantizer
+        reshape = _reshape(graph, value, f"{product.name}/tokens", (0, tokens, width), ir.Shape([first, tokens, width]))
+        graph.insert_before(node, reshape)
+        flat[value] = reshape.outputs[0]
+    node.replace_input_with(0, flat[value])
+    last = stored_bias(node) or node
+    result, weight = last.outputs[0], node.inputs[1]
+    assert weight is not None
+    assert weight.shape is not None
+    out = int(weight.shape[-1])  # type: ignore[arg-type]
+    shape, readers = result.shape, list(result.uses())
+    node.outputs[0].shape = result.shape = ir.Shape([first, tokens, out])
+    image = _reshape(graph, result, f"{product.name}/image", (0, *sides, out), shape)
+    graph.insert_after(last, image)
+    for reader, index in readers:
+        reader.replace_input_with(index, image.outputs[0])
+
+
+def _reshape(graph: ir.Graph, value: ir.Value, name: str, sides: tuple[int, ...], shape: ir.Shape | None) -> ir.Node:
+    """A node that is in no graph yet; 0 keeps a side."""
+    stored = add_initializer(graph, f"{name}/shape", np.array(sides, np.int64))
+    node = ir.node("Reshape", [value, stored], name=name)
+    output = node.outputs[0]
+    output.name, output.type, output.shape = name, value.type, shape
+    return node

@@ -48,10 +48,7 @@ def refuse_not_half(source: str, fix: str) -> Iterator[None]:
 
 
 def halve(model: ir.Model) -> Change:
-    """Convert in place.
-
-    Returns:
-        The names of the stored tensors that are FP16 now.
+    """Convert in place; the change names the stored tensors that are FP16 now.
 
     Raises:
         NotHalf: a scale that FP16 does not hold exactly, or a finite value beyond its range.
@@ -159,11 +156,9 @@ def stored_arrays(model: ir.Model) -> dict[str, Any]:
 
 
 def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
-    """Gates on a written FP16 graph.
+    """Gates on a written FP16 graph, read again, against the float32 graph's tensors (`stored_arrays`).
 
-    Args:
-        before: the float32 graph's tensors (`stored_arrays`), whose every number was compared with the artifact.
-        written: the file, read again.
+    Every number of these was compared with the artifact.
     """
     after = stored_arrays(written)
     codes = scales = others = 0

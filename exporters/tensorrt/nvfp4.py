@@ -32,9 +32,7 @@ _IR_VERSION: Final = 11  # the first with FLOAT4E2M1 in opset 23
 def raise_opset(model: ir.Model, *, activations: bool) -> Change:
     """Declare what NVFP4 needs; in place. What the graph holds before has the same meaning in opset 21 and 23.
 
-    Args:
-        model: opset 21.
-        activations: whether TensorRT's own operator is used.
+    `activations`: whether TensorRT's own operator is used.
     """
     model.graph.opset_imports[""] = FP4_OPSET
     if activations:
@@ -44,15 +42,7 @@ def raise_opset(model: ir.Model, *, activations: bool) -> Change:
 
 
 def quantize_block_weights(traced: FloatGraph, weights: Mapping[str, BlockCodes]) -> Change:
-    """Replace the stored operand of every linear of `weights`; the float tensor is removed.
-
-    Args:
-        traced: without Gemm (see `split_gemms`); changed in place.
-        weights: codes by layer.
-
-    Returns:
-        The layers' names.
-    """
+    """Replace the stored operand of every linear of `weights`; the float tensor is removed. In place, without Gemm."""
     changed = []
     for product in traced.products:
         if product.kind is ProductKind.LINEAR and product.name in weights:
@@ -76,11 +66,7 @@ def _replace(graph: ir.Graph, product: Product, weight: BlockCodes) -> None:
 def quantize_block_activations(
     traced: FloatGraph, structure: VitStructure, activations: Mapping[str, BlockQuantizer]
 ) -> Change:
-    """Round the inputs of linears whose site has a quantizer; readers of one value share it. In place.
-
-    Returns:
-        The names of the sites, in the graph's order.
-    """
+    """Round the inputs of linears whose site has a quantizer, in place; readers of one value share it."""
     graph = traced.model.graph
     found: dict[tuple[ir.Value, BlockQuantizer], ir.Value] = {}
     changed = []

@@ -60,11 +60,8 @@ def typed_parity(
 ) -> list[LayerParity]:
     """Every product on the same input on both sides.
 
-    Args:
-        model: the float32 graph.
-        layers: of it; those with NVFP4 operands are left out (`block_parity`).
-        quantized: the artifact's model.
-        pixels: `(N, 3, H, W)`, normalized.
+    `model` is the float32 graph; layers with NVFP4 operands are left out (`block_parity`). `pixels` (N, 3, H, W) are
+    normalized.
     """
     layers = [layer for layer in layers if not layer.blocks]
     taps = quantized.taps(pixels)
@@ -84,12 +81,7 @@ def _unfolded(pixels: Tensor, kernel: Sequence[int]) -> Tensor:
 
 
 def typed_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLERANCE) -> list[Gate]:
-    """Codes and outputs of all layers.
-
-    Args:
-        report: of layers whose products add up in float64.
-        tolerance: `FLOAT_TOLERANCE` where some add up in float32.
-    """
+    """Codes and outputs of all layers; `FLOAT_TOLERANCE` where some do not add up in float64."""
     errors = {layer.layer: layer.error for layer in report}
     codes = layer_codes_gate("activation codes differing", report)
     return [codes, layer_error_gate("layer error", errors, tolerance)]
@@ -119,14 +111,7 @@ def dynamic_quantize(x: Any, tensor_scale: Any) -> tuple[Any, Any]:
 def block_parity(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[LayerParity]:
-    """Every product with an NVFP4 operand, on the same input on both sides; empty where there is none.
-
-    Args:
-        model: the float32 graph.
-        layers: of it.
-        quantized: the artifact's model.
-        pixels: `(N, 3, H, W)`, normalized.
-    """
+    """Every product with an NVFP4 operand, on the same input on both sides; empty where there is none."""
     chosen = [layer for layer in layers if layer.blocks]
     if not chosen:
         return []
@@ -168,12 +153,7 @@ def _evaluate(model: ir.Model, layers: Sequence[ExportedLayer], inputs: Mapping[
 
 
 def evaluate_graph(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs by name of a whole graph with NVFP4 operators, which ONNX Runtime does not have; slow.
-
-    Args:
-        path: ONNX file.
-        inputs: numpy arrays by name.
-    """
+    """Outputs by name of a whole graph with NVFP4 operators, which ONNX Runtime does not have; slow."""
     import onnx
 
     return _run(onnx.load(path), inputs)

@@ -62,8 +62,7 @@ class PrecisionReport(FrozenConfig):
 def artifact_precisions(layers: Sequence[ExportedLayer]) -> dict[str, str]:
     """The precision of each product in the artifact, by its node: that of its codes.
 
-    Args:
-        layers: of the graph. A product of which a side is float, or sides of two families, has none.
+    A product of which a side is float, or sides of two families, has none.
     """
     found = {}
     for layer in layers:
@@ -75,12 +74,7 @@ def artifact_precisions(layers: Sequence[ExportedLayer]) -> dict[str, str]:
 
 
 def read_precision(nodes: Sequence[str], layers: Sequence[EngineLayer]) -> PrecisionReport:
-    """Find each product again.
-
-    Args:
-        nodes: names of the graph's products (MatMul, Conv).
-        layers: as the builder listed them.
-    """
+    """Find the graph's products (MatMul, Conv), by their nodes' names, among the layers that the builder listed."""
     multiplying = [layer for layer in layers if _multiplies(layer)]
     return PrecisionReport(
         products=tuple(_find(node, multiplying) for node in nodes),

@@ -24,11 +24,7 @@ SETTINGS: Final[Mapping[str, str]] = {"typing": "strong", "profiling_verbosity":
 
 
 def check_capabilities(wanted: Sequence[str]) -> None:
-    """Refuse compute capabilities that the builder cannot compile for.
-
-    Raises:
-        ConfigurationError: naming them and those it can.
-    """
+    """Refuse compute capabilities that the builder cannot compile for, naming them and those it can."""
     unknown = [capability for capability in wanted if capability not in CAPABILITIES]
     if unknown:
         raise ConfigurationError(
@@ -39,13 +35,7 @@ def check_capabilities(wanted: Sequence[str]) -> None:
 
 
 def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: Mapping[str, Shapes]) -> Built:
-    """Compile a graph.
-
-    Args:
-        graph: ONNX file.
-        engine: file to write.
-        capabilities: for instance ("8.9", "12.0").
-        profiles: shapes of the dynamic inputs, by name.
+    """Compile a graph for compute capabilities, for instance ("8.9", "12.0"); profiles of its dynamic inputs by name.
 
     Raises:
         MissingCapabilityError: the package is not installed.

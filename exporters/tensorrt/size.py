@@ -65,12 +65,7 @@ def ideal_bytes(model: ir.Model) -> int:
 
 
 def measure_engine(engine: Path, ideal: int) -> EngineSize:
-    """Weigh an engine's file.
-
-    Args:
-        engine: the file, not empty.
-        ideal: `ideal_bytes` of its graph.
-    """
+    """Weigh an engine's file, which is not empty, against `ideal_bytes` of its graph."""
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         runs = (match.group() for match in _TEXT.finditer(content))
         text = sum(len(run) for run in runs if b"\n" in run)
@@ -80,10 +75,7 @@ def measure_engine(engine: Path, ideal: int) -> EngineSize:
 def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
     """Whether weights lie in the engine as they lie in the graph.
 
-    Args:
-        size: of the engine.
-        capability: that it is for.
-        required: False where the builder may keep weights dequantized (weight-only formats): a figure then.
+    A figure alone where the builder may keep weights dequantized (weight-only formats): `required` is False then.
     """
     value = (size.engine_bytes - size.text_bytes) / _MEGABYTE
     limit = (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
@@ -99,11 +91,7 @@ def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
 def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, required: bool) -> Gate:
     """Whether the engine, as the export stores it, has the size of its codes.
 
-    Args:
-        size: of the plain engine.
-        stored_bytes: of the file in the export.
-        capability: that it is for.
-        required: False where that is a figure: plain engines, and weight-only formats.
+    A figure alone for engines that are not packed and for weight-only formats: `required` is False then.
     """
     value = stored_bytes / _MEGABYTE
     limit = (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE

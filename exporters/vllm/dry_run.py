@@ -39,11 +39,7 @@ class DryRun:
 
 
 def dry_run_export(plan: ExportPlan) -> DryRun:
-    """Lint, write and reopen the largest tensor of each action in a scratch folder.
-
-    Args:
-        plan: of the export, from headers.
-    """
+    """Lint, write and reopen the largest tensor of each action in a scratch folder."""
     largest: dict[Action, Unit] = {}
     for unit in plan.units:
         known = largest.get(unit.action)

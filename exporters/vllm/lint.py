@@ -30,15 +30,7 @@ CHUNK = 1 << 24
 
 
 def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[Finding]:
-    """Run every rule; reads the source once.
-
-    Args:
-        plan: the planned export.
-        advance: called once per tensor, for progress.
-
-    Returns:
-        All findings, those of structure first.
-    """
+    """All findings, those of structure first; reads the source once, and calls `advance` once per tensor."""
     findings = lint_structure(plan)
     for unit in (*plan.units, *plan.dropped):
         findings += _unit(unit)

@@ -83,15 +83,9 @@ def schema_for(vllm_version: str) -> CheckpointSchema:
 def quantization_config(
     export_format: ExportFormat, ignore: Sequence[str], schema: CheckpointSchema
 ) -> dict[str, object] | None:
-    """The block for config.json, or None for an unquantized export.
+    """The block for config.json, without null and default; None for an unquantized export.
 
-    Args:
-        export_format: the export's format.
-        ignore: full module names of linear layers that stay unquantized.
-        schema: the engine version written for.
-
-    Returns:
-        A JSON-ready dictionary, holding no null and no default.
+    `ignore`: full names of linear layers that stay unquantized.
     """
     if not export_format.quantized:
         return None

@@ -43,15 +43,9 @@ class _Comparison:
 
 
 def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None) -> list[Gate]:
-    """Compare the written directory with its source.
+    """Compare the written directory with its source; `advance` is called once per weight.
 
-    Args:
-        plan: the plan it was written from.
-        root: the written directory.
-        advance: called once per weight, for progress.
-
-    Returns:
-        Gates, passed or not; the caller decides what a failure means.
+    The gates may fail; the caller decides what that means.
 
     Raises:
         BadArtifactError: the written files cannot be read at all.

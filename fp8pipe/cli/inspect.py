@@ -37,13 +37,13 @@ def command(path: Path, list_layers: bool, headers: bool, console: Console) -> N
     if not checksummed:
         contents = inspect_contents(path, look=not headers)
         text = f"{path}\n{contents_text(contents, list_layers)}"
-        console.emit({"path": str(path), "contents": contents.plain()}, text, quiet_text=contents.form)
+        console.emit({"path": str(path), "contents": contents.to_json()}, text, quiet_text=contents.form)
         return
     opened = open_artifact(path, verify=False)
     document, text = _document(opened), _text(opened, list_layers)
     try:
         contents = inspect_contents(path, look=not headers)
-        document["contents"], text = contents.plain(), f"{text}\n{contents_text(contents, False)}"
+        document["contents"], text = contents.to_json(), f"{text}\n{contents_text(contents, False)}"
     except (BadArtifactError, ConfigurationError, MissingCapabilityError) as error:
         document["contents"], text = None, f"{text}\ncontents not read: {error.what}: {error.why}"
     console.emit(document, text, quiet_text=str(opened.root))

@@ -80,8 +80,7 @@ def read_image(root: Path, path: Path) -> Tensor:
     """
     from PIL import Image
 
-    from fp8pipe.models.vision.files import read_model_file
-    from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+    from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 
     preprocessing = read_model_file(Preprocessing, root / PREPROCESSING_FILE)
     try:

@@ -12,8 +12,8 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.kinds import Kind, Precision
 
 
-class ConditioningConfig(FrozenConfig):
-    """Which equivalent form of the model is quantized; none of them changes what it computes."""
+class TransformsConfig(FrozenConfig):
+    """Which equivalent transforms the model gets before it is quantized; none of them changes what it computes."""
 
     rotate_residual: bool = Field(True, description="Rotate the residual stream, where the model allows it.")
     rotate_heads: bool = Field(True, description="Rotate queries, keys and values within each head.")
@@ -55,8 +55,8 @@ class QuantizeVitConfig(FrozenConfig):
     synthesis: SynthesisConfig = Field(
         default_factory=lambda: build_config(SynthesisConfig, {}), description="How synthetic images are made."
     )
-    conditioning: ConditioningConfig = Field(
-        default_factory=lambda: build_config(ConditioningConfig, {}), description="Equivalent form that is quantized."
+    conditioning: TransformsConfig = Field(
+        default_factory=lambda: build_config(TransformsConfig, {}), description="Equivalent transforms before rounding."
     )
     rounding: Annotated[Literal["nearest", "compensated"], CONFIG_ONLY] = Field(
         "compensated", description="First rounding of weights; compensated: later columns make up for earlier ones."

@@ -1,5 +1,9 @@
 """Distillation: the student learns its teacher's answers and head outputs on calibration images.
 
+The answers are compared by the temperature-softened KL divergence (arXiv 1503.02531), the head outputs by MimiQ's
+head-wise structural loss (arXiv 2407.20021, section 4): for each head and channel of attn.v, the contrast-and-structure
+part of SSIM over the patch tokens. A constant shift costs nothing, a wrong pattern does.
+
 Both see the same augmented images. Which images a step takes and how they are changed follows from the seed and the
 step alone, so a run killed and resumed ends with the same bits as one left alone. The last step is what is reported and
 deployed: choosing the best one by labelled data would not be data-free.
@@ -19,19 +23,19 @@ from torch.nn import functional
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.phases import enter_phase
 from fp8pipe.models.vision.attention import intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
 from pipeline.finetune.schedule import Schedule, learning_rate_at
 from pipeline.vit.augment import augment
 from pipeline.vit.config import DistillConfig
-from pipeline.vit.losses import distillation, feature_distance, head_structure
 from pipeline.vit.student import Student
 
 _LOG = logging.getLogger(__name__)
 Figures = dict[str, float]
 _ORDER, _AUGMENTATION = 0, 1  # streams of the seed
+_C2 = 0.03**2  # SSIM's second constant
 
 
 class Distiller:
@@ -189,3 +193,34 @@ def _listening(student: Student, found: dict[str, Tensor]) -> Iterator[None]:
 def _order(seed: int, epoch: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(hash((seed, epoch, _ORDER)) & 0x7FFFFFFF)
     return torch.randperm(count, generator=generator)
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`T^2 KL(softmax(teacher/T) || softmax(student/T))`, mean over images; both `(N, C)`, fp32 result."""
+    soft = functional.log_softmax(student.float() / temperature, dim=1)
+    target = functional.log_softmax(teacher.float() / temperature, dim=1)
+    return functional.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """`1 - cosine`, mean over images, for backbones that give features `(N, C)` instead of logits."""
+    return (1 - functional.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
+
+
+def head_structure(student: Tensor, teacher: Tensor, prefix_tokens: int) -> Tensor:
+    """`1 - mean S` with `S = (2 cov + C2) / (var_t + var_s + C2)` over patch tokens.
+
+    Args:
+        student: attn.v `(B, H, N, d)`; B counts windows too.
+        teacher: the same of the teacher; gets no gradient.
+        prefix_tokens: leading tokens that are not patches, left out.
+
+    Returns:
+        fp32 scalar: 0 for equal or shifted maps, about 1 for independent, about 2 for negated ones.
+    """
+    s = student[:, :, prefix_tokens:].float()
+    t = teacher.detach()[:, :, prefix_tokens:].float()
+    s, t = s - s.mean(2, keepdim=True), t - t.mean(2, keepdim=True)
+    covariance = (s * t).mean(2)
+    similarity = (2 * covariance + _C2) / (s.square().mean(2) + t.square().mean(2) + _C2)
+    return 1 - torch.mean(similarity)

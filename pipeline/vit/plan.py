@@ -108,7 +108,7 @@ def _seconds(config: QuantizeVitConfig, scaled: Scaled, saves: int) -> dict[str,
     pictures = scaled.runs[-1][1].facts["pictures"]
     return {
         "image": scaled.seconds("images") * made,
-        "range": scaled.seconds("condition") + scaled.seconds("ranges"),
+        "range": scaled.seconds("transforms") + scaled.seconds("ranges"),
         "training": scaled.seconds("step", least=True) * config.distill.steps + scaled.seconds("save") * saves,
         "proof": sum(scaled.seconds(name) for name in ("start", "load", "deploy", "agree", "commit")),
         "evaluation": scaled.seconds("evaluate") * pictures / min(pictures, PICTURES) if pictures else 0.0,

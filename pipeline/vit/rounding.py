@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import Quantizer
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure

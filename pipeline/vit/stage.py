@@ -34,7 +34,7 @@ from fp8pipe.core.phases import enter_phase
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.image_folder import ImageFolder
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, save_quantized
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
@@ -49,7 +49,7 @@ from pipeline.vit.formats import activation_bits, activation_kinds, weight_forma
 from pipeline.vit.initialise import choose_quantizer, choose_steps, sample_sites
 from pipeline.vit.rounding import compensate_model, second_moments
 from pipeline.vit.student import Student
-from pipeline.vit.transforms.stage import Conditioned, condition
+from pipeline.vit.transforms.apply import Transformed, apply_transforms
 
 _LOG = logging.getLogger(__name__)
 KIND = "vit"
@@ -114,9 +114,9 @@ def quantize(
             writer.warn(note)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()
-        student, history, conditioned = _train(config, vision, structure, images, store)
+        student, history, transformed = _train(config, vision, structure, images, store)
         seconds["training"] = time.perf_counter() - started
-        return _finish(config, vision, structure, images, student, history, conditioned, seconds, folder, writer)
+        return _finish(config, vision, structure, images, student, history, transformed, seconds, folder, writer)
 
 
 def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure, writer: ArtifactWriter) -> ImageSet:
@@ -134,26 +134,26 @@ def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure,
 
 def _train(
     config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore
-) -> tuple[Student, list[dict[str, float]], Conditioned]:
-    """The model's best form, ranges and first codes from the images, then distillation."""
-    enter_phase("condition")
+) -> tuple[Student, list[dict[str, float]], Transformed]:
+    """Equivalent transforms, ranges and first codes from the images, then distillation."""
+    enter_phase("transforms")
     pixels = vision.preprocessing.normalize(images.images)
     measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed)
-    conditioned = _condition(config, vision, structure, measured)
+    transformed = _transform(config, vision, structure, measured)
     enter_phase("ranges")
-    student = begin_student(config, conditioned.vision, structure, measured)
-    distiller = Distiller(student, conditioned.vision, structure, pixels, config.distill, config.seed, store)
+    student = begin_student(config, transformed.vision, structure, measured)
+    distiller = Distiller(student, transformed.vision, structure, pixels, config.distill, config.seed, store)
     if distiller.resume():
         _LOG.info("resumed after step %d", distiller.step)
     with track(config.distill.steps, "distillation", done=distiller.step) as progress:
         history = distiller.run(lambda figures: progress.advance(loss=figures["loss"]))
-    return student, history, conditioned
+    return student, history, transformed
 
 
-def _condition(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Conditioned:
+def _transform(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Transformed:
     if config.precision.kind is not Kind.INT:  # a floating grid gains nothing from even magnitudes
-        return Conditioned(vision, (), ("conditioning: left out, FP8 has its own exponents",))
-    return condition(vision, structure, pixels, config.conditioning, config.seed)
+        return Transformed(vision, (), ("equivalent transforms: left out, FP8 has its own exponents",))
+    return apply_transforms(vision, structure, pixels, config.conditioning, config.seed)
 
 
 def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Student:
@@ -161,7 +161,7 @@ def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: Vit
 
     Args:
         config: precision, edges, rounding and seed.
-        vision: the (conditioned) float model; not changed.
+        vision: the (transformed) float model; not changed.
         structure: of it.
         pixels: normalized calibration images `(N, 3, H, W)`.
     """
@@ -185,7 +185,7 @@ def _finish(
     images: ImageSet,
     student: Student,
     history: list[dict[str, float]],
-    conditioned: Conditioned,
+    conditioned: Transformed,
     seconds: dict[str, float],
     folder: ImageFolder | None,
     writer: ArtifactWriter,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, Quantizer
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure

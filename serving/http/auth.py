@@ -1,4 +1,4 @@
-"""API keys from a file of digests: `sha256:<hex> [name]`, one a line, `#` begins a comment.
+"""API keys from a file of digests: `sha256:<hex> [name]`, one per line; `#` begins a comment.
 
 A key is 256 random bits, so one round of sha256 hides it: there is nothing to guess. Presented keys are hashed and
 compared with every stored digest in constant time. The file is looked at again when its time or size changes, at
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 # Probes carry no key, and the page holds no secret.
 OPEN_PATHS = frozenset(("/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"))
-_LINE = re.compile(r"sha256:([0-9a-f]{64})(?:\s+([\w.@-]{1,64}))?")
-_NAME = re.compile(r"[\w.@-]{1,64}")
+_NAME = r"[\w.@-]{1,64}"
+_LINE = re.compile(rf"sha256:([0-9a-f]{{64}})(?:\s+({_NAME}))?")
 _LOOK_EVERY_S = 1.0
-_LONGEST_KEY = 512
+_MAX_KEY_LENGTH = 512
 
 
 def new_key() -> str:
@@ -47,7 +47,7 @@ def hash_key(key: str, name: str = "") -> str:
 
 def is_name(text: str) -> bool:
     """Whether a key may be called so."""
-    return _NAME.fullmatch(text) is not None
+    return re.fullmatch(_NAME, text) is not None
 
 
 class KeyFile:
@@ -65,7 +65,7 @@ class KeyFile:
         self._stamp = self._look()
         self._keys = _read(path)
         if not self._keys:
-            raise ConfigurationError(f"{path} holds no API keys", why="nobody could call", fix="add one a line")
+            raise ConfigurationError(f"{path} holds no API keys", why="nobody could call", fix="add one per line")
         self._looked = time.monotonic()
 
     def name_of(self, key: bytes) -> str | None:
@@ -112,19 +112,16 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI says. The key's name is put into the state as `client_name`."""
-        if scope["type"] != "http" or self.keys is None or scope["path"] in self.open_paths:
+        if self.keys is None or scope["path"] in self.open_paths:
             await self.app(scope, receive, send)
             return
         key = _presented(scope)
         name = None if key is None else self.keys.name_of(key)
         if name is None:
-            missing = key is None
-            problem = Problem(
-                401, "missing_key" if missing else "wrong_key",
-                "an API key is needed" if missing else "this API key is not known",
-                "send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'", {"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
-            await refuse(problem, scope, receive, send)
+            code, message = ("missing_key", "an API key is needed") if key is None else (
+                "wrong_key", "this API key is not known")  # fmt: skip
+            fix = "send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            await refuse(Problem(401, code, message, fix, {"WWW-Authenticate": "Bearer"}), scope, receive, send)
             return
         scope.setdefault("state", {})["client_name"] = name
         await self.app(scope, receive, send)
@@ -133,9 +130,9 @@ class AuthMiddleware:
 def _presented(scope: Scope) -> bytes | None:
     for name, value in scope["headers"]:
         if name == b"authorization" and value[:7].lower() == b"bearer ":
-            return bytes(value[7:].strip()[:_LONGEST_KEY])
+            return bytes(value[7:].strip()[:_MAX_KEY_LENGTH])
         if name == b"x-api-key":
-            return bytes(value.strip()[:_LONGEST_KEY])
+            return bytes(value.strip()[:_MAX_KEY_LENGTH])
     return None
 
 

@@ -1,9 +1,9 @@
-"""What one request, one client and one slow sender may take.
+"""Limits of what one request, one client and one slow sender may take.
 
 The body is counted while it streams, whatever Content-Length says, and must have arrived by a deadline: a body that
 trickles in is answered 408. The bodies of all connections together are bounded too, or a thousand permitted ones would
-fill the memory: what does not fit is answered 503. The rate is a bucket of tokens a key, or an address where there are
-no keys.
+fill the memory: what does not fit is answered 503. The rate is a bucket of tokens per key, or per address where there
+are no keys.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-from serving.http.problems import Problem, Receive, Scope, Send, send_problem
+from serving.http.problems import Problem, Receive, Scope, Send, overloaded, send_problem
 
 __all__ = ["BodyAccount", "BodyBudget", "BodyLimitMiddleware", "RateLimitMiddleware", "account_of", "refuse"]
 
-_CLIENTS = 10_000
+_MAX_CLIENTS = 10_000
 # Before refusing, this much is read and thrown away: a sender that is cut off while sending never reads the answer.
 _DISCARD_BYTES = 256_000_000
 _DISCARD_S = 5.0
+_CLOSE = {"Connection": "close"}
 
 
 class BodyBudget:
@@ -44,10 +45,7 @@ class BodyAccount:
             Problem: 503, they do not fit.
         """
         if self._budget.held + count > self._budget.max_bytes:
-            raise Problem(
-                503, "overloaded", "the bodies of all requests together are too large now", "try again in a second",
-                {"Retry-After": "1", "Connection": "close"},
-            )  # fmt: skip
+            raise overloaded("the bodies of all requests together are too large now", _CLOSE)
         self._budget.held += count
         self._held += count
 
@@ -71,64 +69,53 @@ class BodyLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI says. What the app sees of a body that cannot be taken is a `Problem`, raised by `receive`."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        stated = headers.get(b"content-length", b"")
+        stated = dict(scope["headers"]).get(b"content-length", b"")
         if stated.isdigit() and int(stated[:20]) > self.max_bytes:
             await refuse(self._too_large(), scope, receive, send)
             return
         account = BodyAccount(self.budget)
         scope.setdefault("state", {})["body_account"] = account
         try:
-            await self.app(scope, _Limited(self, receive, account), send)
+            await self.app(scope, self._limited(receive, account), send)
         finally:
             account.close()
+
+    def _limited(self, receive: Receive, account: BodyAccount) -> Receive:
+        """A `receive` that counts bytes and time."""
+        left, complete = self.max_bytes, False
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
+
+        async def limited() -> Any:
+            nonlocal left, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body did not arrive within {self.timeout_s:g} s"
+                raise Problem(408, "body_too_slow", late, "send it faster, or less", _CLOSE) from None
+            if message["type"] == "http.request":
+                size = len(message.get("body", b""))
+                left -= size
+                complete = not message.get("more_body", False)
+                try:
+                    if left < 0:
+                        raise self._too_large()
+                    account.take(size)
+                except Problem:
+                    if not complete:
+                        await _discard(receive)
+                    raise
+            return message
+
+        return limited
 
     def _too_large(self) -> Problem:
         limit = f"{self.max_bytes / 1e6:g} MB"
         return Problem(
-            413, "body_too_large", f"the body is larger than {limit}", "send smaller or fewer images",
-            {"Connection": "close"},
-        )  # fmt: skip
-
-    def _too_slow(self) -> Problem:
-        return Problem(
-            408, "body_too_slow", f"the body did not arrive within {self.timeout_s:g} s", "send it faster, or less",
-            {"Connection": "close"},
-        )  # fmt: skip
-
-
-class _Limited:
-    """A `receive` that counts bytes and time."""
-
-    def __init__(self, limits: BodyLimitMiddleware, receive: Receive, account: BodyAccount) -> None:
-        self._limits, self._receive, self._left, self._account = limits, receive, limits.max_bytes, account
-        self._deadline = asyncio.get_running_loop().time() + limits.timeout_s
-        self._complete = False
-
-    async def __call__(self) -> Any:
-        if self._complete:
-            return await self._receive()
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                message = await self._receive()
-        except TimeoutError:
-            raise self._limits._too_slow() from None
-        if message["type"] == "http.request":
-            size = len(message.get("body", b""))
-            self._left -= size
-            self._complete = not message.get("more_body", False)
-            try:
-                if self._left < 0:
-                    raise self._limits._too_large()
-                self._account.take(size)
-            except Problem:
-                if not self._complete:
-                    await _discard(self._receive)
-                raise
-        return message
+            413, "body_too_large", f"the body is larger than {limit}", "send smaller or fewer images", _CLOSE
+        )
 
 
 async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,7 +139,7 @@ async def _discard(receive: Receive) -> None:
 
 
 class RateLimitMiddleware:
-    """A bucket of tokens a client: `rate` a second, `burst` at once. Probes are free."""
+    """A bucket of tokens per client: `rate` requests per second, `burst` at once. Probes are free."""
 
     def __init__(self, app: Any, rate: float | None, burst: int | None, free: frozenset[str]) -> None:
         self.app, self.rate, self.free = app, rate, free
@@ -161,12 +148,12 @@ class RateLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI says."""
-        if scope["type"] == "http" and self.rate is not None and scope["path"] not in self.free:
+        if self.rate is not None and scope["path"] not in self.free:
             wait_s = self._take(_client(scope), self.rate)
             if wait_s > 0:
                 after = str(math.ceil(wait_s))
                 problem = Problem(
-                    429, "rate_limited", f"more than {self.rate:g} requests a second", f"try again in {after} s",
+                    429, "rate_limited", f"more than {self.rate:g} requests per second", f"try again in {after} s",
                     {"Retry-After": after},
                 )  # fmt: skip
                 await refuse(problem, scope, receive, send)
@@ -180,7 +167,7 @@ class RateLimitMiddleware:
         tokens = min(self.burst, tokens + (now - then) * rate)
         taken = tokens >= 1
         self._buckets[client] = (tokens - 1 if taken else tokens, now)
-        if len(self._buckets) > _CLIENTS:
+        if len(self._buckets) > _MAX_CLIENTS:
             self._buckets.popitem(last=False)
         return 0.0 if taken else (1 - tokens) / rate
 

@@ -1,4 +1,4 @@
-"""Errors as clients see them: one JSON shape, what to do about it, and nothing of the inside.
+"""Errors as clients see them: one JSON shape with what to do about it, and nothing of the server's inside.
 
     {"error": {"code": "not_an_image", "message": ..., "fix": ..., "request_id": ...}}
 
@@ -18,7 +18,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-__all__ = ["Problem", "Receive", "Scope", "Send", "install_problem_handlers", "problem_response", "send_problem"]
+__all__ = ["Problem", "Receive", "Scope", "Send", "install_problem_handlers", "overloaded", "send_problem",
+           "too_many_images"]  # fmt: skip
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -26,8 +27,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
-_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
-_FIXES = {404: "the paths are listed at /openapi.json", 405: "the header Allow names the methods"}
+_KNOWN = {
+    404: ("not_found", "the paths are listed at /openapi.json"),
+    405: ("method_not_allowed", "the header Allow names the methods"),
+    415: ("unsupported_media_type", ""),
+}
 
 
 class Problem(Exception):
@@ -49,8 +53,17 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
 
-def problem_response(problem: Problem, scope: Scope) -> Response:
-    """The response to a request that ran into `problem`."""
+def overloaded(message: str, headers: Mapping[str, str] | None = None) -> Problem:
+    """503: more than the service can take now."""
+    return Problem(503, "overloaded", message, "try again in a second", {"Retry-After": "1", **(headers or {})})
+
+
+def too_many_images(limit: int) -> Problem:
+    """413: one request with more than `limit` images."""
+    return Problem(413, "too_many_images", f"more than {limit} images in a request", "send several requests")
+
+
+def _response(problem: Problem, scope: Scope) -> Response:
     body = {"code": problem.code, "message": problem.message, "fix": problem.fix, "request_id": _request_id(scope)}
     document: dict[str, Any] = {"error": body}
     if str(scope.get("path", "")).startswith("/v2"):
@@ -63,36 +76,30 @@ def problem_response(problem: Problem, scope: Scope) -> Response:
 
 async def send_problem(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with `problem` from a middleware."""
-    await problem_response(problem, scope)(scope, receive, send)
+    await _response(problem, scope)(scope, receive, send)
 
 
 def install_problem_handlers(app: FastAPI) -> None:
     """Answer every exception of a route in the one shape."""
 
-    async def known(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Problem)
-        return problem_response(error, request.scope)
+    async def answer(request: Request, error: Exception) -> Response:
+        return _response(_as_problem(error, request.scope), request.scope)
 
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        code = _CODES.get(error.status_code, "bad_request")
-        fix = _FIXES.get(error.status_code, "")
-        problem = Problem(error.status_code, code, str(error.detail), fix, error.headers)
-        return problem_response(problem, request.scope)
+    for kind in (Problem, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer)
 
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+
+def _as_problem(error: Exception, scope: Scope) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, HTTPException):
+        code, fix = _KNOWN.get(error.status_code, ("bad_request", ""))
+        return Problem(error.status_code, code, str(error.detail), fix, error.headers)
+    if isinstance(error, RequestValidationError):
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        return problem_response(Problem(422, "invalid_request", found), request.scope)
-
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        logger.error("request %s failed", _request_id(request.scope), exc_info=error)
-        problem = Problem(500, "internal", "the server failed", "report it with the request id")
-        return problem_response(problem, request.scope)
-
-    for kind, handler in ((Problem, known), (HTTPException, http), (RequestValidationError, invalid)):
-        app.add_exception_handler(kind, handler)
-    app.add_exception_handler(Exception, unforeseen)
+        return Problem(422, "invalid_request", found)
+    logger.error("request %s failed", _request_id(scope), exc_info=error)
+    return Problem(500, "internal", "the server failed", "report it with the request id")
 
 
 def _request_id(scope: Scope) -> str:

@@ -19,16 +19,14 @@ from typing import Any
 
 import uvicorn
 
-from fp8pipe.core.errors import ConfigurationError
 from serving.http.config import ServeConfig
-from serving.http.problems import Receive, Scope, Send
 from serving.http.protocol import limited_protocol
 
-__all__ = ["DrainMiddleware", "Lifecycle", "Service", "make_server", "run_service"]
+__all__ = ["Lifecycle", "Service", "make_server"]
 
 logger = logging.getLogger(__name__)
 
-_ACCEPT_S = 0.2
+_ACCEPT_S = 0.2  # for connections that the kernel has taken already
 
 
 @dataclass
@@ -39,11 +37,13 @@ class Lifecycle:
         ready: everything is loaded.
         draining: SIGTERM has come.
         on_drain: called once when draining begins.
+        leave: ends the service at once; set by `make_server`.
     """
 
     ready: bool = False
     draining: bool = False
     on_drain: list[Callable[[], None]] = field(default_factory=list)
+    leave: Callable[[], None] = lambda: None
 
     @property
     def accepting(self) -> bool:
@@ -56,23 +56,6 @@ class Lifecycle:
             self.draining = True
             for call in self.on_drain:
                 call()
-
-
-class DrainMiddleware:
-    """Ends connections after their answer once the service drains."""
-
-    def __init__(self, app: Any, lifecycle: Lifecycle) -> None:
-        self.app, self.lifecycle = app, lifecycle
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says."""
-
-        async def closing(message: Any) -> None:
-            if message["type"] == "http.response.start" and self.lifecycle.draining:
-                message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
-            await send(message)
-
-        await self.app(scope, receive, closing if scope["type"] == "http" else send)
 
 
 class Service(uvicorn.Server):
@@ -119,17 +102,19 @@ class Service(uvicorn.Server):
             return
         self.lifecycle.drain()
         if self._loop is None or self.linger_s == 0:
-            self.should_exit = True
+            self.leave()
         else:
-            self._loop.call_soon_threadsafe(self._loop.call_later, self.linger_s, self._stop)
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.linger_s, self.leave)
 
-    def _stop(self) -> None:
+    def leave(self) -> None:
+        """Finish what was accepted, then end."""
         self.should_exit = True
 
 
 def make_server(
-    app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None
-) -> Service:
+    app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None,
+    drain_s: float | None = None,
+) -> Service:  # fmt: skip
     """A server for `app`, not yet running.
 
     Args:
@@ -137,40 +122,15 @@ def make_server(
         config: of the service.
         lifecycle: shared with the app.
         reload: called on SIGHUP.
+        drain_s: how long what was accepted may take after a signal; by default what one request may take.
     """
+    drain_s = config.request_timeout_s + config.body_timeout_s if drain_s is None else drain_s
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_config=None, access_log=False, server_header=False,
         timeout_keep_alive=max(1, round(config.keep_alive_s)), lifespan="on", ws="none", proxy_headers=False,
         http=limited_protocol(config.header_timeout_s, config.max_connections),
-        timeout_graceful_shutdown=max(1, round(config.request_timeout_s + config.body_timeout_s)),
+        timeout_graceful_shutdown=max(1, round(drain_s)),
     )  # fmt: skip
-    return Service(settings, lifecycle, config.linger_s, reload)
-
-
-def run_service(
-    app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None
-) -> int:
-    """Serve until a signal comes; the process's exit code (0).
-
-    Raises:
-        ConfigurationError: the address cannot be listened on.
-    """
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    listener = _listen(config)
-    make_server(app, config, lifecycle, reload=reload).run(sockets=[listener])
-    return 0
-
-
-def _listen(config: ServeConfig) -> socket.socket:
-    """Bound before anything is started: a taken port is the user's to know, in words."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {config.host}:{config.port}", why=error.strerror or str(error),
-            fix="give another --host or --port; --port 0 takes a free one",
-        ) from error  # fmt: skip
-    return listener
+    service = Service(settings, lifecycle, config.linger_s, reload)
+    lifecycle.leave = service.leave
+    return service

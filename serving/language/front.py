@@ -11,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from html import escape
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from serving.http.metrics import HttpMetrics
+from serving.http.page import page_headers
 from serving.http.problems import Problem, Receive, Scope, Send, send_problem
 from serving.http.server import Lifecycle
-from serving.language.page import PAGE_HEADERS, page
+from serving.http.telemetry import HttpMetrics
 from serving.language.supervisor import State, Supervisor
 from serving.language.upstream import Headers, Reply, UpstreamError
 
@@ -27,6 +29,7 @@ __all__ = ["Front"]
 
 logger = logging.getLogger(__name__)
 
+_PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 # Keys are checked here and are none of vLLM's business; the id is ours on both ways.
 _NOT_UP = _HOP | {b"host", b"content-length", b"expect", b"authorization", b"x-api-key", b"x-request-id"}
@@ -57,7 +60,8 @@ class Front:
     ) -> None:  # fmt: skip
         self.supervisor, self.lifecycle, self.metrics, self.identity = supervisor, lifecycle, metrics, identity
         self.timeout_s = timeout_s
-        self._page = page(model, identity["digest"]) if with_page else None
+        page = _PAGE.replace("@MODEL@", escape(model)).replace("@DIGEST@", escape(identity["digest"]))
+        self._page = (page, page_headers(page)) if with_page else None
         self._running: set[asyncio.Task[Any]] = set()
         self._ending = False
 
@@ -93,7 +97,7 @@ class Front:
 
     async def _own(self, path: str) -> Response | None:
         if path == "/" and self._page is not None:
-            return HTMLResponse(self._page, headers=PAGE_HEADERS)
+            return HTMLResponse(self._page[0], headers=self._page[1])
         if path == "/healthz":
             return JSONResponse({"status": "alive"})
         if path == "/readyz":

@@ -2,6 +2,9 @@
 
 The port opens at once and answers `/healthz`; `/readyz` turns 200 when vLLM answers. On SIGTERM readiness ends, what
 was accepted is finished, then vLLM is ended. vLLM's output goes to a log file that is shown when the first start fails.
+
+vLLM listens on a Unix socket in a private directory, so that no other user of the machine reaches it past the API keys,
+and no port can be taken by another process between two starts.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import asyncio
 import logging
 import math
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,29 +21,25 @@ from typing import Any
 from prometheus_client import Gauge
 from starlette.applications import Starlette
 
-from exporters.vllm.environment import find_vllm_python, inspect_environment
+from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, subprocess_environment
 from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact
-from fp8pipe.core.errors import Fp8PipeError
-from serving.http.access_log import start_access_log
-from serving.http.auth import KeyFile
+from fp8pipe.core.errors import Fp8PipeError, MissingCapabilityError
 from serving.http.config import ServeConfig
-from serving.http.identity import identity_headers, identity_labels, identity_of
-from serving.http.metrics import HttpMetrics
-from serving.http.server import Lifecycle, make_server
-from serving.http.stack import wrap
-from serving.language.arguments import engine_command, engine_environment
-from serving.language.child import Child
+from serving.http.server import Lifecycle
+from serving.http.service import identity_of, read_keys, serve
+from serving.http.telemetry import HttpMetrics
 from serving.language.config import LanguageConfig
 from serving.language.front import Front
-from serving.language.supervisor import State, Supervisor
-from serving.language.upstream import Upstream
+from serving.language.supervisor import Child, State, Supervisor
+from serving.language.upstream import KEEP_ALIVE_S, Upstream
 
 __all__ = ["run_front", "serve_language", "supervise"]
 
 logger = logging.getLogger(__name__)
 # For the errors that end what still ran when the drain was over.
-_LAST_WORDS_S = 5
+_AFTER_DRAIN_S = 5
+_CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def serve_language(export: Path, config: ServeConfig, language: LanguageConfig | None = None) -> int:
@@ -56,7 +55,7 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
 
     Raises:
         BadArtifactError: the export's files are not those of its manifest, or vLLM cannot load it.
-        ConfigurationError: the API keys cannot be read.
+        ConfigurationError: the API keys cannot be read, or the address cannot be listened on.
         MissingCapabilityError: no vLLM, or no plugin for FP8 on this CPU.
         OutOfMemoryError: vLLM ran out of memory while it started.
     """
@@ -65,10 +64,39 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
-        command = engine_command(environment, artifact, chosen, socket)
+        command = _engine_command(environment, artifact, chosen, socket)
         model = chosen.name_of(artifact)
-        supervisor = supervise(command, engine_environment(chosen), socket, log, model, chosen)
+        supervisor = supervise(command, _engine_variables(chosen), socket, log, model, chosen)
         return run_front(supervisor, artifact, config, chosen)
+
+
+def _engine_command(vllm: VllmEnvironment, artifact: Artifact, config: LanguageConfig, socket: Path) -> list[str]:
+    """The command line of vLLM's server.
+
+    Raises:
+        MissingCapabilityError: FP8 codes on a CPU without the plugin, which stock vLLM refuses or runs very slowly.
+    """
+    quantized = artifact.manifest.number_format is not None
+    if quantized and vllm.on_cpu and vllm.plugin is None:
+        raise MissingCapabilityError(
+            f"{vllm.python} lacks the plugin that runs FP8 on CPUs",
+            why="fp8pipe-vllm-cpu is not installed there",
+            fix="run scripts/setup_vllm.sh, or install serving/vllm_plugin there",
+        )
+    command = [str(vllm.python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
+    command += ["--model", str(artifact.root.absolute()), "--served-model-name", config.name_of(artifact)]
+    return [*command, "--disable-uvicorn-access-log", *config.arguments()]
+
+
+def _engine_variables(config: LanguageConfig) -> dict[str, str]:
+    """vLLM's environment. No API key of vLLM's own: requests are let in before they reach it."""
+    env = subprocess_environment(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=str(KEEP_ALIVE_S))
+    if config.kv_cache_gib is not None:
+        env[_CPU_CACHE] = str(config.kv_cache_gib)
+    elif config.gpu_memory_utilization is not None:
+        env.pop(_CPU_CACHE, None)  # on a CPU it would win over the option
+    env.pop("VLLM_API_KEY", None)
+    return env
 
 
 def supervise(
@@ -85,48 +113,36 @@ def supervise(
 
 def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, language: LanguageConfig) -> int:
     """Serve until a signal comes. Raises what made vLLM's first start fail."""
-    lifecycle, metrics = Lifecycle(), HttpMetrics()
-    metrics.identify(identity_labels(artifact))
-    Gauge("fp8pipe_engine_up", "1 while vLLM answers.", registry=metrics.registry).set_function(
-        lambda: supervisor.state is State.READY
-    )
-    Gauge("fp8pipe_engine_restarts", "Restarts of vLLM so far.", registry=metrics.registry).set_function(
-        lambda: supervisor.restarts
-    )
-    lifecycle.on_drain.append(lambda: metrics.in_drain.set(1))
-    keys = None if config.api_key_file is None else KeyFile(config.api_key_file)
-    access, writer = start_access_log(config.access_log)
+    keys, lifecycle, metrics = read_keys(config), Lifecycle(), HttpMetrics()
+    up = Gauge("fp8pipe_engine_up", "1 while vLLM answers.", registry=metrics.registry)
+    up.set_function(lambda: supervisor.state is State.READY)
+    restarts = Gauge("fp8pipe_engine_restarts", "Restarts of vLLM so far.", registry=metrics.registry)
+    restarts.set_function(lambda: supervisor.restarts)
     front = Front(
         supervisor, lifecycle, metrics, identity_of(artifact), supervisor.model,
         with_page=config.page, timeout_s=language.request_timeout_s,
     )  # fmt: skip
-    headers = identity_headers(artifact)
-    layers = wrap(front, config, keys=keys, logger=access, metrics=metrics, lifecycle=lifecycle, headers=headers)
     drain_s = max(config.linger_s, language.drain_seconds)
-    app = _with_lifespan(layers, supervisor, lambda: setattr(service, "should_exit", True),
-                         lambda: front.end_after_drain(drain_s))  # fmt: skip
-    service = make_server(app, config, lifecycle, reload=keys.reload if keys is not None else lambda: None)
-    service.config.timeout_graceful_shutdown = math.ceil(drain_s) + _LAST_WORDS_S
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    try:
-        service.run()
-    finally:
-        if writer is not None:
-            writer.stop()
+    serve(_supervised(front, drain_s), artifact, config, keys=keys, metrics=metrics, lifecycle=lifecycle,
+          drain_s=math.ceil(drain_s) + _AFTER_DRAIN_S)  # fmt: skip
     if supervisor.failure is not None:
         raise supervisor.failure
     return 0
 
 
-def _with_lifespan(layers: Any, supervisor: Supervisor, leave: Callable[[], None], begin: Callable[[], None]) -> Any:
-    """`layers`, with the supervisor running between the service's start, where `begin` is called, and its end."""
+def _supervised(front: Front, drain_s: float) -> Any:
+    """`front`, with its supervisor running between the service's start and its end."""
+    supervisor = front.supervisor
+
+    def leave(*_: Any) -> None:
+        front.lifecycle.leave()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        begin()
+        front.end_after_drain(drain_s)
         task = asyncio.create_task(supervisor.run(leave))
         # A supervisor that fails unforeseen must end the service, not leave it without one.
-        task.add_done_callback(lambda _: leave())
+        task.add_done_callback(leave)
         try:
             yield
         finally:
@@ -142,6 +158,6 @@ def _with_lifespan(layers: Any, supervisor: Supervisor, leave: Callable[[], None
     own = Starlette(lifespan=lifespan)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await (layers if scope["type"] == "http" else own)(scope, receive, send)
+        await (front if scope["type"] == "http" else own)(scope, receive, send)
 
     return app

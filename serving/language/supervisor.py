@@ -1,4 +1,4 @@
-"""Keeps the server running: starts it, waits until it answers, watches it, and starts it again after a crash.
+"""Keeps vLLM's server running: starts it, waits until it answers, watches it, and starts it again after a crash.
 
 A first start that fails ends the service, since the export or the machine is at fault and a restart would not help.
 Once it has answered, a crash is followed by a restart, after 1, 2, 4 ... seconds, until it has stayed up for a while.
@@ -8,19 +8,24 @@ A server that lives but does not answer, or whose engine makes no token any more
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 
 from exporters.vllm.processes import engine_failure
 from fp8pipe.core.errors import Fp8PipeError
-from serving.language.child import Child
+from fp8pipe.core.guard import start_guarded
 from serving.language.config import SupervisorConfig
 from serving.language.liveness import until_hung
 from serving.language.upstream import Upstream, UpstreamError
 
-__all__ = ["State", "Supervisor"]
+__all__ = ["Child", "State", "Supervisor"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,48 @@ class State(StrEnum):
     READY = "ready"
     WAITING = "waiting"  # for the next restart
     STOPPED = "stopped"
+
+
+class Child:
+    """The command, running below a guard in a session of its own.
+
+    Args:
+        command: what to run.
+        env: its environment.
+        log: where its output goes; begun anew with each run, so that it cannot fill a disk with restarts.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        with log.open("wb") as out:
+            self._process, self._held = start_guarded(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=dict(env)
+            )
+        self.log = log
+
+    def exit_code(self) -> int | None:
+        """None while it runs; the signal's number, negative, if a signal ended it."""
+        code = self._process.poll()
+        return code if code is None or code <= 128 else 128 - code
+
+    async def stop(self, grace_s: float) -> None:
+        """End every process that was started: politely, then not. Also to be called after it ended by itself."""
+        if self.exit_code() is None and grace_s > 0:
+            self._process.terminate()  # the guard passes it on
+            await self._wait(grace_s)
+        with contextlib.suppress(OSError):
+            os.close(self._held)  # the guard kills what is left
+            self._held = -1
+        await self._wait(5.0)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(
+                self._process.pid, signal.SIGKILL
+            )  # had the guard been killed itself, workers might have stayed behind
+        await self._wait(5.0)
+
+    async def _wait(self, longest_s: float) -> None:
+        deadline = asyncio.get_running_loop().time() + longest_s
+        while self._process.poll() is None and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
 
 
 class Supervisor:
@@ -151,11 +198,9 @@ class Supervisor:
         delay = min(self.config.longest_delay_s, self.config.first_delay_s * 2**self._crashes)
         self._crashes += 1
         self.restarts += 1
-        logger.error("vLLM ended (status %d) and is started again in %.1f s; its log: %s", code, delay, self._log())
+        log = "" if self.child is None else self.child.log
+        logger.error("vLLM ended (status %d) and is started again in %.1f s; its log: %s", code, delay, log)
         await asyncio.sleep(delay)
-
-    def _log(self) -> str:
-        return "" if self.child is None else str(self.child.log)
 
     async def _healthy(self) -> bool:
         try:

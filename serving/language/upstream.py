@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from pathlib import Path
-from typing import cast
 
 import httptools
 
@@ -27,98 +26,73 @@ class UpstreamError(Exception):
     """The server could not be reached, or broke off; `str` says which, for logs only."""
 
 
-class _Connection(asyncio.Protocol):
-    """One connection, one request at a time."""
+class _Connection:
+    """One connection, one request at a time; its methods called `on_...` are httptools' interface."""
 
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.lost = False
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self.writer = reader, writer
+        self._broken = False
         self.used = 0.0
-        self.begin(head_only=False)
 
     def begin(self, *, head_only: bool) -> None:
         """Forget the last answer."""
-        self.parser = httptools.HttpResponseParser(self)
-        self.head_only = head_only
+        self._parser = httptools.HttpResponseParser(self)
+        self._head_only = head_only
         self.headers: Headers = []
         self.status = 0
-        self.complete = False
-        self.keep = False
-        self.chunks: deque[bytes] = deque()
-        self.buffered = 0
-        self.waiter: asyncio.Future[None] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclasses
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserError:
-            self.close()
-        self._wake()
-
-    def eof_received(self) -> None:
-        self._ended()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._ended()
-
-    def _ended(self) -> None:
-        # A body without a length ends with its connection; one with a length is cut short.
-        keys = {name for name, _ in self.headers}
-        if self.status and not self.complete and not keys & {b"content-length", b"transfer-encoding"}:
-            self.complete = True
-        self.lost = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        self.complete = self._keep = False
+        self._chunks: list[bytes] = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self.status = self.parser.get_status_code()
+        self.status = self._parser.get_status_code()
         if self.status < 200:  # 1xx: another head follows
             self.status, self.headers = 0, []
-        elif self.head_only:
+        elif self._head_only:
             self.complete = True
 
     def on_body(self, body: bytes) -> None:
-        self.chunks.append(body)
-        self.buffered += len(body)
-        if self.buffered > _BUFFERED_BYTES and self.transport is not None:
-            self.transport.pause_reading()
+        self._chunks.append(body)
 
     def on_message_complete(self) -> None:
         if self.status:
             self.complete = True
-            self.keep = self.parser.should_keep_alive()  # forgotten by the parser right after this call
+            self._keep = self._parser.should_keep_alive()  # forgotten by the parser right after this call
 
-    async def wait(self) -> None:
-        """Until something arrived."""
-        self.waiter = asyncio.get_running_loop().create_future()
-        await self.waiter
-
-    def take(self) -> bytes:
-        """Everything that has arrived of the body."""
-        data = b"".join(self.chunks) if len(self.chunks) != 1 else self.chunks[0]
-        self.chunks.clear()
-        if self.buffered > _BUFFERED_BYTES and self.transport is not None and not self.lost:
-            self.transport.resume_reading()
-        self.buffered = 0
-        return data
-
-    def close(self) -> None:
-        self.lost = True
-        if self.transport is not None:
-            self.transport.abort()
+    @property
+    def lost(self) -> bool:
+        """Whether it has ended."""
+        return self._broken or self._reader.at_eof() or self.writer.transport.is_closing()
 
     @property
     def reusable(self) -> bool:
-        return self.complete and not self.lost and not self.head_only and self.keep
+        return self.complete and not self.lost and not self._head_only and self._keep
+
+    async def receive(self) -> None:
+        """Until something arrived and is parsed, or the connection has ended."""
+        try:
+            if data := await self._reader.read(_BUFFERED_BYTES):
+                self._parser.feed_data(data)
+        except (httptools.HttpParserError, OSError):
+            self.close()
+            return
+        if not data:
+            # A body without a length ends with its connection; one with a length is cut short.
+            keys = {name for name, _ in self.headers}
+            self.complete |= bool(self.status) and not keys & {b"content-length", b"transfer-encoding"}
+            self._broken = True
+
+    def take(self) -> bytes:
+        """Everything that has arrived of the body."""
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        return data
+
+    def close(self) -> None:
+        self._broken = True
+        self.writer.transport.abort()
 
 
 class Reply:
@@ -140,18 +114,18 @@ class Reply:
             UpstreamError: the server broke off.
         """
         connection = self._connection
-        while not connection.chunks:
+        while not (part := connection.take()):
             if connection.complete:
                 return None
             if connection.lost:
                 raise UpstreamError("it broke off within an answer")
-            await connection.wait()
-        return connection.take()
+            await connection.receive()
+        return part
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come, so that the last bytes and the end can go in one write."""
-        return self._connection.complete and not self._connection.chunks
+        """Whether nothing more will come after what `next` gave: the last bytes and the end can go in one write."""
+        return self._connection.complete
 
     async def read(self) -> bytes:
         """The whole body. Raises as `next`."""
@@ -166,11 +140,7 @@ class Reply:
 
 
 class Upstream:
-    """The server behind a Unix socket, and the connections to it that are idle.
-
-    Args:
-        path: the socket.
-    """
+    """The server behind the Unix socket `path`, and the connections to it that are idle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -194,13 +164,12 @@ class Upstream:
         lines += [b"%b: %b" % item for item in headers]
         if body or method in (b"POST", b"PUT", b"PATCH"):
             lines.append(b"content-length: %d" % len(body))
-        assert connection.transport is not None
-        connection.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        connection.writer.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
         try:
             while not connection.status:
                 if connection.lost:
                     raise UpstreamError("it broke off before it answered")
-                await connection.wait()
+                await connection.receive()
         except BaseException:
             connection.close()
             raise
@@ -212,17 +181,15 @@ class Upstream:
             self._idle.pop().close()
 
     async def _take(self) -> _Connection:
-        loop = asyncio.get_running_loop()
         while self._idle:
             connection = self._idle.pop()
-            if not connection.lost and loop.time() - connection.used < _IDLE_S:
+            if not connection.lost and asyncio.get_running_loop().time() - connection.used < _IDLE_S:
                 return connection
             connection.close()
         try:
-            _, connection = await loop.create_unix_connection(_Connection, str(self.path))
+            return _Connection(*await asyncio.open_unix_connection(str(self.path), limit=_BUFFERED_BYTES))
         except OSError as error:
             raise UpstreamError(f"it does not listen: {error.strerror}") from error
-        return connection
 
     def _give_back(self, connection: _Connection) -> None:
         if not connection.reusable:

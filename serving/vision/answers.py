@@ -1,4 +1,4 @@
-"""From the engine's outputs to what a client reads: classes with probabilities, or features."""
+"""From the engine's logits to what a client reads: the best classes, with probabilities."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from typing import Any
 import numpy as np
 
 from serving.http.problems import Problem
-from serving.vision.batcher import Done
-from serving.vision.images import ReadImage
-from serving.vision.model import ServedModel
 
-__all__ = ["class_answers", "feature_answers", "probabilities", "read_top_k", "timing"]
+__all__ = ["class_answers", "probabilities", "read_top_k"]
 
 _TOP_K = 5
-_DIGITS = 4
 
 
 def read_top_k(value: Any, classes: int) -> int:
@@ -35,8 +31,9 @@ def read_top_k(value: Any, classes: int) -> int:
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax in float32: (n, C) -> (n, C)."""
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shares / shares.sum(axis=1, keepdims=True)
+    shares: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return shares
 
 
 def class_answers(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
@@ -47,23 +44,3 @@ def class_answers(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> l
         {"classes": [{"index": int(i), "name": classes[i], "probability": float(row[i])} for i in order]}
         for row, order in zip(shares, best, strict=True)
     ]
-
-
-def feature_answers(features: np.ndarray) -> list[dict[str, Any]]:
-    """The features of each image."""
-    return [{"embedding": row.tolist()} for row in features]
-
-
-def timing(images: list[ReadImage], done: Done, total_s: float) -> dict[str, float]:
-    """Milliseconds by stage."""
-    stages = {
-        "decode": sum(image.decode_s for image in images),
-        "preprocess": sum(image.preprocess_s for image in images),
-        "queue": done.queue_s, "inference": done.inference_s, "total": total_s,
-    }  # fmt: skip
-    return {name: round(value * 1000, _DIGITS) for name, value in stages.items()}
-
-
-def artifact_facts(model: ServedModel) -> dict[str, str]:
-    """What every answer says of the model."""
-    return {"model": model.name, "artifact": model.artifact.digest}

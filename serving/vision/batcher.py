@@ -16,15 +16,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from prometheus_client import Counter, Gauge, Histogram
 
-from serving.http.problems import Problem
-from serving.vision.metrics import VisionMetrics
+from serving.http.problems import Problem, overloaded
+from serving.http.telemetry import LATENCY_BUCKETS_S, HttpMetrics
 
-__all__ = ["Batcher", "Done"]
+__all__ = ["Batcher", "Done", "VisionMetrics"]
 
 logger = logging.getLogger(__name__)
 
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 Run = Callable[[np.ndarray], np.ndarray]
+
+
+class VisionMetrics(HttpMetrics):
+    """What is counted beside requests. Stages are decode, preprocess, queue and inference (of a whole batch)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        at = self.registry
+        stage = Histogram("fp8pipe_stage_seconds", "Time by stage.", ("stage",), buckets=LATENCY_BUCKETS_S, registry=at)
+        self.decode, self.preprocess, self.queue, self.inference = (
+            stage.labels(name) for name in ("decode", "preprocess", "queue", "inference")
+        )
+        self.queue_depth = Gauge("fp8pipe_queue_depth", "Images that wait for the engine.", registry=at)
+        self.batch_size = Histogram("fp8pipe_batch_size", "Images at once.", buckets=_BATCH_BUCKETS, registry=at)
+        self.images = Counter("fp8pipe_images", "Images answered.", registry=at)
+        self.decode_errors = Counter("fp8pipe_decode_errors", "Images refused.", ("code",), registry=at)
+        self.shed = Counter("fp8pipe_shed", "Requests refused or given up for load.", ("reason",), registry=at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +114,7 @@ class Batcher:
         with self._change:
             if len(self._waiting) + count > self._capacity:
                 self._metrics.shed.labels("full").inc()
-                raise _busy("the queue is full")
+                raise overloaded("the queue is full")
             self._waiting.extend((job, row) for row in range(count))
             self._metrics.queue_depth.set(len(self._waiting))
             self._change.notify_all()
@@ -144,7 +163,7 @@ class Batcher:
             if now > job.deadline and job.queue_s < 0:
                 late.add(id(job))
                 self._metrics.shed.labels("deadline").inc()
-                job.loop.call_soon_threadsafe(_fail, job, _busy("the engine did not get to it in time"))
+                job.loop.call_soon_threadsafe(_fail, job, overloaded("the engine did not get to it in time"))
                 continue
             alive.append((job, row))
         return alive
@@ -176,10 +195,6 @@ class Batcher:
                 complete = job.left == 0
             if complete:
                 job.loop.call_soon_threadsafe(_finish, job, Done(np.stack(job.rows), job.queue_s, took_s))  # type: ignore[arg-type]
-
-
-def _busy(message: str) -> Problem:
-    return Problem(503, "overloaded", message, "try again in a second", {"Retry-After": "1"})
 
 
 def _finish(job: _Job, done: Done) -> None:

@@ -1,28 +1,38 @@
-"""The images of a request: multipart, a raw body, or JSON with base64."""
+"""Bodies: the images of a request (multipart, a raw body, or JSON with base64), and compression both ways.
+
+gzip and deflate are read and written, as Triton's client sends and asks for them. What a compressed body becomes is
+bounded while it is read: a few kilobytes can stand for gigabytes. Exactly one compressed stream is read; bytes after
+its end are refused.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import binascii
+import zlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from fastapi import Request
 from pydantic_core import from_json
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from serving.http.encoding import decompress
 from serving.http.limits import account_of
-from serving.http.problems import Problem
+from serving.http.problems import Problem, too_many_images
 
-__all__ = ["ImagesRequest", "parse_json", "read_body", "read_images"]
+__all__ = ["ImagesRequest", "accepted_encoding", "compress", "decompress", "parse_json", "read_body",
+           "read_images"]  # fmt: skip
 
-_FIELDS = frozenset(("image", "images", "file", "files"))
-_IN_MEMORY = 1 << 40
-_FIX_TYPE = "send multipart/form-data, application/json, or the image's bytes as image/* or application/octet-stream"
+_FILE_FIELDS: Final = frozenset(("image", "images", "file", "files"))
+_IN_MEMORY_BYTES: Final = 1 << 40
+# zlib's window sizes that choose the format: gzip, and deflate as HTTP means it (a zlib stream).
+_WINDOWS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+_FIX_TYPE: Final = (
+    "send multipart/form-data, application/json, or the image's bytes as image/* or application/octet-stream"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,52 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     body = await asyncio.get_running_loop().run_in_executor(None, decompress, body, encoding, max_bytes)
     account_of(request.scope).take(len(body))
     return body
+
+
+def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """The body that was sent compressed.
+
+    Args:
+        body: as it came.
+        encoding: the value of Content-Encoding.
+        max_bytes: largest result.
+
+    Raises:
+        Problem: 415, another encoding; 413, too large; 400, damaged or cut off.
+    """
+    window = _WINDOWS.get(encoding)
+    if window is None:
+        raise Problem(
+            415, "unsupported_encoding", f"bodies in the encoding {encoding[:40]!a} are not read",
+            "use gzip, deflate, or none",
+        )  # fmt: skip
+    stream = zlib.decompressobj(window)
+    try:
+        found = stream.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise Problem(400, "damaged_body", f"the body is not valid {encoding}", "send it again") from error
+    if len(found) > max_bytes:
+        raise Problem(413, "body_too_large", f"the body is larger than {max_bytes / 1e6:g} MB when decompressed",
+                      "send smaller or fewer images")  # fmt: skip
+    if not stream.eof or stream.unused_data:
+        raise Problem(400, "damaged_body", f"the body is not one whole {encoding} stream", "send all, no more")
+    return found
+
+
+def compress(body: bytes, encoding: str) -> bytes:
+    """`body` in gzip or deflate, at a fast level: the client waits."""
+    stream = zlib.compressobj(1, zlib.DEFLATED, _WINDOWS[encoding])
+    return stream.compress(body) + stream.flush()
+
+
+def accepted_encoding(header: str | None) -> str | None:
+    """gzip or deflate, whichever an Accept-Encoding names first; None when it names neither."""
+    for part in (header or "")[:1000].lower().split(","):
+        name, _, parameters = part.partition(";")
+        weight = parameters.replace(" ", "").removeprefix("q=")
+        if name.strip() in ("gzip", "deflate") and not (weight and weight.strip("0.") == ""):
+            return name.strip()
+    return None
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -101,7 +157,7 @@ async def read_images(request: Request, max_bytes: int, max_images: int) -> Imag
     if not found.images:
         raise Problem(400, "no_images", "the request holds no image", "put it into the field 'image'")
     if len(found.images) > max_images:
-        raise _too_many(max_images)
+        raise too_many_images(max_images)
     return found
 
 
@@ -114,7 +170,7 @@ def _json(document: dict[str, Any], max_images: int) -> ImagesRequest:
         raise Problem(400, "invalid_images", "'images' is not a list", "give a list of base64 texts")
     texts = ([document["image"]] if "image" in document else []) + texts
     if len(texts) > max_images:
-        raise _too_many(max_images)
+        raise too_many_images(max_images)
     return ImagesRequest([_decode(text, index) for index, text in enumerate(texts)], document.get("top_k"))
 
 
@@ -135,19 +191,19 @@ async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRe
         yield body
 
     parser = MultiPartParser(request.headers, once(), max_files=max_images, max_fields=16)
-    parser.spool_max_size = _IN_MEMORY  # never a temporary file: the root file system may be read-only
+    parser.spool_max_size = _IN_MEMORY_BYTES  # never a temporary file: the root file system may be read-only
     try:
         form = await parser.parse()
     except MultiPartException as error:
         if "Too many files" in error.message:
-            raise _too_many(max_images) from error
+            raise too_many_images(max_images) from error
         raise Problem(400, "invalid_multipart", f"the multipart body cannot be read: {error.message[:200]}") from error
     except Exception as error:  # headers of parts in foreign encodings raise LookupError, UnicodeDecodeError, KeyError
         raise Problem(400, "invalid_multipart", "the multipart body cannot be read") from error
     images, top_k = [], None
     for name, value in form.multi_items():
         if not isinstance(value, str):
-            if name not in _FIELDS:
+            if name not in _FILE_FIELDS:
                 raise Problem(400, "unknown_field", f"unknown file field {name[:60]!a}", "use 'image'")
             images.append(await value.read())
         elif name == "top_k":
@@ -156,7 +212,3 @@ async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRe
             raise Problem(400, "unknown_field", f"unknown field {name[:60]!a}", "fields: image (files), top_k")
     await form.close()
     return ImagesRequest(images, top_k)
-
-
-def _too_many(limit: int) -> Problem:
-    return Problem(413, "too_many_images", f"more than {limit} images in a request", "send several requests")

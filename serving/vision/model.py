@@ -11,8 +11,7 @@ from exporters.graph.details import GraphDetails
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.core.errors import BadArtifactError
-from fp8pipe.models.vision.files import read_model_file
-from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 
 __all__ = ["ServedModel", "read_model"]
 

@@ -6,27 +6,34 @@ The input is the preprocessed tensor, so nothing is decoded here; what comes bac
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
 
-from serving.http.problems import Problem
-from serving.vision.bodies import parse_json
+from fp8pipe import __version__
+from serving.http.problems import Problem, too_many_images
+from serving.vision.bodies import accepted_encoding, compress, parse_json, read_body
 from serving.vision.model import ServedModel
+from serving.vision.openapi import INFER_BODY
+from serving.vision.state import VisionState, while_connected
 
-__all__ = ["HEADER_LENGTH", "VERSION", "InferRequest", "metadata", "parse_infer", "write_infer"]
+__all__ = ["add_protocol"]
 
-HEADER_LENGTH = "Inference-Header-Content-Length"
-VERSION = "1"
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_VERSION = "1"
 _TYPE = "FP32"
-_LONGEST_ID = 256
+_MAX_ID_LENGTH = 256
+_MIN_COMPRESSED_BYTES = 500
 
 
 @dataclass(frozen=True, slots=True)
-class InferRequest:
+class _InferRequest:
     """One inference.
 
     Attributes:
@@ -40,25 +47,76 @@ class InferRequest:
     binary: bool
 
 
-def metadata(model: ServedModel, width: int) -> dict[str, Any]:
+def add_protocol(app: FastAPI, state: VisionState) -> None:
+    """The protocol's routes, below /v2."""
+    model, described = state.model, _metadata(state.model, state.engine.width)
+    server = {"name": "fp8pipe", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    def known(name: str, version: str = _VERSION) -> None:
+        if name != model.name or version != _VERSION:
+            raise Problem(404, "unknown_model", "there is no such model or version", f"this server has {model.name}")
+
+    async def meta(name: str, version: str = _VERSION) -> Response:
+        """The model's inputs and outputs."""
+        known(name, version)
+        return JSONResponse(described)
+
+    async def model_ready(name: str, version: str = _VERSION) -> Response:
+        """The model takes requests."""
+        known(name, version)
+        state.require_ready()
+        return JSONResponse({"name": model.name, "ready": True})
+
+    async def infer(request: Request, name: str, version: str = _VERSION) -> Response:
+        """Run preprocessed tensors, as JSON or in binary."""
+        known(name, version)
+        body = await read_body(request, state.config.max_body_bytes)
+        asked = _parse_infer(body, request.headers.get(_HEADER_LENGTH), model, state.config.max_images)
+        done = await while_connected(request, state.run(asked.pixels))
+        answer, headers = _write_infer(asked, done.outputs, model)
+        encoding = accepted_encoding(request.headers.get("accept-encoding"))
+        if encoding is not None and len(answer) >= _MIN_COMPRESSED_BYTES:
+            answer = await asyncio.get_running_loop().run_in_executor(None, compress, answer, encoding)
+            headers |= {"Content-Encoding": encoding}
+        return Response(answer, headers=headers | {"Vary": "Accept-Encoding"})
+
+    async def about() -> Response:
+        """The server and its extensions."""
+        return JSONResponse(server)
+
+    async def live() -> Response:
+        """The process answers."""
+        return JSONResponse({"live": True})
+
+    async def ready() -> Response:
+        """Requests are taken."""
+        state.require_ready()
+        return JSONResponse({"ready": True})
+
+    for path, endpoint in (("/v2", about), ("/v2/health/live", live), ("/v2/health/ready", ready)):
+        app.add_api_route(path, endpoint, methods=["GET"], tags=["v2"])
+    for base in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        suffix = base.count("{")
+        app.add_api_route(base, meta, methods=["GET"], tags=["v2"], name=f"meta{suffix}")
+        app.add_api_route(f"{base}/ready", model_ready, methods=["GET"], tags=["v2"], name=f"model_ready{suffix}")
+        app.add_api_route(
+            f"{base}/infer", infer, methods=["POST"], tags=["v2"], name=f"infer{suffix}", openapi_extra=INFER_BODY
+        )
+
+
+def _metadata(model: ServedModel, width: int) -> dict[str, Any]:
     """/v2/models/NAME."""
     return {
         "name": model.name,
-        "versions": [VERSION],
+        "versions": [_VERSION],
         "platform": "tensorrt_plan" if model.engine == "tensorrt" else "onnxruntime_onnx",
         "inputs": [{"name": model.input_name, "datatype": _TYPE, "shape": [-1, *model.shape]}],
         "outputs": [{"name": model.output_name, "datatype": _TYPE, "shape": [-1, width]}],
     }
 
 
-def parse_infer(body: bytes, header_length: str | None, model: ServedModel, max_images: int) -> InferRequest:
-    """Read an inference request.
-
-    Args:
-        body: the whole of it.
-        header_length: the value of `HEADER_LENGTH`, where it was sent.
-        model: what is served.
-        max_images: in one request.
+def _parse_infer(body: bytes, header_length: str | None, model: ServedModel, max_images: int) -> _InferRequest:
+    """Read an inference request; `header_length` is the header of that name, where it was sent.
 
     Raises:
         Problem: 4xx, whatever the bytes are.
@@ -66,23 +124,23 @@ def parse_infer(body: bytes, header_length: str | None, model: ServedModel, max_
     end = len(body)
     if header_length is not None:
         if not (header_length.isascii() and header_length.isdigit()) or int(header_length[:18]) > end:
-            raise _bad(f"{HEADER_LENGTH} is no length within the body")
+            raise _bad(f"{_HEADER_LENGTH} is no length within the body")
         end = int(header_length[:18])
     document = parse_json(body[:end])
     inputs = document.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise _bad(f"'inputs' must hold the one tensor {model.input_name}")
     identity = document.get("id")
-    if identity is not None and (not isinstance(identity, str) or len(identity) > _LONGEST_ID):
-        raise _bad(f"'id' must be a text of at most {_LONGEST_ID} characters")
+    if identity is not None and (not isinstance(identity, str) or len(identity) > _MAX_ID_LENGTH):
+        raise _bad(f"'id' must be a text of at most {_MAX_ID_LENGTH} characters")
     binary = _wants_binary(document, model)
-    return InferRequest(_tensor(inputs[0], memoryview(body)[end:], model, max_images), identity, binary)
+    return _InferRequest(_tensor(inputs[0], memoryview(body)[end:], model, max_images), identity, binary)
 
 
-def write_infer(request: InferRequest, outputs: np.ndarray, model: ServedModel) -> tuple[bytes, dict[str, str]]:
+def _write_infer(request: _InferRequest, outputs: np.ndarray, model: ServedModel) -> tuple[bytes, dict[str, str]]:
     """The answer's body and headers."""
     tensor: dict[str, Any] = {"name": model.output_name, "datatype": _TYPE, "shape": list(outputs.shape)}
-    document: dict[str, Any] = {"model_name": model.name, "model_version": VERSION, "outputs": [tensor]}
+    document: dict[str, Any] = {"model_name": model.name, "model_version": _VERSION, "outputs": [tensor]}
     if request.id is not None:
         document["id"] = request.id
     if not request.binary:
@@ -91,7 +149,7 @@ def write_infer(request: InferRequest, outputs: np.ndarray, model: ServedModel) 
     data = np.ascontiguousarray(outputs, "<f4").tobytes()
     tensor["parameters"] = {"binary_data_size": len(data)}
     header = json.dumps(document).encode()
-    return header + data, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(header))}
+    return header + data, {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(len(header))}
 
 
 def _wants_binary(document: dict[str, Any], model: ServedModel) -> bool:
@@ -122,7 +180,7 @@ def _tensor(tensor: dict[str, Any], binary: memoryview, model: ServedModel, max_
     if tuple(shape[1:]) != model.shape or shape[0] < 1:
         raise _bad(f"the shape must be [n, {', '.join(map(str, model.shape))}] with n from 1 to {max_images}")
     if shape[0] > max_images:
-        raise Problem(413, "too_many_images", f"more than {max_images} images in a request", "send several requests")
+        raise too_many_images(max_images)
     values = _values(tensor, binary, math.prod(shape))
     if not np.isfinite(values).all():
         raise _bad("the tensor holds values that are not finite in float32")

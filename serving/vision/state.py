@@ -1,25 +1,32 @@
-"""What the routes share: the model, its engine and queue, and the threads that decode."""
+"""What the routes share: the model, its engine and queue, the threads that decode, and whether the client still waits.
+
+What a client no longer waits for is given up. A client that has closed its side of the connection counts as gone, as
+with most servers: on the network that is how a closed connection looks.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
+from fastapi import Request
 
-from serving.http.problems import Problem
+from serving.http.problems import Problem, overloaded
 from serving.http.server import Lifecycle
-from serving.vision.batcher import Batcher, Done
+from serving.vision.batcher import Batcher, Done, VisionMetrics
 from serving.vision.config import VisionConfig
 from serving.vision.engine import Engine
 from serving.vision.images import ReadImage, read_image
-from serving.vision.metrics import VisionMetrics
 from serving.vision.model import ServedModel
 
-__all__ = ["VisionState"]
+__all__ = ["VisionState", "while_connected"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,6 +46,11 @@ class VisionState:
     decoders: ThreadPoolExecutor
     decoding: int = 0
 
+    def require_ready(self) -> None:
+        """Raises a `Problem` while the service drains."""
+        if not self.lifecycle.accepting:
+            raise Problem(503, "not_ready", "the service drains", "use another instance", {"Retry-After": "5"})
+
     async def decode(self, images: Sequence[bytes]) -> list[ReadImage]:
         """Decode and prepare the images of a request, off the event loop.
 
@@ -47,8 +59,7 @@ class VisionState:
         """
         if self.decoding + len(images) > self.config.queue:
             self.metrics.shed.labels("decoders").inc()
-            raise Problem(503, "overloaded", "too many images wait to be decoded", "try again in a second",
-                          {"Retry-After": "1"})  # fmt: skip
+            raise overloaded("too many images wait to be decoded")
         loop, gone = asyncio.get_running_loop(), threading.Event()
         self.decoding += len(images)
         work = self.decoders.submit(self._decode, images, gone)
@@ -98,3 +109,26 @@ class VisionState:
             self.metrics.preprocess.observe(image.preprocess_s)
             found.append(image)
         return found
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves. The request's body must have been read.
+
+    Raises:
+        Problem: the client has left; nobody receives it.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Problem(400, "disconnected", "the client left before the answer")
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -64,7 +64,8 @@ class _Runner:
     def __init__(self, trt: Any, engine: bytes, model: ServedModel) -> None:
         import torch
 
-        self._torch, self._logger = torch, trt.Logger(trt.Logger.ERROR)
+        self._torch: Any = torch
+        self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
@@ -76,7 +77,7 @@ class _Runner:
         self._names = (model.input_name, model.output_name)
         types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16}
         self._types = tuple(types[self._engine.get_tensor_dtype(name)] for name in self._names)
-        self._stream = torch.cuda.Stream()
+        self._stream = self._torch.cuda.Stream()
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         torch, (source, result) = self._torch, self._names

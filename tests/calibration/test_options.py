@@ -13,7 +13,7 @@ from calibration.pruning import TokenPruner
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import read_structure
 
 OPTIONS = {

@@ -17,7 +17,7 @@ from vit_families import family, vision_family
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.image_folder import read_image_folder
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import load_vision_model, save_vision_model
 from fp8pipe.models.vision.structure import read_structure
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from exporters.graph.classes import compare_classes, own_agreement
 from exporters.graph.cut import input_name
-from exporters.graph.exact import codes_gate, outputs_gate
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import agreement_gate, class_gates, kernel_gate, parity_gates
+from exporters.graph.gates import agreement_gate, class_gates, codes_gate, kernel_gate, outputs_gate, parity_gates
 from exporters.graph.graph_check import check_kernels
 from exporters.graph.images import ProbeImages, folder_images, probe_images
 from exporters.graph.layers import ExportedLayer, read_layers
@@ -41,8 +40,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.progress import track
 from fp8pipe.core.text import table
 from fp8pipe.models.vision.exact import ExactVit
-from fp8pipe.models.vision.files import read_model_file
-from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import load_quantized
 from validation.onnx.record import OnnxValidationRecord
 

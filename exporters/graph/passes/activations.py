@@ -44,14 +44,8 @@ def quantize_activations(
 ) -> Change:
     """Insert `[Clip,] QuantizeLinear, DequantizeLinear` before every operand whose site has a quantizer.
 
-    Args:
-        traced: changed in place.
-        structure: of the model.
-        activations: quantizers by site.
-        share: one pair for all readers of one value with one quantizer; otherwise one each, named after it.
-
-    Returns:
-        The names of the pairs, in the graph's order.
+    `share`: one pair for all readers of one value with one quantizer; otherwise one each, named after it. The
+    change names the pairs, in the graph's order.
     """
     pairs: dict[tuple[ir.Value, ActivationQuantizer], ir.Value] = {}
     readers: Counter[ir.Value] = Counter()

@@ -16,13 +16,9 @@ __all__ = ["make_islands"]
 
 
 def make_islands(traced: FloatGraph) -> Change:
-    """Insert the casts, in place; the graph's input and output become fp32.
+    """Insert the casts into a quantized float64 graph, in place; the graph's input and output become fp32.
 
-    Args:
-        traced: in float64, with quantized weights and activations.
-
-    Returns:
-        The names of the values that are cast.
+    The change names the values that are cast.
     """
     graph = traced.model.graph
     changed = [_narrow_input(graph, node) for node in list(graph) if node.op_type == "QuantizeLinear"]

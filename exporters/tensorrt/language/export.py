@@ -31,9 +31,15 @@ from exporters.tensorrt.language.options import LanguageExportOptions
 from exporters.tensorrt.language.perplexity import Score, dynamic_inputs, score_torch
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
 from exporters.tensorrt.language.serve import DecoderSession, cache_gates, perplexity_gate, unrounded_session
-from exporters.tensorrt.language.source import LanguageModel, check_attention, language_records, open_language
+from exporters.tensorrt.language.source import (
+    ExportText,
+    LanguageModel,
+    check_attention,
+    language_records,
+    open_language,
+    read_text,
+)
 from exporters.tensorrt.language.target import KIND, CacheFacts, InputScale, PerplexityFacts, TrtLanguageDetails
-from exporters.tensorrt.language.text import ExportText, read_text
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Builder

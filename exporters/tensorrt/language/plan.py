@@ -9,8 +9,7 @@ from typing import Any, Final
 
 from exporters.tensorrt.language.options import CalibrationOptions, LanguageExportOptions
 from exporters.tensorrt.language.perplexity import BATCH
-from exporters.tensorrt.language.source import LANGUAGE_KIND
-from exporters.tensorrt.language.text import LENGTH
+from exporters.tensorrt.language.source import LANGUAGE_KIND, LENGTH
 from exporters.tensorrt.size import expected_sizes
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions

@@ -33,16 +33,9 @@ _AT_ONCE: Final = 32
 def number_gates(
     layers: Sequence[ExportedLayer], graph: ir.Model, model: LanguageModel, scales: Mapping[str, InputScale]
 ) -> list[Gate]:
-    """Compare a graph that was read from its file with the artifact.
+    """Compare a graph that was read from its file with the artifact, and its scales with those measured.
 
-    Args:
-        layers: of the graph (`read_layers`).
-        graph: read again.
-        model: the artifact.
-        scales: as measured.
-
-    Returns:
-        Gates whose value is a count, and 0 passes.
+    The gates' value is a count, and 0 passes.
     """
     by_name = {layer.name: layer for layer in layers}
     codes = weight_scales = inputs = 0
@@ -76,11 +69,7 @@ def layer_gates(
 
     The nodes, codes and scales are the file's; products add up in float64 (`exporters/tensorrt/parity.py`).
 
-    Args:
-        layers: of the graph.
-        graph: changed in place: its stored tensors become float32.
-        reference: the artifact's model in torch, float32.
-        example: text.
+    `graph` is changed in place: its stored tensors become float32, as `reference` is.
     """
     _widen(graph)
     inputs = _inputs(layers, reference, example)

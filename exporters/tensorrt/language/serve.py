@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exporters.graph.runtime import open_session, run
-from exporters.tensorrt.language.passes import drop_quantizers
+from exporters.tensorrt.language.graph import drop_quantizers
 from exporters.tensorrt.language.perplexity import Score, score_session
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names, present_names
 from exporters.tensorrt.options import Base
@@ -78,11 +78,7 @@ def perplexity_gate(session: DecoderSession, text: list[Encoded], own: Score, *,
     Quantizing is chaotic: two correct engines differ by some percent in a logit, and by one or two in a perplexity on
     little text. So what counts is the part of a worsening that is beyond two standard errors, taken token by token.
 
-    Args:
-        session: the written graph.
-        text: held-out records.
-        own: of the artifact's model with dynamic scales.
-        required: refuse a graph that is worse by more than a hundredth.
+    `own` is the score of the artifact's model with dynamic scales; without `required` the gate is a figure.
     """
     found = score_session(session.logits, text)
     error = found.error_against(own)

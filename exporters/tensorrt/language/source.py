@@ -1,8 +1,13 @@
-"""A FALQON artifact as codes, scales and a model in torch: everything that its exports are compared with."""
+"""What an export of a language model starts from: a FALQON artifact, and text.
+
+The artifact is opened as codes, scales and a model in torch: everything that its exports are compared with. The text is
+what an export calibrates on and is measured on, and never the same records. By default it is the data that the artifact
+was trained on, split as its training split it: scales come from training records, perplexities from held-out ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +16,24 @@ import torch
 from torch import Tensor
 
 from exporters.graph.findings import LintFindingsError
+from exporters.tensorrt.language.target import CalibrationFacts
 from exporters.vllm.export import plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan
-from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact
+from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact, sha256_file
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
+from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.structure import load_config, model_class
+from fp8pipe.models.language.text import Encoded, encode, load_records, split
 from fp8pipe.numerics.quantizers import WeightCodes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LANGUAGE_KIND", "LanguageModel", "check_attention", "open_language"]
+__all__ = ["LANGUAGE_KIND", "LENGTH", "ExportText", "LanguageModel", "check_attention", "open_language", "read_text"]
 
 LANGUAGE_KIND = "falqon"
 
@@ -135,3 +143,65 @@ def _codes(codes: Tensor, scale: Tensor) -> WeightCodes:
 def _transposed(plan: ExportPlan) -> list[Finding]:
     why, fix = "stored (in, out)", "export with --target vllm"
     return [Finding("transposed-weight", u.entry.name, why, fix) for u in plan.units if u.quantized and u.transposed]
+
+
+# What `finetune` takes when nothing is said.
+_FRACTION = 0.1
+LENGTH = 256
+_HELDOUT_LIMIT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ExportText:
+    """Tokens.
+
+    Attributes:
+        source: what was read.
+        digest: sha256 of the file; none where it is no local file.
+        calibration: training records.
+        heldout: records that no scale and no weight has seen.
+    """
+
+    source: str
+    digest: str | None
+    calibration: Sequence[Encoded]
+    heldout: Sequence[Encoded]
+
+    @property
+    def facts(self) -> CalibrationFacts:
+        """What a manifest says of it."""
+        return CalibrationFacts(data=self.source, sha256=self.digest, records=len(self.calibration))
+
+
+def read_text(model: LanguageModel, data: str | None, records: int) -> ExportText:
+    """Read, split and tokenize.
+
+    Args:
+        model: whose tokenizer, chat template, split and sequence length are taken.
+        data: a JSONL file, a sample or a dataset; the artifact's own when None.
+        records: most training records to take.
+
+    Raises:
+        ConfigurationError: no data is named, or it cannot be used.
+    """
+    config = model.artifact.manifest.config
+    source = data or config.get("data")
+    if not source:
+        raise ConfigurationError(
+            f"{model.root} does not say on which text it was trained",
+            why="static activation scales are measured on text",
+            fix="name some with --calibration-data",
+        )
+    train, heldout = split(
+        load_records(str(source)), heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0
+    )
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(model.root)
+    length = int(config.get("sequence_length", LENGTH))
+    limit = int(config.get("heldout_limit", _HELDOUT_LIMIT))
+    path = Path(str(source)).expanduser()
+    return ExportText(
+        source=str(source),
+        digest=sha256_file(path) if path.is_file() else None,
+        calibration=encode(train[:records], tokenizer, length).examples,
+        heldout=encode(heldout[:limit], tokenizer, length).examples,
+    )

@@ -14,11 +14,10 @@ import onnx_ir as ir
 
 from exporters.graph.findings import LintFindingsError
 from exporters.tensorrt.lint.attention import lint_attention
-from exporters.tensorrt.lint.machines import lint_machines
 from exporters.tensorrt.lint.operands import lint_operands
 from exporters.tensorrt.lint.rules import RULES, Effect, Report, Rule
 from exporters.tensorrt.lint.scales import lint_scales
-from exporters.tensorrt.lint.values import lint_values
+from exporters.tensorrt.lint.values import lint_machines, lint_values
 from exporters.tensorrt.lint.view import View
 from fp8pipe.core.errors import BadArtifactError
 
@@ -26,12 +25,7 @@ __all__ = ["RULES", "Effect", "Report", "Rule", "check_file", "lint_file", "lint
 
 
 def lint_typed(model: ir.Model, capabilities: Sequence[str] = ()) -> Report:
-    """Findings on a graph that a strongly typed network is to be made from.
-
-    Args:
-        model: not changed.
-        capabilities: compute capabilities to compile for, for instance ("8.9", "12.0"); none judges no type by them.
-    """
+    """Findings on a graph for a strongly typed network; without capabilities no type is judged by them."""
     view = View(model)
     findings = [
         *lint_values(view),
@@ -67,16 +61,9 @@ def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
 
 
 def check_file(path: Path, capabilities: Sequence[str], source: str, *, require: bool) -> tuple[str, ...]:
-    """Refuse a file before a builder is called.
+    """Refuse a file before a builder is called; `require` refuses also what is built in another precision.
 
-    Args:
-        path: ONNX file.
-        capabilities: to compile for.
-        source: what it was made from, for messages.
-        require: refuse also what is built in another precision.
-
-    Returns:
-        One sentence for each rule that warns.
+    Returns one sentence for each rule that warns.
 
     Raises:
         LintFindingsError: every finding that is an error.

@@ -2,7 +2,7 @@
 
 An attention is one kernel when both of its products multiply codes and nothing but quantizing stands between its
 softmax and the second product. Quantizers move upwards into the product that feeds them (see `hold_queries` in
-`exporters.tensorrt.passes`); several that quantize parts of one product (queries, keys, values) cost it its codes.
+`exporters.tensorrt.graph`); several that quantize parts of one product (queries, keys, values) cost it its codes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Final
 import onnx_ir as ir
 
 from exporters.tensorrt.lint.rules import finding, label
-from exporters.tensorrt.lint.types import code_type
-from exporters.tensorrt.lint.view import DEQUANTIZE, QUANTIZE, Product, View, constant
+from exporters.tensorrt.lint.view import DEQUANTIZE, QUANTIZE, Product, View, code_type, constant
 from fp8pipe.artifact.finding import Finding
 
 __all__ = ["lint_attention"]

@@ -8,8 +8,7 @@ from typing import Final
 import onnx_ir as ir
 
 from exporters.tensorrt.lint.rules import finding, label
-from exporters.tensorrt.lint.types import code_type, element_types
-from exporters.tensorrt.lint.view import QUANTIZE, Operand, Product, View, constant, fixed
+from exporters.tensorrt.lint.view import QUANTIZE, Operand, Product, View, code_type, constant, element_types, fixed
 from fp8pipe.artifact.finding import Finding
 
 __all__ = ["lint_operands"]

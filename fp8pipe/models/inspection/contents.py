@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Contents", "LayerView", "ScaleBins"]
-
 _FEW_BINS = 40
 
 
@@ -44,8 +42,12 @@ class ScaleBins:
         self.bins.update(other.bins)
         self.bad += other.bad
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"log2_bins": dict(sorted(self.bins.items())), "bad": self.bad}
+
     def bars(self, width: int = 40) -> list[str]:
-        """The histogram as text, one line a bin from the smallest; a bar's length is its share of the largest."""
+        """The histogram as text, one line per bin from the smallest; a bar's length is its share of the largest."""
         if not self.bins:
             return []
         most = max(self.bins.values())
@@ -85,13 +87,17 @@ class LayerView:
     nan: int = 0
     scales: ScaleBins = field(default_factory=ScaleBins)
 
-    def plain(self) -> dict[str, Any]:
+    def add_codes(self, codes: int, saturated: int, nan: int) -> None:
+        """Count codes that were looked at."""
+        self.codes, self.saturated, self.nan = self.codes + codes, self.saturated + saturated, self.nan + nan
+
+    def to_json(self) -> dict[str, Any]:
         """As JSON can hold it."""
         share = self.saturated / self.codes if self.codes else None
         return {
             "name": self.name, "format": self.format, "shape": self.shape, "size_bytes": self.size_bytes,
             "granularity": self.granularity, "codes": self.codes, "saturated": share, "nan_codes": self.nan,
-            "scales": {"log2_bins": dict(sorted(self.scales.bins.items())), "bad": self.scales.bad},
+            "scales": self.scales.to_json(),
         }  # fmt: skip
 
 
@@ -129,14 +135,14 @@ class Contents:
             total.merge(layer.scales)
         return total
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON can hold it."""
         names = ("format", "granularity", "layers", "size_bytes", "codes", "saturated_codes")
         return {
             "form": self.form,
             "formats": [dict(zip(names, row, strict=True)) for row in self.by_format()],
-            "scales": {"log2_bins": dict(sorted(self.scales().bins.items())), "bad": self.scales().bad},
+            "scales": self.scales().to_json(),
             "facts": self.facts,
-            "layers": [layer.plain() for layer in self.layers],
+            "layers": [layer.to_json() for layer in self.layers],
             "notes": self.notes,
         }

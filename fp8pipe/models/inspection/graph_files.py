@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
-from fp8pipe.models.inspection.bytes_of import count_ends
 from fp8pipe.models.inspection.contents import Contents, LayerView
-
-__all__ = ["read_gguf", "read_onnx"]
+from fp8pipe.models.inspection.safetensors_layers import count_ends
 
 _ONNX_FORMATS: Final = {
     "INT8": "int8", "UINT8": "uint8", "INT4": "int4", "UINT4": "uint4", "FLOAT8E4M3FN": "fp8-e4m3",
@@ -40,37 +39,32 @@ def read_onnx(path: Path, *, look: bool = True) -> Contents:
         raise BadArtifactError(f"{path} cannot be read as an ONNX graph", why=str(error)[:300]) from error
     contents = Contents(f"ONNX, opset {model.opset_imports.get('')}, IR {model.ir_version}")
     decoders = {n.inputs[0]: n for n in model.graph if n.op_type == "DequantizeLinear" and n.inputs[0] is not None}
-    quantizers = [n for n in model.graph if n.op_type == "QuantizeLinear"]
     rest = 0
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             continue
-        decoder = decoders.get(value)
-        if decoder is not None and len(value.const_value.shape) >= _TWO_AXES:
-            contents.layers.append(_onnx_layer(str(name), value, decoder, look))
-        elif len(value.const_value.shape) >= _TWO_AXES:
-            format = _ONNX_FORMATS.get(value.dtype.name, value.dtype.name.lower())
-            shape = tuple(int(side) for side in value.const_value.shape)
-            contents.layers.append(LayerView(str(name), format, shape, value.const_value.nbytes))
+        if len(value.const_value.shape) >= _TWO_AXES:
+            contents.layers.append(_onnx_layer(str(name), value, decoders.get(value), look))
         else:
             rest += value.const_value.nbytes
     contents.layers.append(LayerView("other stored tensors", "small", None, rest))
-    operators: dict[str, int] = {}
-    for node in model.graph:
-        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    operators = Counter(node.op_type for node in model.graph)
     contents.facts = {
         "inputs": [f"{v.name} {v.dtype.name if v.dtype else '?'} {v.shape}" for v in model.graph.inputs],
         "outputs": [f"{v.name} {v.dtype.name if v.dtype else '?'} {v.shape}" for v in model.graph.outputs],
-        "operators": dict(sorted(operators.items(), key=lambda item: -item[1])),
-        "activation_quantizers": len(quantizers),
+        "operators": dict(operators.most_common()),
+        "activation_quantizers": operators["QuantizeLinear"],
     }
     return contents
 
 
 def _onnx_layer(name: str, value: Any, decoder: Any, look: bool) -> LayerView:
-    codes, scale = value.const_value, decoder.inputs[1]
+    codes = value.const_value
     format = _ONNX_FORMATS.get(value.dtype.name, value.dtype.name.lower())
     shape = tuple(int(side) for side in codes.shape)
+    if decoder is None:
+        return LayerView(name, format, shape, codes.nbytes)
+    scale = decoder.inputs[1]
     stored = None if scale is None or scale.const_value is None else scale.const_value
     view = LayerView(name, format, shape, codes.nbytes + (0 if stored is None else stored.nbytes))
     if stored is None:
@@ -81,7 +75,7 @@ def _onnx_layer(name: str, value: Any, decoder: Any, look: bool) -> LayerView:
     view.granularity = "per-tensor" if count == 1 else "per-channel" if count == channels else "per-block"
     if look:
         view.scales.add(np.asarray(stored.numpy(), dtype=np.float64))
-        view.codes, view.saturated, view.nan = _onnx_codes(codes.numpy(), format)
+        view.add_codes(*_onnx_codes(codes.numpy(), format))
     return view
 
 

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.models.inspection.bytes_of import StoredTensor, read_headers
 from fp8pipe.models.inspection.contents import Contents
 from fp8pipe.models.inspection.graph_files import read_gguf, read_onnx
-from fp8pipe.models.inspection.safetensors_layers import read_layers
-
-__all__ = ["inspect_contents"]
+from fp8pipe.models.inspection.safetensors_layers import StoredTensor, read_headers, read_layers
 
 _INDEX: Final = "model.safetensors.index.json"
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

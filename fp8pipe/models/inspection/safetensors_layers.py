@@ -1,4 +1,7 @@
-"""Layers of safetensors checkpoints in the layouts that are in use, told apart by their tensors' names and types.
+"""Safetensors files as layers: headers and raw bytes in chunks, in the layouts that are in use.
+
+Numbers of every type are decoded by hand: torch and numpy lack some of these types, and a library that maps whole files
+needs the address space for them. Layouts are told apart by their tensors' names and types.
 
 | layout | codes | scales |
 |---|---|---|
@@ -10,15 +13,24 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from fp8pipe.models.inspection.bytes_of import StoredTensor, chunks, count_ends, decode
+import numpy as np
+
+from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.inspection.contents import LayerView
 
-__all__ = ["read_layers"]
-
+_CHUNK_BYTES: Final = 8 << 20
+_LARGEST_HEADER: Final = 100 << 20
+_NUMPY_TYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+# Magnitudes of the largest code and of the last code that is no NaN (E5M2 has infinity between).
+_FP8_ENDS: Final = {"fp8-e4m3": (0x7E, 0x7E), "fp8-e5m2": (0x7B, 0x7C)}
 _FLOATS: Final = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _CODES: Final = {"F8_E4M3": "fp8-e4m3", "F8_E5M2": "fp8-e5m2", "I8": "int8", "U8": "nvfp4", "F4": "mxfp4"}
 # Suffix of the codes, suffixes of what belongs to them; the first of these that is there holds the scales.
@@ -30,8 +42,101 @@ _LAYOUTS: Final = (
 _TWO_AXES: Final = 2
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file, from its header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size_bytes: int
+
+
+def read_headers(file: Path) -> dict[str, StoredTensor]:
+    """Tensors of a safetensors file; nothing but the header is read.
+
+    Raises:
+        BadArtifactError: it is none, or shorter than its header says.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(size, _LARGEST_HEADER):
+                raise ValueError(f"its header would have {length} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found = {
+            name: StoredTensor(
+                name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }  # fmt: skip
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadArtifactError(f"{file} cannot be read as safetensors", why=str(error)[:300]) from error
+    end = max((t.start + t.size_bytes for t in found.values()), default=0)
+    if end > size:
+        raise BadArtifactError(f"{file} is cut short", why=f"its header promises {end} bytes, it has {size}")
+    return found
+
+
+def chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
+    """The tensor's bytes, some megabytes at a time: uint8, one axis."""
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start)
+        left = tensor.size_bytes
+        while left and (data := stream.read(min(left, _CHUNK_BYTES))):
+            left -= len(data)
+            yield np.frombuffer(data, np.uint8)
+
+
+def decode(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers of some bytes, float64, one axis; `dtype` as safetensors spells it.
+
+    Raises:
+        ValueError: a type that holds no scales.
+    """
+    if dtype == "BF16":
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if dtype == "F8_E4M3":
+        exponent, mantissa = (data >> 3) & 15, data & 7
+        values: np.ndarray = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * np.exp2(exponent - 10.0))
+        values[(data & 0x7F) == 0x7F] = np.nan
+        return np.where(data & 0x80, -values, values)
+    if dtype == "F8_E8M0":
+        powers: np.ndarray = np.exp2(data.astype(np.float64) - 127)
+        return powers
+    if dtype in _NUMPY_TYPES:
+        return data.view(_NUMPY_TYPES[dtype]).astype(np.float64)
+    raise ValueError(f"scales of {dtype}")
+
+
+def count_ends(data: np.ndarray, format: str) -> tuple[int, int, int]:
+    """Codes, codes at an end of their grid, and NaN among some bytes.
+
+    Args:
+        data: uint8, one axis.
+        format: of the codes; four-bit codes lie two in a byte.
+    """
+    if format in _FP8_ENDS:
+        magnitude, (largest, last) = data & 0x7F, _FP8_ENDS[format]
+        return data.size, int((magnitude == largest).sum()), int((magnitude > last).sum())
+    if format == "int8":
+        values = data.view(np.int8)
+        return data.size, int(((values == 127) | (values <= -127)).sum()), 0
+    if format in ("nvfp4", "mxfp4"):
+        return 2 * data.size, sum(int(((data >> shift) & 7 == 7).sum()) for shift in (0, 4)), 0
+    if format == "int4":
+        nibbles = [(data >> shift) & 15 for shift in (0, 4)]
+        return 2 * data.size, sum(int(((part == 0) | (part == 15)).sum()) for part in nibbles), 0
+    return 0, 0, 0
+
+
 def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: bool = True) -> list[LayerView]:
-    """One view a weight; tensors that are no matrices are summed up as "other".
+    """One view per weight; tensors that are no matrices are summed up as "other".
 
     Args:
         tensors: headers of all files.
@@ -71,10 +176,7 @@ def _layer(stem: str, suffix: str, codes: StoredTensor, parts: list[StoredTensor
             view.scales.add(decode(part, scales.dtype))
         kind = "int4" if format in ("int4-packed", "int4-gptq") else format
         for part in chunks(codes):
-            counted = count_ends(part, kind)
-            view.codes, view.saturated, view.nan = (
-                a + b for a, b in zip((view.codes, view.saturated, view.nan), counted, strict=True)
-            )
+            view.add_codes(*count_ends(part, kind))
     return view
 
 

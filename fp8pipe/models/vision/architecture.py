@@ -6,19 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.compat import import_timm, import_transformers
-from fp8pipe.models.vision.outputs import class_count
-from fp8pipe.models.vision.prepare import prepare_model
-from fp8pipe.models.vision.probed import ClassAndPatches
+from fp8pipe.models.vision.prepare import class_count, prepare_model
+from fp8pipe.models.vision.structure import read_structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["ARCHITECTURE_FILE", "Architecture", "build", "transformers_class"]
 
 ARCHITECTURE_FILE: Final = "architecture.json"
 
@@ -76,7 +73,7 @@ def build(architecture: Architecture) -> nn.Module:
 def _timm(architecture: Architecture) -> nn.Module:
     timm = import_timm()
     try:
-        model = timm.create_model(architecture.name, pretrained=False, **architecture.arguments)
+        model: nn.Module = timm.create_model(architecture.name, pretrained=False, **architecture.arguments)
     except Exception as error:  # arguments go to foreign code, which raises what it likes
         raise ConfigurationError(
             f"timm {timm.__version__} cannot build {architecture.name}",
@@ -90,13 +87,14 @@ def _transformers(architecture: Architecture) -> nn.Module:
     cls: Any = transformers_class(architecture.name)
     try:
         config = cls.config_class.from_dict(dict(architecture.arguments))
-        return cls._from_config(config)
+        model: nn.Module = cls._from_config(config)
     except Exception as error:  # as above
         raise ConfigurationError(
             f"transformers cannot build {architecture.name}",
             why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
             fix="check the configuration, or install the transformers it was made with",
         ) from error
+    return model
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:
@@ -119,3 +117,71 @@ def transformers_class(name: str) -> type[PreTrainedModel]:
             fix="name a vision model class, for example ViTForImageClassification",
         )
     return found
+
+
+class ClassAndPatches(nn.Module):
+    """A backbone with a linear classifier on top: `Linear([class token, mean of the patches])`.
+
+    Without prefix tokens the classifier reads the mean alone. Neither library has this head for every backbone, and it
+    is the strong and cheap one for features that were learned without labels (DINOv2, arXiv 2304.07193, reports it).
+    The head is an `nn.Linear` of the model like any other, so it is quantized with it.
+
+    Args:
+        backbone: prepared by `prepare_model`, without a head of its own.
+        image_size: (height, width), pixels: one pass at this size tells prefix tokens and width.
+        classes: number of classes.
+
+    Raises:
+        ConfigurationError: the backbone gives no tokens, or has a head.
+    """
+
+    def __init__(self, backbone: nn.Module, image_size: tuple[int, int], classes: int) -> None:
+        super().__init__()
+        structure = read_structure(backbone, image_size)
+        if structure.heads:
+            raise ConfigurationError(
+                "a linear probe needs a backbone, and this model has a head",
+                why=f"{structure.heads[0]} gives {structure.classes} classes",
+                fix="build the model without a head (timm: num_classes=0; transformers: the ...Model class)",
+            )
+        self.backbone = backbone
+        self.prefix_tokens = structure.attentions[-1].prefix_tokens
+        self.num_classes = classes
+        parameter = next(backbone.parameters())
+        with torch.no_grad():
+            features = self.features(torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device))
+        self.head = nn.Linear(features.shape[-1], classes)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the head reads: (N, 3, H, W) -> (N, 2 x width), or (N, width) without prefix tokens."""
+        tokens = token_features(self.backbone, pixels)
+        mean = tokens[:, self.prefix_tokens :].mean(dim=1)
+        return torch.cat((tokens[:, 0], mean), dim=-1) if self.prefix_tokens else mean
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits (N, classes)."""
+        logits: Tensor = self.head(self.features(pixels))
+        return logits
+
+
+def token_features(backbone: nn.Module, pixels: Tensor) -> Tensor:
+    """The tokens after the last block and norm: (N, tokens, width), prefix tokens first.
+
+    Raises:
+        ConfigurationError: the backbone does not give them.
+    """
+    tokens: Any
+    forward: Any = getattr(backbone, "forward_features", None)  # timm
+    if forward is not None:
+        tokens = forward(pixels)
+        if isinstance(tokens, Tensor) and tokens.ndim == 4:  # Swin: (N, rows, columns, width)
+            tokens = tokens.flatten(1, 2)
+    else:
+        tokens = getattr(backbone(pixels), "last_hidden_state", None)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        raise ConfigurationError(
+            f"{type(backbone).__name__} does not give its tokens",
+            why="neither forward_features nor last_hidden_state holds (N, tokens, width)",
+            fix="use a vision transformer backbone of timm or transformers",
+        )
+    return tokens

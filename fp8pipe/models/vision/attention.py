@@ -22,8 +22,6 @@ from torch.nn import functional
 
 from fp8pipe.core.errors import ConfigurationError
 
-__all__ = ["AttentionHandler", "attention_names", "explicit_attention", "intercept_attention", "module_stack"]
-
 Hook = Callable[[Tensor], Tensor]
 
 

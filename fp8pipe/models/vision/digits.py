@@ -21,11 +21,6 @@ from fp8pipe.artifact import sha256_file
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.vision.preprocessing import Preprocessing
 
-__all__ = [
-    "DIGITS_CLASSES", "DIGITS_PREPROCESSING", "Digits", "digits_folder", "digits_split", "digits_weights_folder",
-    "write_digits",
-]  # fmt: skip
-
 DIGITS_CLASSES: Final = tuple(str(digit) for digit in range(10))
 # 8 pixels become 24, so that a patch of 4 covers a little more than one of the scan's pixels.
 DIGITS_PREPROCESSING: Final = Preprocessing(

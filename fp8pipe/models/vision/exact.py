@@ -24,13 +24,11 @@ from torch.nn import functional
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.architecture import build
 from fp8pipe.models.vision.attention import intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.models.vision.structure import LinearSite
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
-
-__all__ = ["ExactVit", "double_model", "inexact_sites"]
 
 # Up to here every integer is an fp32 number, and so is every partial sum of a product below it, in any order.
 _FP32_INTEGERS: Final = 2**24
@@ -147,7 +145,7 @@ def _product(codes: Tensor, weight: WeightCodes, reads: ActivationQuantizer, lay
     height, width = (size // step for size, step in zip(codes.shape[2:], _pair(layer.stride), strict=True))
     patches = functional.unfold(codes.float(), _pair(layer.kernel_size), stride=_pair(layer.stride))  # (N, in, P)
     output = _scaled(_sum(patches.transpose(1, 2).to(torch.int8), flat.T), scale)  # (N, P, out)
-    return output.transpose(1, 2).unflatten(2, (height, width))
+    return output.transpose(1, 2).reshape(len(output), -1, height, width)
 
 
 def _sum(left: Tensor, right: Tensor) -> Tensor:

@@ -19,8 +19,6 @@ from fp8pipe.models.compat import import_timm
 from fp8pipe.models.vision.architecture import Architecture
 from fp8pipe.models.vision.preprocessing import Preprocessing
 
-__all__ = ["FOCUS_IMAGE_SIZE", "focus_architecture", "focus_preprocessing", "focus_weights"]
-
 FOCUS_IMAGE_SIZE: Final = (112, 112)
 PATCH: Final = 14
 LAYERS: Final = 12
@@ -135,8 +133,9 @@ def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tenso
     patches = next(t for t in tensors.values() if t.shape == (1, area, width))
     first = next(t for name, t in tensors.items() if t.shape == (1, 1, width) and not name.endswith("cls_token"))
     import_timm()
-    from timm.layers import resample_abs_pos_embed
+    from timm.layers.pos_embed import resample_abs_pos_embed
 
     grid = [side // PATCH for side in image_size]
     table = torch.cat((first, patches), dim=1)
-    return resample_abs_pos_embed(table, new_size=grid, old_size=list(TABLE_GRID), num_prefix_tokens=1)
+    found: Tensor = resample_abs_pos_embed(table, grid, list(TABLE_GRID), num_prefix_tokens=1)
+    return found

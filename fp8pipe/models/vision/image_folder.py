@@ -17,16 +17,6 @@ from fp8pipe.models.vision.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "UNLABELLED",
-    "ImageFolder",
-    "batches",
-    "check_pictures",
-    "list_pictures",
-    "read_image_folder",
-    "read_pixels",
-]
-
 SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"))
 UNLABELLED: Final = ("",)  # the classes of pictures that lie in one place
 _SMALL: Final = (64, 64)

@@ -1,4 +1,4 @@
-"""Puts a freshly loaded model into the one form that the rest of the project reads.
+"""Puts a freshly loaded model into the one form that the rest of the project reads, and calls it in one way.
 
 Exactly the same function, written so that every product is an `nn.Linear`, an `nn.Conv2d` or one call of
 `scaled_dot_product_attention`:
@@ -8,7 +8,8 @@ Exactly the same function, written so that every product is an `nn.Linear`, an `
   they become that linear's bias (k's is zero);
 * `nn.MultiheadAttention` (pooling heads) hides its projections in one parameter: it becomes three linears.
 
-So the names of parameters are those of the prepared model, in artifacts too.
+So the names of parameters are those of the prepared model, in artifacts too. `vision_outputs` maps pixels to (N, C),
+whatever object the model's library returns.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fp8pipe.core.errors import ConfigurationError
-
-__all__ = ["ProjectedAttention", "prepare_model"]
 
 
 class ProjectedAttention(nn.Module):
@@ -57,7 +56,8 @@ class ProjectedAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2)), None
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, H, L, d)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, H, L, d)
+        return heads
 
 
 def prepare_model(model: nn.Module) -> nn.Module:
@@ -133,3 +133,44 @@ def _check_plain(name: str, attention: nn.MultiheadAttention) -> None:
             why="it has dropout, extra keys, keys of another width, or no bias",
             fix="use a model whose attention is plain",
         )
+
+
+def vision_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Logits of a classifier, pooled features of a backbone.
+
+    Args:
+        model: a timm or transformers vision model, in eval mode.
+        pixels: (N, 3, H, W), normalized.
+
+    Returns:
+        (N, C), the model's own tensor (not a copy).
+
+    Raises:
+        ConfigurationError: the model returns something else.
+    """
+    outputs = model(pixels)
+    found = outputs if isinstance(outputs, Tensor) else _of_transformers(outputs)
+    if found is None or found.ndim != 2:
+        shape = "nothing of that kind" if found is None else f"shape {tuple(found.shape)}"
+        raise ConfigurationError(
+            f"{type(model).__name__} gives neither logits nor pooled features",
+            why=f"expected one vector an image, found {shape}",
+            fix="use an image classifier, or a backbone that pools its tokens",
+        )
+    return found
+
+
+def class_count(model: nn.Module) -> int | None:
+    """The number of classes of a classifier; None for a backbone."""
+    if type(model).__name__.endswith(("ForImageClassification", "ForImageClassificationWithTeacher")):
+        return int(model.config.num_labels) or None  # type: ignore[union-attr, arg-type]
+    count: Any = getattr(model, "num_classes", None)  # timm: 0 without a head
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def _of_transformers(outputs: Any) -> Tensor | None:
+    for name in ("logits", "image_embeds", "pooler_output"):
+        value = getattr(outputs, name, None)
+        if isinstance(value, Tensor):
+            return value
+    return None

@@ -2,7 +2,7 @@
 
 An artifact that does not say how its pixels were made is only half a model: another crop or mean costs more
 accuracy than 8 bits do. So the recipe is a small frozen configuration, written beside the weights and read by
-training, evaluation, export and serving.
+training, evaluation, export and serving. Here are also the two functions that write and read such files.
 
 The arithmetic has one order, in float32, for everybody who repeats it: ``((code / 255) - mean) / std``. It stands here
 once, and numpy and torch both run it. torch is imported by the methods that return tensors: a server needs arrays only.
@@ -10,19 +10,20 @@ once, and numpy and torch both run it. torch is imported by the methods that ret
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fp8pipe.core.config import FrozenConfig
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-__all__ = ["PREPROCESSING_FILE", "Preprocessing"]
+T = TypeVar("T", bound=BaseModel)
 
 PREPROCESSING_FILE: Final = "preprocessing.json"
 
@@ -171,3 +172,27 @@ def _eight_bits(image: Image) -> Image:
     # "I" is how some files with 16-bit greys are opened.
     values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
     return pil.fromarray(values.astype(np.uint8))
+
+
+def write_model_file(config: BaseModel, path: Path) -> None:
+    """Write a configuration as JSON."""
+    path.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_model_file(cls: type[T], path: Path) -> T:
+    """Read what `write_model_file` wrote.
+
+    Raises:
+        BadArtifactError: the file is absent, or not a valid `cls`.
+    """
+    try:
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        why = (
+            "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+            if isinstance(error, ValidationError)
+            else f"{type(error).__name__}: {error}"
+        )
+        raise BadArtifactError(
+            f"{path} is not a valid {cls.__name__}", why=why, fix="write the directory again"
+        ) from error

@@ -19,9 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention, module_stack
-from fp8pipe.models.vision.outputs import vision_outputs
-
-__all__ = ["AttentionCall", "LinearCall", "Probe", "probe"]
+from fp8pipe.models.vision.prepare import vision_outputs
 
 # Two, so that windows (which multiply the batch) and batch are told apart from sizes of one.
 IMAGES = 2

@@ -11,29 +11,27 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.models.vision.files import read_model_file, write_model_file
-from fp8pipe.models.vision.outputs import vision_outputs
-from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
-from fp8pipe.models.vision.sources import WEIGHTS_FILE
-from fp8pipe.models.vision.structure import VitStructure, read_structure
+from fp8pipe.models.vision.prepare import vision_outputs
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file, write_model_file
+from fp8pipe.models.vision.sources import WEIGHTS_FILE, write_model_folder
+from fp8pipe.models.vision.structure import LinearSite, VitStructure, read_structure
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, BlockScales, pack_nibbles, unpack_nibbles
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
-
-__all__ = ["QUANTIZERS_FILE", "Codes", "QuantizedVit", "Quantizer", "load_quantized", "of_type", "save_quantized"]
 
 QUANTIZERS_FILE: Final = "quantizers.json"
 _SCALE, _TENSOR_SCALE = "_scale", "_tensor_scale"
@@ -85,8 +83,8 @@ class QuantizedVit(nn.Module):
             layer = self.model.get_submodule(site.name)
             if site.name in self.weights:
                 layer.get_parameter("weight").data.copy_(self.weights[site.name].dequantize())
-            layer.register_forward_pre_hook(self._on_input(site.name, f"{site.input_group}.input"))
-            layer.register_forward_hook(self._on_output(site.name))
+            layer.register_forward_pre_hook(partial(self._on_input, site))
+            layer.register_forward_hook(partial(self._on_output, site))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (or pooled features) `(N, C)` of normalized pixels `(N, 3, H, W)`."""
@@ -103,7 +101,7 @@ class QuantizedVit(nn.Module):
         return x if quantizer is None else quantizer.fake(x)
 
     def taps(self, pixels: Tensor) -> dict[str, dict[str, Tensor]]:
-        """What every quantized part reads and gives, in float, for comparing it with a runtime.
+        """Activation taps: what every quantized part reads and gives, in float, for comparing it with a runtime.
 
         Returns:
             For a linear `input` (before its quantizer) and `output`; for an attention `q` (scaled), `k`, `probs_in`,
@@ -123,17 +121,12 @@ class QuantizedVit(nn.Module):
             self._tap(name, what, tensor)
         return tensor
 
-    def _on_input(self, name: str, site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (self.quantize(site, self._note(name, "input", args[0])), *args[1:])
+    def _on_input(self, site: LinearSite, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = self._note(site.name, "input", args[0])
+        return self.quantize(f"{site.input_group}.input", x), *args[1:]
 
-        return hook
-
-    def _on_output(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._note(name, "output", output)
-
-        return hook
+    def _on_output(self, site: LinearSite, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self._note(site.name, "output", output)
 
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         def quantized(what: str, x: Tensor, label: str | None = None) -> Tensor:
@@ -191,11 +184,8 @@ def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
 
     A quantized weight is stored as codes under its own name, its scales `(out,)` fp32 beside it with `_scale`. NVFP4
     codes lie two in a byte, the first in the low half (`(out, in / 2)` uint8); `_scale` is then `(out, in / 16)`
-    float8_e4m3fn, one a block, and `_tensor_scale` one fp32 number.
+    float8_e4m3fn, one per block, and `_tensor_scale` one fp32 number.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_model_file(quantized.architecture, folder / ARCHITECTURE_FILE)
-    write_model_file(quantized.preprocessing, folder / PREPROCESSING_FILE)
     entries = {
         site: _ActivationEntry(scale=q.scale, low=q.low, high=q.high, kind=q.kind)
         for site, q in of_type(quantized.activations, ActivationQuantizer).items()
@@ -204,11 +194,11 @@ def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
     blocks = {site: _BlockEntry(tensor_scale=q.tensor_scale) for site, q in dynamic.items()}
     weights = {name: _WeightEntry(bits=w.bits, kind=w.kind) for name, w in quantized.weights.items()}
     described = _Quantizers(weights=weights, activations=entries, block_activations=blocks)
-    write_model_file(described, folder / QUANTIZERS_FILE)
     tensors = dict(quantized.model.state_dict())
     for name, weight in quantized.weights.items():
         tensors |= {f"{name}.weight{suffix}": tensor for suffix, tensor in _stored(weight).items()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    write_model_folder(folder, quantized.architecture, quantized.preprocessing, tensors)
+    write_model_file(described, folder / QUANTIZERS_FILE)
 
 
 def load_quantized(folder: Path) -> QuantizedVit:
@@ -258,7 +248,7 @@ def _take_codes(name: str, entry: _WeightEntry, tensors: dict[str, Tensor]) -> C
         if weight.kind is not entry.kind or codes.dtype not in (torch.int8, torch.float8_e4m3fn):
             raise ValueError(f"{name}.weight holds {codes.dtype}, not {entry.kind} codes")
         if scale.shape != codes.shape[:1] or not bool((scale > 0).all()):
-            raise ValueError(f"{name}.weight_scale must be one positive number an output channel")
+            raise ValueError(f"{name}.weight_scale must be one positive number per output channel")
     tensors[f"{name}.weight"] = weight.dequantize()
     return weight
 
@@ -268,5 +258,5 @@ def _block_codes(name: str, packed: Tensor, block: Tensor, tensor: Tensor) -> Bl
         raise ValueError(f"{name}.weight holds {packed.dtype} {tuple(packed.shape)}, not NVFP4 codes")
     codes = unpack_nibbles(packed)
     if block.shape != (codes.shape[0], codes.shape[1] // BLOCK):
-        raise ValueError(f"{name}.weight_scale must be one E4M3 number a block of {BLOCK} inputs")
+        raise ValueError(f"{name}.weight_scale must be one E4M3 number per block of {BLOCK} inputs")
     return BlockCodes(codes, BlockScales(block, float(tensor)))

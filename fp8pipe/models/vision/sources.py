@@ -8,6 +8,7 @@ is data, and loading already went through it once.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,10 +21,7 @@ from torch import Tensor, nn
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.samples import focus_onnx, sample_name
 from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
-from fp8pipe.models.vision.files import read_model_file, write_model_file
-from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
-
-__all__ = ["VISION_SAMPLES", "WEIGHTS_FILE", "VisionModel", "load_vision_model", "save_vision_model"]
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file, write_model_file
 
 WEIGHTS_FILE: Final = "model.safetensors"
 VISION_SAMPLES: Final = ("vit-digits", "vit-s")
@@ -85,7 +83,7 @@ def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> Vi
     if sample is not None:
         return _sample(sample, src, image_size)
     if src.startswith(TIMM_PREFIX):
-        from fp8pipe.models.vision.timm_source import load_from_timm
+        from fp8pipe.models.vision.libraries import load_from_timm
 
         return VisionModel.of(*load_from_timm(src.removeprefix(TIMM_PREFIX), image_size), src)
     path = Path(src).expanduser()
@@ -99,12 +97,18 @@ def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> Vi
 
 
 def save_vision_model(vision: VisionModel, folder: Path) -> None:
-    """Write architecture.json, preprocessing.json and model.safetensors, which `load_vision_model` reads back."""
+    """Write what `load_vision_model` reads back."""
+    write_model_folder(folder, vision.architecture, vision.preprocessing, vision.model.state_dict())
+
+
+def write_model_folder(
+    folder: Path, architecture: Architecture, preprocessing: Preprocessing, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write architecture.json, preprocessing.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_model_file(vision.architecture, folder / ARCHITECTURE_FILE)
-    write_model_file(vision.preprocessing, folder / PREPROCESSING_FILE)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in vision.model.state_dict().items()}
-    save_file(state, folder / WEIGHTS_FILE)
+    write_model_file(architecture, folder / ARCHITECTURE_FILE)
+    write_model_file(preprocessing, folder / PREPROCESSING_FILE)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
 
 
 def _sample(name: str, src: str, image_size: tuple[int, int] | None) -> VisionModel:
@@ -123,8 +127,7 @@ def _directory(path: Path, src: str, image_size: tuple[int, int] | None) -> Visi
     if (path / ARCHITECTURE_FILE).is_file():
         return _own_directory(path, src, image_size)
     if (path / "config.json").is_file():
-        from fp8pipe.models.vision.timm_source import is_timm_folder, load_from_timm
-        from fp8pipe.models.vision.transformers_source import load_from_transformers
+        from fp8pipe.models.vision.libraries import is_timm_folder, load_from_timm, load_from_transformers
 
         load = load_from_timm if is_timm_folder(path) else load_from_transformers
         return VisionModel.of(*load(path, image_size), src)

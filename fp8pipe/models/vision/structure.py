@@ -9,16 +9,15 @@ in float, so it is an error that names the module.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.vision.layout import token_layout
-from fp8pipe.models.vision.outputs import class_count
+from fp8pipe.models.vision.prepare import class_count
 from fp8pipe.models.vision.probe import AttentionCall, LinearCall, Probe, probe
-
-__all__ = ["AttentionSite", "LinearSite", "VitStructure", "read_structure"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class AttentionSite:
         tokens: keys in this attention, N (of one window where there are windows).
         prefix_tokens: how many of them come before the patches (class, distillation, registers).
         grid: (rows, columns) of the remaining tokens, row by row.
-        windows: attentions an image takes here; 1 is global.
+        windows: attentions that an image takes here; 1 is global.
         mask: whether something is added to the logits (position bias, shift mask).
         queries: query tokens; `tokens` in self-attention, fewer where a learned query pools.
     """
@@ -95,11 +94,6 @@ class VitStructure:
     classes: int | None
 
     @property
-    def head(self) -> str | None:
-        """The (first) classifying linear; None for a backbone."""
-        return self.heads[0] if self.heads else None
-
-    @property
     def attention_names(self) -> tuple[str, ...]:
         """What `intercept_attention` wants."""
         return tuple(site.name for site in self.attentions)
@@ -151,7 +145,7 @@ def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> Linea
             why=f"its first layer is {linears[0].name if linears else 'none'}, not a convolution over patches",
             fix="use a model that embeds patches with one nn.Conv2d",
         )
-    wrong = next((call for call in patches if not _is_patch(call.module)), None)
+    wrong = next((call for call in patches if not _cuts_without_overlap(call.module)), None)
     if wrong is None and len(patches) > 1:
         wrong = patches[1]
     if wrong is not None:
@@ -164,7 +158,7 @@ def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> Linea
 
 
 def _check_coverage(patch: LinearCall, image_size: tuple[int, int], model: nn.Module) -> None:
-    """Refuses an image size whose last rows or columns no patch sees: a convolution drops them silently."""
+    """Refuse an image size whose last rows or columns no patch sees: a convolution drops them silently."""
     kernel = patch.module.kernel_size
     covered = (patch.grid[0] * int(kernel[0]), patch.grid[1] * int(kernel[1]))  # type: ignore[index]
     if covered[0] < image_size[0] or covered[1] < image_size[1]:
@@ -175,11 +169,14 @@ def _check_coverage(patch: LinearCall, image_size: tuple[int, int], model: nn.Mo
         )
 
 
-def _is_patch(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Conv2d):
-        return False
-    plain = module.kernel_size == module.stride and module.groups == 1 and set(module.dilation) == {1}
-    return plain and module.padding in {(0, 0), "valid"}
+def _cuts_without_overlap(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride
+        and module.groups == 1
+        and set(module.dilation) == {1}
+        and module.padding in {(0, 0), "valid"}
+    )
 
 
 def _attention_site(call: AttentionCall, found: Probe, patch_grid: tuple[int, int], model: nn.Module) -> AttentionSite:
@@ -191,7 +188,7 @@ def _attention_site(call: AttentionCall, found: Probe, patch_grid: tuple[int, in
         )
     windows = call.batch // found.images
     module = model.get_submodule(call.name)
-    prefix, grid = token_layout(call.name, module, call.tokens, windows, patch_grid)
+    prefix, grid = _token_layout(call.name, module, call.tokens, windows, patch_grid)
     return AttentionSite(
         call.name, call.heads, call.head_dim, call.tokens, prefix, grid, windows, call.mask, call.queries
     )
@@ -230,3 +227,37 @@ def _heads(found: Probe, classes: int | None) -> tuple[str, ...]:
     """The linears after the last attention that give (images, classes)."""
     shape = (found.images, classes)
     return tuple(c.name for c in found.linears if c.after_attention and tuple(c.output_shape) == shape)
+
+
+def _token_layout(
+    name: str, module: nn.Module, tokens: int, windows: int, patch_grid: tuple[int, int]
+) -> tuple[int, tuple[int, int]]:
+    """Prefix tokens of an attention over `tokens` keys, and (rows, columns) of the others.
+
+    A global attention over at least as many tokens as there are patches has the rest in front of them. One over fewer
+    tokens, or in windows, has patches (merged ones in later stages) alone. Sides of a window that is no square are
+    those that the module names as its `window_size`.
+    """
+    area = patch_grid[0] * patch_grid[1]
+    if windows == 1 and tokens >= area:
+        return tokens - area, patch_grid
+    said = pair_of_integers(getattr(module, "window_size", None))
+    if said is not None and said[0] * said[1] == tokens:
+        return 0, said
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ConfigurationError(
+            f"the windows of the attention {name} cannot be read",
+            why=f"{tokens} tokens are no square, and the module does not name its window",
+            fix="choose an image size that gives square windows",
+        )
+    return 0, (side, side)
+
+
+def pair_of_integers(size: Any) -> tuple[int, int] | None:
+    """(height, width) of two integers, or of one for both sides; None for anything else."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return int(size[0]), int(size[1])
+    return None

@@ -26,14 +26,15 @@ def ones_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
     first = torch.full((size, 1), size**-0.5, dtype=torch.float64)
     rest = torch.randn(size, size - 1, generator=generator, dtype=torch.float64)
     basis, _ = torch.linalg.qr(torch.cat([first, rest], dim=1))
-    turned = torch.eye(size, dtype=torch.float64)
-    turned[1:, 1:] = random_rotation(size - 1, generator)
-    return basis @ turned @ basis.T
+    inner = torch.eye(size, dtype=torch.float64)
+    inner[1:, 1:] = random_rotation(size - 1, generator)
+    rotated: Tensor = basis @ inner @ basis.T
+    return rotated
 
 
 @torch.no_grad()
 def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, generator: torch.Generator) -> None:
-    """Turn the residual stream, in place.
+    """Rotate the residual stream, in place.
 
     Raises:
         NotRotatable: the model has a part that would compute something else; it may have been changed already.
@@ -46,15 +47,15 @@ def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, g
     if not set(writers).isdisjoint(inner):
         raise NotRotatable("a linear that feeds an attention does not read a norm")
     _fold_layer_scales(model, structure, wiring, writers, width)
-    turn = ones_keeping_rotation(width, generator)
+    rotation = ones_keeping_rotation(width, generator)
     for norm, linears in readers.items():
-        _fold_norm(model, norm, linears, turn)
+        _fold_norm(model, norm, linears, rotation)
     for name in writers:
         for parameter in model.get_submodule(name).parameters(recurse=False):
-            turned = turn @ parameter.double().flatten(1) if parameter.dim() > 1 else turn @ parameter.double()
-            parameter.copy_(turned.view_as(parameter))
+            flat = parameter.double().flatten(1) if parameter.dim() > 1 else parameter.double()
+            parameter.copy_((rotation @ flat).view_as(parameter))
     for parameter in _embeddings(model, width):
-        parameter.copy_(parameter.double() @ turn.T)
+        parameter.copy_(parameter.double() @ rotation.T)
 
 
 def _width(structure: VitStructure) -> int:
@@ -79,8 +80,8 @@ def _readers(model: nn.Module, structure: VitStructure, wiring: Wiring, width: i
     return readers
 
 
-def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], turn: Tensor) -> None:
-    """Gain, and bias where a linear can take it, go into the readers; these are turned back."""
+def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], rotation: Tensor) -> None:
+    """Gain, and bias where a linear can take it, go into the readers; these are rotated back."""
     module = model.get_submodule(norm)
     gain, bias = module.get_parameter("weight").double(), module.get_parameter("bias").double()
     layers = [model.get_submodule(name) for name in linears]
@@ -92,8 +93,8 @@ def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], turn: Tens
         blocks = weight.double().view(weight.shape[0], -1, len(gain))  # pooled tokens side by side
         if foldable:
             layer.get_parameter("bias").add_((blocks @ bias).sum(1).to(weight.dtype))
-        weight.copy_(((blocks * gain) @ turn.T).flatten(1))
-    kept = torch.zeros_like(bias) if foldable else turn @ (bias / gain)
+        weight.copy_(((blocks * gain) @ rotation.T).flatten(1))
+    kept = torch.zeros_like(bias) if foldable else rotation @ (bias / gain)
     module.get_parameter("weight").fill_(1)
     module.get_parameter("bias").copy_(kept)
 

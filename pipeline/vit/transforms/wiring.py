@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import AttentionSite, VitStructure
 
 _IMAGES = 2

@@ -11,15 +11,14 @@ it reads a model's configuration. `register` replaces two entries of vLLM's tabl
 what they override is private to vLLM, hence the version check.
 
 Files: `dequantize` and `activations` hold the arithmetic in plain torch and import without vLLM; `settings` the
-environment variables; `versions` the check; `linear` and `methods` are the only files that import vLLM.
+environment variables and the version check; `linear` and `methods` are the only files that import vLLM.
 """
 
 from __future__ import annotations
 
 import logging
 
-from fp8pipe_vllm_cpu.settings import Settings
-from fp8pipe_vllm_cpu.versions import check_version
+from fp8pipe_vllm_cpu.settings import Settings, check_version
 
 __all__ = ["register"]
 __version__ = "0.1.0"
@@ -32,7 +31,7 @@ def register() -> None:
     """Install the FP8 methods on a CPU platform; do nothing elsewhere. Safe to call more than once.
 
     Raises:
-        UntestedVersionError: a vLLM version this plugin was not tested with (see `versions`).
+        UntestedVersionError: a vLLM version this plugin was not tested with (see `settings`).
         ValueError: an environment variable with a value that means nothing.
     """
     from vllm.platforms import current_platform

@@ -26,9 +26,9 @@ class Granularity(Enum):
 
     NONE = "none"  # activations are not quantized (W8A16)
     STATIC = "static"  # one scale from the checkpoint
-    TENSOR = "tensor"  # one scale a call
-    TOKEN = "token"  # one scale a row
-    GROUP = "group"  # one scale for each group of columns of a row
+    TENSOR = "tensor"  # one scale per call
+    TOKEN = "token"  # one scale per row
+    GROUP = "group"  # one scale per group of columns of each row
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def round_trip(x: Tensor, activations: Activations, static_scale: Tensor | None 
         return _on_grid(values, _scale(values.abs().amax(dim=-1, keepdim=True))).to(x.dtype)
     if activations.group_size < 1 or x.shape[-1] % activations.group_size:
         raise ValueError(f"{x.shape[-1]} features cannot be split in groups of {activations.group_size}")
-    groups = values.unflatten(-1, (-1, activations.group_size))
+    groups = values.reshape(*x.shape[:-1], -1, activations.group_size)
     return _on_grid(groups, _scale(groups.abs().amax(dim=-1, keepdim=True))).flatten(-2).to(x.dtype)
 
 

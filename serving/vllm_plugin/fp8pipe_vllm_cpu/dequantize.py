@@ -1,7 +1,7 @@
 """Exact dequantization of E4M3 weights: `weight = code * scale` in fp32, rounded once to the model's dtype.
 
 A loaded layer may be fused from several checkpoint tensors (q/k/v, gate/up) stacked along the output axis. Each
-row is multiplied by the scale of the tensor it came from. Engines with one scale a layer requantize all parts
+row is multiplied by the scale of the tensor it came from. Engines with one scale per layer requantize all parts
 to the largest scale, which changes codes; nothing here does.
 
 Plain torch, no vLLM: the unit tests run anywhere.
@@ -49,7 +49,7 @@ def resolve_shard_scales(scales: Tensor) -> Tensor:
 def expand_scale(
     scale: Tensor, shape: tuple[int, int], logical_widths: Sequence[int], block: tuple[int, int] | None
 ) -> Tensor:
-    """One scale a row, or one an element for blocks, broadcastable to `shape`.
+    """One scale per row, or one per element for blocks, broadcastable to `shape`.
 
     Args:
         scale: fp32; `(shards,)` or `()` per tensor, `(out, 1)` per channel, `(ceil(out/bn), ceil(in/bk))` blocks.

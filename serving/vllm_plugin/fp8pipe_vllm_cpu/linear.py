@@ -79,18 +79,10 @@ class Fp8Linear:
         block = None if self.block is None else list(self.block)
         layer.weight_block_size = block
         if block is not None:
-            validate_fp8_block_shape(
-                layer,
-                shape.input_size,
-                shape.output_size,
-                shape.input_per_partition,
-                shape.output_partitions,
-                block,
-            )
-        layer.register_parameter(
-            "weight",
-            create_fp8_weight_parameter(sum(shape.output_partitions), shape.input_per_partition, loader),
-        )
+            sizes = (shape.input_size, shape.output_size, shape.input_per_partition, shape.output_partitions)
+            validate_fp8_block_shape(layer, *sizes, block)
+        weight = create_fp8_weight_parameter(sum(shape.output_partitions), shape.input_per_partition, loader)
+        layer.register_parameter("weight", weight)
         scale = create_fp8_scale_parameter(
             self.scale_type, shape.output_partitions, shape.input_per_partition, block, loader
         )
@@ -105,13 +97,8 @@ class Fp8Linear:
             ValueError: a scale is missing, zero, negative or not finite; the message names the layer.
         """
         try:
-            weight = dequantize(
-                layer.weight.detach(),
-                getattr(layer, self.scale_name).detach(),
-                layer.logical_widths,
-                block=self.block,
-                dtype=layer.orig_dtype,
-            )
+            codes, scale = layer.weight.detach(), getattr(layer, self.scale_name).detach()
+            weight = dequantize(codes, scale, layer.logical_widths, block=self.block, dtype=layer.orig_dtype)
             input_scale = self._static_scale(layer)
         except ValueError as error:
             raise ValueError(f"{getattr(layer, 'prefix', 'a linear layer')}: {error}") from error
@@ -128,13 +115,14 @@ class Fp8Linear:
         """`x @ weight.T + bias`; x `(tokens, in)` -> `(tokens, out)`, in the model's dtype."""
         if self.settings.quantize_activations:
             x = round_trip(x, self.activations, layer.input_scale)
-        return cpu_unquantized_gemm(layer, x, layer.weight, bias)
+        product: Tensor = cpu_unquantized_gemm(layer, x, layer.weight, bias)
+        return product
 
     def _static_scale(self, layer: Any) -> Tensor | None:
         """The largest input scale of the fused parts (their inputs are one tensor), or None."""
         if self.activations.granularity is not Granularity.STATIC:
             return None
-        largest = layer.input_scale.detach().float().max()
+        largest: Tensor = layer.input_scale.detach().float().max()
         if float(largest) == UNSET_SCALE or not bool(torch.isfinite(largest) & (largest > 0)):
             raise ValueError("the checkpoint declares static activations and holds no usable input_scale")
         return largest

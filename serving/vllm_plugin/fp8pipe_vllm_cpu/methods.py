@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +43,35 @@ def install() -> None:
     register_quantization_config("fp8")(CpuFp8Config)
 
 
-class CpuFp8Scheme(CompressedTensorsScheme):
+class _Dequantized:
+    """What both of vLLM's interfaces for a layer share; `linear` does the work."""
+
+    linear: Fp8Linear
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Declare the layer's parameters (vLLM's interface)."""
+        shape = LayerShape(input_size_per_partition, output_partition_sizes, input_size, output_size)
+        self.linear.declare(layer, shape, params_dtype, attributes.get("weight_loader"))
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Dequantize."""
+        self.linear.finish(layer)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply; x `(tokens, in)` -> `(tokens, out)`."""
+        return self.linear.multiply(layer, x, bias)
+
+
+class CpuFp8Scheme(_Dequantized, CompressedTensorsScheme):
     """One compressed-tensors FP8 scheme (W8A8 or W8A16; tensor, channel or block weights)."""
 
     def __init__(self, weights: QuantizationArgs, activations: QuantizationArgs | None) -> None:
@@ -62,28 +89,7 @@ class CpuFp8Scheme(CompressedTensorsScheme):
         """No device capability is needed: the GEMM is an ordinary one."""
         return 0
 
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        weight_loader: Callable[..., Any],
-        **_: object,
-    ) -> None:
-        """Declare the layer's parameters (vLLM's interface)."""
-        shape = LayerShape(input_size_per_partition, output_partition_sizes, input_size, output_size)
-        self.linear.declare(layer, shape, params_dtype, weight_loader)
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Dequantize."""
-        self.linear.finish(layer)
-
-    def apply_weights(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply; x `(tokens, in)` -> `(tokens, out)`."""
-        return self.linear.multiply(layer, x, bias)
+    apply_weights = _Dequantized.apply  # the interface's own name
 
 
 class CpuCompressedTensorsConfig(CompressedTensorsConfig):
@@ -97,14 +103,14 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
         format: str | None = None,
         layer_name: str | None = None,
     ) -> CompressedTensorsScheme:
-        if _is_plain_fp8(weight_quant) and _is_fp8_or_none(input_quant) and output_quant is None:
+        if _is_fp8(weight_quant) and _is_fp8_or_none(input_quant) and output_quant is None:
             _announce("compressed-tensors")
             return CpuFp8Scheme(weight_quant, input_quant)
         return super()._get_scheme_from_parts(weight_quant, input_quant, output_quant, format, layer_name)
 
 
 @register_weight_loader_v2_supported_method
-class CpuFp8LinearMethod(LinearMethodBase):
+class CpuFp8LinearMethod(_Dequantized, LinearMethodBase):
     """Linear layers of `quant_method: fp8` checkpoints (per-tensor or block weights)."""
 
     def __init__(self, config: Fp8Config) -> None:
@@ -119,28 +125,6 @@ class CpuFp8LinearMethod(LinearMethodBase):
             settings=Settings.from_environment(),
         )
 
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Declare the layer's parameters (vLLM's interface)."""
-        shape = LayerShape(input_size_per_partition, output_partition_sizes, input_size, output_size)
-        self.linear.declare(layer, shape, params_dtype, extra_weight_attrs.get("weight_loader"))
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Dequantize."""
-        self.linear.finish(layer)
-
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply; x `(tokens, in)` -> `(tokens, out)`."""
-        return self.linear.multiply(layer, x, bias)
-
 
 class CpuFp8Config(Fp8Config):
     """vLLM's `fp8` configuration with the linear layers replaced."""
@@ -154,19 +138,16 @@ class CpuFp8Config(Fp8Config):
         """The method of one layer (vLLM's interface)."""
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
-        skipped = is_layer_skipped(
-            prefix=prefix,
-            ignored_layers=self.ignored_layers,
-            fused_mapping=self.packed_modules_mapping,
+        if is_layer_skipped(
+            prefix=prefix, ignored_layers=self.ignored_layers, fused_mapping=self.packed_modules_mapping,
             match_mode=self.ignored_layers_match_mode,
-        )
-        if skipped:
+        ):  # fmt: skip
             return UnquantizedLinearMethod()
         _announce("fp8")
         return CpuFp8LinearMethod(self)
 
 
-def _is_plain_fp8(weights: QuantizationArgs | None) -> bool:
+def _is_fp8(weights: QuantizationArgs | None) -> bool:
     """8-bit float, symmetric, static, with one of the three scale shapes (so neither MXFP8 nor groups)."""
     return (
         weights is not None

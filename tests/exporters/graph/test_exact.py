@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from quantized_families import quantized_family, write_vit_artifact
 from vit_families import NAMES, family, random_pixels
 
-from exporters.graph.exact import codes_gate, outputs_gate
 from exporters.graph.formats import OnnxFormat
+from exporters.graph.gates import codes_gate, outputs_gate
 from exporters.graph.graph_check import check_kernels
 from exporters.graph.layers import read_layers
 from exporters.graph.passes.gelu import COEFFICIENTS, expand_gelus

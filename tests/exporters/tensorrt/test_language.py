@@ -28,9 +28,8 @@ from exporters.tensorrt.language.serve import (
     perplexity_gate,
     unrounded_session,
 )
-from exporters.tensorrt.language.source import check_attention, open_language
+from exporters.tensorrt.language.source import check_attention, open_language, read_text
 from exporters.tensorrt.language.target import InputScale
-from exporters.tensorrt.language.text import read_text
 from exporters.tensorrt.options import Base
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from fault_case import Fault
 from fault_table import FAULTS
 
-from exporters.verify import vision
+from exporters.verify import graph_export as vision
 from exporters.verify.whole import verify_tree
 from fp8pipe.artifact.tree import find_tree
 from fp8pipe.cli import main

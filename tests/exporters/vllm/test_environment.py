@@ -22,6 +22,7 @@ from exporters.vllm.environment import (
 )
 from exporters.vllm.processes import end_group, engine_failure
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError, OutOfMemoryError
+from validation.vllm.engine import PROBE
 from validation.vllm.launcher import ServerOptions, _check_port, _reachable, free_port, server_command
 
 
@@ -112,7 +113,7 @@ def test_child_processes_are_offline_and_do_not_see_our_packages(monkeypatch: py
     [
         (
             1,
-            "fp8pipe_vllm_cpu.versions.UntestedVersionError: tested with 0.32.0; this is 0.40.0",
+            "fp8pipe_vllm_cpu.settings.UntestedVersionError: tested with 0.32.0; this is 0.40.0",
             MissingCapabilityError,
         ),
         (1, "ModuleNotFoundError: No module named 'xgrammar'", MissingCapabilityError),
@@ -199,9 +200,9 @@ def test_ports() -> None:
 
 
 def test_the_probe_imports_nothing_of_ours() -> None:
-    probe = Path(environment.__file__).with_name("probe.py")
-    script = f"import runpy, sys; runpy.run_path({os.fspath(probe)!r}, run_name='probe'); " + (
-        "print([m for m in sys.modules if m.split('.')[0] in ('fp8pipe', 'serving', 'exporters', 'vllm')])"
+    script = f"import runpy, sys; runpy.run_path({os.fspath(PROBE)!r}, run_name='probe'); " + (
+        "rooms = ('fp8pipe', 'validation', 'exporters', 'vllm'); "
+        "print([m for m in sys.modules if m.split('.')[0] in rooms])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -164,11 +164,11 @@ def test_both_ends_keep_8_bits_unless_told_otherwise():
     structure = read_structure(vision.model, vision.architecture.image_size)
     precision = Precision.parse("w4a4")
     kept, same = weight_formats(structure, precision, "8bit"), weight_formats(structure, precision, "same")
-    ends = {structure.patch_embed, structure.head}
+    ends = {structure.patch_embed, *structure.heads}
     assert {name for name, form in kept.items() if form.bits == 8} == ends
     assert {form.bits for form in same.values()} == {4}
     assert set(activation_bits(structure, precision, "8bit")) == set(activation_sites(structure))
-    assert weight_formats(structure, Precision.parse("wfp8afp8"), "8bit")[structure.head].kind is Kind.E4M3
+    assert weight_formats(structure, Precision.parse("wfp8afp8"), "8bit")[structure.heads[0]].kind is Kind.E4M3
 
 
 @pytest.mark.parametrize("changes", [{"bits": "w9a4"}, {"images": 0}, {"edges": "4bit"}, {"surprise": 1}])

@@ -19,8 +19,7 @@ from PIL import Image
 from tiny_exports import write_export
 
 from exporters.graph.runtime import open_session
-from fp8pipe.models.vision.files import read_model_file
-from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.preprocessing import Preprocessing, read_model_file
 from serving.vision.answers import probabilities
 
 _HEAVY = ["torch", "onnx", "onnx_ir", "transformers", "safetensors"]

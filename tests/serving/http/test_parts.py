@@ -18,10 +18,10 @@ from fp8pipe.core.errors import ConfigurationError
 from serving.http.auth import KeyFile, hash_key, new_key
 from serving.http.config import ServeConfig
 from serving.http.limits import RateLimitMiddleware
-from serving.http.metrics import HttpMetrics
 from serving.http.problems import Problem, send_problem
 from serving.http.server import Lifecycle, make_server
-from serving.http.stack import wrap
+from serving.http.service import wrap
+from serving.http.telemetry import HttpMetrics
 
 
 async def _echo(scope, receive, send):
@@ -53,7 +53,7 @@ def _served(**settings):
     lifecycle = Lifecycle(ready=True)
     logger = logging.getLogger("silent")
     logger.disabled = True
-    app = wrap(_echo, config, keys=None, logger=logger, metrics=HttpMetrics(), lifecycle=lifecycle)
+    app = wrap(_echo, config, keys=None, lines=logger, metrics=HttpMetrics(), lifecycle=lifecycle)
     server = make_server(app, config, lifecycle)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

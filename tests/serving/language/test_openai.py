@@ -21,7 +21,7 @@ from serving.http.auth import hash_key, new_key
 SERVE = """
 import sys
 from pathlib import Path
-from fp8pipe import logs
+from fp8pipe.core import logs
 from serving.http.config import ServeConfig
 from serving.language.config import LanguageConfig
 from serving.language.server import serve_language

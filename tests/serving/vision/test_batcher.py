@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from serving.http.problems import Problem
-from serving.vision.batcher import Batcher
-from serving.vision.metrics import VisionMetrics
+from serving.vision.batcher import Batcher, VisionMetrics
 
 
 def _batcher(runs, sizes=(1, 2, 4), capacity=2000):

@@ -15,8 +15,7 @@ from tiny_exports import write_export
 
 from exporters.graph.runtime import open_session
 from fp8pipe.artifact import open_artifact
-from fp8pipe.models.vision.files import read_model_file
-from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.preprocessing import Preprocessing, read_model_file
 from serving.vision.answers import probabilities
 
 

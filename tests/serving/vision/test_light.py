@@ -15,8 +15,7 @@ from PIL import Image
 from running_server import running
 
 from exporters.graph.runtime import open_session
-from fp8pipe.models.vision.files import read_model_file
-from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.preprocessing import Preprocessing, read_model_file
 from serving.vision.answers import probabilities
 
 _ROOT = Path(__file__).resolve().parents[3]

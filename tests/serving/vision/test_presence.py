@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from running_server import running
 
-from serving.vision.batcher import Batcher
-from serving.vision.metrics import VisionMetrics
+from serving.vision.batcher import Batcher, VisionMetrics
 
 
 def test_images_of_a_request_that_was_given_up_never_reach_the_engine():

@@ -6,8 +6,7 @@ import pytest
 import torch
 from fp8pipe_vllm_cpu.activations import Activations, Granularity, round_trip
 from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, dequantize, resolve_shard_scales
-from fp8pipe_vllm_cpu.settings import Settings
-from fp8pipe_vllm_cpu.versions import TESTED_VERSIONS, UntestedVersionError, check_version
+from fp8pipe_vllm_cpu.settings import TESTED_VERSIONS, Settings, UntestedVersionError, check_version
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.inspection import ScaleBins, inspect_contents
-from fp8pipe.models.inspection.bytes_of import decode
+from fp8pipe.models.inspection.safetensors_layers import decode
 
 
 def checkpoint(root: Path, tensors: dict[str, torch.Tensor], **quantization: object) -> Path:

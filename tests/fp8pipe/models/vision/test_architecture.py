@@ -10,10 +10,9 @@ from vit_families import CLASSES, FAMILIES, NAMES, Family, family, random_pixels
 
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.models.vision.architecture import Architecture, build
-from fp8pipe.models.vision.files import read_model_file, write_model_file
-from fp8pipe.models.vision.outputs import class_count, vision_outputs
-from fp8pipe.models.vision.probed import ClassAndPatches
+from fp8pipe.models.vision.architecture import Architecture, ClassAndPatches, build
+from fp8pipe.models.vision.prepare import class_count, vision_outputs
+from fp8pipe.models.vision.preprocessing import read_model_file, write_model_file
 from fp8pipe.models.vision.structure import read_structure
 
 

@@ -12,7 +12,7 @@ from vit_families import FAMILIES, NAMES, Family, build_family, family, random_p
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import attention_names, explicit_attention, intercept_attention
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import read_structure
 
 FUSED = functional.scaled_dot_product_attention

@@ -11,7 +11,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCap
 from fp8pipe.models.compat import import_timm
 from fp8pipe.models.samples import focus_onnx
 from fp8pipe.models.vision.focus import focus_weights
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import read_structure
 

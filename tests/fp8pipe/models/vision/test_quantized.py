@@ -15,7 +15,7 @@ from torch.nn import functional
 from vit_families import NAMES, family, random_pixels, vision_family
 
 from fp8pipe.core.errors import BadArtifactError
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized, save_quantized
 from fp8pipe.models.vision.structure import read_structure
 from fp8pipe.numerics.kinds import Kind

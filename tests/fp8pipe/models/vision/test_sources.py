@@ -16,7 +16,7 @@ from vit_families import CLASSES, family, random_pixels, randomize, vision_famil
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.compat import import_timm, import_transformers
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.preprocessing import Preprocessing
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model, save_vision_model
 

@@ -28,7 +28,6 @@ def test_every_family(one: Family):
     assert any(site.mask for site in structure.attentions) == one.mask
     assert {site.head_dim for site in structure.attentions} == {8}
     assert structure.heads == one.heads
-    assert structure.head == (one.heads[0] if one.heads else None)
     assert structure.is_backbone == (one.architecture.classes is None)
     assert structure.classes == (5 if one.heads else None)
     assert len(structure.linears) == one.linears

@@ -7,8 +7,8 @@ import zlib
 
 import pytest
 
-from serving.http.encoding import accepted_encoding, compress, decompress
 from serving.http.problems import Problem
+from serving.vision.bodies import accepted_encoding, compress, decompress
 
 _TEXT = b"the same words again and again " * 100
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.vit.losses import distillation, feature_distance, head_structure
+from pipeline.vit.distill import distillation, feature_distance, head_structure
 
 
 def _maps(seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Conditioned models compute what the original computed, in every family, and are easier to round."""
+"""Transformed models compute what the original computed, in every family, and are easier to round."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from vit_families import NAMES, family, random_pixels, vision_family
 
 from fp8pipe.core.config import build_config
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.models.vision.structure import read_structure
-from pipeline.vit.config import ConditioningConfig
+from pipeline.vit.config import TransformsConfig
+from pipeline.vit.transforms.apply import apply_transforms
 from pipeline.vit.transforms.centre import centre
 from pipeline.vit.transforms.heads import random_rotation, rotate_heads
 from pipeline.vit.transforms.residual import NotRotatable, ones_keeping_rotation, rotate_residual
-from pipeline.vit.transforms.stage import condition
 from pipeline.vit.transforms.wiring import read_wiring
 
-# Streams that end in features, are merged, or begin in a norm keep their basis; all others must be turned.
+# Streams that end in features, are merged, or begin in a norm keep their basis; all others must be rotated.
 KEPT = {
     "timm-vit-qk-norm", "timm-dinov2", "timm-siglip", "timm-swin", "timm-swin-wide", "hf-vit-backbone",
     "hf-dinov2-other-size", "hf-swin", "hf-swin-wide", "hf-clip", "hf-clip-backbone", "hf-siglip", "hf-siglip-backbone",
 }  # fmt: skip
-DEFAULTS = build_config(ConditioningConfig, {})
+DEFAULTS = build_config(TransformsConfig, {})
 
 
 def parts(name: str) -> tuple:
@@ -38,12 +38,12 @@ def in_double(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_conditioned_model_computes_the_same(name):
+def test_a_transformed_model_computes_the_same(name):
     vision, structure, pixels = parts(name)
     before = {key: value.clone() for key, value in vision.model.state_dict().items()}
-    done = condition(vision, structure, pixels, DEFAULTS, 0)
+    done = apply_transforms(vision, structure, pixels, DEFAULTS, 0)
     assert all(torch.equal(value, before[key]) for key, value in vision.model.state_dict().items())
-    # New images, not those it was conditioned on. In float64, so that only the weights' fp32 rounding is left:
+    # New images, not those it was measured on. In float64, so that only the weights' fp32 rounding is left:
     # each new weight is off by 2^-24 of itself, a few layers of them add up to far less than 1e-5.
     pixels = random_pixels(family(name), 3, seed=9)
     expected, found = in_double(vision.model, pixels), in_double(done.vision.model, pixels)
@@ -57,18 +57,18 @@ def test_a_conditioned_model_computes_the_same(name):
 
 def test_rotations_are_orthogonal_and_keep_what_they_must():
     generator = torch.Generator().manual_seed(0)
-    for turn in (random_rotation(24, generator), ones_keeping_rotation(24, generator)):
-        torch.testing.assert_close(turn @ turn.T, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12)
+    for rotation in (random_rotation(24, generator), ones_keeping_rotation(24, generator)):
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12)
     ones = torch.ones(24, dtype=torch.float64)
-    torch.testing.assert_close(turn @ ones, ones, rtol=0, atol=1e-12)
-    assert float(turn.abs().max()) < 0.95  # it mixes channels
+    torch.testing.assert_close(rotation @ ones, ones, rtol=0, atol=1e-12)
+    assert float(rotation.abs().max()) < 0.95  # it mixes channels
 
 
 def test_layer_norm_commutes_with_the_rotation():
-    turn = ones_keeping_rotation(16, torch.Generator().manual_seed(3))
+    rotation = ones_keeping_rotation(16, torch.Generator().manual_seed(3))
     x = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) + 2
     norm = torch.nn.functional.layer_norm
-    torch.testing.assert_close(norm(x @ turn.T, (16,)), norm(x, (16,)) @ turn.T, rtol=0, atol=1e-9)
+    torch.testing.assert_close(norm(x @ rotation.T, (16,)), norm(x, (16,)) @ rotation.T, rtol=0, atol=1e-9)
 
 
 def test_wiring_finds_fused_and_separate_linears():
@@ -96,8 +96,8 @@ def test_centred_tensors_have_no_mean():
     wiring = read_wiring(vision.model, structure)
     model = copy.deepcopy(vision.model)
     assert centre(model, wiring, pixels.split(2)) == 2 * 2 + 2 * 2  # keys, values; two norms a block
-    plain = QuantizedVit(model, vision.architecture, vision.preprocessing, structure, {}, {})
-    taps = plain.taps(pixels)
+    float_graph = QuantizedVit(model, vision.architecture, vision.preprocessing, structure, {}, {})
+    taps = float_graph.taps(pixels)
     for site in structure.attentions:
         for what in ("k", "v"):
             mean = taps[site.name][what].mean((0, 2))
@@ -111,7 +111,7 @@ def test_the_rotation_levels_a_channel_that_stands_out():
     with torch.no_grad():
         vision.model.get_submodule("blocks.1.norm1").get_parameter("weight")[5] = 40.0
         vision.model.get_submodule("blocks.1.attn.qkv").get_parameter("weight")[:, 5] /= 40.0
-    levelled = condition(vision, structure, pixels, DEFAULTS, 0).vision
+    levelled = apply_transforms(vision, structure, pixels, DEFAULTS, 0).vision
 
     def peak(one):
         taps = QuantizedVit(one.model, one.architecture, one.preprocessing, structure, {}, {}).taps(pixels)
@@ -121,24 +121,24 @@ def test_the_rotation_levels_a_channel_that_stands_out():
     assert peak(levelled) < 0.5 * peak(vision)
 
 
-def test_what_cannot_be_turned_is_named():
+def test_what_cannot_be_rotated_is_named():
     vision, structure, pixels = parts("hf-clip")
     with pytest.raises(NotRotatable, match="pre_layrnorm"):
         rotate_residual(copy.deepcopy(vision.model), structure, read_wiring(vision.model, structure), torch.Generator())
-    notes = condition(vision, structure, pixels, DEFAULTS, 0).notes
+    notes = apply_transforms(vision, structure, pixels, DEFAULTS, 0).notes
     assert any("pre_layrnorm" in note for note in notes)
 
 
 def test_a_step_that_would_change_answers_is_dropped(monkeypatch):
-    import pipeline.vit.transforms.stage as stage
+    import pipeline.vit.transforms.apply as apply
 
     def wrong(model, wiring, generator):
         model.get_parameter("blocks.0.attn.qkv.weight").data[70, 3] += 0.5
         return 1
 
-    monkeypatch.setattr(stage, "rotate_heads", wrong)
+    monkeypatch.setattr(apply, "rotate_heads", wrong)
     vision, structure, pixels = parts("timm-vit")
-    done = condition(vision, structure, pixels, DEFAULTS, 0)
+    done = apply_transforms(vision, structure, pixels, DEFAULTS, 0)
     assert any("rotation of heads: left out, it would change the answers" in note for note in done.notes)
     expected, found = in_double(vision.model, pixels), in_double(done.vision.model, pixels)
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
@@ -146,7 +146,7 @@ def test_a_step_that_would_change_answers_is_dropped(monkeypatch):
 
 def test_steps_can_be_switched_off():
     vision, structure, pixels = parts("timm-vit")
-    nothing = build_config(ConditioningConfig, {"rotate_residual": False, "rotate_heads": False, "centre": False})
-    done = condition(vision, structure, pixels, nothing, 0)
+    nothing = build_config(TransformsConfig, {"rotate_residual": False, "rotate_heads": False, "centre": False})
+    done = apply_transforms(vision, structure, pixels, nothing, 0)
     assert done.vision.model is vision.model
     assert (done.steps, done.notes) == ((), ())

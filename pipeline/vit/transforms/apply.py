@@ -1,4 +1,4 @@
-"""Brings a float model into the form that rounds best, and keeps only what provably computes the same.
+"""Equivalent transforms of a float model: those that round better are applied, and only what computes the same is kept.
 
 Each step works on a copy. Its answers on calibration images are compared with the original's; a step that changes
 them by more than fp32 rounding is dropped, with a note that says so. So a family that nobody has tried can lose the
@@ -15,10 +15,10 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.models.vision.outputs import vision_outputs
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
-from pipeline.vit.config import ConditioningConfig
+from pipeline.vit.config import TransformsConfig
 from pipeline.vit.transforms.centre import centre
 from pipeline.vit.transforms.heads import rotate_heads
 from pipeline.vit.transforms.residual import NotRotatable, rotate_residual
@@ -31,7 +31,7 @@ _CHECKED: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioned:
+class Transformed:
     """The model in its new form.
 
     Attributes:
@@ -45,9 +45,9 @@ class Conditioned:
     notes: tuple[str, ...]
 
 
-def condition(
-    vision: VisionModel, structure: VitStructure, pixels: Tensor, config: ConditioningConfig, seed: int
-) -> Conditioned:
+def apply_transforms(
+    vision: VisionModel, structure: VitStructure, pixels: Tensor, config: TransformsConfig, seed: int
+) -> Transformed:
     """Rotate and centre a model, as far as it allows.
 
     Args:
@@ -76,26 +76,26 @@ def condition(
         else:
             model = changed
             steps.append(f"{name} ({done} places, answers changed by {difference:.1e})")
-    return Conditioned(replace(vision, model=model), tuple(steps), tuple(notes))
+    return Transformed(replace(vision, model=model), tuple(steps), tuple(notes))
 
 
 def _steps(
-    structure: VitStructure, pixels: Tensor, config: ConditioningConfig, seed: int
+    structure: VitStructure, pixels: Tensor, config: TransformsConfig, seed: int
 ) -> list[tuple[bool, str, Callable[[nn.Module], int]]]:
-    def turn_stream(model: nn.Module) -> int:
+    def rotate_stream(model: nn.Module) -> int:
         rotate_residual(model, structure, read_wiring(model, structure), torch.Generator().manual_seed(seed))
         return 1
 
-    def turn_heads(model: nn.Module) -> int:
+    def rotate_each_head(model: nn.Module) -> int:
         return rotate_heads(model, read_wiring(model, structure), torch.Generator().manual_seed(seed))
 
-    def move_means(model: nn.Module) -> int:
+    def centre_means(model: nn.Module) -> int:
         return centre(model, read_wiring(model, structure), pixels.split(_BATCH))
 
     return [
-        (config.rotate_residual, "rotation of the residual stream", turn_stream),
-        (config.rotate_heads, "rotation of heads", turn_heads),
-        (config.centre, "centring", move_means),
+        (config.rotate_residual, "rotation of the residual stream", rotate_stream),
+        (config.rotate_heads, "rotation of heads", rotate_each_head),
+        (config.centre, "centring", centre_means),
     ]
 
 

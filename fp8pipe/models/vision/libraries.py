@@ -1,0 +1,287 @@
+"""Pretrained vision models of timm (from the hub or a directory) and of transformers (a directory).
+
+Either becomes the same three things: weights by the names of the prepared model, an architecture and a preprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from torch import Tensor, nn
+
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.models.compat import import_timm
+from fp8pipe.models.vision.architecture import Architecture, transformers_class
+from fp8pipe.models.vision.prepare import class_count, prepare_model
+from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.structure import pair_of_integers
+
+Pretrained = tuple[dict[str, Tensor], Architecture, Preprocessing]
+
+# Two-tower checkpoints hold a vision model that has a class of its own.
+_VISION_PART: Final = {"CLIPModel": "CLIPVisionModel", "SiglipModel": "SiglipVisionModel"}
+# Entries that say where and by what a configuration was written, not what is built.
+_RECORDS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+_FILTERS: Final = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+
+
+def is_timm_folder(path: Path) -> bool:
+    """Whether a directory's config.json is one of timm's (it names an architecture)."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("architecture"), str)
+
+
+def load_from_timm(name: str | Path, image_size: tuple[int, int] | None) -> Pretrained:
+    """A pretrained timm model.
+
+    Args:
+        name: a model name with or without a tag, or a directory.
+        image_size: (height, width) in pixels, None for that of the weights.
+
+    Raises:
+        ConfigurationError: timm has no such model or no weights for it, or it takes no other image size.
+        MissingCapabilityError: timm is not installed, or the weights could not be downloaded.
+    """
+    timm = import_timm()
+    if isinstance(name, Path):
+        _check_weights(name, "model.safetensors")
+    source = f"local-dir:{name}" if isinstance(name, Path) else name
+    model = _create(timm, source, image_size)
+    config: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    size = image_size or _built_size(model) or (int(config["input_size"][1]), int(config["input_size"][2]))
+    arguments: dict[str, Any] = {"num_classes": model.num_classes, "img_size": list(size)}
+    if isinstance(name, Path):
+        written = json.loads((name / "config.json").read_text(encoding="utf-8"))
+        arguments = written.get("model_args", {}) | arguments
+    prepared = prepare_model(model)
+    architecture_name = str(model.pretrained_cfg["architecture"])
+    architecture = _architecture("timm", architecture_name, arguments, size, _class_names(prepared))
+    return prepared.state_dict(), architecture, _timm_preprocessing(config, size)
+
+
+def _create(timm: Any, source: str, image_size: tuple[int, int] | None) -> Any:
+    from huggingface_hub import errors as hub
+
+    options = {} if image_size is None else {"img_size": image_size}
+    try:
+        return timm.create_model(source, pretrained=True, **options)
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, hub.HfHubHTTPError, OSError) as error:
+        raise MissingCapabilityError(
+            f"the weights of {source} could not be downloaded",
+            why=f"{type(error).__name__}: {_first_line(error)}",
+            fix="check the network (HF_HUB_OFFLINE must be unset to download); sample:vit-digits needs none",
+        ) from error
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+        raise ConfigurationError(
+            f"timm {timm.__version__} cannot give the model {source}",
+            why=_first_line(error) or type(error).__name__,
+            fix="check the name (timm.list_models(pretrained=True) lists them) and the image size",
+        ) from error
+
+
+def _built_size(model: Any) -> tuple[int, int] | None:
+    """The image size that the module was built for; the one noted for its data may be another."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return pair_of_integers(size) if isinstance(size, tuple | list) else None
+
+
+def _class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The names that came with the weights; ImageNet's synsets for 1000 classes; else numbers."""
+    count = class_count(model)
+    if count is None:
+        return None
+    config: Any = getattr(model, "pretrained_cfg", {})
+    names = config.get("label_names")
+    if names and len(names) == count:
+        return tuple(names)
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(model)
+    if subset == "imagenet-1k":
+        return tuple(ImageNetInfo(subset).label_names())
+    return tuple(map(str, range(count)))
+
+
+def _timm_preprocessing(config: dict[str, Any], size: tuple[int, int]) -> Preprocessing:
+    """timm's evaluation transform: the crop is a fraction `crop_pct` of the resized image."""
+    fraction = float(config["crop_pct"])
+    if config["crop_mode"] not in {"center", "squash"}:
+        raise ConfigurationError(
+            "this model's preprocessing is not supported",
+            why=f"its crop mode is {config['crop_mode']}",
+            fix="use a model that resizes and crops the centre",
+        )
+    squash = config["crop_mode"] == "squash"
+    resize = tuple(math.floor(side / fraction) for side in size) if squash else math.floor(max(size) / fraction)
+    values = {"resize": resize, "crop": size} | {key: config[key] for key in ("interpolation", "mean", "std")}
+    return build_config(Preprocessing, values)
+
+
+def _architecture(
+    library: Literal["timm", "transformers"],
+    name: str,
+    arguments: dict[str, Any],
+    size: tuple[int, int],
+    classes: tuple[str, ...] | None,
+) -> Architecture:
+    return Architecture(
+        library=library, name=name, arguments=arguments, image_size=size, classes=classes,
+        head="features" if classes is None else "classifier",
+    )  # fmt: skip
+
+
+def _check_weights(folder: Path, pattern: str) -> None:
+    if not any(folder.glob(pattern)):
+        raise ConfigurationError(
+            f"{folder} holds no safetensors weights",
+            why=f"no {pattern} is there, and pickled weights are not loaded",
+            fix="save the model again in safetensors",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def load_from_transformers(folder: Path, image_size: tuple[int, int] | None) -> Pretrained:
+    """A vision model of transformers.
+
+    Args:
+        folder: config.json, preprocessor_config.json and safetensors.
+        image_size: (height, width) in pixels, None for the configuration's.
+
+    Raises:
+        ConfigurationError: no vision model, weights missing, or no preprocessing beside them.
+        BadArtifactError: a file cannot be read.
+    """
+    name = _class_name(_read(folder / "config.json"), folder)
+    model = _load(folder, name)
+    size = image_size or _image_size(model.config)
+    classes = None
+    if class_count(model) is not None:
+        classes = tuple(str(model.config.id2label[index]) for index in range(model.config.num_labels))
+    arguments = {key: value for key, value in model.config.to_dict().items() if key not in _RECORDS}
+    architecture = _architecture("transformers", name, json.loads(json.dumps(arguments)), size, classes)
+    preprocessing = _transformers_preprocessing(folder, size)
+    return prepare_model(model).state_dict(), architecture, preprocessing
+
+
+def _load(folder: Path, name: str) -> Any:
+    """The model with every weight from the folder; transformers alone would make up what is missing."""
+    cls: Any = transformers_class(name)
+    _check_weights(folder, "*.safetensors")
+    try:
+        model, info = cls.from_pretrained(folder, dtype="float32", local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BadArtifactError(
+            f"{folder} cannot be loaded as {name}",
+            why=_first_line(error),
+            fix="check that the download is complete",
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing:
+        raise ConfigurationError(
+            f"{folder} does not hold all weights of {name}",
+            why=f"missing: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}",
+            fix="use a checkpoint whose config.json names the class that it was saved from",
+        )
+    return model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadArtifactError(
+            f"{path} cannot be read", why=f"{type(error).__name__}: {error}", fix="fetch the model again"
+        ) from error
+    if not isinstance(content, dict):
+        raise BadArtifactError(f"{path} cannot be read", why="it is not a JSON object", fix="fetch the model again")
+    return content
+
+
+def _class_name(config: dict[str, Any], folder: Path) -> str:
+    names = config.get("architectures") or []
+    name = str(names[0]) if len(names) == 1 else ""
+    name = _VISION_PART.get(name, name)
+    if not name.endswith(("ForImageClassification", "ForImageClassificationWithTeacher", "Model", "WithProjection")):
+        raise ConfigurationError(
+            f"{folder} holds no image classifier or vision backbone",
+            why=f"config.json names {name or 'no class'}",
+            fix="use a ...ForImageClassification checkpoint, or a plain vision ...Model",
+        )
+    return name
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
+    found = pair_of_integers(size)
+    if found is not None:
+        return found
+    raise ConfigurationError(
+        f"the configuration {type(config).__name__} does not say how large images are",
+        why=f"image_size is {size!r}",
+        fix="use a vision model",
+    )
+
+
+def _transformers_preprocessing(folder: Path, size: tuple[int, int]) -> Preprocessing:
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise ConfigurationError(
+            f"{folder} does not say how its pixels are made",
+            why="it has no preprocessor_config.json",
+            fix="save the image processor beside the model: processor.save_pretrained(...)",
+        )
+    written = _read(path)
+    resize: Any = _pair(written.get("size", size), "size")
+    crop = _both_sides(resize)
+    if written.get("do_center_crop"):
+        crop = _both_sides(_pair(written.get("crop_size", crop), "crop_size"))
+    else:
+        resize = crop  # without a crop, one number means both sides
+    if not written.get("do_resize", True):
+        resize = crop = size
+    normalize = written.get("do_normalize", True)
+    factor = float(written.get("rescale_factor", 1 / 255)) if written.get("do_rescale", True) else 1.0
+    if abs(factor * 255 - 1) > 1e-6 or written.get("resample", 3) not in _FILTERS:
+        raise ConfigurationError(
+            "this model's preprocessing is not supported",
+            why=f"rescale factor {factor}, resample {written.get('resample')}",
+            fix="use 1/255, and nearest, bilinear or bicubic",
+        )
+    values = {
+        "resize": resize,
+        "crop": crop,
+        "interpolation": _FILTERS[written.get("resample", 3)],
+        "mean": written.get("image_mean", (0.5, 0.5, 0.5)) if normalize else (0.0, 0.0, 0.0),
+        "std": written.get("image_std", (0.5, 0.5, 0.5)) if normalize else (1.0, 1.0, 1.0),
+    }
+    return build_config(Preprocessing, values).resized_to(size)
+
+
+def _both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _pair(size: Any, what: str) -> int | tuple[int, int]:
+    """An int for the shorter side, (height, width) for both."""
+    if isinstance(size, dict):
+        if set(size) == {"shortest_edge"}:
+            return int(size["shortest_edge"])
+        if set(size) >= {"height", "width"}:
+            return int(size["height"]), int(size["width"])
+    elif isinstance(size, int):
+        return size
+    elif isinstance(size, tuple | list) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    raise ConfigurationError(
+        "this model's preprocessing is not supported", why=f"{what} is {size!r}", fix="give height and width"
+    )

@@ -1,0 +1,127 @@
+"""From an app to a running service: the layers around it, which artifact it says it serves, and its life.
+
+The layers, from the outside: telemetry, tracing, CORS, API keys, rate limit, limits of bodies.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from fp8pipe.artifact import Artifact
+from fp8pipe.artifact.record import DIGEST_HEADER
+from fp8pipe.core.errors import ConfigurationError
+from serving.http.auth import OPEN_PATHS, AuthMiddleware, KeyFile
+from serving.http.config import ServeConfig
+from serving.http.limits import BodyBudget, BodyLimitMiddleware, RateLimitMiddleware
+from serving.http.problems import Receive, Scope, Send
+from serving.http.server import Lifecycle, make_server
+from serving.http.telemetry import HttpMetrics, TelemetryMiddleware, access_log, traced
+
+__all__ = ["identity_of", "read_keys", "serve", "wrap"]
+
+
+def identity_of(artifact: Artifact) -> dict[str, Any]:
+    """The manifest's identity, for /v1/artifact. Paths stay inside."""
+    manifest = artifact.manifest
+    return {
+        "name": artifact.root.absolute().name,
+        "kind": artifact.kind,
+        "digest": artifact.digest,
+        "created": manifest.created,
+        "tool_version": manifest.tool_version,
+        "number_format": None if manifest.number_format is None else manifest.number_format.model_dump(mode="json"),
+        "parents": [{"kind": parent.kind, "digest": parent.digest} for parent in manifest.parents],
+        "files": [entry.model_dump(mode="json") for entry in manifest.files],
+        "warnings": list(manifest.warnings),
+    }
+
+
+def read_keys(config: ServeConfig) -> KeyFile | None:
+    """The API keys; None leaves the service open. Raises as `KeyFile`."""
+    return None if config.api_key_file is None else KeyFile(config.api_key_file)
+
+
+def wrap(
+    app: Any, config: ServeConfig, *, keys: KeyFile | None, lines: logging.Logger, metrics: HttpMetrics,
+    lifecycle: Lifecycle, headers: tuple[tuple[bytes, bytes], ...] = (),
+) -> Any:  # fmt: skip
+    """`app` behind every layer.
+
+    Args:
+        app: ASGI.
+        config: of the service.
+        keys: the API keys; None leaves the service open.
+        lines: logger of access lines.
+        metrics: where requests are counted.
+        lifecycle: of the service; while it drains, connections end after their answer.
+        headers: added to every response.
+    """
+    budget = BodyBudget(config.max_total_body_bytes)
+    metrics.held_bytes.set_function(lambda: budget.held)
+    layers: Any = BodyLimitMiddleware(app, config.max_body_bytes, config.body_timeout_s, budget)
+    layers = RateLimitMiddleware(layers, config.rate_limit, config.rate_burst, OPEN_PATHS)
+    layers = AuthMiddleware(layers, keys)
+    if config.cors_origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        layers = CORSMiddleware(
+            layers, allow_origins=list(config.cors_origins), allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "X-API-Key", "X-Request-Id", "Content-Type"],
+        )  # fmt: skip
+    while_draining = (*headers, (b"connection", b"close"))
+    layers = TelemetryMiddleware(
+        traced(layers), lines, metrics, lambda: while_draining if lifecycle.draining else headers
+    )
+
+    async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
+        await (layers if scope["type"] == "http" else app)(scope, receive, send)
+
+    return dispatch
+
+
+def serve(
+    app: Any, artifact: Artifact, config: ServeConfig, *, keys: KeyFile | None, metrics: HttpMetrics,
+    lifecycle: Lifecycle, drain_s: float | None = None,
+) -> int:  # fmt: skip
+    """Serve `app` behind every layer until a signal comes; the process's exit code (0).
+
+    Args:
+        app: ASGI.
+        artifact: what is served.
+        config: of the service.
+        keys: from `read_keys`.
+        metrics: of the service.
+        lifecycle: shared with the app.
+        drain_s: how long what was accepted may take after a signal; by default what one request may take.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+    metrics.identify({"name": artifact.root.absolute().name, "kind": artifact.kind, "digest": artifact.digest})
+    lifecycle.on_drain.append(lambda: metrics.in_drain.set(1))
+    headers = ((DIGEST_HEADER.encode(), b"sha256:" + artifact.digest.encode()),)
+    reload: Callable[[], None] = (lambda: None) if keys is None else keys.reload
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    with access_log(config.access_log) as lines:
+        layers = wrap(app, config, keys=keys, lines=lines, metrics=metrics, lifecycle=lifecycle, headers=headers)
+        server = make_server(layers, config, lifecycle, reload=reload, drain_s=drain_s)
+        server.run(sockets=[_listen(config)])
+    return 0
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """Bound before anything is started: a taken port is the user's to know, in words."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {config.host}:{config.port}", why=error.strerror or str(error),
+            fix="give another --host or --port; --port 0 takes a free one",
+        ) from error  # fmt: skip
+    return listener

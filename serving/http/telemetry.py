@@ -1,0 +1,203 @@
+"""What an operator sees of a service: Prometheus metrics, one JSON line per request on stderr, OpenTelemetry spans.
+
+A client's `X-Request-Id` is taken over when it is sane (letters, digits, `._-`, at most 64), so that one id follows a
+request through several services; otherwise one is made. Bodies, keys and query strings are never written. The lines
+are written by a thread of their own: a full pipe must not stop the service.
+
+Spans are sent where OpenTelemetry's own variables name a collector: one per request, in the trace that the client
+began. `OTEL_EXPORTER_OTLP_ENDPOINT` (or `..._TRACES_ENDPOINT`) turns them on, `OTEL_SDK_DISABLED=true` off; the extra
+`tracing` has the packages. A program that has set up a tracer provider already, such as `opentelemetry-instrument`,
+keeps its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
+from queue import Full, Queue
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from serving.http.problems import Receive, Scope, Send
+
+__all__ = ["LATENCY_BUCKETS_S", "HttpMetrics", "TelemetryMiddleware", "access_log", "traced", "with_spans"]
+
+logger = logging.getLogger(__name__)
+
+LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_METHODS: Final = frozenset(("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"))
+_SANE_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_MAX_LOGGED_PATH: Final = 200
+_MAX_PENDING_LINES: Final = 10_000
+_STATUS_CLIENT_LEFT: Final = 499  # before there was an answer
+_TRACING_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+# Probes and scrapes come every few seconds and tell nothing.
+_UNTRACED_URLS: Final = "/healthz$,/readyz$,/metrics$,/v2/health/"
+
+
+class HttpMetrics:
+    """Requests of any service, and which artifact it serves. One registry per service: two in a process do not mix.
+
+    Attributes:
+        registry: where a service adds its own.
+        content_type: of `text`.
+    """
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = at = CollectorRegistry()
+        self.requests = Counter("fp8pipe_requests", "Requests answered.", ("route", "method", "status"), registry=at)
+        self.latency = Histogram(
+            "fp8pipe_request_seconds", "From the first byte of a request to the last of its answer.", ("route",),
+            buckets=LATENCY_BUCKETS_S, registry=at,
+        )  # fmt: skip
+        self.held_bytes = Gauge("fp8pipe_held_body_bytes", "Bodies of requests in memory.", registry=at)
+        self.in_drain = Gauge("fp8pipe_draining", "1 after SIGTERM.", registry=at)
+
+    def observe(self, route: str, method: str, status: int, took_s: float) -> None:
+        """Count one request. `route` must be a template, never a client's text: labels are kept for ever."""
+        self.requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
+        self.latency.labels(route).observe(took_s)
+
+    def identify(self, labels: Mapping[str, str]) -> None:
+        """Say which artifact is served."""
+        Gauge("fp8pipe_artifact_info", "What is served.", list(labels), registry=self.registry).labels(**labels).set(1)
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _DroppingHandler(QueueHandler):
+    """Lines beyond the queue's size are lost, and requests are not."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(Full):
+            self.queue.put_nowait(record)
+
+
+@contextlib.contextmanager
+def access_log(enabled: bool) -> Iterator[logging.Logger]:
+    """The logger of access lines; the thread that writes them ends with the context."""
+    lines = logging.getLogger("fp8pipe_access")
+    lines.propagate, lines.handlers = False, []
+    lines.setLevel(logging.INFO if enabled else logging.CRITICAL)
+    if not enabled:
+        yield lines
+        return
+    writer = logging.StreamHandler(sys.stderr)
+    writer.setFormatter(logging.Formatter("%(message)s"))
+    queue: Queue[Any] = Queue(_MAX_PENDING_LINES)
+    lines.addHandler(_DroppingHandler(queue))
+    listener = QueueListener(queue, writer)
+    listener.start()
+    try:
+        yield lines
+    finally:
+        listener.stop()
+
+
+class TelemetryMiddleware:
+    """The outermost layer: request ids, access lines, and the count of requests.
+
+    Args:
+        app: the next layer.
+        lines: from `access_log`.
+        metrics: where requests are counted.
+        headers: what to add to a response when it begins.
+    """
+
+    def __init__(self, app: Any, lines: logging.Logger, metrics: HttpMetrics, headers: Any) -> None:
+        self.app, self.lines, self.metrics, self.headers = app, lines, metrics, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says."""
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status, sent = time.perf_counter(), _STATUS_CLIENT_LEFT, 0
+
+        async def noting(message: Any) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = (b"x-request-id", request_id.encode())
+                message["headers"] = [*message.get("headers", ()), own, *self.headers()]
+            elif message["type"] == "http.response.body":
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            took_s = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", None) or "other"
+            self.metrics.observe(route, scope["method"], status, took_s)
+            if self.lines.isEnabledFor(logging.INFO):
+                self.lines.info(_line(scope, request_id, status, sent, took_s))
+
+
+def _line(scope: Scope, request_id: str, status: int, sent: int, took_s: float) -> str:
+    return json.dumps({
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "request_id": request_id,
+        "client": (scope.get("client") or ("",))[0], "key": scope["state"].get("client_name", ""),
+        "method": scope["method"], "path": scope["path"][:_MAX_LOGGED_PATH], "status": status,
+        "bytes": sent, "ms": round(took_s * 1000, 3),
+    })  # fmt: skip
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
+            return str(value, "ascii")
+    return secrets.token_hex(8)
+
+
+def traced(app: Any) -> Any:
+    """`app` with spans where the environment asks for them; a warning where they are asked for and cannot be."""
+    wanted = any(os.environ.get(name) for name in _TRACING_VARIABLES)
+    if not wanted or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return app
+    try:
+        return with_spans(app, _tracer_provider())
+    except ImportError as error:
+        logger.warning("a collector is configured, but nothing is traced: %s; pip install 'fp8pipe[tracing]'", error)
+        return app
+
+
+def with_spans(app: Any, provider: Any) -> Any:
+    """`app` in OpenTelemetry's middleware; `provider` is an `opentelemetry.trace.TracerProvider`."""
+    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+
+    return OpenTelemetryMiddleware(
+        app, excluded_urls=_UNTRACED_URLS, tracer_provider=provider, exclude_spans=["receive", "send"]
+    )
+
+
+def _tracer_provider() -> Any:
+    """The process's own tracer provider, or one that sends to the collector; it is flushed when the process ends."""
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    present = trace.get_tracer_provider()
+    if isinstance(present, TracerProvider):
+        return present
+    # Resource.create reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES; a name given here would win over them.
+    named = "OTEL_SERVICE_NAME" in os.environ or "service.name" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    provider = TracerProvider(resource=Resource.create({} if named else {SERVICE_NAME: "fp8pipe"}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
