@@ -1,18 +1,18 @@
 """What an export target is, and the registry of all of them.
 
-A target is one object: what it takes, its option model, and where the functions lie that plan, export, verify, prove and
-serve it. The command line, its help, the JSON schema, `verify`, the report, the model card and `serve` ask this
+A target is one object: what it takes, its option model, and where the functions are that plan, export, verify, prove
+and serve it. The command line, its help, the JSON schema, `verify`, the report, the model card and `serve` ask this
 registry; nothing else knows a kind of export by name. A new format is one folder with such an object, and one line in
 `_BUILTIN`; another package calls `register` itself.
 
-Functions are named as `module:function` and imported when they are called, so that help and schema need no torch, and so
-that a target may name rooms above this one (validation, serving) without importing them.
+Functions are named as `module:function` and imported when they are called, so that help and schema need no torch, and
+a target may name rooms above this one (validation, serving) without importing them.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,8 +25,8 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError
 
 __all__ = [
-    "PLAIN_MODEL", "Engine", "ExportTarget", "Reference", "Service", "call", "choose", "kind_of_source", "load",
-    "open_export", "register", "target_of", "targets", "unregister",
+    "PLAIN_MODEL", "Engine", "ExportTarget", "Reference", "Service", "call", "choose", "choose_engine",
+    "kind_of_source", "load", "open_export", "open_served", "register", "target_of", "targets", "unregister",
 ]  # fmt: skip
 
 # What a target may take besides artifacts: a model without a manifest.
@@ -151,7 +151,7 @@ def register(target: ExportTarget) -> None:
         ArtifactKind(
             target.kind, target.details, target.migrate, target.takes, target.name,
             tuple(engine.name for engine in target.engines),
-            tuple(k for k, v in (("bench", target.service.bench), ("serve-check", target.service.ask)) if v is not None),
+            tuple(name for name, has in (("bench", target.service.bench), ("serve-check", target.service.ask)) if has),
         )
     )  # fmt: skip
     _targets[target.kind] = target
@@ -188,6 +188,55 @@ def open_export(export: Path, able: Callable[[ExportTarget], Any]) -> tuple[Arti
     kinds = [target.kind for target in targets() if able(target)]
     artifact = open_artifact(export, kind=kinds, verify=False, caches="engines")
     return artifact, _targets[artifact.kind]
+
+
+def open_served(export: Path) -> tuple[Artifact, ExportTarget]:
+    """Open an export that a server of this project runs, without hashing its files.
+
+    Raises:
+        BadArtifactError: no export.
+        ConfigurationError: its kind is not served.
+    """
+    artifact, target = open_export(export, lambda known: known.service)
+    if target.service.serve is None:
+        raise ConfigurationError(
+            f"{export} cannot be served",
+            why=target.service.refusal,
+            fix="export with --target vllm or onnx, and serve that",
+        )
+    return artifact, target
+
+
+def choose_engine(
+    artifact: Artifact, target: ExportTarget, name: str | None, options: Mapping[str, Any]
+) -> tuple[Engine, dict[str, Any]]:
+    """The engine that proves an export, and what it understands of the options that were given.
+
+    Args:
+        artifact: the export.
+        target: of its kind.
+        name: of the engine; the usual one when None.
+        options: by name; None counts as not given.
+
+    Raises:
+        ConfigurationError: another kind's engine, or an option that the engine does not take; only the Python of vLLM,
+            which a variable may name for all commands, is passed over.
+    """
+    found = next((engine for engine in target.engines if name in (None, engine.name)), None)
+    if found is None:
+        usual = target.engines[0].name
+        raise ConfigurationError(
+            f"{artifact.root} cannot be validated in {name}",
+            why=f"it is of the kind {artifact.kind}, made for {usual}", fix=f"--engine {usual}, or none",
+        )  # fmt: skip
+    given = {key: value for key, value in options.items() if value is not None}
+    foreign = [f"--{key.replace('_', '-')}" for key in given if key not in (*found.takes, "vllm_python")]
+    if foreign:
+        raise ConfigurationError(
+            f"{' and '.join(foreign)} cannot be given for {found.name}", why="nothing is compared with it there",
+            fix="leave it out",
+        )  # fmt: skip
+    return found, {key: value for key, value in given.items() if key in found.takes}
 
 
 def kind_of_source(source: Path | str) -> str:

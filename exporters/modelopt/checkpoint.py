@@ -29,9 +29,9 @@ from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
 from exporters.tensorrt.language.source import ExportText, LanguageModel, language_records, open_language, read_text
 from exporters.tensorrt.language.target import InputScale
 from exporters.vllm.plan import fused_siblings
-from fp8pipe import __version__
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, check_place, disk_guard, none_of
 from fp8pipe.core.progress import track
+from fp8pipe.core.version import __version__
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
 from fp8pipe.models.checkpoint.tensors import SINGLE_NAME, write_index
 from fp8pipe.numerics.codec import same_bits
@@ -214,7 +214,7 @@ def _details(
 
 
 def checkpoint_layers(model: LanguageModel, algorithm: str, calibration: str = "amax") -> list[LayerRecord]:
-    """The artifact's records with the scales as they are written: repeated per row, or one and a static one of inputs."""
+    """The artifact's records with scales as they are written: per row; or per tensor, with a static one of inputs."""
     if algorithm == _PER_CHANNEL:
         return list(model.plan.layers)
     return language_records(model, calibration)

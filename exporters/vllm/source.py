@@ -63,7 +63,7 @@ class Source:
 
     @property
     def trained_activations(self) -> Encoding | None:
-        """How training quantized the inputs of FP8 layers; None where it did not, or where nothing was trained in FP8."""
+        """How training quantized the inputs of FP8 layers; None where it did not, or trained nothing in FP8."""
         return next((layer.activation for layer in self.layers.values() if layer.activation is not None), None)
 
     def _record(self, module: str) -> LayerRecord | None:

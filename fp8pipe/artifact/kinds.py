@@ -42,8 +42,8 @@ class ArtifactKind:
     Attributes:
         name: as in manifests.
         details: the model of its own facts.
-        migrate: turns a manifest of schema 1 or 2, whose common fields are converted already and whose `details` are the
-            free dictionary of then, into one of today; may name another kind.
+        migrate: turns a manifest of schema 1 or 2, whose common fields are converted already and whose `details` are
+            the free dictionary of then, into one of today; may name another kind.
         made_from: for exports, the kinds of artifact it is made from.
         target: for exports, the `--target` that writes it.
         engines: for exports, the engines that can prove it.
@@ -95,7 +95,8 @@ def kind_named(name: str, where: str = "") -> ArtifactKind:
     kind = _kinds.get(name) or _all_kinds().get(name)
     if kind is None:
         raise BadArtifactError(
-            f"{where or 'the manifest'} is of the unknown kind {name!r}", why=f"known kinds: {', '.join(sorted(_kinds))}",
+            f"{where or 'the manifest'} is of the unknown kind {name!r}",
+            why=f"known kinds: {', '.join(sorted(_kinds))}",
             fix="use the version of fp8pipe, or install the package, that wrote it",
         )  # fmt: skip
     return kind

@@ -105,7 +105,8 @@ def _toward(kind: str, root: Path, wanted: list[str]) -> str:
     """What to do with an artifact of this kind where another was expected."""
     exports = [name for name in wanted if kind in kind_named(name).made_from]
     if exports:
-        return f"export it first: fp8pipe export {root} --target {kind_named(exports[0]).target} --output DIR; and give that DIR"
+        target = kind_named(exports[0]).target
+        return f"export it first: fp8pipe export {root} --target {target} --output DIR; and give that DIR"
     return "give the directory of an artifact of that kind"
 
 

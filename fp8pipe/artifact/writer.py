@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fp8pipe import __version__
 from fp8pipe.artifact.checksum import remove_checked, write_checked
 from fp8pipe.artifact.kinds import Details
 from fp8pipe.artifact.manifest import (
@@ -42,6 +41,7 @@ from fp8pipe.artifact.place import (
 from fp8pipe.artifact.reader import Artifact, read_artifact, sha256_file
 from fp8pipe.core.disk import ordinary_mode, translate_disk_full
 from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.version import __version__
 
 __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]
 

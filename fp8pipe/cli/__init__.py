@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from fp8pipe import __version__
 from fp8pipe.cli.common import Console, failure_of
+from fp8pipe.core.version import __version__
 
 __all__ = ["COMMANDS", "main"]
 

@@ -86,8 +86,8 @@ def _line(check: Check) -> str:
 def _python_checks() -> Iterator[Check]:
     import torch
 
-    from fp8pipe import __version__
     from fp8pipe.core.machine import distribution_version
+    from fp8pipe.core.version import __version__
 
     yield Check("fp8pipe", OK, f"{__version__}, Python {platform.python_version()}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"

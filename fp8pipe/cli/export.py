@@ -49,8 +49,8 @@ def _export(
 ) -> None:  # fmt: skip
     """Write ARTIFACT in the form that an engine loads; lint before, reopen and compare after.
 
-    ARTIFACT is what `fp8pipe finetune` or `fp8pipe quantize-vit` wrote; for vllm it may be a plain model, too: a Hugging
-    Face directory, a hub id, a .gguf file or sample:NAME.
+    ARTIFACT is what `fp8pipe finetune` or `fp8pipe quantize-vit` wrote; for vllm it may be a plain model, too: a
+    Hugging Face directory, a hub id, a .gguf file or sample:NAME.
     """
     settings = {} if config is None else read_yaml(config)
     asked = given.get("format") or settings.get("format")

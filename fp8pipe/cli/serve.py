@@ -27,7 +27,7 @@ def command(export: Path, extra: tuple[str, ...], console: Console, dry_run: boo
 
     For a language export, options of vLLM's own server may follow after `--`.
     """
-    from exporters.target import call, open_export
+    from exporters.target import call, open_export, open_served
 
     artifact, target = open_export(export, lambda known: known.service)
     service = target.service
@@ -36,13 +36,12 @@ def command(export: Path, extra: tuple[str, ...], console: Console, dry_run: boo
     _refuse_foreign(options, extra, language)
     config = resolve(ServeConfig if language else VisionConfig, None, options)
     of_vllm = resolve(LanguageConfig, None, options, extra=extra) if language else None
-    if service.serve is None:
-        raise _not_served(export, service.refusal)
+    open_served(export)  # refuses what no server here runs
     if dry_run:
         _refuse_now(export, config)
         _show(console, artifact, config, of_vllm)
         return
-    code = call(service.serve, export, config, of_vllm)
+    code = call(service.serve or "", export, config, of_vllm)
     if code:
         raise click.exceptions.Exit(code)
 
@@ -69,15 +68,6 @@ def _refuse_now(export: Path, config: ServeConfig) -> None:
     open_artifact(export, caches="engines")
     if config.api_key_file:
         KeyFile(config.api_key_file)
-
-
-def _not_served(export: Path, why: str) -> Exception:
-    from fp8pipe.core.errors import ConfigurationError
-
-    return ConfigurationError(
-        f"{export} cannot be served", why=why,
-        fix="export with --target vllm, and serve that",
-    )  # fmt: skip
 
 
 def _require_packages(language: bool) -> None:

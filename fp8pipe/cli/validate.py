@@ -49,12 +49,15 @@ def command(
 
     The record is written beside the export, as EXPORT.validation.json.
     """
-    from exporters.target import call, open_export
+    from exporters.target import call, choose_engine, open_export, targets
     from fp8pipe.artifact.record import ExportRejectedError
 
     artifact, target = open_export(export, lambda known: known.engines)
-    chosen = _engine(artifact, target, engine)
-    given = _understood(chosen, {"against": against, "images": images, "vllm_python": vllm_python})
+    known = dict.fromkeys(found.name for other in targets() for found in other.engines)
+    if engine is not None and engine not in known:
+        raise click.UsageError(f"--engine {engine}: choose from {', '.join(known)}")
+    options = {"against": against, "images": images, "vllm_python": vllm_python}
+    chosen, given = choose_engine(artifact, target, engine, options)
     if dry_run:
         _show_plan(artifact, target, chosen, given, console)
         return
@@ -66,38 +69,6 @@ def command(
     console.emit(record.model_dump(mode="json"), call(chosen.describe, export, record), quiet_text=record.verdict)
     if rejection is not None:
         raise rejection
-
-
-def _engine(artifact: Artifact, target: ExportTarget, name: str | None) -> Engine:
-    """The engine for this kind of export."""
-    from exporters.target import targets
-    from fp8pipe.core.errors import ConfigurationError
-
-    known = dict.fromkeys(engine.name for other in targets() for engine in other.engines)
-    if name is not None and name not in known:
-        raise click.UsageError(f"--engine {name}: choose from {', '.join(known)}")
-    found = next((engine for engine in target.engines if name in (None, engine.name)), None)
-    if found is None:
-        raise ConfigurationError(
-            f"{artifact.root} cannot be validated in {name}",
-            why=f"it is of the kind {artifact.kind}, made for {target.engines[0].name}",
-            fix=f"--engine {target.engines[0].name}, or none",
-        )
-    return found
-
-
-def _understood(engine: Engine, options: dict[str, Any]) -> dict[str, Any]:
-    """What was given, for an engine that takes it; refused otherwise, but for the Python of vLLM, which is often set."""
-    from fp8pipe.core.errors import ConfigurationError
-
-    given = {name: value for name, value in options.items() if value is not None}
-    foreign = [f"--{name}" for name in given if name not in (*engine.takes, "vllm_python")]
-    if foreign:
-        raise ConfigurationError(
-            f"{' and '.join(foreign)} cannot be given for {engine.name}", why="nothing is compared with it there",
-            fix="leave it out",
-        )  # fmt: skip
-    return {name: value for name, value in given.items() if name in engine.takes}
 
 
 def _show_plan(

@@ -67,8 +67,8 @@ def command(
 ) -> None:
     """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 when anything is found.
 
-    DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every checksum and
-    record checked, every linter run. Where an artifact's parent is in the same tree, or given with --parents, all
+    DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every checksum
+    and record checked, every linter run. Where an artifact's parent is in the same tree, or given with --parents, all
     numbers and files are compared with it.
     """  # fmt: skip
     from exporters.verify.whole import verify_tree

@@ -1,7 +1,7 @@
 """The README.md of an export: a model card in the hub's format, for whoever finds the directory without its history.
 
-Written before the export has a checksum, from what is decided by then: no time, no place of this machine. Every number comes
-from a manifest or from a gate that goes into one. Engines and their readers do not look at it.
+Written before the export has its manifest, from what is decided by then: no time, no place of this machine. Every
+number comes from a manifest or from a gate that goes into one. Engines and their readers do not look at it.
 """
 
 from __future__ import annotations

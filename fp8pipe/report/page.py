@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fp8pipe import __version__
 from fp8pipe.artifact import translate_disk_full
 from fp8pipe.artifact.runs import RUN_NAME
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.version import __version__
 from fp8pipe.report.figures import Badge
 from fp8pipe.report.sections import SECTIONS
 from fp8pipe.report.sections.verdicts import overall

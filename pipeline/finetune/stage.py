@@ -27,7 +27,7 @@ from fp8pipe.artifact import (
     check_place,
     sha256_file,
 )
-from fp8pipe.artifact.kinds import HeldoutLoss, MergeHealth, TextFacts, TunedDetails
+from fp8pipe.artifact.kinds import HeldoutLoss, TextFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.phases import enter_phase
 from fp8pipe.core.plan import refuse_impossible
@@ -43,12 +43,12 @@ from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from fp8pipe.numerics import native
 from fp8pipe.numerics.bf16 import widen_bf16_products
-from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.attention import use_matmul_attention
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.data import Batches, TemplateInfo, encode, load_records, split
+from pipeline.finetune.deploy import merge_facts, renamed, write_deployed
 from pipeline.finetune.device import check_device
 from pipeline.finetune.evaluate import heldout_loss, model_inputs
 from pipeline.finetune.export_warnings import export_obstacles
@@ -57,7 +57,6 @@ from pipeline.finetune.lora import LoraMethod
 from pipeline.finetune.loss import answer_count, answer_loss
 from pipeline.finetune.method import Method
 from pipeline.finetune.plot import plot_run
-from pipeline.finetune.weights import count_differing, write_checkpoint
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
@@ -262,12 +261,8 @@ def _deploy(
     untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
     trainer.record({"step": trainer.step, "deployed_loss": deployed})
     enter_phase("write")
-    weights = {names[name]: value for name, value in method.deployed_weights().items()}
-    write_checkpoint(source.path, writer.root, weights)
+    transposed = write_deployed(writer, source.path, method, names)
     _write_template(writer.root, text.template)
-    _write_adapter(writer, method)
-    differing = count_differing(writer.root, weights)
-    writer.gate(Gate(name="reopened bytes differing", value=differing))
     learned = Gate(
         name="held-out loss of the deployed weights", value=deployed, comparison=Comparison.BELOW,
         threshold=untuned, detail="nats per answer token; below the untuned model", failure=Verdict.REGRESSION,
@@ -278,7 +273,6 @@ def _deploy(
             f"the tuned model is no better on held-out text than the untuned one ({deployed:.4f}, {untuned:.4f})"
         )
     plot_run(trainer.history, writer.root / _PLOT, f"{config.method} on {source.origin}")
-    transposed = [name for name, weight in weights.items() if weight.transposed]
     falqon = config.method == "falqon"
     return writer.commit(
         config=config.model_dump(mode="json"),
@@ -289,33 +283,18 @@ def _deploy(
             "device": config.device, "threads": torch.get_num_threads(), "native": native.library() is not None,
             "attention": getattr(model.config, "_attn_implementation", None),
         },
-        layers=[r.model_copy(update={"name": names.get(r.name, r.name)}) for r in records],
+        layers=renamed(records, names),
         details=TunedDetails(
             adapter="flushed" if falqon else "merged", rule=config.update_rule if falqon else None, rank=config.rank,
             base_dtype=config.dtype, transposed=transposed, data=text.facts,
-            final_merge=_health(sum(flushed.values(), FlushReport())) if flushed else None,
-            final_merge_layers={names.get(name, name): _health(report) for name, report in flushed.items()},
+            **merge_facts(flushed, names),
             heldout_loss=HeldoutLoss(untuned=untuned, deployed=deployed),
         ),
         exclude=[_CHECKPOINTS], volatile=[_METRICS, _PLOT],
     )  # fmt: skip
 
 
-def _health(report: FlushReport) -> MergeHealth:
-    return MergeHealth(**report.health())
-
-
 def _write_template(root: Path, template: TemplateInfo) -> None:
     """A model without a chat template has now learned the plain one: without it, it would be asked in another."""
     if template.origin == "plain":
         (root / "chat_template.jinja").write_text(template.template, encoding="utf-8")
-
-
-def _write_adapter(writer: ArtifactWriter, method: Method) -> None:
-    from safetensors.torch import save_file
-
-    tensors = method.adapter()
-    if tensors:
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, writer.root / "adapter.safetensors"
-        )

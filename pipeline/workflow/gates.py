@@ -33,7 +33,7 @@ def verdict_of_failure(exit_code: int) -> Verdict | None:
 
 
 def document_of(output: Path) -> tuple[Path, dict[str, Any]]:
-    """The manifest of an artifact in today's schema, or a record: its file, and its content (empty where unreadable)."""
+    """The manifest of an artifact in today's schema, or a record: its file, and its content, or nothing."""
     path = output / MANIFEST_NAME if output.is_dir() else output
     try:
         document = read_manifest(output).plain() if output.is_dir() else json.loads(path.read_bytes())

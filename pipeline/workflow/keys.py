@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe import __version__
 from fp8pipe.artifact import MANIFEST_NAME, Manifest, sha256_file
+from fp8pipe.core.version import __version__
 from pipeline.workflow.recipe import StageSpec
 from pipeline.workflow.settings import replace_references
 

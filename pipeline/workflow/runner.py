@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import yaml
 
-from fp8pipe import __version__
 from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME, installed_versions
 from fp8pipe.artifact.checksum import remove_checked
 from fp8pipe.artifact.gate import Verdict, worst
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
 from fp8pipe.core.machine import describe_machine
+from fp8pipe.core.version import __version__
 from pipeline.workflow.commands import StageCommand
 from pipeline.workflow.gates import judge, verdict_of_failure
 from pipeline.workflow.keys import file_states

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe import __version__
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact
 from fp8pipe.artifact.place import partial_of
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, StageRecord, read_run
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.version import __version__
 from pipeline.workflow.commands import StageCommand
 from pipeline.workflow.gates import document_of
 from pipeline.workflow.keys import SourceDigests, canonical_digest, file_states, stage_key

@@ -13,7 +13,7 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from fp8pipe import __version__
+from fp8pipe.core.version import __version__
 from serving.http.page import page_headers
 from serving.http.problems import Problem, install_problem_handlers
 from serving.http.service import identity_of

@@ -16,7 +16,7 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from fp8pipe import __version__
+from fp8pipe.core.version import __version__
 from serving.http.problems import Problem, too_many_images
 from serving.vision.bodies import accepted_encoding, compress, parse_json, read_body
 from serving.vision.model import ServedModel

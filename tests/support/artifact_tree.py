@@ -22,7 +22,6 @@ from exporters.tensorrt.language.options import LanguageExportOptions
 from exporters.tensorrt.options import TrtExportOptions
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from fp8pipe import __version__
 from fp8pipe.artifact import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
@@ -36,6 +35,7 @@ from fp8pipe.artifact import (
 from fp8pipe.artifact.gate import Verdict
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.core.config import build_config
+from fp8pipe.core.version import __version__
 from validation.onnx.validate import validate_onnx
 
 __all__ = ["rehash", "write_language", "write_run_record", "write_vision"]

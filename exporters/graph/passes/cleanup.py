@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from exporters.graph.passes.editing import Change, stored_bias
 from exporters.graph.trace import FloatGraph, ProductKind
-from fp8pipe import __version__
+from fp8pipe.core.version import __version__
 
 __all__ = ["SUFFIXES", "name_products", "strip_metadata"]
 

@@ -1,4 +1,4 @@
-"""The target `trt` for language models: the decoder as an FP8 graph with static scales, and engines of TensorRT for RTX."""
+"""The target `trt` for language models: the decoder as an FP8 graph with static scales, and engines for TensorRT."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def migrate_language(data: dict[str, Any]) -> dict[str, Any]:
 TARGET: Final = ExportTarget(
     name="trt", kind=KIND, takes=SOURCES, options=LanguageExportOptions, details=TrtLanguageDetails,
     help="of language models, a decoder graph and engines", label="trt, language",
-    export="exporters.tensorrt.language.export:export_language", plan="exporters.tensorrt.language.plan:plan_for_people",
+    export="exporters.tensorrt.language.export:export_language",
+    plan="exporters.tensorrt.language.plan:plan_for_people",
     verify="exporters.tensorrt.language.verify:check_language",
     engines=(
         Engine("tensorrt", "validation.tensorrt.language:validate_language", "validation.tensorrt.validate:describe"),

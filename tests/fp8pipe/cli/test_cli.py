@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 import fp8pipe.cli
-from fp8pipe import __version__
 from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent
 from fp8pipe.cli import COMMANDS, main
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
 from fp8pipe.core import errors
+from fp8pipe.core.version import __version__
 
 HEAVY = ("torch", "rich", "numpy", "transformers", "safetensors")  # the models of options take pydantic and yaml
 

@@ -1,0 +1,143 @@
+"""The Python interface: each function does what the command of its name does, and takes the same settings.
+
+Settings are keyword arguments named as in the option models (`fp8pipe schema` lists them); a wrong one is refused with
+every mistake at once, as a `ConfigurationError`. Failures are the exceptions of `fp8pipe.core.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.core.config import build_config
+
+if TYPE_CHECKING:
+    from fp8pipe.artifact.runs import RunRecord
+
+__all__ = ["export", "finetune", "open_artifact", "quantize_vit", "run", "serve", "validate"]
+
+Place = str | PathLike[str]
+
+
+def finetune(
+    model: str, data: str, output: Place, *, force: bool = False, resume: bool = False, **settings: Any
+) -> Artifact:
+    """Fine-tune a causal language model; see `fp8pipe finetune --help` for the settings.
+
+    Args:
+        model: directory, hub id, .gguf file or sample:NAME.
+        data: JSONL file, hub id or sample:NAME.
+        output: the artifact's directory.
+        force: replace an existing artifact.
+        resume: continue the unfinished run of `output`.
+        settings: of `FinetuneConfig`.
+    """
+    from pipeline.finetune.config import FinetuneConfig
+    from pipeline.finetune.stage import finetune as stage
+
+    config = build_config(FinetuneConfig, {"model": model, "data": data, **settings})
+    return stage(config, Path(output), force=force, resume=resume)
+
+
+def quantize_vit(
+    model: str, bits: str, output: Place, *, force: bool = False, resume: bool = False, **settings: Any
+) -> Artifact:
+    """Quantize a vision transformer; see `fp8pipe quantize-vit --help` for the settings.
+
+    Args:
+        model: directory, timm:NAME or sample:NAME.
+        bits: wXaY, wfp8afp8 or wnvfp4anvfp4.
+        output: the artifact's directory.
+        force: replace an existing artifact.
+        resume: continue the unfinished run of `output`.
+        settings: of `QuantizeVitConfig`.
+    """
+    from pipeline.vit.config import QuantizeVitConfig
+    from pipeline.vit.stage import quantize_vit as stage
+
+    config = build_config(QuantizeVitConfig, {"model": model, "bits": bits, **settings})
+    return stage(config, Path(output), force=force, resume=resume)
+
+
+def export(artifact: Place, target: str, output: Place, **settings: Any) -> Artifact:
+    """Write an artifact in the form that an engine loads; see `fp8pipe export --help` for the settings.
+
+    Args:
+        artifact: directory of an artifact, or for vllm a plain model.
+        target: vllm, onnx, trt, or another that is registered.
+        output: directory to create.
+        settings: of the target's option model; `force=True` replaces an existing output.
+    """
+    from exporters.target import call, choose, kind_of_source
+
+    chosen = choose(target, kind_of_source(Path(artifact)), settings.get("format"))
+    written: Artifact = call(chosen.export, Path(artifact), Path(output), build_config(chosen.options, settings))
+    return written
+
+
+def validate(export: Place, *, engine: str | None = None, **given: Any) -> Any:
+    """Load an export in its engine and prove that it serves what was made; the record, which lies beside it, too.
+
+    Args:
+        export: the export's directory.
+        engine: the one that the export is for when None.
+        given: what the engine understands: `against`, `images`, `vllm_python`.
+
+    Raises:
+        ExportRejectedError: the verdict is REJECT; the record is attached.
+    """
+    from exporters.target import call, choose_engine, open_export
+
+    artifact, target = open_export(Path(export), lambda known: known.engines)
+    chosen, understood = choose_engine(artifact, target, engine, given)
+    return call(chosen.validate, Path(export), **understood)
+
+
+def serve(export: Place, *extra: str, **settings: Any) -> int:
+    """Serve an export over HTTP until SIGTERM; the exit code.
+
+    Args:
+        export: the export's directory.
+        extra: options of vLLM's own server, for language models.
+        settings: of the service, and of vLLM for language models.
+    """
+    from exporters.target import call, open_served
+    from serving.http.config import ServeConfig
+    from serving.language.config import LanguageConfig
+    from serving.vision.config import VisionConfig
+
+    _, target = open_served(Path(export))
+    if target.service.domain == "vision":
+        return int(call(target.service.serve or "", Path(export), build_config(VisionConfig, settings), None))
+    of_service = {name: value for name, value in settings.items() if name in ServeConfig.model_fields}
+    of_vllm = {name: value for name, value in settings.items() if name not in of_service} | {"extra": extra}
+    shared = {name: settings[name] for name in of_service if name in LanguageConfig.model_fields}
+    language = build_config(LanguageConfig, of_vllm | shared)
+    return int(call(target.service.serve or "", Path(export), build_config(ServeConfig, of_service), language))
+
+
+def run(
+    recipe: Place, output: Place | None = None, *, overrides: Sequence[str] = (), first: str | None = None,
+    last: str | None = None, force: Sequence[str] = (), jobs: int = 1,
+) -> RunRecord:  # fmt: skip
+    """Run the stages of a recipe that are not up to date, and judge all of them; the run's record.
+
+    Args:
+        recipe: a YAML file.
+        output: directory of the run; `runs/NAME` when None.
+        overrides: `STAGE.KEY=VALUE`.
+        first: stages before it are taken as they are.
+        last: it and what it needs; nothing else is run.
+        force: stages that run even if nothing has changed.
+        jobs: stages that may run side by side.
+    """
+    from fp8pipe.cli.stages import stage_commands
+    from pipeline.workflow import RunOptions, RunState, WorkflowRunner, load_recipe
+
+    read = load_recipe(Path(recipe), list(overrides))
+    options = RunOptions(first=first, last=last, force=tuple(force), jobs=jobs)
+    state = RunState(read, stage_commands(), Path(output or Path("runs") / read.name), options)
+    return WorkflowRunner(state, lambda stage, line: None).run()

@@ -1,0 +1,18 @@
+"""FALQON for training loops of your own: see `convert`, and `Falqon`, which it returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.falqon.own_loop import Falqon, convert
+
+__all__ = ["Falqon", "convert"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline.falqon import own_loop
+
+    return getattr(own_loop, name)
