@@ -64,9 +64,13 @@ def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mappi
                 fix="write it on a machine like Triton's, or leave --device at cpu, which is right on any",
             )  # fmt: skip
         entries = {name: value for name, value in entries.items() if name != PRECISION_MODE}
-    open_session(source, optimized=target, portable=True, entries=entries)
+    _optimize(source, target, entries)
     _compare(proved, _as_triton(target), target)
     return width
+
+
+def _optimize(source: Path, target: Path, entries: Mapping[str, str]) -> None:
+    open_session(source, optimized=target, portable=True, entries=entries)
 
 
 def _as_triton(path: Path) -> Any:
