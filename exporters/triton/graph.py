@@ -1,4 +1,4 @@
-"""The graph as Triton must get it: what it computes may not hang on settings that Triton does not pass on.
+"""The graph as Triton must get it: what it computes may not depend on settings that Triton does not pass on.
 
 Triton's ONNX Runtime backend hands one session entry to the runtime (an allocator's) and no list of optimizers
 (`ModelState` in its src/onnxruntime.cc, 2026-06). Under the runtime's defaults integer sums saturate on x64 processors
@@ -26,7 +26,7 @@ __all__ = ["TritonDevice", "write_graph"]
 
 _IMAGES: Final = 4
 # Three times what normalized pixels are: many activations at the ends of their ranges, where sums are largest.
-_SPREAD: Final = 3.0
+_PIXEL_SPREAD: Final = 3.0
 
 
 class TritonDevice(StrEnum):
@@ -38,7 +38,7 @@ class TritonDevice(StrEnum):
 
 
 def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mapping[str, str]) -> int:
-    """Write the graph of an ONNX export for a device; the number of outputs an image.
+    """Write the graph of an ONNX export for a device; the number of outputs per image.
 
     Args:
         source: `model.onnx` of the export.
@@ -70,7 +70,7 @@ def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mappi
 
 
 def _optimize(source: Path, target: Path, entries: Mapping[str, str]) -> None:
-    open_session(source, write_to=target, portable=True, entries=entries)
+    open_session(source, optimized=target, portable=True, entries=entries)
 
 
 def _as_triton(path: Path) -> Any:
@@ -81,10 +81,10 @@ def _as_triton(path: Path) -> Any:
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _compare(proved: Any, settled: Any, path: Path) -> None:
+def _compare(proved: Any, written: Any, path: Path) -> None:
     source = proved.get_inputs()[0]
-    pixels = np.random.default_rng(0).normal(0.0, _SPREAD, (_IMAGES, *source.shape[1:])).astype(np.float32)
-    expected, found = (session.run(None, {source.name: pixels})[0] for session in (proved, settled))
+    pixels = np.random.default_rng(0).normal(0.0, _PIXEL_SPREAD, (_IMAGES, *source.shape[1:])).astype(np.float32)
+    expected, found = (session.run(None, {source.name: pixels})[0] for session in (proved, written))
     differing = int((expected.view(np.uint32) != found.view(np.uint32)).sum())
     if differing:
         raise GateFailedError(

@@ -142,7 +142,7 @@ def _parameter(key: str, value: str) -> str:
 
 
 def _labels(path: Path) -> list[str] | None:
-    """One name a line; line breaks inside names would shift all that follow."""
+    """One name per line; line breaks inside names would shift all that follow."""
     if not path.is_file():
         return None
     return [" ".join(str(label).split()) for label in json.loads(path.read_text(encoding="utf-8"))]

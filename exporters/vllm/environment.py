@@ -41,17 +41,11 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class VllmEnvironment:
-    """A Python with vLLM.
+    """A Python with vLLM."""
 
-    Attributes:
-        python: the interpreter; not resolved, since a virtual environment's is a link.
-        vllm: vLLM's version.
-        versions: versions of the distributions that matter, and of Python.
-    """
-
-    python: Path
-    vllm: str
-    versions: dict[str, str]
+    python: Path  # the interpreter; not resolved, since a virtual environment's is a link
+    vllm: str  # vLLM's version
+    versions: dict[str, str]  # versions of the distributions that matter, and of Python
 
     @property
     def plugin(self) -> str | None:

@@ -51,10 +51,7 @@ def is_name(text: str) -> bool:
 
 
 class KeyFile:
-    """The keys that are accepted now.
-
-    Args:
-        path: the file.
+    """The keys of a file that are accepted now.
 
     Raises:
         ConfigurationError: unreadable, without keys, or with a line that is none.
@@ -111,7 +108,7 @@ class AuthMiddleware:
         self.app, self.keys, self.open_paths = app, keys, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says. The key's name is put into the state as `client_name`."""
+        """The key's name is put into the state as `client_name`."""
         if self.keys is None or scope["path"] in self.open_paths:
             await self.app(scope, receive, send)
             return

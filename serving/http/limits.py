@@ -68,7 +68,7 @@ class BodyLimitMiddleware:
         self.app, self.max_bytes, self.timeout_s, self.budget = app, max_bytes, timeout_s, budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says. What the app sees of a body that cannot be taken is a `Problem`, raised by `receive`."""
+        """What the app sees of a body that cannot be taken is a `Problem`, raised by `receive`."""
         stated = dict(scope["headers"]).get(b"content-length", b"")
         if stated.isdigit() and int(stated[:20]) > self.max_bytes:
             await refuse(self._too_large(), scope, receive, send)
@@ -147,7 +147,7 @@ class RateLimitMiddleware:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says."""
+        """The ASGI interface."""
         if self.rate is not None and scope["path"] not in self.free:
             wait_s = self._take(_client(scope), self.rate)
             if wait_s > 0:

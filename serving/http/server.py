@@ -31,19 +31,12 @@ _ACCEPT_S = 0.2  # for connections that the kernel has taken already
 
 @dataclass
 class Lifecycle:
-    """Whether the service takes requests.
+    """Whether the service takes requests."""
 
-    Attributes:
-        ready: everything is loaded.
-        draining: SIGTERM has come.
-        on_drain: called once when draining begins.
-        leave: ends the service at once; set by `make_server`.
-    """
-
-    ready: bool = False
-    draining: bool = False
-    on_drain: list[Callable[[], None]] = field(default_factory=list)
-    leave: Callable[[], None] = lambda: None
+    ready: bool = False  # everything is loaded
+    draining: bool = False  # SIGTERM has come
+    on_drain: list[Callable[[], None]] = field(default_factory=list)  # called once when draining begins
+    leave: Callable[[], None] = lambda: None  # ends the service at once; set by `make_server`
 
     @property
     def accepting(self) -> bool:
@@ -115,15 +108,7 @@ def make_server(
     app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None,
     drain_s: float | None = None,
 ) -> Service:  # fmt: skip
-    """A server for `app`, not yet running.
-
-    Args:
-        app: ASGI.
-        config: of the service.
-        lifecycle: shared with the app.
-        reload: called on SIGHUP.
-        drain_s: how long what was accepted may take after a signal; by default what one request may take.
-    """
+    """A server for `app`, not yet running; see `serve`. `reload` is called on SIGHUP."""
     drain_s = config.request_timeout_s + config.body_timeout_s if drain_s is None else drain_s
     settings = uvicorn.Config(
         app, host=config.host, port=config.port, log_config=None, access_log=False, server_header=False,

@@ -48,17 +48,7 @@ def wrap(
     app: Any, config: ServeConfig, *, keys: KeyFile | None, lines: logging.Logger, metrics: HttpMetrics,
     lifecycle: Lifecycle, headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> Any:  # fmt: skip
-    """`app` behind every layer.
-
-    Args:
-        app: ASGI.
-        config: of the service.
-        keys: the API keys; None leaves the service open.
-        lines: logger of access lines.
-        metrics: where requests are counted.
-        lifecycle: of the service; while it drains, connections end after their answer.
-        headers: added to every response.
-    """
+    """`app` behind every layer; `headers` are added to every response, and connections end while it drains."""
     budget = BodyBudget(config.max_total_body_bytes)
     metrics.held_bytes.set_function(lambda: budget.held)
     layers: Any = BodyLimitMiddleware(app, config.max_body_bytes, config.body_timeout_s, budget)
@@ -88,14 +78,8 @@ def serve(
 ) -> int:  # fmt: skip
     """Serve `app` behind every layer until a signal comes; the process's exit code (0).
 
-    Args:
-        app: ASGI.
-        artifact: what is served.
-        config: of the service.
-        keys: from `read_keys`.
-        metrics: of the service.
-        lifecycle: shared with the app.
-        drain_s: how long what was accepted may take after a signal; by default what one request may take.
+    `artifact` is what is served, and `lifecycle` is shared with the app. What was accepted may take `drain_s` after a
+    signal; by default as long as one request may.
 
     Raises:
         ConfigurationError: the address cannot be listened on.

@@ -110,20 +110,13 @@ def access_log(enabled: bool) -> Iterator[logging.Logger]:
 
 
 class TelemetryMiddleware:
-    """The outermost layer: request ids, access lines, and the count of requests.
-
-    Args:
-        app: the next layer.
-        lines: from `access_log`.
-        metrics: where requests are counted.
-        headers: what to add to a response when it begins.
-    """
+    """The outermost layer: request ids, access lines, the count of requests, and `headers()` added to each response."""
 
     def __init__(self, app: Any, lines: logging.Logger, metrics: HttpMetrics, headers: Any) -> None:
         self.app, self.lines, self.metrics, self.headers = app, lines, metrics, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says."""
+        """The ASGI interface."""
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         started, status, sent = time.perf_counter(), _STATUS_CLIENT_LEFT, 0

@@ -49,18 +49,17 @@ class Front:
         lifecycle: of the service.
         metrics: ours, put before vLLM's own.
         identity: what `/v1/artifact` answers.
-        model: its name in the API, for the page.
         with_page: serve the page at `/`.
         timeout_s: longest wait for the head of an answer, seconds; None waits as long as the client does.
     """
 
     def __init__(
-        self, supervisor: Supervisor, lifecycle: Lifecycle, metrics: HttpMetrics, identity: dict[str, Any], model: str,
-        *, with_page: bool = True, timeout_s: float | None = None,
+        self, supervisor: Supervisor, lifecycle: Lifecycle, metrics: HttpMetrics, identity: dict[str, Any], *,
+        with_page: bool = True, timeout_s: float | None = None,
     ) -> None:  # fmt: skip
         self.supervisor, self.lifecycle, self.metrics, self.identity = supervisor, lifecycle, metrics, identity
         self.timeout_s = timeout_s
-        page = _PAGE.replace("@MODEL@", escape(model)).replace("@DIGEST@", escape(identity["digest"]))
+        page = _PAGE.replace("@MODEL@", escape(supervisor.model)).replace("@DIGEST@", escape(identity["digest"]))
         self._page = (page, page_headers(page)) if with_page else None
         self._running: set[asyncio.Task[Any]] = set()
         self._ending = False
@@ -83,7 +82,7 @@ class Front:
             task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says."""
+        """The ASGI interface."""
         path = scope["path"]
         scope["route"] = SimpleNamespace(path=path if path in _ROUTES else "other")
         try:
@@ -101,31 +100,23 @@ class Front:
         if path == "/healthz":
             return JSONResponse({"status": "alive"})
         if path == "/readyz":
-            return self._readiness()
+            ready = self.supervisor.state is State.READY and not self.lifecycle.draining
+            document = {"status": "draining" if self.lifecycle.draining else self.supervisor.state.value}
+            retry = {"Retry-After": str(self.supervisor.retry_after_s)}
+            return JSONResponse(document) if ready else JSONResponse(document, 503, retry)
         if path == "/v1/artifact":
             return JSONResponse(self.identity)
         if path == "/metrics":
             return Response(self.metrics.text() + await self._engine_metrics(), media_type=self.metrics.content_type)
         return None
 
-    def _readiness(self) -> Response:
-        engine = self.supervisor.state
-        ready = engine is State.READY and not self.lifecycle.draining
-        document = {"status": "draining" if self.lifecycle.draining else engine.value}
-        if ready:
-            return JSONResponse(document)
-        return JSONResponse(document, 503, {"Retry-After": str(self.supervisor.retry_after_s)})
-
     async def _engine_metrics(self) -> bytes:
         if self.supervisor.state is not State.READY:
             return b""
         try:
             async with asyncio.timeout(5):
-                reply = await self.supervisor.upstream.request(b"GET", b"/metrics", [])
-                try:
-                    return await reply.read() if reply.status == 200 else b""
-                finally:
-                    reply.release()
+                status, text = await self.supervisor.upstream.fetch(b"GET", b"/metrics", [])
+                return text if status == 200 else b""
         except (UpstreamError, TimeoutError):
             return b""
 

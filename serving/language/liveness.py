@@ -21,11 +21,7 @@ _JSON: Headers = [(b"content-type", b"application/json")]
 async def until_hung(upstream: Upstream, model: str, timeout_s: float, every_s: float) -> None:
     """Watch the engine; return once it hangs.
 
-    Args:
-        upstream: vLLM's server.
-        model: its name in the API.
-        timeout_s: without any sign of life for so long it hangs.
-        every_s: pause between two tokens.
+    It hangs when nothing shows a sign of life for `timeout_s`; `every_s` is the pause between two tokens.
     """
     body = json.dumps({"model": model, "prompt": "a", "max_tokens": 1}).encode()
     while True:
@@ -67,10 +63,7 @@ async def _counters(upstream: Upstream, timeout_s: float) -> bytes:
 async def _ask(upstream: Upstream, method: bytes, target: bytes, body: bytes = b"") -> bytes:
     """The answer's body; empty when the server broke off, which others notice."""
     try:
-        reply = await upstream.request(method, target, _JSON if body else [], body)
-        try:
-            return await reply.read()
-        finally:
-            reply.release()
+        _, answer = await upstream.fetch(method, target, _JSON if body else [], body)
+        return answer
     except UpstreamError:
         return b""

@@ -43,15 +43,7 @@ _CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def serve_language(export: Path, config: ServeConfig, language: LanguageConfig | None = None) -> int:
-    """Serve a vllm export until a signal ends it.
-
-    Args:
-        export: the export's directory; every file is hashed first.
-        config: of the service.
-        language: of vLLM.
-
-    Returns:
-        0 after an orderly end.
+    """Serve a vllm export, every file of which is hashed first, until a signal ends it; 0 after an orderly end.
 
     Raises:
         BadArtifactError: the export's files are not those of its manifest, or vLLM cannot load it.
@@ -119,7 +111,7 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, l
     restarts = Gauge("fp8pipe_engine_restarts", "Restarts of vLLM so far.", registry=metrics.registry)
     restarts.set_function(lambda: supervisor.restarts)
     front = Front(
-        supervisor, lifecycle, metrics, identity_of(artifact), supervisor.model,
+        supervisor, lifecycle, metrics, identity_of(artifact),
         with_page=config.page, timeout_s=language.request_timeout_s,
     )  # fmt: skip
     drain_s = max(config.linger_s, language.drain_seconds)

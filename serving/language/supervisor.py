@@ -42,10 +42,7 @@ class State(StrEnum):
 class Child:
     """The command, running below a guard in a session of its own.
 
-    Args:
-        command: what to run.
-        env: its environment.
-        log: where its output goes; begun anew with each run, so that it cannot fill a disk with restarts.
+    Its output goes to `log`, which is begun anew with each run, so that it cannot fill a disk with restarts.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
@@ -82,14 +79,7 @@ class Child:
 
 
 class Supervisor:
-    """Runs children one after another.
-
-    Args:
-        start: starts one.
-        upstream: how it is reached.
-        model: its name in the API, to ask the engine for a token.
-        config: times.
-    """
+    """Runs children, made by `start`, one after another; the engine is asked for tokens under the name `model`."""
 
     def __init__(self, start: Callable[[], Child], upstream: Upstream, model: str, config: SupervisorConfig) -> None:
         self._start, self.upstream, self.model, self.config = start, upstream, model, config
@@ -110,11 +100,7 @@ class Supervisor:
         return min(60, math.ceil(left)) if left > 0 else 5
 
     async def run(self, on_failure: Callable[[], None]) -> None:
-        """Supervise until cancelled; then end the child.
-
-        Args:
-            on_failure: called when the first start failed; `failure` says why.
-        """
+        """Supervise until cancelled, then end the child. A failed first start is told by `on_failure` and `failure`."""
         try:
             while True:
                 code = await self._one_run()
@@ -205,10 +191,8 @@ class Supervisor:
     async def _healthy(self) -> bool:
         try:
             async with asyncio.timeout(self.config.probe_timeout_s):
-                reply = await self.upstream.request(b"GET", b"/health", [])
-                await reply.read()
-                reply.release()
-                return reply.status == 200
+                status, _ = await self.upstream.fetch(b"GET", b"/health", [])
+                return status == 200
         except (UpstreamError, TimeoutError):
             return False
 

@@ -127,13 +127,6 @@ class Reply:
         """Whether nothing more will come after what `next` gave: the last bytes and the end can go in one write."""
         return self._connection.complete
 
-    async def read(self) -> bytes:
-        """The whole body. Raises as `next`."""
-        parts = []
-        while (part := await self.next()) is not None:
-            parts.append(part)
-        return b"".join(parts)
-
     def release(self) -> None:
         """Give the connection back, or close it when the answer was not read to its end (the server then stops)."""
         self._owner._give_back(self._connection)
@@ -149,11 +142,7 @@ class Upstream:
     async def request(self, method: bytes, target: bytes, headers: Headers, body: bytes = b"") -> Reply:
         """Send a request; return when the head of the answer is there.
 
-        Args:
-            method: of HTTP.
-            target: path and query, as the client sent them.
-            headers: without hop-by-hop ones, Host and Content-Length.
-            body: the whole body.
+        `headers` come without hop-by-hop ones, Host and Content-Length; `target` is what the client sent.
 
         Raises:
             UpstreamError: the server is not there, or broke off before it answered.
@@ -174,6 +163,16 @@ class Upstream:
             connection.close()
             raise
         return Reply(self, connection)
+
+    async def fetch(self, method: bytes, target: bytes, headers: Headers, body: bytes = b"") -> tuple[int, bytes]:
+        """Status and whole body of an answer. Raises as `request` and `Reply.next`."""
+        reply, parts = await self.request(method, target, headers, body), []
+        try:
+            while (part := await reply.next()) is not None:
+                parts.append(part)
+            return reply.status, b"".join(parts)
+        finally:
+            reply.release()
 
     def close(self) -> None:
         """Close idle connections."""

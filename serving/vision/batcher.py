@@ -1,4 +1,4 @@
-"""Dynamic batches: images of many requests run together, from one bounded queue, in a thread for each stream.
+"""Dynamic batches: images of many requests run together, from one bounded queue, in one thread per stream.
 
 A thread takes what is there up to the largest batch, waits at most `max_wait_s` for more, and runs. While all run,
 the next batch gathers; so under load batches are full and nobody waits for the clock. A request beyond the queue is
@@ -48,17 +48,11 @@ class VisionMetrics(HttpMetrics):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer to one request.
+    """The answer to one request."""
 
-    Attributes:
-        outputs: (n, C) float32.
-        queue_s: how long its first image waited.
-        inference_s: time of the batch that held its last image.
-    """
-
-    outputs: np.ndarray
-    queue_s: float
-    inference_s: float
+    outputs: np.ndarray  # (n, C) float32
+    queue_s: float  # how long its first image waited
+    inference_s: float  # time of the batch that held its last image
 
 
 @dataclass(slots=True)
@@ -97,11 +91,7 @@ class Batcher:
             thread.start()
 
     async def submit(self, pixels: np.ndarray, timeout_s: float) -> Done:
-        """Run the images of one request.
-
-        Args:
-            pixels: (n, 3, H, W) float32, n >= 1.
-            timeout_s: give up when they have not begun by then.
+        """Run the images of one request, (n, 3, H, W) float32, n >= 1; give up when they have not begun in time.
 
         Raises:
             Problem: 503, the queue is full or the deadline passed; 413, more images than the queue ever holds.
@@ -163,7 +153,7 @@ class Batcher:
             if now > job.deadline and job.queue_s < 0:
                 late.add(id(job))
                 self._metrics.shed.labels("deadline").inc()
-                job.loop.call_soon_threadsafe(_fail, job, overloaded("the engine did not get to it in time"))
+                job.loop.call_soon_threadsafe(_resolve, job, overloaded("the engine did not get to it in time"))
                 continue
             alive.append((job, row))
         return alive
@@ -182,7 +172,7 @@ class Batcher:
         except Exception as error:  # an engine's exceptions share no base; the request fails, the thread lives
             logger.exception("the engine failed on a batch of %d", len(batch))
             for job, _ in batch:
-                job.loop.call_soon_threadsafe(_fail, job, error)
+                job.loop.call_soon_threadsafe(_resolve, job, error)
             return
         took_s = time.monotonic() - started
         self._metrics.inference.observe(took_s)
@@ -194,14 +184,14 @@ class Batcher:
                 job.left -= 1
                 complete = job.left == 0
             if complete:
-                job.loop.call_soon_threadsafe(_finish, job, Done(np.stack(job.rows), job.queue_s, took_s))  # type: ignore[arg-type]
+                job.loop.call_soon_threadsafe(_resolve, job, Done(np.stack(job.rows), job.queue_s, took_s))  # type: ignore[arg-type]
 
 
-def _finish(job: _Job, done: Done) -> None:
-    if not job.future.done():
-        job.future.set_result(done)
-
-
-def _fail(job: _Job, error: Exception) -> None:
-    if not job.future.done():
-        job.future.set_exception(error)
+def _resolve(job: _Job, outcome: Done | Exception) -> None:
+    """In the event loop: give a request its answer, unless it was given up."""
+    if job.future.done():
+        return
+    if isinstance(outcome, Done):
+        job.future.set_result(outcome)
+    else:
+        job.future.set_exception(outcome)

@@ -37,23 +37,14 @@ _FIX_TYPE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ImagesRequest:
-    """What a client sent.
+    """What a client sent."""
 
-    Attributes:
-        images: each file's bytes.
-        top_k: how many classes are asked for; None where it was not said in the body.
-    """
-
-    images: list[bytes]
-    top_k: Any = None
+    images: list[bytes]  # each file's bytes
+    top_k: Any = None  # how many classes are asked for; None where it was not said in the body
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, decompressed, within the limits of the layers around.
-
-    Args:
-        request: whose body.
-        max_bytes: largest decompressed size.
+    """The whole body, decompressed (to at most `max_bytes`), within the limits of the layers around.
 
     Raises:
         Problem: it is too large, too slow, damaged, compressed in an unknown way, or was cut off.
@@ -71,15 +62,10 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """The body that was sent compressed.
-
-    Args:
-        body: as it came.
-        encoding: the value of Content-Encoding.
-        max_bytes: largest result.
+    """The body that was sent compressed; `encoding` is the value of Content-Encoding.
 
     Raises:
-        Problem: 415, another encoding; 413, too large; 400, damaged or cut off.
+        Problem: 415, another encoding; 413, larger than `max_bytes`; 400, damaged or cut off.
     """
     window = _WINDOWS.get(encoding)
     if window is None:
@@ -133,12 +119,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 async def read_images(request: Request, max_bytes: int, max_images: int) -> ImagesRequest:
-    """Every image of a request, not yet decoded.
-
-    Args:
-        request: whose body.
-        max_bytes: largest body.
-        max_images: in it.
+    """Every image of a request, not yet decoded; at most `max_images` in a body of `max_bytes`.
 
     Raises:
         Problem: 4xx.

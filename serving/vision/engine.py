@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
 # Larger batches and more streams keep every image longer in the engine, and must gain this much.
-_WORTHWHILE: Final = 1.05
-_LONGEST_BATCH_S: Final = 0.5
+_MIN_GAIN: Final = 1.05
+_MAX_BATCH_S: Final = 0.5
 _REPEATS: Final = 3
 _PROVIDERS: Final = {
     Provider.CPU: "CPUExecutionProvider",
@@ -50,21 +50,13 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One measurement.
+    """One measurement."""
 
-    Attributes:
-        threads: within an operator; 0 where it does not apply.
-        streams: batches run at once.
-        batch: images at once.
-        images_per_s: throughput, of all streams.
-        exact: whether every row equals the same image run alone, bit for bit.
-    """
-
-    threads: int
-    streams: int
-    batch: int
-    images_per_s: float
-    exact: bool
+    threads: int  # within an operator; 0 where it does not apply
+    streams: int  # batches run at once
+    batch: int  # images at once
+    images_per_s: float  # throughput, of all streams
+    exact: bool  # whether every row equals the same image run alone, bit for bit
 
     @property
     def seconds(self) -> float:
@@ -74,38 +66,23 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A loaded engine.
+    """A loaded engine."""
 
-    Attributes:
-        runs: (n, 3, H, W) float32 -> (n, C) float32, one a stream; they may run at once.
-        sizes: batch sizes that are used.
-        threads: within an operator; 0 where it does not apply.
-        provider: where it computes.
-        width: C, the number of outputs.
-        measured: what the choice was made from.
-    """
-
-    runs: tuple[Run, ...]
-    sizes: tuple[int, ...]
-    threads: int
-    provider: str
-    width: int
-    measured: tuple[Measured, ...]
+    runs: tuple[Run, ...]  # (n, 3, H, W) float32 -> (n, C) float32, one per stream; they may run at once
+    sizes: tuple[int, ...]  # batch sizes that are used
+    threads: int  # within an operator; 0 where it does not apply
+    provider: str  # where it computes
+    width: int  # C, the number of outputs
+    measured: tuple[Measured, ...]  # what the choice was made from
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A way to use the machine.
+    """A way to use the machine."""
 
-    Attributes:
-        threads: within an operator; 0 where it does not apply.
-        streams: batches run at once.
-        open: makes a function for each stream.
-    """
-
-    threads: int
-    streams: int
-    open: Callable[[], tuple[Run, ...]]
+    threads: int  # within an operator; 0 where it does not apply
+    streams: int  # batches run at once
+    open: Callable[[], tuple[Run, ...]]  # makes a function for each stream
 
 
 def open_engine(model: ServedModel, config: VisionConfig) -> Engine:
@@ -161,17 +138,17 @@ def _cpu_runs(path: Path, model: ServedModel, threads: int, streams: int) -> tup
     return tuple(_session_run(sessions[stream % len(sessions)], model) for stream in range(streams))
 
 
-def _in_use(session: Any, asked: str, wanted: Provider) -> bool:
+def _in_use(session: Any, provider: str, wanted: Provider) -> bool:
     """Whether the session computes there: ONNX Runtime falls back to the CPU when a library or the GPU is missing."""
     found = str(session.get_providers()[0])
-    if found == asked:
+    if found == provider:
         return True
     if wanted is not Provider.AUTO:
         raise MissingCapabilityError(
-            f"{asked} cannot be used", why="ONNX Runtime could not load it; its own message is above",
+            f"{provider} cannot be used", why="ONNX Runtime could not load it; its own message is above",
             fix="install the CUDA and cuDNN that this onnxruntime-gpu is built for, or give --provider cpu",
         )  # fmt: skip
-    logger.warning("%s cannot be used, so %s computes", asked, found)
+    logger.warning("%s cannot be used, so %s computes", provider, found)
     return False
 
 
@@ -225,7 +202,7 @@ def _best(usable: Sequence[Measured], *, fixed: bool) -> Measured:
     if fixed:
         usable = [m for m in usable if m.batch == max(one.batch for one in usable)]
     best = max(m.images_per_s for m in usable)
-    return min((m for m in usable if m.images_per_s * _WORTHWHILE >= best), key=lambda m: m.seconds)
+    return min((m for m in usable if m.images_per_s * _MIN_GAIN >= best), key=lambda m: m.seconds)
 
 
 def _measure(layout: Layout, sizes: list[int], model: ServedModel, *, fixed: bool) -> list[Measured]:
@@ -245,7 +222,7 @@ def _measure(layout: Layout, sizes: list[int], model: ServedModel, *, fixed: boo
                 took.append(time.perf_counter() - started)
             exact = all(np.array_equal(answer, np.stack(alone)) for answer in answers)
             found.append(Measured(layout.threads, len(runs), size, len(runs) * size / min(took), exact))
-            if not fixed and min(took) * 2 > _LONGEST_BATCH_S:
+            if not fixed and min(took) * 2 > _MAX_BATCH_S:
                 break
     return found
 

@@ -30,26 +30,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 @dataclass(frozen=True, slots=True)
 class ReadImage:
-    """One picture, ready.
+    """One picture, ready."""
 
-    Attributes:
-        pixels: (3, H, W) float32, normalized.
-        decode_s: time to decode.
-        preprocess_s: time to resize, crop and normalize.
-    """
-
-    pixels: np.ndarray
-    decode_s: float
-    preprocess_s: float
+    pixels: np.ndarray  # (3, H, W) float32, normalized
+    decode_s: float  # time to decode
+    preprocess_s: float  # time to resize, crop and normalize
 
 
 def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> ReadImage:
-    """Decode and prepare one picture.
+    """Decode and prepare one picture: `data` are the file's bytes, `preprocessing` is the export's.
 
-    Args:
-        data: the file's bytes.
-        preprocessing: the export's.
-        max_pixels: largest width times height, before and after the resize.
+    Width times height may be `max_pixels`, before and after the resize.
 
     Raises:
         Problem: 400, 413 or 422; nothing else, whatever the bytes are.

@@ -18,23 +18,14 @@ __all__ = ["ServedModel", "read_model"]
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A vision export.
+    """A vision export."""
 
-    Attributes:
-        artifact: the export.
-        name: what clients call it: the directory's name.
-        preprocessing: from a picture to the input, the same that calibration used.
-        classes: names in the order of the outputs; None for a backbone.
-        input_name: of the graph.
-        output_name: of the graph.
-    """
-
-    artifact: Artifact
-    name: str
-    preprocessing: Preprocessing
-    classes: tuple[str, ...] | None
-    input_name: str
-    output_name: str
+    artifact: Artifact  # the export
+    name: str  # what clients call it: the directory's name
+    preprocessing: Preprocessing  # from a picture to the input, the same that calibration used
+    classes: tuple[str, ...] | None  # names in the order of the outputs; None for a backbone
+    input_name: str  # of the graph
+    output_name: str  # of the graph
 
     @property
     def engine(self) -> str:

@@ -34,17 +34,11 @@ _MIN_COMPRESSED_BYTES = 500
 
 @dataclass(frozen=True, slots=True)
 class _InferRequest:
-    """One inference.
+    """One inference."""
 
-    Attributes:
-        pixels: (n, 3, H, W) float32, finite.
-        id: the client's, or None.
-        binary: whether the output is wanted as bytes.
-    """
-
-    pixels: np.ndarray
-    id: str | None
-    binary: bool
+    pixels: np.ndarray  # (n, 3, H, W) float32, finite
+    id: str | None  # the client's, or None
+    binary: bool  # whether the output is wanted as bytes
 
 
 def add_protocol(app: FastAPI, state: VisionState) -> None:

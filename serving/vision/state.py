@@ -31,11 +31,7 @@ T = TypeVar("T")
 
 @dataclass
 class VisionState:
-    """One served model.
-
-    Attributes:
-        decoding: images that are being decoded, or wait for it.
-    """
+    """One served model."""
 
     model: ServedModel
     engine: Engine
@@ -44,7 +40,7 @@ class VisionState:
     lifecycle: Lifecycle
     batcher: Batcher
     decoders: ThreadPoolExecutor
-    decoding: int = 0
+    decoding: int = 0  # images that are being decoded, or wait for it
 
     def require_ready(self) -> None:
         """Raises a `Problem` while the service drains."""

@@ -33,15 +33,10 @@ class Granularity(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """How a checkpoint quantizes activations.
+    """How a checkpoint quantizes activations."""
 
-    Attributes:
-        granularity: what shares a scale.
-        group_size: columns of a group, for GROUP.
-    """
-
-    granularity: Granularity
-    group_size: int = 0
+    granularity: Granularity  # what shares a scale
+    group_size: int = 0  # columns of a group, for GROUP
 
 
 def round_trip(x: Tensor, activations: Activations, static_scale: Tensor | None = None) -> Tensor:

@@ -23,16 +23,10 @@ _CHUNK_ELEMENTS = 1 << 24
 
 
 def resolve_shard_scales(scales: Tensor) -> Tensor:
-    """Fill the scales of shards that the checkpoint had fused already.
+    """Fill the scales, fp32 `(shards,)`, of shards that the checkpoint had fused already; a new tensor where needed.
 
     A checkpoint that stores q/k/v as one tensor has one scale for it, and vLLM loads that into the first shard's
-    place only.
-
-    Args:
-        scales: fp32 `(shards,)`, unset ones holding `UNSET_SCALE`. Not modified.
-
-    Returns:
-        fp32 `(shards,)`, all set.
+    place only; the others hold `UNSET_SCALE`.
 
     Raises:
         ValueError: no scale was loaded, or some but not all of several (so it is unclear which shard lacks one).

@@ -30,48 +30,26 @@ __all__ = ["Fp8Linear", "LayerShape"]
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """Sizes of one layer on this rank, as vLLM passes them to `create_weights`.
+    """Sizes of one layer on this rank, as vLLM passes them to `create_weights`."""
 
-    Attributes:
-        input_per_partition: input features on this rank.
-        output_partitions: output features of each fused part on this rank.
-        input_size: input features over all ranks.
-        output_size: output features over all ranks.
-    """
-
-    input_per_partition: int
-    output_partitions: list[int]
-    input_size: int
-    output_size: int
+    input_per_partition: int  # input features on this rank
+    output_partitions: list[int]  # output features of each fused part on this rank
+    input_size: int  # input features over all ranks
+    output_size: int  # output features over all ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Linear:
-    """What a checkpoint declares about its FP8 linear layers.
+    """What a checkpoint declares about its FP8 linear layers."""
 
-    Attributes:
-        scale_type: vLLM's parameter class for the weight scale (it knows how shards are loaded).
-        scale_name: the scale's name in the checkpoint; dequantized = code * scale whatever the name says.
-        block: `(rows, columns)` of block scales, or None.
-        activations: how activations are quantized by the checkpoint.
-        settings: the plugin's settings.
-    """
-
-    scale_type: type
-    scale_name: str
-    block: tuple[int, int] | None
-    activations: Activations
-    settings: Settings
+    scale_type: type  # vLLM's parameter class for the weight scale (it knows how shards are loaded)
+    scale_name: str  # the scale's name in the checkpoint; dequantized = code * scale whatever the name says
+    block: tuple[int, int] | None  # `(rows, columns)` of block scales, or None
+    activations: Activations  # how activations are quantized by the checkpoint
+    settings: Settings  # the plugin's settings
 
     def declare(self, layer: Any, shape: LayerShape, dtype: torch.dtype, loader: Callable[..., Any] | None) -> None:
-        """Register `weight`, the scale, and `input_scale` if static, for vLLM's loaders to fill.
-
-        Args:
-            layer: the vLLM linear layer.
-            shape: its sizes.
-            dtype: the model's dtype, for the dequantized weight.
-            loader: vLLM's weight loader.
-        """
+        """Register `weight`, the scale, and `input_scale` if static, for vLLM's `loader`; `dtype` is the model's."""
         layer.logical_widths = list(shape.output_partitions)
         layer.input_size_per_partition = shape.input_per_partition
         layer.output_size_per_partition = sum(shape.output_partitions)

@@ -103,7 +103,10 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
         format: str | None = None,
         layer_name: str | None = None,
     ) -> CompressedTensorsScheme:
-        if _is_fp8(weight_quant) and _is_fp8_or_none(input_quant) and output_quant is None:
+        weights, inputs = weight_quant, input_quant
+        # Static weights with one of the three scale shapes, so neither MXFP8 nor groups.
+        known = weights is not None and not weights.dynamic and weights.strategy in STRATEGY_TO_PARAMETER_TYPE
+        if known and _is_fp8(weights) and (inputs is None or _is_fp8(inputs)) and output_quant is None:
             _announce("compressed-tensors")
             return CpuFp8Scheme(weight_quant, input_quant)
         return super()._get_scheme_from_parts(weight_quant, input_quant, output_quant, format, layer_name)
@@ -147,22 +150,8 @@ class CpuFp8Config(Fp8Config):
         return CpuFp8LinearMethod(self)
 
 
-def _is_fp8(weights: QuantizationArgs | None) -> bool:
-    """8-bit float, symmetric, static, with one of the three scale shapes (so neither MXFP8 nor groups)."""
-    return (
-        weights is not None
-        and weights.type == QuantizationType.FLOAT
-        and weights.num_bits == 8
-        and bool(weights.symmetric)
-        and not weights.dynamic
-        and weights.strategy in STRATEGY_TO_PARAMETER_TYPE
-    )
-
-
-def _is_fp8_or_none(activations: QuantizationArgs | None) -> bool:
-    if activations is None:
-        return True
-    return activations.type == QuantizationType.FLOAT and activations.num_bits == 8 and bool(activations.symmetric)
+def _is_fp8(args: QuantizationArgs) -> bool:
+    return args.type == QuantizationType.FLOAT and args.num_bits == 8 and bool(args.symmetric)
 
 
 def _declared_activations(args: QuantizationArgs | None) -> Activations:
@@ -172,9 +161,7 @@ def _declared_activations(args: QuantizationArgs | None) -> Activations:
         return Activations(Granularity.STATIC)
     if args.strategy == QuantizationStrategy.GROUP:
         return Activations(Granularity.GROUP, int(args.group_size or 0))
-    if args.strategy == QuantizationStrategy.TENSOR:
-        return Activations(Granularity.TENSOR)
-    return Activations(Granularity.TOKEN)
+    return Activations(Granularity.TENSOR if args.strategy == QuantizationStrategy.TENSOR else Granularity.TOKEN)
 
 
 def _native_activations(scheme: str, block: tuple[int, int] | None) -> Activations:

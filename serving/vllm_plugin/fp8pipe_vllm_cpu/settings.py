@@ -23,17 +23,11 @@ _ANY_VERSION = "FP8PIPE_VLLM_ANY_VERSION"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The parsed variables.
+    """The parsed variables."""
 
-    Attributes:
-        quantize_activations: emulate the checkpoint's activation quantization (W8A8 numbers).
-        keep_weights: keep the dequantized weight readable after the GEMM has packed it.
-        any_version: accept untested vLLM versions.
-    """
-
-    quantize_activations: bool = False
-    keep_weights: bool = False
-    any_version: bool = False
+    quantize_activations: bool = False  # emulate the checkpoint's activation quantization (W8A8 numbers)
+    keep_weights: bool = False  # keep the dequantized weight readable after the GEMM has packed it
+    any_version: bool = False  # accept untested vLLM versions
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
