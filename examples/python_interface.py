@@ -1,0 +1,28 @@
+"""From a vision transformer to a proven export, without the command line.
+
+python examples/python_interface.py WORK_DIRECTORY
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import fp8pipe
+
+
+def main(work: str) -> None:
+    """Quantize a small ViT with no data, export it to ONNX Runtime, and prove that it computes the same."""
+    root = Path(work)
+    quantized = fp8pipe.quantize_vit(
+        "sample:vit-digits", "w8a8", root / "digits", calibration="gaussian", images=8, distill={"steps": 0}, force=True
+    )
+    exported = fp8pipe.export(quantized.root, "onnx", root / "digits-onnx", force=True)
+    record = fp8pipe.validate(exported.root, against=quantized.root)
+    print(f"{record.verdict}: {exported.root}, digest {exported.digest[:12]}")
+    for gate in record.gates:
+        print(f"  {gate}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
