@@ -112,7 +112,7 @@ def run(source, bits, seed, images_of, options, scratch):
 
 
 def summary(lines):
-    """A table: a row a source, a column a precision, top-1 in percent over seeds."""
+    """A table: one row per source, one column per precision, top-1 in percent over seeds."""
     scores, cost = defaultdict(list), defaultdict(list)
     for line in lines:
         scores[line["source"], line["bits"]].append(100 * line["quantized"])

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK = 256  # one-hot rows a GEMM call
+_CHUNK = 256  # one-hot rows per GEMM call
 _SAMPLED_COLUMNS = 16  # columns of a stored weight that are compared with the GEMM
 _PREFIXES = ("", "model.", "transformer.")  # what engines put before a checkpoint's names
 
@@ -184,7 +184,7 @@ def _resolve(name: str, readers: dict[str, Reader], mapper: Any) -> str | None:
 
 
 def _as_checkpoint(value: Tensor, expected: dict[str, Any]) -> Tensor:
-    """Drop vocabulary padding and turn the orientation back."""
+    """Drop vocabulary padding and restore the orientation."""
     value = value.t() if expected["transposed"] and value.ndim == 2 else value
     shape = expected["shape"]
     if value.ndim == len(shape) and value.ndim > 0 and value.shape[0] > shape[0]:
