@@ -52,15 +52,9 @@ def _load(job: dict[str, Any]) -> Any:
     from vllm import LLM
 
     return LLM(
-        model=job["model"],
-        dtype=job["dtype"],
-        max_model_len=job["max_model_len"],
-        max_num_seqs=4,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        seed=0,
-        disable_log_stats=True,
-    )
+        model=job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=4, enforce_eager=True,
+        enable_prefix_caching=False, seed=0, disable_log_stats=True,
+    )  # fmt: skip
 
 
 def _versions() -> dict[str, str]:
@@ -230,14 +224,8 @@ def _answers(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
         outputs = llm.chat(talks, params, use_tqdm=False)
     else:
         outputs = llm.generate(job["prompts"], params, use_tqdm=False)
-    return [
-        {
-            "prompt_ids": list(out.prompt_token_ids),
-            "token_ids": list(out.outputs[0].token_ids),
-            "text": out.outputs[0].text,
-        }
-        for out in outputs
-    ]
+    answers = ((out.prompt_token_ids, out.outputs[0]) for out in outputs)
+    return [{"prompt_ids": list(ids), "token_ids": list(new.token_ids), "text": new.text} for ids, new in answers]
 
 
 def _plain(value: Any) -> Any:
