@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import sys
 from typing import cast
 
 import httptools
@@ -30,10 +30,12 @@ class Answering(asyncio.Protocol):
         self.transport.write(_ANSWER)
 
 
-async def main() -> None:
-    server = await asyncio.get_running_loop().create_unix_server(Answering, sys.argv[1])
+async def main(socket: str) -> None:
+    server = await asyncio.get_running_loop().create_unix_server(Answering, socket)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("socket", help="path of the socket")
+    uvloop.run(main(parser.parse_args().socket))

@@ -125,7 +125,7 @@ class Client:
 
 
 async def closed_loop(make, clients, seconds):
-    """(statuses, requests a second): every client sends again once it is answered."""
+    """(statuses, requests per second): every client sends again once it is answered."""
     statuses, end = Counter(), time.monotonic() + seconds
 
     async def work():
@@ -216,7 +216,7 @@ def sizes_run(server):
 
 
 def raw(sessions, pixels, size, seconds):
-    """Images a second of ONNX Runtime alone, in as many streams as there are sessions."""
+    """Images per second of ONNX Runtime alone, in as many streams as there are sessions."""
     batch, started = np.repeat(pixels, size, 0), time.monotonic()
 
     def stream(session):

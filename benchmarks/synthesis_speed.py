@@ -124,7 +124,7 @@ def serve_side(side, options, config, pipe):
 
 
 def compare(options):
-    """Time both in turn; print seconds a step, images a second at the configured steps, and the ratio.
+    """Time both in turn; print seconds per step, images per second at the configured steps, and the ratio.
 
     Each side has a process of its own: the plain one's large tensors change how memory is given out ever after.
     """

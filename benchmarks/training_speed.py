@@ -1,4 +1,4 @@
-"""Tokens a second and peak memory of FALQON and its baselines, interleaved step by step in one run.
+"""Tokens per second and peak memory of FALQON and its baselines, interleaved step by step in one run.
 
 Each method holds its model in a process of its own, so that peak memory is its own too. The parent lets them make one
 optimizer step in turn, A B C D A B C D ..., so that a machine that slows down slows all of them; the quoted ratios

@@ -43,7 +43,7 @@ def artifact_of(model, bits, options):
 
 
 def rows_of(model, options):
-    """One dict a format and compute capability; a refusal is a row, too."""
+    """One dict per format and compute capability; a refusal is a row, too."""
     for bits, format, capabilities in ROWS:
         artifact = artifact_of(model, bits, options)
         name = f"{bits} {format or ''}".strip()

@@ -1,8 +1,8 @@
 """Held-out answer loss of what is exported, by method, update rule and learning rate, over seeds.
 
-Every run goes the product's own road: `finetune` into an artifact, `export` to an FP8 checkpoint, and the checkpoint's
-weights evaluated as an engine serves them (FP8 weights, activations cast to FP8 with one dynamic scale a token).
-LoRA's road is the one FALQON replaces: bf16 adapters, merged, then quantized to FP8 by channel.
+Every run goes the product's own path: `finetune` into an artifact, `export` to an FP8 checkpoint, and the checkpoint's
+weights evaluated as an engine serves them (FP8 weights, activations cast to FP8 with one dynamic scale per token).
+LoRA's path is the one FALQON replaces: bf16 adapters, merged, then quantized to FP8 by channel.
 
     python benchmarks/update_rules.py --runs live:2e-3 lora:1e-3 released:2e-3 --seeds 0 1 2 --output runs/rules.jsonl
 
@@ -39,7 +39,7 @@ from pipeline.finetune.stage import finetune, load_text
 
 
 def cast_tokens(module, args):
-    """Forward pre-hook: FP8 activations with a dynamic scale a token, as engines compute them."""
+    """Forward pre-hook: FP8 activations with a dynamic scale per token, as engines compute them."""
     x = args[0]
     scale = amax_scale_quant(x.float().abs().amax(-1, keepdim=True), E4M3)
     return ((E4M3.quantize(x, scale).float() / scale).to(x.dtype),)

@@ -1,7 +1,7 @@
 """Accuracy of quantized vision transformers, by precision and by where the calibration images come from, over seeds.
 
-Every run goes the product's own road: `quantize-vit` into an artifact, whose deployed model is measured on held-out
-pictures beside its teacher. What differs between rows is the images alone; all are conditioned, rounded and distilled
+Every run goes the product's own path: `quantize-vit` into an artifact, whose deployed model is measured on held-out
+pictures beside its teacher. What differs between rows is the images alone; all are transformed, rounded and distilled
 alike.
 
     synthetic   the default synthesis
@@ -112,7 +112,7 @@ def run(source, bits, seed, images_of, options, scratch):
 
 
 def summary(lines):
-    """A table: a row a source, a column a precision, top-1 in percent over seeds."""
+    """A table: one row per source, one column per precision, top-1 in percent over seeds."""
     scores, cost = defaultdict(list), defaultdict(list)
     for line in lines:
         scores[line["source"], line["bits"]].append(100 * line["quantized"])

@@ -1,4 +1,4 @@
-"""Images that are optimised together, each with everything that is its own; some may leave before the others.
+"""A batch of images being optimised, each with a random stream of its own; finished ones leave before the others.
 
 An image whose loss has stopped falling is finished early. Every view is another one, so single losses jump; what is
 compared are means over two windows of steps. An image is finished when the mean over the last window is not below the
@@ -7,6 +7,8 @@ same whenever the same batch is made, in a run that was cut and resumed as in an
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,66 +21,63 @@ from calibration.terms import Scene
 from calibration.views import view
 
 
+@dataclass(slots=True)
 class Batch:
     """A batch under way.
 
-    Args:
+    Attributes:
         config: which views and terms.
         grid: rows and columns of patches.
         layers: attentions that have priors, in the order of `priors`.
         streams: one per image.
-        labels: `(N,)` int64.
-        canvas: of all images.
+        labels: `(N,)` int64, of all images it began with.
+        canvas: of all images that are still here.
         regions: targets of wholes and quarters, see `draw_regions`, or None.
         priors: `(N, layers, heads, rows, columns)`, or None.
-
-    Attributes:
         rows: `(n,)` int64: which of the images it began with are still here.
-        labels: of all images it began with.
     """
 
-    def __init__(
-        self,
-        config: SynthesisConfig,
-        grid: tuple[int, int],
-        layers: list[str],
-        streams: list[torch.Generator],
-        labels: Tensor,
-        canvas: Canvas,
-        regions: Tensor | None,
-        priors: Tensor | None,
-    ) -> None:
-        self.rows, self.labels, self.canvas = torch.arange(len(streams)), labels, canvas
-        self.plateau = Plateau(config.plateau, config.plateau_window)
-        self._config, self._grid, self._layers = config, grid, layers
-        self._streams, self._regions, self._priors = streams, regions, priors
+    config: SynthesisConfig
+    grid: tuple[int, int]
+    layers: list[str]
+    streams: list[torch.Generator]
+    labels: Tensor
+    canvas: Canvas
+    regions: Tensor | None
+    priors: Tensor | None
+    rows: Tensor = field(init=False)
+    plateau: Plateau = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = torch.arange(len(self.streams))
+        self.plateau = Plateau(self.config.plateau, self.config.plateau_window)
 
     def scene(self, step: int) -> Scene:
         """What step number `step` looks at; draws from the streams."""
-        config, pixels = self._config, self.canvas.pixels()
+        config, pixels = self.config, self.canvas.pixels()
         shown, targets = pixels, self.labels[self.rows]
-        maps = None if self._priors is None else self._priors.flatten(1, 2)
-        if self._regions is not None:
-            choice = draw_choice(self._streams, config.regions)
-            shown, targets = cut(shown, choice), self._regions[torch.arange(len(choice)), choice]
+        maps = None if self.priors is None else self.priors.flatten(1, 2)
+        if self.regions is not None:
+            choice = draw_choice(self.streams, config.regions)
+            shown, targets = cut(shown, choice), self.regions[torch.arange(len(choice)), choice]
             maps = None if maps is None else cut(maps, choice)
-        shown, maps = view(shown, maps, self._streams, step, config)
-        draws = uniform(self._streams, self._grid[0] * self._grid[1]) if config.masked else None
+        shown, maps = view(shown, maps, self.streams, step, config)
+        draws = uniform(self.streams, self.grid[0] * self.grid[1]) if config.masked else None
         return Scene(pixels, shown, targets, step / config.steps, self._by_layer(maps), draws)
 
     def _by_layer(self, maps: Tensor | None) -> dict[str, Tensor]:
         if maps is None:
             return {}
-        parts = maps.unflatten(1, (len(self._layers), -1)).flatten(3)  # (N, L, H, P)
-        return {name: parts[:, i] for i, name in enumerate(self._layers)}
+        parts = maps.unflatten(1, (len(self.layers), -1)).flatten(3)  # (N, L, H, P)
+        return {name: parts[:, i] for i, name in enumerate(self.layers)}
 
     def keep(self, stays: Tensor) -> None:
         """Go on with the images of which the boolean `(n,)` is true."""
         self.rows = self.rows[stays]
         self.canvas.keep(stays)
-        self._streams = [stream for stream, here in zip(self._streams, stays.tolist(), strict=True) if here]
-        self._regions = None if self._regions is None else self._regions[stays]
-        self._priors = None if self._priors is None else self._priors[stays]
+        self.streams = [stream for stream, here in zip(self.streams, stays.tolist(), strict=True) if here]
+        self.regions = None if self.regions is None else self.regions[stays]
+        self.priors = None if self.priors is None else self.priors[stays]
 
 
 class Plateau:

@@ -1,4 +1,4 @@
-"""What is optimised when an image is: its pixels, or a pyramid of corrections on a drawing.
+"""How an image being optimised is parametrized: by its pixels, or by a pyramid of corrections on a start image.
 
 Adam on single pixels answers a vision transformer with fine patterns that no photograph has, because all frequencies
 learn at one rate. A pyramid adds up layers of halving resolution, so a broad change takes few parameters and few steps
@@ -32,8 +32,11 @@ _COLOURS: Final = ((1.0, 1.0, 1.0), (0.25, 0.05, -0.25), (0.08, -0.16, 0.08))
 class Canvas(ABC):
     """A batch of images being optimised.
 
+    Its kinds take `start`, `(N, 3, H, W)` normalized pixels, and `limits`, the smallest and largest valid pixel, each
+    broadcastable to `start`; None leaves pixels free.
+
     Attributes:
-        parameters: leaves that want gradients.
+        parameters: what is optimised; tensors that want gradients.
     """
 
     parameters: list[Tensor]
@@ -68,12 +71,7 @@ class Canvas(ABC):
 
 
 class Pixels(Canvas):
-    """Every pixel for itself, as published.
-
-    Args:
-        start: `(N, 3, H, W)` normalized pixels; taken over.
-        limits: smallest and largest valid pixel, each broadcastable to `start`; None leaves pixels free.
-    """
+    """Every pixel for itself, as published; the start is taken over."""
 
     def __init__(self, start: Tensor, limits: tuple[Tensor, Tensor] | None) -> None:
         super().__init__([start], [1.0], beta2=0.999)
@@ -92,12 +90,7 @@ class Pixels(Canvas):
 
 
 class Pyramid(Canvas):
-    """Layers of halving resolution on a fixed start.
-
-    Args:
-        start: `(N, 3, H, W)` normalized pixels.
-        limits: smallest and largest valid pixel, each broadcastable to `start`; None leaves pixels free.
-    """
+    """Layers of halving resolution on a fixed start."""
 
     def __init__(self, start: Tensor, limits: tuple[Tensor, Tensor] | None) -> None:
         sizes = layer_sizes(start.shape[2], start.shape[3])

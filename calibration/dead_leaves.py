@@ -1,4 +1,4 @@
-"""Pictures from nothing: overlapping shapes with coloured, textured surfaces, drawn from a formula.
+"""Dead leaves, the start images: overlapping shapes with coloured, textured surfaces, drawn from a formula.
 
 What a vision transformer has learned are edges, surfaces, occlusion, and textures with natural spectra; white noise has
 none of them, and optimising pixels of noise brings few of them back. The dead-leaves model (Matheron 1968; Lee,
@@ -25,7 +25,7 @@ _CHROMA = ((1.0, 0.2, -1.0), (0.25, -0.5, 0.25))
 
 
 @dataclass(frozen=True, slots=True)
-class _Canvas:
+class _Sheet:
     """Coordinates of the pixels, -1 to 1 on both axes."""
 
     rows: Tensor
@@ -57,28 +57,28 @@ def dead_leaves(seed: int, first: int, count: int, size: tuple[int, int]) -> Ten
 
 
 def _picture(stream: torch.Generator, size: tuple[int, int]) -> Tensor:
-    canvas = _Canvas(torch.linspace(-1, 1, size[0]).view(-1, 1), torch.linspace(-1, 1, size[1]).view(1, -1), stream)
-    picture = _surface(canvas)
-    surfaces = [_surface(canvas) for _ in range(_SURFACES)]
-    for _ in range(5 + int(canvas.draw(1)[0] * 40)):
-        inside, surface = _leaf(canvas), surfaces[int(canvas.draw(1)[0] * _SURFACES)]
+    sheet = _Sheet(torch.linspace(-1, 1, size[0]).view(-1, 1), torch.linspace(-1, 1, size[1]).view(1, -1), stream)
+    picture = _surface(sheet)
+    surfaces = [_surface(sheet) for _ in range(_SURFACES)]
+    for _ in range(5 + int(sheet.draw(1)[0] * 40)):
+        inside, surface = _leaf(sheet), surfaces[int(sheet.draw(1)[0] * _SURFACES)]
         lightness, slant = torch.randn(2, generator=stream).tolist()
-        picture = torch.where(inside, surface + 0.15 * lightness + 0.1 * slant * canvas.rows, picture)
-    for _ in range(3 + int(canvas.draw(1)[0] * 5)):
-        surface = surfaces[int(canvas.draw(1)[0] * _SURFACES)]
-        inside, shade = _part(canvas)
+        picture = torch.where(inside, surface + 0.15 * lightness + 0.1 * slant * sheet.rows, picture)
+    for _ in range(3 + int(sheet.draw(1)[0] * 5)):
+        surface = surfaces[int(sheet.draw(1)[0] * _SURFACES)]
+        inside, shade = _part(sheet)
         picture = torch.where(inside, surface + shade, picture)
-    return _defocus(picture, 3.0 * canvas.draw(1)[0] * min(size) / 112).clamp(0, 1)
+    return _defocus(picture, 3.0 * sheet.draw(1)[0] * min(size) / 112).clamp(0, 1)
 
 
-def _surface(canvas: _Canvas) -> Tensor:
+def _surface(sheet: _Sheet) -> Tensor:
     """A muted colour with 1/f^a texture, `(3, H, W)`."""
-    height, width = canvas.size
-    draws = canvas.draw(4)
+    height, width = sheet.size
+    draws = sheet.draw(4)
     colour = torch.full((3,), 0.05 + 0.9 * draws[0])
-    for axis, amount in zip(_CHROMA, torch.randn(2, generator=canvas.stream).tolist(), strict=True):
+    for axis, amount in zip(_CHROMA, torch.randn(2, generator=sheet.stream).tolist(), strict=True):
         colour = colour + 0.18 * draws[1] * amount * torch.tensor(axis)
-    noise = torch.randn(3, height, width, generator=canvas.stream)
+    noise = torch.randn(3, height, width, generator=sheet.stream)
     noise = 0.9 * math.sqrt(3) * noise.mean(0, keepdim=True) + 0.15 * noise  # mostly brightness, a little hue
     fy, fx = torch.fft.fftfreq(height).view(-1, 1), torch.fft.rfftfreq(width).view(1, -1)
     falloff = (fy.square() + fx.square()).sqrt().clamp(min=1 / max(height, width)).pow(-(0.8 + draws[2]))
@@ -87,13 +87,13 @@ def _surface(canvas: _Canvas) -> Tensor:
     return surface
 
 
-def _leaf(canvas: _Canvas) -> Tensor:
-    """Boolean `(H, W)`: an ellipse, a box, a kite or a wavy blob of power-law size, turned and moved."""
-    draws = canvas.draw(8)
+def _leaf(sheet: _Sheet) -> Tensor:
+    """Boolean `(H, W)`: an ellipse, a box, a kite or a wavy blob of power-law size, rotated and moved."""
+    draws = sheet.draw(8)
     # The density of radii falls with their cube: the same picture at every magnification.
     share = 1 - (_LEAST_RADIUS / _LARGEST_RADIUS) ** 2
     radius = _LEAST_RADIUS / math.sqrt(1 - draws[0] * share)
-    u, v = _turned(canvas, 2.4 * draws[3] - 1.2, 2.4 * draws[4] - 1.2, radius, 1.2 * (draws[1] - 0.5), draws[2])
+    u, v = _own_coordinates(sheet, 2.4 * draws[3] - 1.2, 2.4 * draws[4] - 1.2, radius, 1.2 * (draws[1] - 0.5), draws[2])
     kind = int(draws[5] * 4)
     if kind == 0:
         return u.square() + v.square() < 1
@@ -105,21 +105,23 @@ def _leaf(canvas: _Canvas) -> Tensor:
     return u.square() + v.square() < wave.square()
 
 
-def _part(canvas: _Canvas) -> tuple[Tensor, Tensor]:
+def _part(sheet: _Sheet) -> tuple[Tensor, Tensor]:
     """A large rounded part near the middle, and its shading: boolean `(H, W)` and fp32 `(H, W)`."""
-    draws = canvas.draw(7)
+    draws = sheet.draw(7)
     radius = 0.15 + 0.45 * draws[0]
-    u, v = _turned(canvas, 0.9 * (draws[1] - 0.5), 0.9 * (draws[2] - 0.5), radius, 1.4 * (draws[4] - 0.5), draws[3])
+    u, v = _own_coordinates(
+        sheet, 0.9 * (draws[1] - 0.5), 0.9 * (draws[2] - 0.5), radius, 1.4 * (draws[4] - 0.5), draws[3]
+    )
     power = 2 + 2 * draws[5]  # from an ellipse to nearly a box
     return u.abs() ** power + v.abs() ** power < 1, 0.1 * draws[6] * (u + v)
 
 
-def _turned(
-    canvas: _Canvas, row: float, column: float, radius: float, stretch: float, turn: float
+def _own_coordinates(
+    sheet: _Sheet, row: float, column: float, radius: float, stretch: float, rotation: float
 ) -> tuple[Tensor, Tensor]:
     """Coordinates of a shape: 1 is its edge along each of its own axes."""
-    angle = 2 * math.pi * turn
-    y, x = canvas.rows - row, canvas.columns - column
+    angle = 2 * math.pi * rotation
+    y, x = sheet.rows - row, sheet.columns - column
     u = (x * math.cos(angle) + y * math.sin(angle)) / (radius * math.exp(stretch))
     v = (y * math.cos(angle) - x * math.sin(angle)) / (radius / math.exp(stretch))
     return u, v

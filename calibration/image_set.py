@@ -1,4 +1,4 @@
-"""A set of calibration images as a stage keeps it: uint8 pixels, labels, losses, and a sheet to look at."""
+"""A set of calibration images on disk: uint8 pixels, labels, losses, and a contact sheet to look at."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ImageSet:
         labels: `(N,)` int64 classes; None where they have none.
         method: what made them.
         seed: of their streams; None for pictures from a folder.
-        losses: last value of each loss, by name, an image each.
+        losses: last value of each loss, by name, one value per image.
         notes: restarts and the like, in words.
     """
 

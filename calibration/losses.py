@@ -1,4 +1,4 @@
-"""What synthetic images are made to do: losses on the attention of the frozen model, one value per image.
+"""Losses that images are optimised by: on the attention of the frozen model, one value per image.
 
 Every loss is a vector over images, so that a batch never couples its members and an image does not depend on which
 others it was made with.

@@ -1,4 +1,4 @@
-"""Calibration images of whatever kind the user asked for, made batch by batch and resumable between batches."""
+"""Calibration images of every method: synthetic, noise, of a folder, of an artifact; made in resumable batches."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make_images(
     structure: VitStructure,
     *,
     checkpoints: Path | None = None,
-    on_images: Progress = lambda done: None,
+    on_images: Progress = lambda count: None,
 ) -> ImageSet:
     """The images of a request.
 
@@ -73,7 +73,7 @@ def make_images(
         vision: the float model they are for.
         structure: of it.
         checkpoints: where finished batches are kept, and found again by a run that was cut.
-        on_images: told the number of finished images.
+        on_images: told how many more images are finished.
 
     Raises:
         ConfigurationError: an unknown method, a folder that is none or has too few pictures, or images that stay NaN.
@@ -119,7 +119,7 @@ def _synthesize(
             parts.append(replace(made, method=request.method))
             if folder is not None:
                 _keep(parts[-1], folder)
-        on_images(first + len(parts[-1].images))
+        on_images(len(parts[-1].images))
     labels = torch.cat([part.labels for part in parts if part.labels is not None])
     losses = {name: [v for part in parts for v in part.losses[name]] for name in parts[0].losses}
     return ImageSet(

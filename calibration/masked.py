@@ -1,4 +1,4 @@
-"""MaskAQ's terms (arXiv 2606.04373): patches that differ, and few informative ones on which rounding changes little.
+"""MaskAQ's losses (arXiv 2606.04373): patches that differ, few informative ones on which rounding changes little.
 
 Two terms. The first maximises the differential entropy of the similarity among patches, taken as Gaussian: rows of the
 head-mean logits are normalised, their cosines have a variance, and `0.5 log(2 pi e variance)` is the entropy. The
@@ -29,14 +29,11 @@ _DROPPED: Final = 0.3
 
 
 def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
-    """Negative Gaussian entropy of the cosines among patches' attention rows.
+    """Negative Gaussian entropy of the cosines among patches' attention rows, `(N,)` fp32.
 
     Args:
         logits: `(N, H, tokens, tokens)`, a positive factor on them makes no difference.
         site: tells prefix tokens, which are left out.
-
-    Returns:
-        `(N,)` fp32.
     """
     with torch.autocast("cpu", enabled=False):
         rows = functional.normalize(logits[:, :, site.prefix_tokens :, site.prefix_tokens :].float().mean(1), dim=-1)

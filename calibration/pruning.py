@@ -77,11 +77,8 @@ class TokenPruner:
             shorter = torch.cat([hidden[:, : self._prefix], hidden.gather(1, rows)], 1)
             return (shorter, *output[1:]) if isinstance(output, tuple) else shorter
 
-        handle = model.get_submodule(self._block).register_forward_hook(shorten)
-        try:
+        with model.get_submodule(self._block).register_forward_hook(shorten):
             yield
-        finally:
-            handle.remove()
 
     @torch.no_grad()
     def _try(self, model: nn.Module, structure: VitStructure) -> None:

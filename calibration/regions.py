@@ -1,4 +1,4 @@
-"""Several things in one picture (SARDFQ, arXiv 2412.16553: multi-semantic reinforcement and soft-label learning).
+"""A class for each quarter of an image (SARDFQ, arXiv 2412.16553: multi-semantic reinforcement, soft labels).
 
 An image made for one class shows it once, on an empty ground. Here its four quarters have a class each: a view shows
 either one quarter, enlarged, which should be recognised as its class, or the whole, which should show all four.

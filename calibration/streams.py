@@ -1,4 +1,4 @@
-"""One random stream an image: what an image becomes depends on the seed and its number, not on its company."""
+"""One random stream per image: what an image becomes depends on the seed and its number, not on its batch."""
 
 from __future__ import annotations
 

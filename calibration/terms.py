@@ -1,4 +1,4 @@
-"""The losses of one step: what the attentions show while the model runs, and what it answers in the end."""
+"""All losses of one step of synthesis, weighted: from the attentions while the model runs, and from its output."""
 
 from __future__ import annotations
 

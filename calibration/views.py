@@ -1,4 +1,4 @@
-"""What the model is shown of an image while it is optimised: never quite the same twice.
+"""Random views of an image being optimised: the model never sees quite the same twice.
 
 A model recognises many things in a picture that a slightly moved one does not show; only what survives every view is
 worth keeping. Two kinds: `shifts`, the published one, and `camera`, which also comes nearer, rotates and relights.
@@ -29,9 +29,6 @@ def view(
         streams: of the images.
         step: number of the step.
         config: which views.
-
-    Returns:
-        Both, in the shapes they came in.
     """
     if config.views == "camera":
         return _camera(pixels, maps, streams, config)

@@ -123,7 +123,7 @@ def main() -> None:
     """Print the best classes of every picture, and the accuracy on every folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path)
-    parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with one folder a class")
+    parser.add_argument("pictures", type=Path, nargs="+", help="pictures, or folders with one folder per class")
     parser.add_argument("--top", type=int, default=5, help="classes to print for a picture")
     arguments = parser.parse_args()
     if not (arguments.export / "classes.json").is_file():

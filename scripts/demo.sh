@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main road on real models, end to end: the recipe `end-to-end` tunes SmolLM2-135M-Instruct in FP8, exports it and
+# The main path on real models, end to end: the recipe `end-to-end` tunes SmolLM2-135M-Instruct in FP8, exports it and
 # proves in a real vLLM that it serves exactly what was trained; quantizes a ViT to 4 bits with no data, proves it in ONNX
 # Runtime and compiles an engine for TensorRT. Then the tuned model is asked a question, and the exported graph classifies
 # real digits. Both environments must exist (`make demo` sees to it). Everything is written below OUTPUT; a second demo

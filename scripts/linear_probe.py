@@ -156,7 +156,7 @@ def fit_probe(
 
 
 def write_split(folder: ImageFolder, probe: Probe, place: Path) -> None:
-    """Link the pictures of both parts into `place`/train and `place`/held-out, one folder a class.
+    """Link the pictures of both parts into `place`/train and `place`/held-out, one folder per class.
 
     Raises:
         ConfigurationError: the place is taken.
@@ -173,7 +173,7 @@ def write_split(folder: ImageFolder, probe: Probe, place: Path) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Put a linear classifier on a vision backbone.")
     parser.add_argument("--model", required=True, help="a backbone: directory, timm:NAME or sample:vit-s")
-    parser.add_argument("--data", required=True, type=Path, help="image folder, one folder a class")
+    parser.add_argument("--data", required=True, type=Path, help="image folder, one folder per class")
     parser.add_argument("--output", required=True, type=Path, help="directory to write")
     parser.add_argument("--image-size", type=int, help="side in pixels (default: the model's own)")
     parser.add_argument("--train-fraction", type=float, default=0.8, help="share of each class that is trained on")

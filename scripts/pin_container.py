@@ -10,6 +10,7 @@ serving does. `llm-cpu` needs the index that has CPU builds of torch: `UV_EXTRA_
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -61,7 +62,11 @@ def resolve(image: Image) -> list[str]:
 
 def main() -> None:
     """Write the files that were named, or all."""
-    for name in sys.argv[1:] or IMAGES:
+    parser = argparse.ArgumentParser(description="Write serving/container/requirements-*.txt.")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(IMAGES)}; all of them if none is given"
+    )
+    for name in parser.parse_args().names or IMAGES:
         image = IMAGES[name]
         lines = resolve(image)
         head = f"# Written by scripts/pin_container.py for Python {image.python}.\n"

@@ -27,7 +27,7 @@ def check_modelopt(artifact: Artifact, parent: Path | None, notes: list[str]) ->
     """Codes, scales, both configurations; every tensor against the parent's."""
     tensors = weight_entries(artifact.root)
     yield from stray_weights(artifact.root, tensors)
-    yield from unexpected_tensors(artifact.root, tensors, read_structure(artifact.root))
+    yield from unexpected_tensors(tensors, read_structure(artifact.root))
     for name, entry in tensors.items():
         yield from _values(name, entry, tensors)
     yield from _configs(artifact)

@@ -70,7 +70,7 @@ def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mappi
 
 
 def _optimize(source: Path, target: Path, entries: Mapping[str, str]) -> None:
-    open_session(source, optimize=target, portable=True, entries=entries)
+    open_session(source, write_to=target, portable=True, entries=entries)
 
 
 def _as_triton(path: Path) -> Any:

@@ -23,8 +23,7 @@ from exporters.verify.graphs import compare_graphs, compare_stored
 from fp8pipe.artifact import Artifact, LayerRecord, installed_versions
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.core.errors import BadArtifactError
-from fp8pipe.models.vision.files import read_model_file
-from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.numerics.quantizers import Kind, weight_limits
 

@@ -22,7 +22,7 @@ def check_tuned(artifact: Artifact, parent: Path | None, notes: list[str]) -> It
     """An artifact of `finetune`: values, shapes, adapter, and what the manifest says of its layers."""
     plan = plan_export(artifact.root, VllmExportOptions(format=ExportFormat.BF16))  # the rules of any format
     yield from lint_findings(lint(plan))
-    yield from unexpected_tensors(artifact.root, plan.source.tensors, plan.structure)
+    yield from unexpected_tensors(plan.source.tensors, plan.structure)
     yield from stray_weights(artifact.root, plan.source.tensors, ("adapter.safetensors",))
     yield from _stated_layers(artifact, plan)
 

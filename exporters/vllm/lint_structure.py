@@ -91,11 +91,12 @@ def _shapes(plan: ExportPlan) -> Iterator[Finding]:
     structure = plan.structure
     seen: set[str] = set()
     for unit in plan.units:
-        if unit.module not in structure.roles or not unit.entry.name.endswith(".weight"):
+        if unit.module is None or unit.module not in structure.roles or not unit.entry.name.endswith(".weight"):
             continue
         seen.add(unit.module)
-        if unit.entry.shape != structure.shapes[unit.module]:
-            why = f"{unit.entry.shape}, but config.json declares {structure.shapes[unit.module]}"
+        declared = structure.stored_shape(unit.module)
+        if unit.entry.shape != declared:
+            why = f"{unit.entry.shape}, but config.json declares {declared}"
             yield found("weight-shape", unit.entry.name, why)
     if plan.options.format.quantized:
         for module in structure.projections.keys() - seen:

@@ -18,7 +18,7 @@ from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.quantization_config import CheckpointSchema, schema_for
 from exporters.vllm.source import Source
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
-from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, is_scale
+from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, is_scale, spellings
 from fp8pipe.models.language.structure import ModelStructure, Role
 
 __all__ = ["Action", "ExportPlan", "Output", "Unit", "build_plan", "fused_siblings"]
@@ -185,7 +185,7 @@ class _Planner:
         """Linear layers whose float weight must stay unquantized, with the reason."""
         reasons: dict[str, str] = {}
         for module in self.structure.projections:
-            shape = self.structure.shapes[module]
+            shape = self.structure.stored_shape(module)
             if module == self.structure.output_head:
                 reasons[module] = "output head: the engine builds it without a quantization scheme"
             elif not self.structure.in_decoder(module):
@@ -236,24 +236,23 @@ class _Planner:
 
 def tied_original(original: str, source: Source, structure: ModelStructure) -> TensorEntry | None:
     """The checkpoint's entry of a tied tensor's original, with or without the base model's prefix."""
-    short = original.removeprefix(structure.base_prefix + ".")
-    return source.tensors.get(original) or source.tensors.get(short)
+    names = spellings(original, structure.base_prefix)[:2]
+    return next((source.tensors[name] for name in names if name in source.tensors), None)
 
 
 def _layer(
     module: str, source: Source, structure: ModelStructure, options: VllmExportOptions, quantized: set[str],
     refused: dict[str, str],
 ) -> LayerRecord:  # fmt: skip
-    shape = structure.shapes[module]
-    rows, columns = reversed(shape) if structure.roles[module] is Role.CONV1D else shape
+    shape = structure.shape(module)
     if module not in quantized:
         reason = refused.get(module, "not FP8 in the source, or not requested")
-        return LayerRecord(name=module, reason=reason, shape=(rows, columns))
+        return LayerRecord(name=module, reason=reason, shape=shape)
     before = source.encoding_of(module)
     rule = ScaleRule.AMAX if before is None else before.scale_rule
     weight = Encoding(format="e4m3", bits=8, granularity="per-channel", scale_rule=rule)
     return LayerRecord(
-        name=module, shape=(rows, columns), weight=weight,
+        name=module, shape=shape, weight=weight,
         activation=ENGINE_ACTIVATIONS if options.format is ExportFormat.FP8 else None,
     )  # fmt: skip
 

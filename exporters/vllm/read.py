@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import open_artifact
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
-from fp8pipe.models.language.structure import load_config, model_class
+from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.codec import dequantize_weight
 
 if TYPE_CHECKING:
@@ -63,8 +63,5 @@ def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
         BadArtifactError: not a finished vllm-export, or damaged.
         ConfigurationError: an architecture transformers does not know.
     """
-    config = load_config(Path(export_dir))
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in iter_weights(export_dir)}
-    model: Any = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    evaluated: PreTrainedModel = model.eval()
-    return evaluated
+    return build_model(Path(export_dir), state, dtype)

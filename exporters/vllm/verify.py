@@ -28,8 +28,8 @@ from exporters.vllm.source import Source, SourceKind
 from exporters.vllm.target import VllmDetails
 from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
-from fp8pipe.models.language.structure import ModelStructure, build_on_meta, load_config, read_structure
+from fp8pipe.models.checkpoint.tensors import TensorEntry, spellings, weight_entries
+from fp8pipe.models.language.structure import ModelStructure, read_structure
 
 __all__ = ["check_vllm", "plan_itself", "stray_weights", "unexpected_tensors"]
 
@@ -65,7 +65,7 @@ def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
     plan = plan_itself(artifact)
     tensors = plan.source.tensors
     yield from lint_findings(lint(plan))
-    yield from unexpected_tensors(artifact.root, tensors, plan.structure)
+    yield from unexpected_tensors(tensors, plan.structure)
     yield from stray_weights(artifact.root, tensors)
     for unit in plan.dropped:
         yield Finding(Check.LINT, unit.entry.name, "a second copy of a tied tensor, which no export holds")
@@ -108,23 +108,20 @@ def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[st
             yield Finding(Check.REOPEN, path.name, "the index does not name this file")
 
 
-def unexpected_tensors(root: Path, tensors: dict[str, TensorEntry], structure: ModelStructure) -> Iterator[Finding]:
+def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructure) -> Iterator[Finding]:
     """Adapters left in the weights, and tensors that the architecture has and the files lack.
 
     Expert weights are left out: transformers holds them stacked, under names that no checkpoint has.
     """
-    state = build_on_meta(load_config(root)).state_dict()
-    prefix = f"{structure.base_prefix}."
     for name in sorted(tensors):
         if "lora_" in name or ".base_layer." in name:
             yield Finding(Check.LINT, name, "an adapter's tensor, which no engine loads from here")
-    for name, parameter in state.items():
-        places = {name, name.removeprefix(prefix), prefix + name}
+    for name, shape in structure.tensors.items():
         if "expert" in name or name in structure.tied or name in structure.tied.values():
             continue
-        found = next((tensors[place] for place in places if place in tensors), None)
+        found = next((tensors[n] for n in spellings(name, structure.base_prefix) if n in tensors), None)
         if found is None:
             yield Finding(Check.LINT, name, "the architecture of config.json has it, the files do not")
-        elif len(found.shape) < _TWO_AXES and found.shape != tuple(parameter.shape):
-            why = f"shape {found.shape}; config.json declares {tuple(parameter.shape)}"
+        elif len(found.shape) < _TWO_AXES and found.shape != shape:
+            why = f"shape {found.shape}; config.json declares {shape}"
             yield Finding(Check.LINT, name, why)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
 from fp8pipe.core.errors import ConfigurationError
-from pipeline.workflow.commands import StageCommand
+from pipeline.workflow import StageCommand
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

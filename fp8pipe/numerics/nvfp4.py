@@ -29,12 +29,13 @@ __all__ = [
     "BlockCodes",
     "BlockQuantizer",
     "BlockScales",
+    "block_units",
     "choose_block_scales",
     "e2m1_codes",
     "e2m1_round",
     "e2m1_values",
     "pack_nibbles",
-    "power_of_two_scale",
+    "tensor_scale",
     "unpack_nibbles",
 ]
 
@@ -82,7 +83,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
 
-def power_of_two_scale(amax: float) -> float:
+def tensor_scale(amax: float) -> float:
     """The smallest tensor scale whose blocks reach `amax`: `6 * 448 * scale >= amax`; 2^-18 to 2^15."""
     wanted = amax / (E2M1_MAX * E4M3.max)
     scale = 2.0 ** math.ceil(math.log2(wanted)) if wanted > 0 else 0.0
@@ -93,10 +94,14 @@ def _blocks(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, BLOCK))
 
 
-def _in_blocks(x: Tensor, scale: Tensor) -> Tensor:
-    """`x` on the grid of its blocks, before the scale; zero in blocks of scale zero. In blocks of 16."""
-    scale = scale.unsqueeze(-1)
-    return e2m1_round(_blocks(x) / torch.where(scale > 0, scale, math.inf))
+def block_units(x: Tensor, scale: Tensor) -> Tensor:
+    """`x` `(..., n)` over the scale of its block `(..., n / 16)`, in blocks of 16; zero in blocks of scale zero."""
+    return _blocks(x) / torch.where(scale > 0, scale, math.inf).unsqueeze(-1)
+
+
+def _nearest_block_scales(amax: Tensor, tensor_scale: float) -> Tensor:
+    # A tensor: some devices multiply by the reciprocal of a plain number.
+    return E4M3.cast(amax / torch.tensor(E2M1_MAX * tensor_scale, device=amax.device))
 
 
 def _check_tensor_scale(scale: float) -> None:
@@ -127,19 +132,20 @@ class BlockQuantizer:
 
     def block_scales(self, x: Tensor) -> Tensor:
         """`E4M3(amax / (6 * tensor_scale))` of each block: `(..., n)` to `(..., n / 16)` float8_e4m3fn."""
-        amax = _blocks(x.float()).abs().amax(-1)
-        # A tensor: some devices multiply by the reciprocal of a plain number.
-        return E4M3.cast(amax / torch.tensor(E2M1_MAX * self.tensor_scale, device=x.device))
+        return _nearest_block_scales(_blocks(x.float()).abs().amax(-1), self.tensor_scale)
+
+    def scales(self, x: Tensor) -> Tensor:
+        """What the codes of each block are multiplied by: `block_scale * tensor_scale`, fp32."""
+        return self.block_scales(x).float() * self.tensor_scale
 
     def codes(self, x: Tensor) -> Tensor:
         """E2M1 codes of `x`, whose last axis is a multiple of 16: uint8, 0 to 15."""
-        scale = self.block_scales(x).float() * self.tensor_scale
-        return e2m1_codes(_in_blocks(x.float(), scale)).flatten(-2)
+        return e2m1_codes(e2m1_round(block_units(x.float(), self.scales(x)))).flatten(-2)
 
     def fake(self, x: Tensor) -> Tensor:
         """`code * block_scale * tensor_scale`, fp32; every product is exact."""
-        scale = self.block_scales(x).float() * self.tensor_scale
-        return _in_blocks(x.float(), scale).mul_(scale.unsqueeze(-1)).flatten(-2)
+        scale = self.scales(x)
+        return e2m1_round(block_units(x.float(), scale)).mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +208,7 @@ class BlockCodes:
     @classmethod
     def of(cls, weight: Tensor, scales: BlockScales) -> BlockCodes:
         """Round a weight `(out, in)` to the nearest codes."""
-        return cls(e2m1_codes(_in_blocks(weight.float(), scales.product)).flatten(-2), scales)
+        return cls(e2m1_codes(e2m1_round(block_units(weight.float(), scales.product))).flatten(-2), scales)
 
 
 def choose_block_scales(weight: Tensor, *, search: bool = True) -> BlockScales:
@@ -217,8 +223,8 @@ def choose_block_scales(weight: Tensor, *, search: bool = True) -> BlockScales:
     """
     blocks = _blocks(weight.detach().float())
     amax = blocks.abs().amax(-1)
-    tensor = power_of_two_scale(float(amax.max()) * _HEADROOM)
-    nearest = E4M3.cast(amax / torch.tensor(E2M1_MAX * tensor, device=amax.device)).view(torch.uint8).int()
+    tensor = tensor_scale(float(amax.max()) * _HEADROOM)
+    nearest = _nearest_block_scales(amax, tensor).view(torch.uint8).int()
     best = torch.full_like(amax, math.inf)
     chosen = torch.zeros_like(nearest, dtype=torch.uint8)
     for offset in _CANDIDATES if search else (0,):

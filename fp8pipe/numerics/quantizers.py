@@ -25,6 +25,7 @@ __all__ = [
     "SMALLEST_SCALE",
     "ActivationQuantizer",
     "WeightCodes",
+    "nearest_codes",
     "storable_scale",
     "weight_limits",
 ]
@@ -34,6 +35,11 @@ INT8_MAX: Final = 127
 # FP16 has 6 bits left here: a scale that is rounded to it changes by less than a hundredth.
 SMALLEST_SCALE: Final = 2.0**-18
 _LARGEST_SCALE: Final = 65504.0
+
+
+def nearest_codes(units: Tensor, low: int, high: int) -> Tensor:
+    """Integer codes of `units` (values over their scale), held in the dtype of `units`: nearest, ties to even."""
+    return torch.round(units).clamp_(low, high)
 
 
 def storable_scale(scale: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ class ActivationQuantizer:
         units = x.float() / torch.tensor(self.scale, device=x.device)
         if self.kind is Kind.E4M3:
             return E4M3.cast(units)
-        return torch.round(units).clamp_(self.low, self.high).to(torch.int8)
+        return nearest_codes(units, self.low, self.high).to(torch.int8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """`code * scale`, fp32."""
@@ -92,7 +98,7 @@ class ActivationQuantizer:
         scale = torch.tensor(self.scale, device=x.device)
         if self.kind is Kind.E4M3:
             return E4M3.cast(x.float() / scale).float().mul_(scale)
-        return torch.round(x.float() / scale).clamp_(self.low, self.high).mul_(scale)
+        return nearest_codes(x.float() / scale, self.low, self.high).mul_(scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +137,7 @@ class WeightCodes:
         units = weight.float() / _per_channel(scale, weight)
         if kind is Kind.E4M3:
             return cls(E4M3.cast(units), scale.float(), 8)
-        low, high = weight_limits(bits)
-        return cls(torch.round(units).clamp_(low, high).to(torch.int8), scale.float(), bits)
+        return cls(nearest_codes(units, *weight_limits(bits)).to(torch.int8), scale.float(), bits)
 
 
 def weight_limits(bits: int) -> tuple[int, int]:

@@ -1,14 +1,14 @@
 """Turning a causal LM's linear layers into FALQON layers, and saying of each layer what was done and why.
 
-What is left out is left out by role: the output head is whatever the model names as its output embeddings, and tied
-weights are recognized by sharing storage with another module. Names decide nothing, so a model whose head
-happens to have a convenient width is not treated differently.
+What is left out is left out by its role in the model's structure. Names decide nothing, so a model whose head happens
+to have a convenient width is not treated differently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,88 +16,49 @@ from torch import Tensor, nn
 from fp8pipe.artifact import Encoding, LayerRecord
 from fp8pipe.artifact import ScaleRule as Rule
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.structure import ModelStructure, structure_of
 from fp8pipe.numerics.casts import ScaleRule, quantize_weight
 from pipeline.falqon.gradient import Losses, gradient_sketches
 from pipeline.falqon.initialise import adapter_directions
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import Initialisation, UpdateRule
-from pipeline.falqon.shared import FalqonPart, StackedOutput, find_shared_inputs
+from pipeline.falqon.shared import FalqonPart, StackedOutput
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A linear layer that can be converted.
-
-    Attributes:
-        name: module path.
-        module: `nn.Linear` or transformers' Conv1D.
-        transposed: the stored weight is (in, out).
-    """
-
-    name: str
-    module: nn.Module
-    transposed: bool
-
-    def weight(self) -> Tensor:
-        """The weight as `(out, in)`."""
-        parameter = self.module.get_parameter("weight").detach()
-        return parameter.t().contiguous() if self.transposed else parameter
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        rows, cols = self.module.get_parameter("weight").shape
-        return (cols, rows) if self.transposed else (rows, cols)
-
-
-def find_candidates(model: nn.Module) -> tuple[list[Candidate], list[LayerRecord]]:
-    """Layers to convert, and records of the linear layers left out with the reason.
+def read_convertible(model: nn.Module, rank: int) -> ModelStructure:
+    """The structure of a model whose linears can take an adapter of `rank`.
 
     Raises:
-        ConfigurationError: the model has no linear layer to convert, or is already quantized.
+        ConfigurationError: the model is already quantized, has no linear layer to convert, or one too small.
     """
     _refuse_quantized(model)
-    finder: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
-    head = finder() if finder is not None else None
-    owners = _storage_owners(model)
-    candidates: list[Candidate] = []
-    skipped: list[LayerRecord] = []
-    for name, module in model.named_modules():
-        transposed = type(module).__name__ == "Conv1D"
-        if not (isinstance(module, nn.Linear) or transposed):
-            continue
-        candidate = Candidate(name, module, transposed)
-        if module is head:
-            skipped.append(LayerRecord(name=name, reason="output head", shape=candidate.shape))
-        elif len(owners[_identity(module.get_parameter("weight"))]) > 1:
-            skipped.append(LayerRecord(name=name, reason="weight tied to another module", shape=candidate.shape))
-        else:
-            candidates.append(candidate)
-    if not candidates:
+    structure = structure_of(model)
+    shapes = {name: structure.shape(name) for name in structure.trainable}
+    if not shapes:
         raise ConfigurationError(
             "the model has no linear layer to convert",
-            why=f"{type(model).__name__} holds {len(skipped)} linear layers, all of them heads or tied"
-            if skipped
-            else f"{type(model).__name__} holds no nn.Linear and no Conv1D",
+            why=f"{structure.architecture} holds {len(structure.left_out)} linear layers, all of them heads or tied"
+            if structure.left_out
+            else f"{structure.architecture} holds no nn.Linear and no Conv1D",
             fix="choose a causal language model whose attention and MLP are linear layers",
         )
-    return candidates, skipped
-
-
-def check_rank(candidates: list[Candidate], rank: int) -> None:
-    """Refuse a rank that some layer cannot hold.
-
-    Raises:
-        ConfigurationError: naming the smallest layer.
-    """
-    smallest = min(candidates, key=lambda c: min(c.shape))
-    limit = min(smallest.shape)
+    name, smallest = min(shapes.items(), key=lambda item: min(item[1]))
+    limit = min(smallest)
     if not 1 <= rank <= limit:
         raise ConfigurationError(
             f"rank {rank} does not fit this model",
-            why=f"the smallest layer, {smallest.name}, is {smallest.shape}: the rank must be 1..{limit}",
+            why=f"the smallest layer, {name}, is {smallest}: the rank must be 1..{limit}",
             fix=f"use --rank {min(limit, max(rank, 1))} or less",
         )
+    return structure
+
+
+def left_out_records(structure: ModelStructure) -> list[LayerRecord]:
+    """Records of the linear layers that are not trained, with the reason."""
+    return [
+        LayerRecord(name=name, reason=reason, shape=structure.shape(name))
+        for name, reason in structure.left_out.items()
+    ]
 
 
 def convert_model(
@@ -128,24 +89,31 @@ def convert_model(
     Raises:
         ConfigurationError: nothing to convert, an already quantized model, or a rank too large.
     """
-    candidates, records = find_candidates(model)
-    check_rank(candidates, rank)
+    structure = read_convertible(model, rank)
+    records = left_out_records(structure)
     model.requires_grad_(False)
-    by_name = {c.name: c for c in candidates}
-    names = [[name] for name in by_name]
-    if rule.stacked:
-        names = find_shared_inputs(model, list(by_name), _probe(model))
+    names = structure.probed(model).input_groups if rule.stacked else tuple((name,) for name in structure.trainable)
     rows: dict[str, Tensor] = {}
     if initialisation is Initialisation.GRADIENT and stored is None:
         if losses is None:
             raise ValueError("the gradient initialisation needs training losses")
         rows = gradient_sketches(model, names, losses, rank, seed)
+
+    def quantize(index: int, first: str, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if stored is not None:
+            codes, scale = (stored[f"{first}.{key}"].to(weights[0].device) for key in ("codes", "scale_quant"))
+            return codes, scale
+        weight = torch.cat(weights).float()
+        generator = torch.Generator().manual_seed(seed + index)
+        a = adapter_directions(weight, rank, initialisation, rule.scale, generator, rows.get(first))
+        # One scale for both: A is far smaller than W, so W's codes are those of plain quantization.
+        return quantize_weight(torch.cat([weight, a]), rule.scale)
+
     groups = []
     for index, members in enumerate(names):
-        group = [by_name[name] for name in members]
-        layer = _build(group, rule, rank, initialisation, seed + index, stored, rows.get(members[0]))
+        layer = _build(model, structure, members, rule, rank, partial(quantize, index, members[0]))
         _install(model, members, layer)
-        groups.append(FalqonGroup(tuple(members), tuple(c.transposed for c in group), layer))
+        groups.append(FalqonGroup(members, tuple(map(structure.transposed, members)), layer))
         records.extend(_record(name, rows, layer) for name, rows in zip(members, layer.parts, strict=True))
     return groups, records
 
@@ -180,60 +148,34 @@ def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:
 
 
 def _build(
-    group: list[Candidate],
+    model: nn.Module,
+    structure: ModelStructure,
+    members: tuple[str, ...],
     rule: UpdateRule,
     rank: int,
-    initialisation: Initialisation,
-    seed: int,
-    stored: dict[str, Tensor] | None,
-    gradient_rows: Tensor | None,
+    quantize: Callable[[list[Tensor]], tuple[Tensor, Tensor]],
 ) -> FalqonLinear:
-    weights = [candidate.weight() for candidate in group]
-    device = weights[0].device
-    if stored is not None:
-        codes, scale = (stored[f"{group[0].name}.{key}"].to(device) for key in ("codes", "scale_quant"))
-    else:
-        weight = torch.cat(weights).float()
-        generator = torch.Generator().manual_seed(seed)
-        a = adapter_directions(weight, rank, initialisation, rule.scale, generator, gradient_rows)
-        # One scale for both: A is far smaller than W, so W's codes are those of plain quantization.
-        codes, scale = quantize_weight(torch.cat([weight, a]), rule.scale)
+    weights = [structure.weight(model, name) for name in members]
+    codes, scale = quantize(weights)
+    biases = [getattr(model.get_submodule(name), "bias", None) for name in members]
     return FalqonLinear(
-        codes, scale, rank=rank, parts=tuple(w.shape[0] for w in weights), bias=_stacked_bias(group, weights),
+        codes, scale, rank=rank, parts=tuple(w.shape[0] for w in weights), bias=_stacked_bias(biases, weights),
         live=rule.live, scale_rule=rule.scale,
     )  # fmt: skip
 
 
-def _stacked_bias(group: list[Candidate], weights: list[Tensor]) -> Tensor | None:
-    biases = [getattr(candidate.module, "bias", None) for candidate in group]
+def _stacked_bias(biases: list[Tensor | None], weights: list[Tensor]) -> Tensor | None:
     if all(bias is None for bias in biases):
         return None
     return torch.cat([w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)])
 
 
-def _install(model: nn.Module, members: list[str], layer: FalqonLinear) -> None:
+def _install(model: nn.Module, members: tuple[str, ...], layer: FalqonLinear) -> None:
     output = StackedOutput(layer)
     for index, name in enumerate(members):
         parent, _, child = name.rpartition(".")
         module = layer if len(members) == 1 else FalqonPart(output, index)
         setattr(model.get_submodule(parent), child, module)
-
-
-def _probe(model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)}
-
-
-def _storage_owners(model: nn.Module) -> dict[int, set[str]]:
-    owners: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(_identity(parameter), set()).add(name)
-    return owners
-
-
-def _identity(parameter: Tensor) -> int:
-    """Equal for tied weights; on the meta device, where storage has no address, the object itself."""
-    return parameter.data_ptr() or id(parameter)
 
 
 def _refuse_quantized(model: nn.Module) -> None:

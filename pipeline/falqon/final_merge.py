@@ -1,10 +1,8 @@
-"""The last flush: it decides what is deployed, so its rounding is chosen for the output, not for the weight.
+"""The final merge: it decides what is deployed, so its rounding is chosen for the output, not for the weight.
 
 Rounding `T = W + B A` to the nearest code loses nearly all of a small update, as W lies on the grid already and
-every change under half a step falls back. `compensated` rounding walks through the input columns and moves each
-column's rounding error onto the columns not yet rounded, weighted by the second moments H = X^T X of the layer's
-real inputs, so that `|| X (Q - T)^T ||` is small although `|| Q - T ||` is not (the column-wise solver of GPTQ,
-arXiv 2210.17323, algorithm 1, on the FP8 grid). A row whose target is on the grid keeps every code.
+every change under half a step falls back. `compensated` rounding (`fp8pipe.numerics.compensated`) keeps
+`|| X (Q - T)^T ||` small for the layer's real inputs instead. A row whose target is on the grid keeps every code.
 """
 
 from __future__ import annotations
@@ -15,12 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.numerics.compensated import compensated_round
 from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon.flush import FlushReport, flush_report, target_rows, write_rows
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import FinalMerge
 
-_BLOCK = 128  # columns whose error stays in the block before one GEMM spreads it
+_COLUMNS = 128  # of a block of the solver
 # Of H's mean diagonal. A few outlier inputs dominate that mean in LLMs: GPTQ's usual 0.01 would damp all others into
 # plain nearest rounding.
 _DAMPING = 0.001
@@ -29,7 +28,7 @@ _MOMENT_BYTES = 1 << 29  # second moments held at once
 Inputs = Callable[[], Iterable[dict[str, Tensor]]]
 
 
-def compensated_round(target: Tensor, moments: Tensor) -> Tensor:
+def compensated_codes(target: Tensor, moments: Tensor) -> Tensor:
     """Round `target` to E4M3 so that the error of `X target^T` is small for inputs with second moments `moments`.
 
     Args:
@@ -39,45 +38,24 @@ def compensated_round(target: Tensor, moments: Tensor) -> Tensor:
     Returns:
         `(out, in)` float8_e4m3fn codes.
     """
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(moments[order][:, order])
-    work = target.t()[order].contiguous()  # (in, out): an input column is contiguous
-    codes = torch.empty_like(work)
-    for start in range(0, work.shape[0], _BLOCK):
-        stop = min(start + _BLOCK, work.shape[0])
-        block, local = work[start:stop], factor[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            codes[start + i] = E4M3.cast(block[i]).float()
-            torch.div(block[i] - codes[start + i], local[i, i], out=errors[i])
-            block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1.0)
-        work[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1.0)
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return E4M3.cast(result.t().contiguous())
-
-
-def _inverse_factor(moments: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped moments' inverse, `(in, in)` fp32 (computed in fp64)."""
-    work = moments.double().clone()
-    mean = work.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    work.diagonal().add_(_DAMPING * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(work))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    found = compensated_round(
+        target, moments, lambda value, _: E4M3.cast(value).float(), block=_COLUMNS, damping=_DAMPING
+    )
+    return E4M3.cast(found.rounded)
 
 
 @torch.no_grad()
-def settle(
+def merge_all(
     model: nn.Module,
     layers: dict[str, FalqonLinear],
     how: FinalMerge,
     inputs: Inputs,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, FlushReport]:
-    """Flush all of B in every layer; afterwards the codes alone are the model.
+    """Merge all of B in every layer; afterwards the codes alone are the model.
 
     Args:
-        model: run on `inputs` for the second moments; layers settle in order, so later ones see the codes of
+        model: run on `inputs` for the second moments; layers merge in order, so later ones see the codes of
             earlier ones.
         layers: by name, in module order; changed in place, B cleared.
         how: rounding.
@@ -85,21 +63,21 @@ def settle(
         on_progress: told the number of layers done so far.
 
     Returns:
-        What the flush did, by layer.
+        What the merge did, by layer.
     """
     reports: dict[str, FlushReport] = {}
     for group in _groups(layers, how):
         moments = _second_moments(model, group, inputs) if how is FinalMerge.COMPENSATED else {}
         for name, layer in group.items():
-            reports[name] = _settle_layer(layer, moments.get(name))
+            reports[name] = _merge_layer(layer, moments.get(name))
             on_progress(len(reports))
     return reports
 
 
-def _settle_layer(layer: FalqonLinear, moments: Tensor | None) -> FlushReport:
+def _merge_layer(layer: FalqonLinear, moments: Tensor | None) -> FlushReport:
     rows = torch.arange(layer.out_features, device=layer.codes.device)
     target = target_rows(layer, rows)
-    codes = E4M3.cast(target) if moments is None else compensated_round(target, moments)
+    codes = E4M3.cast(target) if moments is None else compensated_codes(target, moments)
     report = flush_report(layer.weight_codes.float(), target, codes.float())
     write_rows(layer, rows, codes)
     layer.lora_B.data.zero_()
@@ -122,7 +100,7 @@ def _groups(layers: dict[str, FalqonLinear], how: FinalMerge) -> Iterator[dict[s
 
 
 def held_moments(widths: Iterable[int]) -> int:
-    """Bytes of second moments that a compensated flush holds at once.
+    """Bytes of second moments that a compensated merge holds at once.
 
     Args:
         widths: input features of the FALQON layers, in order.

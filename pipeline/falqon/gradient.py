@@ -9,7 +9,7 @@ algorithms 4.1 and 5.1). Starting an adapter at the gradient is LoRA-GA's idea (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ Project = Callable[[Tensor, Tensor, str], Tensor]
 
 
 def gradient_sketches(
-    model: nn.Module, groups: list[list[str]], losses: Losses, rank: int, seed: int
+    model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, rank: int, seed: int
 ) -> dict[str, Tensor]:
     """Leading input directions of each group's gradient.
 
@@ -57,7 +57,7 @@ def gradient_sketches(
     return directions
 
 
-def _observe(model: nn.Module, groups: list[list[str]], losses: Losses, project: Project) -> list[list[Tensor]]:
+def _observe(model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, project: Project) -> list[list[Tensor]]:
     """For each member of each group, the sum over all batches of `project(X, G, name)`."""
     sums: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""FALQON as a training method: conversion, the flush after each step, health, state, and the last flush."""
+"""FALQON as a training method: conversion, the flush after each step, health, state, and the final merge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
 from pipeline.falqon.convert import FalqonGroup, convert_model
-from pipeline.falqon.final_merge import Inputs, settle
+from pipeline.falqon.final_merge import Inputs, merge_all
 from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
 from pipeline.falqon.gradient import Losses
 from pipeline.falqon.layer import FalqonLinear
@@ -135,5 +135,5 @@ class FalqonMethod:
         return tensors
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """The last flush of everything still in B; what it did, by FALQON layer."""
-        return settle(model, self.layers, self.rule.final, inputs)
+        """Merge everything still in B; what that did, by FALQON layer."""
+        return merge_all(model, self.layers, self.rule.final, inputs)

@@ -1,15 +1,14 @@
 """Linear layers that read the same tensor (q/k/v, gate/up) become one FALQON layer.
 
 They then share the cast of their input, one scale, one A and one GEMM; a shared scale also means that engines which
-fuse such layers keep every code. Which layers belong together is observed in a probing forward pass, not
-guessed from names, so it works for any architecture; were it ever wrong at run time, the layers would compute their
-rows one by one and still be right.
+fuse such layers keep every code. Which layers belong together is observed in a pass, not guessed from names, so it
+works for any architecture; were it ever wrong at run time, the layers would compute their rows one by one and still be
+right.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -53,35 +52,3 @@ class FalqonPart(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply this part to `(..., in)`; returns `(..., rows of this part)`."""
         return self.output.part(x, self.index)
-
-
-def find_shared_inputs(model: nn.Module, names: list[str], probe: dict[str, Tensor]) -> list[list[str]]:
-    """The named modules, grouped by the tensor object they receive in one forward pass of `probe`.
-
-    Returns:
-        Groups in call order; modules that were not called, or called more than once, stay alone.
-    """
-    readers: dict[int, list[str]] = {}
-    calls: dict[str, int] = dict.fromkeys(names, 0)
-    alive: list[Tensor] = []  # ids are unique only while the tensors live
-    modules = dict(model.named_modules())
-
-    def watch(name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, args: tuple) -> None:
-            calls[name] += 1
-            if args:
-                alive.append(args[0])
-                readers.setdefault(id(args[0]), []).append(name)
-
-        return hook
-
-    handles = [modules[name].register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        with torch.no_grad():
-            model(**probe)
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups = [[name for name in group if calls[name] == 1] for group in readers.values()]
-    grouped = {name for group in groups for name in group}
-    return [group for group in groups if group] + [[name] for name in names if name not in grouped]

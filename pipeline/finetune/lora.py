@@ -1,8 +1,8 @@
-"""The roads FALQON is compared with, on the same loop and data: LoRA on bf16 weights, and QLoRA on NF4.
+"""The methods FALQON is compared with, on the same loop and data: LoRA on bf16 weights, and QLoRA on NF4.
 
 Both use peft with its usual recipe: fp32 adapter weights, bf16 compute by autocast, every linear layer that FALQON
 would convert. They end as merged bf16 weights, which an export may then quantize. Baselines for honest
-comparison, never a dependency of the product's own road.
+comparison, never a dependency of the product's own path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
 from fp8pipe.core.errors import MissingCapabilityError
-from pipeline.falqon.convert import check_rank, find_candidates
+from pipeline.falqon.convert import left_out_records, read_convertible
 from pipeline.falqon.final_merge import Inputs
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.gradient import Losses
@@ -45,15 +45,14 @@ class LoraMethod:
         self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
         """Insert the adapters in place; the seed fixes A, so neither `stored` nor `losses` is needed."""
-        candidates, records = find_candidates(model)
-        check_rank(candidates, self.rank)
+        structure = read_convertible(model, self.rank)
+        records = left_out_records(structure)
         peft = _import_peft()
-        self.names = tuple(candidate.name for candidate in candidates)
-        self._transposed = {candidate.name: candidate.transposed for candidate in candidates}
-        shapes = {candidate.name: candidate.shape for candidate in candidates}
+        self.names = structure.trainable
+        self._transposed = {name: structure.transposed(name) for name in self.names}
         if self.quantized:
-            for candidate in candidates:
-                _to_nf4(model, candidate.name, candidate.weight())
+            for name in self.names:
+                _to_nf4(model, name, structure.weight(model, name))
         torch.manual_seed(self.seed)
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=list(self.names), lora_dropout=0.0,
@@ -61,7 +60,7 @@ class LoraMethod:
         )  # fmt: skip
         self._peft = peft.get_peft_model(model, config)
         how = "NF4 with adapter" if self.quantized else "bf16 with adapter"
-        records += [LayerRecord(name=n, reason=how, shape=shapes[n]) for n in self.names]
+        records += [LayerRecord(name=n, reason=how, shape=structure.shape(n)) for n in self.names]
         return records
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -104,8 +103,8 @@ class LoraMethod:
         weights: Weights = {}
         for name in self.names:
             weight = self._peft.base_model.model.get_submodule(name).weight.detach()
-            turned = weight.t().contiguous() if self.quantized and self._transposed[name] else weight
-            weights[name] = Deployed(turned.to(torch.bfloat16), None, self._transposed[name])
+            stored = weight.t().contiguous() if self.quantized and self._transposed[name] else weight
+            weights[name] = Deployed(stored.to(torch.bfloat16), None, self._transposed[name])
         return weights
 
     def adapter(self) -> dict[str, Tensor]:

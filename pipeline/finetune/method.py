@@ -1,17 +1,38 @@
-"""What the training loop asks of a method, so that FALQON and its baselines run through one and the same loop."""
+"""What the training loop asks of a method, so that FALQON and its baselines run through one and the same loop.
+
+And what will stand in the way of an export, whichever method is used.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
+from fp8pipe.models.language.structure import ModelStructure
 from pipeline.falqon.final_merge import Inputs
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.gradient import Losses
 from pipeline.finetune.weights import Weights
+
+_SHOWN = 3  # names in a warning
+
+
+def export_warnings(structure: ModelStructure) -> list[str]:
+    """What the FP8 export of a tuned model will refuse, said before hours of training; empty for most models.
+
+    The exporter's linter has the last word, and speaks about a finished checkpoint. This can be told from the
+    architecture alone.
+    """
+    if not (loose := structure.loose):
+        return []
+    more = ", ..." if len(loose) > _SHOWN else ""
+    return [
+        f"{len(loose)} matrices belong to no linear layer (stacked experts, for one) and stay as they are: "
+        f"{', '.join(loose[:_SHOWN])}{more}. The FP8 export will refuse this model; --format bf16 remains"
+    ]
 
 
 class Method(Protocol):
@@ -38,7 +59,7 @@ class Method(Protocol):
         """The trained parameters, by a stable name."""
         ...
 
-    def forward_context(self) -> AbstractContextManager:
+    def forward_context(self) -> AbstractContextManager[Any]:
         """Context of every forward pass (autocast, or nothing)."""
         ...
 
@@ -63,7 +84,7 @@ class Method(Protocol):
         ...
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """Bring the weights into the form that is deployed; what a last flush did, by layer, where there is one."""
+        """Bring the weights into the form that is deployed; what a final merge did, by layer, where there is one."""
         ...
 
     def deployed_weights(self) -> Weights:

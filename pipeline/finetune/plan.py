@@ -20,12 +20,12 @@ from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
-from pipeline.falqon.convert import check_rank, find_candidates
+from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.final_merge import held_moments
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.device import check_device, hardware
-from pipeline.finetune.export_warnings import export_obstacles
+from pipeline.finetune.method import export_warnings
 
 __all__ = ["plan_finetune"]
 
@@ -55,9 +55,8 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     with torch.device("meta"):
         model = import_transformers().AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
     model.tie_weights()
-    candidates, skipped = find_candidates(model)
-    check_rank(candidates, config.rank)
-    shapes = [candidate.shape for candidate in candidates]
+    structure = read_convertible(model, config.rank)
+    shapes = [structure.shape(name) for name in structure.trainable]
     missing = _missing(config)
     layer_bytes = 2 * sum(out * into for out, into in shapes) // layer_count(settings)
     if can_measure() and config.device == "cpu" and not missing:
@@ -75,10 +74,10 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         hardware=hardware(config.method, config.device),
         packages=(*_PACKAGES[config.method], *(("bitsandbytes",) if config.optimizer == "adamw-8bit" else ())),
         missing=(*missing, *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
-        notes=(*export_obstacles(model), *notes),
+        notes=(*export_warnings(structure), *notes),
         facts={
-            "layers": len(candidates),
-            "left_out": {record.name: record.reason for record in skipped},
+            "layers": len(shapes),
+            "left_out": structure.left_out,
             "trainable": _adapter(config, shapes),
             "steps": config.steps,
             "tokens": config.steps * config.gradient_accumulation * config.batch_size * config.sequence_length,

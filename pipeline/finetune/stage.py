@@ -41,6 +41,7 @@ from fp8pipe.models.checkpoint.tensors import (
 )
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
+from fp8pipe.models.language.structure import structure_of
 from fp8pipe.numerics import native
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.method import FalqonMethod
@@ -51,11 +52,10 @@ from pipeline.finetune.data import Batches, TemplateInfo, encode, load_records, 
 from pipeline.finetune.deploy import merge_facts, renamed, write_deployed
 from pipeline.finetune.device import check_device
 from pipeline.finetune.evaluate import heldout_loss, model_inputs
-from pipeline.finetune.export_warnings import export_obstacles
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.lora import LoraMethod
 from pipeline.finetune.loss import answer_count, answer_loss
-from pipeline.finetune.method import Method
+from pipeline.finetune.method import Method, export_warnings
 from pipeline.finetune.plot import plot_run
 
 _LOG = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def tune(
             writer.warn(warning)
         enter_phase("load")
         model = load_model(config, source)
-        for warning in export_obstacles(model):
+        for warning in export_warnings(structure_of(model)):
             writer.warn(warning)
         method = build_method(config)
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)

@@ -1,4 +1,4 @@
-"""What student and teacher are shown of a calibration image.
+"""Augmentation: the views of calibration images that student and teacher are shown.
 
 Few images are seen many times each. Mirrored and cropped they stay new; blurred and relit they also cover what their
 maker left out: synthetic images have more fine detail and stronger colours than pictures do, and ranges and weights
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calibration.views import resample
 from pipeline.vit.config import DistillConfig
 
 _REACH = 3  # standard deviations a blur looks to either side
@@ -21,7 +22,7 @@ _SHARPEST = 0.05  # standard deviation, in pixels, below which a blur changes no
 
 
 def first_views(pixels: Tensor, config: DistillConfig, seed: int) -> Tensor:
-    """One view of each made image, from which ranges, first codes and the equivalent form are measured.
+    """One view of each made image, from which ranges, first codes and equivalent transforms are measured.
 
     Measured on made images as they are, they fit a fine detail that pictures do not have. Pictures are measured as
     they are.
@@ -65,8 +66,7 @@ def crop(pixels: Tensor, draws: Tensor, smallest: float) -> Tensor:
     theta = torch.zeros(len(pixels), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = scale * mirror, scale
     theta[:, :, 2] = (1 - scale)[:, None] * (2 * draws[:, 2:4] - 1)
-    grid = functional.affine_grid(theta, list(pixels.shape), align_corners=False)
-    return functional.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return resample(pixels, theta)
 
 
 def blur(pixels: Tensor, deviations: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +66,15 @@ def accuracy(
     """
     index = torch.tensor([classes.index(name) for name in folder.classes])
     hits = {name: torch.zeros(2, dtype=torch.int64) for name in models}
-    for pixels, labels in _labelled(folder, preprocessing):
+    raw = batches(folder, list(range(len(folder.files))), preprocessing, _ROWS)
+    for codes, labels in zip(raw, torch.tensor(folder.labels).split(_ROWS), strict=True):
+        pixels = preprocessing.normalize(codes)
         for name, model in models.items():
             hits[name] += _hits(model(pixels), index[labels])
     count = len(folder.files)
     return {"images": count} | {
         name: {"top1": int(found[0]) / count, "top5": int(found[1]) / count} for name, found in hits.items()
     }
-
-
-def _labelled(folder: ImageFolder, preprocessing: Preprocessing) -> Iterator[tuple[Tensor, Tensor]]:
-    done = 0
-    for raw in batches(folder, list(range(len(folder.files))), preprocessing, _ROWS):
-        pixels = preprocessing.normalize(raw)
-        labels = torch.tensor(folder.labels[done : done + pixels.shape[0]])
-        done += pixels.shape[0]
-        yield pixels, labels
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:

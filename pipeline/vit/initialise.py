@@ -19,8 +19,15 @@ from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import Kind
-from fp8pipe.numerics.nvfp4 import BlockQuantizer, BlockScales, choose_block_scales, power_of_two_scale
-from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, storable_scale, weight_limits
+from fp8pipe.numerics.nvfp4 import BlockQuantizer, BlockScales, choose_block_scales, tensor_scale
+from fp8pipe.numerics.quantizers import (
+    INT8_MAX,
+    INT8_MIN,
+    ActivationQuantizer,
+    nearest_codes,
+    storable_scale,
+    weight_limits,
+)
 from pipeline.vit.student import WeightFormat
 
 _SAMPLE: Final = 1 << 15  # values of a site that its range is chosen on
@@ -32,7 +39,7 @@ _TINY: Final = 1e-8
 def choose_quantizer(values: Tensor, bits: int, kind: Kind) -> Quantizer:
     """`choose_range`; for NVFP4 the tensor scale under which blocks reach the largest magnitude."""
     if kind is Kind.NVFP4:
-        return BlockQuantizer(power_of_two_scale(float(values.abs().max())))
+        return BlockQuantizer(tensor_scale(float(values.abs().max())))
     return choose_range(values, bits, kind)
 
 
@@ -141,7 +148,7 @@ def choose_step(weight: Tensor, form: WeightFormat) -> Tensor:
     steps = storable_scale(amax / high)
     for shrink in _WEIGHT_SHRINKS:
         step = storable_scale(amax * shrink / high)
-        rounded = torch.round(flat / step[:, None]).clamp_(low, high).mul_(step[:, None])
+        rounded = nearest_codes(flat / step[:, None], low, high).mul_(step[:, None])
         error = (rounded - flat).square().sum(1)
         steps = torch.where(error < best, step, steps)
         best = torch.minimum(error, best)

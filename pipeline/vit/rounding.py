@@ -18,14 +18,15 @@ from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import Quantizer
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
+from fp8pipe.numerics.compensated import compensated_round
 from fp8pipe.numerics.kinds import Kind
-from fp8pipe.numerics.nvfp4 import BLOCK, BlockScales, e2m1_round
-from fp8pipe.numerics.quantizers import weight_limits
+from fp8pipe.numerics.nvfp4 import BlockScales, e2m1_round
+from fp8pipe.numerics.quantizers import nearest_codes, weight_limits
 from pipeline.vit.student import WeightFormat
 
 _DAMPING: Final = 0.01  # of the mean second moment: keeps channels that never vary from being given anything
-_BLOCK: Final = 64
-_WORTH_IT: Final = 8  # at this width and above, nearest rounding is near enough
+_COLUMNS: Final = 64  # of a block of the solver
+_NEAREST_FROM_BITS: Final = 8  # at this width and above, nearest rounding is near enough
 
 
 def second_moments(
@@ -72,59 +73,30 @@ def second_moments(
     return {group: sums[group] / counts[group] for group in groups}
 
 
-def compensate(weight: Tensor, step: Tensor, limits: tuple[int, int], moments: Tensor) -> Tensor:
+def compensate(weight: Tensor, step: Tensor | BlockScales, bits: int, moments: Tensor) -> Tensor:
     """Each weight as it stands when its turn to be rounded comes.
 
     Args:
         weight: `(out, in)`.
-        step: `(out,)` fp32, positive.
-        limits: smallest and largest code.
+        step: `(out,)` fp32, positive, of integer codes; or the scales of NVFP4.
+        bits: of integer codes.
         moments: `(in, in)` second moments of the input.
 
     Returns:
         `(out, in)` fp32; rounded to the nearest code, it has the compensated codes.
     """
-    return _compensate(weight, moments, lambda value, _: torch.round(value / step).clamp_(*limits).mul_(step))
+    scales = step.product if isinstance(step, BlockScales) else step.unsqueeze(1)
+    width = weight.shape[1] // scales.shape[1]  # columns that share a scale
 
+    def round_column(value: Tensor, column: int) -> Tensor:
+        scale = scales[:, column // width]
+        units = value / scale
+        rounded = e2m1_round(units) if isinstance(step, BlockScales) else nearest_codes(units, *weight_limits(bits))
+        return rounded.mul_(scale)
 
-def compensate_blocks(weight: Tensor, scales: BlockScales, moments: Tensor) -> Tensor:
-    """`compensate` on the NVFP4 grid of these scales."""
-
-    def rounded(value: Tensor, column: int) -> Tensor:
-        step = product[:, column // BLOCK]
-        return e2m1_round(value / step).mul_(step)
-
-    product = scales.product
-    return _compensate(weight, moments, rounded)
-
-
-def _compensate(weight: Tensor, moments: Tensor, round_column: Callable[[Tensor, int], Tensor]) -> Tensor:
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    places = order.tolist()
-    factor = _factor(moments[order][:, order].double())
-    work, found = weight.detach().float()[:, order].clone(), torch.empty(weight.shape)
-    columns = work.shape[1]
-    for start in range(0, columns, _BLOCK):
-        end = min(start + _BLOCK, columns)
-        errors = torch.zeros(work.shape[0], end - start)
-        for column in range(start, end):
-            value = work[:, column].clone()
-            found[:, column] = value
-            rounding = value - round_column(value, places[column])
-            errors[:, column - start] = rounding / factor[column, column]
-            work[:, column:end] -= errors[:, column - start, None] * factor[column, column:end]
-        work[:, end:] -= errors @ factor[start:end, end:]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(columns)
-    return found[:, back]
-
-
-def _factor(moments: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped inverse, fp32."""
-    size = moments.shape[0]
-    damped = moments + (_DAMPING * moments.diagonal().mean() + 1e-12) * torch.eye(size, dtype=moments.dtype)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return compensated_round(
+        weight, moments, round_column, block=_COLUMNS, damping=_DAMPING, damping_floor=1e-12, fused=False
+    ).before
 
 
 @torch.no_grad()
@@ -139,12 +111,9 @@ def compensate_model(
     done = 0
     for site in structure.linears:
         form = formats.get(site.name)
-        if form is None or form.kind is Kind.E4M3 or form.bits >= _WORTH_IT or site.input_group not in moments:
+        if form is None or form.kind is Kind.E4M3 or form.bits >= _NEAREST_FROM_BITS or site.input_group not in moments:
             continue
         weight, step = model.get_submodule(site.name).get_parameter("weight"), steps[site.name]
-        if isinstance(step, BlockScales):
-            weight.copy_(compensate_blocks(weight, step, moments[site.input_group]))
-        else:
-            weight.copy_(compensate(weight, step, weight_limits(form.bits), moments[site.input_group]))
+        weight.copy_(compensate(weight, step, form.bits, moments[site.input_group]))
         done += 1
     return done

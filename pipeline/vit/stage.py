@@ -120,16 +120,9 @@ def quantize(
 
 
 def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure, writer: ArtifactWriter) -> ImageSet:
+    folder = writer.root / _IMAGES_WORK
     with track(request.count, "images") as progress:
-        done = 0
-
-        def advance(finished: int) -> None:
-            nonlocal done
-            progress.advance(finished - done)
-            done = finished
-
-        images = make_images(request, vision, structure, checkpoints=writer.root / _IMAGES_WORK, on_images=advance)
-    return images
+        return make_images(request, vision, structure, checkpoints=folder, on_images=progress.advance)
 
 
 def _train(

@@ -23,8 +23,7 @@ from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer, BlockScales
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes, storable_scale, weight_limits
-from pipeline.vit.blocks import RoundedBlockActivation, RoundedBlockWeight
-from pipeline.vit.fake import fake_quantize
+from pipeline.vit.fake import fake_blocks, fake_quantize
 
 
 def _step(log_step: Tensor) -> Tensor:
@@ -72,12 +71,39 @@ class _RoundedActivation(nn.Module):
         return ActivationQuantizer(float(_step(self.log_step.detach())), self.low, self.high, self.kind)
 
 
-def _rounded_weight(step: Tensor | BlockScales, form: WeightFormat, dims: int) -> nn.Module:
-    return RoundedBlockWeight(step) if isinstance(step, BlockScales) else _RoundedWeight(step, form, dims)
+class _RoundedBlockWeight(nn.Module):
+    """Parametrization of a weight `(out, in)` in NVFP4, with the scales it was given.
+
+    They stay those of the start: distillation moves a weight by a fraction of a code step, and a scale that moved would
+    take sixteen codes along.
+    """
+
+    def __init__(self, scales: BlockScales) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_blocks(weight, self.scales.product)
+
+    def mean_step(self) -> Tensor:
+        """The mean distance of neighbouring codes up to 6: 12 / 14 of the scale."""
+        return self.scales.product.mean() * (12.0 / 14.0)
 
 
-def _rounded_activation(quantizer: Quantizer) -> nn.Module:
-    return RoundedBlockActivation(quantizer) if isinstance(quantizer, BlockQuantizer) else _RoundedActivation(quantizer)
+class _RoundedBlockActivation(nn.Module):
+    """A site in NVFP4, on the grid that the activation makes for itself."""
+
+    def __init__(self, quantizer: BlockQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = self.quantizer.scales(x)
+        return fake_blocks(x, scale)
+
+    def frozen(self) -> BlockQuantizer:
+        return self.quantizer
 
 
 class Student(nn.Module):
@@ -104,13 +130,19 @@ class Student(nn.Module):
         self.model = copy.deepcopy(vision.model).requires_grad_(True)
         self.formats = dict(formats)
         self.sites = list(activations)
-        self.ranges = nn.ModuleList(_rounded_activation(q) for q in activations.values())
+        self.ranges = nn.ModuleList(
+            _RoundedBlockActivation(q) if isinstance(q, BlockQuantizer) else _RoundedActivation(q)
+            for q in activations.values()
+        )
         self._at = {site: index for index, site in enumerate(self.sites)}
         for site in structure.linears:
             layer = self.model.get_submodule(site.name)
             if site.name in self.formats:
-                dims = layer.get_parameter("weight").dim()
-                rounded = _rounded_weight(steps[site.name], self.formats[site.name], dims)
+                step, dims = steps[site.name], layer.get_parameter("weight").dim()
+                form = self.formats[site.name]
+                rounded = (
+                    _RoundedBlockWeight(step) if isinstance(step, BlockScales) else _RoundedWeight(step, form, dims)
+                )
                 parametrize.register_parametrization(layer, "weight", rounded, unsafe=True)
             layer.register_forward_pre_hook(self._on_input(f"{site.input_group}.input"))
         self.on_attention: Callable[[str, Tensor], None] | None = None  # sees attn.v of every attention
@@ -154,7 +186,7 @@ class Student(nn.Module):
         plain.load_state_dict({n: state[n] for n in plain.state_dict()})
         for name, form in self.formats.items():
             rounded, weight = self._rounded(name), plain.get_submodule(name).get_parameter("weight")
-            if isinstance(rounded, RoundedBlockWeight):
+            if isinstance(rounded, _RoundedBlockWeight):
                 weights[name] = BlockCodes.of(weight.detach(), rounded.scales)
             else:
                 weights[name] = WeightCodes.of(weight, _step(rounded.log_step), form.bits, form.kind)
@@ -162,14 +194,14 @@ class Student(nn.Module):
         vision = self.vision
         return QuantizedVit(plain, vision.architecture, vision.preprocessing, self.structure, weights, activations)
 
-    def _rounded(self, name: str) -> _RoundedWeight | RoundedBlockWeight:
+    def _rounded(self, name: str) -> _RoundedWeight | _RoundedBlockWeight:
         rounded = self.model.get_submodule(name).parametrizations.weight[0]  # type: ignore[union-attr, index]
-        assert isinstance(rounded, _RoundedWeight | RoundedBlockWeight)
+        assert isinstance(rounded, _RoundedWeight | _RoundedBlockWeight)
         return rounded
 
-    def _range(self, site: str) -> _RoundedActivation | RoundedBlockActivation:
+    def _range(self, site: str) -> _RoundedActivation | _RoundedBlockActivation:
         found = self.ranges[self._at[site]]
-        assert isinstance(found, _RoundedActivation | RoundedBlockActivation)
+        assert isinstance(found, _RoundedActivation | _RoundedBlockActivation)
         return found
 
     def _on_input(self, site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

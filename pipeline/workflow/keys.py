@@ -15,8 +15,7 @@ from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, Manifest, sha256_file
 from fp8pipe.core.version import __version__
-from pipeline.workflow.recipe import StageSpec
-from pipeline.workflow.settings import replace_references
+from pipeline.workflow.recipe import StageSpec, replace_references
 
 __all__ = ["SourceDigests", "canonical_digest", "file_states", "stage_key"]
 

@@ -21,12 +21,11 @@ from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
 from fp8pipe.core.machine import describe_machine
 from fp8pipe.core.version import __version__
-from pipeline.workflow.commands import StageCommand
 from pipeline.workflow.gates import judge, verdict_of_failure
 from pipeline.workflow.keys import file_states
 from pipeline.workflow.process import Ended, StageProcess
 from pipeline.workflow.recipe import StageSpec
-from pipeline.workflow.state import STAGES, RunState, StageStatus, content_of, inside
+from pipeline.workflow.state import STAGES, RunState, StageCommand, StageStatus, content_of, inside
 
 __all__ = ["WorkflowRunner"]
 

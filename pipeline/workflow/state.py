@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,15 +13,43 @@ from fp8pipe.artifact.place import partial_of
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, StageRecord, read_run
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.version import __version__
-from pipeline.workflow.commands import StageCommand
 from pipeline.workflow.gates import document_of
 from pipeline.workflow.keys import SourceDigests, canonical_digest, file_states, stage_key
-from pipeline.workflow.recipe import Recipe, StageSpec
-from pipeline.workflow.settings import settings_differing, substitute
+from pipeline.workflow.recipe import Recipe, StageSpec, settings_differing, substitute
 
-__all__ = ["STAGES", "RunOptions", "RunState", "StageStatus", "content_of", "inside"]
+__all__ = ["STAGES", "RunOptions", "RunState", "StageCommand", "StageStatus", "content_of", "inside"]
 
 STAGES: Final = "stages"
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StageCommand:
+    """One command that a stage may name: which settings it takes, what it reads, where it writes.
+
+    Attributes:
+        name: as on the command line.
+        sources: settings that may name models, data and artifacts from outside the run.
+        check: builds the typed configuration and raises a ConfigurationError that names every mistake. It gets the
+            settings and, by setting, the command of the stage that is read.
+        arguments: the command line after `fp8pipe`, from settings (paths in the place of references), the output, and
+            the file that holds the settings.
+        output: where it writes, from settings, the run's directory and the stage's name.
+        inline: settings that `arguments` puts on the command line; the file holds the others.
+        resumable: whether it takes --resume.
+        program: what the command line is given to; fp8pipe itself.
+        environment: variables that it runs with, unless the user has set them.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    check: Callable[[Settings, Mapping[str, str]], None]
+    arguments: Callable[[Settings, Path, Path], list[str]]
+    output: Callable[[Settings, Path, str], Path]
+    inline: tuple[str, ...] = ()
+    resumable: bool = False
+    program: tuple[str, ...] = (sys.executable, "-P", "-m", "fp8pipe")
+    environment: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
 
 
 @dataclass(frozen=True, slots=True)

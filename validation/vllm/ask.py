@@ -17,7 +17,7 @@ from types import FrameType
 
 from fp8pipe.core import logs
 from fp8pipe.core.errors import Fp8PipeError
-from validation.vllm.launcher import ServerOptions, server
+from validation.vllm.launcher import ServerOptions, open_local, server
 
 __all__ = ["ask", "main"]
 
@@ -35,19 +35,12 @@ def ask(url: str, model: str, question: str, *, max_tokens: int = 64, api_key: s
     Raises:
         Fp8PipeError: the server refused the request or did not answer; its own words are quoted.
     """
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": max_tokens,
-        "temperature": 0,
-    }
-    headers = {"Content-Type": "application/json"}
-    if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
+    messages = [{"role": "user", "content": question}]
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+    headers = {"Content-Type": "application/json"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"})
     request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=600) as reply:
+        with open_local(request, timeout_s=600) as reply:
             document = json.load(reply)
     except urllib.error.HTTPError as error:
         words = error.read().decode("utf-8", errors="replace")

@@ -29,27 +29,16 @@ PROBE = Path(__file__).with_name("probe.py")
 
 @dataclass(frozen=True, slots=True)
 class ProbeJob:
-    """What the probe is asked (see `probe`).
+    """What the probe is asked (see `probe`)."""
 
-    Attributes:
-        model: the export's directory.
-        tensors: by checkpoint name, `Expected.digests()`.
-        sequences: token ids to be scored, each at least two long.
-        prompts: questions to answer.
-        chat: put them through the chat template; plain completion otherwise.
-        max_tokens: longest answer, tokens.
-        max_model_len: context length, tokens.
-        dtype: the engine's dtype; fp32 for parity.
-    """
-
-    model: str
-    tensors: Mapping[str, Mapping[str, Any]]
-    sequences: list[list[int]] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    chat: bool = True
-    max_tokens: int = 16
-    max_model_len: int = 1024
-    dtype: str = "float32"
+    model: str  # the export's directory
+    tensors: Mapping[str, Mapping[str, Any]]  # by checkpoint name, `Expected.digests()`
+    sequences: list[list[int]] = field(default_factory=list)  # token ids to be scored, each at least two long
+    prompts: list[str] = field(default_factory=list)  # questions to answer
+    chat: bool = True  # put them through the chat template; plain completion otherwise
+    max_tokens: int = 16  # longest answer
+    max_model_len: int = 1024  # context length, tokens
+    dtype: str = "float32"  # the engine's; fp32 for parity
 
 
 def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeout_s: float) -> dict[str, Any]:
@@ -108,9 +97,6 @@ def _in_process() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, min(16, cores // 2)))
     return subprocess_environment(
-        OMP_NUM_THREADS=threads,
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        FP8PIPE_VLLM_ACTIVATIONS="none",
-        FP8PIPE_VLLM_KEEP_WEIGHTS="1",
-    )
+        OMP_NUM_THREADS=threads, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
+        FP8PIPE_VLLM_ACTIVATIONS="none", FP8PIPE_VLLM_KEEP_WEIGHTS="1",
+    )  # fmt: skip

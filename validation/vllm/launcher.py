@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -27,7 +28,7 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 from validation.vllm.expected import open_export
 
-__all__ = ["ServerOptions", "free_port", "server", "server_command"]
+__all__ = ["ServerOptions", "free_port", "open_local", "server", "server_command"]
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.25
@@ -52,11 +53,7 @@ class ServerOptions(FrozenConfig):
 
 @contextmanager
 def server(
-    export: Path,
-    options: ServerOptions | None = None,
-    *,
-    vllm_python: str | None = None,
-    verify: bool = True,
+    export: Path, options: ServerOptions | None = None, *, vllm_python: str | None = None, verify: bool = True
 ) -> Iterator[str]:
     """Serve an export for the length of the `with` block.
 
@@ -89,12 +86,9 @@ def server(
         log = Path(folder) / "server.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=subprocess_environment(**variables),
+                command, stdout=out, stderr=subprocess.STDOUT, env=subprocess_environment(**variables),
                 start_new_session=True,
-            )
+            )  # fmt: skip
         try:
             _wait(process, url, log, chosen.timeout_s)
             yield url
@@ -162,11 +156,14 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: floa
     logger.info("vLLM's server answers at %s after %.1f s", url, time.monotonic() - started)
 
 
+def open_local(request: str | urllib.request.Request, *, timeout_s: float) -> Any:
+    """The reply to a request to this machine; a proxy in the environment must not see, or answer, it."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)
+
+
 def _healthy(url: str) -> bool:
     try:
-        # A proxy in the environment must not see, or answer, a request to this machine.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{url}/health", timeout=2) as reply:
+        with open_local(f"{url}/health", timeout_s=2) as reply:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK = 256  # one-hot rows a GEMM call
+_CHUNK = 256  # one-hot rows per GEMM call
 _SAMPLED_COLUMNS = 16  # columns of a stored weight that are compared with the GEMM
 _PREFIXES = ("", "model.", "transformer.")  # what engines put before a checkpoint's names
 
@@ -52,15 +52,9 @@ def _load(job: dict[str, Any]) -> Any:
     from vllm import LLM
 
     return LLM(
-        model=job["model"],
-        dtype=job["dtype"],
-        max_model_len=job["max_model_len"],
-        max_num_seqs=4,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        seed=0,
-        disable_log_stats=True,
-    )
+        model=job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=4, enforce_eager=True,
+        enable_prefix_caching=False, seed=0, disable_log_stats=True,
+    )  # fmt: skip
 
 
 def _versions() -> dict[str, str]:
@@ -184,7 +178,7 @@ def _resolve(name: str, readers: dict[str, Reader], mapper: Any) -> str | None:
 
 
 def _as_checkpoint(value: Tensor, expected: dict[str, Any]) -> Tensor:
-    """Drop vocabulary padding and turn the orientation back."""
+    """Drop vocabulary padding and restore the orientation."""
     value = value.t() if expected["transposed"] and value.ndim == 2 else value
     shape = expected["shape"]
     if value.ndim == len(shape) and value.ndim > 0 and value.shape[0] > shape[0]:
@@ -230,14 +224,8 @@ def _answers(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
         outputs = llm.chat(talks, params, use_tqdm=False)
     else:
         outputs = llm.generate(job["prompts"], params, use_tqdm=False)
-    return [
-        {
-            "prompt_ids": list(out.prompt_token_ids),
-            "token_ids": list(out.outputs[0].token_ids),
-            "text": out.outputs[0].text,
-        }
-        for out in outputs
-    ]
+    answers = ((out.prompt_token_ids, out.outputs[0]) for out in outputs)
+    return [{"prompt_ids": list(ids), "token_ids": list(new.token_ids), "text": new.text} for ids, new in answers]
 
 
 def _plain(value: Any) -> Any:

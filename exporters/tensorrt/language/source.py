@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from fp8pipe.artifact.finding import Finding
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.structure import load_config, model_class
+from fp8pipe.models.language.structure import build_model, load_config
 from fp8pipe.models.language.text import Encoded, encode, load_records, split
 from fp8pipe.numerics.quantizers import WeightCodes
 
@@ -69,16 +69,11 @@ class LanguageModel:
 
         Attention is the plain formula, whose products and softmax are visible to a tracer.
         """
-        config = load_config(self.root)
         state = {name: tensor.to(dtype) for name, tensor in self.floats.items()}
         for unit in self.plan.units:
             if unit.action is Action.CODES and unit.module is not None:
                 state[unit.entry.name] = self.weights[unit.module].dequantize().to(dtype)
-        model: Any = model_class(config).from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, attn_implementation="eager"
-        )
-        evaluated: PreTrainedModel = model.eval()
-        return evaluated
+        return build_model(self.root, state, dtype, attn_implementation="eager")
 
 
 def open_language(source: Path) -> LanguageModel:

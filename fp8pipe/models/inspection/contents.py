@@ -1,4 +1,4 @@
-"""The answer of an inspection: layers, histograms, and what lies beside the weights."""
+"""What an inspection found: layers, histograms of scales, and what lies beside the weights."""
 
 from __future__ import annotations
 

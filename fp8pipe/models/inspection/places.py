@@ -1,4 +1,4 @@
-"""Where to look: a directory of Hugging Face's form or of an artifact, or one file."""
+"""Inspects a path: a directory of Hugging Face's layout or of an artifact, or one file."""
 
 from __future__ import annotations
 

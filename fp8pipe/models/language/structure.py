@@ -1,29 +1,32 @@
-"""What each checkpoint tensor is to its model: asked of the model itself, built on the meta device.
+"""What a causal language model is made of: its linears, what shares an input, its decoder, its head, its ties.
 
-Names lie: `score`, `gate` or `c_proj` may be anything. transformers builds the architecture that config.json
-names without allocating a byte, and the module that owns a weight says whether it is a linear layer, a Conv1D
-(stored transposed), or an embedding. Linear layers outside the text decoder (output head, vision tower,
-classification head) are never quantized: the engine builds those without a quantization scheme, or gives them
-other names.
+Names lie: `score`, `gate` or `c_proj` may be anything. So the model itself is asked, a live one or one that
+transformers builds on the meta device from config.json, without allocating a byte. The module that owns a weight says
+whether it is a linear layer, a Conv1D (stored transposed), or an embedding; the head is whatever the model names as its
+output embeddings; ties are seen by shared storage, and what shares an input in a pass. Linear layers outside the text
+decoder (output head, vision tower, classification head) are never served in FP8: the engine builds those without a
+quantization scheme, or gives them other names.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.compat import declare_torchvision_operators, import_transformers
+from fp8pipe.models.checkpoint.tensors import spellings
+from fp8pipe.models.compat import import_transformers
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-__all__ = ["ModelStructure", "Role", "build_on_meta", "load_config", "model_class", "read_structure"]
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Role(StrEnum):
@@ -36,40 +39,78 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStructure:
-    """Roles by module name, as the architecture names its modules.
+    """Modules and tensors, as the architecture names them.
 
     Attributes:
         architecture: class name.
         model_type: transformers' model type.
-        roles: module name -> role, for every module that owns a 2-D weight of a known kind.
-        shapes: module name -> weight shape as the model declares it ((in, out) for Conv1D).
+        roles: module name -> role, for every module that owns a 2-D weight of a known kind, in module order.
+        tensors: name -> shape of every tensor of the state, as stored ((in, out) for a Conv1D's weight).
         modules: every module name.
         decoder: name of the text decoder; quantizable layers live below it.
         base_prefix: prefix that checkpoints of the headless model leave out.
         output_head: module name of the output projection, if any.
         tied: tensor names that share storage with another (absent from a checkpoint) -> that other name.
+        shared: linears whose weight some other module owns, too.
+        loose: parameters with two axes or more that belong to no module of a known kind.
         discarded: patterns of tensors that old checkpoints hold and the architecture declares meaningless.
+        input_groups: the linears that can be trained, grouped by the tensor they read; empty before `probed`.
     """
 
     architecture: str
     model_type: str
     roles: dict[str, Role]
-    shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, tuple[int, ...]]
     modules: frozenset[str]
     decoder: str
     base_prefix: str
     output_head: str | None
     tied: dict[str, str]
+    shared: frozenset[str]
+    loose: tuple[str, ...]
     discarded: tuple[str, ...]
+    input_groups: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def projections(self) -> dict[str, Role]:
+        """Linear and Conv1D modules: what the engine builds as a linear layer."""
+        return {m: r for m, r in self.roles.items() if r is not Role.EMBEDDING}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Linears that are not trained -> why."""
+        tied = {m: "weight tied to another module" for m in self.projections if m in self.shared}
+        head = {m: "output head" for m in self.projections if m == self.output_head}
+        return {m: (tied | head)[m] for m in self.projections if m in tied or m in head}
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Linears that can be trained and stored as codes, in module order."""
+        left_out = self.left_out
+        return tuple(m for m in self.projections if m not in left_out)
+
+    def transposed(self, module: str) -> bool:
+        """Whether a module's weight is stored `(in, out)`."""
+        return self.roles.get(module) is Role.CONV1D
+
+    def stored_shape(self, module: str) -> tuple[int, ...]:
+        """Shape of a module's weight as a checkpoint holds it."""
+        return self.tensors[f"{module}.weight"]
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """`(out, in)` of a linear."""
+        rows, columns = self.stored_shape(module)
+        return (columns, rows) if self.transposed(module) else (rows, columns)
+
+    def weight(self, model: nn.Module, module: str) -> Tensor:
+        """A linear's weight as `(out, in)`, of the live model that this is the structure of."""
+        parameter = model.get_submodule(module).get_parameter("weight").detach()
+        return parameter.t().contiguous() if self.transposed(module) else parameter
 
     def module_of(self, tensor_name: str) -> str | None:
         """The module that owns a checkpoint tensor, in the model's spelling; None when it has none."""
         stem = tensor_name.rpartition(".")[0]
-        short = stem.removeprefix(self.base_prefix + ".")
-        for candidate in (stem, f"{self.base_prefix}.{stem}", short):
-            if candidate in self.modules:
-                return candidate
-        return None
+        return next((name for name in spellings(stem, self.base_prefix) if name in self.modules), None)
 
     def role_of(self, tensor_name: str) -> Role | None:
         """Role of a `.weight` tensor; None for anything else."""
@@ -85,10 +126,57 @@ class ModelStructure:
         inside = not self.decoder or module == self.decoder or module.startswith(self.decoder + ".")
         return inside and module != self.output_head
 
-    @property
-    def projections(self) -> dict[str, Role]:
-        """Linear and Conv1D modules: what the engine builds as a linear layer."""
-        return {m: r for m, r in self.roles.items() if r is not Role.EMBEDDING}
+    def probed(self, model: nn.Module) -> ModelStructure:
+        """The structure with its `input_groups`, from a pass of two tokens through the live model."""
+        return replace(self, input_groups=_input_groups(model, self.trainable))
+
+
+def structure_of(model: nn.Module) -> ModelStructure:
+    """The structure of a model of transformers, live or on the meta device."""
+    import_transformers()
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = ((nn.Linear, Role.LINEAR), (Conv1D, Role.CONV1D), (nn.Embedding, Role.EMBEDDING))
+    roles: dict[str, Role] = {}
+    loose: list[str] = []
+    for name, module in model.named_modules():
+        role = next((role for kind, role in kinds if isinstance(module, kind)), None)
+        if role is not None:
+            roles[name] = role
+            continue
+        owned = module.named_parameters(recurse=False)
+        loose += [f"{name}.{leaf}" if name else leaf for leaf, parameter in owned if parameter.dim() >= 2]
+    names = {id(module): name for name, module in model.named_modules()}
+    pretrained: Any = model
+    decoder = pretrained.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", None)
+    head = pretrained.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owners = Counter(_identity(parameter) for parameter in parameters.values())
+    return ModelStructure(
+        architecture=type(model).__name__,
+        model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
+        roles=roles,
+        tensors={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        modules=frozenset(n for n in names.values() if n),
+        decoder=names.get(id(decoder), ""),
+        base_prefix=str(getattr(model, "base_model_prefix", "")),
+        output_head=names.get(id(head)) if head is not None else None,
+        tied=dict(getattr(model, "all_tied_weights_keys", {})),
+        shared=frozenset(m for m in roles if owners[_identity(parameters[f"{m}.weight"])] > 1),
+        loose=tuple(loose),
+        discarded=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+    )
+
+
+def read_structure(directory: Path) -> ModelStructure:
+    """The structure of the model that a directory's config.json names, built on the meta device.
+
+    Raises:
+        ConfigurationError: see `load_config` and `model_class`.
+    """
+    config = load_config(directory)
+    with torch.device("meta"):
+        return structure_of(model_class(config)._from_config(config))
 
 
 def load_config(directory: Path) -> PretrainedConfig:
@@ -97,9 +185,9 @@ def load_config(directory: Path) -> PretrainedConfig:
     Raises:
         ConfigurationError: no config.json, or an architecture transformers does not know.
     """
-    transformers = import_transformers()
+    auto = import_transformers().AutoConfig
     try:
-        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = auto.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(
             f"{directory} has no configuration that transformers can read",
@@ -128,44 +216,55 @@ def model_class(config: PretrainedConfig) -> Any:
     )
 
 
-def build_on_meta(config: PretrainedConfig) -> torch.nn.Module:
-    """The model without storage: every parameter on the meta device."""
-    with torch.device("meta"):
-        model: torch.nn.Module = model_class(config)._from_config(config)
-    return model
+def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, **options: str) -> PreTrainedModel:
+    """The model that config.json names, holding `state`, in evaluation mode on the CPU.
 
-
-def read_structure(directory: Path) -> ModelStructure:
-    """Read `config.json`, build the model on the meta device and note each module's role.
+    Args:
+        directory: with config.json.
+        state: by the checkpoint's names; transformers renames where the architecture wants it.
+        dtype: of parameters and compute.
+        options: of `from_pretrained`.
 
     Raises:
         ConfigurationError: see `load_config` and `model_class`.
     """
-    declare_torchvision_operators()
-    from transformers.pytorch_utils import Conv1D
-
     config = load_config(directory)
-    model: Any = build_on_meta(config)
-    kinds = ((torch.nn.Linear, Role.LINEAR), (Conv1D, Role.CONV1D), (torch.nn.Embedding, Role.EMBEDDING))
-    roles: dict[str, Role] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, module in model.named_modules():
-        role = next((role for kind, role in kinds if isinstance(module, kind)), None)
-        if role is not None:
-            roles[name] = role
-            shapes[name] = tuple(module.weight.shape)
-    names = {id(module): name for name, module in model.named_modules()}
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    head = model.get_output_embeddings()
-    return ModelStructure(
-        architecture=type(model).__name__,
-        model_type=str(config.model_type),
-        roles=roles,
-        shapes=shapes,
-        modules=frozenset(n for n in names.values() if n),
-        decoder=names.get(id(decoder), ""),
-        base_prefix=str(model.base_model_prefix),
-        output_head=names.get(id(head)) if head is not None else None,
-        tied=dict(getattr(model, "all_tied_weights_keys", {})),
-        discarded=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-    )
+    built = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    model: PreTrainedModel = built.eval()
+    return model
+
+
+def _input_groups(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The named modules, grouped by the tensor object they receive in one forward pass of two tokens.
+
+    Returns:
+        Groups in call order; modules that were not called, or called more than once, stay alone.
+    """
+    readers: dict[int, list[str]] = {}
+    calls: dict[str, int] = dict.fromkeys(names, 0)
+    alive: list[Tensor] = []  # ids are unique only while the tensors live
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            calls[name] += 1
+            if args:
+                alive.append(args[0])
+                readers.setdefault(id(args[0]), []).append(name)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups = [tuple(name for name in group if calls[name] == 1) for group in readers.values()]
+    grouped = {name for group in groups for name in group}
+    return (*(group for group in groups if group), *((name,) for name in names if name not in grouped))
+
+
+def _identity(parameter: Tensor) -> int:
+    """Equal for tied weights; on the meta device, where storage has no address, the object itself."""
+    return parameter.data_ptr() or id(parameter)

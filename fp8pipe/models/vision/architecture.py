@@ -56,7 +56,7 @@ def build(architecture: Architecture) -> nn.Module:
         MissingCapabilityError: the library is not installed.
     """
     with torch.random.fork_rng(devices=[]):
-        model = _timm(architecture) if architecture.library == "timm" else _transformers(architecture)
+        model = _create(architecture)
         if architecture.head == "probe":
             model = ClassAndPatches(prepare_model(model), architecture.image_size, len(architecture.classes or ()))
     model = prepare_model(model)
@@ -70,29 +70,20 @@ def build(architecture: Architecture) -> nn.Module:
     return model
 
 
-def _timm(architecture: Architecture) -> nn.Module:
-    timm = import_timm()
+def _create(architecture: Architecture) -> nn.Module:
+    cls: Any = transformers_class(architecture.name) if architecture.library == "transformers" else None
+    library = import_timm() if cls is None else import_transformers()
     try:
-        model: nn.Module = timm.create_model(architecture.name, pretrained=False, **architecture.arguments)
-    except Exception as error:  # arguments go to foreign code, which raises what it likes
+        model: nn.Module
+        if cls is None:
+            model = library.create_model(architecture.name, pretrained=False, **architecture.arguments)
+        else:
+            model = cls._from_config(cls.config_class.from_dict(dict(architecture.arguments)))
+    except Exception as error:  # arguments go to third-party code, which raises what it likes
         raise ConfigurationError(
-            f"timm {timm.__version__} cannot build {architecture.name}",
-            why=str(error).strip().partition("\n")[0] or type(error).__name__,
-            fix="check the name, its arguments and the image size, or install the timm it was made with",
-        ) from error
-    return model
-
-
-def _transformers(architecture: Architecture) -> nn.Module:
-    cls: Any = transformers_class(architecture.name)
-    try:
-        config = cls.config_class.from_dict(dict(architecture.arguments))
-        model: nn.Module = cls._from_config(config)
-    except Exception as error:  # as above
-        raise ConfigurationError(
-            f"transformers cannot build {architecture.name}",
+            f"{architecture.library} {library.__version__} cannot build {architecture.name}",
             why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-            fix="check the configuration, or install the transformers it was made with",
+            fix="check the name, its arguments and the image size, or install the version it was made with",
         ) from error
     return model
 

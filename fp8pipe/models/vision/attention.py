@@ -1,8 +1,8 @@
-"""Every attention of a vision transformer, in the hands of a handler, without touching the model's code.
+"""Interception of attention: a handler computes every attention of a model, without touching the model's code.
 
 All supported attentions end in one call of `torch.nn.functional.scaled_dot_product_attention` (`prepare_model`
 sees to that). So one patch of that function, for the time of a context, reaches every family at once: maps
-for a loss, quantizers for a student, the plain formula for an export. Outside the context nothing is changed,
+for a loss, quantizers for a student, the explicit formula for an export. Outside the context nothing is changed,
 and the fused kernels stay in use.
 
 The patch replaces a name in a module of torch, so it holds for the whole process: one context at a time, and
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -85,7 +85,6 @@ def explicit_attention(
 def module_stack(modules: Collection[tuple[str, nn.Module]]) -> Iterator[list[str]]:
     """The names of those of `modules` that are running, outermost first, while the context lasts."""
     stack: list[str] = []
-    handles = []
 
     def entering(name: str) -> Callable[..., None]:
         return lambda module, args: stack.append(name)
@@ -93,15 +92,12 @@ def module_stack(modules: Collection[tuple[str, nn.Module]]) -> Iterator[list[st
     def leaving(module: nn.Module, args: Any, output: Any) -> None:
         stack.pop()
 
-    try:
+    with ExitStack() as hooks:
         for name, module in modules:
-            handles.append(module.register_forward_pre_hook(entering(name)))
+            hooks.enter_context(module.register_forward_pre_hook(entering(name)))
             # always_call: a forward that raises must leave the stack as it found it.
-            handles.append(module.register_forward_hook(leaving, always_call=True))
+            hooks.enter_context(module.register_forward_hook(leaving, always_call=True))
         yield stack
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -161,7 +157,7 @@ def attention_names(model: nn.Module, pixels: Tensor) -> list[str]:
         pixels: (N, 3, H, W), the images to run it on; their values do not matter.
 
     Returns:
-        One name a call: a module that calls it twice is there twice.
+        One name per call: a module that calls it twice is there twice.
     """
     everything = {name: module for name, module in model.named_modules() if name}
     found: list[str] = []
@@ -185,13 +181,11 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _refuse(name: str, dropout: float, causal: bool, grouped: bool) -> None:
-    reasons = []
-    if dropout > 0:
-        reasons.append(f"it drops attention probabilities (p={dropout})")
-    if causal:
-        reasons.append("it is causal")
-    if grouped:
-        reasons.append("its heads share keys and values")
+    checks = {
+        f"it drops attention probabilities (p={dropout})": dropout > 0, "it is causal": causal,
+        "its heads share keys and values": grouped,
+    }  # fmt: skip
+    reasons = [reason for reason, holds in checks.items() if holds]
     if reasons:
         raise ConfigurationError(
             f"the attention {name} is of a kind that is not supported",

@@ -4,7 +4,7 @@ A quantized transformer is chaotic. Where sums are rounded at every addition, th
 moves a code, and a few layers on the logits differ by percents, between two correct engines or one engine with two
 threads. So "the same model" has no bits to compare, unless its arithmetic leaves no choice. Here it leaves none:
 
-* products of codes are integers, and exact; one fp32 multiplication by `scale_x * scale_w` turns them into numbers;
+* products of codes are integers, and exact; one fp32 multiplication by `scale_x * scale_w` makes numbers of them;
 * everything between a product and the next quantizer is float64, and is rounded to fp32 once, where it is quantized.
 
 Two implementations then differ by 1e-15 of a value at most. A code changes with that only where a value lies so near to
@@ -37,16 +37,12 @@ Codes = Callable[[str, Tensor], None]
 
 def inexact_sites(quantized: QuantizedVit) -> list[str]:
     """Products whose sums depend on their order: those without integer codes on both sides."""
-    found = []
-    for site in quantized.structure.linears:
-        weight, reads = quantized.weights.get(site.name), quantized.activations.get(f"{site.input_group}.input")
-        if weight is None or weight.kind is not Kind.INT or reads is None or reads.kind is not Kind.INT:
-            found.append(site.name)
-    for attention in quantized.structure.attentions:
-        operands = (quantized.activations.get(f"{attention.name}.{what}") for what in ("q", "k", "probs", "v"))
-        if not all(q is not None and q.kind is Kind.INT for q in operands):
-            found.append(attention.name)
-    return found
+    integers = {site for site, q in quantized.activations.items() if q.kind is Kind.INT}
+    whole = {name for name, weight in quantized.weights.items() if weight.kind is Kind.INT}
+    structure = quantized.structure
+    linears = [s.name for s in structure.linears if s.name not in whole or f"{s.input_group}.input" not in integers]
+    operands = {s.name: {f"{s.name}.{what}" for what in ("q", "k", "probs", "v")} for s in structure.attentions}
+    return linears + [name for name, sites in operands.items() if not sites <= integers]
 
 
 def double_model(quantized: QuantizedVit) -> nn.Module:
@@ -117,10 +113,9 @@ class ExactVit:
         def forward(x: Tensor) -> Tensor:
             codes, quantizer = self._codes(f"{site.input_group}.input", x)
             output = _product(codes, weight, quantizer, layer)
-            bias = layer.bias
-            if bias is None:
+            if not site.bias:
                 return output
-            assert isinstance(bias, Tensor)
+            bias = layer.get_parameter("bias")
             return output + (bias.view(-1, 1, 1) if site.kind == "patch" else bias)
 
         return forward
@@ -142,8 +137,8 @@ def _product(codes: Tensor, weight: WeightCodes, reads: ActivationQuantizer, lay
     if weight.codes.dim() == 2:
         return _scaled(_sum(codes, flat.T), scale)
     assert isinstance(layer, nn.Conv2d)
-    height, width = (size // step for size, step in zip(codes.shape[2:], _pair(layer.stride), strict=True))
-    patches = functional.unfold(codes.float(), _pair(layer.kernel_size), stride=_pair(layer.stride))  # (N, in, P)
+    height, width = (size // step for size, step in zip(codes.shape[2:], layer.stride, strict=True))
+    patches = functional.unfold(codes.float(), layer.kernel_size, stride=layer.stride)  # (N, in, P)
     output = _scaled(_sum(patches.transpose(1, 2).to(torch.int8), flat.T), scale)  # (N, P, out)
     return output.transpose(1, 2).reshape(len(output), -1, height, width)
 
@@ -162,11 +157,6 @@ def _scaled(sums: Tensor, scale: Tensor) -> Tensor:
 
 def _joint(left: ActivationQuantizer, right: ActivationQuantizer) -> Tensor:
     return torch.tensor(left.scale) * torch.tensor(right.scale)
-
-
-def _pair(sides: int | tuple[int, ...]) -> tuple[int, int]:
-    height, width = (sides, sides) if isinstance(sides, int) else sides
-    return height, width
 
 
 def _as_fp32(value: float) -> float:

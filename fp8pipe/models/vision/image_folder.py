@@ -1,4 +1,4 @@
-"""Labelled pictures on disk: one folder a class, the layout that most tools write."""
+"""Labelled pictures on disk: one folder per class, the layout that most tools write."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_image_folder(path: Path) -> ImageFolder:
         raise ConfigurationError(
             f"{path} is not an image folder",
             why="there is no such directory",
-            fix="give a folder that holds one folder a class",
+            fix="give a folder that holds one folder per class",
         )
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     found = {folder: sorted(_pictures(folder)) for folder in folders}
@@ -60,7 +60,7 @@ def read_image_folder(path: Path) -> ImageFolder:
         raise ConfigurationError(
             f"{path} is not an image folder",
             why=why,
-            fix=f"put the pictures into one folder a class ({', '.join(sorted(SUFFIXES))})",
+            fix=f"put the pictures into one folder per class ({', '.join(sorted(SUFFIXES))})",
         )
     files = tuple(picture for pictures in found.values() for picture in pictures)
     labels = tuple(label for label, pictures in enumerate(found.values()) for _ in pictures)
@@ -68,7 +68,7 @@ def read_image_folder(path: Path) -> ImageFolder:
 
 
 def list_pictures(path: Path) -> ImageFolder:
-    """The pictures of a folder that need no labels: one folder a class, or all in one place (then `UNLABELLED`).
+    """The pictures of a folder that need no labels: one folder per class, or all in one place (then `UNLABELLED`).
 
     Raises:
         ConfigurationError: no folder, or neither layout.

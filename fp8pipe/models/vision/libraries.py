@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,37 +30,44 @@ _RECORDS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtyp
 _FILTERS: Final = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
-def is_timm_folder(path: Path) -> bool:
-    """Whether a directory's config.json is one of timm's (it names an architecture)."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and isinstance(config.get("architecture"), str)
+def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretrained:
+    """A model in a directory of timm (its config.json names an architecture) or of transformers.
+
+    Args:
+        folder: config.json and safetensors; with transformers also preprocessor_config.json.
+        image_size: (height, width) in pixels, None for that of the weights or the configuration.
+
+    Raises:
+        ConfigurationError: no vision model, weights missing, no preprocessing beside them, or another image size.
+        BadArtifactError: a file cannot be read.
+    """
+    config = _read(folder / "config.json")
+    if not isinstance(config.get("architecture"), str):
+        return _from_transformers(folder, _class_name(config, folder), image_size)
+    _check_weights(folder, "model.safetensors")
+    return load_from_timm(f"local-dir:{folder}", image_size, config.get("model_args", {}))
 
 
-def load_from_timm(name: str | Path, image_size: tuple[int, int] | None) -> Pretrained:
+def load_from_timm(
+    source: str, image_size: tuple[int, int] | None, written: Mapping[str, Any] | None = None
+) -> Pretrained:
     """A pretrained timm model.
 
     Args:
-        name: a model name with or without a tag, or a directory.
+        source: a model name with or without a tag, or `local-dir:` and a directory.
         image_size: (height, width) in pixels, None for that of the weights.
+        written: arguments of the model that are stored beside its weights.
 
     Raises:
         ConfigurationError: timm has no such model or no weights for it, or it takes no other image size.
         MissingCapabilityError: timm is not installed, or the weights could not be downloaded.
     """
     timm = import_timm()
-    if isinstance(name, Path):
-        _check_weights(name, "model.safetensors")
-    source = f"local-dir:{name}" if isinstance(name, Path) else name
     model = _create(timm, source, image_size)
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
     size = image_size or _built_size(model) or (int(config["input_size"][1]), int(config["input_size"][2]))
-    arguments: dict[str, Any] = {"num_classes": model.num_classes, "img_size": list(size)}
-    if isinstance(name, Path):
-        written = json.loads((name / "config.json").read_text(encoding="utf-8"))
-        arguments = written.get("model_args", {}) | arguments
+    own = {"num_classes": model.num_classes, "img_size": list(size)}
+    arguments: dict[str, Any] = {**(written or {}), **own}
     prepared = prepare_model(model)
     architecture_name = str(model.pretrained_cfg["architecture"])
     architecture = _architecture("timm", architecture_name, arguments, size, _class_names(prepared))
@@ -150,18 +158,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def load_from_transformers(folder: Path, image_size: tuple[int, int] | None) -> Pretrained:
-    """A vision model of transformers.
-
-    Args:
-        folder: config.json, preprocessor_config.json and safetensors.
-        image_size: (height, width) in pixels, None for the configuration's.
-
-    Raises:
-        ConfigurationError: no vision model, weights missing, or no preprocessing beside them.
-        BadArtifactError: a file cannot be read.
-    """
-    name = _class_name(_read(folder / "config.json"), folder)
+def _from_transformers(folder: Path, name: str, image_size: tuple[int, int] | None) -> Pretrained:
     model = _load(folder, name)
     size = image_size or _image_size(model.config)
     classes = None
@@ -181,9 +178,7 @@ def _load(folder: Path, name: str) -> Any:
         model, info = cls.from_pretrained(folder, dtype="float32", local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BadArtifactError(
-            f"{folder} cannot be loaded as {name}",
-            why=_first_line(error),
-            fix="check that the download is complete",
+            f"{folder} cannot be loaded as {name}", why=_first_line(error), fix="check that the download is complete"
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:

@@ -119,7 +119,7 @@ def _merge_biases(name: str, module: Any) -> None:
 
 
 def _check_plain(name: str, attention: nn.MultiheadAttention) -> None:
-    plain = (
+    supported = (
         attention.in_proj_weight is not None
         and attention.in_proj_bias is not None
         and attention.bias_k is None
@@ -127,7 +127,7 @@ def _check_plain(name: str, attention: nn.MultiheadAttention) -> None:
         and attention.batch_first
         and attention.dropout == 0
     )
-    if not plain:
+    if not supported:
         raise ConfigurationError(
             f"the attention {name} is an nn.MultiheadAttention of a kind that is not supported",
             why="it has dropout, extra keys, keys of another width, or no bias",
@@ -154,7 +154,7 @@ def vision_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
         shape = "nothing of that kind" if found is None else f"shape {tuple(found.shape)}"
         raise ConfigurationError(
             f"{type(model).__name__} gives neither logits nor pooled features",
-            why=f"expected one vector an image, found {shape}",
+            why=f"expected one vector per image, found {shape}",
             fix="use an image classifier, or a backbone that pools its tokens",
         )
     return found

@@ -154,7 +154,7 @@ def _normalized(codes: Any, divisor: int, mean: Any, std: Any) -> Any:
 def _filter(name: str) -> int:
     from PIL.Image import Resampling
 
-    return int({"nearest": Resampling.NEAREST, "bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[name])
+    return int(Resampling[name.upper()])
 
 
 def _eight_bits(image: Image) -> Image:
@@ -165,7 +165,7 @@ def _eight_bits(image: Image) -> Image:
         raise ConfigurationError(
             "a picture with floating-point pixels cannot be read",
             why="nothing says which values are black and white",
-            fix="save it with 8 or 16 bits a channel",
+            fix="save it with 8 or 16 bits per channel",
         )
     if not image.mode.startswith("I"):
         return image

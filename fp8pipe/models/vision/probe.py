@@ -10,7 +10,9 @@ that run for nothing (a pooling head beside the classifier, in SigLIP): an expor
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,15 +52,15 @@ class LinearCall:
     """One linear or convolution as it was called.
 
     Attributes:
-        input_id: equal for linears that read the same tensor object.
-        after_attention: whether every attention came before.
+        input: the tensor object it read; kept, since the id of a freed one could come again.
+        attentions: how many attentions came before.
     """
 
     name: str
     module: nn.Module
-    input_id: int
+    input: Tensor
     output_shape: torch.Size
-    after_attention: bool
+    attentions: int
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -68,18 +70,24 @@ class LinearCall:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one pass saw, in the order of the calls."""
+    """What one pass over `IMAGES` images saw, in the order of the calls.
 
-    images: int
+    Attributes:
+        attentions: those that the output depends on.
+        linears: likewise.
+        after: those of them that ran after the last of these attentions.
+    """
+
     attentions: tuple[AttentionCall, ...]
     linears: tuple[LinearCall, ...]
+    after: tuple[LinearCall, ...]
 
 
 @dataclass(slots=True)
 class _Notes:
     attentions: list[AttentionCall] = field(default_factory=list)
     attention_marks: list[Tensor] = field(default_factory=list)
-    linears: list[tuple[str, nn.Module, Tensor, torch.Size, int]] = field(default_factory=list)
+    linears: list[LinearCall] = field(default_factory=list)
     linear_marks: list[Tensor] = field(default_factory=list)
     inside: bool = False
 
@@ -93,8 +101,7 @@ class _Notes:
             self.inside = False
 
     def see(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # The input is kept: a freed tensor's id could come again.
-        self.linears.append((name, module, args[0], output.shape, len(self.attentions)))
+        self.linears.append(LinearCall(name, module, args[0], output.shape, len(self.attentions)))
         return output + _mark(output, self.linear_marks)
 
 
@@ -108,9 +115,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, stack: list[str], notes: _Notes) -> None:
         super().__init__()
-        self._model = model
-        self._stack = stack
-        self._notes = notes
+        self._model, self._stack, self._notes = model, stack, notes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operation = func.name().split(".")[0]
@@ -144,17 +149,13 @@ def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     notes = _Notes()
-    handles = [
-        module.register_forward_hook(lambda m, args, output, name=name: notes.see(name, m, args, output))
-        for name, module in modules.items()
-        if isinstance(module, _WEIGHTED)
-    ]
-    try:
-        with module_stack(list(modules.items())) as stack, intercept_attention(model, modules, notes.attend):
-            output = _run(model, image_size, _Watch(model, stack, notes))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            if isinstance(module, _WEIGHTED):
+                hooks.enter_context(module.register_forward_hook(partial(notes.see, name)))
+        stack = hooks.enter_context(module_stack(list(modules.items())))
+        hooks.enter_context(intercept_attention(model, modules, notes.attend))
+        output = _run(model, image_size, _Watch(model, stack, notes))
     marks = notes.attention_marks + notes.linear_marks
     gradients = torch.autograd.grad(output.sum(), marks, allow_unused=True) if marks else ()
     used = [gradient is not None for gradient in gradients]
@@ -162,12 +163,8 @@ def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
     attentions = tuple(call for call, is_used in zip(notes.attentions, used[:count], strict=True) if is_used)
     _check(model, attentions)
     last = max(index for index, is_used in enumerate(used[:count]) if is_used) + 1
-    linears = tuple(
-        LinearCall(name, module, id(x), shape, seen >= last)
-        for (name, module, x, shape, seen), is_used in zip(notes.linears, used[count:], strict=True)
-        if is_used
-    )
-    return Probe(IMAGES, attentions, linears)
+    linears = tuple(call for call, is_used in zip(notes.linears, used[count:], strict=True) if is_used)
+    return Probe(attentions, linears, tuple(call for call in linears if call.attentions >= last))
 
 
 def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch) -> Tensor:
@@ -199,5 +196,5 @@ def _check(model: nn.Module, calls: tuple[AttentionCall, ...]) -> None:
         raise ConfigurationError(
             f"the attention {twice} of {type(model).__name__} cannot be read",
             why="it computes more than one attention in a forward",
-            fix="use a model with one attention a module",
+            fix="use a model with one attention per module",
         )

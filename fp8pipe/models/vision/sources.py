@@ -127,10 +127,9 @@ def _directory(path: Path, src: str, image_size: tuple[int, int] | None) -> Visi
     if (path / ARCHITECTURE_FILE).is_file():
         return _own_directory(path, src, image_size)
     if (path / "config.json").is_file():
-        from fp8pipe.models.vision.libraries import is_timm_folder, load_from_timm, load_from_transformers
+        from fp8pipe.models.vision.libraries import load_from_folder
 
-        load = load_from_timm if is_timm_folder(path) else load_from_transformers
-        return VisionModel.of(*load(path, image_size), src)
+        return VisionModel.of(*load_from_folder(path, image_size), src)
     raise ConfigurationError(
         f"{path} is not a vision model",
         why=f"it has neither {ARCHITECTURE_FILE} nor config.json",
@@ -141,12 +140,10 @@ def _directory(path: Path, src: str, image_size: tuple[int, int] | None) -> Visi
 def _own_directory(path: Path, src: str, image_size: tuple[int, int] | None) -> VisionModel:
     architecture = read_model_file(Architecture, path / ARCHITECTURE_FILE)
     preprocessing = read_model_file(Preprocessing, path / PREPROCESSING_FILE)
-    if image_size not in (None, architecture.image_size):
+    if image_size is not None and image_size != architecture.image_size:
         raise ConfigurationError(
             f"{src} reads images of {architecture.image_size[0]}x{architecture.image_size[1]} pixels",
-            why=f"{image_size[0]}x{image_size[1]} was asked for, and its position table is saved for its own size"
-            if image_size
-            else "",
+            why=f"{image_size[0]}x{image_size[1]} was asked for, and its position table is saved for its own size",
             fix="leave the image size out, or start from the model it was made of",
         )
     try:

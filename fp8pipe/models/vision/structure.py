@@ -17,7 +17,7 @@ from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.prepare import class_count
-from fp8pipe.models.vision.probe import AttentionCall, LinearCall, Probe, probe
+from fp8pipe.models.vision.probe import IMAGES, AttentionCall, LinearCall, probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +123,10 @@ def read_structure(model: nn.Module, image_size: tuple[int, int]) -> VitStructur
     found = probe(model, image_size)
     patch = _patch_embedding(found.linears, model)
     _check_coverage(patch, image_size, model)
-    attentions = tuple(_attention_site(call, found, patch.grid, model) for call in found.attentions)
+    attentions = tuple(_attention_site(call, patch.grid, model) for call in found.attentions)
     linears = _linear_sites(found.linears, model)
     classes = class_count(model)
-    heads = _heads(found, classes)
+    heads = tuple(call.name for call in found.after if tuple(call.output_shape) == (IMAGES, classes))
     if classes is not None and not heads:
         raise ConfigurationError(
             f"the head of {type(model).__name__} was not found",
@@ -179,14 +179,14 @@ def _cuts_without_overlap(module: nn.Module) -> bool:
     )
 
 
-def _attention_site(call: AttentionCall, found: Probe, patch_grid: tuple[int, int], model: nn.Module) -> AttentionSite:
-    if call.batch % found.images:
+def _attention_site(call: AttentionCall, patch_grid: tuple[int, int], model: nn.Module) -> AttentionSite:
+    if call.batch % IMAGES:
         raise ConfigurationError(
             f"the attention {call.name} cannot be read",
-            why=f"{found.images} images became a batch of {call.batch}, which is no whole number of windows",
+            why=f"{IMAGES} images became a batch of {call.batch}, which is no whole number of windows",
             fix="use a model that attends within images",
         )
-    windows = call.batch // found.images
+    windows = call.batch // IMAGES
     module = model.get_submodule(call.name)
     prefix, grid = _token_layout(call.name, module, call.tokens, windows, patch_grid)
     return AttentionSite(
@@ -216,17 +216,11 @@ def _linear_sites(calls: tuple[LinearCall, ...], model: nn.Module) -> tuple[Line
                 fix="use a model in which every layer has its own weight and runs once",
             )
         weights[id(weight)] = call.name
-        group = readers.setdefault(call.input_id, call.name)
+        group = readers.setdefault(id(call.input), call.name)
         kind = "patch" if isinstance(call.module, nn.Conv2d) else "linear"
         shape = (weight.shape[0], weight.numel() // weight.shape[0])
         sites.append(LinearSite(call.name, kind, shape, group, getattr(call.module, "bias", None) is not None))
     return tuple(sites)
-
-
-def _heads(found: Probe, classes: int | None) -> tuple[str, ...]:
-    """The linears after the last attention that give (images, classes)."""
-    shape = (found.images, classes)
-    return tuple(c.name for c in found.linears if c.after_attention and tuple(c.output_shape) == shape)
 
 
 def _token_layout(

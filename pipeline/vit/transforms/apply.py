@@ -1,4 +1,4 @@
-"""Equivalent transforms of a float model: those that round better are applied, and only what computes the same is kept.
+"""Applies equivalent transforms to a float model, and keeps only those after which it provably computes the same.
 
 Each step works on a copy. Its answers on calibration images are compared with the original's; a step that changes
 them by more than fp32 rounding is dropped, with a note that says so. So a family that nobody has tried can lose the

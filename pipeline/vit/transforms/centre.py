@@ -11,8 +11,9 @@ Centred tensors waste no codes of a grid with one scale per tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -86,17 +87,14 @@ def _means(model: nn.Module, names: set[str], batches: Iterable[Tensor]) -> dict
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 
-    def adding(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = output.flatten(0, -2).double()
-            sums[name] = sums[name] + rows.sum(0) if name in sums else rows.sum(0)
-            counts[name] += rows.shape[0]
-
-        return add
+    def add(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        rows = output.flatten(0, -2).double()
+        sums[name] = sums[name] + rows.sum(0) if name in sums else rows.sum(0)
+        counts[name] += rows.shape[0]
 
     with ExitStack() as hooks:
         for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(adding(name)))
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(add, name)))
         for pixels in batches:
             vision_outputs(model, pixels)
     return {name: sums[name] / counts[name] for name in names}

@@ -7,8 +7,9 @@ positions, norms on queries, biases added elsewhere) stays unknown, and is then 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +78,16 @@ class _Seen:
     attentions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        """Notes what a module reads and gives."""
-
-        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.order.append(name)
-            if isinstance(module, nn.Linear):
-                self.linears[name] = (args[0], output)
-            elif isinstance(module, nn.LayerNorm):
-                self.norms[name] = output
-
-        return note
+    def note(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Note what a module reads and gives."""
+        self.order.append(name)
+        if isinstance(module, nn.Linear):
+            self.linears[name] = (args[0], output)
+        elif isinstance(module, nn.LayerNorm):
+            self.norms[name] = output
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Notes the operands and the output of an attention."""
+        """Note the operands and the output of an attention."""
         output = explicit_attention(q, k, v, mask, scale)
         self.attentions[name] = {"q": q, "k": k, "v": v, "output": output}
         return output
@@ -104,15 +101,13 @@ def read_wiring(model: nn.Module, structure: VitStructure) -> Wiring:
     holders = [
         (n, m) for n, m in model.named_modules() if n and m._parameters and (n in used or not isinstance(m, nn.Linear))
     ]
-    handles = [module.register_forward_hook(seen.hook(name)) for name, module in holders]
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(_IMAGES, 3, *structure.image_size, generator=generator)
-    try:
-        with intercept_attention(model, structure.attention_names, seen.attend):
-            vision_outputs(model, pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name, module in holders:
+            hooks.enter_context(module.register_forward_hook(partial(seen.note, name)))
+        hooks.enter_context(intercept_attention(model, structure.attention_names, seen.attend))
+        vision_outputs(model, pixels)
     attentions = tuple(_attention(site, seen) for site in structure.attentions)
     readers = {
         norm: tuple(name for name, (x, _) in seen.linears.items() if _same(x, output))

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fp8pipe.models.language.structure import build_on_meta, load_config
+from fp8pipe.models.language.structure import read_structure
 
 # VmHWM is the peak resident size of this very program; ru_maxrss would inherit the parent's through exec.
 CHILD = """
 import sys, torch
 from pathlib import Path
-from exporters.vllm import VllmExportOptions, export_vllm
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import VllmExportOptions
 from fp8pipe.models.language.structure import read_structure
 def peak():
     text = Path("/proc/self/status").read_text()
@@ -46,7 +47,7 @@ def test_peak_memory_is_near_one_weight(make_model: Callable[..., Path], tmp_pat
     config = json.loads((small / "config.json").read_text()) | LARGE
     config.pop("head_dim", None)
     (base / "config.json").write_text(json.dumps(config))
-    shapes = {name: p.shape for name, p in build_on_meta(load_config(base)).state_dict().items()}
+    shapes = read_structure(base).tensors
     tensors = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     model_bytes = (base / "model.safetensors").stat().st_size

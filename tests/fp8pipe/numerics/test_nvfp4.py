@@ -26,7 +26,7 @@ from fp8pipe.numerics.nvfp4 import (
     e2m1_round,
     e2m1_values,
     pack_nibbles,
-    power_of_two_scale,
+    tensor_scale,
     unpack_nibbles,
 )
 
@@ -94,7 +94,7 @@ def test_activations_are_what_quantizing_by_hand_gives(tensor_scale):
 @given(st.floats(min_value=0.0, max_value=1e6, width=32))
 @settings(max_examples=200, deadline=None)
 def test_the_tensor_scale_is_the_smallest_power_of_two_that_reaches(amax):
-    scale = power_of_two_scale(amax)
+    scale = tensor_scale(amax)
     assert Fraction(scale).numerator == 1 or Fraction(scale).denominator == 1
     assert np.log2(scale) == int(np.log2(scale))
     assert 2.0**-18 <= scale <= 2.0**15

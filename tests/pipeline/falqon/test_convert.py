@@ -8,11 +8,11 @@ from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.structure import structure_of
 from fp8pipe.numerics.grids import E4M3
-from pipeline.falqon.convert import convert_model, find_candidates
+from pipeline.falqon.convert import convert_model, read_convertible
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import Initialisation, update_rule
-from pipeline.falqon.shared import find_shared_inputs
 
 
 def load(path, dtype=torch.bfloat16):
@@ -38,16 +38,14 @@ def test_a_head_of_another_name_is_left_out_too(make_base):
     model.readout = model.lm_head
     del model.lm_head
     model.get_output_embeddings = lambda: model.readout
-    _, skipped = find_candidates(model)
-    assert [r.name for r in skipped] == ["readout"]
+    assert structure_of(model).left_out == {"readout": "output head"}
 
 
 def test_a_linear_layer_tied_to_another_is_left_out(make_base):
     model = load(make_base("llama"))
     layers = model.model.layers
     layers[1].mlp.gate_proj.weight = layers[0].mlp.gate_proj.weight
-    _, skipped = find_candidates(model)
-    assert {r.name for r in skipped if "tied" in r.reason} == {
+    assert {name for name, reason in structure_of(model).left_out.items() if "tied" in reason} == {
         "model.layers.0.mlp.gate_proj",
         "model.layers.1.mlp.gate_proj",
     }
@@ -139,15 +137,13 @@ def test_shared_inputs_are_seen_not_guessed():
             x = torch.ones(1, 4)
             return self.one(x) + self.two(x.clone()) + self.three(x)
 
-    assert find_shared_inputs(Odd(), ["one", "two", "three"], {"input_ids": torch.zeros(1)}) == [
-        ["one", "three"],
-        ["two"],
-    ]
+    model = Odd()
+    assert structure_of(model).probed(model).input_groups == (("one", "three"), ("two",))
 
 
 def test_a_model_without_linear_layers_is_refused():
     with pytest.raises(ConfigurationError, match="no linear layer") as error:
-        find_candidates(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)))
+        read_convertible(nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), 1)
     assert error.value.exit_code == 10
 
 
@@ -161,12 +157,12 @@ def test_an_already_quantized_model_is_refused(make_base):
     model = load(make_base("llama"))
     model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(ConfigurationError, match="already quantized"):
-        find_candidates(model)
+        read_convertible(model, 8)
     del model.config.quantization_config
     weight = model.model.layers[0].mlp.up_proj.weight
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.data.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ConfigurationError, match=r"up_proj\.weight"):
-        find_candidates(model)
+        read_convertible(model, 8)
 
 
 def test_layers_are_falqon_layers(make_base):

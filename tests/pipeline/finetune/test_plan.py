@@ -10,9 +10,10 @@ from exporters.vllm.options import VllmExportOptions
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError, LintRefusedError, MissingCapabilityError
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.structure import structure_of
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.device import check_device, hardware
-from pipeline.finetune.export_warnings import export_obstacles
+from pipeline.finetune.method import export_warnings
 from pipeline.finetune.plan import plan_finetune
 from pipeline.finetune.stage import finetune
 
@@ -56,7 +57,7 @@ def test_a_plan_refuses_what_the_command_refuses(make_base, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_ordinary_models_raise_no_warning(make_base, family):
     model = import_transformers().AutoModelForCausalLM.from_pretrained(make_base(family))
-    assert export_obstacles(model) == []
+    assert export_warnings(structure_of(model)) == []
 
 
 def test_only_falqon_asks_for_fp8_hardware(make_base, pairs):

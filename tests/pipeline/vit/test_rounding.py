@@ -1,4 +1,4 @@
-"""Compensated rounding against its definition, and against what it is for."""
+"""Compensated weights of a model: what they gain, and which there are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import torch
 from vit_families import family, random_pixels, vision_family
 
 from fp8pipe.models.vision.structure import read_structure
-from fp8pipe.numerics.quantizers import WeightCodes, weight_limits
+from fp8pipe.numerics.quantizers import WeightCodes
 from pipeline.vit.initialise import choose_step
 from pipeline.vit.rounding import compensate, compensate_model, second_moments
 from pipeline.vit.student import WeightFormat
-
-FOUR = weight_limits(4)
 
 
 def problem(seed: int = 0, rows: int = 6, columns: int = 90) -> tuple:
@@ -24,55 +22,15 @@ def problem(seed: int = 0, rows: int = 6, columns: int = 90) -> tuple:
     return weight, choose_step(weight, WeightFormat(4)), inputs
 
 
-def by_definition(weight: torch.Tensor, step: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """Optimal Brain Surgeon, one column after another, inverting what is left anew each time; float64."""
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    size = len(order)
-    damped = moments[order][:, order].double()
-    damped = damped + (0.01 * damped.diagonal().mean() + 1e-12) * torch.eye(size, dtype=torch.float64)
-    work, found = weight.double()[:, order].clone(), torch.empty(weight.shape, dtype=torch.float64)
-    for column in range(size):
-        inverse = torch.linalg.inv(damped[column:, column:])
-        found[:, column] = work[:, column]
-        rounded = torch.round(work[:, column] / step).clamp(*FOUR) * step
-        error = (work[:, column] - rounded) / inverse[0, 0]
-        work[:, column:] -= error[:, None] * inverse[0]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(size)
-    return found[:, back]
-
-
-def test_it_is_optimal_brain_surgeon():
-    weight, step, inputs = problem()
-    moments = inputs.T @ inputs / len(inputs)
-    found, expected = compensate(weight, step, FOUR, moments), by_definition(weight, step, moments)
-    # fp32 sums against float64: a weight on the edge of two codes may fall either way, and all after it differ.
-    same_row = (found - expected).abs().amax(1) < 1e-3
-    assert float(same_row.float().mean()) >= 0.8
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_the_output_error_is_much_smaller_than_nearest_rounding_makes_it(seed):
     weight, step, inputs = problem(seed)
-    better = compensate(weight, step, FOUR, inputs.T @ inputs / len(inputs))
+    better = compensate(weight, step, 4, inputs.T @ inputs / len(inputs))
 
     def error(latent):
         return float((inputs @ (WeightCodes.of(latent, step, 4).dequantize() - weight).T).square().mean())
 
     assert error(better) < 0.5 * error(weight)
-
-
-def test_independent_inputs_need_no_compensation():
-    weight, step, _ = problem()
-    # A diagonal second moment: no other column can make up for an error.
-    assert torch.equal(compensate(weight, step, FOUR, torch.diag(torch.linspace(1, 2, weight.shape[1]))), weight)
-
-
-def test_inputs_that_never_vary_are_survived():
-    weight, step, inputs = problem()
-    inputs[:, 10:20] = 0
-    assert bool(torch.isfinite(compensate(weight, step, FOUR, inputs.T @ inputs / len(inputs))).all())
-    assert bool(torch.isfinite(compensate(weight, step, FOUR, torch.zeros(90, 90))).all())
 
 
 def test_moments_of_a_model_are_those_of_its_inputs():

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp8pipe.core.errors import ConfigurationError
-from pipeline.workflow.recipe import load_recipe, recipe_of
-from pipeline.workflow.settings import substitute
+from pipeline.workflow.recipe import load_recipe, recipe_of, substitute
 
 TEXT = """
 name: small

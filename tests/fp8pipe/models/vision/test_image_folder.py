@@ -61,7 +61,7 @@ def test_pictures_without_labels_may_lie_in_one_place(tmp_path: Path):
     assert [file.name for file in folder.files] == ["a.jpg", "b.png"]
     assert folder.classes == UNLABELLED
     assert len(next(batches(folder, [0, 1], RECIPE, 2))) == 2
-    picture(tmp_path / "ant" / "1.png")  # with folders it is one folder a class, as everywhere
+    picture(tmp_path / "ant" / "1.png")  # with folders it is one folder per class, as everywhere
     assert list_pictures(tmp_path) == read_image_folder(tmp_path)
     with pytest.raises(ConfigurationError, match="not an image folder"):
         list_pictures(tmp_path / "gone")

@@ -102,11 +102,11 @@ def test_floating_point_pixels_are_refused():
 def test_the_orientation_in_a_photograph_is_applied(tmp_path: Path):
     image = picture(16, 24)
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned by 90 degrees
-    image.save(tmp_path / "turned.png", exif=exif)
+    exif[0x0112] = 6  # stored rotated by 90 degrees
+    image.save(tmp_path / "rotated.png", exif=exif)
     whole = recipe(resize=(24, 16), crop=(24, 16))
     upright = image.transpose(Image.Transpose.ROTATE_270)
-    assert torch.equal(whole.pixels(Image.open(tmp_path / "turned.png")), whole.pixels(upright))
+    assert torch.equal(whole.pixels(Image.open(tmp_path / "rotated.png")), whole.pixels(upright))
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_centred_tensors_have_no_mean():
     vision, structure, pixels = parts("timm-deit")
     wiring = read_wiring(vision.model, structure)
     model = copy.deepcopy(vision.model)
-    assert centre(model, wiring, pixels.split(2)) == 2 * 2 + 2 * 2  # keys, values; two norms a block
+    assert centre(model, wiring, pixels.split(2)) == 2 * 2 + 2 * 2  # keys, values; two norms per block
     float_graph = QuantizedVit(model, vision.architecture, vision.preprocessing, structure, {}, {})
     taps = float_graph.taps(pixels)
     for site in structure.attentions:
