@@ -76,7 +76,7 @@ class _Reference:
 
 
 def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path | None = None) -> OnnxValidationRecord:
-    """Validate an onnx-export in ONNX Runtime and write `<export>.validation.json` beside it.
+    """Validate an export to ONNX in ONNX Runtime and write `<export>.validation.json` beside it.
 
     Args:
         export: the export's directory.
