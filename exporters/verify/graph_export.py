@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fp8pipe.models.vision.files import read_model_file
-
 from exporters.graph.description import CLASSES_FILE, MODEL_FILE
 from exporters.graph.details import GraphInput, GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
