@@ -51,8 +51,10 @@ def vit_s(folder):
     import vit_families
 
     from exporters.graph.description import write_description
+    from exporters.graph.details import GraphInput, GraphOutput
     from exporters.graph.formats import OnnxFormat
     from exporters.graph.produce import quantize_graph
+    from exporters.onnx.target import OnnxDetails
 
     large = {"embed_dim": 384, "depth": 12, "num_heads": 6}
     family = vit_families.Family(
@@ -67,8 +69,11 @@ def vit_s(folder):
     with ArtifactWriter(folder / "vit-s", kind="onnx-export", stage="benchmark") as writer:
         ir.save(graph.model, writer.root / "model.onnx")
         write_description(writer.root, quantized)
-        extra = {"input": {"name": "pixels", "shape": ["batch", 3, 224, 224]}, "output": {"name": "logits"}}
-        return writer.commit(config={}, seed=0, extra=extra).root
+        details = OnnxDetails(
+            format=OnnxFormat.QDQ.value, input=GraphInput(name="pixels", shape=("batch", 3, 224, 224)),
+            output=GraphOutput(name="logits", what="logits"),
+        )  # fmt: skip
+        return writer.commit(details=details, seed=0).root
 
 
 def float_twin(export, folder):
@@ -84,7 +89,7 @@ def float_twin(export, folder):
         model = ir.load(export / "model.onnx")
         dequantize_graph(model)
         ir.save(model, writer.root / "model.onnx")
-        return writer.commit(config={}, seed=None, extra=old.manifest.extra).root
+        return writer.commit(config={}, seed=None, details=old.manifest.details).root
 
 
 def body(server):

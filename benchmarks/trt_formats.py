@@ -15,6 +15,7 @@ from pathlib import Path
 
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.options import TrtExportOptions
+from exporters.tensorrt.target import TrtDetails
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.numerics.bf16 import widen_bf16_products
@@ -54,14 +55,14 @@ def rows_of(model, options):
         except Fp8PipeError as error:
             yield {"model": model, "format": name, "failed": " ".join(str(error).split())[:300]}
             continue
-        for capability, entry in export.manifest.extra["engines"].items():
-            size = entry["size"]
+        for capability, entry in export.manifest.details_of(TrtDetails).engines.items():
+            size = entry.size
             yield {
-                "model": model, "format": name, "for": capability, "precisions": entry["precisions"],
-                "fused_attentions": entry["fused_attentions"], "ideal_mb": size["ideal_bytes"] / 1e6,
-                "stored": entry["stored_bytes"] / size["ideal_bytes"],
-                "engine": entry["engine_bytes"] / size["ideal_bytes"],
-                "without_text": (size["engine_bytes"] - size["text_bytes"]) / size["ideal_bytes"],
+                "model": model, "format": name, "for": capability, "precisions": entry.precisions,
+                "fused_attentions": entry.fused_attentions, "ideal_mb": size.ideal_bytes / 1e6,
+                "stored": entry.stored_bytes / size.ideal_bytes,
+                "engine": entry.engine_bytes / size.ideal_bytes,
+                "without_text": size.weights_over_ideal,
             }  # fmt: skip
 
 

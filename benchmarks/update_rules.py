@@ -21,6 +21,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from fp8pipe.artifact.kinds import TunedDetails
+
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/threads.py
 
 import torch
@@ -81,7 +83,7 @@ def run(method, rate, seed, options):
     return {
         "method": method, "rate": rate, "seed": seed, "untuned": losses[0], "trained": losses[-1],
         "exported_weights": weights_only, "exported": served, "seconds": round(seconds, 1),
-        "last_flush": artifact.manifest.extra["last_flush"],
+        "final_merge": artifact.manifest.details_of(TunedDetails).final_merge.model_dump(),
         "steps": config.steps, "tokens_a_step": config.batch_size * config.sequence_length, "rank": config.rank,
         "torch": torch.__version__, "processor": platform.processor() or platform.machine(),
     }  # fmt: skip

@@ -39,6 +39,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from fp8pipe.artifact.kinds import VitDetails
+
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/threads.py
 
 import torch
@@ -100,13 +102,13 @@ def run(source, bits, seed, images_of, options, scratch):
     )  # fmt: skip
     artifact = quantize_vit(config, scratch / f"{source}-{bits}-{seed}")
     images_of.setdefault((source, seed), artifact.root)
-    found = artifact.manifest.extra
+    found = artifact.manifest.details_of(VitDetails)
     return {
         "model": options.model, "source": source, "bits": bits, "seed": seed, "images": options.images,
-        "distill_steps": options.distill_steps, "test_images": found["accuracy"]["images"],
-        "teacher": found["accuracy"]["teacher"]["top1"], "quantized": found["accuracy"]["quantized"]["top1"],
-        "seconds_an_image": None if made else found["seconds_per_image"],
-        "seconds_training": found["seconds"]["training"], "threads": torch.get_num_threads(),
+        "distill_steps": options.distill_steps, "test_images": found.accuracy.images,
+        "teacher": found.accuracy.teacher.top1, "quantized": found.accuracy.quantized.top1,
+        "seconds_an_image": None if made else found.seconds_per_image,
+        "seconds_training": found.seconds["training"], "threads": torch.get_num_threads(),
         "torch": torch.__version__, "machine": platform.machine(),
     }  # fmt: skip
 

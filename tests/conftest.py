@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fp8pipe.artifact.kinds import ArtifactKind, Details, register_kind, unregister_kind
 from fp8pipe.models.compat import declare_torchvision_operators, import_transformers
 from fp8pipe.numerics.bf16 import widen_bf16_products
 
@@ -82,6 +83,14 @@ def make_base(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return build
+
+
+@pytest.fixture
+def plain_kind() -> Iterator[str]:
+    """The name of a kind of artifact without facts of its own, whose contents nothing checks."""
+    register_kind(ArtifactKind("plain", Details))
+    yield "plain"
+    unregister_kind("plain")
 
 
 @pytest.fixture

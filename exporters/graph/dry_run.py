@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from exporters.graph.images import PROBE_IMAGES
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.runtime import open_session
-from exporters.graph.trace import OPSET
+from exporters.graph.trace import export_program
 from fp8pipe.core.phases import PhaseMeter, can_measure
 from fp8pipe.models.vision.quantized import QuantizedVit
 
@@ -42,17 +42,13 @@ def export_peak(quantized: QuantizedVit) -> int | None:
 
 
 def _trace_two_layers() -> None:
+    import_onnx_package("onnxruntime")
+    net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
+    dynamic = ({0: torch.export.Dim("batch")},)
+    model = export_program(net, (torch.zeros(2, 8),), dynamic, "a net of two layers", "install torch and onnx again")
     import onnx_ir as ir
 
-    for package in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
-        import_onnx_package(package)
-    net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
-    with torch.no_grad():
-        program: Any = torch.onnx.export(
-            net, (torch.zeros(2, 8),), dynamo=True, opset_version=OPSET, verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=["x"], output_names=["y"],
-        )  # fmt: skip
-    open_session(ir.to_proto(program.model).SerializeToString())
+    open_session(ir.to_proto(model).SerializeToString())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from exporters.graph.classes import ClassAgreement
-from exporters.graph.graph_check import KernelReport
+from exporters.graph.kernels import KernelReport
 from exporters.graph.layers import ExportedLayer
 from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE, LayerParity
 from exporters.graph.produce import unquantized

@@ -28,7 +28,10 @@ from fp8pipe.models.vision.structure import VitStructure
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["INPUT_NAME", "OPSET", "OUTPUT_NAME", "FloatGraph", "Product", "ProductKind", "owner", "trace_float"]
+__all__ = [
+    "INPUT_NAME", "OPSET", "OUTPUT_NAME", "FloatGraph", "Product", "ProductKind", "export_program", "holds_weight",
+    "owner", "trace_float",
+]  # fmt: skip
 
 # 21 brings INT4, FP8 scales of every float type, and blocked scales; later ones bring nothing that is used here.
 OPSET: Final = 21
@@ -97,9 +100,14 @@ def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
         ConfigurationError: the model cannot be traced, or a product cannot be assigned to a layer.
         MissingCapabilityError: onnx, onnx-ir or onnxscript is not installed.
     """
-    for package in ("onnx", "onnx_ir", "onnxscript"):
-        import_onnx_package(package)
-    graph_model = _trace(model, structure)
+    # Two images: a batch of one would be taken for a constant.
+    example = torch.zeros(2, 3, *structure.image_size, dtype=next(model.parameters()).dtype)
+    with intercept_attention(model, structure.attention_names, _explicit):
+        graph_model = export_program(
+            _Exported(model), (example,), ({0: torch.export.Dim("batch")},), type(model).__name__,
+            "use a plain vision transformer, or a version of its library that traces",
+            input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
+        )  # fmt: skip
     return FloatGraph(graph_model, tuple(_assign(graph_model, model, structure)))
 
 
@@ -107,23 +115,45 @@ def _explicit(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, s
     return explicit_attention(q, k, v, mask, scale)
 
 
-def _trace(model: nn.Module, structure: VitStructure) -> ir.Model:
-    # Two images: a batch of one would be taken for a constant.
-    example = torch.zeros(2, 3, *structure.image_size, dtype=next(model.parameters()).dtype)
-    intercepted = intercept_attention(model, structure.attention_names, _explicit)
+def export_program(
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    dynamic: tuple[Any, ...],
+    name: str,
+    fix: str,
+    *,
+    input_names: list[str] | None = None,
+    output_names: list[str] | None = None,
+) -> ir.Model:
+    """`torch.onnx.export` of a module, opset 21.
+
+    Args:
+        module: in evaluation mode.
+        arguments: an example of its inputs.
+        dynamic: which of their sides are.
+        name: of the model, for messages.
+        fix: what to do when it cannot be traced.
+        input_names: of the graph; the exporter's own when None.
+        output_names: likewise.
+
+    Raises:
+        ConfigurationError: it cannot be traced.
+        MissingCapabilityError: onnx, onnx-ir or onnxscript is not installed.
+    """
+    for package in ("onnx", "onnx_ir", "onnxscript"):
+        import_onnx_package(package)
     try:
-        # The exporter warns about its own use of deprecated functions.
-        with torch.no_grad(), warnings.catch_warnings(), intercepted:
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter warns about its own use of deprecated functions
             program: Any = torch.onnx.export(
-                _Exported(model), (example,), dynamo=True, opset_version=OPSET, verbose=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
+                module, arguments, dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=dynamic,
+                input_names=input_names, output_names=output_names,
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         raise ConfigurationError(
-            f"{type(model).__name__} cannot be traced into an ONNX graph",
+            f"{name} cannot be traced into an ONNX graph",
             why=" ".join(str(error.__cause__ or error).split())[:600],
-            fix="use a plain vision transformer, or a version of its library that traces",
+            fix=fix,
         ) from error
     graph: ir.Model = program.model
     return graph
@@ -143,7 +173,7 @@ def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) ->
     for site in structure.linears:
         (node,) = _exactly(1, site.name, [n for n in by_module[site.name] if _constant(n)], model)
         weight = model.get_submodule(site.name).get_parameter("weight")
-        if not _holds(node, weight):
+        if not holds_weight(node, weight):
             raise _unassigned(model, f"{node.name} does not multiply by the weight of {site.name}")
         yield Product(ProductKind(site.kind), site.name, node)
     for attention in structure.attentions:
@@ -174,7 +204,7 @@ def _constant(node: ir.Node) -> bool:
     return operand is not None and operand.const_value is not None
 
 
-def _holds(node: ir.Node, weight: Tensor) -> bool:
+def holds_weight(node: ir.Node, weight: Tensor) -> bool:
     """Whether a node's stored operand is this weight, bit for bit, in the layout its operator wants."""
     operand = node.inputs[1]
     assert operand is not None

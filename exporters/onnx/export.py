@@ -15,8 +15,8 @@ from exporters.graph.description import CLASSES_FILE, MODEL_FILE, graph_details,
 from exporters.graph.dry_run import export_peak
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import class_gates, codes_gate, float_gate, kernel_gate, outputs_gate, parity_gates
-from exporters.graph.graph_check import check_kernels
 from exporters.graph.images import ProbeImages, probe_images
+from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import read_layers
 from exporters.graph.lint import lint_model, refuse
 from exporters.graph.packages import import_onnx_package

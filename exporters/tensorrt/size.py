@@ -77,15 +77,9 @@ def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
 
     A figure alone where the builder may keep weights dequantized (weight-only formats): `required` is False then.
     """
-    value = (size.engine_bytes - size.text_bytes) / _MEGABYTE
-    limit = (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
     shown = f"codes, scales and floats have {size.ideal_bytes / _MEGABYTE:.1f}: x{size.weights_over_ideal:.2f}"
-    return Gate(
-        name=f"MB of the engine beside text for {capability}",
-        value=value, comparison=Comparison.AT_MOST,
-        threshold=limit if required else max(value, limit),
-        detail=f"of {size.engine_bytes / _MEGABYTE:.1f}; {shown}",
-    )  # fmt: skip
+    name, detail = f"MB of the engine beside text for {capability}", f"of {size.engine_bytes / _MEGABYTE:.1f}; {shown}"
+    return _bytes_gate(name, size.engine_bytes - size.text_bytes, size, required, detail)
 
 
 def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, required: bool) -> Gate:
@@ -93,11 +87,13 @@ def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, require
 
     A figure alone for engines that are not packed and for weight-only formats: `required` is False then.
     """
-    value = stored_bytes / _MEGABYTE
-    limit = (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
+    detail = f"x{stored_bytes / size.ideal_bytes:.2f} of codes, scales and floats"
+    return _bytes_gate(f"MB of the stored engine for {capability}", stored_bytes, size, required, detail)
+
+
+def _bytes_gate(name: str, found: int, size: EngineSize, required: bool, detail: str) -> Gate:
+    value, limit = found / _MEGABYTE, (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
     return Gate(
-        name=f"MB of the stored engine for {capability}",
-        value=value, comparison=Comparison.AT_MOST,
-        threshold=limit if required else max(value, limit),
-        detail=f"x{stored_bytes / size.ideal_bytes:.2f} of codes, scales and floats",
+        name=name, value=value, comparison=Comparison.AT_MOST, threshold=limit if required else max(value, limit),
+        detail=detail,
     )  # fmt: skip

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporters.tensorrt.engines import ENGINES, LAYERS_FILE, MODEL_FILE
-from exporters.tensorrt.formats import TrtFormat, in_format
+from exporters.tensorrt.formats import in_format
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.lint import lint_file
-from exporters.tensorrt.options import Base
+from exporters.tensorrt.options import Base, TrtFormat
 from exporters.tensorrt.target import BuiltEngine, TrtDetails
 from exporters.verify.common import compare_json
 from exporters.verify.graph_export import GraphChecks, check_vision_graph

@@ -25,7 +25,8 @@ from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
-from fp8pipe.numerics.quantizers import Kind, weight_limits
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.quantizers import weight_limits
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp8pipe.artifact import Artifact, ArtifactWriter, LayerRecord, NumberFormat
+from fp8pipe.artifact.kinds import TunedDetails
 from fp8pipe.models.compat import import_transformers
 
 GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
@@ -131,13 +132,9 @@ class FalqonBuilder:
             return writer.commit(
                 number_format=NumberFormat(name="e4m3", granularity=self.granularity),
                 layers=layers,
-                extra={
-                    "adapter": self.adapter,
-                    "rule": self.rule,
-                    "rank": 4,
-                    "base_dtype": "bfloat16",
-                    "transposed": transposed,
-                },
+                details=TunedDetails(
+                    adapter=self.adapter, rule=self.rule, rank=4, base_dtype="bfloat16", transposed=transposed
+                ),
             )
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor], list[LayerRecord], list[str]]:

@@ -7,12 +7,14 @@ import json
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from quantized_families import quantized_family, write_vit_artifact
+from small_artifacts import E4M3, details_of
 
 from exporters.onnx.export import export_onnx
 from exporters.onnx.options import OnnxExportOptions
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, Parent, open_artifact
+from fp8pipe.artifact import ArtifactWriter, LayerRecord, Parent, open_artifact
+from fp8pipe.artifact.gate import none_of
 from fp8pipe.report.card import CARD_FILE, write_card
 
 
@@ -48,20 +50,21 @@ def test_the_card_of_an_onnx_export(tmp_path):
     assert "fp8pipe serve ." in card.text
 
 
-def commit(tmp_path, origin, source_files=None, kind="modelopt-export", own_files=None, **extra):
+def commit(tmp_path, origin, source_files=None, kind="modelopt-export", own_files=None, **details):
     """A card for a source with those files, made from `origin`."""
     with ArtifactWriter(tmp_path / "source", kind="falqon", stage="finetune") as writer:
         for name, text in (source_files or {}).items():
             (writer.root / name).write_text(text, encoding="utf-8")
         base = Parent(kind="model", digest="cd" * 32, path=origin)
-        source = writer.commit(parents=[base], config={"method": "falqon", "rank": 8}, extra=extra)
+        config = {"method": "falqon", "rank": 8}
+        source = writer.commit(parents=[base], config=config, details=details_of("falqon", **details))
     with ArtifactWriter(tmp_path / "export", kind=kind, stage="export") as writer:
         for name, text in (own_files or {}).items():
             (writer.root / name).write_text(text, encoding="utf-8")
-        writer.gate(Gate(name="weight codes differing", value=0, threshold=0, passed=True, detail="of 12 in 3 layers"))
-        layers = [LayerRecord(name="a", converted=True), LayerRecord(name="b", converted=False)]
+        writer.gate(none_of("weight codes differing", 0, "of 12 in 3 layers"))
+        layers = [LayerRecord(name="a", weight=E4M3), LayerRecord(name="b")]
         write_card(writer, source=source.root, parent=source.as_parent(), format="fp8", layers=layers)
-        return ModelCard.load(writer.commit().root / CARD_FILE)
+        return ModelCard.load(writer.commit(details=details_of(kind)).root / CARD_FILE)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run's directory with one artifact of every kind, as the commands write them, of tiny models; and sealing again.
+"""A run's directory with one artifact of every kind, of tiny models; and making hashes right again.
 
 Language: `model` (falqon) with its exports `vllm` (two shards), `modelopt` and `decoder`. Vision: `vit` with `onnx`,
 `trt` and its engine. Beside them a validation record and `run.json`.
@@ -26,9 +26,7 @@ from fp8pipe.artifact import (
     CHECKSUM_NAME,
     MANIFEST_NAME,
     FileEntry,
-    Manifest,
     open_artifact,
-    read_manifest,
     sha256_file,
     write_checked,
 )
@@ -103,7 +101,7 @@ def write_run_record(root: Path) -> None:
 
 
 def rehash(root: Path, change: Callable[[dict], None] | None = None) -> Path:
-    """Make hashes, manifest and checksum right for whatever lies in `root`: as a writer does that is wrong, not the disk.
+    """Make hashes and checksum right for whatever lies in `root`: as if the writer were wrong, not the disk.
 
     Args:
         root: an artifact.
@@ -122,7 +120,5 @@ def rehash(root: Path, change: Callable[[dict], None] | None = None) -> Path:
         for name in names
         if name not in (MANIFEST_NAME, CHECKSUM_NAME)
     ]  # fmt: skip
-    manifest = Manifest.from_json(json.dumps(data), where=str(root))
-    write_checked(root / MANIFEST_NAME, manifest.to_json())
-    read_manifest(root)
+    write_checked(root / MANIFEST_NAME, json.dumps(data, indent=2) + "\n")
     return root

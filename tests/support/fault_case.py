@@ -31,7 +31,7 @@ class Fault:
         artifact: which artifact or record of the tree it is planted in.
         where: the file, in words.
         how: what is done to it.
-        catcher: the check that must report it.
+        check: the check that must report it.
         named: what the report must name: file, layer, tensor or node.
         plant: does it, given the tree; leaves hashes and checksums right unless they are the fault.
         parent: what must be in the tree beside it for the check; none where the artifact alone is enough.
@@ -41,7 +41,7 @@ class Fault:
     artifact: str
     where: str
     how: str
-    catcher: Check
+    check: Check
     named: str
     plant: Plant
     parent: str | None = None

@@ -1,4 +1,4 @@
-"""The page that lists every planted fault with its catcher, written from the suite's registry: `docs/faults.md`."""
+"""The page that lists every planted fault with its check, written from the suite's registry: `docs/faults.md`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FAULTS", "PAGE", "page"]
 
 FAULTS: tuple[Fault, ...] = (*LANGUAGE_FAULTS, *VISION_FAULTS)
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
-CATCHERS = {
+CHECKS = {
     Check.CHECKSUM: "a record's bytes against its checksum",
     Check.SIGNATURE: "a directory's files against the signature beside it, where a key is given",
     Check.HASH: "a file's bytes against the manifest",
@@ -32,32 +32,32 @@ CATCHERS = {
 HEAD = """# What `fp8pipe verify` catches
 
 Hashes show that bytes are those that were written. They do not show that the writer was right, or honest. So the tests
-plant faults in finished artifacts, make every hash and checksum right again (except where those are the fault), and demand
-that `fp8pipe verify` reports each one, through the catcher named here and with the name of the file, layer, tensor or
-node. No engine is started: every fault below is found by reading.
+plant faults in finished artifacts, make every hash and checksum right again (except where those are the fault), and
+demand that `fp8pipe verify` reports each one, through the check named here and with the name of the file, layer, tensor
+or node. No engine is started: every fault below is found by reading.
 
 A parent in the last column means that the artifact alone looks right, and only the comparison with its parent tells.
 Without the parent at hand `verify` says that it was not compared; `validate --against` compares, too.
 
 What is not covered: a fault that is in the parent already and breaks no rule (a badly trained model is a whole one);
 differences of an ONNX graph's structure where torch or onnxscript have other versions than when it was written (they
-are noted, stored numbers are compared still); the machine code inside of an engine; forged checksums, against which only a
-signature helps ([artifact.md](artifact.md#signatures)).
+are noted, stored numbers are compared still); the machine code inside of an engine; forged checksums, against which
+only a signature helps ([artifact.md](artifact.md#signatures)).
 
 This page is written by `python tests/support/fault_table.py` from the registry in `tests/support/faults_*.py`; a test
 keeps the two alike, and `tests/exporters/verify/test_faults.py` plants them all.
 
-## Catchers
+## Checks
 
-| catcher | looks at |
+| check | looks at |
 |---|---|
 """
 
 
 def page() -> str:
     """The whole page."""
-    rows = "".join(f"| `{name}` | {what} |\n" for name, what in CATCHERS.items())
-    columns = "| fault | planted in | what is done | catcher | reported by name | parent |"
+    rows = "".join(f"| `{name}` | {what} |\n" for name, what in CHECKS.items())
+    columns = "| fault | planted in | what is done | check | reported by name | parent |"
     lines = [f"## {len(FAULTS)} faults\n", columns, "|---|---|---|---|---|---|"]
     for fault in FAULTS:
         place = f"`{fault.artifact}`, {fault.where}"

@@ -124,12 +124,12 @@ def without_layer(name: str) -> Callable[[dict], None]:
 
 
 def layer_bits(data: dict) -> None:
-    next(layer for layer in data["layers"] if layer["name"] == PROJ)["reason"] = "4-bit int"
+    next(layer for layer in data["layers"] if layer["name"] == PROJ)["weight"]["bits"] = 4
 
 
 def stale(tree: Path) -> None:
     """The engine was built from another graph than the one beside it."""
-    manifest("trt", lambda data: data["extra"]["engines"]["8.9"]["recipe"].update(graph_sha256="ab" * 32))(tree)
+    manifest("trt", lambda data: data["details"]["engines"]["8.9"]["recipe"].update(graph_sha256="ab" * 32))(tree)
     path = tree / "trt" / "layers.json"
     layers = json.loads(path.read_text())
     layers["8.9"]["recipe"]["graph_sha256"] = "ab" * 32

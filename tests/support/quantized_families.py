@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
+from small_artifacts import details_of
 from vit_families import family, vision_family
 
 from fp8pipe.artifact import Artifact, ArtifactWriter
@@ -69,7 +70,7 @@ def write_vit_artifact(folder: Path, quantized: QuantizedVit, images: int = 0) -
             shape = (images, 3, *quantized.architecture.image_size)
             codes = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
             save_file({"images": codes}, writer.root / "calibration" / "images.safetensors")
-        return writer.commit(config={}, seed=0)
+        return writer.commit(details=details_of("vit", images=images), seed=0)
 
 
 def storable(quantized: QuantizedVit) -> QuantizedVit:

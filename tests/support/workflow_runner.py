@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import workflow_stage  # registers the kind that stages write
+
 from pipeline.workflow import RunOptions, RunState, StageCommand, WorkflowRunner
 from pipeline.workflow.recipe import recipe_of
 
-PROGRAM = (sys.executable, "-P", str(Path(__file__).with_name("workflow_stage.py")))
+PROGRAM = (sys.executable, "-P", workflow_stage.__file__)
 # The stage's script imports the project as an installed package, or from here.
 ROOT = str(Path(__file__).parents[2])
 

@@ -18,6 +18,17 @@ import yaml
 
 from fp8pipe.artifact import ArtifactWriter, Gate, open_artifact
 from fp8pipe.artifact.checksum import write_checked
+from fp8pipe.artifact.kinds import ArtifactKind, Details, register_kind
+
+
+class WorkDetails(Details):
+    """What a stage says of itself."""
+
+    score: float = 1.0
+    resumed: int = 0
+
+
+register_kind(ArtifactKind("work", WorkDetails))
 
 
 def main() -> int:
@@ -64,10 +75,10 @@ def work(given: argparse.Namespace, settings: dict) -> None:
         (writer.root / "weights.txt").write_text(state)
         (writer.root / "metrics.jsonl").write_text(f"{time.time()}\n")
         if "gate" in settings:
-            writer.gate(Gate(name="own", value=settings["gate"], threshold=1, passed=settings["gate"] <= 1))
+            writer.gate(Gate(name="own", value=settings["gate"], comparison="at most", threshold=1))
         writer.commit(
             config={"value": settings.get("value")}, parents=parents, exclude=["checkpoints"],
-            volatile=["metrics.jsonl"], extra={"score": settings.get("score", 1.0), "resumed": len(done)},
+            volatile=["metrics.jsonl"], details=WorkDetails(score=settings.get("score", 1.0), resumed=len(done)),
         )  # fmt: skip
 
 

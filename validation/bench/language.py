@@ -37,7 +37,7 @@ class _Answer:
 
 
 def bench_language(export: Path, config: BenchConfig, *, vllm_python: str | None = None) -> MeasureRecord:
-    """Measure a vllm-export and write `<export>.bench.json` beside it.
+    """Measure an export to vLLM and write `<export>.bench.json` beside it.
 
     Raises:
         BadArtifactError: a damaged export, or one that vLLM cannot load.

@@ -30,7 +30,7 @@ _PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "numpy")
 
 
 def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
-    """Measure an onnx-export and write `<export>.bench.json` beside it.
+    """Measure an export to ONNX and write `<export>.bench.json` beside it.
 
     Raises:
         BadArtifactError: a damaged export, or one that ONNX Runtime refuses.

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from exporters.graph.classes import ClassAgreement
-from exporters.graph.graph_check import KernelReport
+from exporters.graph.kernels import KernelReport
 from exporters.graph.parity import LayerParity
 from fp8pipe.artifact import Gate
 from fp8pipe.core.config import FrozenConfig

@@ -22,8 +22,8 @@ from exporters.graph.classes import compare_classes, own_agreement
 from exporters.graph.cut import input_name
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import agreement_gate, class_gates, codes_gate, kernel_gate, outputs_gate, parity_gates
-from exporters.graph.graph_check import check_kernels
 from exporters.graph.images import ProbeImages, folder_images, probe_images
+from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.parity import compare_layers, inputs_of, outputs_of
@@ -76,7 +76,7 @@ class _Reference:
 
 
 def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path | None = None) -> OnnxValidationRecord:
-    """Validate an onnx-export in ONNX Runtime and write `<export>.validation.json` beside it.
+    """Validate an export to ONNX in ONNX Runtime and write `<export>.validation.json` beside it.
 
     Args:
         export: the export's directory.

@@ -51,7 +51,7 @@ _FEW_IMAGES: Final = 2
 
 
 def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = None) -> TrtValidationRecord:
-    """Validate a trt-export and write `<export>.validation.json` beside it.
+    """Validate an export to TensorRT and write `<export>.validation.json` beside it.
 
     Args:
         export: the export's directory.

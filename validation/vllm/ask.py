@@ -53,7 +53,7 @@ def ask(url: str, model: str, question: str, *, max_tokens: int = 64, api_key: s
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m validation.vllm.ask", description="Ask an export one question.")
-    parser.add_argument("export", type=Path, help="a vllm-export directory")
+    parser.add_argument("export", type=Path, help="directory of an export to vLLM")
     parser.add_argument("question")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest answer, tokens (64)")
     parser.add_argument("--vllm-python", help="vLLM's Python interpreter")

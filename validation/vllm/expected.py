@@ -145,9 +145,9 @@ def _parent_source(export: Artifact, against: Path) -> Source:
 
 
 def open_export(export: Path, *, verify: bool = True) -> Artifact:
-    """Open a vllm-export directory, every file hashed.
+    """Open directory of an export to vLLM, every file hashed.
 
     Raises:
-        BadArtifactError: not a finished vllm-export, or changed since it was written.
+        BadArtifactError: not a finished export to vLLM, or changed since it was written.
     """
     return open_artifact(export, kind=KIND, verify=verify)

@@ -58,7 +58,7 @@ def server(
     """Serve an export for the length of the `with` block.
 
     Args:
-        export: a vllm-export directory.
+        export: directory of an export to vLLM.
         options: see ServerOptions.
         vllm_python: vLLM's interpreter; found when None.
         verify: hash every file of the export before serving it.

@@ -44,7 +44,7 @@ class Reference:
     """The fp32 model and the two comparisons with it.
 
     Args:
-        export: a vllm-export directory.
+        export: directory of an export to vLLM.
     """
 
     def __init__(self, export: Path) -> None:

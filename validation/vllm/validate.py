@@ -57,7 +57,7 @@ def validate_export(
     max_tokens: int = 16,
     timeout_s: float = 3600.0,
 ) -> ValidationRecord:
-    """Validate a vllm-export in vLLM and write `<export>.validation.json` beside it.
+    """Validate an export to vLLM in vLLM and write `<export>.validation.json` beside it.
 
     Args:
         export: the export's directory.

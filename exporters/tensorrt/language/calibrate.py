@@ -9,10 +9,11 @@ binades. Where a scale comes from `amax`, nothing that was seen is clipped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text import Encoded
 from fp8pipe.numerics.grids import E4M3
 
-__all__ = ["InputCounts", "count_inputs", "scales_by_layer", "static_scale"]
+__all__ = ["InputCounts", "count_inputs", "pre_hooks", "scales_by_layer", "static_scale"]
 
 _BINS: Final = 1 << 15  # bfloat16 without its sign
 _CLIPPED: Final = 1e-5  # share of values that `percentile` may clip
@@ -91,7 +92,7 @@ def count_inputs(model: nn.Module, layers: Sequence[str], text: Sequence[Encoded
         ConfigurationError: an input that is not finite.
     """
     groups: dict[str, InputCounts] = {}
-    with _observed(model, layers, groups), torch.no_grad():
+    with pre_hooks(model, _observers(layers, groups)), torch.no_grad():
         for example in text:
             model(input_ids=torch.tensor([example.input_ids]), use_cache=False)
     broken = [name for name in layers if name not in groups or not math.isfinite(groups[name].amax)]
@@ -127,7 +128,25 @@ def scales_by_layer(counts: Mapping[str, InputCounts], method: Calibration) -> d
 
 
 @contextmanager
-def _observed(model: nn.Module, layers: Sequence[str], groups: dict[str, InputCounts]) -> Iterator[None]:
+def pre_hooks(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """While active, each named module's input passes its function first, which may give another one in its place."""
+
+    def hook(function: Callable[[Tensor], Tensor | None]) -> Any:
+        def run(module: nn.Module, args: Any) -> Any:
+            found = function(args[0])
+            return None if found is None else (found, *args[1:])
+
+        return run
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(function)) for n, function in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observers(layers: Sequence[str], groups: dict[str, InputCounts]) -> dict[str, Callable[[Tensor], None]]:
     last: list[tuple[Tensor, InputCounts]] = []  # the tensor itself is kept, so that its identity means something
 
     def observe(name: str, x: Tensor) -> None:
@@ -138,15 +157,7 @@ def _observed(model: nn.Module, layers: Sequence[str], groups: dict[str, InputCo
         counts.add(x)
         last[:] = [(x, counts)]
 
-    def hook(name: str) -> object:
-        return lambda module, args: observe(name, args[0])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return {name: partial(observe, name) for name in layers}
 
 
 def _magnitudes() -> Tensor:

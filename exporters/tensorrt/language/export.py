@@ -43,7 +43,7 @@ from exporters.tensorrt.language.target import KIND, CacheFacts, InputScale, Per
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Builder
-from exporters.tensorrt.precision import PrecisionReport, read_precision
+from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.rtx import build_rtx
 from exporters.tensorrt.target import ENGINE_LIMITS, BuiltEngine
 from fp8pipe.artifact import (
@@ -124,10 +124,8 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
                 writer.warn(warning)
             reports: dict[str, dict[str, Any]] = {}
             for capability in engines:
-                report, reports[capability] = _build(writer.root, layers, graph.cache, options, capability)
-                wanted = dict.fromkeys((product.node for product in report.products), "fp8")
-                name = f"linear products not in fp8 for {capability}"
-                gates.append(precision_gate(report, wanted, name, required=options.require))
+                gate, reports[capability] = _build(writer.root, layers, graph.cache, options, capability)
+                gates.append(gate)
                 progress.advance(1)
             write_layers(writer.root, reports)
             fix = f"look into {writer.root}; perplexity and precision may be waived with --no-require"
@@ -207,22 +205,23 @@ def _build(
     cache: CacheShape | None,
     options: LanguageExportOptions,
     capability: str,
-) -> tuple[PrecisionReport, dict[str, Any]]:
-    """One engine, what it multiplies in, and its entry for layers.json."""
-    name = engine_file(capability)
-    path = root / name
+) -> tuple[Gate, dict[str, Any]]:
+    """One engine: whether it multiplies in FP8, and its entry for layers.json."""
+    file, nodes = engine_file(capability), [str(layer.node.name) for layer in layers]
+    path = root / file
     path.parent.mkdir(exist_ok=True)
     started = time.monotonic()
     built = build_rtx(root / MODEL_FILE, path, [capability], _profiles(cache, options))
-    report = read_precision([str(layer.node.name) for layer in layers], built.layers)
+    report = read_precision(nodes, built.layers)
     entry = {
         "tensorrt_rtx": built.version,
         "build_s": round(time.monotonic() - started, 1),
-        **describe_engine(root, name, report, built),
+        **describe_engine(root, file, report, built),
         "kernels": len({product.layer for product in report.products}),
         "fused_attentions": sum("mha" in layer.name for layer in built.layers),
     }
-    return report, entry
+    wanted, name = dict.fromkeys(nodes, "fp8"), f"linear products not in fp8 for {capability}"
+    return precision_gate(report, wanted, name, required=options.require), entry
 
 
 def _commit(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from exporters.tensorrt.language.calibrate import pre_hooks
 from fp8pipe.models.language.text import IGNORED, Encoded
 from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3
 
@@ -91,7 +92,7 @@ def dynamic_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
         scale = (values.abs().amax(-1, keepdim=True).double().clamp(min=AMAX_FLOOR) / E4M3.max).float()
         return (E4M3.cast(values / scale).float() * scale).to(x.dtype)
 
-    with _replaced(model, {name: rounded for name in layers}):
+    with pre_hooks(model, {name: rounded for name in layers}):
         yield
 
 
@@ -102,18 +103,5 @@ def static_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[Non
     def rounding(scale: float) -> Callable[[Tensor], Tensor]:
         return lambda x: (E4M3.cast(x.float() / scale).float() * scale).to(x.dtype)
 
-    with _replaced(model, {name: rounding(scale) for name, scale in scales.items()}):
+    with pre_hooks(model, {name: rounding(scale) for name, scale in scales.items()}):
         yield
-
-
-@contextmanager
-def _replaced(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    def hook(change: Callable[[Tensor], Tensor]) -> Any:
-        return lambda module, args: (change(args[0]), *args[1:])
-
-    handles = [model.get_submodule(n).register_forward_pre_hook(hook(change)) for n, change in changes.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

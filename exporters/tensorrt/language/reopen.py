@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from exporters.graph.cut import input_name
 from exporters.graph.layers import ExportedLayer
 from exporters.graph.parity import LayerParity, compare_layers
+from exporters.tensorrt.language.calibrate import pre_hooks
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.target import InputScale
 from exporters.tensorrt.parity import typed_gates
@@ -86,16 +88,11 @@ def _inputs(layers: Sequence[ExportedLayer], reference: nn.Module, example: Enco
     """The float inputs of all layers, by their names in the cut graph."""
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
-        return lambda module, args: seen.__setitem__(name, args[0].detach())
+    def keep(name: str, x: Tensor) -> None:
+        seen[name] = x.detach()
 
-    handles = [reference.get_submodule(x.name).register_forward_pre_hook(keep(x.name)) for x in layers]
-    try:
-        with torch.no_grad():
-            reference(input_ids=torch.tensor([example.input_ids]), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with pre_hooks(reference, {x.name: partial(keep, x.name) for x in layers}), torch.no_grad():
+        reference(input_ids=torch.tensor([example.input_ids]), use_cache=False)
     sources = ((layer.name, layer.operands[0].source) for layer in layers)
     return {input_name(source): seen[name].contiguous().numpy() for name, source in sources if source is not None}
 

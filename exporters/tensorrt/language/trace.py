@@ -11,15 +11,13 @@ is minus infinity too. The attention then is a chain of product, factor, sum, so
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.trace import OPSET, FloatGraph, Product, ProductKind, owner
+from exporters.graph.trace import FloatGraph, Product, ProductKind, export_program, holds_weight, owner
 from fp8pipe.core.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -111,8 +109,6 @@ def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool)
         ConfigurationError: the model cannot be traced, or a layer's product is not found.
         MissingCapabilityError: onnx, onnx-ir or onnxscript is not installed.
     """
-    for package in ("onnx", "onnx_ir", "onnxscript"):
-        import_onnx_package(package)
     shape = cache_shape(model)
     graph = _trace(model, shape, cache)
     _name_ports(graph, shape[0] if cache else 0)
@@ -134,20 +130,8 @@ def _trace(model: PreTrainedModel, shape: CacheShape, cache: bool) -> ir.Model:
         empty = torch.zeros(_BATCH, heads, _PAST, size, dtype=model.dtype)
         arguments += ([(empty.clone(), empty.clone()) for _ in range(layers)],)
         dynamic += ([({0: batch, 2: past}, {0: batch, 2: past})] * layers,)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter warns about its own use of deprecated functions
-            program: Any = torch.onnx.export(
-                _Decoder(model), arguments, dynamo=True, opset_version=OPSET, verbose=False, dynamic_shapes=dynamic,
-            )  # fmt: skip
-    except torch.onnx.OnnxExporterError as error:
-        raise ConfigurationError(
-            f"{type(model).__name__} cannot be traced into an ONNX graph",
-            why=" ".join(str(error.__cause__ or error).split())[:600],
-            fix="export with --format modelopt-checkpoint, or --target vllm",
-        ) from error
-    graph: ir.Model = program.model
-    return graph
+    fix = "export with --format modelopt-checkpoint, or --target vllm"
+    return export_program(_Decoder(model), arguments, dynamic, type(model).__name__, fix)
 
 
 def _name_ports(model: ir.Model, layers: int) -> None:
@@ -175,19 +159,14 @@ def _assign(graph: ir.Model, model: PreTrainedModel, layers: Sequence[str]) -> l
     modules: Mapping[str, nn.Module] = dict(model.named_modules())
     for name in layers:
         nodes = found.get(name, [])
-        if len(nodes) != 1 or nodes[0].op_type != "MatMul" or not _holds(nodes[0], modules[name]):
+        if (
+            len(nodes) != 1
+            or nodes[0].op_type != "MatMul"
+            or not holds_weight(nodes[0], modules[name].get_parameter("weight"))
+        ):
             raise ConfigurationError(
                 f"the traced graph of {type(model).__name__} does not match the model",
                 why=f"{name} has {len(nodes)} product(s) with its weight, expected one",
                 fix="use versions of torch, onnxscript and transformers that this project was tested with",
             )
     return [Product(ProductKind.LINEAR, name, found[name][0]) for name in layers]
-
-
-def _holds(node: ir.Node, module: nn.Module) -> bool:
-    """Whether a product's stored operand is this module's weight, bit for bit, transposed."""
-    operand = node.inputs[1]
-    assert operand is not None
-    assert operand.const_value is not None
-    stored = torch.from_numpy(operand.const_value.numpy().copy())
-    return torch.equal(stored, module.get_parameter("weight").detach().T)

@@ -114,7 +114,8 @@ class _Watch(TorchDispatchMode):
     """Refuses products outside of linears, convolutions and intercepted attentions."""
 
     def __init__(self, model: nn.Module, stack: list[str], notes: _Notes) -> None:
-        super().__init__()
+        start: Any = super().__init__  # without types in torch
+        start()
         self._model, self._stack, self._notes = model, stack, notes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -14,7 +14,7 @@ from vit_families import NAMES, family, random_pixels
 
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import codes_gate, outputs_gate
-from exporters.graph.graph_check import check_kernels
+from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import read_layers
 from exporters.graph.passes.gelu import COEFFICIENTS, expand_gelus
 from exporters.graph.produce import quantize_graph

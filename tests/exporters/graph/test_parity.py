@@ -12,7 +12,7 @@ from vit_families import family, random_pixels
 from exporters.graph.classes import compare_classes, measure_noise
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import class_gates, parity_gates
-from exporters.graph.graph_check import check_kernels
+from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import read_layers
 from exporters.graph.parity import LayerParity, compare_layers, inputs_of, outputs_of
 from exporters.graph.produce import float_model, quantize_graph

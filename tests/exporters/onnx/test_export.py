@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from quantized_families import quantized_family, write_vit_artifact
+from small_artifacts import details_of
 
 from exporters.graph.findings import LintFindingsError
 from exporters.graph.formats import OnnxFormat
@@ -50,7 +51,7 @@ def test_an_export_holds_all_that_a_service_needs(export, artifact):
     assert [parent.digest for parent in manifest.parents] == [artifact.digest]
     assert manifest.runtime["opset"] == 21
     assert manifest.runtime["onnxruntime"] == manifest.versions["onnxruntime"]
-    assert manifest.extra["near_tie"] >= 0
+    assert manifest.details.near_tie >= 0
     assert manifest.warnings == []  # compared on the artifact's own images
     assert json.loads((export.root / CLASSES_FILE).read_text()) == ["ant", "bee", "cat", "dog", "elk"]
     assert (export.root / "preprocessing.json").read_bytes() == (artifact.root / "preprocessing.json").read_bytes()
@@ -87,7 +88,7 @@ def test_what_cannot_be_used_is_refused(artifact, export, tmp_path):
     with pytest.raises(ConfigurationError, match="exists already"):
         export_onnx(artifact.root, export.root, OnnxExportOptions())
     with ArtifactWriter(tmp_path / "empty", kind="vit", stage="quantize-vit") as writer:
-        writer.commit(config={}, seed=0)
+        writer.commit(details=details_of("vit"), seed=0)
     with pytest.raises(BadArtifactError):
         export_onnx(tmp_path / "empty", tmp_path / "x", OnnxExportOptions())
     assert not (tmp_path / "x").exists()
@@ -168,5 +169,5 @@ def test_the_exported_classes_are_torchs(export, artifact):
         expected = quantized(pixels)
     found = torch.from_numpy(run(open_session(export.root / MODEL_FILE), {"pixels": pixels.numpy()})["logits"])
     margins = expected.topk(2).values
-    clear = (margins[:, 0] - margins[:, 1]) > export.manifest.extra["near_tie"]
+    clear = (margins[:, 0] - margins[:, 1]) > export.manifest.details.near_tie
     assert torch.equal(expected.argmax(1)[clear], found.argmax(1)[clear])

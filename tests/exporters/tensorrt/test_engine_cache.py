@@ -13,7 +13,7 @@ from exporters.tensorrt.engine_cache import EngineSource, ready_engine
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder
-from fp8pipe.artifact import MANIFEST_NAME, Manifest, open_artifact, sha256_file, write_checked
+from fp8pipe.artifact import MANIFEST_NAME, open_artifact, sha256_file, write_checked
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.numerics.kinds import Kind
@@ -65,10 +65,9 @@ def _damaged(root):
 def _edited(root, change):
     """An export as another machine, or an earlier version, would have written it."""
     path = root / MANIFEST_NAME
-    manifest = Manifest.from_json(path.read_text(), where="test")
-    extra = json.loads(json.dumps(manifest.extra))
-    change(extra["engines"]["8.9"]["recipe"])
-    write_checked(path, manifest.model_copy(update={"extra": extra}).to_json())
+    data = json.loads(path.read_text())
+    change(data["details"]["engines"]["8.9"]["recipe"])
+    write_checked(path, json.dumps(data))
 
 
 def _older(root):
@@ -85,11 +84,10 @@ def _other_settings(root):
 
 def _without_recipe(root):
     path = root / MANIFEST_NAME
-    manifest = Manifest.from_json(path.read_text(), where="test")
-    extra = json.loads(json.dumps(manifest.extra))
-    del extra["engines"]["8.9"]["recipe"]
-    config = {key: value for key, value in manifest.config.items() if key != "enterprise"}
-    write_checked(path, manifest.model_copy(update={"extra": extra, "config": config}).to_json())
+    data = json.loads(path.read_text())
+    del data["details"]["engines"]["8.9"]["recipe"]
+    data["config"].pop("enterprise", None)
+    write_checked(path, json.dumps(data))
 
 
 @pytest.mark.parametrize(
@@ -139,9 +137,9 @@ def test_a_damaged_cache_is_not_believed(export, notices):
 
 def test_packed_engines_are_unpacked_into_the_cache(exported, notices, tmp_path, monkeypatch):
     monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
-    entry = open_artifact(exported["packed"]).manifest.extra["engines"]["8.9"]
-    assert entry["engine"].endswith(".engine.xz")
-    assert entry["stored_bytes"] < entry["engine_bytes"] / 4
+    entry = open_artifact(exported["packed"]).manifest.details.engines["8.9"]
+    assert entry.engine.endswith(".engine.xz")
+    assert entry.stored_bytes < entry.engine_bytes / 4
     ready = ready_engine(exported["packed"], "8.9", on_build=notices.append)
     assert ready.source is EngineSource.EXPORT
     assert ready.path.read_bytes() == (exported["plain"] / ENGINE).read_bytes()

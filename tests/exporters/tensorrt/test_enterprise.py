@@ -113,7 +113,7 @@ def test_every_export_holds_and_prints_the_line(tmp_path):
     arguments = ["export", str(model.root), "--target", "trt", "--builder", "none", "--output", str(tmp_path / "out")]
     ended = CliRunner().invoke(main, [*arguments, "--batch", "1", "2", "4", "--workspace", "64"])
     assert ended.exit_code == 0, ended.output
-    stored = open_artifact(tmp_path / "out").manifest.extra["trtexec"]
+    stored = open_artifact(tmp_path / "out").manifest.details.trtexec
     assert "--onnx=model.onnx" in stored
     assert "--memPoolSize=workspace:64" in stored
     assert re.search(r"--optShapes=pixels:2x3x\d+x\d+", stored)

@@ -57,9 +57,9 @@ def test_every_attention_of_the_digits_model_is_fused(artifacts, tmp_path, bits,
     config = {"model": "sample:vit-digits", "bits": bits, "calibration": "gaussian", "images": 8}
     quantize_vit(build_config(QuantizeVitConfig, config | {"distill": {"steps": 0}}), tmp_path / "model")
     export = export_tensorrt(tmp_path / "model", tmp_path / "export", options())
-    entry = export.manifest.extra["engines"]["8.9"]
-    assert entry["precisions"] == {precision: 38}
-    assert entry["fused_attentions"] == 6
+    entry = export.manifest.details.engines["8.9"]
+    assert entry.precisions == {precision: 38}
+    assert entry.fused_attentions == 6
 
 
 @pytest.mark.parametrize("format", ["int8-weight-only", "int4-weight-only"])
@@ -67,12 +67,12 @@ def test_weights_alone_are_stored_as_trained(artifacts, tmp_path, format):
     """Gates compare every code and scale with the artifact's."""
     export = export_tensorrt(artifacts[Kind.INT].root, tmp_path / "export", options(format=format))
     assert all(gate.passed for gate in export.manifest.gates)
-    assert export.manifest.extra["format"] == format
+    assert export.manifest.details.format == format
     graph = ir.load(export.root / "model.onnx").graph
     assert not [node for node in graph if node.op_type == "QuantizeLinear"]
     types = Counter(v.dtype.name for v in graph.initializers.values() if v.name.endswith(".weight") and v.dtype)
     assert types[format[:4].upper()] > 0
-    assert export.manifest.extra["engines"]["8.9"]["engine_bytes"] > 0
+    assert export.manifest.details.engines["8.9"].engine_bytes > 0
 
 
 def test_blocks_have_the_scale_of_their_channel(artifacts, tmp_path):
@@ -100,7 +100,7 @@ def test_the_graph_alone_needs_no_builder(artifacts, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "build_rtx", None)
     export = export_tensorrt(artifacts[Kind.E4M3].root, tmp_path / "export", options(builder="none", base="fp32"))
     assert not (export.root / "engines").exists()
-    assert export.manifest.extra["engines"] == {}
+    assert export.manifest.details.engines == {}
 
 
 def test_a_product_in_another_precision_fails_unless_it_is_waived(artifacts, tmp_path, monkeypatch):

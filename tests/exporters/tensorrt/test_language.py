@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from onnx import numpy_helper
 from safetensors.torch import load_file
+from small_artifacts import details_of
 
 from exporters.graph.layers import read_layers
 from exporters.tensorrt.language.export import export_language
@@ -78,10 +79,10 @@ def graphs(llama, tmp_path_factory):
 
 def test_every_linear_is_fp8_in_the_engine_and_attention_is_fused(export):
     assert all(gate.passed for gate in export.manifest.gates)
-    entry = export.manifest.extra["engines"]["8.9"]
-    assert entry["precisions"] == {"fp8": 14}
-    assert entry["fused_attentions"] == 2
-    assert (export.root / entry["engine"]).stat().st_size == entry["engine_bytes"]
+    entry = export.manifest.details.engines["8.9"]
+    assert entry.precisions == {"fp8": 14}
+    assert entry.fused_attentions == 2
+    assert (export.root / entry.engine).stat().st_size == entry.engine_bytes
     written = {entry.path for entry in export.manifest.files}
     assert {"model.onnx", "activation_scales.json", "config.json", "tokenizer.json", "layers.json"} <= written
 
@@ -334,6 +335,6 @@ def test_another_kind_of_artifact_is_named(tmp_path):
 
     with ArtifactWriter(tmp_path / "merged", kind="lora-merged", stage="finetune") as writer:
         (writer.root / "config.json").write_text("{}")
-        writer.commit(number_format=None, layers=[], extra={})
+        writer.commit(details=details_of("lora-merged"))
     with pytest.raises(BadArtifactError, match="falqon"):
         open_language(tmp_path / "merged")

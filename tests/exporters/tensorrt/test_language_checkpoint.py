@@ -44,8 +44,8 @@ def test_equal_scales_are_written_as_fp8(language_artifact, language_text, tmp_p
         attention = f"model.layers.{block}.self_attn"
         assert len({float(after[f"{attention}.{x}_proj.input_scale"]) for x in "qkv"}) == 1
     assert set(after) == set(before) | {n.replace(".weight", ".input_scale") for n in names}
-    recorded = written.manifest.extra["activation_scales"]
-    assert recorded["model.layers.0.mlp.down_proj"]["scale"] == float(after["model.layers.0.mlp.down_proj.input_scale"])
+    recorded = written.manifest.details.activation_scales
+    assert recorded["model.layers.0.mlp.down_proj"].scale == float(after["model.layers.0.mlp.down_proj.input_scale"])
 
 
 def test_the_configuration_has_the_documented_keys(language_artifact, language_text, tmp_path):

@@ -64,7 +64,7 @@ def test_every_product_is_built_in_the_precision_of_the_artifact(export):
     manifest = export.manifest
     assert all(gate.passed for gate in manifest.gates)
     # Eight linears in blocks; both ends, and two products of each of two attentions, in FP8.
-    assert manifest.extra["engines"]["12.0"]["precisions"] == {"fp4": 8, "fp8": 6}
+    assert manifest.details.engines["12.0"].precisions == {"fp4": 8, "fp8": 6}
     layers = json.loads((export.root / "layers.json").read_text())["12.0"]["layers"]
     four_bit = [layer for layer in layers if layer["kind"] == "gemm" and layer["inputs"][0]["dtype"] == "FP4E2M1"]
     for layer in four_bit:
@@ -212,7 +212,7 @@ def test_weights_alone_are_compiled(artifact, tmp_path):
     assert all(gate.passed for gate in export.manifest.gates)
     nodes = {node.op_type for node in ir.load(export.root / "model.onnx").graph}
     assert not nodes & {"QuantizeLinear", "TRT_FP4DynamicQuantize"}
-    assert export.manifest.extra["engines"]["12.0"]["engine_bytes"] > 0
+    assert export.manifest.details.engines["12.0"].engine_bytes > 0
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "nvfp4-weight-only"])
@@ -231,7 +231,7 @@ def test_other_gpus_are_refused_before_the_builder(artifact, tmp_path, format, m
 def test_the_graph_alone_is_for_any_gpu(artifact, tmp_path):
     config = options(builder="none", compute_capabilities=["8.9"], base="fp32")
     export = export_tensorrt(artifact.root, tmp_path / "export", config)
-    assert export.manifest.extra["engines"] == {}
+    assert export.manifest.details.engines == {}
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8", "int4-weight-only"])

@@ -1,4 +1,4 @@
-"""Faults that hashes cannot show: each is planted, checksummed again, and must be reported by its catcher, by name."""
+"""Faults that hashes cannot show: each is planted, checksummed again, and must be reported by its check, by name."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_nothing_is_found_in_what_was_written(whole_tree):
     assert {pair["artifact"] for pair in document["compared"]} == {"vllm", "modelopt", "decoder", "onnx", "trt"}
 
 
-def test_a_record_of_the_first_version_needs_no_seal_and_a_later_one_does(tree):
+def test_a_record_of_the_first_version_needs_no_checksum_and_a_later_one_does(tree):
     path = tree / "onnx.validation.json"
     (tree / "onnx.validation.sha256").unlink()
     ended = verify("--quick", tree)

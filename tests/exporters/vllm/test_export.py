@@ -11,6 +11,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
+from small_artifacts import details_of
 from torch import Tensor
 
 from exporters.vllm.export import export_vllm
@@ -37,7 +38,7 @@ def raw(directory: Path) -> dict[str, Tensor]:
 def dequantized(directory: Path) -> dict[str, Tensor]:
     """A falqon artifact's weights by its contract: code * scale, in fp32 arithmetic of this test."""
     tensors = raw(directory)
-    flipped = set(open_artifact(directory).manifest.extra["transposed"])
+    flipped = set(open_artifact(directory).manifest.details.transposed)
     result = {}
     for name, value in tensors.items():
         if name.endswith("weight_scale"):
@@ -170,7 +171,7 @@ def test_merged_lora_is_a_source_too(qwen2: Path, tmp_path: Path) -> None:
     with ArtifactWriter(tmp_path / "merged", kind="lora-merged", stage="finetune") as writer:
         for path in qwen2.iterdir():
             (writer.root / path.name).write_bytes(path.read_bytes())
-        merged = writer.commit(extra={"transposed": []})
+        merged = writer.commit(details=details_of("lora-merged"))
     plain = export_vllm(qwen2, tmp_path / "a", options("w8a16"))
     export = export_vllm(merged.root, tmp_path / "b", options("w8a16"))
     assert export.manifest.parents == [merged.as_parent()]
@@ -218,7 +219,7 @@ def test_unconverted_layers_are_ignored_by_name(llama: Path, falqon: Callable[..
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.mlp.down_proj",
     }
-    assert set(export.manifest.extra["ignore"]) == expected
+    assert set(export.manifest.details.ignore) == expected
     theirs = import_transformers().AutoModelForCausalLM.from_pretrained(export.root, dtype=torch.float32)
     theirs(torch.tensor([[1, 2, 3]]))
     ours = load_torch_model(export.root, torch.float32).state_dict()
@@ -259,17 +260,26 @@ def test_headless_checkpoint_names_are_understood(gpt2: Path, tmp_path: Path) ->
     assert "h.0.attn.c_attn.weight_scale" in raw(export.root)
 
 
-@pytest.mark.parametrize(("rule", "trained"), [("live", "one power of two per token"), ("released", "one per tensor")])
+@pytest.mark.parametrize(
+    ("rule", "trained"),
+    [
+        ("live", "8-bit e4m3, per-token, power-of-two, dynamic"),
+        ("released", "8-bit e4m3, per-tensor, amax, dynamic"),
+    ],
+)
 def test_the_manifest_says_how_activations_were_trained(
     llama: Path, falqon: Callable[..., Path], tmp_path: Path, rule: str, trained: str
 ) -> None:
     source = falqon(llama, rule=rule)
     export = export_vllm(source, tmp_path / "fp8", options("fp8"))
-    assert export.manifest.extra["activations"] == f"e4m3, dynamic, one scale per token (training: {trained})"
+    assert str(export.manifest.details.activations) == "8-bit e4m3, per-token, amax, dynamic"
+    assert str(export.manifest.details.trained_activations) == trained
     export = export_vllm(source, tmp_path / "w8a16", options("w8a16"))
-    assert export.manifest.extra["activations"] == "not quantized"
+    assert export.manifest.details.activations is None
+    assert str(export.manifest.details.trained_activations) == trained
     export = export_vllm(llama, tmp_path / "plain", options("fp8"))
-    assert "training: not quantized" in export.manifest.extra["activations"]
+    assert export.manifest.details.activations is not None
+    assert export.manifest.details.trained_activations is None
 
 
 def test_a_file_that_exists_goes_the_way_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def test_a_tied_head_with_other_values(qwen2: Path, falqon: Callable[..., Path],
 def test_orientation_that_contradicts_the_model(gpt2: Path, falqon: Callable[..., Path], tmp_path: Path) -> None:
     source = falqon(gpt2)
     manifest = json.loads((source / "manifest.json").read_text())
-    manifest["extra"]["transposed"] = manifest["extra"]["transposed"][1:]
+    manifest["details"]["transposed"] = manifest["details"]["transposed"][1:]
     write_checked(source / "manifest.json", json.dumps(manifest))
     with pytest.raises(LintFindingsError) as caught:
         export_vllm(source, tmp_path / "export", FP8)

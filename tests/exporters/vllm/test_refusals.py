@@ -32,7 +32,7 @@ def test_existing_output_and_force(llama: Path, falqon: Callable[..., Path], tmp
         export_vllm(source, tmp_path / "export", options("bf16"))
     assert open_artifact(first.root).digest == first.digest
     replaced = export_vllm(source, tmp_path / "export", options("bf16", force=True))
-    assert open_artifact(replaced.root).manifest.extra["format"] == "bf16"
+    assert open_artifact(replaced.root).manifest.details.format == "bf16"
     with pytest.raises(ConfigurationError, match="source itself"):
         export_vllm(source, source, options("fp8", force=True))
 

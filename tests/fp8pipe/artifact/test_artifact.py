@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_artifacts import SHARD, write
+from small_artifacts import E4M3, SHARD, details_of, write
 
 from fp8pipe.artifact import (
     SCHEMA_VERSION,
@@ -25,6 +25,7 @@ from fp8pipe.artifact import (
     open_artifact,
     write_checked,
 )
+from fp8pipe.artifact.kinds import Details
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 
@@ -34,8 +35,8 @@ def test_what_is_opened_is_what_was_written(tmp_path):
         "seed": 5,
         "parents": [Parent(kind="model", digest="ab", path="/m")],
         "number_format": NumberFormat(name="e4m3", granularity="per-tensor"),
-        "layers": [LayerRecord(name="l.0", converted=True, shape=(4, 2))],
-        "extra": {"adapter": "flushed", "ratio": math.inf},
+        "layers": [LayerRecord(name="l.0", weight=E4M3, shape=(4, 2))],
+        "runtime": {"ratio": math.inf},
         "versions": {"thing": "1"},
     }
     written = write(tmp_path / "a", **fields)
@@ -67,8 +68,8 @@ def test_warnings_and_gates_reach_the_manifest_even_nan(tmp_path):
     with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
         writer.warn("fell back")
         writer.warn("fell back")
-        writer.gate(Gate(name="loss", value=math.nan, threshold=1.0, passed=False))
-        writer.commit()
+        writer.gate(Gate(name="loss", value=math.nan, comparison="at most", threshold=1.0))
+        writer.commit(details=details_of("falqon"))
     manifest = open_artifact(tmp_path / "a").manifest
     assert manifest.warnings == ["fell back"]
     assert math.isnan(manifest.gates[0].value)
@@ -156,12 +157,15 @@ def test_a_manifest_that_is_no_object_is_refused(tmp_path, text):
         open_artifact(tmp_path / "a")
 
 
-def test_an_unknown_kind_is_fine_unless_another_was_asked_for(tmp_path):
-    with ArtifactWriter(tmp_path / "a", kind="from-the-future", stage="x") as writer:
-        writer.commit()
-    assert open_artifact(tmp_path / "a").kind == "from-the-future"
-    with pytest.raises(BadArtifactError, match="'from-the-future'; expected 'falqon' or 'lora-merged'"):
+def test_a_kind_is_opened_unless_another_was_asked_for_and_an_unknown_one_is_refused(tmp_path, plain_kind):
+    with ArtifactWriter(tmp_path / "a", kind=plain_kind, stage="x") as writer:
+        writer.commit(details=Details())
+    assert open_artifact(tmp_path / "a").kind == "plain"
+    with pytest.raises(BadArtifactError, match="'plain'; expected 'falqon' or 'lora-merged'"):
         open_artifact(tmp_path / "a", kind=["falqon", "lora-merged"])
+    change_manifest(tmp_path / "a", kind="from-the-future")
+    with pytest.raises(BadArtifactError, match=r"manifest\.json is of the unknown kind 'from-the-future'"):
+        open_artifact(tmp_path / "a")
 
 
 def test_unfinished_runs_are_not_opened(tmp_path):
@@ -199,7 +203,7 @@ def test_force_replaces_only_at_the_end(tmp_path):
         (writer.root / "w.bin").write_bytes(b"new")
         # The old one is whole until the last rename.
         assert open_artifact(tmp_path / "a").digest == first.digest
-        writer.commit()
+        writer.commit(details=details_of("falqon"))
     assert [entry.path for entry in open_artifact(tmp_path / "a").manifest.files] == ["w.bin"]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -216,7 +220,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
     with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
         (tmp_path / "a").mkdir()
         with pytest.raises(ConfigurationError, match="exists already"):
-            writer.commit()
+            writer.commit(details=details_of("falqon"))
     assert (tmp_path / "a.partial").is_dir()
 
 
@@ -228,7 +232,7 @@ def test_leftovers_without_a_checkpoint_are_replaced(tmp_path):
     (start(tmp_path / "a").root / "stale.bin").write_bytes(b"stale")
     writer = start(tmp_path / "a")
     assert not writer.resumed
-    assert [entry.path for entry in writer.commit().manifest.files] == []
+    assert [entry.path for entry in writer.commit(details=details_of("falqon")).manifest.files] == []
 
 
 def test_a_resumable_run_is_thrown_away_only_when_asked(tmp_path):
@@ -250,7 +254,7 @@ def test_excluded_names_do_not_reach_the_artifact(tmp_path):
     (writer.root / "checkpoint").mkdir()
     (writer.root / "checkpoint" / "state.safetensors").write_bytes(b"x")
     (writer.root / "w.bin").write_bytes(b"y")
-    artifact = writer.commit(exclude=["checkpoint", "never-there"])
+    artifact = writer.commit(details=details_of("falqon"), exclude=["checkpoint", "never-there"])
     assert sorted(path.name for path in artifact.root.iterdir()) == ["manifest.json", "manifest.sha256", "w.bin"]
 
 
@@ -258,7 +262,7 @@ def test_links_are_refused(tmp_path):
     writer = start(tmp_path / "a")
     (writer.root / "w.bin").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BadArtifactError, match=r"w\.bin is not a plain file"):
-        writer.commit()
+        writer.commit(details=details_of("falqon"))
     assert not (tmp_path / "a").exists()
 
 
@@ -302,7 +306,8 @@ def test_paths_in_a_manifest_stay_inside():
 
 
 def test_the_digest_covers_every_field():
-    base = Manifest(kind="k", stage="s", created="now", tool_version="0")
-    assert base.digest == Manifest(kind="k", stage="s", created="now", tool_version="0").digest
-    changes = [{"kind": "x"}, {"seed": 1}, {"warnings": ["w"]}, {"extra": {"a": 1}}]
+    fields = {"kind": "falqon", "stage": "s", "created": "now", "tool_version": "0", "details": details_of("falqon")}
+    base = Manifest(**fields)
+    assert base.digest == Manifest(**fields).digest
+    changes = [{"kind": "x"}, {"seed": 1}, {"warnings": ["w"]}, {"details": details_of("falqon", rank=1)}]
     assert len({base.model_copy(update=change).digest for change in changes} | {base.digest}) == 5

@@ -1,4 +1,4 @@
-"""Checksums: every changed bit of a record or of its checksum is found, and a crash at any moment is not taken for one."""
+"""Checksums: every changed bit of a record or of its checksum is found, and no crash is taken for one."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from small_artifacts import details_of
 
 from fp8pipe.artifact import (
     ArtifactWriter,
@@ -34,7 +35,7 @@ def record(tmp_path: Path) -> Path:
     return write_checked(tmp_path / "run.json", '{"loss": 1.5, "name": "é"}\n')
 
 
-def test_a_sealed_record_is_read_back_and_sha256sum_agrees(record):
+def test_a_checksummed_record_is_read_back_and_sha256sum_agrees(record):
     assert check_checksum(record) == ""
     assert json.loads(read_checked(record)) == {"loss": 1.5, "name": "é"}
     assert sorted(path.name for path in record.parent.iterdir()) == ["run.json", "run.sha256"]
@@ -57,7 +58,7 @@ def test_every_flipped_bit_is_found(record, name):
 @pytest.mark.parametrize(
     "spoil", [lambda b: b + b"\n", lambda b: b[:-1], lambda b: b.upper(), lambda b: b"", bytes.strip]
 )
-def test_a_seal_of_another_form_is_found_though_sha256sum_may_accept_it(record, spoil):
+def test_a_checksum_of_another_form_is_found_though_sha256sum_may_accept_it(record, spoil):
     checksum = checksum_path(record)
     checksum.write_bytes(spoil(checksum.read_bytes()))
     assert "run.sha256" in check_checksum(record)
@@ -111,7 +112,7 @@ def test_a_run_is_read_only_as_it_was_written(tmp_path):
 def artifact(tmp_path: Path) -> Path:
     with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
         (writer.root / "w.bin").write_bytes(b"weights")
-        return writer.commit(seed=3).root
+        return writer.commit(details=details_of("falqon"), seed=3).root
 
 
 def test_a_manifest_is_sealed_and_the_seal_is_no_unlisted_file(artifact):
@@ -124,12 +125,13 @@ def test_a_manifest_is_sealed_and_the_seal_is_no_unlisted_file(artifact):
             open_artifact(artifact, verify=verify)
 
 
-def test_a_manifest_without_a_seal_is_refused_unless_it_is_of_the_first_version(artifact):
+def test_a_manifest_without_a_checksum_is_refused_unless_it_is_of_the_first_version(artifact):
     checksum_path(artifact / "manifest.json").unlink()
     with pytest.raises(BadArtifactError, match=r"manifest\.sha256 is missing"):
         open_artifact(artifact)
     path = artifact / "manifest.json"
     old = json.loads(path.read_text()) | {"schema_version": 1}
+    old["extra"] = old.pop("details")
     del old["files"][0]["volatile"]  # the first version had no such field, and its digests do not cover it
     path.write_text(json.dumps(old))
     digest = Manifest.from_json(path.read_bytes(), where="test").digest
@@ -142,7 +144,7 @@ def test_a_manifest_without_a_seal_is_refused_unless_it_is_of_the_first_version(
         open_artifact(artifact)
 
 
-def test_a_rename_keeps_the_seal_and_a_record_lies_beside(artifact, tmp_path):
+def test_a_rename_keeps_the_checksum_and_a_record_lies_beside(artifact, tmp_path):
     moved = shutil.move(artifact, tmp_path / "b.c")
     open_artifact(moved)
     assert checksum_path(record_path(Path(moved))).name == "b.c.validation.sha256"
@@ -170,7 +172,7 @@ def test_a_measurement_beside_an_artifact_is_checked_with_it(artifact, changes, 
     assert bool(findings) == bool(why)
 
 
-def test_a_measurement_without_its_seal_is_found(artifact):
+def test_a_measurement_without_its_checksum_is_found(artifact):
     checksum_path(measured(artifact)).unlink()
     (finding,) = check_bytes(find_tree(artifact)).findings
     assert (finding.check, finding.where) == ("checksum", "a.bench.json")
@@ -178,12 +180,18 @@ def test_a_measurement_without_its_seal_is_found(artifact):
 
 def test_a_gate_that_failed_is_said_and_one_that_lies_is_found(tmp_path):
     with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
-        writer.gate(Gate(name="loss", value=2.0, threshold=1.0, passed=False))
-        writer.gate(Gate(name="codes differing", value=2.0, threshold=0.0, passed=True))
-        writer.commit()
+        writer.gate(Gate(name="loss", value=2.0, comparison="at most", threshold=1.0))
+        writer.commit(details=details_of("falqon"))
     checked = check_bytes(find_tree(tmp_path / "a"))
     assert checked.notes == ["a: when it was written, the gate 'loss' failed"]
-    assert [(f.check, f.where) for f in checked.findings] == [("manifest", "codes differing")]
+    assert checked.findings == []
+    path = tmp_path / "a" / "manifest.json"
+    data = json.loads(path.read_text())
+    data["gates"][0].update(passed=True, verdict="ACCEPT")
+    write_checked(path, json.dumps(data))
+    (finding,) = check_bytes(find_tree(tmp_path / "a")).findings
+    assert (finding.check, finding.where) == ("manifest", "manifest.json")
+    assert "the gate 'loss' claims passed=True, and 2 (at most 1) says otherwise" in finding.why
 
 
 def test_a_copied_manifest_makes_no_artifact_of_a_model_repository(tmp_path):

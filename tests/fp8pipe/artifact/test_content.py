@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from small_artifacts import details_of
 
 from fp8pipe.artifact import ArtifactWriter, Gate, NumberFormat, Parent
 
@@ -12,20 +13,21 @@ PARENT = Parent(kind="model", digest="feedface" * 8, path="/models/base")
 def write(place, weights=b"weights", metrics=b"1.0 s", **changes):
     values = {
         "config": {"steps": 3}, "seed": 1, "parents": [PARENT], "runtime": {"threads": 2},
-        "number_format": NumberFormat(name="e4m3", granularity="per-channel"), "extra": {"seconds": 12.5},
+        "number_format": NumberFormat(name="e4m3", granularity="per-channel"), "seconds": 12.5,
     } | changes  # fmt: skip
-    with ArtifactWriter(place, kind=values.pop("kind", "falqon"), stage="finetune") as writer:
+    kind = values.pop("kind", "falqon")
+    with ArtifactWriter(place, kind=kind, stage="finetune") as writer:
         (writer.root / "model.safetensors").write_bytes(weights)
         (writer.root / "metrics").mkdir()
         (writer.root / "metrics" / "log.jsonl").write_bytes(metrics)
-        writer.gate(Gate(name="seconds", value=values["extra"]["seconds"], threshold=99, passed=True))
-        return writer.commit(volatile=["metrics"], **values)
+        writer.gate(Gate(name="seconds", value=values.pop("seconds"), comparison="at most", threshold=99))
+        return writer.commit(volatile=["metrics"], details=details_of(kind), **values)
 
 
 def test_times_places_and_measured_figures_are_left_out(tmp_path):
     one = write(tmp_path / "a")
     elsewhere = PARENT.model_copy(update={"path": "/elsewhere"})
-    two = write(tmp_path / "b", metrics=b"2.0 s", parents=[elsewhere], extra={"seconds": 99.0}, runtime={"threads": 1})
+    two = write(tmp_path / "b", metrics=b"2.0 s", parents=[elsewhere], seconds=98.0, runtime={"threads": 1})
     assert one.digest != two.digest
     assert one.content == two.content
     assert [entry.volatile for entry in one.manifest.files] == [True, False]
@@ -69,7 +71,7 @@ def test_fields_that_later_versions_add_do_not_change_digests(tmp_path):
     for entry in data["files"]:
         del entry["volatile"]  # as before that field was there
     for gate in data["gates"]:
-        del gate["failure"]
+        del gate["failure"], gate["source"]
     manifest = Manifest.from_json(json.dumps(data), where="old")
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert manifest.digest == hashlib.sha256(canonical.encode()).hexdigest()

@@ -13,8 +13,10 @@ import pytest
 from fake_hub import fake_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
+from small_artifacts import details_of
 
-from fp8pipe.artifact import ArtifactWriter, Gate, write_checked
+from fp8pipe.artifact import ArtifactWriter, write_checked
+from fp8pipe.artifact.gate import none_of
 from fp8pipe.artifact.push import Target, plan_push, push
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
@@ -42,8 +44,8 @@ def write(place, passed=True, gates=1):
         (writer.root / "engines" / "rtx-8.9 [a].engine").write_bytes(b"engine" * 100)
         (writer.root / "README.md").write_text("---\nlibrary_name: onnx\n---\n# It\n")
         for _ in range(gates):
-            writer.gate(Gate(name="codes differing", value=0 if passed else 3, threshold=0, passed=passed))
-        return writer.commit()
+            writer.gate(none_of("codes differing", 0 if passed else 3))
+        return writer.commit(details=details_of("onnx-export"))
 
 
 @pytest.fixture

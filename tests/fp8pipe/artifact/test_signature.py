@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from fp8pipe.artifact import ArtifactWriter
+from fp8pipe.artifact.kinds import Details
 from fp8pipe.cli import main
 
 pytest.importorskip("model_signing")
@@ -35,10 +36,10 @@ def keys(root: Path, name: str = "key", password: bytes | None = None):
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    with ArtifactWriter(tmp_path / "a", kind="something", stage="x") as writer:
+def artifact(tmp_path: Path, plain_kind: str) -> Path:
+    with ArtifactWriter(tmp_path / "a", kind="plain", stage="x") as writer:
         (writer.root / "w.bin").write_bytes(b"weights")
-        return writer.commit().root
+        return writer.commit(details=Details()).root
 
 
 @pytest.fixture
@@ -66,9 +67,9 @@ def test_another_key_is_refused(signed, tmp_path):
 
 def test_a_forger_who_makes_every_hash_right_is_found(signed, tmp_path):
     for attempt in range(20):  # digests are quoted as bytes, so each makes another text of the error
-        with ArtifactWriter(signed, kind="something", stage="x", force=True) as writer:
+        with ArtifactWriter(signed, kind="plain", stage="x", force=True) as writer:
             (writer.root / "w.bin").write_bytes(b"poison %d" % attempt)
-            writer.commit()
+            writer.commit(details=Details())
         assert invoke("verify", signed).exit_code == 0
         ended = invoke("verify", signed, "--public-key", tmp_path / "key.pub")
         assert ended.exit_code == 12

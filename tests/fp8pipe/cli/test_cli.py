@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from small_artifacts import E4M3, details_of
 
 import fp8pipe.cli
 from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, NumberFormat, Parent
@@ -37,15 +38,16 @@ def artifact(tmp_path: Path) -> Path:
     with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
         (writer.root / "model.safetensors").write_bytes(b"weights")
         writer.warn("one fallback")
-        writer.gate(Gate(name="loss ratio", value=0.5, threshold=1.0, passed=True))
+        writer.gate(Gate(name="loss ratio", value=0.5, comparison="at most", threshold=1.0))
         writer.commit(
+            details=details_of("falqon"),
             seed=3,
             parents=[Parent(kind="model", digest="feedface" * 8, path="/models/base")],
             number_format=NumberFormat(name="e4m3", granularity="per-channel"),
             layers=[
-                LayerRecord(name="l.0", converted=True, reason="linear", shape=(8, 4)),
-                LayerRecord(name="l.1", converted=True, reason="linear", shape=(8, 4)),
-                LayerRecord(name="head", converted=False, reason="output head"),
+                LayerRecord(name="l.0", weight=E4M3, reason="linear", shape=(8, 4)),
+                LayerRecord(name="l.1", weight=E4M3, reason="linear", shape=(8, 4)),
+                LayerRecord(name="head", reason="output head"),
             ],
         )
     return tmp_path / "a"
@@ -272,7 +274,7 @@ def test_verify(artifact):
     result = invoke("verify", "--quick", artifact)
     assert result.exit_code == 0
     assert "all as written (contents not looked at)" in result.stdout
-    # Hashes vouch for the bytes; that they are no weights is what the contents tell.
+    # Hashes cover the bytes; that they are no weights is what the contents tell.
     document = json.loads(invoke("verify", artifact, "--json").stdout)
     assert {finding["catcher"] for finding in document["findings"]} == {"reopen"}
     (artifact / "note.txt").write_text("mine")

@@ -6,8 +6,10 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from small_artifacts import details_of
 
 from fp8pipe.artifact import ArtifactWriter, Gate
+from fp8pipe.artifact.gate import none_of
 from fp8pipe.cli import main
 from fp8pipe.cli.finetune import finished_text as text_of
 
@@ -49,11 +51,11 @@ def finished(tmp_path):
     with ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune") as writer:
         (writer.root / "model.safetensors").write_bytes(b"weights")
         writer.warn("one fallback")
-        writer.gate(Gate(name="learned", value=2.5, threshold=2.0, passed=False, detail="nats"))
-        writer.gate(Gate(name="bytes", value=0, threshold=0, passed=True))
+        writer.gate(Gate(name="learned", value=2.5, comparison="at most", threshold=2.0, detail="nats"))
+        writer.gate(none_of("bytes", 0))
         losses = {"untuned": 2.0, "deployed": 2.5}
-        health = {"changed": 0.03125, "cosine": 0.9}
-        return writer.commit(extra={"heldout_loss": losses, "last_flush": health, "rule": "live"})
+        health = {"changed": 0.03125, "saturated": 0.0, "norm_ratio": 1.0, "cosine": 0.9}
+        return writer.commit(details=details_of("falqon", heldout_loss=losses, final_merge=health, rule="live"))
 
 
 def test_a_finished_run_shows_what_is_wrong(finished):
@@ -63,9 +65,9 @@ def test_a_finished_run_shows_what_is_wrong(finished):
     assert "bytes" not in text
 
 
-def test_inspect_shows_losses_and_the_last_flush(finished):
+def test_inspect_shows_losses_and_the_final_merge(finished):
     lines = [" ".join(line.split()) for line in invoke("inspect", finished.root).stdout.splitlines()]
     assert "held-out loss untuned 2, deployed 2.5 nats an answer token" in lines
     assert "last flush changed 0.03125, cosine 0.9" in lines
     document = json.loads(invoke("inspect", finished.root, "--json").stdout)
-    assert document["manifest"]["extra"]["last_flush"]["cosine"] == 0.9
+    assert document["manifest"]["details"]["final_merge"]["cosine"] == 0.9

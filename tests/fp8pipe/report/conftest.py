@@ -7,17 +7,18 @@ import json
 import pytest
 import torch
 from quantized_families import quantized_family
+from small_artifacts import INT8, details_of
 
 from calibration.image_set import ImageSet
-from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, Parent
-from fp8pipe.artifact.gate import Gate, Verdict
+from fp8pipe.artifact import ArtifactWriter, LayerRecord, Parent
+from fp8pipe.artifact.gate import Gate, Verdict, none_of
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.models.vision.quantized import save_quantized
 
 LAYERS = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "mlp.down_proj")]
 
 
-def write_tuned(place, **extra):
+def write_tuned(place, **details):
     with ArtifactWriter(place, kind="falqon", stage="finetune") as writer:
         (writer.root / "model.safetensors").write_bytes(b"codes")
         lines = [{"step": 0, "heldout_loss": 2.25}]
@@ -25,7 +26,7 @@ def write_tuned(place, **extra):
                   for i in range(1, 5)]  # fmt: skip
         lines.append({"step": 4, "heldout_loss": 1.5})
         (writer.root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        writer.gate(Gate(name="reopened bytes differing", value=0, threshold=0, passed=True))
+        writer.gate(none_of("reopened bytes differing", 0))
         writer.warn("a fallback <script>alert(1)</script>")
         flushed = {
             name: {"changed": 0.01 * i, "saturated": 0.0, "norm_ratio": 1.0 + 0.05 * i, "cosine": 0.5 + 0.01 * i}
@@ -35,7 +36,7 @@ def write_tuned(place, **extra):
         base = Parent(kind="model", digest="ab" * 32, path="/somewhere/base")
         return writer.commit(
             config={"method": "falqon", "steps": 4, "rows": None}, seed=3, parents=[base],
-            extra={"heldout_loss": losses, "last_flush_layers": flushed, **extra},
+            details=details_of("falqon", heldout_loss=losses, final_merge_layers=flushed, **details),
         )  # fmt: skip
 
 
@@ -49,8 +50,7 @@ def write_vit(place):
         (writer.root / "metrics.jsonl").write_text("")
         scores = {"images": 599}
         scores |= {"teacher": {"top1": 0.98497, "top5": 1.0}, "quantized": {"top1": 0.9833, "top5": 0.99833}}
-        extra = {"accuracy": scores, "precision": "w8a8", "images": 9, "image_method": "gaussian"}
-        return writer.commit(seed=0, extra=extra)
+        return writer.commit(seed=0, details=details_of("vit", accuracy=scores, images=9))
 
 
 def write_export(place, kind, parent, **files):
@@ -58,9 +58,10 @@ def write_export(place, kind, parent, **files):
         (writer.root / "model.onnx").write_bytes(bytes(12345))
         for name, document in files.items():
             (writer.root / f"{name}.json").write_text(json.dumps(document))
-        writer.gate(Gate(name="integer layer error", value=1.05e-7, threshold=1e-6, passed=True, detail="73 layers"))
-        layers = [LayerRecord(name=name, converted=True, shape=(4, 4)) for name in LAYERS]
-        return writer.commit(parents=[parent.as_parent()], layers=layers, extra={"format": "qdq"})
+        error = {"name": "integer layer error", "value": 1.05e-7, "detail": "73 layers"}
+        writer.gate(Gate(**error, comparison="at most", threshold=1e-6))
+        layers = [LayerRecord(name=name, weight=INT8, shape=(4, 4)) for name in LAYERS]
+        return writer.commit(parents=[parent.as_parent()], layers=layers, details=details_of(kind))
 
 
 def validation(digest):
@@ -82,8 +83,11 @@ def bench(digest):
             "verdict": "ACCEPT"}  # fmt: skip
 
 
-def gate(name, source, value, verdict, **bound):
-    return Gate(name=name, source=source, value=value, verdict=verdict, reason="half a point is noise", **bound)
+def gate(name, source, value, comparison, threshold):
+    return Gate(
+        name=name, source=source, value=value, comparison=comparison, threshold=threshold,
+        failure=Verdict.REGRESSION, detail="half a point is noise",
+    )  # fmt: skip
 
 
 def stage(name, command, output, gates=(), verdict=Verdict.ACCEPT, error=None):
@@ -106,10 +110,10 @@ def write_run_directory(root):
     (root / "onnx.bench.json").write_text(json.dumps(bench(onnx.digest)))
     (root / "engines.validation.json").write_text(json.dumps(validation("00" * 32) | {"verdict": "REJECT"}))
     error = {"exit_code": 11, "what": "no vLLM here", "why": "not installed", "fix": "install it"}
-    between = "vit/manifest.json#extra.a - vit/manifest.json#extra.b"
-    regression = gate("accuracy lost", between, 0.031, Verdict.REGRESSION, at_most=0.02)
-    missing = gate("a figure", "onnx.bench.json#figures.none", None, Verdict.ANOMALOUS, at_least=0.5)
-    held = gate("reopened bytes differing", "tuned/manifest.json#gates.0.value", 0.0, Verdict.ACCEPT, at_most=0.0)
+    between = "vit/manifest.json#details.a - vit/manifest.json#details.b"
+    regression = gate("accuracy lost", between, 0.031, "at most", 0.02)
+    missing = gate("a figure", "onnx.bench.json#figures.none", None, "at least", 0.5)
+    held = gate("reopened bytes differing", "tuned/manifest.json#gates.0.value", 0.0, "at most", 0.0)
     stages = [
         stage("tuned", "finetune", "tuned", [held]),
         stage("vit", "quantize-vit", "vit", [regression], Verdict.REGRESSION),

@@ -9,6 +9,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from small_artifacts import details_of
 
 from fp8pipe.artifact import ArtifactWriter, write_checked
 from fp8pipe.core.errors import BadArtifactError
@@ -223,7 +224,7 @@ def test_one_artifact_alone_is_reported_beside_it(run_directory, name):
                                   "modelopt-export"])  # fmt: skip
 def test_an_artifact_that_holds_nothing_gives_no_placeholder_and_says_what_is_missing(tmp_path, kind):
     with ArtifactWriter(tmp_path / "bare", kind=kind, stage="test") as writer:
-        writer.commit(extra={"odd": math.nan})
+        writer.commit(details=details_of(kind), runtime={"odd": math.nan})
     page = render(open_subject(tmp_path / "bare"))
     assert not _PLACEHOLDERS.search("".join(parsed(page).text))
     assert "Not here." in page

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.finetune.config import FinetuneConfig
@@ -64,9 +65,9 @@ def test_artifact_holds_codes_scales_and_everything_else_untouched(make_base, pa
     assert (artifact.root / "plot.png").stat().st_size > 1000
     adapter = load_file(artifact.root / "adapter.safetensors")
     assert not any(t.any() for n, t in adapter.items() if n.endswith("lora_B"))
-    flushed = artifact.manifest.extra["last_flush_layers"]
+    flushed = artifact.manifest.details.final_merge_layers
     assert set(flushed) == {name.removesuffix(".lora_B") for name in adapter if name.endswith(".lora_B")}
-    assert all(set(health) == {"changed", "saturated", "norm_ratio", "cosine"} for health in flushed.values())
+    assert all(isinstance(health, MergeHealth) for health in flushed.values())
     lines = [json.loads(line) for line in (artifact.root / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     assert all(
@@ -77,10 +78,8 @@ def test_artifact_holds_codes_scales_and_everything_else_untouched(make_base, pa
 
 def test_learning_lowers_the_heldout_loss_of_the_deployed_codes(make_base, pairs, tmp_path):
     artifact = finetune(config(make_base(), pairs, steps=60, evaluate_every=0, save_every=0), tmp_path / "out")
-    losses = artifact.manifest.extra["heldout_loss"]
-    assert (
-        losses["deployed"] < losses["untuned"] - 0.3
-    )  # random weights start at ln 272 = 5.6 nats; B alone, in 60 steps
+    losses = artifact.manifest.details.heldout_loss
+    assert losses.deployed < losses.untuned - 0.3  # random weights start at ln 272 = 5.6 nats; B alone, in 60 steps
     assert all(gate.passed for gate in artifact.manifest.gates)
 
 
@@ -100,7 +99,7 @@ def test_baselines_run_through_the_same_loop_and_merge(make_base, pairs, tmp_pat
     base = make_base(intermediate_size=128)  # bitsandbytes quantizes blocks of 64 values
     artifact = finetune(config(base, pairs, method=method, steps=20, evaluate_every=0), tmp_path / "out")
     assert artifact.kind == "lora-merged"
-    assert "rule" not in artifact.manifest.extra
+    assert artifact.manifest.details.rule is None
     assert artifact.manifest.config["update_rule"] is None
     assert artifact.manifest.config["lora_alpha"] == 8  # the rank
     before, after = load_file(base / "model.safetensors"), deployed(artifact.root)
@@ -108,8 +107,8 @@ def test_baselines_run_through_the_same_loop_and_merge(make_base, pairs, tmp_pat
     name = "model.layers.0.mlp.up_proj.weight"
     assert after[name].dtype == torch.bfloat16
     assert not torch.equal(after[name], before[name])
-    losses = artifact.manifest.extra["heldout_loss"]
-    assert losses["deployed"] < losses["untuned"]
+    losses = artifact.manifest.details.heldout_loss
+    assert losses.deployed < losses.untuned
 
 
 def test_two_runs_of_one_seed_are_the_same_bits_and_another_seed_is_not(make_base, pairs, tmp_path):

@@ -18,6 +18,7 @@ from vit_families import family, vision_family
 
 from calibration.image_set import ImageSet
 from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact.kinds import Accuracy
 from fp8pipe.cli import main
 from fp8pipe.cli import quantize_vit as cli
 from fp8pipe.core.config import build_config
@@ -60,8 +61,8 @@ def test_the_artifact_rebuilds_the_model_and_holds_its_images(model, pictures, t
     by_name = {gate.name: gate for gate in manifest.gates}
     assert by_name["logits differing after a fresh process"].value == 0
     assert by_name["weights with too many codes"].value == 0
-    assert manifest.extra["accuracy"]["images"] == 6
-    assert set(manifest.extra["accuracy"]) == {"images", "teacher", "quantized"}
+    assert manifest.details.accuracy.images == 6
+    assert isinstance(manifest.details.accuracy, Accuracy)
     images = ImageSet.load(artifact.root / "calibration")
     assert len(images.images) == 8
     quantized = load_quantized(artifact.root)
@@ -75,8 +76,8 @@ def test_the_artifact_rebuilds_the_model_and_holds_its_images(model, pictures, t
 def test_other_images_serve_too(calibration, model, pictures, tmp_path):
     spec = f"images:{pictures}" if calibration == "images" else calibration
     artifact = quantize_vit(settings(model, calibration=spec, images=6, bits="wfp8afp8"), tmp_path / "out")
-    assert artifact.manifest.extra["image_method"] == calibration
-    assert artifact.manifest.extra["precision"] == "wfp8afp8"
+    assert artifact.manifest.details.image_method == calibration
+    assert artifact.manifest.details.precision == "wfp8afp8"
 
 
 def test_made_images_are_measured_on_views_and_pictures_as_they_are(model, pictures, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def test_a_killed_stage_goes_on_from_its_checkpoint(tmp_path):
     assert ("base", "work: unfinished") in runner.lines
     from fp8pipe.artifact import open_artifact
 
-    assert open_artifact(runner.directory / record.stages[0].output).manifest.extra["resumed"] >= 3
+    assert open_artifact(runner.directory / record.stages[0].output).manifest.details.resumed >= 3
 
 
 def test_other_settings_do_not_continue_an_unfinished_stage(tmp_path):

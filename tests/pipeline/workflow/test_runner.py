@@ -155,12 +155,12 @@ def test_two_stages_cannot_write_one_record(runner):
 @pytest.mark.parametrize(
     ("gate", "verdict"),
     [
-        ({"figure": "extra.score", "at_most": 2}, Verdict.ACCEPT),
-        ({"figure": "extra.score", "at_most": 1}, Verdict.REGRESSION),
-        ({"figure": "extra.score", "at_least": 1.5, "at_most": 1.5}, Verdict.ACCEPT),
-        ({"figure": "extra.socre", "at_most": 2}, Verdict.ANOMALOUS),
-        ({"figure": "extra.score", "minus": "right#extra.score", "at_least": 0.4}, Verdict.ACCEPT),
-        ({"figure": "extra.score", "over": "right#extra.score", "at_most": 1.4}, Verdict.REGRESSION),
+        ({"figure": "details.score", "at_most": 2}, Verdict.ACCEPT),
+        ({"figure": "details.score", "at_most": 1}, Verdict.REGRESSION),
+        ({"figure": "details.score", "at_least": 1.5, "at_most": 1.5}, Verdict.ACCEPT),
+        ({"figure": "details.socre", "at_most": 2}, Verdict.ANOMALOUS),
+        ({"figure": "details.score", "minus": "right#details.score", "at_least": 0.4}, Verdict.ACCEPT),
+        ({"figure": "details.score", "over": "right#details.score", "at_most": 1.4}, Verdict.REGRESSION),
     ],
 )
 def test_gates_of_the_recipe(runner, gate, verdict):
@@ -169,12 +169,12 @@ def test_gates_of_the_recipe(runner, gate, verdict):
     assert record.verdict is verdict
     outcome = record.stage("left").gates[-1]
     assert outcome.verdict is verdict
-    assert outcome.source.startswith("left/manifest.json#extra.")
+    assert outcome.source.startswith("left/manifest.json#details.")
     assert ("proof" in runner.started) is (verdict is Verdict.ACCEPT)  # nothing is built on what is not accepted
 
 
 def test_a_changed_threshold_judges_again_and_runs_nothing(runner):
-    gate = {"name": "score", "figure": "extra.score", "reason": "so"}
+    gate = {"name": "score", "figure": "details.score", "reason": "so"}
     stages = changed(left={"gates": [gate | {"at_most": 2}]})
     runner.run(stages)
     record = runner.run(changed(left={"gates": [gate | {"at_most": 0.5}]}))
@@ -183,7 +183,7 @@ def test_a_changed_threshold_judges_again_and_runs_nothing(runner):
 
 
 def test_a_score_that_is_no_number_is_anomalous(runner):
-    gate = {"name": "score", "figure": "extra.score", "at_most": 2, "reason": "so"}
+    gate = {"name": "score", "figure": "details.score", "at_most": 2, "reason": "so"}
     record = runner.run(changed(left={"score": float("nan"), "gates": [gate]}))
     assert record.verdict is Verdict.ANOMALOUS
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from click.testing import CliRunner
+from small_artifacts import details_of
 
 from fp8pipe.artifact import ArtifactWriter
 from fp8pipe.cli import main
@@ -31,9 +32,9 @@ def test_a_plan_reads_the_keys(export: Path, tmp_path: Path) -> None:
 
 
 def test_engines_of_language_models_are_refused_in_a_plan_too(tmp_path: Path) -> None:
-    with ArtifactWriter(tmp_path / "engines", kind="trt-export", stage="test") as writer:
+    with ArtifactWriter(tmp_path / "engines", kind="trt-language-export", stage="test") as writer:
         (writer.root / "model.onnx").write_bytes(b"")
-        export = writer.commit(config={}, seed=None, extra={"cache": True}).root
+        export = writer.commit(details=details_of("trt-language-export")).root
     result = CliRunner().invoke(main, ["serve", str(export), "--dry-run"])
     assert result.exit_code == 10
     assert "--target vllm" in result.output

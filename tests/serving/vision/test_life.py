@@ -14,6 +14,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from running_server import running
+from small_artifacts import details_of
 
 from fp8pipe.cli import main
 
@@ -126,7 +127,7 @@ def test_a_tensorrt_export_without_a_gpu_is_refused(export, tmp_path):
     with ArtifactWriter(tmp_path / "trt", kind="trt-export", stage="export") as writer:
         for entry in old.manifest.files:
             shutil.copy(export / entry.path, writer.root / entry.path)
-        writer.commit(config={}, seed=None, parents=old.manifest.parents, extra=old.manifest.extra)
+        writer.commit(config={}, seed=None, parents=old.manifest.parents, details=details_of("trt-export"))
     result = CliRunner().invoke(main, ["serve", str(tmp_path / "trt"), "--port", "0"])
     assert result.exit_code == 11
     assert "no GPU" in result.output

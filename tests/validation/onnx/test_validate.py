@@ -49,7 +49,7 @@ def _rewrite(export, change):
         model = ir.load(writer.root / MODEL_FILE)
         change(model)
         ir.save(model, writer.root / MODEL_FILE)
-        writer.commit(config={}, seed=None, parents=old.manifest.parents, extra=old.manifest.extra)
+        writer.commit(config={}, seed=None, parents=old.manifest.parents, details=old.manifest.details)
     return target
 
 

@@ -21,7 +21,7 @@ from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import cache_folder
 from exporters.tensorrt.rtx import CAPABILITIES
-from fp8pipe.artifact import MANIFEST_NAME, Manifest, write_checked
+from fp8pipe.artifact import MANIFEST_NAME, write_checked
 from fp8pipe.core.config import build_config
 from fp8pipe.core.machine import gpus
 from pipeline.vit.config import QuantizeVitConfig
@@ -93,10 +93,9 @@ def test_engines_compute_what_onnx_runtime_computes_and_are_timed(exports, capsy
 def test_an_engine_of_another_version_is_built_again_and_runs(exports, tmp_path, monkeypatch):
     monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
     export = shutil.copytree(exports["w8a8"].root, tmp_path / "export")
-    manifest = Manifest.from_json((export / MANIFEST_NAME).read_text(), where="test")
-    extra = json.loads(json.dumps(manifest.extra))
-    extra["engines"][capability()]["recipe"]["version"] = "10.0.0.1"
-    write_checked(export / MANIFEST_NAME, manifest.model_copy(update={"extra": extra}).to_json())
+    data = json.loads((export / MANIFEST_NAME).read_text())
+    data["details"]["engines"][capability()]["recipe"]["version"] = "10.0.0.1"
+    write_checked(export / MANIFEST_NAME, json.dumps(data))
     notices = []
     ready = ready_engine(export, capability(), on_build=notices.append)
     assert ready.source is EngineSource.BUILT
@@ -110,14 +109,14 @@ def test_the_command_line_of_the_manifest_builds_the_same_precisions(exports, tm
         place = tmp_path / bits
         place.mkdir()
         shutil.copy(export.root / "model.onnx", place)
-        words = shlex.split(export.manifest.extra["trtexec"])
+        words = shlex.split(export.manifest.details.trtexec)
         ended = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=1800)
         assert ended.returncode == 0, ended.stdout[-3000:]
         assert (place / "model.engine").stat().st_size > 100_000
         products = json.loads((export.root / "layers.json").read_text())[capability()]["products"]
         layers = parse_inspector((place / "model.layers.json").read_text())
         report = read_precision([product["node"] for product in products], layers)
-        wanted = dict.fromkeys((product["node"] for product in products), export.manifest.extra["format"])
+        wanted = dict.fromkeys((product["node"] for product in products), export.manifest.details.format)
         assert report.not_in(wanted) == ()
 
 

@@ -16,7 +16,7 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 from exporters.tensorrt.engine_cache import ready_engine
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.options import TrtExportOptions
-from fp8pipe.artifact import MANIFEST_NAME, Manifest, write_checked
+from fp8pipe.artifact import MANIFEST_NAME, write_checked
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
@@ -48,10 +48,9 @@ def export(exported, tmp_path, monkeypatch):
 
 def _edit(export, change):
     path = export / MANIFEST_NAME
-    manifest = Manifest.from_json(path.read_text(), where="test")
-    extra = json.loads(json.dumps(manifest.extra))
-    change(extra)
-    write_checked(path, manifest.model_copy(update={"extra": extra}).to_json())
+    data = json.loads(path.read_text())
+    change(data["details"])
+    write_checked(path, json.dumps(data))
 
 
 def test_the_command_line_says_what_was_proved_and_what_was_not(export):
@@ -91,7 +90,7 @@ def test_a_stale_engine_is_built_again_with_a_notice(export):
 
 
 def test_an_engine_in_another_precision_is_rejected(export):
-    _edit(export, lambda extra: extra["engines"]["8.9"].update(precisions={"fp8": 5, "fp16": 2}))
+    _edit(export, lambda details: details["engines"]["8.9"].update(precisions={"fp8": 5, "fp16": 2}))
     with pytest.raises(ExportRejectedError, match="products not in fp8"):
         validate_tensorrt(export)
     assert json.loads(record_path(export).read_text())["verdict"] == "REJECT"
@@ -109,7 +108,7 @@ def test_a_damaged_graph_is_refused_and_leaves_no_old_verdict(export):
 
 
 def test_an_export_without_engines_says_that_no_builder_saw_it(export):
-    _edit(export, lambda extra: extra.update(engines={}))
+    _edit(export, lambda details: details.update(engines={}))
     record = validate_tensorrt(export)
     assert any("holds no engine" in text for text in record.not_proved)
 

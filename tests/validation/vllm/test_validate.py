@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from small_artifacts import details_of
 from tiny_checkpoints import make_model, quantize, write_plain
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from exporters.vllm.environment import VllmEnvironment, find_vllm_python
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
+from fp8pipe.artifact.layers import Encoding
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from validation.vllm import validate
@@ -42,12 +44,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = write_plain(root / "plain", model)
     tensors: dict[str, Tensor] = {}
     layers = []
+    encoding = Encoding(format="e4m3", bits=8, granularity="per-tensor")
     for name, value in load_file(plain / "model.safetensors").items():
         tensors[name] = value
         if name.endswith("_proj.weight"):
             codes, scale, _ = quantize(value.float(), "tensor")
             tensors[name], tensors[name + "_scale"] = codes, scale
-            layers.append(LayerRecord(name=name.removesuffix(".weight"), converted=True, shape=tuple(value.shape)))
+            layers.append(LayerRecord(name=name.removesuffix(".weight"), weight=encoding, shape=tuple(value.shape)))
     with ArtifactWriter(root / "falqon", kind="falqon", stage="finetune") as writer:
         for file in plain.iterdir():
             if not file.name.startswith("model"):
@@ -56,7 +59,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.commit(
             number_format=NumberFormat(name="e4m3", granularity="per-tensor"),
             layers=layers,
-            extra={"adapter": "flushed", "base_dtype": "bfloat16", "transposed": []},
+            details=details_of("falqon", base_dtype="bfloat16"),
         )
     return root / "falqon"
 
@@ -81,7 +84,7 @@ def tampered(export: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tens
             tensors = load_file(export / "model.safetensors")
             edit(tensors)
             save_file(tensors, writer.root / "model.safetensors", metadata={"format": "pt"})
-            kept = ("config", "parents", "number_format", "runtime", "layers", "extra")
+            kept = ("config", "parents", "number_format", "runtime", "layers", "details")
             writer.commit(**{name: getattr(old, name) for name in kept})
         return output
 
@@ -178,7 +181,7 @@ def test_another_parent_is_refused(export: Path, tampered: Any, source: Path, tm
     with ArtifactWriter(other, kind="falqon", stage="finetune") as writer:
         for entry in manifest.files:
             shutil.copyfile(source / entry.path, writer.root / entry.path)
-        writer.commit(number_format=manifest.number_format, layers=manifest.layers, seed=5, extra=dict(manifest.extra))
+        writer.commit(number_format=manifest.number_format, layers=manifest.layers, seed=5, details=manifest.details)
     with pytest.raises(ConfigurationError, match="was not made from"):
         validate_export(export, against=other)
 
