@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class FalqonMethod:
         """B of every layer; nothing else trains."""
         return {f"{name}.lora_B": layer.lora_B for name, layer in self.layers.items()}
 
-    def forward_context(self) -> AbstractContextManager:
+    def forward_context(self) -> AbstractContextManager[Any]:
         """Nothing: dtypes are explicit in the layer."""
         return nullcontext()
 

@@ -91,12 +91,16 @@ def attend(
     """transformers' attention interface: query `(B, H, L, d)`, key and value `(B, K, L, d)`; returns `(B, L, H, d)`."""
     if not _fits(module, query, key, value, attention_mask, dropout, kwargs):
         fused = import_transformers().AttentionInterface()["sdpa"]
-        return fused(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        done: tuple[Tensor, None] = fused(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return done
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
     fold = (batch * groups, heads // groups * length, width)
-    output = _Attention.apply(
+    apply: Any = _Attention.apply
+    output: Tensor = apply(
         (query * scale).reshape(fold), key.reshape(-1, length, width), value.reshape(-1, length, width),
         _BIAS.of(attention_mask, query),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ def heldout_loss(
     model: nn.Module,
     batches: Iterable[Batch],
     device: torch.device | str,
-    context: AbstractContextManager | None = None,
+    context: AbstractContextManager[Any] | None = None,
 ) -> float:
     """Mean negative log-likelihood (nats) of an answer token over all batches.
 

@@ -67,7 +67,7 @@ class LoraMethod:
         """A and B of every layer."""
         return {name: p for name, p in self._peft.named_parameters() if p.requires_grad}
 
-    def forward_context(self) -> AbstractContextManager:
+    def forward_context(self) -> AbstractContextManager[Any]:
         """bf16 autocast: fp32 adapters, bf16 products."""
         return torch.autocast(next(iter(self.parameters().values())).device.type, dtype=torch.bfloat16)
 

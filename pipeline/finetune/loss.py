@@ -66,7 +66,9 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
     rows = (shifted != IGNORE).nonzero().squeeze(1)
     with _head_on_rows(model, rows):
         logits = model(**inputs, use_cache=False).logits
-    return _SummedCrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), shifted[rows], normaliser)
+    cross_entropy: Any = _SummedCrossEntropy.apply
+    loss: Tensor = cross_entropy(logits.reshape(-1, logits.shape[-1]), shifted[rows], normaliser)
+    return loss
 
 
 @contextmanager
