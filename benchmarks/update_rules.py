@@ -33,7 +33,8 @@ from exporters.vllm.read import load_torch_model
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.config import build_config
 from fp8pipe.models.language.sources import resolve_model
-from fp8pipe.numerics.grids import E4M3, amax_scale_quant
+from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.scales import amax_scale
 from pipeline.falqon.rules import RULES
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.evaluate import heldout_loss
@@ -43,8 +44,8 @@ from pipeline.finetune.stage import finetune, load_text
 def cast_tokens(module, args):
     """Forward pre-hook: FP8 activations with a dynamic scale per token, as engines compute them."""
     x = args[0]
-    scale = amax_scale_quant(x.float().abs().amax(-1, keepdim=True), E4M3)
-    return ((E4M3.quantize(x, scale).float() / scale).to(x.dtype),)
+    scale = amax_scale(x.float().abs().amax(-1, keepdim=True), E4M3)
+    return ((E4M3.cast(x.float() / scale).float() * scale).to(x.dtype),)
 
 
 def configure(method, rate, seed, options):

@@ -1,9 +1,9 @@
 """FP8 weight codecs: pure functions between weights, E4M3 codes and the scales vLLM reads.
 
-Direction of every scale here: `dequantized = code * scale_dequant`.
+Direction of every scale here: `dequantized = code * scale`.
 
-A fused layer of vLLM (q/k/v, gate/up) that finds one scale a tensor requantizes all of its parts to the
-largest of them, which changes codes. A scalar repeated down the rows is read as one scale a channel and keeps
+A fused layer of vLLM (q/k/v, gate/up) that finds one scale per tensor requantizes all of its parts to the
+largest of them, which changes codes. A scalar repeated down the rows is read as one scale per channel and keeps
 every code, so a per-tensor weight leaves here as per-channel with equal rows: the same numbers, bit for bit.
 
 Orientation. A linear weight is `(out, in)`; GPT-2's Conv1D stores `(in, out)` and is called transposed.
@@ -15,18 +15,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3, dequantize
+from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.scales import amax_scale
 
 __all__ = ["channel_scale", "dequantize_weight", "quantize_weight", "relative_error", "same_bits", "to_bf16"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def channel_scale(scale_dequant: Tensor, rows: int) -> Tensor:
+def channel_scale(scale: Tensor, rows: int) -> Tensor:
     """Repeat a per-tensor scale down the rows; return a per-row scale unchanged.
 
     Args:
-        scale_dequant: fp32, `()`, `(1,)` or `(rows, 1)`.
+        scale: fp32, `()`, `(1,)` or `(rows, 1)`.
         rows: output features of the weight.
 
     Returns:
@@ -35,28 +36,27 @@ def channel_scale(scale_dequant: Tensor, rows: int) -> Tensor:
     Raises:
         ValueError: any other shape or dtype.
     """
-    if scale_dequant.dtype != torch.float32:
-        raise ValueError(f"a weight scale is float32, got {scale_dequant.dtype}")
-    if scale_dequant.shape == (rows, 1):
-        return scale_dequant.contiguous()
-    if scale_dequant.shape in {torch.Size([]), torch.Size([1])}:
-        return scale_dequant.reshape(1, 1).repeat(rows, 1)
-    raise ValueError(f"a weight scale is () or ({rows}, 1), got {tuple(scale_dequant.shape)}")
+    if scale.dtype != torch.float32:
+        raise ValueError(f"a weight scale is float32, got {scale.dtype}")
+    if scale.shape == (rows, 1):
+        return scale.contiguous()
+    if scale.shape in {torch.Size([]), torch.Size([1])}:
+        return scale.reshape(1, 1).repeat(rows, 1)
+    raise ValueError(f"a weight scale is () or ({rows}, 1), got {tuple(scale.shape)}")
 
 
-def dequantize_weight(codes: Tensor, scale_dequant: Tensor, *, transposed: bool = False) -> Tensor:
-    """`code * scale_dequant` in fp32, in the orientation of `codes`.
+def dequantize_weight(codes: Tensor, scale: Tensor, *, transposed: bool = False) -> Tensor:
+    """`code * scale` in fp32, in the orientation of `codes`.
 
     Args:
         codes: float8_e4m3fn, `(out, in)`, or `(in, out)` when `transposed`.
-        scale_dequant: fp32, `()`, `(1,)` or `(out, 1)`.
+        scale: fp32, `()`, `(1,)` or `(out, 1)`.
         transposed: whether outputs lie along the second axis.
 
     Returns:
         fp32, shape of `codes`.
     """
-    scale = scale_dequant.reshape(1, -1) if transposed and scale_dequant.ndim == 2 else scale_dequant
-    return dequantize(codes, scale)
+    return codes.float() * (scale.reshape(1, -1) if transposed and scale.ndim == 2 else scale).float()
 
 
 def quantize_weight(weight: Tensor, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
@@ -71,13 +71,13 @@ def quantize_weight(weight: Tensor, *, transposed: bool = False) -> tuple[Tensor
 
     Returns:
         codes: float8_e4m3fn, shape of `weight`.
-        scale_dequant: fp32 `(out, 1)`, positive.
+        scale: fp32 `(out, 1)`, positive.
     """
     values = weight.float()
     axis = 0 if transposed else 1
     low, high = values.aminmax(dim=axis, keepdim=True)
     amax = torch.maximum(low.neg(), high)  # no fp32 copy of the weight, unlike abs()
-    scale = (amax.double().clamp(min=AMAX_FLOOR) / E4M3.max).float()
+    scale = amax_scale(amax, E4M3)
     return E4M3.cast(values / scale), scale.reshape(-1, 1).contiguous()
 
 

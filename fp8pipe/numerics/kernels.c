@@ -1,6 +1,6 @@
 /* FP8 casts for CPUs, one pass each, so that the cast stays small beside a bf16 GEMM.
  *
- * Built on first use by native.py with the system's C compiler; casts.py holds the same arithmetic in torch,
+ * Built on first use by native.py with the system's C compiler; backends.py holds the same arithmetic in torch,
  * and the tests hold both to the same bits. bf16 travels as uint16_t. No fast-math: rounding is the point.
  *
  * Rounding to a grid with p explicit mantissa bits and smallest exponent e0 uses one fp32 addition: adding
@@ -14,17 +14,17 @@
 static inline float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
-/* Largest power of two that maps amax onto the grid (frexp, so exactly); NaN for NaN and infinity, which must
+/* Smallest power of two under which amax fits the grid (frexp, so exactly); NaN for NaN and infinity, which must
  * poison the row instead of being clamped into it. */
 static inline float row_scale(uint32_t amax_bits, float largest, float floor) {
     float amax = bits_to_float(amax_bits);
     if (amax_bits >= 0x7f800000u) return NAN;
     int exponent;
     frexp((double)largest / (double)(amax > floor ? amax : floor), &exponent);
-    return bits_to_float((uint32_t)(126 + exponent) << 23); /* amax * scale lies in (largest / 2, largest] */
+    return bits_to_float((uint32_t)(128 - exponent) << 23); /* amax / scale lies in (largest / 2, largest] */
 }
 
-/* out[r, c] = round_to_grid(x[r, c] * s_r) / s_r with a power-of-two scale s_r for each row: exact in bf16.
+/* out[r, c] = round_to_grid(x[r, c] / s_r) * s_r with a power-of-two scale s_r for each row: exact in bf16.
  * Rows of x are x_stride apart, rows of out out_stride apart (in elements). */
 void fp8pipe_cast_rows_bf16(const uint16_t *x, int64_t x_stride, uint16_t *out, int64_t out_stride, int64_t rows,
                             int64_t cols, int mantissa_bits, int min_exponent, float largest, float floor) {
@@ -43,11 +43,11 @@ void fp8pipe_cast_rows_bf16(const uint16_t *x, int64_t x_stride, uint16_t *out, 
         const float scale = row_scale((uint32_t)top << 16, largest, floor), inverse = 1.0f / scale;
 #pragma omp simd
         for (int64_t c = 0; c < cols; c++) {
-            float v = bits_to_float((uint32_t)from[c] << 16) * scale;
+            float v = bits_to_float((uint32_t)from[c] << 16) * inverse;
             uint32_t exponent = float_to_bits(v) & 0x7f800000u;
             exponent = exponent > floor_bits ? exponent : floor_bits;
             float magic = bits_to_float((exponent + lift) | 0x00400000u);
-            float q = ((v + magic) - magic) * inverse;
+            float q = ((v + magic) - magic) * scale;
             to[c] = (uint16_t)((float_to_bits(q) & 0x7fffffffu) >> 16 | (from[c] & 0x8000u));
         }
     }
@@ -107,9 +107,9 @@ static inline uint8_t encode_e4m3(float v) {
     return (uint8_t)(v != v ? 0x7fu : (sign | code));
 }
 
-/* codes[rows[i], c] = encode(decode(codes[rows[i], c]) + update[i, c]) in place: the flush of `count` rows of
+/* codes[rows[i], c] = encode(decode(codes[rows[i], c]) + update[i, c]) in place: the merge of `count` rows of
  * `cols` codes each, which lie `cols` apart. Rows are distinct. */
-void fp8pipe_meld_rows_e4m3(uint8_t *codes, const int64_t *rows, int64_t count, int64_t cols, const float *update) {
+void fp8pipe_merge_rows_e4m3(uint8_t *codes, const int64_t *rows, int64_t count, int64_t cols, const float *update) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < count; i++) {
         uint8_t *row = codes + rows[i] * cols;

@@ -1,7 +1,7 @@
 """Builds and loads `kernels.c`, so that CPU casts cost one pass each; absent a compiler, torch does the same.
 
 The library is compiled once for this machine and kept in the user's cache under a digest of source, flags and
-processor. Nothing here changes a bit of any result: `casts.py` holds the torch twin, and tests compare them.
+processor. Nothing here changes a bit of any result: `backends.py` holds the torch twin, and tests compare them.
 """
 
 from __future__ import annotations
@@ -80,6 +80,6 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.fp8pipe_decode_e4m3.restype = None
     lib.fp8pipe_decode_e4m3_fp32.argtypes = [pointer, pointer, size]
     lib.fp8pipe_decode_e4m3_fp32.restype = None
-    lib.fp8pipe_meld_rows_e4m3.argtypes = [pointer, pointer, size, size, pointer]
-    lib.fp8pipe_meld_rows_e4m3.restype = None
+    lib.fp8pipe_merge_rows_e4m3.argtypes = [pointer, pointer, size, size, pointer]
+    lib.fp8pipe_merge_rows_e4m3.restype = None
     return lib

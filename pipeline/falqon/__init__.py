@@ -2,5 +2,5 @@
 
 `layer.py` is the method's heart: one FP8 GEMM yields both the output and the adapter's activations. Around it:
 `casts.py` and `gemm.py` (numbers), `initialise.py` (the adapter's A), `rules.py` and `flush.py` (how the update
-enters the codes), `settle.py` (the last flush, which decides what is served), `convert.py` (any causal LM).
+enters the codes), `final_merge.py` (which decides what is served), `convert.py` (any causal LM).
 """

@@ -17,7 +17,9 @@ from fp8pipe.artifact import Encoding, LayerRecord
 from fp8pipe.artifact import ScaleRule as Rule
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.structure import ModelStructure, structure_of
-from fp8pipe.numerics.casts import ScaleRule, quantize_weight
+from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.kinds import ScaleRule
+from fp8pipe.numerics.scales import Scale, quantize
 from pipeline.falqon.gradient import Losses, gradient_sketches
 from pipeline.falqon.initialise import adapter_directions
 from pipeline.falqon.layer import FalqonLinear
@@ -79,8 +81,8 @@ def convert_model(
         rank: rows of A in every layer.
         initialisation: where A comes from.
         seed: fixes the random draws, layer by layer.
-        stored: codes and scales of an earlier conversion (`NAME.codes`, `NAME.scale_quant`), used instead of
-            computing them again.
+        stored: codes and scales of an earlier conversion (`FalqonMethod.base_state`), used instead of computing
+            them again.
         losses: runs a few training batches, yielding each one's loss; the `gradient` initialisation needs it.
 
     Returns:
@@ -99,19 +101,20 @@ def convert_model(
             raise ValueError("the gradient initialisation needs training losses")
         rows = gradient_sketches(model, names, losses, rank, seed)
 
-    def quantize(index: int, first: str, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def quantized(index: int, first: str, weights: list[Tensor]) -> tuple[Tensor, Scale]:
         if stored is not None:
-            codes, scale = (stored[f"{first}.{key}"].to(weights[0].device) for key in ("codes", "scale_quant"))
-            return codes, scale
+            keys = {key: f"{first}.{key}" for key in ("codes", "scale", "inverse_scale")}
+            found = {key: stored[name].to(weights[0].device) for key, name in keys.items() if name in stored}
+            return found["codes"], Scale(found["scale"], found.get("inverse_scale"))
         weight = torch.cat(weights).float()
         generator = torch.Generator().manual_seed(seed + index)
         a = adapter_directions(weight, rank, initialisation, rule.scale, generator, rows.get(first))
         # One scale for both: A is far smaller than W, so W's codes are those of plain quantization.
-        return quantize_weight(torch.cat([weight, a]), rule.scale)
+        return quantize(torch.cat([weight, a]), E4M3, rule.scale)
 
     groups = []
     for index, members in enumerate(names):
-        layer = _build(model, structure, members, rule, rank, partial(quantize, index, members[0]))
+        layer = _build(model, structure, members, rule, rank, partial(quantized, index, members[0]))
         _install(model, members, layer)
         groups.append(FalqonGroup(members, tuple(map(structure.transposed, members)), layer))
         records.extend(_record(name, rows, layer) for name, rows in zip(members, layer.parts, strict=True))
@@ -140,7 +143,7 @@ class FalqonGroup:
 
 def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:
     reason = "linear" if len(layer.parts) == 1 else f"linear, stacked with {len(layer.parts) - 1} of the same input"
-    tensorwise = layer.scale_rule is ScaleRule.EXACT
+    tensorwise = layer.code_scale.rule is ScaleRule.EXACT
     rule = Rule.AMAX if tensorwise else Rule.POWER_OF_TWO
     weight = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
     inputs = weight.model_copy(update={"dynamic": True, "granularity": "per-tensor" if tensorwise else "per-token"})
@@ -153,14 +156,14 @@ def _build(
     members: tuple[str, ...],
     rule: UpdateRule,
     rank: int,
-    quantize: Callable[[list[Tensor]], tuple[Tensor, Tensor]],
+    quantize: Callable[[list[Tensor]], tuple[Tensor, Scale]],
 ) -> FalqonLinear:
     weights = [structure.weight(model, name) for name in members]
     codes, scale = quantize(weights)
     biases = [getattr(model.get_submodule(name), "bias", None) for name in members]
     return FalqonLinear(
         codes, scale, rank=rank, parts=tuple(w.shape[0] for w in weights), bias=_stacked_bias(biases, weights),
-        live=rule.live, scale_rule=rule.scale,
+        live=rule.live,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Melding rows of B into the FP8 codes, in place: the step that makes FALQON's adapter part of its backbone.
+"""Merging rows of B into the FP8 codes, in place: the step that makes FALQON's adapter part of its backbone.
 
 In code units W and A share one scale, so the new row is `round(codes(W)[i] + B[i] codes(A))`, without any scale. Only
 the selected rows are read and written, k * (out-row) bytes instead of the whole matrix.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8pipe.numerics.casts import decode_units, meld_rows
+from fp8pipe.numerics.backends import backend
 from fp8pipe.numerics.grids import E4M3
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import Rounding, UpdateRule
@@ -22,7 +22,7 @@ class FlushReport:
     """What one flush did to one layer (or, summed, to several).
 
     Attributes:
-        rows: rows melded.
+        rows: rows merged.
         codes: codes in those rows.
         changed: codes that differ afterwards.
         saturated: targets beyond the grid's largest value.
@@ -68,13 +68,13 @@ def select_rows(layer: FalqonLinear, count: int) -> Tensor:
 
 def target_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
     """`codes(W)[rows] + B[rows] codes(A)` in fp32 code units, `(len(rows), in)`."""
-    weight = decode_units(layer.weight_codes.view(torch.uint8)[rows].view(E4M3.dtype))
-    return weight + update_rows(layer, rows)
+    weight = layer.weight_codes.view(torch.uint8)[rows].view(E4M3.dtype)
+    return backend(weight).decode_units(weight) + update_rows(layer, rows)
 
 
 def update_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
     """`B[rows] codes(A)`: the waiting update of some rows in fp32 code units, `(len(rows), in)`."""
-    return layer.lora_B.detach()[rows].float() @ decode_units(layer.adapter_codes)
+    return layer.lora_B.detach()[rows].float() @ backend(layer.codes).decode_units(layer.adapter_codes)
 
 
 def write_rows(layer: FalqonLinear, rows: Tensor, codes: Tensor) -> None:
@@ -86,7 +86,7 @@ def write_rows(layer: FalqonLinear, rows: Tensor, codes: Tensor) -> None:
 def flush_rows(
     layer: FalqonLinear, rows: Tensor, rule: UpdateRule, generator: torch.Generator | None = None, measure: bool = False
 ) -> FlushReport:
-    """Meld `rows` of B into W's codes and clear B as the rule says.
+    """Merge `rows` of B into W's codes and clear B as the rule says.
 
     Args:
         layer: changed in place.
@@ -97,8 +97,8 @@ def flush_rows(
     """
     if rows.numel() == 0:
         return FlushReport()
-    plain = rule.rounding is Rounding.NEAREST and not rule.error_feedback and not measure
-    if plain and meld_rows(layer.weight_codes, rows, update_rows(layer, rows)):
+    if rule.rounding is Rounding.NEAREST and not rule.error_feedback and not measure:
+        backend(layer.codes).merge_rows(layer.weight_codes, rows, update_rows(layer, rows))
         _clear(layer, rows, rule, None)
         return FlushReport()
     old = layer.weight_codes.view(torch.uint8)[rows]

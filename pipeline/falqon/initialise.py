@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8pipe.numerics.casts import quantize_weight
+from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import ScaleRule
+from fp8pipe.numerics.scales import quantize
 from pipeline.falqon.rules import Initialisation
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
@@ -22,8 +23,8 @@ _POWER_ITERATIONS = 3
 
 def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:
     """`W - dequantize(quantize(W))` in fp32, shape of `weight`."""
-    codes, scale_quant = quantize_weight(weight, rule)
-    return weight.float() - codes.float() / scale_quant
+    codes, scale = quantize(weight, E4M3, rule)
+    return weight.float() - scale.dequantize(codes)
 
 
 def adapter_directions(

@@ -7,7 +7,7 @@
     dB = G^T O_A        (B, out x r, is the only trainable tensor; no dW is ever formed)
 
 In the paper's rules (section 4 of arXiv 2510.24061, and the released code) B stays outside the forward pass and is
-melded into W's codes after each optimizer step, so every update must survive rounding to FP8 at once. With a
+merged into W's codes after each optimizer step, so every update must survive rounding to FP8 at once. With a
 `live` layer B acts while it waits:
 
     Y  = X W^T + O_A B^T            dX = [G | G B] [W; A]
@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fp8pipe.numerics.casts import Cast, cast
-from fp8pipe.numerics.grids import E4M3, E5M2
+from fp8pipe.numerics.backends import backend
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.products import adapter_gradient, forward_product, input_gradient
+from fp8pipe.numerics.scales import Scale
 
 
 class FalqonLinear(nn.Module):
@@ -39,31 +38,30 @@ class FalqonLinear(nn.Module):
 
     Args:
         codes: `(out + rank, in)` float8_e4m3fn, W's rows first; taken over, not copied.
-        scale_quant: fp32 scalar; `codes / scale_quant` dequantizes.
+        scale: of all codes, a scalar; its rule is that of activations and gradients too.
         rank: rows of A.
         parts: rows of each linear layer stacked in W; default one layer of all rows.
         bias: `(out,)` or None, frozen.
         live: B takes part in the forward pass.
-        scale_rule: scale rule of weights and activations.
 
     Raises:
         ValueError: parts do not add up, or a live layer with an inexact scale rule.
     """
 
     codes: Tensor
-    scale_quant: Tensor
+    scale: Tensor
+    inverse_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
         self,
         codes: Tensor,
-        scale_quant: Tensor,
+        scale: Scale,
         *,
         rank: int,
         parts: tuple[int, ...] | None = None,
         bias: Tensor | None = None,
         live: bool = True,
-        scale_rule: ScaleRule = ScaleRule.POWER_OF_TWO,
     ) -> None:
         super().__init__()
         self.rank = rank
@@ -71,16 +69,21 @@ class FalqonLinear(nn.Module):
         self.in_features = codes.shape[1]
         self.parts = parts or (self.out_features,)
         self.live = live
-        self.scale_rule = scale_rule
         self.observer: Callable[[Tensor], None] | None = None  # sees every input, `(tokens, in)`
         if sum(self.parts) != self.out_features:
             raise ValueError(f"parts {self.parts} do not add up to {self.out_features} rows")
-        if live and scale_rule is ScaleRule.EXACT:
+        if live and scale.rule is ScaleRule.EXACT:
             raise ValueError("a live layer needs power-of-two scales: B's products share a buffer with FP8 values")
         self.register_buffer("codes", codes)
-        self.register_buffer("scale_quant", scale_quant)
+        self.register_buffer("scale", scale.value)
+        self.register_buffer("inverse_scale", scale.inverse_scale)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=codes.device))
+
+    @property
+    def code_scale(self) -> Scale:
+        """The scale of W's and A's codes."""
+        return Scale(self.scale, self.inverse_scale)
 
     @property
     def weight_codes(self) -> Tensor:
@@ -109,9 +112,9 @@ class FalqonLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, rank and mode, so that printing a model tells each layer's precision."""
-        mode = "live" if self.live else "melded"
+        mode = "live" if self.live else "merged"
         out = "+".join(map(str, self.parts))
-        return f"in={self.in_features}, out={out}, rank={self.rank}, e4m3, {self.scale_rule}, {mode}"
+        return f"in={self.in_features}, out={out}, rank={self.rank}, e4m3, {self.code_scale.rule}, {mode}"
 
 
 class _FalqonProduct(torch.autograd.Function):
@@ -119,8 +122,7 @@ class _FalqonProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor, layer: FalqonLinear, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
-        x_cast = cast(x, E4M3, layer.scale_rule)
-        wide = forward_product(x_cast, layer.codes, layer.scale_quant, layer.scale_rule, x.dtype)
+        wide = backend(x).forward_product(x, layer.codes, layer.code_scale)
         # A copy: the view would keep all (T, out + r) values alive until the backward pass.
         o = wide[:, layer.out_features :].clone()
         y = wide[:, : layer.out_features]
@@ -138,31 +140,17 @@ class _FalqonProduct(torch.autograd.Function):
         o, b = ctx.saved_tensors
         layer: FalqonLinear = ctx.layer
         grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(grads, 1)
-        dx = _live_dx if layer.live else _melded_dx
-        return dx(layer, grad, b) if ctx.needs_input_grad[0] else None, _db(layer, grad, o), None, None
+        return _dx(layer, grad, b) if ctx.needs_input_grad[0] else None, _db(layer, grad, o), None, None
 
 
 def _db(layer: FalqonLinear, grad: Tensor, o: Tensor) -> Tensor:
     """G^T O_A, `(out, r)` fp32; with `exact` scales both are cast first, as the released code does."""
-    if layer.scale_rule is ScaleRule.EXACT:
-        return adapter_gradient(cast(grad, E5M2, layer.scale_rule), cast(o, E4M3, layer.scale_rule))
+    if layer.code_scale.rule is ScaleRule.EXACT:
+        return backend(grad).adapter_gradient(grad, o)
     return (grad.t() @ o).float()  # (m, T) @ (T, r), thin: the activations' own dtype costs nothing extra
 
 
-def _melded_dx(layer: FalqonLinear, grad: Tensor, b: Tensor) -> Tensor:
-    g = cast(grad, E5M2, layer.scale_rule)
-    return input_gradient(g, layer.weight_codes, layer.scale_quant, layer.scale_rule, grad.dtype)
-
-
-def _live_dx(layer: FalqonLinear, grad: Tensor, b: Tensor) -> Tensor:
-    """`[G | G B] [W; A]`: the wide part of the left operand in E5M2, one GEMM."""
-    m = layer.out_features
-    gb = grad @ b.to(grad.dtype)  # (T, m) @ (m, r)
-    if grad.is_cuda:
-        g = cast(torch.cat([grad, gb], 1), E5M2, layer.scale_rule)
-    else:
-        buffer = grad.new_empty(grad.shape[0], m + layer.rank)
-        cast(grad, E5M2, layer.scale_rule, out=buffer[:, :m])
-        buffer[:, m:] = gb
-        g = Cast(buffer, None)
-    return input_gradient(g, layer.codes, layer.scale_quant, layer.scale_rule, grad.dtype)
+def _dx(layer: FalqonLinear, grad: Tensor, b: Tensor) -> Tensor:
+    """`G W`, or `[G | G B] [W; A]` of a live layer, G in E5M2: one GEMM either way."""
+    codes, beside = (layer.codes, grad @ b.to(grad.dtype)) if layer.live else (layer.weight_codes, None)
+    return backend(grad).input_gradient(grad, codes, layer.code_scale, beside)

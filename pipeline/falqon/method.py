@@ -17,7 +17,7 @@ from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import Initialisation, UpdateRule
 from pipeline.finetune.weights import Deployed, Weights
 
-_HEALTH_LAYERS = 8  # layers previewed a log line; which ones rotates, so that the cost stays a fraction of a step
+_HEALTH_LAYERS = 8  # layers previewed per log line; which ones rotates, so that the cost stays a fraction of a step
 
 
 class FalqonMethod:
@@ -26,7 +26,7 @@ class FalqonMethod:
     Args:
         rule: the update rule.
         rank: rows of A.
-        rows: rows flushed a layer and step; None is the rank.
+        rows: rows flushed per layer and step; None is the rank.
         initialisation: where A comes from.
         seed: of initialisation and stochastic rounding.
     """
@@ -97,7 +97,9 @@ class FalqonMethod:
         state: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             state[f"{name}.codes"] = layer.codes
-            state[f"{name}.scale_quant"] = layer.scale_quant
+            state[f"{name}.scale"] = layer.scale
+            if layer.inverse_scale is not None:
+                state[f"{name}.inverse_scale"] = layer.inverse_scale
         return state
 
     def step_state(self) -> dict[str, Tensor]:
@@ -115,15 +117,13 @@ class FalqonMethod:
                 layer.codes.view(torch.uint8).copy_(state[f"{name}.codes"].view(torch.uint8))
 
     def deployed_weights(self) -> Weights:
-        """Codes in the checkpoint's orientation and fp32 scalar `scale_dequant`, by linear layer."""
+        """Codes in the checkpoint's orientation and fp32 scalar scales, by linear layer."""
         weights: Weights = {}
         for group in self.groups:
-            # The reciprocal of a power of two is exact; the released rule's is rounded once, here and for good.
-            scale = group.layer.scale_quant.double().reciprocal().float()
             parts = group.layer.weight_codes.view(torch.uint8).split(group.layer.parts)
             for name, part, transposed in zip(group.members, parts, group.transposed, strict=True):
                 codes = part.t().contiguous() if transposed else part.contiguous()
-                weights[name] = Deployed(codes.view(group.layer.codes.dtype), scale.clone(), transposed)
+                weights[name] = Deployed(codes.view(group.layer.codes.dtype), group.layer.scale.clone(), transposed)
         return weights
 
     def adapter(self) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ class FalqonMethod:
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.lora_A"] = layer.adapter_codes.clone()
-            tensors[f"{name}.lora_A_scale"] = layer.scale_quant.double().reciprocal().float()
+            tensors[f"{name}.lora_A_scale"] = layer.scale.clone()
             tensors[f"{name}.lora_B"] = layer.lora_B.detach().clone()
         return tensors
 

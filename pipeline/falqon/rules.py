@@ -39,19 +39,19 @@ class FinalMerge(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UpdateRule:
-    """One way to meld B into the codes.
+    """One way to merge B into the codes.
 
     Attributes:
         name: the name users give.
         live: B takes part in the forward pass while it waits.
-        flush_every_step: rows are melded after every optimizer step.
+        flush_every_step: rows are merged after every optimizer step.
         clear_all: a flush clears all of B; otherwise only the flushed rows.
         rank_rows: flush `rank` rows whatever `--rows` says (the released code never leaves its warm-up).
         rounding: rounding of the per-step flush.
         error_feedback: what rounding refused goes back into B, projected on A.
         scale: scale rule of weights and activations.
         stacked: layers that read one tensor share scale, A and GEMM.
-        final: rounding of the last flush.
+        final: rounding of the final merge.
         initialisation: where A comes from unless the user says otherwise.
     """
 

@@ -33,12 +33,12 @@ class Deployed(NamedTuple):
 
     Attributes:
         values: FP8 codes, or a float weight.
-        scale_dequant: fp32 scalar, `codes * scale_dequant`; None for a float weight.
+        scale: fp32 scalar, `codes * scale`; None for a float weight.
         transposed: the checkpoint's orientation is (in, out).
     """
 
     values: Tensor
-    scale_dequant: Tensor | None
+    scale: Tensor | None
     transposed: bool
 
 

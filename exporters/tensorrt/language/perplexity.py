@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from exporters.tensorrt.language.calibrate import pre_hooks
 from fp8pipe.models.language.text import IGNORED, Encoded
-from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3
+from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.scales import amax_scale
 
 __all__ = ["BATCH", "Score", "dynamic_inputs", "score_session", "score_torch", "static_inputs"]
 
@@ -89,7 +90,7 @@ def dynamic_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
 
     def rounded(x: Tensor) -> Tensor:
         values = x.float()
-        scale = (values.abs().amax(-1, keepdim=True).double().clamp(min=AMAX_FLOOR) / E4M3.max).float()
+        scale = amax_scale(values.abs().amax(-1, keepdim=True), E4M3)
         return (E4M3.cast(values / scale).float() * scale).to(x.dtype)
 
     with pre_hooks(model, {name: rounded for name in layers}):

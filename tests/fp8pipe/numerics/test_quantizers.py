@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +13,14 @@ from hypothesis import strategies as st
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.kinds import Kind, Precision
-from fp8pipe.numerics.quantizers import SMALLEST_SCALE, ActivationQuantizer, WeightCodes, storable_scale, weight_limits
+from fp8pipe.numerics.quantizers import (
+    SMALLEST_SCALE,
+    ActivationQuantizer,
+    WeightCodes,
+    nearest_codes,
+    storable_scale,
+    weight_limits,
+)
 
 FP32 = st.floats(min_value=2.0**-20, max_value=64.0, width=32)
 
@@ -123,3 +132,11 @@ def test_a_storable_scale_is_the_nearest_of_half_precision(scale):
     assert float(found) == float(np.float16(wanted))
     # 11 bits for normal numbers, 6 at the smallest.
     assert abs(float(found) - wanted) <= wanted * (2.0**-11 if wanted >= 2.0**-14 else 2.0**-7)
+
+
+def test_integer_rounding_is_to_even_and_saturates():
+    # Halves and quarters are exact, so Python's round (ties to even) is an independent oracle.
+    values = [quarter / 4 for quarter in range(-4 * 300, 4 * 300 + 1)] + [1e30, -1e30, math.inf, -math.inf]
+    for low, high in (weight_limits(4), (-128, 127), (0, 15)):
+        expected = [min(max(round(value) if math.isfinite(value) else value, low), high) for value in values]
+        assert nearest_codes(torch.tensor(values), low, high).tolist() == expected

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fp8pipe.numerics.casts import quantize_weight
+from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import ScaleRule
+from fp8pipe.numerics.scales import quantize
 from pipeline.falqon.layer import FalqonLinear
 
 
@@ -16,9 +17,9 @@ def _make_layer(out=48, into=32, rank=16, *, live=True, rule=ScaleRule.POWER_OF_
     generator = torch.Generator().manual_seed(seed)
     weight = 0.05 * torch.randn(out, into, generator=generator)
     stacked = torch.cat([weight, 0.01 * torch.randn(rank, into, generator=generator)])
-    codes, scale = quantize_weight(stacked, rule)
+    codes, scale = quantize(stacked, E4M3, rule)
     offset = torch.randn(out, generator=generator).to(torch.bfloat16) if bias else None
-    layer = FalqonLinear(codes, scale, rank=rank, live=live, scale_rule=rule, bias=offset, **options)
+    layer = FalqonLinear(codes, scale, rank=rank, live=live, bias=offset, **options)
     layer.lora_B.data = 0.02 * torch.randn(out, rank, generator=generator)
     return layer
 

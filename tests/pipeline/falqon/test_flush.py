@@ -14,11 +14,11 @@ from pipeline.falqon.rules import RULES, update_rule
 
 def brute_force(layer, rows):
     """Dequantize everything, add the whole update of the rows, requantize with the same scale."""
-    w = layer.weight_codes.float() / layer.scale_quant
-    a = layer.adapter_codes.float() / layer.scale_quant
+    w = layer.weight_codes.float() * layer.scale
+    a = layer.adapter_codes.float() * layer.scale
     b = torch.zeros_like(layer.lora_B)
     b[rows] = layer.lora_B.data[rows]
-    return E4M3.quantize(w + b @ a, layer.scale_quant)
+    return layer.code_scale.quantize(w + b @ a, E4M3)
 
 
 @pytest.mark.parametrize("measure", [True, False], ids=["in torch, measured", "compiled"])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import ScaleRule
+from fp8pipe.numerics.scales import Scale, quantize
 from pipeline.falqon.flush import flush_rows, select_rows
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import update_rule
@@ -21,7 +23,7 @@ def test_released_rule_reproduces_the_official_layer(name):
     recorded = np.load(GOLDEN / f"{name}.npz")
     rank, rule = int(recorded["rank"]), update_rule("released")
     codes = torch.tensor(recorded["codes0"]).view(torch.float8_e4m3fn)
-    layer = FalqonLinear(codes, torch.tensor(recorded["scale"]), rank=rank, live=False, scale_rule=ScaleRule.EXACT)
+    layer = FalqonLinear(codes, Scale.exact(torch.tensor(recorded["scale"])), rank=rank, live=False)
     optimizer = torch.optim.AdamW([layer.lora_B], lr=float(recorded["lr"]), weight_decay=0.0)
     for step in range(4):
         x = torch.tensor(recorded[f"X_{step}"], requires_grad=True)
@@ -40,11 +42,9 @@ def test_released_rule_reproduces_the_official_layer(name):
 
 
 def test_the_recorded_weight_is_what_our_quantizer_makes():
-    from fp8pipe.numerics.casts import quantize_weight
-
     for name in ("a", "b"):
         recorded = np.load(GOLDEN / f"{name}.npz")
-        codes, scale = quantize_weight(torch.tensor(recorded["W"]), ScaleRule.EXACT)
+        codes, scale = quantize(torch.tensor(recorded["W"]), E4M3, ScaleRule.EXACT)
         out = recorded["W"].shape[0]
         assert torch.equal(codes.view(torch.uint8), torch.tensor(recorded["codes0"][:out]))
-        assert scale == torch.tensor(recorded["scale"])
+        assert scale.inverse_scale == torch.tensor(recorded["scale"])

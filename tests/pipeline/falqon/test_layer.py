@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8pipe.numerics import casts
-from fp8pipe.numerics.casts import quantize_weight
+from fp8pipe.numerics import native
 from fp8pipe.numerics.grids import E4M3, E5M2
 from fp8pipe.numerics.kinds import ScaleRule
+from fp8pipe.numerics.scales import Scale, quantize
 from pipeline.falqon.layer import FalqonLinear
 
 
@@ -21,8 +21,8 @@ def on_grid(x, grid):
 
 def reference(layer, x, grad):
     """Y, dX, dB in fp32 with exactly the casts that the text names, each product rounded to bf16 once."""
-    w = layer.weight_codes.float() / layer.scale_quant
-    a = layer.adapter_codes.float() / layer.scale_quant
+    w = layer.weight_codes.float() * layer.scale
+    a = layer.adapter_codes.float() * layer.scale
     half = lambda t: t.to(torch.bfloat16).float()  # noqa: E731
     x_grid, b = on_grid(x, E4M3), half(layer.lora_B.detach())
     o = half(x_grid @ a.t())
@@ -45,12 +45,12 @@ def small_integers(shape, seed, low=-3, high=4):
 def exact_layer(live, seed=0, out=48, into=32, rank=16):
     """A layer of small integer codes and small dyadic B, so that every sum in it is exact in fp32."""
     codes = small_integers((out + rank, into), seed).to(torch.float8_e4m3fn)
-    layer = FalqonLinear(codes, torch.tensor(1.0), rank=rank, live=live)
+    layer = FalqonLinear(codes, Scale(torch.tensor(1.0)), rank=rank, live=live)
     layer.lora_B.data = small_integers((out, rank), seed + 1).float() / 4
     return layer
 
 
-@pytest.mark.parametrize("live", [True, False], ids=["live", "melded"])
+@pytest.mark.parametrize("live", [True, False], ids=["live", "merged"])
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_layer_equals_the_reference_with_difference_zero(live, tokens):
     for seed in range(5):
@@ -63,7 +63,7 @@ def test_layer_equals_the_reference_with_difference_zero(live, tokens):
             assert torch.equal(got.float(), want)
 
 
-@pytest.mark.parametrize("live", [True, False], ids=["live", "melded"])
+@pytest.mark.parametrize("live", [True, False], ids=["live", "merged"])
 def test_layer_follows_the_reference_on_random_values(live, make_layer):
     """Random sums are rounded in fp32 in the GEMM library's own order: a last bf16 bit may flip, rarely.
 
@@ -110,18 +110,18 @@ def test_gradients_without_casts_are_those_of_a_lora_with_frozen_a():
     y = x @ (w + zero.requires_grad_() @ a).t()
     grad = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     y.backward(grad)
-    melded = grad.t() @ (x.detach() @ a.t())
-    torch.testing.assert_close(zero.grad, melded)
+    merged = grad.t() @ (x.detach() @ a.t())
+    torch.testing.assert_close(zero.grad, merged)
 
 
-@pytest.mark.parametrize("live", [True, False], ids=["live", "melded"])
+@pytest.mark.parametrize("live", [True, False], ids=["live", "merged"])
 def test_layer_gradients_point_where_autograd_of_the_dequantized_weights_points(live, make_layer):
     layer = make_layer(live=live)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(64, 32, generator=generator)
     grad = torch.randn(64, 48, generator=generator)
-    w = layer.weight_codes.float() / layer.scale_quant
-    a = layer.adapter_codes.float() / layer.scale_quant
+    w = layer.weight_codes.float() * layer.scale
+    a = layer.adapter_codes.float() * layer.scale
     plain_x, b = x.clone().requires_grad_(), layer.lora_B.detach().clone().requires_grad_()
     (plain_x @ (w + b @ a).t() if live else plain_x @ (w + (b - b.detach()) @ a).t()).backward(grad)
     cast_x = x.to(torch.bfloat16).requires_grad_()
@@ -132,7 +132,7 @@ def test_layer_gradients_point_where_autograd_of_the_dequantized_weights_points(
     assert cosine(layer.lora_B.grad.flatten(), b.grad.flatten(), 0) > 0.99
 
 
-@pytest.mark.parametrize("live", [True, False], ids=["live", "melded"])
+@pytest.mark.parametrize("live", [True, False], ids=["live", "merged"])
 def test_x_is_never_saved(live, make_layer):
     layer, saved = make_layer(live=live), []
     x = torch.randn(64, 32).to(torch.bfloat16).requires_grad_()
@@ -177,16 +177,16 @@ def test_gradient_of_parts_equals_gradient_of_the_whole(make_layer):
 
 
 def test_contradictory_layers_are_refused():
-    codes, scale = quantize_weight(torch.randn(8, 8), ScaleRule.EXACT)
+    codes, scale = quantize(torch.randn(8, 8), E4M3, ScaleRule.EXACT)
     with pytest.raises(ValueError, match="add up"):
-        FalqonLinear(codes, scale, rank=2, parts=(3, 2))
+        FalqonLinear(codes, scale, rank=2, live=False, parts=(3, 2))
     with pytest.raises(ValueError, match="power-of-two"):
-        FalqonLinear(codes, scale, rank=2, live=True, scale_rule=ScaleRule.EXACT)
+        FalqonLinear(codes, scale, rank=2, live=True)
 
 
 def test_layer_compiles_without_graph_breaks_and_computes_the_same_bits(make_layer, monkeypatch):
     """The torch casts alone, as on CUDA: the compiled CPU kernels are opaque to the tracer."""
-    monkeypatch.setattr(casts.native, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     layer, x = make_layer(), torch.randn(16, 32).to(torch.bfloat16).requires_grad_()
     plain = layer(x)
     plain.sum().backward()
