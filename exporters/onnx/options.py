@@ -20,4 +20,4 @@ class OnnxExportOptions(FrozenConfig):
         description="qdq (weights and activations as trained), qdq-exact (in arithmetic that has one result) or "
         "int4-weight-only (float activations)",
     )
-    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="replace an existing output directory")
+    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")

@@ -52,11 +52,11 @@ class EnterpriseSettings(FrozenConfig):
     """How the builder is set up; part of an engine's recipe."""
 
     workspace_mib: Annotated[int, Flag("workspace")] = Field(
-        default=4096, gt=0, description="enterprise: scratch memory that kernels may take, MiB"
+        default=4096, gt=0, description="Enterprise: scratch memory that kernels may take, MiB"
     )
-    optimization_level: int = Field(default=3, ge=0, le=5, description="effort of the search; 3 is its default")
+    optimization_level: int = Field(default=3, ge=0, le=5, description="Effort of the search; 3 is its default")
     version_compatible: Annotated[bool, Flag("version-compatible")] = Field(
-        default=False, description="enterprise: engines that later versions load, too"
+        default=False, description="Enterprise: engines that later versions load, too"
     )
 
     @staticmethod

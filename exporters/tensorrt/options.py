@@ -83,16 +83,18 @@ class TrtExportOptions(FrozenConfig):
     format: Annotated[TrtFormat | None, Flag(default="the artifact's own")] = Field(
         None, description="fp8, int8, nvfp4, int8-, int4- or nvfp4-weight-only"
     )
-    builder: Builder = Field(Builder.RTX, description="who compiles: rtx anywhere, enterprise for this GPU, or nobody")
-    base: Base = Field(Base.FP16, description="type of what is not quantized")
+    builder: Builder = Field(Builder.RTX, description="Who compiles: rtx anywhere, enterprise for this GPU, or nobody")
+    base: Base = Field(Base.FP16, description="Type of what is not quantized")
     compute_capabilities: Annotated[tuple[str, ...], Flag("compute-capability", "8.9 12.0, for NVFP4 12.0")] = Field(
-        ("8.9", "12.0"), description="a GPU that rtx compiles for; repeatable"
+        ("8.9", "12.0"), description="A GPU that rtx compiles for; repeatable"
     )
-    batch: tuple[int, int, int] = Field((1, 8, 32), description="smallest, usual and largest batch")
-    require: bool = Field(True, description="refuse engines with a product in another precision")
-    enterprise: EnterpriseSettings = Field(EnterpriseSettings(), description="how the enterprise builder is set up")
-    pack: bool = Field(True, description="store engines compressed with xz, as `.engine.xz`")
-    force: Annotated[bool, CONFIG_ONLY] = Field(False, description="replace an existing output directory")
+    batch: tuple[int, int, int] = Field((1, 8, 32), description="Smallest, usual and largest batch")
+    require: bool = Field(True, description="Refuse engines with a product in another precision")
+    enterprise: EnterpriseSettings = Field(
+        default_factory=EnterpriseSettings, description="How the enterprise builder is set up"
+    )
+    pack: bool = Field(True, description="Store engines compressed with xz, as `.engine.xz`")
+    force: Annotated[bool, CONFIG_ONLY] = Field(False, description="Replace an existing output directory")
 
     @field_validator("compute_capabilities")
     @classmethod

@@ -44,10 +44,10 @@ class VllmExportOptions(FrozenConfig):
     )
     max_shard_bytes: Annotated[Size, Flag("max-shard-size")] = Field(
         default=5_000_000_000,
-        description="most tensor data in one file, for instance 5GB; a larger tensor gets its own",
+        description="Most tensor data in one file, for instance 5GB; a larger tensor gets its own",
     )
     vllm_version: str = Field(
         default="0.32.0",
         description="vLLM version whose checkpoint schema is written (one of the declared versions)",
     )
-    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="replace an existing output directory")
+    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")

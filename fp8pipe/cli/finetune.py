@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @click.command(name="finetune")
-@stage_options("output", "config", "force", "resume")
 @model_options(FinetuneConfig)
+@stage_options("output", "config", "force", "resume")
 @common_options(dry_run=True)
 def command(
     *, output: Path, config: Path | None, force: bool, resume: bool, dry_run: bool, console: Console, **options: Any

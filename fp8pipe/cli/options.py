@@ -59,9 +59,9 @@ class Option:
         bounds = [f"{sign} {getattr(item, name):g}" for item in self.field.metadata
                   for name, sign in _BOUNDS if getattr(item, name, None) is not None]  # fmt: skip
         default = self._default()
-        facts = "; ".join(filter(None, (default and f"default: {default}", ", ".join(bounds))))
-        text = (self.field.description or "").rstrip(".")
-        return f"{text[:1].upper()}{text[1:]}.{f'  [{facts}]' if facts else ''}"
+        required = "required, here or in --config" if self.field.is_required() else ""
+        facts = "; ".join(filter(None, (required, default and f"default: {default}", ", ".join(bounds))))
+        return f"{(self.field.description or '').rstrip('.')}.{f'  [{facts}]' if facts else ''}"
 
     def _default(self) -> str:
         value, words = self.field.get_default(call_default_factory=False), _marker(self.field).default

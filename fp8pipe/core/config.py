@@ -12,12 +12,14 @@ import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from fp8pipe.core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import yaml
 
 __all__ = ["CONFIG_ONLY", "Flag", "FrozenConfig", "Size", "assign", "build_config", "load_config", "parse_size",
            "read_yaml"]  # fmt: skip
@@ -35,7 +37,10 @@ class FrozenConfig(BaseModel):
         TypeError: when a subclass is defined with a field that has no description.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings")
+    # Not built before it is first used: help needs the fields alone.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", defer_build=True
+    )
     renamed: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
@@ -124,20 +129,24 @@ def load_config(cls: type[T], path: Path, overrides: Mapping[str, object] | None
     return build_config(cls, values)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+def _unique_key_loader() -> type[yaml.SafeLoader]:
     """A safe loader that refuses a mapping with the same key twice, where YAML's default keeps the last."""
+    import yaml  # here, so that help does not wait for it
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            if isinstance(key, Hashable):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            seen: set[object] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if isinstance(key, Hashable) and key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    )
+                if isinstance(key, Hashable):
+                    seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeyLoader
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -146,9 +155,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: unreadable, not YAML, a key given twice, or no mapping.
     """
+    import yaml
+
     try:
         # A subclass of SafeLoader: plain data only, no Python objects.
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_unique_key_loader())
     except OSError as error:
         raise ConfigurationError(
             f"cannot read the configuration {path}",

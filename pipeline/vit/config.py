@@ -44,8 +44,8 @@ class DistillConfig(FrozenConfig):
 class QuantizeVitConfig(FrozenConfig):
     """What to quantize, to what, on which images."""
 
-    model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME; required.")
-    bits: str = Field(description="wXaY with 2 to 8 bits each, wfp8afp8, or wnvfp4anvfp4; required.")
+    model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME.")
+    bits: str = Field(description="wXaY with 2 to 8 bits each, wfp8afp8, or wnvfp4anvfp4.")
     calibration: str = Field(
         "synthetic", description="synthetic, patch-similarity, gaussian, images:DIR or artifact:DIR."
     )

@@ -15,32 +15,34 @@ __all__ = ["ServeConfig"]
 class ServeConfig(FrozenConfig):
     """One service, whatever it serves."""
 
-    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
-    port: int = Field(default=8000, ge=0, le=65535, description="port; 0 takes a free one")
-    api_key_file: Annotated[Path | None, Flag(default="none: open to everybody")] = Field(
-        default=None, description="file of hashed API keys (fp8pipe serve-key)"
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one")
+    api_key_file: Annotated[Path | None, Flag(default="anybody may call")] = Field(
+        default=None, description="File of hashed API keys (fp8pipe serve-key)"
     )
-    max_body_mb: float = Field(default=16, gt=0, le=4096, description="largest request body, megabytes (10^6 bytes)")
+    max_body_mb: float = Field(default=16, gt=0, le=4096, description="Largest request body, megabytes (10^6 bytes)")
     max_total_body_mb: float = Field(
-        default=512, gt=0, description="bodies held at once, of all connections, megabytes; more are answered 503"
+        default=512, gt=0, description="Bodies held at once, of all connections, megabytes; more are answered 503"
     )
-    body_timeout_s: float = Field(default=30, gt=0, description="a body must have arrived by then, seconds")
-    header_timeout_s: float = Field(default=10, gt=0, description="so must the headers, once begun, seconds")
-    keep_alive_s: float = Field(default=75, gt=0, description="an idle connection is closed after, seconds")
-    request_timeout_s: float = Field(default=30, gt=0, description="longest wait for the engine, seconds")
-    linger_s: float = Field(default=2, ge=0, description="after SIGTERM new requests are still taken for, seconds")
-    max_connections: int = Field(default=1000, gt=0, description="open connections; more are answered 503")
+    body_timeout_s: float = Field(default=30, gt=0, description="A request's body must have arrived by then, seconds")
+    header_timeout_s: float = Field(
+        default=10, gt=0, description="A request's headers, once begun, must have arrived by then, seconds"
+    )
+    keep_alive_s: float = Field(default=75, gt=0, description="An idle connection is closed after, seconds")
+    request_timeout_s: float = Field(default=30, gt=0, description="Longest wait for the engine, seconds")
+    linger_s: float = Field(default=2, ge=0, description="After SIGTERM new requests are still taken for, seconds")
+    max_connections: int = Field(default=1000, gt=0, description="Open connections; more are answered 503")
     rate_limit: Annotated[float | None, Flag(default="no limit")] = Field(
-        default=None, gt=0, description="requests per second of a key or address"
+        default=None, gt=0, description="Requests per second of a key or address"
     )
     rate_burst: Annotated[int | None, Flag(default="two seconds' worth")] = Field(
-        default=None, gt=0, description="requests at once of a key or address"
+        default=None, gt=0, description="Requests at once of a key or address"
     )
     cors_origins: Annotated[tuple[str, ...], Flag("cors-origin", "none")] = Field(
-        default=(), description="an origin whose pages may call; repeatable"
+        default=(), description="An origin whose pages may call; repeatable"
     )
-    access_log: bool = Field(default=True, description="one JSON line per request on stderr")
-    page: bool = Field(default=True, description="serve the web page at /")
+    access_log: bool = Field(default=True, description="One JSON line per request on stderr")
+    page: bool = Field(default=True, description="Serve the web page at /")
 
     @model_validator(mode="after")
     def _one_body_fits(self) -> Self:

@@ -26,18 +26,18 @@ _OURS = frozenset(
 class SupervisorConfig(FrozenConfig):
     """Times of supervision."""
 
-    start_timeout_s: float = Field(default=1800, gt=0, description="longest start, seconds")
-    probe_every_s: float = Field(default=0.5, gt=0, description="between looks at its health, seconds")
-    probe_timeout_s: float = Field(default=10, gt=0, description="a health probe must be answered by then, seconds")
-    probe_failures: int = Field(default=3, ge=1, description="unanswered probes in a row after which it is killed")
+    start_timeout_s: float = Field(default=1800, gt=0, description="Longest start, seconds")
+    probe_every_s: float = Field(default=0.5, gt=0, description="Between looks at its health, seconds")
+    probe_timeout_s: float = Field(default=10, gt=0, description="A health probe must be answered by then, seconds")
+    probe_failures: int = Field(default=3, ge=1, description="Unanswered probes in a row after which it is killed")
     engine_timeout_s: Annotated[float, Flag("engine-timeout-s")] = Field(
-        default=120, gt=0, description="an engine asked for a token that makes none for so long is killed, seconds"
+        default=120, gt=0, description="An engine asked for a token that makes none for so long is killed, seconds"
     )
-    engine_probe_every_s: float = Field(default=10, gt=0, description="between requests for one token, seconds")
-    first_delay_s: float = Field(default=1, gt=0, description="before the first restart, seconds; doubles each time")
-    longest_delay_s: float = Field(default=60, gt=0, description="between restarts at most, seconds")
-    steady_s: float = Field(default=300, gt=0, description="after this long up, crashes are counted anew, seconds")
-    stop_grace_s: float = Field(default=10, ge=0, description="from SIGTERM to SIGKILL, seconds")
+    engine_probe_every_s: float = Field(default=10, gt=0, description="Between requests for one token, seconds")
+    first_delay_s: float = Field(default=1, gt=0, description="Before the first restart, seconds; doubles each time")
+    longest_delay_s: float = Field(default=60, gt=0, description="Between restarts at most, seconds")
+    steady_s: float = Field(default=300, gt=0, description="After this long up, crashes are counted anew, seconds")
+    stop_grace_s: float = Field(default=10, ge=0, description="From SIGTERM to SIGKILL, seconds")
 
 
 class LanguageConfig(FrozenConfig):
@@ -47,36 +47,36 @@ class LanguageConfig(FrozenConfig):
         default=None, description="Python of the environment with vLLM"
     )
     served_model_name: Annotated[str | None, Flag(default="the directory's")] = Field(
-        default=None, min_length=1, description="model name in the API"
+        default=None, min_length=1, description="Model name in the API"
     )
-    dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="compute dtype")
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="Compute dtype")
     max_model_len: Annotated[int | None, Flag(default="the longest that the memory holds")] = Field(
-        default=None, ge=16, description="context, tokens"
+        default=None, ge=16, description="Context, tokens"
     )
     kv_cache_dtype: Annotated[str | None, _BY_VLLM] = Field(
-        default=None, pattern=r"[a-z0-9_]+", description="dtype of the key/value cache; what there is depends on vLLM"
+        default=None, pattern=r"[a-z0-9_]+", description="Dtype of the key/value cache; what there is depends on vLLM"
     )
-    enforce_eager: bool = Field(default=False, description="do not compile: starts sooner, serves slower")
-    max_num_seqs: Annotated[int | None, _BY_VLLM] = Field(default=None, ge=1, description="requests computed at once")
+    enforce_eager: bool = Field(default=False, description="Do not compile: starts sooner, serves slower")
+    max_num_seqs: Annotated[int | None, _BY_VLLM] = Field(default=None, ge=1, description="Requests computed at once")
     tensor_parallel_size: Annotated[int | None, Flag(default="1")] = Field(
-        default=None, ge=1, description="devices that share each layer"
+        default=None, ge=1, description="Devices that share each layer"
     )
     gpu_memory_utilization: Annotated[float | None, _BY_VLLM] = Field(
-        default=None, gt=0, le=1, description="part of a device's memory that vLLM takes; on a CPU, of the machine's"
+        default=None, gt=0, le=1, description="Part of a device's memory that vLLM takes; on a CPU, of the machine's"
     )
     kv_cache_gib: Annotated[int | None, Flag(default="1")] = Field(
-        default=None, ge=1, description="key/value cache on a CPU, GiB"
+        default=None, ge=1, description="Key/value cache on a CPU, GiB"
     )
     request_timeout_s: Annotated[float | None, Flag(default="no limit")] = Field(
-        default=None, gt=0, description="an answer, or a stream's begin, must come by then, seconds"
+        default=None, gt=0, description="An answer, or a stream's begin, must come by then, seconds"
     )
     drain_seconds: float = Field(
-        default=60, ge=0, description="after SIGTERM, what was accepted may take so long, seconds"
+        default=60, ge=0, description="After SIGTERM, what was accepted may take so long, seconds"
     )
     extra: Annotated[tuple[str, ...], CONFIG_ONLY] = Field(
-        default=(), description="more arguments for vLLM's server, as they are"
+        default=(), description="More arguments for vLLM's server, as they are"
     )
-    supervision: SupervisorConfig = Field(default=SupervisorConfig(), description="starts, probes and restarts")
+    supervision: SupervisorConfig = Field(default_factory=SupervisorConfig, description="Starts, probes and restarts")
 
     @field_validator("extra")
     @classmethod

@@ -27,16 +27,16 @@ class Provider(StrEnum):
 class VisionConfig(ServeConfig):
     """A service of a vision model."""
 
-    max_batch: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, le=1024, description="images at once")
-    threads: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, description="threads within an operator")
+    max_batch: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, le=1024, description="Images at once")
+    threads: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, description="Threads within an operator")
     streams: Annotated[int | None, _MEASURED] = Field(
-        default=None, gt=0, le=256, description="batches run at once, on a CPU"
+        default=None, gt=0, le=256, description="Batches run at once, on a CPU"
     )
-    max_wait_ms: float = Field(default=2, ge=0, description="a batch waits for more images at most, milliseconds")
-    queue: int = Field(default=256, gt=0, description="images that may wait; more are answered 503")
-    max_pixels: int = Field(default=50_000_000, gt=0, description="largest picture, width times height")
-    max_images: int = Field(default=64, gt=0, description="images in one request")
-    provider: Provider = Field(default=Provider.AUTO, description="where ONNX Runtime computes")
+    max_wait_ms: float = Field(default=2, ge=0, description="A batch waits for more images at most, milliseconds")
+    queue: int = Field(default=256, gt=0, description="Images that may wait; more are answered 503")
+    max_pixels: int = Field(default=50_000_000, gt=0, description="Largest picture, width times height")
+    max_images: int = Field(default=64, gt=0, description="Images in one request")
+    provider: Provider = Field(default=Provider.AUTO, description="Where ONNX Runtime computes")
     inexact_batches: bool = Field(
-        default=False, description="allow batch sizes whose rows differ in bits from the same images run alone"
+        default=False, description="Allow batch sizes whose rows differ in bits from the same images run alone"
     )

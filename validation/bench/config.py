@@ -15,14 +15,14 @@ class BenchConfig(FrozenConfig):
     """How an export is measured."""
 
     batches: Annotated[tuple[int, ...], Flag("batch")] = Field(
-        (1, 8), min_length=1, description="vision: images at once; repeatable"
+        (1, 8), min_length=1, description="Vision: images at once; repeatable"
     )
-    rounds: int = Field(20, ge=3, description="vision: calls of every graph and batch size; language: requests alone")
+    rounds: int = Field(20, ge=3, description="Vision: calls of every graph and batch size; language: requests alone")
     threads: Annotated[int | None, Flag(default="the runtime's choice")] = Field(
-        None, ge=1, description="vision: threads within an operator"
+        None, ge=1, description="Vision: threads within an operator"
     )
-    concurrency: int = Field(4, ge=1, description="language: requests at once, in the second measurement")
-    tokens: int = Field(32, ge=2, description="language: tokens per answer")
+    concurrency: int = Field(4, ge=1, description="Language: requests at once, in the second measurement")
+    tokens: int = Field(32, ge=2, description="Language: tokens per answer")
 
     @field_validator("batches")
     @classmethod
@@ -35,10 +35,10 @@ class BenchConfig(FrozenConfig):
 class ServeCheckConfig(FrozenConfig):
     """How a service is asked."""
 
-    images: int = Field(8, ge=1, description="vision: pictures that are sent")
+    images: int = Field(8, ge=1, description="Vision: pictures that are sent")
     prompts: Annotated[tuple[str, ...], Flag("prompt", default="two of ours")] = Field(
         ("What is the capital of France?", "Name a colour."), min_length=1,
-        description="language: a question that is asked; repeatable",
+        description="Language: a question that is asked; repeatable",
     )  # fmt: skip
-    tokens: int = Field(24, ge=1, description="language: longest answer, tokens")
-    ready_s: float = Field(600.0, gt=0, description="longest wait for the service to be ready, seconds")
+    tokens: int = Field(24, ge=1, description="Language: longest answer, tokens")
+    ready_s: float = Field(600.0, gt=0, description="Longest wait for the service to be ready, seconds")

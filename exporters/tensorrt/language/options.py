@@ -28,31 +28,31 @@ class Calibration(StrEnum):
 class CalibrationOptions(FrozenConfig):
     """How static scales of inputs are had."""
 
-    calibration: Calibration = Field(Calibration.AMAX, description="how static activation scales follow from the text")
+    calibration: Calibration = Field(Calibration.AMAX, description="How static activation scales follow from the text")
     calibration_data: Annotated[str | None, Flag(default="the training's")] = Field(
-        None, description="text to calibrate on"
+        None, description="Text to calibrate on"
     )
-    calibration_records: int = Field(128, ge=1, description="records to calibrate on")
+    calibration_records: int = Field(128, ge=1, description="Records to calibrate on")
 
 
 class LanguageExportOptions(CalibrationOptions):
     """Options of one export of a language model as a graph with engines."""
 
-    format: Literal["fp8"] = Field("fp8", description="graph and engines")
+    format: Literal["fp8"] = Field("fp8", description="Graph and engines")
     builder: Builder = Field(Builder.RTX, description="rtx, which compiles on any machine, or none, the graph alone")
-    base: Base = Field(Base.FP16, description="type of what is not quantized")
+    base: Base = Field(Base.FP16, description="Type of what is not quantized")
     compute_capabilities: Annotated[tuple[str, ...], Flag("compute-capability")] = Field(
-        ("8.9", "12.0"), description="a GPU to compile for; repeatable"
+        ("8.9", "12.0"), description="A GPU to compile for; repeatable"
     )
-    batch: tuple[int, int, int] = Field((1, 1, 8), description="smallest, usual and largest batch, sequences")
+    batch: tuple[int, int, int] = Field((1, 1, 8), description="Smallest, usual and largest batch, sequences")
     sequence: tuple[int, int, int] = Field(
-        (1, 128, 1024), description="smallest, usual and largest number of new tokens; also of cached ones"
+        (1, 128, 1024), description="Smallest, usual and largest number of new tokens; also of cached ones"
     )
-    cache: bool = Field(True, description="key/value cache as inputs and outputs of the graph")
+    cache: bool = Field(True, description="Key/value cache as inputs and outputs of the graph")
     require: bool = Field(
-        True, description="refuse engines with a product in another precision, and a worse perplexity"
+        True, description="Refuse engines with a product in another precision, and a worse perplexity"
     )
-    force: Annotated[bool, CONFIG_ONLY] = Field(False, description="replace an existing output directory")
+    force: Annotated[bool, CONFIG_ONLY] = Field(False, description="Replace an existing output directory")
 
     @field_validator("builder")
     @classmethod

@@ -74,17 +74,17 @@ def test_flags_are_the_fields_and_nested_ones_with_a_name():
 def test_help_shows_choices_defaults_and_ranges():
     text = " ".join(run(model_options(Paint), print, "--help").stdout.split())
     for shown in (
-        "--model TEXT What is painted. ",
-        "--colour [red|blue] Which colour. [default: red]",
-        "--base [oil|water] What it is mixed with. ",
-        "--gloss / --no-gloss Shine. [default: gloss]",
-        "--share FLOAT How much. [default: all; > 0, <= 1]",
-        "--layer INTEGER Thickness; repeatable. [default: 1 2]",
-        "--range INTEGER... Least and most. [default: 1 9]",
-        "--tin-size SIZE Largest tin. [default: 5 MB]",
+        "--model TEXT what is painted. [required, here or in --config]",
+        "--colour [red|blue] which colour. [default: red]",
+        "--base [oil|water] what it is mixed with. ",
+        "--gloss / --no-gloss shine. [default: gloss]",
+        "--share FLOAT how much. [default: all; > 0, <= 1]",
+        "--layer INTEGER thickness; repeatable. [default: 1 2]",
+        "--range INTEGER... least and most. [default: 1 9]",
+        "--tin-size SIZE largest tin. [default: 5 MB]",
         "--place PATH",
         "--named [x|y]",
-        "--inner-steps INTEGER Inner steps. [default: 5; >= 0]",
+        "--inner-steps INTEGER inner steps. [default: 5; >= 0]",
     ):
         assert shown in text
     assert "secret" not in text
@@ -136,10 +136,10 @@ UNION = union_options({"paint": Paint, "print": Print})
 def test_a_union_has_each_flag_once_and_says_what_it_is_for():
     text = " ".join(run(UNION, print, "--help").stdout.split())
     assert text.count("--colour ") == 1
-    both = "--colour [red|blue|black] paint: Which colour. [default: red] print: Which ink. [default: black]"
+    both = "--colour [red|blue|black] paint: which colour. [default: red] print: which ink. [default: black]"
     assert both in text
-    assert "--range INTEGER... Least and most. [default: 1 9]" in text
-    assert "--copies INTEGER print: How many. [default: 1; >= 1]" in text
+    assert "--range INTEGER... least and most. [default: 1 9]" in text
+    assert "--copies INTEGER print: how many. [default: 1; >= 1]" in text
 
 
 def test_foreign_options_are_named_as_they_are_written():
