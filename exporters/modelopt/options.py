@@ -16,6 +16,6 @@ class ModeloptExportOptions(CalibrationOptions):
     """Options of one checkpoint: it is served by an engine that builds its own graphs."""
 
     format: Literal["modelopt-checkpoint"] = Field(
-        default="modelopt-checkpoint", description="a checkpoint in ModelOpt's layout"
+        default="modelopt-checkpoint", description="A checkpoint in ModelOpt's layout"
     )
-    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="replace an existing output directory")
+    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")

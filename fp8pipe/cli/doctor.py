@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ import click
 from fp8pipe.cli.common import Console, common_options, format_bytes
 
 if TYPE_CHECKING:
-    from fp8pipe.cli.doctor_abilities import Ability
+    from exporters.vllm.environment import VllmEnvironment
+    from fp8pipe.core.errors import MissingCapabilityError
 
 OK, MISSING, WARNING = "ok", "missing", "warning"
 # Distribution, what needs it, how to get it.
@@ -30,6 +31,9 @@ OPTIONAL = (
     ("onnxruntime", "export --target onnx and trt, and their proofs", "pip install 'fp8pipe[onnx]'"),
     ("tensorrt-rtx", "engines of export --target trt", "pip install 'fp8pipe[trt-rtx]'"),
 )
+_ONNX = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
+_SERVER = ("fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "pillow", "prometheus-client")
+_VIT = ("timm", "torchvision", "pillow")
 # Below this a model and its export hardly fit.
 LOW_DISK_BYTES = 5_000_000_000
 
@@ -44,6 +48,25 @@ class Check:
     fix: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """One thing that this machine can or cannot do.
+
+    Attributes:
+        verb: train, quantize, export, build engines or serve.
+        what: of that.
+        able: whether it can.
+        how: on which devices, in which types; or why not.
+        add: the command that adds it; empty where it is there, or where hardware is what lacks.
+    """
+
+    verb: str
+    what: str
+    able: bool
+    how: str
+    add: str = ""
+
+
 @click.command("doctor")
 @click.option("--vllm-python", envvar="FP8PIPE_VLLM_PYTHON", help="Python of the environment with vLLM.")
 @common_options()
@@ -53,16 +76,10 @@ def command(vllm_python: str | None, console: Console) -> None:
     First Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space; then what can be
     trained, quantized, exported, built and served here, each with the command that adds it if it cannot.
     """
-    from fp8pipe.cli.doctor_abilities import abilities
-
-    checks = [
-        *_python_checks(),
-        *_device_checks(),
-        *_vllm_checks(vllm_python),
-        *(_optional_check(*entry) for entry in OPTIONAL),
-        *_disk_checks(),
-    ]
-    able = abilities(vllm_python)
+    vllm = _find_vllm(vllm_python)
+    optional = (_package_check(name, f"for {purpose}", how) for name, purpose, how in OPTIONAL)
+    checks = [*_python_checks(), *_device_checks(), *_vllm_checks(vllm), *optional, *_disk_checks()]
+    able = [*_train(), *_quantize(), *_export(), *_build(), *_serve(vllm)]
     document = {
         "checks": [dataclasses.asdict(check) for check in checks], "can": [dataclasses.asdict(one) for one in able],
     }  # fmt: skip
@@ -86,15 +103,12 @@ def _line(check: Check) -> str:
 def _python_checks() -> Iterator[Check]:
     import torch
 
-    from fp8pipe.core.machine import distribution_version
     from fp8pipe.core.version import __version__
 
     yield Check("fp8pipe", OK, f"{__version__}, Python {platform.python_version()}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield Check("torch", OK, f"{torch.__version__} ({build})")
-    for name in ("transformers", "safetensors"):
-        version = distribution_version(name)
-        yield Check(name, OK, version) if version else Check(name, MISSING, "", f"pip install {name}")
+    yield from (_package_check(name, "", f"pip install {name}") for name in ("transformers", "safetensors"))
 
 
 def _device_checks() -> Iterator[Check]:
@@ -124,15 +138,21 @@ def _device_checks() -> Iterator[Check]:
         yield Check("cuda device", MISSING, "none", f"{how}; only --device cuda needs it")
 
 
-def _vllm_checks(vllm_python: str | None) -> Iterator[Check]:
-    """The environment that vLLM lives in, its version, and the plugin that CPUs need."""
+def _find_vllm(python: str | None) -> VllmEnvironment | MissingCapabilityError:
+    """The environment that vLLM lives in, or why there is none."""
     from exporters.vllm.environment import find_vllm_python, inspect_environment
     from fp8pipe.core.errors import MissingCapabilityError
 
     try:
-        found = inspect_environment(find_vllm_python(vllm_python))
+        return inspect_environment(find_vllm_python(python))
     except MissingCapabilityError as error:
-        yield Check("vllm environment", MISSING, f"{error.what}: {error.why}", error.fix)
+        return error
+
+
+def _vllm_checks(found: VllmEnvironment | MissingCapabilityError) -> Iterator[Check]:
+    """The environment that vLLM lives in, its version, and the plugin that CPUs need."""
+    if isinstance(found, Exception):
+        yield Check("vllm environment", MISSING, f"{found.what}: {found.why}", found.fix)
         return
     versions = found.versions
     value = f"{found.python}, Python {versions['python']}, torch {versions.get('torch', 'none')}"
@@ -145,11 +165,11 @@ def _vllm_checks(vllm_python: str | None) -> Iterator[Check]:
         yield Check("vllm CPU plugin", MISSING, "FP8 needs it on a CPU", "make setup-vllm")
 
 
-def _optional_check(name: str, purpose: str, how: str) -> Check:
+def _package_check(name: str, lack: str, how: str) -> Check:
     from fp8pipe.core.machine import distribution_version
 
     version = distribution_version(name)
-    return Check(name, OK, version) if version else Check(name, MISSING, f"for {purpose}", how)
+    return Check(name, OK, version) if version else Check(name, MISSING, lack, how)
 
 
 def _disk_checks() -> Iterator[Check]:
@@ -161,3 +181,96 @@ def _disk_checks() -> Iterator[Check]:
         low = free < LOW_DISK_BYTES
         fix = f"little for a model and its export; free {format_bytes(LOW_DISK_BYTES)}" if low else ""
         yield Check(name, WARNING if low else OK, f"{format_bytes(free)} free at {path}", fix)
+
+
+def _missing(names: tuple[str, ...]) -> list[str]:
+    from fp8pipe.core.machine import distribution_version
+
+    return [name for name in names if distribution_version(name) is None]
+
+
+def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) -> Ability:
+    """An ability that needs packages alone."""
+    missing = _missing(names)
+    if missing:
+        return Ability(verb, what, False, f"{', '.join(missing)} missing", add)
+    return Ability(verb, what, True, how)
+
+
+def _devices(kernels: Callable[[bool], str], on_cpu: str) -> str:
+    """The CPU and every GPU, each with what `kernels` says of hardware with FP8 and without."""
+    from fp8pipe.core.machine import gpus
+    from fp8pipe.numerics.bf16 import has_fast_bf16
+
+    cpu = "bf16 products" if has_fast_bf16() else "fp32 products, several times slower"
+    shown = [f"cpu ({on_cpu}{cpu})"]
+    shown += [f"{gpu.name} ({kernels(gpu.fp8)})" for gpu in gpus()]
+    return "; ".join(shown)
+
+
+def _train() -> Iterator[Ability]:
+    def kernels(fp8: bool) -> str:
+        return "FP8" if fp8 else "FP8 emulated"
+
+    yield _packages("train", "falqon: E4M3 weights, bf16 or fp32 beside", ("torch", "transformers"),
+                    _devices(kernels, "FP8 emulated exactly, "), "pip install fp8pipe")  # fmt: skip
+    yield _packages("train", "lora, qlora: bf16 or NF4 weights", ("peft", "bitsandbytes", "accelerate"),
+                    _devices(lambda fp8: "bf16", ""), "pip install 'fp8pipe[train]'")  # fmt: skip
+
+
+def _quantize() -> Iterator[Ability]:
+    how = "w2a2 to w8a8, wfp8afp8, wnvfp4anvfp4; on the cpu"
+    yield _packages("quantize", "vision transformers", _VIT, how, "pip install 'fp8pipe[vit]' torch==YOURS")
+    yield Ability("quantize", "language models, rounded to E4M3 on export", True, "on the cpu")
+
+
+def _export() -> Iterator[Ability]:
+    add = "pip install 'fp8pipe[onnx]'"
+    yield Ability("export", "vllm: fp8, w8a16, bf16", True, "compressed-tensors checkpoints")
+    yield _packages("export", "onnx: qdq, qdq-exact, int4-weight-only", _ONNX, "proved in ONNX Runtime", add)
+    yield _packages("export", "trt: graphs, and ModelOpt checkpoints", _ONNX, "linted; engines: see below", add)
+
+
+def _build() -> Iterator[Ability]:
+    from exporters.tensorrt.recipe import installed_builder
+    from exporters.tensorrt.rtx import CAPABILITIES
+    from fp8pipe.core.machine import gpus
+
+    version = installed_builder("rtx")
+    names = ", ".join(CAPABILITIES)
+    how = f"{version}, for {names}, without a GPU" if version else "tensorrt-rtx missing"
+    yield Ability("build engines", "TensorRT for RTX", version is not None, how,
+                  "" if version else "pip install 'fp8pipe[trt-rtx]'")  # fmt: skip
+    version, devices = installed_builder("enterprise"), gpus()
+    if not devices:
+        yield Ability("build engines", "TensorRT", False, "it builds for the GPU of its machine, and there is none")
+        return
+    here = ".".join(map(str, devices[0].capability))
+    how = f"{version}, for {here} alone" if version else f"tensorrt missing; this GPU is {here}"
+    yield Ability("build engines", "TensorRT", version is not None, how, "" if version else "pip install tensorrt")
+
+
+def _serve(vllm: VllmEnvironment | MissingCapabilityError) -> Iterator[Ability]:
+    from fp8pipe.core.machine import gpus
+
+    yield _language(vllm)
+    yield _packages("serve", "vision, in ONNX Runtime", (*_SERVER, "onnx", "onnxruntime", "onnx-ir"), "on the cpu",
+                    "pip install 'fp8pipe[serve]'")  # fmt: skip
+    devices, missing = gpus(), _missing(("tensorrt-rtx",))
+    what = "vision, in TensorRT for RTX"
+    if not devices:
+        yield Ability("serve", what, False, "there is no GPU here, or torch sees none")
+    elif missing:
+        yield Ability("serve", what, False, "tensorrt-rtx missing", "pip install 'fp8pipe[trt-rtx]'")
+    else:
+        yield Ability("serve", what, True, devices[0].name)
+
+
+def _language(found: VllmEnvironment | MissingCapabilityError) -> Ability:
+    what = "language, in vLLM"
+    if isinstance(found, Exception):
+        return Ability("serve", what, False, found.what, "make setup-vllm")
+    if found.on_cpu and not found.plugin:
+        return Ability("serve", what, False, "bf16 alone: the CPU plugin for FP8 is missing", "make setup-vllm")
+    place = "on the cpu, FP8 through the plugin" if found.on_cpu else "on a GPU of compute capability 8.0 or later"
+    return Ability("serve", what, True, f"{found.vllm}, {place}")

@@ -12,6 +12,9 @@ from fp8pipe.cli.common import Console, common_options, format_bytes, table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact, LayerRecord, Manifest
+    from fp8pipe.models.inspection import Contents, LayerView
+
+_SHOWN_OPERATORS = 8
 
 
 @click.command("inspect")
@@ -29,21 +32,20 @@ def command(path: Path, list_layers: bool, headers: bool, console: Console) -> N
     Checks that every file of an artifact is there with its size; `fp8pipe verify` re-hashes them.
     """
     from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, open_artifact
-    from fp8pipe.cli.inspect_contents import contents_text
     from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
     from fp8pipe.models.inspection import inspect_contents
 
     checksummed = any((path / name).is_file() for name in (MANIFEST_NAME, CHECKSUM_NAME)) or path.suffix == ".partial"
     if not checksummed:
         contents = inspect_contents(path, look=not headers)
-        text = f"{path}\n{contents_text(contents, list_layers)}"
+        text = f"{path}\n{_contents_text(contents, list_layers)}"
         console.emit({"path": str(path), "contents": contents.to_json()}, text, quiet_text=contents.form)
         return
     opened = open_artifact(path, verify=False)
     document, text = _document(opened), _text(opened, list_layers)
     try:
         contents = inspect_contents(path, look=not headers)
-        document["contents"], text = contents.to_json(), f"{text}\n{contents_text(contents, False)}"
+        document["contents"], text = contents.to_json(), f"{text}\n{_contents_text(contents, False)}"
     except (BadArtifactError, ConfigurationError, MissingCapabilityError) as error:
         document["contents"], text = None, f"{text}\ncontents not read: {error.what}: {error.why}"
     console.emit(document, text, quiet_text=str(opened.root))
@@ -143,3 +145,46 @@ def _encoded(layer: LayerRecord) -> str:
         return layer.reason
     inputs = "float inputs" if layer.activation is None else f"inputs {layer.activation}"
     return "; ".join(filter(None, (str(layer.weight), inputs, layer.reason)))
+
+
+def _contents_text(contents: Contents, list_layers: bool) -> str:
+    """Formats, facts, the histogram of scales, and every layer if asked for."""
+    rows: list[tuple[object, ...]] = [("weights as", "scales", "layers", "size", "codes at an end")]
+    for format, granularity, count, size, codes, saturated in contents.by_format():
+        rows.append((format, granularity or "-", count, format_bytes(size), _share(saturated, codes)))
+    parts = [f"contents: {contents.form}", table(rows)]
+    facts = [(name, _fact(value)) for name, value in contents.facts.items()]
+    parts += [table(facts)] if facts else []
+    scales = contents.scales()
+    if scales.count:
+        parts.append(f"scales, {scales.count:,} of them, by power of two")
+        parts += [f"  {line}" for line in scales.bars()]
+        parts += [f"  {scales.bad} are zero, negative or no numbers"] if scales.bad else []
+    parts += [f"note: {note}" for note in contents.notes]
+    if list_layers:
+        parts += ["layers", table([_row(layer) for layer in contents.layers])]
+    return "\n".join(parts)
+
+
+def _row(layer: LayerView) -> tuple[object, ...]:
+    shape = "x".join(map(str, layer.shape)) if layer.shape else "-"
+    nan = f"{layer.nan} NaN" if layer.nan else ""
+    share = _share(layer.saturated, layer.codes)
+    low_high = (min(layer.scales.bins), max(layer.scales.bins)) if layer.scales.bins else None
+    spread = f"2^{low_high[0]}..2^{low_high[1]}" if low_high else "-"
+    return layer.name, layer.format, shape, format_bytes(layer.size_bytes), layer.granularity or "-", share, spread, nan
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.3%}" if whole else "-"
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        shown = [f"{key} {inner}" for key, inner in list(value.items())[:_SHOWN_OPERATORS]]
+        return ", ".join(shown) + (", ..." if len(value) > _SHOWN_OPERATORS else "")
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,18 +1,23 @@
-"""`fp8pipe run`: a recipe from base model to proven exports, resumed wherever it was cut."""
+"""`fp8pipe run`: a recipe from base model to proven exports, resumed wherever it was cut; and the plan of all that."""
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp8pipe.cli.common import Console, common_options, table
+from fp8pipe.cli.common import Console, common_options, format_bytes, table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact.runs import RunRecord
-    from pipeline.workflow import RunState
+    from pipeline.workflow import RunState, StageStatus, WorkflowRunner
 
 
 @click.command("run")
@@ -26,17 +31,9 @@ if TYPE_CHECKING:
 @click.option("--no-report", is_flag=True, help="Write no report at the end.")
 @common_options(dry_run=True)
 def command(
-    recipe: Path,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    first: str | None,
-    last: str | None,
-    force: tuple[str, ...],
-    jobs: int,
-    no_report: bool,
-    dry_run: bool,
-    console: Console,
-) -> None:
+    recipe: Path, output: Path | None, overrides: tuple[str, ...], no_report: bool, dry_run: bool, console: Console,
+    **chosen: Any,
+) -> None:  # fmt: skip
     """Run the stages of RECIPE that are not up to date, judge all of them, and write a report.
 
     Exit 14 where a gate did not hold, with the verdict: REGRESSION, ANOMALOUS or INFEASIBLE. Interrupted or killed, the
@@ -46,12 +43,9 @@ def command(
     from pipeline.workflow import RunOptions, RunState, WorkflowRunner, load_recipe
 
     read = load_recipe(recipe, overrides)
-    options = RunOptions(first=first, last=last, force=force, jobs=jobs)
-    state = RunState(read, stage_commands(), output or Path("runs") / read.name, options)
+    state = RunState(read, stage_commands(), output or Path("runs") / read.name, RunOptions(**chosen))
     if dry_run:
-        from fp8pipe.cli.run_plan import show_plan
-
-        show_plan(state, WorkflowRunner(state, _silent), console)
+        _show_plan(state, WorkflowRunner(state, _silent), console)
         return
     signal.signal(signal.SIGTERM, _interrupted)
     before = _work_done(state)
@@ -87,9 +81,6 @@ def _interrupted(number: int, frame: Any) -> None:
 
 def _report(directory: Path, console: Console) -> None:
     """The report, as `fp8pipe report` writes it; that it cannot be written is said, and is no verdict on the model."""
-    import subprocess
-    import sys
-
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "fp8pipe", "report", str(directory), "--quiet"], capture_output=True, text=True
     )
@@ -132,3 +123,114 @@ def _reasons(record: RunRecord) -> list[str]:
             if gate.verdict is not Verdict.ACCEPT:
                 found.append(f"{stage.name}: {gate.name} is {gate.numbers}")
     return found
+
+
+def _show_plan(state: RunState, runner: WorkflowRunner, console: Console) -> None:
+    """Check every stage that would run, and show the plan; writes nothing."""
+    statuses = state.statuses()
+    runner.check([status.spec for status in statuses if status.run])
+    anew = {status.spec.name for status in statuses if status.run}
+    stages = [_planned(state, status, anew.intersection(status.spec.reads.values())) for status in statuses]
+    total = _total(stages, state.directory)
+    document = {
+        "dry_run": True, "recipe": state.recipe.name, "directory": str(state.directory), "stages": stages,
+        "total": total,
+    }  # fmt: skip
+    rows = [
+        ("run" if stage["run"] else "skip", stage["name"], stage["command"], stage["why"], stage["output"])
+        for stage in stages
+    ]
+    lines = [f"{state.recipe.name} in {state.directory} (plan; nothing was written)", table(rows)]
+    for stage in stages:
+        if stage["plan_text"]:
+            lines += [f"{stage['name']}:", *(f"  {line}" for line in stage["plan_text"].splitlines())]
+    lines += ["in all:", *(f"  {line}" for line in _total_lines(total))]
+    console.emit(document, "\n".join(lines), quiet_text=" ".join(stage["name"] for stage in stages if stage["run"]))
+
+
+def _planned(state: RunState, status: StageStatus, old: set[str]) -> dict[str, Any]:
+    """A stage's plan. Of the stages it reads, `old` will be written anew: it is made from what is there now."""
+    spec = status.spec
+    plan, text = _own_plan(state, status) if status.run else ({}, "")
+    if text and old:
+        text = f"by what {' and '.join(sorted(old))} holds now\n{text}"
+    return {
+        "name": spec.name, "command": spec.command, "run": status.run, "why": status.why,
+        "reads": dict(spec.reads), "output": str(state.outputs[spec.name]), "plan": plan, "plan_text": text,
+    }  # fmt: skip
+
+
+def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str]:
+    """The command's own dry run, where all it reads is there."""
+    import yaml
+
+    spec = status.spec
+    if any(not state.outputs[name].exists() for name in spec.reads.values()):
+        return {}, ""
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-plan-") as folder:
+        file = Path(folder) / f"{spec.name}.yaml"
+        command = state.commands[spec.command]
+        settings = state.settings(spec)
+        file.write_text(yaml.safe_dump(state.filed_settings(spec)), encoding="utf-8")
+        line = [sys.executable, "-P", "-m", "fp8pipe"]
+        line += [*command.arguments(settings, state.outputs[spec.name], file), "--dry-run", "--json"]
+        if state.outputs[spec.name].is_dir():
+            line.append("--force")  # as the run itself replaces it
+        ended = subprocess.run(line, capture_output=True, text=True)
+    try:
+        document = json.loads(ended.stdout)
+    except ValueError:
+        document = {"error": {"what": ended.stderr.strip()[-300:]}}
+    return document, _text(document)
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    if "error" in document:
+        error = document["error"]
+        return "\n".join(filter(None, (f"refused: {error.get('what')}", error.get("why"), error.get("fix"))))
+    if "plan" not in document:
+        return ""
+    from fp8pipe.core.plan import Plan
+
+    return Plan.of_document(document["plan"]).text()
+
+
+def _total(stages: Sequence[Mapping[str, Any]], directory: Path) -> dict[str, Any]:
+    """Sums over the stages that would run, as far as their plans are known now.
+
+    Stages run one after the other: the largest of their peaks counts, outputs stay, and what a stage needs beyond its
+    output (checkpoints) is needed once.
+    """
+    from fp8pipe.core.disk import free_bytes
+
+    running = [stage for stage in stages if stage["run"]]
+    plans = {stage["name"]: stage["plan"]["plan"] for stage in running if "plan" in stage["plan"]}
+    beyond = [plan["disk_bytes"] - plan["output_bytes"] for plan in plans.values()]
+    disk = sum(plan["output_bytes"] for plan in plans.values()) + max(beyond, default=0)
+    missing = [item for plan in plans.values() for item in plan["missing"]]
+    return {
+        "peak_memory_bytes": max((plan["peak_memory_bytes"] or 0 for plan in plans.values()), default=0),
+        "disk_bytes": disk,
+        "seconds": sum(plan["seconds"] or 0.0 for plan in plans.values()),
+        "missing": [item for index, item in enumerate(missing) if item not in missing[:index]],
+        "fits_disk": disk <= free_bytes(directory),
+        "without_time": [name for name, plan in plans.items() if plan["seconds"] is None],
+        "not_planned": [stage["name"] for stage in running if stage["name"] not in plans],
+    }
+
+
+def _total_lines(total: Mapping[str, Any]) -> list[str]:
+    if not total["peak_memory_bytes"] and not total["not_planned"]:
+        return ["nothing would run"]
+    lines = [
+        f"memory  {format_bytes(total['peak_memory_bytes'])} at the largest stage's peak",
+        f"disk    {format_bytes(total['disk_bytes'])}{'' if total['fits_disk'] else ': NOT ENOUGH IS FREE'}",
+        f"time    about {total['seconds']:.0f} s",
+    ]
+    if total["without_time"]:
+        lines[-1] += f", and {', '.join(total['without_time'])}, whose time is not estimated"
+    lines += [f"MISSING {item['what']}; {item['fix']}" for item in total["missing"]]
+    if total["not_planned"]:
+        names = ", ".join(total["not_planned"])
+        lines.append(f"not in these figures: {names}; what they read is not there yet, or their plan failed")
+    return lines
