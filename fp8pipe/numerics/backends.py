@@ -156,7 +156,7 @@ class _Cuda(Backend):
 
     def input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, beside: Tensor | None = None) -> Tensor:
         width = grad.shape[1]
-        # The second operand must be column-major here too: one byte-wide transpose copy a layer.
+        # The second operand must be column-major here too: one byte-wide transpose copy per layer.
         column_major = _bytes(codes[:width]).t().contiguous().view(codes.dtype).t()
         product = _scaled_mm(grad, E5M2, column_major, scale, fast_accumulation=False)
         if beside is None:

@@ -72,14 +72,12 @@ def _processor() -> str:
 
 def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    lib.fp8pipe_cast_rows_bf16.argtypes = [
-        pointer, size, pointer, size, size, size, integer, integer, real, real,
-    ]  # fmt: skip
-    lib.fp8pipe_cast_rows_bf16.restype = None
-    lib.fp8pipe_decode_e4m3.argtypes = [pointer, pointer, size, real]
-    lib.fp8pipe_decode_e4m3.restype = None
-    lib.fp8pipe_decode_e4m3_fp32.argtypes = [pointer, pointer, size]
-    lib.fp8pipe_decode_e4m3_fp32.restype = None
-    lib.fp8pipe_merge_rows_e4m3.argtypes = [pointer, pointer, size, size, pointer]
-    lib.fp8pipe_merge_rows_e4m3.restype = None
+    for name, arguments in {
+        "cast_rows_bf16": (pointer, size, pointer, size, size, size, integer, integer, real, real),
+        "decode_e4m3": (pointer, pointer, size, real),
+        "decode_e4m3_fp32": (pointer, pointer, size),
+        "merge_rows_e4m3": (pointer, pointer, size, size, pointer),
+    }.items():
+        kernel = getattr(lib, f"fp8pipe_{name}")
+        kernel.argtypes, kernel.restype = arguments, None
     return lib

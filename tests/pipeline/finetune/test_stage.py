@@ -256,7 +256,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_left_alone(mak
     while kills < 10 and not output.exists():
         before = _modified(partial / "metrics.jsonl")
         process = _start([*common, "--output", str(output), "--resume"])
-        # A run that goes on rewrites its metrics first: from there on it trains, saves, or settles.
+        # A run that goes on rewrites its metrics first: from there on it trains, saves, or merges.
         while _modified(partial / "metrics.jsonl") == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.8))
