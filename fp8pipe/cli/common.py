@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
     from fp8pipe.core.plan import Plan
 
-__all__ = ["Console", "Failure", "common_options", "failure_of", "format_bytes", "show_artifact", "show_plan",
-           "stage_options", "table"]  # fmt: skip
+__all__ = [
+    "Console", "Failure", "common_options", "failure_of", "format_bytes", "show_artifact", "show_plan", "stage_options",
+    "table",
+]  # fmt: skip
 
 
 @dataclass
