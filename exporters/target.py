@@ -135,6 +135,11 @@ def register(target: ExportTarget) -> None:
     Raises:
         ConfigurationError: its kind is registered already, or another takes the same source under the same name.
     """
+    load()
+    _add(target)
+
+
+def _add(target: ExportTarget) -> None:
     if target.kind in _targets:
         raise ConfigurationError(
             f"the export target {target.kind!r} is registered twice", why="a kind has one target",
@@ -282,4 +287,4 @@ def _list(named: Sequence[ExportTarget]) -> str:
 def load() -> None:
     """Register the targets of this package, once; called by everything that asks for one."""
     for module in _BUILTIN:
-        register(importlib.import_module(module).TARGET)
+        _add(importlib.import_module(module).TARGET)

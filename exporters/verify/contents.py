@@ -33,7 +33,9 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
         findings, and notes on what could not be checked.
     """
     target = target_of(artifact.kind)
-    check = _CHECKS[artifact.kind] if target is None else target.verify
+    check = _CHECKS.get(artifact.kind) if target is None else target.verify
+    if check is None:
+        return [], [f"contents not checked: no check is known for the kind {artifact.kind!r}"]
     findings: list[Finding] = []
     notes: list[str] = []
     try:

@@ -144,6 +144,11 @@ class Manifest(FrozenConfig):
         kept["files"] = [[entry.path, entry.sha256] for entry in self.files if not entry.volatile]
         return hashlib.sha256(_canonical(kept)).hexdigest()
 
+    @property
+    def stored_version(self) -> int:
+        """Version of the schema in the file; `schema_version` is today's once an older one was brought to it."""
+        return int(self._as_stored().get("schema_version", 1))
+
     def _as_stored(self) -> dict[str, Any]:
         return self.plain() if self._stored is None else self._stored
 

@@ -145,7 +145,7 @@ def read_manifest(root: Path) -> Manifest:
     if checksum_path(path).exists():
         return Manifest.from_json(read_checked(path), where=str(path))
     manifest = Manifest.from_json(path.read_bytes(), where=str(path))
-    if manifest.schema_version >= CHECKSUM_SINCE:
+    if manifest.stored_version >= CHECKSUM_SINCE:
         read_checked(path)
     return manifest
 

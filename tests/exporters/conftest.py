@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fp8pipe.artifact import Artifact, ArtifactWriter, LayerRecord, NumberFormat
 from fp8pipe.artifact.kinds import TunedDetails
+from fp8pipe.artifact.layers import Encoding, ScaleRule
 from fp8pipe.models.compat import import_transformers
 
 GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
@@ -158,9 +159,18 @@ class FalqonBuilder:
             adapter[layer + ".lora_A"] = torch.randn(4, columns).to(torch.float8_e4m3fn)
             adapter[layer + ".lora_A_scale"] = torch.tensor(0.01)
             adapter[layer + ".lora_B"] = torch.full((rows, 4), self.lora_b)
-            layers.append(LayerRecord(name=layer, converted=True, shape=(rows, columns)))
+            weight = Encoding(format="e4m3", bits=8, granularity=self.granularity, scale_rule=ScaleRule.AMAX)
+            layers.append(LayerRecord(name=layer, shape=(rows, columns), weight=weight, activation=self._inputs()))
             transposed += [name] if flip else []
         return tensors, adapter, layers, transposed
+
+    def _inputs(self) -> Encoding:
+        """How inputs were quantized in training."""
+        if self.rule == "released":
+            of_rule: dict[str, Any] = {"granularity": "per-tensor", "scale_rule": ScaleRule.AMAX}
+        else:
+            of_rule = {"granularity": "per-token", "scale_rule": ScaleRule.POWER_OF_TWO}
+        return Encoding(format="e4m3", bits=8, dynamic=True, **of_rule)
 
 
 def _scale(value: Tensor, granularity: str, flip: bool) -> Tensor:

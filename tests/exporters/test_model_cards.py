@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,6 +17,12 @@ from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, Parent, open_artifact
 from fp8pipe.artifact.gate import none_of
 from fp8pipe.report.card import CARD_FILE, write_card
+
+FACTS = {
+    "vllm-export": "exporters.vllm.export", "onnx-export": "exporters.onnx.export",
+    "trt-export": "exporters.tensorrt.export", "trt-language-export": "exporters.tensorrt.language.export",
+    "modelopt-export": "exporters.modelopt.checkpoint",
+}  # fmt: skip
 
 
 def read(export):
@@ -63,7 +70,8 @@ def commit(tmp_path, origin, source_files=None, kind="modelopt-export", own_file
             (writer.root / name).write_text(text, encoding="utf-8")
         writer.gate(none_of("weight codes differing", 0, "of 12 in 3 layers"))
         layers = [LayerRecord(name="a", weight=E4M3), LayerRecord(name="b")]
-        write_card(writer, source=source.root, parent=source.as_parent(), format="fp8", layers=layers)
+        facts = import_module(FACTS[kind])._CARD
+        write_card(writer, facts, source=source.root, parent=source.as_parent(), format="fp8", layers=layers)
         return ModelCard.load(writer.commit(details=details_of(kind)).root / CARD_FILE)
 
 
@@ -89,7 +97,7 @@ def test_the_licence_comes_from_the_source(tmp_path):
     assert commit(tmp_path / "none", "org/name").data.license is None
 
 
-@pytest.mark.parametrize("kind", ["vllm-export", "onnx-export", "trt-export", "modelopt-export"])
+@pytest.mark.parametrize("kind", FACTS)
 def test_every_kind_has_all_parts_and_the_manifest_s_numbers(tmp_path, kind):
     card = commit(tmp_path, "org/name", kind=kind, heldout_loss={"untuned": 2.25, "deployed": 1.51234})
     titles = [line for line in card.text.splitlines() if line.startswith("## ")]

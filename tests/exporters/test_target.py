@@ -51,7 +51,7 @@ def export(toy, source, tmp_path):
 def test_help_and_schema_know_it_while_it_is_registered(toy):
     shown = " ".join(invoke("export", "--help").output.split())
     assert "toy: digests as lines of text" in shown
-    assert "[toy] how often every line is written" in shown or "toy: how often every line is written" in shown
+    assert "toy: How often every line is written." in shown
     stages = json.loads(invoke("schema", "--json").stdout)["properties"]["stages"]["additionalProperties"]["anyOf"]
     (stage,) = [stage for stage in stages if stage["title"].startswith("export toy")]
     assert set(stage["properties"]) >= {"artifact", "target", "refrain"}
@@ -155,9 +155,9 @@ def test_names_are_unique(toy):
 
 def test_options_of_other_targets_are_refused(toy, source, tmp_path):
     output = tmp_path / "out"
-    ended = invoke("export", source.root, "--target", "toy", "--max-shard-bytes", 100000, "--output", output)
+    ended = invoke("export", source.root, "--target", "toy", "--max-shard-size", "1GB", "--output", output)
     assert ended.exit_code == 10
-    assert "--max-shard-bytes cannot be given for --target toy" in ended.output
+    assert "--max-shard-size cannot be given for --target toy" in ended.output
     ended = invoke("export", source.root, "--target", "vllm", "--refrain", 2, "--output", output)
     assert ended.exit_code == 10
     assert "--refrain cannot be given for --target vllm" in ended.output
