@@ -91,7 +91,8 @@ def tensor_scale(amax: float) -> float:
 
 
 def _blocks(x: Tensor) -> Tensor:
-    return x.unflatten(-1, (-1, BLOCK))
+    blocks: Tensor = x.unflatten(-1, (-1, BLOCK))
+    return blocks
 
 
 def block_units(x: Tensor, scale: Tensor) -> Tensor:

@@ -60,12 +60,14 @@ def adapter_directions(
             raise ValueError("the gradient initialisation needs the gradient's directions")
         # The length that the error's SVD would give on average, so that one learning rate serves both: the root of
         # a typical singular value, which for a flat spectrum is ||E|| / sqrt(min(out, in)).
-        return gradient_rows * (error.norm() / min(weight.shape) ** 0.5).sqrt()
+        length: Tensor = (error.norm() / min(weight.shape) ** 0.5).sqrt()
+        return gradient_rows * length
     if how is Initialisation.SVD:
         _, values, right = torch.linalg.svd(error, full_matrices=False)
     else:
         values, right = _randomized_right_vectors(error, rank, generator)
-    return values[:rank].sqrt().unsqueeze(1) * right[:rank]
+    lengths: Tensor = values[:rank].sqrt().unsqueeze(1)
+    return lengths * right[:rank]
 
 
 def _randomized_right_vectors(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
