@@ -73,7 +73,7 @@ def check_file(
     onnx_ir = import_onnx_package("onnx_ir")
     path = artifact.root / MODEL_FILE
     try:
-        model = onnx_ir.load(path)
+        model: ir.Model = onnx_ir.load(path)
         yield from lint_findings(lint(path))
         yield from _signature(artifact, model)
         yield from _layers(artifact, read_layers(model)) if readable else _products(artifact, model)
@@ -135,7 +135,7 @@ def _weight(name: str, weight: Any, record: LayerRecord) -> Iterator[Finding]:
     codes = weight.codes.flatten(1)
     if record.shape is not None and tuple(codes.shape) != record.shape:
         yield Finding(Check.MANIFEST, name, f"codes {tuple(codes.shape)}; the manifest says {record.shape}")
-    if record.weight is not None and record.weight.format == Kind.INT:
+    if record.weight is not None and record.weight.format == Kind.INT.value:
         low, high = weight_limits(record.weight.bits)
         outside = int(((codes < low) | (codes > high)).sum())
         if outside:

@@ -67,7 +67,8 @@ def adapter_directions(
     else:
         values, right = _randomized_right_vectors(error, rank, generator)
     lengths: Tensor = values[:rank].sqrt().unsqueeze(1)
-    return lengths * right[:rank]
+    rows: Tensor = lengths * right[:rank]
+    return rows
 
 
 def _randomized_right_vectors(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

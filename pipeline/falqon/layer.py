@@ -105,7 +105,7 @@ class FalqonLinear(nn.Module):
         flat = x.reshape(-1, self.in_features)
         if self.observer is not None:
             self.observer(flat)
-        outputs = _FalqonProduct.apply(flat, self.lora_B, self, parts)
+        outputs = _FalqonProduct.apply(flat, self.lora_B, self, parts)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             outputs = [y + b for y, b in zip(outputs, self.bias.split(parts), strict=True)]
         return tuple(y.view(*x.shape[:-1], width) for y, width in zip(outputs, parts, strict=True))

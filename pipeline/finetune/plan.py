@@ -143,9 +143,9 @@ def _seconds(config: FinetuneConfig, scaled: Scaled, saves: int) -> float:
     facts = scaled.runs[-1][1].facts
     once = sum(scaled.seconds(name) for name in ("start", "text", "load", "prepare", "final merge", "write"))
     run = min(config.gradient_accumulation, 2)
-    step = scaled.seconds("step", least=True) * config.gradient_accumulation / run * facts["train_share"]
+    step: float = scaled.seconds("step", least=True) * config.gradient_accumulation / run * facts["train_share"]
     evaluations = 2 + (math.ceil(config.steps / config.evaluate_every) if config.evaluate_every else 1)
-    evaluation = scaled.seconds("evaluate", least=True) * facts["heldout_batches"] * facts["heldout_share"]
+    evaluation: float = scaled.seconds("evaluate", least=True) * facts["heldout_batches"] * facts["heldout_share"]
     return once + config.steps * step + evaluations * evaluation + saves * scaled.seconds("save")
 
 

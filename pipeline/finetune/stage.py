@@ -197,7 +197,8 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.device == "cpu":
         use_matmul_attention(model)
-    return model.to(config.device)
+    moved: nn.Module = model.to(config.device)
+    return moved
 
 
 def build_method(config: FinetuneConfig) -> Method:

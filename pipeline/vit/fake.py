@@ -75,14 +75,14 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, kind: Kind = Kin
     """
     if kind is Kind.E4M3:
         return _fake_e4m3(x.float(), step)
-    return cast("Tensor", _Fake.apply(x.float(), step, low, high))
+    return cast("Tensor", _Fake.apply(x.float(), step, low, high))  # type: ignore[no-untyped-call]
 
 
 def _fake_e4m3(x: Tensor, step: Tensor) -> Tensor:
     with torch.no_grad():
         units = x / step
         rounded, inside = E4M3.cast(units).float().mul_(step), units.abs() <= E4M3.max
-    return cast("Tensor", _StraightThrough.apply(x, rounded, inside))
+    return cast("Tensor", _StraightThrough.apply(x, rounded, inside))  # type: ignore[no-untyped-call]
 
 
 def fake_blocks(x: Tensor, scale: Tensor) -> Tensor:
@@ -99,4 +99,4 @@ def fake_blocks(x: Tensor, scale: Tensor) -> Tensor:
     with torch.no_grad():
         units = block_units(x, scale)
         rounded, inside = e2m1_round(units).mul_(scale.unsqueeze(-1)), units.abs() <= _INSIDE_E2M1
-    return cast("Tensor", _StraightThrough.apply(x, rounded.flatten(-2), inside.flatten(-2)))
+    return cast("Tensor", _StraightThrough.apply(x, rounded.flatten(-2), inside.flatten(-2)))  # type: ignore[no-untyped-call]

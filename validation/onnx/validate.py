@@ -144,9 +144,10 @@ def _parent(export: Artifact, against: Path) -> Artifact:
 
 def _load(onnx_ir: Any, path: Path) -> ir.Model:
     try:
-        return onnx_ir.load(path)
+        model: ir.Model = onnx_ir.load(path)
     except Exception as error:  # protobuf's errors share no public base
         raise BadArtifactError(f"{path} is not an ONNX graph", why=str(error)[:300], fix="export it again") from error
+    return model
 
 
 def _torch(
