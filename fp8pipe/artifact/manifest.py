@@ -21,8 +21,8 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = [
-    "CHECKSUM_SINCE", "MANIFEST_NAME", "SCHEMA_VERSION", "FileEntry", "Gate", "LayerRecord", "Manifest", "NumberFormat",
-    "Parent",
+    "CHECKSUM_SINCE", "ENCODINGS_SINCE", "MANIFEST_NAME", "SCHEMA_VERSION", "FileEntry", "Gate", "LayerRecord",
+    "Manifest", "NumberFormat", "Parent",
 ]  # fmt: skip
 
 D = TypeVar("D", bound=Details)
@@ -30,6 +30,7 @@ D = TypeVar("D", bound=Details)
 # 2: a checksum lies beside the manifest. 3: facts are typed by kind, layers have encodings, gates their comparison.
 SCHEMA_VERSION = 3
 CHECKSUM_SINCE = 2
+ENCODINGS_SINCE = 3
 MANIFEST_NAME = "manifest.json"
 
 

@@ -128,22 +128,26 @@ def _layers(manifest: Manifest, list_layers: bool) -> list[str]:
                 "converted" if layer.converted else "skipped",
                 layer.name,
                 "x".join(map(str, layer.shape)) if layer.shape else "-",
-                _encoded(layer),
+                _encoded(layer, manifest),
             )
             for layer in manifest.layers
         ]
         return ["layers", table(rows)]
-    groups = Counter((layer.converted, _encoded(layer)) for layer in manifest.layers)
+    groups = Counter((layer.converted, _encoded(layer, manifest)) for layer in manifest.layers)
     ordered = sorted(groups.items(), key=lambda item: (not item[0][0], -item[1]))
     counted = [(count, "converted" if done else "skipped", reason) for (done, reason), count in ordered]
     return ["layers", table(counted)]
 
 
-def _encoded(layer: LayerRecord) -> str:
+def _encoded(layer: LayerRecord, manifest: Manifest) -> str:
     """How a layer is stored, and what its input is rounded to; why, where it is not quantized."""
     if layer.weight is None:
         return layer.reason
-    inputs = "float inputs" if layer.activation is None else f"inputs {layer.activation}"
+    from fp8pipe.artifact.manifest import ENCODINGS_SINCE
+
+    # Manifests of older schemas did not say how inputs are quantized; some migrations know, the others leave it open.
+    recorded = manifest.stored_version >= ENCODINGS_SINCE
+    inputs = f"inputs {layer.activation}" if layer.activation else "float inputs" if recorded else "inputs not recorded"
     return "; ".join(filter(None, (str(layer.weight), inputs, layer.reason)))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
+from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, targets_of
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.workflow import StageCommand
 
@@ -144,7 +144,9 @@ def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
     try:
         target = choose(str(settings["target"]), kinds[0], rest.get("format"))
     except ConfigurationError as error:
-        raise ConfigurationError(f"target {settings['target']} does not fit", why=f"target: {error.why}") from error
+        fitting = " or ".join(targets_of(kinds[0]))
+        why = error.why if maker is None or not fitting else f"what {maker} made can go to {fitting}"
+        raise ConfigurationError(f"target {settings['target']} does not fit", why=f"target: {why}") from error
     build_config(target.options, rest)
 
 

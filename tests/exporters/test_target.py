@@ -51,7 +51,7 @@ def export(toy, source, tmp_path):
 def test_help_and_schema_know_it_while_it_is_registered(toy):
     shown = " ".join(invoke("export", "--help").output.split())
     assert "toy: digests as lines of text" in shown
-    assert "toy: How often every line is written." in shown
+    assert "toy: how often every line is written." in shown.lower()
     stages = json.loads(invoke("schema", "--json").stdout)["properties"]["stages"]["additionalProperties"]["anyOf"]
     (stage,) = [stage for stage in stages if stage["title"].startswith("export toy")]
     assert set(stage["properties"]) >= {"artifact", "target", "refrain"}

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from quantized_families import quantized_family, storable, write_vit_artifact
 
+from exporters.modelopt.checkpoint import export_checkpoint
+from exporters.modelopt.options import ModeloptExportOptions
 from exporters.onnx.export import export_onnx
 from exporters.onnx.options import OnnxExportOptions
 from exporters.tensorrt.export import export_tensorrt
@@ -55,12 +57,10 @@ def write_language(root: Path, model: Path, even_model: Path, text: Path) -> Non
     shutil.copytree(model, root / "model")
     shutil.copytree(even_model, root / "even")
     export_vllm(root / "model", root / "vllm", VllmExportOptions(max_shard_bytes=60_000))
-    options = {"compute_capabilities": ["8.9"], "sequence": [1, 8, 32], "calibration_data": str(text)}
-    for source, name, changes in (
-        ("even", "modelopt", {"format": "modelopt-checkpoint"}),
-        ("model", "decoder", {"builder": "none", "require": False}),
-    ):
-        export_language(root / source, root / name, build_config(LanguageExportOptions, options | changes))
+    options = {"calibration_data": str(text)}
+    export_checkpoint(root / "even", root / "modelopt", build_config(ModeloptExportOptions, options))
+    options |= {"compute_capabilities": ["8.9"], "sequence": [1, 8, 32], "builder": "none", "require": False}
+    export_language(root / "model", root / "decoder", build_config(LanguageExportOptions, options))
 
 
 def write_vision(root: Path, *, engines: bool) -> None:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import yaml
+from pydantic import Field
 
 from fp8pipe.artifact import ArtifactWriter, Gate, open_artifact
 from fp8pipe.artifact.checksum import write_checked
@@ -24,8 +25,8 @@ from fp8pipe.artifact.kinds import ArtifactKind, Details, register_kind
 class WorkDetails(Details):
     """What a stage says of itself."""
 
-    score: float = 1.0
-    resumed: int = 0
+    score: float = Field(default=1.0, description="as it was set")
+    resumed: int = Field(default=0, description="steps that an earlier run did")
 
 
 register_kind(ArtifactKind("work", WorkDetails))

@@ -9,15 +9,15 @@ import torch
 from language_edits import even
 from safetensors.torch import load_file
 
-from exporters.tensorrt.language.export import export_language
-from exporters.tensorrt.language.options import LanguageExportOptions
+from exporters.modelopt.checkpoint import export_checkpoint
+from exporters.modelopt.options import ModeloptExportOptions
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import GateFailedError
 
 
 def export(source, output, text, **changes: object):
     chosen = {"format": "modelopt-checkpoint", "calibration_data": str(text)} | changes
-    return export_language(source, output, build_config(LanguageExportOptions, chosen))
+    return export_checkpoint(source, output, build_config(ModeloptExportOptions, chosen))
 
 
 def quantized(source) -> list[str]:

@@ -9,8 +9,8 @@ import pytest
 from language_edits import even
 from safetensors import safe_open
 
-from exporters.tensorrt.language.export import export_language
-from exporters.tensorrt.language.options import LanguageExportOptions
+from exporters.modelopt.checkpoint import export_checkpoint
+from exporters.modelopt.options import ModeloptExportOptions
 from exporters.vllm.environment import find_vllm_python, subprocess_environment
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import MissingCapabilityError
@@ -71,7 +71,7 @@ def python():
 def test_vllm_wants_the_tensors_that_are_written(language_artifact, language_text, tmp_path, python):
     source = language_artifact("llama", edit=even)
     chosen = {"format": "modelopt-checkpoint", "calibration_data": str(language_text)}
-    written = export_language(source, tmp_path / "export", build_config(LanguageExportOptions, chosen)).root
+    written = export_checkpoint(source, tmp_path / "export", build_config(ModeloptExportOptions, chosen)).root
     (tmp_path / "read.py").write_text(READ)
     ended = subprocess.run(
         [python, "-P", str(tmp_path / "read.py"), str(written), str(tmp_path / "found.json")],

@@ -52,7 +52,7 @@ def test_a_broken_graph_is_found_and_the_builder_refuses_or_degrades_it(case: Ca
     report = lint_typed(model, [case.capability])
     found = [finding for finding in report.findings if finding.rule == case.rule]
     assert found, report
-    assert not case.node or case.node in {finding.tensor for finding in found}, found
+    assert not case.node or case.node in {finding.where for finding in found}, found
     effect = RULES[case.rule].effect
     assert (found[0] in report.errors()) == (effect is not Effect.WARNING)
     assert (found[0] in report.errors(require=False)) == (effect in (Effect.REFUSED, Effect.WRONG))

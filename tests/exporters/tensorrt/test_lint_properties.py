@@ -65,7 +65,7 @@ def test_what_is_found_does_not_depend_on_names(case, seed):
     assert case.rule in expected
     found = lint_typed(renamed(case.broken(), seed), [case.capability]).findings
     assert sorted(finding.rule for finding in found) == sorted(expected)
-    assert all(finding.tensor and finding.why and finding.fix for finding in found)
+    assert all(finding.where and finding.why and finding.fix for finding in found)
 
 
 @given(case=st.sampled_from(BROKEN))

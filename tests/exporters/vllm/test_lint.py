@@ -100,7 +100,7 @@ def test_each_defect_is_named(defect: str, llama: Path, falqon: Callable[..., Pa
         export_vllm(falqon(llama, edit=edit), tmp_path / "out" / "export", FP8)
     assert rule in rules(caught)
     finding = next(f for f in caught.value.findings if f.rule == rule)
-    assert finding.tensor
+    assert finding.where
     assert finding.fix
     assert not (tmp_path / "out").exists()  # neither the export nor a partial one
 
