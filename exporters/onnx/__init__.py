@@ -1,5 +1,4 @@
 """Export to ONNX: a quantized vision model in, a graph out whose numbers are the artifact's, bit for bit.
 
-What is listed here is loaded when it is first used: serving takes `exporters.graph.runtime` alone, in images that hold
-neither torch nor onnx.
+Nothing is imported here, so that help and schema read the target without torch.
 """

@@ -1,4 +1,4 @@
-"""What a planted fault is, and the edits that plant one."""
+"""What an injected fault is, and the edits that inject one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fp8pipe.artifact.finding import Check
 
 __all__ = ["Fault", "code_bits", "graph", "json_file", "manifest", "record", "tensors"]
 
-Plant = Callable[[Path], None]
+Inject = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Fault:
 
     Attributes:
         name: short, unique.
-        artifact: which artifact or record of the tree it is planted in.
+        artifact: which artifact or record of the tree it is injected in.
         where: the file, in words.
         how: what is done to it.
         check: the check that must report it.
         named: what the report must name: file, layer, tensor or node.
-        plant: does it, given the tree; leaves hashes and checksums right unless they are the fault.
+        inject: does it, given the tree; leaves hashes and checksums right unless they are the fault.
         parent: what must be in the tree beside it for the check; none where the artifact alone is enough.
     """
 
@@ -43,11 +43,11 @@ class Fault:
     how: str
     check: Check
     named: str
-    plant: Plant
+    inject: Inject
     parent: str | None = None
 
 
-def tensors(artifact: str, change: Callable[[dict[str, Tensor]], None], file: str = "") -> Plant:
+def tensors(artifact: str, change: Callable[[dict[str, Tensor]], None], file: str = "") -> Inject:
     """Edit the tensors of safetensors files, each staying in its file; new ones go into the first.
 
     Args:
@@ -56,7 +56,7 @@ def tensors(artifact: str, change: Callable[[dict[str, Tensor]], None], file: st
         file: one file's name; all but the adapter's where it is empty.
     """
 
-    def plant(tree: Path) -> None:
+    def inject(tree: Path) -> None:
         root = tree / artifact
         files = [root / file] if file else [f for f in sorted(root.glob("*.safetensors")) if "adapter" not in f.name]
         held = {path: load_file(path) for path in files}
@@ -73,55 +73,55 @@ def tensors(artifact: str, change: Callable[[dict[str, Tensor]], None], file: st
             index.write_text(json.dumps(data, indent=2))
         rehash(root)
 
-    return plant
+    return inject
 
 
 def json_file(
     artifact: str, file: str, change: Callable[[Any], Any], also: Callable[[dict], None] | None = None
-) -> Plant:
+) -> Inject:
     """Edit a JSON file of an artifact; `change` returns the new content, or None if it edited in place."""
 
-    def plant(tree: Path) -> None:
+    def inject(tree: Path) -> None:
         path = tree / artifact / file
         data = json.loads(path.read_text())
         changed = change(data)
         path.write_text(json.dumps(data if changed is None else changed, indent=2) + "\n")
         rehash(tree / artifact, also)
 
-    return plant
+    return inject
 
 
-def manifest(artifact: str, change: Callable[[dict], None]) -> Plant:
+def manifest(artifact: str, change: Callable[[dict], None]) -> Inject:
     """Edit the manifest and checksum it again."""
 
-    def plant(tree: Path) -> None:
+    def inject(tree: Path) -> None:
         rehash(tree / artifact, change)
 
-    return plant
+    return inject
 
 
-def record(file: str, change: Callable[[dict], None]) -> Plant:
+def record(file: str, change: Callable[[dict], None]) -> Inject:
     """Edit a record beside the artifacts and checksum it again."""
 
-    def plant(tree: Path) -> None:
+    def inject(tree: Path) -> None:
         data = json.loads((tree / file).read_text())
         change(data)
         write_checked(tree / file, json.dumps(data, indent=2) + "\n")
 
-    return plant
+    return inject
 
 
-def graph(artifact: str, edit: Callable[[ir.Model], None]) -> Plant:
+def graph(artifact: str, edit: Callable[[ir.Model], None]) -> Inject:
     """Edit `model.onnx`; engines beside it are then stale, unless the manifest is made to say otherwise."""
 
-    def plant(tree: Path) -> None:
+    def inject(tree: Path) -> None:
         path = tree / artifact / "model.onnx"
         model = ir.load(path)
         edit(model)
         ir.save(model, path)
         rehash(tree / artifact)
 
-    return plant
+    return inject
 
 
 def code_bits(tensor: Tensor) -> Tensor:

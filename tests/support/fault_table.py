@@ -1,4 +1,4 @@
-"""The page that lists every planted fault with its check, written from the suite's registry: `docs/faults.md`."""
+"""The page that lists every injected fault with its check, written from the suite's registry: `docs/faults.md`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHECKS = {
 HEAD = """# What `fp8pipe verify` catches
 
 Hashes show that bytes are those that were written. They do not show that the writer was right, or honest. So the tests
-plant faults in finished artifacts, make every hash and checksum right again (except where those are the fault), and
+inject faults into finished artifacts, make every hash and checksum right again (except where those are the fault), and
 demand that `fp8pipe verify` reports each one, through the check named here and with the name of the file, layer, tensor
 or node. No engine is started: every fault below is found by reading.
 
@@ -45,7 +45,7 @@ are noted, stored numbers are compared still); the machine code inside of an eng
 only a signature helps ([artifact.md](artifact.md#signatures)).
 
 This page is written by `python tests/support/fault_table.py` from the registry in `tests/support/faults_*.py`; a test
-keeps the two alike, and `tests/exporters/verify/test_faults.py` plants them all.
+keeps the two alike, and `tests/exporters/verify/test_faults.py` injects them all.
 
 ## Checks
 
@@ -57,7 +57,7 @@ keeps the two alike, and `tests/exporters/verify/test_faults.py` plants them all
 def page() -> str:
     """The whole page."""
     rows = "".join(f"| `{name}` | {what} |\n" for name, what in CHECKS.items())
-    columns = "| fault | planted in | what is done | check | reported by name | parent |"
+    columns = "| fault | injected into | what is done | check | reported by name | parent |"
     lines = [f"## {len(FAULTS)} faults\n", columns, "|---|---|---|---|---|---|"]
     for fault in FAULTS:
         place = f"`{fault.artifact}`, {fault.where}"

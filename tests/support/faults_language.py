@@ -79,7 +79,7 @@ def rows_of_fused(found: dict[str, Tensor]) -> None:
 def file(artifact: str, name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Path], None]:
     """A file's bytes; None deletes it, and what is not there counts as empty."""
 
-    def plant(tree: Path) -> None:
+    def inject(tree: Path) -> None:
         path = tree / artifact / name
         path.parent.mkdir(exist_ok=True)
         data = change(path.read_bytes() if path.is_file() else b"")
@@ -89,7 +89,7 @@ def file(artifact: str, name: str, change: Callable[[bytes], bytes | None]) -> C
             path.write_bytes(data)
         rehash(tree / artifact)
 
-    return plant
+    return inject
 
 
 def stray(tree: Path) -> None:
@@ -199,7 +199,7 @@ EXPORT_FAULTS = (
           json_file("vllm", "config.json", config(*BLOCK, "ignore", value=[]))),
     Fault("ignore-too-long", "vllm", "config.json", "a quantized layer is ignored", C.REOPEN, Q,
           json_file("vllm", "config.json", config(*BLOCK, "ignore", value=["lm_head", Q]))),
-    Fault("strategy-wrong", "vllm", "config.json", "one scale a tensor is declared", C.REOPEN, "strategy",
+    Fault("strategy-wrong", "vllm", "config.json", "one scale per tensor is declared", C.REOPEN, "strategy",
           json_file("vllm", "config.json", config(*GROUP, "weights", "strategy", value="tensor"))),
     Fault("activations-static", "vllm", "config.json", "static activation scales are declared", C.REOPEN, "dynamic",
           json_file("vllm", "config.json", config(*GROUP, "input_activations", "dynamic", value=False))),
@@ -234,7 +234,7 @@ EXPORT_FAULTS = (
           manifest("vllm", layers(Q, shape=[64, 32]))),
     Fault("layer-not-converted", "vllm", "manifest.json", "a layer of codes is said to be left alone", C.MANIFEST, Q,
           manifest("vllm", layers(Q, weight=None))),
-    Fault("number-format", "vllm", "manifest.json", "one scale a tensor is stated", C.MANIFEST, "number_format",
+    Fault("number-format", "vllm", "manifest.json", "one scale per tensor is stated", C.MANIFEST, "number_format",
           manifest("vllm", config("number_format", "granularity", value="per-tensor"))),
     Fault("payload", "vllm", "manifest.json", "another number of bytes is stated", C.MANIFEST, "payload_bytes",
           manifest("vllm", config("details", "payload_bytes", value=1))),

@@ -103,7 +103,7 @@ def reverse_moments(data: dict) -> None:
 def external(offset: int) -> Callable[[Path], None]:
     """Weights move into a file of their own, and one tensor is looked for `offset` bytes too far."""
 
-    def plant(tree: Path) -> None:
+    def inject(tree: Path) -> None:
         path = tree / "onnx" / "model.onnx"
         ir.save(ir.load(path), path, external_data="model.onnx.data", size_threshold_bytes=0)
         proto = onnx.load(path, load_external_data=False)
@@ -113,7 +113,7 @@ def external(offset: int) -> Callable[[Path], None]:
         path.write_bytes(proto.SerializeToString())
         rehash(tree / "onnx")
 
-    return plant
+    return inject
 
 
 def without_layer(name: str) -> Callable[[dict], None]:

@@ -1,4 +1,4 @@
-"""Faults that hashes cannot show: each is planted, checksummed again, and must be reported by its check, by name."""
+"""Faults that hashes cannot show: each is injected, checksummed again, and must be reported by its check, by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _graphs_are_made_once():
     vision._against = real
 
 
-def plant(fault: Fault, whole: Path, place: Path) -> Path:
+def inject(fault: Fault, whole: Path, place: Path) -> Path:
     """A tree of what the fault needs, with the fault in it."""
     place.mkdir()
     names = {fault.artifact, fault.parent} - {None}
@@ -53,7 +53,7 @@ def plant(fault: Fault, whole: Path, place: Path) -> Path:
         else:
             for path in whole.glob(f"{Path(name).stem}.*"):
                 shutil.copy(path, place / path.name)
-    fault.plant(place)
+    fault.inject(place)
     return place
 
 
@@ -61,7 +61,7 @@ def plant(fault: Fault, whole: Path, place: Path) -> Path:
 def test_a_planted_fault_is_caught_by_name(fault, whole_tree, tmp_path):
     if fault.artifact == "trt" and not (whole_tree / "trt" / "engines").is_dir():
         pytest.skip("TensorRT for RTX is not installed")
-    root = plant(fault, whole_tree, tmp_path / "run")
+    root = inject(fault, whole_tree, tmp_path / "run")
     checked, _ = verify_tree(find_tree(root))
     caught = [f for f in checked.findings if f.check is fault.check and fault.named in f"{f.where}: {f.why}"]
     assert caught, "\n".join(map(str, checked.findings)) or "nothing was found"
@@ -73,7 +73,7 @@ def test_names_are_unique_and_there_are_many():
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in ("heads-permuted", "resize")], ids=lambda f: f.name)
 def test_the_command_finds_them_with_parents_elsewhere(fault, whole_tree, tmp_path):
-    root = plant(fault, whole_tree, tmp_path / "run")
+    root = inject(fault, whole_tree, tmp_path / "run")
     (root / fault.parent).rename(tmp_path / "elsewhere")
     alone = CliRunner().invoke(main, ["verify", "--json", str(root)])
     assert alone.exit_code == 0, alone.output

@@ -1,4 +1,4 @@
-"""Every lint rule, met by a defect planted in an artifact; and that nothing is written when one fires."""
+"""Every lint rule, met by a defect injected in an artifact; and that nothing is written when one fires."""
 
 from __future__ import annotations
 
