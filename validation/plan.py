@@ -14,6 +14,7 @@ from typing import Final
 
 from exporters.vllm.environment import find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.phases import PhaseMeter, can_measure
 from fp8pipe.core.plan import Missing, Plan, missing_memory, missing_packages
@@ -111,7 +112,7 @@ def _run(against: Path) -> None:
     from exporters.graph.dry_run import run_model
     from fp8pipe.models.vision.quantized import load_quantized
 
-    run_model(load_quantized(open_artifact(against, kind="vit").root))
+    run_model(load_quantized(open_artifact(against, kind=VIT_KIND).root))
 
 
 def _float_bytes(artifact: Artifact) -> int:

@@ -38,6 +38,7 @@ from fp8pipe.artifact import (
     installed_versions,
     open_artifact,
 )
+from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import Plan
 from fp8pipe.core.progress import track
@@ -47,11 +48,10 @@ from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
-__all__ = ["CLASSES_FILE", "MODEL_FILE", "SOURCE_KIND", "export_onnx", "plan_export"]
+__all__ = ["CLASSES_FILE", "MODEL_FILE", "export_onnx", "plan_export"]
 
 logger = logging.getLogger(__name__)
 
-SOURCE_KIND: Final = "vit"
 _LAYER_IMAGES: Final = 4
 _HALF: Final = 4  # bits
 
@@ -73,7 +73,7 @@ def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = Tru
         BadArtifactError: no such artifact, or a damaged one.
         LintFindingsError: it cannot be exported in this format.
     """
-    artifact = open_artifact(source, kind=SOURCE_KIND)
+    artifact = open_artifact(source, kind=VIT_KIND)
     quantized = load_quantized(artifact.root)
     refuse(lint_model(quantized, options.format, runtime=runtime), str(source))
     return replace(_plan(quantized, options.format), peak_bytes=export_peak(quantized))
@@ -111,7 +111,7 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
         )
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
-    artifact = open_artifact(source, kind=SOURCE_KIND)
+    artifact = open_artifact(source, kind=VIT_KIND)
     quantized = load_quantized(artifact.root)
     refuse(lint_model(quantized, options.format), str(source))
     images = probe_images(artifact.root, quantized.preprocessing)

@@ -22,8 +22,8 @@ from pydantic import Field
 
 from exporters.tensorrt.builder import Built, Shapes
 from exporters.tensorrt.engines import ENGINES, MODEL_FILE
-from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
-from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.enterprise import build_enterprise, check_enterprise
+from exporters.tensorrt.options import EnterpriseSettings, TrtFormat
 from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
 from exporters.tensorrt.rtx import SETTINGS, build_rtx

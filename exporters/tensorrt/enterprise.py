@@ -14,18 +14,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
-
-from pydantic import Field
+from typing import Any, Final
 
 from exporters.tensorrt.builder import Built, Shapes, run_builder
 from exporters.tensorrt.listing import parse_inspector
+from exporters.tensorrt.options import EnterpriseSettings
 from exporters.tensorrt.recipe import cache_folder
-from fp8pipe.core.config import Flag, FrozenConfig
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
 
-__all__ = ["EnterpriseMachine", "EnterpriseSettings", "build_enterprise", "check_enterprise", "trtexec_command"]
+__all__ = ["EnterpriseMachine", "build_enterprise", "check_enterprise", "trtexec_command"]
 
 _TIMEOUT_S: Final = 4 * 3600
 _OLDEST: Final = (10, 13)
@@ -46,27 +44,6 @@ class EnterpriseMachine:
 
     version: str
     capability: str
-
-
-class EnterpriseSettings(FrozenConfig):
-    """How the builder is set up; part of an engine's recipe."""
-
-    workspace_mib: Annotated[int, Flag("workspace")] = Field(
-        default=4096, gt=0, description="Enterprise: scratch memory that kernels may take, MiB"
-    )
-    optimization_level: int = Field(default=3, ge=0, le=5, description="Effort of the search; 3 is its default")
-    version_compatible: Annotated[bool, Flag("version-compatible")] = Field(
-        default=False, description="Enterprise: engines that later versions load, too"
-    )
-
-    @staticmethod
-    def network_flags(version: str) -> tuple[str, ...]:
-        """Names of NetworkDefinitionCreationFlag: 11 knows strongly typed networks only, 10 must be asked for one."""
-        return ("STRONGLY_TYPED",) if int(version.split(".")[0]) < 11 else ()
-
-    def builder_flags(self) -> tuple[str, ...]:
-        """Names of BuilderFlag, in 10 and 11 alike; none of precision: strong typing allows none, and 11 has none."""
-        return ("VERSION_COMPATIBLE",) if self.version_compatible else ()
 
 
 def check_enterprise() -> EnterpriseMachine:

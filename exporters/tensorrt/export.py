@@ -52,6 +52,7 @@ from fp8pipe.artifact import (
     open_artifact,
     sha256_file,
 )
+from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.plan import Plan
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.encodings import layer_records
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
 
 __all__ = ["export_tensorrt"]
 
-SOURCE_KIND: Final = "vit"
 _LAYER_IMAGES: Final = 4
 _FLOATS: Final = ("fp16", "fp32", "bf16")
 _BLOCK_LINEARS: Final = 4  # qkv, projection and the two of the MLP
@@ -98,7 +98,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
     machine = check_enterprise() if options.builder is Builder.ENTERPRISE else None
-    artifact = open_artifact(source, kind=SOURCE_KIND)
+    artifact = open_artifact(source, kind=VIT_KIND)
     stored = load_quantized(artifact.root)
     refuse(lint_model(stored, OnnxFormat.QDQ, runtime=False), str(source))
     format = choose_format(stored, options.format, str(source))

@@ -16,6 +16,7 @@ from exporters.graph.produce import as_exported
 from exporters.tensorrt.options import Builder, TrtExportOptions, TrtFormat
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.numerics.kinds import Kind
@@ -97,6 +98,6 @@ def plan_targets(source: Path, options: TrtExportOptions) -> tuple[TrtFormat, tu
         LintFindingsError: the artifact's codes cannot be stored in the format.
         ConfigurationError: a compute capability does not have it.
     """
-    format = choose_format(load_quantized(open_artifact(source, kind="vit").root), options.format, str(source))
+    format = choose_format(load_quantized(open_artifact(source, kind=VIT_KIND).root), options.format, str(source))
     chosen = with_targets(options, format)
     return format, chosen.compute_capabilities if chosen.builder is not Builder.NONE else ()

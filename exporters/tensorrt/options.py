@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Final
 
 from pydantic import Field, field_validator, model_validator
 
-from exporters.tensorrt.enterprise import EnterpriseSettings
-from exporters.tensorrt.rtx import CAPABILITIES
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.numerics.kinds import Kind
 
-__all__ = ["Base", "Builder", "TrtExportOptions", "TrtFormat", "known_capabilities"]
+__all__ = [
+    "CAPABILITIES", "Base", "Builder", "EnterpriseSettings", "TrtExportOptions", "TrtFormat", "known_capabilities",
+]  # fmt: skip
+
+# What TensorRT for RTX compiles for, by its enumeration. Hopper is not among them.
+CAPABILITIES: Final[Mapping[str, str]] = {
+    "7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121",
+}  # fmt: skip
 
 
 class Builder(StrEnum):
@@ -75,6 +81,27 @@ class TrtFormat(StrEnum):
 _KINDS: Final = {
     TrtFormat.FP8: Kind.E4M3, TrtFormat.NVFP4: Kind.NVFP4, TrtFormat.NVFP4_WEIGHT_ONLY: Kind.NVFP4,
 }  # fmt: skip
+
+
+class EnterpriseSettings(FrozenConfig):
+    """How the builder is set up; part of an engine's recipe."""
+
+    workspace_mib: Annotated[int, Flag("workspace")] = Field(
+        default=4096, gt=0, description="Enterprise: scratch memory that kernels may take, MiB"
+    )
+    optimization_level: int = Field(default=3, ge=0, le=5, description="Effort of the search; 3 is its default")
+    version_compatible: Annotated[bool, Flag("version-compatible")] = Field(
+        default=False, description="Enterprise: engines that later versions load, too"
+    )
+
+    @staticmethod
+    def network_flags(version: str) -> tuple[str, ...]:
+        """Names of NetworkDefinitionCreationFlag: 11 knows strongly typed networks only, 10 must be asked for one."""
+        return ("STRONGLY_TYPED",) if int(version.split(".")[0]) < 11 else ()
+
+    def builder_flags(self) -> tuple[str, ...]:
+        """Names of BuilderFlag, in 10 and 11 alike; none of precision: strong typing allows none, and 11 has none."""
+        return ("VERSION_COMPATIBLE",) if self.version_compatible else ()
 
 
 class TrtExportOptions(FrozenConfig):

@@ -9,14 +9,11 @@ from typing import Final
 
 from exporters.tensorrt.builder import Built, Shapes, run_builder
 from exporters.tensorrt.listing import parse_listing
+from exporters.tensorrt.options import CAPABILITIES
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 
-__all__ = ["CAPABILITIES", "SETTINGS", "build_rtx", "check_capabilities"]
+__all__ = ["SETTINGS", "build_rtx", "check_capabilities"]
 
-# What its enumeration names. Hopper is not among them.
-CAPABILITIES: Final[Mapping[str, str]] = {
-    "7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121",
-}  # fmt: skip
 _TIMEOUT_S: Final = 3600
 # What an engine is built with besides shapes. Names of layers cost no byte of it, and the builder's other flags and
 # levels change none either.

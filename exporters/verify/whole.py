@@ -29,7 +29,7 @@ def verify_tree(
         tree: what lies in the directory.
         parents: places where parents may lie that are not in it.
         quick: bytes, records and parents only.
-        strict: files that nothing vouches for are findings.
+        strict: files that no record covers are findings.
         on_file: called after each file that was hashed.
 
     Returns:

@@ -18,13 +18,15 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 __all__ = [
-    "TUNED_KINDS", "VIT_KIND", "ArtifactKind", "Details", "TunedDetails", "VitDetails", "kind_named", "register_kind",
-    "targets_of", "unregister_kind",
+    "FALQON_KIND", "LORA_KIND", "TUNED_KINDS", "VIT_KIND", "ArtifactKind", "Details", "TunedDetails", "VitDetails",
+    "kind_named", "register_kind", "targets_of", "unregister_kind",
 ]  # fmt: skip
 
 # Modules whose `load()` registers the kinds of a room above.
 _REGISTRIES: Final = ("exporters.target",)
-TUNED_KINDS: Final = ("falqon", "lora-merged")
+FALQON_KIND: Final = "falqon"
+LORA_KIND: Final = "lora-merged"
+TUNED_KINDS: Final = (FALQON_KIND, LORA_KIND)
 VIT_KIND: Final = "vit"
 
 
@@ -184,7 +186,7 @@ class VitDetails(Details):
     image_losses: dict[str, float] = Field(default_factory=dict, description="mean last value of each synthesis loss")
     seconds: dict[str, float] = Field(default_factory=dict, description="wall time by step")
     seconds_per_image: float | None = Field(default=None, description="wall time of synthesis per image")
-    transforms: TransformFacts = Field(default=TransformFacts(), description="equivalent transforms")
+    transforms: TransformFacts = Field(default_factory=TransformFacts, description="equivalent transforms")
     loss: FirstLast | None = Field(default=None, description="of distillation; none where nothing was trained")
     accuracy: Accuracy | None = Field(default=None, description="on held-out labelled pictures, where they were given")
 
@@ -196,7 +198,7 @@ def renamed(details: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 
 def _migrate_tuned(data: dict[str, Any]) -> dict[str, Any]:
     details = renamed(data["details"], {"last_flush": "final_merge", "last_flush_layers": "final_merge_layers"})
-    details.setdefault("adapter", "flushed" if data["kind"] == TUNED_KINDS[0] else "merged")
+    details.setdefault("adapter", "flushed" if data["kind"] == FALQON_KIND else "merged")
     tensorwise = details.get("rule") == "released"
     rule = "amax" if tensorwise else "power-of-two"
     per = "per-tensor" if tensorwise else "per-token"

@@ -1,4 +1,4 @@
-"""What lies in a directory: artifacts, records beside them, and files that nothing vouches for.
+"""What lies in a directory: artifacts, records beside them, and files that no record covers.
 
 A run's directory, a folder of exports and a single artifact are all trees. Nothing is believed here: what looks like an
 artifact is found by the names of its files alone, and checked elsewhere.

@@ -36,7 +36,7 @@ class Checked:
     Attributes:
         artifacts: those that could be opened, whole or not.
         findings: everything that is wrong.
-        notes: what could not be checked, and files that nothing vouches for.
+        notes: what could not be checked, and files that no record covers.
         damaged: directories of artifacts whose bytes are not those of their manifest.
         files: how many were hashed.
     """
@@ -53,7 +53,7 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
 
     Args:
         tree: what to check.
-        strict: files that nothing vouches for are findings, not notes.
+        strict: files that no record covers are findings, not notes.
         on_file: called after each file of an artifact.
     """
     checked = Checked()
@@ -79,7 +79,7 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
             )
         elif finding:
             checked.findings.append(Finding(Check.CHECKSUM, path.name, finding, artifact=tree.name_of(path)))
-    strays += [(tree.name_of(path.parent), path.name, "nothing vouches for it") for path in _unknown(tree)]
+    strays += [(tree.name_of(path.parent), path.name, "no record covers it") for path in _unknown(tree)]
     if strict:
         checked.findings += [Finding(Check.MANIFEST, name, why, artifact=shown) for shown, name, why in strays]
     else:

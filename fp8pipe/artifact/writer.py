@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,6 +40,7 @@ from fp8pipe.artifact.place import (
 from fp8pipe.artifact.reader import Artifact, read_artifact, sha256_file
 from fp8pipe.core.disk import ordinary_mode, translate_disk_full
 from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.machine import distribution_version
 from fp8pipe.core.version import __version__
 
 __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]
@@ -212,13 +212,8 @@ class ArtifactWriter:
 
 def installed_versions(names: Iterable[str] = _RECORDED) -> dict[str, str]:
     """Versions of Python and of the installed distributions among `names`; imports none of them."""
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {name: distribution_version(name) for name in names}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
 def _empty(root: Path) -> None:

@@ -44,7 +44,7 @@ class VerificationError(BadArtifactError):
     help="Where parents may lie that are not in DIRECTORY: an artifact, a tree of them, or a model. May be repeated.",
 )
 @click.option("--quick", is_flag=True, help="Hashes, checksums and records only; contents are not looked at.")
-@click.option("--strict", is_flag=True, help="Files that nothing vouches for are findings too.")
+@click.option("--strict", is_flag=True, help="Files that no record covers are findings too.")
 @click.option("--public-key", type=click.Path(path_type=Path), help="Check the signature with this key, PEM.")
 @click.option(
     "--certificate",

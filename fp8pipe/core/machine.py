@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 __all__ = [
@@ -91,6 +90,8 @@ def gpus() -> list[Gpu]:
 
 def distribution_version(name: str) -> str | None:
     """Version of an installed distribution, imported never; None where it is not installed."""
+    from importlib import metadata  # here, so that help does not wait for it
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

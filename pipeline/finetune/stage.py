@@ -27,7 +27,7 @@ from fp8pipe.artifact import (
     check_place,
     sha256_file,
 )
-from fp8pipe.artifact.kinds import HeldoutLoss, TextFacts, TunedDetails
+from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, TextFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.phases import enter_phase
 from fp8pipe.core.plan import refuse_impossible
@@ -119,7 +119,7 @@ def tune(
     resume: bool = False,
 ) -> Artifact:
     """The stage from the text on; see `finetune`. It enters the phases that a plan measures."""
-    kind = "falqon" if config.method == "falqon" else "lora-merged"
+    kind = FALQON_KIND if config.method == "falqon" else LORA_KIND
     with ArtifactWriter(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
         for warning in text.warnings:
             writer.warn(warning)

@@ -29,7 +29,7 @@ from fp8pipe.artifact import (
     Verdict,
     check_place,
 )
-from fp8pipe.artifact.kinds import Accuracy, FirstLast, TransformFacts, VitDetails
+from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts, VitDetails
 from fp8pipe.core.phases import enter_phase
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.encodings import layer_records
@@ -52,7 +52,6 @@ from pipeline.vit.student import Student
 from pipeline.vit.transforms.apply import Transformed, apply_transforms
 
 _LOG = logging.getLogger(__name__)
-KIND = "vit"
 IMAGES = ARTIFACT_IMAGES
 _IMAGES_WORK, _CHECKPOINTS, _METRICS = "images.partial", "checkpoints", "metrics.jsonl"
 _PROBE_IMAGES = 8
@@ -100,7 +99,7 @@ def quantize(
     """The stage from the loaded model on; see `quantize_vit`. It enters the phases that a plan measures."""
     structure = read_structure(vision.model, vision.architecture.image_size)
     given = read_images(image_request(config), vision, structure)  # what is wrong with them leaves nothing behind
-    with ArtifactWriter(output, kind=KIND, stage="quantize-vit", force=force, resume=resume) as writer:
+    with ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer:
         store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
         described = config.model_dump(mode="json")
         if store.started():

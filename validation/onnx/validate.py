@@ -31,10 +31,11 @@ from exporters.graph.produce import as_exported
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
-from exporters.onnx.export import MODEL_FILE, SOURCE_KIND
+from exporters.onnx.export import MODEL_FILE
 from exporters.onnx.target import KIND, OnnxDetails
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
 from fp8pipe.artifact.gate import failures
+from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.progress import track
@@ -132,7 +133,7 @@ def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path |
 
 
 def _parent(export: Artifact, against: Path) -> Artifact:
-    source = open_artifact(against, kind=SOURCE_KIND)
+    source = open_artifact(against, kind=VIT_KIND)
     if source.digest not in {parent.digest for parent in export.manifest.parents}:
         raise ConfigurationError(
             f"{export.root} was not made from {against}",

@@ -23,10 +23,10 @@ from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.dequantized import dequantize_graph
 from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
 from exporters.tensorrt.engines import ENGINES, MODEL_FILE
-from exporters.tensorrt.enterprise import EnterpriseSettings, build_enterprise, check_enterprise
-from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.enterprise import build_enterprise, check_enterprise
+from exporters.tensorrt.options import CAPABILITIES, EnterpriseSettings, TrtFormat
 from exporters.tensorrt.parity import evaluate_graph
-from exporters.tensorrt.rtx import CAPABILITIES, build_rtx
+from exporters.tensorrt.rtx import build_rtx
 from exporters.tensorrt.target import KIND, TrtDetails
 from fp8pipe.artifact import Artifact, Comparison, Gate, installed_versions, open_artifact, sha256_file
 from fp8pipe.artifact.gate import failures

@@ -9,17 +9,18 @@ from typing import Any, Final
 
 from exporters.tensorrt.language.options import CalibrationOptions, LanguageExportOptions
 from exporters.tensorrt.language.perplexity import BATCH
-from exporters.tensorrt.language.source import LANGUAGE_KIND, LENGTH
+from exporters.tensorrt.language.source import LENGTH
 from exporters.tensorrt.size import expected_sizes
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action
 from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.machine import resident_bytes
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
-__all__ = ["LANGUAGE_KIND", "LanguagePlan", "plan_language"]
+__all__ = ["LanguagePlan", "plan_language"]
 
 # fp32 copies of all weights that live at once: the reference that is compared with, the written graph as read again,
 # and ONNX Runtime's session with what it dequantizes; and of the logits: the session's, numpy's and torch's. Fitted to
@@ -62,7 +63,7 @@ def plan_language(source: Path, options: LanguageExportOptions | CalibrationOpti
         BadArtifactError: an unfinished or corrupt artifact.
     """
     plan = plan_export(source, VllmExportOptions())
-    artifact = open_artifact(source, kind=LANGUAGE_KIND, verify=False)
+    artifact = open_artifact(source, kind=FALQON_KIND, verify=False)
     converted = [unit for unit in plan.units if unit.action is Action.CODES]
     graph = isinstance(options, LanguageExportOptions)
     text = options.calibration_data or artifact.manifest.config.get("data")

@@ -23,6 +23,7 @@ from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan
 from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact, sha256_file
 from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
 from fp8pipe.models.compat import import_transformers
@@ -33,9 +34,7 @@ from fp8pipe.numerics.quantizers import WeightCodes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LANGUAGE_KIND", "LENGTH", "ExportText", "LanguageModel", "check_attention", "open_language", "read_text"]
-
-LANGUAGE_KIND = "falqon"
+__all__ = ["LENGTH", "ExportText", "LanguageModel", "check_attention", "open_language", "read_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def open_language(source: Path) -> LanguageModel:
         LintFindingsError: what no engine could serve rightly; see the rules of the export to vLLM.
         ConfigurationError: an architecture that cannot be exported.
     """
-    artifact = open_artifact(source, kind=LANGUAGE_KIND)
+    artifact = open_artifact(source, kind=FALQON_KIND)
     plan = plan_export(source, VllmExportOptions())
     findings = lint(plan) + _transposed(plan)
     if findings:

@@ -10,7 +10,7 @@ from exporters.graph.details import GraphOutput
 from exporters.target import Engine, ExportTarget, Service
 from exporters.tensorrt.language.options import LanguageExportOptions
 from exporters.tensorrt.target import BuiltEngine
-from fp8pipe.artifact.kinds import Details
+from fp8pipe.artifact.kinds import FALQON_KIND, Details
 from fp8pipe.artifact.layers import Encoding
 from fp8pipe.core.config import FrozenConfig
 
@@ -27,7 +27,7 @@ __all__ = [
 
 KIND: Final = "trt-language-export"
 # What is exported here: codes that were trained.
-SOURCES: Final = ("falqon",)
+SOURCES: Final = (FALQON_KIND,)
 
 
 class CalibrationFacts(FrozenConfig):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
+from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, VIT_KIND
 from fp8pipe.report.blocks import Block, Drawing, Drawings, Missing, Section, Table, Text
 from fp8pipe.report.charts import grid
 from fp8pipe.report.figures import Figure, Form
@@ -24,9 +24,9 @@ _SHOWN = (
 def section(subject: Subject) -> Section:
     """The section."""
     blocks: list[Block] = []
-    for item in subject.of_kind(TUNED_KINDS[0]):
+    for item in subject.of_kind(FALQON_KIND):
         blocks += list(_layers(subject, item))
-    others = sorted({item.kind for item in subject.of_kind(TUNED_KINDS[1], VIT_KIND)})
+    others = sorted({item.kind for item in subject.of_kind(LORA_KIND, VIT_KIND)})
     if others:
         shown = " and ".join(others)
         text = f"Artifacts of kind {shown} have no flush: their weights are rounded once, not updated in FP8."

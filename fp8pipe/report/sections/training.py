@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
+from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, TUNED_KINDS, VIT_KIND
 from fp8pipe.report.blocks import Block, Drawing, Drawings, Missing, Section, Text
 from fp8pipe.report.charts import Point, Series, line_chart
 from fp8pipe.report.figures import Form
@@ -52,9 +52,9 @@ def _curves(subject: Subject, item: Item) -> Iterator[Block]:
                 svg = line_chart([found], f"{key} of {item.name}", low=0.0)
                 drawings.append(Drawing(svg, [meaning[0].upper() + meaning[1:] + "."]))
     yield Drawings(drawings)
-    if item.kind == TUNED_KINDS[0] and len(drawings) < 2:
+    if item.kind == FALQON_KIND and len(drawings) < 2:
         yield Missing("The health of the update was not logged.", "fp8pipe finetune, with a smaller log_every")
-    if item.kind == TUNED_KINDS[1]:
+    if item.kind == LORA_KIND:
         yield Text(["LoRA keeps its update in higher precision, so saturation and survival have no meaning."])
     if item.kind == VIT_KIND:
         yield Text(["Held-out loss, saturation and survival of updates are not logged while a ViT is distilled."])

@@ -19,7 +19,6 @@ from quantized_families import quantized_family, storable, storable_graph, write
 from exporters.tensorrt import build_worker, enterprise
 from exporters.tensorrt.enterprise import (
     EnterpriseMachine,
-    EnterpriseSettings,
     build_enterprise,
     check_enterprise,
     job,
@@ -27,6 +26,7 @@ from exporters.tensorrt.enterprise import (
 )
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.listing import parse_inspector
+from exporters.tensorrt.options import EnterpriseSettings
 from exporters.tensorrt.precision import read_precision
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main

@@ -44,7 +44,7 @@ def test_300_of_300_flipped_bits_are_found(tree):
     for path, place in chosen:
         data = flip(path, place)
         findings = check_bytes(find_tree(tree)).findings
-        # A checksum and its record vouch for each other, so either may be the one that is named.
+        # A checksum and its record are held against each other, so either may be the one that is named.
         named = {path.name, path.with_suffix(".json").name}
         places_found = [f for f in findings if named & {Path(f.where).name}]
         if not places_found:

@@ -53,7 +53,7 @@ def test_unfinished_runs_and_strays_are_said(tree):
     document = json.loads(verify("--quick", "--json", tree).stdout)
     assert document["verified"]
     assert any("later.partial: unfinished" in note for note in document["notes"])
-    assert any("notes.txt: nothing vouches for it" in note for note in document["notes"])
+    assert any("notes.txt: no record covers it" in note for note in document["notes"])
     assert verify("--quick", "--strict", tree).exit_code == 12
 
 
@@ -62,7 +62,7 @@ def test_a_folder_of_strays_is_one_note(tree):
     for number in range(40):
         (tree / "pictures" / f"{number}.png").write_bytes(b"x")
     notes = json.loads(verify("--quick", "--json", tree).stdout)["notes"]
-    assert [note.partition(": ")[2] for note in notes if "pictures" in note] == ["40 files: nothing vouches for it"]
+    assert [note.partition(": ")[2] for note in notes if "pictures" in note] == ["40 files: no record covers it"]
 
 
 def test_damage_is_listed_whole_and_damaged_parents_are_not_compared_with(tree):
