@@ -37,8 +37,6 @@ from fp8pipe.models.checkpoint.tensors import SINGLE_NAME, write_index
 from fp8pipe.numerics.codec import same_bits
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
-__all__ = ["QUANT_FILE", "export_checkpoint", "quant_config"]
-
 QUANT_FILE: Final = "hf_quant_config.json"
 _PER_TENSOR: Final = "FP8"
 _PER_CHANNEL: Final = "FP8_PER_CHANNEL_PER_TOKEN"
@@ -201,10 +199,7 @@ def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) ->
 
 
 def _details(
-    options: ModeloptExportOptions,
-    algorithm: str,
-    text: ExportText | None,
-    scales: Mapping[str, InputScale] | None,
+    options: ModeloptExportOptions, algorithm: str, text: ExportText | None, scales: Mapping[str, InputScale] | None
 ) -> ModeloptDetails:
     if text is None or scales is None:
         return ModeloptDetails(format=options.format, quant_algo=algorithm)

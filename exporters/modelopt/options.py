@@ -9,8 +9,6 @@ from pydantic import Field
 from exporters.tensorrt.language.options import CalibrationOptions
 from fp8pipe.core.config import CONFIG_ONLY
 
-__all__ = ["ModeloptExportOptions"]
-
 
 class ModeloptExportOptions(CalibrationOptions):
     """Options of one checkpoint: it is served by an engine that builds its own graphs."""

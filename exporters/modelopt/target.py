@@ -11,8 +11,6 @@ from exporters.target import ExportTarget, Service
 from exporters.tensorrt.language.target import SOURCES, CalibrationFacts, InputScale
 from fp8pipe.artifact.kinds import Details
 
-__all__ = ["KIND", "TARGET", "ModeloptDetails"]
-
 KIND: Final = "modelopt-export"
 
 

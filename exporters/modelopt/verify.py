@@ -20,8 +20,6 @@ from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_e
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.numerics.codec import same_bits
 
-__all__ = ["check_modelopt"]
-
 
 def check_modelopt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
     """Codes, scales, both configurations; every tensor against the parent's."""

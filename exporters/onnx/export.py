@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exporters.graph.classes import compare_classes, measure_noise
-from exporters.graph.description import CLASSES_FILE, MODEL_FILE, graph_details, require_gates, write_description
+from exporters.graph.description import MODEL_FILE, graph_details, require_gates, write_description
 from exporters.graph.dry_run import export_peak
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import class_gates, codes_gate, float_gate, kernel_gate, outputs_gate, parity_gates

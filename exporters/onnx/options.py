@@ -9,8 +9,6 @@ from pydantic import Field
 from exporters.graph.formats import OnnxFormat
 from fp8pipe.core.config import CONFIG_ONLY, FrozenConfig
 
-__all__ = ["OnnxExportOptions"]
-
 
 class OnnxExportOptions(FrozenConfig):
     """Options of one export."""

@@ -11,8 +11,6 @@ from exporters.onnx.options import OnnxExportOptions
 from exporters.target import Engine, ExportTarget, Service
 from fp8pipe.artifact.kinds import VIT_KIND
 
-__all__ = ["KIND", "TARGET", "OnnxDetails"]
-
 KIND: Final = "onnx-export"
 
 

@@ -15,8 +15,6 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.vision.encodings import layer_records
 
-__all__ = ["check_onnx"]
-
 # Rules of the linter that speak of any runtime; the others are about TensorRT's builder.
 _ANY_RUNTIME: Final = ("scale-value", "scale-infinite", "nan-code", "scale-shape", "block-size", "codes-undecoded")
 

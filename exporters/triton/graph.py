@@ -22,8 +22,6 @@ from exporters.graph.packages import import_onnx_package
 from exporters.graph.runtime import PRECISION_MODE, has_vnni, open_session
 from fp8pipe.core.errors import BadArtifactError, GateFailedError, MissingCapabilityError
 
-__all__ = ["TritonDevice", "write_graph"]
-
 _IMAGES: Final = 4
 # Three times what normalized pixels are: many activations at the ends of their ranges, where sums are largest.
 _PIXEL_SPREAD: Final = 3.0

@@ -12,8 +12,6 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.core.phases import PhaseMeter, can_measure
 from fp8pipe.core.plan import Plan, missing_disk
 
-__all__ = ["plan_repository"]
-
 
 def plan_repository(artifact: Artifact, output: Path, device: TritonDevice) -> Plan:
     """Plan a model repository: a copy of the export's files, or its graph as a CPU gets it."""

@@ -22,8 +22,6 @@ from exporters.triton.graph import TritonDevice, write_graph
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.errors import ConfigurationError
 
-__all__ = ["write_triton_repository"]
-
 _MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
 _MAX_BATCH = 32
 

@@ -16,8 +16,6 @@ from exporters.vllm.plan import ExportPlan
 from exporters.vllm.quantization_config import quantization_config
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars, sidecar_files
 
-__all__ = ["auxiliary_files", "auxiliary_warnings", "export_config", "write_auxiliary"]
-
 CONFIG_NAME = "config.json"
 
 

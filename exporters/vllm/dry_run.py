@@ -22,8 +22,6 @@ from exporters.vllm.writer import write_weights
 from fp8pipe.core.phases import PhaseMeter, can_measure
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries
 
-__all__ = ["DryRun", "dry_run_export"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DryRun:

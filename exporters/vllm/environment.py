@@ -17,8 +17,6 @@ from pathlib import Path
 
 from fp8pipe.core.errors import MissingCapabilityError
 
-__all__ = ["PYTHON_VARIABLE", "VllmEnvironment", "find_vllm_python", "inspect_environment", "subprocess_environment"]
-
 PYTHON_VARIABLE = "FP8PIPE_VLLM_PYTHON"
 _FOLDER = Path(".venv-vllm") / "bin" / "python"
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -82,9 +80,7 @@ def find_vllm_python(explicit: str | None = None) -> Path:
     if importlib.util.find_spec("vllm") is not None:
         return Path(sys.executable)
     raise MissingCapabilityError(
-        "vLLM is not installed",
-        why=f"no {_FOLDER} here or beside fp8pipe, and no vLLM in {sys.executable}",
-        fix=_HOW,
+        "vLLM is not installed", why=f"no {_FOLDER} here or beside fp8pipe, and no vLLM in {sys.executable}", fix=_HOW
     )
 
 

@@ -20,9 +20,6 @@ from fp8pipe.core.progress import track
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
-__all__ = ["export_vllm", "plan_export", "plan_warnings"]
-
-
 _CARD = CardFacts(
     "transformers", "vLLM", (
         "FP8 kernels need a GPU of compute capability 8.9 or later; on CPUs vLLM needs the plugin of fp8pipe.",
@@ -111,9 +108,7 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
 def _check_output(output: Path, source: Path | str, options: VllmExportOptions) -> None:
     if output.resolve() == Path(source).resolve():
         raise ConfigurationError(
-            f"the output {output} is the source itself",
-            why="it would be replaced",
-            fix="name another directory",
+            f"the output {output} is the source itself", why="it would be replaced", fix="name another directory"
         )
     check_place(output, force=options.force)
 

@@ -18,8 +18,6 @@ from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, header_
 from fp8pipe.numerics.codec import same_bits
 from fp8pipe.numerics.grids import E4M3
 
-__all__ = ["lint"]
-
 ADAPTER_FILE = "adapter.safetensors"
 # A weight matrix whose largest magnitude exceeds this, while the reciprocal scale would put it below
 # `PLAUSIBLE_AMAX`, was stored with a quantizing scale (448/amax): trained weights stay far below 100.

@@ -14,8 +14,6 @@ from exporters.vllm.source import SourceKind
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.language.structure import Role
 
-__all__ = ["found", "lint_structure"]
-
 _USE_BF16: Final = "export with --format bf16"
 _WRITE_AGAIN: Final = "write the artifact again"
 _OTHER_CONFIG: Final = "use the config.json that belongs to these weights"

@@ -9,8 +9,6 @@ from pydantic import Field
 
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, Size
 
-__all__ = ["ExportFormat", "VllmExportOptions"]
-
 
 class ExportFormat(StrEnum):
     """How the linear layers of the export are stored and run.
@@ -47,7 +45,6 @@ class VllmExportOptions(FrozenConfig):
         description="Most tensor data in one file, for instance 5GB; a larger tensor gets its own",
     )
     vllm_version: str = Field(
-        default="0.32.0",
-        description="vLLM version whose checkpoint schema is written (one of the declared versions)",
+        default="0.32.0", description="vLLM version whose checkpoint schema is written (one of the declared versions)"
     )
     force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")

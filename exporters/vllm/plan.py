@@ -21,8 +21,6 @@ from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, is_scale, spellings
 from fp8pipe.models.language.structure import ModelStructure, Role
 
-__all__ = ["Action", "ExportPlan", "Output", "Unit", "build_plan", "fused_siblings"]
-
 # FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
 DIMENSION_MULTIPLE = 16
 # What vLLM does with the inputs of an FP8 layer whose activations are declared dynamic, per token.

@@ -13,8 +13,6 @@ from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.plan import Plan, missing_disk, missing_memory
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 
-__all__ = ["plan_vllm"]
-
 
 def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], Plan]:
     """The dry run: what would be written and what it takes; of the weights nothing is read, so nothing is linted."""

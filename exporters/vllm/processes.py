@@ -14,8 +14,6 @@ from pathlib import Path
 
 from fp8pipe.core.errors import BadArtifactError, Fp8PipeError, MissingCapabilityError, OutOfMemoryError
 
-__all__ = ["end_group", "engine_failure", "last_lines"]
-
 _SHOWN_LINES = 15
 
 

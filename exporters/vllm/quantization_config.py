@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from exporters.vllm.options import ExportFormat
 from fp8pipe.core.errors import ConfigurationError
 
-__all__ = ["CheckpointSchema", "known_versions", "quantization_config", "schema_for"]
-
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSchema:
@@ -90,10 +88,7 @@ def quantization_config(
     if not export_format.quantized:
         return None
     float8 = {"num_bits": 8, "type": "float", "symmetric": True}
-    group: dict[str, object] = {
-        "targets": ["Linear"],
-        "weights": {**float8, "strategy": "channel", "dynamic": False},
-    }
+    group: dict[str, object] = {"targets": ["Linear"], "weights": {**float8, "strategy": "channel", "dynamic": False}}
     if export_format is ExportFormat.FP8:
         group["input_activations"] = {**float8, "strategy": "token", "dynamic": True}
     return {

@@ -23,8 +23,6 @@ from fp8pipe.numerics.codec import dequantize_weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["iter_weights", "load_torch_model"]
-
 
 def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of an export but its scales, file by file, one in memory at a time.

@@ -17,8 +17,6 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, checkpoint_digest, weight_entries
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 
-__all__ = ["Source", "SourceKind", "open_source"]
-
 
 class SourceKind:
     """Names of the three kinds of source."""

@@ -11,8 +11,6 @@ from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact.kinds import TUNED_KINDS, Details
 from fp8pipe.artifact.layers import Encoding
 
-__all__ = ["KIND", "TARGET", "VllmDetails"]
-
 KIND: Final = "vllm-export"
 
 

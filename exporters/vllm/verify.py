@@ -31,8 +31,6 @@ from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.models.checkpoint.tensors import TensorEntry, spellings, weight_entries
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 
-__all__ = ["check_vllm", "plan_itself", "stray_weights", "unexpected_tensors"]
-
 _TWO_AXES = 2
 
 

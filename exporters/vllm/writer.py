@@ -21,8 +21,6 @@ from fp8pipe.artifact import disk_guard
 from fp8pipe.models.checkpoint.tensors import DTYPES, read_tensor, write_index
 from fp8pipe.numerics.codec import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
-__all__ = ["write_weights"]
-
 HEADER_ALIGNMENT = 8
 
 
@@ -73,11 +71,7 @@ def _layout(outputs: Sequence[Output]) -> tuple[bytes, dict[str, int]]:
     position = 0
     for output in sorted(outputs, key=lambda o: (-DTYPES[o.dtype].itemsize, o.name)):
         end = position + output.size_bytes
-        header[output.name] = {
-            "dtype": output.dtype,
-            "shape": list(output.shape),
-            "data_offsets": [position, end],
-        }
+        header[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [position, end]}
         offsets[output.name] = position
         position = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")

@@ -16,8 +16,6 @@ from typing import Any
 
 from fp8pipe.core.errors import MissingCapabilityError
 
-__all__ = ["declare_torchvision_operators", "import_timm", "import_transformers"]
-
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 # torch drops a library's definitions with the object, so it lives as long as the process.

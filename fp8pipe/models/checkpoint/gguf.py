@@ -34,8 +34,6 @@ from fp8pipe.core.errors import (
     OutOfMemoryError,
 )
 
-__all__ = ["cache_root", "convert_gguf"]
-
 log = logging.getLogger(__name__)
 
 # Written into each converted directory; raise it when the conversion below changes what it writes.
@@ -118,9 +116,7 @@ def _is_current(target: Path, digest: str) -> bool:
         version, source = record["version"], record["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadArtifactError(
-            f"the converted model in {target} is damaged",
-            why=f"{RECORD}: {type(error).__name__}: {error}",
-            fix=fix,
+            f"the converted model in {target} is damaged", why=f"{RECORD}: {type(error).__name__}: {error}", fix=fix
         ) from error
     if version != CONVERSION_VERSION or source != digest:
         return False
@@ -247,8 +243,6 @@ def _translated_errors(cache: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise ConfigurationError(
-                f"the cache {cache} cannot be written",
-                why=str(error),
-                fix="set FP8PIPE_CACHE to a writable directory",
+                f"the cache {cache} cannot be written", why=str(error), fix="set FP8PIPE_CACHE to a writable directory"
             ) from error
         raise

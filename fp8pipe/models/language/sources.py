@@ -20,8 +20,6 @@ from fp8pipe.models.checkpoint.sidecars import HUB_FILES
 from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries
 from fp8pipe.models.samples import sample_name, smollm2_gguf
 
-__all__ = ["ModelSource", "check_unquantized", "resolve_model"]
-
 MODEL_SAMPLES: Final = ("smollm2",)
 # A hub id: at most one slash, no path syntax; an optional revision after "@".
 _HUB_ID: Final = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$")
@@ -93,12 +91,7 @@ def _from_hub(src: str, repo_id: str, revision: str | None) -> ModelSource:
 
     try:
         path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (
-        hub.GatedRepoError,
-        hub.RepositoryNotFoundError,
-        hub.RevisionNotFoundError,
-        hub.HFValidationError,
-    ) as error:
+    except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
         raise ConfigurationError(
             f"there is no directory {src!r} here, and the hub does not give a model of that name",
             why=f"{type(error).__name__}: {_first_line(error)}",
@@ -195,8 +188,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise BadArtifactError(
-            f"{path / 'config.json'} cannot be read",
-            why="it is not a JSON object",
-            fix="fetch the model again",
+            f"{path / 'config.json'} cannot be read", why="it is not a JSON object", fix="fetch the model again"
         )
     return config

@@ -10,8 +10,6 @@ from fp8pipe.models.vision.quantized import Codes, QuantizedVit, Quantizer
 from fp8pipe.numerics.kinds import Kind, granularity
 from fp8pipe.numerics.nvfp4 import BlockQuantizer
 
-__all__ = ["layer_records"]
-
 _FORMATS: Final[dict[Kind, Literal["int", "e4m3", "nvfp4"]]] = {
     Kind.INT: "int", Kind.E4M3: "e4m3", Kind.NVFP4: "nvfp4",
 }  # fmt: skip

@@ -28,8 +28,6 @@ import torch
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text.encode import IGNORED, Encoded
 
-__all__ = ["Batch", "Batches"]
-
 ALIGNMENT: Final = 16
 # Streams of the seed: independent draws for the grouping and for the epochs.
 _GROUPING, _EPOCH = 0, 1
@@ -74,13 +72,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        encoded: Sequence[Encoded],
-        batch_size: int,
-        sequence_length: int,
-        seed: int,
-        packing: bool,
-        pad_id: int,
+        self, encoded: Sequence[Encoded], batch_size: int, sequence_length: int, seed: int, packing: bool, pad_id: int
     ) -> None:
         _check(encoded, batch_size, sequence_length, seed)
         self._encoded = encoded

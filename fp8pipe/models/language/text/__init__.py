@@ -6,14 +6,4 @@ Training reads them, and so do exports that calibrate on text or measure a model
 from fp8pipe.models.language.text.encode import IGNORED, Encoded, Encoding, TemplateInfo, encode
 from fp8pipe.models.language.text.records import Message, Record, load_records, split
 
-__all__ = [
-    "IGNORED",
-    "Encoded",
-    "Encoding",
-    "Message",
-    "Record",
-    "TemplateInfo",
-    "encode",
-    "load_records",
-    "split",
-]
+__all__ = ["IGNORED", "Encoded", "Encoding", "Message", "Record", "TemplateInfo", "encode", "load_records", "split"]

@@ -22,8 +22,6 @@ from typing import Any, Final
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text.records import Record
 
-__all__ = ["IGNORED", "PLAIN_TEMPLATE", "Encoded", "Encoding", "TemplateInfo", "encode", "template_info"]
-
 log = logging.getLogger(__name__)
 
 IGNORED: Final = -100  # the label that cross entropy skips
@@ -213,8 +211,7 @@ def _answer_start(messages: list[dict[str, str]], text: str, tokenizer: Any, tem
         # The generation prompt opens something (a reasoning block) that a finished answer lacks: take what
         # both share, but never a part of the answer itself.
         start = next(
-            (i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b),
-            min(len(prompt), len(text)),
+            (i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text))
         )
         before = text.rfind(content)
         start = min(start, before) if before >= 0 else start
@@ -246,10 +243,7 @@ def _apply(
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages,
-                chat_template=template.template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
+                messages, chat_template=template.template, tokenize=False, add_generation_prompt=generation_prompt
             )
         )
     except (TemplateError, TypeError, ValueError, IndexError) as error:
@@ -294,8 +288,7 @@ def _starts_by_prefix(rendered: _Rendered, ids: Sequence[int], tokenizer: Any) -
     for border in (border for span in rendered.spans for border in span):
         prefix = list(tokenizer(rendered.text[:border], add_special_tokens=False)["input_ids"])
         shared = next(
-            (i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b),
-            min(len(prefix), len(ids)),
+            (i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids))
         )
         starts[shared:] = [border] * (len(ids) - shared)
     return starts

@@ -26,8 +26,6 @@ import numpy as np
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.samples import chatterbot_conversations, sample_name
 
-__all__ = ["Message", "Record", "load_records", "split"]
-
 DATA_SAMPLES: Final = ("chatterbot",)
 ROLES: Final = ("system", "user", "assistant", "tool")
 _SHOWN_ERRORS: Final = 10
@@ -226,11 +224,7 @@ def _json_type(value: Any) -> str:
 
 
 def split(
-    records: list[Record],
-    *,
-    heldout_fraction: float | None = None,
-    heldout_count: int | None = None,
-    seed: int,
+    records: list[Record], *, heldout_fraction: float | None = None, heldout_count: int | None = None, seed: int
 ) -> tuple[list[Record], list[Record]]:
     """Removes repeated prompts, then sets some records aside: ``(train, heldout)``.
 
@@ -277,9 +271,7 @@ def _wanted(distinct: int, fraction: float | None, count: int | None) -> int:
     if fraction is not None and count is None:
         if not 0 <= fraction < 1:
             raise ConfigurationError(
-                f"heldout_fraction is {fraction}",
-                why="it must be at least 0 and below 1",
-                fix="use for example 0.1",
+                f"heldout_fraction is {fraction}", why="it must be at least 0 and below 1", fix="use for example 0.1"
             )
         count = math.ceil(distinct * fraction)
     elif count is None or fraction is not None:
