@@ -1,0 +1,127 @@
+"""What documents name is there: links, anchors, files, modules, Python names, commands and their options."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+from doc_commands import shell_commands
+
+from fp8pipe.cli import main
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "serving/vllm_plugin/README.md"])
+ROOMS = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
+FOLDERS = (*ROOMS, "benchmarks", "deploy", "docs", "examples", "recipes", "scripts", "tests")
+# A document about the past names what is no more.
+DOCUMENTS_OF_TODAY = [document for document in DOCUMENTS if document.name != "CHANGELOG.md"]
+
+_FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```\s*$", re.M | re.S)
+_SPAN = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_FILE = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
+_MODULE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(ROOMS)})(?:\.\w+)+")
+# No word of these: fp8pipe says what the field says. Quoted words of the changelog's table are the exception.
+_OLD_WORDS = re.compile(
+    r"\b(meld\w*|settl\w*|rehears\w*|vouch\w*|strangers?|companions?|outlook|roads?|leash|last[ _]flush\w*)\b", re.I
+)
+# "one scale a tensor", "bytes a code": the field says per tensor, per code.
+_PER = re.compile(
+    r"\b(?:scales?|tokens|bytes|sequences|records?|powers? of two|one) an? "
+    r"(?:tensor|row|token|channel|block|sequence|micro-batch|code)\b"
+)
+# Files that commands write, which begin like folders of this repository, and names made up for readers.
+_MADE_UP = re.compile(r"serving/http\.|docs/NAME")
+
+
+def _ids(documents: list[Path]) -> list[object]:
+    return [pytest.param(document, id=str(document.relative_to(ROOT))) for document in documents]
+
+
+@cache
+def _anchors(document: Path) -> frozenset[str]:
+    text = _FENCE.sub("", document.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return frozenset(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)
+
+
+@pytest.mark.parametrize("document", _ids(DOCUMENTS))
+def test_every_link_leads_somewhere(document: Path):
+    wrong = []
+    for link in _LINK.findall(_FENCE.sub("", document.read_text(encoding="utf-8"))):
+        place, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (document.parent / place) if place else document
+        if not target.exists() or (anchor and anchor not in _anchors(target.resolve())):
+            wrong.append(link)
+    assert wrong == []
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(_LINK.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert pages - linked == set()
+    assert {"CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"} - linked == set()
+
+
+@pytest.mark.parametrize("document", _ids(DOCUMENTS_OF_TODAY))
+def test_every_file_is_there(document: Path):
+    named = {found.rstrip("./") for found in _FILE.findall(document.read_text(encoding="utf-8"))}
+    assert sorted(name for name in named if not _made_up(name) and not list(ROOT.glob(name))) == []
+
+
+def _made_up(name: str) -> bool:
+    """CONTRIBUTING names files that a reader would add: they have `NAME` in them, or `toy`."""
+    return bool(re.search(r"NAME|toy\b|toy/", name))
+
+
+@pytest.mark.parametrize("document", _ids(DOCUMENTS_OF_TODAY))
+def test_every_module_and_name_is_there(document: Path):
+    text = document.read_text(encoding="utf-8")
+    named = {found for span in _SPAN.findall(text) for found in _MODULE.findall(span)}
+    fences = [body for language, body in _FENCE.findall(text) if language == "python"]
+    for node in (node for body in fences for node in ast.walk(ast.parse(body))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ROOMS:
+            named |= {f"{node.module}.{name.name}" for name in node.names}
+    assert sorted(name for name in named if not _made_up(name.replace(".", "/")) and not _is_there(name)) == []
+
+
+def _is_there(dotted: str) -> bool:
+    """Whether it is a package, a module, a name in one, or an attribute of such a name; nothing is imported."""
+    parts = dotted.split(".")
+    place = ROOT / parts[0]
+    for index, part in enumerate(parts[1:], 1):
+        if (place / part).is_dir():
+            place /= part
+            continue
+        inner = place / f"{part}.py"
+        source = inner if inner.is_file() else place / "__init__.py"
+        names = parts[index + 1 : index + 2] if inner.is_file() else [part]
+        return all(re.search(rf"\b{name}\b", source.read_text(encoding="utf-8")) for name in names)
+    return True
+
+
+@pytest.mark.parametrize("document", _ids(DOCUMENTS_OF_TODAY))
+def test_every_command_and_option_is_there(document: Path):
+    wrong = []
+    for command in shell_commands(document, "fp8pipe"):
+        words = shlex.split(command.text.replace("\\\n", " "), comments=True)
+        found = main.get_command(click.Context(main), words[1])
+        options = {name for one in (main, found) if one for parameter in one.params for name in parameter.opts}
+        options |= {"--help", "--version"}
+        given = {word.partition("=")[0] for word in words if word.startswith("--") and len(word) > 2}
+        if found is None or given - options:
+            wrong.append(f"line {command.line}: {command.text}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("document", _ids(DOCUMENTS_OF_TODAY))
+def test_the_words_are_the_fields(document: Path):
+    text = document.read_text(encoding="utf-8")
+    assert [found[0] for pattern in (_OLD_WORDS, _PER) for found in pattern.finditer(text)] == []
