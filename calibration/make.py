@@ -15,6 +15,7 @@ from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
 from calibration.streams import image_stream, normal
+from fp8pipe.artifact.place import lock
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.vision.image_folder import UNLABELLED, batches, list_pictures
 from fp8pipe.models.vision.sources import VisionModel
@@ -76,7 +77,8 @@ def make_images(
         on_images: told how many more images are finished.
 
     Raises:
-        ConfigurationError: an unknown method, a folder that is none or has too few pictures, or images that stay NaN.
+        ConfigurationError: an unknown method, a folder that is none or has too few pictures, images that stay NaN, or
+            another process that makes images in `checkpoints`.
     """
     request.check()
     given = read_images(request, vision, structure)
@@ -87,7 +89,12 @@ def make_images(
         noise = vision.preprocessing.to_uint8(normal(streams, 3, *structure.image_size))
         on_images(request.count)
         return ImageSet(noise, None, request.method, request.seed)
-    return _synthesize(request, vision, structure, checkpoints, on_images)
+    if checkpoints is None:
+        return _synthesize(request, vision, structure, None, on_images)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    with lock(checkpoints):  # an earlier run that still goes on would put the same batches in place
+        _prepare(checkpoints, request, vision)
+        return _synthesize(request, vision, structure, checkpoints, on_images)
 
 
 def read_images(request: ImageRequest, vision: VisionModel, structure: VitStructure) -> ImageSet | None:
@@ -108,7 +115,6 @@ def _synthesize(
     if request.method == "patch-similarity":  # PSAQ-ViT's idea in the place of MimiQ's
         config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
     synthesizer = Synthesizer(vision, structure, config, request.seed)
-    _prepare(checkpoints, request, vision)
     parts: list[ImageSet] = []
     for first in range(0, request.count, config.batch_size):
         folder = None if checkpoints is None else checkpoints / f"batch-{first:06d}"
@@ -132,17 +138,14 @@ def _synthesize(
     )
 
 
-def _prepare(checkpoints: Path | None, request: ImageRequest, vision: VisionModel) -> None:
+def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> None:
     """Begin a folder of batches, or make sure that it is this run's."""
-    if checkpoints is None:
-        return
     described = {
         "method": request.method, "count": request.count, "seed": request.seed, "model": vision.digest,
         "synthesis": request.synthesis.model_dump(mode="json"),
     }  # fmt: skip
     record = checkpoints / "request.json"
     if not record.is_file():
-        checkpoints.mkdir(parents=True, exist_ok=True)
         scratch = record.with_suffix(".writing")
         scratch.write_text(json.dumps(described))
         scratch.replace(record)

@@ -174,9 +174,26 @@ def test_a_killed_run_ends_with_the_same_images(tmp_path):
                 process.send_signal(signal.SIGKILL)
                 kills += process.wait() == -signal.SIGKILL
             time.sleep(0.01)
+        process.kill()  # a run that outlasted the deadline must not go on beside the next one
+        process.wait()
     assert kills
     resumed = make_images(request(count=24, steps=12), vision, structure, checkpoints=tmp_path)
     assert torch.equal(resumed.images, whole.images)
+
+
+def test_a_second_process_is_kept_out_of_the_batches_of_the_first(tmp_path):
+    vision, structure = tiny()
+    make_images(request(), vision, structure, checkpoints=tmp_path)
+    holder = "import sys; from pathlib import Path; from fp8pipe.artifact.place import lock\n"
+    holder += "with lock(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        with pytest.raises(ConfigurationError, match="another process"):
+            make_images(request(), vision, structure, checkpoints=tmp_path)
+        process.stdin.close()
+    make_images(request(), vision, structure, checkpoints=tmp_path)
 
 
 def test_noise_and_folders_are_images_too(tmp_path):
