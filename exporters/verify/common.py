@@ -98,14 +98,16 @@ def compare_layers(found: Sequence[LayerRecord], expected: Sequence[LayerRecord]
         elif name not in ours:
             yield Finding(Check.MANIFEST, name, "the manifest lists this layer; the files hold none of that name")
         else:
-            mine, said = _stored(ours[name]), _stored(theirs[name])
+            recorded = theirs[name].weight is None or theirs[name].weight.bits is not None
+            mine, said = _stored(ours[name], recorded), _stored(theirs[name], recorded)
             if mine != said:
                 yield Finding(Check.MANIFEST, name, f"the manifest says {said}; the files hold {mine}")
 
 
-def _stored(layer: LayerRecord) -> str:
-    """What files show of a layer: not where its scales come from."""
-    weight = "floats" if layer.weight is None else f"{layer.weight.bits}-bit {layer.weight.format} codes"
+def _stored(layer: LayerRecord, bits: bool) -> str:
+    """What files show of a layer, with its bits or without: not where its scales come from."""
+    width = f"{layer.weight.bits}-bit " if layer.weight is not None and bits else ""
+    weight = "floats" if layer.weight is None else f"{width}{layer.weight.format} codes"
     per = "" if layer.weight is None else f", {layer.weight.granularity}"
     return f"{weight}{per}, shape {layer.shape}"
 

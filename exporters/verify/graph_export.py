@@ -135,7 +135,7 @@ def _weight(name: str, weight: Any, record: LayerRecord) -> Iterator[Finding]:
     codes = weight.codes.flatten(1)
     if record.shape is not None and tuple(codes.shape) != record.shape:
         yield Finding(Check.MANIFEST, name, f"codes {tuple(codes.shape)}; the manifest says {record.shape}")
-    if record.weight is not None and record.weight.format == Kind.INT.value:
+    if record.weight is not None and record.weight.format == Kind.INT.value and record.weight.bits is not None:
         low, high = weight_limits(record.weight.bits)
         outside = int(((codes < low) | (codes > high)).sum())
         if outside:

@@ -35,7 +35,9 @@ class Encoding(FrozenConfig):
     """How a tensor is quantized; `dequantized = code * scale`."""
 
     format: Literal["e4m3", "e5m2", "int", "nvfp4"] = Field(description="the grid of its codes")
-    bits: int = Field(ge=2, le=8, description="width of a code")
+    bits: int | None = Field(
+        default=None, ge=2, le=8, description="width of a code; none where an older manifest did not record it"
+    )
     granularity: Granularity = Field(description="what shares one scale")
     scale_rule: ScaleRule | None = Field(
         default=None, description="where the scale comes from; none where it is not recorded"
@@ -46,7 +48,8 @@ class Encoding(FrozenConfig):
 
     def __str__(self) -> str:
         rule = f", {self.scale_rule}" if self.scale_rule else ""
-        return f"{self.bits}-bit {self.format}, {self.granularity}{rule}{', dynamic' if self.dynamic else ''}"
+        width = "" if self.bits is None else f"{self.bits}-bit "
+        return f"{width}{self.format}, {self.granularity}{rule}{', dynamic' if self.dynamic else ''}"
 
 
 class LayerRecord(FrozenConfig):

@@ -39,6 +39,6 @@ def _layer(layer: Mapping[str, Any], number_format: Mapping[str, Any] | None) ->
     found = _SENTENCE.match(reason)
     name = found[2] if found else str(number_format["name"])
     name = name if name in ("int", *_BITS) else "int"  # the manifest of a ViT named its precision: w4a8
-    bits = int(found[1]) if found else _BITS.get(name, 8)
+    bits = int(found[1]) if found else _BITS.get(name)
     weight = {"format": name, "bits": bits, "granularity": number_format["granularity"]}
     return {**kept, "weight": weight, "reason": "" if found else reason}

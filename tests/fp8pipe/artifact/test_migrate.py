@@ -60,7 +60,7 @@ LAYERS = {
     "vit": ("blocks.0.attn.qkv", ("int", 4, "per-channel", None, False), None),
     "vllm-export": ("model.layers.0.mlp.down_proj", ("e4m3", 8, "per-channel", None, False), SERVED),
     "onnx-export": ("blocks.0.attn.qkv", ("int", 4, "per-channel", None, False), None),
-    "trt-export": ("blocks.0.attn.qkv", ("int", 8, "per-channel", None, False), None),
+    "trt-export": ("blocks.0.attn.qkv", ("int", None, "per-channel", None, False), None),
     "trt-language-export": ("model.layers.0.self_attn.q_proj", ("e4m3", 8, "per-tensor", None, False), None),
     "modelopt-export": ("model.layers.0.self_attn.q_proj", ("e4m3", 8, "per-tensor", None, False), None),
 }  # fmt: skip
