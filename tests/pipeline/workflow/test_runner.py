@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from fp8pipe.artifact import open_artifact
-from fp8pipe.artifact.gate import Verdict
+from fp8pipe.artifact.gate import Comparison, Verdict
 from fp8pipe.artifact.runs import read_run
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 
@@ -191,7 +191,8 @@ def test_a_score_that_is_no_number_is_anomalous(runner):
 def test_gates_that_a_stage_judged_itself_count(runner):
     record = runner.run(changed(left={"gate": 3}))
     outcome = record.stage("left").gates[0]
-    assert (outcome.verdict, outcome.at_most, outcome.value) == (Verdict.ANOMALOUS, 1, 3)
+    assert (outcome.verdict, outcome.value) == (Verdict.ANOMALOUS, 3)
+    assert (outcome.comparison, outcome.threshold) == (Comparison.AT_MOST, 1)
     assert outcome.source == "left/manifest.json#gates.0.value"
     assert runner.run(changed(left={"gate": 1})).verdict is Verdict.ACCEPT
 
