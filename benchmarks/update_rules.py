@@ -37,7 +37,7 @@ from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.scales import amax_scale
 from pipeline.falqon.rules import RULES
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.evaluate import heldout_loss
+from pipeline.finetune.loss import heldout_loss
 from pipeline.finetune.stage import finetune, load_text
 
 

@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exporters.graph.description import require_gates
-from exporters.modelopt.options import ModeloptExportOptions
-from exporters.modelopt.target import KIND, ModeloptDetails
+from exporters.modelopt.target import KIND, ModeloptDetails, ModeloptExportOptions
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
 from exporters.tensorrt.language.source import ExportText, LanguageModel, language_records, open_language, read_text
 from exporters.tensorrt.language.target import InputScale
@@ -33,7 +32,7 @@ from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, Number
 from fp8pipe.core.progress import track
 from fp8pipe.core.version import __version__
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
-from fp8pipe.models.checkpoint.tensors import SINGLE_NAME, write_index
+from fp8pipe.models.checkpoint.tensors import shard_names, write_index
 from fp8pipe.numerics.codec import same_bits
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
@@ -163,7 +162,7 @@ def _save(tensors: Mapping[str, Tensor], root: Path) -> None:
             shards.append({})
         shards[-1][name] = tensor.contiguous()
     count = len(shards)
-    names = [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = shard_names(count)
     total = sum(tensor.nbytes for tensor in tensors.values())
     with disk_guard(root, total):
         for name, shard in zip(names, shards, strict=True):

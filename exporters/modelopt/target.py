@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from exporters.modelopt.options import ModeloptExportOptions
 from exporters.target import ExportTarget, Service
+from exporters.tensorrt.language.options import CalibrationOptions
 from exporters.tensorrt.language.target import SOURCES, CalibrationFacts, InputScale
 from fp8pipe.artifact.kinds import Details
+from fp8pipe.core.config import CONFIG_ONLY
 
 KIND: Final = "modelopt-export"
+
+
+class ModeloptExportOptions(CalibrationOptions):
+    """Options of one checkpoint: it is served by an engine that builds its own graphs."""
+
+    format: Literal["modelopt-checkpoint"] = Field(
+        default="modelopt-checkpoint", description="A checkpoint in ModelOpt's layout"
+    )
+    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")
 
 
 class ModeloptDetails(Details):

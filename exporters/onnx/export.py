@@ -48,8 +48,6 @@ from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
-__all__ = ["CLASSES_FILE", "MODEL_FILE", "export_onnx", "plan_export"]
-
 logger = logging.getLogger(__name__)
 
 _LAYER_IMAGES: Final = 4

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from exporters.target import call, open_export
 from exporters.triton.graph import TritonDevice, write_graph
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.phases import PhaseMeter, can_measure
+from fp8pipe.core.plan import Plan, missing_disk
 
 _MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
 _MAX_BATCH = 32
@@ -144,3 +147,29 @@ def _labels(path: Path) -> list[str] | None:
     if not path.is_file():
         return None
     return [" ".join(str(label).split()) for label in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def plan_repository(artifact: Artifact, output: Path, device: TritonDevice) -> Plan:
+    """Plan a model repository: a copy of the export's files, or its graph as a CPU gets it."""
+    target = output / artifact.root.resolve().name
+    return Plan(
+        reads=(f"{artifact.root} ({artifact.kind})",),
+        writes=(f"{target}{' (exists already: will be refused)' if target.exists() else ''}",),
+        peak_memory_bytes=_repository_peak(artifact, device),
+        disk_bytes=artifact.size_bytes,
+        output_bytes=artifact.size_bytes,
+        missing=missing_disk(output, artifact.size_bytes),
+        facts={"kind": artifact.kind},
+    )
+
+
+def _repository_peak(artifact: Artifact, device: TritonDevice) -> int | None:
+    """The one large step is done, in a folder that goes again."""
+    if not can_measure():
+        return None
+    with PhaseMeter() as meter, tempfile.TemporaryDirectory() as scratch:
+        meter.enter("graph")
+        if isinstance(artifact.manifest.details, GraphDetails):
+            entries = artifact.manifest.runtime.get("session_entries", {})
+            write_graph(artifact.root / _MODEL, Path(scratch) / _MODEL, device, entries)
+    return meter.phases["graph"].peak_bytes

@@ -21,22 +21,19 @@ CONFIG_NAME = "config.json"
 
 def auxiliary_files(root: Path) -> Iterator[Path]:
     """Paths, relative to `root`, of the files copied byte for byte; sorted."""
-    yield from sidecar_files(root, SERVED_FILES)
+    return sidecar_files(root, SERVED_FILES)
 
 
 def auxiliary_warnings(root: Path) -> list[str]:
     """What serving will miss, in words for the manifest."""
     names = {path.name for path in auxiliary_files(root)}
-    if not any(name.startswith("tokenizer") or name.startswith("vocab") for name in names):
+    if not any(name.startswith(("tokenizer", "vocab")) for name in names):
         return ["the source holds no tokenizer: the engine must be given one (--tokenizer)"]
-    if any(name.startswith("chat_template") for name in names) or _template_in_config(root):
+    path = root / "tokenizer_config.json"
+    inside = path.is_file() and '"chat_template"' in path.read_text(encoding="utf-8")
+    if inside or any(name.startswith("chat_template") for name in names):
         return []
     return ["the tokenizer has no chat template: the chat endpoint will refuse, completions work"]
-
-
-def _template_in_config(root: Path) -> bool:
-    path = root / "tokenizer_config.json"
-    return path.is_file() and '"chat_template"' in path.read_text(encoding="utf-8")
 
 
 def export_config(plan: ExportPlan) -> dict[str, object]:

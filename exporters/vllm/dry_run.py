@@ -1,79 +1,114 @@
-"""What an export takes, measured on a part of it: the largest tensor of each kind, with made-up values.
+"""The dry run of an export to vLLM: what would be written, and what it takes.
 
+That is measured on a part of it: the largest tensor of each kind, with made-up values.
 An export holds one tensor at a time, so its peak of memory is that of its largest one. The same code runs here as in
 the export, on tensors of the same shapes; of the model itself nothing but headers is read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from exporters.vllm.auxiliary import write_auxiliary
+from exporters.vllm.export import plan_export, plan_warnings
 from exporters.vllm.lint import lint
+from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import reopen
 from exporters.vllm.writer import write_weights
+from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.phases import PhaseMeter, can_measure
-from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries
+from fp8pipe.core.plan import Plan, missing_disk, missing_memory
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
+from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries, shard_names
+
+_HARDWARE = {
+    ExportFormat.FP8: "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin",
+    ExportFormat.W8A16: "a GPU of compute capability 8.0 or later, or a CPU with this project's vLLM plugin",
+    ExportFormat.BF16: "any device vLLM runs on",
+}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class DryRun:
-    """What an export takes.
+def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], Plan]:
+    """The dry run, as a document and as a plan; of the weights nothing is read, so nothing is linted."""
+    plan = plan_export(source, options)
+    free, (peak, seconds) = free_bytes(output), measure(plan)
+    converted = sum(layer.converted for layer in plan.layers)
+    written = plan.payload_bytes + sidecar_bytes(plan.source.root, SERVED_FILES)
+    document = {
+        "source": str(source),
+        "source_kind": str(plan.source.kind),
+        "output": str(output),
+        "output_exists": output.exists(),
+        "format": str(options.format),
+        "shards": list(shard_names(len(plan.shards))),
+        "need_bytes": plan.payload_bytes,
+        "free_bytes": free,
+        "fits": free >= plan.payload_bytes,
+        "layer_counts": {"converted": converted, "skipped": len(plan.layers) - converted},
+        "warnings": plan_warnings(plan),
+        "serving_hardware": _HARDWARE[options.format],
+    }
+    actions = Counter(str(unit.action) for unit in plan.units)
+    shown = Plan(
+        reads=(f"{source} ({document['source_kind']})",),
+        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
+        peak_memory_bytes=peak,
+        disk_bytes=written,
+        output_bytes=written,
+        seconds=seconds,
+        missing=(*missing_disk(output, written), *missing_memory(peak, "free memory")),
+        notes=(*plan_warnings(plan), "memory and time from the largest tensor of each kind, with made-up values"),
+        facts={
+            "format": str(options.format),
+            "files": len(plan.shards),
+            "layers": f"{converted} in FP8, {len(plan.layers) - converted} not",
+            "tensors": ", ".join(f"{count} {action}" for action, count in sorted(actions.items())),
+            "to_serve": document["serving_hardware"],
+        },
+    )
+    return document, shown
 
-    Attributes:
-        peak_bytes: largest resident memory of this process; None where the system does not tell it.
-        seconds: wall time of all tensors.
+
+def measure(plan: ExportPlan) -> tuple[int | None, float]:
+    """Lint, write and reopen the largest tensor of each action in a scratch folder.
+
+    Returns:
+        Largest resident memory of this process, bytes, None where the system does not tell it; and the seconds that all
+        tensors would take.
     """
-
-    peak_bytes: int | None
-    seconds: float
-
-
-def dry_run_export(plan: ExportPlan) -> DryRun:
-    """Lint, write and reopen the largest tensor of each action in a scratch folder."""
     largest: dict[Action, Unit] = {}
-    for unit in plan.units:
-        known = largest.get(unit.action)
-        if known is None or unit.entry.size_bytes > known.entry.size_bytes:
-            largest[unit.action] = unit
+    for unit in sorted(plan.units, key=lambda unit: -unit.entry.size_bytes):
+        largest.setdefault(unit.action, unit)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
         root = Path(scratch)
         units = tuple(_made_up(unit, root / f"{unit.action}.safetensors") for unit in largest.values())
         # An empty root: the adapter beside the real weights is not read either.
         (root / "source").mkdir()
-        source = dataclasses.replace(plan.source, root=root / "source")
-        small = dataclasses.replace(plan, source=source, shards=(units,), dropped=(), orphans=())
+        (root / "export").mkdir()
+        source = replace(plan.source, root=root / "source")
+        small = replace(plan, source=source, shards=(units,), dropped=(), orphans=())
         started = time.perf_counter()
-        peak = _run(small, root / "export")
+        with PhaseMeter() if can_measure() else nullcontext() as meter:
+            if meter is not None:
+                meter.enter("export")
+            lint(small)
+            write_weights(small, root / "export")
+            write_auxiliary(small, root / "export")
+            reopen(small, root / "export")
         seconds = time.perf_counter() - started
-    done = sum(unit.entry.size_bytes for unit in units)
-    everything = sum(unit.entry.size_bytes for unit in plan.units)
-    return DryRun(peak, seconds * everything / max(done, 1))
-
-
-def _run(plan: ExportPlan, root: Path) -> int | None:
-    root.mkdir()
-    if not can_measure():
-        _export(plan, root)
-        return None
-    with PhaseMeter() as meter:
-        meter.enter("export")
-        _export(plan, root)
-    return meter.phases["export"].peak_bytes
-
-
-def _export(plan: ExportPlan, root: Path) -> None:
-    lint(plan)
-    write_weights(plan, root)
-    write_auxiliary(plan, root)
-    reopen(plan, root)
+    done, everything = (sum(unit.entry.size_bytes for unit in some) for some in (units, plan.units))
+    peak = None if meter is None else meter.phases["export"].peak_bytes
+    return peak, seconds * everything / max(done, 1)
 
 
 def _made_up(unit: Unit, file: Path) -> Unit:
@@ -85,7 +120,7 @@ def _made_up(unit: Unit, file: Path) -> Unit:
     del tensors
     entries = header_entries(file)
     scale = None if unit.scale is None else entries[unit.scale.name]
-    return dataclasses.replace(unit, entry=entries[unit.entry.name], scale=scale)
+    return replace(unit, entry=entries[unit.entry.name], scale=scale)
 
 
 def _values(entry: TensorEntry) -> torch.Tensor:

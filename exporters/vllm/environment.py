@@ -107,13 +107,8 @@ def subprocess_environment(**more: str) -> dict[str, str]:
 
     What the user has set already stays, but for `more`.
     """
-    defaults = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    env = {**defaults, **os.environ, **more}
+    off = dict.fromkeys(("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"), "1")
+    cache = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
+    env = {**off, **cache, "TOKENIZERS_PARALLELISM": "false", **os.environ, **more}
     env.pop("PYTHONPATH", None)  # fp8pipe's own packages have no business in vLLM's interpreter
     return env

@@ -62,7 +62,11 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         OutOfMemoryError: the disk is full.
     """
     output = Path(output)
-    _check_output(output, source, options)
+    if output.resolve() == Path(source).resolve():
+        raise ConfigurationError(
+            f"the output {output} is the source itself", why="it would be replaced", fix="name another directory"
+        )
+    check_place(output, force=options.force)
     plan = plan_export(source, options)
     with track(len(plan.units) + len(plan.dropped), "lint") as progress:
         refuse(lint(plan, lambda: progress.advance(1)), str(plan.source.root))
@@ -103,14 +107,6 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
             f"{len(skipped)} linear layer(s) stay unquantized; the first: {skipped[0].name}: {skipped[0].reason}"
         )
     return warnings
-
-
-def _check_output(output: Path, source: Path | str, options: VllmExportOptions) -> None:
-    if output.resolve() == Path(source).resolve():
-        raise ConfigurationError(
-            f"the output {output} is the source itself", why="it would be replaced", fix="name another directory"
-        )
-    check_place(output, force=options.force)
 
 
 def details_of(plan: ExportPlan) -> VllmDetails:

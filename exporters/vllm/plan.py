@@ -6,7 +6,6 @@ nothing, and every later step (lint, write, reopen) walks the same list.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.quantization_config import CheckpointSchema, schema_for
 from exporters.vllm.source import Source
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
-from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, is_scale, spellings
+from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale, spellings
 from fp8pipe.models.language.structure import ModelStructure, Role
 
 # FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
@@ -39,20 +38,6 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """One tensor of the export: name, safetensors dtype, shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True, slots=True)
 class Unit:
     """One source tensor, what becomes of it, and the tensors that come out.
 
@@ -68,7 +53,7 @@ class Unit:
     entry: TensorEntry
     scale: TensorEntry | None
     action: Action
-    outputs: tuple[Output, ...]
+    outputs: tuple[TensorHeader, ...]
     module: str | None
     transposed: bool
 
@@ -115,13 +100,6 @@ class ExportPlan:
         """Bytes of tensor data in the whole export."""
         return sum(unit.size_bytes for unit in self.units)
 
-    def shard_names(self) -> tuple[str, ...]:
-        """File names, one per shard: `model.safetensors`, or Hugging Face's numbered names."""
-        count = len(self.shards)
-        if count == 1:
-            return ("model.safetensors",)
-        return tuple(f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
-
 
 def build_plan(source: Source, structure: ModelStructure, options: VllmExportOptions) -> ExportPlan:
     """Decide what becomes of every tensor; reads headers only.
@@ -148,9 +126,7 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
         dropped=tuple(u for u in units if u.action is Action.DROP),
         orphans=orphans,
         ignore=tuple(sorted(projections.keys() - quantized, key=_natural)) if options.format.quantized else (),
-        layers=tuple(
-            _layer(m, source, structure, options, quantized, planner.refused) for m in sorted(projections, key=_natural)
-        ),
+        layers=tuple(planner.layer(module, quantized) for module in sorted(projections, key=_natural)),
     )
 
 
@@ -203,17 +179,17 @@ class _Planner:
         scale = self.source.tensors.get(entry.name + SCALE_SUFFIX) if entry.name.endswith(".weight") else None
         transposed = role is Role.CONV1D
         action = self._action(entry, module, role)
-        outputs: tuple[Output, ...]
+        outputs: tuple[TensorHeader, ...]
         if action is Action.DROP:
             outputs = ()
         elif action in {Action.DEQUANTIZE, Action.CAST}:
-            outputs = (Output(entry.name, "BF16", entry.shape),)
+            outputs = (TensorHeader(entry.name, "BF16", entry.shape),)
         elif action is Action.COPY or len(entry.shape) != 2:
-            outputs = (Output(entry.name, entry.dtype, entry.shape),)
+            outputs = (TensorHeader(entry.name, entry.dtype, entry.shape),)
         else:
             rows = entry.shape[1 if transposed else 0]
-            weight = Output(entry.name, "F8_E4M3", entry.shape)
-            outputs = (weight, Output(entry.name + SCALE_SUFFIX, "F32", (rows, 1)))
+            weight = TensorHeader(entry.name, "F8_E4M3", entry.shape)
+            outputs = (weight, TensorHeader(entry.name + SCALE_SUFFIX, "F32", (rows, 1)))
         return Unit(entry, scale, action, outputs, module, transposed)
 
     def _action(self, entry: TensorEntry, module: str | None, role: Role | None) -> Action:
@@ -231,28 +207,23 @@ class _Planner:
             return Action.QUANTIZE
         return Action.COPY
 
+    def layer(self, module: str, quantized: set[str]) -> LayerRecord:
+        """The record of a linear layer."""
+        shape = self.structure.shape(module)
+        if module not in quantized:
+            reason = self.refused.get(module, "not FP8 in the source, or not requested")
+            return LayerRecord(name=module, reason=reason, shape=shape)
+        before = self.source.encoding_of(module)
+        rule = ScaleRule.AMAX if before is None else before.scale_rule
+        weight = Encoding(format="e4m3", bits=8, granularity="per-channel", scale_rule=rule)
+        activation = ENGINE_ACTIVATIONS if self.format is ExportFormat.FP8 else None
+        return LayerRecord(name=module, shape=shape, weight=weight, activation=activation)
+
 
 def tied_original(original: str, source: Source, structure: ModelStructure) -> TensorEntry | None:
     """The checkpoint's entry of a tied tensor's original, with or without the base model's prefix."""
     names = spellings(original, structure.base_prefix)[:2]
     return next((source.tensors[name] for name in names if name in source.tensors), None)
-
-
-def _layer(
-    module: str, source: Source, structure: ModelStructure, options: VllmExportOptions, quantized: set[str],
-    refused: dict[str, str],
-) -> LayerRecord:  # fmt: skip
-    shape = structure.shape(module)
-    if module not in quantized:
-        reason = refused.get(module, "not FP8 in the source, or not requested")
-        return LayerRecord(name=module, reason=reason, shape=shape)
-    before = source.encoding_of(module)
-    rule = ScaleRule.AMAX if before is None else before.scale_rule
-    weight = Encoding(format="e4m3", bits=8, granularity="per-channel", scale_rule=rule)
-    return LayerRecord(
-        name=module, shape=shape, weight=weight,
-        activation=ENGINE_ACTIVATIONS if options.format is ExportFormat.FP8 else None,
-    )  # fmt: skip
 
 
 def _shards(units: list[Unit], max_bytes: int) -> tuple[tuple[Unit, ...], ...]:

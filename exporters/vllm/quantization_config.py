@@ -47,7 +47,8 @@ class CheckpointSchema:
     )
 
 
-_SCHEMAS = {
+# By declared vLLM version, oldest first.
+SCHEMAS = {
     schema.vllm_version: schema
     for schema in (
         CheckpointSchema("0.32.0", compressed_tensors="0.17.0", tested=True),
@@ -57,11 +58,6 @@ _SCHEMAS = {
 }
 
 
-def known_versions() -> tuple[str, ...]:
-    """Declared vLLM versions, oldest first."""
-    return tuple(_SCHEMAS)
-
-
 def schema_for(vllm_version: str) -> CheckpointSchema:
     """The schema of a declared version.
 
@@ -69,11 +65,11 @@ def schema_for(vllm_version: str) -> CheckpointSchema:
         ConfigurationError: the version is not in the table; the message lists those that are.
     """
     try:
-        return _SCHEMAS[vllm_version]
+        return SCHEMAS[vllm_version]
     except KeyError:
         raise ConfigurationError(
             f"vLLM {vllm_version} is not a version this exporter writes for",
-            why=f"declared versions: {', '.join(known_versions())}",
+            why=f"declared versions: {', '.join(SCHEMAS)}",
             fix="choose one of them with --vllm-version",
         ) from None
 

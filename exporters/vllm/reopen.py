@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ class _Comparison:
     copies: list[str] = field(default_factory=list)
     e4m3_error: float = 0.0
     bf16_error: float = 0.0
-    counts: dict[Action, int] = field(default_factory=dict)
+    counts: Counter[Action] = field(default_factory=Counter)
 
 
 def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None) -> list[Gate]:
@@ -55,11 +56,16 @@ def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: N
     comparison = _Comparison()
     for unit in plan.units:
         _compare(unit, written, comparison)
-        comparison.counts[unit.action] = comparison.counts.get(unit.action, 0) + 1
+        comparison.counts[unit.action] += 1
         advance()
     gates += _weight_gates(comparison)
-    gates += [_payload(plan, written), _files(plan, root), _config(plan, root)]
-    return gates
+    payload = Gate(
+        name="payload-bytes",
+        value=float(sum(entry.size_bytes for entry in written.values())),
+        threshold=float(plan.payload_bytes),
+        detail="tensor data written, bytes; must equal the plan",
+    )
+    return [*gates, payload, _files(plan, root), _config(plan, root)]
 
 
 def _compare(unit: Unit, written: dict[str, TensorEntry], found: _Comparison) -> None:
@@ -69,22 +75,16 @@ def _compare(unit: Unit, written: dict[str, TensorEntry], found: _Comparison) ->
         if not same_bits(exported, original):
             found.copies.append(unit.entry.name)
         return
-    values = _dequantized(exported, unit, written)
+    values = exported
+    if unit.quantized:
+        scale = read_tensor(written[unit.outputs[1].name])
+        values = dequantize_weight(exported, scale, transposed=unit.transposed)
     if not same_bits(values, _expected(original, unit)):
         found.weights.append(unit.entry.name)
     if unit.action is Action.QUANTIZE:
         found.e4m3_error = max(found.e4m3_error, _row_error(values, original, unit.transposed))
     elif unit.action in {Action.DEQUANTIZE, Action.CAST}:
-        exact = _source_values(original, unit)
-        found.bf16_error = max(found.bf16_error, relative_error(values, exact))
-
-
-def _dequantized(exported: Tensor, unit: Unit, written: dict[str, TensorEntry]) -> Tensor:
-    """What a reader of the export computes with: fp32 for codes, the tensor itself otherwise."""
-    if not unit.quantized:
-        return exported
-    scale = read_tensor(written[unit.outputs[1].name])
-    return dequantize_weight(exported, scale, transposed=unit.transposed)
+        found.bf16_error = max(found.bf16_error, relative_error(values, _source_values(original, unit)))
 
 
 def _source_values(original: Tensor, unit: Unit) -> Tensor:
@@ -112,17 +112,15 @@ def _row_error(values: Tensor, original: Tensor, transposed: bool) -> float:
 
 def _weight_gates(found: _Comparison) -> list[Gate]:
     count = found.counts
-    exact = count.get(Action.CODES, 0)
-    fresh = count.get(Action.QUANTIZE, 0)
-    rounded = count.get(Action.DEQUANTIZE, 0) + count.get(Action.CAST, 0)
+    fresh, rounded = count[Action.QUANTIZE], count[Action.DEQUANTIZE] + count[Action.CAST]
     how = (
-        f"{exact} weight(s) of codes against the source's code * scale in fp32; {fresh} quantized here "
+        f"{count[Action.CODES]} weight(s) of codes against the source's code * scale in fp32; {fresh} quantized here "
         f"against a second quantization of the source; {rounded} in bf16 against the source's values "
         "(code * scale where it holds codes) rounded once to bf16"
     )
     gates = [
         _none("weights-bit-exact", found.weights, how),
-        _none("copied-tensors-identical", found.copies, f"{count.get(Action.COPY, 0)} tensor(s), byte for byte"),
+        _none("copied-tensors-identical", found.copies, f"{count[Action.COPY]} tensor(s), byte for byte"),
     ]
     if fresh:
         gates.append(_below("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
@@ -136,16 +134,6 @@ def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
     found = {name: (entry.dtype, entry.shape) for name, entry in written.items()}
     wrong = [name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)]
     return _none("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
-
-
-def _payload(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
-    size = sum(entry.size_bytes for entry in written.values())
-    return Gate(
-        name="payload-bytes",
-        value=float(size),
-        threshold=float(plan.payload_bytes),
-        detail="tensor data written, bytes; must equal the plan",
-    )
 
 
 def _files(plan: ExportPlan, root: Path) -> Gate:

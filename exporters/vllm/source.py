@@ -6,7 +6,6 @@ is read here except for hashing a plain directory, whose bytes no manifest cover
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_artifact
 from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, checkpoint_digest, weight_entries
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 
@@ -56,17 +56,14 @@ class Source:
 
     def encoding_of(self, module: str) -> Encoding | None:
         """How the source stores a layer's weight, as its manifest says; names may lack the base model's prefix."""
-        found = self._record(module)
-        return None if found is None else found.weight
+        parts = module.split(".")
+        names = (".".join(parts[start:]) for start in range(len(parts)))
+        return next((self.layers[name].weight for name in names if name in self.layers), None)
 
     @property
     def trained_activations(self) -> Encoding | None:
         """How training quantized the inputs of FP8 layers; None where it did not, or trained nothing in FP8."""
         return next((layer.activation for layer in self.layers.values() if layer.activation is not None), None)
-
-    def _record(self, module: str) -> LayerRecord | None:
-        parts = module.split(".")
-        return next((self.layers[n] for i in range(len(parts)) if (n := ".".join(parts[i:])) in self.layers), None)
 
 
 def open_source(source: Path | str) -> Source:
@@ -121,17 +118,11 @@ def _from_hugging_face(root: Path, origin: str) -> Source:
 
 
 def _read_config(root: Path) -> dict[str, Any]:
-    path = root / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (root / "config.json").is_file():
         raise ConfigurationError(
             f"{root} is neither an artifact nor a Hugging Face model",
             why="it holds no manifest.json and no config.json",
             fix="name the directory that `fp8pipe finetune` wrote, or one with config.json and safetensors",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} is not readable JSON", why=str(error)) from error
-    if not isinstance(config, dict):
-        raise ConfigurationError(f"{path} is not a JSON object", why=f"it holds a {type(config).__name__}")
-    return config
+        )
+    with blame_configuration():
+        return read_config(root / "config.json")

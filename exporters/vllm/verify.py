@@ -31,8 +31,6 @@ from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.models.checkpoint.tensors import TensorEntry, spellings, weight_entries
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 
-_TWO_AXES = 2
-
 
 def plan_itself(artifact: Artifact) -> ExportPlan:
     """What an export to vLLM would be if its own files were the source.
@@ -120,6 +118,6 @@ def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructur
         found = next((tensors[n] for n in spellings(name, structure.base_prefix) if n in tensors), None)
         if found is None:
             yield Finding(Check.LINT, name, "the architecture of config.json has it, the files do not")
-        elif len(found.shape) < _TWO_AXES and found.shape != shape:
+        elif len(found.shape) < 2 and found.shape != shape:
             why = f"shape {found.shape}; config.json declares {shape}"
             yield Finding(Check.LINT, name, why)

@@ -16,9 +16,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from exporters.vllm.plan import Action, ExportPlan, Output, Unit
+from exporters.vllm.plan import Action, ExportPlan, Unit
 from fp8pipe.artifact import disk_guard
-from fp8pipe.models.checkpoint.tensors import DTYPES, read_tensor, write_index
+from fp8pipe.models.checkpoint.tensors import DTYPES, TensorHeader, read_tensor, shard_names, write_index
 from fp8pipe.numerics.codec import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
 HEADER_ALIGNMENT = 8
@@ -35,17 +35,13 @@ def write_weights(plan: ExportPlan, root: Path, advance: Callable[[], None] = la
     Raises:
         OutOfMemoryError: the disk is too small or fills up (exit code 15).
     """
-    names = plan.shard_names()
+    names = shard_names(len(plan.shards))
     with disk_guard(root, plan.payload_bytes):
         for name, units in zip(names, plan.shards, strict=True):
             _write_shard(root / name, units, advance)
     if len(names) > 1:
-        weight_map = {
-            output.name: name
-            for name, units in zip(names, plan.shards, strict=True)
-            for unit in units
-            for output in unit.outputs
-        }
+        placed = [(name, unit) for name, units in zip(names, plan.shards, strict=True) for unit in units]
+        weight_map = {output.name: name for name, unit in placed for output in unit.outputs}
         write_index(root, weight_map, plan.payload_bytes)
 
 
@@ -64,7 +60,7 @@ def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None])
         os.fsync(handle.fileno())
 
 
-def _layout(outputs: Sequence[Output]) -> tuple[bytes, dict[str, int]]:
+def _layout(outputs: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int]]:
     """The padded JSON header, and each tensor's offset into the data; wide dtypes first, for alignment."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}

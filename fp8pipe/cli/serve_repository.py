@@ -36,15 +36,13 @@ def command(
             f"{'--device' if language else '--max-model-len'} cannot be given here",
             why=f"this is a {'language' if language else 'vision'} export", fix="leave it out",
         )  # fmt: skip
+    from exporters.triton.repository import plan_repository, write_triton_repository
+
     chosen = TritonDevice(device or "cpu")
     if dry_run:
-        from exporters.triton.plan import plan_repository
-
         plan = plan_repository(artifact, output, chosen)
         console.emit({"dry_run": True, "layout": layout, "plan": plan.document()}, plan.text())
         return
-    from exporters.triton.repository import write_triton_repository
-
     root = write_triton_repository(export, output, device=chosen, max_model_len=max_model_len)
     text = f"{root}\n  next: cd {output.absolute()} && tritonserver --model-repository ."
     console.emit({"model": str(root), "layout": layout}, text, quiet_text=str(root))

@@ -56,6 +56,18 @@ def import_transformers() -> ModuleType:
     return importlib.import_module("transformers")
 
 
+def import_package(name: str, what: str, fix: str) -> Any:
+    """Import and return a package that not every installation has.
+
+    Raises:
+        MissingCapabilityError: it cannot be imported; `what` it is needed for and the `fix` are the caller's words.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingCapabilityError(what, why=str(error), fix=fix) from error
+
+
 def import_timm() -> ModuleType:
     """Import and return timm, with torchvision's operators declared first where that is needed.
 

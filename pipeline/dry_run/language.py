@@ -21,8 +21,8 @@ from fp8pipe.core.phases import enter_phase
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource
 from pipeline.dry_run.process import CheckpointMeter, perform
+from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.data import Batch, Batches
 from pipeline.finetune.stage import TrainingText, load_text, tune
 
 STEPS: Final = 3  # the first makes the optimizer's state, the last is logged
@@ -55,9 +55,9 @@ def write_model(settings: Any, dtype: torch.dtype, folder: Path) -> None:
 
 
 class _Largest(Batches):
-    """The largest batches of a run, largest first, over and over."""
+    """The largest batches of a run, largest first, over and over; of all of them, or of the first `kept`."""
 
-    def __init__(self, batches: Batches, looked_at: int) -> None:
+    def __init__(self, batches: Batches, looked_at: int, kept: int | None = None) -> None:
         self._whole = batches
         sizes = []
         for index in range(min(looked_at, _LOOKED_AT)):
@@ -65,7 +65,7 @@ class _Largest(Batches):
             sizes.append((batch.input_ids.numel() + batch.answer_tokens, index))
         self.mean = sum(size for size, _ in sizes) / len(sizes)
         self.largest = max(sizes)[0]
-        self._largest_first = [index for _, index in sorted(sizes, reverse=True)]
+        self._largest_first = [index for _, index in sorted(sizes, reverse=True)[:kept]]
 
     def __len__(self) -> int:
         return len(self._largest_first)
@@ -74,36 +74,22 @@ class _Largest(Batches):
         return self._whole.at(self._largest_first[step % len(self._largest_first)])
 
 
-class _First(Batches):
-    """The largest batch of an evaluation alone."""
-
-    def __init__(self, batches: _Largest) -> None:
-        self._only = batches.at(0)
-
-    def __len__(self) -> int:
-        return 1
-
-    def at(self, step: int) -> Batch:
-        return self._only
-
-
 def _small(config: FinetuneConfig) -> FinetuneConfig:
-    changes = {
-        "steps": STEPS, "log_every": STEPS, "evaluate_every": 0, "save_every": 0, "keep_checkpoints": 1,
-        "warmup_steps": 0, "gradient_accumulation": min(config.gradient_accumulation, _ACCUMULATED),
-    }  # fmt: skip
-    return config.model_copy(update=changes)
+    fixed = {"steps": STEPS, "log_every": STEPS, "keep_checkpoints": 1}
+    never = dict.fromkeys(("evaluate_every", "save_every", "warmup_steps"), 0)
+    accumulated = min(config.gradient_accumulation, _ACCUMULATED)
+    return config.model_copy(update=fixed | never | {"gradient_accumulation": accumulated})
 
 
 def _text(config: FinetuneConfig, source: ModelSource) -> tuple[TrainingText, Mapping[str, float]]:
     whole = load_text(config, source)
     train = _Largest(whole.train, config.steps * config.gradient_accumulation)
-    heldout = _Largest(whole.heldout, len(whole.heldout))
+    heldout = _Largest(whole.heldout, len(whole.heldout), 1)
     facts = {
         "train_share": train.mean / train.largest, "heldout_share": heldout.mean / heldout.largest,
         "heldout_batches": float(len(whole.heldout)),
     }  # fmt: skip
-    return replace(whole, train=train, heldout=_First(heldout)), facts
+    return replace(whole, train=train, heldout=heldout), facts
 
 
 def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, Any]]:

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from fp8pipe.core.config import build_config
 from fp8pipe.core.phases import enter_phase
-from fp8pipe.models.vision.image_folder import ImageFolder
 from fp8pipe.models.vision.sources import load_vision_model
 from pipeline.dry_run.process import CheckpointMeter, perform
 from pipeline.vit.config import QuantizeVitConfig
@@ -30,21 +29,19 @@ def small(config: QuantizeVitConfig, images: int) -> QuantizeVitConfig:
     return config.model_copy(update={"images": images, "synthesis": synthesis, "distill": distill})
 
 
-def _few(folder: ImageFolder) -> ImageFolder:
-    return replace(folder, files=folder.files[:PICTURES], labels=folder.labels[:PICTURES])
-
-
 def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, Any]]:
     """Quantize as `config` says, with `images` images."""
     config = build_config(QuantizeVitConfig, job["config"])
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "deploy") as meter:
         enter_phase("load")
         vision = load_vision_model(config.model)
-        classes = vision.architecture.classes
-        pictures = None if config.evaluate is None else read_evaluation_folder(config.evaluate, classes)
-        few = None if pictures is None else _few(pictures)
-        quantize(small(config, job["images"]), vision, few, output)
-    return meter, {"pictures": 0 if pictures is None else len(pictures.files)}
+        pictures, count = None, 0
+        if config.evaluate is not None:
+            folder = read_evaluation_folder(config.evaluate, vision.architecture.classes)
+            count = len(folder.files)
+            pictures = replace(folder, files=folder.files[:PICTURES], labels=folder.labels[:PICTURES])
+        quantize(small(config, job["images"]), vision, pictures, output)
+    return meter, {"pictures": count}
 
 
 if __name__ == "__main__":

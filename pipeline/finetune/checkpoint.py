@@ -34,8 +34,7 @@ class CheckpointStore:
     """
 
     def __init__(self, root: Path, keep: int) -> None:
-        self.root = root
-        self.keep = keep
+        self.root, self.keep = root, keep
 
     def begin(self, config: dict[str, Any], base: dict[str, Tensor], inputs: dict[str, str] | None = None) -> None:
         """Record the run's configuration, what preparation computed, and the sha256 of its input files by name."""
@@ -98,7 +97,7 @@ class CheckpointStore:
         _write(scratch / _TENSORS, tensors)
         _atomic_text(scratch / _STATE, json.dumps({"step": step, **state}))
         scratch.rename(target)
-        _sync_directory(self.root)
+        _sync(self.root)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.root / f"{_PREFIX}{old:08d}")
         return target
@@ -152,8 +151,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     need = sum(tensor.numel() * tensor.element_size() for tensor in dense.values())
     with disk_guard(path, need):
         save_file(dense, path)
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+        _sync(path)
     with safe_open(path, "pt") as reopened:
         if set(reopened.keys()) != set(dense):
             raise BadArtifactError(f"{path} was not written whole", fix="check the disk and run again")
@@ -161,14 +159,13 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _atomic_text(path: Path, text: str) -> None:
     scratch = path.with_suffix(".writing")
-    with disk_guard(path, len(text)), scratch.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+    with disk_guard(path, len(text)):
+        scratch.write_text(text)
+        _sync(scratch)
     scratch.rename(path)
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -22,11 +22,9 @@ class Trained(Protocol):
 
     def deployed_weights(self) -> Weights:
         """The weights as they are served, by module path."""
-        ...
 
     def adapter(self) -> dict[str, Tensor]:
         """Tensors of the adapter, kept beside the weights for the record."""
-        ...
 
 
 def write_deployed(writer: ArtifactWriter, base: Path, method: Trained, names: Mapping[str, str]) -> list[str]:

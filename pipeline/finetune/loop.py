@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.phases import enter_phase
+from fp8pipe.models.compat import import_package
 from pipeline.falqon.flush import FlushReport
+from pipeline.finetune.batches import Batches
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.data import Batches
-from pipeline.finetune.evaluate import heldout_loss, model_inputs
-from pipeline.finetune.loss import answer_count, answer_loss
+from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import Method
-from pipeline.finetune.optimizer import build_optimizer
 from pipeline.finetune.schedule import learning_rate_at
 
 _LOG = logging.getLogger(__name__)
@@ -187,8 +186,7 @@ class Trainer:
             self.metrics_file.write_text("")
             return False
         tensors, state = self.store.load(steps[-1])
-        step_state = {k: v for k, v in tensors.items() if not k.startswith("optimizer/")}
-        self.method.load_step_state(step_state)
+        self.method.load_step_state({k: v for k, v in tensors.items() if not k.startswith("optimizer/")})
         restore_optimizer(self.optimizer, self.names, tensors)
         self.step, self.history = int(state["step"]), list(state["history"])
         self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
@@ -199,6 +197,20 @@ class Trainer:
         count = math.ceil(self.config.final_merge_batches / self.config.batch_size)
         batches = (self.train_batches.at(i) for i in range(count))
         return [model_inputs(batch, self.config.device) for batch in batches]
+
+
+def build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW over `parameters`: torch's fused one, or bitsandbytes' 8-bit one where two fp32 moments are too much.
+
+    Raises:
+        MissingCapabilityError: 8-bit AdamW without bitsandbytes.
+    """
+    options = {"lr": config.learning_rate, "betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
+    bitsandbytes = import_package("bitsandbytes", "the 8-bit AdamW needs bitsandbytes", "pip install 'fp8pipe[train]'")
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
+    return optimizer
 
 
 def _brief(value: Any) -> str:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
-from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.models.compat import import_package
 from pipeline.falqon.convert import left_out_records, read_convertible
 from pipeline.falqon.final_merge import Inputs
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.gradient import Losses
 from pipeline.finetune.weights import Deployed, Weights
+
+_INSTALL = "pip install 'fp8pipe[train]'"
 
 
 class LoraMethod:
@@ -33,10 +35,7 @@ class LoraMethod:
     """
 
     def __init__(self, *, rank: int, alpha: float, seed: int, quantized: bool) -> None:
-        self.rank = rank
-        self.alpha = alpha
-        self.seed = seed
-        self.quantized = quantized
+        self.rank, self.alpha, self.seed, self.quantized = rank, alpha, seed, quantized
         self.names: tuple[str, ...] = ()
         self._transposed: dict[str, bool] = {}
         self._peft: Any = None
@@ -47,7 +46,7 @@ class LoraMethod:
         """Insert the adapters in place; the seed fixes A, so neither `stored` nor `losses` is needed."""
         structure = read_convertible(model, self.rank)
         records = left_out_records(structure)
-        peft = _import_peft()
+        peft = import_package("peft", "the lora and qlora baselines need peft", _INSTALL)
         self.names = structure.trainable
         self._transposed = {name: structure.transposed(name) for name in self.names}
         if self.quantized:
@@ -112,23 +111,8 @@ class LoraMethod:
         return {}
 
 
-def _import_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingCapabilityError(
-            "the lora and qlora baselines need peft", why=str(error), fix="pip install 'fp8pipe[train]'"
-        ) from error
-    return peft
-
-
 def _to_nf4(model: nn.Module, name: str, weight: Tensor) -> None:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise MissingCapabilityError(
-            "the qlora baseline needs bitsandbytes", why=str(error), fix="pip install 'fp8pipe[train]'"
-        ) from error
+    bitsandbytes = import_package("bitsandbytes", "the qlora baseline needs bitsandbytes", _INSTALL)
     old = model.get_submodule(name)
     bias = getattr(old, "bias", None)
     new = bitsandbytes.nn.Linear4bit(

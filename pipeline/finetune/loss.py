@@ -1,4 +1,4 @@
-"""The answer loss: cross-entropy on answer tokens alone, without keeping fp32 logits.
+"""The answer loss, in training and on held-out text: cross-entropy on answer tokens alone, without fp32 logits.
 
 Only positions that predict an answer token go through the output head, and the gradient of the logits is formed
 chunk by chunk in the forward pass, in the logits' own dtype. For a vocabulary of 50,000 that is most of the
@@ -7,20 +7,22 @@ activation memory of a small model, and it is the same for every method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100
+from fp8pipe.models.language.text import IGNORED
+from pipeline.finetune.batches import Batch
+
 _CHUNK_VALUES = 1 << 23  # fp32 values in flight: 32 MB
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(logits)[target] / normaliser; targets equal to IGNORE count nothing."""
+    """Sum over rows of -log softmax(logits)[target] / normaliser; targets equal to IGNORED count nothing."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, normaliser: float) -> Tensor:
@@ -29,7 +31,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         step = max(1, _CHUNK_VALUES // logits.shape[1])
         for start in range(0, logits.shape[0], step):
             part = slice(start, start + step)
-            keep = targets[part] != IGNORE
+            keep = targets[part] != IGNORED
             picked = targets[part].clamp(min=0).unsqueeze(1)
             log_probs = torch.log_softmax(logits[part].float(), dim=1)
             total -= (log_probs.gather(1, picked).squeeze(1) * keep).sum(dtype=torch.float64)
@@ -60,10 +62,8 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
     Returns:
         fp32 scalar with gradient.
     """
-    shifted = torch.full_like(labels, IGNORE)
-    shifted[:, :-1] = labels[:, 1:]
-    shifted = shifted.reshape(-1)
-    rows = (shifted != IGNORE).nonzero().squeeze(1)
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+    rows = (shifted != IGNORED).nonzero().squeeze(1)
     with _head_on_rows(model, rows):
         logits = model(**inputs, use_cache=False).logits
     cross_entropy: Any = _SummedCrossEntropy.apply
@@ -92,4 +92,36 @@ def _head_on_rows(model: nn.Module, rows: Tensor) -> Iterator[None]:
 
 def answer_count(labels: Tensor) -> int:
     """Answer tokens that a model can predict: the first token of a sequence has no predictor."""
-    return int((labels[:, 1:] != IGNORE).sum())
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def model_inputs(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
+    """What the model takes of a batch, on `device`."""
+    return {"input_ids": batch.input_ids.to(device), "position_ids": batch.position_ids.to(device)}
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    context: AbstractContextManager[Any] | None = None,
+) -> float:
+    """Mean negative log-likelihood (nats) of an answer token over all batches: the same sum as in training.
+
+    Args:
+        model: a causal LM; its training mode is restored afterwards.
+        batches: each visited once.
+        device: where the model is.
+        context: forward context, e.g. autocast.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    with context or nullcontext():
+        for batch in batches:
+            labels = batch.labels.to(device)
+            total += float(answer_loss(model, model_inputs(batch, device), labels))
+            count += answer_count(labels)
+    model.train(was_training)
+    return total / max(count, 1)

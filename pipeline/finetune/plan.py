@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.phases import can_measure
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
@@ -24,8 +25,7 @@ from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.final_merge import held_moments
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.device import check_device, hardware
-from pipeline.finetune.method import export_warnings
+from pipeline.finetune.method import check_device, export_warnings, hardware
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         output_bytes=written,
         seconds=seconds,
         hardware=hardware(config.method, config.device),
-        packages=(*_PACKAGES[config.method], *(("bitsandbytes",) if config.optimizer == "adamw-8bit" else ())),
+        packages=_packages(config),
         missing=(*missing, *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
         notes=(*export_warnings(structure), *notes),
         facts={
@@ -83,12 +83,14 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     )
 
 
+def _packages(config: FinetuneConfig) -> tuple[str, ...]:
+    eight_bits = ("bitsandbytes",) if config.optimizer == "adamw-8bit" else ()
+    return tuple(dict.fromkeys((*_PACKAGES[config.method], *eight_bits)))
+
+
 def _missing(config: FinetuneConfig) -> tuple[Missing, ...]:
     """Packages and hardware that are not here."""
-    from fp8pipe.core.errors import MissingCapabilityError
-
-    names = (*_PACKAGES[config.method], *(("bitsandbytes",) if config.optimizer == "adamw-8bit" else ()))
-    found = missing_packages(dict.fromkeys(names))
+    found = missing_packages(_packages(config))
     try:
         check_device(config.device, config.method)
     except MissingCapabilityError as error:

@@ -42,20 +42,19 @@ from fp8pipe.models.checkpoint.tensors import (
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from fp8pipe.models.language.structure import structure_of
+from fp8pipe.models.language.text import TemplateInfo, encode, load_records, split
 from fp8pipe.numerics import native
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.attention import use_matmul_attention
+from pipeline.finetune.batches import Batches
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.data import Batches, TemplateInfo, encode, load_records, split
 from pipeline.finetune.deploy import merge_facts, renamed, write_deployed
-from pipeline.finetune.device import check_device
-from pipeline.finetune.evaluate import heldout_loss, model_inputs
 from pipeline.finetune.loop import Trainer
 from pipeline.finetune.lora import LoraMethod
-from pipeline.finetune.loss import answer_count, answer_loss
-from pipeline.finetune.method import Method, export_warnings
+from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
+from pipeline.finetune.method import Method, check_device, export_warnings
 from pipeline.finetune.plot import plot_run
 
 _LOG = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         ConfigurationError: data that is empty, malformed, or without answers.
     """
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(source.path)
-    digests = data_digests(config.data)
+    file = Path(config.data).expanduser()
     records = load_records(config.data)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0)
     heldout = heldout[: config.heldout_limit]
@@ -164,21 +163,14 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     encoded_heldout = encode(heldout, tokenizer, config.sequence_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad or 0}
-    facts = TextFacts(records=len(records), train=len(train), heldout=len(heldout))
     return TrainingText(
         train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
         heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
-        facts=facts,
+        facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
         template=encoded_train.template,
-        digests=digests,
+        digests={config.data: sha256_file(file)} if file.is_file() else {},
         warnings=[*encoded_train.warnings],
     )
-
-
-def data_digests(data: str) -> dict[str, str]:
-    """The sha256 of `data`, by its name, if it is a local file; nothing for other sources."""
-    path = Path(data).expanduser()
-    return {data: sha256_file(path)} if path.is_file() else {}
 
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
@@ -204,12 +196,11 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
 def build_method(config: FinetuneConfig) -> Method:
     """The method that the configuration names."""
     if config.method == "falqon":
-        rule = config.rule
         return FalqonMethod(
-            rule,
+            config.rule,
             rank=config.rank,
             rows=config.rows,
-            initialisation=config.initialisation or rule.initialisation,
+            initialisation=config.initialisation or config.rule.initialisation,
             seed=config.seed,
         )
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
@@ -263,7 +254,8 @@ def _deploy(
     trainer.record({"step": trainer.step, "deployed_loss": deployed})
     enter_phase("write")
     transposed = write_deployed(writer, source.path, method, names)
-    _write_template(writer.root, text.template)
+    if text.template.origin == "plain":  # the model has now learned it: without it, it would be asked in another
+        (writer.root / "chat_template.jinja").write_text(text.template.template, encoding="utf-8")
     learned = Gate(
         name="held-out loss of the deployed weights", value=deployed, comparison=Comparison.BELOW,
         threshold=untuned, detail="nats per answer token; below the untuned model", failure=Verdict.REGRESSION,
@@ -293,9 +285,3 @@ def _deploy(
         ),
         exclude=[_CHECKPOINTS], volatile=[_METRICS, _PLOT],
     )  # fmt: skip
-
-
-def _write_template(root: Path, template: TemplateInfo) -> None:
-    """A model without a chat template has now learned the plain one: without it, it would be asked in another."""
-    if template.origin == "plain":
-        (root / "chat_template.jinja").write_text(template.template, encoding="utf-8")

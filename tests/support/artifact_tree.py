@@ -15,7 +15,7 @@ from pathlib import Path
 from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.modelopt.checkpoint import export_checkpoint
-from exporters.modelopt.options import ModeloptExportOptions
+from exporters.modelopt.target import ModeloptExportOptions
 from exporters.onnx.export import export_onnx
 from exporters.onnx.options import OnnxExportOptions
 from exporters.tensorrt.export import export_tensorrt

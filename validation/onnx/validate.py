@@ -20,6 +20,7 @@ from torch import Tensor
 
 from exporters.graph.classes import compare_classes, own_agreement
 from exporters.graph.cut import input_name
+from exporters.graph.description import MODEL_FILE
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import agreement_gate, class_gates, codes_gate, kernel_gate, outputs_gate, parity_gates
 from exporters.graph.images import ProbeImages, folder_images, probe_images
@@ -31,7 +32,6 @@ from exporters.graph.produce import as_exported
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
-from exporters.onnx.export import MODEL_FILE
 from exporters.onnx.target import KIND, OnnxDetails
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
 from fp8pipe.artifact.gate import failures

@@ -109,27 +109,25 @@ def _is_current(target: Path, digest: str) -> bool:
     Raises:
         BadArtifactError: a file is missing or has another size than was written.
     """
-    fix = f"delete {target}; it will be converted again"
     try:
         record = json.loads((target / RECORD).read_text(encoding="utf-8"))
         files: dict[str, int] = record["files"]
         version, source = record["version"], record["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadArtifactError(
-            f"the converted model in {target} is damaged", why=f"{RECORD}: {type(error).__name__}: {error}", fix=fix
-        ) from error
+        raise _damaged(target, f"{RECORD}: {type(error).__name__}: {error}") from error
     if version != CONVERSION_VERSION or source != digest:
         return False
     for name, size in files.items():
         path = target / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
-            raise BadArtifactError(
-                f"the converted model in {target} is damaged",
-                why=f"{name} has {found} bytes, {size} were written",
-                fix=fix,
-            )
+            raise _damaged(target, f"{name} has {found} bytes, {size} were written")
     return True
+
+
+def _damaged(target: Path, why: str) -> BadArtifactError:
+    fix = f"delete {target}; it will be converted again"
+    return BadArtifactError(f"the converted model in {target} is damaged", why=why, fix=fix)
 
 
 def _write_record(root: Path, gguf: Path, digest: str) -> None:

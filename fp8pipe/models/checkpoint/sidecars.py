@@ -6,11 +6,14 @@ model answers. So the three places that carry files ask here.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from fp8pipe.core.errors import BadArtifactError
 
 TEMPLATE_DIRECTORY: Final = "additional_chat_templates"
 
@@ -65,6 +68,22 @@ def copy_sidecars(source: Path, target: Path, patterns: Sequence[str]) -> None:
 def sidecar_bytes(root: Path, patterns: Sequence[str]) -> int:
     """Size of `sidecar_files` together."""
     return sum((root / relative).stat().st_size for relative in sidecar_files(root, patterns))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object beside the weights, config.json for one.
+
+    Raises:
+        BadArtifactError: absent, unreadable, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        why = "" if isinstance(content, dict) else "it is not a JSON object"
+    except (OSError, ValueError) as error:
+        content, why = {}, f"{type(error).__name__}: {error}"
+    if why:
+        raise BadArtifactError(f"{path} cannot be read", why=why, fix="fetch the model again")
+    return dict(content)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

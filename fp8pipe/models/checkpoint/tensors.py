@@ -46,25 +46,30 @@ PLAIN_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a checkpoint, from its file's header.
+class TensorHeader:
+    """What a file's header says of one tensor.
 
     Attributes:
         name: full tensor name.
         dtype: safetensors' dtype name, a key of `DTYPES`.
         shape: as stored.
-        file: the file that holds it.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: Path
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor's data."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry(TensorHeader):
+    """One tensor of a checkpoint, and the file that holds it."""
+
+    file: Path
 
 
 def header_entries(file: Path) -> dict[str, TensorEntry]:
@@ -161,6 +166,13 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 def is_scale(name: str, entries: Mapping[str, object]) -> bool:
     """Whether a tensor is the scale of another one of `entries`."""
     return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in entries
+
+
+def shard_names(count: int) -> tuple[str, ...]:
+    """Names of `count` weight files: `model.safetensors`, or Hugging Face's numbered names."""
+    if count == 1:
+        return (SINGLE_NAME,)
+    return tuple(f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
 
 
 def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> None:

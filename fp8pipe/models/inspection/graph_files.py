@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.compat import import_package
 from fp8pipe.models.inspection.contents import Contents, LayerView
 from fp8pipe.models.inspection.safetensors_layers import count_ends
 
@@ -22,7 +22,6 @@ _GGUF_SCALES: Final = {
     "Q8_0": (34, 0), "Q4_0": (18, 0), "Q4_1": (20, 0), "Q5_0": (22, 0), "Q5_1": (24, 0), "Q2_K": (84, 80),
     "Q3_K": (110, 108), "Q4_K": (144, 0), "Q5_K": (176, 0), "Q6_K": (210, 208),
 }  # fmt: skip
-_TWO_AXES: Final = 2
 
 
 def read_onnx(path: Path, *, look: bool = True) -> Contents:
@@ -32,7 +31,7 @@ def read_onnx(path: Path, *, look: bool = True) -> Contents:
         BadArtifactError: it cannot be read as ONNX.
         MissingCapabilityError: onnx-ir is not installed.
     """
-    ir = _need("onnx_ir", "pip install 'fp8pipe[onnx]'")
+    ir = import_package("onnx_ir", "onnx_ir is not installed", "pip install 'fp8pipe[onnx]'")
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf's own error type is not public
@@ -43,7 +42,7 @@ def read_onnx(path: Path, *, look: bool = True) -> Contents:
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             continue
-        if len(value.const_value.shape) >= _TWO_AXES:
+        if len(value.const_value.shape) >= 2:
             contents.layers.append(_onnx_layer(str(name), value, decoders.get(value), look))
         else:
             rest += value.const_value.nbytes
@@ -87,7 +86,7 @@ def _onnx_codes(array: np.ndarray, format: str) -> tuple[int, int, int]:
     if format == "nvfp4":
         return array.size, int((np.abs(array.astype(np.float32)) >= 6).sum()), 0
     if format == "uint8":
-        return array.size, int(((array == 0) | (array == 255)).sum()), 0
+        return array.size, int(np.isin(array, (0, 255)).sum()), 0
     return count_ends(np.ascontiguousarray(array).view(np.uint8).reshape(-1), format)
 
 
@@ -98,7 +97,7 @@ def read_gguf(path: Path, *, look: bool = True) -> Contents:
         BadArtifactError: it cannot be read.
         MissingCapabilityError: gguf is not installed.
     """
-    gguf = _need("gguf", "pip install 'fp8pipe[samples]'")
+    gguf = import_package("gguf", "gguf is not installed", "pip install 'fp8pipe[samples]'")
     try:
         reader = gguf.GGUFReader(str(path))
     except Exception as error:  # its reader raises whatever numpy raises
@@ -108,13 +107,12 @@ def read_gguf(path: Path, *, look: bool = True) -> Contents:
         kind = tensor.tensor_type.name
         shape = tuple(int(side) for side in tensor.shape[::-1])
         view = LayerView(tensor.name.removesuffix(".weight"), kind.lower(), shape, int(tensor.n_bytes))
-        block = _GGUF_SCALES.get(kind)
-        if block is not None:
-            width, place = block
+        if kind in _GGUF_SCALES:
             view.granularity = "per-block"
-            if look:
-                rows = tensor.data.reshape(-1).view(np.uint8).reshape(-1, width)
-                view.scales.add(np.abs(np.ascontiguousarray(rows[:, place : place + 2]).view("<f2")))
+        if look and kind in _GGUF_SCALES:
+            width, place = _GGUF_SCALES[kind]
+            rows = tensor.data.reshape(-1).view(np.uint8).reshape(-1, width)
+            view.scales.add(np.abs(np.ascontiguousarray(rows[:, place : place + 2]).view("<f2")))
         contents.layers.append(view)
     fields = reader.fields
     contents.facts = {
@@ -128,10 +126,3 @@ def read_gguf(path: Path, *, look: bool = True) -> Contents:
 
 def _text(field: Any) -> str | None:
     return None if field is None else bytes(field.parts[field.data[0]]).decode("utf-8", "replace")
-
-
-def _need(module: str, how: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingCapabilityError(f"{module} is not installed", why=str(error), fix=how) from error

@@ -15,8 +15,7 @@ from fp8pipe.models.inspection.safetensors_layers import StoredTensor, read_head
 _INDEX: Final = "model.safetensors.index.json"
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _PREPROCESSING: Final = ("preprocessing.json", "preprocessor_config.json", "processor_config.json")
-# Not weights of the model itself.
-_BESIDE: Final = ("adapter.safetensors",)
+_ADAPTER: Final = "adapter.safetensors"  # no weights of the model itself
 
 
 def inspect_contents(path: Path, *, look: bool = True) -> Contents:
@@ -47,7 +46,7 @@ def inspect_contents(path: Path, *, look: bool = True) -> Contents:
 
 def _directory(root: Path, look: bool) -> Contents:
     model, ggufs = root / "model.onnx", sorted(root.glob("*.gguf"))
-    files = [f for f in sorted(root.glob("*.safetensors")) if f.name not in _BESIDE]
+    files = [f for f in sorted(root.glob("*.safetensors")) if f.name != _ADAPTER]
     config = _json(root / "config.json")
     if model.is_file():
         contents = read_onnx(model, look=look)
@@ -76,26 +75,21 @@ def _method(config: Mapping[str, Any]) -> tuple[str, int]:
     method = str(block.get("quant_method", "plain"))
     detail = block.get("format") or block.get("quant_algo") or block.get("fmt")
     groups = block.get("config_groups") or {}
-    bits = block.get("bits")
-    for group in groups.values():
-        bits = bits or (group.get("weights") or {}).get("num_bits")
-    size = block.get("weight_block_size")
+    widths = [block.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups.values())]
+    bits, size = next(filter(None, widths), 4), block.get("weight_block_size")
     shown = [str(x) for x in (detail, f"blocks of {size[0]}x{size[1]}" if size else None) if x]
-    return method + (f" ({', '.join(shown)})" if shown else ""), int(bits or 4)
+    return method + (f" ({', '.join(shown)})" if shown else ""), int(bits)
 
 
 def _facts(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    settings = _json(root / "tokenizer_config.json")
-    template = (root / "chat_template.jinja").is_file() or "chat_template" in settings
     found: dict[str, Any] = {}
     if config:
         found["architecture"] = ", ".join(config.get("architectures") or []) or None
         found["tokenizer"] = next((name for name in _TOKENIZERS if (root / name).is_file()), None)
-        found["chat_template"] = template
-    for name in _PREPROCESSING:
-        if (root / name).is_file():
-            found["preprocessing"] = _json(root / name)
-            break
+        in_settings = "chat_template" in _json(root / "tokenizer_config.json")
+        found["chat_template"] = in_settings or (root / "chat_template.jinja").is_file()
+    if (name := next((name for name in _PREPROCESSING if (root / name).is_file()), None)) is not None:
+        found["preprocessing"] = _json(root / name)
     return found
 
 

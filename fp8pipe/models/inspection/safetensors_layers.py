@@ -39,7 +39,6 @@ _LAYOUTS: Final = (
     (".weight_packed", (".weight_scale", ".weight_global_scale", ".weight_shape", ".weight_zero_point")),
     (".qweight", (".scales", ".qzeros", ".g_idx")),
 )
-_TWO_AXES: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +150,7 @@ def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: boo
                 continue
             stem = name.removesuffix(suffix)
             parts = [tensors[stem + s] for s in beside if stem + s in tensors]
-            if suffix == ".weight" and len(tensor.shape) < _TWO_AXES and not parts:
+            if suffix == ".weight" and len(tensor.shape) < 2 and not parts:
                 continue
             used |= {name, *(part.name for part in parts)}
             found.append(_layer(stem, suffix, tensor, parts, bits, look))
@@ -209,7 +208,7 @@ def _granularity(scales: tuple[int, ...], shape: tuple[int, ...] | None) -> str:
         return "per-tensor"
     if shape is not None and count == shape[0]:
         return "per-channel"
-    if shape is not None and len(scales) == _TWO_AXES and len(shape) == _TWO_AXES:
+    if shape is not None and len(scales) == 2 and len(shape) == 2:
         blocks = tuple(-(-whole // part) for whole, part in zip(shape, scales, strict=True))
         return f"blocks of {blocks[0]}x{blocks[1]}"
     return "per-block"

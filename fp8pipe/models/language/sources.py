@@ -8,15 +8,15 @@ already: fine-tuning or converting FP8 codes as if they were weights would succe
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.gguf import convert_gguf
-from fp8pipe.models.checkpoint.sidecars import HUB_FILES
+from fp8pipe.models.checkpoint.sidecars import HUB_FILES, read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries
 from fp8pipe.models.samples import sample_name, smollm2_gguf
 
@@ -56,13 +56,13 @@ def resolve_model(src: str) -> ModelSource:
             fix="give a directory, a hub id, a .gguf file or sample:smollm2",
         )
     if sample_name(src, MODEL_SAMPLES, "model") is not None:
-        return _from_gguf(smollm2_gguf(), src, name="smollm2")
+        return _from_gguf(smollm2_gguf(), src, "smollm2")
     path = Path(src).expanduser()
     if path.is_dir():
         _check_checkpoint(path)
         return ModelSource(path.resolve(), src)
     if path.suffix.lower() == ".gguf":
-        return _from_gguf(path.absolute(), src, name=None)
+        return _from_gguf(path.absolute(), src)
     if path.exists():
         raise ConfigurationError(
             f"{src} is not a model",
@@ -79,7 +79,7 @@ def resolve_model(src: str) -> ModelSource:
     return _from_hub(src, match["id"], match["revision"])
 
 
-def _from_gguf(gguf: Path, origin: str, *, name: str | None) -> ModelSource:
+def _from_gguf(gguf: Path, origin: str, name: str | None = None) -> ModelSource:
     path = convert_gguf(gguf, name=name)
     return ModelSource(path, origin, path.name.rpartition("-")[2])
 
@@ -112,7 +112,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _check_checkpoint(path: Path) -> None:
+def _check_config(path: Path) -> None:
     if not (path / "config.json").is_file():
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         raise ConfigurationError(
@@ -120,6 +120,10 @@ def _check_checkpoint(path: Path) -> None:
             why="it has no config.json",
             fix=f"name the file instead: {path / ggufs[0]}" if ggufs else "give the directory that holds config.json",
         )
+
+
+def _check_checkpoint(path: Path) -> None:
+    _check_config(path)
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
         raise ConfigurationError(
@@ -141,26 +145,25 @@ def check_unquantized(path: Path) -> None:
         ConfigurationError: a ``quantization_config`` in config.json, or FP8, FP4 or integer weight tensors.
         BadArtifactError: config.json or a safetensors header cannot be read.
     """
-    fix = "start from the original bf16, fp16 or fp32 checkpoint"
-    config = _read_config(path)
-    nested = [config, *(v for v in config.values() if isinstance(v, dict))]  # e.g. text_config
-    for part in nested:
-        quantization = part.get("quantization_config")
-        if quantization:
+    _check_config(path)
+    if (why := next(_signs_of_quantization(path), None)) is not None:
+        raise ConfigurationError(
+            f"the model in {path} is quantized already",
+            why=why,
+            fix="start from the original bf16, fp16 or fp32 checkpoint",
+        )
+
+
+def _signs_of_quantization(path: Path) -> Iterator[str]:
+    config = read_config(path / "config.json")
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):  # e.g. text_config
+        if quantization := part.get("quantization_config"):
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-            raise ConfigurationError(
-                f"the model in {path} is quantized already",
-                why=f"config.json has a quantization_config (method {method})",
-                fix=fix,
-            )
+            yield f"config.json has a quantization_config (method {method})"
     for file in sorted(path.glob("*.safetensors")):
         for entry in header_entries(file).values():
             if _is_quantized(entry):
-                raise ConfigurationError(
-                    f"the model in {path} is quantized already",
-                    why=f"{file.name}: {entry.name} has dtype {entry.dtype}",
-                    fix=fix,
-                )
+                yield f"{file.name}: {entry.name} has dtype {entry.dtype}"
 
 
 def _is_quantized(entry: TensorEntry) -> bool:
@@ -169,25 +172,3 @@ def _is_quantized(entry: TensorEntry) -> bool:
         return True
     buffer = entry.name.rpartition(".")[2] in {"bias", "masked_bias", "position_ids", "token_type_ids", "mask"}
     return entry.dtype in {"I8", "U8", "I16", "U16", "I32", "U32"} and len(entry.shape) >= 2 and not buffer
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigurationError(
-            f"{path} is not a Hugging Face model directory",
-            why="it has no config.json",
-            fix="give the directory that holds config.json",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise BadArtifactError(
-            f"{path / 'config.json'} cannot be read",
-            why=f"{type(error).__name__}: {error}",
-            fix="fetch the model again",
-        ) from error
-    if not isinstance(config, dict):
-        raise BadArtifactError(
-            f"{path / 'config.json'} cannot be read", why="it is not a JSON object", fix="fetch the model again"
-        )
-    return config

@@ -60,11 +60,11 @@ def build(architecture: Architecture) -> nn.Module:
         if architecture.head == "probe":
             model = ClassAndPatches(prepare_model(model), architecture.image_size, len(architecture.classes or ()))
     model = prepare_model(model)
-    expected = None if architecture.classes is None else len(architecture.classes)
-    if class_count(model) != expected:
+    expected, found = None if architecture.classes is None else len(architecture.classes), class_count(model)
+    if found != expected:
         raise ConfigurationError(
             f"{architecture.library} builds another {architecture.name} than was described",
-            why=f"it has {class_count(model)} classes, and {expected} are named",
+            why=f"it has {found} classes, and {expected} are named",
             fix="correct the class names or the arguments",
         )
     return model
@@ -73,8 +73,8 @@ def build(architecture: Architecture) -> nn.Module:
 def _create(architecture: Architecture) -> nn.Module:
     cls: Any = transformers_class(architecture.name) if architecture.library == "transformers" else None
     library = import_timm() if cls is None else import_transformers()
+    model: nn.Module
     try:
-        model: nn.Module
         if cls is None:
             model = library.create_model(architecture.name, pretrained=False, **architecture.arguments)
         else:

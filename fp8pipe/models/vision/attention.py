@@ -42,7 +42,6 @@ class AttentionHandler(Protocol):
         Returns:
             (B, H, Nq, d).
         """
-        ...
 
 
 def explicit_attention(
@@ -109,7 +108,7 @@ def intercept_attention(model: nn.Module, names: Collection[str], handler: Atten
 
     Args:
         model: the model that will run.
-        names: modules that call the fused attention, as `attention_names` gives them.
+        names: modules that call the fused attention, as `VitStructure.attention_names` gives them.
         handler: called in the place of the fused attention.
 
     Raises:
@@ -148,35 +147,12 @@ def intercept_attention(model: nn.Module, names: Collection[str], handler: Atten
             functional.scaled_dot_product_attention = fused
 
 
-@torch.no_grad()
-def attention_names(model: nn.Module, pixels: Tensor) -> list[str]:
-    """The modules that call the fused attention, innermost, in the order of their calls.
-
-    Args:
-        model: prepared by `prepare_model`; run once.
-        pixels: (N, 3, H, W), the images to run it on; their values do not matter.
-
-    Returns:
-        One name per call: a module that calls it twice is there twice.
-    """
-    everything = {name: module for name, module in model.named_modules() if name}
-    found: list[str] = []
-
-    def note(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        found.append(name)
-        return explicit_attention(q, k, v, mask, scale)
-
-    with intercept_attention(model, everything, note):
-        model(pixels)
-    return found
-
-
 def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
         raise ConfigurationError(
-            f"the model has no module {name}", why=str(error), fix="take the names from attention_names(model, ...)"
+            f"the model has no module {name}", why=str(error), fix="take the names from read_structure(model, ...)"
         ) from error
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fp8pipe.artifact import sha256_file
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.compat import import_package
 from fp8pipe.models.vision.preprocessing import Preprocessing
 
 DIGITS_CLASSES: Final = tuple(str(digit) for digit in range(10))
@@ -51,19 +52,15 @@ def digits_split() -> tuple[Digits, Digits]:
     Raises:
         MissingCapabilityError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise MissingCapabilityError(
-            "the digits need the package scikit-learn", why=str(error), fix="pip install 'fp8pipe[samples]'"
-        ) from error
-    bunch = load_digits()
+    datasets = import_package(
+        "sklearn.datasets", "the digits need the package scikit-learn", "pip install 'fp8pipe[samples]'"
+    )
+    bunch = datasets.load_digits()
     grey = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)  # 0..16 -> 0..255
     images = grey[:, None].expand(-1, 3, -1, -1)
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     held_out = torch.arange(len(labels)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-    parts = (Digits(images[rows].contiguous(), labels[rows]) for rows in (~held_out, held_out))
-    train, test = parts
+    train, test = (Digits(images[rows].contiguous(), labels[rows]) for rows in (~held_out, held_out))
     return train, test
 
 

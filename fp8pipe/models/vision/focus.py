@@ -8,14 +8,15 @@ transposed and nameless in the graph and are found through the MatMul that uses 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.models.compat import import_timm
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.compat import import_package, import_timm
 from fp8pipe.models.vision.architecture import Architecture
 from fp8pipe.models.vision.preprocessing import Preprocessing
 
@@ -102,15 +103,9 @@ def focus_weights(path: Path, image_size: tuple[int, int]) -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The file's tensors by name, and the right operand of each MatMul by the node's name."""
-    try:
-        import onnx
-        from onnx import numpy_helper
-    except ModuleNotFoundError as error:
-        raise MissingCapabilityError(
-            "sample:vit-s needs the package onnx", why=str(error), fix="pip install 'fp8pipe[onnx]'"
-        ) from error
+    onnx = import_package("onnx", "sample:vit-s needs the package onnx", "pip install 'fp8pipe[onnx]'")
     graph = onnx.load(str(path)).graph
-    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     products = {n.name: tensors[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
     return tensors, products
 
@@ -129,8 +124,7 @@ def _block(layer: int, tensors: dict[str, Tensor], products: dict[str, Tensor]) 
 def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tensor:
     """(1, 1 + grid, 384): the exporter split the table into the class token's part and the patches'."""
     width = tensors["backbone.embeddings.cls_token"].shape[-1]
-    area = TABLE_GRID[0] * TABLE_GRID[1]
-    patches = next(t for t in tensors.values() if t.shape == (1, area, width))
+    patches = next(t for t in tensors.values() if t.shape == (1, math.prod(TABLE_GRID), width))
     first = next(t for name, t in tensors.items() if t.shape == (1, 1, width) and not name.endswith("cls_token"))
     import_timm()
     from timm.layers.pos_embed import resample_abs_pos_embed

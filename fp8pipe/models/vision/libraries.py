@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_timm
 from fp8pipe.models.vision.architecture import Architecture, transformers_class
 from fp8pipe.models.vision.prepare import class_count, prepare_model
@@ -41,7 +42,7 @@ def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretra
         ConfigurationError: no vision model, weights missing, no preprocessing beside them, or another image size.
         BadArtifactError: a file cannot be read.
     """
-    config = _read(folder / "config.json")
+    config = read_config(folder / "config.json")
     if not isinstance(config.get("architecture"), str):
         return _from_transformers(folder, _class_name(config, folder), image_size)
     _check_weights(folder, "model.safetensors")
@@ -66,11 +67,9 @@ def load_from_timm(
     model = _create(timm, source, image_size)
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
     size = image_size or _built_size(model) or (int(config["input_size"][1]), int(config["input_size"][2]))
-    own = {"num_classes": model.num_classes, "img_size": list(size)}
-    arguments: dict[str, Any] = {**(written or {}), **own}
-    prepared = prepare_model(model)
-    architecture_name = str(model.pretrained_cfg["architecture"])
-    architecture = _architecture("timm", architecture_name, arguments, size, _class_names(prepared))
+    arguments = {**(written or {}), "num_classes": model.num_classes, "img_size": list(size)}
+    prepared, name = prepare_model(model), str(model.pretrained_cfg["architecture"])
+    architecture = _architecture("timm", name, arguments, size, _class_names(prepared))
     return prepared.state_dict(), architecture, _timm_preprocessing(config, size)
 
 
@@ -128,8 +127,8 @@ def _timm_preprocessing(config: dict[str, Any], size: tuple[int, int]) -> Prepro
         )
     squash = config["crop_mode"] == "squash"
     resize = tuple(math.floor(side / fraction) for side in size) if squash else math.floor(max(size) / fraction)
-    values = {"resize": resize, "crop": size} | {key: config[key] for key in ("interpolation", "mean", "std")}
-    return build_config(Preprocessing, values)
+    rest = {key: config[key] for key in ("interpolation", "mean", "std")}
+    return build_config(Preprocessing, {"resize": resize, "crop": size, **rest})
 
 
 def _architecture(
@@ -161,9 +160,8 @@ def _first_line(error: BaseException) -> str:
 def _from_transformers(folder: Path, name: str, image_size: tuple[int, int] | None) -> Pretrained:
     model = _load(folder, name)
     size = image_size or _image_size(model.config)
-    classes = None
-    if class_count(model) is not None:
-        classes = tuple(str(model.config.id2label[index]) for index in range(model.config.num_labels))
+    labels = range(0 if class_count(model) is None else model.config.num_labels)
+    classes = tuple(str(model.config.id2label[index]) for index in labels) or None
     arguments = {key: value for key, value in model.config.to_dict().items() if key not in _RECORDS}
     architecture = _architecture("transformers", name, json.loads(json.dumps(arguments)), size, classes)
     preprocessing = _transformers_preprocessing(folder, size)
@@ -190,18 +188,6 @@ def _load(folder: Path, name: str) -> Any:
     return model
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadArtifactError(
-            f"{path} cannot be read", why=f"{type(error).__name__}: {error}", fix="fetch the model again"
-        ) from error
-    if not isinstance(content, dict):
-        raise BadArtifactError(f"{path} cannot be read", why="it is not a JSON object", fix="fetch the model again")
-    return content
-
-
 def _class_name(config: dict[str, Any], folder: Path) -> str:
     names = config.get("architectures") or []
     name = str(names[0]) if len(names) == 1 else ""
@@ -217,8 +203,7 @@ def _class_name(config: dict[str, Any], folder: Path) -> str:
 
 def _image_size(config: Any) -> tuple[int, int]:
     size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None)
-    found = pair_of_integers(size)
-    if found is not None:
+    if (found := pair_of_integers(size)) is not None:
         return found
     raise ConfigurationError(
         f"the configuration {type(config).__name__} does not say how large images are",
@@ -235,7 +220,7 @@ def _transformers_preprocessing(folder: Path, size: tuple[int, int]) -> Preproce
             why="it has no preprocessor_config.json",
             fix="save the image processor beside the model: processor.save_pretrained(...)",
         )
-    written = _read(path)
+    written = read_config(path)
     resize: Any = _pair(written.get("size", size), "size")
     crop = _both_sides(resize)
     if written.get("do_center_crop"):

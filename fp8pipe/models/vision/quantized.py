@@ -35,7 +35,6 @@ from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 QUANTIZERS_FILE: Final = "quantizers.json"
 _SCALE, _TENSOR_SCALE = "_scale", "_tensor_scale"
-_MATRIX: Final = 2  # axes
 T = TypeVar("T")
 Codes = WeightCodes | BlockCodes
 Quantizer = ActivationQuantizer | BlockQuantizer
@@ -254,7 +253,7 @@ def _take_codes(name: str, entry: _WeightEntry, tensors: dict[str, Tensor]) -> C
 
 
 def _block_codes(name: str, packed: Tensor, block: Tensor, tensor: Tensor) -> BlockCodes:
-    if packed.dtype != torch.uint8 or packed.dim() != _MATRIX or tensor.numel() != 1:
+    if packed.dtype != torch.uint8 or packed.dim() != 2 or tensor.numel() != 1:
         raise ValueError(f"{name}.weight holds {packed.dtype} {tuple(packed.shape)}, not NVFP4 codes")
     codes = unpack_nibbles(packed)
     if block.shape != (codes.shape[0], codes.shape[1] // BLOCK):

@@ -10,7 +10,7 @@ from language_edits import even
 from safetensors.torch import load_file
 
 from exporters.modelopt.checkpoint import export_checkpoint
-from exporters.modelopt.options import ModeloptExportOptions
+from exporters.modelopt.target import ModeloptExportOptions
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import GateFailedError
 

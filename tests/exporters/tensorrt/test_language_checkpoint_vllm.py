@@ -10,7 +10,7 @@ from language_edits import even
 from safetensors import safe_open
 
 from exporters.modelopt.checkpoint import export_checkpoint
-from exporters.modelopt.options import ModeloptExportOptions
+from exporters.modelopt.target import ModeloptExportOptions
 from exporters.vllm.environment import find_vllm_python, subprocess_environment
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import MissingCapabilityError

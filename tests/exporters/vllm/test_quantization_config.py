@@ -6,7 +6,7 @@ import pytest
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from exporters.vllm.quantization_config import known_versions, quantization_config, schema_for
+from exporters.vllm.quantization_config import SCHEMAS, quantization_config, schema_for
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 
@@ -56,7 +56,7 @@ def test_bf16_has_no_block() -> None:
 def test_unknown_version_lists_the_known_ones() -> None:
     with pytest.raises(ConfigurationError) as caught:
         schema_for("9.9.9")
-    assert all(version in str(caught.value) for version in known_versions())
+    assert all(version in str(caught.value) for version in SCHEMAS)
 
 
 def test_options_refuse_unknown_keys_and_bad_values() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fp8pipe.models.compat import import_transformers
 from pipeline.finetune import loss as loss_module
-from pipeline.finetune.loss import IGNORE, _SummedCrossEntropy, answer_count, answer_loss
+from pipeline.finetune.loss import IGNORED, _SummedCrossEntropy, answer_count, answer_loss
 
 
 @pytest.fixture
@@ -21,14 +21,14 @@ def batch(seed=0, rows=3, length=20):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 272, (rows, length), generator=generator)
     labels = ids.clone()
-    labels[torch.rand(rows, length, generator=generator) < 0.6] = IGNORE
+    labels[torch.rand(rows, length, generator=generator) < 0.6] = IGNORED
     return {"input_ids": ids}, labels
 
 
 def reference(model, inputs, labels):
     logits = model(**inputs, use_cache=False).logits[:, :-1].double()
     return torch.nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=IGNORE, reduction="sum"
+        logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum"
     )
 
 
@@ -48,13 +48,13 @@ def test_extra_padding_leaves_the_loss_unchanged(model):
     inputs, labels = batch()
     plain = answer_loss(model, inputs, labels)
     padded = torch.nn.functional.pad(inputs["input_ids"], (0, 12))
-    extra = answer_loss(model, {"input_ids": padded}, torch.nn.functional.pad(labels, (0, 12), value=IGNORE))
+    extra = answer_loss(model, {"input_ids": padded}, torch.nn.functional.pad(labels, (0, 12), value=IGNORED))
     torch.testing.assert_close(extra, plain, rtol=1e-6, atol=0)  # the same sums in differently shaped GEMMs
-    assert answer_count(torch.nn.functional.pad(labels, (0, 12), value=IGNORE)) == answer_count(labels)
+    assert answer_count(torch.nn.functional.pad(labels, (0, 12), value=IGNORED)) == answer_count(labels)
 
 
 def test_the_first_token_has_no_predictor_and_counts_nothing():
-    labels = torch.tensor([[5, IGNORE, 6], [7, 8, IGNORE]])
+    labels = torch.tensor([[5, IGNORED, 6], [7, 8, IGNORED]])
     assert answer_count(labels) == 2
 
 
@@ -72,8 +72,8 @@ def test_chunks_do_not_change_loss_or_gradient(seed, rows):
     generator = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(rows, 33, generator=generator)).requires_grad_()
     targets = torch.randint(0, 33, (rows,), generator=generator)
-    targets[torch.rand(rows, generator=generator) < 0.3] = IGNORE
-    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    targets[torch.rand(rows, generator=generator) < 0.3] = IGNORED
+    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     (wanted,) = torch.autograd.grad(expected, logits) if rows else (None,)
     saved, loss_module._CHUNK_VALUES = loss_module._CHUNK_VALUES, 33 * 4
     try:

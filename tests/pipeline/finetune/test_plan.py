@@ -12,8 +12,7 @@ from fp8pipe.core.errors import ConfigurationError, LintRefusedError, MissingCap
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.structure import structure_of
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.device import check_device, hardware
-from pipeline.finetune.method import export_warnings
+from pipeline.finetune.method import check_device, export_warnings, hardware
 from pipeline.finetune.plan import plan_finetune
 from pipeline.finetune.stage import finetune
 

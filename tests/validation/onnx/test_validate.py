@@ -13,9 +13,10 @@ from PIL import Image
 from quantized_families import quantized_family, write_vit_artifact
 
 from exporters.graph.classes import ClassAgreement
+from exporters.graph.description import MODEL_FILE
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import agreement_gate
-from exporters.onnx.export import MODEL_FILE, export_onnx
+from exporters.onnx.export import export_onnx
 from exporters.onnx.options import OnnxExportOptions
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.artifact.record import ExportRejectedError, record_path

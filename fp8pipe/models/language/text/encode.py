@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text.records import Record
@@ -89,10 +89,9 @@ class Encoding:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rendered:
+class _Rendered(NamedTuple):
     text: str
-    spans: tuple[tuple[int, int], ...]  # character ranges of the answers, ascending
+    spans: list[tuple[int, int]]  # character ranges of the answers, ascending
 
 
 def template_info(tokenizer: Any) -> TemplateInfo:
@@ -129,8 +128,7 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int) -> Encodi
         )
     template = template_info(tokenizer)
     examples: list[Encoded] = []
-    truncated = dropped = expanded = 0
-    longest_prompt = 0
+    truncated = dropped = expanded = longest_prompt = 0
     for start in range(0, len(records), _BATCH):
         rendered: list[_Rendered] = []
         for index, record in enumerate(records[start : start + _BATCH], start=start):
@@ -144,7 +142,8 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int) -> Encodi
                 examples.append(cut)
             else:
                 dropped += 1
-                longest_prompt = max(longest_prompt, _prompt_length(whole))
+                prompt = next((i for i, label in enumerate(whole.labels) if label != IGNORED), len(whole.labels))
+                longest_prompt = max(longest_prompt, prompt)
     if not examples:
         raise ConfigurationError(
             f"no answer token is left in any of the {len(records)} records",
@@ -177,10 +176,6 @@ def _warnings(
     return tuple(found)
 
 
-def _prompt_length(example: Encoded) -> int:
-    return next((i for i, label in enumerate(example.labels) if label != IGNORED), len(example.labels))
-
-
 def _render(record: Record, tokenizer: Any, template: TemplateInfo, index: int) -> list[_Rendered]:
     """The conversation's text and answer ranges; several texts where the template does not only append."""
     messages = [{"role": m.role, "content": m.content} for m in record.messages]
@@ -189,14 +184,14 @@ def _render(record: Record, tokenizer: Any, template: TemplateInfo, index: int) 
     spans: list[tuple[int, int]] = []
     for end in ends:
         text = _apply(messages[:end], tokenizer, template, index)
-        spans.append((_answer_start(messages[:end], text, tokenizer, template, index), _answer_end(text)))
+        # The white space after the end-of-turn mark is no part of the answer.
+        spans.append((_answer_start(messages[:end], text, tokenizer, template, index), len(text.rstrip())))
         texts.append(text)
     final = texts[-1]
     # Turns after the last answer are prompts to nothing: they are left out.
-    appends = all(final.startswith(text[: span[1]]) for text, span in zip(texts, spans, strict=True))
-    if appends:
-        return [_Rendered(final, tuple(spans))]
-    return [_Rendered(text, (span,)) for text, span in zip(texts, spans, strict=True)]
+    if all(final.startswith(text[:end]) for text, (_, end) in zip(texts, spans, strict=True)):
+        return [_Rendered(final, spans)]
+    return [_Rendered(text, [span]) for text, span in zip(texts, spans, strict=True)]
 
 
 def _answer_start(messages: list[dict[str, str]], text: str, tokenizer: Any, template: TemplateInfo, index: int) -> int:
@@ -210,9 +205,7 @@ def _answer_start(messages: list[dict[str, str]], text: str, tokenizer: Any, tem
     if not text.startswith(prompt):
         # The generation prompt opens something (a reasoning block) that a finished answer lacks: take what
         # both share, but never a part of the answer itself.
-        start = next(
-            (i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), min(len(prompt), len(text))
-        )
+        start = _shared(prompt, text)
         before = text.rfind(content)
         start = min(start, before) if before >= 0 else start
     ending = content.splitlines()[-1].strip() if content else ""
@@ -225,9 +218,10 @@ def _answer_start(messages: list[dict[str, str]], text: str, tokenizer: Any, tem
     return start
 
 
-def _answer_end(text: str) -> int:
-    """The end of the answer: ``text`` without the white space that follows its end-of-turn mark."""
-    return len(text.rstrip())
+def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """How many items two sequences begin with alike."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _apply(
@@ -287,8 +281,6 @@ def _starts_by_prefix(rendered: _Rendered, ids: Sequence[int], tokenizer: Any) -
     starts = [0] * len(ids)
     for border in (border for span in rendered.spans for border in span):
         prefix = list(tokenizer(rendered.text[:border], add_special_tokens=False)["input_ids"])
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids))
-        )
+        shared = _shared(prefix, ids)
         starts[shared:] = [border] * (len(ids) - shared)
     return starts

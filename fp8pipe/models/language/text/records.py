@@ -85,21 +85,18 @@ def load_records(src: str) -> list[Record]:
 def _parse_all(src: str, rows: Iterable[tuple[str, Any]]) -> list[Record]:
     records: list[Record] = []
     problems: list[str] = []
-    bad = 0
     for place, row in rows:
         try:
             if isinstance(row, _BadRow):
                 raise row
             records.append(_parse(row))
         except _BadRow as error:
-            bad += 1
-            if len(problems) < _SHOWN_ERRORS:
-                problems.append(f"{place}: {error}")
-    if bad:
-        more = f"\n    and {bad - len(problems)} more" if bad > len(problems) else ""
+            problems.append(f"{place}: {error}")
+    if problems:
+        bad, more = len(problems), len(problems) - _SHOWN_ERRORS
         raise ConfigurationError(
             f"{src} has {bad} bad record{'s' if bad > 1 else ''}",
-            why="\n    ".join(["", *problems]).strip() + more,
+            why="\n    ".join(problems[:_SHOWN_ERRORS] + ([f"and {more} more"] if more > 0 else [])),
             fix=f"correct them; a record is one JSON object with {_SHAPES}",
         )
     if not records:

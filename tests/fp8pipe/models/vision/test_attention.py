@@ -11,7 +11,7 @@ from torch.nn import functional
 from vit_families import FAMILIES, NAMES, Family, build_family, family, random_pixels
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.vision.attention import attention_names, explicit_attention, intercept_attention
+from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import read_structure
 
@@ -20,6 +20,21 @@ FUSED = functional.scaled_dot_product_attention
 
 def explicit(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return explicit_attention(q, k, v, mask, scale)
+
+
+@torch.no_grad()
+def attention_names(model: nn.Module, pixels: Tensor) -> list[str]:
+    """The modules that call the fused attention, in the order of their calls; once for each call."""
+    everything = {name: module for name, module in model.named_modules() if name}
+    found: list[str] = []
+
+    def note(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        found.append(name)
+        return explicit_attention(q, k, v, mask, scale)
+
+    with intercept_attention(model, everything, note):
+        model(pixels)
+    return found
 
 
 class Toy(nn.Module):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.text.encode import IGNORED, Encoded
+from fp8pipe.models.language.text import IGNORED, Encoded
 
 ALIGNMENT: Final = 16
 # Streams of the seed: independent draws for the grouping and for the epochs.
@@ -41,7 +41,6 @@ class Batch:
         input_ids: (B, L) int64, padded with the pad id; L is a multiple of 16.
         labels: (B, L) int64, not shifted; -100 for prompts, padding and each example's first token.
         position_ids: (B, L) int64; restart at 0 with each packed example.
-        attention_mask: always None, see the module's text.
         tokens: real tokens (no padding).
         answer_tokens: tokens that the loss counts.
         examples: indices into the encoded examples, row after row.
@@ -50,7 +49,6 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
     tokens: int
     answer_tokens: int
     examples: tuple[int, ...]
@@ -138,7 +136,6 @@ class Batches:
             input_ids,
             labels,
             position_ids,
-            None,
             tokens,
             int((labels != IGNORED).sum()),
             tuple(i for row in rows for i in row),

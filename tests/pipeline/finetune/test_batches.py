@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text.encode import IGNORED, Encoded
-from pipeline.finetune.data.batches import Batch, Batches, first_fit
+from pipeline.finetune.batches import Batch, Batches, first_fit
 
 PAD = 0
 
@@ -121,7 +121,7 @@ def summed_loss(model: Any, batch: Batch, *, use_cache: bool = False) -> float:
     logits = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
+        attention_mask=None,
         use_cache=use_cache,
     ).logits
     return float(
@@ -179,7 +179,6 @@ def test_padding_on_the_right_changes_nothing(model: Any, packing: bool) -> None
         torch.cat([batch.input_ids, torch.full((rows, extra), PAD)], 1),
         torch.cat([batch.labels, torch.full((rows, extra), IGNORED)], 1),
         torch.cat([batch.position_ids, last + 1 + torch.arange(extra)], 1),
-        None,
         batch.tokens,
         batch.answer_tokens,
         batch.examples,
