@@ -118,9 +118,9 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
         checksum = check_checksum(root / MANIFEST_NAME)
         # One of version 1 needs no checksum, and what it holds may still be no manifest.
         unchecked = not checksum_path(root / MANIFEST_NAME).exists() and "no checksum" not in str(error)
-        catcher = Check.CHECKSUM if checksum and not unchecked else Check.MANIFEST
-        why = checksum if catcher is Check.CHECKSUM else getattr(error, "why", "") or str(error)
-        return [Finding(catcher, MANIFEST_NAME, why)], None
+        check = Check.CHECKSUM if checksum and not unchecked else Check.MANIFEST
+        why = checksum if check is Check.CHECKSUM else getattr(error, "why", "") or str(error)
+        return [Finding(check, MANIFEST_NAME, why)], None
     findings = []
     for entry in manifest.files:
         wrong = check_file(root, entry)

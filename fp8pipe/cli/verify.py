@@ -132,7 +132,7 @@ def _document(tree: Tree, checked: Checked, compared: list[tuple[str, str]], qui
         "records": [tree.name_of(path) for path in tree.records],
         "compared": [{"artifact": child, "parent": parent} for child, parent in compared],
         "findings": [
-            {"artifact": f.artifact, "catcher": str(f.check), "where": f.where, "why": f.why} for f in checked.findings
+            {"artifact": f.artifact, "check": str(f.check), "where": f.where, "why": f.why} for f in checked.findings
         ],
         "notes": checked.notes,
     }

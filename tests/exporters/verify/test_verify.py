@@ -69,7 +69,7 @@ def test_damage_is_listed_whole_and_damaged_parents_are_not_compared_with(tree):
     for name in ("vit/preprocessing.json", "vllm/config.json", "model/tokenizer.json"):
         (tree / name).write_text("{}")
     document = json.loads(verify("--json", tree).stdout)
-    found = {(f["artifact"], f["catcher"], f["where"]) for f in document["findings"]}
+    found = {(f["artifact"], f["check"], f["where"]) for f in document["findings"]}
     assert {
         ("vit", "hash", "preprocessing.json"), ("vllm", "hash", "config.json"), ("model", "hash", "tokenizer.json"),
     } <= found  # fmt: skip

@@ -276,7 +276,7 @@ def test_verify(artifact):
     assert "all as written (contents not looked at)" in result.stdout
     # Hashes cover the bytes; that they are no weights is what the contents tell.
     document = json.loads(invoke("verify", artifact, "--json").stdout)
-    assert {finding["catcher"] for finding in document["findings"]} == {"reopen"}
+    assert {finding["check"] for finding in document["findings"]} == {"reopen"}
     (artifact / "note.txt").write_text("mine")
     document = json.loads(invoke("verify", "--quick", artifact, "--json").stdout)
     assert (document["verified"], document["artifacts"][0]["unlisted_files"]) == (True, ["note.txt"])
