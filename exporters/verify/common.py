@@ -98,7 +98,8 @@ def compare_layers(found: Sequence[LayerRecord], expected: Sequence[LayerRecord]
         elif name not in ours:
             yield Finding(Check.MANIFEST, name, "the manifest lists this layer; the files hold none of that name")
         else:
-            recorded = theirs[name].weight is None or theirs[name].weight.bits is not None
+            weight = theirs[name].weight
+            recorded = weight is None or weight.bits is not None
             mine, said = _stored(ours[name], recorded), _stored(theirs[name], recorded)
             if mine != said:
                 yield Finding(Check.MANIFEST, name, f"the manifest says {said}; the files hold {mine}")

@@ -89,7 +89,7 @@ def _report(directory: Path, console: Console) -> None:
 
 
 def _finish(record: RunRecord, state: RunState, console: Console) -> None:
-    from fp8pipe.artifact.runs import Verdict
+    from fp8pipe.artifact.gate import Verdict
     from fp8pipe.core.errors import GateFailedError
 
     rows = [
@@ -113,7 +113,7 @@ def _finish(record: RunRecord, state: RunState, console: Console) -> None:
 
 def _reasons(record: RunRecord) -> list[str]:
     """Each gate that does not hold, each stage that failed."""
-    from fp8pipe.artifact.runs import Verdict
+    from fp8pipe.artifact.gate import Verdict
 
     found = []
     for stage in record.stages:
