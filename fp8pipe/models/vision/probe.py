@@ -192,8 +192,7 @@ def _check(model: nn.Module, calls: tuple[AttentionCall, ...]) -> None:
             fix="use a vision transformer whose attention calls scaled_dot_product_attention",
         )
     names = [call.name for call in calls]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigurationError(
             f"the attention {twice} of {type(model).__name__} cannot be read",
             why="it computes more than one attention in a forward",
