@@ -20,7 +20,7 @@ import click
 
 from fp8pipe.core.errors import Fp8PipeError, OutOfMemoryError
 from fp8pipe.core.machine import format_bytes
-from fp8pipe.core.text import table
+from fp8pipe.core.progress import table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -126,12 +126,12 @@ def common_options(*, dry_run: bool = False) -> Callable[[Callable[..., Any]], C
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, json: bool, quiet: bool, verbose: bool, **values: Any) -> Any:
-            from fp8pipe.core import logs
+            from fp8pipe.core.progress import setup_logging
 
             group_console = click.get_current_context().find_object(Console)
             console = group_console or Console()
             console.json, console.quiet, console.verbose = json, quiet, verbose
-            logs.setup(json=json, quiet=quiet, verbose=verbose)
+            setup_logging(json=json, quiet=quiet, verbose=verbose)
             result = function(*args, console=console, **values)
             if group_console is None:
                 console.finish()

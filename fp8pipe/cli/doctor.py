@@ -173,7 +173,7 @@ def _package_check(name: str, lack: str, how: str) -> Check:
 
 
 def _disk_checks() -> Iterator[Check]:
-    from fp8pipe.core.disk import free_bytes
+    from fp8pipe.core.machine import free_bytes
 
     cache = Path(os.environ.get("FP8PIPE_CACHE") or Path.home() / ".cache" / "fp8pipe")
     for name, path in (("disk: here", Path.cwd()), ("disk: cache", cache)):

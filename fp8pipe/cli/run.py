@@ -190,7 +190,7 @@ def _total(stages: Sequence[Mapping[str, Any]], directory: Path) -> dict[str, An
     Stages run one after the other: the largest of their peaks counts, outputs stay, and what a stage needs beyond its
     output (checkpoints) is needed once.
     """
-    from fp8pipe.core.disk import free_bytes
+    from fp8pipe.core.machine import free_bytes
 
     running = [stage for stage in stages if stage["run"]]
     plans = {stage["name"]: stage["plan"]["plan"] for stage in running if "plan" in stage["plan"]}

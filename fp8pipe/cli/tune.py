@@ -9,7 +9,7 @@ import click
 
 from fp8pipe.cli.common import Console, common_options, show_artifact, show_plan, stage_options
 from fp8pipe.cli.options import model_options, resolve
-from fp8pipe.core.threads import wait_briefly
+from fp8pipe.core.machine import wait_briefly
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.vit.config import QuantizeVitConfig
 
