@@ -28,10 +28,9 @@ from exporters.vllm.source import open_source
 from exporters.vllm.target import KIND, VllmDetails
 from exporters.vllm.writer import auxiliary_warnings, write_auxiliary, write_weights
 from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat, check_place
-from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.phases import PhaseMeter, can_measure
-from fp8pipe.core.plan import Plan, missing_disk, missing_memory
+from fp8pipe.core.machine import free_bytes
+from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries, shard_names

@@ -17,8 +17,7 @@ from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_sibl
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
 from fp8pipe.models.language.structure import Role
-from fp8pipe.numerics.codec import same_bits
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, same_bits
 
 _ADAPTER_FILE: Final = "adapter.safetensors"
 # A weight matrix whose largest magnitude exceeds this, while the reciprocal scale would put it below

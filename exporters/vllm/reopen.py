@@ -29,7 +29,7 @@ from fp8pipe.artifact import Comparison, Gate, open_artifact
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.structure import build_model
-from fp8pipe.numerics.codec import dequantize_weight, quantize_weight, relative_error, same_bits
+from fp8pipe.numerics.grids import dequantize_weight, quantize_weight, relative_error, same_bits
 
 # Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
 # for a row's norm because its amax sits at 448, where the grid's absolute floor of 2^-10 is negligible; 0.1 %

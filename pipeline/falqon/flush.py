@@ -5,7 +5,7 @@ flush reads and writes the selected rows alone, k * (out-row) bytes instead of t
 
 The final merge decides what is deployed, so its rounding is chosen for the output, not for the weight. Rounding
 `T = W + B A` to the nearest code loses nearly all of a small update, as W lies on the grid already and every change
-under half a step falls back. `compensated` rounding (`fp8pipe.numerics.compensated`) keeps `|| X (Q - T)^T ||` small
+under half a step falls back. `compensated` rounding (`fp8pipe.numerics.quantizers`) keeps `|| X (Q - T)^T ||` small
 for the layer's real inputs instead. A row whose target is on the grid keeps every code.
 """
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.numerics.backends import backend
-from fp8pipe.numerics.compensated import compensated_round
 from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import FinalMerge, Rounding, UpdateRule
 

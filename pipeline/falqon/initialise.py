@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import quantize
 from pipeline.falqon.rules import Initialisation
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
