@@ -131,6 +131,19 @@ def _timm_preprocessing(config: dict[str, Any], size: tuple[int, int]) -> Prepro
     return build_config(Preprocessing, {"resize": resize, "crop": size, **rest})
 
 
+def _architecture(
+    library: Literal["timm", "transformers"],
+    name: str,
+    arguments: dict[str, Any],
+    size: tuple[int, int],
+    classes: tuple[str, ...] | None,
+) -> Architecture:
+    return Architecture(
+        library=library, name=name, arguments=arguments, image_size=size, classes=classes,
+        head="features" if classes is None else "classifier",
+    )  # fmt: skip
+
+
 def _check_weights(folder: Path, pattern: str) -> None:
     if not any(folder.glob(pattern)):
         raise ConfigurationError(

