@@ -10,7 +10,15 @@ from fp8pipe.artifact.gate import Comparison, Gate, Verdict, none_of
 from fp8pipe.artifact.layers import Encoding, LayerRecord, ScaleRule
 from fp8pipe.artifact.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, NumberFormat, Parent
 from fp8pipe.artifact.place import CHECKPOINT_PREFIX, check_place
-from fp8pipe.artifact.reader import CHECKSUM_NAME, Artifact, check_file, open_artifact, read_manifest, sha256_file
+from fp8pipe.artifact.reader import (
+    CHECKSUM_NAME,
+    Artifact,
+    check_file,
+    open_artifact,
+    read_manifest,
+    sha256_file,
+    staged,
+)
 from fp8pipe.artifact.writer import ArtifactWriter, installed_versions
 from fp8pipe.core.machine import disk_guard, translate_disk_full
 
@@ -18,6 +26,6 @@ __all__ = [
     "CHECKPOINT_PREFIX", "CHECKSUM_NAME", "MANIFEST_NAME", "SCHEMA_VERSION", "Artifact", "ArtifactWriter", "Comparison",
     "Encoding", "FileEntry", "Gate", "LayerRecord", "Manifest", "NumberFormat", "Parent", "ScaleRule", "Verdict",
     "check_checksum", "check_file", "check_place", "checksum_path", "disk_guard", "installed_versions", "none_of",
-    "open_artifact", "read_checked", "read_manifest", "remove_checked", "sha256_file", "translate_disk_full",
-    "write_checked",
+    "open_artifact", "read_checked", "read_manifest", "remove_checked", "sha256_file", "staged",
+    "translate_disk_full", "write_checked",
 ]  # fmt: skip

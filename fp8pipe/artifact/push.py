@@ -80,7 +80,6 @@ def plan_push(directory: Path) -> PushPlan:
             fix="find out why (fp8pipe report), and write it again",
         )  # fmt: skip
     notes += [note] if note else []
-    notes += [f"not listed in the manifest, not uploaded: {name}" for name in artifact.unlisted()]
     own = (artifact.root / MANIFEST_NAME, checksum_path(artifact.root / MANIFEST_NAME))
     sizes = [(path.name, path.stat().st_size) for path in own if path.is_file()]
     sizes += [(entry.path, entry.size) for entry in artifact.manifest.files]

@@ -18,7 +18,7 @@ from fp8pipe.artifact.checksum import check_checksum, checksum_path, read_checke
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.gate import Verdict, failures, read_gate
 from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent
-from fp8pipe.artifact.reader import Artifact, check_file, read_manifest
+from fp8pipe.artifact.reader import Artifact, check_file, read_manifest, strays
 from fp8pipe.artifact.runs import RunRecord, StageRecord, read_run
 from fp8pipe.artifact.tree import RECORD_SUFFIX, RUN_FILE, Tree
 from fp8pipe.core.errors import BadArtifactError
@@ -27,6 +27,7 @@ __all__ = ["Checked", "check_bytes", "check_record", "find_parent"]
 
 _ACCEPTED = ("ACCEPT", "PROVED-WITHOUT-RUNNING")
 _MANY = 5
+_UNKNOWN = "no record covers it"
 
 
 @dataclass(slots=True)
@@ -57,7 +58,6 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
         on_file: called after each file of an artifact.
     """
     checked = Checked()
-    strays: list[tuple[str, str, str]] = []
     for root in tree.artifacts:
         found, artifact = _check_artifact(root, on_file)
         shown = tree.name_of(root)
@@ -67,7 +67,6 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
         if artifact is not None:
             checked.artifacts.append(artifact)
             checked.files += len(artifact.manifest.files) + 2
-            strays += [(shown, name, "the manifest does not list it") for name in artifact.unlisted()]
             failed = [gate for gate in artifact.manifest.gates if not gate.passed]
             checked.notes += [f"{shown}: when it was written, the gate '{gate.name}' failed" for gate in failed]
     for path in tree.records:
@@ -79,24 +78,24 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
             )
         elif finding:
             checked.findings.append(Finding(Check.CHECKSUM, path.name, finding, artifact=tree.name_of(path)))
-    strays += [(tree.name_of(path.parent), path.name, "no record covers it") for path in _unknown(tree)]
+    unknown = [(tree.name_of(path.parent), path.name) for path in _unknown(tree)]
     if strict:
-        checked.findings += [Finding(Check.MANIFEST, name, why, artifact=shown) for shown, name, why in strays]
+        checked.findings += [Finding(Check.MANIFEST, name, _UNKNOWN, artifact=shown) for shown, name in unknown]
     else:
-        checked.notes += _stray_notes(strays)
+        checked.notes += _stray_notes(unknown)
     checked.notes += [f"{tree.name_of(path)}: unfinished, not checked" for path in tree.unfinished]
     return checked
 
 
-def _stray_notes(strays: list[tuple[str, str, str]]) -> list[str]:
+def _stray_notes(unknown: list[tuple[str, str]]) -> list[str]:
     """A note a file; one for all of a folder that holds many."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for shown, name, why in strays:
-        groups.setdefault((shown, why), []).append(name)
+    groups: dict[str, list[str]] = {}
+    for shown, name in unknown:
+        groups.setdefault(shown, []).append(name)
     notes = []
-    for (shown, why), names in groups.items():
+    for shown, names in groups.items():
         many = len(names) > _MANY
-        notes += [f"{shown}/: {len(names)} files: {why}"] if many else [f"{shown}/{name}: {why}" for name in names]
+        notes += [f"{shown}/: {len(names)} files: {_UNKNOWN}"] if many else [f"{shown}/{n}: {_UNKNOWN}" for n in names]
     return notes
 
 
@@ -121,7 +120,7 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
         check = Check.CHECKSUM if checksum and not unchecked else Check.MANIFEST
         why = checksum if check is Check.CHECKSUM else getattr(error, "why", "") or str(error)
         return [Finding(check, MANIFEST_NAME, why)], None
-    findings = []
+    findings = [Finding(Check.MANIFEST, name, f"it {why}") for name, why in strays(root, manifest)]
     for entry in manifest.files:
         wrong = check_file(root, entry)
         if wrong:

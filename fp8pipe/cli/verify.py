@@ -114,10 +114,7 @@ def _document(tree: Tree, checked: Checked, compared: list[tuple[str, str]], qui
         "verified": not checked.findings,
         "quick": quick,
         "files": checked.files,
-        "artifacts": [
-            {"path": tree.name_of(a.root), "kind": a.kind, "digest": a.digest, "unlisted_files": a.unlisted()}
-            for a in checked.artifacts
-        ],
+        "artifacts": [{"path": tree.name_of(a.root), "kind": a.kind, "digest": a.digest} for a in checked.artifacts],
         "records": [tree.name_of(path) for path in tree.records],
         "compared": [{"artifact": child, "parent": parent} for child, parent in compared],
         "findings": [

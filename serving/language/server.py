@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, subprocess_environment
 from exporters.vllm.target import KIND
-from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact import Artifact, open_artifact, staged
 from fp8pipe.core.errors import Fp8PipeError, MissingCapabilityError
 from serving.http.config import ServeConfig
 from serving.http.server import Lifecycle
@@ -54,16 +54,18 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     chosen = language or LanguageConfig()
     artifact = open_artifact(export, kind=KIND, verify=True)
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder:  # mode 0700
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder, staged(artifact) as model_dir:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
-        command = _engine_command(environment, artifact, chosen, socket)
+        command = _engine_command(environment, artifact, model_dir, chosen, socket)
         model = chosen.name_of(artifact)
         supervisor = supervise(command, _engine_variables(chosen), socket, log, model, chosen)
         return run_front(supervisor, artifact, config, chosen)
 
 
-def _engine_command(vllm: VllmEnvironment, artifact: Artifact, config: LanguageConfig, socket: Path) -> list[str]:
-    """The command line of vLLM's server.
+def _engine_command(
+    vllm: VllmEnvironment, artifact: Artifact, model_dir: Path, config: LanguageConfig, socket: Path
+) -> list[str]:
+    """The command line of vLLM's server, which loads what `model_dir` holds.
 
     Raises:
         MissingCapabilityError: FP8 codes on a CPU without the plugin, which stock vLLM refuses or runs very slowly.
@@ -76,7 +78,7 @@ def _engine_command(vllm: VllmEnvironment, artifact: Artifact, config: LanguageC
             fix="run scripts/setup_vllm.sh, or install serving/vllm_plugin there",
         )
     command = [str(vllm.python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
-    command += ["--model", str(artifact.root.absolute()), "--served-model-name", config.name_of(artifact)]
+    command += ["--model", str(model_dir), "--served-model-name", config.name_of(artifact)]
     return [*command, "--disable-uvicorn-access-log", *config.arguments()]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
-from fp8pipe.artifact import Artifact
+from fp8pipe.artifact import Artifact, staged
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.core.progress import table, track
 from validation.vllm.engine import ProbeJob, run_probe
@@ -136,7 +137,7 @@ def _validate(
     prompt_ids = [chat_ids(tokenizer, p) if chat else list(tokenizer(p)["input_ids"]) for p in prompts]
     sequences = [list(tokenizer(text)["input_ids"])[:_LONGEST_SEQUENCE] for text in _TEXTS] + prompt_ids
     job = ProbeJob(
-        model=str(artifact.root.absolute()),
+        model="",
         tensors=_digests(expected),
         sequences=[ids for ids in sequences if len(ids) > 1],
         prompts=list(prompts),
@@ -144,8 +145,8 @@ def _validate(
         max_tokens=max_tokens,
         max_model_len=_context_length(artifact.root, max(map(len, sequences)) + max_tokens),
     )
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump:
-        result = run_probe(job, environment, Path(dump), timeout_s=timeout_s)
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump, staged(artifact) as model:
+        result = run_probe(replace(job, model=str(model)), environment, Path(dump), timeout_s=timeout_s)
         weights = _compare_weights(expected, result["weights"])
     reference = Reference(artifact.root)
     logprobs = reference.compare(job.sequences, result["logprobs"], LOGPROB_THRESHOLD)

@@ -58,7 +58,6 @@ def client(hub):
 
 
 def test_the_bytes_that_arrive_have_the_manifest_s_digests(hub, artifact):
-    (artifact.root / "note.txt").write_text("mine")
     address = push(plan_push(artifact.root), Target("org/name"), client(hub))
     assert address.startswith(f"{hub.url}/org/name/commit/")
     listed = {entry.path: entry.sha256 for entry in artifact.manifest.files}
