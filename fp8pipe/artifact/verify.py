@@ -10,22 +10,19 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from fp8pipe.artifact.checksum import check_checksum, checksum_path, read_checked
+from fp8pipe.artifact.checksum import check_checksum, checksum_path
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.artifact.gate import Verdict, failures, read_gate
+from fp8pipe.artifact.gate import Verdict
 from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent
 from fp8pipe.artifact.reader import Artifact, check_file, read_manifest, strays
+from fp8pipe.artifact.record import read_verdict
 from fp8pipe.artifact.runs import RunRecord, StageRecord, read_run
-from fp8pipe.artifact.tree import RECORD_SUFFIX, RUN_FILE, Tree
+from fp8pipe.artifact.tree import RUN_FILE, Tree
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Checked", "check_bytes", "check_record", "find_parent"]
 
-_ACCEPTED = ("ACCEPT", "PROVED-WITHOUT-RUNNING")
 _MANY = 5
 _UNKNOWN = "no record covers it"
 
@@ -72,11 +69,7 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
     for path in tree.records:
         finding = check_checksum(path)
         checked.files += 2
-        if finding and _before_checksums(path):
-            checked.notes.append(
-                f"{tree.name_of(path)}: written before there were checksums; its bytes are not checked"
-            )
-        elif finding:
+        if finding:
             checked.findings.append(Finding(Check.CHECKSUM, path.name, finding, artifact=tree.name_of(path)))
     unknown = [(tree.name_of(path.parent), path.name) for path in _unknown(tree)]
     if strict:
@@ -97,17 +90,6 @@ def _stray_notes(unknown: list[tuple[str, str]]) -> list[str]:
         many = len(names) > _MANY
         notes += [f"{shown}/: {len(names)} files: {_UNKNOWN}"] if many else [f"{shown}/{n}: {_UNKNOWN}" for n in names]
     return notes
-
-
-def _before_checksums(path: Path) -> bool:
-    """Whether a record without a checksum is of the first version, which had none."""
-    if checksum_path(path).exists():
-        return False
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and data.get("schema_version") == 1 and path.name.endswith(RECORD_SUFFIX)
 
 
 def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> tuple[list[Finding], Artifact | None]:
@@ -168,40 +150,18 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Find
     Returns:
         findings and notes.
     """
-    try:
-        data = json.loads(path.read_bytes() if _before_checksums(path) else read_checked(path))
-    except (OSError, BadArtifactError):
-        return [], []  # a finding of its checksum already
-    except ValueError as error:
-        return [Finding(Check.RECORD, path.name, f"it is not JSON: {error}")], []
+    if check_checksum(path):
+        return [], []  # a finding already
     if path.name == RUN_FILE:
         return _check_run(path, artifacts)
-    findings = list(_check_verdict(path.name, data)) if isinstance(data, dict) else []
-    if not isinstance(data, dict) or "manifest_digest" not in data:
-        return findings, []
     export = artifacts.get(path.with_name(path.stem.rpartition(".")[0]))
     if export is None:
-        return findings, [f"{path.name}: the export that it speaks of was not found beside it"]
-    said = data["manifest_digest"]
-    if said != export.digest:
-        why = f"it speaks of manifest {said}; {export.root.name} has {export.digest}"
-        findings.append(Finding(Check.RECORD, path.name, why))
-    return findings, []
-
-
-def _check_verdict(name: str, data: dict[str, Any]) -> Iterator[Finding]:
-    """A verdict that contradicts the reasons or the gates beside it."""
-    if data.get("verdict") not in _ACCEPTED:
-        return
-    reasons = [str(reason) for reason in data.get("reasons") or []]
-    for gate in data.get("gates") or []:
-        try:
-            reasons += failures([read_gate(gate)])
-        except (ValidationError, TypeError, KeyError) as error:
-            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            yield Finding(Check.RECORD, name, f"a gate of it cannot be read: {why}")
-    if reasons:
-        yield Finding(Check.RECORD, name, f"its verdict is {data['verdict']}, but {'; '.join(reasons)[:300]}")
+        return [], [f"{path.name}: the export that it speaks of was not found beside it"]
+    try:
+        read_verdict(path, export)
+    except BadArtifactError as error:
+        return [Finding(Check.RECORD, path.name, error.why)], []
+    return [], []
 
 
 def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
@@ -229,14 +189,12 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Findin
 
 
 def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
-    """A stage whose output is a record: it has a checksum, and its verdict is the one that the run judged."""
-    if not checksum_path(output).exists() and not _before_checksums(output):
-        yield Finding(Check.CHECKSUM, stage.output, check_checksum(output))
-        return
+    """A stage whose output is a record: its verdict is the one that the run judged."""
     try:
-        verdict = json.loads(output.read_bytes()).get("verdict")
-    except (ValueError, AttributeError):
-        return  # a finding of its checksum, or of its own
+        verdict = read_verdict(output).verdict
+    except BadArtifactError as error:
+        yield Finding(Check.RECORD, stage.output, error.why)
+        return
     text = json.dumps([stage.key, verdict], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     if hashlib.sha256(text.encode()).hexdigest() != stage.content:
         why = f"stage {stage.name} was judged with another verdict than the {verdict} that stands there"

@@ -27,7 +27,7 @@ from fp8pipe.artifact import Artifact, open_artifact, staged
 from fp8pipe.core.errors import Fp8PipeError, MissingCapabilityError
 from serving.http.config import ServeConfig
 from serving.http.server import Lifecycle
-from serving.http.service import identity_of, read_keys, serve
+from serving.http.service import Proof, identity_of, proof_of, read_keys, serve
 from serving.http.telemetry import HttpMetrics
 from serving.language.config import LanguageConfig
 from serving.language.front import Front
@@ -47,6 +47,7 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
 
     Raises:
         BadArtifactError: the export's files are not those of its manifest, or vLLM cannot load it.
+        GateFailedError: no validation accepts it as it would be served, and `unvalidated` is not set.
         ConfigurationError: the API keys cannot be read, or the address cannot be listened on.
         MissingCapabilityError: no vLLM, or no plugin for FP8 on this CPU.
         OutOfMemoryError: vLLM ran out of memory while it started.
@@ -54,12 +55,13 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     chosen = language or LanguageConfig()
     artifact = open_artifact(export, kind=KIND, verify=True)
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
+    proof = proof_of(artifact, config, environment.versions)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder, staged(artifact) as model_dir:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
         command = _engine_command(environment, artifact, model_dir, chosen, socket)
         model = chosen.name_of(artifact)
         supervisor = supervise(command, _engine_variables(chosen), socket, log, model, chosen)
-        return run_front(supervisor, artifact, config, chosen)
+        return run_front(supervisor, artifact, config, chosen, proof)
 
 
 def _engine_command(
@@ -105,7 +107,9 @@ def supervise(
     return Supervisor(start, Upstream(socket), model, language.supervision)
 
 
-def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, language: LanguageConfig) -> int:
+def run_front(
+    supervisor: Supervisor, artifact: Artifact, config: ServeConfig, language: LanguageConfig, proof: Proof
+) -> int:
     """Serve until a signal comes. Raises what made vLLM's first start fail."""
     keys, lifecycle, metrics = read_keys(config), Lifecycle(), HttpMetrics()
     up = Gauge("fp8pipe_engine_up", "1 while vLLM answers.", registry=metrics.registry)
@@ -113,11 +117,11 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, l
     restarts = Gauge("fp8pipe_engine_restarts", "Restarts of vLLM so far.", registry=metrics.registry)
     restarts.set_function(lambda: supervisor.restarts)
     front = Front(
-        supervisor, lifecycle, metrics, identity_of(artifact),
+        supervisor, lifecycle, metrics, identity_of(artifact, proof),
         with_page=config.page, timeout_s=language.request_timeout_s,
     )  # fmt: skip
     drain_s = max(config.linger_s, language.drain_seconds)
-    serve(_supervised(front, drain_s), artifact, config, keys=keys, metrics=metrics, lifecycle=lifecycle,
+    serve(_supervised(front, drain_s), artifact, config, proof=proof, keys=keys, metrics=metrics, lifecycle=lifecycle,
           drain_s=math.ceil(drain_s) + _AFTER_DRAIN_S)  # fmt: skip
     if supervisor.failure is not None:
         raise supervisor.failure

@@ -50,7 +50,7 @@ def build_app(state: VisionState) -> FastAPI:
 
 def _add_operations(app: FastAPI, state: VisionState) -> None:
     engine = state.engine
-    about = identity_of(state.model.artifact) | {
+    about = identity_of(state.model.artifact, state.proof) | {
         "task": "embed" if state.model.classes is None else "classify",
         "classes": state.model.classes,
         "outputs": engine.width,

@@ -18,6 +18,7 @@ from fastapi import Request
 
 from serving.http.problems import Problem, overloaded
 from serving.http.server import Lifecycle
+from serving.http.service import Proof
 from serving.vision.batcher import Batcher, Done, VisionMetrics
 from serving.vision.config import VisionConfig
 from serving.vision.engine import Engine
@@ -36,6 +37,7 @@ class VisionState:
     model: ServedModel
     engine: Engine
     config: VisionConfig
+    proof: Proof
     metrics: VisionMetrics
     lifecycle: Lifecycle
     batcher: Batcher
