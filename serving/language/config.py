@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
+from exporters.vllm.form import ServingForm
+from fp8pipe.core.config import Flag, FrozenConfig
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
 
 __all__ = ["LanguageConfig", "SupervisorConfig"]
-
-_BY_VLLM: Final = Flag(default="vLLM's choice")
-
-# The service sets these itself: another value would put vLLM where nobody looks for it, or past the API keys.
-_OURS = frozenset(
-    ("--model", "--served-model-name", "--uds", "--host", "--port", "--api-key", "--ssl-keyfile", "--ssl-certfile",
-     "--ssl-ca-certs", "--ssl-cert-reqs", "--root-path", "--api-server-count", "--headless", "--config",
-     "--disable-uvicorn-access-log")
-)  # fmt: skip
 
 
 class SupervisorConfig(FrozenConfig):
@@ -40,8 +32,8 @@ class SupervisorConfig(FrozenConfig):
     stop_grace_s: float = Field(default=10, ge=0, description="From SIGTERM to SIGKILL, seconds")
 
 
-class LanguageConfig(FrozenConfig):
-    """How vLLM runs below the service. What is not given is left to vLLM, but for `dtype` and `max_model_len`."""
+class LanguageConfig(ServingForm):
+    """How vLLM runs below the service: the form in which it computes, and what is around it."""
 
     vllm_python: Annotated[str | None, Flag(default="found")] = Field(
         default=None, description="Python of the environment with vLLM"
@@ -49,77 +41,19 @@ class LanguageConfig(FrozenConfig):
     served_model_name: Annotated[str | None, Flag(default="the directory's")] = Field(
         default=None, min_length=1, description="Model name in the API"
     )
-    dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="Compute dtype")
-    max_model_len: Annotated[int | None, Flag(default="the longest that the memory holds")] = Field(
-        default=None, ge=16, description="Context, tokens"
-    )
-    kv_cache_dtype: Annotated[str | None, _BY_VLLM] = Field(
-        default=None, pattern=r"[a-z0-9_]+", description="Dtype of the key/value cache; what there is depends on vLLM"
-    )
-    enforce_eager: bool = Field(default=False, description="Do not compile: starts sooner, serves slower")
-    max_num_seqs: Annotated[int | None, _BY_VLLM] = Field(default=None, ge=1, description="Requests computed at once")
-    tensor_parallel_size: Annotated[int | None, Flag(default="1")] = Field(
-        default=None, ge=1, description="Devices that share each layer"
-    )
-    gpu_memory_utilization: Annotated[float | None, _BY_VLLM] = Field(
-        default=None, gt=0, le=1, description="Part of a device's memory that vLLM takes; on a CPU, of the machine's"
-    )
-    kv_cache_gib: Annotated[int | None, Flag(default="1")] = Field(
-        default=None, ge=1, description="Key/value cache on a CPU, GiB"
-    )
     request_timeout_s: Annotated[float | None, Flag(default="no limit")] = Field(
         default=None, gt=0, description="An answer, or a stream's begin, must come by then, seconds"
     )
     drain_seconds: float = Field(
         default=60, ge=0, description="After SIGTERM, what was accepted may take so long, seconds"
     )
-    extra: Annotated[tuple[str, ...], CONFIG_ONLY] = Field(
-        default=(), description="More arguments for vLLM's server, as they are"
-    )
     supervision: SupervisorConfig = Field(default_factory=SupervisorConfig, description="Starts, probes and restarts")
-
-    @field_validator("extra")
-    @classmethod
-    def _not_ours(cls, extra: tuple[str, ...]) -> tuple[str, ...]:
-        if extra and not extra[0].startswith("-"):
-            raise ValueError(f"{extra[0]!r} is no option; vLLM's own options follow after '--'")
-        typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}
-        for argument in extra:
-            flag = argument.split("=", 1)[0].replace("_", "-")
-            if flag in _OURS:
-                raise ValueError(f"{flag} is set by the service")
-            if flag in typed:
-                raise ValueError(f"{flag} is an option of this command: give it before '--'")
-        return extra
-
-    @model_validator(mode="after")
-    def _one_size(self) -> Self:
-        if self.kv_cache_gib is not None and self.gpu_memory_utilization is not None:
-            raise ValueError("kv_cache_gib and gpu_memory_utilization both say how much memory: give one")
-        return self
 
     def name_of(self, artifact: Artifact) -> str:
         """The model's name in the API."""
         return self.served_model_name or artifact.root.absolute().name
 
-    def arguments(self) -> list[str]:
-        """vLLM's arguments for these settings."""
-        # -1: as much as the memory holds. Without it vLLM refuses to start where the model's full context does not fit.
-        command = ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len or -1)]
-        for name in ("kv_cache_dtype", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization"):
-            value = getattr(self, name)
-            if value is not None:
-                command += [_flag(name), str(value)]
-        if self.enforce_eager:
-            command.append("--enforce-eager")
-        return [*command, *self.extra]
-
-
-_TYPED = (
-    "dtype", "max_model_len", "kv_cache_dtype", "enforce_eager", "max_num_seqs", "tensor_parallel_size",
-    "gpu_memory_utilization",
-)  # fmt: skip
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    @property
+    def form(self) -> ServingForm:
+        """What decides about numbers, alone: what a validation of it names."""
+        return ServingForm.model_validate({name: getattr(self, name) for name in ServingForm.model_fields})

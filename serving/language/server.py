@@ -21,7 +21,7 @@ from typing import Any
 from prometheus_client import Gauge
 from starlette.applications import Starlette
 
-from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, subprocess_environment
+from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import Fp8PipeError, MissingCapabilityError
@@ -39,7 +39,6 @@ __all__ = ["run_front", "serve_language", "supervise"]
 logger = logging.getLogger(__name__)
 # For the errors that end what still ran when the drain was over.
 _AFTER_DRAIN_S = 5
-_CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def serve_language(export: Path, config: ServeConfig, language: LanguageConfig | None = None) -> int:
@@ -57,8 +56,8 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
         command = _engine_command(environment, artifact, chosen, socket)
-        model = chosen.name_of(artifact)
-        supervisor = supervise(command, _engine_variables(chosen), socket, log, model, chosen)
+        model, env = chosen.name_of(artifact), chosen.variables(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=str(KEEP_ALIVE_S))
+        supervisor = supervise(command, env, socket, log, model, chosen)
         return run_front(supervisor, artifact, config, chosen)
 
 
@@ -78,17 +77,6 @@ def _engine_command(vllm: VllmEnvironment, artifact: Artifact, config: LanguageC
     command = [str(vllm.python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
     command += ["--model", str(artifact.root.absolute()), "--served-model-name", config.name_of(artifact)]
     return [*command, "--disable-uvicorn-access-log", *config.arguments()]
-
-
-def _engine_variables(config: LanguageConfig) -> dict[str, str]:
-    """vLLM's environment. No API key of vLLM's own: requests are let in before they reach it."""
-    env = subprocess_environment(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=str(KEEP_ALIVE_S))
-    if config.kv_cache_gib is not None:
-        env[_CPU_CACHE] = str(config.kv_cache_gib)
-    elif config.gpu_memory_utilization is not None:
-        env.pop(_CPU_CACHE, None)  # on a CPU it would win over the option
-    env.pop("VLLM_API_KEY", None)
-    return env
 
 
 def supervise(

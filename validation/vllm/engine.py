@@ -21,10 +21,28 @@ from exporters.vllm.environment import VllmEnvironment, subprocess_environment
 from exporters.vllm.processes import end_group, engine_failure, last_lines
 from fp8pipe.core.errors import Fp8PipeError
 
-__all__ = ["ProbeJob", "run_probe"]
+__all__ = ["PARITY_ARGUMENTS", "ProbeJob", "in_process", "run_probe"]
 
 logger = logging.getLogger(__name__)
 PROBE = Path(__file__).with_name("probe.py")
+# fp32 and nothing that changes the order of sums without need.
+PARITY_ARGUMENTS = (
+    "--dtype", "float32", "--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching", "--seed", "0",
+    "--disable-log-stats",
+)  # fmt: skip
+
+
+def in_process() -> dict[str, str]:
+    """The environment of a parity run: exact weights that can be looked at, and no activation rounded.
+
+    One process, few threads: the fastest start, and no oversubscription (vLLM makes its own threads too).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, min(16, cores // 2)))
+    return subprocess_environment(
+        OMP_NUM_THREADS=threads, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
+        FP8PIPE_VLLM_ACTIVATIONS="none", FP8PIPE_VLLM_KEEP_WEIGHTS="1",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +50,13 @@ class ProbeJob:
     """What the probe is asked (see `probe`)."""
 
     model: str  # the export's directory
+    arguments: list[str]  # of vLLM's server
     tensors: Mapping[str, Mapping[str, Any]]  # by checkpoint name, `Expected.digests()`
     sequences: list[list[int]] = field(default_factory=list)  # token ids to be scored, each at least two long
     prompts: list[str] = field(default_factory=list)  # questions to answer
     chat: bool = True  # put them through the chat template; plain completion otherwise
     max_tokens: int = 16  # longest answer
-    max_model_len: int = 1024  # context length, tokens
-    dtype: str = "float32"  # the engine's; fp32 for parity
+    variables: Mapping[str, str] = field(default_factory=in_process)  # the environment
 
 
 def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeout_s: float) -> dict[str, Any]:
@@ -61,12 +79,12 @@ def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeou
     """
     with tempfile.TemporaryDirectory(prefix="fp8pipe-probe-") as folder:
         root = Path(folder)
-        document = {**asdict(job), "dump": str(dump), "result": str(root / "result.json")}
+        document = {**asdict(job), "variables": None, "dump": str(dump), "result": str(root / "result.json")}
         (root / "job.json").write_text(json.dumps(document), encoding="utf-8")
         log = root / "engine.log"
         command = [str(environment.python), "-P", str(PROBE), str(root / "job.json")]
         logger.info("starting vLLM %s on %s", environment.vllm, job.model)
-        code = _run(command, log, timeout_s)
+        code = _run(command, dict(job.variables), log, timeout_s)
         if code != 0 or not (root / "result.json").is_file():
             raise engine_failure(f"vLLM failed on {job.model}", code, log)
         result: dict[str, Any] = json.loads((root / "result.json").read_text(encoding="utf-8"))
@@ -74,12 +92,10 @@ def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeou
         return result
 
 
-def _run(command: list[str], log: Path, timeout_s: float) -> int:
+def _run(command: list[str], variables: dict[str, str], log: Path, timeout_s: float) -> int:
     started = time.monotonic()
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=_in_process(), start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
     try:
         return process.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -90,13 +106,3 @@ def _run(command: list[str], log: Path, timeout_s: float) -> int:
         ) from None
     finally:
         end_group(process)
-
-
-def _in_process() -> dict[str, str]:
-    """One process, few threads: the fastest start, and no oversubscription (vLLM makes its own threads too)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, min(16, cores // 2)))
-    return subprocess_environment(
-        OMP_NUM_THREADS=threads, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
-        FP8PIPE_VLLM_ACTIVATIONS="none", FP8PIPE_VLLM_KEEP_WEIGHTS="1",
-    )  # fmt: skip
