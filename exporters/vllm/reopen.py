@@ -1,9 +1,13 @@
-"""After writing: open the export as a third party would and compare it with its source, bit for bit.
+"""An export is opened as a third party would: compared with its source, bit for bit, or read back as a model.
 
 The comparison does not go through the code that wrote the files: names and shapes come from the written
 headers, the quantization block from the written config.json, and the expected weight from the source's numbers,
 decoded and rounded by plain arithmetic that shares nothing with the quantizer (`numerics.plain`). Each comparison
 becomes a gate in the manifest; a failed gate fails the export. A validation asks the same later (`file_gates`).
+
+The model holds `code * scale`, computed in fp32 and rounded once to the dtype asked for. It quantizes no activations,
+so it is the reference for `w8a16`, for `bf16`, and for engines that dequantize at load; a W8A8 engine differs from it
+by the rounding of activations.
 """
 
 from __future__ import annotations
@@ -14,15 +18,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from exporters.vllm.auxiliary import CONFIG_NAME, auxiliary_files, export_config
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Comparison, Gate
-from fp8pipe.models.checkpoint.tensors import INDEX_NAME, TensorEntry, read_tensor, shard_names, weight_entries
-from fp8pipe.numerics.grids import same_bits
+from exporters.vllm.target import KIND, VllmDetails
+from exporters.vllm.writer import CONFIG_NAME, export_config
+from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Comparison, Gate, open_artifact
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
+from fp8pipe.models.checkpoint.tensors import (
+    INDEX_NAME,
+    SCALE_SUFFIX,
+    TensorEntry,
+    is_scale,
+    read_tensor,
+    shard_names,
+    weight_entries,
+)
+from fp8pipe.models.language.structure import build_model
+from fp8pipe.numerics.grids import dequantize_weight, same_bits
 from fp8pipe.numerics.plain import dequantize_plain, quantize_plain, round_bf16, row_errors
 from fp8pipe.report.card import CARD_FILE
 
@@ -64,12 +80,11 @@ def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: N
         comparison.counts[unit.action] += 1
         advance()
     gates += _weight_gates(comparison)
-    payload = Gate(
-        name="payload-bytes",
-        value=float(sum(entry.size_bytes for entry in written.values())),
-        threshold=float(plan.payload_bytes),
-        detail="tensor data written, bytes; must equal the plan",
+    size, detail = (
+        sum(entry.size_bytes for entry in written.values()),
+        "tensor data written, bytes; must equal the plan",
     )
+    payload = Gate(name="payload-bytes", value=float(size), threshold=float(plan.payload_bytes), detail=detail)
     return [*gates, payload, *_other_files(plan, root)]
 
 
@@ -117,9 +132,11 @@ def _compare(unit: Unit, written: dict[str, TensorEntry], found: _Comparison) ->
     if not same_bits(values, expected_values(unit)):
         found.weights.append(unit.entry.name)
     if unit.action is not Action.CODES:
-        error = row_errors(values, source_values(unit), transposed=unit.transposed)
-        kind = "e4m3_error" if unit.action is Action.QUANTIZE else "bf16_error"
-        setattr(found, kind, _larger(getattr(found, kind), error))
+        original = source_values(unit)
+        if unit.action is Action.QUANTIZE:
+            found.e4m3_error = _larger(found.e4m3_error, row_errors(values, original, transposed=unit.transposed))
+        else:
+            found.bf16_error = _larger(found.bf16_error, row_errors(values.reshape(1, -1), original.reshape(1, -1)))
 
 
 def _larger(a: float, b: float) -> float:
@@ -140,9 +157,9 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
         _none("copied-tensors-identical", found.copies, f"{count[Action.COPY]} tensor(s), byte for byte"),
     ]
     if fresh:
-        gates.append(_below("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
+        gates.append(_at_most("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
     if rounded:
-        gates.append(_below("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst row, relative norm"))
+        gates.append(_at_most("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm"))
     return gates
 
 
@@ -153,9 +170,9 @@ def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
     return _none("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
 
 
-def _other_files(plan: ExportPlan, root: Path) -> tuple[Gate, Gate, Gate]:
+def _other_files(plan: ExportPlan, root: Path) -> tuple[Gate, Gate]:
     source = plan.source.root
-    names = {str(path) for path in auxiliary_files(source)}
+    names = {str(path) for path in sidecar_files(source, SERVED_FILES)}
     wrong = sorted(
         name for name in names if not (root / name).is_file() or not filecmp.cmp(source / name, root / name, False)
     )
@@ -163,11 +180,8 @@ def _other_files(plan: ExportPlan, root: Path) -> tuple[Gate, Gate, Gate]:
     known = names | {CONFIG_NAME, CARD_FILE, *shards} | ({INDEX_NAME} if len(shards) > 1 else set())
     there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     strange = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
-    return (
-        _none("auxiliary-files-identical", wrong, f"{len(names)} file(s), byte for byte"),
-        _none("no-other-files", strange, "files that neither the source nor the plan has: an engine might read them"),
-        _config(plan, root),
-    )
+    detail = f"{len(names)} file(s), byte for byte, and no other that an engine might read"
+    return _none("auxiliary-files-identical", [*wrong, *strange], detail), _config(plan, root)
 
 
 def _config(plan: ExportPlan, root: Path) -> Gate:
@@ -199,5 +213,44 @@ def _none(name: str, wrong: list[str], detail: str) -> Gate:
     return Gate(name=name, value=float(len(wrong)), detail=detail)
 
 
-def _below(name: str, value: float, threshold: float, detail: str) -> Gate:
+def _at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
     return Gate(name=name, value=value, comparison=Comparison.AT_MOST, threshold=threshold, detail=detail)
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an export but its scales, by name, file by file, one in memory at a time.
+
+    Yields:
+        fp32 for float tensors (FP8 codes dequantized), the stored dtype for others; in the orientation stored.
+
+    Raises:
+        BadArtifactError: not a finished vllm-export, or damaged.
+    """
+    artifact = open_artifact(export, kind=KIND, verify=False)
+    transposed = set(artifact.manifest.details_of(VllmDetails).transposed)
+    entries = weight_entries(Path(export))
+    for name, entry in entries.items():
+        if is_scale(name, entries):
+            continue
+        tensor, scale = read_tensor(entry), entries.get(name + SCALE_SUFFIX)
+        if scale is not None:
+            yield name, dequantize_weight(tensor, read_tensor(scale), transposed=name in transposed)
+        else:
+            yield name, tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model with the export's dequantized weights, in evaluation mode, on the CPU.
+
+    Weights are rounded to `dtype`, that of parameters and compute, once, from fp32.
+
+    Raises:
+        BadArtifactError: not a finished vllm-export, or damaged.
+        ConfigurationError: an architecture transformers does not know.
+    """
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in iter_weights(export_dir)}
+    return build_model(Path(export_dir), state, dtype)

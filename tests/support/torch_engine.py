@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporters.vllm.environment import VllmEnvironment
-from exporters.vllm.read import iter_weights, load_torch_model
+from exporters.vllm.reopen import iter_weights, load_torch_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from validation.vllm.engine import ProbeJob
 from validation.vllm.reference import chat_ids, load_tokenizer
