@@ -10,18 +10,15 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from exporters.graph.findings import LintFindingsError
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.passes.weights import fits_int4
+from exporters.graph.passes.quantize import fits_int4
 from exporters.graph.trace import FloatGraph, owner
-from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.models.vision.exact import inexact_sites
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes
 from fp8pipe.numerics.quantizers import weight_limits
-
-__all__ = ["lint_graph", "lint_model", "refuse"]
 
 # A protobuf file cannot be larger.
 _LARGEST_FILE_BYTES = 2**31 - 1

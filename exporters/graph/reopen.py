@@ -18,8 +18,6 @@ from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["operand_at_sites", "reopen_gates"]
-
 
 def reopen_gates(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, format: OnnxFormat

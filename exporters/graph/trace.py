@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from exporters.graph.description import INPUT_NAME, OUTPUT_NAME
-from exporters.graph.packages import import_onnx_package
+from exporters.graph.runtime import import_onnx_package
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
@@ -28,11 +27,8 @@ from fp8pipe.models.vision.structure import VitStructure
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = [
-    "INPUT_NAME", "OPSET", "OUTPUT_NAME", "FloatGraph", "Product", "ProductKind", "export_program", "holds_weight",
-    "owner", "trace_float",
-]  # fmt: skip
-
+INPUT_NAME: Final = "pixels"
+OUTPUT_NAME: Final = "logits"
 # 21 brings INT4, FP8 scales of every float type, and blocked scales; later ones bring nothing that is used here.
 OPSET: Final = 21
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
@@ -50,30 +46,19 @@ class ProductKind(StrEnum):
 
 @dataclass(slots=True)
 class Product:
-    """One product of the graph; a pass that puts another node in its place says so here.
+    """One product of the graph; a pass that puts another node in its place says so here."""
 
-    Attributes:
-        kind: a linear, the patch embedding, or one of an attention's two products.
-        name: the module.
-        node: the MatMul, Gemm or Conv.
-    """
-
-    kind: ProductKind
-    name: str
-    node: ir.Node
+    kind: ProductKind  # a linear, the patch embedding, or one of an attention's two products
+    name: str  # the module
+    node: ir.Node  # the MatMul, Gemm or Conv
 
 
 @dataclass(frozen=True, slots=True)
 class FloatGraph:
-    """A float graph.
+    """A float graph."""
 
-    Attributes:
-        model: opset 21; input `pixels` (batch, 3, H, W) float32, output `logits` (batch, C) float32.
-        products: in the order of the structure: linears, then attentions (qk, av).
-    """
-
-    model: ir.Model
-    products: tuple[Product, ...]
+    model: ir.Model  # opset 21; input `pixels` (batch, 3, H, W) float32, output `logits` (batch, C) float32
+    products: tuple[Product, ...]  # in the order of the structure: linears, then attentions (qk, av)
 
     def in_graph_order(self) -> list[Product]:
         """The products by the order of their nodes: what several read must stand before the first of them."""

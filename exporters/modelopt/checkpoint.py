@@ -22,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exporters.graph.description import require_gates
 from exporters.modelopt.target import KIND, ModeloptDetails, ModeloptExportOptions
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
 from exporters.tensorrt.language.source import ExportText, LanguageModel, language_records, open_language, read_text
@@ -80,7 +79,7 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
             _save(tensors, writer.root)
             _write_configs(model, algorithm, writer.root)
             gates = _compare(tensors, model, writer.root)
-            require_gates(writer, gates, "the written checkpoint differs from its source", f"look into {writer.root}")
+            writer.require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
             parent, layers = model.artifact.as_parent(), checkpoint_layers(model, algorithm, options.calibration)
             write_card(writer, _CARD, source=model.root, parent=parent, format=options.format, layers=layers)

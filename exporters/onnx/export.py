@@ -10,25 +10,29 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from exporters.graph.classes import compare_classes, measure_noise
-from exporters.graph.description import MODEL_FILE, graph_details, require_gates, write_description
-from exporters.graph.dry_run import export_peak
-from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import class_gates, codes_gate, float_gate, kernel_gate, outputs_gate, parity_gates
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
+from exporters.graph.gates import (
+    check_kernels,
+    class_gates,
+    codes_gate,
+    compare_classes,
+    float_gate,
+    kernel_gate,
+    measure_noise,
+    outputs_gate,
+    parity_gates,
+)
 from exporters.graph.images import ProbeImages, probe_images
-from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import read_layers
 from exporters.graph.lint import lint_model, refuse
-from exporters.graph.packages import import_onnx_package
 from exporters.graph.parity import compare_layers, inputs_of, outputs_of
-from exporters.graph.passes.weights import fits_int4
-from exporters.graph.plan import GraphPlan, vision_plan
-from exporters.graph.produce import QuantizedGraph, as_exported, quantize_graph
+from exporters.graph.passes.quantize import fits_int4
+from exporters.graph.plan import GraphPlan, export_peak, vision_plan
+from exporters.graph.produce import QuantizedGraph, as_exported, graph_details, quantize_graph, write_description
 from exporters.graph.reopen import reopen_gates
-from exporters.graph.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
+from exporters.graph.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OPSET, OUTPUT_NAME
-from exporters.onnx.options import OnnxExportOptions
-from exporters.onnx.target import KIND, OnnxDetails
+from exporters.onnx.target import KIND, OnnxDetails, OnnxExportOptions
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -122,7 +126,7 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
             gates, near_tie = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
             progress.advance(1)
             fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
-            require_gates(writer, gates, "the written graph differs from its artifact", fix)
+            writer.require_gates(gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
             details = OnnxDetails(
                 **graph_details(graph, quantized, options.format.value).model_dump(), near_tie=near_tie

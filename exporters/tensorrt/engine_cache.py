@@ -20,19 +20,16 @@ from typing import Final, Literal
 
 from pydantic import Field
 
-from exporters.tensorrt.builder import Built, Shapes
-from exporters.tensorrt.engines import ENGINES, MODEL_FILE
-from exporters.tensorrt.enterprise import build_enterprise, check_enterprise
+from exporters.graph.formats import MODEL_FILE
+from exporters.tensorrt.builder import SETTINGS, Built, Shapes, build_enterprise, build_rtx, check_enterprise
+from exporters.tensorrt.engines import ENGINES
+from exporters.tensorrt.listing import read_precision
 from exporters.tensorrt.options import EnterpriseSettings, TrtFormat
-from exporters.tensorrt.precision import read_precision
 from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
-from exporters.tensorrt.rtx import SETTINGS, build_rtx
 from exporters.tensorrt.target import KIND, BuiltEngine, TrtDetails
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
-
-__all__ = ["EngineSource", "ReadyEngine", "profiles_of", "ready_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +46,13 @@ class EngineSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReadyEngine:
-    """An engine that can be loaded here.
+    """An engine that can be loaded here."""
 
-    Attributes:
-        path: the plain file.
-        recipe: what it was made from.
-        source: the export, the cache, or built just now.
-        precisions: products by precision.
-        reasons: why the export's own engine was not taken; empty when it was.
-    """
-
-    path: Path
-    recipe: EngineRecipe
-    source: EngineSource
-    precisions: Mapping[str, int]
-    reasons: tuple[str, ...]
+    path: Path  # the plain file
+    recipe: EngineRecipe  # what it was made from
+    source: EngineSource  # the export, the cache, or built just now
+    precisions: Mapping[str, int]  # products by precision
+    reasons: tuple[str, ...]  # why the export's own engine was not taken; empty when it was
 
 
 class _Kept(FrozenConfig):

@@ -7,40 +7,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from exporters.graph.description import graph_details, require_gates, write_description
-from exporters.graph.formats import OnnxFormat
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
 from exporters.graph.gates import float_gate
 from exporters.graph.images import ProbeImages, probe_images
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.lint import lint_model, refuse
-from exporters.graph.packages import import_onnx_package
 from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE
 from exporters.graph.plan import vision_plan
-from exporters.graph.produce import QuantizedGraph
+from exporters.graph.produce import QuantizedGraph, graph_details, write_description
 from exporters.graph.reopen import reopen_gates
+from exporters.graph.runtime import import_onnx_package
 from exporters.graph.trace import INPUT_NAME, ProductKind
 from exporters.onnx.export import plan_export
-from exporters.onnx.options import OnnxExportOptions
-from exporters.tensorrt.builder import Shapes
+from exporters.onnx.target import OnnxExportOptions
+from exporters.tensorrt.builder import (
+    SETTINGS,
+    EnterpriseMachine,
+    Shapes,
+    build_enterprise,
+    build_rtx,
+    check_enterprise,
+    trtexec_command,
+)
 from exporters.tensorrt.engines import (
-    MODEL_FILE,
     describe_engine,
     engine_file,
+    expected_sizes,
+    ideal_bytes,
+    measure_engine,
     precision_gate,
     shown_counts,
+    size_gate,
+    stored_gate,
     write_layers,
 )
-from exporters.tensorrt.enterprise import EnterpriseMachine, build_enterprise, check_enterprise, trtexec_command
-from exporters.tensorrt.formats import choose_format, in_format, plan_targets, with_targets
-from exporters.tensorrt.graph import typed_graph
+from exporters.tensorrt.graph import choose_format, in_format, plan_targets, typed_graph, with_targets
 from exporters.tensorrt.half import compare_halved, halve, refuse_not_half, stored_arrays
 from exporters.tensorrt.lint import check_file
+from exporters.tensorrt.listing import PrecisionReport, artifact_precisions, read_precision
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions, TrtFormat
 from exporters.tensorrt.parity import block_gates, block_parity, typed_gates, typed_parity
-from exporters.tensorrt.precision import PrecisionReport, artifact_precisions, read_precision
 from exporters.tensorrt.recipe import EngineRecipe, pack_engine
-from exporters.tensorrt.rtx import SETTINGS, build_rtx
-from exporters.tensorrt.size import expected_sizes, ideal_bytes, measure_engine, size_gate, stored_gate
 from exporters.tensorrt.target import ENGINE_LIMITS, KIND, BuiltEngine, TrtDetails
 from fp8pipe.artifact import (
     Artifact,
@@ -62,8 +69,6 @@ from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = ["export_tensorrt"]
 
 _LAYER_IMAGES: Final = 4
 _FLOATS: Final = ("fp16", "fp32", "bf16")
@@ -123,7 +128,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
                 progress.advance(1)
             write_layers(writer.root, reports)
             fix = f"look into {writer.root}; precision alone may be waived with --no-require"
-            require_gates(writer, gates, "the export does not hold what was asked", fix)
+            writer.require_gates(gates, "the export does not hold what was asked", fix)
             if images.source.startswith("random"):
                 writer.warn(f"compared on {images.source}")
             return _commit(writer, artifact, quantized, options, format, graph, reports, made.precisions)
@@ -151,25 +156,15 @@ def after_export(artifact: Artifact) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """One export on its way.
+    """One export on its way."""
 
-    Attributes:
-        root: where it is written.
-        graph: float32, until it is written.
-        layers: of the graph.
-        quantized: the model of the format.
-        format: how products are stored and multiplied.
-        options: with the format's own compute capabilities.
-        machine: that builds with TensorRT; None for other builders.
-    """
-
-    root: Path
-    graph: QuantizedGraph
-    layers: Sequence[ExportedLayer]
-    quantized: QuantizedVit
-    format: TrtFormat
-    options: TrtExportOptions
-    machine: EnterpriseMachine | None
+    root: Path  # where it is written
+    graph: QuantizedGraph  # float32, until it is written
+    layers: Sequence[ExportedLayer]  # of the graph
+    quantized: QuantizedVit  # the model of the format
+    format: TrtFormat  # how products are stored and multiplied
+    options: TrtExportOptions  # with the format's own compute capabilities
+    machine: EnterpriseMachine | None  # that builds with TensorRT; None for other builders
 
     @property
     def precisions(self) -> dict[str, str]:

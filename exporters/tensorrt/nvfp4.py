@@ -15,15 +15,12 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
-from exporters.graph.passes import Change
-from exporters.graph.passes.activations import operand_sites
-from exporters.graph.passes.editing import add_initializer, as_array, insert, take_weight
+from exporters.graph.layers import DOMAIN, DYNAMIC_QUANTIZE
+from exporters.graph.passes.editing import Change, add_initializer, as_array, insert, take_weight
+from exporters.graph.passes.quantize import operand_sites
 from exporters.graph.trace import FloatGraph, Product, ProductKind
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer
-
-__all__ = ["FP4_OPSET", "quantize_block_activations", "quantize_block_weights", "raise_opset"]
 
 FP4_OPSET: Final = 23
 _IR_VERSION: Final = 11  # the first with FLOAT4E2M1 in opset 23

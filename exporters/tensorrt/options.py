@@ -11,10 +11,6 @@ from pydantic import Field, field_validator, model_validator
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.numerics.kinds import Kind
 
-__all__ = [
-    "CAPABILITIES", "Base", "Builder", "EnterpriseSettings", "TrtExportOptions", "TrtFormat", "known_capabilities",
-]  # fmt: skip
-
 # What TensorRT for RTX compiles for, by its enumeration. Hopper is not among them.
 CAPABILITIES: Final[Mapping[str, str]] = {
     "7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121",

@@ -24,16 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
-from exporters.graph.cut import cut_layers, input_name
 from exporters.graph.gates import layer_codes_gate, layer_error_gate, torch_errors
-from exporters.graph.layers import ExportedLayer, Operand
+from exporters.graph.layers import DOMAIN, DYNAMIC_QUANTIZE, ExportedLayer, Operand
 from exporters.graph.parity import (
     FLOAT_TOLERANCE,
     INTEGER_TOLERANCE,
     LayerParity,
     compare_layers,
+    cut_layers,
     exact_outputs,
+    input_name,
     inputs_of,
     layer_error,
     outputs_of,
@@ -45,11 +45,6 @@ from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = [
-    "BLOCK_TOLERANCE", "block_gates", "block_parity", "dynamic_quantize", "evaluate_graph", "typed_gates",
-    "typed_parity",
-]  # fmt: skip
 
 BLOCK_TOLERANCE: Final = 1e-6
 _PATCHES = "/patches"

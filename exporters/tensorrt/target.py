@@ -6,14 +6,12 @@ from typing import Any, Final
 
 from pydantic import Field
 
-from exporters.graph.details import GraphDetails
+from exporters.graph.formats import GraphDetails
 from exporters.target import Engine, ExportTarget, Service
 from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.recipe import EngineRecipe
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.config import FrozenConfig
-
-__all__ = ["KIND", "TARGET", "BuiltEngine", "EngineSize", "TrtDetails", "migrate_trt"]
 
 KIND: Final = "trt-export"
 # For model cards.

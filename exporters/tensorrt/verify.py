@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporters.tensorrt.engines import ENGINES, LAYERS_FILE, MODEL_FILE
-from exporters.tensorrt.formats import in_format
-from exporters.tensorrt.graph import typed_graph
+from exporters.graph.formats import MODEL_FILE
+from exporters.tensorrt.engines import ENGINES, LAYERS_FILE
+from exporters.tensorrt.graph import in_format, typed_graph
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.options import Base, TrtFormat
@@ -23,8 +23,6 @@ from fp8pipe.models.vision.quantized import QuantizedVit
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = ["check_engines", "check_trt"]
 
 
 def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:

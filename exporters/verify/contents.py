@@ -7,11 +7,10 @@ from typing import Final
 
 from safetensors import SafetensorError
 
-from exporters.graph.findings import LintFindingsError
 from exporters.target import Reference, call, target_of
 from exporters.verify.common import lint_findings
 from fp8pipe.artifact import Artifact
-from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.artifact.finding import Check, Finding, LintFindingsError
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 

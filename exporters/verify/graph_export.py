@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from exporters.graph.description import CLASSES_FILE, MODEL_FILE
-from exporters.graph.details import GraphInput, GraphOutput
+from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, GraphInput, GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.runtime import open_session
+from exporters.graph.runtime import import_onnx_package, open_session
 from exporters.verify.common import compare_json, compare_layers, lint_findings
 from exporters.verify.graphs import compare_graphs, compare_stored
 from fp8pipe.artifact import Artifact, LayerRecord, installed_versions
@@ -193,7 +191,7 @@ def _against(
     yield from compare_layers(artifact.manifest.layers, checks.records(quantized))
     expected = ir.from_proto(ir.to_proto(checks.remake(quantized, str(parent))))
     yield from compare_stored(model, expected)
-    other = _other_versions(artifact)
+    other = other_versions(artifact, _TRACERS)
     structure = list(compare_graphs(model, expected))
     if other and structure:
         notes.append(
@@ -214,7 +212,7 @@ def _first_class(found: Any, wanted: Any) -> str:
     return f"{len(pairs)} classes differ from the parent's; class {index} is {a!r}, expected {b!r}"
 
 
-def _other_versions(artifact: Artifact) -> str:
+def other_versions(artifact: Artifact, names: Sequence[str]) -> str:
     """Versions of what traces, where they are others than the manifest's; empty where they are the same."""
-    here, then = installed_versions(_TRACERS), artifact.manifest.versions
-    return ", ".join(f"{n} is {here.get(n)}, not {then[n]}" for n in _TRACERS if n in then and then[n] != here.get(n))
+    here, then = installed_versions(names), artifact.manifest.versions
+    return ", ".join(f"{n} is {here.get(n)}, not {then[n]}" for n in names if n in then and then[n] != here.get(n))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporters.graph.description import require_gates
 from exporters.graph.lint import refuse
 from exporters.vllm.auxiliary import auxiliary_warnings, write_auxiliary
 from exporters.vllm.lint import lint
@@ -79,7 +78,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         with track(len(plan.units), "compare") as progress:
             gates = reopen(plan, writer.root, lambda: progress.advance(1))
         fix = f"check the disk and export again; what was written is left in {writer.root}"
-        require_gates(writer, gates, "the written export differs from its source", fix)
+        writer.require_gates(gates, "the written export differs from its source", fix)
         return _commit(writer, plan)
 
 

@@ -26,7 +26,7 @@ def command(
 ) -> None:  # fmt: skip
     """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
     from exporters.target import open_export
-    from exporters.triton.graph import TritonDevice
+    from exporters.triton.repository import TritonDevice
     from fp8pipe.core.errors import ConfigurationError
 
     artifact, target = open_export(export, lambda known: known.service.repository)

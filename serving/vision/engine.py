@@ -24,9 +24,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from exporters.graph.description import MODEL_FILE
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.runtime import open_session
+from exporters.graph.formats import MODEL_FILE
+from exporters.graph.runtime import import_onnx_package, open_session
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from serving.vision.config import Provider, VisionConfig
 from serving.vision.model import ServedModel

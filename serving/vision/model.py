@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.graph.description import CLASSES_FILE
-from exporters.graph.details import GraphDetails
+from exporters.graph.formats import CLASSES_FILE, GraphDetails
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.core.errors import BadArtifactError

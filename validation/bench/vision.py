@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from exporters.graph.description import MODEL_FILE
+from exporters.graph.formats import MODEL_FILE
 from exporters.graph.runtime import open_session
 from exporters.onnx.target import KIND, OnnxDetails
-from exporters.tensorrt.dequantized import dequantize_graph
+from exporters.tensorrt.half import dequantize_graph
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.progress import track
 from validation.bench.config import BenchConfig

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from exporters.graph.classes import ClassAgreement
-from exporters.graph.kernels import KernelReport
+from exporters.graph.gates import ClassAgreement, KernelReport
 from exporters.graph.parity import LayerParity
 from fp8pipe.artifact import Gate
 from fp8pipe.core.config import FrozenConfig

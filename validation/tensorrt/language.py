@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporters.graph.packages import import_onnx_package
-from exporters.tensorrt.engines import MODEL_FILE
+from exporters.graph.formats import MODEL_FILE
+from exporters.graph.runtime import import_onnx_package
 from exporters.tensorrt.language.serve import DecoderSession
 from exporters.tensorrt.language.target import KIND, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file

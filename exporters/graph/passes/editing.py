@@ -13,23 +13,13 @@ from torch import Tensor
 
 from exporters.graph.trace import Product
 
-__all__ = [
-    "Change", "add_initializer", "as_array", "cast", "cast_outputs", "drop_unused", "hand_over", "insert",
-    "quantize_value", "stored_bias", "take_weight",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one pass did, so that a caller can count, report and refuse.
+    """What one pass did, so that a caller can count, report and refuse."""
 
-    Attributes:
-        name: the pass.
-        changed: names of the layers, sites or nodes it rewrote, in its order.
-    """
-
-    name: str
-    changed: tuple[str, ...]
+    name: str  # the pass
+    changed: tuple[str, ...]  # names of the layers, sites or nodes it rewrote, in its order
 
 
 def add_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Passes: what is a matrix product with something around it becomes a MatMul and the rest.
+"""Passes: products are plain MatMuls, named after their layers; and nothing of the machine that exported them stays.
 
 `split_gemms`: engines run a quantized MatMul on integers and add a float bias afterwards; a quantized Gemm has to have
 a quantized bias, or none of it is integer. So no product keeps its bias inside.
@@ -7,6 +7,8 @@ a quantized bias, or none of it is integer. So no product keeps its bias inside.
 once by one matrix. Engines have few kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the builder
 silently takes half precision), and every kernel for products. Pixels are rearranged before their quantizer, which works
 number by number: the codes are the same ones, in another order.
+
+`name_products`: names are how everything after the export (comparison, engine reports, people) finds a layer again.
 """
 
 from __future__ import annotations
@@ -16,10 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.passes.editing import Change, add_initializer, drop_unused, hand_over
+from exporters.graph.passes.editing import Change, add_initializer, drop_unused, hand_over, stored_bias
 from exporters.graph.trace import FloatGraph, Product, ProductKind
-
-__all__ = ["split_gemms", "unfold_patches"]
+from fp8pipe.core.version import __version__
 
 
 def split_gemms(traced: FloatGraph) -> Change:
@@ -150,3 +151,55 @@ class _Chain:
         assert value.shape is not None
         found.shape = ir.Shape([value.shape[axis] for axis in order])
         return found
+
+
+# A product's node is called LAYER + suffix.
+SUFFIXES = {ProductKind.LINEAR: "/MatMul", ProductKind.PATCH: "/Conv", ProductKind.QK: "/qk", ProductKind.AV: "/av"}
+
+
+def name_products(traced: FloatGraph) -> Change:
+    """Name products and their bias after their layers: `NAME/MatMul`, `NAME/Add`, `NAME/qk`, ..."""
+    for product in traced.products:
+        product.node.name = product.name + SUFFIXES[product.kind]
+        output = product.node.outputs[0]
+        if product.kind is ProductKind.LINEAR:
+            add = stored_bias(product.node)
+            if add is not None:
+                add.name = f"{product.name}/Add"
+                _name(output, f"{product.name}/product")
+                output = add.outputs[0]
+        suffix = "/logits" if product.kind is ProductKind.QK else "/output"
+        _name(output, product.name + suffix)
+    return Change("name_products", tuple(product.name for product in traced.products))
+
+
+def strip_metadata(model: ir.Model) -> Change:
+    """Drop the exporter's notes (they hold paths of this machine), dead nodes and dead tensors."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    stripped = []
+    for node in model.graph:
+        if node.metadata_props or node.doc_string:
+            stripped.append(node.name or "")
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for holder in (model, model.graph):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+    RemoveUnusedNodesPass()(model)
+    for name in list(model.graph.initializers):
+        if name.startswith("model."):
+            model.graph.initializers[name].name = name.removeprefix("model.")
+    model.producer_name, model.producer_version = "fp8pipe", __version__
+    model.graph.name = "vision_transformer"
+    return Change("strip_metadata", tuple(stripped))
+
+
+def _name(value: ir.Value, name: str) -> None:
+    """Outputs of the whole graph keep their name."""
+    if not value.is_graph_output():
+        value.name = name

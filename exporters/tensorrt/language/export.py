@@ -11,24 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from exporters.graph.description import require_gates
-from exporters.graph.details import GraphOutput
+from exporters.graph.formats import MODEL_FILE, GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.packages import import_onnx_package
+from exporters.graph.runtime import import_onnx_package
 from exporters.graph.trace import OPSET
-from exporters.tensorrt.builder import Shapes
-from exporters.tensorrt.engines import (
-    MODEL_FILE,
-    describe_engine,
-    engine_file,
-    precision_gate,
-    write_layers,
-)
-from exporters.tensorrt.enterprise import trtexec_command
-from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
+from exporters.tensorrt.builder import Shapes, build_rtx, trtexec_command
+from exporters.tensorrt.engines import describe_engine, engine_file, precision_gate, write_layers
+from exporters.tensorrt.language.calibrate import Score, count_inputs, dynamic_inputs, scales_by_layer, score_torch
 from exporters.tensorrt.language.graph import DecoderGraph, decoder_graph
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.language.perplexity import Score, dynamic_inputs, score_torch
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
 from exporters.tensorrt.language.serve import DecoderSession, cache_gates, perplexity_gate, unrounded_session
 from exporters.tensorrt.language.source import (
@@ -39,30 +29,26 @@ from exporters.tensorrt.language.source import (
     open_language,
     read_text,
 )
-from exporters.tensorrt.language.target import KIND, CacheFacts, InputScale, PerplexityFacts, TrtLanguageDetails
+from exporters.tensorrt.language.target import (
+    KIND,
+    CacheFacts,
+    InputScale,
+    LanguageExportOptions,
+    PerplexityFacts,
+    TrtLanguageDetails,
+)
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names
 from exporters.tensorrt.lint import check_file
+from exporters.tensorrt.listing import read_precision
 from exporters.tensorrt.options import Builder
-from exporters.tensorrt.precision import read_precision
-from exporters.tensorrt.rtx import build_rtx
 from exporters.tensorrt.target import ENGINE_LIMITS, BuiltEngine
-from fp8pipe.artifact import (
-    Artifact,
-    ArtifactWriter,
-    Comparison,
-    Gate,
-    NumberFormat,
-    check_place,
-    installed_versions,
-)
+from fp8pipe.artifact import Artifact, ArtifactWriter, Comparison, Gate, NumberFormat, check_place, installed_versions
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["SCALES_FILE", "export_language"]
 
 DATA_FILE: Final = "model.onnx.data"
 SCALES_FILE: Final = "activation_scales.json"
@@ -129,7 +115,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
                 progress.advance(1)
             write_layers(writer.root, reports)
             fix = f"look into {writer.root}; perplexity and precision may be waived with --no-require"
-            require_gates(writer, gates, "the export does not hold what was asked", fix)
+            writer.require_gates(gates, "the export does not hold what was asked", fix)
             scores = PerplexityFacts(
                 own=own.perplexity, served=served.perplexity, error=served.error_against(own), tokens=own.tokens
             )

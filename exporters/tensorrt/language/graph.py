@@ -16,45 +16,29 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from exporters.graph.findings import LintFindingsError
-from exporters.graph.passes import Change, name_products, quantize_weights, strip_metadata
-from exporters.graph.passes.editing import drop_unused, insert, quantize_value
+from exporters.graph.passes.editing import Change, drop_unused, insert, quantize_value
+from exporters.graph.passes.products import name_products, strip_metadata
+from exporters.graph.passes.quantize import quantize_weights
 from exporters.graph.trace import FloatGraph
 from exporters.tensorrt.half import NotHalf, refuse_not_half
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.trace import CacheShape, cache_shape, trace_decoder
 from exporters.tensorrt.options import Base
-from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.finding import Finding, LintFindingsError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = [
-    "TORCH_TYPES",
-    "DecoderGraph",
-    "decoder_graph",
-    "drop_quantizers",
-    "quantize_inputs",
-    "tie_head",
-    "type_scales",
-]  # fmt: skip
 
 TORCH_TYPES = {Base.FP16: torch.float16, Base.FP32: torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderGraph:
-    """The graph before it is written.
+    """The graph before it is written."""
 
-    Attributes:
-        model: strongly typed.
-        changes: what the passes did.
-        cache: shape of the cache; none for a graph without one.
-    """
-
-    model: ir.Model
-    changes: tuple[Change, ...]
-    cache: CacheShape | None
+    model: ir.Model  # strongly typed
+    changes: tuple[Change, ...]  # what the passes did
+    cache: CacheShape | None  # shape of the cache; none for a graph without one
 
 
 def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters.graph.cut import input_name
 from exporters.graph.layers import ExportedLayer
-from exporters.graph.parity import LayerParity, compare_layers
+from exporters.graph.parity import LayerParity, compare_layers, input_name
 from exporters.tensorrt.language.calibrate import pre_hooks
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.target import InputScale
@@ -25,8 +24,6 @@ from fp8pipe.numerics.quantizers import ActivationQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = ["layer_gates", "number_gates"]
 
 _FLOATS: Final = ("FLOAT", "FLOAT16")
 # Layers whose codes are compared in one session: what is cut out of the graph must fit one protobuf message.

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from exporters.graph.runtime import open_session, run
+from exporters.tensorrt.language.calibrate import Score, score_session
 from exporters.tensorrt.language.graph import drop_quantizers
-from exporters.tensorrt.language.perplexity import Score, score_session
 from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names, present_names
 from exporters.tensorrt.options import Base
 from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.models.language.text import Encoded
-
-__all__ = ["CACHE_LIMIT", "PERPLEXITY_LIMIT", "DecoderSession", "cache_gates", "perplexity_gate", "unrounded_session"]
 
 # How much worse than the artifact's own model a served graph may predict held-out text.
 PERPLEXITY_LIMIT = 0.01

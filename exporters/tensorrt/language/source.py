@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.graph.findings import LintFindingsError
 from exporters.tensorrt.language.target import CalibrationFacts
 from exporters.vllm.export import plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan
 from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact, sha256_file
-from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
@@ -34,24 +33,16 @@ from fp8pipe.numerics.quantizers import WeightCodes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LENGTH", "ExportText", "LanguageModel", "check_attention", "open_language", "read_text"]
-
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """One artifact, opened and linted.
+    """One artifact, opened and linted."""
 
-    Attributes:
-        artifact: with its manifest.
-        plan: its tensors and their roles, from headers.
-        weights: codes by module, `(out, in)`; the scale has one value, `()`, or one per row, `(out,)`.
-        floats: all other tensors by their names in the checkpoint, as stored.
-    """
-
-    artifact: Artifact
-    plan: ExportPlan
+    artifact: Artifact  # with its manifest
+    plan: ExportPlan  # its tensors and their roles, from headers
+    # codes by module, `(out, in)`; the scale has one value, `()`, or one per row, `(out,)`
     weights: Mapping[str, WeightCodes]
-    floats: Mapping[str, Tensor]
+    floats: Mapping[str, Tensor]  # all other tensors by their names in the checkpoint, as stored
 
     @property
     def root(self) -> Path:
@@ -147,19 +138,12 @@ _HELDOUT_LIMIT = 256
 
 @dataclass(frozen=True, slots=True)
 class ExportText:
-    """Tokens.
+    """Tokens."""
 
-    Attributes:
-        source: what was read.
-        digest: sha256 of the file; none where it is no local file.
-        calibration: training records.
-        heldout: records that no scale and no weight has seen.
-    """
-
-    source: str
-    digest: str | None
-    calibration: Sequence[Encoded]
-    heldout: Sequence[Encoded]
+    source: str  # what was read
+    digest: str | None  # sha256 of the file; none where it is no local file
+    calibration: Sequence[Encoded]  # training records
+    heldout: Sequence[Encoded]  # records that no scale and no weight has seen
 
     @property
     def facts(self) -> CalibrationFacts:

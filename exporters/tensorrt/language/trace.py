@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-__all__ = ["LOGITS", "CacheShape", "cache_names", "cache_shape", "present_names", "trace_decoder"]
-
 LOGITS: Final = "logits"
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
 # exp of a logit so far below the others is 0 in float32, whatever a real logit is.

@@ -10,23 +10,20 @@ from typing import TYPE_CHECKING
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.tensorrt.language.export import SCALES_FILE
 from exporters.tensorrt.language.graph import decoder_graph
-from exporters.tensorrt.language.options import LanguageExportOptions
 from exporters.tensorrt.language.reopen import number_gates
 from exporters.tensorrt.language.source import open_language
-from exporters.tensorrt.language.target import InputScale, TrtLanguageDetails
+from exporters.tensorrt.language.target import InputScale, LanguageExportOptions, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.verify import check_engines
 from exporters.verify.common import compare_files, failed_gates
-from exporters.verify.graph_export import check_file
+from exporters.verify.graph_export import check_file, other_versions
 from exporters.verify.graphs import compare_graphs, compare_stored
-from fp8pipe.artifact import Artifact, installed_versions
+from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = ["check_language"]
 
 _TRACERS = ("torch", "transformers", "onnxscript", "onnx-ir")
 
@@ -60,11 +57,9 @@ def _compare_decoder(
     options = LanguageExportOptions.model_validate(artifact.manifest.config)
     graph = decoder_graph(source, {n: s.scale for n, s in scales.items()}, options.base, cache=options.cache)
     expected = ir.from_proto(ir.to_proto(graph.model))
-    here, then = installed_versions(_TRACERS), artifact.manifest.versions
-    other = [f"{n} is {here.get(n)}, not {then[n]}" for n in _TRACERS if n in then and then[n] != here.get(n)]
+    other = other_versions(artifact, _TRACERS)
     found = [*compare_stored(model, expected), *compare_graphs(model, expected)]
     if other and found:
-        notes.append(f"{len(found)} differences from a graph made here are not judged: "
-                     f"{', '.join(other)}")  # fmt: skip
+        notes.append(f"{len(found)} differences from a graph made here are not judged: {other}")
     else:
         yield from found

@@ -14,8 +14,8 @@ from vit_families import family, random_pixels
 
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.layers import read_layers
-from exporters.graph.passes import name_products, quantize_activations, quantize_weights, split_gemms
-from exporters.graph.passes.activations import _insert
+from exporters.graph.passes.products import name_products, split_gemms
+from exporters.graph.passes.quantize import _insert, quantize_activations, quantize_weights
 from exporters.graph.produce import float_model, quantize_graph
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import FloatGraph, trace_float

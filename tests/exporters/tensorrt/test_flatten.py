@@ -8,7 +8,7 @@ import pytest
 from quantized_families import quantized_family
 from vit_families import family, random_pixels
 
-from exporters.graph.passes import split_gemms
+from exporters.graph.passes.products import split_gemms
 from exporters.graph.produce import float_model
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import ProductKind, trace_float

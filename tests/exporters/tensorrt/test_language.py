@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from small_artifacts import details_of, write
 
 from exporters.graph.layers import read_layers
+from exporters.tensorrt.language.calibrate import dynamic_inputs, score_torch, static_inputs
 from exporters.tensorrt.language.export import export_language
 from exporters.tensorrt.language.graph import decoder_graph
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.language.perplexity import dynamic_inputs, score_torch, static_inputs
 from exporters.tensorrt.language.reopen import layer_gates, number_gates
 from exporters.tensorrt.language.serve import (
     CACHE_LIMIT,
@@ -30,7 +29,7 @@ from exporters.tensorrt.language.serve import (
     unrounded_session,
 )
 from exporters.tensorrt.language.source import check_attention, open_language, read_text
-from exporters.tensorrt.language.target import InputScale
+from exporters.tensorrt.language.target import InputScale, LanguageExportOptions
 from exporters.tensorrt.options import Base
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config

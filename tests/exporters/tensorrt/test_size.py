@@ -11,12 +11,12 @@ import pytest
 
 from exporters.graph.produce import float_model
 from exporters.graph.trace import trace_float
+from exporters.tensorrt.builder import build_rtx
+from exporters.tensorrt.engines import ALLOWANCE_BYTES, LIMIT, EngineSize, ideal_bytes, measure_engine, size_gate
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.options import TrtFormat
 from exporters.tensorrt.recipe import pack_engine, unpack_engine
-from exporters.tensorrt.rtx import build_rtx
-from exporters.tensorrt.size import ALLOWANCE_BYTES, LIMIT, EngineSize, ideal_bytes, measure_engine, size_gate
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.quantized import load_quantized
