@@ -41,7 +41,7 @@ from exporters.onnx.target import OnnxExportOptions
 from exporters.tensorrt.builder import build_rtx
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.listing import read_precision
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.models.vision.sources import load_vision_model

@@ -153,9 +153,7 @@ def target_of(kind: str) -> ExportTarget | None:
 def open_export(export: Path, able: Callable[[ExportTarget], Any]) -> tuple[Artifact, ExportTarget]:
     """Open an export that can be run somehow, without hashing its files.
 
-    Args:
-        export: its directory.
-        able: whether a target can.
+    `able` says whether a target can.
 
     Raises:
         BadArtifactError: no export, or of a kind that cannot.
@@ -187,11 +185,7 @@ def choose_engine(
 ) -> tuple[Engine, dict[str, Any]]:
     """The engine that proves an export, and what it understands of the options that were given.
 
-    Args:
-        artifact: the export.
-        target: of its kind.
-        name: of the engine; the usual one when None.
-        options: by name; None counts as not given.
+    The usual one when no name is given; options that are None count as not given.
 
     Raises:
         ConfigurationError: another kind's engine, or an option that the engine does not take; only the Python of vLLM,
@@ -225,10 +219,7 @@ def kind_of_source(source: Path | str) -> str:
 def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
     """The target that `--target NAME` means for a source of a kind.
 
-    Args:
-        name: of the target.
-        kind: of the source, or PLAIN_MODEL.
-        format: as in `--format`.
+    `kind` may be PLAIN_MODEL; `format` is as in `--format`.
 
     Raises:
         ConfigurationError: no target of that name takes such a source.

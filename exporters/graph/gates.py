@@ -19,8 +19,9 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+import onnx_ir as ir
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -32,14 +33,10 @@ from exporters.graph.produce import unquantized
 from exporters.graph.reopen import operand_at_sites
 from exporters.graph.runtime import import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
-from fp8pipe.artifact import Comparison, Gate, none_of
+from fp8pipe.artifact import Comparison, Gate, at_most, none_of
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.quantized import QuantizedVit
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
 
 # fp32 in another order through a whole float net: some 1e-6 of the largest output.
 _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
@@ -57,10 +54,8 @@ def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> G
     found = torch.from_numpy(run(open_session(float_bytes), {INPUT_NAME: pixels[:3].numpy()})[OUTPUT_NAME])
     same = found.shape == expected.shape
     error = float((found - expected).abs().max() / expected.abs().max()) if same else math.nan
-    return Gate(
-        name="float graph error", value=error, comparison=Comparison.AT_MOST, threshold=_FLOAT_GRAPH_TOLERANCE,
-        detail=f"largest difference over largest output, batch of {len(expected)}, before quantization",
-    )  # fmt: skip
+    detail = f"largest difference over largest output, batch of {len(expected)}, before quantization"
+    return at_most("float graph error", error, _FLOAT_GRAPH_TOLERANCE, detail)
 
 
 def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
@@ -83,26 +78,21 @@ def layer_codes_gate(name: str, report: Sequence[LayerParity]) -> Gate:
     """Activation codes that differ, over all layers."""
     differing = sum(layer.differing_codes for layer in report)
     detail = f"of {sum(layer.codes for layer in report)} in {len(report)} layers, each fed the same input"
-    return Gate(name=name, value=differing, detail=detail)
+    return none_of(name, differing, detail)
 
 
 def layer_error_gate(name: str, errors: Mapping[str, float], tolerance: float) -> Gate:
     """The worst of some layers' errors."""
     worst = max(errors, key=lambda layer: math.inf if math.isnan(errors[layer]) else errors[layer])
     detail = f"against the exact result of the codes, over the layer's largest output; {len(errors)} layers"
-    return Gate(
-        name=name, value=errors[worst], comparison=Comparison.AT_MOST, threshold=tolerance,
-        detail=f"{detail}, the worst: {worst}",
-    )  # fmt: skip
+    return at_most(name, errors[worst], tolerance, f"{detail}, the worst: {worst}")
 
 
 def kernel_gate(report: KernelReport) -> Gate:
     """Integer kernels for every layer of integer codes."""
     missing = report.float_layers
-    return Gate(
-        name="integer layers run in float", value=len(missing),
-        detail=f"{report.integer} run on integers{'; the first that does not: ' + missing[0] if missing else ''}",
-    )  # fmt: skip
+    detail = f"{report.integer} run on integers{'; the first that does not: ' + missing[0] if missing else ''}"
+    return none_of("integer layers run in float", len(missing), detail)
 
 
 def class_gates(agreement: ClassAgreement) -> list[Gate]:
@@ -113,12 +103,8 @@ def class_gates(agreement: ClassAgreement) -> list[Gate]:
     if ties:
         margins = ", ".join(f"{tie.margin:.2g}" for tie in ties[:5])
         detail += f"; margins of the differing: {margins} (near-tie: {agreement.near_tie:.2g})"
-    finite = math.isfinite(agreement.largest_difference)
-    return [
-        Gate(
-            name="clear top-1 disagreements", value=len(clear) if finite else math.nan, detail=detail,
-        )
-    ]  # fmt: skip
+    value = len(clear) if math.isfinite(agreement.largest_difference) else math.nan
+    return [none_of("clear top-1 disagreements", value, detail)]
 
 
 def agreement_gate(agreement: ClassAgreement, own: float) -> Gate:
@@ -158,26 +144,21 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
         exact(batch, on_codes=ours.__setitem__)
         theirs = run(session, {INPUT_NAME: batch.numpy()})
         for site, name in names.items():
-            mine = _in_layout(ours[site], site, quantized)
+            mine = _in_layout(ours[site], site, quantized).flatten()
+            other = quantized.activations[site].codes(torch.from_numpy(theirs[name])).flatten()
             compared += mine.numel()
-            differing += _count(mine, quantized.activations[site].codes(torch.from_numpy(theirs[name])))
+            differing += mine.numel() if mine.numel() != other.numel() else int((mine != other).sum())
     detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
     return none_of("codes differing end to end", differing, detail)
 
 
 def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
     """Outputs of the net `(N, C)` fp32, bit for bit."""
-    differing = int((expected.view(torch.int32) != found.view(torch.int32)).sum()) if _alike(expected, found) else -1
+    differing = expected.numel()
+    if expected.shape == found.shape and expected.dtype == found.dtype == torch.float32:
+        differing = int((expected.view(torch.int32) != found.view(torch.int32)).sum())
     detail = f"of {expected.numel()} for {len(expected)} images, bit for bit"
-    return none_of("outputs differing end to end", expected.numel() if differing < 0 else differing, detail)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype == torch.float32
-
-
-def _count(a: Tensor, b: Tensor) -> int:
-    return a.numel() if a.numel() != b.numel() else int((a.flatten() != b.flatten()).sum())
+    return none_of("outputs differing end to end", differing, detail)
 
 
 def _in_layout(codes: Tensor, site: str, quantized: QuantizedVit) -> Tensor:
@@ -196,7 +177,6 @@ def _with_sources(model: ir.Model, names: Sequence[str]) -> bytes:
     Not the codes themselves: where QuantizeLinear is an output of the graph, ONNX Runtime multiplies in float.
     """
     import onnx
-    import onnx_ir as ir
 
     proto: Any = ir.to_proto(model)
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
@@ -221,10 +201,11 @@ def check_kernels(model: Path, layers: Sequence[ExportedLayer]) -> KernelReport:
         optimized = Path(folder) / "optimized.onnx"
         open_session(model, write_to=optimized)
         made_by = {value.name: node.op_type for node in onnx_ir.load(optimized).graph for value in node.outputs}
-    operators = {}
-    for layer in layers:
-        # The product may have swallowed the bias, or not: either name may be the product's result.
-        operators[layer.label] = made_by.get(layer.node.outputs[0].name) or made_by.get(layer.output.name, "fused away")
+    # The product may have swallowed the bias, or not: either name may be the product's result.
+    operators = {
+        layer.label: made_by.get(layer.node.outputs[0].name) or made_by.get(layer.output.name, "fused away")
+        for layer in layers
+    }
     integer = [label for label, operator in operators.items() if operator in _INTEGER]
     wanted = [layer.label for layer in layers if layer.integer]
     return KernelReport(
@@ -267,9 +248,7 @@ def measure_noise(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> 
     """The largest margin that rounding errors may close: twice the largest change of an output in disturbed runs.
 
     `pixels` (N, 3, H, W) are normalized, and `expected` (N, C) are the outputs for them.
-
-    Returns:
-        In units of the outputs; 0 where no code is near enough to a border to change.
+    The result is in units of the outputs; 0 where no code is near enough to a border to change.
     """
     changes = [float((_disturbed(quantized, pixels, seed) - expected).abs().max()) for seed in range(_RUNS)]
     return _NEAR_TIE_FACTOR * max(changes)

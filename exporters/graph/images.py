@@ -32,10 +32,7 @@ class ProbeImages:
 def probe_images(root: Path | None, preprocessing: Preprocessing, count: int = PROBE_IMAGES) -> ProbeImages:
     """The first images of an artifact's calibration set; random ones when there is no set.
 
-    Args:
-        root: the artifact's directory, or None.
-        preprocessing: normalizes them.
-        count: how many at most.
+    `root` is the artifact's directory; at most `count` of them, normalized.
 
     Raises:
         BadArtifactError: a set is there and cannot be read, or its images have another size.

@@ -12,7 +12,7 @@ from torch import nn
 
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.passes.quantize import fits_int4
-from exporters.graph.trace import FloatGraph, owner
+from exporters.graph.trace import FloatGraph, owner, stored_bytes
 from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.models.vision.exact import inexact_sites
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit
@@ -64,7 +64,7 @@ def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
         for node in traced.model.graph
         if owner(node, norms) and node.op_type != "LayerNormalization"
     ]  # fmt: skip
-    size = sum(v.const_value.nbytes for v in traced.model.graph.initializers.values() if v.const_value is not None)
+    size = stored_bytes(traced.model)
     if size > _LARGEST_FILE_BYTES:
         findings.append(
             Finding("file-size", "the float graph", f"{size} bytes", "one file holds 2 GB: use a smaller model")

@@ -95,13 +95,9 @@ def compare_layers(
 ) -> list[LayerParity]:
     """Run every layer in ONNX Runtime, optimized as in service, and compare it with the exact result.
 
-    Args:
-        model: the graph, as read from its file.
-        layers: its layers.
-        inputs: float inputs by their names in the cut model (see `inputs_of`).
-        torch_outputs: what torch gives for them, by label (see `outputs_of`); compared too.
-        optimize: False for graphs that another engine runs: every operator as it stands, no integer kernel of this
-            CPU, and sums in float64, so that only the graph is judged.
+    `inputs` are float, by their names in the cut model (`inputs_of`); what torch gives for them, by label
+    (`outputs_of`), is compared too. Without `optimize`, for graphs that another engine runs, every operator runs as it
+    stands, on no integer kernel of this CPU, and sums are in float64, so that only the graph is judged.
     """
     outputs = run(open_session(cut_layers(model, layers, wide=not optimize), optimize=optimize), inputs)
     cut = cut_codes(model, layers)

@@ -43,15 +43,9 @@ def vision_plan(
 ) -> tuple[dict[str, Any], Plan]:  # fmt: skip
     """The dry run of an export of a vision model: the artifact was read and linted, nothing of it is traced.
 
-    Args:
-        plan: what the graph would hold.
-        source: the artifact.
-        output: where the export would go.
-        format: of the export.
-        force: whether an existing output is replaced.
-        engines: compute capabilities to compile for; None for ONNX Runtime, which needs none.
-        base: of engines, the type of what is not quantized.
-        sizes: bytes of the export while it is made, and in the end; those of the graph when None.
+    `engines` are compute capabilities to compile for, None for ONNX Runtime, which needs none; `base` is the type of
+    what they do not quantize. `sizes` are bytes of the export while it is made, and in the end; those of the graph when
+    None.
     """
 
     free = free_bytes(output)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import onnx_ir as ir
 from torch import nn
 
 from exporters.graph.formats import CLASSES_FILE, GraphDetails, GraphInput, GraphOutput, OnnxFormat
@@ -24,9 +24,6 @@ from fp8pipe.models.vision.quantized import Codes, QuantizedVit, of_type
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +81,6 @@ def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
     """
-    import onnx_ir as ir
-
     exact, int4 = format is OnnxFormat.QDQ_EXACT, format is OnnxFormat.INT4_WEIGHT_ONLY
     traced = trace_linted(double_model(quantized) if exact else float_model(quantized), quantized.structure, source)
     float_bytes = b"" if exact else ir.to_proto(traced.model).SerializeToString()

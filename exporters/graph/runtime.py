@@ -49,14 +49,10 @@ def open_session(
 ) -> Any:  # fmt: skip
     """An `onnxruntime.InferenceSession`.
 
-    Args:
-        model: a file, or its bytes.
-        write_to: where to write the optimized graph; not written when None.
-        optimize: False runs every operator as it stands.
-        portable: only fusions that every CPU has, no layouts of this one's.
-        threads: threads within an operator; the runtime's own choice when None.
-        providers: where it computes, the first that can; the CPU is what exports are compared on.
-        entries: session entries; those of `session_entries` when None.
+    Of a file, or its bytes; `write_to` gets the optimized graph. Without `optimize` every operator runs as it stands;
+    `portable` takes only fusions that every CPU has. `threads` are those within an operator, the runtime's own choice
+    when None. The first of `providers` that can computes; the CPU is what exports are compared on. `entries` are those
+    of `session_entries` when None.
 
     Raises:
         BadArtifactError: the runtime refuses the graph.

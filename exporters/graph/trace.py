@@ -112,14 +112,8 @@ def export_program(
 ) -> ir.Model:
     """`torch.onnx.export` of a module, opset 21.
 
-    Args:
-        module: in evaluation mode.
-        arguments: an example of its inputs.
-        dynamic: which of their sides are.
-        name: of the model, for messages.
-        fix: what to do when it cannot be traced.
-        input_names: of the graph; the exporter's own when None.
-        output_names: likewise.
+    `dynamic` says which sides of the example's `arguments` are; `name` and `fix` are for messages. Names of inputs and
+    outputs are the exporter's own when None.
 
     Raises:
         ConfigurationError: it cannot be traced.
@@ -191,12 +185,22 @@ def _constant(node: ir.Node) -> bool:
 
 def holds_weight(node: ir.Node, weight: Tensor) -> bool:
     """Whether a node's stored operand is this weight, bit for bit, in the layout its operator wants."""
-    operand = node.inputs[1]
-    assert operand is not None
-    assert operand.const_value is not None
-    stored = torch.from_numpy(operand.const_value.numpy().copy())
+    stored = torch.from_numpy(stored_array(node.inputs[1]).copy())
     transposed = node.op_type == "MatMul" or (not node.attributes.get_int("transB", 0) and node.op_type == "Gemm")
     return torch.equal(stored, weight.detach().T if transposed else weight.detach())
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all stored tensors of a graph; two INT4 or FP4 codes per byte."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def stored_array(value: ir.Value | None) -> Any:
+    """A stored tensor, which must be there, as a numpy array."""
+    tensor = None if value is None else value.const_value
+    assert tensor is not None
+    return tensor.numpy()
 
 
 def _feeds(first: ir.Node, second: ir.Node) -> bool:

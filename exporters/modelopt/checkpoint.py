@@ -33,7 +33,7 @@ from fp8pipe.core.version import __version__
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
 from fp8pipe.models.checkpoint.tensors import shard_names, write_index
 from fp8pipe.numerics.codec import same_bits
-from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
+from fp8pipe.report.card import CardFacts, commit_export
 
 QUANT_FILE: Final = "hf_quant_config.json"
 _PER_TENSOR: Final = "FP8"
@@ -50,13 +50,8 @@ _CARD: Final = CardFacts(
 def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions) -> Artifact:
     """Write the checkpoint, reopen it, and compare it with the artifact bit for bit.
 
-    Args:
-        source: directory of an artifact of kind `falqon`.
-        output: directory to create: safetensors, `hf_quant_config.json`, config.json, tokenizer files, a manifest.
-        options: calibration; `force`.
-
-    Returns:
-        The committed export, kind `modelopt-export`.
+    `source` is an artifact of kind `falqon`; `output` gets safetensors, `hf_quant_config.json`, config.json, tokenizer
+    files and a manifest.
 
     Raises:
         ConfigurationError, BadArtifactError, LintFindingsError: as `export_language`.
@@ -81,20 +76,18 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
             gates = _compare(tensors, model, writer.root)
             writer.require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
-            parent, layers = model.artifact.as_parent(), checkpoint_layers(model, algorithm, options.calibration)
-            write_card(writer, _CARD, source=model.root, parent=parent, format=options.format, layers=layers)
-            return writer.commit(
-                config=options.model_dump(mode="json", exclude={"force"}),
-                seed=None,
-                parents=[parent],
-                volatile=[CARD_FILE],
+            details = ModeloptDetails(
+                format=options.format, quant_algo=algorithm, calibration=None if text is None else text.facts,
+                activation_scales=scales,
+            )  # fmt: skip
+            return commit_export(
+                writer, _CARD, model.artifact, options, format=options.format, details=details,
+                layers=checkpoint_layers(model, algorithm, options.calibration),
                 number_format=NumberFormat(
                     name="e4m3", granularity="per-tensor" if algorithm == _PER_TENSOR else "per-channel"
                 ),
                 runtime={"engine": "tensorrt-llm", "layout": "modelopt", "tested": False},
-                layers=layers,
-                details=_details(options, algorithm, text, scales),
-            )
+            )  # fmt: skip
 
 
 def uneven_groups(model: LanguageModel) -> list[tuple[str, ...]]:
@@ -137,14 +130,10 @@ def _calibrate(model: LanguageModel, options: ModeloptExportOptions) -> tuple[Ex
 
 def _write_configs(model: LanguageModel, algorithm: str, root: Path) -> None:
     """Configuration in both places where readers look, and tokenizer files byte for byte."""
-    config = quant_config(algorithm, list(model.plan.ignore))
+    ignored = list(model.plan.ignore)
+    config = quant_config(algorithm, ignored)
     (root / QUANT_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-    block = {
-        "quant_method": "modelopt",
-        "quant_algo": algorithm,
-        "ignore": list(model.plan.ignore),
-        "producer": config["producer"],
-    }
+    block = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ignored, "producer": config["producer"]}
     if algorithm == _PER_TENSOR:
         form = {"dynamic": False, "num_bits": 8, "type": "float"}
         block["config_groups"] = {"group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}}
@@ -160,13 +149,12 @@ def _save(tensors: Mapping[str, Tensor], root: Path) -> None:
         if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > _SHARD_BYTES and shards[-1]:
             shards.append({})
         shards[-1][name] = tensor.contiguous()
-    count = len(shards)
-    names = shard_names(count)
+    names = shard_names(len(shards))
     total = sum(tensor.nbytes for tensor in tensors.values())
     with disk_guard(root, total):
         for name, shard in zip(names, shards, strict=True):
             save_file(shard, root / name, metadata={"format": "pt"})
-    if count > 1:
+    if len(shards) > 1:
         placed = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         write_index(root, placed, total)
 
@@ -194,16 +182,6 @@ def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) ->
         none_of("copied tensors differing", floats, f"of {len(model.floats)}, bit for bit"),
         none_of("tensors not as planned", unplanned, f"of {len(tensors)}"),
     ]
-
-
-def _details(
-    options: ModeloptExportOptions, algorithm: str, text: ExportText | None, scales: Mapping[str, InputScale] | None
-) -> ModeloptDetails:
-    if text is None or scales is None:
-        return ModeloptDetails(format=options.format, quant_algo=algorithm)
-    return ModeloptDetails(
-        format=options.format, quant_algo=algorithm, calibration=text.facts, activation_scales=dict(scales)
-    )
 
 
 def checkpoint_layers(model: LanguageModel, algorithm: str, calibration: str = "amax") -> list[LayerRecord]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
 from fp8pipe.numerics.kinds import Kind
-from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
+from fp8pipe.report.card import CardFacts, commit_export
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,7 @@ _CARD: Final = CardFacts("onnx", "ONNX Runtime", (
 def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = True) -> GraphPlan:
     """Read and lint the artifact, and say what an export would hold. Writes nothing.
 
-    Args:
-        source: directory of an artifact of kind `vit`.
-        options: of the export.
-        runtime: whether ONNX Runtime shall run it.
+    `runtime`: whether ONNX Runtime shall run it.
 
     Raises:
         BadArtifactError: no such artifact, or a damaged one.
@@ -90,13 +88,8 @@ def plan_onnx(source: Path, output: Path, options: OnnxExportOptions) -> tuple[d
 def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artifact:
     """Write an ONNX graph of a quantized vision model, and prove that ONNX Runtime computes the same.
 
-    Args:
-        source: directory of an artifact of kind `vit`.
-        output: directory to create: `model.onnx`, `preprocessing.json`, `classes.json` (classifiers), a manifest.
-        options: format, and whether to replace an existing output.
-
-    Returns:
-        The committed export, kind `onnx-export`, with every gate in its manifest.
+    `source` is an artifact of kind `vit`; `output` gets `model.onnx`, `preprocessing.json`, `classes.json`
+    (classifiers) and a manifest with every gate.
 
     Raises:
         ConfigurationError: unusable output, or a model that cannot be traced.
@@ -121,32 +114,22 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
         graph = quantize_graph(quantized, options.format, str(source))
         progress.advance(1)
         with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
-            _write(writer.root, graph, quantized)
+            ir.save(graph.model, writer.root / MODEL_FILE)
+            write_description(writer.root, quantized)
             progress.advance(1)
             gates, near_tie = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
             progress.advance(1)
             fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
             writer.require_gates(gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
-            details = OnnxDetails(
-                **graph_details(graph, quantized, options.format.value).model_dump(), near_tie=near_tie
-            )
-            return _commit(writer, artifact, quantized, options, details)
-
-
-def _write(root: Path, graph: QuantizedGraph, quantized: QuantizedVit) -> None:
-    import onnx_ir as ir
-
-    ir.save(graph.model, root / MODEL_FILE)
-    write_description(root, quantized)
+            stated = graph_details(graph, quantized, options.format.value).model_dump()
+            return _commit(writer, artifact, quantized, options, OnnxDetails(**stated, near_tie=near_tie))
 
 
 def _gates(
     path: Path, graph: QuantizedGraph, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages
 ) -> tuple[list[Gate], float]:
     """Everything that is compared, on the written file; and the margin that counts as a near-tie."""
-    import onnx_ir as ir
-
     model = ir.load(path)
     layers = read_layers(model)
     gates = reopen_gates(model, layers, quantized, format)
@@ -204,21 +187,13 @@ def _plan(quantized: QuantizedVit, format: OnnxFormat) -> GraphPlan:
 
 
 def _commit(
-    writer: ArtifactWriter,
-    artifact: Artifact,
-    quantized: QuantizedVit,
-    options: OnnxExportOptions,
-    details: OnnxDetails,
+    writer: ArtifactWriter, artifact: Artifact, quantized: QuantizedVit, options: OnnxExportOptions, stated: OnnxDetails
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
     float_kind = all(w.kind is Kind.E4M3 for w in quantized.weights.values())
-    layers = layer_records(quantized, artifact.manifest.layers, activations=options.format.quantizes_activations)
-    parent = artifact.as_parent()
-    write_card(writer, _CARD, source=artifact.root, parent=parent, format=options.format.value, layers=layers)
-    return writer.commit(
-        config=options.model_dump(mode="json", exclude={"force"}),
-        seed=None,
-        parents=[parent],
+    return commit_export(
+        writer, _CARD, artifact, options, format=options.format.value,
+        layers=layer_records(quantized, artifact.manifest.layers, activations=options.format.quantizes_activations),
         number_format=NumberFormat(name="e4m3" if float_kind else "int", granularity="per-channel"),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
         runtime={
@@ -228,8 +203,6 @@ def _commit(
             "disabled_optimizers": list(DISABLED_OPTIMIZERS),
             "session_entries": dict(SESSION_ENTRIES),
         },
-        layers=layers,
-        volatile=[CARD_FILE],
         versions=versions,
-        details=details,
-    )
+        details=stated,
+    )  # fmt: skip

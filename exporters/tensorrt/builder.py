@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from exporters.tensorrt.listing import EngineLayer, parse_inspector, parse_listing
-from exporters.tensorrt.options import CAPABILITIES, EnterpriseSettings
 from exporters.tensorrt.recipe import cache_folder
+from exporters.tensorrt.target import CAPABILITIES, EnterpriseSettings
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from fp8pipe.core.machine import gpus
 
@@ -218,11 +218,8 @@ def trtexec_command(
     10.x and of 11.x. `--stronglyTyped` is needed by 10.x, and accepted by 11.x, where networks are always strongly
     typed. Flags of precision are not given: the graph holds the types, and 11.x has none.
 
-    Args:
-        graph: path of the ONNX file, as it is to be written.
-        profiles: smallest, usual and largest shape of each input; the names are the graph's.
-        workspace_mib: scratch memory of the builder, MiB.
-        version_compatible: whether later versions of the same major one shall load the engine.
+    `graph` is the path as it is to be written; profiles have the graph's names of inputs; `workspace_mib` is scratch
+    memory of the builder, MiB; with `version_compatible`, later versions of the same major one load the engine.
     """
     shapes = [
         f"--{flag}Shapes=" + ",".join(f"{name}:{_sides(shape[index])}" for name, shape in profiles.items())

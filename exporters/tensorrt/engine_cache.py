@@ -24,9 +24,8 @@ from exporters.graph.formats import MODEL_FILE
 from exporters.tensorrt.builder import SETTINGS, Built, Shapes, build_enterprise, build_rtx, check_enterprise
 from exporters.tensorrt.engines import ENGINES
 from exporters.tensorrt.listing import read_precision
-from exporters.tensorrt.options import EnterpriseSettings, TrtFormat
 from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
-from exporters.tensorrt.target import KIND, BuiltEngine, TrtDetails
+from exporters.tensorrt.target import KIND, BuiltEngine, EnterpriseSettings, TrtDetails, TrtFormat
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
@@ -66,10 +65,8 @@ class _Kept(FrozenConfig):
 def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], None] | None = None) -> ReadyEngine:
     """The engine of an export for one GPU, built again from its graph where the stored one does not serve.
 
-    Args:
-        export: directory of a trt-export.
-        capability: compute capability, for instance "8.9"; the export need not have been built for it.
-        on_build: called with the notice before an engine is built; the log gets it otherwise.
+    The export need not have been built for the compute capability (for instance "8.9"). `on_build` is called with the
+    notice before an engine is built; the log gets it otherwise.
 
     Raises:
         BadArtifactError: anything but an engine is missing or damaged.

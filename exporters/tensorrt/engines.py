@@ -15,13 +15,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from exporters.tensorrt.builder import Built
 from exporters.tensorrt.listing import PrecisionReport
-from exporters.tensorrt.options import Builder
-from exporters.tensorrt.target import EngineSize
-from fp8pipe.artifact import Comparison, Gate
+from exporters.tensorrt.target import Builder, EngineSize
+from fp8pipe.artifact import Gate, at_most
 
 ENGINES: Final = "engines"
 LAYERS_FILE: Final = "layers.json"
@@ -57,19 +56,13 @@ def precision_gate(report: PrecisionReport, wanted: Mapping[str, str], name: str
     detail = shown_counts(report.counts())
     if len(kinds) > 1:
         detail += f"; in the artifact {shown_counts(kinds)}"
-    return Gate(
-        name=name, value=len(other), comparison=Comparison.AT_MOST, threshold=0 if required else len(other),
-        detail=detail + (f"; the first: {other[0]}" if other else ""),
-    )  # fmt: skip
+    detail += f"; the first: {other[0]}" if other else ""
+    return at_most(name, len(other), 0 if required else len(other), detail)
 
 
 def shown_counts(counts: Mapping[str, int]) -> str:
     """Products by precision, in words."""
     return ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
-
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 # An FP16 copy of 8-bit codes would be at 2.
@@ -90,12 +83,8 @@ _PACKED, _PACKED_HALVES = 0.9, 0.55
 def expected_sizes(graph_bytes: int, blocks: int, engines: int, *, pack: bool, halves: bool) -> tuple[int, int]:
     """Bytes of an export with its engines: the most while it is made, and in the end.
 
-    Args:
-        graph_bytes: the graph with its weights.
-        blocks: transformer blocks.
-        engines: how many are built.
-        pack: whether they are stored compressed; while one is, it is there twice.
-        halves: whether codes of 4 bits lie in bytes.
+    `graph_bytes` is the graph with its weights, `blocks` its transformer blocks. While an engine is packed it is there
+    twice; `halves` says that codes of 4 bits lie in bytes.
     """
     if not engines:
         return graph_bytes, graph_bytes
@@ -106,14 +95,8 @@ def expected_sizes(graph_bytes: int, blocks: int, engines: int, *, pack: bool, h
     return graph_bytes + engines * packed + plain, graph_bytes + engines * packed
 
 
-def ideal_bytes(model: ir.Model) -> int:
-    """Bytes of all stored tensors of a graph; two INT4 or FP4 codes per byte."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
 def measure_engine(engine: Path, ideal: int) -> EngineSize:
-    """Weigh an engine's file, which is not empty, against `ideal_bytes` of its graph."""
+    """Weigh an engine's file, which is not empty, against `stored_bytes` of its graph."""
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         runs = (match.group() for match in _TEXT.finditer(content))
         text = sum(len(run) for run in runs if b"\n" in run)
@@ -141,7 +124,4 @@ def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, require
 
 def _bytes_gate(name: str, found: int, size: EngineSize, required: bool, detail: str) -> Gate:
     value, limit = found / _MEGABYTE, (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
-    return Gate(
-        name=name, value=value, comparison=Comparison.AT_MOST, threshold=limit if required else max(value, limit),
-        detail=detail,
-    )  # fmt: skip
+    return at_most(name, value, limit if required else max(value, limit), detail)

@@ -19,11 +19,17 @@ from exporters.graph.formats import OnnxFormat
 from exporters.graph.lint import refuse
 from exporters.graph.passes.editing import Change, add_initializer, insert, stored_bias
 from exporters.graph.passes.products import name_products, split_gemms, strip_metadata, unfold_patches
-from exporters.graph.passes.quantize import fits_int4, quantize_activations, quantize_weights
+from exporters.graph.passes.quantize import (
+    fits_int4,
+    quantize_activations,
+    quantize_block_activations,
+    quantize_block_weights,
+    quantize_weights,
+    raise_opset,
+)
 from exporters.graph.produce import QuantizedGraph, as_exported, float_model, trace_linted
 from exporters.graph.trace import FloatGraph, Product, ProductKind
-from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
-from exporters.tensorrt.options import Builder, TrtExportOptions, TrtFormat
+from exporters.tensorrt.target import Builder, TrtExportOptions, TrtFormat
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.artifact.kinds import VIT_KIND
@@ -44,8 +50,6 @@ def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> Quan
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
     """
-    import onnx_ir as ir
-
     traced = trace_linted(float_model(quantized), quantized.structure, source)
     float_bytes = ir.to_proto(traced.model).SerializeToString()
     changes = [

@@ -112,8 +112,7 @@ _INSPECTED_NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|\s*$)
 def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
     """The layers of an engine, in the order of execution.
 
-    Args:
-        text: of `IEngineInspector.get_engine_information(LayerInformationFormat.JSON)`.
+    `text` is that of `IEngineInspector.get_engine_information(LayerInformationFormat.JSON)`.
 
     Raises:
         BadArtifactError: it is no such text, or holds names alone (an engine that was not built with detailed

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -42,9 +43,6 @@ from exporters.graph.trace import ProductKind
 from fp8pipe.artifact import Gate
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 BLOCK_TOLERANCE: Final = 1e-6
 _PATCHES = "/patches"

@@ -52,12 +52,8 @@ class TritonDevice(StrEnum):
 def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mapping[str, str]) -> int:
     """Write the graph of an ONNX export for a device; the number of outputs per image.
 
-    Args:
-        source: `model.onnx` of the export.
-        target: the file to write.
-        device: `CPU` computes the same on any processor; `CPU_VNNI` about twice as fast on one that has VNNI; `GPU`
-            takes the Q/DQ graph as it is.
-        entries: the session entries that the export was proved with.
+    `CPU` computes the same on any processor; `CPU_VNNI` about twice as fast on one that has VNNI; `GPU` takes the Q/DQ
+    graph as it is. `entries` are the session entries that the export was proved with.
 
     Raises:
         BadArtifactError: ONNX Runtime refuses the graph, or its outputs have no fixed number.
@@ -122,11 +118,9 @@ def write_triton_repository(
 ) -> Path:
     """Write the repository; the folder of the model in it.
 
-    Args:
-        export: one whose target says how (`Service.repository`).
-        output: the repository; may exist, and may hold other models.
-        device: of a vision export, see `write_graph`; vLLM chooses its own.
-        max_model_len: context of a language model, tokens; vLLM's choice when None.
+    The target of the export says how (`Service.repository`); `output` may exist, and may hold other models. `device` is
+    that of a vision export, see `write_graph`; vLLM chooses its own. `max_model_len` is the context of a language
+    model, tokens; vLLM's choice when None.
 
     Raises:
         BadArtifactError: the export's files are not those of its manifest, or it is of another kind.

@@ -232,8 +232,8 @@ def _export() -> Iterator[Ability]:
 
 
 def _build() -> Iterator[Ability]:
-    from exporters.tensorrt.options import CAPABILITIES
     from exporters.tensorrt.recipe import installed_builder
+    from exporters.tensorrt.target import CAPABILITIES
     from fp8pipe.core.machine import gpus
 
     version = installed_builder("rtx")

@@ -21,7 +21,7 @@ from exporters.onnx.target import OnnxExportOptions
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.language.export import export_language
 from exporters.tensorrt.language.target import LanguageExportOptions
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.tensorrt.target import TrtExportOptions
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import (

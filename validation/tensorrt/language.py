@@ -14,11 +14,10 @@ import torch
 
 from exporters.graph.formats import MODEL_FILE
 from exporters.graph.runtime import import_onnx_package
-from exporters.tensorrt.language.serve import DecoderSession
+from exporters.tensorrt.language.reopen import DecoderSession
 from exporters.tensorrt.language.target import KIND, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
-from exporters.tensorrt.options import Base
-from exporters.tensorrt.target import BuiltEngine
+from exporters.tensorrt.target import Base, BuiltEngine
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact, sha256_file
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.record import remove_record
@@ -76,9 +75,7 @@ def prove_language(artifact: Artifact) -> TrtValidationRecord:
 def _finite(artifact: Artifact) -> Gate:
     """The graph runs in ONNX Runtime, and gives numbers."""
     details = artifact.manifest.details_of(TrtLanguageDetails)
-    cache = details.cache
-    shape = None if cache is None else (cache.layers, cache.heads, cache.size)
-    session = DecoderSession(artifact.root / MODEL_FILE, shape, Base(details.base))
+    session = DecoderSession(artifact.root / MODEL_FILE, details.cache, Base(details.base))
     logits = session.logits(torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) + 1)
     bad = int((~np.isfinite(logits)).sum())
     detail = f"of {logits.size} logits of the graph in ONNX Runtime, {_TOKENS[0]} sequences of {_TOKENS[1]} tokens"

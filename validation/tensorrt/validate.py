@@ -24,9 +24,8 @@ from exporters.tensorrt.builder import build_enterprise, build_rtx, check_enterp
 from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
 from exporters.tensorrt.engines import ENGINES
 from exporters.tensorrt.half import dequantize_graph
-from exporters.tensorrt.options import CAPABILITIES, EnterpriseSettings, TrtFormat
 from exporters.tensorrt.parity import evaluate_graph
-from exporters.tensorrt.target import KIND, TrtDetails
+from exporters.tensorrt.target import CAPABILITIES, KIND, EnterpriseSettings, TrtDetails, TrtFormat
 from fp8pipe.artifact import Artifact, Comparison, Gate, installed_versions, open_artifact, sha256_file
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.record import remove_record

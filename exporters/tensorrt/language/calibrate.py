@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,13 +77,8 @@ class InputCounts:
 def count_inputs(model: nn.Module, layers: Sequence[str], text: Sequence[Encoded]) -> dict[str, InputCounts]:
     """Run text through a model and count the inputs of its linears.
 
-    Args:
-        model: in evaluation mode.
-        layers: names of the linears.
-        text: one sequence at a time, without padding.
-
-    Returns:
-        Counts by layer; layers that read one tensor share one object.
+    The model is in evaluation mode; the text is run one sequence at a time, without padding. Layers that read one
+    tensor share one object.
 
     Raises:
         ConfigurationError: an input that is not finite.
@@ -203,15 +197,11 @@ class Score:
 def score_torch(model: nn.Module, text: Sequence[Encoded]) -> Score:
     """Score a model of transformers."""
     with torch.no_grad():
-        return _score(text, lambda ids: model(input_ids=ids, use_cache=False).logits)
+        return score(text, lambda ids: model(input_ids=ids, use_cache=False).logits)
 
 
-def score_session(logits: Callable[[Tensor], Any], text: Sequence[Encoded]) -> Score:
-    """Score anything that gives `(batch, tokens, vocabulary)` logits (numpy) for `(batch, tokens)` ids."""
-    return _score(text, lambda ids: torch.from_numpy(np.asarray(logits(ids), np.float32)))
-
-
-def _score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
+def score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
+    """Score anything that gives `(batch, tokens, vocabulary)` logits for `(batch, tokens)` ids."""
     losses = []
     ordered = sorted(text, key=lambda example: len(example.input_ids))
     for start in range(0, len(ordered), BATCH):
@@ -236,15 +226,4 @@ def dynamic_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
         return (E4M3.cast(values / scale).float() * scale).to(x.dtype)
 
     with pre_hooks(model, {name: rounded for name in layers}):
-        yield
-
-
-@contextmanager
-def static_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[None]:
-    """While active, the inputs of the named layers are rounded to E4M3 with a fixed scale each."""
-
-    def rounding(scale: float) -> Callable[[Tensor], Tensor]:
-        return lambda x: (E4M3.cast(x.float() / scale).float() * scale).to(x.dtype)
-
-    with pre_hooks(model, {name: rounding(scale) for name, scale in scales.items()}):
         yield

@@ -154,10 +154,8 @@ class ExportText:
 def read_text(model: LanguageModel, data: str | None, records: int) -> ExportText:
     """Read, split and tokenize.
 
-    Args:
-        model: whose tokenizer, chat template, split and sequence length are taken.
-        data: a JSONL file, a sample or a dataset; the artifact's own when None.
-        records: most training records to take.
+    The tokenizer, chat template, split and sequence length are the model's. `data` is a JSONL file, a sample or a
+    dataset, the artifact's own when None; at most `records` training records are taken.
 
     Raises:
         ConfigurationError: no data is named, or it cannot be used.

@@ -12,8 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from exporters.graph.formats import GraphOutput
 from exporters.target import Engine, ExportTarget, Service
-from exporters.tensorrt.options import Base, Builder, known_capabilities
-from exporters.tensorrt.target import BuiltEngine
+from exporters.tensorrt.target import Base, Builder, BuiltEngine, Capabilities
 from fp8pipe.artifact.kinds import FALQON_KIND, Details
 from fp8pipe.artifact.layers import Encoding
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
@@ -51,7 +50,7 @@ class LanguageExportOptions(CalibrationOptions):
     format: Literal["fp8"] = Field("fp8", description="Graph and engines")
     builder: Builder = Field(Builder.RTX, description="rtx, which compiles on any machine, or none, the graph alone")
     base: Base = Field(Base.FP16, description="Type of what is not quantized")
-    compute_capabilities: Annotated[tuple[str, ...], Flag("compute-capability")] = Field(
+    compute_capabilities: Annotated[Capabilities, Flag("compute-capability")] = Field(
         ("8.9", "12.0"), description="A GPU to compile for; repeatable"
     )
     batch: tuple[int, int, int] = Field((1, 1, 8), description="Smallest, usual and largest batch, sequences")
@@ -70,11 +69,6 @@ class LanguageExportOptions(CalibrationOptions):
         if value is Builder.ENTERPRISE:
             raise ValueError("language models are built by rtx here; for TensorRT use the trtexec line of the manifest")
         return value
-
-    @field_validator("compute_capabilities")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return known_capabilities(value)
 
     @model_validator(mode="after")
     def _ordered(self) -> LanguageExportOptions:
@@ -148,7 +142,7 @@ TARGET: Final = ExportTarget(
     help="of language models, a decoder graph and engines", label="trt, language",
     export="exporters.tensorrt.language.export:export_language",
     plan="exporters.tensorrt.language.plan:plan_for_people",
-    verify="exporters.tensorrt.language.verify:check_language",
+    verify="exporters.tensorrt.verify:check_language",
     engines=(
         Engine("tensorrt", "validation.tensorrt.language:validate_language", "validation.tensorrt.validate:describe"),
     ),

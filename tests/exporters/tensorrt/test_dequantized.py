@@ -11,7 +11,7 @@ from quantized_families import quantized_family, storable
 from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.graph import in_format, typed_graph
 from exporters.tensorrt.half import dequantize_graph
-from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.target import TrtFormat
 from fp8pipe.numerics.kinds import Kind
 
 

@@ -11,8 +11,8 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 from exporters.tensorrt import engine_cache
 from exporters.tensorrt.engine_cache import EngineSource, ready_engine
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.options import TrtExportOptions
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder
+from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact, sha256_file, write_checked
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError

@@ -26,7 +26,7 @@ from exporters.tensorrt.builder import (
 )
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.listing import parse_inspector, read_precision
-from exporters.tensorrt.options import EnterpriseSettings
+from exporters.tensorrt.target import EnterpriseSettings
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, GateFailedError, MissingCapabilityError

@@ -14,7 +14,7 @@ from exporters.tensorrt import export as export_module
 from exporters.tensorrt.builder import build_rtx
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.graph import INT4_BLOCK
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config

@@ -13,7 +13,7 @@ from exporters.graph.produce import float_model
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import ProductKind, trace_float
 from exporters.tensorrt.graph import flatten_products, typed_graph
-from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.target import TrtFormat
 from fp8pipe.numerics.kinds import Kind
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from static_inputs import static_inputs
 from torch import nn
 
 from exporters.tensorrt.language.calibrate import (
@@ -14,7 +15,6 @@ from exporters.tensorrt.language.calibrate import (
     dynamic_inputs,
     scales_by_layer,
     score_torch,
-    static_inputs,
     static_scale,
 )
 from exporters.tensorrt.language.target import Calibration
