@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from exporters.graph.layers import ExportedLayer
 from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE, LayerParity
-from exporters.graph.produce import unquantized
+from exporters.graph.produce import without_activations
 from exporters.graph.reopen import operand_at_sites
 from exporters.graph.runtime import import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
@@ -48,7 +48,7 @@ _STANDARD_ERRORS: Final = 3.0
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
     """The float graph against the float model: everything that is not quantized, with another batch than the traced."""
-    model = unquantized(quantized)
+    model = without_activations(quantized, {})
     with torch.no_grad():
         expected = model(pixels[:3])
     found = torch.from_numpy(run(open_session(float_bytes), {INPUT_NAME: pixels[:3].numpy()})[OUTPUT_NAME])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.graph.trace import ProductKind
+from exporters.graph.trace import SUFFIXES, ProductKind
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import Kind
@@ -27,9 +27,6 @@ from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_SUFFIXES = {
-    "/MatMul": ProductKind.LINEAR, "/Conv": ProductKind.PATCH, "/qk": ProductKind.QK, "/av": ProductKind.AV,
-}  # fmt: skip
 _BLOCKED = 2  # axes of a scale that has blocks
 
 
@@ -103,9 +100,9 @@ def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
     """
     layers = []
     for node in model.graph:
-        suffix = next((s for s in _SUFFIXES if (node.name or "").endswith(s)), None)
-        if suffix is not None and node.op_type in ("MatMul", "Conv"):
-            layers.append(_read(node, _SUFFIXES[suffix], str(node.name).removesuffix(suffix)))
+        kind = next((kind for kind, suffix in SUFFIXES.items() if (node.name or "").endswith(suffix)), None)
+        if kind is not None and node.op_type in ("MatMul", "Conv"):
+            layers.append(_read(node, kind, str(node.name).removesuffix(SUFFIXES[kind])))
     if not layers:
         raise _bad("it has no product that is named after a layer")
     return tuple(layers)

@@ -14,7 +14,7 @@ blamed on, another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -80,11 +80,6 @@ def outputs_of(layers: Sequence[ExportedLayer], taps: Mapping[str, Any]) -> dict
     return {layer.label: taps[layer.name]["logits" if layer.kind is ProductKind.QK else "output"] for layer in layers}
 
 
-def exact_outputs(layers: Sequence[ExportedLayer], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The layers' results in float64, from the codes and scales of the file; by label."""
-    return {layer.label: _exact(layer, inputs) for layer in layers}
-
-
 def compare_layers(
     model: ir.Model,
     layers: Sequence[ExportedLayer],
@@ -102,11 +97,17 @@ def compare_layers(
     outputs = run(open_session(cut_layers(model, layers, wide=not optimize), optimize=optimize), inputs)
     cut = cut_codes(model, layers)
     codes = {} if cut is None else run(open_session(cut), inputs)
-    exact = exact_outputs(layers, inputs)
+    return judge_layers(layers, inputs, outputs, torch_outputs, lambda layer: _count_codes(layer, inputs, codes))
+
+
+def judge_layers(
+    layers: Sequence[ExportedLayer], inputs: Mapping[str, Any], outputs: Mapping[str, Any],
+    torch_outputs: Mapping[str, Tensor] | None, count: Callable[[ExportedLayer], tuple[int, int]],
+) -> list[LayerParity]:  # fmt: skip
+    """Hold an engine's outputs, by name, to exact ones; `count` gives codes that were compared, and that differ."""
     report = []
     for layer in layers:
-        compared, differing = _count_codes(layer, inputs, codes)
-        expected = exact[layer.label]
+        (compared, differing), expected = count(layer), _exact(layer, inputs)
         report.append(
             LayerParity(
                 layer=layer.label, codes=compared, differing_codes=differing, integer=layer.integer,
@@ -130,11 +131,12 @@ def _count_codes(layer: ExportedLayer, inputs: Mapping[str, Any], codes: Mapping
 
 
 def _exact(layer: ExportedLayer, inputs: Mapping[str, Any]) -> Tensor:
+    """A layer's result in float64, from the codes and scales of the file."""
     left, right = (_value(operand, inputs) for operand in layer.operands)
+    bias = None if layer.bias is None else layer.bias.double()
     if layer.kind is ProductKind.LINEAR:
-        return functional.linear(left, right, None if layer.bias is None else layer.bias.double())
+        return functional.linear(left, right, bias)
     if layer.kind is ProductKind.PATCH:
-        bias = None if layer.bias is None else layer.bias.double()
         return functional.conv2d(left, right, bias, stride=layer.node.attributes.get_ints("strides"))
     return left @ right
 
@@ -172,12 +174,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-_INPUT = "input/"
-
-
 def input_name(value: ir.Value) -> str:
     """The name of the cut model's input that stands for a value of the graph."""
-    return f"{_INPUT}{value.name}"
+    return f"input/{value.name}"
 
 
 def cut_layers(model: ir.Model, layers: Sequence[ExportedLayer], *, wide: bool = False) -> bytes:

@@ -46,17 +46,11 @@ def float_model(quantized: QuantizedVit) -> nn.Module:
 
 def as_exported(quantized: QuantizedVit, format: OnnxFormat) -> QuantizedVit:
     """The model that an export of this format computes: without activation quantizers for weights alone."""
-    if format.quantizes_activations:
-        return quantized
-    return _with(quantized, quantized.weights)
+    return quantized if format.quantizes_activations else without_activations(quantized, quantized.weights)
 
 
-def unquantized(quantized: QuantizedVit) -> QuantizedVit:
-    """The float model with dequantized weights, its attentions by the plain formula: what is traced."""
-    return _with(quantized, {})
-
-
-def _with(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit:
+def without_activations(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit:
+    """The float model with dequantized weights, its attentions by the plain formula, and codes for some weights."""
     # From a fresh model: `quantized.model` carries the hooks that quantize its activations.
     return QuantizedVit(
         float_model(quantized), quantized.architecture, quantized.preprocessing, quantized.structure, weights, {}

@@ -44,6 +44,12 @@ class ProductKind(StrEnum):
     AV = "av"
 
 
+# A product's node is called LAYER + suffix.
+SUFFIXES: Final = {
+    ProductKind.LINEAR: "/MatMul", ProductKind.PATCH: "/Conv", ProductKind.QK: "/qk", ProductKind.AV: "/av",
+}  # fmt: skip
+
+
 @dataclass(slots=True)
 class Product:
     """One product of the graph; a pass that puts another node in its place says so here."""

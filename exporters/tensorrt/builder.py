@@ -87,17 +87,6 @@ _RTX_TIMEOUT_S: Final = 3600
 SETTINGS: Final[Mapping[str, str]] = {"typing": "strong", "profiling_verbosity": "DETAILED"}
 
 
-def check_capabilities(wanted: Sequence[str]) -> None:
-    """Refuse compute capabilities that the builder cannot compile for, naming them and those it can."""
-    unknown = [capability for capability in wanted if capability not in CAPABILITIES]
-    if unknown:
-        raise ConfigurationError(
-            f"TensorRT for RTX does not compile for {', '.join(unknown)}",
-            why=f"it knows {', '.join(CAPABILITIES)}",
-            fix="name one of these, or use --builder enterprise for other GPUs",
-        )
-
-
 def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: Mapping[str, Shapes]) -> Built:
     """Compile a graph for compute capabilities, for instance ("8.9", "12.0"); profiles of its dynamic inputs by name.
 
@@ -107,7 +96,13 @@ def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: 
         GateFailedError: the parser or the builder refuses the graph; its own words are in the message.
         BadArtifactError: the builder died, or its listing cannot be read.
     """
-    check_capabilities(capabilities)
+    unknown = [capability for capability in capabilities if capability not in CAPABILITIES]
+    if unknown:
+        raise ConfigurationError(
+            f"TensorRT for RTX does not compile for {', '.join(unknown)}",
+            why=f"it knows {', '.join(CAPABILITIES)}",
+            fix="name one of these, or use --builder enterprise for other GPUs",
+        )
     if importlib.util.find_spec("tensorrt_rtx") is None:
         raise MissingCapabilityError(
             "TensorRT for RTX is not installed",
@@ -222,7 +217,7 @@ def trtexec_command(
     memory of the builder, MiB; with `version_compatible`, later versions of the same major one load the engine.
     """
     shapes = [
-        f"--{flag}Shapes=" + ",".join(f"{name}:{_sides(shape[index])}" for name, shape in profiles.items())
+        f"--{flag}Shapes=" + ",".join(f"{name}:{'x'.join(map(str, s[index]))}" for name, s in profiles.items())
         for index, flag in enumerate(("min", "opt", "max"))
     ]
     flags = [
@@ -232,7 +227,3 @@ def trtexec_command(
         *(["--versionCompatible"] if version_compatible else []), "--skipInference",
     ]  # fmt: skip
     return shlex.join(["trtexec", *flags])
-
-
-def _sides(shape: tuple[int, ...]) -> str:
-    return "x".join(str(side) for side in shape)

@@ -21,7 +21,7 @@ from typing import Final, Literal
 from pydantic import Field
 
 from exporters.graph.formats import MODEL_FILE
-from exporters.tensorrt.builder import SETTINGS, Built, Shapes, build_enterprise, build_rtx, check_enterprise
+from exporters.tensorrt.builder import SETTINGS, Shapes, build_enterprise, build_rtx, check_enterprise
 from exporters.tensorrt.engines import ENGINES
 from exporters.tensorrt.listing import read_precision
 from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
@@ -86,8 +86,12 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
         source = EngineSource.CACHE if reasons else EngineSource.EXPORT
         return ReadyEngine(_place(wanted), wanted, source, kept.precisions, reasons)
     if entry is not None and not reasons:
-        _keep(wanted, lambda path: _unpack(artifact.root / entry.engine, path, entry.precisions))
-        return ReadyEngine(_place(wanted), wanted, EngineSource.EXPORT, entry.precisions, ())
+
+        def unpack(path: Path) -> Mapping[str, int]:
+            unpack_engine(artifact.root / entry.engine, path)
+            return entry.precisions
+
+        return ReadyEngine(_place(wanted), wanted, EngineSource.EXPORT, _keep(wanted, unpack), ())
     notice = f"building the engine of {artifact.root} for {capability} again: {'; '.join(reasons)}"
     if on_build is not None:
         on_build(notice)
@@ -170,12 +174,8 @@ def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]]) -> di
     return precisions
 
 
-def _unpack(packed: Path, path: Path, precisions: dict[str, int]) -> dict[str, int]:
-    unpack_engine(packed, path)
-    return precisions
-
-
 def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, int]:
+    """Build an engine; its products by precision."""
     graph = artifact.root / MODEL_FILE
     if recipe.builder == "enterprise":
         machine = check_enterprise()
@@ -195,14 +195,10 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
             why=f"the installed distribution says {recipe.version}",
             fix="install it again",
         )
-    return _checked(artifact, built, recipe.capability)
-
-
-def _checked(artifact: Artifact, built: Built, capability: str) -> dict[str, int]:
-    """Products by precision, held to what the export was held to."""
     import onnx_ir as ir
 
-    nodes = [str(node.name) for node in ir.load(artifact.root / MODEL_FILE).graph if node.op_type in _PRODUCTS]
+    # What the export was held to.
+    nodes = [str(node.name) for node in ir.load(graph).graph if node.op_type in _PRODUCTS]
     report = read_precision(nodes, built.layers)
     details = artifact.manifest.details_of(TrtDetails)
     format = TrtFormat(details.format)
@@ -211,7 +207,7 @@ def _checked(artifact: Artifact, built: Built, capability: str) -> dict[str, int
     if other:
         counts = json.dumps(report.counts())
         raise GateFailedError(
-            f"the engine for {capability} does not multiply in {format}",
+            f"the engine for {recipe.capability} does not multiply in {format}",
             why=f"{len(other)} product(s) in another precision ({counts}), the first: {other[0]}",
             fix="use the version of TensorRT that the export was made with",
         )

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 
 from exporters.graph.layers import DYNAMIC_QUANTIZE
 from exporters.graph.passes.editing import Change, add_initializer, cast, cast_outputs
-from fp8pipe.artifact import Gate
+from exporters.graph.trace import stored_array
+from fp8pipe.artifact import Gate, none_of
 from fp8pipe.artifact.finding import Finding, LintFindingsError
 
 _LARGEST: Final = float(np.finfo(np.float16).max)
@@ -61,8 +62,9 @@ def halve(model: ir.Model) -> Change:
             changed.append(_halve_stored(value))
     for node in graph:
         _halve_attributes(node)
-        if node not in islands:
-            _retype(node)
+        for value in () if node in islands else node.outputs:
+            if value.dtype == ir.DataType.FLOAT:
+                value.type = ir.TensorType(ir.DataType.FLOAT16)
     _cast_inputs(graph, islands)
     cast_outputs(graph, "half", ir.DataType.FLOAT16)
     return Change("halve", tuple(changed))
@@ -89,22 +91,19 @@ def _split_shared(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
         inside = [(node, index) for node, index in value.uses() if node in islands]
         if value.dtype != ir.DataType.FLOAT or not inside or len(inside) == len(value.uses()):
             continue
-        assert value.const_value is not None
-        twin = add_initializer(graph, f"{value.name}_float", value.const_value.numpy().copy())
+        twin = add_initializer(graph, f"{value.name}_float", stored_array(value).copy())
         for node, index in inside:
             node.replace_input_with(index, twin)
 
 
 def _halve_stored(value: ir.Value) -> str:
-    assert value.const_value is not None
-    array = value.const_value.numpy()
+    array, name = stored_array(value), str(value.name)
     finite = array[np.isfinite(array)]
     exact = any(node.op_type in _QUANTIZERS and index == _SCALE for node, index in value.uses())
     if exact and not np.array_equal(array, array.astype(np.float16).astype(np.float32)):
-        raise NotHalf(str(value.name), "a scale that FP16 does not hold exactly")
+        raise NotHalf(name, "a scale that FP16 does not hold exactly")
     if finite.size and float(np.abs(finite).max()) > _LARGEST and not _is_mask(array):
-        raise NotHalf(str(value.name), f"{float(np.abs(finite).max()):g} is beyond FP16")
-    name = str(value.name)
+        raise NotHalf(name, f"{float(np.abs(finite).max()):g} is beyond FP16")
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     value.const_value = ir.tensor(half, name=name)
@@ -129,20 +128,13 @@ def _halve_attributes(node: ir.Node) -> None:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float16)))
 
 
-def _retype(node: ir.Node) -> None:
-    for value in node.outputs:
-        if value.dtype == ir.DataType.FLOAT:
-            value.type = ir.TensorType(ir.DataType.FLOAT16)
-
-
 def _cast_inputs(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
     """Readers outside the islands get the input in FP16."""
     for value in graph.inputs:
         outside = [(node, index) for node, index in value.uses() if node not in islands]
         if value.dtype != ir.DataType.FLOAT or not outside:
             continue
-        names = f"{value.name}/Cast", f"{value.name}/half"
-        half = cast(graph, outside[0][0], value, ir.DataType.FLOAT16, *names)
+        half = cast(graph, outside[0][0], value, ir.DataType.FLOAT16, f"{value.name}/Cast", f"{value.name}/half")
         for node, index in outside:
             node.replace_input_with(index, half)
 
@@ -174,18 +166,12 @@ def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
                 expected = array if found.dtype == np.float32 else array.astype(np.float16)
             others += int(not np.array_equal(found, expected))
     detail = f"of {len(before)} stored tensors, the written file against the graph before halving"
-    return [
-        Gate(name=name, value=value, detail=detail)
-        for name, value in (
-            ("codes changed by halving", codes),
-            ("scales changed by halving", scales),
-            ("tensors not rounded once to FP16", others),
-        )
-    ]
-
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    counts = (
+        ("codes changed by halving", codes),
+        ("scales changed by halving", scales),
+        ("tensors not rounded once to FP16", others),
+    )
+    return [none_of(name, count, detail) for name, count in counts]
 
 
 def dequantize_graph(model: ir.Model) -> int:
@@ -216,18 +202,13 @@ def dequantize_graph(model: ir.Model) -> int:
 
 
 def _stored(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    arrays = [value.const_value.numpy() for value in node.inputs[:2] if value is not None and value.const_value]
-    codes, scale = arrays
+    codes, scale = (stored_array(value) for value in node.inputs[:2])
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
     array = (codes.astype(np.float32) * _spread(scale, codes, axis, block)).astype(scale.dtype)
-    name = f"{node.name}/value"
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-    value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-    graph.initializers[name] = value
-    return value
+    return add_initializer(graph, f"{node.name}/value", array)
 
 
-def _spread(scale: NDArray[Any], codes: NDArray[Any], axis: int, block: int) -> NDArray[Any]:
+def _spread(scale: Any, codes: Any, axis: int, block: int) -> Any:
     """One scale per tensor, per channel or per block, in a shape that multiplies the codes."""
     if block:
         return np.repeat(scale, block, axis=axis).astype(np.float32)

@@ -42,21 +42,21 @@ def expand_gelus(model: ir.Model) -> Change:
     changed = []
     for node in list(model.graph):
         value = node.inputs[0] if node.op_type == "Gelu" else None
-        if value is not None and value.dtype == ir.DataType.DOUBLE and _exact(node):
+        exact = node.attributes.get_string("approximate", "none") == "none"
+        if value is not None and value.dtype == ir.DataType.DOUBLE and exact:
             changed.append(str(node.name))
             _expand(model.graph, node, value)
     return Change("expand_gelus", tuple(changed))
-
-
-def _exact(node: ir.Node) -> bool:
-    return node.attributes.get_string("approximate", "none") == "none"
 
 
 def _expand(graph: ir.Graph, gelu: ir.Node, x: ir.Value) -> None:
     nodes: list[ir.Node] = []
 
     def apply(op: str, *inputs: ir.Value | float) -> ir.Value:
-        operands = [_constant(graph, one) if isinstance(one, float) else one for one in inputs]
+        operands = [
+            add_initializer(graph, f"double_{one!r}", np.array(one, np.float64)) if isinstance(one, float) else one
+            for one in inputs
+        ]
         nodes.append(ir.node(op, operands, name=f"{gelu.name}/{len(nodes)}"))
         output = nodes[-1].outputs[0]
         output.name, output.type, output.shape = f"{gelu.name}/{len(nodes)}", ir.TensorType(ir.DataType.DOUBLE), x.shape
@@ -75,10 +75,6 @@ def _expand(graph: ir.Graph, gelu: ir.Node, x: ir.Value) -> None:
     graph.insert_before(gelu, nodes)
     hand_over(gelu.outputs[0], result)
     graph.remove(gelu, safe=True)
-
-
-def _constant(graph: ir.Graph, number: float) -> ir.Value:
-    return add_initializer(graph, f"double_{number!r}", np.array(number, np.float64))
 
 
 def make_islands(traced: FloatGraph) -> Change:

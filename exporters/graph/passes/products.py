@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.graph.passes.editing import Change, add_initializer, drop_unused, hand_over, stored_bias
-from exporters.graph.trace import FloatGraph, Product, ProductKind
+from exporters.graph.trace import SUFFIXES, FloatGraph, Product, ProductKind, stored_array
 from fp8pipe.core.version import __version__
 
 
@@ -41,10 +41,9 @@ def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
         raise ValueError(f"{gemm.name} is no product with a bias alone")
     x, weight = gemm.inputs[0], gemm.inputs[1]
     assert weight is not None
-    assert weight.const_value is not None
     stored = weight
     if attributes.get_int("transB", 0):
-        weight = add_initializer(graph, f"{product.name}.weight_t", np.ascontiguousarray(weight.const_value.numpy().T))
+        weight = add_initializer(graph, f"{product.name}.weight_t", np.ascontiguousarray(stored_array(weight).T))
     output = gemm.outputs[0]
     matmul = ir.node("MatMul", [x, weight], name=gemm.name)
     matmul.metadata_props.update(gemm.metadata_props)
@@ -98,8 +97,7 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
     assert pixels is not None
     assert pixels.shape is not None
     assert weight is not None
-    assert weight.const_value is not None
-    array = weight.const_value.numpy()
+    array = stored_array(weight)
     out, channels, high, wide = array.shape
     rows, columns = int(pixels.shape[2]) // high, int(pixels.shape[3]) // wide  # type: ignore[arg-type]
     name = product.name
@@ -151,10 +149,6 @@ class _Chain:
         assert value.shape is not None
         found.shape = ir.Shape([value.shape[axis] for axis in order])
         return found
-
-
-# A product's node is called LAYER + suffix.
-SUFFIXES = {ProductKind.LINEAR: "/MatMul", ProductKind.PATCH: "/Conv", ProductKind.QK: "/qk", ProductKind.AV: "/av"}
 
 
 def name_products(traced: FloatGraph) -> Change:

@@ -11,13 +11,19 @@ nothing: at an end where INT8 saturates, and below zero after a softmax. Engines
 Readers of one value with one quantizer share one pair, or have one each: ONNX Runtime multiplies integers only where
 the pair has a single reader, and merges equal pairs before it looks. So separate pairs differ in their `axis`,
 which means nothing beside one scale per tensor.
+
+NVFP4 weights and activations have the form from which TensorRT makes four-bit products. A weight is stored as E2M1
+codes (in, out), E4M3 scales of blocks of 16 inputs, and a tensor scale. One DequantizeLinear turns the scales into
+the graph's float type, a second one the codes. An activation is rounded by TRT_FP4DynamicQuantize, which makes block
+scales while it runs, and is dequantized in the same two steps. The operator is TensorRT's own (domain `trt`), and
+FLOAT4E2M1 wants opset 23.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Final, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +37,11 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer
 from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, WeightCodes
 
+FP4_OPSET: Final = 23
+_IR_VERSION: Final = 11  # the first with FLOAT4E2M1 in opset 23
 _INT4_BITS: Final = 4
+_DEFAULT_AXIS: Final = 1
+Q = TypeVar("Q", ActivationQuantizer, BlockQuantizer)
 
 
 def fits_int4(weight: WeightCodes | BlockCodes) -> bool:
@@ -55,11 +65,10 @@ def quantize_weights(
     of INT8 codes, 0 for every channel: ONNX Runtime turns INT8 weights into UINT8 for CPUs whose INT8 products
     saturate, and makes a wrong shape up otherwise.
     """
-    graph = traced.model.graph
     changed = []
     for product in traced.products:
         if product.kind in (ProductKind.LINEAR, ProductKind.PATCH) and product.name in weights:
-            _replace(graph, product, weights[product.name], int4, block, zero_points)
+            _replace(traced.model.graph, product, weights[product.name], int4, block, zero_points)
             changed.append(product.name)
     return Change("quantize_weights", tuple(changed))
 
@@ -87,9 +96,6 @@ def _replace(
     product.node.replace_input_with(1, value)
 
 
-_DEFAULT_AXIS = 1
-
-
 def operand_sites(product: Product, structure: VitStructure) -> dict[int, str]:
     """The activation site of each operand of a product, by its position."""
     if product.kind is ProductKind.QK:
@@ -98,6 +104,17 @@ def operand_sites(product: Product, structure: VitStructure) -> dict[int, str]:
         return {0: f"{product.name}.probs", 1: f"{product.name}.v"}
     group = next(site.input_group for site in structure.linears if site.name == product.name)
     return {0: f"{group}.input"}
+
+
+def _quantized_operands(
+    traced: FloatGraph, structure: VitStructure, activations: Mapping[str, Q]
+) -> Iterator[tuple[Product, int, str, ir.Value, Q]]:
+    """Product, position, site, value and quantizer of every operand whose site has one, in the graph's order."""
+    for product in traced.in_graph_order():
+        for position, site in operand_sites(product, structure).items():
+            quantizer, value = activations.get(site), product.node.inputs[position]
+            if quantizer is not None and value is not None:
+                yield product, position, site, value, quantizer
 
 
 def quantize_activations(
@@ -111,21 +128,16 @@ def quantize_activations(
     pairs: dict[tuple[ir.Value, ActivationQuantizer], ir.Value] = {}
     readers: Counter[ir.Value] = Counter()
     changed = []
-    for product in traced.in_graph_order():
-        for position, site in operand_sites(product, structure).items():
-            quantizer, value = activations.get(site), product.node.inputs[position]
-            if quantizer is None or value is None:
-                continue
-            found = pairs.get((value, quantizer)) if share else None
-            if found is None:
-                first = not readers[value]
-                name = site if first or product.kind is not ProductKind.LINEAR else f"{product.name}.input"
-                axis = _axis(readers[value], value)
-                found = _insert(traced.model.graph, product.node, value, quantizer, name, axis)
-                pairs[value, quantizer] = found
-                readers[value] += 1
-                changed.append(name)
-            product.node.replace_input_with(position, found)
+    for product, position, site, value, quantizer in _quantized_operands(traced, structure, activations):
+        found = pairs.get((value, quantizer)) if share else None
+        if found is None:
+            first = not readers[value]
+            name = site if first or product.kind is not ProductKind.LINEAR else f"{product.name}.input"
+            found = _insert(traced.model.graph, product.node, value, quantizer, name, _axis(readers[value], value))
+            pairs[value, quantizer] = found
+            readers[value] += 1
+            changed.append(name)
+        product.node.replace_input_with(position, found)
     return Change("quantize_activations", tuple(changed))
 
 
@@ -154,10 +166,6 @@ def _bounds(quantizer: ActivationQuantizer, value: ir.Value) -> tuple[np.float32
     never_negative = producer is not None and producer.op_type == "Softmax"
     low = None if quantizer.low == INT8_MIN or never_negative else np.float32(quantizer.low) * scale
     return low, None if quantizer.high == INT8_MAX else np.float32(quantizer.high) * scale
-
-
-FP4_OPSET: Final = 23
-_IR_VERSION: Final = 11  # the first with FLOAT4E2M1 in opset 23
 
 
 def raise_opset(model: ir.Model, *, activations: bool) -> Change:
@@ -198,18 +206,13 @@ def quantize_block_activations(
     traced: FloatGraph, structure: VitStructure, activations: Mapping[str, BlockQuantizer]
 ) -> Change:
     """Round the inputs of linears whose site has a quantizer, in place; readers of one value share it."""
-    graph = traced.model.graph
     found: dict[tuple[ir.Value, BlockQuantizer], ir.Value] = {}
     changed = []
-    for product in traced.in_graph_order():
-        for position, site in operand_sites(product, structure).items():
-            quantizer, value = activations.get(site), product.node.inputs[position]
-            if quantizer is None or value is None:
-                continue
-            if (value, quantizer) not in found:
-                found[value, quantizer] = _round(graph, product.node, value, quantizer, site)
-                changed.append(site)
-            product.node.replace_input_with(position, found[value, quantizer])
+    for product, position, site, value, quantizer in _quantized_operands(traced, structure, activations):
+        if (value, quantizer) not in found:
+            found[value, quantizer] = _round(traced.model.graph, product.node, value, quantizer, site)
+            changed.append(site)
+        product.node.replace_input_with(position, found[value, quantizer])
     return Change("quantize_block_activations", tuple(changed))
 
 

@@ -29,7 +29,7 @@ from exporters.graph.lint import refuse
 from exporters.graph.passes.editing import Change, drop_unused, insert, quantize_value
 from exporters.graph.passes.products import name_products, strip_metadata
 from exporters.graph.passes.quantize import quantize_weights
-from exporters.graph.trace import FloatGraph, Product, ProductKind, export_program, holds_weight, owner
+from exporters.graph.trace import FloatGraph, Product, ProductKind, export_program, holds_weight, owner, stored_array
 from exporters.tensorrt.half import NotHalf, refuse_not_half
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.target import CacheFacts
@@ -159,23 +159,19 @@ def tie_head(model: ir.Model) -> Change:
         head = node.inputs[1] if node.op_type == "MatMul" else None
         if head is None or head.const_value is None or head.shape is None:
             continue
-        for table in tables:
-            if _transposes(table, head):
-                names = f"{table.name}/Transpose", f"{table.name}/transposed"
-                transposed = insert(graph, node, "Transpose", [table], *names, head, attributes={"perm": [1, 0]})
-                node.replace_input_with(1, transposed)
-                drop_unused(graph, head)
-                changed.append(str(node.name))
-                break
+        table = next((table for table in tables if _transposes(table, head)), None)
+        if table is not None:
+            names = f"{table.name}/Transpose", f"{table.name}/transposed"
+            transposed = insert(graph, node, "Transpose", [table], *names, head, attributes={"perm": [1, 0]})
+            node.replace_input_with(1, transposed)
+            drop_unused(graph, head)
+            changed.append(str(node.name))
     return Change("tie_head", tuple(changed))
 
 
 def _transposes(table: ir.Value, head: ir.Value) -> bool:
-    assert table.const_value is not None
-    assert head.const_value is not None
-    if tuple(reversed(table.const_value.shape)) != tuple(head.const_value.shape) or table.dtype != head.dtype:
-        return False
-    return np.array_equal(table.const_value.numpy(), head.const_value.numpy().T)
+    ours, theirs = stored_array(table), stored_array(head).T
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
 
 
 def cache_shape(model: PreTrainedModel) -> CacheFacts:
