@@ -12,7 +12,7 @@ a target may name rooms above this one (validation, serving) without importing t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -172,11 +172,8 @@ def open_served(export: Path) -> tuple[Artifact, ExportTarget]:
     """
     artifact, target = open_export(export, lambda known: known.service)
     if target.service.serve is None:
-        raise ConfigurationError(
-            f"{export} cannot be served",
-            why=target.service.refusal,
-            fix="export with --target vllm or onnx, and serve that",
-        )
+        fix = "export with --target vllm or onnx, and serve that"
+        raise ConfigurationError(f"{export} cannot be served", why=target.service.refusal, fix=fix)
     return artifact, target
 
 
@@ -233,15 +230,12 @@ def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
     if fitting:
         return fitting[0]
     others = dict.fromkeys(target.name for target in _targets.values() if kind in target.takes)
+    taken = ", ".join(dict.fromkeys(kind for target in named for kind in target.takes))
     what = "a model without a manifest" if kind == PLAIN_MODEL else f"an artifact of kind {kind!r}"
     raise ConfigurationError(
-        f"--target {name} takes no such source", why=f"it is {what}; {name} takes {_list(named)}",
+        f"--target {name} takes no such source", why=f"it is {what}; {name} takes {taken or 'nothing: it is unknown'}",
         fix=f"--target {' or --target '.join(others)}" if others else "give what finetune or quantize-vit wrote",
     )  # fmt: skip
-
-
-def _list(named: Sequence[ExportTarget]) -> str:
-    return ", ".join(dict.fromkeys(kind for target in named for kind in target.takes)) or "nothing: it is unknown"
 
 
 @cache

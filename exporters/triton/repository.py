@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from exporters.graph.formats import GraphDetails, GraphInput
+from exporters.graph.formats import GraphDetails
 from exporters.graph.runtime import PRECISION_MODE, has_vnni, import_onnx_package, open_session
 from exporters.target import call, open_export
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
@@ -157,20 +157,9 @@ def write_vision(artifact: Artifact, root: Path, name: str, device: TritonDevice
     if (artifact.root / _PREPROCESSING).is_file():
         shutil.copyfile(artifact.root / _PREPROCESSING, root / _PREPROCESSING)
     details = artifact.manifest.details_of(GraphDetails)
+    dims = ", ".join(str(int(size)) for size in details.input.shape[1:])
+    label = "" if labels is None else '\n    label_filename: "labels.txt"'
     parameters = {"fp8pipe_artifact": artifact.digest, "fp8pipe_graph": f"sha256:{sha256_file(graph)}"}
-    return _onnx_config(
-        name, details.input, details.output.name, width, labelled=labels is not None, device=device,
-        parameters=parameters,
-    )  # fmt: skip
-
-
-def _onnx_config(
-    name: str, source: GraphInput, result: str, width: int, *, labelled: bool, device: TritonDevice,
-    parameters: Mapping[str, str],
-) -> str:  # fmt: skip
-    dims = ", ".join(str(int(size)) for size in source.shape[1:])
-    label = '\n    label_filename: "labels.txt"' if labelled else ""
-    kind = "KIND_GPU" if device is TritonDevice.GPU else "KIND_CPU"
     said = "".join(_parameter(key, value) for key, value in parameters.items())
     return f"""# Written from the export's manifest, for --device {device.value}.
 name: {_quoted(name)}
@@ -178,19 +167,19 @@ backend: "onnxruntime"
 max_batch_size: {_MAX_BATCH}
 input [
   {{
-    name: {_quoted(source.name)}
+    name: {_quoted(details.input.name)}
     data_type: TYPE_FP32
     dims: [ {dims} ]
   }}
 ]
 output [
   {{
-    name: {_quoted(result)}
+    name: {_quoted(details.output.name)}
     data_type: TYPE_FP32
     dims: [ {width} ]{label}
   }}
 ]
-instance_group [ {{ kind: {kind} }} ]
+instance_group [ {{ kind: {"KIND_GPU" if device is TritonDevice.GPU else "KIND_CPU"} }} ]
 dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
 {said}"""
 

@@ -14,11 +14,12 @@ number by number: the codes are the same ones, in another order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.passes.editing import Change, add_initializer, drop_unused, hand_over, stored_bias
+from exporters.graph.passes.editing import Change, add_initializer, drop_unused, hand_over, insert, stored_bias
 from exporters.graph.trace import SUFFIXES, FloatGraph, Product, ProductKind, stored_array
 from fp8pipe.core.version import __version__
 
@@ -101,54 +102,40 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
     out, channels, high, wide = array.shape
     rows, columns = int(pixels.shape[2]) // high, int(pixels.shape[3]) // wide  # type: ignore[arg-type]
     name = product.name
-    chain = _Chain(graph, conv, name)
-    split = chain.reshape(pixels, "split", (0, channels, rows, high, columns, wide))
-    patches = chain.reshape(
-        chain.transpose(split, "gather", (0, 2, 4, 1, 3, 5)), "patches", (0, rows * columns, channels * high * wide)
-    )
+    batch, places, inputs = pixels.shape[0], rows * columns, channels * high * wide
+
+    def add(
+        op: str, operands: Sequence[ir.Value | None], what: str, sides: Sequence[Any] | None, **form: Any
+    ) -> ir.Value:
+        """A value called `NAME/what`, of the convolution's type, before the convolution."""
+        called = f"{name}/{what}"
+        value = insert(graph, conv, op, operands, called, called, conv.outputs[0], attributes=form)
+        value.shape = None if sides is None else ir.Shape(sides)
+        return value
+
+    def reshape(value: ir.Value, what: str, *sides: int) -> ir.Value:
+        """The batch stays."""
+        stored = add_initializer(graph, f"{name}/{what}/shape", np.array((0, *sides), np.int64))
+        return add("Reshape", [value, stored], what, (batch, *sides))
+
+    split = reshape(pixels, "split", channels, rows, high, columns, wide)
+    gathered = batch, rows, columns, channels, high, wide
+    patches = reshape(add("Transpose", [split], "gather", gathered, perm=(0, 2, 4, 1, 3, 5)), "patches", places, inputs)
     matrix = add_initializer(graph, f"{name}.weight_t", np.ascontiguousarray(array.reshape(out, -1).T))
-    matmul = chain.add("MatMul", [patches, matrix], "product")
+    result = add("MatMul", [patches, matrix], "product", None)
+    matmul = result.producer()
+    assert matmul is not None
     matmul.metadata_props.update(conv.metadata_props)
-    result = matmul.outputs[0]
     if len(conv.inputs) > 2 and conv.inputs[2] is not None:
-        result = chain.add("Add", [result, conv.inputs[2]], "biased").outputs[0]
-    result.shape = ir.Shape([pixels.shape[0], rows * columns, out])
-    image = chain.reshape(chain.transpose(result, "channels", (0, 2, 1)), "image", (0, out, rows, columns))
+        result = add("Add", [result, conv.inputs[2]], "biased", None)
+    result.shape = ir.Shape([batch, places, out])
+    turned = add("Transpose", [result], "channels", (batch, out, places), perm=(0, 2, 1))
+    image = reshape(turned, "image", out, rows, columns)
     image.shape = conv.outputs[0].shape
     hand_over(conv.outputs[0], image)
     graph.remove(conv, safe=True)
     drop_unused(graph, weight)
     return matmul
-
-
-class _Chain:
-    """Adds nodes before one node."""
-
-    def __init__(self, graph: ir.Graph, before: ir.Node, name: str) -> None:
-        self._graph, self._before, self._name = graph, before, name
-        self._type = before.outputs[0].type
-
-    def add(self, op: str, inputs: Sequence[ir.Value | None], what: str, **attributes: Sequence[int]) -> ir.Node:
-        """A node whose output is called `NAME/what`."""
-        node = ir.node(op, list(inputs), attributes, name=f"{self._name}/{what}")
-        node.outputs[0].name, node.outputs[0].type = f"{self._name}/{what}", self._type
-        self._graph.insert_before(self._before, node)
-        return node
-
-    def reshape(self, value: ir.Value, what: str, shape: tuple[int, ...]) -> ir.Value:
-        """0 keeps a side."""
-        stored = add_initializer(self._graph, f"{self._name}/{what}/shape", np.array(shape, np.int64))
-        found = self.add("Reshape", [value, stored], what).outputs[0]
-        batch = value.shape[0] if value.shape is not None else None
-        found.shape = ir.Shape([batch, *shape[1:]])
-        return found
-
-    def transpose(self, value: ir.Value, what: str, order: tuple[int, ...]) -> ir.Value:
-        """Axes in another order."""
-        found = self.add("Transpose", [value], what, perm=order).outputs[0]
-        assert value.shape is not None
-        found.shape = ir.Shape([value.shape[axis] for axis in order])
-        return found
 
 
 def name_products(traced: FloatGraph) -> Change:

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# What `finetune` takes when nothing is said.
+_FRACTION = 0.1
+LENGTH = 256
+_HELDOUT_LIMIT = 256
+
+
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
     """One artifact, opened and linted."""
@@ -76,13 +82,17 @@ def open_language(source: Path) -> LanguageModel:
     """
     artifact = open_artifact(source, kind=FALQON_KIND)
     plan = plan_export(source, VllmExportOptions())
-    findings = lint(plan) + _transposed(plan)
+    transposed = [unit.entry.name for unit in plan.units if unit.quantized and unit.transposed]
+    fix = "export with --target vllm"
+    findings = [*lint(plan), *(Finding("transposed-weight", name, "stored (in, out)", fix) for name in transposed)]
     if findings:
         raise LintFindingsError(findings, str(source))
     weights, floats = {}, {}
     for unit in plan.units:
         if unit.action is Action.CODES and unit.module is not None and unit.scale is not None:
-            weights[unit.module] = _codes(read_tensor(unit.entry), read_tensor(unit.scale))
+            scale = read_tensor(unit.scale)
+            scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1)
+            weights[unit.module] = WeightCodes(read_tensor(unit.entry), scale, 8)
         else:
             floats[unit.entry.name] = read_tensor(unit.entry)
     return LanguageModel(artifact, plan, weights, floats)
@@ -119,21 +129,6 @@ def check_attention(model: LanguageModel) -> None:
             why=f"its attention is not the full one in every layer ({', '.join(sorted(kinds)) or f'window {window}'})",
             fix="export with --format modelopt-checkpoint, or --target vllm",
         )
-
-
-def _codes(codes: Tensor, scale: Tensor) -> WeightCodes:
-    return WeightCodes(codes, scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1), 8)
-
-
-def _transposed(plan: ExportPlan) -> list[Finding]:
-    why, fix = "stored (in, out)", "export with --target vllm"
-    return [Finding("transposed-weight", u.entry.name, why, fix) for u in plan.units if u.quantized and u.transposed]
-
-
-# What `finetune` takes when nothing is said.
-_FRACTION = 0.1
-LENGTH = 256
-_HELDOUT_LIMIT = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ softmax and the second product. Quantizers move upwards into the product that fe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -20,6 +21,7 @@ from exporters.tensorrt.lint.view import (
     Product,
     View,
     code_type,
+    computed,
     constant,
     element_types,
     fixed,
@@ -37,12 +39,12 @@ _MOVABLE: Final = (
 def lint_attention(view: View) -> Iterator[Finding]:
     """Findings on attentions, joint products and values that are quantized more than once."""
     products = {product.node: product for product in view.products}
-    fixed = all(isinstance(side, int) for value in view.model.graph.inputs for side in value.shape or (None,))
+    static = all(isinstance(side, int) for value in view.model.graph.inputs for side in value.shape or (None,))
     for softmax in view.nodes("Softmax"):
         first = _up(softmax.inputs[0], products)
         second = _down(softmax.outputs[0], products)
         if first is not None and second is not None and first is not second:
-            yield from _attention(softmax, first, second, fixed)
+            yield from _attention(softmax, first, second, static)
     for product in view.products:
         yield from _moved(product)
     yield from _several(view)
@@ -76,7 +78,7 @@ def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
     return None
 
 
-def _attention(softmax: ir.Node, first: Product, second: Product, fixed: bool) -> Iterator[Finding]:
+def _attention(softmax: ir.Node, first: Product, second: Product, static: bool) -> Iterator[Finding]:
     if first.low != second.low:
         why = f"{label(first.node)} multiplies {_shown(first)}, {label(second.node)} {_shown(second)}: not one kernel"
         yield finding("attention-part", softmax, why)
@@ -86,7 +88,7 @@ def _attention(softmax: ir.Node, first: Product, second: Product, fixed: bool) -
         quantize = next((n for n, _ in node.outputs[0].uses() if n.op_type == QUANTIZE), None)
         if node.op_type == "Clip" and quantize is not None:
             why = "Clip between Softmax and QuantizeLinear: the attention is not fused"
-            gives_up = fixed and code_type(quantize) == ir.DataType.INT8
+            gives_up = static and code_type(quantize) == ir.DataType.INT8
             yield finding("clipped-fixed-probabilities" if gives_up else "clipped-probabilities", node, why)
 
 
@@ -108,17 +110,13 @@ def _moved(product: Product) -> Iterator[Finding]:
         for node, _ in uses:
             if node.op_type == QUANTIZE:
                 found.update({node: None} if part else {})  # quantizers of all of its numbers cost nothing
-            elif node.op_type in _MOVABLE and _one_computed(node):
+            elif node.op_type in _MOVABLE and len(computed(node)) == 1:
                 waiting += [(output, part or node.op_type in _PARTS) for output in node.outputs]
             else:
                 return  # something on the way holds its quantizer back, and with it the others
     if len(found) > 1:
         shown = ", ".join(label(node) for node in found)
         yield finding("moved-quantizers", product.node, f"{len(found)} quantizers move into it: {shown}")
-
-
-def _one_computed(node: ir.Node) -> bool:
-    return sum(value is not None and constant(value) is None for value in node.inputs) == 1
 
 
 def _several(view: View) -> Iterator[Finding]:
@@ -169,16 +167,12 @@ def _codes(product: Product, types: dict[ir.Value, ir.DataType]) -> Iterator[Fin
         return
     if first != second:
         pair = {first, second}
-        quiet = pair == {ir.DataType.INT4, ir.DataType.INT8}
-        unknown = pair & {ir.DataType.UINT8, ir.DataType.UINT4}  # has findings of its own
-        if not unknown:
-            rule = "int4-beside-int8" if quiet else "mixed-codes"
+        if not pair & {ir.DataType.UINT8, ir.DataType.UINT4}:  # those have findings of their own
+            rule = "int4-beside-int8" if pair == {ir.DataType.INT4, ir.DataType.INT8} else "mixed-codes"
             yield finding(rule, product.node, f"{first.name} and {second.name}")
     weight = product.operands[1].codes
     if product.node.op_type == "Conv" and first == second == ir.DataType.FLOAT8E4M3FN and weight is not None:
-        places = 1
-        for side in list(weight.shape or ())[2:]:
-            places *= side if isinstance(side, int) else 1
+        places = math.prod(side for side in list(weight.shape or ())[2:] if isinstance(side, int))
         if places > _LARGEST_FILTER:
             why = f"a filter of {places} places; the builder has FP8 kernels for at most {_LARGEST_FILTER}"
             yield finding("fp8-convolution", product.node, why)
@@ -186,19 +180,16 @@ def _codes(product: Product, types: dict[ir.Value, ir.DataType]) -> Iterator[Fin
 
 def _between(product: Product) -> Iterator[Finding]:
     for operand, other in (product.operands, product.operands[::-1]):
-        if operand.between and other.dequantize is not None:
+        if operand.between and operand.dequantize is not None and other.dequantize is not None:
             shown = ", ".join(str(node.op_type) for node in operand.between)
-            dequantize = operand.dequantize
-            assert dequantize is not None
-            yield finding("between", product.node, f"{shown} between {label(dequantize)} and the product")
+            yield finding("between", product.node, f"{shown} between {label(operand.dequantize)} and the product")
 
 
 def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.DataType | None]) -> Iterator[Finding]:
     for operand, other in (product.operands, product.operands[::-1]):
-        if not operand.low or other.dequantize is not None or not _plain(operand):
+        if not operand.low or operand.dequantize is None or other.dequantize is not None or not _plain(operand):
             continue
         codes = _type(operand, types)
-        assert operand.dequantize is not None
         if not operand.stored:
             why = f"{label(operand.dequantize)} gives codes, {other.value.name} is float"
             yield finding("half-quantized", product.node, why)

@@ -132,7 +132,7 @@ def lint_machines(view: View, capabilities: Sequence[str]) -> Iterator[Finding]:
     held = _types(view)
     for rule, dtype, first in _FIRST:
         where = held.get(dtype)
-        older = [text for text in capabilities if _version(text) < first]
+        older = [text for text in capabilities if tuple(map(int, text.split("."))) < first]
         if where is not None and older:
             yield finding(rule, where, f"{dtype.name}, which {', '.join(older)} does not have")
     opset = view.model.opset_imports.get("", view.model.opset_imports.get("ai.onnx", 0))
@@ -141,10 +141,6 @@ def lint_machines(view: View, capabilities: Sequence[str]) -> Iterator[Finding]:
         needed = max(needed, 21)
     if held and opset < needed:
         yield finding("opset", "the model", f"opset {opset}; its quantizers are defined from {needed} on")
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("."))
 
 
 def _types(view: View) -> dict[ir.DataType, str]:
@@ -164,17 +160,15 @@ _EIGHT_BITS: Final = frozenset((ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN))
 
 def lint_scales(view: View) -> Iterator[Finding]:
     """Findings on every quantizer's scale against what it scales, and against the product that reads it."""
-    refused = set()
+    seen: set[ir.Node] = set()  # those that are refused already, or were looked at
     for node in view.nodes(QUANTIZE, DEQUANTIZE):
-        found = list(_shape(node))
-        if found:
-            refused.add(node)
-        yield from found
-    seen: set[ir.Node] = set()
+        for found in _shape(node):
+            seen.add(node)
+            yield found
     for product in view.products:
         for operand, other in (product.operands, product.operands[::-1]):
             reader = operand.dequantize
-            if reader is not None and reader not in refused and reader not in seen:
+            if reader is not None and reader not in seen:
                 seen.add(reader)
                 yield from _weight(product, operand, other) if operand.stored else _activation(product, operand)
 
@@ -206,9 +200,8 @@ def _shape(node: ir.Node) -> Iterator[Finding]:
 
 def _weight(product: Product, operand: Operand, other: Operand) -> Iterator[Finding]:
     node, codes = operand.dequantize, operand.codes
-    assert node is not None
-    scale = constant(node.inputs[1])
-    if codes is None or codes.shape is None or scale is None:
+    scale = None if node is None else constant(node.inputs[1])
+    if node is None or codes is None or codes.shape is None or scale is None:
         return
     rank = len(codes.shape)
     summed = product.contracted(operand, rank)
@@ -222,7 +215,9 @@ def _weight(product: Product, operand: Operand, other: Operand) -> Iterator[Find
         yield finding("eight-bit-blocks", node, f"{codes.dtype.name} in {blocks} blocks of inputs")
     elif codes.dtype == ir.DataType.INT4 and not other.low and summed is not None and blocks == 1:
         inputs = codes.shape[summed]
-        if isinstance(inputs, int) and inputs >= _SMALL_INPUTS and not _blocked_elsewhere(node, scale, summed):
+        # Blocks along the outputs the builder multiplies from as well.
+        elsewhere = node.attributes.get_int("block_size", 0) and attribute_axis(node, scale.ndim) != summed
+        if isinstance(inputs, int) and inputs >= _SMALL_INPUTS and not elsewhere:
             yield finding("one-block", node, f"INT4 with one scale for all {inputs} inputs of a channel")
 
 
@@ -233,18 +228,11 @@ def _blocks(node: ir.Node, scale: Any, rank: int, summed: int | None) -> int:
     return int(scale.shape[summed]) if attribute_axis(node, rank) == summed else 1
 
 
-def _blocked_elsewhere(node: ir.Node, scale: Any, summed: int) -> bool:
-    """Blocks along the outputs, which the builder multiplies from as well."""
-    return bool(node.attributes.get_int("block_size", 0)) and attribute_axis(node, scale.ndim) != summed
-
-
 def _activation(product: Product, operand: Operand) -> Iterator[Finding]:
     """One scale for each number that is summed over; along another axis the builder multiplies codes."""
-    node = operand.dequantize
-    assert node is not None
-    scale = constant(node.inputs[1])
-    rank = _rank(operand)
-    if scale is None or scale.ndim != 1 or scale.size == 1 or rank is None:
+    node, rank = operand.dequantize, _rank(operand)
+    scale = None if node is None else constant(node.inputs[1])
+    if node is None or scale is None or scale.ndim != 1 or scale.size == 1 or rank is None:
         return
     if attribute_axis(node, rank) == product.contracted(operand, rank):
         why = f"one scale for each of {np.size(scale)} inputs of {label(product.node)}"

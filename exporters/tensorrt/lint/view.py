@@ -49,6 +49,11 @@ def constant(value: ir.Value | None) -> Any:
     return None
 
 
+def computed(node: ir.Node) -> list[ir.Value]:
+    """Operands that are not constant."""
+    return [value for value in node.inputs if value is not None and constant(value) is None]
+
+
 def fixed(value: ir.Value | None) -> bool:
     """Whether a value is stored, or dequantized from stored tensors, as scales of blocks are."""
     node = value.producer() if value is not None else None
@@ -170,16 +175,14 @@ def _through(node: ir.Node) -> ir.Value | None:
         return node.inputs[0]
     if node.op_type not in _ARITHMETIC:
         return None
-    computed = [value for value in node.inputs if value is not None and constant(value) is None]
-    return computed[0] if len(computed) == 1 else None
+    values = computed(node)
+    return values[0] if len(values) == 1 else None
 
 
 def _looked_through(node: ir.Node) -> bool:
     if node.op_type in _MOVES:
         return True
-    if node.op_type not in ("Mul", "Div"):
-        return False
-    arrays = [constant(value) for value in node.inputs]
+    arrays = [constant(value) for value in node.inputs] if node.op_type in ("Mul", "Div") else []
     return any(array is not None and np.size(array) == 1 for array in arrays)
 
 
