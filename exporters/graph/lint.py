@@ -46,7 +46,8 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = T
     if format.quantizes_activations:
         findings += _mixed(quantized)
     if format is OnnxFormat.QDQ_EXACT:
-        findings += _inexact(quantized)
+        why, fix = "its sums are rounded, so their order decides", "quantize to integers (wXaY), or use --format qdq"
+        findings += [Finding("no-exact-sum", name, why, fix) for name in inexact_sites(quantized)]
     for name, tensor in quantized.model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             findings.append(Finding("not-finite", name, "it holds NaN or infinity", "write the artifact again"))
@@ -98,12 +99,6 @@ def _values(name: str, weight: Codes) -> list[Finding]:
         why = f"{outside} codes are outside {low}..{high} ({weight.bits} bits)"
         findings.append(Finding("code-range", name, why, "quantize the model again"))
     return findings
-
-
-def _inexact(quantized: QuantizedVit) -> list[Finding]:
-    """Products that have no exact sum."""
-    why, fix = "its sums are rounded, so their order decides", "quantize to integers (wXaY), or use --format qdq"
-    return [Finding("no-exact-sum", name, why, fix) for name in inexact_sites(quantized)]
 
 
 def _mixed(quantized: QuantizedVit) -> list[Finding]:

@@ -93,17 +93,13 @@ def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
     """
     # Two images: a batch of one would be taken for a constant.
     example = torch.zeros(2, 3, *structure.image_size, dtype=next(model.parameters()).dtype)
-    with intercept_attention(model, structure.attention_names, _explicit):
+    with intercept_attention(model, structure.attention_names, lambda name, *given: explicit_attention(*given)):
         graph_model = export_program(
             _Exported(model), (example,), ({0: torch.export.Dim("batch")},), type(model).__name__,
             "use a plain vision transformer, or a version of its library that traces",
             input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
         )  # fmt: skip
     return FloatGraph(graph_model, tuple(_assign(graph_model, model, structure)))
-
-
-def _explicit(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return explicit_attention(q, k, v, mask, scale)
 
 
 def export_program(

@@ -33,6 +33,7 @@ from fp8pipe.core.version import __version__
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
 from fp8pipe.models.checkpoint.tensors import shard_names, write_index
 from fp8pipe.numerics.codec import same_bits
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CardFacts, commit_export
 
 QUANT_FILE: Final = "hf_quant_config.json"
@@ -84,7 +85,7 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
                 writer, _CARD, model.artifact, options, format=options.format, details=details,
                 layers=checkpoint_layers(model, algorithm, options.calibration),
                 number_format=NumberFormat(
-                    name="e4m3", granularity="per-tensor" if algorithm == _PER_TENSOR else "per-channel"
+                    name=Kind.E4M3.value, granularity="per-tensor" if algorithm == _PER_TENSOR else "per-channel"
                 ),
                 runtime={"engine": "tensorrt-llm", "layout": "modelopt", "tested": False},
             )  # fmt: skip

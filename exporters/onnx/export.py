@@ -194,7 +194,7 @@ def _commit(
     return commit_export(
         writer, _CARD, artifact, options, format=options.format.value,
         layers=layer_records(quantized, artifact.manifest.layers, activations=options.format.quantizes_activations),
-        number_format=NumberFormat(name="e4m3" if float_kind else "int", granularity="per-channel"),
+        number_format=NumberFormat(name=(Kind.E4M3 if float_kind else Kind.INT).value, granularity="per-channel"),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
         runtime={
             "engine": "onnxruntime",

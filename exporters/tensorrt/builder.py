@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,12 @@ _WORKER: Final = Path(__file__).with_name("build_worker.py")
 _REFUSED: Final = 3
 # Smallest, usual and largest shape of an input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def shapes(three: Iterable[tuple[int, ...]]) -> Shapes:
+    """The smallest, usual and largest of these."""
+    low, usual, high = three
+    return low, usual, high
 
 
 @dataclass(frozen=True, slots=True)

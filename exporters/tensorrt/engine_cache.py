@@ -21,7 +21,7 @@ from typing import Final, Literal
 from pydantic import Field
 
 from exporters.graph.formats import MODEL_FILE
-from exporters.tensorrt.builder import SETTINGS, Shapes, build_enterprise, build_rtx, check_enterprise
+from exporters.tensorrt.builder import SETTINGS, Shapes, build_enterprise, build_rtx, check_enterprise, shapes
 from exporters.tensorrt.engines import ENGINES
 from exporters.tensorrt.listing import read_precision
 from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
@@ -108,8 +108,7 @@ def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
         if entry.recipe is not None:
             return dict(entry.recipe.profiles)
     sides = [int(side) for side in details.input.shape[1:]]
-    low, usual, high = ((int(count), *sides) for count in artifact.manifest.config["batch"])
-    return {details.input.name: (low, usual, high)}
+    return {details.input.name: shapes((int(count), *sides) for count in artifact.manifest.config["batch"])}
 
 
 def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:

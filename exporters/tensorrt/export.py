@@ -29,6 +29,7 @@ from exporters.tensorrt.builder import (
     build_enterprise,
     build_rtx,
     check_enterprise,
+    shapes,
     trtexec_command,
 )
 from exporters.tensorrt.engines import (
@@ -42,7 +43,7 @@ from exporters.tensorrt.engines import (
     stored_gate,
     write_layers,
 )
-from exporters.tensorrt.graph import choose_format, in_format, plan_targets, typed_graph, with_targets
+from exporters.tensorrt.graph import choose_format, in_format, typed_graph, with_targets
 from exporters.tensorrt.half import compare_halved, halve, refuse_not_half, stored_arrays
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.listing import PrecisionReport, artifact_precisions, read_precision
@@ -137,7 +138,9 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
 def plan_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> tuple[dict[str, Any], Plan]:
     """The dry run: the artifact is read and linted, nothing of it is traced, and no builder is called."""
     graph = plan_export(source, OnnxExportOptions(force=options.force), runtime=False)
-    places = {Builder.RTX: list(plan_targets(source, options)[1]), Builder.ENTERPRISE: ["the GPU of this machine"]}
+    format = choose_format(load_quantized(open_artifact(source, kind=VIT_KIND).root), options.format, str(source))
+    capabilities = list(with_targets(options, format).compute_capabilities)
+    places = {Builder.RTX: capabilities, Builder.ENTERPRISE: ["the GPU of this machine"]}
     engines = places.get(options.builder, [])
     blocks = (len(graph.weights) + len(graph.float_layers)) // _BLOCK_LINEARS
     sizes = expected_sizes(graph.need_bytes, blocks, len(engines), pack=options.pack, halves=graph.halves)
@@ -170,8 +173,7 @@ class _Made:
     def profiles(self) -> dict[str, Shapes]:
         """What engines are built for."""
         size = self.quantized.architecture.image_size
-        low, usual, high = ((count, 3, *size) for count in self.options.batch)
-        return {INPUT_NAME: (low, usual, high)}
+        return {INPUT_NAME: shapes((count, 3, *size) for count in self.options.batch)}
 
     def write(self, images: ProbeImages, source: str) -> list[Gate]:
         """The files but engines; gates on the graph before and after it is halved."""

@@ -8,14 +8,12 @@ quantizer and linears of at most three axes.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection
 from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.formats import OnnxFormat
 from exporters.graph.lint import refuse
 from exporters.graph.passes.editing import Change, add_initializer, insert, stored_bias
 from exporters.graph.passes.products import name_products, split_gemms, strip_metadata, unfold_patches
@@ -27,14 +25,12 @@ from exporters.graph.passes.quantize import (
     quantize_weights,
     raise_opset,
 )
-from exporters.graph.produce import QuantizedGraph, as_exported, float_model, trace_linted
+from exporters.graph.produce import QuantizedGraph, float_model, trace_linted, without_activations
 from exporters.graph.trace import FloatGraph, Product, ProductKind, stored_array
 from exporters.tensorrt.target import Builder, TrtExportOptions, TrtFormat
-from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.finding import Finding
-from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized, of_type
+from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
@@ -211,7 +207,7 @@ def choose_format(quantized: QuantizedVit, wanted: TrtFormat | None, source: str
 
 def in_format(quantized: QuantizedVit, format: TrtFormat) -> QuantizedVit:
     """The model that an export computes: without activation quantizers for weights alone."""
-    return as_exported(quantized, OnnxFormat.INT4_WEIGHT_ONLY) if format.weight_only else quantized
+    return without_activations(quantized, quantized.weights) if format.weight_only else quantized
 
 
 _FP4_CAPABILITIES: Final = ("12.0", "12.1")
@@ -222,38 +218,15 @@ def with_targets(options: TrtExportOptions, format: TrtFormat) -> TrtExportOptio
     """The options with the format's own compute capabilities where none were given.
 
     Raises:
-        ConfigurationError: those that were given do not have the format.
+        ConfigurationError: those that were given do not have the format; said before the builder does.
     """
     if format.kind is Kind.NVFP4 and "compute_capabilities" not in options.model_fields_set:
         return options.model_copy(update={"compute_capabilities": _FP4_DEFAULT})
-    if options.builder is Builder.RTX:
-        check_targets(format, options.compute_capabilities)
-    return options
-
-
-def check_targets(format: TrtFormat, capabilities: Sequence[str]) -> None:
-    """Refuse compute capabilities without the format's number types, before the builder does.
-
-    Raises:
-        ConfigurationError: naming them and those that have it.
-    """
-    lacking = [capability for capability in capabilities if capability not in _FP4_CAPABILITIES]
-    if format.kind is Kind.NVFP4 and lacking:
+    lacking = [capability for capability in options.compute_capabilities if capability not in _FP4_CAPABILITIES]
+    if options.builder is Builder.RTX and format.kind is Kind.NVFP4 and lacking:
         raise ConfigurationError(
             f"{format} cannot be compiled for compute capability {', '.join(lacking)}",
             why=f"four-bit floats need {' or '.join(_FP4_CAPABILITIES)}",
             fix="give --compute-capability 12.0, or --builder none for the graph alone",
         )
-
-
-def plan_targets(source: Path, options: TrtExportOptions) -> tuple[TrtFormat, tuple[str, ...]]:
-    """The format of an export and the compute capabilities of its engines. Writes nothing.
-
-    Raises:
-        BadArtifactError: no such artifact, or a damaged one.
-        LintFindingsError: the artifact's codes cannot be stored in the format.
-        ConfigurationError: a compute capability does not have it.
-    """
-    format = choose_format(load_quantized(open_artifact(source, kind=VIT_KIND).root), options.format, str(source))
-    chosen = with_targets(options, format)
-    return format, chosen.compute_capabilities if chosen.builder is not Builder.NONE else ()
+    return options

@@ -16,7 +16,7 @@ from exporters.graph.formats import MODEL_FILE, GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.runtime import import_onnx_package
 from exporters.graph.trace import OPSET, stored_bytes
-from exporters.tensorrt.builder import Shapes, build_rtx, trtexec_command
+from exporters.tensorrt.builder import Shapes, build_rtx, shapes, trtexec_command
 from exporters.tensorrt.engines import describe_engine, engine_file, precision_gate, write_layers
 from exporters.tensorrt.language.calibrate import Score, count_inputs, dynamic_inputs, scales_by_layer, score_torch
 from exporters.tensorrt.language.graph import LOGITS, DecoderGraph, cache_names, decoder_graph
@@ -50,6 +50,7 @@ from exporters.tensorrt.target import ENGINE_LIMITS, Builder, BuiltEngine
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, at_most, check_place, installed_versions
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.report.card import CardFacts, commit_export
 
 if TYPE_CHECKING:
@@ -159,17 +160,12 @@ def _serve(
 
 def _profiles(cache: CacheFacts | None, options: LanguageExportOptions) -> dict[str, Shapes]:
     """Smallest, usual and largest shapes; the past may be empty."""
-    pairs = list(zip(options.batch, options.sequence, strict=True))
-    past = [0, *options.sequence[1:]] if cache is not None else [0, 0, 0]
-
-    def three(*shapes: tuple[int, ...]) -> Shapes:
-        return shapes[0], shapes[1], shapes[2]
-
-    ids = three(*((batch, length) for batch, length in pairs))
-    found = {"input_ids": ids, "position_ids": ids}
-    found["attention_mask"] = three(*((b, length + p) for (b, length), p in zip(pairs, past, strict=True)))
+    past = (0, *options.sequence[1:]) if cache is not None else (0, 0, 0)
+    rows = list(zip(options.batch, options.sequence, past, strict=True))
+    found = dict.fromkeys(("input_ids", "position_ids"), shapes((batch, new) for batch, new, _ in rows))
+    found["attention_mask"] = shapes((batch, new + cached) for batch, new, cached in rows)
     if cache is not None:
-        shape = three(*((b, cache.heads, p, cache.size) for (b, _), p in zip(pairs, past, strict=True)))
+        shape = shapes((batch, cache.heads, cached, cache.size) for batch, _, cached in rows)
         found |= dict.fromkeys(cache_names(cache.layers), shape)
     return found
 
@@ -212,7 +208,7 @@ def _commit(
     layers = language_records(model, options.calibration)
     return commit_export(
         writer, _CARD, model.artifact, options, format=options.format, layers=layers,
-        number_format=NumberFormat(name="e4m3", granularity="per-tensor" if model.per_tensor else "per-channel"),
+        number_format=NumberFormat(name=Kind.E4M3.value, granularity="per-tensor" if model.per_tensor else "per-channel"),
         runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
         versions=installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "transformers")),
         details=TrtLanguageDetails(

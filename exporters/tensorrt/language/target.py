@@ -16,6 +16,7 @@ from exporters.tensorrt.target import Base, Builder, BuiltEngine, Capabilities
 from fp8pipe.artifact.kinds import FALQON_KIND, Details
 from fp8pipe.artifact.layers import Encoding
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
+from fp8pipe.numerics.kinds import Kind
 
 KIND: Final = "trt-language-export"
 # What is exported here: codes that were trained.
@@ -132,7 +133,7 @@ class TrtLanguageDetails(Details):
 def migrate_language(data: dict[str, Any]) -> dict[str, Any]:
     """Of the kind `trt-export` until schema 2; its sentence on training said one power of two for every rule."""
     rule = str(data.get("config", {}).get("calibration", "amax"))
-    scale = {"format": "e4m3", "bits": 8, "granularity": "per-tensor"}
+    scale = {"format": Kind.E4M3.value, "bits": 8, "granularity": "per-tensor"}
     details = {**data["details"], "activations": scale | {"scale_rule": rule if rule != "amax" else "power-of-two"}}
     return data | {"kind": KIND, "details": details}
 
