@@ -208,7 +208,9 @@ def _commit(
     layers = language_records(model, options.calibration)
     return commit_export(
         writer, _CARD, model.artifact, options, format=options.format, layers=layers,
-        number_format=NumberFormat(name=Kind.E4M3.value, granularity="per-tensor" if model.per_tensor else "per-channel"),
+        number_format=NumberFormat(
+            name=Kind.E4M3.value, granularity="per-tensor" if model.per_tensor else "per-channel"
+        ),
         runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
         versions=installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "transformers")),
         details=TrtLanguageDetails(
