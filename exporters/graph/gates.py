@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -286,20 +286,17 @@ def own_agreement(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> 
 def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
     """The outputs when every layer's result is off by 1e-6 of its largest value, of random sign."""
     random = torch.Generator().manual_seed(seed)
+
+    def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, output.shape, generator=random) * 2 - 1
+        disturbed: Tensor = output + INTEGER_TOLERANCE * output.abs().max() * signs
+        return disturbed
+
     layers = [quantized.model.get_submodule(name) for name in quantized.structure.linear_names]
-    handles = [layer.register_forward_hook(_disturb(random)) for layer in layers]
+    handles = [layer.register_forward_hook(disturb) for layer in layers]
     try:
         outputs: Tensor = quantized(pixels)
         return outputs
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _disturb(random: torch.Generator) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, output.shape, generator=random) * 2 - 1
-        disturbed: Tensor = output + INTEGER_TOLERANCE * output.abs().max() * signs
-        return disturbed
-
-    return hook

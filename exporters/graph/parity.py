@@ -95,8 +95,8 @@ def compare_layers(
     stands, on no integer kernel of this CPU, and sums are in float64, so that only the graph is judged.
     """
     outputs = run(open_session(cut_layers(model, layers, wide=not optimize), optimize=optimize), inputs)
-    cut = cut_codes(model, layers)
-    codes = {} if cut is None else run(open_session(cut), inputs)
+    coded = dict.fromkeys(o.codes for layer in layers for o in layer.operands if o.codes is not None)
+    codes = run(open_session(_cut(model, layers, list(coded), as_float=True)), inputs) if coded else {}
     return judge_layers(layers, inputs, outputs, torch_outputs, lambda layer: _count_codes(layer, inputs, codes))
 
 
@@ -185,12 +185,6 @@ def cut_layers(model: ir.Model, layers: Sequence[ExportedLayer], *, wide: bool =
     `wide` adds the products of matrices up in float64, so that what differs is the graph and not the order of sums.
     """
     return _cut(model, layers, [layer.output for layer in layers], wide=wide)
-
-
-def cut_codes(model: ir.Model, layers: Sequence[ExportedLayer]) -> bytes | None:
-    """A model whose outputs are the codes of all quantized activations, as float; None when there are none."""
-    codes = dict.fromkeys(o.codes for layer in layers for o in layer.operands if o.codes is not None)
-    return _cut(model, layers, list(codes), as_float=True) if codes else None
 
 
 def _cut(

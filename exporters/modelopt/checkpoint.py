@@ -24,7 +24,7 @@ from torch import Tensor
 
 from exporters.modelopt.target import KIND, ModeloptDetails, ModeloptExportOptions
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
-from exporters.tensorrt.language.source import ExportText, LanguageModel, language_records, open_language, read_text
+from exporters.tensorrt.language.source import LanguageModel, language_records, open_language, read_text
 from exporters.tensorrt.language.target import InputScale
 from exporters.vllm.plan import fused_siblings
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, check_place, disk_guard, none_of
@@ -60,10 +60,16 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
     """
     check_place(output, force=options.force)
     model = open_language(source)
-    uneven = uneven_groups(model)
+    # Layers that readers join into one product and whose scales differ.
+    groups = fused_siblings(model.weights, model.plan.schema.fused_groups)
+    uneven = [g for g in groups if len({tuple(model.weights[n].scale.reshape(-1).tolist()) for n in g}) > 1]
     algorithm = _PER_TENSOR if model.per_tensor and not uneven else _PER_CHANNEL
     with track(2, "export") as progress:
-        text, scales = _calibrate(model, options) if algorithm == _PER_TENSOR else (None, None)
+        text, scales = None, None
+        if algorithm == _PER_TENSOR:
+            text = read_text(model, options.calibration_data, options.calibration_records)
+            counts = count_inputs(model.torch_model(torch.float32), list(model.weights), text.calibration)
+            scales = scales_by_layer(counts, options.calibration)
         progress.advance(1)
         with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             if model.per_tensor and uneven:
@@ -91,12 +97,6 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
             )  # fmt: skip
 
 
-def uneven_groups(model: LanguageModel) -> list[tuple[str, ...]]:
-    """Layers that readers join into one product and whose scales differ."""
-    groups = fused_siblings(model.weights, model.plan.schema.fused_groups)
-    return [g for g in groups if len({tuple(model.weights[n].scale.reshape(-1).tolist()) for n in g}) > 1]
-
-
 def checkpoint_tensors(
     model: LanguageModel, algorithm: str, scales: Mapping[str, InputScale] | None
 ) -> Iterator[tuple[str, Tensor]]:
@@ -121,12 +121,6 @@ def quant_config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
         "producer": {"name": "fp8pipe", "version": __version__},
         "quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": excluded},
     }
-
-
-def _calibrate(model: LanguageModel, options: ModeloptExportOptions) -> tuple[ExportText, dict[str, InputScale]]:
-    text = read_text(model, options.calibration_data, options.calibration_records)
-    reference = model.torch_model(torch.float32)
-    return text, scales_by_layer(count_inputs(reference, list(model.weights), text.calibration), options.calibration)
 
 
 def _write_configs(model: LanguageModel, algorithm: str, root: Path) -> None:

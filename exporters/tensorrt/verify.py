@@ -23,7 +23,7 @@ from exporters.tensorrt.target import Base, BuiltEngine, TrtDetails, TrtFormat
 from exporters.verify.common import compare_files, compare_json, failed_gates
 from exporters.verify.graph_export import GraphChecks, check_file, check_vision_graph, other_versions
 from exporters.verify.graphs import compare_graphs, compare_stored
-from fp8pipe.artifact import Artifact, LayerRecord, sha256_file
+from fp8pipe.artifact import Artifact, sha256_file
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.vision.encodings import layer_records
@@ -41,12 +41,9 @@ def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iter
             halve(graph)
         return graph
 
-    def records(quantized: QuantizedVit) -> list[LayerRecord]:
-        return layer_records(in_format(quantized, format), activations=not format.weight_only)
-
     checks = GraphChecks(
         lint=lambda path: lint_file(path, tuple(details.engines)).errors(require=require), readable=not half,
-        remake=remake, records=records,
+        remake=remake, records=lambda q: layer_records(in_format(q, format), activations=not format.weight_only),
     )  # fmt: skip
     yield from check_vision_graph(artifact, parent, notes, checks)
     yield from check_engines(artifact, details.engines, details.products)

@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from exporters.graph.formats import GraphDetails
+from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, GraphDetails
 from exporters.graph.runtime import PRECISION_MODE, has_vnni, import_onnx_package, open_session
 from exporters.target import call, open_export
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
@@ -61,7 +61,9 @@ def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mappi
         MissingCapabilityError: a graph for VNNI cannot be compared on a processor without it.
     """
     proved = open_session(source)
-    width = _width(proved, source)
+    width = proved.get_outputs()[0].shape[-1]
+    if not isinstance(width, int) or width < 1:
+        raise BadArtifactError(f"{source} has no fixed number of outputs", why="Triton needs one", fix="export again")
     if device is TritonDevice.GPU:
         shutil.copyfile(source, target)
         return width
@@ -102,14 +104,7 @@ def _compare(proved: Any, written: Any, path: Path) -> None:
         )
 
 
-def _width(session: Any, path: Path) -> int:
-    size = session.get_outputs()[0].shape[-1]
-    if not isinstance(size, int) or size < 1:
-        raise BadArtifactError(f"{path} has no fixed number of outputs", why="Triton needs one", fix="export again")
-    return size
-
-
-_MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
+_PREPROCESSING = "preprocessing.json"
 _MAX_BATCH = 32
 
 
@@ -149,9 +144,9 @@ def write_triton_repository(
 
 def write_vision(artifact: Artifact, root: Path, name: str, device: TritonDevice, max_model_len: int | None) -> str:
     """The files of a graph, and its config.pbtxt."""
-    graph = root / "1" / _MODEL
-    width = write_graph(artifact.root / _MODEL, graph, device, artifact.manifest.runtime.get("session_entries", {}))
-    labels = _labels(artifact.root / _CLASSES)
+    graph = root / "1" / MODEL_FILE
+    width = write_graph(artifact.root / MODEL_FILE, graph, device, artifact.manifest.runtime.get("session_entries", {}))
+    labels = _labels(artifact.root / CLASSES_FILE)
     if labels is not None:
         (root / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
     if (artifact.root / _PREPROCESSING).is_file():
@@ -242,5 +237,5 @@ def _repository_peak(artifact: Artifact, device: TritonDevice) -> int | None:
         meter.enter("graph")
         if isinstance(artifact.manifest.details, GraphDetails):
             entries = artifact.manifest.runtime.get("session_entries", {})
-            write_graph(artifact.root / _MODEL, Path(scratch) / _MODEL, device, entries)
+            write_graph(artifact.root / MODEL_FILE, Path(scratch) / MODEL_FILE, device, entries)
     return meter.phases["graph"].peak_bytes

@@ -133,7 +133,12 @@ def quantize_activations(
         if found is None:
             first = not readers[value]
             name = site if first or product.kind is not ProductKind.LINEAR else f"{product.name}.input"
-            found = _insert(traced.model.graph, product.node, value, quantizer, name, _axis(readers[value], value))
+            integer, axis = quantizer.kind is Kind.INT, _axis(readers[value], value)
+            found = quantize_value(
+                traced.model.graph, product.node, value, name, quantizer.scale,
+                np.dtype(np.int8 if integer else ml_dtypes.float8_e4m3fn),
+                bounds=_bounds(quantizer, value) if integer else (None, None), axis=axis, to=ir.DataType.FLOAT,
+            )  # fmt: skip
             pairs[value, quantizer] = found
             readers[value] += 1
             changed.append(name)
@@ -141,23 +146,11 @@ def quantize_activations(
     return Change("quantize_activations", tuple(changed))
 
 
-def _axis(readers: int, value: ir.Value) -> int:
-    """An axis that no earlier pair of this value has; the default for the first."""
+def _axis(readers: int, value: ir.Value) -> int | None:
+    """An axis that no earlier pair of this value has; None, which means the default, for the first."""
     rank = len(value.shape) if value.shape is not None else 1
-    axes = [_DEFAULT_AXIS, *(axis for axis in range(-rank, rank) if axis != _DEFAULT_AXIS)]
+    axes = [None, *(axis for axis in range(-rank, rank) if axis != _DEFAULT_AXIS)]
     return axes[readers % len(axes)]
-
-
-def _insert(
-    graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: ActivationQuantizer, site: str, axis: int
-) -> ir.Value:
-    """The dequantized form of `value`."""
-    integer = quantizer.kind is Kind.INT
-    return quantize_value(
-        graph, before, value, site, quantizer.scale, np.dtype(np.int8 if integer else ml_dtypes.float8_e4m3fn),
-        bounds=_bounds(quantizer, value) if integer else (None, None),
-        axis=None if axis == _DEFAULT_AXIS else axis, to=ir.DataType.FLOAT,
-    )  # fmt: skip
 
 
 def _bounds(quantizer: ActivationQuantizer, value: ir.Value) -> tuple[np.float32 | None, np.float32 | None]:
