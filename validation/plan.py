@@ -16,8 +16,7 @@ from exporters.vllm.environment import find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import MissingCapabilityError
-from fp8pipe.core.phases import PhaseMeter, can_measure
-from fp8pipe.core.plan import Missing, Plan, missing_memory, missing_packages
+from fp8pipe.core.plan import Missing, PhaseMeter, Plan, can_measure, missing_memory, missing_packages
 
 __all__ = ["RECORD_BYTES", "plan_onnx", "plan_tensorrt", "plan_vllm"]
 

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from exporters.graph.images import PROBE_IMAGES
 from exporters.graph.runtime import import_onnx_package, open_session
 from exporters.graph.trace import export_program
-from fp8pipe.core.disk import free_bytes
-from fp8pipe.core.phases import PhaseMeter, can_measure
-from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
+from fp8pipe.core.machine import free_bytes
+from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.vision.quantized import QuantizedVit
 
 

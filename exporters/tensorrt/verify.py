@@ -21,13 +21,18 @@ from exporters.tensorrt.language.target import InputScale, LanguageExportOptions
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.target import Base, BuiltEngine, TrtDetails, TrtFormat
 from exporters.verify.common import compare_files, compare_json, failed_gates
-from exporters.verify.graph_export import GraphChecks, check_file, check_vision_graph, other_versions
-from exporters.verify.graphs import compare_graphs, compare_stored
+from exporters.verify.graph_export import (
+    GraphChecks,
+    check_file,
+    check_vision_graph,
+    compare_graphs,
+    compare_stored,
+    other_versions,
+)
 from fp8pipe.artifact import Artifact, sha256_file
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
-from fp8pipe.models.vision.encodings import layer_records
-from fp8pipe.models.vision.quantized import QuantizedVit
+from fp8pipe.models.vision.quantized import QuantizedVit, layer_records
 
 
 def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:

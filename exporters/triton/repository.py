@@ -33,8 +33,7 @@ from exporters.graph.runtime import PRECISION_MODE, has_vnni, import_onnx_packag
 from exporters.target import call, open_export
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
-from fp8pipe.core.phases import PhaseMeter, can_measure
-from fp8pipe.core.plan import Plan, missing_disk
+from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk
 
 _IMAGES: Final = 4
 # Three times what normalized pixels are: many activations at the ends of their ranges, where sums are largest.

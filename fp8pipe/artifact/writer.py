@@ -38,9 +38,8 @@ from fp8pipe.artifact.place import (
     translate_unwritable,
 )
 from fp8pipe.artifact.reader import Artifact, read_artifact, sha256_file
-from fp8pipe.core.disk import ordinary_mode, translate_disk_full
 from fp8pipe.core.errors import BadArtifactError, GateFailedError
-from fp8pipe.core.machine import distribution_version
+from fp8pipe.core.machine import distribution_version, ordinary_mode, translate_disk_full
 from fp8pipe.core.version import __version__
 
 __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]
@@ -197,7 +196,7 @@ class ArtifactWriter:
     def _write_manifest(self, manifest: Manifest) -> None:
         path = self.root / MANIFEST_NAME
         write_checked(path, manifest.to_json())
-        _sync(self.root)
+        sync(self.root)
         reopened = read_artifact(self.root, verify=True)
         if reopened.digest != manifest.digest:
             raise BadArtifactError(
@@ -218,7 +217,7 @@ class ArtifactWriter:
             if replaced is not None:
                 replaced.rename(self.output)
             raise
-        _sync(self.output.parent)
+        sync(self.output.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
@@ -257,14 +256,15 @@ def _hash_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
             )
         if path.is_file():
             path.chmod(mode)  # safetensors creates its files for the owner alone
-        _sync(path)
+        sync(path)
         if path.is_file():
             changing = any(name == entry or name.startswith(f"{entry}/") for entry in volatile)
             entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path), volatile=changing))
     return entries
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

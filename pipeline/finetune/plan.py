@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from fp8pipe.core.errors import MissingCapabilityError
-from fp8pipe.core.phases import can_measure
-from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
+from fp8pipe.core.plan import Missing, Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
 from fp8pipe.models.compat import import_transformers
@@ -22,7 +21,7 @@ from fp8pipe.models.language.sources import ModelSource, check_unquantized, reso
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.falqon.convert import read_convertible
-from pipeline.falqon.final_merge import held_moments
+from pipeline.falqon.flush import held_moments
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.method import check_device, export_warnings, hardware

@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.core.progress import track
-from fp8pipe.core.text import table
+from fp8pipe.core.progress import table, track
 from validation.vllm.engine import ProbeJob, run_probe
 from validation.vllm.expected import ExpectedWeights, count_differences, open_export
 from validation.vllm.record import ExportRejectedError, ValidationRecord, WeightReport, remove_record, write_record

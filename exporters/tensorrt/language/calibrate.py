@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from exporters.tensorrt.language.target import Calibration, InputScale
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text import IGNORED, Encoded
-from fp8pipe.numerics.grids import E4M3
-from fp8pipe.numerics.scales import amax_scale
+from fp8pipe.numerics.grids import E4M3, amax_scale
 
 _BINS: Final = 1 << 15  # bfloat16 without its sign
 _CLIPPED: Final = 1e-5  # share of values that `percentile` may clip

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.read import iter_weights, load_torch_model
+from exporters.vllm.reopen import iter_weights, load_torch_model
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.tensors import weight_entries
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.numerics.codec import same_bits
+from fp8pipe.numerics.grids import same_bits
 
 FAMILIES = ["llama", "qwen2"]
 
