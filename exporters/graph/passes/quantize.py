@@ -133,12 +133,7 @@ def quantize_activations(
         if found is None:
             first = not readers[value]
             name = site if first or product.kind is not ProductKind.LINEAR else f"{product.name}.input"
-            integer, axis = quantizer.kind is Kind.INT, _axis(readers[value], value)
-            found = quantize_value(
-                traced.model.graph, product.node, value, name, quantizer.scale,
-                np.dtype(np.int8 if integer else ml_dtypes.float8_e4m3fn),
-                bounds=_bounds(quantizer, value) if integer else (None, None), axis=axis, to=ir.DataType.FLOAT,
-            )  # fmt: skip
+            found = _insert(traced.model.graph, product.node, value, quantizer, name, _axis(readers[value], value))
             pairs[value, quantizer] = found
             readers[value] += 1
             changed.append(name)
@@ -151,6 +146,17 @@ def _axis(readers: int, value: ir.Value) -> int | None:
     rank = len(value.shape) if value.shape is not None else 1
     axes = [None, *(axis for axis in range(-rank, rank) if axis != _DEFAULT_AXIS)]
     return axes[readers % len(axes)]
+
+
+def _insert(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: ActivationQuantizer, site: str, axis: int | None
+) -> ir.Value:
+    """The dequantized form of `value`."""
+    integer = quantizer.kind is Kind.INT
+    return quantize_value(
+        graph, before, value, site, quantizer.scale, np.dtype(np.int8 if integer else ml_dtypes.float8_e4m3fn),
+        bounds=_bounds(quantizer, value) if integer else (None, None), axis=axis, to=ir.DataType.FLOAT,
+    )  # fmt: skip
 
 
 def _bounds(quantizer: ActivationQuantizer, value: ir.Value) -> tuple[np.float32 | None, np.float32 | None]:

@@ -53,7 +53,7 @@ def _one_quantizer(quantizer: ActivationQuantizer) -> bytes:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n"]))
     identity = ir.node("Identity", [x])
     graph = ir.Graph([x], [], nodes=[identity], opset_imports={"": 21}, name="g")
-    graph.outputs.append(_insert(graph, identity, x, quantizer, "site", 1))
+    graph.outputs.append(_insert(graph, identity, x, quantizer, "site", None))
     return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
 
 
