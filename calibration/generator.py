@@ -135,29 +135,17 @@ class Synthesizer:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch under way.
+    """A batch under way."""
 
-    Attributes:
-        config: which views and terms.
-        grid: rows and columns of patches.
-        layers: attentions that have priors, in the order of `priors`.
-        streams: one per image.
-        labels: `(N,)` int64, of all images it began with.
-        canvas: of all images that are still here.
-        regions: targets of wholes and quarters, see `draw_regions`, or None.
-        priors: `(N, layers, heads, rows, columns)`, or None.
-        rows: `(n,)` int64: which of the images it began with are still here.
-    """
-
-    config: SynthesisConfig
-    grid: tuple[int, int]
-    layers: list[str]
-    streams: list[torch.Generator]
-    labels: Tensor
-    canvas: Canvas
-    regions: Tensor | None
-    priors: Tensor | None
-    rows: Tensor = field(init=False)
+    config: SynthesisConfig  # which views and terms
+    grid: tuple[int, int]  # rows and columns of patches
+    layers: list[str]  # attentions that have priors, in the order of `priors`
+    streams: list[torch.Generator]  # one per image
+    labels: Tensor  # `(N,)` int64, of all images it began with
+    canvas: Canvas  # of all images that are still here
+    regions: Tensor | None  # targets of wholes and quarters, see `draw_regions`, or None
+    priors: Tensor | None  # `(N, layers, heads, rows, columns)`, or None
+    rows: Tensor = field(init=False)  # `(n,)` int64: which of the images it began with are still here
     plateau: Plateau = field(init=False)
 
     def __post_init__(self) -> None:

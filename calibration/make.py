@@ -30,19 +30,12 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Which images are wanted.
+    """Which images are wanted."""
 
-    Attributes:
-        method: synthetic, patch-similarity, gaussian, images:DIR, or artifact:DIR for those an artifact was made with.
-        count: how many.
-        seed: of their streams, or of the choice among the pictures of a folder.
-        synthesis: for the synthetic ones.
-    """
-
-    method: str
-    count: int
-    seed: int
-    synthesis: SynthesisConfig
+    method: str  # synthetic, patch-similarity, gaussian, images:DIR, or artifact:DIR (those it was made with)
+    count: int  # how many
+    seed: int  # of their streams, or of the choice among the pictures of a folder
+    synthesis: SynthesisConfig  # for the synthetic ones
 
     def check(self) -> None:
         """Refuse a method that does not exist.

@@ -32,23 +32,14 @@ from fp8pipe.models.vision.structure import AttentionSite, VitStructure
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one step looks at.
+    """What one step looks at."""
 
-    Attributes:
-        pixels: the images themselves, `(N, 3, H, W)`.
-        view: what the model is shown of them, same shape.
-        targets: `(N,)` int64 classes, or `(N, C)` fp32 soft ones.
-        progress: from 0 at the first step to 1 after the last.
-        priors: maps by attention, each `(N, H, P)`; empty without the term.
-        draws: `(N, P)` uniform, for the random part of masks; None without the term.
-    """
-
-    pixels: Tensor
-    view: Tensor
-    targets: Tensor
-    progress: float
-    priors: dict[str, Tensor]
-    draws: Tensor | None
+    pixels: Tensor  # the images themselves, `(N, 3, H, W)`
+    view: Tensor  # what the model is shown of them, same shape
+    targets: Tensor  # `(N,)` int64 classes, or `(N, C)` fp32 soft ones
+    progress: float  # from 0 at the first step to 1 after the last
+    priors: dict[str, Tensor]  # maps by attention, each `(N, H, P)`; empty without the term
+    draws: Tensor | None  # `(N, P)` uniform, for the random part of masks; None without the term
 
 
 class Terms:

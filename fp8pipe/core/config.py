@@ -53,16 +53,11 @@ class Flag:
     """How a field stands on the command line: `Annotated[int, Flag("synthesis-steps")]`.
 
     Without one, `batch_size` is `--batch-size`. A field of a nested model is an option only if it has a name here.
-
-    Attributes:
-        name: of the option, without dashes in front.
-        default: in words, where it follows from something else.
-        config_only: it is no option of its own.
     """
 
-    name: str = ""
-    default: str = ""
-    config_only: bool = False
+    name: str = ""  # of the option, without dashes in front
+    default: str = ""  # in words, where it follows from something else
+    config_only: bool = False  # it is no option of its own
 
 
 CONFIG_ONLY: Final = Flag(config_only=True)

@@ -34,21 +34,13 @@ from fp8pipe.numerics.kinds import ScaleRule
 
 @dataclass(frozen=True, slots=True)
 class FloatGrid:
-    """An 8-bit floating-point format held in torch's own dtype.
+    """An 8-bit floating-point format held in torch's own dtype."""
 
-    Attributes:
-        name: the format's usual name.
-        dtype: the torch dtype that stores one code per byte.
-        max: largest finite magnitude.
-        min_normal: smallest normal magnitude.
-        mantissa_bits: explicit mantissa bits.
-    """
-
-    name: str
-    dtype: torch.dtype
-    max: float
-    min_normal: float
-    mantissa_bits: int
+    name: str  # the format's usual name
+    dtype: torch.dtype  # the torch dtype that stores one code per byte
+    max: float  # largest finite magnitude
+    min_normal: float  # smallest normal magnitude
+    mantissa_bits: int  # explicit mantissa bits
 
     def cast(self, values: Tensor) -> Tensor:
         """Round code-unit values to the grid: saturating, nearest, ties to even; NaN stays NaN.
@@ -86,15 +78,10 @@ AMAX_FLOOR = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """`dequantized = code * value`.
+    """`dequantized = code * value`."""
 
-    Attributes:
-        value: fp32, a scalar or `(rows, 1)`.
-        inverse_scale: what the rule `exact` multiplies by before rounding; None for powers of two.
-    """
-
-    value: Tensor
-    inverse_scale: Tensor | None = None
+    value: Tensor  # fp32, a scalar or `(rows, 1)`
+    inverse_scale: Tensor | None = None  # what the rule `exact` multiplies by before rounding; None for powers of two
 
     @classmethod
     def exact(cls, inverse_scale: Tensor) -> Scale:

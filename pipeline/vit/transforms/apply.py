@@ -41,17 +41,11 @@ _CHECKED: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
-    """The model in its new form.
+    """The model in its new form."""
 
-    Attributes:
-        vision: the same architecture with other weights.
-        steps: what was done, in words.
-        notes: what could not be done, and why.
-    """
-
-    vision: VisionModel
-    steps: tuple[str, ...]
-    notes: tuple[str, ...]
+    vision: VisionModel  # the same architecture with other weights
+    steps: tuple[str, ...]  # what was done, in words
+    notes: tuple[str, ...]  # what could not be done, and why
 
 
 def apply_transforms(
