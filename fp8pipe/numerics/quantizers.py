@@ -109,14 +109,7 @@ class WeightCodes:
 
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bits: int, kind: Kind = Kind.INT) -> WeightCodes:
-        """Round a weight to the nearest codes.
-
-        Args:
-            weight: `(out, ...)`, any float dtype.
-            scale: `(out,)` fp32, positive.
-            bits: 2 to 8 for integer codes.
-            kind: integer codes or E4M3.
-        """
+        """Round a weight `(out, ...)`, any float dtype, to the nearest codes of a positive scale `(out,)`, fp32."""
         units = weight.float() / _per_channel(scale, weight)
         if kind is Kind.E4M3:
             return cls(E4M3.cast(units), scale.float(), 8)

@@ -49,11 +49,7 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
         output_bytes=written,
         seconds=sum(seconds.values()) if seconds else None,
         packages=packages,
-        missing=(
-            *missing_packages(packages),
-            *missing_memory(peak, _SMALLER),
-            *missing_disk(output or Path(), disk),
-        ),  # fmt: skip
+        missing=(*missing_packages(packages), *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
         notes=notes,
         facts={
             "linears": len(structure.linears),
