@@ -19,15 +19,7 @@ from typing import Any
 
 from fp8pipe.artifact.checksum import remove_checked, write_checked
 from fp8pipe.artifact.kinds import Details
-from fp8pipe.artifact.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    Gate,
-    LayerRecord,
-    Manifest,
-    NumberFormat,
-    Parent,
-)
+from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Gate, LayerRecord, Manifest, NumberFormat, Parent
 from fp8pipe.artifact.place import (
     CHECKPOINT_PREFIX,
     LOCK_NAME,

@@ -7,13 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fp8pipe.artifact.kinds import kind_named
-from fp8pipe.report.blocks import (
-    Block,
-    Lines,
-    Missing,
-    Table,
-    Text,
-)
+from fp8pipe.report.blocks import Block, Lines, Missing, Table, Text
 from fp8pipe.report.figures import Derive, Figure, Form
 from fp8pipe.report.subject import Item, Record, Subject
 

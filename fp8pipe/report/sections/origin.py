@@ -6,14 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fp8pipe.artifact.runs import RUN_NAME
-from fp8pipe.report.blocks import (
-    Block,
-    Code,
-    Node,
-    Table,
-    Text,
-    Tree,
-)
+from fp8pipe.report.blocks import Block, Code, Node, Table, Text, Tree
 from fp8pipe.report.figures import Badge, Digest, Figure, Form
 from fp8pipe.report.subject import Item, Subject
 

@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8pipe.artifact.kinds import VIT_KIND, VitDetails
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
-from fp8pipe.report.blocks import (
-    Block,
-    Missing,
-    Picture,
-    Pictures,
-    Text,
-)
+from fp8pipe.report.blocks import Block, Missing, Picture, Pictures, Text
 from fp8pipe.report.figures import Form
 from fp8pipe.report.subject import Item, Subject
 

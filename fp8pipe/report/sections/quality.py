@@ -6,15 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, VitDetails, kind_named
-from fp8pipe.report.blocks import (
-    Block,
-    Drawing,
-    Drawings,
-    Lines,
-    Missing,
-    Table,
-    Text,
-)
+from fp8pipe.report.blocks import Block, Drawing, Drawings, Lines, Missing, Table, Text
 from fp8pipe.report.charts import grid
 from fp8pipe.report.figures import Badge, Derive, Form
 from fp8pipe.report.subject import Item, Record, Subject

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, TUNED_KINDS, VIT_KIND
-from fp8pipe.report.blocks import (
-    Block,
-    Drawing,
-    Drawings,
-    Missing,
-    Table,
-    Text,
-)
+from fp8pipe.report.blocks import Block, Drawing, Drawings, Missing, Table, Text
 from fp8pipe.report.charts import Point, Series, grid, line_chart
 from fp8pipe.report.figures import Figure, Form
 from fp8pipe.report.subject import Item, Subject

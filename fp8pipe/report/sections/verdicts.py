@@ -11,11 +11,7 @@ from typing import Any
 
 from fp8pipe.artifact.gate import Gate, Verdict, read_gate, worst
 from fp8pipe.artifact.runs import RUN_NAME, StageRecord
-from fp8pipe.report.blocks import (
-    Block,
-    Table,
-    Text,
-)
+from fp8pipe.report.blocks import Block, Table, Text
 from fp8pipe.report.figures import Badge, Derive, Figure, Form, Quote
 from fp8pipe.report.subject import Item, Subject
 
