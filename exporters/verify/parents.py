@@ -9,8 +9,7 @@ from pathlib import Path
 from exporters.vllm.source import open_source
 from fp8pipe.artifact import Artifact, Parent, read_manifest
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.artifact.tree import find_tree
-from fp8pipe.artifact.verify import find_parent
+from fp8pipe.artifact.verify import find_parent, find_tree
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 __all__ = ["Family", "Found"]

@@ -9,8 +9,7 @@ from pathlib import Path
 from exporters.verify.contents import check_contents
 from exporters.verify.parents import Family
 from fp8pipe.artifact import FileEntry
-from fp8pipe.artifact.tree import Tree
-from fp8pipe.artifact.verify import Checked, check_bytes, check_record
+from fp8pipe.artifact.verify import Checked, Tree, check_bytes, check_record
 
 __all__ = ["verify_tree"]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8pipe.artifact.checksum import checksum_path, read_checked
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.manifest import CHECKSUM_SINCE, MANIFEST_NAME, FileEntry, Manifest, Parent
+from fp8pipe.artifact.record import checksum_path, read_checked
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_file"]

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from fp8pipe.artifact.checksum import read_checked, write_checked
 from fp8pipe.artifact.gate import Comparison, Gate, Verdict, worst
+from fp8pipe.artifact.record import read_checked, write_checked
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact
-from fp8pipe.artifact.place import partial_of
+from fp8pipe.artifact.manifest import canonical_digest
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, StageRecord, read_run
+from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.version import __version__
 from pipeline.workflow.gates import document_of
-from pipeline.workflow.keys import SourceDigests, canonical_digest, file_states, stage_key
+from pipeline.workflow.keys import SourceDigests, file_states, stage_key
 from pipeline.workflow.recipe import Recipe, StageSpec, settings_differing, substitute
 
 __all__ = ["STAGES", "RunOptions", "RunState", "StageCommand", "StageStatus", "content_of", "inside"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from fp8pipe.artifact.layers import Encoding, LayerRecord, ScaleRule
+from fp8pipe.artifact.manifest import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, Quantizer
 from fp8pipe.numerics.kinds import Kind, granularity
 from fp8pipe.numerics.nvfp4 import BlockQuantizer
