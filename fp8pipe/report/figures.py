@@ -18,6 +18,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fp8pipe.artifact import MANIFEST_NAME, Manifest
+from fp8pipe.artifact.gate import number_of
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Badge", "Derive", "Digest", "Documents", "Figure", "Form", "Quote", "shown"]
@@ -103,15 +104,6 @@ _TONES = {
 }
 _EXACT = 2.0**53
 _UNITS = ("B", "kB", "MB", "GB", "TB")
-
-
-def number_of(value: Any) -> float | None:
-    """A JSON value as a number; manifests write infinities and NaN as strings."""
-    if isinstance(value, bool | int | float):
-        return float(value)
-    if isinstance(value, str) and value.lower().lstrip("-") in ("nan", "inf", "infinity"):
-        return float(value)
-    return None
 
 
 def shown(value: float, form: Form) -> str:
