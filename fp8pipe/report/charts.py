@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from fp8pipe.report.figures import Figure, shown
 
-__all__ = ["Point", "Series", "grid", "layer_place", "line_chart"]
+__all__ = ["Point", "Series", "grid", "line_chart"]
 
 _WIDTH, _HEIGHT = 420, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 26, 30
@@ -107,7 +107,7 @@ def _key(curve: Series, index: int) -> Markup:
     )
 
 
-def layer_place(name: str) -> tuple[str, int]:
+def _layer_place(name: str) -> tuple[str, int]:
     """A layer's row and column in a grid: its name without its number, and its number (-1 where it has none)."""
     found = re.match(r"(?P<before>.*?)\.(?P<number>\d+)\.(?P<after>.*)", name)
     return (found["after"], int(found["number"])) if found else (name, -1)
@@ -120,7 +120,7 @@ def grid(cells: Sequence[tuple[str, Figure]], title: str) -> Markup:
         cells: a value by layer, not empty.
         title: what is shown, also the accessible name.
     """
-    placed = [(*layer_place(name), name, figure) for name, figure in cells]
+    placed = [(*_layer_place(name), name, figure) for name, figure in cells]
     rows = list(dict.fromkeys(row for row, *_ in placed))
     columns = max(max(column for _, column, *_ in placed) + 1, 1)
     width = min((_WIDTH - _LABELS - 4) / columns, _CELL * 1.6)

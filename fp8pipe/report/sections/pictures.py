@@ -69,10 +69,10 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
     from safetensors.torch import load_file
 
     root = item.artifact.root
-    given = None if subject.image is None else read_image(root, subject.image)
+    given = None if subject.image is None else _read_image(root, subject.image)
     try:
-        made = attention_maps(root, load_file(root / IMAGES)["images"][: _SHOWN - (given is not None)])
-        real = [] if given is None else attention_maps(root, given)
+        made = _attention_maps(root, load_file(root / IMAGES)["images"][: _SHOWN - (given is not None)])
+        real = [] if given is None else _attention_maps(root, given)
     except Fp8PipeError as error:
         yield Missing(f"Attention could not be computed: {error.what}. {error.why}.", error.fix)
         return
@@ -88,7 +88,7 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
         yield Missing("No real image stands beside them.", f"fp8pipe report {subject.path} --image PICTURE")
 
 
-def _picture(found: AttentionMap, what: str, source: str) -> Picture:
+def _picture(found: _AttentionMap, what: str, source: str) -> Picture:
     return Picture(_url(found.png, "png"), f"{what}, and attention over it", what, source)
 
 
@@ -113,28 +113,16 @@ def _url(data: bytes, kind: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMap:
-    """One image and its map.
+class _AttentionMap:
+    """One image and its map."""
 
-    Attributes:
-        png: the image, and the image under its map, side by side.
-        layer: the attention's name.
-        heads: over which the mean is taken.
-        of_class_token: whether it is the class token's attention; else the mean over all tokens'.
-    """
-
-    png: bytes
-    layer: str
-    heads: int
-    of_class_token: bool
+    png: bytes  # the image, and the image under its map, side by side
+    layer: str  # the attention's name
+    of_class_token: bool  # whether it is the class token's attention; else the mean over all tokens'
 
 
-def attention_maps(root: Path, pixels: Tensor) -> list[AttentionMap]:
-    """Maps of some images.
-
-    Args:
-        root: directory of a `vit` artifact.
-        pixels: `(N, 3, H, W)` uint8, of the model's size.
+def _attention_maps(root: Path, pixels: Tensor) -> list[_AttentionMap]:
+    """Maps of some images, `(N, 3, H, W)` uint8, of the size of the model in the directory of a `vit` artifact.
 
     Returns:
         One an image; none where the model has no attention over the whole image (windows, pooling).
@@ -156,12 +144,12 @@ def attention_maps(root: Path, pixels: Tensor) -> list[AttentionMap]:
         probs = quantized.taps(quantized.preprocessing.normalize(pixels))[site.name]["probs_in"]  # (N, H, T, T)
     maps = _of_patches(probs.mean(1), site)
     return [
-        AttentionMap(_overlay(image, found), site.name, site.heads, site.prefix_tokens > 0)
+        _AttentionMap(_overlay(image, found), site.name, site.prefix_tokens > 0)
         for image, found in zip(pixels, maps, strict=True)
     ]
 
 
-def read_image(root: Path, path: Path) -> Tensor:
+def _read_image(root: Path, path: Path) -> Tensor:
     """A picture as the model of an artifact sees it, `(1, 3, H, W)` uint8.
 
     Raises:
