@@ -14,7 +14,7 @@ from exporters.graph.formats import GraphOutput
 from exporters.target import Engine, ExportTarget, Service
 from exporters.tensorrt.target import Base, Builder, BuiltEngine, Capabilities
 from fp8pipe.artifact.kinds import FALQON_KIND, Details
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.numerics.kinds import Kind
 
