@@ -9,9 +9,7 @@ import click
 
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
 from fp8pipe.cli.options import foreign, resolve, union_options
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
-from serving.vision.config import VisionConfig
+from serving.config import LanguageConfig, ServeConfig, VisionConfig
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -63,7 +61,7 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
 def _refuse_now(export: Path, config: ServeConfig) -> None:
     """What would be refused when it is served: changed files, a file of keys that cannot be read."""
     from fp8pipe.artifact import open_artifact
-    from serving.http.auth import KeyFile
+    from serving.http.admission import KeyFile
 
     open_artifact(export, caches="engines")
     if config.api_key_file:

@@ -10,7 +10,7 @@ import click
 from fp8pipe.cli.bench import show_measure_plan, show_record
 from fp8pipe.cli.common import Console, common_options, stage_options
 from fp8pipe.cli.options import model_options, resolve
-from validation.bench.config import ServeCheckConfig
+from validation.bench.record import ServeCheckConfig
 
 
 @click.command("serve-check")

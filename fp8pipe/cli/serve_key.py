@@ -13,7 +13,7 @@ from fp8pipe.cli.common import Console, common_options
 def command(name: str, console: Console) -> None:
     """Make an API key for NAME. The key is shown once; its line goes into the file of --api-key-file."""
     from fp8pipe.core.errors import ConfigurationError
-    from serving.http.auth import hash_key, is_name, new_key
+    from serving.http.admission import hash_key, is_name, new_key
 
     if name and not is_name(name):
         raise ConfigurationError(

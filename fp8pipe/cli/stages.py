@@ -94,13 +94,13 @@ def _vit_config() -> type[BaseModel]:
 
 
 def _bench_config() -> type[BaseModel]:
-    from validation.bench.config import BenchConfig
+    from validation.bench.record import BenchConfig
 
     return BenchConfig
 
 
 def _serve_check_config() -> type[BaseModel]:
-    from validation.bench.config import ServeCheckConfig
+    from validation.bench.record import ServeCheckConfig
 
     return ServeCheckConfig
 

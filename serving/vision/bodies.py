@@ -20,11 +20,7 @@ from pydantic_core import from_json
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from serving.http.limits import account_of
 from serving.http.problems import Problem, too_many_images
-
-__all__ = ["ImagesRequest", "accepted_encoding", "compress", "decompress", "parse_json", "read_body",
-           "read_images"]  # fmt: skip
 
 _FILE_FIELDS: Final = frozenset(("image", "images", "file", "files"))
 _IN_MEMORY_BYTES: Final = 1 << 40
@@ -57,7 +53,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     if encoding in ("", "identity"):
         return body
     body = await asyncio.get_running_loop().run_in_executor(None, decompress, body, encoding, max_bytes)
-    account_of(request.scope).take(len(body))
+    request.scope["state"]["body_account"].take(len(body))
     return body
 
 
@@ -193,3 +189,39 @@ async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRe
             raise Problem(400, "unknown_field", f"unknown field {name[:60]!a}", "fields: image (files), top_k")
     await form.close()
     return ImagesRequest(images, top_k)
+
+
+Schema = dict[str, Any]
+
+
+def _object(*required: str, **properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties} | ({"required": list(required)} if required else {})
+
+
+def _list(items: Schema, **limits: int) -> Schema:
+    return {"type": "array", "items": items, **limits}
+
+
+def _body(schemas: Schema) -> Schema:
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_FILE: Schema = {"type": "string", "format": "binary"}
+_BASE64: Schema = {"type": "string", "format": "byte"}
+_COUNT: Schema = {"type": "integer", "minimum": 1, "maximum": 999_999}
+_TEXT: Schema = {"type": "string"}
+_TENSOR = _object(
+    "name", "shape", "datatype", "data",
+    name=_TEXT, datatype=_TEXT, shape=_list({"type": "integer"}), data=_list({"type": "number"}),
+)  # fmt: skip
+TOP_K: Schema = {"name": "top_k", "in": "query", "required": False, "schema": _COUNT}
+IMAGES_BODY = _body({
+    "multipart/form-data": _object("image", image=_list(_FILE), top_k=_COUNT),
+    "application/json": _object(image=_BASE64, images=_list(_BASE64), top_k=_COUNT) | {"additionalProperties": False},
+    "application/octet-stream": _FILE,
+    "image/*": _FILE,
+})  # fmt: skip
+INFER_BODY = _body({
+    "application/json": _object("inputs", id=_TEXT, inputs=_list(_TENSOR, minItems=1, maxItems=1)),
+})  # fmt: skip

@@ -27,11 +27,8 @@ from exporters.target import call, open_export
 from fp8pipe.artifact import Artifact, Gate, open_artifact
 from fp8pipe.artifact.record import DIGEST_HEADER
 from fp8pipe.core.errors import Fp8PipeError
-from validation.bench.config import ServeCheckConfig
-from validation.bench.record import Figure, MeasureRecord, write_measure
+from validation.bench.record import Figure, MeasureRecord, ServeCheckConfig, write_measure
 from validation.vllm.launcher import free_port
-
-__all__ = ["ask_language", "ask_vision", "serve_check"]
 
 _END_S = 120.0
 _PACKAGES = ("onnxruntime", "fastapi", "uvicorn")

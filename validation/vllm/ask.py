@@ -19,8 +19,6 @@ from fp8pipe.core import logs
 from fp8pipe.core.errors import Fp8PipeError
 from validation.vllm.launcher import ServerOptions, open_local, server
 
-__all__ = ["ask", "main"]
-
 
 def ask(url: str, model: str, question: str, *, max_tokens: int = 64, api_key: str | None = None) -> str:
     """One greedy answer of a running server.

@@ -23,8 +23,6 @@ from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scal
 from fp8pipe.numerics.codec import dequantize_weight, to_bf16
 from fp8pipe.numerics.grids import E4M3
 
-__all__ = ["Expected", "ExpectedWeights", "count_differences", "open_export"]
-
 
 @dataclass(frozen=True, slots=True)
 class Expected:

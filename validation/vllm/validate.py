@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,14 @@ from safetensors.torch import load_file
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact
+from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.core.progress import track
 from fp8pipe.core.text import table
-from validation.vllm.engine import ProbeJob, run_probe
+from validation.record import concluded, heading
 from validation.vllm.expected import ExpectedWeights, count_differences, open_export
-from validation.vllm.record import ExportRejectedError, ValidationRecord, WeightReport, remove_record, write_record
-from validation.vllm.reference import Reference, chat_ids, load_tokenizer
-
-__all__ = ["CANARY_PROMPTS", "LOGPROB_THRESHOLD", "validate_export"]
+from validation.vllm.launcher import ProbeJob, run_probe
+from validation.vllm.reference import Reference, ValidationRecord, WeightReport, chat_ids, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +82,7 @@ def validate_export(
     _require_plugin(environment, artifact)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     record = _validate(artifact, expected, environment, prompts, max_tokens, timeout_s)
-    path = write_record(record, artifact.root)
-    if record.verdict == "REJECT":
-        raise ExportRejectedError(
-            f"vLLM does not serve what {artifact.root} holds",
-            why="; ".join(record.reasons),
-            fix=f"do not deploy it; the figures are in {path}",
-            record=record,
-        )
-    return record
+    return concluded(record, artifact, record.reasons, f"vLLM does not serve what {artifact.root} holds")
 
 
 def _check_request(prompts: Sequence[str], max_tokens: int) -> None:
@@ -155,9 +145,7 @@ def _validate(
     wrong = [f"the answer to {c.prompt!r} is {c.verdict}: {c.answer!r}" for c in canary if c.verdict != "ok"]
     reasons = weights.failures + logprobs.failures + wrong
     return ValidationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest,
+        **heading(artifact),
         engine="vllm",
         dtype=job.dtype,
         versions={**environment.versions, **result["versions"]},

@@ -16,14 +16,14 @@ from services import Running, ready, running, wait_until
 
 from exporters.vllm.environment import find_vllm_python
 from fp8pipe.core.errors import MissingCapabilityError
-from serving.http.auth import hash_key, new_key
+from serving.http.admission import hash_key, new_key
 
 SERVE = """
 import sys
 from pathlib import Path
 from fp8pipe.core import logs
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
+from serving.config import ServeConfig
+from serving.config import LanguageConfig
 from serving.language.server import serve_language
 logs.setup(json=False, quiet=False, verbose=False)
 language = LanguageConfig(enforce_eager=True, max_num_seqs=8)

@@ -1,28 +1,113 @@
-"""Speed and size of a language export in vLLM, as a client of its OpenAI API sees it."""
+"""x"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 
+from exporters.graph.description import MODEL_FILE
+from exporters.graph.runtime import open_session
+from exporters.onnx import target as onnx
+from exporters.tensorrt.dequantized import dequantize_graph
+from exporters.vllm import target as vllm
 from exporters.vllm.environment import find_vllm_python, inspect_environment
-from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import Fp8PipeError
-from validation.bench.config import BenchConfig
-from validation.bench.record import Figure, MeasureRecord, write_measure
+from fp8pipe.core.progress import track
+from validation.bench.record import BenchConfig, Figure, MeasureRecord, write_measure
 from validation.vllm.launcher import ServerOptions, server
 
-__all__ = ["bench_language"]
+_PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "numpy")
+
+
+def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
+    """Measure an export to ONNX and write `<export>.bench.json` beside it.
+
+    Raises:
+        BadArtifactError: a damaged export, or one that ONNX Runtime refuses.
+        MissingCapabilityError: onnxruntime is not installed.
+    """
+    import onnx_ir as ir
+
+    artifact = open_artifact(export, kind=onnx.KIND)
+    graph = artifact.root / MODEL_FILE
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-bench-") as folder:
+        plain = Path(folder) / MODEL_FILE
+        model = ir.load(graph)
+        dequantize_graph(model)
+        ir.save(model, plain)
+        sizes = {"export": graph.stat().st_size, "float": plain.stat().st_size}
+        sessions = {
+            "export": open_session(graph, threads=config.threads), "float": open_session(plain, threads=config.threads)
+        }  # fmt: skip
+    shape = tuple(map(int, artifact.manifest.details_of(onnx.OnnxDetails).input.shape[1:]))
+    rows = _graph_sizes(sizes)
+    with track(len(config.batches) * config.rounds, "bench") as progress:
+        for batch in config.batches:
+            pixels = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
+            times = _interleaved(sessions, pixels, config.rounds, progress)
+            rows += _latencies(times, batch)
+    return write_measure(artifact, "bench", config, rows, packages=_PACKAGES)
+
+
+def _interleaved(sessions: Mapping[str, Any], pixels: Any, rounds: int, progress: Any) -> dict[str, list[float]]:
+    """Milliseconds of every call, all sessions in turn; one call each before, which is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for round_ in range(rounds + 1):
+        for name, session in sessions.items():
+            started = time.perf_counter()
+            session.run(None, {session.get_inputs()[0].name: pixels})
+            if round_:
+                times[name].append(1000 * (time.perf_counter() - started))
+        if round_:
+            progress.advance(1)
+    return times
+
+
+def _latencies(times: Mapping[str, Sequence[float]], batch: int) -> list[Figure]:
+    quantized, plain = median(times["export"]), median(times["float"])
+    ratio = median(f / q for f, q in zip(times["float"], times["export"], strict=True))
+    how = f"median of {len(times['export'])} calls, both graphs in turn"
+    at = f"{batch} image{'s' if batch > 1 else ''} at once"
+    return [
+        Figure(what=f"latency, {at}", name=f"latency_ms_batch_{batch}", value=quantized, unit="ms", detail=how),
+        Figure(
+            what=f"latency in floating point, {at}", name=f"float_latency_ms_batch_{batch}", value=plain, unit="ms",
+            detail=how,
+        ),
+        Figure(
+            what=f"throughput, {at}", name=f"images_per_s_batch_{batch}", value=1000 * batch / quantized,
+            unit="images/s", detail=how,
+        ),
+        Figure(
+            what=f"speed-up over floating point, {at}", name=f"speedup_batch_{batch}", value=ratio, unit="x",
+            detail="median of the ratios within a round",
+        ),
+    ]  # fmt: skip
+
+
+def _graph_sizes(sizes: Mapping[str, int]) -> list[Figure]:
+    return [
+        Figure(what="size of the graph", name="size_bytes", value=sizes["export"], unit="bytes"),
+        Figure(what="size in floating point", name="float_size_bytes", value=sizes["float"], unit="bytes"),
+        Figure(
+            what="share of the float size", name="size_ratio", value=sizes["export"] / sizes["float"], unit="",
+            detail="graph and weights",
+        ),
+    ]  # fmt: skip
+
 
 _PROMPT = "Write a long story about a lighthouse keeper and the sea."
 _NO_COMPARISON = "speed against full precision: on a CPU vLLM computes FP8 weights in bf16, so there is none to see"
@@ -44,7 +129,7 @@ def bench_language(export: Path, config: BenchConfig, *, vllm_python: str | None
         MissingCapabilityError: no vLLM.
         Fp8PipeError: the server does not answer.
     """
-    artifact = open_artifact(export, kind=KIND)
+    artifact = open_artifact(export, kind=vllm.KIND)
     environment = inspect_environment(find_vllm_python(vllm_python))
     options = ServerOptions(served_name="export", max_num_seqs=max(8, config.concurrency))
     with server(export, options, vllm_python=vllm_python, verify=False) as url:
@@ -54,7 +139,7 @@ def bench_language(export: Path, config: BenchConfig, *, vllm_python: str | None
         with ThreadPoolExecutor(config.concurrency) as pool:
             together = list(pool.map(lambda _: _ask(url, config.tokens), range(config.concurrency * 2)))
         wall = time.perf_counter() - started
-    rows = [*_sizes(artifact), *_speeds(alone, together, wall, config.concurrency)]
+    rows = [*_weight_sizes(artifact), *_speeds(alone, together, wall, config.concurrency)]
     return write_measure(
         artifact, "bench", config, rows, packages=(), versions=environment.versions,
         not_measured=[_NO_COMPARISON] if environment.plugin else [],
@@ -106,7 +191,7 @@ def _speeds(alone: Sequence[_Answer], together: Sequence[_Answer], wall: float, 
     ]  # fmt: skip
 
 
-def _sizes(artifact: Artifact) -> list[Figure]:
+def _weight_sizes(artifact: Artifact) -> list[Figure]:
     stored, elements = 0, 0
     for entry in artifact.manifest.files:
         if entry.path.endswith(".safetensors"):
