@@ -40,10 +40,11 @@ SERVE = """
 import os, sys
 from pathlib import Path
 from fp8pipe.artifact import open_artifact
-from fp8pipe.core import logs
-from serving.config import LanguageConfig, ServeConfig
+from fp8pipe.core.progress import setup_logging
+from serving.config import ServeConfig
+from serving.config import LanguageConfig
 from serving.language.server import run_front, serve_language, supervise
-logs.setup(json=False, quiet=False, verbose=False)
+setup_logging(json=False, quiet=False, verbose=False)
 export, engine, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 service, language = ServeConfig(port=0), LanguageConfig(enforce_eager=True, served_model_name="m", max_num_seqs=16)
 if engine == "vllm":

@@ -18,7 +18,7 @@ import os
 import time
 from statistics import median
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/threads.py
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
 
 import torch
 
@@ -26,9 +26,8 @@ from calibration.canvas import open_canvas
 from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.losses import class_prior, head_similarity, total_variation
-from calibration.streams import image_stream
 from calibration.terms import Scene
-from calibration.views import view
+from calibration.views import image_stream, view
 from fp8pipe.core.config import build_config
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs

@@ -23,7 +23,7 @@ from statistics import mean, stdev
 
 from fp8pipe.artifact.kinds import TunedDetails
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/threads.py
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
 
 import torch
 
@@ -33,8 +33,7 @@ from exporters.vllm.read import load_torch_model
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.config import build_config
 from fp8pipe.models.language.sources import resolve_model
-from fp8pipe.numerics.grids import E4M3
-from fp8pipe.numerics.scales import amax_scale
+from fp8pipe.numerics.grids import E4M3, amax_scale
 from pipeline.falqon.rules import RULES
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loss import heldout_loss

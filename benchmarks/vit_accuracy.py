@@ -41,7 +41,7 @@ from statistics import mean, stdev
 
 from fp8pipe.artifact.kinds import VitDetails
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/threads.py
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
 
 import torch
 

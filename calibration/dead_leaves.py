@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibration.streams import image_stream
+from calibration.views import image_stream
 
 _SURFACES = 10
 _LEAST_RADIUS, _LARGEST_RADIUS = 0.05, 1.2  # of half the picture's side

@@ -14,7 +14,7 @@ from torch import Tensor
 from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
-from calibration.streams import image_stream, normal
+from calibration.views import image_stream, normal
 from fp8pipe.artifact.place import lock
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.vision.image_folder import UNLABELLED, batches, list_pictures

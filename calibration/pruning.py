@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from calibration.received_attention import global_sites, received_attention
+from calibration.losses import global_sites, received_attention
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.structure import VitStructure

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from calibration.config import SynthesisConfig
-from calibration.losses import class_prior, head_similarity, patch_entropy, total_variation
-from calibration.masked import masked_difference, query_logits, similarity_spread
+from calibration.losses import (
+    class_prior,
+    deeper_half,
+    global_sites,
+    head_similarity,
+    masked_difference,
+    patch_entropy,
+    prior_distance,
+    query_logits,
+    received_attention,
+    similarity_spread,
+    total_variation,
+)
 from calibration.pruning import TokenPruner
-from calibration.received_attention import deeper_half, global_sites, prior_distance, received_attention
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs

@@ -1,17 +1,27 @@
-"""Random views of an image being optimised: the model never sees quite the same twice.
+"""What a step shows of an image being optimised: a random view, from a stream of the image's own.
+
+One random stream per image: what an image becomes depends on the seed and its number, not on its batch.
 
 A model recognises many things in a picture that a slightly moved one does not show; only what survives every view is
 worth keeping. Two kinds: `shifts`, the published one, and `camera`, which also comes nearer, rotates and relights.
+
+An image made for one class shows it once, on an empty ground. With regions (SARDFQ, arXiv 2412.16553: multi-semantic
+reinforcement, soft labels) its four quarters have a class each: a view shows either one quarter, enlarged, which should
+be recognised as its class, or the whole, which should show all four. The targets are soft: a softmax of uniform numbers
+in [0, 1), with those of the wanted classes from [5, 10). The published method adds the parts to the batch, so a step
+costs more; here a part takes the place of the whole in some of the views, and a step costs the same.
 """
 
 from __future__ import annotations
+
+import hashlib
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from calibration.config import SynthesisConfig
-from calibration.streams import normal, uniform
 
 _FARTHEST = 1.15  # of the picture's side, mirrored at the edges
 _ROTATION = 0.25  # radians to either side
@@ -76,3 +86,53 @@ def _shifts(pixels: Tensor, streams: list[torch.Generator], step: int, config: S
     offset = normal(streams, 3, 1, 1) * 0.5 * (config.steps - 1 - step) / config.steps
     change = 2 * uniform(streams, 2, 3, 1, 1) - 1
     return (shown + offset - change[:, 0]) / change[:, 1].exp()
+
+
+def image_stream(seed: int, image: int, attempt: int = 0) -> torch.Generator:
+    """The generator of image number `image`; `attempt` counts its restarts."""
+    digest = hashlib.sha256(f"{seed} {image} {attempt}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def normal(streams: list[torch.Generator], *shape: int) -> Tensor:
+    """Standard normal values, `(len(streams), *shape)`."""
+    return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+
+
+def uniform(streams: list[torch.Generator], *shape: int) -> Tensor:
+    """Uniform values in [0, 1), `(len(streams), *shape)`."""
+    return torch.stack([torch.rand(shape, generator=stream) for stream in streams])
+
+
+QUARTERS: Final = 4
+_LEAST, _MOST = 5.0, 10.0  # logits of wanted classes: ours, so that they stand out and differ
+
+
+def draw_regions(streams: list[torch.Generator], labels: Tensor, classes: int) -> Tensor:
+    """Targets `(N, 5, C)` fp32 with sums of 1: the whole image's, then those of its quarters, in reading order.
+
+    The classes of the quarters (the first has the image's label) are drawn from each image's own stream.
+    """
+    wanted = (uniform(streams, QUARTERS) * classes).long().clamp(max=classes - 1)
+    wanted[:, 0] = labels
+    each = functional.one_hot(wanted, classes)  # (N, 4, C)
+    marked = torch.cat([each.sum(1, keepdim=True), each], 1) > 0
+    draws = uniform(streams, 1 + QUARTERS, classes)
+    return torch.where(marked, _LEAST + (_MOST - _LEAST) * draws, draws).softmax(-1)
+
+
+def draw_choice(streams: list[torch.Generator], share: float) -> Tensor:
+    """What each view shows, `(N,)` int64: 0 the whole, 1 to 4 a quarter; quarters together in `share` of the views."""
+    draws = uniform(streams, 2)
+    quarter = 1 + (draws[:, 1] * QUARTERS).long().clamp(max=QUARTERS - 1)
+    return torch.where(draws[:, 0] < share, quarter, 0)
+
+
+def cut(pictures: Tensor, choice: Tensor) -> Tensor:
+    """Pictures or maps `(N, C, H, W)` as chosen, quarters enlarged to the whole size (bilinear)."""
+    corner = (choice - 1).clamp(min=0)
+    where = torch.zeros(len(choice), 2, 3)
+    where[:, 0, 0] = where[:, 1, 1] = 0.5
+    where[:, 0, 2] = (corner % 2) - 0.5
+    where[:, 1, 2] = (corner // 2) - 0.5
+    return torch.where((choice > 0).view(-1, 1, 1, 1), resample(pictures, where, "border"), pictures)

@@ -16,8 +16,7 @@ from exporters.vllm.environment import find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import MissingCapabilityError
-from fp8pipe.core.phases import PhaseMeter, can_measure
-from fp8pipe.core.plan import Missing, Plan, missing_memory, missing_packages
+from fp8pipe.core.plan import Missing, PhaseMeter, Plan, can_measure, missing_memory, missing_packages
 
 RECORD_BYTES: Final = 16_384  # a record beside an export, about
 _GRAPH_COPIES: Final = 6.0  # fp32: the file, the model it is compared with, sessions

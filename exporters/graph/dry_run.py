@@ -17,7 +17,7 @@ from exporters.graph.images import PROBE_IMAGES
 from exporters.graph.packages import import_onnx_package
 from exporters.graph.runtime import open_session
 from exporters.graph.trace import export_program
-from fp8pipe.core.phases import PhaseMeter, can_measure
+from fp8pipe.core.plan import PhaseMeter, can_measure
 from fp8pipe.models.vision.quantized import QuantizedVit
 
 __all__ = ["export_peak", "run_model"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.core.disk import free_bytes
+from fp8pipe.core.machine import free_bytes
 from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
 
 __all__ = ["GraphPlan", "vision_plan"]

@@ -33,7 +33,7 @@ from fp8pipe.core.progress import track
 from fp8pipe.core.version import __version__
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
 from fp8pipe.models.checkpoint.tensors import shard_names, write_index
-from fp8pipe.numerics.codec import same_bits
+from fp8pipe.numerics.grids import same_bits
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
 QUANT_FILE: Final = "hf_quant_config.json"

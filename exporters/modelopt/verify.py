@@ -18,7 +18,7 @@ from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.models.language.structure import read_structure
-from fp8pipe.numerics.codec import same_bits
+from fp8pipe.numerics.grids import same_bits
 
 
 def check_modelopt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:

@@ -22,8 +22,7 @@ from exporters.target import call, open_export
 from exporters.triton.graph import TritonDevice, write_graph
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.phases import PhaseMeter, can_measure
-from fp8pipe.core.plan import Plan, missing_disk
+from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk
 
 _MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
 _MAX_BATCH = 32

@@ -25,9 +25,8 @@ from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import reopen
 from exporters.vllm.writer import write_weights
-from fp8pipe.core.disk import free_bytes
-from fp8pipe.core.phases import PhaseMeter, can_measure
-from fp8pipe.core.plan import Plan, missing_disk, missing_memory
+from fp8pipe.core.machine import free_bytes
+from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries, shard_names
 

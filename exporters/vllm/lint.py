@@ -15,8 +15,7 @@ from exporters.vllm.lint_structure import found, lint_structure
 from exporters.vllm.plan import ExportPlan, Unit, tied_original
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
-from fp8pipe.numerics.codec import same_bits
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, same_bits
 
 ADAPTER_FILE = "adapter.safetensors"
 # A weight matrix whose largest magnitude exceeds this, while the reciprocal scale would put it below

@@ -18,7 +18,7 @@ from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import open_artifact
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.structure import build_model
-from fp8pipe.numerics.codec import dequantize_weight
+from fp8pipe.numerics.grids import dequantize_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,7 +21,7 @@ from exporters.vllm.auxiliary import CONFIG_NAME, auxiliary_files
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
-from fp8pipe.numerics.codec import dequantize_weight, quantize_weight, relative_error, same_bits
+from fp8pipe.numerics.grids import dequantize_weight, quantize_weight, relative_error, same_bits
 
 # Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
 # for a row's norm because its amax sits at 448, where the grid's absolute floor of 2^-10 is negligible; 0.1 %

@@ -19,7 +19,7 @@ from torch import Tensor
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from fp8pipe.artifact import disk_guard
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorHeader, read_tensor, shard_names, write_index
-from fp8pipe.numerics.codec import channel_scale, dequantize_weight, quantize_weight, to_bf16
+from fp8pipe.numerics.grids import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
 HEADER_ALIGNMENT = 8
 

@@ -12,7 +12,7 @@ from fp8pipe.artifact.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, 
 from fp8pipe.artifact.place import CHECKPOINT_PREFIX, check_place
 from fp8pipe.artifact.reader import CHECKSUM_NAME, Artifact, check_file, open_artifact, read_manifest, sha256_file
 from fp8pipe.artifact.writer import ArtifactWriter, installed_versions
-from fp8pipe.core.disk import disk_guard, translate_disk_full
+from fp8pipe.core.machine import disk_guard, translate_disk_full
 
 __all__ = [
     "CHECKPOINT_PREFIX", "CHECKSUM_NAME", "MANIFEST_NAME", "SCHEMA_VERSION", "Artifact", "ArtifactWriter", "Comparison",

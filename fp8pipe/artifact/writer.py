@@ -38,9 +38,8 @@ from fp8pipe.artifact.place import (
     translate_unwritable,
 )
 from fp8pipe.artifact.reader import Artifact, read_artifact, sha256_file
-from fp8pipe.core.disk import ordinary_mode, translate_disk_full
 from fp8pipe.core.errors import BadArtifactError
-from fp8pipe.core.machine import distribution_version
+from fp8pipe.core.machine import distribution_version, ordinary_mode, translate_disk_full
 from fp8pipe.core.version import __version__
 
 __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]

@@ -70,7 +70,7 @@ class Ability:
 @click.command("doctor")
 @click.option("--vllm-python", envvar="FP8PIPE_VLLM_PYTHON", help="Python of the environment with vLLM.")
 @common_options()
-def command(vllm_python: str | None, console: Console) -> None:
+def doctor_command(vllm_python: str | None, console: Console) -> None:
     """Report what this machine has, and what it can do.
 
     First Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space; then what can be
@@ -173,7 +173,7 @@ def _package_check(name: str, lack: str, how: str) -> Check:
 
 
 def _disk_checks() -> Iterator[Check]:
-    from fp8pipe.core.disk import free_bytes
+    from fp8pipe.core.machine import free_bytes
 
     cache = Path(os.environ.get("FP8PIPE_CACHE") or Path.home() / ".cache" / "fp8pipe")
     for name, path in (("disk: here", Path.cwd()), ("disk: cache", cache)):

@@ -21,9 +21,6 @@ from fp8pipe.core.errors import ConfigurationError
 if TYPE_CHECKING:
     import yaml
 
-__all__ = ["CONFIG_ONLY", "Flag", "FrozenConfig", "Size", "assign", "build_config", "load_config", "parse_size",
-           "read_yaml"]  # fmt: skip
-
 T = TypeVar("T", bound=BaseModel)
 
 

@@ -3,21 +3,33 @@
 Peak memory is what the kernel will report of the command's largest process (`ru_maxrss`), disk is what its output and
 its checkpoints hold at once. Both are predictions from the shapes of the model at hand; where something of them was
 not measured, `notes` says so.
+
+The phases of a stage are announced by the stage itself, and measured by whoever listens: it says `enter_phase("load")`
+where another kind of work begins. Nothing happens then, unless a `PhaseMeter` is active: a plan runs a stage on a
+smaller model, and memory and time of each phase have to be told apart, because each grows in its own way.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import resource
+import time
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
-from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.errors import OutOfMemoryError
-from fp8pipe.core.machine import available_bytes, distribution_version, format_bytes, memory_bytes, swap_bytes
-
-__all__ = ["Missing", "Plan", "missing_disk", "missing_memory", "missing_packages", "refuse_impossible"]
+from fp8pipe.core.machine import (
+    available_bytes,
+    distribution_version,
+    format_bytes,
+    free_bytes,
+    memory_bytes,
+    swap_bytes,
+)
 
 # Distribution -> how it is had.
 _EXTRAS: Final = {
@@ -144,3 +156,68 @@ def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK: Final = "5"  # see proc(5)
+_FIRST: Final = "start"
+_meter: ContextVar[PhaseMeter | None] = ContextVar("phase_meter", default=None)
+
+
+def enter_phase(name: str) -> None:
+    """From here on `name` goes on; it may come again. Costs nothing where nobody listens."""
+    meter = _meter.get()
+    if meter is not None:
+        meter.enter(name)
+
+
+def can_measure() -> bool:
+    """Whether the kernel tells peaks of memory, and lets them be reset: Linux does."""
+    return _STATUS.exists() and _CLEAR.exists()
+
+
+@dataclass(slots=True)
+class Phase:
+    """What a phase took."""
+
+    peak_bytes: int = 0  # largest resident memory while it went on, with what was resident before
+    seconds: list[float] = field(default_factory=list)  # wall time of each of its occurrences
+
+
+class PhaseMeter:
+    """A context manager that measures the phases entered inside it. The first, `start`, is what went before."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, Phase] = {}
+        self._name, self._began = _FIRST, time.perf_counter()
+        self._token: Token[PhaseMeter | None] | None = None
+
+    def __enter__(self) -> Self:
+        self._token = _meter.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.enter(_FIRST)
+        if self._token is not None:
+            _meter.reset(self._token)
+
+    def enter(self, name: str) -> None:
+        """End the phase that goes on, and begin `name`."""
+        phase = self.phases.setdefault(self._name, Phase())
+        phase.peak_bytes = max(phase.peak_bytes, _peak_bytes())
+        phase.seconds.append(time.perf_counter() - self._began)
+        _CLEAR.write_text(_RESET_PEAK)
+        self._name, self._began = name, time.perf_counter()
+
+    def document(self) -> dict[str, Any]:
+        """The phases as plain data, and the largest child that has ended."""
+        return {
+            "phases": {name: {"peak_bytes": p.peak_bytes, "seconds": p.seconds} for name, p in self.phases.items()},
+            "child_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        }
+
+
+def _peak_bytes() -> int:
+    return int(_STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024

@@ -1,4 +1,7 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+"""What people see while a command runs, on stderr, so that stdout holds nothing but results; and tables of text.
+
+Modules call `logging.getLogger(__name__)`; only a command calls `setup_logging`. Rich is for a terminal only.
+Progress is a bar with rate and time left on a terminal, a plain line now and then elsewhere:
 
 with track(steps, "train") as progress:
     for step in range(steps):
@@ -8,12 +11,12 @@ with track(steps, "train") as progress:
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
-
-__all__ = ["Tracker", "configure", "track"]
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -132,3 +135,49 @@ def format_duration(seconds: float) -> str:
 def _format_fields(fields: dict[str, Any]) -> list[str]:
     items = fields.items()
     return [f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in items]
+
+
+ROOMS = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
+_MARK = "_fp8pipe_handler"
+
+
+def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    """Configure logging for one command; calling it again replaces the earlier set-up.
+
+    Args:
+        json: plain lines even on a terminal, since a program is reading.
+        quiet: warnings and errors only, and no progress.
+        verbose: our debug messages and the libraries' information.
+    """
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if hasattr(handler, _MARK)]:
+        root.removeHandler(handler)
+    handler = _handler(plain=json or not sys.stderr.isatty())
+    setattr(handler, _MARK, True)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if verbose else logging.WARNING)
+    ours = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    for room in ROOMS:
+        logging.getLogger(room).setLevel(ours)
+    logging.captureWarnings(True)
+    configure(quiet=quiet, plain=json)
+
+
+def _handler(plain: bool) -> logging.Handler:
+    if plain:
+        handler: logging.Handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        return handler
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
+
+
+def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
+    """Rows as aligned columns of plain text."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    columns = range(max(map(len, cells), default=0))
+    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in columns]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in cells)
+    return "\n".join((indent + line).rstrip() for line in lines)

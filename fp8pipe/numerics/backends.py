@@ -8,22 +8,32 @@ is not needed. A CPU does that, with compiled casts. On CUDA `torch._scaled_mm` 
 Activations and gradients follow the rule of the weight's scale. `power-of-two` has one scale per row (token), as
 engines do when they serve, so that one outlier token does not push all others into the subnormals; `exact` has one for
 all.
+
+The compiled casts are `kernels.c`, built once for this machine and kept in the user's cache under a digest of source,
+flags and processor, so that a cast costs one pass; absent a compiler, torch does the same. They change no bit of any
+result: tests compare them with their torch twins here.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import logging
 import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8pipe.numerics import native
-from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid
+from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3, E5M2, FloatGrid, Scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import AMAX_FLOOR, Scale, quantize
-
-__all__ = ["Backend", "backend"]
 
 _ALIGN = 16  # torch._scaled_mm: inner and outer widths must be multiples of 16
 
@@ -106,7 +116,7 @@ class _Cpu(Backend):
 
     def cast(self, x: Tensor, grid: FloatGrid, rule: ScaleRule, out: Tensor | None = None) -> Tensor:
         fits = rule is ScaleRule.POWER_OF_TWO and x.dtype == torch.bfloat16 and x.stride(1) == 1
-        lib = native.library() if fits else None
+        lib = library() if fits else None
         if lib is None:
             return super().cast(x, grid, rule, out)
         out = torch.empty_like(x) if out is None else out
@@ -118,7 +128,7 @@ class _Cpu(Backend):
 
     def decode(self, codes: Tensor, scale: Scale, dtype: torch.dtype) -> Tensor:
         fits = scale.rule is ScaleRule.POWER_OF_TWO and dtype == torch.bfloat16 and codes.is_contiguous()
-        lib = native.library() if fits else None
+        lib = library() if fits else None
         # The kernel's range; NaN is not in it either: a poisoned scale stays torch's affair.
         if lib is None or not 2.0**-100 <= (factor := scale.value.item()) <= 2.0**100:
             return super().decode(codes, scale, dtype)
@@ -127,7 +137,7 @@ class _Cpu(Backend):
         return values
 
     def decode_units(self, codes: Tensor) -> Tensor:
-        lib = native.library() if codes.is_contiguous() else None
+        lib = library() if codes.is_contiguous() else None
         if lib is None:
             return super().decode_units(codes)
         values = torch.empty(codes.shape)
@@ -135,7 +145,7 @@ class _Cpu(Backend):
         return values
 
     def merge_rows(self, codes: Tensor, rows: Tensor, update: Tensor) -> None:
-        lib = native.library() if codes.is_contiguous() else None
+        lib = library() if codes.is_contiguous() else None
         if lib is None:
             return super().merge_rows(codes, rows, update)
         rows, update = rows.contiguous(), update.contiguous()
@@ -207,3 +217,69 @@ def _pad(codes: Tensor, dim: int) -> Tensor:
 def _bytes(codes: Tensor) -> Tensor:
     """The codes as uint8: few operators exist for float8 dtypes."""
     return codes.view(torch.uint8)
+
+
+_LOG = logging.getLogger(__name__)
+_FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_WIDE = "-mprefer-vector-width=512"  # compilers default to half of AVX-512's width
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be built (said once, in the log).
+
+    Set `FP8PIPE_NATIVE=0` to run the torch casts, for comparison.
+    """
+    if os.environ.get("FP8PIPE_NATIVE", "1") == "0":
+        return None
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or platform.system() != "Linux":
+        _LOG.warning("no C compiler found: CPU casts run in torch (same bits, slower); install gcc to speed up")
+        return None
+    try:
+        return _declare(ctypes.CDLL(str(_build(compiler))))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        _LOG.warning("the CPU casts could not be compiled, torch runs them (same bits, slower): %s", detail)
+        return None
+
+
+def _build(compiler: str) -> Path:
+    source = Path(__file__).with_name("kernels.c")
+    flags = (*_FLAGS, _WIDE) if "avx512bw" in _processor() else _FLAGS
+    digest = hashlib.sha256()
+    for part in (source.read_bytes(), " ".join(flags).encode(), compiler.encode(), _processor().encode()):
+        digest.update(part)
+    cache = Path(os.environ.get("FP8PIPE_CACHE", Path.home() / ".cache" / "fp8pipe")) / "native"
+    target = cache / f"kernels-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        built = Path(scratch) / target.name
+        command = [compiler, *flags, str(source), "-o", str(built), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        built.replace(target)
+    return target
+
+
+def _processor() -> str:
+    """Model and feature flags: a library built for another processor may not run on this one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, size, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    for name, arguments in {
+        "cast_rows_bf16": (pointer, size, pointer, size, size, size, integer, integer, real, real),
+        "decode_e4m3": (pointer, pointer, size, real),
+        "decode_e4m3_fp32": (pointer, pointer, size),
+        "merge_rows_e4m3": (pointer, pointer, size, size, pointer),
+    }.items():
+        kernel = getattr(lib, f"fp8pipe_{name}")
+        kernel.argtypes, kernel.restype = arguments, None
+    return lib

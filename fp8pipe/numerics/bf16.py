@@ -21,8 +21,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["WIDENED", "has_fast_bf16", "widen_bf16_products"]
-
 # Every operator that ends in a product on a CPU, and is not itself made of one of the others.
 WIDENED: Final = (
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_slow_conv2d_forward", "_slow_conv2d_backward.output_mask",

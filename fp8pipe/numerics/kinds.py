@@ -9,8 +9,6 @@ from typing import Final, Literal
 
 from fp8pipe.core.errors import ConfigurationError
 
-__all__ = ["Kind", "Precision", "ScaleRule", "granularity"]
-
 
 class ScaleRule(StrEnum):
     """How FP8 scales follow from amax, and how many there are."""

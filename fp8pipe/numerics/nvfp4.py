@@ -23,22 +23,6 @@ from torch import Tensor
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import Kind
 
-__all__ = [
-    "BLOCK",
-    "E2M1_MAX",
-    "BlockCodes",
-    "BlockQuantizer",
-    "BlockScales",
-    "block_units",
-    "choose_block_scales",
-    "e2m1_codes",
-    "e2m1_round",
-    "e2m1_values",
-    "pack_nibbles",
-    "tensor_scale",
-    "unpack_nibbles",
-]
-
 BLOCK: Final = 16
 E2M1_MAX: Final = 6.0
 _GRID: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

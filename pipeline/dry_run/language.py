@@ -17,7 +17,7 @@ import torch
 
 from fp8pipe.artifact.kinds import TunedDetails
 from fp8pipe.core.config import build_config
-from fp8pipe.core.phases import enter_phase
+from fp8pipe.core.plan import enter_phase
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource
 from pipeline.dry_run.process import CheckpointMeter, perform

@@ -23,7 +23,7 @@ from fp8pipe.core.errors import (
     MissingCapabilityError,
     OutOfMemoryError,
 )
-from fp8pipe.core.phases import PhaseMeter
+from fp8pipe.core.plan import PhaseMeter
 
 _JOB, _ANSWER, _REFUSAL = "job.json", "answer.json", "refusal.json"
 # What the command itself would say of the same settings; the exit code tells which.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.config import build_config
-from fp8pipe.core.phases import enter_phase
+from fp8pipe.core.plan import enter_phase
 from fp8pipe.models.vision.sources import load_vision_model
 from pipeline.dry_run.process import CheckpointMeter, perform
 from pipeline.vit.config import QuantizeVitConfig

@@ -17,9 +17,8 @@ from fp8pipe.artifact import Encoding, LayerRecord
 from fp8pipe.artifact import ScaleRule as Rule
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.structure import ModelStructure, structure_of
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, Scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import Scale, quantize
 from pipeline.falqon.gradient import Losses, gradient_sketches
 from pipeline.falqon.initialise import adapter_directions
 from pipeline.falqon.layer import FalqonLinear

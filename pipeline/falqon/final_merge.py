@@ -1,7 +1,7 @@
 """The final merge: it decides what is deployed, so its rounding is chosen for the output, not for the weight.
 
 Rounding `T = W + B A` to the nearest code loses nearly all of a small update, as W lies on the grid already and
-every change under half a step falls back. `compensated` rounding (`fp8pipe.numerics.compensated`) keeps
+every change under half a step falls back. `compensated` rounding (`fp8pipe.numerics.quantizers`) keeps
 `|| X (Q - T)^T ||` small for the layer's real inputs instead. A row whose target is on the grid keeps every code.
 """
 
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.numerics.compensated import compensated_round
 from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.flush import FlushReport, flush_report, target_rows, write_rows
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import FinalMerge

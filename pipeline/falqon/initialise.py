@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import quantize
 from pipeline.falqon.rules import Initialisation
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)

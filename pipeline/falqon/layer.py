@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fp8pipe.numerics.backends import backend
+from fp8pipe.numerics.grids import Scale
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import Scale
 
 
 class FalqonLinear(nn.Module):

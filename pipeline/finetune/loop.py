@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.phases import enter_phase
+from fp8pipe.core.plan import enter_phase
 from fp8pipe.models.compat import import_package
 from pipeline.falqon.flush import FlushReport
 from pipeline.finetune.batches import Batches

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from fp8pipe.core.errors import MissingCapabilityError
-from fp8pipe.core.phases import can_measure
-from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
+from fp8pipe.core.plan import Missing, Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
 from fp8pipe.models.compat import import_transformers

@@ -29,8 +29,7 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, TextFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.phases import enter_phase
-from fp8pipe.core.plan import refuse_impossible
+from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.tensors import (
     blame_configuration,
@@ -43,7 +42,7 @@ from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from fp8pipe.models.language.structure import structure_of
 from fp8pipe.models.language.text import TemplateInfo, encode, load_records, split
-from fp8pipe.numerics import native
+from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.attention import use_matmul_attention
@@ -273,7 +272,7 @@ def _deploy(
         parents=[Parent(kind="model", digest=weights_digest(source.path), path=source.origin)],
         number_format=NumberFormat(name="e4m3", granularity="per-tensor") if falqon else None,
         runtime={
-            "device": config.device, "threads": torch.get_num_threads(), "native": native.library() is not None,
+            "device": config.device, "threads": torch.get_num_threads(), "native": library() is not None,
             "attention": getattr(model.config, "_attn_implementation", None),
         },
         layers=renamed(records, names),

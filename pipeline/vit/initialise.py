@@ -1,29 +1,37 @@
-"""Where a student starts: ranges of all activations measured on images, and steps of all weights.
+"""Where a student starts: the grid of every weight and activation, ranges, steps, and the first rounding of weights.
 
 Every range is the one with the least squared rounding error on a sample of its values. The search shrinks the observed
 range from both ends, together and then one end alone, because few distributions here are symmetric: GELU ends at
 -0.17, probabilities at zero.
+
+The first rounding makes up for itself: the columns of a weight still to come take up the error of those already
+rounded. Optimal Brain Surgeon's update with the layer's own second moments, column by column (GPTQ, arXiv 2210.17323).
+The moments come from the inputs as the deployed layer will read them: on the grid of its activation. What is kept is
+each weight as it stood just before its rounding. Rounding it to the nearest code gives the compensated codes, and a
+student that starts from it still knows how near each weight is to the next code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, Quantizer, activation_sites
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.grids import E4M3
-from fp8pipe.numerics.kinds import Kind
-from fp8pipe.numerics.nvfp4 import BlockQuantizer, BlockScales, choose_block_scales, tensor_scale
+from fp8pipe.numerics.kinds import Kind, Precision
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer, BlockScales, choose_block_scales, e2m1_round, tensor_scale
 from fp8pipe.numerics.quantizers import (
     INT8_MAX,
     INT8_MIN,
     ActivationQuantizer,
+    compensated_round,
     nearest_codes,
     storable_scale,
     weight_limits,
@@ -162,3 +170,150 @@ def choose_steps(vision: VisionModel, formats: Mapping[str, WeightFormat]) -> di
         weight = vision.model.get_submodule(name).get_parameter("weight")
         found[name] = choose_block_scales(weight) if form.kind is Kind.NVFP4 else choose_step(weight, form)
     return found
+
+
+_DAMPING: Final = 0.01  # of the mean second moment: keeps channels that never vary from being given anything
+_COLUMNS: Final = 64  # of a block of the solver
+_NEAREST_FROM_BITS: Final = 8  # at this width and above, nearest rounding is near enough
+
+
+def second_moments(
+    vision: VisionModel,
+    structure: VitStructure,
+    activations: Mapping[str, Quantizer],
+    batches: Iterable[Tensor],
+) -> dict[str, Tensor]:
+    """Mean outer product `(in, in)` fp32 of what each group of linears reads, after its quantizer.
+
+    Args:
+        vision: the float model.
+        structure: of it.
+        activations: by site.
+        batches: normalized pixels `(N, 3, H, W)`.
+
+    Returns:
+        By input group, without the patch embedding.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def noting(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        quantizer = activations.get(f"{group}.input")
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].flatten(0, -2).float()
+            rows = rows if quantizer is None else quantizer.fake(rows)
+            product = rows.T @ rows
+            sums[group] = product if group not in sums else sums[group].add_(product)
+            counts[group] = counts.get(group, 0) + rows.shape[0]
+
+        return note
+
+    groups = dict.fromkeys(site.input_group for site in structure.linears if site.kind == "linear")
+    handles = [vision.model.get_submodule(g).register_forward_pre_hook(noting(g)) for g in groups]
+    try:
+        with torch.no_grad():
+            for pixels in batches:
+                vision_outputs(vision.model, pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {group: sums[group] / counts[group] for group in groups}
+
+
+def compensate(weight: Tensor, step: Tensor | BlockScales, bits: int, moments: Tensor) -> Tensor:
+    """Each weight as it stands when its turn to be rounded comes.
+
+    Args:
+        weight: `(out, in)`.
+        step: `(out,)` fp32, positive, of integer codes; or the scales of NVFP4.
+        bits: of integer codes.
+        moments: `(in, in)` second moments of the input.
+
+    Returns:
+        `(out, in)` fp32; rounded to the nearest code, it has the compensated codes.
+    """
+    scales = step.product if isinstance(step, BlockScales) else step.unsqueeze(1)
+    width = weight.shape[1] // scales.shape[1]  # columns that share a scale
+
+    def round_column(value: Tensor, column: int) -> Tensor:
+        scale = scales[:, column // width]
+        units = value / scale
+        rounded = e2m1_round(units) if isinstance(step, BlockScales) else nearest_codes(units, *weight_limits(bits))
+        return rounded.mul_(scale)
+
+    return compensated_round(
+        weight, moments, round_column, block=_COLUMNS, damping=_DAMPING, damping_floor=1e-12, fused=False
+    ).before
+
+
+@torch.no_grad()
+def compensate_model(
+    model: nn.Module,
+    structure: VitStructure,
+    formats: Mapping[str, WeightFormat],
+    steps: Mapping[str, Tensor | BlockScales],
+    moments: Mapping[str, Tensor],
+) -> int:
+    """Replace the weights of all linears below 8 bits by `compensate`'s, in place; how many there were."""
+    done = 0
+    for site in structure.linears:
+        form = formats.get(site.name)
+        if form is None or form.kind is Kind.E4M3 or form.bits >= _NEAREST_FROM_BITS or site.input_group not in moments:
+            continue
+        weight, step = model.get_submodule(site.name).get_parameter("weight"), steps[site.name]
+        weight.copy_(compensate(weight, step, form.bits, moments[site.input_group]))
+        done += 1
+    return done
+
+
+_EDGE_BITS = 8
+_FP8, _BLOCKS = WeightFormat(8, Kind.E4M3), WeightFormat(4, Kind.NVFP4)
+
+
+def weight_formats(structure: VitStructure, precision: Precision, edges: str) -> dict[str, WeightFormat]:
+    """The format of every linear.
+
+    Args:
+        structure: of the model.
+        precision: what was asked for.
+        edges: `8bit` keeps patch embedding and head at 8 bits, `same` gives them the precision of the rest. They
+            are a hundredth of the weights, and errors there reach everything after or everything before. NVFP4
+            leaves them in FP8, whatever is given: the pixels of a patch do not lie in blocks.
+    """
+    if precision.kind is Kind.NVFP4:
+        blocks = _block_groups(structure)
+        return {s.name: _BLOCKS if s.input_group in blocks else _FP8 for s in structure.linears}
+    ends = _ends(structure) if edges == "8bit" else set()
+    return {
+        site.name: WeightFormat(_EDGE_BITS if site.name in ends else precision.weight_bits, precision.kind)
+        for site in structure.linears
+    }
+
+
+def activation_bits(structure: VitStructure, precision: Precision, edges: str) -> dict[str, int]:
+    """Bits of every activation site; the image that the patch embedding reads counts as one."""
+    ends = {f"{name}.input" for name in _ends(structure)} if edges == "8bit" else set()
+    return {site: _EDGE_BITS if site in ends else precision.activation_bits for site in activation_sites(structure)}
+
+
+def activation_kinds(structure: VitStructure, precision: Precision) -> dict[str, Kind]:
+    """The family of codes of every activation site.
+
+    With NVFP4 these are inputs of linears; operands of attentions, for which no engine has NVFP4 kernels, are FP8.
+    """
+    if precision.kind is not Kind.NVFP4:
+        return dict.fromkeys(activation_sites(structure), precision.kind)
+    blocks = {f"{group}.input" for group in _block_groups(structure)}
+    return {site: Kind.NVFP4 if site in blocks else Kind.E4M3 for site in activation_sites(structure)}
+
+
+def _block_groups(structure: VitStructure) -> set[str]:
+    """Groups of linears that can be NVFP4: inputs in whole blocks, and no end of the model among them."""
+    ends = _ends(structure)
+    groups = {site.input_group for site in structure.linears if site.shape[1] % BLOCK == 0}
+    return groups - {site.input_group for site in structure.linears if site.name in ends or site.kind != "linear"}
+
+
+def _ends(structure: VitStructure) -> set[str]:
+    return {structure.patch_embed, *structure.heads}

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from calibration.make import ARTIFACT_PREFIX, FOLDER_PREFIX
-from fp8pipe.core.phases import can_measure
-from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
+from fp8pipe.core.plan import Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.vision.sources import load_vision_model
 from fp8pipe.models.vision.structure import read_structure
 from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.dry_run.vision import PICTURES, STEPS
 from pipeline.vit.config import QuantizeVitConfig
-from pipeline.vit.formats import weight_formats
+from pipeline.vit.initialise import weight_formats
 from pipeline.vit.stage import image_request
-
-__all__ = ["plan_quantize_vit"]
 
 _BATCH: Final = 32  # of the passes that measure
 _KEPT: Final = 2  # checkpoints

@@ -30,7 +30,7 @@ from fp8pipe.artifact import (
     check_place,
 )
 from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts, VitDetails
-from fp8pipe.core.phases import enter_phase
+from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.image_folder import ImageFolder
@@ -41,13 +41,19 @@ from fp8pipe.models.vision.structure import VitStructure, read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.kinds import Kind, granularity
 from pipeline.finetune.checkpoint import CheckpointStore
-from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
-from pipeline.vit.distill import Distiller
+from pipeline.vit.distill import Distiller, first_views
 from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
-from pipeline.vit.formats import activation_bits, activation_kinds, weight_formats
-from pipeline.vit.initialise import choose_quantizer, choose_steps, sample_sites
-from pipeline.vit.rounding import compensate_model, second_moments
+from pipeline.vit.initialise import (
+    activation_bits,
+    activation_kinds,
+    choose_quantizer,
+    choose_steps,
+    compensate_model,
+    sample_sites,
+    second_moments,
+    weight_formats,
+)
 from pipeline.vit.student import Student
 from pipeline.vit.transforms.apply import Transformed, apply_transforms
 

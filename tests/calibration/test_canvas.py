@@ -8,8 +8,7 @@ from torch.nn import functional
 
 from calibration.canvas import Pixels, Pyramid, layer_sizes, open_canvas
 from calibration.config import SynthesisConfig
-from calibration.streams import image_stream
-from calibration.views import view
+from calibration.views import image_stream, view
 from fp8pipe.core.config import build_config
 
 LIMITS = (torch.full((3, 1, 1), -2.0), torch.full((3, 1, 1), 2.0))

@@ -21,7 +21,7 @@ from calibration.dead_leaves import dead_leaves
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
 from calibration.make import ImageRequest, make_images
-from calibration.streams import image_stream
+from calibration.views import image_stream
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.vision.structure import read_structure

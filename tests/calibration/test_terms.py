@@ -8,11 +8,19 @@ from functools import partial
 import pytest
 import torch
 
-from calibration.batch import Plateau
-from calibration.masked import informative, masked_difference, query_logits, rounded, similarity_spread
-from calibration.received_attention import deeper_half, draw_priors, prior_distance, received_attention
-from calibration.regions import cut, draw_choice, draw_regions
-from calibration.streams import image_stream
+from calibration.generator import Plateau
+from calibration.losses import (
+    deeper_half,
+    draw_priors,
+    informative,
+    masked_difference,
+    prior_distance,
+    query_logits,
+    received_attention,
+    rounded,
+    similarity_spread,
+)
+from calibration.views import cut, draw_choice, draw_regions, image_stream
 from fp8pipe.models.vision.structure import AttentionSite
 
 

@@ -38,8 +38,7 @@ from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.core.progress import track
-from fp8pipe.core.text import table
+from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import load_quantized

@@ -31,8 +31,7 @@ from fp8pipe.artifact import Artifact, Comparison, Gate, open_artifact
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
-from fp8pipe.core.progress import track
-from fp8pipe.core.text import table
+from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.numerics.kinds import Kind
 from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, conclude

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from fp8pipe.core import logs
 from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.core.progress import setup_logging
 from validation.vllm.launcher import ServerOptions, open_local, server
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=64, help="longest answer, tokens (64)")
     parser.add_argument("--vllm-python", help="vLLM's Python interpreter")
     given = parser.parse_args(arguments)
-    logs.setup(json=False, quiet=False, verbose=False)
+    setup_logging(json=False, quiet=False, verbose=False)
     signal.signal(signal.SIGTERM, _leave)  # so that the server is ended too
     try:
         options = ServerOptions(served_name="export")

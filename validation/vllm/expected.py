@@ -20,8 +20,7 @@ from exporters.vllm.target import KIND, VllmDetails
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
-from fp8pipe.numerics.codec import dequantize_weight, to_bf16
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, dequantize_weight, to_bf16
 
 
 @dataclass(frozen=True, slots=True)

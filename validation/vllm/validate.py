@@ -20,8 +20,7 @@ from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspec
 from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.core.progress import track
-from fp8pipe.core.text import table
+from fp8pipe.core.progress import table, track
 from validation.record import concluded, heading
 from validation.vllm.expected import ExpectedWeights, count_differences, open_export
 from validation.vllm.launcher import ProbeJob, run_probe

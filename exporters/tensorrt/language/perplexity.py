@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from exporters.tensorrt.language.calibrate import pre_hooks
 from fp8pipe.models.language.text import IGNORED, Encoded
-from fp8pipe.numerics.grids import E4M3
-from fp8pipe.numerics.scales import amax_scale
+from fp8pipe.numerics.grids import E4M3, amax_scale
 
 __all__ = ["BATCH", "Score", "dynamic_inputs", "score_session", "score_torch", "static_inputs"]
 

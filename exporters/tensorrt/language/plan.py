@@ -16,8 +16,7 @@ from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import FALQON_KIND
-from fp8pipe.core.disk import free_bytes
-from fp8pipe.core.machine import resident_bytes
+from fp8pipe.core.machine import free_bytes, resident_bytes
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
 __all__ = ["LanguagePlan", "plan_language"]

@@ -21,7 +21,7 @@ from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.tensors import weight_entries
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.numerics.codec import same_bits
+from fp8pipe.numerics.grids import same_bits
 
 FAMILIES = ["llama", "qwen2"]
 

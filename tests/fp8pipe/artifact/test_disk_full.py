@@ -15,8 +15,8 @@ from fp8pipe.artifact import (
     open_artifact,
     translate_disk_full,
 )
-from fp8pipe.core.disk import free_bytes
 from fp8pipe.core.errors import OutOfMemoryError
+from fp8pipe.core.machine import free_bytes
 
 
 def test_disk_guard_refuses_before_writing_with_both_numbers(tmp_path):

@@ -4,19 +4,19 @@ import logging
 
 import pytest
 
-from fp8pipe.core import logs
+from fp8pipe.core import progress
 
 
 @pytest.fixture(autouse=True)
 def _restore():
     yield
     root = logging.getLogger()
-    root.handlers = [handler for handler in root.handlers if not hasattr(handler, logs._MARK)]
+    root.handlers = [handler for handler in root.handlers if not hasattr(handler, progress._MARK)]
     root.setLevel(logging.WARNING)
-    for room in logs.ROOMS:
+    for room in progress.ROOMS:
         logging.getLogger(room).setLevel(logging.NOTSET)
     logging.captureWarnings(False)
-    logs.progress.configure()
+    progress.configure()
 
 
 def say() -> None:
@@ -43,8 +43,8 @@ def say() -> None:
     ],
 )
 def test_levels(options, expected, capsys):
-    logs.setup(json=True)
-    logs.setup(**options)
+    progress.setup_logging(json=True)
+    progress.setup_logging(**options)
     say()
     captured = capsys.readouterr()
     assert captured.out == ""

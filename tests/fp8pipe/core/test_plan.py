@@ -8,8 +8,17 @@ import pytest
 
 from fp8pipe.core import plan as planning
 from fp8pipe.core.errors import OutOfMemoryError
-from fp8pipe.core.phases import PhaseMeter, can_measure, enter_phase
-from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages, refuse_impossible
+from fp8pipe.core.plan import (
+    Missing,
+    PhaseMeter,
+    Plan,
+    can_measure,
+    enter_phase,
+    missing_disk,
+    missing_memory,
+    missing_packages,
+    refuse_impossible,
+)
 
 MIB = 1 << 20
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fp8pipe.core.threads import wait_briefly
+from fp8pipe.core.machine import wait_briefly
 
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 

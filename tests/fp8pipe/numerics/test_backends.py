@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp8pipe.numerics import backends, native
+from fp8pipe.numerics import backends
 from fp8pipe.numerics.backends import Backend, backend
-from fp8pipe.numerics.grids import E4M3, E5M2
+from fp8pipe.numerics.grids import E4M3, E5M2, Scale, power_of_two_scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import Scale, power_of_two_scale, quantize
 
 CPU = backend(torch.empty(0))
 
@@ -23,7 +22,7 @@ GRIDS = {"e4m3": (E4M3, ml_dtypes.float8_e4m3fn), "e5m2": (E5M2, ml_dtypes.float
 @pytest.fixture
 def torch_only(monkeypatch):
     """Run the torch twin instead of the compiled kernels."""
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(backends, "library", lambda: None)
 
 
 def _wide(seed: int, rows: int = 40, cols: int = 96) -> torch.Tensor:
@@ -42,7 +41,7 @@ def _reference(x: torch.Tensor, grid, dtype) -> np.ndarray:
     return np.stack(rows)
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler")
+@pytest.mark.skipif(backends.library() is None, reason="no C compiler")
 @pytest.mark.parametrize("name", GRIDS)
 def test_compiled_cast_equals_ml_dtypes_bit_for_bit(name):
     grid, dtype = GRIDS[name]
@@ -60,13 +59,13 @@ def test_torch_cast_equals_ml_dtypes_bit_for_bit(name, torch_only):
         assert np.array_equal(CPU.cast(x, grid, ScaleRule.POWER_OF_TWO).double().numpy(), _reference(x, grid, dtype))
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler")
+@pytest.mark.skipif(backends.library() is None, reason="no C compiler")
 @pytest.mark.parametrize("grid", [E4M3, E5M2], ids=lambda g: g.name)
 def test_both_casts_agree_on_every_bf16_value(grid, monkeypatch):
     # All 65,536 bf16 numbers, in rows of 256 that share an exponent range, so that subnormals of the grid occur too.
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256)
     compiled = CPU.cast(x, grid, ScaleRule.POWER_OF_TWO)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(backends, "library", lambda: None)
     plain = CPU.cast(x, grid, ScaleRule.POWER_OF_TWO)
     both_nan = compiled.isnan() & plain.isnan()
     assert torch.equal(compiled.isnan(), plain.isnan())
@@ -76,7 +75,7 @@ def test_both_casts_agree_on_every_bf16_value(grid, monkeypatch):
 @pytest.mark.parametrize("native_on", [True, False])
 def test_zero_rows_stay_zero_and_poison_spreads_over_its_row_alone(native_on, monkeypatch):
     if not native_on:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(backends, "library", lambda: None)
     x = torch.ones(4, 8, dtype=torch.bfloat16)
     x[0] = 0
     x[1, 3] = float("nan")
@@ -91,7 +90,7 @@ def test_zero_rows_stay_zero_and_poison_spreads_over_its_row_alone(native_on, mo
 @pytest.mark.parametrize("native_on", [True, False])
 def test_cast_writes_into_a_strided_destination_only(native_on, monkeypatch):
     if not native_on:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(backends, "library", lambda: None)
     x = _wide(1, 6, 10)
     wide = torch.full((6, 16), 7.0, dtype=torch.bfloat16)
     CPU.cast(x, E5M2, ScaleRule.POWER_OF_TWO, out=wide[:, :10])
@@ -102,7 +101,7 @@ def test_cast_writes_into_a_strided_destination_only(native_on, monkeypatch):
 @pytest.mark.parametrize("native_on", [True, False])
 def test_cast_reads_a_strided_source(native_on, monkeypatch):
     if not native_on:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(backends, "library", lambda: None)
     wide = _wide(2, 6, 24)
     part = wide[:, 5:15]
     assert torch.equal(
@@ -123,7 +122,7 @@ def test_power_of_two_scale_is_the_smallest_that_fits(amax):
 @pytest.mark.parametrize("native_on", [True, False])
 def test_decoding_is_exact_for_all_codes(native_on, monkeypatch):
     if not native_on:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(backends, "library", lambda: None)
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(16, 16).view(torch.float8_e4m3fn)
     for exponent in (-110, -100, -40, -9, 0, 20, 100):
         scale = torch.tensor(2.0**exponent)
@@ -142,7 +141,7 @@ def test_scaling_a_weight_by_a_power_of_two_keeps_its_codes():
     assert more_scale.value == scale.value * 8
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler")
+@pytest.mark.skipif(backends.library() is None, reason="no C compiler")
 def test_compiled_merge_rounds_every_sum_as_ml_dtypes_does():
     """All codes, each with updates of every size: exact ties, half the smallest subnormal, past saturation, NaN."""
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).repeat(64, 1)
@@ -169,7 +168,7 @@ def test_compiled_merge_rounds_every_sum_as_ml_dtypes_does():
 @pytest.mark.parametrize("native_on", [True, False])
 def test_code_units_decode_exactly(native_on, monkeypatch):
     if not native_on:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(backends, "library", lambda: None)
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
     expected = codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     assert np.array_equal(CPU.decode_units(codes).numpy(), expected, equal_nan=True)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fp8pipe.numerics.codec import (
+from fp8pipe.numerics.grids import (
     channel_scale,
     dequantize_weight,
     quantize_weight,

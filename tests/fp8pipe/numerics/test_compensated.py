@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8pipe.numerics.compensated import compensated_round
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.nvfp4 import BLOCK, choose_block_scales, e2m1_round
+from fp8pipe.numerics.quantizers import compensated_round
 
 OUT, IN = 12, 96
 LANGUAGE = {"block": 128, "damping": 0.001}

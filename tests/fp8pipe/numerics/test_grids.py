@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid
+from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3, E5M2, FloatGrid, amax_scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import AMAX_FLOOR, amax_scale, quantize
 
 ML = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 SMALLEST = {"e4m3": 2.0**-9, "e5m2": 2.0**-16}

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import quantize
 from pipeline.falqon.layer import FalqonLinear
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, Scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from fp8pipe.numerics.scales import Scale, quantize
 from pipeline.falqon.flush import flush_rows, select_rows
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import update_rule

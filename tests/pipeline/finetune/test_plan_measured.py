@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8pipe.core.phases import can_measure
+from fp8pipe.core.plan import can_measure
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not can_measure(), reason="peaks of memory are read from /proc")]

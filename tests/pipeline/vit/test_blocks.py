@@ -20,10 +20,9 @@ from fp8pipe.numerics.kinds import Kind, Precision
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer
 from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.distill import Distiller
-from pipeline.vit.fake import fake_blocks
-from pipeline.vit.formats import activation_kinds, weight_formats
-from pipeline.vit.initialise import choose_quantizer
+from pipeline.vit.initialise import activation_kinds, choose_quantizer, weight_formats
 from pipeline.vit.stage import begin_student
+from pipeline.vit.student import fake_blocks
 
 NVFP4 = Precision.parse("wnvfp4anvfp4")
 

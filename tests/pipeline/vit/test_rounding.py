@@ -8,8 +8,7 @@ from vit_families import family, random_pixels, vision_family
 
 from fp8pipe.models.vision.structure import read_structure
 from fp8pipe.numerics.quantizers import WeightCodes
-from pipeline.vit.initialise import choose_step
-from pipeline.vit.rounding import compensate, compensate_model, second_moments
+from pipeline.vit.initialise import choose_step, compensate, compensate_model, second_moments
 from pipeline.vit.student import WeightFormat
 
 

@@ -14,10 +14,16 @@ from fp8pipe.numerics.kinds import Kind, Precision
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.vit.config import DistillConfig, QuantizeVitConfig
 from pipeline.vit.distill import Distiller
-from pipeline.vit.fake import fake_quantize
-from pipeline.vit.formats import activation_bits, weight_formats
-from pipeline.vit.initialise import choose_range, choose_step, choose_steps, range_quantizer, sample_sites
-from pipeline.vit.student import Student, WeightFormat
+from pipeline.vit.initialise import (
+    activation_bits,
+    choose_range,
+    choose_step,
+    choose_steps,
+    range_quantizer,
+    sample_sites,
+    weight_formats,
+)
+from pipeline.vit.student import Student, WeightFormat, fake_quantize
 
 
 def make_student(name: str = "timm-vit", bits: str = "w4a4") -> tuple:

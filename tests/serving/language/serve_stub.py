@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 from fp8pipe.artifact import open_artifact
-from fp8pipe.core import logs
 from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.core.progress import setup_logging
 from serving.config import LanguageConfig, ServeConfig, SupervisorConfig
 from serving.language.server import run_front, supervise
 
 
 def main() -> int:
-    logs.setup(json=False, quiet=False, verbose=False)
+    setup_logging(json=False, quiet=False, verbose=False)
     state = Path(sys.argv[2])
     socket = state / "stub.sock"
     stub = Path(__file__).with_name("stub_engine.py")

@@ -21,11 +21,11 @@ from serving.http.admission import hash_key, new_key
 SERVE = """
 import sys
 from pathlib import Path
-from fp8pipe.core import logs
+from fp8pipe.core.progress import setup_logging
 from serving.config import ServeConfig
 from serving.config import LanguageConfig
 from serving.language.server import serve_language
-logs.setup(json=False, quiet=False, verbose=False)
+setup_logging(json=False, quiet=False, verbose=False)
 language = LanguageConfig(enforce_eager=True, max_num_seqs=8)
 sys.exit(serve_language(Path(sys.argv[1]), ServeConfig(port=0, api_key_file=Path(sys.argv[2])), language))
 """

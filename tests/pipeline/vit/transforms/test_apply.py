@@ -13,10 +13,14 @@ from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.models.vision.structure import read_structure
 from pipeline.vit.config import TransformsConfig
-from pipeline.vit.transforms.apply import apply_transforms
-from pipeline.vit.transforms.centre import centre
-from pipeline.vit.transforms.heads import random_rotation, rotate_heads
-from pipeline.vit.transforms.residual import NotRotatable, ones_keeping_rotation, rotate_residual
+from pipeline.vit.transforms.apply import apply_transforms, centre
+from pipeline.vit.transforms.rotate import (
+    NotRotatable,
+    ones_keeping_rotation,
+    random_rotation,
+    rotate_heads,
+    rotate_residual,
+)
 from pipeline.vit.transforms.wiring import read_wiring
 
 # Streams that end in features, are merged, or begin in a norm keep their basis; all others must be rotated.

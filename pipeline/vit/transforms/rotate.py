@@ -1,10 +1,17 @@
-"""One rotation of the whole residual stream, folded into the weights around it.
+"""Rotations that leave what a model computes: inside each head, and of the whole residual stream.
 
-LayerNorm without gain and bias commutes with every orthogonal Q that keeps the vector of ones: mean and length are the
-same, so `LN(Qx) = Q LN(x)`. With gains and biases folded into the linears that read them (and layer scales into those
-that write), everything that writes the stream is multiplied by Q and everything that reads it by its transpose. The
-model computes what it computed, and no channel of what its linears read stands out any more. (SliceGPT, arXiv
-2401.15024, has the invariance for RMSNorm; keeping the ones keeps LayerNorm, so no architecture changes.)
+Rotated channels have alike magnitudes and nearly normal values (the idea of QuaRot, arXiv 2404.00456), which is what a
+grid with one scale per tensor wants. Every attention allows two rotations inside its heads:
+
+* Queries and keys of a head may be rotated by one orthogonal matrix: `(qR)(kR)^T = qk^T`.
+* Values may be rotated if the projection behind them is rotated back: `(p vR)(R^T W) = p v W`.
+
+One rotation of the stream is folded into the weights around it. LayerNorm without gain and bias commutes with every
+orthogonal Q that keeps the vector of ones: mean and length are the same, so `LN(Qx) = Q LN(x)`. With gains and biases
+folded into the linears that read them (and layer scales into those that write), everything that writes the stream is
+multiplied by Q and everything that reads it by its transpose. The model computes what it computed, and no channel of
+what its linears read stands out any more. (SliceGPT, arXiv 2401.15024, has the invariance for RMSNorm; keeping the ones
+keeps LayerNorm, so no architecture changes.)
 """
 
 from __future__ import annotations
@@ -13,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.models.vision.structure import VitStructure
-from pipeline.vit.transforms.heads import random_rotation
-from pipeline.vit.transforms.wiring import Wiring
+from pipeline.vit.transforms.wiring import Rows, Wiring
 
 
 class NotRotatable(Exception):
@@ -128,3 +134,45 @@ def _embeddings(model: nn.Module, width: int) -> list[nn.Parameter]:
     known = nn.Linear | nn.Conv2d | nn.LayerNorm
     held = [p for m in model.modules() if not isinstance(m, known) for p in m._parameters.values() if p is not None]
     return [p for p in held if p.dim() > 1 and p.shape[-1] == width]
+
+
+def random_rotation(size: int, generator: torch.Generator) -> Tensor:
+    """A uniformly random orthogonal matrix `(size, size)`, float64."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    rotation: Tensor = q * r.diagonal().sign()
+    return rotation
+
+
+@torch.no_grad()
+def rotate_heads(model: nn.Module, wiring: Wiring, generator: torch.Generator) -> int:
+    """Rotate queries with keys, and values with the projection, head by head; in place.
+
+    Returns:
+        How many products were rotated, two per attention where its linears are known.
+    """
+    done = 0
+    for attention in wiring.attentions:
+        site = attention.site
+        if attention.q is not None and attention.k is not None:
+            for head in range(site.heads):
+                rotation = random_rotation(site.head_dim, generator)
+                _rotate_rows(model, attention.q, head, rotation)
+                _rotate_rows(model, attention.k, head, rotation)
+            done += 1
+        if attention.v is not None and attention.projection is not None:
+            width = attention.v.width // site.heads  # values may be wider than queries
+            weight = model.get_submodule(attention.projection).get_parameter("weight")
+            for head in range(site.heads):
+                rotation = random_rotation(width, generator)
+                _rotate_rows(model, attention.v, head, rotation)
+                columns = slice(head * width, (head + 1) * width)
+                weight[:, columns] = (weight[:, columns].double() @ rotation.T).to(weight.dtype)
+            done += 1
+    return done
+
+
+def _rotate_rows(model: nn.Module, rows: Rows, head: int, rotation: Tensor) -> None:
+    size = rotation.shape[0]
+    chosen = slice(rows.start + head * size, rows.start + (head + 1) * size)
+    for parameter in model.get_submodule(rows.linear).parameters(recurse=False):
+        parameter[chosen] = (rotation @ parameter[chosen].double()).to(parameter.dtype)
