@@ -1,4 +1,4 @@
-"""Bodies: the images of a request (multipart, a raw body, or JSON with base64), and compression both ways.
+"""Bodies, and what OpenAPI says of them: images (multipart, raw, or JSON with base64), and compression both ways.
 
 gzip and deflate are read and written, as Triton's client sends and asks for them. What a compressed body becomes is
 bounded while it is read: a few kilobytes can stand for gigabytes. Exactly one compressed stream is read; bytes after
@@ -26,9 +26,6 @@ _FILE_FIELDS: Final = frozenset(("image", "images", "file", "files"))
 _IN_MEMORY_BYTES: Final = 1 << 40
 # zlib's window sizes that choose the format: gzip, and deflate as HTTP means it (a zlib stream).
 _WINDOWS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-_FIX_TYPE: Final = (
-    "send multipart/form-data, application/json, or the image's bytes as image/* or application/octet-stream"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +62,16 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
     """
     window = _WINDOWS.get(encoding)
     if window is None:
-        raise Problem(
-            415, "unsupported_encoding", f"bodies in the encoding {encoding[:40]!a} are not read",
-            "use gzip, deflate, or none",
-        )  # fmt: skip
+        what = f"bodies in the encoding {encoding[:40]!a} are not read"
+        raise Problem(415, "unsupported_encoding", what, "use gzip, deflate, or none")
     stream = zlib.decompressobj(window)
     try:
         found = stream.decompress(body, max_bytes + 1)
     except zlib.error as error:
         raise Problem(400, "damaged_body", f"the body is not valid {encoding}", "send it again") from error
     if len(found) > max_bytes:
-        raise Problem(413, "body_too_large", f"the body is larger than {max_bytes / 1e6:g} MB when decompressed",
-                      "send smaller or fewer images")  # fmt: skip
+        what = f"the body is larger than {max_bytes / 1e6:g} MB when decompressed"
+        raise Problem(413, "body_too_large", what, "send smaller or fewer images")
     if not stream.eof or stream.unused_data:
         raise Problem(400, "damaged_body", f"the body is not one whole {encoding} stream", "send all, no more")
     return found
@@ -129,8 +124,8 @@ async def read_images(request: Request, max_bytes: int, max_images: int) -> Imag
     elif kind.startswith("image/") or kind == "application/octet-stream":
         found = ImagesRequest([body])
     else:
-        raise Problem(415, "unsupported_media_type", f"bodies of the type {kind[:80] or '(none)'} are not read",
-                      _FIX_TYPE)  # fmt: skip
+        fix = "send multipart/form-data, application/json, or the image's bytes as image/* or application/octet-stream"
+        raise Problem(415, "unsupported_media_type", f"bodies of the type {kind[:80] or '(none)'} are not read", fix)
     if not found.images:
         raise Problem(400, "no_images", "the request holds no image", "put it into the field 'image'")
     if len(found.images) > max_images:
@@ -159,8 +154,8 @@ def _decode(text: Any, index: int) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Problem(400, "invalid_base64", f"image {index} is not valid base64", "give the file's bytes in base64",
-                      ) from error  # fmt: skip
+        what = f"image {index} is not valid base64"
+        raise Problem(400, "invalid_base64", what, "give the file's bytes in base64") from error
 
 
 async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRequest:

@@ -1,4 +1,4 @@
-"""The engine behind the server, and the short measurement that chooses its batch sizes, streams and threads.
+"""The model that is served, its engine, and the short measurement that chooses its batch sizes, streams and threads.
 
 Several batches at once, each with fewer threads, often do more together than one with all of them, and a burst waits
 less; a request that is alone takes longer. So of all that do about as much as the best, that one is used in which an
@@ -230,7 +230,7 @@ def _measure(layout: Layout, sizes: list[int], model: ServedModel, *, fixed: boo
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True)

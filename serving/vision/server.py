@@ -1,4 +1,7 @@
-"""Everything joined: a vision export becomes a service that runs until it is told to stop."""
+"""A vision export becomes a service that runs until it is told to stop.
+
+Here are the routes of images, operations and the page; those of the Open Inference Protocol are in `oip`.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ from serving.vision.oip import add_protocol
 from serving.vision.state import VisionState, while_connected
 
 logger = logging.getLogger(__name__)
+_PAGE = Path(__file__).with_name("page")
+_TOP_K = 5
 
 
 def serve_vision(export: Path, config: VisionConfig, language: None = None) -> int:
@@ -54,9 +59,6 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
         ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="decode"),
     )  # fmt: skip
     return serve(build_app(state), model.artifact, config, keys=keys, metrics=metrics, lifecycle=lifecycle)
-
-
-_PAGE = Path(__file__).with_name("page")
 
 
 def build_app(state: VisionState) -> FastAPI:
@@ -166,9 +168,6 @@ def _add_page(app: FastAPI) -> None:
         return Response(html, media_type="text/html", headers=headers)
 
 
-_TOP_K = 5
-
-
 def read_top_k(value: Any, classes: int) -> int:
     """How many classes; 5 where nothing was said.
 
@@ -179,9 +178,8 @@ def read_top_k(value: Any, classes: int) -> int:
         return min(_TOP_K, classes)
     text = str(value) if type(value) is int else value
     if not isinstance(text, str) or not (text.isascii() and text.isdigit()) or len(text) > 6 or int(text) < 1:
-        raise Problem(
-            400, "invalid_top_k", "top_k must be a whole number from 1 on", f"the model has {classes} classes"
-        )
+        what = "top_k must be a whole number from 1 on"
+        raise Problem(400, "invalid_top_k", what, f"the model has {classes} classes")
     return min(int(text), classes)
 
 

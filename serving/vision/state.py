@@ -1,4 +1,9 @@
-"""What the routes share: the model, its engine and queue, the threads that decode, and whether the client still waits.
+"""What the routes share: the model, its engine and queue, the decoding of images, and whether the client still waits.
+
+From a client's bytes to the model's input nothing is trusted: size, format and pixels are read from the header before
+anything is decoded. JPEG, PNG, WebP, GIF, BMP, TIFF and PPM are read, by their content and not by what the client calls
+them. CMYK becomes RGB, 16-bit greys keep their 8 high bits, an EXIF orientation is applied, the first frame of an
+animation counts, and transparency is dropped: all as in calibration, since the function is the same (`Preprocessing`).
 
 What a client no longer waits for is given up. A client that has closed its side of the connection counts as gone, as
 with most servers: on the network that is how a closed connection looks.
@@ -28,7 +33,19 @@ from serving.http.server import Lifecycle
 from serving.vision.batcher import Batcher, Done, VisionMetrics
 from serving.vision.engine import Engine, ServedModel
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# Not those that start a program (EPS), nor rare ones whose decoders are seldom tested.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadImage:
+    """One picture, ready."""
+
+    pixels: np.ndarray  # (3, H, W) float32, normalized
+    decode_s: float  # time to decode
+    preprocess_s: float  # time to resize, crop and normalize
 
 
 @dataclass
@@ -132,21 +149,6 @@ async def _gone(request: Request) -> None:
         pass
 
 
-logger = logging.getLogger(__name__)
-
-# Not those that start a program (EPS), nor rare ones whose decoders are seldom tested.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-
-
-@dataclass(frozen=True, slots=True)
-class ReadImage:
-    """One picture, ready."""
-
-    pixels: np.ndarray  # (3, H, W) float32, normalized
-    decode_s: float  # time to decode
-    preprocess_s: float  # time to resize, crop and normalize
-
-
 def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> ReadImage:
     """Decode and prepare one picture: `data` are the file's bytes, `preprocessing` is the export's.
 
@@ -168,12 +170,11 @@ def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Re
                 image.load()
                 decoded = time.perf_counter()
                 pixels = preprocessing.image_to_array(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if isinstance(error, Image.DecompressionBombError):
-            raise _too_many(max_pixels) from error
-        raise Problem(
-            400, "not_an_image", "these bytes are not an image that can be read", f"send one of {', '.join(FORMATS)}"
-        ) from error
+    except Image.DecompressionBombError as error:
+        raise _too_many(max_pixels) from error
+    except UnidentifiedImageError as error:
+        what, fix = "these bytes are not an image that can be read", f"send one of {', '.join(FORMATS)}"
+        raise Problem(400, "not_an_image", what, fix) from error
     except ConfigurationError as error:
         raise Problem(422, "unusable_image", error.what, error.fix) from error
     except Problem:
@@ -193,8 +194,8 @@ def _check_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels:
     side = preprocessing.resize
     # A thin strip grows: its shorter side is resized to the model's.
     if isinstance(side, int) and side * (side * long // short) > max_pixels:
-        raise Problem(413, "image_too_thin", f"{size[0]} x {size[1]} pixels would be resized to more than {max_pixels}",
-                      "crop it")  # fmt: skip
+        what = f"{size[0]} x {size[1]} pixels would be resized to more than {max_pixels}"
+        raise Problem(413, "image_too_thin", what, "crop it")
 
 
 def _too_many(max_pixels: int) -> Problem:

@@ -1,4 +1,7 @@
-"""The record of a measurement: figures by name, each with its unit, where and when it was made, and what is missing."""
+"""What may be set of `bench` and `serve-check`, and the record of a measurement.
+
+It holds figures by name, each with its unit, where and when they were made, and what is missing.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,11 @@ class Figure(FrozenConfig):
     value: float = Field(description="the value")
     unit: str = Field(description="its unit; empty for a ratio or a count")
     detail: str = Field(default="", description="how, in words")
+
+
+def figure(what: str, name: str, value: float, unit: str = "", detail: str = "") -> Figure:
+    """A `Figure`, whose fields stand in this order."""
+    return Figure(what=what, name=name, value=value, unit=unit, detail=detail)
 
 
 class MeasureRecord(FrozenConfig):

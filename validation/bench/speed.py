@@ -1,4 +1,9 @@
-"""x"""
+"""Speed and size of an export: a vision model's in ONNX Runtime, a language model's in vLLM.
+
+A vision export is measured beside the same graph in floating point, which is the export without its quantizers: same
+operators, same weights dequantized. Both are called in turn, so that whatever else the machine does disturbs them
+alike, and ratios are taken within a round. vLLM is measured as a client of its OpenAI API sees it.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +31,8 @@ from exporters.vllm.environment import find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.core.progress import track
-from validation.bench.record import BenchConfig, Figure, MeasureRecord, write_measure
-from validation.vllm.launcher import ServerOptions, server
+from validation.bench.record import BenchConfig, Figure, MeasureRecord, figure, write_measure
+from validation.vllm.launcher import ServerOptions, open_local, server
 
 _PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "numpy")
 
@@ -48,12 +53,12 @@ def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
         model = ir.load(graph)
         dequantize_graph(model)
         ir.save(model, plain)
-        sizes = {"export": graph.stat().st_size, "float": plain.stat().st_size}
+        rows = _sizes("graph", graph.stat().st_size, "floating point", plain.stat().st_size, "float",
+                      compared="graph and weights")  # fmt: skip
         sessions = {
             "export": open_session(graph, threads=config.threads), "float": open_session(plain, threads=config.threads)
         }  # fmt: skip
     shape = tuple(map(int, artifact.manifest.details_of(onnx.OnnxDetails).input.shape[1:]))
-    rows = _graph_sizes(sizes)
     with track(len(config.batches) * config.rounds, "bench") as progress:
         for batch in config.batches:
             pixels = np.random.default_rng(0).standard_normal((batch, *shape), dtype=np.float32)
@@ -80,33 +85,14 @@ def _latencies(times: Mapping[str, Sequence[float]], batch: int) -> list[Figure]
     quantized, plain = median(times["export"]), median(times["float"])
     ratio = median(f / q for f, q in zip(times["float"], times["export"], strict=True))
     how = f"median of {len(times['export'])} calls, both graphs in turn"
+    within = "median of the ratios within a round"
     at = f"{batch} image{'s' if batch > 1 else ''} at once"
     return [
-        Figure(what=f"latency, {at}", name=f"latency_ms_batch_{batch}", value=quantized, unit="ms", detail=how),
-        Figure(
-            what=f"latency in floating point, {at}", name=f"float_latency_ms_batch_{batch}", value=plain, unit="ms",
-            detail=how,
-        ),
-        Figure(
-            what=f"throughput, {at}", name=f"images_per_s_batch_{batch}", value=1000 * batch / quantized,
-            unit="images/s", detail=how,
-        ),
-        Figure(
-            what=f"speed-up over floating point, {at}", name=f"speedup_batch_{batch}", value=ratio, unit="x",
-            detail="median of the ratios within a round",
-        ),
-    ]  # fmt: skip
-
-
-def _graph_sizes(sizes: Mapping[str, int]) -> list[Figure]:
-    return [
-        Figure(what="size of the graph", name="size_bytes", value=sizes["export"], unit="bytes"),
-        Figure(what="size in floating point", name="float_size_bytes", value=sizes["float"], unit="bytes"),
-        Figure(
-            what="share of the float size", name="size_ratio", value=sizes["export"] / sizes["float"], unit="",
-            detail="graph and weights",
-        ),
-    ]  # fmt: skip
+        figure(f"latency, {at}", f"latency_ms_batch_{batch}", quantized, "ms", how),
+        figure(f"latency in floating point, {at}", f"float_latency_ms_batch_{batch}", plain, "ms", how),
+        figure(f"throughput, {at}", f"images_per_s_batch_{batch}", 1000 * batch / quantized, "images/s", how),
+        figure(f"speed-up over floating point, {at}", f"speedup_batch_{batch}", ratio, "x", within),
+    ]
 
 
 _PROMPT = "Write a long story about a lighthouse keeper and the sea."
@@ -151,12 +137,10 @@ def _ask(url: str, tokens: int) -> _Answer:
         "model": "export", "prompt": _PROMPT, "max_tokens": tokens, "min_tokens": tokens, "temperature": 0,
         "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), kind)
     started, first, counted = time.perf_counter(), 0.0, 0
-    with opener.open(request, timeout=600) as reply:
+    with open_local(request, timeout_s=600) as reply:
         for event in _events(reply):
             first = first or time.perf_counter() - started
             counted = (event.get("usage") or {}).get("completion_tokens", counted)
@@ -174,21 +158,25 @@ def _events(lines: Iterator[bytes]) -> Iterator[dict[str, dict[str, int]]]:
 
 def _speeds(alone: Sequence[_Answer], together: Sequence[_Answer], wall: float, concurrency: int) -> list[Figure]:
     single = f"median of {len(alone)} requests, one at a time"
+    first = 1000 * median(answer.first_s for answer in alone)
+    speed = median((answer.tokens - 1) / (answer.whole_s - answer.first_s) for answer in alone)
+    throughput, many = sum(answer.tokens for answer in together) / wall, f"{concurrency} requests at once"
+    name = f"tokens_per_s_{concurrency}_at_once"
     return [
-        Figure(
-            what="time to the first token", name="first_token_ms", value=1000 * median(a.first_s for a in alone),
-            unit="ms", detail=single,
-        ),
-        Figure(
-            what="speed of one answer", name="tokens_per_s_1",
-            value=median((a.tokens - 1) / (a.whole_s - a.first_s) for a in alone), unit="tokens/s",
-            detail=f"{single}; after the first token",
-        ),
-        Figure(
-            what=f"throughput, {concurrency} requests at once", name=f"tokens_per_s_{concurrency}_at_once",
-            value=sum(a.tokens for a in together) / wall, unit="tokens/s", detail=f"{len(together)} requests",
-        ),
-    ]  # fmt: skip
+        figure("time to the first token", "first_token_ms", first, "ms", single),
+        figure("speed of one answer", "tokens_per_s_1", speed, "tokens/s", f"{single}; after the first token"),
+        figure(f"throughput, {many}", name, throughput, "tokens/s", f"{len(together)} requests"),
+    ]
+
+
+def _sizes(
+    what: str, size: int, plain: str, plain_size: int, share: str, *, counted: str = "", compared: str = ""
+) -> list[Figure]:
+    return [
+        figure(f"size of the {what}", "size_bytes", size, "bytes"),
+        figure(f"size in {plain}", "float_size_bytes", plain_size, "bytes", counted),
+        figure(f"share of the {share} size", "size_ratio", size / plain_size, "", compared),
+    ]
 
 
 def _weight_sizes(artifact: Artifact) -> list[Figure]:
@@ -199,11 +187,4 @@ def _weight_sizes(artifact: Artifact) -> list[Figure]:
             with safe_open(artifact.root / entry.path, framework="numpy") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             elements += sum(prod(shape) for name, shape in shapes.items() if not name.endswith(_SCALE_ENDINGS))
-    return [
-        Figure(what="size of the weights", name="size_bytes", value=stored, unit="bytes"),
-        Figure(
-            what="size in bf16", name="float_size_bytes", value=2 * elements, unit="bytes",
-            detail="two bytes an element",
-        ),
-        Figure(what="share of the bf16 size", name="size_ratio", value=stored / (2 * elements), unit=""),
-    ]  # fmt: skip
+    return _sizes("weights", stored, "bf16", 2 * elements, "bf16", counted="two bytes an element")

@@ -1,9 +1,10 @@
-"""Start vLLM's OpenAI server on an export, wait until it answers, and end all of it afterwards.
+"""Start vLLM on an export, as a probe or as its OpenAI server, and end all of it afterwards; its failures become ours.
 
 The server is `python -P -m vllm.entrypoints.openai.api_server` in its own session: it starts an engine and workers,
 and ending the session's group ends them too. `-P` keeps the working directory off the import path, so that a
 user's folder called `vllm` is not imported. An API key travels in the environment, where other users of the
-machine do not see it, and not on the command line.
+machine do not see it, and not on the command line. The probe is one process of its own session, too. Output goes to a
+file: vLLM is talkative, and only the last lines of a failure are worth showing.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from pydantic import Field
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, subprocess_environment
 from exporters.vllm.processes import end_group, engine_failure, last_lines
+from exporters.vllm.target import KIND
+from fp8pipe.artifact import open_artifact
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
-from validation.vllm.expected import open_export
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.25
@@ -74,7 +76,7 @@ def server(
         Fp8PipeError: it did not answer within `timeout_s`.
     """
     chosen = options or ServerOptions()
-    artifact = open_export(Path(export), verify=verify)
+    artifact = open_artifact(Path(export), kind=KIND, verify=verify)
     environment = inspect_environment(find_vllm_python(vllm_python))
     port = chosen.port or free_port(chosen.host)
     _check_port(chosen.host, port)
@@ -139,7 +141,7 @@ def _check_port(host: str, port: int) -> None:
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
     """Until `/health` answers, the server ends, or the time is up."""
     started = reported = time.monotonic()
-    while not _healthy(url):
+    while not answers(f"{url}/health"):
         code = process.poll()
         if code is not None:
             raise engine_failure("vLLM's server ended while it started", code, log)
@@ -162,11 +164,12 @@ def open_local(request: str | urllib.request.Request, *, timeout_s: float) -> An
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)
 
 
-def _healthy(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server of this machine answers there with 200."""
     try:
-        with open_local(f"{url}/health", timeout_s=2) as reply:
+        with open_local(url, timeout_s=2) as reply:
             return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
@@ -229,18 +232,16 @@ def _run(command: list[str], log: Path, timeout_s: float) -> int:
     try:
         return process.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        raise Fp8PipeError(
-            "vLLM did not finish in time",
-            why=f"{time.monotonic() - started:.0f} s passed; its last lines:\n{last_lines(log)}",
-            fix="allow more time, or a machine with more cores",
-        ) from None
+        why = f"{time.monotonic() - started:.0f} s passed; its last lines:\n{last_lines(log)}"
+        fix = "allow more time, or a machine with more cores"
+        raise Fp8PipeError("vLLM did not finish in time", why=why, fix=fix) from None
     finally:
         end_group(process)
 
 
 def _in_process() -> dict[str, str]:
     """One process, few threads: the fastest start, and no oversubscription (vLLM makes its own threads too)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     threads = str(max(1, min(16, cores // 2)))
     return subprocess_environment(
         OMP_NUM_THREADS=threads, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",

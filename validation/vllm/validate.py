@@ -17,12 +17,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
-from fp8pipe.artifact import Artifact
+from exporters.vllm.target import KIND
+from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.core.progress import table, track
 from validation.record import concluded, heading
-from validation.vllm.expected import ExpectedWeights, count_differences, open_export
+from validation.vllm.expected import ExpectedWeights, count_differences
 from validation.vllm.launcher import ProbeJob, run_probe
 from validation.vllm.reference import Reference, ValidationRecord, WeightReport, chat_ids, load_tokenizer
 
@@ -73,8 +74,12 @@ def validate_export(
         MissingCapabilityError: no vLLM, one that runs on a GPU, or its CPU plugin is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
-    _check_request(prompts, max_tokens)
-    artifact = open_export(Path(export))
+    if not prompts or max_tokens < 1:
+        raise ConfigurationError(
+            "a validation asks at least one question and allows at least one token",
+            why=f"{len(prompts)} prompt(s), max_tokens {max_tokens}",
+        )
+    artifact = open_artifact(Path(export), kind=KIND)
     expected = ExpectedWeights(artifact, against)
     environment = inspect_environment(find_vllm_python(vllm_python))
     _require_cpu(environment)
@@ -82,14 +87,6 @@ def validate_export(
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     record = _validate(artifact, expected, environment, prompts, max_tokens, timeout_s)
     return concluded(record, artifact, record.reasons, f"vLLM does not serve what {artifact.root} holds")
-
-
-def _check_request(prompts: Sequence[str], max_tokens: int) -> None:
-    if not prompts or max_tokens < 1:
-        raise ConfigurationError(
-            "a validation asks at least one question and allows at least one token",
-            why=f"{len(prompts)} prompt(s), max_tokens {max_tokens}",
-        )
 
 
 def _require_cpu(environment: VllmEnvironment) -> None:
@@ -114,13 +111,9 @@ def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
 
 
 def _validate(
-    artifact: Artifact,
-    expected: ExpectedWeights,
-    environment: VllmEnvironment,
-    prompts: Sequence[str],
-    max_tokens: int,
-    timeout_s: float,
-) -> ValidationRecord:
+    artifact: Artifact, expected: ExpectedWeights, environment: VllmEnvironment, prompts: Sequence[str],
+    max_tokens: int, timeout_s: float,
+) -> ValidationRecord:  # fmt: skip
     tokenizer = load_tokenizer(artifact.root)
     chat = bool(getattr(tokenizer, "chat_template", None))
     prompt_ids = [chat_ids(tokenizer, p) if chat else list(tokenizer(p)["input_ids"]) for p in prompts]

@@ -22,8 +22,7 @@ SERVE = """
 import sys
 from pathlib import Path
 from fp8pipe.core.progress import setup_logging
-from serving.config import ServeConfig
-from serving.config import LanguageConfig
+from serving.config import LanguageConfig, ServeConfig
 from serving.language.server import serve_language
 setup_logging(json=False, quiet=False, verbose=False)
 language = LanguageConfig(enforce_eager=True, max_num_seqs=8)
