@@ -26,8 +26,15 @@ from typing import Any
 
 from pydantic import Field
 
-from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, subprocess_environment
-from exporters.vllm.processes import end_group, engine_failure, last_lines
+from exporters.vllm.environment import (
+    VllmEnvironment,
+    end_group,
+    engine_failure,
+    find_vllm_python,
+    inspect_environment,
+    last_lines,
+    subprocess_environment,
+)
 from exporters.vllm.target import KIND
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.config import FrozenConfig

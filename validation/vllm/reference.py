@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from exporters.vllm.read import load_torch_model
+from exporters.vllm.reopen import load_torch_model
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.models.compat import import_transformers
 from validation.record import EngineRecord
