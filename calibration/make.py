@@ -15,7 +15,7 @@ from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
 from calibration.views import image_stream, normal
-from fp8pipe.artifact.place import lock
+from fp8pipe.artifact.writer import lock
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.vision.image_folder import UNLABELLED, batches, list_pictures
 from fp8pipe.models.vision.sources import VisionModel

@@ -9,7 +9,7 @@ from pydantic import Field
 from exporters.target import PLAIN_MODEL, Engine, ExportTarget, Service
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact.kinds import TUNED_KINDS, Details
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
 
 KIND: Final = "vllm-export"
 

@@ -33,21 +33,13 @@ class Check(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault.
+    """One fault."""
 
-    Attributes:
-        rule: a linter's rule, or a check of `verify`; stable.
-        where: the tensor, module, node or file concerned.
-        why: what was seen, with values.
-        fix: what the user can do; empty where that is the same for all findings.
-        artifact: directory of the artifact, or the record's file; empty while only one is looked at.
-    """
-
-    rule: str
-    where: str
-    why: str
-    fix: str = ""
-    artifact: str = ""
+    rule: str  # a linter's rule, or a check of `verify`; stable
+    where: str  # the tensor, module, node or file concerned
+    why: str  # what was seen, with values
+    fix: str = ""  # what the user can do; empty where that is the same for all findings
+    artifact: str = ""  # directory of the artifact, or the record's file; empty while only one is looked at
 
     @property
     def check(self) -> Check:

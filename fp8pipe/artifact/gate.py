@@ -16,7 +16,7 @@ from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_val
 
 from fp8pipe.core.config import FrozenConfig
 
-__all__ = ["Comparison", "Gate", "Verdict", "failures", "none_of", "read_gate", "worst"]
+__all__ = ["Comparison", "Gate", "Verdict", "failures", "none_of", "number_of", "read_gate", "worst"]
 
 
 class Verdict(StrEnum):
@@ -108,6 +108,15 @@ class Gate(FrozenConfig):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.numbers}{f'; {self.detail}' if self.detail else ''}"
+
+
+def number_of(value: Any) -> float | None:
+    """A JSON value as a number; manifests write infinities and NaN as strings."""
+    if isinstance(value, bool | int | float):
+        return float(value)
+    if isinstance(value, str) and value.lower().lstrip("-") in ("nan", "inf", "infinity"):
+        return float(value)
+    return None
 
 
 def none_of(name: str, count: float, detail: str = "") -> Gate:

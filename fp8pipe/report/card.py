@@ -33,19 +33,12 @@ _CHOICES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What is the same for all exports of a target.
+    """What is the same for all exports of a target."""
 
-    Attributes:
-        library: the hub's name of what reads it.
-        engine: that runs it.
-        limits: what a user should know, in sentences.
-        serve: shell lines that serve it; or one sentence, where it is not served by a command.
-    """
-
-    library: str
-    engine: str
-    limits: tuple[str, ...]
-    serve: tuple[str, ...] | str = ("fp8pipe serve .",)
+    library: str  # the hub's name of what reads it
+    engine: str  # that runs it
+    limits: tuple[str, ...]  # what a user should know, in sentences
+    serve: tuple[str, ...] | str = ("fp8pipe serve .",)  # shell lines; a sentence, where no command serves it
 
 
 def write_card(

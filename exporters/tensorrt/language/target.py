@@ -11,7 +11,7 @@ from exporters.target import Engine, ExportTarget, Service
 from exporters.tensorrt.language.options import LanguageExportOptions
 from exporters.tensorrt.target import BuiltEngine
 from fp8pipe.artifact.kinds import FALQON_KIND, Details
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.core.config import FrozenConfig
 
 __all__ = [

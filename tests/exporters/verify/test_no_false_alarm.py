@@ -16,7 +16,7 @@ from exporters.tensorrt.options import TrtExportOptions
 from exporters.verify.whole import verify_tree
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from fp8pipe.artifact.tree import find_tree
+from fp8pipe.artifact.verify import find_tree
 from fp8pipe.core.config import build_config
 from fp8pipe.numerics.kinds import Kind
 

@@ -22,7 +22,7 @@ from exporters.vllm.environment import VllmEnvironment, find_vllm_python
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.artifact.record import record_path
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
