@@ -106,7 +106,7 @@ def _own_peak(artifact: Artifact, modules: Sequence[str], *, against: Path | Non
 
 
 def _run(against: Path) -> None:
-    from exporters.graph.dry_run import run_model
+    from exporters.graph.plan import run_model
     from fp8pipe.models.vision.quantized import load_quantized
 
     run_model(load_quantized(open_artifact(against, kind=VIT_KIND).root))

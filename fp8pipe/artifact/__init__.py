@@ -5,7 +5,7 @@ result is reopened and re-hashed, and only then renamed to `NAME/`. So a directo
 whole.
 """
 
-from fp8pipe.artifact.gate import Comparison, Gate, Verdict, none_of
+from fp8pipe.artifact.gate import Comparison, Gate, Verdict, at_most, none_of
 from fp8pipe.artifact.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -23,9 +23,9 @@ from fp8pipe.artifact.writer import CHECKPOINT_PREFIX, ArtifactWriter, check_pla
 from fp8pipe.core.machine import disk_guard, translate_disk_full
 
 __all__ = [
-    "CHECKPOINT_PREFIX", "CHECKSUM_NAME", "MANIFEST_NAME", "SCHEMA_VERSION", "Artifact", "ArtifactWriter", "Comparison",
-    "Encoding", "FileEntry", "Gate", "LayerRecord", "Manifest", "NumberFormat", "Parent", "ScaleRule", "Verdict",
-    "check_checksum", "check_file", "check_place", "checksum_path", "disk_guard", "installed_versions", "none_of",
-    "open_artifact", "read_checked", "read_manifest", "remove_checked", "sha256_file", "translate_disk_full",
-    "write_checked",
+    "CHECKPOINT_PREFIX", "CHECKSUM_NAME", "MANIFEST_NAME", "SCHEMA_VERSION", "Artifact", "ArtifactWriter",
+    "Comparison", "Encoding", "FileEntry", "Gate", "LayerRecord", "Manifest", "NumberFormat", "Parent", "ScaleRule",
+    "Verdict", "at_most", "check_checksum", "check_file", "check_place", "checksum_path", "disk_guard",
+    "installed_versions", "none_of", "open_artifact", "read_checked", "read_manifest", "remove_checked",
+    "sha256_file", "translate_disk_full", "write_checked",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from fp8pipe.artifact.kinds import Details
 from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Gate, LayerRecord, Manifest, NumberFormat, Parent
 from fp8pipe.artifact.reader import PARTIAL_SUFFIX, Artifact, read_artifact, sha256_file
 from fp8pipe.artifact.record import remove_checked, write_checked
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
 from fp8pipe.core.machine import distribution_version, ordinary_mode, translate_disk_full
 from fp8pipe.core.version import __version__
 
@@ -91,6 +91,19 @@ class ArtifactWriter:
     def gate(self, gate: Gate) -> None:
         """Record a gate. A failed one does not stop the commit: raising is the caller's decision."""
         self.gates.append(gate)
+
+    def require_gates(self, gates: Sequence[Gate], what: str, fix: str) -> None:
+        """Record all gates of an export; refuse it when some fail: what failed, in words, and what the user can do.
+
+        Raises:
+            GateFailedError: with every failed gate's value, threshold and detail.
+        """
+        for gate in gates:
+            self.gate(gate)
+        failed = [gate for gate in gates if not gate.passed]
+        if failed:
+            why = "\n       ".join(map(str, failed))
+            raise GateFailedError(f"{what} ({len(failed)} gate(s) failed)", why=why, fix=fix)
 
     def discard(self) -> None:
         """Remove the unfinished directory."""

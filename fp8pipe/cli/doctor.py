@@ -214,8 +214,8 @@ def _export() -> Iterator[Ability]:
 
 
 def _build() -> Iterator[Ability]:
-    from exporters.tensorrt.options import CAPABILITIES
     from exporters.tensorrt.recipe import installed_builder
+    from exporters.tensorrt.target import CAPABILITIES
 
     version = installed_builder("rtx")
     names = ", ".join(CAPABILITIES)

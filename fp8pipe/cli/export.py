@@ -129,11 +129,11 @@ def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 @common_options()
 def lint_command(graph: Path, capabilities: tuple[str, ...], no_require: bool, console: Console) -> None:
     """Lint the ONNX file GRAPH, from any source; all findings at once, exit 13 when one is an error."""
-    from exporters.graph.packages import import_onnx_package
+    from exporters.graph.runtime import import_onnx_package
 
     import_onnx_package("onnx_ir")
-    from exporters.graph.findings import LintFindingsError
     from exporters.tensorrt.lint import lint_file
+    from fp8pipe.artifact.finding import LintFindingsError
 
     report = lint_file(graph, capabilities)
     errors, warnings = (found(require=not no_require) for found in (report.errors, report.warnings))

@@ -112,7 +112,7 @@ def serve_repository_command(
 ) -> None:  # fmt: skip
     """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
     from exporters.target import open_export
-    from exporters.triton.graph import TritonDevice
+    from exporters.triton.repository import TritonDevice
 
     artifact, target = open_export(export, lambda known: known.service.repository)
     language = target.service.domain == "language"

@@ -25,10 +25,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from exporters.graph.description import CLASSES_FILE, MODEL_FILE
-from exporters.graph.details import GraphDetails
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.runtime import open_session
+from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, GraphDetails
+from exporters.graph.runtime import import_onnx_package, open_session
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.graph.details import GraphDetails
+from exporters.graph.formats import GraphDetails
 from exporters.target import call, open_export
 from fp8pipe.artifact import Artifact, Gate, open_artifact
 from fp8pipe.artifact.record import DIGEST_HEADER
@@ -103,7 +103,7 @@ def _identity(url: str, artifact: Artifact) -> Gate:
 
 def ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
     """Pixels through the inference protocol, against the graph run here: equal bits."""
-    from exporters.graph.description import MODEL_FILE
+    from exporters.graph.formats import MODEL_FILE
     from exporters.graph.runtime import open_session
 
     session = open_session(artifact.root / MODEL_FILE)

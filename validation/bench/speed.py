@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from exporters.graph.description import MODEL_FILE
+from exporters.graph.formats import MODEL_FILE
 from exporters.graph.runtime import open_session
 from exporters.onnx import target as onnx
-from exporters.tensorrt.dequantized import dequantize_graph
+from exporters.tensorrt.half import dequantize_graph
 from exporters.vllm import target as vllm
 from exporters.vllm.environment import find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact, open_artifact

@@ -18,19 +18,26 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from exporters.graph.classes import ClassAgreement, compare_classes, own_agreement
-from exporters.graph.cut import input_name
-from exporters.graph.description import MODEL_FILE
-from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import agreement_gate, class_gates, codes_gate, kernel_gate, outputs_gate, parity_gates
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
+from exporters.graph.gates import (
+    ClassAgreement,
+    KernelReport,
+    agreement_gate,
+    check_kernels,
+    class_gates,
+    codes_gate,
+    compare_classes,
+    kernel_gate,
+    outputs_gate,
+    own_agreement,
+    parity_gates,
+)
 from exporters.graph.images import ProbeImages, folder_images, probe_images
-from exporters.graph.kernels import KernelReport, check_kernels
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.parity import LayerParity, compare_layers, inputs_of, outputs_of
+from exporters.graph.parity import LayerParity, compare_layers, input_name, inputs_of, outputs_of
 from exporters.graph.produce import as_exported
 from exporters.graph.reopen import reopen_gates
-from exporters.graph.runtime import open_session, run
+from exporters.graph.runtime import import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
 from exporters.onnx.target import KIND, OnnxDetails
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact

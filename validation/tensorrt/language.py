@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from exporters.graph.packages import import_onnx_package
-from exporters.tensorrt.engines import MODEL_FILE
-from exporters.tensorrt.language.serve import DecoderSession
+from exporters.graph.formats import MODEL_FILE
+from exporters.graph.runtime import import_onnx_package
+from exporters.tensorrt.language.reopen import DecoderSession
 from exporters.tensorrt.language.target import KIND, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
-from exporters.tensorrt.options import Base
-from exporters.tensorrt.target import BuiltEngine
+from exporters.tensorrt.target import Base, BuiltEngine
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
 from fp8pipe.artifact.record import remove_record
 from validation.tensorrt.record import EngineReport, TrtValidationRecord, conclude
@@ -59,9 +58,7 @@ def validate_language(export: Path) -> TrtValidationRecord:
 
 def _finite(artifact: Artifact, details: TrtLanguageDetails) -> Gate:
     """The graph runs in ONNX Runtime, and gives numbers."""
-    cache = details.cache
-    shape = None if cache is None else (cache.layers, cache.heads, cache.size)
-    session = DecoderSession(artifact.root / MODEL_FILE, shape, Base(details.base))
+    session = DecoderSession(artifact.root / MODEL_FILE, details.cache, Base(details.base))
     logits = session.logits(torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) + 1)
     bad = int((~np.isfinite(logits)).sum())
     detail = f"of {logits.size} logits of the graph in ONNX Runtime, {_TOKENS[0]} sequences of {_TOKENS[1]} tokens"

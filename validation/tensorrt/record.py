@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from exporters.tensorrt.engines import MODEL_FILE
+from exporters.graph.formats import MODEL_FILE
 from fp8pipe.artifact import Artifact, Gate, installed_versions, sha256_file
 from fp8pipe.artifact.gate import failures
 from fp8pipe.core.config import FrozenConfig

@@ -16,17 +16,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from exporters.graph.formats import MODEL_FILE
 from exporters.graph.images import probe_images
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.runtime import open_session, run
-from exporters.tensorrt.dequantized import dequantize_graph
+from exporters.graph.runtime import import_onnx_package, open_session, run
+from exporters.tensorrt.builder import build_enterprise, build_rtx, check_enterprise
 from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
-from exporters.tensorrt.engines import ENGINES, MODEL_FILE
-from exporters.tensorrt.enterprise import build_enterprise, check_enterprise
-from exporters.tensorrt.options import CAPABILITIES, EnterpriseSettings, TrtFormat
+from exporters.tensorrt.engines import ENGINES
+from exporters.tensorrt.half import dequantize_graph
 from exporters.tensorrt.parity import evaluate_graph
-from exporters.tensorrt.rtx import build_rtx
-from exporters.tensorrt.target import KIND, TrtDetails
+from exporters.tensorrt.target import CAPABILITIES, KIND, EnterpriseSettings, TrtDetails, TrtFormat
 from fp8pipe.artifact import Artifact, Comparison, Gate, open_artifact
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import MissingCapabilityError

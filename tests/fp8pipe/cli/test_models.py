@@ -8,9 +8,9 @@ import sys
 import click
 import pytest
 
-from exporters.onnx.options import OnnxExportOptions
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.onnx.target import OnnxExportOptions
+from exporters.tensorrt.language.target import LanguageExportOptions
+from exporters.tensorrt.target import TrtExportOptions
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.cli import LazyGroup
 from fp8pipe.cli.options import options_of
