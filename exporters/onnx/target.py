@@ -45,7 +45,7 @@ TARGET: Final = ExportTarget(
     ),
     service=Service(
         "vision", serve="serving.vision.server:serve_vision", plan="validation.plan:plan_onnx",
-        bench="validation.bench.vision:bench_vision", ask="validation.bench.check:ask_vision",
+        bench="validation.bench.speed:bench_vision", ask="validation.bench.check:ask_vision",
         repository="exporters.triton.repository:write_vision",
     ),
 )  # fmt: skip

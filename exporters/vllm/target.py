@@ -59,7 +59,7 @@ TARGET: Final = ExportTarget(
     ),
     service=Service(
         "language", serve="serving.language.server:serve_language", plan="validation.plan:plan_vllm",
-        bench="validation.bench.language:bench_language", ask="validation.bench.check:ask_language",
+        bench="validation.bench.speed:bench_language", ask="validation.bench.check:ask_language",
         repository="exporters.triton.repository:write_language",
     ),
     migrate=_migrate,

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from exporters.vllm.source import Source, open_source
-from exporters.vllm.target import KIND, VllmDetails
-from fp8pipe.artifact import Artifact, open_artifact
+from exporters.vllm.target import VllmDetails
+from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
 from fp8pipe.numerics.grids import E4M3, dequantize_weight, to_bf16
-
-__all__ = ["Expected", "ExpectedWeights", "count_differences", "open_export"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +139,3 @@ def _parent_source(export: Artifact, against: Path) -> Source:
             fix="name the artifact that was exported, or leave it out",
         )
     return source
-
-
-def open_export(export: Path, *, verify: bool = True) -> Artifact:
-    """Open directory of an export to vLLM, every file hashed.
-
-    Raises:
-        BadArtifactError: not a finished export to vLLM, or changed since it was written.
-    """
-    return open_artifact(export, kind=KIND, verify=verify)

@@ -11,22 +11,21 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
-from fp8pipe.artifact import Artifact
+from exporters.vllm.target import KIND
+from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.core.progress import table, track
-from validation.vllm.engine import ProbeJob, run_probe
-from validation.vllm.expected import ExpectedWeights, count_differences, open_export
-from validation.vllm.record import ExportRejectedError, ValidationRecord, WeightReport, remove_record, write_record
-from validation.vllm.reference import Reference, chat_ids, load_tokenizer
-
-__all__ = ["CANARY_PROMPTS", "LOGPROB_THRESHOLD", "validate_export"]
+from validation.record import concluded, heading
+from validation.vllm.expected import ExpectedWeights, count_differences
+from validation.vllm.launcher import ProbeJob, run_probe
+from validation.vllm.reference import Reference, ValidationRecord, WeightReport, chat_ids, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -75,31 +74,19 @@ def validate_export(
         MissingCapabilityError: no vLLM, one that runs on a GPU, or its CPU plugin is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
-    _check_request(prompts, max_tokens)
-    artifact = open_export(Path(export))
+    if not prompts or max_tokens < 1:
+        raise ConfigurationError(
+            "a validation asks at least one question and allows at least one token",
+            why=f"{len(prompts)} prompt(s), max_tokens {max_tokens}",
+        )
+    artifact = open_artifact(Path(export), kind=KIND)
     expected = ExpectedWeights(artifact, against)
     environment = inspect_environment(find_vllm_python(vllm_python))
     _require_cpu(environment)
     _require_plugin(environment, artifact)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     record = _validate(artifact, expected, environment, prompts, max_tokens, timeout_s)
-    path = write_record(record, artifact.root)
-    if record.verdict == "REJECT":
-        raise ExportRejectedError(
-            f"vLLM does not serve what {artifact.root} holds",
-            why="; ".join(record.reasons),
-            fix=f"do not deploy it; the figures are in {path}",
-            record=record,
-        )
-    return record
-
-
-def _check_request(prompts: Sequence[str], max_tokens: int) -> None:
-    if not prompts or max_tokens < 1:
-        raise ConfigurationError(
-            "a validation asks at least one question and allows at least one token",
-            why=f"{len(prompts)} prompt(s), max_tokens {max_tokens}",
-        )
+    return concluded(record, artifact, record.reasons, f"vLLM does not serve what {artifact.root} holds")
 
 
 def _require_cpu(environment: VllmEnvironment) -> None:
@@ -124,13 +111,9 @@ def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
 
 
 def _validate(
-    artifact: Artifact,
-    expected: ExpectedWeights,
-    environment: VllmEnvironment,
-    prompts: Sequence[str],
-    max_tokens: int,
-    timeout_s: float,
-) -> ValidationRecord:
+    artifact: Artifact, expected: ExpectedWeights, environment: VllmEnvironment, prompts: Sequence[str],
+    max_tokens: int, timeout_s: float,
+) -> ValidationRecord:  # fmt: skip
     tokenizer = load_tokenizer(artifact.root)
     chat = bool(getattr(tokenizer, "chat_template", None))
     prompt_ids = [chat_ids(tokenizer, p) if chat else list(tokenizer(p)["input_ids"]) for p in prompts]
@@ -154,9 +137,7 @@ def _validate(
     wrong = [f"the answer to {c.prompt!r} is {c.verdict}: {c.answer!r}" for c in canary if c.verdict != "ok"]
     reasons = weights.failures + logprobs.failures + wrong
     return ValidationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest,
+        **heading(artifact),
         engine="vllm",
         dtype=job.dtype,
         versions={**environment.versions, **result["versions"]},

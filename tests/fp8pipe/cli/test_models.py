@@ -17,10 +17,8 @@ from fp8pipe.cli.options import options_of
 from fp8pipe.core.config import FrozenConfig
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.vit.config import QuantizeVitConfig
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
-from serving.vision.config import VisionConfig
-from validation.bench.config import BenchConfig, ServeCheckConfig
+from serving.config import LanguageConfig, ServeConfig, VisionConfig
+from validation.bench.record import BenchConfig, ServeCheckConfig
 
 # By model, what stands in --config alone, besides what is nested.
 CONFIG_ONLY: dict[type[FrozenConfig], set[str]] = {

@@ -81,7 +81,7 @@ def _pictures(folder, count):
 
 def test_classes_are_compared_on_pictures(export, artifact, tmp_path):
     pictures = _pictures(tmp_path / "pictures", 40)
-    record = validate_onnx(export, against=artifact.root, pictures=pictures)
+    record = validate_onnx(export, against=artifact.root, images=pictures)
     assert record.classes.images == 80
     gate = next(gate for gate in record.gates if gate.name == "top-1 agreement")
     assert gate.value == record.classes.agreeing / 80

@@ -17,19 +17,20 @@ from small_artifacts import details_of
 from tiny_checkpoints import make_model, quantize, write_plain
 from torch import Tensor
 
+import fp8pipe
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
 from fp8pipe.artifact.manifest import Encoding
+from fp8pipe.artifact.record import record_path
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from validation.vllm import validate
 from validation.vllm.ask import ask
 from validation.vllm.expected import Expected, ExpectedWeights, count_differences
 from validation.vllm.launcher import ServerOptions, server
-from validation.vllm.record import LogprobReport, ValidationRecord, WeightReport, record_path
-from validation.vllm.reference import _verdict
+from validation.vllm.reference import LogprobReport, ValidationRecord, WeightReport, _verdict
 from validation.vllm.validate import validate_export
 
 LAYER = "model.layers.1.self_attn.k_proj.weight"
@@ -190,7 +191,7 @@ def test_requests_that_prove_nothing_are_refused(export: Path) -> None:
     with pytest.raises(ConfigurationError, match="at least one"):
         validate_export(export, prompts=())
     with pytest.raises(ConfigurationError, match="tensorrt"):
-        validate_export(export, engine="tensorrt")
+        fp8pipe.validate(export, engine="tensorrt")
 
 
 def _rejection(export: Path, reason: str) -> ValidationRecord:
