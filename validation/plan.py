@@ -18,8 +18,6 @@ from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.plan import Missing, PhaseMeter, Plan, can_measure, missing_memory, missing_packages
 
-__all__ = ["RECORD_BYTES", "plan_onnx", "plan_tensorrt", "plan_vllm"]
-
 RECORD_BYTES: Final = 16_384  # a record beside an export, about
 _GRAPH_COPIES: Final = 6.0  # fp32: the file, the model it is compared with, sessions
 # vLLM for CPUs with nothing loaded, and its key/value cache as our commands start it.
@@ -28,7 +26,7 @@ _VLLM_COPIES: Final = 2.0  # fp32: as loaded, and as the engine lays them out
 _PACKAGES: Final = ("onnx", "onnx-ir", "onnxruntime")
 _ONNX_MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "validate": ("validation.onnx.validate", "onnxruntime", "onnx_ir"),
-    "bench": ("validation.bench.vision", "onnxruntime"),
+    "bench": ("validation.bench.speed", "onnxruntime"),
     # The service, too, which is started as a process of its own.
     "serve-check": ("validation.bench.check", "fastapi", "uvicorn", "onnxruntime"),
 }
@@ -108,7 +106,7 @@ def _own_peak(artifact: Artifact, modules: Sequence[str], *, against: Path | Non
 
 
 def _run(against: Path) -> None:
-    from exporters.graph.dry_run import run_model
+    from exporters.graph.plan import run_model
     from fp8pipe.models.vision.quantized import load_quantized
 
     run_model(load_quantized(open_artifact(against, kind=VIT_KIND).root))

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from exporters.graph.description import require_gates
 from exporters.graph.lint import refuse
 from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
@@ -93,7 +92,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         with track(len(plan.units), "compare") as progress:
             gates = reopen(plan, writer.root, lambda: progress.advance(1))
         fix = f"check the disk and export again; what was written is left in {writer.root}"
-        require_gates(writer, gates, "the written export differs from its source", fix)
+        writer.require_gates(gates, "the written export differs from its source", fix)
         return _commit(writer, plan)
 
 

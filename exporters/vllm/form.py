@@ -37,7 +37,9 @@ class ServingForm(FrozenConfig):
     kv_cache_dtype: Annotated[str | None, _BY_VLLM] = Field(
         default=None, pattern=r"[a-z0-9_]+", description="Dtype of the key/value cache; what there is depends on vLLM"
     )
-    enforce_eager: bool = Field(default=False, description="Do not compile: starts sooner, serves slower")
+    enforce_eager: Annotated[bool | None, Flag(default="on a CPU")] = Field(
+        default=None, description="Do not compile: starts sooner, serves slower"
+    )
     max_num_seqs: Annotated[int | None, _BY_VLLM] = Field(default=None, ge=1, description="Requests computed at once")
     tensor_parallel_size: Annotated[int | None, Flag(default="1")] = Field(
         default=None, ge=1, description="Devices that share each layer"
@@ -71,6 +73,10 @@ class ServingForm(FrozenConfig):
         if self.kv_cache_gib is not None and self.gpu_memory_utilization is not None:
             raise ValueError("kv_cache_gib and gpu_memory_utilization both say how much memory: give one")
         return self
+
+    def settled(self, *, on_cpu: bool) -> Self:
+        """With what the machine decides filled in: on a CPU nothing is compiled unless it is asked for."""
+        return self if self.enforce_eager is not None else self.model_copy(update={"enforce_eager": on_cpu})
 
     def arguments(self) -> list[str]:
         """vLLM's arguments for these settings."""

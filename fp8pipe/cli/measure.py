@@ -10,7 +10,7 @@ import click
 
 from fp8pipe.cli.common import Console, common_options, show_plan, stage_options, table
 from fp8pipe.cli.options import model_options, resolve
-from validation.bench.config import BenchConfig, ServeCheckConfig
+from validation.bench.record import BenchConfig, ServeCheckConfig
 
 _EXPORT = click.argument("export", type=click.Path(path_type=Path))
 

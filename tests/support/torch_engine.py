@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from exporters.vllm.environment import VllmEnvironment
 from exporters.vllm.reopen import iter_weights, load_torch_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
-from validation.vllm.engine import ProbeJob
+from validation.vllm.launcher import ProbeJob
 from validation.vllm.reference import chat_ids, load_tokenizer
 
 __all__ = ["ENVIRONMENT", "TorchEngine"]

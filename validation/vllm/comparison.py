@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,8 +18,9 @@ from fp8pipe.artifact import Artifact, Gate
 from fp8pipe.artifact.gate import failures
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.progress import track
-from validation.vllm.engine import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
+from validation.record import heading
 from validation.vllm.expected import ExpectedWeights, count_differences
+from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
 from validation.vllm.record import (
     CanaryAnswer,
     LogprobReport,
@@ -248,8 +248,7 @@ def _concluded(case: Case, gates: list[Gate], **found: Any) -> ValidationRecord:
     verdict: Verdict = "REJECT" if reasons else "ACCEPT" if known else "CONSISTENT"
     served: ServedReport | None = found.get("served")
     return ValidationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), export=case.artifact.root.absolute().name,
-        manifest_digest=case.artifact.digest, engine="vllm", dtype="float32", reference="source" if known else "export",
+        **heading(case.artifact), engine="vllm", dtype="float32", reference="source" if known else "export",
         source_digest=None if case.plan is None else case.plan.source.parent.digest,
         changed=[] if case.plan is None else changed_on_purpose(case.plan),
         **{"versions": case.environment.versions, **found}, gates=gates,

@@ -20,13 +20,11 @@ from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan, Unit
 from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_values, source_values
-from exporters.vllm.target import KIND, VllmDetails
-from fp8pipe.artifact import Artifact, open_artifact
+from exporters.vllm.target import VllmDetails
+from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
 from fp8pipe.numerics.plain import dequantize_plain, grid_numbers, row_errors
-
-__all__ = ["Expected", "ExpectedWeights", "count_differences", "open_export", "plan_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +156,3 @@ def plan_of(export: Artifact, source: Path) -> ExportPlan:
             fix="name the artifact that was exported, or leave it out",
         )
     return plan
-
-
-def open_export(export: Path, *, verify: bool = True) -> Artifact:
-    """Open directory of an export to vLLM, every file hashed.
-
-    Raises:
-        BadArtifactError: not a finished export to vLLM, or changed since it was written.
-    """
-    return open_artifact(export, kind=KIND, verify=verify)

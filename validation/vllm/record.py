@@ -12,25 +12,9 @@ from pydantic import Field
 
 from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.artifact.gate import none_of
-from fp8pipe.artifact.record import ExportRejectedError, record_path, remove_record, write_record
 from fp8pipe.core.config import FrozenConfig
+from validation.record import EngineRecord
 
-__all__ = [
-    "CanaryAnswer",
-    "ExportRejectedError",
-    "LogprobReport",
-    "ServedReport",
-    "ValidationRecord",
-    "Verdict",
-    "WeightReport",
-    "record_path",
-    "remove_record",
-    "write_record",
-    "wrong_answers",
-]
-
-# 2: a checksum lies beside the record. 3: gates, the source's files, and the form that serves.
-RECORD_VERSION = 3
 Verdict = Literal["ACCEPT", "CONSISTENT", "REJECT"]
 
 
@@ -136,14 +120,11 @@ class ServedReport(FrozenConfig):
         ]  # fmt: skip
 
 
-class ValidationRecord(FrozenConfig):
+class ValidationRecord(EngineRecord):
     """One validation."""
 
-    schema_version: int = Field(default=RECORD_VERSION, description="version of this schema")
-    created: str = Field(description="UTC time, ISO 8601")
-    export: str = Field(description="name of the export's directory")
-    manifest_digest: str = Field(description="digest of the export's manifest when it was validated")
-    engine: str = Field(description="the engine's name")
+    # 3: gates, the source's files, and the form that serves.
+    schema_version: int = Field(default=3, description="version of this schema")
     dtype: str = Field(description="the engine's compute dtype where all numbers are compared to the last bits")
     versions: dict[str, str] = Field(description="versions of the engine's packages")
     reference: Literal["export", "source"] = Field(description="what everything was compared with")

@@ -25,10 +25,6 @@ from validation.vllm.record import CanaryAnswer, LogprobReport
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "TIE_NATS", "Answer", "Places", "Reference", "chat_ids", "compare_logprobs", "judge", "load_tokenizer",
-    "served_figures",
-]  # fmt: skip
 
 # Below this gap between the two best choices either is greedy: engines add in different orders.
 TIE_NATS: Final = 1e-3

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from exporters.vllm.form import ServingForm
-from fp8pipe.artifact import Artifact
+from exporters.vllm.target import KIND
+from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.core.progress import table
 from validation.parents import parent_at_hand
+from validation.record import concluded
 from validation.vllm.comparison import LOGPROB_THRESHOLD, Case, compare
-from validation.vllm.expected import open_export, plan_of
-from validation.vllm.record import ExportRejectedError, ValidationRecord, remove_record, write_record
-
-__all__ = ["CANARY_PROMPTS", "LOGPROB_THRESHOLD", "validate_export"]
+from validation.vllm.expected import plan_of
+from validation.vllm.record import ValidationRecord
 
 CANARY_PROMPTS = (
     "What is the capital of France?",
@@ -62,25 +63,18 @@ def validate_export(
         MissingCapabilityError: no vLLM, one that runs on a GPU, or its CPU plugin is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
-    chosen = form or ServingForm()
-    _check_request(prompts, max_tokens, chosen)
-    artifact = open_export(Path(export))
+    asked = form or ServingForm()
+    _check_request(prompts, max_tokens, asked)
+    artifact = open_artifact(Path(export), kind=KIND)
     source = against or parent_at_hand(artifact)
     plan = None if source is None else plan_of(artifact, source)
     environment = inspect_environment(find_vllm_python(vllm_python))
     _require_cpu(environment)
     _require_plugin(environment, artifact)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
+    chosen = asked.settled(on_cpu=environment.on_cpu)
     record = compare(Case(artifact, plan, environment, chosen, tuple(prompts), max_tokens, timeout_s))
-    path = write_record(record, artifact.root)
-    if record.verdict == "REJECT":
-        raise ExportRejectedError(
-            f"vLLM does not serve what {artifact.root} holds",
-            why="; ".join(record.reasons),
-            fix=f"do not deploy it; the figures are in {path}",
-            record=record,
-        )
-    return record
+    return concluded(record, artifact, record.reasons, f"vLLM does not serve what {artifact.root} holds")
 
 
 def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -> None:

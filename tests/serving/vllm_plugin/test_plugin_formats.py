@@ -15,8 +15,8 @@ from torch import Tensor
 
 from exporters.vllm.environment import find_vllm_python, last_lines
 from fp8pipe.core.errors import MissingCapabilityError
-from validation.vllm.engine import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
 from validation.vllm.expected import Expected
+from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
 
 HOST = Path(__file__).with_name("engine_host.py")
 SEQUENCES = [[int(t) for t in torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(i))] for i in (1, 2)]

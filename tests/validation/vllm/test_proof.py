@@ -21,10 +21,11 @@ from torch_engine import ENVIRONMENT, TorchEngine
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
+from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.core.errors import ConfigurationError
 from validation.vllm import comparison, validate
-from validation.vllm.record import ExportRejectedError, ValidationRecord, record_path
+from validation.vllm.record import ValidationRecord
 from validation.vllm.validate import validate_export
 
 LAYER = "model.layers.1.self_attn.k_proj.weight"
@@ -110,8 +111,12 @@ def test_a_right_export_is_accepted_and_its_source_found(tree: Path, engine: Any
     assert all(gate.passed for gate in record.gates)
     assert record.changed == (["quantization_config"] if name != "bf16" else [])
     assert record.served is not None
-    assert record.served.form == "on a CPU: bfloat16, compiled, activations not rounded"
-    assert record.served.arguments == made.jobs[1].arguments == ["--dtype", "bfloat16", "--max-model-len", "-1"]
+    assert record.served.form == "on a CPU: bfloat16, eager, activations not rounded"
+    assert (
+        record.served.arguments
+        == made.jobs[1].arguments
+        == ["--dtype", "bfloat16", "--max-model-len", "-1", "--enforce-eager"]
+    )
     assert "FP8PIPE_VLLM_KEEP_WEIGHTS" not in made.jobs[1].variables  # nothing is kept for the validation's sake
     assert record.served.noise_kl > 0
     (tree / "plain").rename(tree.parent / "elsewhere")

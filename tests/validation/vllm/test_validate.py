@@ -17,25 +17,25 @@ from small_artifacts import details_of
 from tiny_checkpoints import make_model, quantize, write_plain
 from torch import Tensor
 
+import fp8pipe
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python
 from exporters.vllm.export import export_vllm
-from exporters.vllm.form import ServingForm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
+from fp8pipe.artifact.record import record_path
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from validation.vllm import validate
 from validation.vllm.ask import ask
 from validation.vllm.expected import Expected, ExpectedWeights, count_differences, plan_of
 from validation.vllm.launcher import ServerOptions, server
-from validation.vllm.record import LogprobReport, ServedReport, ValidationRecord, WeightReport, record_path
+from validation.vllm.record import LogprobReport, ServedReport, ValidationRecord, WeightReport
 from validation.vllm.reference import _verdict
 from validation.vllm.validate import validate_export
 
 LAYER = "model.layers.1.self_attn.k_proj.weight"
 PROMPTS = ("Hello", "What?")
-EAGER = ServingForm(enforce_eager=True)  # compiling takes minutes
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def engine() -> None:
 @pytest.mark.vllm
 @pytest.mark.usefixtures("engine")
 def test_a_good_export_is_accepted(export: Path, source: Path) -> None:
-    record = validate_export(export, against=source, prompts=PROMPTS, form=EAGER)
+    record = validate_export(export, against=source, prompts=PROMPTS)
     assert record.weights is not None
     assert record.logprobs is not None
     assert record.served is not None
@@ -141,7 +141,7 @@ def _reciprocal_scale(tensors: dict[str, Tensor]) -> None:
 def test_a_tampered_export_is_rejected(tampered: Any, source: Path, edit: Any, codes: int) -> None:
     export = tampered(edit)
     with pytest.raises(GateFailedError, match="weights differing, in fp32") as caught:
-        validate_export(export, against=source, prompts=PROMPTS[:1], max_tokens=2, form=EAGER)
+        validate_export(export, against=source, prompts=PROMPTS[:1], max_tokens=2)
     record = json.loads(record_path(export).read_text(encoding="utf-8"))
     assert str(record_path(export)) in caught.value.fix
     assert record["verdict"] == "REJECT"
@@ -201,6 +201,8 @@ def test_another_parent_is_refused(export: Path, tampered: Any, source: Path, tm
 def test_requests_that_prove_nothing_are_refused(export: Path) -> None:
     with pytest.raises(ConfigurationError, match="at least one"):
         validate_export(export, prompts=())
+    with pytest.raises(ConfigurationError, match="tensorrt"):
+        fp8pipe.validate(export, engine="tensorrt")
 
 
 def _rejection(export: Path, reason: str) -> ValidationRecord:
