@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from exporters.vllm.environment import find_vllm_python, inspect_environment
+from exporters.vllm.form import ServingForm
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import MissingCapabilityError
@@ -33,8 +34,9 @@ _ONNX_MODULES: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def plan_vllm(
-    artifact: Artifact, stage: str, record: Path, *, vllm_python: str | None = None, against: Path | None = None
-) -> Plan:
+    artifact: Artifact, stage: str, record: Path, *, vllm_python: str | None = None, against: Path | None = None,
+    form: ServingForm | None = None,
+) -> Plan:  # fmt: skip
     """Plan a command that runs an export in vLLM and writes a record beside it.
 
     Args:
@@ -43,6 +45,7 @@ def plan_vllm(
         record: where the record would go.
         vllm_python: vLLM's interpreter; found when None.
         against: what else is read.
+        form: how the engine would be started, which changes nothing here.
     """
     peak = int(_VLLM_BYTES + _CACHE_BYTES + _VLLM_COPIES * _float_bytes(artifact))
     return _plan(

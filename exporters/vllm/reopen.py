@@ -149,7 +149,7 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
     fresh, rounded = count[Action.QUANTIZE], count[Action.DEQUANTIZE] + count[Action.CAST]
     how = (
         f"{count[Action.CODES]} weight(s) of codes against the source's code * scale in fp32; {fresh} quantized here "
-        f"against the source rounded in float64 by other code; {rounded} in bf16 against the source's values "
+        f"against the source rounded by other code; {rounded} in bf16 against the source's values "
         "(code * scale where it holds codes) rounded once to bf16"
     )
     gates = [

@@ -54,7 +54,7 @@ TARGET: Final = ExportTarget(
     engines=(
         Engine(
             "vllm", "validation.vllm.validate:validate_export", "validation.vllm.validate:describe",
-            ("against", "vllm_python"),
+            ("against", "vllm_python", "form"),
         ),
     ),
     service=Service(
