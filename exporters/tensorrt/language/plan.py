@@ -12,7 +12,7 @@ from exporters.tensorrt.language.source import LENGTH
 from exporters.tensorrt.language.target import CalibrationOptions, LanguageExportOptions
 from exporters.vllm.export import plan_export
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.plan import Action
+from exporters.vllm.plan import Action, ExportPlan
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.machine import free_bytes, resident_bytes
@@ -45,11 +45,7 @@ def plan_for_people(
     text = None if text is None else str(text)
     need = sum(unit.entry.size_bytes for unit in plan.units)
     written, _ = expected_sizes(need, shape.get("num_hidden_layers", 0), len(engines), pack=False, halves=False)
-    copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
-    logits = BATCH * int(config.get("sequence_length", LENGTH)) * shape.get("vocab_size", 0) * 4 if graph else 0
-    floats = 4 * sum(math.prod(unit.entry.shape) for unit in plan.units)
-    peak = resident_bytes() + int(copies * floats + _LOGITS_COPIES * logits)
-    scored = f", {_LOGITS_COPIES:g} of the logits of {BATCH} texts" if graph else ""
+    peak, reckoned = _peak_memory(plan, int(config.get("sequence_length", LENGTH)), graph)
     quantized = sum(unit.action is Action.CODES for unit in plan.units)
     others, format = sum(not layer.converted for layer in plan.layers), str(getattr(options, "format", ""))
     document = {
@@ -80,7 +76,7 @@ def plan_for_people(
         missing=(*(() if text else (no_text,)), *missing_packages(packages), *missing_disk(output, written),
                  *missing_memory(peak, "a machine with more memory, or a smaller model")),
         notes=(
-            f"memory is reckoned: {copies:g} copies of all weights in fp32{scored}, beside what is loaded now",
+            reckoned,
             *(("engines are compiled by a process of its own, whose memory is not predicted",) if engines else ()),
         ),
         facts={
@@ -91,3 +87,13 @@ def plan_for_people(
         },
     )  # fmt: skip
     return document, shown
+
+
+def _peak_memory(plan: ExportPlan, length: int, graph: bool) -> tuple[int, str]:
+    """Peak of host memory, bytes, for texts of `length` tokens, and how it was reckoned."""
+    copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
+    logits = BATCH * length * plan.source.config.get("vocab_size", 0) * 4 if graph else 0
+    floats = 4 * sum(math.prod(unit.entry.shape) for unit in plan.units)
+    scored = f", {_LOGITS_COPIES:g} of the logits of {BATCH} texts" if graph else ""
+    note = f"memory is reckoned: {copies:g} copies of all weights in fp32{scored}, beside what is loaded now"
+    return resident_bytes() + int(copies * floats + _LOGITS_COPIES * logits), note
