@@ -1,72 +1,129 @@
-"""Where every validation leaves its record: beside the export, checksummed, in one step; and the one reader of them.
+"""JSON records beside what they speak of, each with its checksum: a small file that holds the digest of its bytes.
 
-Beside and not inside, so that the hashes in the export's manifest stay true. Whoever asks for a verdict asks
-`read_verdict`, and whoever needs an ACCEPT asks `require_accept`: what is missing, damaged or unknown is none.
+A manifest covers every other file of an artifact, and a checksum covers the manifest and the records beside artifacts.
+It is `sha256sum -c` input, so that any machine can check it without fp8pipe, and guards against damage, not against
+forgery: who can write the record can write its checksum. A validation leaves its record beside the export and not
+inside, so that the hashes in the export's manifest stay true.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final, Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel
 
-from fp8pipe.artifact.checksum import read_checked, remove_checked, write_checked
-from fp8pipe.artifact.gate import Gate, Verdict, failures, read_gate
-from fp8pipe.artifact.reader import Artifact, read_manifest
 from fp8pipe.core.errors import BadArtifactError, GateFailedError
 from fp8pipe.core.machine import translate_disk_full
 
 __all__ = [
-    "DIGEST_HEADER", "REJECT", "VERDICT_HEADER", "ExportRejectedError", "VerdictRecord", "read_verdict", "record_path",
-    "remove_record", "require_accept", "write_record",
+    "DIGEST_HEADER", "VERDICT_HEADER", "ExportRejectedError", "check_checksum", "checksum_path", "read_checked",
+    "record_path", "remove_checked", "remove_record", "write_checked", "write_record",
 ]  # fmt: skip
 
 # The HTTP header in which every service names the digest of the artifact that it serves.
 DIGEST_HEADER = "x-fp8pipe-artifact"
 # And what is proved of it: ACCEPT, or `unvalidated`.
 VERDICT_HEADER = "x-fp8pipe-verdict"
-
-REJECT: Final = "REJECT"
-RECORD_SCHEMA: Final = 3  # the newest of any record
-
+CHECKSUM_SUFFIX = ".sha256"
 R = TypeVar("R", bound=BaseModel)
 
 
-def _gate(data: Any) -> Gate:
-    """A gate of any schema, and a ValueError for everything else."""
+def checksum_path(path: Path) -> Path:
+    """`NAME.sha256` beside `NAME.json`."""
+    return path.with_suffix(CHECKSUM_SUFFIX)
+
+
+def write_checked(path: Path, text: str) -> Path:
+    """Write `text` (UTF-8) to `path`, and its checksum beside it.
+
+    The new checksum waits under `NAME.sha256.partial` while the record is replaced, and a reader accepts a record that
+    fits either. So a reader, and a run after a crash, sees the old record or the new one, whole and checksummed.
+    """
+    data = text.encode()
+    record, checksum = _pending(path), _pending(checksum_path(path))
+    _write(record, data)
+    _write(checksum, _checksum_of(path, data))
+    os.replace(record, path)
+    os.replace(checksum, checksum_path(path))
+    return path
+
+
+def check_checksum(path: Path) -> str:
+    """What is wrong with a checksummed file or its checksum, in words; empty when nothing is."""
     try:
-        return read_gate(data)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"it is no gate: {error!r}") from error
+        return _read(path)[1]
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
 
 
-class VerdictRecord(BaseModel):
-    """What every record of a validation or a measurement holds; all else is in `document`."""
+def read_checked(path: Path, former: str = "") -> bytes:
+    """The bytes of a checksummed file, which are those that its checksum speaks of.
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    Args:
+        path: the file.
+        former: another name that its checksum may give it: one it had before it was copied.
 
-    schema_version: int = Field(ge=1, le=RECORD_SCHEMA, description="version of its schema")
-    manifest_digest: str = Field(description="digest of the manifest that it speaks of")
-    verdict: Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"] = Field(description="its verdict")
-    versions: dict[str, str] = Field(min_length=1, description="versions of the packages that took part")
-    gates: list[Annotated[Gate, BeforeValidator(_gate)]] = Field(default=[], description="what had to hold")
-    reasons: list[str] = Field(default=[], description="why it was rejected")
-    not_proved: list[str] = Field(default=[], description="what was not tried, and why")
-    document: dict[str, Any] = Field(description="the whole record")
+    Raises:
+        OSError: the file is not there, or cannot be read.
+        BadArtifactError: it has no checksum, or another one.
+    """
+    data, finding = _read(path, former)
+    if finding:
+        raise BadArtifactError(
+            f"{path} is not what was written",
+            why=finding,
+            fix="copy it again from its source, with its checksum, or write it again",
+        )
+    return data
 
-    @property
-    def said(self) -> Verdict:
-        """The verdict; one that rejects says that things differ which must be equal."""
-        return Verdict.ANOMALOUS if self.verdict == REJECT else Verdict(self.verdict)
 
-    @property
-    def form(self) -> str:
-        """The form of serving that it covers, in words; empty where the engine has one form only."""
-        served = self.document.get("served")
-        return str(served.get("form", "")) if isinstance(served, dict) else ""
+def remove_checked(path: Path) -> None:
+    """Remove a record with its checksum, and what a crash may have left of either."""
+    for name in (path, checksum_path(path)):
+        name.unlink(missing_ok=True)
+        _pending(name).unlink(missing_ok=True)
+
+
+def _read(path: Path, former: str = "") -> tuple[bytes, str]:
+    """Bytes of the record and the finding; looks twice, since a writer may have replaced both in between."""
+    for _ in range(2):
+        data = path.read_bytes()
+        expected = _checksum_of(path, data)
+        found = [_bytes(place) for place in (checksum_path(path), _pending(checksum_path(path)))]
+        if expected in found or (former and _checksum_of(path.with_name(former), data) in found):
+            return data, ""
+    name = checksum_path(path).name
+    if found[0] is None:
+        return data, f"{path.name} has no checksum: {name} is missing"
+    # What the checksum holds may be damaged, so it is quoted as Python would, and cut.
+    return data, f"{path.name} has sha256 {expected[:64].decode()}, its checksum {name} holds {found[0][:64]!r}" + (
+        "" if found[0][:64] != expected[:64] else ", and what follows the digest is not what was written"
+    )
+
+
+def _checksum_of(path: Path, data: bytes) -> bytes:
+    return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _pending(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 class ExportRejectedError(GateFailedError, Generic[R]):
@@ -106,73 +163,3 @@ def write_record(record: BaseModel, export: Path, *, place: Path | None = None) 
     path = place or record_path(export)
     with translate_disk_full(path.parent):
         return write_checked(path, record.model_dump_json(indent=2) + "\n")
-
-
-def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
-    """Read a record, or refuse it; nothing is concluded from one that is not whole.
-
-    Args:
-        path: the record.
-        artifact: what it must speak of; the directory of its name, beside it, when None.
-
-    Raises:
-        BadArtifactError: it is missing or cannot be read, its checksum is missing or another, it is no record of this
-            schema, its verdict is unknown or not borne out by its gates, or it speaks of another manifest.
-    """
-    try:
-        data = json.loads(read_checked(path, _former_name(path)))
-        if not isinstance(data, dict):
-            raise ValueError(f"its top level is a {type(data).__name__}, not an object")
-        record = VerdictRecord.model_validate({**data, "document": data})
-    except OSError as error:
-        raise _unsound(path, error.strerror or str(error)) from error
-    except ValidationError as error:
-        found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
-        raise _unsound(path, "; ".join(found)[:300]) from error
-    except (ValueError, RecursionError) as error:
-        raise _unsound(path, f"it is not JSON: {error}"[:300]) from error
-    if record.verdict != REJECT:
-        wrong = [*record.reasons, *failures(record.gates)]
-        if wrong or not record.gates:
-            raise _unsound(path, f"its verdict is {record.verdict}, but {'; '.join(wrong)[:300] or 'it has no gates'}")
-    export = path.with_name(path.stem.rpartition(".")[0])
-    digest = read_manifest(export).digest if artifact is None else artifact.digest
-    if record.manifest_digest != digest:
-        name = (export if artifact is None else artifact.root).name
-        raise _unsound(path, f"it speaks of manifest {record.manifest_digest}; {name} has {digest}")
-    return record
-
-
-def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictRecord:
-    """The record of an artifact's validation, which must say ACCEPT.
-
-    Args:
-        artifact: the export.
-        place: the record; `<export>.validation.json` when None.
-
-    Raises:
-        BadArtifactError: the record is not sound.
-        GateFailedError: there is none, or its verdict is another one.
-    """
-    path = place or record_path(artifact.root)
-    why, fix = f"no record of a validation lies at {path}", f"fp8pipe validate {artifact.root}"
-    if path.exists():
-        record = read_verdict(path, artifact)
-        if record.said is Verdict.ACCEPT:
-            return record
-        why = f"{path.name} says {record.verdict}: {'; '.join([*record.reasons, *record.not_proved])[:300]}"
-        fix = "do not deploy it" if record.said.failed else "validate it where all of it can be proved"
-    raise GateFailedError(f"{artifact.root} is not accepted", why=why, fix=fix)
-
-
-def _former_name(path: Path) -> str:
-    """The name that a record says it was written under: containers mount it under another."""
-    try:
-        name = f"{json.loads(path.read_bytes())['export']}.validation.json"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return ""
-    return name if Path(name).name == name and "\0" not in name else ""
-
-
-def _unsound(path: Path, why: str) -> BadArtifactError:
-    return BadArtifactError(f"{path} is no sound record", why=why, fix="validate or measure the artifact again")

@@ -1,49 +1,102 @@
 """Everything about a tree of artifacts that needs no knowledge of their kinds: bytes, records, parents.
 
-Every finding is kept and none stops the search: who reads the list decides what to copy again.
+A tree is a run's directory, a folder of exports or a single artifact: artifacts, records beside them, and files that no
+record covers. Nothing is believed: what looks like an artifact is found by the names of its files alone. Every finding
+is kept and none stops the search: who reads the list decides what to copy again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fp8pipe.artifact.checksum import check_checksum, checksum_path
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.gate import Verdict
-from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent
-from fp8pipe.artifact.reader import Artifact, check_file, read_manifest, strays
-from fp8pipe.artifact.record import read_verdict
-from fp8pipe.artifact.runs import RunRecord, StageRecord, read_run
-from fp8pipe.artifact.tree import RUN_FILE, Tree
+from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent, canonical_digest
+from fp8pipe.artifact.reader import CHECKSUM_NAME, PARTIAL_SUFFIX, Artifact, check_file, read_manifest, strays
+from fp8pipe.artifact.record import CHECKSUM_SUFFIX, check_checksum, checksum_path
+from fp8pipe.artifact.runs import RUN_NAME, StageRecord, read_run
+from fp8pipe.artifact.verdict import read_verdict
 from fp8pipe.core.errors import BadArtifactError
 
-__all__ = ["Checked", "check_bytes", "check_record", "find_parent"]
+__all__ = ["Checked", "Tree", "check_bytes", "check_record", "find_parent", "find_tree"]
 
+# What is found out about an artifact lies beside it.
+_BESIDE = (".validation.json", ".bench.json", ".serve-check.json")
 _MANY = 5
 _UNKNOWN = "no record covers it"
 
 
 @dataclass(slots=True)
-class Checked:
-    """What was found.
+class Tree:
+    """Paths by what they are, sorted."""
 
-    Attributes:
-        artifacts: those that could be opened, whole or not.
-        findings: everything that is wrong.
-        notes: what could not be checked, and files that no record covers.
-        damaged: directories of artifacts whose bytes are not those of their manifest.
-        files: how many were hashed.
+    root: Path  # the directory that was searched
+    artifacts: list[Path] = field(default_factory=list)  # directories that hold a manifest, or its checksum
+    records: list[Path] = field(default_factory=list)  # JSON files with a checksum, or the name of a record or a run
+    unfinished: list[Path] = field(default_factory=list)  # directories of runs that did not end
+    others: list[Path] = field(default_factory=list)  # files outside of artifacts that have no checksum
+
+    def name_of(self, path: Path) -> str:
+        """`path` as people know it: relative to the tree."""
+        shown = os.path.relpath(path, self.root)
+        return self.root.name if shown == "." else shown
+
+
+def find_tree(root: Path) -> Tree:
+    """Look through a directory; links are not followed.
+
+    Raises:
+        BadArtifactError: it is not a directory, or an unfinished run's.
     """
+    root = Path(os.path.abspath(root))
+    if not root.is_dir():
+        why = "it is a file" if root.exists() else "there is no such directory"
+        raise BadArtifactError(f"{root} cannot be verified", why=why, fix="give the directory of an artifact or a run")
+    if root.name.endswith(PARTIAL_SUFFIX):
+        raise BadArtifactError(f"{root} is unfinished", why="the run that writes it did not end", fix="resume the run")
+    tree = Tree(root)
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        # A model repository for Triton holds a copy of an export's manifest, and other files than it lists.
+        if {MANIFEST_NAME, CHECKSUM_NAME} & set(files) and "config.pbtxt" not in files:
+            tree.artifacts.append(here)
+            folders.clear()
+            continue
+        tree.unfinished += [here / name for name in folders if name.endswith(PARTIAL_SUFFIX)]
+        folders[:] = sorted(name for name in folders if not name.endswith(PARTIAL_SUFFIX))
+        _sort_files(tree, here, set(files))
+    if tree.artifacts == [root]:  # what was found about it lies beside it
+        for suffix in _BESIDE:
+            beside = root.with_name(root.name + suffix)
+            tree.records += [beside] if beside.exists() or checksum_path(beside).exists() else []
+    for found in (tree.artifacts, tree.records, tree.unfinished, tree.others):
+        found.sort()
+    return tree
 
-    artifacts: list[Artifact] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    damaged: set[Path] = field(default_factory=set)
-    files: int = 0
+
+def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
+    """Records, known by their checksum, their name, or a checksum that they left behind; and others."""
+    checksums = {name for name in files if name.endswith(CHECKSUM_SUFFIX)}
+    records = {Path(name).with_suffix(".json").name for name in checksums}
+    records |= {name for name in files if name == RUN_NAME or name.endswith(_BESIDE)}
+    tree.records += [folder / name for name in records]
+    # A signature is checked with a key, which only the caller has.
+    signatures = {name for name in files if name.endswith(".sig") and (folder / name[: -len(".sig")]).is_dir()}
+    tree.others += [folder / name for name in files - checksums - records - signatures]
+
+
+@dataclass(slots=True)
+class Checked:
+    """What was found."""
+
+    artifacts: list[Artifact] = field(default_factory=list)  # those that could be opened, whole or not
+    findings: list[Finding] = field(default_factory=list)  # everything that is wrong
+    notes: list[str] = field(default_factory=list)  # what could not be checked, and files that no record covers
+    damaged: set[Path] = field(default_factory=set)  # directories of artifacts whose bytes their manifest does not name
+    files: int = 0  # how many were hashed
 
 
 def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntry], None] | None = None) -> Checked:
@@ -113,46 +166,32 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
 
 
 # What a run keeps for itself, beside its stages' outputs.
-_RUN_FILES = ("recipe.yaml", "stages", "logs")
+_RUN_NAMES = ("recipe.yaml", "stages", "logs")
 
 
 def _unknown(tree: Tree) -> list[Path]:
     """Files outside of artifacts, but those that a run's record names."""
     known = set()
     for path in tree.records:
-        record = _run_of(path)
-        if record is None:
+        if path.name != RUN_NAME:
             continue
-        for stage in record.stages:
+        try:
+            stages = read_run(path.parent).stages
+        except BadArtifactError:
+            continue
+        for stage in stages:
             names = {stage.log, *(f"{stage.output}/{name}" for name in stage.files)}
             known |= {path.parent / name for name in names if name}
-        working = (path.parent / name for name in _RUN_FILES)
+        working = (path.parent / name for name in _RUN_NAMES)
         known |= {other for place in working for other in tree.others if place in (other, *other.parents)}
     return [path for path in tree.others if path not in known]
 
 
-def _run_of(path: Path) -> RunRecord | None:
-    if path.name != RUN_FILE:
-        return None
-    try:
-        return read_run(path.parent)
-    except BadArtifactError:
-        return None
-
-
 def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
-    """What a checksummed record says, against the artifacts it speaks of.
-
-    Args:
-        path: the record.
-        artifacts: by their directories.
-
-    Returns:
-        findings and notes.
-    """
+    """Findings and notes on what a checksummed record says, against the artifacts (by directory) it speaks of."""
     if check_checksum(path):
         return [], []  # a finding already
-    if path.name == RUN_FILE:
+    if path.name == RUN_NAME:
         return _check_run(path, artifacts)
     export = artifacts.get(path.with_name(path.stem.rpartition(".")[0]))
     if export is None:
@@ -195,8 +234,7 @@ def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
     except BadArtifactError as error:
         yield Finding(Check.RECORD, stage.output, error.why)
         return
-    text = json.dumps([stage.key, verdict], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    if hashlib.sha256(text.encode()).hexdigest() != stage.content:
+    if canonical_digest([stage.key, verdict]) != stage.content:
         why = f"stage {stage.name} was judged with another verdict than the {verdict} that stands there"
         yield Finding(Check.RECORD, stage.output, why)
 

@@ -21,8 +21,7 @@ import pytest
 import yaml
 from bare_environment import bare_environment
 
-from fp8pipe.artifact.checksum import checksum_path
-from fp8pipe.artifact.record import record_path
+from fp8pipe.artifact.record import checksum_path, record_path
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from small_artifacts import write
 
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import BadArtifactError, GateFailedError
-from serving.http.config import ServeConfig
+from serving.config import ServeConfig
 from serving.http.service import identity_of, proof_of
 
 VERSIONS = {"vllm": "0.19.1", "torch": "2.10.0", "python": "3.12.1"}
