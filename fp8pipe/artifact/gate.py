@@ -24,6 +24,10 @@ class Verdict(StrEnum):
 
     ACCEPT = "ACCEPT"
     """Every gate holds."""
+    PROVED_WITHOUT_RUNNING = "PROVED-WITHOUT-RUNNING"
+    """Graph and engine hold what they must; nothing was computed with them."""
+    CONSISTENT = "CONSISTENT"
+    """The engine computes what the files say; their source was not at hand to be compared with."""
     REGRESSION = "REGRESSION"
     """A measured figure is on the wrong side of its threshold."""
     ANOMALOUS = "ANOMALOUS"
