@@ -4,9 +4,9 @@
 survive. A fault is one edit of the syntax tree; the sample follows from the seed. Everything happens in a copy of the
 tree: this process imports the libraries once, and forks for every fault, so that a run costs only its tests.
 
-    python scripts/mutants.py                              the whole sample; writes docs/mutants.md and build/mutants.json
-    python scripts/mutants.py --modules artifact/gate --count 40 --seed 3      more of one module, writes nothing to docs
-    python scripts/mutants.py --only 3f2a                  one fault again, by the beginning of its name, with its output
+    python scripts/mutants.py                     the whole sample; writes docs/mutants.md and build/mutants.json
+    python scripts/mutants.py --modules artifact/gate --count 40 --seed 3     more of one module, no page
+    python scripts/mutants.py --only 3f2a         one fault again, by the beginning of its name, with its output
 
 Exit code 1: more than 5 % survive, or a survivor has no explanation.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import hashlib
 import json
 import os
@@ -42,6 +43,18 @@ COMPARE = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.L
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
               ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitAnd}  # fmt: skip
 TWINS = {"min": "max", "max": "min", "any": "all", "all": "any", "amax": "amin", "amin": "amax"}
+# Without plugins, and without what looks for forgotten objects at the end, a run costs a second less.
+PYTEST = (
+    "-x",
+    "-q",
+    "-m",
+    "not slow and not vllm and not gpu",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:unraisableexception",
+)
+COMMUTE = ("min", "max", "equal", "same_bits", "maximum")
 # What these are given or do is for people to read, or changes nothing that is judged.
 SPOKEN_CALLS = ("Field", "warn", "warning", "info", "debug", "error", "exception", "advance", "print", "getLogger")
 SPOKEN_KEYWORDS = ("description", "detail", "strict", "encoding", "indent", "fix", "why", "help", "alias", "parents")
@@ -162,7 +175,7 @@ def _faults(node: ast.expr | ast.stmt, where: str) -> Iterator[tuple[ast.expr | 
             yield node, "constant", repr(node.value * 2 or 1.0)
     elif isinstance(node, ast.Call):
         plain = not any(isinstance(a, ast.Starred) for a in node.args[:2])
-        if len(node.args) >= 2 and plain and _called(node) not in ("isinstance", "getattr"):
+        if len(node.args) >= 2 and plain and _called(node) not in ("isinstance", "getattr", *COMMUTE):
             a, b, *rest = node.args
             yield node, "arguments", _code(ast.Call(node.func, [b, a, *rest], node.keywords))
         if _called(node) in TWINS:
@@ -189,7 +202,9 @@ def _faults(node: ast.expr | ast.stmt, where: str) -> Iterator[tuple[ast.expr | 
 
 
 def _other_values(value: ast.expr) -> list[str]:
-    if isinstance(value, (ast.Compare, ast.BoolOp)) or (isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.Not)):
+    if isinstance(value, (ast.Compare, ast.BoolOp)) or (
+        isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.Not)
+    ):
         return ["True", "False"]
     if isinstance(value, (ast.List, ast.ListComp)):
         return ["[]"]
@@ -219,7 +234,9 @@ def sample(table: dict, modules: list[str], count: int | None, seed: int) -> lis
 
 def copy_tree(place: Path) -> None:
     """Every file that git knows or would add."""
-    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +256,7 @@ def run_tests(place: Path, tests: list[str], limit_s: float, log: Path, *, keep_
         os.environ |= {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "" if keep_compiled else "1"}
         import pytest
 
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+        code = pytest.main([*PYTEST, *tests])
         sys.stdout.flush()
         os._exit(int(code))
     ends = time.monotonic() + limit_s
@@ -283,7 +300,9 @@ def write_page(results: list[dict], table: dict, seed: int) -> None:
     for result in left:
         reason = table.get("explained", {}).get(result["name"], "**not explained**")
         before, after = (result[key].replace("`", "'")[:160] for key in ("before", "after"))
-        lines.append(f"- `{result['name']}` {result['module']}, `{result['where']}`: `{before}` became `{after}`. {reason}")
+        lines.append(
+            f"- `{result['name']}` {result['module']}, `{result['where']}`: `{before}` became `{after}`. {reason}"
+        )
     PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -304,9 +323,11 @@ def main() -> int:
         print("\n".join(f"{m.name} {m.module}:{m.line} {m.where}: {m.before} -> {m.after}" for m in drawn))
         return 0
     started, results, limits = time.monotonic(), [], {}
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     for name in LIBRARIES:
         __import__(name)
+    gc.collect()
+    gc.freeze()
     with tempfile.TemporaryDirectory(prefix="fp8pipe-mutants-") as scratch:
         place, log = Path(scratch) / "tree", Path(scratch) / "log"
         copy_tree(place)
