@@ -55,8 +55,7 @@ from fp8pipe.artifact import (
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.plan import Plan
 from fp8pipe.core.progress import track
-from fp8pipe.models.vision.encodings import layer_records
-from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, load_quantized
 from fp8pipe.numerics.kinds import granularity
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 

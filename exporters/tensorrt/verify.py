@@ -18,8 +18,7 @@ from exporters.verify.common import compare_json
 from exporters.verify.graph_export import GraphChecks, check_vision_graph
 from fp8pipe.artifact import Artifact, LayerRecord, sha256_file
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.models.vision.encodings import layer_records
-from fp8pipe.models.vision.quantized import QuantizedVit
+from fp8pipe.models.vision.quantized import QuantizedVit, layer_records
 
 if TYPE_CHECKING:
     import onnx_ir as ir

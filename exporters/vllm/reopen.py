@@ -1,8 +1,12 @@
-"""After writing: open the export as a third party would and compare it with its source, bit for bit.
+"""An export is opened as a third party would: compared with its source, bit for bit, or read back as a model.
 
-The comparison does not go through the code that wrote the files: names and shapes come from the written
-headers, the quantization block from the written config.json, and the expected weight from the source's own
-codes and scale. Each comparison becomes a gate in the manifest; a failed gate fails the export.
+The comparison does not go through the code that wrote the files: names and shapes come from the written headers, the
+quantization block from the written config.json, and the expected weight from the source's own codes and scale. Each
+comparison becomes a gate in the manifest; a failed gate fails the export.
+
+The model holds `code * scale`, computed in fp32 and rounded once to the dtype asked for. It quantizes no activations,
+so it is the reference for `w8a16`, for `bf16`, and for engines that dequantize at load; a W8A8 engine differs from it
+by the rounding of activations.
 """
 
 from __future__ import annotations
@@ -10,17 +14,21 @@ from __future__ import annotations
 import filecmp
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from exporters.vllm.auxiliary import CONFIG_NAME, auxiliary_files
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from fp8pipe.artifact import Comparison, Gate
-from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
+from exporters.vllm.target import KIND, VllmDetails
+from exporters.vllm.writer import CONFIG_NAME
+from fp8pipe.artifact import Comparison, Gate, open_artifact
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
+from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
+from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.grids import dequantize_weight, quantize_weight, relative_error, same_bits
 
 # Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
@@ -59,12 +67,11 @@ def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: N
         comparison.counts[unit.action] += 1
         advance()
     gates += _weight_gates(comparison)
-    payload = Gate(
-        name="payload-bytes",
-        value=float(sum(entry.size_bytes for entry in written.values())),
-        threshold=float(plan.payload_bytes),
-        detail="tensor data written, bytes; must equal the plan",
+    size, detail = (
+        sum(entry.size_bytes for entry in written.values()),
+        "tensor data written, bytes; must equal the plan",
     )
+    payload = Gate(name="payload-bytes", value=float(size), threshold=float(plan.payload_bytes), detail=detail)
     return [*gates, payload, _files(plan, root), _config(plan, root)]
 
 
@@ -82,7 +89,10 @@ def _compare(unit: Unit, written: dict[str, TensorEntry], found: _Comparison) ->
     if not same_bits(values, _expected(original, unit)):
         found.weights.append(unit.entry.name)
     if unit.action is Action.QUANTIZE:
-        found.e4m3_error = max(found.e4m3_error, _row_error(values, original, unit.transposed))
+        axis = 0 if unit.transposed else 1  # the worst output row
+        error = torch.linalg.vector_norm(original.float() - values, dim=axis)
+        norm = torch.linalg.vector_norm(original, dim=axis, dtype=torch.float32)
+        found.e4m3_error = max(found.e4m3_error, float((error / norm.clamp(min=1e-30)).max()))
     elif unit.action in {Action.DEQUANTIZE, Action.CAST}:
         found.bf16_error = max(found.bf16_error, relative_error(values, _source_values(original, unit)))
 
@@ -102,14 +112,6 @@ def _expected(original: Tensor, unit: Unit) -> Tensor:
     return values if unit.action is Action.CODES else values.to(torch.bfloat16)
 
 
-def _row_error(values: Tensor, original: Tensor, transposed: bool) -> float:
-    """Largest relative error of one output row."""
-    axis = 0 if transposed else 1
-    error = torch.linalg.vector_norm(original.float() - values, dim=axis)
-    norm = torch.linalg.vector_norm(original, dim=axis, dtype=torch.float32)
-    return float((error / norm.clamp(min=1e-30)).max())
-
-
 def _weight_gates(found: _Comparison) -> list[Gate]:
     count = found.counts
     fresh, rounded = count[Action.QUANTIZE], count[Action.DEQUANTIZE] + count[Action.CAST]
@@ -123,9 +125,9 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
         _none("copied-tensors-identical", found.copies, f"{count[Action.COPY]} tensor(s), byte for byte"),
     ]
     if fresh:
-        gates.append(_below("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
+        gates.append(_at_most("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
     if rounded:
-        gates.append(_below("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm"))
+        gates.append(_at_most("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm"))
     return gates
 
 
@@ -138,7 +140,7 @@ def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
 
 def _files(plan: ExportPlan, root: Path) -> Gate:
     source = plan.source.root
-    names = list(auxiliary_files(source))
+    names = list(sidecar_files(source, SERVED_FILES))
     wrong = [
         str(name)
         for name in names
@@ -164,5 +166,44 @@ def _none(name: str, wrong: list[str], detail: str) -> Gate:
     return Gate(name=name, value=float(len(wrong)), detail=detail)
 
 
-def _below(name: str, value: float, threshold: float, detail: str) -> Gate:
+def _at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
     return Gate(name=name, value=value, comparison=Comparison.AT_MOST, threshold=threshold, detail=detail)
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an export but its scales, by name, file by file, one in memory at a time.
+
+    Yields:
+        fp32 for float tensors (FP8 codes dequantized), the stored dtype for others; in the orientation stored.
+
+    Raises:
+        BadArtifactError: not a finished vllm-export, or damaged.
+    """
+    artifact = open_artifact(export, kind=KIND, verify=False)
+    transposed = set(artifact.manifest.details_of(VllmDetails).transposed)
+    entries = weight_entries(Path(export))
+    for name, entry in entries.items():
+        if is_scale(name, entries):
+            continue
+        tensor, scale = read_tensor(entry), entries.get(name + SCALE_SUFFIX)
+        if scale is not None:
+            yield name, dequantize_weight(tensor, read_tensor(scale), transposed=name in transposed)
+        else:
+            yield name, tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model with the export's dequantized weights, in evaluation mode, on the CPU.
+
+    Weights are rounded to `dtype`, that of parameters and compute, once, from fp32.
+
+    Raises:
+        BadArtifactError: not a finished vllm-export, or damaged.
+        ConfigurationError: an architecture transformers does not know.
+    """
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in iter_weights(export_dir)}
+    return build_model(Path(export_dir), state, dtype)

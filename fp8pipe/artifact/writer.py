@@ -183,7 +183,7 @@ class ArtifactWriter:
     def _write_manifest(self, manifest: Manifest) -> None:
         path = self.root / MANIFEST_NAME
         write_checked(path, manifest.to_json())
-        _sync(self.root)
+        sync(self.root)
         reopened = read_artifact(self.root, verify=True)
         if reopened.digest != manifest.digest:
             raise BadArtifactError(
@@ -204,7 +204,7 @@ class ArtifactWriter:
             if replaced is not None:
                 replaced.rename(self.output)
             raise
-        _sync(self.output.parent)
+        sync(self.output.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
@@ -243,14 +243,15 @@ def _hash_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
             )
         if path.is_file():
             path.chmod(mode)  # safetensors creates its files for the owner alone
-        _sync(path)
+        sync(path)
         if path.is_file():
             changing = any(name == entry or name.startswith(f"{entry}/") for entry in volatile)
             entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path), volatile=changing))
     return entries
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

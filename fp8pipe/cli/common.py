@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json as jsonlib
 import math
@@ -97,10 +98,6 @@ class Failure:
     exit_code: int
     text: str
     document: dict[str, Any]
-
-    def show(self) -> None:
-        """Print the message on stderr."""
-        click.echo(self.text, err=True)
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -198,22 +195,16 @@ def _failure(
 ) -> Failure:
     document: dict[str, Any] = {"type": kind, "exit_code": exit_code, "what": what, "why": why, "fix": fix}
     if findings:
-        document["findings"] = [_plain_finding(item) for item in findings]
+        document["findings"] = [
+            dataclasses.asdict(item) if hasattr(item, "__dataclass_fields__") else str(item) for item in findings
+        ]
     lines = (f"error: {what}", why and f"  why: {why}", fix and f"  fix: {fix}")
     return Failure(exit_code, "\n".join(filter(None, lines)), document)
-
-
-def _plain_finding(item: Any) -> Any:
-    if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        return dataclasses.asdict(item)
-    return str(item)
 
 
 def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     """The exhaustion of memory or disk behind `error`, if that is what it is; imports nothing heavy."""
     if isinstance(error, OSError):
-        import errno
-
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return None
         return OutOfMemoryError("the disk is full", why=str(error), fix="free space, or use another disk")
@@ -233,10 +224,9 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
 def _divert_descriptor() -> int | None:
     """Point descriptor 1 at stderr and return a copy of it; None where sys.stdout is not descriptor 1."""
     try:
-        real = sys.stdout.fileno() == 1
+        if sys.stdout.fileno() != 1:
+            return None
     except (OSError, ValueError, AttributeError):
-        return None
-    if not real:
         return None
     sys.stdout.flush()
     saved = os.dup(1)

@@ -70,7 +70,7 @@ class Ability:
 @click.command("doctor")
 @click.option("--vllm-python", envvar="FP8PIPE_VLLM_PYTHON", help="Python of the environment with vLLM.")
 @common_options()
-def command(vllm_python: str | None, console: Console) -> None:
+def doctor_command(vllm_python: str | None, console: Console) -> None:
     """Report what this machine has, and what it can do.
 
     First Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space; then what can be

@@ -32,7 +32,7 @@ from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
-from pipeline.finetune.schedule import Schedule, learning_rate_at
+from pipeline.finetune.config import Schedule, learning_rate_at
 from pipeline.vit.config import DistillConfig
 from pipeline.vit.student import Student
 

@@ -32,10 +32,9 @@ from fp8pipe.artifact import (
 from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts, VitDetails
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
-from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.image_folder import ImageFolder
 from fp8pipe.models.vision.prepare import vision_outputs
-from fp8pipe.models.vision.quantized import QuantizedVit, save_quantized
+from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, save_quantized
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products

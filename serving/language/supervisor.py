@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from exporters.vllm.processes import engine_failure
+from exporters.vllm.environment import engine_failure
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.core.guard import start_guarded
 from serving.language.config import SupervisorConfig

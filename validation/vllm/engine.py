@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporters.vllm.environment import VllmEnvironment, subprocess_environment
-from exporters.vllm.processes import end_group, engine_failure, last_lines
+from exporters.vllm.environment import VllmEnvironment, end_group, engine_failure, last_lines, subprocess_environment
 from fp8pipe.core.errors import Fp8PipeError
 
 __all__ = ["ProbeJob", "run_probe"]

@@ -22,8 +22,14 @@ from typing import Any
 
 from pydantic import Field
 
-from exporters.vllm.environment import find_vllm_python, inspect_environment, subprocess_environment
-from exporters.vllm.processes import end_group, engine_failure, last_lines
+from exporters.vllm.environment import (
+    end_group,
+    engine_failure,
+    find_vllm_python,
+    inspect_environment,
+    last_lines,
+    subprocess_environment,
+)
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 from validation.vllm.expected import open_export

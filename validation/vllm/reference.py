@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from exporters.vllm.read import load_torch_model
+from exporters.vllm.reopen import load_torch_model
 from fp8pipe.models.compat import import_transformers
 from validation.vllm.record import CanaryAnswer, LogprobReport
 

@@ -17,8 +17,7 @@ from exporters.tensorrt.language.target import InputScale, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.verify import check_engines
 from exporters.verify.common import compare_files, failed_gates
-from exporters.verify.graph_export import check_file
-from exporters.verify.graphs import compare_graphs, compare_stored
+from exporters.verify.graph_export import check_file, compare_graphs, compare_stored
 from fp8pipe.artifact import Artifact, installed_versions
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files

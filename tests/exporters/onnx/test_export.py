@@ -131,7 +131,7 @@ def test_a_graph_that_differs_from_its_artifact_is_not_committed(artifact, tmp_p
     monkeypatch.setattr(module, "quantize_graph", spoiled)
     with pytest.raises(GateFailedError, match="differs from its artifact") as caught:
         export_onnx(artifact.root, tmp_path / "b", OnnxExportOptions())
-    assert "weight codes differing: 1 against 0" in caught.value.why
+    assert "weight codes differing: 1 (equal 0)" in caught.value.why
     assert not (tmp_path / "b").exists()
 
 

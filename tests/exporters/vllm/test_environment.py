@@ -16,11 +16,12 @@ from exporters.vllm import environment
 from exporters.vllm.environment import (
     PYTHON_VARIABLE,
     VllmEnvironment,
+    end_group,
+    engine_failure,
     find_vllm_python,
     inspect_environment,
     subprocess_environment,
 )
-from exporters.vllm.processes import end_group, engine_failure
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError, OutOfMemoryError
 from validation.vllm.engine import PROBE
 from validation.vllm.launcher import ServerOptions, _check_port, _reachable, free_port, server_command

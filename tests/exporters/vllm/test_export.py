@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.read import iter_weights, load_torch_model
+from exporters.vllm.reopen import iter_weights, load_torch_model
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.tensors import weight_entries

@@ -13,8 +13,7 @@ import torch
 from tiny_checkpoints import FORMATS, INPUT_SCALE, Format, make_model, write_fp8, write_plain
 from torch import Tensor
 
-from exporters.vllm.environment import find_vllm_python
-from exporters.vllm.processes import last_lines
+from exporters.vllm.environment import find_vllm_python, last_lines
 from fp8pipe.core.errors import MissingCapabilityError
 from validation.vllm.engine import PROBE, ProbeJob, _in_process
 from validation.vllm.expected import Expected

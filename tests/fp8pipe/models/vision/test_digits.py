@@ -11,7 +11,7 @@ from PIL import Image
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.vision import digits
-from fp8pipe.models.vision.digits import DIGITS_CLASSES, digits_split, digits_weights_folder, write_digits
+from fp8pipe.models.vision.focus import DIGITS_CLASSES, digits_split, digits_weights_folder, write_digits
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import load_vision_model
 from fp8pipe.models.vision.structure import read_structure
