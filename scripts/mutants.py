@@ -289,8 +289,8 @@ def write_page(results: list[dict], table: dict, seed: int) -> None:
     left = [result for result in results if result["result"] == "passed"]
     lines = [
         "# Mutation testing of the proof", "",
-        "`make mutants` puts one small fault at a time into the code that judges, and runs the tests of that module: one",
-        "of them must fail. This page is written by it; the reasons are in `scripts/mutants.toml`.", "",
+        "`make mutants` puts one small fault at a time into the code that judges, and runs the tests of that module:",
+        "one of them must fail. This page is written by it; the reasons are in `scripts/mutants.toml`.", "",
         f"Seed {seed}: {len(results)} faults, {len(left)} survive ({len(left) / max(len(results), 1):.1%}; "
         f"at most {MOST_SURVIVORS:.0%} may).", "",
         "| module | faults | survive |", "|---|---|---|",

@@ -200,7 +200,8 @@ def test_one_layer_in_float_is_enough_to_fail():
 
 def agreement(**changes):
     plain = {
-        "images": 100, "source": "here", "agreeing": 100, "largest_difference": 0.0, "near_tie": 0.5, "disagreements": [],
+        "images": 100, "source": "here", "agreeing": 100, "largest_difference": 0.0, "near_tie": 0.5,
+        "disagreements": [],
     }  # fmt: skip
     return ClassAgreement(**{**plain, **changes})
 
