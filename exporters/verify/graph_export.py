@@ -74,6 +74,10 @@ def check_file(
     path = artifact.root / MODEL_FILE
     try:
         model: ir.Model = onnx_ir.load(path)
+    except Exception as error:  # protobuf's errors share no public base
+        yield Finding(Check.REOPEN, MODEL_FILE, f"cannot be read as a graph: {error}"[:300])
+        return None
+    try:
         yield from lint_findings(lint(path))
         yield from _signature(artifact, model)
         yield from _layers(artifact, read_layers(model)) if readable else _products(artifact, model)

@@ -198,7 +198,8 @@ def _config(chance: random.Random, root: Path) -> tuple[str, tuple[str, ...]]:
         data[key] = 2
     path.write_text(json.dumps(data, indent=2))
     # Where the value is missing, the architecture follows from a default: whatever that contradicts may be named.
-    return f"config.json: {key} {'gone' if what < 0.85 else 'new'}", (key, "config.json", "weight", "layers")
+    how = f"config.json: {key} {'gone' if what < 0.85 else 'new'}"
+    return how, (key, "config.json", "weight", "layers", "configuration that transformers can read")
 
 
 def _settings(chance: random.Random, root: Path) -> tuple[str, tuple[str, ...]]:
@@ -247,7 +248,12 @@ def _file(chance: random.Random, root: Path) -> tuple[str, tuple[str, ...]]:
     elif what == "copied":
         beside.write_bytes(data)
     else:
-        new = {"cut": data[:-1], "longer": data + b"\0", "empty": b"", "another's": chance.choice(others).read_bytes()}
+        new = {
+            "cut": data.rstrip()[: len(data.rstrip()) - 5],
+            "longer": data + b"\0",
+            "empty": b"",
+            "another's": chance.choice(others).read_bytes(),
+        }
         path.write_bytes(new[what])
     named = beside.name if what == "copied" else path.name
     # Without its configuration or its weights an export cannot even be planned again; then that is said.

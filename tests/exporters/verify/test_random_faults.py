@@ -29,16 +29,26 @@ SEEDS = 4
 LANGUAGE = [(kind, seed, model) for kind in LANGUAGE_KINDS for seed in range(SEEDS) for model in ("trained", "plain")]
 VISION = [(kind, seed) for kind in VISION_KINDS for seed in range(SEEDS)]
 # Not caught today, and why: a check that learns to catch one of them makes its test fail until it is taken out here.
-LANGUAGE_MISSED: dict[tuple[str, int, str], str] = {}
-VISION_MISSED: dict[tuple[str, int], str] = {}
-VALIDATION_MISSED: dict[tuple[str, int], str] = {}
+# By what was done, since other draws follow from another manifest.
+VERIFY_MISSED = {
+    "'weight', 'dynamic')": "that a weight's scale is dynamic is not held against anything",
+    "('details', 'input', 'shape'": "the stated shape of the pixels is not held against the graph",
+}
+VALIDATION_MISSED = {
+    ("inserted", 0): "operators between products are judged by classes alone",
+    ("attribute", 0): "ONNX Runtime does not read stash_type; only a comparison of graphs shows it",
+    ("wiring", 0): "a layer that reads another value ends the validation with a ValueError, not with a verdict",
+    ("wiring", 1): "a layer that reads another value ends the validation with a ValueError, not with a verdict",
+}
 
 
 def known(cases, missed):
     """The cases, those that are missed today as strictly expected failures."""
+    found = []
     for case in cases:
         marks = [pytest.mark.xfail(strict=True, reason=missed[case])] if case in missed else []
-        yield pytest.param(*case, marks=marks, id="-".join(map(str, case)))
+        found.append(pytest.param(*case, marks=marks, id="-".join(map(str, case))))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +106,15 @@ def findings(root: Path, *parents: Path) -> list[str]:
 
 
 def assert_named(fault, found):
+    for part, why in VERIFY_MISSED.items():
+        if part in fault.how:
+            assert found == [], f"{fault.how} is caught now: take it out of VERIFY_MISSED"
+            pytest.xfail(why)
     assert found, f"{fault.how}: nothing was found"
     assert any(name in text for name in fault.named for text in found), f"{fault.how}: {found}"
 
 
-@pytest.mark.parametrize(("kind", "seed", "model"), known(LANGUAGE, LANGUAGE_MISSED))
+@pytest.mark.parametrize(("kind", "seed", "model"), known(LANGUAGE, {}))
 def test_a_random_fault_in_a_language_export_is_named(language, tmp_path, kind, seed, model):
     root = shutil.copytree(language / model, tmp_path / "run")
     fault = inject_random(kind, seed, root / "vllm")
@@ -108,7 +122,7 @@ def test_a_random_fault_in_a_language_export_is_named(language, tmp_path, kind, 
     assert_named(fault, found)
 
 
-@pytest.mark.parametrize(("kind", "seed"), known(VISION, VISION_MISSED))
+@pytest.mark.parametrize(("kind", "seed"), known(VISION, {}))
 def test_a_random_fault_in_a_graph_is_named(pictures, tmp_path, kind, seed):
     root = shutil.copytree(pictures, tmp_path / "run")
     if kind != "record":  # it speaks of the export before the fault, which alone would give it away
