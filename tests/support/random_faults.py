@@ -248,12 +248,8 @@ def _file(chance: random.Random, root: Path) -> tuple[str, tuple[str, ...]]:
     elif what == "copied":
         beside.write_bytes(data)
     else:
-        new = {
-            "cut": data.rstrip()[: len(data.rstrip()) - 5],
-            "longer": data + b"\0",
-            "empty": b"",
-            "another's": chance.choice(others).read_bytes(),
-        }
+        cut, another = data.rstrip()[: len(data.rstrip()) - 5], chance.choice(others).read_bytes()
+        new = {"cut": cut, "longer": data + b"\0", "empty": b"", "another's": another}
         path.write_bytes(new[what])
     named = beside.name if what == "copied" else path.name
     # Without its configuration or its weights an export cannot even be planned again; then that is said.

@@ -114,7 +114,7 @@ def assert_named(fault, found):
     assert any(name in text for name in fault.named for text in found), f"{fault.how}: {found}"
 
 
-@pytest.mark.parametrize(("kind", "seed", "model"), known(LANGUAGE, {}))
+@pytest.mark.parametrize(("kind", "seed", "model"), LANGUAGE)
 def test_a_random_fault_in_a_language_export_is_named(language, tmp_path, kind, seed, model):
     root = shutil.copytree(language / model, tmp_path / "run")
     fault = inject_random(kind, seed, root / "vllm")
@@ -122,7 +122,7 @@ def test_a_random_fault_in_a_language_export_is_named(language, tmp_path, kind, 
     assert_named(fault, found)
 
 
-@pytest.mark.parametrize(("kind", "seed"), known(VISION, {}))
+@pytest.mark.parametrize(("kind", "seed"), VISION)
 def test_a_random_fault_in_a_graph_is_named(pictures, tmp_path, kind, seed):
     root = shutil.copytree(pictures, tmp_path / "run")
     if kind != "record":  # it speaks of the export before the fault, which alone would give it away
