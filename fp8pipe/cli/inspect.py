@@ -12,7 +12,7 @@ from fp8pipe.cli.common import Console, common_options, format_bytes, table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact, LayerRecord, Manifest
-    from fp8pipe.models.inspection import Contents, LayerView
+    from fp8pipe.models.inspection.contents import Contents, LayerView
 
 _SHOWN_OPERATORS = 8
 
@@ -33,7 +33,7 @@ def inspect_command(path: Path, list_layers: bool, headers: bool, console: Conso
     """
     from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, open_artifact
     from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-    from fp8pipe.models.inspection import inspect_contents
+    from fp8pipe.models.inspection.places import inspect_contents
 
     checksummed = any((path / name).is_file() for name in (MANIFEST_NAME, CHECKSUM_NAME)) or path.suffix == ".partial"
     if not checksummed:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.samples import sample_name
-from fp8pipe.models.vision.focus import digits_folder
 from fp8pipe.models.vision.image_folder import ImageFolder, batches, check_pictures, read_image_folder
 from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.samples import digits_folder
 
 Model = Callable[[Tensor], Tensor]
 _ROWS = 64

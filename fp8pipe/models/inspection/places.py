@@ -1,4 +1,4 @@
-"""Inspects a path: a directory of Hugging Face's layout or of an artifact, or one file."""
+"""Inspects a path: a directory of Hugging Face's layout or of an artifact, or one file; ONNX and GGUF as layers."""
 
 from __future__ import annotations
 

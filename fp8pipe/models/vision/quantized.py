@@ -36,6 +36,9 @@ from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 QUANTIZERS_FILE: Final = "quantizers.json"
 _SCALE, _TENSOR_SCALE = "_scale", "_tensor_scale"
+_FORMATS: Final[dict[Kind, Literal["int", "e4m3", "nvfp4"]]] = {
+    Kind.INT: "int", Kind.E4M3: "e4m3", Kind.NVFP4: "nvfp4",
+}  # fmt: skip
 T = TypeVar("T")
 Codes = WeightCodes | BlockCodes
 Quantizer = ActivationQuantizer | BlockQuantizer
@@ -262,11 +265,6 @@ def _block_codes(name: str, packed: Tensor, block: Tensor, tensor: Tensor) -> Bl
     return BlockCodes(codes, BlockScales(block, float(tensor)))
 
 
-_FORMATS: Final[dict[Kind, Literal["int", "e4m3", "nvfp4"]]] = {
-    Kind.INT: "int", Kind.E4M3: "e4m3", Kind.NVFP4: "nvfp4",
-}  # fmt: skip
-
-
 def layer_records(
     quantized: QuantizedVit,
     source: Sequence[LayerRecord] = (),
@@ -288,24 +286,18 @@ def layer_records(
         weight = quantized.weights.get(site.name)
         quantizer = quantized.activations.get(f"{site.input_group}.input") if activations else None
         before = known.get(site.name)
-        rules = [
-            e.scale_rule if e is not None else rule
-            for e in ((before.weight, before.activation) if before else (None, None))
-        ]
-        records.append(
-            LayerRecord(
-                name=site.name, shape=site.shape, reason="" if weight is not None else "no codes in the artifact",
-                weight=None if weight is None else _weight(weight, rules[0]),
-                activation=None if quantizer is None else _activation(quantizer, rules[1]),
-            )
-        )  # fmt: skip
+        said = (before.weight, before.activation) if before else (None, None)
+        rules = [rule if encoding is None else encoding.scale_rule for encoding in said]
+        codes = None if weight is None else _weight(weight, rules[0])
+        inputs = None if quantizer is None else _activation(quantizer, rules[1])
+        reason = "" if weight is not None else "no codes in the artifact"
+        records.append(LayerRecord(name=site.name, shape=site.shape, reason=reason, weight=codes, activation=inputs))
     return records
 
 
 def _weight(weight: Codes, rule: ScaleRule | None) -> Encoding:
-    return Encoding(
-        format=_FORMATS[weight.kind], bits=weight.bits, granularity=granularity(weight.kind), scale_rule=rule
-    )
+    granular = granularity(weight.kind)
+    return Encoding(format=_FORMATS[weight.kind], bits=weight.bits, granularity=granular, scale_rule=rule)
 
 
 def _activation(quantizer: Quantizer, rule: ScaleRule | None) -> Encoding:

