@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import random
@@ -28,6 +29,7 @@ import time
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 from mutations import Mutant, mutants_of
 
@@ -35,9 +37,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE, PAGE, REPORT = ROOT / "scripts/mutants.toml", ROOT / "docs/mutants.md", ROOT / "build/mutants.json"
 MOST_SURVIVORS = 0.05
 # Imported before the first fork: what the tests would import anyway, each time.
-LIBRARIES = ("numpy", "torch", "onnx", "onnx_ir", "onnxruntime", "safetensors.torch", "pydantic", "click", "hypothesis",
-             "fastapi", "prometheus_client", "PIL.Image", "httpx", "transformers", "tokenizers", "pytest")  # fmt: skip
-
+LIBRARIES = (
+    "numpy", "torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxruntime", "safetensors.torch", "pydantic", "click",
+    "hypothesis", "fastapi", "prometheus_client", "PIL.Image", "httpx", "tokenizers", "transformers", "pytest",
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("llama", "qwen2", "gpt2", "auto")),
+)  # fmt: skip
+ROOMS = ("fp8pipe", "pipeline", "exporters", "validation", "serving", "calibration")
 # Without plugins, and without what looks for forgotten objects at the end, a run costs a second less.
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 PYTEST += ["-m", "not slow and not vllm and not gpu"]
@@ -63,6 +68,21 @@ def copy_tree(place: Path) -> None:
         if name and (ROOT / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, place / name)
+
+
+def import_libraries() -> ModuleType:
+    """Import what tests share, and forget the project's own modules; the result must live as long as this process."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    sys.path.insert(0, str(ROOT))
+    compat = importlib.import_module("fp8pipe.models.compat")
+    compat.declare_torchvision_operators()
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ROOMS]:
+        del sys.modules[name]
+    gc.collect()
+    gc.freeze()
+    return compat
 
 
 def run_tests(place: Path, tests: list[str], limit_s: float, log: Path, *, keep_compiled: bool) -> str:
@@ -145,11 +165,7 @@ def main() -> int:
         print("\n".join(f"{m.name} {m.module}:{m.line} {m.where}: {m.before} -> {m.after}" for m in drawn))
         return 0
     started, results, limits = time.monotonic(), [], {}
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    for name in LIBRARIES:
-        __import__(name)
-    gc.collect()
-    gc.freeze()
+    _kept = import_libraries()
     with tempfile.TemporaryDirectory(prefix="fp8pipe-mutants-") as scratch:
         place, log = Path(scratch) / "tree", Path(scratch) / "log"
         copy_tree(place)
