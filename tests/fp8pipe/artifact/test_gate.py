@@ -74,6 +74,7 @@ def test_gates_without_a_comparison_are_read_as_they_were_meant():
     assert read("top-1 agreement", 0.9, 0.8) == ("at least", 0.8, True)
     assert read("differing", 1.0, 0) == ("equal", 0.0, False)
     assert read("error", 0.5, 0.5) == ("at most", 0.5, True)
+    assert read("error", 0.5, 0.6, passed=True) == ("at most", 0.6, True)
     assert read("held-out loss of the deployed weights", 1.0, 1.0) == ("below", 1.0, False)
     # Shown with four digits: what had passed still passes, and what had failed does not begin to.
     assert read("top-1 agreement", 0.99494, 0.9950, passed=True) == ("at least", 0.99494, True)

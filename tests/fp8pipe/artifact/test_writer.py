@@ -98,3 +98,20 @@ def test_files_are_as_readable_as_others(tmp_path):
         (writer.root / "w.bin").chmod(0o600)
         root = writer.commit(details=details_of("falqon")).root
     assert (root / "w.bin").stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("target", ["file", "folder", "nothing"])
+def test_a_link_is_refused_whatever_it_points_to(tmp_path, target):
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    writer = ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune")
+    (writer.root / "link").symlink_to(tmp_path / target)
+    with pytest.raises(BadArtifactError, match="link is not a plain file"):
+        writer.commit(details=details_of("falqon"))
+
+
+def test_what_is_gone_already_may_be_discarded(tmp_path):
+    writer = ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune")
+    writer.discard()
+    writer.discard()
+    assert list(tmp_path.iterdir()) == []

@@ -96,6 +96,7 @@ def test_what_was_hashed_is_remembered_until_size_or_time_change(tmp_path, monke
     first = digests.digest(str(source))
     assert digests.digest(str(source)) == first
     digests.save()
+    digests.save()
     assert [path.name for path in memory.parent.iterdir()] == ["memory.json"]
     assert SourceDigests(memory).digest(str(source)) == first
     assert hashed == ["text"]
