@@ -117,6 +117,13 @@ def test_a_line_that_is_no_digest_is_refused_and_never_shown(tmp_path, line):
     assert line not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["", "\n# nobody\n"])
+def test_a_file_without_keys_is_refused(tmp_path, text):
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(ConfigurationError, match="holds no API keys"):
+        KeyFile(tmp_path / "keys")
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be read"):
         KeyFile(tmp_path / "none")
