@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from exporters.graph.findings import LintFindingsError
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.lint import lint_model
 from exporters.target import Reference, call, target_of
@@ -17,7 +16,7 @@ from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.verify import stray_weights, unexpected_tensors
 from fp8pipe.artifact import Artifact
-from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.artifact.finding import Check, Finding, LintFindingsError
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, TunedDetails
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE

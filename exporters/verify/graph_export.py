@@ -17,11 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from exporters.graph.description import CLASSES_FILE, MODEL_FILE
-from exporters.graph.details import GraphInput, GraphOutput
+from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, GraphInput, GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.runtime import open_session
+from exporters.graph.runtime import import_onnx_package, open_session
 from exporters.verify.common import compare_json, compare_layers, lint_findings
 from fp8pipe.artifact import Artifact, LayerRecord, installed_versions
 from fp8pipe.artifact.finding import Check, Finding
@@ -197,14 +195,12 @@ def _against(
     yield from compare_layers(artifact.manifest.layers, checks.records(quantized))
     expected = ir.from_proto(ir.to_proto(checks.remake(quantized, str(parent))))
     yield from compare_stored(model, expected)
-    # Versions of what traces, where they are others than the manifest's.
-    here, then = installed_versions(_TRACERS), artifact.manifest.versions
-    other = [f"{n} is {here.get(n)}, not {then[n]}" for n in _TRACERS if n in then and then[n] != here.get(n)]
+    other = other_versions(artifact, _TRACERS)
     structure = list(compare_graphs(model, expected))
     if other and structure:
         notes.append(
             f"operators differ in {len(structure)} places from a graph made here, where "
-            f"{', '.join(other)}; not judged, since tracing depends on it"
+            f"{other}; not judged, since tracing depends on it"
         )
     else:
         yield from structure
@@ -225,6 +221,12 @@ def _first_class(found: Any, wanted: Any) -> str:
         return f"{len(found)} classes; the parent has {len(wanted)}"
     index, a, b = pairs[0]
     return f"{len(pairs)} classes differ from the parent's; class {index} is {a!r}, expected {b!r}"
+
+
+def other_versions(artifact: Artifact, names: Sequence[str]) -> str:
+    """Versions of what traces, where they are others than the manifest's; empty where they are the same."""
+    here, then = installed_versions(names), artifact.manifest.versions
+    return ", ".join(f"{n} is {here.get(n)}, not {then[n]}" for n in names if n in then and then[n] != here.get(n))
 
 
 if TYPE_CHECKING:

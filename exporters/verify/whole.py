@@ -13,8 +13,7 @@ from exporters.verify.contents import check_contents
 from exporters.vllm.source import open_source
 from fp8pipe.artifact import Artifact, FileEntry, Parent, read_manifest
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.artifact.tree import Tree, find_tree
-from fp8pipe.artifact.verify import Checked, check_bytes, check_record, find_parent
+from fp8pipe.artifact.verify import Checked, Tree, check_bytes, check_record, find_parent, find_tree
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 

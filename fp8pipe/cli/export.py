@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporters.target import ExportTarget, call, choose, kind_of_source, targets
-from fp8pipe.cli.common import Console, common_options, format_bytes, show_plan, stage_options, table
+from fp8pipe.cli.common import Console, common_options, format_bytes, show_plan, stacked, stage_options, table
 from fp8pipe.cli.options import foreign, options_of, resolve, union_options
 from fp8pipe.core.config import read_yaml
 from fp8pipe.core.errors import ConfigurationError
@@ -35,19 +35,17 @@ def __getattr__(name: str) -> Any:
 def make_command() -> click.Command:
     """The command, for the targets that are registered now."""
     known = targets()
-    function: Any = _export
-    for decorate in (
-        common_options(dry_run=True),
-        stage_options("output", "config", "force"),
-        union_options({target.label or target.name: target.options for target in known}),
+    options = [
+        click.argument("artifact", type=click.Path(path_type=Path)),
         click.option(
             "--target", type=click.Choice(list(dict.fromkeys(target.name for target in known))), required=True,
             help="; ".join(f"{target.name}: {target.help}" for target in known) + ".",
         ),
-        click.argument("artifact", type=click.Path(path_type=Path)),
-    ):  # fmt: skip
-        function = decorate(function)
-    return click.command("export")(function)
+        union_options({target.label or target.name: target.options for target in known}),
+        stage_options("output", "config", "force"),
+        common_options(dry_run=True),
+    ]  # fmt: skip
+    return click.command("export")(stacked(options)(_export))
 
 
 def _export(
@@ -131,11 +129,11 @@ def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 @common_options()
 def lint_command(graph: Path, capabilities: tuple[str, ...], no_require: bool, console: Console) -> None:
     """Lint the ONNX file GRAPH, from any source; all findings at once, exit 13 when one is an error."""
-    from exporters.graph.packages import import_onnx_package
+    from exporters.graph.runtime import import_onnx_package
 
     import_onnx_package("onnx_ir")
-    from exporters.graph.findings import LintFindingsError
     from exporters.tensorrt.lint import lint_file
+    from fp8pipe.artifact.finding import LintFindingsError
 
     report = lint_file(graph, capabilities)
     errors, warnings = (found(require=not no_require) for found in (report.errors, report.warnings))

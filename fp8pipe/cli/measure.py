@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import click
 
+from exporters.vllm.form import ServingForm
 from fp8pipe.cli.common import Console, common_options, show_plan, stage_options, table
 from fp8pipe.cli.options import model_options, resolve
-from validation.bench.config import BenchConfig, ServeCheckConfig
+from validation.bench.record import BenchConfig, ServeCheckConfig
 
 _EXPORT = click.argument("export", type=click.Path(path_type=Path))
 
@@ -26,21 +27,23 @@ _EXPORT = click.argument("export", type=click.Path(path_type=Path))
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="The artifact that was exported: also prove that the export holds its weights.",
+    help="What was exported, where it lies elsewhere than the manifest says; everything is compared with it.",
 )
 @click.option(
     "--images",
     type=click.Path(path_type=Path),
     help="onnxruntime: image folder; compare classes on up to 500 of its pictures (needs --against).",
 )
+@model_options(ServingForm)
 @common_options(dry_run=True)
 def validate_command(
     export: Path, engine: str | None, vllm_python: str | None, against: Path | None, images: Path | None, dry_run: bool,
-    console: Console,
+    console: Console, **form: Any,
 ) -> None:  # fmt: skip
     """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
 
-    The record is written beside the export, as EXPORT.validation.json.
+    The record is written beside the export, as EXPORT.validation.json. Options of `serve` on a language export name the
+    form of serving that is proved.
     """
     from exporters.target import call, choose_engine, open_export, targets
     from fp8pipe.artifact.record import ExportRejectedError, record_path
@@ -49,7 +52,9 @@ def validate_command(
     known = dict.fromkeys(found.name for other in targets() for found in other.engines)
     if engine is not None and engine not in known:
         raise click.UsageError(f"--engine {engine}: choose from {', '.join(known)}")
-    options = {"against": against, "images": images, "vllm_python": vllm_python}
+    options: dict[str, Any] = {"against": against, "images": images, "vllm_python": vllm_python}
+    if any(value is not None for value in form.values()):
+        options["form"] = resolve(ServingForm, None, form)
     chosen, given = choose_engine(artifact, target, engine, options)
     if dry_run:
         plan = call(target.service.plan or "", artifact, "validate", record_path(artifact.root), **given)

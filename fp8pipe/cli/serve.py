@@ -11,9 +11,7 @@ import click
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
 from fp8pipe.cli.options import foreign, resolve, union_options
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
-from serving.vision.config import VisionConfig
+from serving.config import LanguageConfig, ServeConfig, VisionConfig
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -63,7 +61,7 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
 def _refuse_now(export: Path, config: ServeConfig) -> None:
     """What would be refused when it is served: changed files, a file of keys that cannot be read."""
     from fp8pipe.artifact import open_artifact
-    from serving.http.auth import KeyFile
+    from serving.http.admission import KeyFile
 
     open_artifact(export, caches="engines")
     if config.api_key_file:
@@ -114,7 +112,7 @@ def serve_repository_command(
 ) -> None:  # fmt: skip
     """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
     from exporters.target import open_export
-    from exporters.triton.graph import TritonDevice
+    from exporters.triton.repository import TritonDevice
 
     artifact, target = open_export(export, lambda known: known.service.repository)
     language = target.service.domain == "language"
@@ -140,7 +138,7 @@ def serve_repository_command(
 @common_options()
 def serve_key_command(name: str, console: Console) -> None:
     """Make an API key for NAME. The key is shown once; its line goes into the file of --api-key-file."""
-    from serving.http.auth import hash_key, is_name, new_key
+    from serving.http.admission import hash_key, is_name, new_key
 
     if name and not is_name(name):
         raise ConfigurationError(

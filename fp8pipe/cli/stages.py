@@ -29,7 +29,7 @@ _LEFT_BY: Final = {"finetune": TUNED_KINDS, "quantize-vit": (VIT_KIND,)}
 # The models of settings that stand in a file, imported when they are needed.
 _CONFIGS: Final = {
     "finetune": "pipeline.finetune.config:FinetuneConfig", "quantize-vit": "pipeline.vit.config:QuantizeVitConfig",
-    "bench": "validation.bench.config:BenchConfig", "serve-check": "validation.bench.config:ServeCheckConfig",
+    "bench": "validation.bench.record:BenchConfig", "serve-check": "validation.bench.record:ServeCheckConfig",
 }  # fmt: skip
 _TEXT: Final = {"type": "string"}
 

@@ -13,8 +13,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 if TYPE_CHECKING:
     from fp8pipe.artifact.finding import Finding
-    from fp8pipe.artifact.tree import Tree
-    from fp8pipe.artifact.verify import Checked
+    from fp8pipe.artifact.verify import Checked, Tree
 
 
 class VerificationError(BadArtifactError):
@@ -62,7 +61,7 @@ def verify_command(
     numbers and files are compared with it.
     """
     from exporters.verify.whole import verify_tree
-    from fp8pipe.artifact.tree import find_tree
+    from fp8pipe.artifact.verify import find_tree
     from fp8pipe.core.progress import track
 
     tree = find_tree(directory)
@@ -158,8 +157,7 @@ def sign_command(
     Check with: fp8pipe verify DIRECTORY --public-key KEY.pub
     """
     from fp8pipe.artifact.signature import sign_directory, signature_path
-    from fp8pipe.artifact.tree import find_tree
-    from fp8pipe.artifact.verify import check_bytes
+    from fp8pipe.artifact.verify import check_bytes, find_tree
 
     try:
         password = None if password_file is None else password_file.read_text(encoding="utf-8").rstrip("\r\n")

@@ -10,44 +10,50 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from exporters.graph.classes import compare_classes, own_agreement
-from exporters.graph.cut import input_name
-from exporters.graph.description import MODEL_FILE
-from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import agreement_gate, class_gates, codes_gate, kernel_gate, outputs_gate, parity_gates
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
+from exporters.graph.gates import (
+    ClassAgreement,
+    KernelReport,
+    agreement_gate,
+    check_kernels,
+    class_gates,
+    codes_gate,
+    compare_classes,
+    kernel_gate,
+    outputs_gate,
+    own_agreement,
+    parity_gates,
+)
 from exporters.graph.images import ProbeImages, folder_images, probe_images
-from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.parity import compare_layers, inputs_of, outputs_of
+from exporters.graph.parity import LayerParity, compare_layers, input_name, inputs_of, outputs_of
 from exporters.graph.produce import as_exported
 from exporters.graph.reopen import reopen_gates
-from exporters.graph.runtime import open_session, run
+from exporters.graph.runtime import import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
 from exporters.onnx.target import KIND, OnnxDetails
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.kinds import VIT_KIND
-from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_record
+from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import load_quantized
-from validation.onnx.record import OnnxValidationRecord
+from validation.record import EngineRecord, concluded, heading
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["validate_onnx"]
 
 _LAYER_IMAGES: Final = 4
 _BATCH: Final = 64
@@ -75,13 +81,13 @@ class _Reference:
     own: float | None = None
 
 
-def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path | None = None) -> OnnxValidationRecord:
+def validate_onnx(export: Path, *, against: Path | None = None, images: Path | None = None) -> OnnxValidationRecord:
     """Validate an export to ONNX in ONNX Runtime and write `<export>.validation.json` beside it.
 
     Args:
         export: the export's directory.
         against: the quantized artifact it was made from; then that is the reference.
-        pictures: an image folder; the whole net is compared on up to 500 of its pictures instead of the calibration
+        images: an image folder; the whole net is compared on up to 500 of its pictures instead of the calibration
             images, and must choose the artifact's class for 99.5 % of them, or for as many as the artifact itself
             keeps under rounding errors. Needs `against`.
 
@@ -89,12 +95,12 @@ def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path |
         The record, of verdict ACCEPT.
 
     Raises:
-        ConfigurationError: `against` is not the export's parent, or missing; `pictures` is no image folder.
+        ConfigurationError: `against` is not the export's parent, or missing; `images` is no image folder.
         BadArtifactError: the export is damaged, or ONNX Runtime refuses it.
         MissingCapabilityError: a package is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
-    if pictures is not None and against is None:
+    if images is not None and against is None:
         raise ConfigurationError(
             "pictures cannot be compared without the artifact",
             why="it tells how many classes rounding errors alone may change",
@@ -107,28 +113,20 @@ def validate_onnx(export: Path, *, against: Path | None = None, pictures: Path |
     model = _load(onnx_ir, artifact.root / MODEL_FILE)
     layers = read_layers(model)
     preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
-    if pictures is None:
-        images = probe_images(None if source is None else source.root, preprocessing)
+    if images is None:
+        probes = probe_images(None if source is None else source.root, preprocessing)
     else:
-        images = folder_images(pictures, preprocessing)
+        probes = folder_images(images, preprocessing)
     with track(2, "validate") as progress:
         reference = (
-            _own(artifact, model, layers, images)
+            _own(artifact, model, layers, probes)
             if source is None
-            else _torch(artifact, source, model, layers, images, of_pictures=pictures is not None)
+            else _torch(artifact, source, model, layers, probes, of_pictures=images is not None)
         )
         progress.advance(1)
-        record = _compare(artifact, model, layers, images, reference)
+        record = _compare(artifact, model, layers, probes, reference)
         progress.advance(1)
-    path = write_record(record, artifact.root)
-    if record.verdict == "REJECT":
-        raise ExportRejectedError(
-            f"ONNX Runtime does not compute what {artifact.root} holds",
-            why="; ".join(record.reasons),
-            fix=f"do not deploy it; the figures are in {path}",
-            record=record,
-        )
-    return record
+    return concluded(record, artifact, record.reasons, f"ONNX Runtime does not compute what {artifact.root} holds")
 
 
 def _parent(export: Artifact, against: Path) -> Artifact:
@@ -236,9 +234,7 @@ def _compare(
     gates += [] if reference.own is None else [agreement_gate(classes, reference.own)]
     reasons = failures(gates)
     return OnnxValidationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        export=export.root.absolute().name,
-        manifest_digest=export.digest,
+        **heading(export),
         engine="onnxruntime",
         versions=installed_versions(_VERSIONS),
         reference="artifact" if reference.name == "artifact" else "export",
@@ -256,3 +252,21 @@ def describe(export: Path, record: OnnxValidationRecord) -> str:
     """The record for people."""
     title = f"{record.verdict}  {export} in ONNX Runtime {record.versions.get('onnxruntime', '')}"
     return f"{title}, against the {record.reference}\n{table([gate.row for gate in record.gates])}"
+
+
+class OnnxValidationRecord(EngineRecord):
+    """One validation: what was compared with what, and the verdict."""
+
+    versions: dict[str, str] = Field(description="versions of the packages that took part")
+    reference: Literal["artifact", "export"] = Field(
+        description="what it was compared with: the artifact in torch, or the graph's own codes, every operator plain"
+    )
+    layers: list[LayerParity] = Field(
+        description="every product, fed the same input on both sides; none for exact formats, compared whole"
+    )
+    kernels: KernelReport = Field(description="which operator runs each product")
+    classes: ClassAgreement = Field(description="the whole net")
+    gates: list[Gate] = Field(description="the comparisons with their thresholds")
+    load_s: float = Field(ge=0, description="time to load the engine, seconds")
+    reasons: list[str] = Field(description="why it was rejected; empty when accepted")
+    verdict: Literal["ACCEPT", "REJECT"] = Field(description="ACCEPT or REJECT")

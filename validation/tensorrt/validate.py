@@ -11,35 +11,29 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from exporters.graph.formats import MODEL_FILE
 from exporters.graph.images import probe_images
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.runtime import open_session, run
-from exporters.tensorrt.dequantized import dequantize_graph
+from exporters.graph.runtime import import_onnx_package, open_session, run
+from exporters.tensorrt.builder import build_enterprise, build_rtx, check_enterprise
 from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
-from exporters.tensorrt.engines import ENGINES, MODEL_FILE
-from exporters.tensorrt.enterprise import build_enterprise, check_enterprise
-from exporters.tensorrt.options import CAPABILITIES, EnterpriseSettings, TrtFormat
+from exporters.tensorrt.engines import ENGINES
+from exporters.tensorrt.half import dequantize_graph
 from exporters.tensorrt.parity import evaluate_graph
-from exporters.tensorrt.rtx import build_rtx
-from exporters.tensorrt.target import KIND, TrtDetails
-from fp8pipe.artifact import Artifact, Comparison, Gate, installed_versions, open_artifact, sha256_file
-from fp8pipe.artifact.gate import failures
+from exporters.tensorrt.target import CAPABILITIES, KIND, EnterpriseSettings, TrtDetails, TrtFormat
+from fp8pipe.artifact import Artifact, Comparison, Gate, open_artifact
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
 from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.numerics.kinds import Kind
-from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict, concluded
+from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, conclude
 from validation.tensorrt.run import run_engine
-
-__all__ = ["RELATIVE_LIMIT", "validate_tensorrt"]
 
 _VERSIONS: Final = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
 # Quantized activations make a net chaotic: sums of another order move a code, and layers carry it on. The same 8-bit
@@ -82,7 +76,20 @@ def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = No
             progress.advance(1)
         execution = None if here is None else _execute(artifact, engines[0], pixels, expected)
         progress.advance(1)
-    return concluded(_record(artifact, engines, expected, execution), artifact)
+    reference = "ONNX's reference evaluator" if _is_nvfp4(artifact) else "ONNX Runtime"
+    gates = [_finite(expected, reference), *(_precision(artifact, engine) for engine in engines)]
+    gates += [] if execution is None else [_error(execution, reference)]
+    reports = (
+        EngineReport(
+            capability=e.recipe.capability, builder=e.recipe.builder, version=e.recipe.version,
+            source=e.source.value, reasons=e.reasons, precisions=dict(e.precisions),
+        )
+        for e in engines
+    )  # fmt: skip
+    return conclude(
+        artifact, _details(artifact).format, gates, reports, packages=_VERSIONS, execution=execution,
+        proved=_proved(artifact, engines, execution, reference), not_proved=_not_proved(engines, execution),
+    )  # fmt: skip
 
 
 def _details(artifact: Artifact) -> TrtDetails:
@@ -164,34 +171,6 @@ def _plain_engine(artifact: Artifact, engine: ReadyEngine, scratch: Path) -> Pat
     return path
 
 
-def _record(
-    artifact: Artifact, engines: list[ReadyEngine], expected: np.ndarray, execution: Execution | None
-) -> TrtValidationRecord:
-    gates = [_finite(expected, _reference(artifact)), *(_precision(artifact, engine) for engine in engines)]
-    if execution is not None:
-        gates.append(_error(execution, _reference(artifact)))
-    reasons = tuple(failures(gates))
-    ended: Verdict = "ACCEPT" if execution is not None else "PROVED-WITHOUT-RUNNING"
-    return TrtValidationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest, versions=installed_versions(_VERSIONS),
-        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=_details(artifact).format,
-        engines=tuple(
-            EngineReport(
-                capability=e.recipe.capability, builder=e.recipe.builder, version=e.recipe.version,
-                source=e.source.value, reasons=e.reasons, precisions=dict(e.precisions),
-            )
-            for e in engines
-        ),
-        execution=execution, proved=_proved(artifact, engines, execution), not_proved=_not_proved(engines, execution),
-        gates=tuple(gates), reasons=reasons, verdict="REJECT" if reasons else ended,
-    )  # fmt: skip
-
-
-def _reference(artifact: Artifact) -> str:
-    return "ONNX's reference evaluator" if _is_nvfp4(artifact) else "ONNX Runtime"
-
-
 def _finite(expected: np.ndarray, reference: str) -> Gate:
     bad = int((~np.isfinite(expected)).sum())
     detail = f"of {expected.size} of the graph in {reference}, {len(expected)} random images"
@@ -214,19 +193,16 @@ def _precision(artifact: Artifact, engine: ReadyEngine) -> Gate:
 def _error(execution: Execution, reference: str) -> Gate:
     value = execution.relative_error
     return Gate(
-        name="relative error of the engine",
-        value=value,
-        comparison=Comparison.AT_MOST,
-        threshold=RELATIVE_LIMIT,
+        name="relative error of the engine", value=value, comparison=Comparison.AT_MOST, threshold=RELATIVE_LIMIT,
         detail=f"against {reference} on {execution.images} random images, {execution.device}",
-    )
+    )  # fmt: skip
 
 
-def _proved(artifact: Artifact, engines: list[ReadyEngine], execution: Execution | None) -> tuple[str, ...]:
+def _proved(artifact: Artifact, engines: list[ReadyEngine], execution: Execution | None, reference: str) -> list[str]:
     gates = sum(gate.passed for gate in artifact.manifest.gates)
     said = [
         f"every file but engines has the manifest's digest; {gates} gates of the export passed on them",
-        f"{_reference(artifact)} reads and runs the graph",
+        f"{reference} reads and runs the graph",
         *(
             f"{e.recipe.builder} {e.recipe.version} parsed the graph and built it for {e.recipe.capability} "
             f"(engine from the {'export' if e.source == 'export' else 'cache'}): "
@@ -236,18 +212,15 @@ def _proved(artifact: Artifact, engines: list[ReadyEngine], execution: Execution
     ]
     if execution is not None:
         said.append(f"the engine ran on {execution.device}, and was timed")
-    return tuple(said)
+    return said
 
 
-def _not_proved(engines: list[ReadyEngine], execution: Execution | None) -> tuple[str, ...]:
+def _not_proved(engines: list[ReadyEngine], execution: Execution | None) -> list[str]:
     if execution is not None:
-        return ()
+        return []
     missing = [] if engines else ["that a builder takes the graph: the export holds no engine"]
-    return (
-        *missing,
-        "execution: no engine was loaded or run, for there is no GPU here (or torch sees none)",
-        "timing: no speed was measured",
-    )
+    missing.append("execution: no engine was loaded or run, for there is no GPU here (or torch sees none)")
+    return [*missing, "timing: no speed was measured"]
 
 
 def describe(export: Path, record: TrtValidationRecord) -> str:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fp8pipe.artifact.layers import Encoding, LayerRecord, ScaleRule
+from fp8pipe.artifact.manifest import Encoding, LayerRecord, ScaleRule
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build

@@ -9,10 +9,8 @@ import torch
 from quantized_families import quantized_family
 from vit_families import family, random_pixels
 
-from exporters.graph.classes import compare_classes, measure_noise
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import class_gates, parity_gates
-from exporters.graph.kernels import check_kernels
+from exporters.graph.gates import check_kernels, class_gates, compare_classes, measure_noise, parity_gates
 from exporters.graph.layers import read_layers
 from exporters.graph.parity import LayerParity, compare_layers, inputs_of, outputs_of
 from exporters.graph.produce import float_model, quantize_graph

@@ -12,14 +12,13 @@ from click.testing import CliRunner
 from quantized_families import quantized_family, write_vit_artifact
 from small_artifacts import details_of
 
-from exporters.graph.description import CLASSES_FILE, MODEL_FILE
-from exporters.graph.findings import LintFindingsError
-from exporters.graph.formats import OnnxFormat
+from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, OnnxFormat
 from exporters.graph.layers import read_layers
 from exporters.graph.lint import lint_model
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.artifact import ArtifactWriter, open_artifact
+from fp8pipe.artifact.finding import LintFindingsError
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
 from fp8pipe.numerics.kinds import Kind

@@ -12,12 +12,10 @@ from click.testing import CliRunner
 from PIL import Image
 from quantized_families import quantized_family, write_vit_artifact
 
-from exporters.graph.classes import ClassAgreement
-from exporters.graph.description import MODEL_FILE
-from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import agreement_gate
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
+from exporters.graph.gates import ClassAgreement, agreement_gate
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main
@@ -83,7 +81,7 @@ def _pictures(folder, count):
 
 def test_classes_are_compared_on_pictures(export, artifact, tmp_path):
     pictures = _pictures(tmp_path / "pictures", 40)
-    record = validate_onnx(export, against=artifact.root, pictures=pictures)
+    record = validate_onnx(export, against=artifact.root, images=pictures)
     assert record.classes.images == 80
     gate = next(gate for gate in record.gates if gate.name == "top-1 agreement")
     assert gate.value == record.classes.agreeing / 80
