@@ -11,18 +11,20 @@ import torch
 from quantized_families import quantized_family
 from vit_families import family, random_pixels
 
-from exporters.graph.classes import ClassAgreement, NearTie, compare_classes
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import (
+    ClassAgreement,
+    KernelReport,
+    NearTie,
     agreement_gate,
     class_gates,
+    compare_classes,
     float_gate,
     kernel_gate,
     layer_codes_gate,
     outputs_gate,
     parity_gates,
 )
-from exporters.graph.kernels import KernelReport
 from exporters.graph.layers import read_layers
 from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE, LayerParity, layer_error
 from exporters.graph.produce import quantize_graph

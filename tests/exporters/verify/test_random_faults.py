@@ -16,12 +16,12 @@ from random_faults import LANGUAGE_KINDS, VISION_KINDS, inject_random
 
 from exporters.graph.formats import OnnxFormat
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from exporters.verify import graph_export as vision
 from exporters.verify.whole import verify_tree
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from fp8pipe.artifact.tree import find_tree
+from fp8pipe.artifact.verify import find_tree
 from fp8pipe.core.errors import Fp8PipeError
 from validation.onnx.validate import validate_onnx
 

@@ -201,7 +201,7 @@ def test_a_copied_manifest_makes_no_artifact_of_a_model_repository(tmp_path):
 
 
 def test_a_reader_whose_record_is_replaced_meanwhile_looks_again(record, monkeypatch):
-    from fp8pipe.artifact import checksum
+    from fp8pipe.artifact import record as checksum
 
     real, calls = checksum._bytes, []
 

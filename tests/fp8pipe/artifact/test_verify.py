@@ -14,8 +14,7 @@ from small_artifacts import SHARD, write
 from fp8pipe.artifact import Artifact, Parent, open_artifact, write_checked
 from fp8pipe.artifact.gate import Verdict
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
-from fp8pipe.artifact.tree import find_tree
-from fp8pipe.artifact.verify import check_bytes, check_record, find_parent
+from fp8pipe.artifact.verify import check_bytes, check_record, find_parent, find_tree
 
 
 @pytest.fixture

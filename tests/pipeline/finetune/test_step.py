@@ -100,8 +100,7 @@ def test_a_resumed_run_continues_from_the_newest_checkpoint_alone(monkeypatch, t
 
 
 def test_what_was_written_is_read_back_and_counted(make_base, tmp_path, monkeypatch):
-    import pipeline.finetune.deploy as deploy
-
+    import pipeline.finetune.weights as deploy
     from pipeline.finetune.weights import Deployed, count_differing, write_checkpoint
 
     base, name = make_base(), "model.layers.0.mlp.up_proj"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fp8pipe.core.errors import ConfigurationError
-from serving.http import auth
-from serving.http.auth import OPEN_PATHS, AuthMiddleware, KeyFile, hash_key, is_name, new_key
+from serving.http import admission as auth
+from serving.http.admission import OPEN_PATHS, AuthMiddleware, KeyFile, hash_key, is_name, new_key
 
 KEY = "fp8-key"
 

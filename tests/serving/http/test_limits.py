@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from serving.http import limits
-from serving.http.limits import BodyAccount, BodyBudget, BodyLimitMiddleware, RateLimitMiddleware, refuse
+from serving.http import admission as limits
+from serving.http.admission import BodyAccount, BodyBudget, BodyLimitMiddleware, RateLimitMiddleware, refuse
 from serving.http.problems import Problem
 
 

@@ -11,7 +11,7 @@ from quantized_families import quantized_family, write_vit_artifact
 import validation.onnx.validate as validate
 from exporters.graph.formats import OnnxFormat
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.artifact import none_of, open_artifact
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.core.errors import Fp8PipeError
