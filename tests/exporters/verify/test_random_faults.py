@@ -122,6 +122,7 @@ def test_a_random_fault_in_a_language_export_is_named(language, tmp_path, kind, 
     assert_named(fault, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "seed"), VISION)
 def test_a_random_fault_in_a_graph_is_named(pictures, tmp_path, kind, seed):
     root = shutil.copytree(pictures, tmp_path / "run")
@@ -131,6 +132,7 @@ def test_a_random_fault_in_a_graph_is_named(pictures, tmp_path, kind, seed):
     assert_named(inject_random(kind, seed, root / "onnx"), findings(root))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "seed"),
     known([(k, s) for k in ("operator", "inserted", "attribute", "wiring", "stored") for s in range(SEEDS)],

@@ -106,7 +106,6 @@ def test_what_was_written_is_read_back_and_counted(make_base, tmp_path, monkeypa
     base, name = make_base(), "model.layers.0.mlp.up_proj"
     codes = torch.arange(96 * 64).remainder(100).to(torch.uint8).view(torch.float8_e4m3fn).reshape(96, 64)
     weights = {name: Deployed(codes, torch.tensor(0.5), False)}
-    method = SimpleNamespace(deployed_weights=lambda: {"own": weights[name]}, adapter=dict)
 
     def wrong(base, root, given):
         values, scale, transposed = given[name]
@@ -116,7 +115,7 @@ def test_what_was_written_is_read_back_and_counted(make_base, tmp_path, monkeypa
 
     def gates(place):
         with ArtifactWriter(tmp_path / place, kind="falqon", stage="finetune") as writer:
-            deploy.write_deployed(writer, base, method, {"own": name})
+            deploy.write_deployed(writer, base, {"own": weights[name]}, {}, {"own": name})
             return [(gate.name, gate.value, gate.passed) for gate in writer.gates], writer.root
 
     assert gates("right")[0] == [("reopened bytes differing", 0, True)]
