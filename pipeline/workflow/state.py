@@ -11,10 +11,10 @@ from typing import Any, Final
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact
 from fp8pipe.artifact.manifest import canonical_digest
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, StageRecord, read_run
+from fp8pipe.artifact.verdict import read_verdict
 from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.version import __version__
-from pipeline.workflow.gates import document_of
 from pipeline.workflow.keys import SourceDigests, file_states, stage_key
 from pipeline.workflow.recipe import Recipe, StageSpec, settings_differing, substitute
 
@@ -208,13 +208,11 @@ class RunState:
     def _intact(self, record: StageRecord) -> bool:
         """Whether an output is what its stage left: by sizes and times, by every hash where those have changed."""
         output = self.outputs[record.name]
-        if not output.exists():
-            return False
-        if file_states(output) == {name: tuple(state) for name, state in record.files.items()}:
-            return True
-        if output.is_file():
-            return content_of(output, record.key) == record.content
         try:
+            if output.is_file():  # small: read, whatever its size and time are
+                return content_of(output, record.key) == record.content
+            if file_states(output) == {name: tuple(state) for name, state in record.files.items()}:
+                return output.is_dir()
             return open_artifact(output).content == record.content
         except BadArtifactError:
             return False
@@ -264,7 +262,11 @@ class RunState:
 
 
 def content_of(output: Path, key: str) -> str:
-    """The content digest of an artifact; of a record, whose bytes hold times: what it judged, and how."""
+    """The content digest of an artifact; of a record, whose bytes hold times: what it judged, and how.
+
+    Raises:
+        BadArtifactError: it is no artifact and no sound record.
+    """
     if output.is_dir():
         return open_artifact(output, verify=False).content
-    return canonical_digest([key, document_of(output)[1].get("verdict")])
+    return canonical_digest([key, read_verdict(output).verdict])

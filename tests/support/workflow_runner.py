@@ -23,7 +23,19 @@ def quick_commands() -> dict[str, StageCommand]:
     def check(settings: Mapping[str, Any], read: Mapping[str, str]) -> None:
         from fp8pipe.core.errors import ConfigurationError
 
-        known = ("value", "steps", "seconds", "reads", "source", "gate", "score", "exit_code", "verdict", "orphan")
+        known = (
+            "value",
+            "steps",
+            "seconds",
+            "reads",
+            "source",
+            "gate",
+            "score",
+            "exit_code",
+            "verdict",
+            "orphan",
+            "writes",
+        )
         unknown = [key for key in settings if key not in known]
         if unknown:
             raise ConfigurationError("unknown settings", why=f"{', '.join(unknown)}: unknown key")
