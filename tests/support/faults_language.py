@@ -215,6 +215,8 @@ EXPORT_FAULTS = (
           ".safetensors: it is a link", linked),
     Fault("stray-shard", "vllm", "extra.safetensors", "weights that no index names", C.REOPEN, "extra.safetensors",
           stray),
+    Fault("another-loader", "vllm", "params.json", "a configuration that another loader takes first", C.PARITY,
+          "params.json", file("vllm", "params.json", lambda _: b"{}"), "model"),
     Fault("index-wrong", "vllm", "model.safetensors.index.json", "a tensor is said to be in the other file", C.REOPEN,
           "index.json", json_file("vllm", "model.safetensors.index.json", swapped_index)),
     Fault("ignore-too-short", "vllm", "config.json", "the output head is not ignored", C.REOPEN, "lm_head",
