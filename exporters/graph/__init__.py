@@ -9,8 +9,9 @@ Making a graph:
 Proving a written graph:
     layers     its quantized layers, read back from the file alone; `blocks` reads those in NVFP4
     reopen     every number in it, against the artifact
-    cut        its layers cut out as one model; `parity` feeds each the same input on both sides
-    classes    the whole net: do both sides choose the same class, or is it a near-tie
+    cut        its layers, and what lies between them, cut out as models of their own
+    parity     each layer fed the same input on both sides; `between` does so with all operators between two layers
+    classes    the whole net: outputs and classes, beside all that
     kernels    which operator of ONNX Runtime runs each layer
     gates      the verdicts on all of these, and on the exact format, which is compared end to end
 

@@ -1,12 +1,14 @@
-"""The quantized layers cut out of an exported graph, as one model that runs each of them on an input of its own.
+"""The quantized layers cut out of an exported graph, as one model that runs each of them on an input of its own; and
+what lies between them, as another.
 
-The nodes and tensors are the file's own; only what lies between the layers is gone. So a difference in one layer
-cannot hide in, or be blamed on, another.
+The nodes and tensors are the file's own. So a difference in one layer, or between two, cannot hide in, or be blamed on,
+another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from exporters.graph.layers import ExportedLayer
@@ -14,7 +16,7 @@ from exporters.graph.layers import ExportedLayer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["cut_codes", "cut_layers", "input_name"]
+__all__ = ["Between", "cut_between", "cut_codes", "cut_layers", "input_name", "nodes_nowhere", "with_floats"]
 
 _INPUT = "input/"
 
@@ -38,6 +40,90 @@ def cut_codes(model: ir.Model, layers: Sequence[ExportedLayer]) -> bytes | None:
     return _cut(model, layers, list(codes), as_float=True) if codes else None
 
 
+@dataclass(frozen=True, slots=True)
+class Between:
+    """What lies between the products.
+
+    Attributes:
+        proto: an `onnx.ModelProto`; its inputs and outputs have the names of the graph's values.
+        inputs: results of products, and the graph's inputs, that it reads.
+        pieces: its outputs (what quantizers read, and the graph's outputs), in the graph's order, each with the names
+            of the nodes on its way that none before it has.
+        stored: by output, the names of stored tensors of more than one number on its whole way.
+        passed: of `pieces`, those that are results of products themselves: they are no outputs of the model.
+    """
+
+    proto: Any
+    inputs: tuple[str, ...]
+    pieces: dict[str, list[str]]
+    stored: dict[str, frozenset[str]]
+    passed: tuple[str, ...]
+
+
+def cut_between(model: ir.Model, layers: Sequence[ExportedLayer]) -> Between:
+    """Everything from the products' results, biases included, to the next quantizers and to the output."""
+    import onnx_ir as ir
+
+    stop = {*(layer.output for layer in layers), *model.graph.inputs}
+    order = {node: index for index, node in enumerate(model.graph)}
+    ends = sorted(
+        dict.fromkeys([*_sources(layers), *model.graph.outputs]),
+        key=lambda value: order.get(value.producer(), -1),  # type: ignore[arg-type]
+    )
+    pieces, stored, seen = {}, {}, set[Any]()
+    for value in ends:
+        nodes, tensors, _ = _between(stop, [] if value in stop else [value])
+        stored[str(value.name)] = frozenset(str(t.name) for t in tensors if t.const_value.size > 1)  # type: ignore[union-attr]
+        pieces[str(value.name)] = [str(node.name) for node in nodes if node not in seen]
+        seen.update(nodes)
+    made = [value for value in ends if value not in stop]
+    nodes, tensors, used = _between(stop, made)
+    inputs = [value for value in (*model.graph.inputs, *(x.output for x in layers)) if value in used]
+    proto = _model(model, [ir.to_proto(node) for node in nodes], tensors, _floats(inputs), _floats(made, ranks=False))
+    passed = tuple(str(value.name) for value in ends if value in stop)
+    return Between(proto, tuple(str(value.name) for value in inputs), pieces, stored, passed)
+
+
+def nodes_nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> list[str]:
+    """Nodes that are neither in a cut layer nor between layers: no comparison runs them."""
+    ends = [*_sources(layers), *model.graph.outputs]
+    inside, _, _ = _between(_sources(layers), [layer.output for layer in layers])
+    outside, _, _ = _between([*(layer.output for layer in layers), *model.graph.inputs], ends)
+    held = {*inside, *outside}
+    return [str(node.name) for node in model.graph if node not in held]
+
+
+def with_floats(proto: Any, dtype: str) -> Any:
+    """A copy of a model with "float64" or "float32" wherever it has a float: stored tensors, constants, casts."""
+    from onnx import ModelProto, TensorProto, numpy_helper
+
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    to = TensorProto.DOUBLE if dtype == "float64" else TensorProto.FLOAT
+
+    def convert(tensor: Any) -> None:
+        if tensor.data_type in floats:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+
+    made = ModelProto()
+    made.CopyFrom(proto)
+    for tensor in made.graph.initializer:
+        convert(tensor)
+    for node in made.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                convert(attribute.t)
+            elif (node.op_type, attribute.name) == ("Cast", "to") and attribute.i in floats:
+                attribute.i = to
+    for value in (*made.graph.input, *made.graph.output, *made.graph.value_info):
+        if value.type.tensor_type.elem_type in floats:
+            value.type.tensor_type.elem_type = to
+    return made
+
+
+def _sources(layers: Sequence[ExportedLayer]) -> list[ir.Value]:
+    return list(dict.fromkeys(o.source for layer in layers for o in layer.operands if o.source is not None))
+
+
 def _cut(
     model: ir.Model,
     layers: Sequence[ExportedLayer],
@@ -49,8 +135,8 @@ def _cut(
     import onnx
     import onnx_ir as ir
 
-    sources = dict.fromkeys(o.source for layer in layers for o in layer.operands if o.source is not None)
-    nodes, tensors, used = _between(list(sources), outputs)
+    sources = _sources(layers)
+    nodes, tensors, used = _between(sources, outputs)
     protos = [ir.to_proto(node) for node in nodes]
     inputs = {str(source.name): input_name(source) for source in sources if source in used}
     for proto in protos:
@@ -66,14 +152,20 @@ def _cut(
         cast = zip(names, results, strict=True)
         protos += [onnx.helper.make_node("Cast", [a], [b], to=onnx.TensorProto.FLOAT) for a, b in cast]
     ranks = {input_name(s): None if s.shape is None else len(s.shape) for s in sources}
-    graph = onnx.helper.make_graph(
-        protos, "layers",
-        [_float(name, ranks[name]) for name in inputs.values()], [_float(name, None) for name in results],
-        initializer=[ir.to_proto(tensor.const_value) for tensor in tensors if tensor.const_value is not None],
-    )  # fmt: skip
+    given = [_float(name, ranks[name]) for name in inputs.values()]
+    proto = _model(model, protos, tensors, given, [_float(name, None) for name in results])
+    return bytes(proto.SerializeToString())
+
+
+def _model(model: ir.Model, nodes: list[Any], tensors: list[ir.Value], given: list[Any], results: list[Any]) -> Any:
+    """A model of some of a graph's nodes and stored tensors, between described inputs and outputs."""
+    import onnx
+    import onnx_ir as ir
+
+    stored = [ir.to_proto(tensor.const_value) for tensor in tensors if tensor.const_value is not None]
+    graph = onnx.helper.make_graph(nodes, "layers", given, results, initializer=stored)
     opset = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    made: Any = onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version)
-    return bytes(made.SerializeToString())
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version)
 
 
 def _widened(product: Any) -> list[Any]:
@@ -86,6 +178,11 @@ def _widened(product: Any) -> list[Any]:
     total = f"{product.output[0]}/double"
     narrow = helper.make_node("Cast", [total], list(product.output), to=TensorProto.FLOAT)
     return [*casts, helper.make_node("MatMul", sides, [total], name=product.name), narrow]
+
+
+def _floats(values: Iterable[ir.Value], *, ranks: bool = True) -> list[Any]:
+    """Descriptions of values by their own names, in their own number of axes where that is asked for."""
+    return [_float(str(v.name), len(v.shape) if ranks and v.shape is not None else None) for v in values]
 
 
 def _float(name: str, rank: int | None) -> Any:

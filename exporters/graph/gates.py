@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from exporters.graph.classes import ClassAgreement
 from exporters.graph.kernels import KernelReport
 from exporters.graph.layers import ExportedLayer
 from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE, LayerParity
@@ -32,16 +31,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
-    "agreement_gate", "class_gates", "codes_gate", "float_gate", "kernel_gate", "layer_codes_gate",
+    "codes_gate", "float_gate", "kernel_gate", "layer_codes_gate",
     "layer_error_gate", "outputs_gate", "parity_gates", "torch_errors",
 ]  # fmt: skip
 
 # fp32 in another order through a whole float net: some 1e-6 of the largest output.
 _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
-# On pictures a trained model is sure of most, so few can be near-ties. Where low bits make the model itself so
-# sensitive that it keeps fewer under rounding errors, an engine may fall behind that by three standard errors.
-_LEAST_AGREEMENT: Final = 0.995
-_STANDARD_ERRORS: Final = 3.0
 
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
@@ -100,37 +95,6 @@ def kernel_gate(report: KernelReport) -> Gate:
     )  # fmt: skip
 
 
-def class_gates(agreement: ClassAgreement) -> list[Gate]:
-    """The whole net: classes that differ without being near-ties."""
-    clear, ties = agreement.clear_disagreements, agreement.disagreements
-    detail = f"{agreement.agreeing} of {agreement.images} images agree ({agreement.source})"
-    detail += f"; outputs differ by up to {agreement.largest_difference:.1e} (relative)"
-    if ties:
-        margins = ", ".join(f"{tie.margin:.2g}" for tie in ties[:5])
-        detail += f"; margins of the differing: {margins} (near-tie: {agreement.near_tie:.2g})"
-    finite = math.isfinite(agreement.largest_difference)
-    return [
-        Gate(
-            name="clear top-1 disagreements", value=len(clear) if finite else math.nan, detail=detail,
-        )
-    ]  # fmt: skip
-
-
-def agreement_gate(agreement: ClassAgreement, own: float) -> Gate:
-    """The share of pictures that both sides give the same class.
-
-    `own` is the agreement of the reference with itself, its layers disturbed by rounding errors (`own_agreement`).
-    """
-    share = agreement.agreeing / agreement.images
-    spread = _STANDARD_ERRORS * math.sqrt(own * (1 - own) / agreement.images)
-    least = min(_LEAST_AGREEMENT, own - spread)
-    detail = f"{agreement.agreeing} of {agreement.images} {agreement.source}; the reference keeps {own:.1%} of its "
-    return Gate(
-        name="top-1 agreement", value=share, comparison=Comparison.AT_LEAST, threshold=least,
-        detail=detail + "own classes when each of its layers is disturbed by 1e-6",
-    )  # fmt: skip
-
-
 _CODE_IMAGES: Final = 16
 _BATCH: Final = 8  # the codes of a whole net are kept for so many images at a time
 
@@ -146,7 +110,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
     exact, sites = ExactVit(quantized), operand_at_sites(layers, quantized)
     names = {site: str(operand.source.name) for site, operand in sites if operand is not None and operand.source}
     session = open_session(_with_sources(model, list(names.values())))
-    compared = differing = 0
+    compared, first = 0, dict[str, int]()
     pixels = pixels[:_CODE_IMAGES]
     for batch in torch.split(pixels, _BATCH):
         ours: dict[str, Tensor] = {}
@@ -155,9 +119,11 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
         for site, name in names.items():
             mine = _in_layout(ours[site], site, quantized)
             compared += mine.numel()
-            differing += _count(mine, quantized.activations[site].codes(torch.from_numpy(theirs[name])))
+            found = quantized.activations[site].codes(torch.from_numpy(theirs[name]))
+            first[name] = first.get(name, 0) + _count(mine, found)
     detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
-    return none_of("codes differing end to end", differing, detail)
+    detail += next((f"; the first: {name}" for name, count in first.items() if count), "")
+    return none_of("codes differing end to end", sum(first.values()), detail)
 
 
 def outputs_gate(expected: Tensor, found: Tensor) -> Gate:

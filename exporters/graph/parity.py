@@ -35,6 +35,7 @@ __all__ = [
     "LayerParity",
     "compare_layers",
     "exact_outputs",
+    "in_rank",
     "inputs_of",
     "layer_error",
     "outputs_of",
@@ -78,7 +79,7 @@ def inputs_of(quantized: QuantizedVit, layers: Sequence[ExportedLayer], taps: Ma
             if operand.source is not None:
                 tensor = taps[layer.name][what]
                 tensor = tensor.transpose(-2, -1) if what == "k" else tensor
-                found[input_name(operand.source)] = _in_rank(tensor, operand.source).contiguous().numpy()
+                found[input_name(operand.source)] = in_rank(tensor, operand.source).contiguous().numpy()
     return found
 
 
@@ -171,7 +172,7 @@ def layer_error(found: Tensor, expected: Tensor) -> float:
     return float(difference / expected.abs().max().clamp(min=_TINY))
 
 
-def _in_rank(tensor: Tensor, value: ir.Value) -> Tensor:
+def in_rank(tensor: Tensor, value: ir.Value) -> Tensor:
     """The same numbers in the graph's number of axes: the exporter may merge some that torch keeps apart."""
     shape = list(value.shape or ())
     if not shape or len(shape) == tensor.dim():

@@ -13,14 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from exporters.graph.description import INPUT_NAME
 from exporters.graph.packages import import_onnx_package
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.machine import cpu_features
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = [
-    "DISABLED_OPTIMIZERS", "PRECISION_MODE", "SESSION_ENTRIES", "has_vnni", "open_session", "run", "session_entries",
+    "DISABLED_OPTIMIZERS", "PRECISION_MODE", "SESSION_ENTRIES", "has_vnni", "open_session", "run", "run_to",
+    "session_entries",
 ]  # fmt: skip
 
 DISABLED_OPTIMIZERS: Final = ("QDQPropagationTransformer", "MatMulAddFusion")
@@ -91,3 +96,16 @@ def run(session: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """All outputs by name, as numpy arrays."""
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]:
+    """Values of a graph by name for a numpy array of pixels, no operator optimized."""
+    import onnx
+    import onnx_ir as ir
+
+    proto: Any = ir.to_proto(model)
+    present = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    wanted = [name for name in dict.fromkeys(names) if name not in present]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted)
+    found = run(open_session(proto.SerializeToString(), optimize=False), {INPUT_NAME: pixels}) | {INPUT_NAME: pixels}
+    return {name: found[name] for name in names}

@@ -10,11 +10,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from exporters.graph.classes import compare_classes, measure_noise
+from exporters.graph.between import between_gates, parent_pieces
+from exporters.graph.classes import class_gates, compare_classes, own_agreement
 from exporters.graph.description import MODEL_FILE, graph_details, require_gates, write_description
 from exporters.graph.dry_run import export_peak
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import class_gates, codes_gate, float_gate, kernel_gate, outputs_gate, parity_gates
+from exporters.graph.gates import codes_gate, float_gate, kernel_gate, outputs_gate, parity_gates
 from exporters.graph.images import ProbeImages, probe_images
 from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import read_layers
@@ -119,14 +120,12 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
         with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             _write(writer.root, graph, quantized)
             progress.advance(1)
-            gates, near_tie = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
+            gates = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
             progress.advance(1)
             fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
             require_gates(writer, gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
-            details = OnnxDetails(
-                **graph_details(graph, quantized, options.format.value).model_dump(), near_tie=near_tie
-            )
+            details = OnnxDetails(**graph_details(graph, quantized, options.format.value).model_dump())
             return _commit(writer, artifact, quantized, options, details)
 
 
@@ -139,8 +138,8 @@ def _write(root: Path, graph: QuantizedGraph, quantized: QuantizedVit) -> None:
 
 def _gates(
     path: Path, graph: QuantizedGraph, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages
-) -> tuple[list[Gate], float]:
-    """Everything that is compared, on the written file; and the margin that counts as a near-tie."""
+) -> list[Gate]:
+    """Everything that is compared, on the written file."""
     import onnx_ir as ir
 
     model = ir.load(path)
@@ -149,18 +148,20 @@ def _gates(
     if format is OnnxFormat.QDQ_EXACT:
         gates += [kernel_gate(check_kernels(path, layers)), codes_gate(model, layers, quantized, images.pixels)]
         found = _outputs(path, images)
-        return [*gates, outputs_gate(ExactVit(quantized)(images.pixels), found)], 0.0
+        return [*gates, outputs_gate(ExactVit(quantized)(images.pixels), found)]
     gates.append(float_gate(graph.float_bytes, quantized, images.pixels))
     expected_model = as_exported(quantized, format)
     taps = expected_model.taps(images.pixels[:_LAYER_IMAGES])
     inputs = inputs_of(expected_model, layers, taps)
     gates += parity_gates(compare_layers(model, layers, inputs, outputs_of(layers, taps)))
+    pieces = parent_pieces(model, layers, expected_model, images.pixels[:_LAYER_IMAGES])
+    gates += between_gates(model, layers, pieces)
     gates.append(kernel_gate(check_kernels(path, layers)))
     found = _outputs(path, images)
     with torch.no_grad():
         expected = expected_model(images.pixels)
-    near_tie = measure_noise(expected_model, images.pixels, expected)
-    return gates + class_gates(compare_classes(expected, found, near_tie, images.source)), near_tie
+    own = own_agreement(expected_model, images.pixels, expected)
+    return gates + class_gates(compare_classes(expected, found, own, images.source))
 
 
 def _outputs(path: Path, images: ProbeImages) -> Tensor:

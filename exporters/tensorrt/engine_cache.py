@@ -24,7 +24,8 @@ from exporters.tensorrt.builder import Built, Shapes
 from exporters.tensorrt.engines import ENGINES, MODEL_FILE
 from exporters.tensorrt.enterprise import build_enterprise, check_enterprise
 from exporters.tensorrt.options import EnterpriseSettings, TrtFormat
-from exporters.tensorrt.precision import read_precision
+from exporters.tensorrt.precision import PrecisionReport, read_precision
+from exporters.tensorrt.program import read_program
 from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
 from exporters.tensorrt.rtx import SETTINGS, build_rtx
 from exporters.tensorrt.target import KIND, BuiltEngine, TrtDetails
@@ -32,7 +33,7 @@ from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, t
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
-__all__ = ["EngineSource", "ReadyEngine", "profiles_of", "ready_engine"]
+__all__ = ["EngineSource", "ReadyEngine", "engine_precisions", "profiles_of", "ready_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class ReadyEngine:
         path: the plain file.
         recipe: what it was made from.
         source: the export, the cache, or built just now.
-        precisions: products by precision.
+        precisions: products by precision, as they were listed; `engine_precisions` reads the engine.
         reasons: why the export's own engine was not taken; empty when it was.
     """
 
@@ -95,13 +96,14 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
     reasons = _stale(artifact, entry, wanted, capability)
     if entry is not None and not reasons and not entry.engine.endswith(PACKED_SUFFIX):
         return ReadyEngine(artifact.root / entry.engine, wanted, EngineSource.EXPORT, entry.precisions, ())
+    if entry is not None and not reasons:  # kept under that file's digest: no other is taken for it
+        packed = next(file.sha256 for file in artifact.manifest.files if file.path == entry.engine)
+        if _from_cache(wanted, packed) is None:
+            _keep(wanted, lambda path: _unpack(artifact.root / entry.engine, path, entry.precisions), packed)
+        return ReadyEngine(_place(wanted, packed), wanted, EngineSource.EXPORT, entry.precisions, ())
     kept = _from_cache(wanted)
     if kept is not None:
-        source = EngineSource.CACHE if reasons else EngineSource.EXPORT
-        return ReadyEngine(_place(wanted), wanted, source, kept.precisions, reasons)
-    if entry is not None and not reasons:
-        _keep(wanted, lambda path: _unpack(artifact.root / entry.engine, path, entry.precisions))
-        return ReadyEngine(_place(wanted), wanted, EngineSource.EXPORT, entry.precisions, ())
+        return ReadyEngine(_place(wanted), wanted, EngineSource.CACHE, kept.precisions, reasons)
     notice = f"building the engine of {artifact.root} for {capability} again: {'; '.join(reasons)}"
     if on_build is not None:
         on_build(notice)
@@ -109,6 +111,27 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
         logger.warning("%s", notice)
     precisions = _keep(wanted, lambda path: _build(artifact, wanted, path))
     return ReadyEngine(_place(wanted), wanted, EngineSource.BUILT, precisions, reasons)
+
+
+def engine_precisions(export: Artifact, engine: ReadyEngine) -> PrecisionReport | None:
+    """In which precision an engine multiplies the export's products, read from its own bytes.
+
+    Returns:
+        None for engines of TensorRT, whose form is not known: only its inspector on a GPU reads them.
+
+    Raises:
+        BadArtifactError: it holds no program that can be read.
+    """
+    if engine.recipe.builder == "enterprise":
+        return None
+    return read_precision(_products(export), read_program(engine.path))
+
+
+def _products(artifact: Artifact) -> list[str]:
+    """Nodes of the graph that multiply."""
+    import onnx_ir as ir
+
+    return [str(node.name) for node in ir.load(artifact.root / MODEL_FILE).graph if node.op_type in _PRODUCTS]
 
 
 def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
@@ -150,13 +173,14 @@ def _stale(artifact: Artifact, entry: BuiltEngine | None, wanted: EngineRecipe, 
     return (*differences, damage) if damage else differences
 
 
-def _place(recipe: EngineRecipe) -> Path:
-    return cache_folder() / f"{recipe.digest[:32]}.engine"
+def _place(recipe: EngineRecipe, packed: str = "") -> Path:
+    """Where an engine is kept: one that was built here, or the one that was unpacked from a file of this digest."""
+    return cache_folder() / f"{recipe.digest[:32]}{'-' if packed else ''}{packed[:32]}.engine"
 
 
-def _from_cache(recipe: EngineRecipe) -> _Kept | None:
+def _from_cache(recipe: EngineRecipe, packed: str = "") -> _Kept | None:
     """A whole engine of this recipe, if the cache has one."""
-    path = _place(recipe)
+    path = _place(recipe, packed)
     try:
         kept = _Kept.model_validate_json(path.with_suffix(".json").read_bytes())
         whole = kept.recipe == recipe and sha256_file(path) == kept.sha256
@@ -165,9 +189,9 @@ def _from_cache(recipe: EngineRecipe) -> _Kept | None:
     return kept if whole else None
 
 
-def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]]) -> dict[str, int]:
+def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]], packed: str = "") -> dict[str, int]:
     """Put an engine into the cache: the engine in one step, then the record that makes it count."""
-    place = _place(recipe)
+    place = _place(recipe, packed)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with translate_disk_full(place.parent), tempfile.TemporaryDirectory(dir=place.parent) as scratch:
@@ -214,10 +238,7 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
 
 def _checked(artifact: Artifact, built: Built, capability: str) -> dict[str, int]:
     """Products by precision, held to what the export was held to."""
-    import onnx_ir as ir
-
-    nodes = [str(node.name) for node in ir.load(artifact.root / MODEL_FILE).graph if node.op_type in _PRODUCTS]
-    report = read_precision(nodes, built.layers)
+    report = read_precision(_products(artifact), built.layers)
     details = artifact.manifest.details_of(TrtDetails)
     format = TrtFormat(details.format)
     required = artifact.manifest.config["require"] and not format.weight_only

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from exporters.graph.between import between_gates, parent_pieces
 from exporters.graph.description import graph_details, require_gates, write_description
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import float_gate
@@ -14,11 +15,10 @@ from exporters.graph.images import ProbeImages, probe_images
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.lint import lint_model, refuse
 from exporters.graph.packages import import_onnx_package
-from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE
 from exporters.graph.plan import vision_plan
 from exporters.graph.produce import QuantizedGraph
 from exporters.graph.reopen import reopen_gates
-from exporters.graph.trace import INPUT_NAME, ProductKind
+from exporters.graph.trace import INPUT_NAME
 from exporters.onnx.export import plan_export
 from exporters.onnx.options import OnnxExportOptions
 from exporters.tensorrt.builder import Shapes
@@ -36,7 +36,7 @@ from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import compare_halved, halve, refuse_not_half, stored_arrays
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.options import Base, Builder, TrtExportOptions, TrtFormat
-from exporters.tensorrt.parity import block_gates, block_parity, typed_gates, typed_parity
+from exporters.tensorrt.parity import product_gates
 from exporters.tensorrt.precision import PrecisionReport, artifact_precisions, read_precision
 from exporters.tensorrt.recipe import EngineRecipe, pack_engine
 from exporters.tensorrt.rtx import SETTINGS, build_rtx
@@ -184,10 +184,8 @@ class _Made:
         gates = reopen_gates(model, layers, quantized, OnnxFormat.QDQ)
         gates.append(float_gate(self.graph.float_bytes, quantized, images.pixels))
         pixels = images.pixels[:_LAYER_IMAGES]
-        convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
-        report = typed_parity(model, layers, quantized, pixels)
-        gates += typed_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE)
-        gates += block_gates(block_parity(model, layers, quantized, pixels))
+        gates += product_gates(model, layers, quantized, pixels)
+        gates += between_gates(model, layers, parent_pieces(model, layers, quantized, pixels), engine=False)
         before = stored_arrays(model)
         if self.options.base is Base.FP16:
             _halve(model, source)

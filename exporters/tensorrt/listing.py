@@ -26,7 +26,7 @@ from pydantic import Field
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 
-__all__ = ["EngineLayer", "Port", "parse_inspector", "parse_listing"]
+__all__ = ["EngineLayer", "Port", "parse_inspector", "parse_listing", "port_type"]
 
 _LINE: Final = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], "
@@ -132,7 +132,7 @@ def _inspected(entry: Mapping[str, Any]) -> EngineLayer:
     constants = _tensors(entry.get("Constants", ()))
     weights = entry.get("Weights")
     if isinstance(weights, Mapping) and weights.get("Count"):
-        constants += (Port(shape=(int(weights["Count"]),), dtype=_dtype(str(weights["Type"]))),)
+        constants += (Port(shape=(int(weights["Count"]),), dtype=port_type(str(weights["Type"]))),)
     return EngineLayer(
         name=entry["Name"], kind=_KINDS.get(entry["LayerType"], entry["LayerType"]), inputs=_tensors(entry["Inputs"]),
         constants=constants, outputs=_tensors(entry["Outputs"]), tactic=str(entry.get("TacticName", "")),
@@ -144,12 +144,13 @@ def _tensors(entries: Any) -> tuple[Port, ...]:
     return tuple(
         Port(
             shape=tuple(int(side) for side in entry["Dimensions"]),
-            dtype=_dtype(next(str(entry[key]) for key in _TYPE_KEYS if key in entry)),
+            dtype=port_type(next(str(entry[key]) for key in _TYPE_KEYS if key in entry)),
         )
         for entry in entries
     )
 
 
-def _dtype(text: str) -> str:
+def port_type(text: str) -> str:
+    """The builder's name of a type that a text describes."""
     lowered = text.lower()
     return next((name for part, name in _TYPES if part in lowered), text)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporters.graph.between import evaluate
 from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
 from exporters.graph.cut import cut_layers, input_name
 from exporters.graph.gates import layer_codes_gate, layer_error_gate, torch_errors
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
-    "BLOCK_TOLERANCE", "block_gates", "block_parity", "dynamic_quantize", "evaluate_graph", "typed_gates",
-    "typed_parity",
+    "BLOCK_TOLERANCE", "block_gates", "block_parity", "dynamic_quantize", "evaluate_graph", "product_gates",
+    "typed_gates", "typed_parity",
 ]  # fmt: skip
 
 BLOCK_TOLERANCE: Final = 1e-6
@@ -73,6 +74,16 @@ def typed_parity(
             inputs[input_name(source)] = _unfolded(taps[layer.name]["input"], weight.shape[2:]).numpy()
             outputs[layer.label] = outputs[layer.label].flatten(2).transpose(1, 2)
     return compare_layers(model, layers, inputs, outputs, optimize=False)
+
+
+def product_gates(
+    model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
+) -> list[Gate]:
+    """All products of a float32 graph, on the same input on both sides."""
+    convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
+    report = typed_parity(model, layers, quantized, pixels)
+    gates = typed_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE) if report else []
+    return gates + block_gates(block_parity(model, layers, quantized, pixels))
 
 
 def _unfolded(pixels: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -160,10 +171,7 @@ def evaluate_graph(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run(proto: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    from onnx.reference import ReferenceEvaluator
-
-    evaluator = ReferenceEvaluator(proto, new_ops=[_operator()])
-    return dict(zip(evaluator.output_names, evaluator.run(None, dict(inputs)), strict=True))
+    return evaluate(proto, inputs, [_operator()])
 
 
 def _operator() -> Any:

@@ -14,8 +14,8 @@ from fp8pipe.core.config import FrozenConfig
 
 __all__ = ["RECORD_VERSION", "OnnxValidationRecord"]
 
-# 2: a checksum lies beside the record.
-RECORD_VERSION = 2
+# 2: a checksum lies beside the record. 3: CONSISTENT, what is not proved, and pictures beside the probe images.
+RECORD_VERSION = 3
 
 
 class OnnxValidationRecord(FrozenConfig):
@@ -34,8 +34,12 @@ class OnnxValidationRecord(FrozenConfig):
         description="every product, fed the same input on both sides; none for exact formats, compared whole"
     )
     kernels: KernelReport = Field(description="which operator runs each product")
-    classes: ClassAgreement = Field(description="the whole net")
+    classes: ClassAgreement = Field(description="the whole net, on the probe images")
+    pictures: ClassAgreement | None = Field(description="the whole net on pictures; none where none were given")
     gates: list[Gate] = Field(description="the comparisons with their thresholds")
     load_s: float = Field(ge=0, description="time to load the engine, seconds")
     reasons: list[str] = Field(description="why it was rejected; empty when accepted")
-    verdict: Literal["ACCEPT", "REJECT"] = Field(description="ACCEPT or REJECT")
+    not_proved: list[str] = Field(description="what the verdict does not say, and why")
+    verdict: Literal["ACCEPT", "CONSISTENT", "REJECT"] = Field(
+        description="CONSISTENT: the engine computes what the file says; the artifact was not at hand"
+    )

@@ -12,9 +12,9 @@ from fp8pipe.core.config import FrozenConfig
 
 __all__ = ["RECORD_VERSION", "EngineReport", "Execution", "Timing", "TrtValidationRecord", "Verdict", "concluded"]
 
-# 2: a checksum lies beside the record.
-RECORD_VERSION = 2
-Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "REJECT"]
+# 2: a checksum lies beside the record. 3: CONSISTENT, the reference, and precisions that are read from the engine.
+RECORD_VERSION = 3
+Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"]
 
 
 class EngineReport(FrozenConfig):
@@ -26,6 +26,7 @@ class EngineReport(FrozenConfig):
     source: Literal["export", "cache", "built"] = Field(description="whether it is the export's own")
     reasons: tuple[str, ...] = Field(description="why the export's own does not serve; empty when it does")
     precisions: dict[str, int] = Field(description="products by the precision they are multiplied in")
+    read: bool = Field(default=False, description="whether that was read from the engine, or is what a builder listed")
 
 
 class Timing(FrozenConfig):
@@ -58,13 +59,17 @@ class TrtValidationRecord(FrozenConfig):
     graph_sha256: str = Field(description="digest of the graph, as in the manifest")
     format: str = Field(description="the number format of the products")
     engines: tuple[EngineReport, ...] = Field(description="engines that were looked at")
+    reference: Literal["artifact", "export"] = Field(
+        default="export", description="what the graph was compared with: the artifact's model, or nothing else"
+    )
     execution: Execution | None = Field(description="none where no GPU is")
     proved: tuple[str, ...] = Field(description="what holds, in words")
     not_proved: tuple[str, ...] = Field(description="what was not tried, and why; empty on a GPU")
     gates: tuple[Gate, ...] = Field(description="comparisons with their thresholds")
     reasons: tuple[str, ...] = Field(description="why it was rejected; empty otherwise")
     verdict: Verdict = Field(
-        description="PROVED-WITHOUT-RUNNING: nothing speaks against it, and no engine was executed"
+        description="PROVED-WITHOUT-RUNNING: nothing speaks against it, and no engine was executed; CONSISTENT: the "
+        "graph was not compared with the artifact"
     )
 
 
