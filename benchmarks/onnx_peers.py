@@ -37,11 +37,11 @@ from exporters.graph.images import folder_images, probe_images
 from exporters.graph.runtime import open_session
 from exporters.graph.trace import trace_float
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
+from exporters.tensorrt.builder import build_rtx
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.options import TrtExportOptions
-from exporters.tensorrt.precision import read_precision
-from exporters.tensorrt.rtx import build_rtx
+from exporters.tensorrt.listing import read_precision
+from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.models.vision.sources import load_vision_model

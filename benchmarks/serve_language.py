@@ -41,8 +41,7 @@ import os, sys
 from pathlib import Path
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.progress import setup_logging
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
+from serving.config import LanguageConfig, ServeConfig
 from serving.language.server import run_front, serve_language, supervise
 setup_logging(json=False, quiet=False, verbose=False)
 export, engine, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])

@@ -50,10 +50,8 @@ def vit_s(folder):
     import quantized_families
     import vit_families
 
-    from exporters.graph.description import write_description
-    from exporters.graph.details import GraphInput, GraphOutput
-    from exporters.graph.formats import OnnxFormat
-    from exporters.graph.produce import quantize_graph
+    from exporters.graph.formats import GraphInput, GraphOutput, OnnxFormat
+    from exporters.graph.produce import quantize_graph, write_description
     from exporters.onnx.target import OnnxDetails
 
     large = {"embed_dim": 384, "depth": 12, "num_heads": 6}
@@ -80,7 +78,7 @@ def float_twin(export, folder):
     """The same weights without quantizers, as an export."""
     import onnx_ir as ir
 
-    from exporters.tensorrt.dequantized import dequantize_graph
+    from exporters.tensorrt.half import dequantize_graph
 
     old = open_artifact(export)
     with ArtifactWriter(folder / "float", kind=old.kind, stage="benchmark") as writer:

@@ -14,8 +14,7 @@ import json
 from pathlib import Path
 
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.options import TrtExportOptions
-from exporters.tensorrt.target import TrtDetails
+from exporters.tensorrt.target import TrtDetails, TrtExportOptions
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.numerics.bf16 import widen_bf16_products

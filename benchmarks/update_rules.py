@@ -29,7 +29,7 @@ import torch
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.read import load_torch_model
+from exporters.vllm.reopen import load_torch_model
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.config import build_config
 from fp8pipe.models.language.sources import resolve_model

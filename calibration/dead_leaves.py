@@ -32,27 +32,13 @@ class _Sheet:
     columns: Tensor
     stream: torch.Generator
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.rows.shape[0], self.columns.shape[1]
-
     def draw(self, count: int) -> list[float]:
         """Uniform numbers in [0, 1)."""
         return torch.rand(count, generator=self.stream).tolist()
 
 
 def dead_leaves(seed: int, first: int, count: int, size: tuple[int, int]) -> Tensor:
-    """Pictures `first` to `first + count - 1` of a seed.
-
-    Args:
-        seed: any integer.
-        first: number of the first picture.
-        count: how many.
-        size: (height, width), pixels.
-
-    Returns:
-        `(count, 3, H, W)` fp32 in [0, 1].
-    """
+    """Pictures `first` to `first + count - 1` of a seed, `size` (height, width): `(count, 3, H, W)` fp32 in [0, 1]."""
     return torch.stack([_picture(image_stream(seed, first + i), size) for i in range(count)])
 
 
@@ -73,7 +59,7 @@ def _picture(stream: torch.Generator, size: tuple[int, int]) -> Tensor:
 
 def _surface(sheet: _Sheet) -> Tensor:
     """A muted colour with 1/f^a texture, `(3, H, W)`."""
-    height, width = sheet.size
+    height, width = sheet.rows.shape[0], sheet.columns.shape[1]
     draws = sheet.draw(4)
     colour = torch.full((3,), 0.05 + 0.9 * draws[0])
     for axis, amount in zip(_CHROMA, torch.randn(2, generator=sheet.stream).tolist(), strict=True):

@@ -62,7 +62,11 @@ class Synthesizer:
             while not bool(torch.isfinite(pixels[index]).all()):
                 attempts[index] += 1
                 if attempts[index] > _RESTARTS:
-                    raise self._lost(numbers[index])
+                    raise ConfigurationError(
+                        f"image {numbers[index]} became NaN in {_RESTARTS + 1} attempts",
+                        why=f"the losses diverge at learning rate {self.config.learning_rate}",
+                        fix="lower the synthesis learning rate, or use --calibration gaussian or images:DIR",
+                    )
                 notes.append(f"image {numbers[index]} became NaN and was begun again")
                 again = self._optimise([numbers[index]], [attempts[index]], on_step)
                 pixels[index], labels[index] = again[0][0], again[1][0]
@@ -81,7 +85,9 @@ class Synthesizer:
         for step in range(config.steps):
             terms = self.terms(batch.scene(step))
             each = torch.stack(list(terms.values())).sum(0)
-            batch.canvas.step(torch.autograd.grad(each.sum(), batch.canvas.parameters), self._rate(step))
+            cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            rate = config.final_rate + (config.learning_rate - config.final_rate) * cosine
+            batch.canvas.step(torch.autograd.grad(each.sum(), batch.canvas.parameters), rate)
             for name, term in terms.items():
                 found.setdefault(name, torch.zeros(len(numbers)))[batch.rows] = term.detach()
             on_step(step + 1)
@@ -98,19 +104,14 @@ class Synthesizer:
         """Everything that images have of their own; what an option needs is drawn only with that option."""
         config, classes = self.config, self.structure.classes
         streams = [image_stream(self.seed, n, a) for n, a in zip(numbers, attempts, strict=True)]
-        labels = self._labels(streams)
+        drawn = [-1 if classes is None else int(torch.randint(classes, (), generator=stream)) for stream in streams]
+        labels = torch.tensor(drawn)
         canvas = open_canvas(self._start(numbers, streams), self.vision.preprocessing.valid_range(), config)
         regions = draw_regions(streams, labels, classes) if config.regions and classes is not None else None
         grid = self.structure.patch_grid
         depths, sites = self.terms.depths, self.terms.global_sites
         priors = draw_priors(streams, len(depths), sites[next(iter(depths))].heads, grid) if depths else None
         return Batch(config, grid, list(depths), streams, labels, canvas, regions, priors)
-
-    def _labels(self, streams: list[torch.Generator]) -> Tensor:
-        classes = self.structure.classes
-        if classes is None:
-            return torch.full((len(streams),), -1)
-        return torch.tensor([int(torch.randint(classes, (), generator=stream)) for stream in streams])
 
     def _start(self, numbers: list[int], streams: list[torch.Generator]) -> Tensor:
         size = self.structure.image_size
@@ -119,45 +120,20 @@ class Synthesizer:
         pictures = torch.cat([dead_leaves(self.seed, n, 1, size) for n in numbers])
         return self.vision.preprocessing.normalize((pictures * 255).round().to(torch.uint8))
 
-    def _rate(self, step: int) -> float:
-        """Cosine from the peak to the final rate."""
-        config = self.config
-        share = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        return config.final_rate + (config.learning_rate - config.final_rate) * share
-
-    def _lost(self, number: int) -> ConfigurationError:
-        return ConfigurationError(
-            f"image {number} became NaN in {_RESTARTS + 1} attempts",
-            why=f"the losses diverge at learning rate {self.config.learning_rate}",
-            fix="lower the synthesis learning rate, or use --calibration gaussian or images:DIR",
-        )
-
 
 @dataclass(slots=True)
 class Batch:
-    """A batch under way.
+    """A batch under way."""
 
-    Attributes:
-        config: which views and terms.
-        grid: rows and columns of patches.
-        layers: attentions that have priors, in the order of `priors`.
-        streams: one per image.
-        labels: `(N,)` int64, of all images it began with.
-        canvas: of all images that are still here.
-        regions: targets of wholes and quarters, see `draw_regions`, or None.
-        priors: `(N, layers, heads, rows, columns)`, or None.
-        rows: `(n,)` int64: which of the images it began with are still here.
-    """
-
-    config: SynthesisConfig
-    grid: tuple[int, int]
-    layers: list[str]
-    streams: list[torch.Generator]
-    labels: Tensor
-    canvas: Canvas
-    regions: Tensor | None
-    priors: Tensor | None
-    rows: Tensor = field(init=False)
+    config: SynthesisConfig  # which views and terms
+    grid: tuple[int, int]  # rows and columns of patches
+    layers: list[str]  # attentions that have priors, in the order of `priors`
+    streams: list[torch.Generator]  # one per image
+    labels: Tensor  # `(N,)` int64, of all images it began with
+    canvas: Canvas  # of all images that are still here
+    regions: Tensor | None  # targets of wholes and quarters, see `draw_regions`, or None
+    priors: Tensor | None  # `(N, layers, heads, rows, columns)`, or None
+    rows: Tensor = field(init=False)  # `(n,)` int64: which of the images it began with are still here
     plateau: Plateau = field(init=False)
 
     def __post_init__(self) -> None:
@@ -175,13 +151,11 @@ class Batch:
             maps = None if maps is None else cut(maps, choice)
         shown, maps = view(shown, maps, self.streams, step, config)
         draws = uniform(self.streams, self.grid[0] * self.grid[1]) if config.masked else None
-        return Scene(pixels, shown, targets, step / config.steps, self._by_layer(maps), draws)
-
-    def _by_layer(self, maps: Tensor | None) -> dict[str, Tensor]:
-        if maps is None:
-            return {}
-        parts = maps.unflatten(1, (len(self.layers), -1)).flatten(3)  # (N, L, H, P)
-        return {name: parts[:, i] for i, name in enumerate(self.layers)}
+        priors = {}
+        if maps is not None:
+            layers = maps.unflatten(1, (len(self.layers), -1)).flatten(3)  # (N, L, H, P)
+            priors = dict(zip(self.layers, layers.unbind(1), strict=True))
+        return Scene(pixels, shown, targets, step / config.steps, priors, draws)
 
     def keep(self, stays: Tensor) -> None:
         """Go on with the images of which the boolean `(n,)` is true."""

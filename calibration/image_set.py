@@ -24,23 +24,14 @@ _SHEET_IMAGES, _CAPTION = 64, 12
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Calibration images.
+    """Calibration images."""
 
-    Attributes:
-        images: `(N, 3, H, W)` uint8, as they are shown to the model before normalization.
-        labels: `(N,)` int64 classes; None where they have none.
-        method: what made them.
-        seed: of their streams; None for pictures from a folder.
-        losses: last value of each loss, by name, one value per image.
-        notes: restarts and the like, in words.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    method: str
-    seed: int | None
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    images: Tensor  # `(N, 3, H, W)` uint8, as they are shown to the model before normalization
+    labels: Tensor | None  # `(N,)` int64 classes; None where they have none
+    method: str  # what made them
+    seed: int | None  # of their streams; None for pictures from a folder
+    losses: dict[str, list[float]] = field(default_factory=dict)  # last values of each loss by name, one per image
+    notes: list[str] = field(default_factory=list)  # restarts and the like, in words
 
     def save(self, folder: Path, classes: Sequence[str] | None = None) -> None:
         """Write images.safetensors, images.json and contact_sheet.png (with class names under the pictures)."""

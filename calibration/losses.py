@@ -93,15 +93,14 @@ def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def patch_entropy(outputs: Tensor, site: AttentionSite, bandwidth: float = 0.05) -> Tensor:
-    """Negative differential entropy of the similarity among patches, PSAQ-ViT's loss (arXiv 2203.02250, section 3.2).
+    """PSAQ-ViT's loss (arXiv 2203.02250, section 3.2): negative differential entropy of the similarity among patches.
+
+    `(N,)` fp32.
 
     Args:
         outputs: attn.v `(N * windows, H, tokens, d)`, averaged over heads.
         site: tells prefix tokens and windows.
         bandwidth: of the kernel density estimate on 10 points of [-1, 1], in units of cosine.
-
-    Returns:
-        `(N,)` fp32.
     """
     tokens = functional.normalize(outputs[:, :, site.prefix_tokens :].float().mean(1), dim=-1)
     cosines = (tokens @ tokens.transpose(-2, -1)).flatten(1)  # (B, P, d) @ (B, d, P)
@@ -117,25 +116,15 @@ _NARROWEST, _WIDEST = 0.1, 0.3  # standard deviation along an axis, of the map's
 
 
 def summary_query(queries: Tensor, site: AttentionSite) -> Tensor:
-    """The query that stands for the whole picture: the class token's, or the mean of all patches'.
+    """The query `(N, H, 1, d)` that stands for the whole picture: the class token's, or the mean of all patches'.
 
-    Args:
-        queries: `(N, H, tokens, d)`; or maps `(N, H, tokens, keys)`, whose rows are queries too.
-        site: tells whether there are prefix tokens; the first of them is taken for the class token.
-
-    Returns:
-        `(N, H, 1, d)`, of the same dtype.
+    The first of the prefix tokens is taken for the class token. Rows of maps `(N, H, tokens, keys)` are queries too.
     """
     return queries[:, :, :1] if site.prefix_tokens else queries.mean(2, keepdim=True)
 
 
 def received_attention(probabilities: Tensor, site: AttentionSite) -> Tensor:
-    """The share of each patch in the attention that patches receive, `(N, H, patches)` fp32 with sums of 1.
-
-    Args:
-        probabilities: `(N, H, tokens, tokens)`.
-        site: tells prefix tokens.
-    """
+    """The share of each patch in the attention that patches receive, `(N, H, patches)` fp32 with sums of 1."""
     among = summary_query(probabilities, site)[:, :, 0, site.prefix_tokens :].float()
     return among / among.sum(-1, keepdim=True).clamp(min=1e-12)
 
@@ -143,9 +132,7 @@ def received_attention(probabilities: Tensor, site: AttentionSite) -> Tensor:
 def global_sites(structure: VitStructure, wish: str) -> dict[str, AttentionSite]:
     """The attentions of a plain transformer by name, in their order: global, over all patches, equally many heads.
 
-    Args:
-        structure: of the model.
-        wish: what needs them, for the message.
+    `wish` is what needs them, for the message.
 
     Raises:
         ConfigurationError: there is none, or one has windows, merged patches, or other heads.
@@ -185,11 +172,9 @@ def deeper_half(names: list[str]) -> dict[str, float]:
 
 
 def prior_distance(shares: Tensor, prior: Tensor) -> Tensor:
-    """Mean squared distance over heads and patches in units of uniform attention, `(N,)` fp32.
+    """Mean squared distance of `received_attention` over heads and patches in units of uniform attention, `(N,)` fp32.
 
-    Args:
-        shares: of `received_attention`, `(N, H, P)` with sums of 1.
-        prior: `(N, H, P)`, not negative; scaled here to sums of 1.
+    The prior `(N, H, P)`, not negative, is scaled here to sums of 1.
     """
     wanted = prior / prior.sum(-1, keepdim=True).clamp(min=1e-12)
     return ((shares - wanted) * shares.shape[-1]).square().flatten(1).mean(1)
@@ -201,11 +186,9 @@ _DROPPED: Final = 0.3
 
 
 def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
-    """Negative Gaussian entropy of the cosines among patches' attention rows, `(N,)` fp32.
+    """Negative Gaussian entropy of the cosines among patches' attention rows, `(N,)` fp32; prefix tokens are left out.
 
-    Args:
-        logits: `(N, H, tokens, tokens)`, a positive factor on them makes no difference.
-        site: tells prefix tokens, which are left out.
+    A positive factor on the logits `(N, H, tokens, tokens)` makes no difference.
     """
     with torch.autocast("cpu", enabled=False):
         rows = functional.normalize(logits[:, :, site.prefix_tokens :, site.prefix_tokens :].float().mean(1), dim=-1)
@@ -220,16 +203,9 @@ def rounded(values: Tensor, bits: int) -> Tensor:
 
 
 def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[Tensor, Tensor]:
-    """Logits of one attention's `summary_query`, in float and rounded.
+    """Logits of one attention's `summary_query`, in float and with queries and keys rounded to `bits`.
 
-    Args:
-        q: `(N, H, tokens, d)`, not scaled.
-        k: `(N, H, tokens, d)`.
-        site: tells prefix tokens.
-        bits: of the rounded queries and keys.
-
-    Returns:
-        Two `(N, patches)` fp32: q.k of the patches, the mean over heads.
+    Of `q` and `k` `(N, H, tokens, d)`, not scaled; two `(N, patches)` fp32: q.k of the patches, the mean over heads.
     """
     found = []
     with torch.autocast("cpu", enabled=False):
@@ -256,13 +232,7 @@ def informative(logits: Tensor, progress: float, draws: Tensor) -> Tensor:
 
 
 def masked_difference(logits: list[tuple[Tensor, Tensor]], progress: float, draws: Tensor) -> Tensor:
-    """Mean over layers of |float - rounded| on the informative patches, `(N,)` fp32.
-
-    Args:
-        logits: of `query_logits`, a pair per layer.
-        progress: from 0 to 1.
-        draws: `(N, P)` uniform, from each image's own stream.
-    """
+    """Mean over layers of |float - rounded| on the `informative` patches, `(N,)` fp32, from `query_logits` of each."""
     mask = informative(torch.stack([a for a, _ in logits]).mean(0).detach(), progress, draws)
     each = torch.stack([(a - b).abs() for a, b in logits]).mean(0)  # (N, P)
     return (each * mask).sum(1) / mask.sum(1)

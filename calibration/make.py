@@ -15,7 +15,7 @@ from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.image_set import ImageSet
 from calibration.views import image_stream, normal
-from fp8pipe.artifact.place import lock
+from fp8pipe.artifact.writer import lock
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.vision.image_folder import UNLABELLED, batches, list_pictures
 from fp8pipe.models.vision.sources import VisionModel
@@ -24,32 +24,19 @@ from fp8pipe.models.vision.structure import VitStructure
 FOLDER_PREFIX, ARTIFACT_PREFIX = "images:", "artifact:"
 ARTIFACT_IMAGES = "calibration"  # folder of an artifact
 METHODS = ("synthetic", "patch-similarity", "gaussian")
-_READ_AT_ONCE = 64
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Which images are wanted.
+    """Which images are wanted; a ConfigurationError that names the methods refuses one that does not exist."""
 
-    Attributes:
-        method: synthetic, patch-similarity, gaussian, images:DIR, or artifact:DIR for those an artifact was made with.
-        count: how many.
-        seed: of their streams, or of the choice among the pictures of a folder.
-        synthesis: for the synthetic ones.
-    """
+    method: str  # synthetic, patch-similarity, gaussian, images:DIR, or artifact:DIR (images of an artifact)
+    count: int  # how many
+    seed: int  # of their streams, or of the choice among the pictures of a folder
+    synthesis: SynthesisConfig  # for the synthetic ones
 
-    method: str
-    count: int
-    seed: int
-    synthesis: SynthesisConfig
-
-    def check(self) -> None:
-        """Refuse a method that does not exist.
-
-        Raises:
-            ConfigurationError: naming the methods.
-        """
+    def __post_init__(self) -> None:
         if self.method in METHODS or self.method.startswith((FOLDER_PREFIX, ARTIFACT_PREFIX)):
             return
         raise ConfigurationError(
@@ -77,10 +64,9 @@ def make_images(
         on_images: told how many more images are finished.
 
     Raises:
-        ConfigurationError: an unknown method, a folder that is none or has too few pictures, images that stay NaN, or
+        ConfigurationError: a folder that is none or has too few pictures, images that stay NaN, or
             another process that makes images in `checkpoints`.
     """
-    request.check()
     given = read_images(request, vision, structure)
     if given is not None:
         return given
@@ -122,20 +108,18 @@ def _synthesize(
             parts.append(ImageSet.load(folder))
         else:
             made = synthesizer.batch(first, min(config.batch_size, request.count - first))
-            parts.append(replace(made, method=request.method))
-            if folder is not None:
-                _keep(parts[-1], folder)
+            made = replace(made, method=request.method)
+            parts.append(made)
+            if folder is not None:  # written whole or not at all
+                scratch = folder.with_name(f"writing-{folder.name}")
+                shutil.rmtree(scratch, ignore_errors=True)
+                made.save(scratch)
+                scratch.rename(folder)
         on_images(len(parts[-1].images))
-    labels = torch.cat([part.labels for part in parts if part.labels is not None])
+    images, notes = torch.cat([part.images for part in parts]), [note for part in parts for note in part.notes]
+    labels = None if structure.classes is None else torch.cat([p.labels for p in parts if p.labels is not None])
     losses = {name: [v for part in parts for v in part.losses[name]] for name in parts[0].losses}
-    return ImageSet(
-        torch.cat([part.images for part in parts]),
-        labels if structure.classes is not None else None,
-        request.method,
-        request.seed,
-        losses,
-        [note for part in parts for note in part.notes],
-    )
+    return ImageSet(images, labels, request.method, request.seed, losses, notes)
 
 
 def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> None:
@@ -163,14 +147,6 @@ def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> N
         )
 
 
-def _keep(part: ImageSet, folder: Path) -> None:
-    """Write a batch whole or not at all."""
-    scratch = folder.with_name(f"writing-{folder.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    part.save(scratch)
-    scratch.rename(folder)
-
-
 def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
     path = Path(request.method.removeprefix(FOLDER_PREFIX)).expanduser()
     folder = list_pictures(path)
@@ -182,7 +158,7 @@ def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
         )
     generator = torch.Generator().manual_seed(request.seed)
     rows = torch.randperm(len(folder.files), generator=generator)[: request.count].tolist()
-    pixels: Tensor = torch.cat(list(batches(folder, rows, vision.preprocessing, _READ_AT_ONCE)))
+    pixels: Tensor = torch.cat(list(batches(folder, rows, vision.preprocessing, size=64)))
     labels = torch.tensor([folder.labels[row] for row in rows]) if folder.classes != UNLABELLED else None
     return ImageSet(pixels, labels, request.method, None)
 
@@ -207,4 +183,4 @@ def _from_artifact(request: ImageRequest, structure: VitStructure) -> ImageSet:
     few = slice(request.count)
     losses = {name: values[few] for name, values in found.losses.items()}
     labels = None if found.labels is None else found.labels[few]
-    return ImageSet(found.images[few], labels, found.method, found.seed, losses, list(found.notes))
+    return replace(found, images=found.images[few], labels=labels, losses=losses)

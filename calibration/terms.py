@@ -1,10 +1,22 @@
-"""All losses of one step of synthesis, weighted: from the attentions while the model runs, and from its output."""
+"""All losses of one step of synthesis, weighted: from the attentions while the model runs, and from its output.
+
+The forward may go on with fewer tokens in the deeper layers: after some block, the patches that receive least attention
+leave it. What an image is made of is decided where attention goes; patches that receive hardly any cost as much as the
+others and change little. (Token pruning in model inversion: "Sparse Model Inversion", ICML 2024.) Scores are those of
+the block's own attention, see `received_attention`, and every image keeps its own patches in their order.
+
+Whether a model bears this is tried, not looked up in a list of names: positions must not be used after the block (no
+windows, no biases on positions, no rotary ones), so permuting the patches there must not change what the model answers,
+and the model must run without some of them.
+"""
 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +35,6 @@ from calibration.losses import (
     similarity_spread,
     total_variation,
 )
-from calibration.pruning import TokenPruner
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
@@ -32,23 +43,14 @@ from fp8pipe.models.vision.structure import AttentionSite, VitStructure
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one step looks at.
+    """What one step looks at."""
 
-    Attributes:
-        pixels: the images themselves, `(N, 3, H, W)`.
-        view: what the model is shown of them, same shape.
-        targets: `(N,)` int64 classes, or `(N, C)` fp32 soft ones.
-        progress: from 0 at the first step to 1 after the last.
-        priors: maps by attention, each `(N, H, P)`; empty without the term.
-        draws: `(N, P)` uniform, for the random part of masks; None without the term.
-    """
-
-    pixels: Tensor
-    view: Tensor
-    targets: Tensor
-    progress: float
-    priors: dict[str, Tensor]
-    draws: Tensor | None
+    pixels: Tensor  # the images themselves, `(N, 3, H, W)`
+    view: Tensor  # what the model is shown of them, same shape
+    targets: Tensor  # `(N,)` int64 classes, or `(N, C)` fp32 soft ones
+    progress: float  # from 0 at the first step to 1 after the last
+    priors: dict[str, Tensor]  # maps by attention, each `(N, H, P)`; empty without the term
+    draws: Tensor | None  # `(N, P)` uniform, for the random part of masks; None without the term
 
 
 class Terms:
@@ -59,19 +61,17 @@ class Terms:
         structure: of it.
         config: which terms, with which weights.
 
-    Attributes:
-        sites: attentions whose heads are compared, by name.
-        global_sites: for masks and priors, attentions that see all patches, by name; empty without these terms.
-        depths: weights of the attentions that have priors; empty without.
-        pruner: of tokens, or None.
-
     Raises:
         ConfigurationError: a model whose attentions show no maps, or one that an option does not fit.
     """
 
     def __init__(self, model: nn.Module, structure: VitStructure, config: SynthesisConfig) -> None:
-        self._model = _halved(model) if config.bf16 else model
+        self._model = copy.deepcopy(model) if config.bf16 else model
+        for module in self._model.modules() if config.bf16 else ():
+            if type(module) is nn.Linear:  # the weights that autocast would otherwise make anew at every step
+                module.to(torch.bfloat16)
         self._structure, self.config = structure, config
+        # Attentions whose heads are compared, by name.
         self.sites = {site.name: site for site in structure.attentions if not site.pools and site.heads > 1}
         if not self.sites and config.similarity > 0:
             raise ConfigurationError(
@@ -86,7 +86,9 @@ class Terms:
                 fix="leave regions at 0",
             )
         wishes = [name for name in ("masked", "priors") if getattr(config, name)]
+        # For masks and priors, attentions that see all patches, by name; empty without these terms.
         self.global_sites = global_sites(structure, " and ".join(wishes)) if wishes else {}
+        # Weights of the attentions that have priors; empty without.
         self.depths = deeper_half(list(self.global_sites)) if config.priors else {}
         self.pruner = TokenPruner(model, structure, config.prune_after, config.keep) if config.keep < 1 else None
 
@@ -106,15 +108,6 @@ class Terms:
         if config.variation:
             terms["variation"] = config.variation * total_variation(scene.pixels)
         return terms
-
-
-def _halved(model: nn.Module) -> nn.Module:
-    """A copy whose linears hold the bf16 weights that autocast would otherwise make anew at every step."""
-    copied = copy.deepcopy(model)
-    for module in copied.modules():
-        if type(module) is nn.Linear:
-            module.to(torch.bfloat16)
-    return copied
 
 
 class _Seen:
@@ -167,3 +160,88 @@ class _Seen:
             difference = masked_difference(self._query_logits, self._scene.progress, self._scene.draws)
             terms["masked"] = config.masked * difference
         return terms
+
+
+_TOLERANCE: Final = 1e-3  # of the largest output: sums in another order in fp32; positions that matter change far more
+
+
+class TokenPruner:
+    """Drops patches after one block of a model.
+
+    Args:
+        model: the float model; run to try it, not changed.
+        structure: of it.
+        after: number of whole blocks before.
+        share: of the patches that stay.
+
+    Raises:
+        ConfigurationError: the model has windows, uses positions in later blocks, or has too few blocks.
+    """
+
+    def __init__(self, model: nn.Module, structure: VitStructure, after: int, share: float) -> None:
+        sites = list(global_sites(structure, "fewer tokens (keep)").values())
+        if after >= len(sites):
+            raise _refused(f"prune_after is {after}, and the model has {len(sites)} blocks", "lower prune_after")
+        self.site = sites[after - 1]
+        self._block = _block_of(self.site.name)
+        self._prefix, self._patches = self.site.prefix_tokens, structure.patch_grid[0] * structure.patch_grid[1]
+        self._count = max(1, round(self._patches * share))
+        self._scores: Tensor | None = None
+        self._try(model, structure)
+
+    def note(self, probabilities: Tensor) -> None:
+        """Scores of this forward, from the probabilities `(N, H, tokens, tokens)` of `self.site`."""
+        self._scores = received_attention(probabilities.detach(), self.site).mean(1)
+
+    def active(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While the context lasts, forwards of `model` go on with the best patches; each needs a `note` on its way."""
+        return self._hooked(model, self._best)
+
+    def _best(self) -> Tensor:
+        if self._scores is None:
+            raise RuntimeError("the attention before the pruning was not noted")
+        scores, self._scores = self._scores, None
+        return scores.topk(self._count, dim=1).indices.sort(dim=1).values
+
+    @contextmanager
+    def _hooked(self, model: nn.Module, choose: Callable[[], Tensor]) -> Iterator[None]:
+        """Hand on, of the block's output, prefix tokens and the patches `choose` names, `(N, kept)` indices."""
+
+        def shorten(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            rows = (self._prefix + choose()).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            shorter = torch.cat([hidden[:, : self._prefix], hidden.gather(1, rows)], 1)
+            return (shorter, *output[1:]) if isinstance(output, tuple) else shorter
+
+        with model.get_submodule(self._block).register_forward_hook(shorten):
+            yield
+
+    @torch.no_grad()
+    def _try(self, model: nn.Module, structure: VitStructure) -> None:
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(2, 3, *structure.image_size, generator=generator)
+        order = torch.randperm(self._patches, generator=generator)
+        whole = vision_outputs(model, pixels)
+        try:
+            with self._hooked(model, lambda: order.expand(2, -1)):
+                moved = vision_outputs(model, pixels)
+            with self._hooked(model, lambda: order[: self._count].expand(2, -1)):
+                vision_outputs(model, pixels)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise _refused(f"it does not run with fewer of them: {reason}", "leave keep at 1") from error
+        if not bool((moved - whole).abs().max() <= _TOLERANCE * whole.abs().max()):
+            raise _refused("its later blocks use the positions of patches", "leave keep at 1")
+
+
+def _block_of(attention: str) -> str:
+    """The numbered module that an attention is part of."""
+    parts = attention.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: index + 1])
+    raise _refused(f"its attention {attention} is in no numbered block", "leave keep at 1")
+
+
+def _refused(why: str, fix: str) -> ConfigurationError:
+    return ConfigurationError("this model cannot go on with fewer patches", why=why, fix=fix)

@@ -12,7 +12,7 @@ a target may name rooms above this one (validation, serving) without importing t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,81 +49,51 @@ def call(reference: Reference, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine that runs exports of a target, to prove them.
+    """An engine that runs exports of a target, to prove them."""
 
-    Attributes:
-        name: as in `--engine`.
-        validate: `(export, **given) -> record`; raises `ExportRejectedError` with the record where it rejects.
-        describe: `(export, record) -> str`, for people.
-        takes: options of `validate` that it understands, by their names in Python.
-    """
-
-    name: str
-    validate: Reference
-    describe: Reference
-    takes: tuple[str, ...] = ()
+    name: str  # as in `--engine`
+    validate: Reference  # `(export, **given) -> record`; raises `ExportRejectedError` with the record where it rejects
+    describe: Reference  # `(export, record) -> str`, for people
+    takes: tuple[str, ...] = ()  # options of `validate` that it understands, by their names in Python
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """How exports of a target are run: served, measured, asked.
+    """How exports of a target are run: served, measured, asked."""
 
-    Attributes:
-        domain: whose options apply, and which server it is.
-        serve: `(export, config, language_config) -> exit code`; none where it is not served, for the reason `refusal`.
-        refusal: why it is not served.
-        plan: `(artifact, stage, record, **given) -> Plan` of validate, bench and serve-check.
-        bench: `(export, config, **given) -> MeasureRecord`; none where nothing is measured.
-        ask: `(url, artifact, config) -> (requests, gates)` of serve-check; none where there is none.
-        repository: `(artifact, folder, **given) -> None`: the files of a model in a Triton repository.
-    """
-
-    domain: Literal["language", "vision"]
+    domain: Literal["language", "vision"]  # whose options apply, and which server it is
+    # `(export, config, language_config) -> exit code`; none where it is not served, for the reason `refusal`
     serve: Reference | None = None
-    refusal: str = ""
-    plan: Reference | None = None
-    bench: Reference | None = None
+    refusal: str = ""  # why it is not served
+    plan: Reference | None = None  # `(artifact, stage, record, **given) -> Plan` of validate, bench and serve-check
+    bench: Reference | None = None  # `(export, config, **given) -> MeasureRecord`; none where nothing is measured
+    # `(url, artifact, config) -> (requests, gates)` of serve-check; none where there is none
     ask: Reference | None = None
+    # `(artifact, folder, **given) -> None`: the files of a model in a Triton repository
     repository: Reference | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExportTarget:
-    """One form in which an artifact leaves.
+    """One form in which an artifact leaves."""
 
-    Attributes:
-        name: as in `--target`; several targets of one name differ by what they take, and by their formats.
-        kind: of the artifacts it writes.
-        takes: kinds of artifact that it is made from; PLAIN_MODEL for a model without a manifest.
-        options: its option model; `force` in it means that an existing output is replaced.
-        details: what its manifests hold of their own.
-        help: what it writes, in a few words.
-        label: what help says before an option that not every target has; the name when empty.
-        export: `(source, output, options) -> Artifact`.
-        plan: `(source, output, options) -> (document, Plan)`.
-        verify: `(artifact, parent, notes) -> Iterator[Finding]`: the files against the manifest and the parent.
-        formats: values of `--format` that mean this target, where another takes the same; empty for the usual one.
-        engines: that can prove its exports, the usual one first.
-        service: how they are run.
-        after: `(artifact) -> list[str]`, lines for people after an export.
-        migrate: brings its manifests of older schemas to today's.
-    """
-
-    name: str
-    kind: str
-    takes: tuple[str, ...]
-    options: type[FrozenConfig]
-    details: type[Details]
-    help: str
-    export: Reference
-    plan: Reference
-    verify: Reference
+    name: str  # as in `--target`; several targets of one name differ by what they take, and by their formats
+    kind: str  # of the artifacts it writes
+    takes: tuple[str, ...]  # kinds of artifact that it is made from; PLAIN_MODEL for a model without a manifest
+    options: type[FrozenConfig]  # its option model; `force` in it means that an existing output is replaced
+    details: type[Details]  # what its manifests hold of their own
+    help: str  # what it writes, in a few words
+    export: Reference  # `(source, output, options) -> Artifact`
+    plan: Reference  # `(source, output, options) -> (document, Plan)`
+    verify: Reference  # `(artifact, parent, notes) -> Iterator[Finding]`: the files against the manifest and the parent
+    # values of `--format` that mean this target, where another takes the same; empty for the usual one
     formats: tuple[str, ...] = ()
-    engines: tuple[Engine, ...] = ()
+    engines: tuple[Engine, ...] = ()  # that can prove its exports, the usual one first
+    # how they are run
     service: Service = field(default_factory=lambda: Service("vision", refusal="nothing serves this kind of export"))
-    after: Reference | None = None
-    label: str = ""
-    migrate: Migration = lambda data: data
+    after: Reference | None = None  # `(artifact) -> list[str]`, lines for people after an export
+    label: str = ""  # what help says before an option that not every target has; the name when empty
+    migrate: Migration = lambda data: data  # brings its manifests of older schemas to today's
 
 
 _targets: dict[str, ExportTarget] = {}
@@ -183,9 +153,7 @@ def target_of(kind: str) -> ExportTarget | None:
 def open_export(export: Path, able: Callable[[ExportTarget], Any]) -> tuple[Artifact, ExportTarget]:
     """Open an export that can be run somehow, without hashing its files.
 
-    Args:
-        export: its directory.
-        able: whether a target can.
+    `able` says whether a target can.
 
     Raises:
         BadArtifactError: no export, or of a kind that cannot.
@@ -204,11 +172,8 @@ def open_served(export: Path) -> tuple[Artifact, ExportTarget]:
     """
     artifact, target = open_export(export, lambda known: known.service)
     if target.service.serve is None:
-        raise ConfigurationError(
-            f"{export} cannot be served",
-            why=target.service.refusal,
-            fix="export with --target vllm or onnx, and serve that",
-        )
+        fix = "export with --target vllm or onnx, and serve that"
+        raise ConfigurationError(f"{export} cannot be served", why=target.service.refusal, fix=fix)
     return artifact, target
 
 
@@ -217,11 +182,7 @@ def choose_engine(
 ) -> tuple[Engine, dict[str, Any]]:
     """The engine that proves an export, and what it understands of the options that were given.
 
-    Args:
-        artifact: the export.
-        target: of its kind.
-        name: of the engine; the usual one when None.
-        options: by name; None counts as not given.
+    The usual one when no name is given; options that are None count as not given.
 
     Raises:
         ConfigurationError: another kind's engine, or an option that the engine does not take; only the Python of vLLM,
@@ -255,10 +216,7 @@ def kind_of_source(source: Path | str) -> str:
 def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
     """The target that `--target NAME` means for a source of a kind.
 
-    Args:
-        name: of the target.
-        kind: of the source, or PLAIN_MODEL.
-        format: as in `--format`.
+    `kind` may be PLAIN_MODEL; `format` is as in `--format`.
 
     Raises:
         ConfigurationError: no target of that name takes such a source.
@@ -272,15 +230,12 @@ def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
     if fitting:
         return fitting[0]
     others = dict.fromkeys(target.name for target in _targets.values() if kind in target.takes)
+    taken = ", ".join(dict.fromkeys(kind for target in named for kind in target.takes))
     what = "a model without a manifest" if kind == PLAIN_MODEL else f"an artifact of kind {kind!r}"
     raise ConfigurationError(
-        f"--target {name} takes no such source", why=f"it is {what}; {name} takes {_list(named)}",
+        f"--target {name} takes no such source", why=f"it is {what}; {name} takes {taken or 'nothing: it is unknown'}",
         fix=f"--target {' or --target '.join(others)}" if others else "give what finetune or quantize-vit wrote",
     )  # fmt: skip
-
-
-def _list(named: Sequence[ExportTarget]) -> str:
-    return ", ".join(dict.fromkeys(kind for target in named for kind in target.takes)) or "nothing: it is unknown"
 
 
 @cache

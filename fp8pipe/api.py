@@ -105,9 +105,7 @@ def serve(export: Place, *extra: str, **settings: Any) -> int:
         settings: of the service, and of vLLM for language models.
     """
     from exporters.target import call, open_served
-    from serving.http.config import ServeConfig
-    from serving.language.config import LanguageConfig
-    from serving.vision.config import VisionConfig
+    from serving.config import LanguageConfig, ServeConfig, VisionConfig
 
     _, target = open_served(Path(export))
     if target.service.domain == "vision":

@@ -7,7 +7,7 @@ The weights in `fp8pipe/models/vision/weights/vit_digits` are what this script w
 or number of threads gives other last digits, and so another file of the same accuracy). A timm
 `VisionTransformer`: 24 x 24 pixels, patches of 4, 37 tokens, width 96, 6 heads of 16, 6 layers, 0.67 M
 parameters, kept as float16 (loading widens them again). Whoever replaces them updates the digest in
-`fp8pipe/models/vision/digits.py`.
+`fp8pipe/models/vision/samples.py`.
 
 Nothing here looks at the held-out part before the last line: the schedule ends at a fixed step, and the last
 weights are kept.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fp8pipe.models.vision.architecture import Architecture, build
-from fp8pipe.models.vision.digits import DIGITS_CLASSES, DIGITS_PREPROCESSING, Digits, digits_split
+from fp8pipe.models.vision.samples import DIGITS_CLASSES, DIGITS_PREPROCESSING, Digits, digits_split
 from fp8pipe.models.vision.sources import WEIGHTS_FILE, VisionModel, load_vision_model, save_vision_model
 
 ARCHITECTURE = Architecture(

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from fp8pipe.core.errors import Fp8PipeError
-from fp8pipe.models.vision.digits import digits_split, write_digits
+from fp8pipe.models.vision.samples import digits_split, write_digits
 
 
 def main() -> int:

@@ -28,7 +28,8 @@ _FILE = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 _MODULE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(ROOMS)})(?:\.\w+)+")
 # No word of these: fp8pipe says what the field says. Quoted words of the changelog's table are the exception.
 _OLD_WORDS = re.compile(
-    r"\b(meld\w*|settl\w*|rehears\w*|vouch\w*|strangers?|companions?|outlook|roads?|leash|last[ _]flush\w*)\b", re.I
+    r"\b(mel[d]\w*|settl\w*|rehear[s]\w*|vouc[h]\w*|strange[r]s?|companions?|outlook|roads?|leash|last[ _]flush\w*)\b",
+    re.I,
 )
 # "one scale a tensor", "bytes a code": the field says per tensor, per code.
 _PER = re.compile(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.read import iter_weights
+from exporters.vllm.reopen import iter_weights
 from fp8pipe.core.config import build_config
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.stage import finetune

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from exporters.vllm.environment import find_vllm_python, inspect_environment
+from exporters.vllm.form import ServingForm
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.plan import Missing, PhaseMeter, Plan, can_measure, missing_memory, missing_packages
-
-__all__ = ["RECORD_BYTES", "plan_onnx", "plan_tensorrt", "plan_vllm"]
 
 RECORD_BYTES: Final = 16_384  # a record beside an export, about
 _GRAPH_COPIES: Final = 6.0  # fp32: the file, the model it is compared with, sessions
@@ -28,15 +27,16 @@ _VLLM_COPIES: Final = 2.0  # fp32: as loaded, and as the engine lays them out
 _PACKAGES: Final = ("onnx", "onnx-ir", "onnxruntime")
 _ONNX_MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "validate": ("validation.onnx.validate", "onnxruntime", "onnx_ir"),
-    "bench": ("validation.bench.vision", "onnxruntime"),
+    "bench": ("validation.bench.speed", "onnxruntime"),
     # The service, too, which is started as a process of its own.
     "serve-check": ("validation.bench.check", "fastapi", "uvicorn", "onnxruntime"),
 }
 
 
 def plan_vllm(
-    artifact: Artifact, stage: str, record: Path, *, vllm_python: str | None = None, against: Path | None = None
-) -> Plan:
+    artifact: Artifact, stage: str, record: Path, *, vllm_python: str | None = None, against: Path | None = None,
+    form: ServingForm | None = None,
+) -> Plan:  # fmt: skip
     """Plan a command that runs an export in vLLM and writes a record beside it.
 
     Args:
@@ -45,6 +45,7 @@ def plan_vllm(
         record: where the record would go.
         vllm_python: vLLM's interpreter; found when None.
         against: what else is read.
+        form: how the engine would be started, which changes nothing here.
     """
     peak = int(_VLLM_BYTES + _CACHE_BYTES + _VLLM_COPIES * _float_bytes(artifact))
     return _plan(
@@ -108,7 +109,7 @@ def _own_peak(artifact: Artifact, modules: Sequence[str], *, against: Path | Non
 
 
 def _run(against: Path) -> None:
-    from exporters.graph.dry_run import run_model
+    from exporters.graph.plan import run_model
     from fp8pipe.models.vision.quantized import load_quantized
 
     run_model(load_quantized(open_artifact(against, kind=VIT_KIND).root))

@@ -2,19 +2,17 @@
 
 Making a graph:
     trace      a model as a float graph, and which product belongs to which layer
-    lint       values and graphs that no engine would run rightly or fast; `findings` is what it reports
+    lint       values and graphs that no engine would run rightly or fast
     passes     named rewrites of a float graph: codes, quantizers, names
-    produce    an artifact's quantized graph: trace, lint, and the passes of a format (`formats`)
+    produce    an artifact's quantized graph: trace, lint, and the passes of a format (`formats`); the files beside it
 
 Proving a written graph:
-    layers     its quantized layers, read back from the file alone; `blocks` reads those in NVFP4
+    layers     its quantized layers, read back from the file alone
     reopen     every number in it, against the artifact
-    cut        its layers, and what lies between them, cut out as models of their own
-    parity     each layer fed the same input on both sides; `between` does so with all operators between two layers
+    parity     its layers cut out as one model, each fed the same input on both sides
+    between    everything from one product to the next, cut out and fed the parent's own values
+    gates      the verdicts: layers, kernels, and the exact format, compared end to end
     classes    the whole net: outputs and classes, beside all that
-    kernels    which operator of ONNX Runtime runs each layer
-    gates      the verdicts on all of these, and on the exact format, which is compared end to end
 
-Around them: runtime (ONNX Runtime's sessions), images (what is compared on), description (files beside the graph),
-packages (what must be installed), dry_run (what an export takes in memory).
+Around them: runtime (ONNX Runtime and the packages of ONNX), images (what is compared on), plan (the dry run).
 """

@@ -10,7 +10,7 @@ sums round. Nothing is quantized here and no piece hides behind another: what di
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,10 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from exporters.graph.cut import cut_between, input_name, nodes_nowhere, with_floats
 from exporters.graph.layers import ExportedLayer
-from exporters.graph.parity import in_rank, inputs_of, layer_error
-from exporters.graph.runtime import open_session, run, run_to
+from exporters.graph.parity import (
+    float_value,
+    in_rank,
+    input_name,
+    inputs_of,
+    layer_error,
+    model_of,
+    sources_of,
+    way_between,
+)
+from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import INPUT_NAME, ProductKind
 from fp8pipe.artifact import Comparison, Gate, none_of
 from fp8pipe.core.errors import BadArtifactError
@@ -34,11 +42,6 @@ from fp8pipe.models.vision.structure import LinearSite
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = [
-    "ENGINE_TOLERANCE", "EVALUATED_TOLERANCE", "PieceParity", "Pieces", "between_gates", "compare_between", "evaluate",
-    "file_pieces", "parent_pieces",
-]  # fmt: skip
-
 # In float64 constants alone differ, which the graph holds in fp32: 6e-8 of a value.
 EVALUATED_TOLERANCE: Final = 1e-6
 ENGINE_TOLERANCE: Final = 1e-5
@@ -46,6 +49,91 @@ ENGINE_TOLERANCE: Final = 1e-5
 HALF_TOLERANCE: Final = 1e-3
 _PATCHES: Final = "/patches"
 _SHOWN: Final = 6  # nodes of a piece that are named
+
+
+@dataclass(frozen=True, slots=True)
+class _Between:
+    """What lies between the products.
+
+    Attributes:
+        proto: an `onnx.ModelProto`; its inputs and outputs have the names of the graph's values.
+        inputs: results of products, and the graph's inputs, that it reads.
+        pieces: its outputs (what quantizers read, and the graph's outputs), in the graph's order, each with the names
+            of the nodes on its way that none before it has.
+        stored: by output, the names of stored tensors of more than one number on its whole way.
+        passed: of `pieces`, those that are results of products themselves: they are no outputs of the model.
+    """
+
+    proto: Any
+    inputs: tuple[str, ...]
+    pieces: dict[str, list[str]]
+    stored: dict[str, frozenset[str]]
+    passed: tuple[str, ...]
+
+
+def _cut(model: ir.Model, layers: Sequence[ExportedLayer]) -> _Between:
+    """Everything from the products' results, biases included, to the next quantizers and to the output."""
+    import onnx_ir as ir
+
+    stop = {*(layer.output for layer in layers), *model.graph.inputs}
+    order = {node: index for index, node in enumerate(model.graph)}
+    ends = sorted(
+        dict.fromkeys([*sources_of(layers), *model.graph.outputs]),
+        key=lambda value: order.get(value.producer(), -1),  # type: ignore[arg-type]
+    )
+    pieces, stored, seen = {}, {}, set[Any]()
+    for value in ends:
+        nodes, tensors, _ = way_between(stop, [] if value in stop else [value])
+        stored[str(value.name)] = frozenset(str(t.name) for t in tensors if t.const_value.size > 1)  # type: ignore[union-attr]
+        pieces[str(value.name)] = [str(node.name) for node in nodes if node not in seen]
+        seen.update(nodes)
+    made = [value for value in ends if value not in stop]
+    nodes, tensors, used = way_between(stop, made)
+    inputs = [value for value in (*model.graph.inputs, *(x.output for x in layers)) if value in used]
+    proto = model_of(model, [ir.to_proto(node) for node in nodes], tensors, _floats(inputs), _floats(made, ranks=False))
+    passed = tuple(str(value.name) for value in ends if value in stop)
+    return _Between(proto, tuple(str(value.name) for value in inputs), pieces, stored, passed)
+
+
+def _nodes_nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> list[str]:
+    """Nodes that are neither in a cut layer nor between layers: no comparison runs them."""
+    ends = [*sources_of(layers), *model.graph.outputs]
+    inside, _, _ = way_between(sources_of(layers), [layer.output for layer in layers])
+    outside, _, _ = way_between([*(layer.output for layer in layers), *model.graph.inputs], ends)
+    held = {*inside, *outside}
+    return [str(node.name) for node in model.graph if node not in held]
+
+
+def with_floats(proto: Any, dtype: str) -> Any:
+    """A copy of a model with "float64" or "float32" wherever it has a float: stored tensors, constants, casts."""
+    from onnx import ModelProto, TensorProto, numpy_helper
+
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    to = TensorProto.DOUBLE if dtype == "float64" else TensorProto.FLOAT
+
+    def convert(tensor: Any) -> None:
+        if tensor.data_type in floats:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+
+    made = ModelProto()
+    made.CopyFrom(proto)
+    for tensor in made.graph.initializer:
+        convert(tensor)
+    for node in made.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                convert(attribute.t)
+            elif (node.op_type, attribute.name) == ("Cast", "to") and attribute.i in floats:
+                attribute.i = to
+    for value in (*made.graph.input, *made.graph.output, *made.graph.value_info):
+        if value.type.tensor_type.elem_type in floats:
+            value.type.tensor_type.elem_type = to
+    return made
+
+
+def _floats(values: Iterable[ir.Value], *, ranks: bool = True) -> list[Any]:
+    """Descriptions of values by their own names, in their own number of axes where that is asked for."""
+    return [float_value(str(v.name), len(v.shape) if ranks and v.shape is not None else None) for v in values]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +198,22 @@ def parent_pieces(
     return Pieces(feeds, {**by_value, str(model.graph.outputs[0].name): output}, exact)
 
 
+def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]:
+    """Values of a graph by name for a numpy array of pixels, no operator optimized."""
+    import onnx
+    import onnx_ir as ir
+
+    proto: Any = ir.to_proto(model)
+    present = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    wanted = [name for name in dict.fromkeys(names) if name not in present]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted)
+    found = run(open_session(proto.SerializeToString(), optimize=False), {INPUT_NAME: pixels}) | {INPUT_NAME: pixels}
+    return {name: found[name] for name in names}
+
+
 def file_pieces(model: ir.Model, layers: Sequence[ExportedLayer], pixels: Tensor) -> Pieces:
     """What the graph itself gives, every operator as it stands: the reference where there is no parent."""
-    cut = cut_between(model, layers)
+    cut = _cut(model, layers)
     feeds = run_to(model, [INPUT_NAME, *cut.inputs, *cut.passed], pixels.numpy())
     wide = {name: feeds[name].astype("float64") for name in cut.inputs}
     made = evaluate(with_floats(cut.proto, "float64"), wide) | {name: feeds[name] for name in cut.passed}
@@ -175,7 +276,7 @@ def compare_between(
     model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool, optimize: bool = True
 ) -> list[PieceParity]:
     """Run every piece and compare it; in ONNX Runtime where `engine`, optimized as in service, else evaluated."""
-    cut = cut_between(model, layers)
+    cut = _cut(model, layers)
     feeds = {name: pieces.feeds[name] for name in cut.inputs}
     if engine:
         found = run(open_session(cut.proto.SerializeToString(), optimize=optimize), feeds)
@@ -231,5 +332,5 @@ def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
 
 def _nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> Gate:
     """Operators that no comparison runs: neither those of layers nor those between."""
-    missing = nodes_nowhere(model, layers)
+    missing = _nodes_nowhere(model, layers)
     return none_of("operators compared nowhere", len(missing), ", ".join(missing[:_SHOWN]))

@@ -1,10 +1,17 @@
-"""What a Q/DQ graph may hold."""
+"""What a Q/DQ graph may hold, its files, and what manifests say of it."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
-__all__ = ["OnnxFormat"]
+from pydantic import Field
+
+from fp8pipe.artifact.kinds import Details
+from fp8pipe.core.config import FrozenConfig
+
+CLASSES_FILE: Final = "classes.json"
+MODEL_FILE: Final = "model.onnx"
 
 
 class OnnxFormat(StrEnum):
@@ -23,3 +30,27 @@ class OnnxFormat(StrEnum):
     def quantizes_activations(self) -> bool:
         """Whether activations are rounded to their grids."""
         return self is not OnnxFormat.INT4_WEIGHT_ONLY
+
+
+class GraphInput(FrozenConfig):
+    """The input of a graph."""
+
+    name: str = Field(description="in the graph")
+    shape: tuple[str | int, ...] = Field(description="a name stands for a size that may vary")
+    type: str = Field(default="float32", description="of its elements")
+
+
+class GraphOutput(FrozenConfig):
+    """The output of a graph."""
+
+    name: str = Field(description="in the graph")
+    what: str = Field(description="logits or features")
+
+
+class GraphDetails(Details):
+    """Of an export that is a graph of a vision model."""
+
+    format: str = Field(description="as in --format")
+    input: GraphInput = Field(description="pixels")
+    output: GraphOutput = Field(description="logits of classes, or features")
+    passes: dict[str, int] = Field(default_factory=dict, description="places that each pass changed")

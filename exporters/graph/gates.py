@@ -1,39 +1,38 @@
 """The gates of a graph: what was compared, against what, and the verdict.
 
 In the ordinary graph engine and torch differ in last bits between the products, so only layers can be compared that
-were fed the same input. In the exact one a float64 graph stands around integer products (`passes/islands.py`) and
+were fed the same input. In the exact one a float64 graph stands around integer products (`passes/exact.py`) and
 nothing is left to the engine's choice (see `fp8pipe/models/vision/exact.py`), so the whole network is compared: all
 codes on the way from the pixels to the answer, and the answer itself.
+
+A quantized graph that falls back to float is right and slow, silently. So the optimized graph is written out, and for
+every layer with integer codes on both sides the operator that makes its result is looked up (`check_kernels`).
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
+import onnx_ir as ir
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from exporters.graph.kernels import KernelReport
 from exporters.graph.layers import ExportedLayer
 from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE, LayerParity
-from exporters.graph.produce import unquantized
+from exporters.graph.produce import without_activations
 from exporters.graph.reopen import operand_at_sites
-from exporters.graph.runtime import open_session, run
+from exporters.graph.runtime import import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
-from fp8pipe.artifact import Comparison, Gate, none_of
+from fp8pipe.artifact import Gate, at_most, none_of
+from fp8pipe.core.config import FrozenConfig
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.quantized import QuantizedVit
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = [
-    "codes_gate", "float_gate", "kernel_gate", "layer_codes_gate",
-    "layer_error_gate", "outputs_gate", "parity_gates", "torch_errors",
-]  # fmt: skip
 
 # fp32 in another order through a whole float net: some 1e-6 of the largest output.
 _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
@@ -41,16 +40,14 @@ _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
     """The float graph against the float model: everything that is not quantized, with another batch than the traced."""
-    model = unquantized(quantized)
+    model = without_activations(quantized, {})
     with torch.no_grad():
         expected = model(pixels[:3])
     found = torch.from_numpy(run(open_session(float_bytes), {INPUT_NAME: pixels[:3].numpy()})[OUTPUT_NAME])
     same = found.shape == expected.shape
     error = float((found - expected).abs().max() / expected.abs().max()) if same else math.nan
-    return Gate(
-        name="float graph error", value=error, comparison=Comparison.AT_MOST, threshold=_FLOAT_GRAPH_TOLERANCE,
-        detail=f"largest difference over largest output, batch of {len(expected)}, before quantization",
-    )  # fmt: skip
+    detail = f"largest difference over largest output, batch of {len(expected)}, before quantization"
+    return at_most("float graph error", error, _FLOAT_GRAPH_TOLERANCE, detail)
 
 
 def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
@@ -73,26 +70,21 @@ def layer_codes_gate(name: str, report: Sequence[LayerParity]) -> Gate:
     """Activation codes that differ, over all layers."""
     differing = sum(layer.differing_codes for layer in report)
     detail = f"of {sum(layer.codes for layer in report)} in {len(report)} layers, each fed the same input"
-    return Gate(name=name, value=differing, detail=detail)
+    return none_of(name, differing, detail)
 
 
 def layer_error_gate(name: str, errors: Mapping[str, float], tolerance: float) -> Gate:
     """The worst of some layers' errors."""
     worst = max(errors, key=lambda layer: math.inf if math.isnan(errors[layer]) else errors[layer])
     detail = f"against the exact result of the codes, over the layer's largest output; {len(errors)} layers"
-    return Gate(
-        name=name, value=errors[worst], comparison=Comparison.AT_MOST, threshold=tolerance,
-        detail=f"{detail}, the worst: {worst}",
-    )  # fmt: skip
+    return at_most(name, errors[worst], tolerance, f"{detail}, the worst: {worst}")
 
 
 def kernel_gate(report: KernelReport) -> Gate:
     """Integer kernels for every layer of integer codes."""
     missing = report.float_layers
-    return Gate(
-        name="integer layers run in float", value=len(missing),
-        detail=f"{report.integer} run on integers{'; the first that does not: ' + missing[0] if missing else ''}",
-    )  # fmt: skip
+    detail = f"{report.integer} run on integers{'; the first that does not: ' + missing[0] if missing else ''}"
+    return none_of("integer layers run in float", len(missing), detail)
 
 
 _CODE_IMAGES: Final = 16
@@ -110,35 +102,30 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
     exact, sites = ExactVit(quantized), operand_at_sites(layers, quantized)
     names = {site: str(operand.source.name) for site, operand in sites if operand is not None and operand.source}
     session = open_session(_with_sources(model, list(names.values())))
-    compared, first = 0, dict[str, int]()
+    compared, differing = 0, dict[str, int]()
     pixels = pixels[:_CODE_IMAGES]
     for batch in torch.split(pixels, _BATCH):
         ours: dict[str, Tensor] = {}
         exact(batch, on_codes=ours.__setitem__)
         theirs = run(session, {INPUT_NAME: batch.numpy()})
         for site, name in names.items():
-            mine = _in_layout(ours[site], site, quantized)
+            mine = _in_layout(ours[site], site, quantized).flatten()
+            other = quantized.activations[site].codes(torch.from_numpy(theirs[name])).flatten()
             compared += mine.numel()
-            found = quantized.activations[site].codes(torch.from_numpy(theirs[name]))
-            first[name] = first.get(name, 0) + _count(mine, found)
+            count = mine.numel() if mine.numel() != other.numel() else int((mine != other).sum())
+            differing[name] = differing.get(name, 0) + count
     detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
-    detail += next((f"; the first: {name}" for name, count in first.items() if count), "")
-    return none_of("codes differing end to end", sum(first.values()), detail)
+    detail += next((f"; the first: {name}" for name, count in differing.items() if count), "")
+    return none_of("codes differing end to end", sum(differing.values()), detail)
 
 
 def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
     """Outputs of the net `(N, C)` fp32, bit for bit."""
-    differing = int((expected.view(torch.int32) != found.view(torch.int32)).sum()) if _alike(expected, found) else -1
+    differing = expected.numel()
+    if expected.shape == found.shape and expected.dtype == found.dtype == torch.float32:
+        differing = int((expected.view(torch.int32) != found.view(torch.int32)).sum())
     detail = f"of {expected.numel()} for {len(expected)} images, bit for bit"
-    return none_of("outputs differing end to end", expected.numel() if differing < 0 else differing, detail)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype == torch.float32
-
-
-def _count(a: Tensor, b: Tensor) -> int:
-    return a.numel() if a.numel() != b.numel() else int((a.flatten() != b.flatten()).sum())
+    return none_of("outputs differing end to end", differing, detail)
 
 
 def _in_layout(codes: Tensor, site: str, quantized: QuantizedVit) -> Tensor:
@@ -157,8 +144,37 @@ def _with_sources(model: ir.Model, names: Sequence[str]) -> bytes:
     Not the codes themselves: where QuantizeLinear is an output of the graph, ONNX Runtime multiplies in float.
     """
     import onnx
-    import onnx_ir as ir
 
     proto: Any = ir.to_proto(model)
     proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
     return bytes(proto.SerializeToString())
+
+
+_INTEGER: Final = frozenset(("MatMulIntegerToFloat", "QLinearMatMul", "QGemm"))
+
+
+class KernelReport(FrozenConfig):
+    """Which operator runs each layer."""
+
+    operators: dict[str, str] = Field(description="the operator of every layer in the optimized graph")
+    integer: int = Field(ge=0, description="layers that run on integers")
+    float_layers: list[str] = Field(description="layers with integer codes on both sides that run in float")
+
+
+def check_kernels(model: Path, layers: Sequence[ExportedLayer]) -> KernelReport:
+    """Optimize a graph file as in service, and look the layers up that `read_layers` found in it."""
+    onnx_ir = import_onnx_package("onnx_ir")
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        open_session(model, write_to=optimized)
+        made_by = {value.name: node.op_type for node in onnx_ir.load(optimized).graph for value in node.outputs}
+    # The product may have swallowed the bias, or not: either name may be the product's result.
+    operators = {
+        layer.label: made_by.get(layer.node.outputs[0].name) or made_by.get(layer.output.name, "fused away")
+        for layer in layers
+    }
+    integer = [label for label, operator in operators.items() if operator in _INTEGER]
+    wanted = [layer.label for layer in layers if layer.integer]
+    return KernelReport(
+        operators=operators, integer=len(integer), float_layers=[label for label in wanted if label not in integer]
+    )

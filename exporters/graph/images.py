@@ -14,8 +14,6 @@ from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.image_folder import batches, read_image_folder
 from fp8pipe.models.vision.preprocessing import Preprocessing
 
-__all__ = ["PICTURES", "PROBE_IMAGES", "ProbeImages", "folder_images", "probe_images"]
-
 PROBE_IMAGES: Final = 64
 PICTURES: Final = 500
 _READ_AT_ONCE: Final = 64
@@ -25,24 +23,16 @@ _SEED: Final = 0
 
 @dataclass(frozen=True, slots=True)
 class ProbeImages:
-    """Normalized images.
+    """Normalized images."""
 
-    Attributes:
-        pixels: (N, 3, H, W) float32.
-        source: where they come from, in words.
-    """
-
-    pixels: Tensor
-    source: str
+    pixels: Tensor  # (N, 3, H, W) float32
+    source: str  # where they come from, in words
 
 
 def probe_images(root: Path | None, preprocessing: Preprocessing, count: int = PROBE_IMAGES) -> ProbeImages:
     """The first images of an artifact's calibration set; random ones when there is no set.
 
-    Args:
-        root: the artifact's directory, or None.
-        preprocessing: normalizes them.
-        count: how many at most.
+    `root` is the artifact's directory; at most `count` of them, normalized.
 
     Raises:
         BadArtifactError: a set is there and cannot be read, or its images have another size.

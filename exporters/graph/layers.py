@@ -2,49 +2,41 @@
 
 Everything that is compared after an export starts here, from the file and the names in it alone: which codes and
 scales a layer multiplies, where its input is rounded, and which value is its result.
+
+An NVFP4 operand has two DequantizeLinear, the first for its block scales. A weight is codes FLOAT4E2M1, block scales
+FLOAT8E4M3FN and a tensor scale, all stored; of an activation, TRT_FP4DynamicQuantize (domain `trt`) of the value and
+the tensor scale gives codes and block scales.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exporters.graph.blocks import is_block_operand, read_block_quantizer, read_block_weight
-from exporters.graph.trace import ProductKind
+from exporters.graph.trace import SUFFIXES, ProductKind
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import Kind
-from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
+from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, BlockScales
 from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ExportedLayer", "Operand", "StoredWeight", "read_layers"]
-
-_SUFFIXES = {
-    "/MatMul": ProductKind.LINEAR, "/Conv": ProductKind.PATCH, "/qk": ProductKind.QK, "/av": ProductKind.AV,
-}  # fmt: skip
 _BLOCKED = 2  # axes of a scale that has blocks
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """A weight as it is stored, in torch's layout.
+    """A weight as it is stored, in torch's layout."""
 
-    Attributes:
-        codes: int8 or float8_e4m3fn, output channels first.
-        scale: `(out,)` fp32.
-        dtype: of the file, for instance "INT4".
-    """
-
-    codes: Tensor
-    scale: Tensor
-    dtype: str
+    codes: Tensor  # int8 or float8_e4m3fn, output channels first
+    scale: Tensor  # `(out,)` fp32
+    dtype: str  # of the file, for instance "INT4"
 
     def dequantize(self) -> Tensor:
         """float64, exact."""
@@ -54,21 +46,13 @@ class StoredWeight:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """What one side of a product reads.
+    """What one side of a product reads."""
 
-    Attributes:
-        source: the float value before anything of the quantizer; none for a stored weight.
-        quantizer: None where the operand stays float.
-        codes: the value of the quantizing node; none where there is none.
-        weight: the stored weight; none for an activation.
-        exact_limits: whether Clip's bounds are exactly the values of the smallest and largest code.
-    """
-
-    source: ir.Value | None = None
-    quantizer: ActivationQuantizer | BlockQuantizer | None = None
-    codes: ir.Value | None = None
-    weight: StoredWeight | BlockCodes | None = None
-    exact_limits: bool = True
+    source: ir.Value | None = None  # the float value before anything of the quantizer; none for a stored weight
+    quantizer: ActivationQuantizer | BlockQuantizer | None = None  # None where the operand stays float
+    codes: ir.Value | None = None  # the value of the quantizing node; none where there is none
+    weight: StoredWeight | BlockCodes | None = None  # the stored weight; none for an activation
+    exact_limits: bool = True  # whether Clip's bounds are exactly the values of the smallest and largest code
 
     @property
     def kinds(self) -> frozenset[Kind]:
@@ -81,23 +65,14 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class ExportedLayer:
-    """One product of the graph with everything around it.
+    """One product of the graph with everything around it."""
 
-    Attributes:
-        kind: linear, patch, qk or av.
-        name: the module.
-        node: the product.
-        operands: both sides.
-        bias: `(out,)` fp32, or None.
-        output: the result, bias included; for qk the logits before the mask.
-    """
-
-    kind: ProductKind
-    name: str
-    node: ir.Node
-    operands: tuple[Operand, Operand]
-    bias: Tensor | None
-    output: ir.Value
+    kind: ProductKind  # linear, patch, qk or av
+    name: str  # the module
+    node: ir.Node  # the product
+    operands: tuple[Operand, Operand]  # both sides
+    bias: Tensor | None  # `(out,)` fp32, or None
+    output: ir.Value  # the result, bias included; for qk the logits before the mask
 
     @property
     def label(self) -> str:
@@ -125,9 +100,9 @@ def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
     """
     layers = []
     for node in model.graph:
-        suffix = next((s for s in _SUFFIXES if (node.name or "").endswith(s)), None)
-        if suffix is not None and node.op_type in ("MatMul", "Conv"):
-            layers.append(_read(node, _SUFFIXES[suffix], str(node.name).removesuffix(suffix)))
+        kind = next((kind for kind, suffix in SUFFIXES.items() if (node.name or "").endswith(suffix)), None)
+        if kind is not None and node.op_type in ("MatMul", "Conv"):
+            layers.append(_read(node, kind, str(node.name).removesuffix(SUFFIXES[kind])))
     if not layers:
         raise _bad("it has no product that is named after a layer")
     return tuple(layers)
@@ -246,9 +221,10 @@ def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
     return a is b or np.array_equal(_array(a), _array(b))
 
 
-def _array(value: ir.Value | None) -> Any:
+def _array(value: ir.Value | None, node: ir.Node | None = None) -> Any:
     if value is None or value.const_value is None:
-        raise _bad("a scale, a bound or a code is not stored in the file")
+        what = "a scale, a bound or a code" if node is None else f"a scale or a code of {node.name}"
+        raise _bad(f"{what} is not stored in the file")
     return np.array(value.const_value.numpy())
 
 
@@ -262,3 +238,81 @@ def _is_int(quantizer: ActivationQuantizer | BlockQuantizer | None) -> bool:
 
 def _bad(why: str) -> BadArtifactError:
     return BadArtifactError("the ONNX graph is not one that this project wrote", why=why, fix="export it again")
+
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN: Final = "trt"
+DYNAMIC_QUANTIZE: Final = "TRT_FP4DynamicQuantize"
+
+
+def is_block_operand(dequantize: ir.Node) -> bool:
+    """Whether a DequantizeLinear ends an NVFP4 operand: its codes are four-bit floats."""
+    codes = dequantize.inputs[0]
+    if codes is None:
+        return False
+    producer = codes.producer()
+    made = producer is not None and producer.op_type == DYNAMIC_QUANTIZE
+    return made or (codes.dtype is not None and codes.dtype.name == "FLOAT4E2M1")
+
+
+def read_block_weight(dequantize: ir.Node) -> BlockCodes:
+    """A stored weight, in torch's layout (out, in).
+
+    Raises:
+        BadArtifactError: it is not in blocks of 16 inputs with two scales.
+    """
+    codes, inner = dequantize.inputs[0], _inner(dequantize)
+    _check_form(dequantize, axis=0)
+    array = _array(codes, dequantize)
+    block, tensor = _array(inner.inputs[0], inner), _array(inner.inputs[1], inner)
+    if array.dtype.name != "float4_e2m1fn" or block.dtype.name != "float8_e4m3fn" or tensor.size != 1:
+        raise _bad(f"{dequantize.name} has {array.dtype} codes and {block.dtype} scales")
+    if block.shape != (array.shape[0] // BLOCK, array.shape[1]):
+        raise _bad(f"{dequantize.name} has block scales of shape {block.shape}")
+    scales = torch.from_numpy(np.ascontiguousarray(block.T).view(np.uint8)).view(torch.float8_e4m3fn)
+    try:
+        found = BlockScales(scales, float(tensor))
+    except ValueError as error:
+        raise _bad(f"{dequantize.name}: {error}") from error
+    return BlockCodes(torch.from_numpy(np.ascontiguousarray(array.T).view(np.uint8)), found)
+
+
+def read_block_quantizer(dequantize: ir.Node) -> tuple[ir.Value, BlockQuantizer, ir.Value]:
+    """A dynamically quantized activation: what it is made from, its quantizer, its codes.
+
+    Raises:
+        BadArtifactError: it is not in blocks of 16 along the last axis, or its scales are not those of its codes.
+    """
+    codes, inner = dequantize.inputs[0], _inner(dequantize)
+    _check_form(dequantize, axis=-1)
+    dynamic = None if codes is None else codes.producer()
+    scale = None if inner.inputs[0] is None else inner.inputs[0].producer()
+    if codes is None or dynamic is None or dynamic is not scale or dynamic.inputs[1] is not inner.inputs[1]:
+        raise _bad(f"{dequantize.name} does not follow one {DYNAMIC_QUANTIZE} of the same tensor scale")
+    if inner.inputs[0] is not dynamic.outputs[1] or codes is not dynamic.outputs[0] or dynamic.domain != DOMAIN:
+        raise _bad(f"{dequantize.name} takes codes for scales")
+    _check_form(dynamic, axis=-1)
+    source = dynamic.inputs[0]
+    if source is None:
+        raise _bad(f"{dynamic.name} lacks its input")
+    try:
+        return source, BlockQuantizer(float(_array(dynamic.inputs[1], dynamic))), codes
+    except ValueError as error:
+        raise _bad(f"{dynamic.name}: {error}") from error
+
+
+def _inner(dequantize: ir.Node) -> ir.Node:
+    """The DequantizeLinear that makes the block scales."""
+    scale = dequantize.inputs[1]
+    inner = None if scale is None else scale.producer()
+    if inner is None or inner.op_type != "DequantizeLinear":
+        raise _bad(f"{dequantize.name} has no block scales of two levels")
+    return inner
+
+
+def _check_form(node: ir.Node, axis: int) -> None:
+    attributes = node.attributes
+    if attributes.get_int("block_size", 0) != BLOCK or attributes.get_int("axis", 1) != axis:
+        raise _bad(f"{node.name} has no blocks of {BLOCK} along axis {axis}")

@@ -10,18 +10,15 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from exporters.graph.findings import LintFindingsError
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.passes.weights import fits_int4
-from exporters.graph.trace import FloatGraph, owner
-from fp8pipe.artifact.finding import Finding
+from exporters.graph.passes.quantize import fits_int4
+from exporters.graph.trace import FloatGraph, owner, stored_bytes
+from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.models.vision.exact import inexact_sites
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes
 from fp8pipe.numerics.quantizers import weight_limits
-
-__all__ = ["lint_graph", "lint_model", "refuse"]
 
 # A protobuf file cannot be larger.
 _LARGEST_FILE_BYTES = 2**31 - 1
@@ -49,7 +46,8 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = T
     if format.quantizes_activations:
         findings += _mixed(quantized)
     if format is OnnxFormat.QDQ_EXACT:
-        findings += _inexact(quantized)
+        why, fix = "its sums are rounded, so their order decides", "quantize to integers (wXaY), or use --format qdq"
+        findings += [Finding("no-exact-sum", name, why, fix) for name in inexact_sites(quantized)]
     for name, tensor in quantized.model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             findings.append(Finding("not-finite", name, "it holds NaN or infinity", "write the artifact again"))
@@ -67,7 +65,7 @@ def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
         for node in traced.model.graph
         if owner(node, norms) and node.op_type != "LayerNormalization"
     ]  # fmt: skip
-    size = sum(v.const_value.nbytes for v in traced.model.graph.initializers.values() if v.const_value is not None)
+    size = stored_bytes(traced.model)
     if size > _LARGEST_FILE_BYTES:
         findings.append(
             Finding("file-size", "the float graph", f"{size} bytes", "one file holds 2 GB: use a smaller model")
@@ -101,12 +99,6 @@ def _values(name: str, weight: Codes) -> list[Finding]:
         why = f"{outside} codes are outside {low}..{high} ({weight.bits} bits)"
         findings.append(Finding("code-range", name, why, "quantize the model again"))
     return findings
-
-
-def _inexact(quantized: QuantizedVit) -> list[Finding]:
-    """Products that have no exact sum."""
-    why, fix = "its sums are rounded, so their order decides", "quantize to integers (wXaY), or use --format qdq"
-    return [Finding("no-exact-sum", name, why, fix) for name in inexact_sites(quantized)]
 
 
 def _mixed(quantized: QuantizedVit) -> list[Finding]:

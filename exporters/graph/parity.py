@@ -1,4 +1,4 @@
-"""Layer by layer, and as a whole: does ONNX Runtime compute what the quantized model computes in torch?
+"""Layer by layer: does ONNX Runtime compute what the quantized model computes in torch?
 
 A quantized transformer is chaotic: a difference in the last bit of one layer moves an activation across the border of
 two codes, and a few layers on the logits differ by percents, between any two correct implementations. So the
@@ -6,11 +6,15 @@ proof is made layer by layer, each fed the same input on both sides: every code 
 compared with the exact result of those codes, in float64. An engine that adds integers is within 1e-6 of the layer's
 largest output, since only its last multiplications round. Sums in fp32 (torch's, and an engine's for FP8 codes and
 pixels) round at every addition: a thousand terms differ by some 1e-6 from the exact sum, so 1e-5 is allowed.
+
+The layers are cut out of the graph as one model that runs each of them on an input of its own. The nodes and tensors
+are the file's own; only what lies between the layers is gone. So a difference in one layer cannot hide in, or be
+blamed on, another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,7 +22,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from exporters.graph.cut import cut_codes, cut_layers, input_name
 from exporters.graph.layers import ExportedLayer, Operand
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import ProductKind
@@ -29,17 +32,6 @@ from fp8pipe.numerics.nvfp4 import BlockQuantizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = [
-    "FLOAT_TOLERANCE",
-    "INTEGER_TOLERANCE",
-    "LayerParity",
-    "compare_layers",
-    "exact_outputs",
-    "in_rank",
-    "inputs_of",
-    "layer_error",
-    "outputs_of",
-]
 
 INTEGER_TOLERANCE: Final = 1e-6
 FLOAT_TOLERANCE: Final = 1e-5
@@ -88,11 +80,6 @@ def outputs_of(layers: Sequence[ExportedLayer], taps: Mapping[str, Any]) -> dict
     return {layer.label: taps[layer.name]["logits" if layer.kind is ProductKind.QK else "output"] for layer in layers}
 
 
-def exact_outputs(layers: Sequence[ExportedLayer], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The layers' results in float64, from the codes and scales of the file; by label."""
-    return {layer.label: _exact(layer, inputs) for layer in layers}
-
-
 def compare_layers(
     model: ir.Model,
     layers: Sequence[ExportedLayer],
@@ -103,22 +90,24 @@ def compare_layers(
 ) -> list[LayerParity]:
     """Run every layer in ONNX Runtime, optimized as in service, and compare it with the exact result.
 
-    Args:
-        model: the graph, as read from its file.
-        layers: its layers.
-        inputs: float inputs by their names in the cut model (see `inputs_of`).
-        torch_outputs: what torch gives for them, by label (see `outputs_of`); compared too.
-        optimize: False for graphs that another engine runs: every operator as it stands, no integer kernel of this
-            CPU, and sums in float64, so that only the graph is judged.
+    `inputs` are float, by their names in the cut model (`inputs_of`); what torch gives for them, by label
+    (`outputs_of`), is compared too. Without `optimize`, for graphs that another engine runs, every operator runs as it
+    stands, on no integer kernel of this CPU, and sums are in float64, so that only the graph is judged.
     """
     outputs = run(open_session(cut_layers(model, layers, wide=not optimize), optimize=optimize), inputs)
-    cut = cut_codes(model, layers)
-    codes = {} if cut is None else run(open_session(cut), inputs)
-    exact = exact_outputs(layers, inputs)
+    coded = dict.fromkeys(o.codes for layer in layers for o in layer.operands if o.codes is not None)
+    codes = run(open_session(_cut(model, layers, list(coded), as_float=True)), inputs) if coded else {}
+    return judge_layers(layers, inputs, outputs, torch_outputs, lambda layer: _count_codes(layer, inputs, codes))
+
+
+def judge_layers(
+    layers: Sequence[ExportedLayer], inputs: Mapping[str, Any], outputs: Mapping[str, Any],
+    torch_outputs: Mapping[str, Tensor] | None, count: Callable[[ExportedLayer], tuple[int, int]],
+) -> list[LayerParity]:  # fmt: skip
+    """Hold an engine's outputs, by name, to exact ones; `count` gives codes that were compared, and that differ."""
     report = []
     for layer in layers:
-        compared, differing = _count_codes(layer, inputs, codes)
-        expected = exact[layer.label]
+        (compared, differing), expected = count(layer), _exact(layer, inputs)
         report.append(
             LayerParity(
                 layer=layer.label, codes=compared, differing_codes=differing, integer=layer.integer,
@@ -142,11 +131,12 @@ def _count_codes(layer: ExportedLayer, inputs: Mapping[str, Any], codes: Mapping
 
 
 def _exact(layer: ExportedLayer, inputs: Mapping[str, Any]) -> Tensor:
+    """A layer's result in float64, from the codes and scales of the file."""
     left, right = (_value(operand, inputs) for operand in layer.operands)
+    bias = None if layer.bias is None else layer.bias.double()
     if layer.kind is ProductKind.LINEAR:
-        return functional.linear(left, right, None if layer.bias is None else layer.bias.double())
+        return functional.linear(left, right, bias)
     if layer.kind is ProductKind.PATCH:
-        bias = None if layer.bias is None else layer.bias.double()
         return functional.conv2d(left, right, bias, stride=layer.node.attributes.get_ints("strides"))
     return left @ right
 
@@ -178,3 +168,112 @@ def in_rank(tensor: Tensor, value: ir.Value) -> Tensor:
     if not shape or len(shape) == tensor.dim():
         return tensor
     return tensor.reshape(-1, *(int(side) for side in shape[1:]))  # type: ignore[arg-type]
+
+
+def input_name(value: ir.Value) -> str:
+    """The name of the cut model's input that stands for a value of the graph."""
+    return f"input/{value.name}"
+
+
+def cut_layers(model: ir.Model, layers: Sequence[ExportedLayer], *, wide: bool = False) -> bytes:
+    """A model whose outputs are the layers' outputs, by their names in the graph.
+
+    `wide` adds the products of matrices up in float64, so that what differs is the graph and not the order of sums.
+    """
+    return _cut(model, layers, [layer.output for layer in layers], wide=wide)
+
+
+def _cut(
+    model: ir.Model,
+    layers: Sequence[ExportedLayer],
+    outputs: Sequence[ir.Value],
+    *,
+    as_float: bool = False,
+    wide: bool = False,
+) -> bytes:
+    import onnx
+    import onnx_ir as ir
+
+    sources = sources_of(layers)
+    nodes, tensors, used = way_between(sources, outputs)
+    protos = [ir.to_proto(node) for node in nodes]
+    inputs = {str(source.name): input_name(source) for source in sources if source in used}
+    for proto in protos:
+        for index, name in enumerate(proto.input):
+            proto.input[index] = inputs.get(name, name)
+    if wide:
+        products = {str(layer.node.outputs[0].name) for layer in layers if layer.node.op_type == "MatMul"}
+        protos = [made for proto in protos for made in (_widened(proto) if proto.output[0] in products else [proto])]
+    names = [str(value.name) for value in outputs]
+    results = names
+    if as_float:  # Python reads no FP8 arrays
+        results = [f"{name}/float" for name in names]
+        cast = zip(names, results, strict=True)
+        protos += [onnx.helper.make_node("Cast", [a], [b], to=onnx.TensorProto.FLOAT) for a, b in cast]
+    ranks = {input_name(s): None if s.shape is None else len(s.shape) for s in sources}
+    given = [float_value(name, ranks[name]) for name in inputs.values()]
+    made = model_of(model, protos, tensors, given, [float_value(name, None) for name in results])
+    return bytes(made.SerializeToString())
+
+
+def model_of(model: ir.Model, nodes: list[Any], tensors: list[ir.Value], given: list[Any], results: list[Any]) -> Any:
+    """A model of some of a graph's nodes and stored tensors, between described inputs and outputs."""
+    import onnx
+    import onnx_ir as ir
+
+    stored = [ir.to_proto(tensor.const_value) for tensor in tensors if tensor.const_value is not None]
+    graph = onnx.helper.make_graph(nodes, "layers", given, results, initializer=stored)
+    opset = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version)
+
+
+def sources_of(layers: Sequence[ExportedLayer]) -> list[ir.Value]:
+    """The float values that the layers' operands are made from."""
+    return list(dict.fromkeys(o.source for layer in layers for o in layer.operands if o.source is not None))
+
+
+def _widened(product: Any) -> list[Any]:
+    """A MatMul of float64 operands between casts, under the same names."""
+    from onnx import TensorProto, helper
+
+    sides = [f"{product.output[0]}/double/{index}" for index in range(2)]
+    pairs = zip(product.input, sides, strict=True)
+    casts = [helper.make_node("Cast", [a], [b], to=TensorProto.DOUBLE) for a, b in pairs]
+    total = f"{product.output[0]}/double"
+    narrow = helper.make_node("Cast", [total], list(product.output), to=TensorProto.FLOAT)
+    return [*casts, helper.make_node("MatMul", sides, [total], name=product.name), narrow]
+
+
+def float_value(name: str, rank: int | None) -> Any:
+    """The description of a float32 tensor of so many axes, or of any number."""
+    import onnx
+
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None if rank is None else [None] * rank)
+
+
+def way_between(
+    sources: Iterable[ir.Value], outputs: Iterable[ir.Value]
+) -> tuple[list[ir.Node], list[ir.Value], set[ir.Value]]:
+    """Nodes and stored tensors that lead from `sources` to `outputs`, nodes in the graph's order."""
+    stop, used = set(sources), set[Any]()
+    nodes: dict[int, Any] = {}
+    tensors: dict[Any, None] = {}
+    # A layer's result may be another one's source: it starts by what made it, not as an input.
+    waiting = [value.producer() for value in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in nodes:
+            continue
+        nodes[id(node)] = node
+        for value in node.inputs:
+            if value is None:
+                continue
+            if value.const_value is not None:
+                tensors[value] = None
+            elif value in stop:
+                used.add(value)
+            else:
+                waiting.append(value.producer())
+    kept = list(nodes.values())
+    order = {id(node): index for index, node in enumerate(kept[0].graph or [])} if kept else {}
+    return sorted(kept, key=lambda node: order[id(node)]), list(tensors), used

@@ -1,39 +1,39 @@
-"""The dry run of exports of vision models as graphs."""
+"""The dry run of exports of vision models as graphs.
+
+Tracing the model itself would take as long as exporting it. So a net of two layers is traced, which loads all that an
+export loads; the artifact's model is run on as many images as the export compares; and the copies of its weights that
+live at the same time are added.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
+from torch import Tensor, nn
+
+from exporters.graph.images import PROBE_IMAGES
+from exporters.graph.runtime import import_onnx_package, open_session
+from exporters.graph.trace import export_program
 from fp8pipe.core.machine import free_bytes
-from fp8pipe.core.plan import Plan, missing_disk, missing_memory, missing_packages
-
-__all__ = ["GraphPlan", "vision_plan"]
+from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory, missing_packages
+from fp8pipe.models.vision.quantized import QuantizedVit
 
 
 @dataclass(frozen=True, slots=True)
 class GraphPlan:
-    """What an export would write.
+    """What an export would write."""
 
-    Attributes:
-        weights: layers whose weights are stored as codes.
-        activations: sites that are quantized.
-        float_layers: linears that stay float.
-        need_bytes: size of all stored tensors, bytes.
-        precision: in words, for instance "int4 weights, int8 activations".
-        halves: whether codes of at most 4 bits lie in bytes of their own.
-        peak_bytes: largest resident memory of an export by this process; None where it cannot be told.
-    """
-
-    weights: tuple[str, ...]
-    activations: tuple[str, ...]
-    float_layers: tuple[str, ...]
-    need_bytes: int
-    precision: str
-    halves: bool
-    peak_bytes: int | None = None
+    weights: tuple[str, ...]  # layers whose weights are stored as codes
+    activations: tuple[str, ...]  # sites that are quantized
+    float_layers: tuple[str, ...]  # linears that stay float
+    need_bytes: int  # size of all stored tensors, bytes
+    precision: str  # in words, for instance "int4 weights, int8 activations"
+    halves: bool  # whether codes of at most 4 bits lie in bytes of their own
+    peak_bytes: int | None = None  # largest resident memory of an export by this process; None where it cannot be told
 
 
 def vision_plan(
@@ -42,15 +42,9 @@ def vision_plan(
 ) -> tuple[dict[str, Any], Plan]:  # fmt: skip
     """The dry run of an export of a vision model: the artifact was read and linted, nothing of it is traced.
 
-    Args:
-        plan: what the graph would hold.
-        source: the artifact.
-        output: where the export would go.
-        format: of the export.
-        force: whether an existing output is replaced.
-        engines: compute capabilities to compile for; None for ONNX Runtime, which needs none.
-        base: of engines, the type of what is not quantized.
-        sizes: bytes of the export while it is made, and in the end; those of the graph when None.
+    `engines` are compute capabilities to compile for, None for ONNX Runtime, which needs none; `base` is the type of
+    what they do not quantize. `sizes` are bytes of the export while it is made, and in the end; those of the graph when
+    None.
     """
 
     free = free_bytes(output)
@@ -90,3 +84,42 @@ def vision_plan(
         },
     )  # fmt: skip
     return document, shown
+
+
+# fp32 copies of all weights at the worst moment, beside the artifact's own model: the models that are traced and
+# compared, the graph, its serialized float form, the written file and ONNX Runtime's sessions. See docs/planning.md.
+COPIES: Final = 6.0
+_LAYER_IMAGES: Final = 4
+
+
+def export_peak(quantized: QuantizedVit) -> int | None:
+    """Peak resident memory of an export by this process, bytes; None where packages or the system do not allow it."""
+    if not can_measure():
+        return None
+    with PhaseMeter() as meter:
+        meter.enter("packages")
+        _trace_two_layers()
+        meter.enter("forward")
+        run_model(quantized)
+    floats = sum(4 * tensor.numel() for tensor in quantized.model.state_dict().values())
+    return max(phase.peak_bytes for phase in meter.phases.values()) + int(COPIES * floats)
+
+
+def _trace_two_layers() -> None:
+    import_onnx_package("onnxruntime")
+    net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
+    dynamic = ({0: torch.export.Dim("batch")},)
+    model = export_program(net, (torch.zeros(2, 8),), dynamic, "a net of two layers", "install torch and onnx again")
+    import onnx_ir as ir
+
+    open_session(ir.to_proto(model).SerializeToString())
+
+
+@torch.no_grad()
+def run_model(quantized: QuantizedVit) -> None:
+    """The passes of an export, or of its validation, on empty images."""
+    height, width = quantized.structure.image_size
+    pixels = torch.zeros(PROBE_IMAGES, 3, height, width)
+    passes: tuple[Callable[[Tensor], Any], ...] = (lambda x: quantized.taps(x[:_LAYER_IMAGES]), quantized)
+    for run in passes:
+        run(pixels)

@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import onnx_ir as ir
 from torch import nn
 
-from exporters.graph.formats import OnnxFormat
+from exporters.graph.formats import CLASSES_FILE, GraphDetails, GraphInput, GraphOutput, OnnxFormat
 from exporters.graph.lint import lint_graph, refuse
-from exporters.graph.passes import (
-    Change,
-    name_products,
-    quantize_activations,
-    quantize_weights,
-    split_gemms,
-    strip_metadata,
-    unfold_patches,
-)
-from exporters.graph.passes.gelu import expand_gelus
-from exporters.graph.passes.islands import make_islands
-from exporters.graph.trace import FloatGraph, trace_float
+from exporters.graph.passes.editing import Change
+from exporters.graph.passes.exact import expand_gelus, make_islands
+from exporters.graph.passes.products import name_products, split_gemms, strip_metadata, unfold_patches
+from exporters.graph.passes.quantize import quantize_activations, quantize_weights
+from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME, FloatGraph, trace_float
 from fp8pipe.models.vision.architecture import build
 from fp8pipe.models.vision.exact import double_model
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, write_model_file
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, of_type
 from fp8pipe.models.vision.structure import VitStructure
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = ["QuantizedGraph", "as_exported", "float_model", "quantize_graph", "trace_linted", "unquantized"]
-
 
 @dataclass(frozen=True, slots=True)
 class QuantizedGraph:
-    """A graph ready to be written.
+    """A graph ready to be written."""
 
-    Attributes:
-        model: the graph.
-        float_bytes: the same graph before it was quantized (with dequantized weights), serialized, for comparison;
-            empty for the exact format, which is compared whole.
-        changes: what each pass did.
-    """
-
-    model: ir.Model
+    model: ir.Model  # the graph
+    # the same graph before it was quantized (with dequantized weights), serialized, for comparison; empty for the
+    # exact format, which is compared whole
     float_bytes: bytes
-    changes: tuple[Change, ...]
+    changes: tuple[Change, ...]  # what each pass did
 
 
 def float_model(quantized: QuantizedVit) -> nn.Module:
@@ -60,17 +46,11 @@ def float_model(quantized: QuantizedVit) -> nn.Module:
 
 def as_exported(quantized: QuantizedVit, format: OnnxFormat) -> QuantizedVit:
     """The model that an export of this format computes: without activation quantizers for weights alone."""
-    if format.quantizes_activations:
-        return quantized
-    return _with(quantized, quantized.weights)
+    return quantized if format.quantizes_activations else without_activations(quantized, quantized.weights)
 
 
-def unquantized(quantized: QuantizedVit) -> QuantizedVit:
-    """The float model with dequantized weights, its attentions by the plain formula: what is traced."""
-    return _with(quantized, {})
-
-
-def _with(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit:
+def without_activations(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit:
+    """The float model with dequantized weights, its attentions by the plain formula, and codes for some weights."""
     # From a fresh model: `quantized.model` carries the hooks that quantize its activations.
     return QuantizedVit(
         float_model(quantized), quantized.architecture, quantized.preprocessing, quantized.structure, weights, {}
@@ -95,8 +75,6 @@ def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
     """
-    import onnx_ir as ir
-
     exact, int4 = format is OnnxFormat.QDQ_EXACT, format is OnnxFormat.INT4_WEIGHT_ONLY
     traced = trace_linted(double_model(quantized) if exact else float_model(quantized), quantized.structure, source)
     float_bytes = b"" if exact else ir.to_proto(traced.model).SerializeToString()
@@ -112,3 +90,21 @@ def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> 
         changes += [make_islands(traced), expand_gelus(traced.model)]
     changes.append(strip_metadata(traced.model))
     return QuantizedGraph(traced.model, float_bytes, tuple(changes))
+
+
+def write_description(root: Path, quantized: QuantizedVit) -> None:
+    """Write preprocessing.json, and classes.json for a classifier."""
+    write_model_file(quantized.preprocessing, root / PREPROCESSING_FILE)
+    if quantized.architecture.classes is not None:
+        text = json.dumps(quantized.architecture.classes, ensure_ascii=False, indent=2) + "\n"
+        (root / CLASSES_FILE).write_text(text, encoding="utf-8")
+
+
+def graph_details(graph: QuantizedGraph, quantized: QuantizedVit, format: str) -> GraphDetails:
+    """What the manifest says of the graph."""
+    return GraphDetails(
+        format=format,
+        input=GraphInput(name=INPUT_NAME, shape=("batch", 3, *quantized.architecture.image_size)),
+        output=GraphOutput(name=OUTPUT_NAME, what="logits" if quantized.architecture.classes else "features"),
+        passes={change.name: len(change.changed) for change in graph.changes},
+    )

@@ -13,12 +13,11 @@ from exporters.graph.layers import ExportedLayer, Operand, StoredWeight
 from exporters.graph.trace import ProductKind
 from fp8pipe.artifact import Gate, none_of
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit, Quantizer
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = ["operand_at_sites", "reopen_gates"]
 
 
 def reopen_gates(
@@ -47,11 +46,11 @@ def _weights(layers: Mapping[str, ExportedLayer], quantized: QuantizedVit) -> tu
         layer = layers.get(name)
         stored = None if layer is None else layer.operands[1].weight
         # A patch embedding is stored with four axes, or, unfolded, with two.
-        if stored is None or _sides(stored.codes) != _sides(weight.codes) or stored.codes.dtype != weight.codes.dtype:
+        theirs, ours = None if stored is None else stored.codes.flatten(1), weight.codes.flatten(1)
+        if stored is None or theirs is None or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             codes, scales = codes + weight.codes.numel(), scales + weight.scale.numel()
             continue
-        theirs, ours = (c.flatten(1).contiguous().view(torch.uint8) for c in (stored.codes, weight.codes))
-        codes += int((theirs != ours).sum())
+        codes += int((theirs.contiguous().view(torch.uint8) != ours.contiguous().view(torch.uint8)).sum())
         scales += _differing_scales(stored, weight)
     return codes, scales
 
@@ -61,10 +60,6 @@ def _differing_scales(stored: StoredWeight | BlockCodes, weight: Codes) -> int:
         blocks = (scales.block.contiguous().view(torch.uint8) for scales in (stored.scales, weight.scales))
         return int((next(blocks) != next(blocks)).sum()) + int(stored.scales.tensor != weight.scales.tensor)
     return int((stored.scale.view(torch.int32) != weight.scale.contiguous().view(torch.int32)).sum())
-
-
-def _sides(codes: Tensor) -> torch.Size:
-    return codes.flatten(1).shape
 
 
 def _quantizers(layers: Sequence[ExportedLayer], quantized: QuantizedVit, format: OnnxFormat) -> tuple[int, str]:
@@ -85,7 +80,7 @@ def _same(found: Quantizer | None, expected: Quantizer | None) -> bool:
         return found is expected
     if isinstance(found, BlockQuantizer) or isinstance(expected, BlockQuantizer):
         return found == expected
-    codes = (found.low, found.high) == (expected.low, expected.high) or found.kind.value == "e4m3"
+    codes = (found.low, found.high) == (expected.low, expected.high) or found.kind is Kind.E4M3
     return codes and (found.scale, found.kind) == (expected.scale, expected.kind)
 
 

@@ -7,26 +7,22 @@ products keep float activations: by default they would be rounded to 8 bits, whi
 
 The precision mode keeps sums of 8-bit products exact on x64 processors without VNNI, which add pairs of them in 16
 bits. With VNNI sums are exact anyway, and the mode would choose kernels that take nearly twice the time.
+
+Official builds from 1.32 on send events to their maker, unless a variable forbids it before they load. Here they do
+not, unless the user sets it otherwise (`ORT_DISABLE_TELEMETRY=0`).
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from types import ModuleType
+from typing import Any, Final
 
-from exporters.graph.description import INPUT_NAME
-from exporters.graph.packages import import_onnx_package
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
 from fp8pipe.core.machine import cpu_features
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = [
-    "DISABLED_OPTIMIZERS", "PRECISION_MODE", "SESSION_ENTRIES", "has_vnni", "open_session", "run", "run_to",
-    "session_entries",
-]  # fmt: skip
 
 DISABLED_OPTIMIZERS: Final = ("QDQPropagationTransformer", "MatMulAddFusion")
 PRECISION_MODE: Final = "session.x64quantprecision"
@@ -53,14 +49,10 @@ def open_session(
 ) -> Any:  # fmt: skip
     """An `onnxruntime.InferenceSession`.
 
-    Args:
-        model: a file, or its bytes.
-        write_to: where to write the optimized graph; not written when None.
-        optimize: False runs every operator as it stands.
-        portable: only fusions that every CPU has, no layouts of this one's.
-        threads: threads within an operator; the runtime's own choice when None.
-        providers: where it computes, the first that can; the CPU is what exports are compared on.
-        entries: session entries; those of `session_entries` when None.
+    Of a file, or its bytes; `write_to` gets the optimized graph. Without `optimize` every operator runs as it stands;
+    `portable` takes only fusions that every CPU has. `threads` are those within an operator, the runtime's own choice
+    when None. The first of `providers` that can computes; the CPU is what exports are compared on. `entries` are those
+    of `session_entries` when None.
 
     Raises:
         BadArtifactError: the runtime refuses the graph.
@@ -98,14 +90,19 @@ def run(session: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
-def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]:
-    """Values of a graph by name for a numpy array of pixels, no operator optimized."""
-    import onnx
-    import onnx_ir as ir
+def import_onnx_package(name: str) -> ModuleType:
+    """Import `onnx`, `onnx_ir`, `onnxscript` or `onnxruntime`.
 
-    proto: Any = ir.to_proto(model)
-    present = {value.name for value in (*proto.graph.input, *proto.graph.output)}
-    wanted = [name for name in dict.fromkeys(names) if name not in present]
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted)
-    found = run(open_session(proto.SerializeToString(), optimize=False), {INPUT_NAME: pixels}) | {INPUT_NAME: pixels}
-    return {name: found[name] for name in names}
+    Raises:
+        MissingCapabilityError: it is not installed.
+    """
+    if name == "onnxruntime":
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingCapabilityError(
+            f"an ONNX export needs the package {name.replace('_', '-')}",
+            why=f"no module named {error.name}",
+            fix="pip install 'fp8pipe[onnx]'",
+        ) from error

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from exporters.graph.description import INPUT_NAME, OUTPUT_NAME
-from exporters.graph.packages import import_onnx_package
+from exporters.graph.runtime import import_onnx_package
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
@@ -28,11 +27,8 @@ from fp8pipe.models.vision.structure import VitStructure
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = [
-    "INPUT_NAME", "OPSET", "OUTPUT_NAME", "FloatGraph", "Product", "ProductKind", "export_program", "holds_weight",
-    "owner", "trace_float",
-]  # fmt: skip
-
+INPUT_NAME: Final = "pixels"
+OUTPUT_NAME: Final = "logits"
 # 21 brings INT4, FP8 scales of every float type, and blocked scales; later ones bring nothing that is used here.
 OPSET: Final = 21
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
@@ -48,32 +44,27 @@ class ProductKind(StrEnum):
     AV = "av"
 
 
+# A product's node is called LAYER + suffix.
+SUFFIXES: Final = {
+    ProductKind.LINEAR: "/MatMul", ProductKind.PATCH: "/Conv", ProductKind.QK: "/qk", ProductKind.AV: "/av",
+}  # fmt: skip
+
+
 @dataclass(slots=True)
 class Product:
-    """One product of the graph; a pass that puts another node in its place says so here.
+    """One product of the graph; a pass that puts another node in its place says so here."""
 
-    Attributes:
-        kind: a linear, the patch embedding, or one of an attention's two products.
-        name: the module.
-        node: the MatMul, Gemm or Conv.
-    """
-
-    kind: ProductKind
-    name: str
-    node: ir.Node
+    kind: ProductKind  # a linear, the patch embedding, or one of an attention's two products
+    name: str  # the module
+    node: ir.Node  # the MatMul, Gemm or Conv
 
 
 @dataclass(frozen=True, slots=True)
 class FloatGraph:
-    """A float graph.
+    """A float graph."""
 
-    Attributes:
-        model: opset 21; input `pixels` (batch, 3, H, W) float32, output `logits` (batch, C) float32.
-        products: in the order of the structure: linears, then attentions (qk, av).
-    """
-
-    model: ir.Model
-    products: tuple[Product, ...]
+    model: ir.Model  # opset 21; input `pixels` (batch, 3, H, W) float32, output `logits` (batch, C) float32
+    products: tuple[Product, ...]  # in the order of the structure: linears, then attentions (qk, av)
 
     def in_graph_order(self) -> list[Product]:
         """The products by the order of their nodes: what several read must stand before the first of them."""
@@ -102,17 +93,13 @@ def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
     """
     # Two images: a batch of one would be taken for a constant.
     example = torch.zeros(2, 3, *structure.image_size, dtype=next(model.parameters()).dtype)
-    with intercept_attention(model, structure.attention_names, _explicit):
+    with intercept_attention(model, structure.attention_names, lambda name, *given: explicit_attention(*given)):
         graph_model = export_program(
             _Exported(model), (example,), ({0: torch.export.Dim("batch")},), type(model).__name__,
             "use a plain vision transformer, or a version of its library that traces",
             input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
         )  # fmt: skip
     return FloatGraph(graph_model, tuple(_assign(graph_model, model, structure)))
-
-
-def _explicit(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return explicit_attention(q, k, v, mask, scale)
 
 
 def export_program(
@@ -127,14 +114,8 @@ def export_program(
 ) -> ir.Model:
     """`torch.onnx.export` of a module, opset 21.
 
-    Args:
-        module: in evaluation mode.
-        arguments: an example of its inputs.
-        dynamic: which of their sides are.
-        name: of the model, for messages.
-        fix: what to do when it cannot be traced.
-        input_names: of the graph; the exporter's own when None.
-        output_names: likewise.
+    `dynamic` says which sides of the example's `arguments` are; `name` and `fix` are for messages. Names of inputs and
+    outputs are the exporter's own when None.
 
     Raises:
         ConfigurationError: it cannot be traced.
@@ -206,12 +187,22 @@ def _constant(node: ir.Node) -> bool:
 
 def holds_weight(node: ir.Node, weight: Tensor) -> bool:
     """Whether a node's stored operand is this weight, bit for bit, in the layout its operator wants."""
-    operand = node.inputs[1]
-    assert operand is not None
-    assert operand.const_value is not None
-    stored = torch.from_numpy(operand.const_value.numpy().copy())
+    stored = torch.from_numpy(stored_array(node.inputs[1]).copy())
     transposed = node.op_type == "MatMul" or (not node.attributes.get_int("transB", 0) and node.op_type == "Gemm")
     return torch.equal(stored, weight.detach().T if transposed else weight.detach())
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all stored tensors of a graph; two INT4 or FP4 codes per byte."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def stored_array(value: ir.Value | None) -> Any:
+    """A stored tensor, which must be there, as a numpy array."""
+    tensor = None if value is None else value.const_value
+    assert tensor is not None
+    return tensor.numpy()
 
 
 def _feeds(first: ir.Node, second: ir.Node) -> bool:

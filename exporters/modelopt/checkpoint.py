@@ -22,10 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exporters.graph.description import require_gates
 from exporters.modelopt.target import KIND, ModeloptDetails, ModeloptExportOptions
 from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
-from exporters.tensorrt.language.source import ExportText, LanguageModel, language_records, open_language, read_text
+from exporters.tensorrt.language.source import LanguageModel, language_records, open_language, read_text
 from exporters.tensorrt.language.target import InputScale
 from exporters.vllm.plan import fused_siblings
 from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, LayerRecord, NumberFormat, check_place, disk_guard, none_of
@@ -34,7 +33,8 @@ from fp8pipe.core.version import __version__
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
 from fp8pipe.models.checkpoint.tensors import shard_names, write_index
 from fp8pipe.numerics.grids import same_bits
-from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.report.card import CardFacts, commit_export
 
 QUANT_FILE: Final = "hf_quant_config.json"
 _PER_TENSOR: Final = "FP8"
@@ -51,13 +51,8 @@ _CARD: Final = CardFacts(
 def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions) -> Artifact:
     """Write the checkpoint, reopen it, and compare it with the artifact bit for bit.
 
-    Args:
-        source: directory of an artifact of kind `falqon`.
-        output: directory to create: safetensors, `hf_quant_config.json`, config.json, tokenizer files, a manifest.
-        options: calibration; `force`.
-
-    Returns:
-        The committed export, kind `modelopt-export`.
+    `source` is an artifact of kind `falqon`; `output` gets safetensors, `hf_quant_config.json`, config.json, tokenizer
+    files and a manifest.
 
     Raises:
         ConfigurationError, BadArtifactError, LintFindingsError: as `export_language`.
@@ -65,10 +60,16 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
     """
     check_place(output, force=options.force)
     model = open_language(source)
-    uneven = uneven_groups(model)
+    # Layers that readers join into one product and whose scales differ.
+    groups = fused_siblings(model.weights, model.plan.schema.fused_groups)
+    uneven = [g for g in groups if len({tuple(model.weights[n].scale.reshape(-1).tolist()) for n in g}) > 1]
     algorithm = _PER_TENSOR if model.per_tensor and not uneven else _PER_CHANNEL
     with track(2, "export") as progress:
-        text, scales = _calibrate(model, options) if algorithm == _PER_TENSOR else (None, None)
+        text, scales = None, None
+        if algorithm == _PER_TENSOR:
+            text = read_text(model, options.calibration_data, options.calibration_records)
+            counts = count_inputs(model.torch_model(torch.float32), list(model.weights), text.calibration)
+            scales = scales_by_layer(counts, options.calibration)
         progress.advance(1)
         with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
             if model.per_tensor and uneven:
@@ -80,28 +81,20 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
             _save(tensors, writer.root)
             _write_configs(model, algorithm, writer.root)
             gates = _compare(tensors, model, writer.root)
-            require_gates(writer, gates, "the written checkpoint differs from its source", f"look into {writer.root}")
+            writer.require_gates(gates, "the written checkpoint differs from its source", f"look into {writer.root}")
             progress.advance(1)
-            parent, layers = model.artifact.as_parent(), checkpoint_layers(model, algorithm, options.calibration)
-            write_card(writer, _CARD, source=model.root, parent=parent, format=options.format, layers=layers)
-            return writer.commit(
-                config=options.model_dump(mode="json", exclude={"force"}),
-                seed=None,
-                parents=[parent],
-                volatile=[CARD_FILE],
+            details = ModeloptDetails(
+                format=options.format, quant_algo=algorithm, calibration=None if text is None else text.facts,
+                activation_scales=scales,
+            )  # fmt: skip
+            return commit_export(
+                writer, _CARD, model.artifact, options, format=options.format, details=details,
+                layers=checkpoint_layers(model, algorithm, options.calibration),
                 number_format=NumberFormat(
-                    name="e4m3", granularity="per-tensor" if algorithm == _PER_TENSOR else "per-channel"
+                    name=Kind.E4M3.value, granularity="per-tensor" if algorithm == _PER_TENSOR else "per-channel"
                 ),
                 runtime={"engine": "tensorrt-llm", "layout": "modelopt", "tested": False},
-                layers=layers,
-                details=_details(options, algorithm, text, scales),
-            )
-
-
-def uneven_groups(model: LanguageModel) -> list[tuple[str, ...]]:
-    """Layers that readers join into one product and whose scales differ."""
-    groups = fused_siblings(model.weights, model.plan.schema.fused_groups)
-    return [g for g in groups if len({tuple(model.weights[n].scale.reshape(-1).tolist()) for n in g}) > 1]
+            )  # fmt: skip
 
 
 def checkpoint_tensors(
@@ -130,22 +123,12 @@ def quant_config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
     }
 
 
-def _calibrate(model: LanguageModel, options: ModeloptExportOptions) -> tuple[ExportText, dict[str, InputScale]]:
-    text = read_text(model, options.calibration_data, options.calibration_records)
-    reference = model.torch_model(torch.float32)
-    return text, scales_by_layer(count_inputs(reference, list(model.weights), text.calibration), options.calibration)
-
-
 def _write_configs(model: LanguageModel, algorithm: str, root: Path) -> None:
     """Configuration in both places where readers look, and tokenizer files byte for byte."""
-    config = quant_config(algorithm, list(model.plan.ignore))
+    ignored = list(model.plan.ignore)
+    config = quant_config(algorithm, ignored)
     (root / QUANT_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-    block = {
-        "quant_method": "modelopt",
-        "quant_algo": algorithm,
-        "ignore": list(model.plan.ignore),
-        "producer": config["producer"],
-    }
+    block = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ignored, "producer": config["producer"]}
     if algorithm == _PER_TENSOR:
         form = {"dynamic": False, "num_bits": 8, "type": "float"}
         block["config_groups"] = {"group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}}
@@ -161,13 +144,12 @@ def _save(tensors: Mapping[str, Tensor], root: Path) -> None:
         if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > _SHARD_BYTES and shards[-1]:
             shards.append({})
         shards[-1][name] = tensor.contiguous()
-    count = len(shards)
-    names = shard_names(count)
+    names = shard_names(len(shards))
     total = sum(tensor.nbytes for tensor in tensors.values())
     with disk_guard(root, total):
         for name, shard in zip(names, shards, strict=True):
             save_file(shard, root / name, metadata={"format": "pt"})
-    if count > 1:
+    if len(shards) > 1:
         placed = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         write_index(root, placed, total)
 
@@ -195,16 +177,6 @@ def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) ->
         none_of("copied tensors differing", floats, f"of {len(model.floats)}, bit for bit"),
         none_of("tensors not as planned", unplanned, f"of {len(tensors)}"),
     ]
-
-
-def _details(
-    options: ModeloptExportOptions, algorithm: str, text: ExportText | None, scales: Mapping[str, InputScale] | None
-) -> ModeloptDetails:
-    if text is None or scales is None:
-        return ModeloptDetails(format=options.format, quant_algo=algorithm)
-    return ModeloptDetails(
-        format=options.format, quant_algo=algorithm, calibration=text.facts, activation_scales=dict(scales)
-    )
 
 
 def checkpoint_layers(model: LanguageModel, algorithm: str, calibration: str = "amax") -> list[LayerRecord]:

@@ -7,8 +7,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from exporters.target import ExportTarget, Service
-from exporters.tensorrt.language.options import CalibrationOptions
-from exporters.tensorrt.language.target import SOURCES, CalibrationFacts, InputScale
+from exporters.tensorrt.language.target import SOURCES, CalibrationFacts, CalibrationOptions, InputScale
 from fp8pipe.artifact.kinds import Details
 from fp8pipe.core.config import CONFIG_ONLY
 

@@ -7,29 +7,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from exporters.graph.between import between_gates, parent_pieces
 from exporters.graph.classes import class_gates, compare_classes, own_agreement
-from exporters.graph.description import MODEL_FILE, graph_details, require_gates, write_description
-from exporters.graph.dry_run import export_peak
-from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import codes_gate, float_gate, kernel_gate, outputs_gate, parity_gates
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
+from exporters.graph.gates import (
+    check_kernels,
+    codes_gate,
+    float_gate,
+    kernel_gate,
+    outputs_gate,
+    parity_gates,
+)
 from exporters.graph.images import ProbeImages, probe_images
-from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import read_layers
 from exporters.graph.lint import lint_model, refuse
-from exporters.graph.packages import import_onnx_package
 from exporters.graph.parity import compare_layers, inputs_of, outputs_of
-from exporters.graph.passes.weights import fits_int4
-from exporters.graph.plan import GraphPlan, vision_plan
-from exporters.graph.produce import QuantizedGraph, as_exported, quantize_graph
+from exporters.graph.passes.quantize import fits_int4
+from exporters.graph.plan import GraphPlan, export_peak, vision_plan
+from exporters.graph.produce import QuantizedGraph, as_exported, graph_details, quantize_graph, write_description
 from exporters.graph.reopen import reopen_gates
-from exporters.graph.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, open_session, run
+from exporters.graph.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OPSET, OUTPUT_NAME
-from exporters.onnx.options import OnnxExportOptions
-from exporters.onnx.target import KIND, OnnxDetails
+from exporters.onnx.target import KIND, OnnxDetails, OnnxExportOptions
 from fp8pipe.artifact import (
     Artifact,
     ArtifactWriter,
@@ -43,11 +46,10 @@ from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import Plan
 from fp8pipe.core.progress import track
-from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.exact import ExactVit
-from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, load_quantized
 from fp8pipe.numerics.kinds import Kind
-from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
+from fp8pipe.report.card import CardFacts, commit_export
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +65,7 @@ _CARD: Final = CardFacts("onnx", "ONNX Runtime", (
 def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = True) -> GraphPlan:
     """Read and lint the artifact, and say what an export would hold. Writes nothing.
 
-    Args:
-        source: directory of an artifact of kind `vit`.
-        options: of the export.
-        runtime: whether ONNX Runtime shall run it.
+    `runtime`: whether ONNX Runtime shall run it.
 
     Raises:
         BadArtifactError: no such artifact, or a damaged one.
@@ -87,13 +86,8 @@ def plan_onnx(source: Path, output: Path, options: OnnxExportOptions) -> tuple[d
 def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artifact:
     """Write an ONNX graph of a quantized vision model, and prove that ONNX Runtime computes the same.
 
-    Args:
-        source: directory of an artifact of kind `vit`.
-        output: directory to create: `model.onnx`, `preprocessing.json`, `classes.json` (classifiers), a manifest.
-        options: format, and whether to replace an existing output.
-
-    Returns:
-        The committed export, kind `onnx-export`, with every gate in its manifest.
+    `source` is an artifact of kind `vit`; `output` gets `model.onnx`, `preprocessing.json`, `classes.json`
+    (classifiers) and a manifest with every gate.
 
     Raises:
         ConfigurationError: unusable output, or a model that cannot be traced.
@@ -118,30 +112,22 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
         graph = quantize_graph(quantized, options.format, str(source))
         progress.advance(1)
         with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
-            _write(writer.root, graph, quantized)
+            ir.save(graph.model, writer.root / MODEL_FILE)
+            write_description(writer.root, quantized)
             progress.advance(1)
             gates = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
             progress.advance(1)
             fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
-            require_gates(writer, gates, "the written graph differs from its artifact", fix)
+            writer.require_gates(gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
-            details = OnnxDetails(**graph_details(graph, quantized, options.format.value).model_dump())
-            return _commit(writer, artifact, quantized, options, details)
-
-
-def _write(root: Path, graph: QuantizedGraph, quantized: QuantizedVit) -> None:
-    import onnx_ir as ir
-
-    ir.save(graph.model, root / MODEL_FILE)
-    write_description(root, quantized)
+            stated = graph_details(graph, quantized, options.format.value).model_dump()
+            return _commit(writer, artifact, quantized, options, OnnxDetails(**stated))
 
 
 def _gates(
     path: Path, graph: QuantizedGraph, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages
 ) -> list[Gate]:
     """Everything that is compared, on the written file."""
-    import onnx_ir as ir
-
     model = ir.load(path)
     layers = read_layers(model)
     gates = reopen_gates(model, layers, quantized, format)
@@ -155,8 +141,7 @@ def _gates(
     inputs = inputs_of(expected_model, layers, taps)
     gates += parity_gates(compare_layers(model, layers, inputs, outputs_of(layers, taps)))
     pieces = parent_pieces(model, layers, expected_model, images.pixels[:_LAYER_IMAGES])
-    gates += between_gates(model, layers, pieces)
-    gates.append(kernel_gate(check_kernels(path, layers)))
+    gates += [*between_gates(model, layers, pieces), kernel_gate(check_kernels(path, layers))]
     found = _outputs(path, images)
     with torch.no_grad():
         expected = expected_model(images.pixels)
@@ -201,22 +186,14 @@ def _plan(quantized: QuantizedVit, format: OnnxFormat) -> GraphPlan:
 
 
 def _commit(
-    writer: ArtifactWriter,
-    artifact: Artifact,
-    quantized: QuantizedVit,
-    options: OnnxExportOptions,
-    details: OnnxDetails,
+    writer: ArtifactWriter, artifact: Artifact, quantized: QuantizedVit, options: OnnxExportOptions, stated: OnnxDetails
 ) -> Artifact:
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
     float_kind = all(w.kind is Kind.E4M3 for w in quantized.weights.values())
-    layers = layer_records(quantized, artifact.manifest.layers, activations=options.format.quantizes_activations)
-    parent = artifact.as_parent()
-    write_card(writer, _CARD, source=artifact.root, parent=parent, format=options.format.value, layers=layers)
-    return writer.commit(
-        config=options.model_dump(mode="json", exclude={"force"}),
-        seed=None,
-        parents=[parent],
-        number_format=NumberFormat(name="e4m3" if float_kind else "int", granularity="per-channel"),
+    return commit_export(
+        writer, _CARD, artifact, options, format=options.format.value,
+        layers=layer_records(quantized, artifact.manifest.layers, activations=options.format.quantizes_activations),
+        number_format=NumberFormat(name=(Kind.E4M3 if float_kind else Kind.INT).value, granularity="per-channel"),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
         runtime={
             "engine": "onnxruntime",
@@ -225,8 +202,6 @@ def _commit(
             "disabled_optimizers": list(DISABLED_OPTIMIZERS),
             "session_entries": dict(SESSION_ENTRIES),
         },
-        layers=layers,
-        volatile=[CARD_FILE],
         versions=versions,
-        details=details,
-    )
+        details=stated,
+    )  # fmt: skip

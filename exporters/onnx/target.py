@@ -1,17 +1,28 @@
-"""The target `onnx`: a Q/DQ graph for ONNX Runtime."""
+"""The target `onnx`: a Q/DQ graph for ONNX Runtime, what may be asked of it, and what its manifests say."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 from pydantic import Field
 
-from exporters.graph.details import GraphDetails
-from exporters.onnx.options import OnnxExportOptions
+from exporters.graph.formats import GraphDetails, OnnxFormat
 from exporters.target import Engine, ExportTarget, Service
 from fp8pipe.artifact.kinds import VIT_KIND
+from fp8pipe.core.config import CONFIG_ONLY, FrozenConfig
 
 KIND: Final = "onnx-export"
+
+
+class OnnxExportOptions(FrozenConfig):
+    """Options of one export."""
+
+    format: OnnxFormat = Field(
+        default=OnnxFormat.QDQ,
+        description="qdq (weights and activations as trained), qdq-exact (in arithmetic that has one result) or "
+        "int4-weight-only (float activations)",
+    )
+    force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")
 
 
 class OnnxDetails(GraphDetails):
@@ -34,7 +45,7 @@ TARGET: Final = ExportTarget(
     ),
     service=Service(
         "vision", serve="serving.vision.server:serve_vision", plan="validation.plan:plan_onnx",
-        bench="validation.bench.vision:bench_vision", ask="validation.bench.check:ask_vision",
+        bench="validation.bench.speed:bench_vision", ask="validation.bench.check:ask_vision",
         repository="exporters.triton.repository:write_vision",
     ),
 )  # fmt: skip

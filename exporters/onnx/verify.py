@@ -13,7 +13,7 @@ from exporters.tensorrt.lint import lint_file
 from exporters.verify.graph_export import GraphChecks, check_vision_graph
 from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Finding
-from fp8pipe.models.vision.encodings import layer_records
+from fp8pipe.models.vision.quantized import layer_records
 
 # Rules of the linter that speak of any runtime; the others are about TensorRT's builder.
 _ANY_RUNTIME: Final = ("scale-value", "scale-infinite", "nan-code", "scale-shape", "block-size", "codes-undecoded")

@@ -65,7 +65,10 @@ def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
         return {"parsed": False, "built": False, "errors": [f"{e.node_name()}: {e.desc()}" for e in errors]}
     config, timings = _config(trt, builder, job), job.get("timing_cache")
     if timings:
-        _use_timings(config, Path(timings))
+        # Earlier timings; the builder refuses those of another device or version, and starts anew.
+        kept = Path(timings).read_bytes() if Path(timings).is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(kept), False) and kept:
+            config.set_timing_cache(config.create_timing_cache(b""), False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         return {"parsed": True, "built": False, "errors": []}
@@ -95,13 +98,6 @@ def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
         for index, capability in enumerate(job["capabilities"]):
             config.set_compute_capability(getattr(trt.ComputeCapability, capability), index)
     return config
-
-
-def _use_timings(config: Any, path: Path) -> None:
-    """Earlier timings; the builder refuses those of another device or version, and starts anew."""
-    kept = path.read_bytes() if path.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(kept), False) and kept:
-        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _keep_timings(config: Any, path: Path) -> None:

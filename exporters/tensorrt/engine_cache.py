@@ -20,20 +20,16 @@ from typing import Final, Literal
 
 from pydantic import Field
 
-from exporters.tensorrt.builder import Built, Shapes
-from exporters.tensorrt.engines import ENGINES, MODEL_FILE
-from exporters.tensorrt.enterprise import build_enterprise, check_enterprise
-from exporters.tensorrt.options import EnterpriseSettings, TrtFormat
-from exporters.tensorrt.precision import PrecisionReport, read_precision
+from exporters.graph.formats import MODEL_FILE
+from exporters.tensorrt.builder import SETTINGS, Shapes, build_enterprise, build_rtx, check_enterprise, shapes
+from exporters.tensorrt.engines import ENGINES
+from exporters.tensorrt.listing import PrecisionReport, read_precision
 from exporters.tensorrt.program import read_program
 from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
-from exporters.tensorrt.rtx import SETTINGS, build_rtx
-from exporters.tensorrt.target import KIND, BuiltEngine, TrtDetails
+from exporters.tensorrt.target import KIND, BuiltEngine, EnterpriseSettings, TrtDetails, TrtFormat
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
-
-__all__ = ["EngineSource", "ReadyEngine", "engine_precisions", "profiles_of", "ready_engine"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +46,13 @@ class EngineSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReadyEngine:
-    """An engine that can be loaded here.
+    """An engine that can be loaded here."""
 
-    Attributes:
-        path: the plain file.
-        recipe: what it was made from.
-        source: the export, the cache, or built just now.
-        precisions: products by precision, as they were listed; `engine_precisions` reads the engine.
-        reasons: why the export's own engine was not taken; empty when it was.
-    """
-
-    path: Path
-    recipe: EngineRecipe
-    source: EngineSource
-    precisions: Mapping[str, int]
-    reasons: tuple[str, ...]
+    path: Path  # the plain file
+    recipe: EngineRecipe  # what it was made from
+    source: EngineSource  # the export, the cache, or built just now
+    precisions: Mapping[str, int]  # products by precision, as listed
+    reasons: tuple[str, ...]  # why the export's own engine was not taken; empty when it was
 
 
 class _Kept(FrozenConfig):
@@ -78,10 +66,8 @@ class _Kept(FrozenConfig):
 def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], None] | None = None) -> ReadyEngine:
     """The engine of an export for one GPU, built again from its graph where the stored one does not serve.
 
-    Args:
-        export: directory of a trt-export.
-        capability: compute capability, for instance "8.9"; the export need not have been built for it.
-        on_build: called with the notice before an engine is built; the log gets it otherwise.
+    The export need not have been built for the compute capability (for instance "8.9"). `on_build` is called with the
+    notice before an engine is built; the log gets it otherwise.
 
     Raises:
         BadArtifactError: anything but an engine is missing or damaged.
@@ -98,8 +84,13 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
         return ReadyEngine(artifact.root / entry.engine, wanted, EngineSource.EXPORT, entry.precisions, ())
     if entry is not None and not reasons:  # kept under that file's digest: no other is taken for it
         packed = next(file.sha256 for file in artifact.manifest.files if file.path == entry.engine)
+
+        def unpack(path: Path) -> Mapping[str, int]:
+            unpack_engine(artifact.root / entry.engine, path)
+            return entry.precisions
+
         if _from_cache(wanted, packed) is None:
-            _keep(wanted, lambda path: _unpack(artifact.root / entry.engine, path, entry.precisions), packed)
+            _keep(wanted, unpack, packed)
         return ReadyEngine(_place(wanted, packed), wanted, EngineSource.EXPORT, entry.precisions, ())
     kept = _from_cache(wanted)
     if kept is not None:
@@ -116,8 +107,7 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
 def engine_precisions(export: Artifact, engine: ReadyEngine) -> PrecisionReport | None:
     """In which precision an engine multiplies the export's products, read from its own bytes.
 
-    Returns:
-        None for engines of TensorRT, whose form is not known: only its inspector on a GPU reads them.
+    None for engines of TensorRT, whose form is not known: only its inspector on a GPU reads them.
 
     Raises:
         BadArtifactError: it holds no program that can be read.
@@ -141,8 +131,7 @@ def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
         if entry.recipe is not None:
             return dict(entry.recipe.profiles)
     sides = [int(side) for side in details.input.shape[1:]]
-    low, usual, high = ((int(count), *sides) for count in artifact.manifest.config["batch"])
-    return {details.input.name: (low, usual, high)}
+    return {details.input.name: shapes((int(count), *sides) for count in artifact.manifest.config["batch"])}
 
 
 def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
@@ -208,12 +197,8 @@ def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]], packe
     return precisions
 
 
-def _unpack(packed: Path, path: Path, precisions: dict[str, int]) -> dict[str, int]:
-    unpack_engine(packed, path)
-    return precisions
-
-
 def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, int]:
+    """Build an engine; its products by precision."""
     graph = artifact.root / MODEL_FILE
     if recipe.builder == "enterprise":
         machine = check_enterprise()
@@ -233,11 +218,7 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
             why=f"the installed distribution says {recipe.version}",
             fix="install it again",
         )
-    return _checked(artifact, built, recipe.capability)
-
-
-def _checked(artifact: Artifact, built: Built, capability: str) -> dict[str, int]:
-    """Products by precision, held to what the export was held to."""
+    # What the export was held to.
     report = read_precision(_products(artifact), built.layers)
     details = artifact.manifest.details_of(TrtDetails)
     format = TrtFormat(details.format)
@@ -246,7 +227,7 @@ def _checked(artifact: Artifact, built: Built, capability: str) -> dict[str, int
     if other:
         counts = json.dumps(report.counts())
         raise GateFailedError(
-            f"the engine for {capability} does not multiply in {format}",
+            f"the engine for {recipe.capability} does not multiply in {format}",
             why=f"{len(other)} product(s) in another precision ({counts}), the first: {other[0]}",
             fix="use the version of TensorRT that the export was made with",
         )

@@ -1,24 +1,27 @@
-"""Engines of an export: where they lie, how `layers.json` describes them, and the precision that they are held to."""
+"""Engines of an export: where they lie, how `layers.json` describes them, and the precision and size they are held to.
+
+An engine of TensorRT for RTX carries the source text of its generated kernels, some 145 kB each, which its compiler
+on the GPU reads. Most texts are written once a launch, also when two are the same: how much of it there is depends on
+the number of layers, and neither on their width nor on a setting. So against the codes, scales and floats that an
+engine cannot do without, two things are judged: what is left without text, since a builder that keeps weights
+dequantized doubles that, and the file as it is stored, packed.
+"""
 
 from __future__ import annotations
 
 import json
+import mmap
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from exporters.tensorrt.builder import Built
-from exporters.tensorrt.options import Builder
-from exporters.tensorrt.precision import PrecisionReport
-from fp8pipe.artifact import Comparison, Gate
+from exporters.tensorrt.listing import PrecisionReport
+from exporters.tensorrt.target import Builder, EngineSize
+from fp8pipe.artifact import Gate, at_most
 
-__all__ = [
-    "ENGINES", "LAYERS_FILE", "MODEL_FILE", "describe_engine", "engine_file", "precision_gate",
-    "shown_counts", "write_layers",
-]  # fmt: skip
-
-MODEL_FILE: Final = "model.onnx"
 ENGINES: Final = "engines"
 LAYERS_FILE: Final = "layers.json"
 
@@ -53,12 +56,72 @@ def precision_gate(report: PrecisionReport, wanted: Mapping[str, str], name: str
     detail = shown_counts(report.counts())
     if len(kinds) > 1:
         detail += f"; in the artifact {shown_counts(kinds)}"
-    return Gate(
-        name=name, value=len(other), comparison=Comparison.AT_MOST, threshold=0 if required else len(other),
-        detail=detail + (f"; the first: {other[0]}" if other else ""),
-    )  # fmt: skip
+    detail += f"; the first: {other[0]}" if other else ""
+    return at_most(name, len(other), 0 if required else len(other), detail)
 
 
 def shown_counts(counts: Mapping[str, int]) -> str:
     """Products by precision, in words."""
     return ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
+
+
+# An FP16 copy of 8-bit codes would be at 2.
+LIMIT: Final = 1.35
+# Beside text and weights an engine has a header and a record per layer: 57 kB at two blocks, 210 kB at twelve.
+ALLOWANCE_BYTES: Final = 256 * 1024
+_MEGABYTE: Final = 1_000_000
+# Text in runs of this length: by chance, weights give one in 10^800. The E4M3 scales of NVFP4 blocks are all of these
+# bytes, too, but have no line feed: as a scale that is 2^-6 of the usual ones.
+_TEXT: Final = re.compile(rb"[\t\n\r\x20-\x7e]{2000,}")
+
+# For plans: source text of a transformer block's kernels (0.9 to 1.2 MB at 6, 12 and 30 blocks), and what xz leaves of
+# codes (0.83 to 0.95 of them; 0.53 to 0.56 where 4 bits lie in a byte).
+_BLOCK_TEXT_BYTES: Final = 1_000_000
+_PACKED, _PACKED_HALVES = 0.9, 0.55
+
+
+def expected_sizes(graph_bytes: int, blocks: int, engines: int, *, pack: bool, halves: bool) -> tuple[int, int]:
+    """Bytes of an export with its engines: the most while it is made, and in the end.
+
+    `graph_bytes` is the graph with its weights, `blocks` its transformer blocks. While an engine is packed it is there
+    twice; `halves` says that codes of 4 bits lie in bytes.
+    """
+    if not engines:
+        return graph_bytes, graph_bytes
+    plain = graph_bytes + blocks * _BLOCK_TEXT_BYTES
+    if not pack:
+        return graph_bytes + engines * plain, graph_bytes + engines * plain
+    packed = int(graph_bytes * (_PACKED_HALVES if halves else _PACKED))
+    return graph_bytes + engines * packed + plain, graph_bytes + engines * packed
+
+
+def measure_engine(engine: Path, ideal: int) -> EngineSize:
+    """Weigh an engine's file, which is not empty, against `stored_bytes` of its graph."""
+    with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        runs = (match.group() for match in _TEXT.finditer(content))
+        text = sum(len(run) for run in runs if b"\n" in run)
+        return EngineSize(engine_bytes=len(content), text_bytes=text, ideal_bytes=ideal)
+
+
+def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
+    """Whether weights lie in the engine as they lie in the graph.
+
+    A figure alone where the builder may keep weights dequantized (weight-only formats): `required` is False then.
+    """
+    shown = f"codes, scales and floats have {size.ideal_bytes / _MEGABYTE:.1f}: x{size.weights_over_ideal:.2f}"
+    name, detail = f"MB of the engine beside text for {capability}", f"of {size.engine_bytes / _MEGABYTE:.1f}; {shown}"
+    return _bytes_gate(name, size.engine_bytes - size.text_bytes, size, required, detail)
+
+
+def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, required: bool) -> Gate:
+    """Whether the engine, as the export stores it, has the size of its codes.
+
+    A figure alone for engines that are not packed and for weight-only formats: `required` is False then.
+    """
+    detail = f"x{stored_bytes / size.ideal_bytes:.2f} of codes, scales and floats"
+    return _bytes_gate(f"MB of the stored engine for {capability}", stored_bytes, size, required, detail)
+
+
+def _bytes_gate(name: str, found: int, size: EngineSize, required: bool, detail: str) -> Gate:
+    value, limit = found / _MEGABYTE, (LIMIT * size.ideal_bytes + ALLOWANCE_BYTES) / _MEGABYTE
+    return at_most(name, value, limit if required else max(value, limit), detail)

@@ -1,37 +1,40 @@
 """A quantized vision model as the graph that TensorRT builds well: strongly typed, one quantizer per value.
 
-The passes are those of the graph room, NVFP4's, and two that the builder asks for: queries that keep their quantizer,
-and linears of at most three axes.
+Which formats an artifact can be exported in, the GPUs that have them (NVFP4 products are in Blackwell's tensor cores
+alone), and the passes: those of the graph room, NVFP4's, and two that the builder asks for, queries that keep their
+quantizer and linears of at most three axes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.passes import (
-    Change,
-    name_products,
+from exporters.graph.lint import refuse
+from exporters.graph.passes.editing import Change, add_initializer, insert, stored_bias
+from exporters.graph.passes.products import name_products, split_gemms, strip_metadata, unfold_patches
+from exporters.graph.passes.quantize import (
+    fits_int4,
     quantize_activations,
+    quantize_block_activations,
+    quantize_block_weights,
     quantize_weights,
-    split_gemms,
-    strip_metadata,
-    unfold_patches,
+    raise_opset,
 )
-from exporters.graph.passes.editing import add_initializer, insert, stored_bias
-from exporters.graph.produce import QuantizedGraph, float_model, trace_linted
-from exporters.graph.trace import FloatGraph, Product, ProductKind
-from exporters.tensorrt.nvfp4 import quantize_block_activations, quantize_block_weights, raise_opset
-from exporters.tensorrt.options import TrtFormat
+from exporters.graph.produce import QuantizedGraph, float_model, trace_linted, without_activations
+from exporters.graph.trace import FloatGraph, Product, ProductKind, stored_array
+from exporters.tensorrt.target import Builder, TrtExportOptions, TrtFormat
+from fp8pipe.artifact.finding import Finding
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
 from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, WeightCodes
-
-__all__ = ["INT4_BLOCK", "flatten_products", "hold_queries", "typed_graph"]
 
 # The smallest block that the builder takes: the most layers fit it.
 INT4_BLOCK = 32
@@ -43,8 +46,6 @@ def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> Quan
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
     """
-    import onnx_ir as ir
-
     traced = trace_linted(float_model(quantized), quantized.structure, source)
     float_bytes = ir.to_proto(traced.model).SerializeToString()
     changes = [
@@ -103,11 +104,9 @@ def hold_queries(model: ir.Model) -> Change:
 def _clip(graph: ir.Graph, quantize: ir.Node, value: ir.Value) -> str:
     site = str(quantize.name).removesuffix("/QuantizeLinear")
     scale, zero = quantize.inputs[1], quantize.inputs[2]
-    assert scale is not None
-    assert scale.const_value is not None
     assert zero is not None
     low, high = (INT8_MIN, INT8_MAX) if zero.dtype == ir.DataType.INT8 else (-E4M3.max, E4M3.max)
-    step = scale.const_value.numpy()
+    step = stored_array(scale)
     bounds = [
         add_initializer(graph, f"{site}/{name}", (np.asarray(code, step.dtype) * step).astype(step.dtype))
         for name, code in (("low", low), ("high", high))
@@ -174,3 +173,60 @@ def _reshape(graph: ir.Graph, value: ir.Value, name: str, sides: tuple[int, ...]
     output = node.outputs[0]
     output.name, output.type, output.shape = name, value.type, shape
     return node
+
+
+# For messages: what codes of a family are called, the artifact's own format, and the precision that makes them.
+_OWN: Final = {
+    Kind.INT: ("integers", TrtFormat.INT8, "integer bits, for instance w8a8"),
+    Kind.E4M3: ("FP8", TrtFormat.FP8, "wfp8afp8"),
+    Kind.NVFP4: ("NVFP4", TrtFormat.NVFP4, "wnvfp4anvfp4"),
+}
+
+
+def choose_format(quantized: QuantizedVit, wanted: TrtFormat | None, source: str) -> TrtFormat:
+    """The wanted format, or the artifact's own.
+
+    Raises:
+        LintFindingsError: the artifact's codes cannot be stored in it without being rounded again.
+    """
+    kinds = {weight.kind for weight in quantized.weights.values()}
+    # NVFP4 has FP8 beside it; no other family has any.
+    kind = next((kind for kind in (Kind.NVFP4, Kind.E4M3) if kind in kinds), Kind.INT)
+    called, own, _ = _OWN[kind]
+    format = own if wanted is None else wanted
+    findings = []
+    if kind is not format.kind:
+        bits = _OWN[format.kind][2]
+        why = f"the artifact's codes are {called}; {format} would round them again"
+        findings.append(Finding("format", "weights", why, f"export as {own}, or quantize with --bits {bits}"))
+    elif format is TrtFormat.INT4_WEIGHT_ONLY and not any(map(fits_int4, quantized.weights.values())):
+        findings.append(Finding("int4-width", "weights", "none has codes of 4 bits", "export as int8-weight-only"))
+    refuse(findings, source)
+    return format
+
+
+def in_format(quantized: QuantizedVit, format: TrtFormat) -> QuantizedVit:
+    """The model that an export computes: without activation quantizers for weights alone."""
+    return without_activations(quantized, quantized.weights) if format.weight_only else quantized
+
+
+_FP4_CAPABILITIES: Final = ("12.0", "12.1")
+_FP4_DEFAULT: Final = ("12.0",)
+
+
+def with_targets(options: TrtExportOptions, format: TrtFormat) -> TrtExportOptions:
+    """The options with the format's own compute capabilities where none were given.
+
+    Raises:
+        ConfigurationError: those that were given do not have the format; said before the builder does.
+    """
+    if format.kind is Kind.NVFP4 and "compute_capabilities" not in options.model_fields_set:
+        return options.model_copy(update={"compute_capabilities": _FP4_DEFAULT})
+    lacking = [capability for capability in options.compute_capabilities if capability not in _FP4_CAPABILITIES]
+    if options.builder is Builder.RTX and format.kind is Kind.NVFP4 and lacking:
+        raise ConfigurationError(
+            f"{format} cannot be compiled for compute capability {', '.join(lacking)}",
+            why=f"four-bit floats need {' or '.join(_FP4_CAPABILITIES)}",
+            fix="give --compute-capability 12.0, or --builder none for the graph alone",
+        )
+    return options

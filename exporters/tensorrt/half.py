@@ -1,9 +1,11 @@
-"""Pass: a float32 graph becomes one in half precision, for engines that take every type as it is written.
+"""Passes: a float32 graph becomes one in half precision, for engines that take every type as it is written.
 
 Codes and scales keep their values: scales are trained as numbers that FP16 holds exactly, and one that is not is
 refused. What changes is the arithmetic between products. Pixels stay float32 up to their quantizer, so their codes are
 those of the artifact bit for bit; normalizations take FP16 and compute in float32 (`stash_type` 1). Inputs and
 outputs of the graph keep their types. `compare_halved` reads the written file again: only types may have changed.
+
+`dequantize_graph` takes all quantizers out of a graph; the speed of an engine is measured against such a one.
 """
 
 from __future__ import annotations
@@ -16,17 +18,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from exporters.graph.blocks import DYNAMIC_QUANTIZE
-from exporters.graph.cut import with_floats
-from exporters.graph.findings import LintFindingsError
-from exporters.graph.passes import Change
-from exporters.graph.passes.editing import add_initializer, cast, cast_outputs
+from exporters.graph.between import with_floats
+from exporters.graph.layers import DYNAMIC_QUANTIZE
+from exporters.graph.passes.editing import Change, add_initializer, cast, cast_outputs
 from exporters.graph.produce import float_model
-from fp8pipe.artifact import Gate
-from fp8pipe.artifact.finding import Finding
+from exporters.graph.trace import stored_array
+from fp8pipe.artifact import Gate, none_of
+from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.models.vision.quantized import QuantizedVit
-
-__all__ = ["NotHalf", "compare_halved", "halve", "in_half", "in_single", "refuse_not_half", "stored_arrays"]
 
 _LARGEST: Final = float(np.finfo(np.float16).max)
 _QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear", DYNAMIC_QUANTIZE)
@@ -67,8 +66,9 @@ def halve(model: ir.Model) -> Change:
             changed.append(_halve_stored(value))
     for node in graph:
         _halve_attributes(node)
-        if node not in islands:
-            _retype(node)
+        for value in () if node in islands else node.outputs:
+            if value.dtype == ir.DataType.FLOAT:
+                value.type = ir.TensorType(ir.DataType.FLOAT16)
     _cast_inputs(graph, islands)
     cast_outputs(graph, "half", ir.DataType.FLOAT16)
     return Change("halve", tuple(changed))
@@ -113,22 +113,19 @@ def _split_shared(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
         inside = [(node, index) for node, index in value.uses() if node in islands]
         if value.dtype != ir.DataType.FLOAT or not inside or len(inside) == len(value.uses()):
             continue
-        assert value.const_value is not None
-        twin = add_initializer(graph, f"{value.name}_float", value.const_value.numpy().copy())
+        twin = add_initializer(graph, f"{value.name}_float", stored_array(value).copy())
         for node, index in inside:
             node.replace_input_with(index, twin)
 
 
 def _halve_stored(value: ir.Value) -> str:
-    assert value.const_value is not None
-    array = value.const_value.numpy()
+    array, name = stored_array(value), str(value.name)
     finite = array[np.isfinite(array)]
     exact = any(node.op_type in _QUANTIZERS and index == _SCALE for node, index in value.uses())
     if exact and not np.array_equal(array, array.astype(np.float16).astype(np.float32)):
-        raise NotHalf(str(value.name), "a scale that FP16 does not hold exactly")
+        raise NotHalf(name, "a scale that FP16 does not hold exactly")
     if finite.size and float(np.abs(finite).max()) > _LARGEST and not _is_mask(array):
-        raise NotHalf(str(value.name), f"{float(np.abs(finite).max()):g} is beyond FP16")
-    name = str(value.name)
+        raise NotHalf(name, f"{float(np.abs(finite).max()):g} is beyond FP16")
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     value.const_value = ir.tensor(half, name=name)
@@ -153,20 +150,13 @@ def _halve_attributes(node: ir.Node) -> None:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float16)))
 
 
-def _retype(node: ir.Node) -> None:
-    for value in node.outputs:
-        if value.dtype == ir.DataType.FLOAT:
-            value.type = ir.TensorType(ir.DataType.FLOAT16)
-
-
 def _cast_inputs(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
     """Readers outside the islands get the input in FP16."""
     for value in graph.inputs:
         outside = [(node, index) for node, index in value.uses() if node not in islands]
         if value.dtype != ir.DataType.FLOAT or not outside:
             continue
-        names = f"{value.name}/Cast", f"{value.name}/half"
-        half = cast(graph, outside[0][0], value, ir.DataType.FLOAT16, *names)
+        half = cast(graph, outside[0][0], value, ir.DataType.FLOAT16, f"{value.name}/Cast", f"{value.name}/half")
         for node, index in outside:
             node.replace_input_with(index, half)
 
@@ -198,11 +188,70 @@ def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
                 expected = array if found.dtype == np.float32 else array.astype(np.float16)
             others += int(not np.array_equal(found, expected))
     detail = f"of {len(before)} stored tensors, the written file against the graph before halving"
-    return [
-        Gate(name=name, value=value, detail=detail)
-        for name, value in (
-            ("codes changed by halving", codes),
-            ("scales changed by halving", scales),
-            ("tensors not rounded once to FP16", others),
-        )
-    ]
+    counts = (
+        ("codes changed by halving", codes),
+        ("scales changed by halving", scales),
+        ("tensors not rounded once to FP16", others),
+    )
+    return [none_of(name, count, detail) for name, count in counts]
+
+
+def dequantize_graph(model: ir.Model) -> int:
+    """Replace stored codes by values in their scale's type, and drop quantizers of activations; in place.
+
+    Returns how many DequantizeLinear nodes are gone.
+    """
+    graph, gone = model.graph, 0
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        codes, output = node.inputs[0], node.outputs[0]
+        assert codes is not None
+        producer = codes.producer()
+        if codes.const_value is not None:
+            value = _stored(graph, node)
+        elif producer is not None and producer.op_type == "QuantizeLinear" and producer.inputs[0] is not None:
+            value = _typed(graph, node, _unclipped(producer.inputs[0]))
+        else:
+            continue
+        output.replace_all_uses_with(value)
+        graph.remove(node, safe=True)
+        gone += 1
+    for kind in ("QuantizeLinear", "Clip"):
+        for node in [node for node in graph if node.op_type == kind and not node.outputs[0].uses()]:
+            graph.remove(node, safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        graph.initializers.pop(name)
+    return gone
+
+
+def _stored(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    codes, scale = (stored_array(value) for value in node.inputs[:2])
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    array = (codes.astype(np.float32) * _spread(scale, codes, axis, block)).astype(scale.dtype)
+    return add_initializer(graph, f"{node.name}/value", array)
+
+
+def _spread(scale: Any, codes: Any, axis: int, block: int) -> Any:
+    """One scale per tensor, per channel or per block, in a shape that multiplies the codes."""
+    if block:
+        return np.repeat(scale, block, axis=axis).astype(np.float32)
+    if scale.size == 1:
+        return scale.astype(np.float32)
+    sides = [1] * codes.ndim
+    sides[axis] = scale.size
+    return scale.astype(np.float32).reshape(sides)
+
+
+def _unclipped(value: ir.Value) -> ir.Value:
+    """A Clip that a quantizer alone reads is its range: a part of it."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "Clip" or len(value.uses()) > 1 or producer.inputs[0] is None:
+        return value
+    return producer.inputs[0]
+
+
+def _typed(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """The activation before its quantizer, in the type that the dequantized one has: pixels are float32."""
+    wanted = node.inputs[1].dtype if node.inputs[1] is not None else None
+    if wanted is None or value.dtype == wanted:
+        return value
+    return cast(graph, node, value, wanted, f"{node.name}/Cast", f"{node.name}/cast")

@@ -18,39 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from exporters.graph.between import evaluate
-from exporters.graph.blocks import DOMAIN, DYNAMIC_QUANTIZE
-from exporters.graph.cut import cut_layers, input_name
 from exporters.graph.gates import layer_codes_gate, layer_error_gate, torch_errors
-from exporters.graph.layers import ExportedLayer, Operand
+from exporters.graph.layers import DOMAIN, DYNAMIC_QUANTIZE, ExportedLayer
 from exporters.graph.parity import (
     FLOAT_TOLERANCE,
     INTEGER_TOLERANCE,
     LayerParity,
     compare_layers,
-    exact_outputs,
+    cut_layers,
+    input_name,
     inputs_of,
-    layer_error,
+    judge_layers,
     outputs_of,
 )
 from exporters.graph.trace import ProductKind
 from fp8pipe.artifact import Gate
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockQuantizer
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = [
-    "BLOCK_TOLERANCE", "block_gates", "block_parity", "dynamic_quantize", "evaluate_graph", "product_gates",
-    "typed_gates", "typed_parity",
-]  # fmt: skip
 
 BLOCK_TOLERANCE: Final = 1e-6
 _PATCHES = "/patches"
@@ -71,7 +64,10 @@ def typed_parity(
         source = layer.operands[0].source
         if layer.kind is ProductKind.LINEAR and source is not None and str(source.name).endswith(_PATCHES):
             weight = quantized.model.get_submodule(layer.name).get_parameter("weight")
-            inputs[input_name(source)] = _unfolded(taps[layer.name]["input"], weight.shape[2:]).numpy()
+            kernel = tuple(weight.shape[2:])
+            # `(N, C, H, W)` as `(N, patches, C * h * w)`: one row per patch, channel by channel.
+            rows = functional.unfold(taps[layer.name]["input"], kernel, stride=kernel).transpose(1, 2)
+            inputs[input_name(source)] = rows.contiguous().numpy()
             outputs[layer.label] = outputs[layer.label].flatten(2).transpose(1, 2)
     return compare_layers(model, layers, inputs, outputs, optimize=False)
 
@@ -86,11 +82,6 @@ def product_gates(
     return gates + block_gates(block_parity(model, layers, quantized, pixels))
 
 
-def _unfolded(pixels: Tensor, kernel: Sequence[int]) -> Tensor:
-    """`(N, C, H, W)` as `(N, patches, C * h * w)`: one row per patch, channel by channel."""
-    return torch.nn.functional.unfold(pixels, tuple(kernel), stride=tuple(kernel)).transpose(1, 2).contiguous()
-
-
 def typed_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLERANCE) -> list[Gate]:
     """Codes and outputs of all layers; `FLOAT_TOLERANCE` where some do not add up in float64."""
     errors = {layer.layer: layer.error for layer in report}
@@ -99,14 +90,9 @@ def typed_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLERA
 
 
 def dynamic_quantize(x: Any, tensor_scale: Any) -> tuple[Any, Any]:
-    """What TRT_FP4DynamicQuantize gives for blocks of 16 along the last axis.
+    """What TRT_FP4DynamicQuantize gives for blocks of 16 along the last axis of a float array `(..., n)`.
 
-    Args:
-        x: numpy float array `(..., n)`.
-        tensor_scale: numpy scalar.
-
-    Returns:
-        Codes `(..., n)` float4_e2m1fn and block scales `(..., n / 16)` float8_e4m3fn.
+    Codes are `(..., n)` float4_e2m1fn, block scales `(..., n / 16)` float8_e4m3fn.
     """
     import ml_dtypes
 
@@ -127,19 +113,9 @@ def block_parity(
     if not chosen:
         return []
     taps = quantized.taps(pixels)
-    inputs, in_torch = inputs_of(quantized, chosen, taps), outputs_of(chosen, taps)
-    found, exact = _evaluate(model, chosen, inputs), exact_outputs(chosen, inputs)
-    report = []
-    for layer in chosen:
-        codes, differing = _count(layer.operands[0], inputs)
-        report.append(
-            LayerParity(
-                layer=layer.label, codes=codes, differing_codes=differing, integer=False,
-                error=layer_error(torch.from_numpy(found[str(layer.output.name)]), exact[layer.label]),
-                torch_error=layer_error(in_torch[layer.label], exact[layer.label]),
-            )
-        )  # fmt: skip
-    return report
+    inputs = inputs_of(quantized, chosen, taps)
+    found = evaluate_graph(cut_layers(model, chosen, wide=True), inputs)
+    return judge_layers(chosen, inputs, found, outputs_of(chosen, taps), lambda layer: _count(layer, inputs))
 
 
 def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
@@ -156,21 +132,11 @@ def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
     ]
 
 
-def _evaluate(model: ir.Model, layers: Sequence[ExportedLayer], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers' outputs by their names, one node after the other."""
+def evaluate_graph(graph: Path | bytes, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs by name of a graph with NVFP4 operators, which ONNX Runtime does not have, node by node; slow."""
     import onnx
 
-    return _run(onnx.load_model_from_string(cut_layers(model, layers, wide=True)), inputs)
-
-
-def evaluate_graph(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs by name of a whole graph with NVFP4 operators, which ONNX Runtime does not have; slow."""
-    import onnx
-
-    return _run(onnx.load(path), inputs)
-
-
-def _run(proto: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    proto = onnx.load_model_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)
     return evaluate(proto, inputs, [_operator()])
 
 
@@ -186,8 +152,9 @@ def _operator() -> Any:
     return type(DYNAMIC_QUANTIZE, (OpRun,), {"op_domain": DOMAIN, "_run": run})
 
 
-def _count(operand: Operand, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    """Codes and block scales of an activation: how many, and how many differ between torch and numpy."""
+def _count(layer: ExportedLayer, inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Codes and block scales of a layer's activation: how many, and how many differ between torch and numpy."""
+    operand = layer.operands[0]
     if not isinstance(operand.quantizer, BlockQuantizer) or operand.source is None:
         return 0, 0
     x = inputs[input_name(operand.source)]

@@ -24,16 +24,8 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.machine import distribution_version
 
-__all__ = [
-    "DISTRIBUTIONS", "PACKED_SUFFIX", "EngineRecipe", "cache_folder", "installed_builder", "pack_engine",
-    "unpack_engine",
-]  # fmt: skip
-
 # Distributions that hold each builder; the first that is installed counts.
-DISTRIBUTIONS = {
-    "rtx": ("tensorrt-rtx",),
-    "enterprise": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-}
+DISTRIBUTIONS = {"rtx": ("tensorrt-rtx",), "enterprise": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")}
 PACKED_SUFFIX: Final = ".xz"
 # The text is found at every level; higher ones take seconds per megabyte for what is left, the codes.
 _PRESET: Final = 1

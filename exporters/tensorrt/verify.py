@@ -1,30 +1,38 @@
-"""Checks on exports of vision models to TensorRT, and on the engines beside a graph."""
+"""Checks on exports to TensorRT: of vision models, of language models, and on the engines beside a graph."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from exporters.tensorrt.engines import ENGINES, LAYERS_FILE, MODEL_FILE
-from exporters.tensorrt.formats import in_format
-from exporters.tensorrt.graph import typed_graph
+import onnx_ir as ir
+
+from exporters.graph.formats import MODEL_FILE
+from exporters.graph.layers import ExportedLayer, read_layers
+from exporters.tensorrt.engines import ENGINES, LAYERS_FILE
+from exporters.tensorrt.graph import in_format, typed_graph
 from exporters.tensorrt.half import halve
+from exporters.tensorrt.language.export import SCALES_FILE
+from exporters.tensorrt.language.graph import decoder_graph
+from exporters.tensorrt.language.reopen import number_gates
+from exporters.tensorrt.language.source import open_language
+from exporters.tensorrt.language.target import InputScale, LanguageExportOptions, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
-from exporters.tensorrt.options import Base, TrtFormat
-from exporters.tensorrt.target import BuiltEngine, TrtDetails
-from exporters.verify.common import compare_json
-from exporters.verify.graph_export import GraphChecks, check_vision_graph
-from fp8pipe.artifact import Artifact, LayerRecord, sha256_file
+from exporters.tensorrt.target import Base, BuiltEngine, TrtDetails, TrtFormat
+from exporters.verify.common import compare_files, compare_json, failed_gates
+from exporters.verify.graph_export import (
+    GraphChecks,
+    check_file,
+    check_vision_graph,
+    compare_graphs,
+    compare_stored,
+    other_versions,
+)
+from fp8pipe.artifact import Artifact, sha256_file
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.models.vision.encodings import layer_records
-from fp8pipe.models.vision.quantized import QuantizedVit
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = ["check_engines", "check_trt"]
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
+from fp8pipe.models.vision.quantized import QuantizedVit, layer_records
 
 
 def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
@@ -38,12 +46,9 @@ def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iter
             halve(graph)
         return graph
 
-    def records(quantized: QuantizedVit) -> list[LayerRecord]:
-        return layer_records(in_format(quantized, format), activations=not format.weight_only)
-
     checks = GraphChecks(
         lint=lambda path: lint_file(path, tuple(details.engines)).errors(require=require), readable=not half,
-        remake=remake, records=records,
+        remake=remake, records=lambda q: layer_records(in_format(q, format), activations=not format.weight_only),
     )  # fmt: skip
     yield from check_vision_graph(artifact, parent, notes, checks)
     yield from check_engines(artifact, details.engines, details.products)
@@ -54,10 +59,7 @@ def check_engines(
 ) -> Iterator[Finding]:
     """Engines in the manifest, in `layers.json` and on the disk: each must be of this graph.
 
-    Args:
-        artifact: the export.
-        engines: as the manifest lists them.
-        products: of the graph, where the manifest lists them.
+    `engines` and `products` of the graph are as the manifest lists them.
     """
     listed = {entry.path for entry in artifact.manifest.files}
     graph = sha256_file(artifact.root / MODEL_FILE)
@@ -83,3 +85,38 @@ def check_engines(
         if products and sum(entry.precisions.values()) != len(products):
             why = f"{sum(entry.precisions.values())} products; the graph has {len(products)}"
             yield Finding(Check.MANIFEST, f"{LAYERS_FILE} for {capability}", why)
+
+
+def check_language(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
+    """An export of a language model for TensorRT: the graph's file, its engines, and everything against the parent."""
+    engines = artifact.manifest.details_of(TrtLanguageDetails).engines
+    require = bool(artifact.manifest.config.get("require", True))
+    model = yield from check_file(
+        artifact, lambda path: lint_file(path, tuple(engines)).errors(require=require), readable=True
+    )
+    if model is None:
+        return
+    yield from check_engines(artifact, engines, None)
+    if parent is not None:
+        yield from _compare_decoder(artifact, model, read_layers(model), parent, notes)
+
+
+def _compare_decoder(
+    artifact: Artifact, model: ir.Model, layers: tuple[ExportedLayer, ...], parent: Path, notes: list[str]
+) -> Iterator[Finding]:
+    """Codes, scales and floats; the graph; tokenizer and configuration."""
+    source = open_language(parent)
+    stored = json.loads((artifact.root / SCALES_FILE).read_text(encoding="utf-8"))
+    scales = {name: InputScale.model_validate(scale) for name, scale in stored.items()}
+    yield from failed_gates(number_gates(layers, model, source, scales))
+    names = (Path("config.json"), *sidecar_files(artifact.root, SERVED_FILES))
+    yield from compare_files(artifact.root, parent, names, (Path("config.json"), *sidecar_files(parent, SERVED_FILES)))
+    options = LanguageExportOptions.model_validate(artifact.manifest.config)
+    graph = decoder_graph(source, {n: s.scale for n, s in scales.items()}, options.base, cache=options.cache)
+    expected = ir.from_proto(ir.to_proto(graph.model))
+    other = other_versions(artifact, ("torch", "transformers", "onnxscript", "onnx-ir"))
+    found = [*compare_stored(model, expected), *compare_graphs(model, expected)]
+    if other and found:
+        notes.append(f"{len(found)} differences from a graph made here are not judged: {other}")
+    else:
+        yield from found

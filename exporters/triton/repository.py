@@ -6,6 +6,14 @@
 
 Triton does not prepare pictures: clients send what `preprocessing.json` of the export describes. That file is copied
 beside the configuration, and the manifest too, so that a served model can be traced to its artifact.
+
+What a graph computes may not depend on settings that Triton does not pass on. Its ONNX Runtime backend hands one
+session entry to the runtime (an allocator's) and no list of optimizers (`ModelState` in its src/onnxruntime.cc,
+2026-06). Under the runtime's defaults integer sums saturate on x64 processors without VNNI, a classifier runs in float,
+and activations beside INT4 weights are rounded to 8 bits, all without a word. So for CPUs the graph is written as the
+optimizer leaves it under the export's own settings: integer operators stand in it, and no default turns them into
+others. Then both are run, the export as it was proved and the new file as Triton will run it, and must agree in every
+bit.
 """
 
 from __future__ import annotations
@@ -14,17 +22,88 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from exporters.graph.details import GraphDetails, GraphInput
+import numpy as np
+
+from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, GraphDetails
+from exporters.graph.runtime import PRECISION_MODE, has_vnni, import_onnx_package, open_session
 from exporters.target import call, open_export
-from exporters.triton.graph import TritonDevice, write_graph
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Artifact, open_artifact, sha256_file, translate_disk_full
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk
 
-_MODEL, _CLASSES, _PREPROCESSING = "model.onnx", "classes.json", "preprocessing.json"
+_IMAGES: Final = 4
+# Three times what normalized pixels are: many activations at the ends of their ranges, where sums are largest.
+_PIXEL_SPREAD: Final = 3.0
+
+
+class TritonDevice(StrEnum):
+    """Where Triton is to compute."""
+
+    CPU = "cpu"
+    CPU_VNNI = "cpu-vnni"
+    GPU = "gpu"
+
+
+def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mapping[str, str]) -> int:
+    """Write the graph of an ONNX export for a device; the number of outputs per image.
+
+    `CPU` computes the same on any processor; `CPU_VNNI` about twice as fast on one that has VNNI; `GPU` takes the Q/DQ
+    graph as it is. `entries` are the session entries that the export was proved with.
+
+    Raises:
+        BadArtifactError: ONNX Runtime refuses the graph, or its outputs have no fixed number.
+        GateFailedError: the two differ in a bit.
+        MissingCapabilityError: a graph for VNNI cannot be compared on a processor without it.
+    """
+    proved = open_session(source)
+    width = proved.get_outputs()[0].shape[-1]
+    if not isinstance(width, int) or width < 1:
+        raise BadArtifactError(f"{source} has no fixed number of outputs", why="Triton needs one", fix="export again")
+    if device is TritonDevice.GPU:
+        shutil.copyfile(source, target)
+        return width
+    if device is TritonDevice.CPU_VNNI:
+        if not has_vnni():
+            raise MissingCapabilityError(
+                "a graph for VNNI cannot be compared with the export here", why="this processor has no VNNI",
+                fix="write it on a machine like Triton's, or leave --device at cpu, which is right on any",
+            )  # fmt: skip
+        entries = {name: value for name, value in entries.items() if name != PRECISION_MODE}
+    _optimize(source, target, entries)
+    _compare(proved, _as_triton(target), target)
+    return width
+
+
+def _optimize(source: Path, target: Path, entries: Mapping[str, str]) -> None:
+    open_session(source, write_to=target, portable=True, entries=entries)
+
+
+def _as_triton(path: Path) -> Any:
+    """A session as Triton's backend makes one: every optimization, no entries."""
+    runtime = import_onnx_package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _compare(proved: Any, written: Any, path: Path) -> None:
+    source = proved.get_inputs()[0]
+    pixels = np.random.default_rng(0).normal(0.0, _PIXEL_SPREAD, (_IMAGES, *source.shape[1:])).astype(np.float32)
+    expected, found = (session.run(None, {source.name: pixels})[0] for session in (proved, written))
+    differing = int((expected.view(np.uint32) != found.view(np.uint32)).sum())
+    if differing:
+        raise GateFailedError(
+            f"{path.name} for Triton does not compute what the export does",
+            why=f"{differing} of {expected.size} outputs of {_IMAGES} random images differ in a bit",
+            fix="nothing was written; report this with the version of onnxruntime",
+        )
+
+
+_PREPROCESSING = "preprocessing.json"
 _MAX_BATCH = 32
 
 
@@ -33,11 +112,9 @@ def write_triton_repository(
 ) -> Path:
     """Write the repository; the folder of the model in it.
 
-    Args:
-        export: one whose target says how (`Service.repository`).
-        output: the repository; may exist, and may hold other models.
-        device: of a vision export, see `write_graph`; vLLM chooses its own.
-        max_model_len: context of a language model, tokens; vLLM's choice when None.
+    The target of the export says how (`Service.repository`); `output` may exist, and may hold other models. `device` is
+    that of a vision export, see `write_graph`; vLLM chooses its own. `max_model_len` is the context of a language
+    model, tokens; vLLM's choice when None.
 
     Raises:
         BadArtifactError: the export's files are not those of its manifest, or it is of another kind.
@@ -66,28 +143,17 @@ def write_triton_repository(
 
 def write_vision(artifact: Artifact, root: Path, name: str, device: TritonDevice, max_model_len: int | None) -> str:
     """The files of a graph, and its config.pbtxt."""
-    graph = root / "1" / _MODEL
-    width = write_graph(artifact.root / _MODEL, graph, device, artifact.manifest.runtime.get("session_entries", {}))
-    labels = _labels(artifact.root / _CLASSES)
+    graph = root / "1" / MODEL_FILE
+    width = write_graph(artifact.root / MODEL_FILE, graph, device, artifact.manifest.runtime.get("session_entries", {}))
+    labels = _labels(artifact.root / CLASSES_FILE)
     if labels is not None:
         (root / "labels.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
     if (artifact.root / _PREPROCESSING).is_file():
         shutil.copyfile(artifact.root / _PREPROCESSING, root / _PREPROCESSING)
     details = artifact.manifest.details_of(GraphDetails)
+    dims = ", ".join(str(int(size)) for size in details.input.shape[1:])
+    label = "" if labels is None else '\n    label_filename: "labels.txt"'
     parameters = {"fp8pipe_artifact": artifact.digest, "fp8pipe_graph": f"sha256:{sha256_file(graph)}"}
-    return _onnx_config(
-        name, details.input, details.output.name, width, labelled=labels is not None, device=device,
-        parameters=parameters,
-    )  # fmt: skip
-
-
-def _onnx_config(
-    name: str, source: GraphInput, result: str, width: int, *, labelled: bool, device: TritonDevice,
-    parameters: Mapping[str, str],
-) -> str:  # fmt: skip
-    dims = ", ".join(str(int(size)) for size in source.shape[1:])
-    label = '\n    label_filename: "labels.txt"' if labelled else ""
-    kind = "KIND_GPU" if device is TritonDevice.GPU else "KIND_CPU"
     said = "".join(_parameter(key, value) for key, value in parameters.items())
     return f"""# Written from the export's manifest, for --device {device.value}.
 name: {_quoted(name)}
@@ -95,19 +161,19 @@ backend: "onnxruntime"
 max_batch_size: {_MAX_BATCH}
 input [
   {{
-    name: {_quoted(source.name)}
+    name: {_quoted(details.input.name)}
     data_type: TYPE_FP32
     dims: [ {dims} ]
   }}
 ]
 output [
   {{
-    name: {_quoted(result)}
+    name: {_quoted(details.output.name)}
     data_type: TYPE_FP32
     dims: [ {width} ]{label}
   }}
 ]
-instance_group [ {{ kind: {kind} }} ]
+instance_group [ {{ kind: {"KIND_GPU" if device is TritonDevice.GPU else "KIND_CPU"} }} ]
 dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
 {said}"""
 
@@ -170,5 +236,5 @@ def _repository_peak(artifact: Artifact, device: TritonDevice) -> int | None:
         meter.enter("graph")
         if isinstance(artifact.manifest.details, GraphDetails):
             entries = artifact.manifest.runtime.get("session_entries", {})
-            write_graph(artifact.root / _MODEL, Path(scratch) / _MODEL, device, entries)
+            write_graph(artifact.root / MODEL_FILE, Path(scratch) / MODEL_FILE, device, entries)
     return meter.phases["graph"].peak_bytes

@@ -11,15 +11,6 @@ from typing import Any
 from fp8pipe.artifact import Artifact, Gate, LayerRecord
 from fp8pipe.artifact.finding import Check, Finding
 
-__all__ = [
-    "compare_files",
-    "compare_gates",
-    "compare_json",
-    "compare_layers",
-    "failed_gates",
-    "lint_findings",
-]
-
 
 def lint_findings(findings: Iterable[Finding]) -> Iterator[Finding]:
     """A linter's findings, as findings of the check `lint`, the rule in brackets."""
@@ -35,24 +26,17 @@ def failed_gates(gates: Sequence[Gate]) -> Iterator[Finding]:
 
 
 def compare_gates(artifact: Artifact, again: Sequence[Gate]) -> Iterator[Finding]:
-    """What the manifest says of gates, against the same gates asked again.
-
-    Args:
-        artifact: with its manifest.
-        again: gates whose values follow from the files alone.
-    """
+    """What the manifest says of gates, against the same gates asked again: those that follow from the files alone."""
     recorded = {gate.name: gate for gate in artifact.manifest.gates}
     for gate in again:
         old = recorded.get(gate.name)
         if old is None:
             yield Finding(Check.MANIFEST, f"gate {gate.name}", "the manifest does not hold it")
-        elif _judged(old) != _judged(gate) or not _close(old.value, gate.value):
+            continue
+        judged = [(one.comparison, one.threshold, one.passed) for one in (old, gate)]
+        if judged[0] != judged[1] or not _close(old.value, gate.value):
             why = f"the manifest says {old.numbers}; asked again it is {gate.numbers}"
             yield Finding(Check.MANIFEST, f"gate {gate.name}", why)
-
-
-def _judged(gate: Gate) -> tuple[str, float, bool]:
-    return gate.comparison, gate.threshold, gate.passed
 
 
 def _close(recorded: float | None, again: float | None) -> bool:
@@ -80,8 +64,8 @@ def compare_json(found: Any, expected: Any, where: str, path: str = "") -> Itera
         if sorted(found) != sorted(expected) and set(found) == set(expected):
             yield Finding(Check.MANIFEST, where, f"{path} names something twice")
     elif found != expected:
-        yield Finding(Check.MANIFEST, where, f"{path or 'its content'} is {_short(found)}; expected "
-                          f"{_short(expected)}")  # fmt: skip
+        why = f"{path or 'its content'} is {_short(found)}; expected {_short(expected)}"
+        yield Finding(Check.MANIFEST, where, why)
 
 
 def _short(value: Any) -> str:
@@ -107,21 +91,15 @@ def compare_layers(found: Sequence[LayerRecord], expected: Sequence[LayerRecord]
 
 def _stored(layer: LayerRecord, bits: bool) -> str:
     """What files show of a layer, with its bits or without: not where its scales come from."""
-    width = f"{layer.weight.bits}-bit " if layer.weight is not None and bits else ""
-    weight = "floats" if layer.weight is None else f"{width}{layer.weight.format} codes"
-    per = "" if layer.weight is None else f", {layer.weight.granularity}"
-    return f"{weight}{per}, shape {layer.shape}"
+    weight = layer.weight
+    if weight is None:
+        return f"floats, shape {layer.shape}"
+    width = f"{weight.bits}-bit " if bits else ""
+    return f"{width}{weight.format} codes, {weight.granularity}, shape {layer.shape}"
 
 
 def compare_files(root: Path, source: Path, names: Iterable[Path], expected: Iterable[Path]) -> Iterator[Finding]:
-    """Files that travel with weights: the same ones, byte for byte.
-
-    Args:
-        root: the export.
-        source: its parent.
-        names: those in the export, relative.
-        expected: those in the parent, relative.
-    """
+    """Files that travel with weights: `names` in the export `root`, and byte for byte `expected` in its parent."""
     there, wanted = set(names), set(expected)
     for name in sorted(there | wanted):
         if name not in wanted:

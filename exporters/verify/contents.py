@@ -1,25 +1,27 @@
-"""Which checks an artifact gets: those of its export target, or of what training and quantization leave."""
+"""Checks of an artifact's contents: those of its export target, or here those of what tuning and quantization leave."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from safetensors import SafetensorError
 
-from exporters.graph.findings import LintFindingsError
+from exporters.graph.formats import OnnxFormat
+from exporters.graph.lint import lint_model
 from exporters.target import Reference, call, target_of
-from exporters.verify.common import lint_findings
+from exporters.verify.common import compare_json, compare_layers, lint_findings
+from exporters.vllm.export import plan_export
+from exporters.vllm.lint import lint
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from exporters.vllm.verify import stray_weights, unexpected_tensors
 from fp8pipe.artifact import Artifact
-from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND
+from fp8pipe.artifact.finding import Check, Finding, LintFindingsError
+from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, TunedDetails
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-
-__all__ = ["check_contents"]
-
-_CHECKS: Final[dict[str, Reference]] = {
-    **dict.fromkeys(TUNED_KINDS, "exporters.verify.tuned:check_tuned"), VIT_KIND: "exporters.verify.vit:check_vit",
-}  # fmt: skip
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE
+from fp8pipe.models.vision.quantized import layer_records, load_quantized
+from fp8pipe.numerics.kinds import Kind, granularity
 
 
 def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Finding], list[str]]:
@@ -32,8 +34,9 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
     Returns:
         findings, and notes on what could not be checked.
     """
+    checks: dict[str, Reference] = {**dict.fromkeys(TUNED_KINDS, _check_tuned), VIT_KIND: _check_vit}
     target = target_of(artifact.kind)
-    check = _CHECKS.get(artifact.kind) if target is None else target.verify
+    check = checks.get(artifact.kind) if target is None else target.verify
     if check is None:
         return [], [f"contents not checked: no check is known for the kind {artifact.kind!r}"]
     findings: list[Finding] = []
@@ -53,3 +56,53 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
         why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         findings.append(Finding(Check.REOPEN, artifact.kind, f"its files do not fit each other: {why}"))
     return findings, notes
+
+
+def _check_vit(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
+    """An artifact of `quantize-vit`."""
+    quantized = load_quantized(artifact.root)
+    yield from lint_findings(lint_model(quantized, OnnxFormat.QDQ, runtime=False))
+    manifest = artifact.manifest
+    if manifest.preprocessing is not None:
+        found = quantized.preprocessing.model_dump(mode="json")
+        yield from compare_json(found, manifest.preprocessing, PREPROCESSING_FILE)
+    if manifest.layers:
+        yield from compare_layers(manifest.layers, layer_records(quantized))
+    kinds = {weight.kind for weight in quantized.weights.values()}
+    kind = next((kind for kind in (Kind.NVFP4, Kind.E4M3) if kind in kinds), Kind.INT)
+    stated = manifest.number_format
+    if stated is not None and stated.granularity != granularity(kind):
+        why = f"the manifest says {stated.granularity}; the files hold {kind} codes, {granularity(kind)}"
+        yield Finding(Check.MANIFEST, "number_format", why)
+
+
+def _check_tuned(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
+    """An artifact of `finetune`: values, shapes, adapter, and what the manifest says of its layers."""
+    plan = plan_export(artifact.root, VllmExportOptions(format=ExportFormat.BF16))  # the rules of any format
+    yield from lint_findings(lint(plan))
+    yield from unexpected_tensors(plan.source.tensors, plan.structure)
+    yield from stray_weights(artifact.root, plan.source.tensors, ("adapter.safetensors",))
+    # What the manifest says of layers, orientation, shapes and number format.
+    manifest, tensors = artifact.manifest, plan.source.tensors
+    coded = {name.removesuffix(".weight") for name, entry in tensors.items() if entry.dtype == "F8_E4M3"}
+    stated = {layer.name for layer in manifest.layers if layer.converted}
+    for name in sorted(coded ^ stated):
+        why = "holds FP8 codes, and the manifest does not say so" if name in coded else "holds no FP8 codes"
+        yield Finding(Check.MANIFEST, name, why)
+    transposed = {name.removesuffix(".weight") for name in manifest.details_of(TunedDetails).transposed}
+    for unit in plan.units:
+        stem = unit.entry.name.removesuffix(".weight")
+        if stem in coded and unit.transposed != (stem in transposed):
+            why = f"the manifest says transposed={stem in transposed}, the model says {unit.transposed}"
+            yield Finding(Check.MANIFEST, unit.entry.name, why)
+    shapes = {layer.name: layer.shape for layer in manifest.layers if layer.shape is not None}
+    for name in sorted(coded & shapes.keys()):
+        shape = tensors[f"{name}.weight"].shape
+        if shapes[name] not in (shape, shape[::-1]):
+            yield Finding(Check.MANIFEST, name, f"the manifest says shape {shapes[name]}, it is {shape}")
+    if (manifest.number_format is None) != (not coded):
+        stated_format = manifest.number_format.name if manifest.number_format else "no number format"
+        why = f"the manifest says {stated_format}; {len(coded)} layers hold FP8 codes"
+        yield Finding(Check.MANIFEST, "number_format", why)
+    elif manifest.number_format is not None and manifest.number_format.name != "e4m3":
+        yield Finding(Check.MANIFEST, "number_format", f"{manifest.number_format.name}; the files hold e4m3")

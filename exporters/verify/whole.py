@@ -1,4 +1,7 @@
-"""Everything about a directory in one call: bytes, records, parents, contents."""
+"""Everything about a directory in one call: bytes, records, parents, contents.
+
+Parents are found by digest among artifacts that are at hand, never by the path that is noted.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporters.verify.contents import check_contents
-from exporters.verify.parents import Family
-from fp8pipe.artifact import FileEntry
-from fp8pipe.artifact.tree import Tree
-from fp8pipe.artifact.verify import Checked, check_bytes, check_record
-
-__all__ = ["verify_tree"]
+from exporters.vllm.source import open_source
+from fp8pipe.artifact import Artifact, FileEntry, Parent, read_manifest
+from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.artifact.verify import Checked, Tree, check_bytes, check_record, find_parent, find_tree
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 
 def verify_tree(
@@ -44,18 +46,68 @@ def verify_tree(
         findings, notes = check_record(path, artifacts)
         checked.findings += [replace(f, artifact=tree.name_of(path)) for f in findings]
         checked.notes += notes
-    family = Family(checked.artifacts, parents)
+    family = _Family(checked.artifacts, parents)
     compared = []
     for artifact in checked.artifacts:
-        found, shown = family.parents_of(artifact), tree.name_of(artifact.root)
-        findings, notes = found.findings, found.notes
+        shown = tree.name_of(artifact.root)
+        parent, findings, notes = family.parents_of(artifact)
         if artifact.root in checked.damaged:
-            notes = [*notes, "its bytes are damaged, so its contents were not looked at"]
+            notes.append("its bytes are damaged, so its contents were not looked at")
         elif not quick:
-            parent = None if found.path in checked.damaged else found.path
+            parent = None if parent in checked.damaged else parent
             compared += [(shown, str(parent))] if parent is not None else []
             inner, more = check_contents(artifact, parent)
-            findings, notes = [*findings, *inner], [*notes, *more]
+            findings, notes = findings + inner, notes + more
         checked.findings += [replace(f, artifact=shown) for f in findings]
         checked.notes += [f"{shown}: {note}" for note in notes]
     return checked, compared
+
+
+class _Family:
+    """Artifacts and models among which parents are looked for: those of the verified tree, and those at `places`."""
+
+    def __init__(self, artifacts: Sequence[Artifact], places: Sequence[Path]) -> None:
+        self.known = list(artifacts)
+        self.named: list[Artifact] = []
+        self.models: dict[str, Path] = {}
+        for place in places:
+            tree = find_tree(place)
+            found = [Artifact(root, read_manifest(root)) for root in tree.artifacts]
+            self.known += found
+            if found and found[0].root == tree.root:
+                self.named += found
+            if not found:
+                try:
+                    self.models[open_source(place).parent.digest] = place
+                except (ConfigurationError, BadArtifactError) as error:
+                    raise ConfigurationError(
+                        f"{place} holds no parent", why=f"neither an artifact nor a model: {error.why or error.what}",
+                        fix="give the artifact or model that was exported",
+                    ) from error  # fmt: skip
+
+    def parents_of(self, artifact: Artifact) -> tuple[Path | None, list[Finding], list[str]]:
+        """Look for every parent that the manifest names.
+
+        Returns:
+            directory of the first that is at hand, findings (one of that name, of another digest), and what is missing.
+        """
+        path: Path | None = None
+        findings, notes = [], []
+        for parent in artifact.manifest.parents:
+            if parent.digest in self.models:
+                path = path or self.models[parent.digest]
+                continue
+            known, finding, note = find_parent(artifact, parent, self.known)
+            finding = finding or (self._other(artifact, parent) if known is None else None)
+            findings += [finding] if finding is not None else []
+            notes += [note] if note and finding is None else []
+            path = path or (None if known is None else known.root)
+        return path, findings, notes
+
+    def _other(self, artifact: Artifact, parent: Parent) -> Finding | None:
+        """An artifact that was named as the parent, is of its kind, and is another one."""
+        others = [named for named in self.named if named.kind == parent.kind and named.root != artifact.root]
+        if not others:
+            return None
+        why = f"the manifest names {parent.kind} {parent.digest}; {others[0].root.name} has {others[0].digest}"
+        return Finding(Check.PARENT, others[0].root.name, why)

@@ -1,8 +1,9 @@
-"""Find the Python that has vLLM, and say what it holds.
+"""The Python that has vLLM, what it holds, and its processes: how one is ended, and what its end means.
 
 vLLM pins torch and transformers exactly, so it usually lives in its own environment and is only ever started as
 a subprocess; where one environment holds both, the current interpreter serves. Versions are read from package
-metadata: importing vLLM takes seconds.
+metadata: importing vLLM takes seconds. An engine runs in a session of its own, so that everything it starts ends with
+it. vLLM is talkative: only the last lines of its output are shown.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, Fp8PipeError, MissingCapabilityError, OutOfMemoryError
 
 PYTHON_VARIABLE = "FP8PIPE_VLLM_PYTHON"
 _FOLDER = Path(".venv-vllm") / "bin" / "python"
@@ -112,3 +115,51 @@ def subprocess_environment(**more: str) -> dict[str, str]:
     env = {**off, **cache, "TOKENIZERS_PARALLELISM": "false", **os.environ, **more}
     env.pop("PYTHONPATH", None)  # fp8pipe's own packages have no business in vLLM's interpreter
     return env
+
+
+def end_group(process: subprocess.Popen[bytes], grace_s: float = 5.0) -> None:
+    """End a process that leads its own session, and all that it started: politely, then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            break
+        if _wait_for_group(process, grace_s):
+            break
+    process.poll()
+
+
+def _wait_for_group(process: subprocess.Popen[bytes], grace_s: float) -> bool:
+    """Whether nothing of the group is left within `grace_s`."""
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline:
+        process.poll()  # reaps the leader, which would count as alive otherwise
+        try:
+            os.killpg(process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """The end of a log, for a message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() if log.is_file() else []
+    return "\n".join(lines[-count:]) or "(it printed nothing)"
+
+
+def engine_failure(what: str, code: int, log: Path) -> Fp8PipeError:
+    """The error for an engine that ended with `code` after writing `log`."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    why = f"exit status {code}; its last lines:\n{last_lines(log)}"
+    if code == -signal.SIGKILL or "MemoryError" in text or "can't allocate memory" in text:
+        return OutOfMemoryError(what, why=why, fix="free memory, or use a machine with more")
+    if "UntestedVersionError" in text:
+        return MissingCapabilityError(
+            what, why=why, fix="install the vLLM version that the plugin names (scripts/setup_vllm.sh does)"
+        )
+    if "ModuleNotFoundError" in text or "ImportError" in text:
+        return MissingCapabilityError(what, why=why, fix="run scripts/setup_vllm.sh to complete vLLM's environment")
+    return BadArtifactError(
+        what, why=why, fix="check the export with `fp8pipe verify`; the lines above are vLLM's own words"
+    )

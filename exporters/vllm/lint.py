@@ -1,67 +1,105 @@
 """The gate before writing: every rule runs, and every finding is kept.
 
-Rules on names and shapes are in `lint_structure`. Here are those that look at the numbers: one pass over the source,
-one tensor in memory at a time.
+Some rules look at the numbers: one pass over the source, one tensor in memory at a time. Others need names, shapes and
+the model's structure alone, and predict what the engine will do with the checkpoint: which layers it fuses, which names
+it asks for, which it leaves unquantized. A checkpoint that loads and then serves noise is the failure they exist for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from exporters.vllm.lint_structure import found, lint_structure
-from exporters.vllm.plan import ExportPlan, Unit, tied_original
+from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_siblings, tied_original
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
+from fp8pipe.models.language.structure import Role
 from fp8pipe.numerics.grids import E4M3, same_bits
 
-ADAPTER_FILE = "adapter.safetensors"
+_ADAPTER_FILE: Final = "adapter.safetensors"
 # A weight matrix whose largest magnitude exceeds this, while the reciprocal scale would put it below
-# `PLAUSIBLE_AMAX`, was stored with a quantizing scale (448/amax): trained weights stay far below 100.
-IMPLAUSIBLE_AMAX = 1000.0
-PLAUSIBLE_AMAX = 448.0
-# Elements looked at together, so that masks of a large embedding stay small.
-CHUNK = 1 << 24
+# the plausible one, was stored with a quantizing scale (448/amax): trained weights stay far below 100.
+_IMPLAUSIBLE_AMAX: Final = 1000.0
+_PLAUSIBLE_AMAX: Final = 448.0
+_CHUNK: Final = 1 << 24  # elements looked at together, so that masks of a large embedding stay small
+_USE_BF16: Final = "export with --format bf16"
+_WRITE_AGAIN: Final = "write the artifact again"
+_OTHER_CONFIG: Final = "use the config.json that belongs to these weights"
+_FIXES: Final = {
+    "orphan-scale": _WRITE_AGAIN,
+    "adapter-not-flushed": "finish the run so that the buffer is merged into the weights",
+    "nothing-quantized": _USE_BF16,
+    "unknown-matrix": _USE_BF16,
+    "weight-format": _WRITE_AGAIN,
+    "missing-scale": _WRITE_AGAIN,
+    "weight-shape": _OTHER_CONFIG,
+    "tied-missing": "complete the checkpoint",
+    "not-linear": _USE_BF16,
+    "dimension-multiple": _USE_BF16,
+    "fused-group": "convert all parts of the group or none, or " + _USE_BF16,
+    "ignore-incomplete": "add the module to the ignore list",
+    "ignore-stale": "remove it from the ignore list",
+    "transposed-weight": _USE_BF16,
+    "orientation": _OTHER_CONFIG,
+    "scale-shape": _WRITE_AGAIN,
+    "missing-weight": "complete the checkpoint, or correct tie_word_embeddings in config.json",
+    "engine-leaves-unquantized": "keep this layer out of the conversion, or " + _USE_BF16,
+    "ignore-wrong": "remove it from the ignore list",
+    "scale-not-finite": _WRITE_AGAIN,
+    "scale-not-positive": _WRITE_AGAIN,
+    "scale-reciprocal": "store amax/448 (dequantized = code * scale), not 448/amax",
+    "nan-code": "train again: a weight became NaN",
+    "tied-differs": "set tie_word_embeddings to false in config.json, or remove the wrong copy",
+    "not-finite": "repair or retrain the model",
+}
+
+
+def _found(rule: str, tensor: str, why: str) -> Finding:
+    """A finding with its rule's fix."""
+    return Finding(rule, tensor, why, _FIXES[rule])
 
 
 def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[Finding]:
     """All findings, those of structure first; reads the source once, and calls `advance` once per tensor."""
-    findings = lint_structure(plan)
+    rules = [_scales, _adapter_state, _shapes, _tied_is_stored]
+    if plan.options.format.quantized:
+        rules += [_something_quantized, _known_names, _placement, _dimensions, _fused, _ignore, _transposed]
+    findings = [finding for rule in rules for finding in rule(plan)]
     for unit in (*plan.units, *plan.dropped):
-        findings += _unit(unit)
+        findings += _values(unit)
         advance()
     return [*findings, *_tied(plan), *_adapter(plan)]
 
 
-def _unit(unit: Unit) -> Iterator[Finding]:
+def _values(unit: Unit) -> Iterator[Finding]:
     if unit.entry.dtype == "F8_E4M3":
         nan_codes = _count(read_tensor(unit.entry).view(torch.uint8), lambda part: (part & 0x7F) == 0x7F)
         if nan_codes:
-            yield found("nan-code", unit.entry.name, f"{nan_codes} code(s) 0x7F or 0xFF, which E4M3 reads as NaN")
+            yield _found("nan-code", unit.entry.name, f"{nan_codes} code(s) 0x7F or 0xFF, which E4M3 reads as NaN")
         if unit.scale is not None and unit.scale.dtype == "F32":
             yield from _scale(unit.scale)
     elif unit.entry.dtype in PLAIN_FLOATS:
         bad = _count(read_tensor(unit.entry), lambda part: ~torch.isfinite(part))
         if bad:
-            yield found("not-finite", unit.entry.name, f"{bad} NaN or infinite value(s)")
+            yield _found("not-finite", unit.entry.name, f"{bad} NaN or infinite value(s)")
 
 
 def _scale(entry: TensorEntry) -> Iterator[Finding]:
     scale = read_tensor(entry).reshape(-1)
     bad = int((~torch.isfinite(scale)).sum())
     if bad:
-        yield found("scale-not-finite", entry.name, f"{bad} NaN or infinite scale(s)")
-        return
-    if int((scale <= 0).sum()):
-        yield found("scale-not-positive", entry.name, f"smallest scale {float(scale.min()):g}; scales are positive")
-        return
-    middle = float(scale.median())
-    amax, reciprocal_amax = E4M3.max * middle, E4M3.max / middle
-    if amax > IMPLAUSIBLE_AMAX and reciprocal_amax < PLAUSIBLE_AMAX:
-        why = f"scale {middle:g} means weights up to {amax:g}; its reciprocal would mean {reciprocal_amax:g}"
-        yield found("scale-reciprocal", entry.name, why)
+        yield _found("scale-not-finite", entry.name, f"{bad} NaN or infinite scale(s)")
+    elif int((scale <= 0).sum()):
+        yield _found("scale-not-positive", entry.name, f"smallest scale {float(scale.min()):g}; scales are positive")
+    else:
+        middle = float(scale.median())
+        amax, reciprocal_amax = E4M3.max * middle, E4M3.max / middle
+        if amax > _IMPLAUSIBLE_AMAX and reciprocal_amax < _PLAUSIBLE_AMAX:
+            why = f"scale {middle:g} means weights up to {amax:g}; its reciprocal would mean {reciprocal_amax:g}"
+            yield _found("scale-reciprocal", entry.name, why)
 
 
 def _tied(plan: ExportPlan) -> Iterator[Finding]:
@@ -69,20 +107,153 @@ def _tied(plan: ExportPlan) -> Iterator[Finding]:
         name = plan.structure.tied[unit.entry.name]
         original = tied_original(name, plan.source, plan.structure)
         if original is not None and not same_bits(read_tensor(unit.entry), read_tensor(original)):
-            yield found(
+            yield _found(
                 "tied-differs", unit.entry.name, f"config.json ties it to {original.name}, but their values differ"
             )
 
 
 def _adapter(plan: ExportPlan) -> Iterator[Finding]:
-    path = plan.source.root / ADAPTER_FILE
+    path = plan.source.root / _ADAPTER_FILE
     if not plan.source.holds_codes or not path.is_file():
         return
     for name, entry in header_entries(path).items():
         if name.endswith(".lora_B") and (pending := _count(read_tensor(entry), lambda part: part != 0)):
-            yield found("adapter-not-flushed", name, f"{pending} non-zero value(s) that the weights do not hold")
+            yield _found("adapter-not-flushed", name, f"{pending} non-zero value(s) that the weights do not hold")
 
 
 def _count(values: Tensor, test: Callable[[Tensor], Tensor]) -> int:
-    parts = torch.split(values.reshape(-1), CHUNK) if values.numel() else ()
+    parts = torch.split(values.reshape(-1), _CHUNK) if values.numel() else ()
     return sum(int(test(part).sum()) for part in parts)
+
+
+def _scales(plan: ExportPlan) -> Iterator[Finding]:
+    for entry in plan.orphans:
+        yield _found("orphan-scale", entry.name, "a scale without its weight")
+    for unit in plan.units:
+        entry, scale = unit.entry, unit.scale
+        if entry.dtype == "F8_E5M2":
+            yield _found("weight-format", entry.name, "weights are E4M3, not E5M2")
+        if entry.dtype != "F8_E4M3":
+            if scale is not None:
+                yield _found("orphan-scale", scale.name, f"its weight is {entry.dtype}, not FP8")
+            continue
+        rows = entry.shape[-1 if unit.transposed else 0] if entry.shape else 0
+        if scale is None:
+            yield _found("missing-scale", entry.name, "FP8 codes without weight_scale")
+        elif scale.dtype != "F32" or scale.shape not in {(), (1,), (rows, 1)}:
+            yield _found("scale-shape", scale.name, f"{scale.dtype} {scale.shape}; expected F32 () or ({rows}, 1)")
+
+
+def _adapter_state(plan: ExportPlan) -> Iterator[Finding]:
+    state = plan.source.adapter
+    if plan.source.holds_codes and state != "flushed":
+        why = f"the artifact's adapter is {state!r}: the buffer holds updates the weights lack"
+        yield _found("adapter-not-flushed", _ADAPTER_FILE, why)
+
+
+def _shapes(plan: ExportPlan) -> Iterator[Finding]:
+    """Weights must have the shape config.json declares, and none may be missing."""
+    structure = plan.structure
+    seen: set[str] = set()
+    for unit in plan.units:
+        if unit.module is None or unit.module not in structure.roles or not unit.entry.name.endswith(".weight"):
+            continue
+        seen.add(unit.module)
+        declared = structure.stored_shape(unit.module)
+        if unit.entry.shape != declared:
+            why = f"{unit.entry.shape}, but config.json declares {declared}"
+            yield _found("weight-shape", unit.entry.name, why)
+    if plan.options.format.quantized:
+        for module in structure.projections.keys() - seen:
+            if f"{module}.weight" not in structure.tied:
+                yield _found("missing-weight", f"{module}.weight", "the model has it, the checkpoint has not")
+
+
+def _tied_is_stored(plan: ExportPlan) -> Iterator[Finding]:
+    for name, original in plan.structure.tied.items():
+        if tied_original(original, plan.source, plan.structure) is None and name not in plan.source.tensors:
+            yield _found("tied-missing", original, f"{name} is tied to it, and neither is stored")
+
+
+def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:
+    if not any(unit.quantized for unit in plan.units):
+        yield _found("nothing-quantized", str(plan.source.root), "no layer would be FP8")
+
+
+def _known_names(plan: ExportPlan) -> Iterator[Finding]:
+    """Every matrix must belong to a module of known kind: the engine's name for others is a guess."""
+    for unit in plan.units:
+        known = unit.module in plan.structure.roles or plan.structure.is_discarded(unit.entry.name)
+        if len(unit.entry.shape) < 2 or known:
+            continue
+        why = (
+            f"shape {unit.entry.shape} belongs to no linear layer or embedding of "
+            f"{plan.structure.architecture}, so how the engine treats it in an FP8 checkpoint is unknown"
+        )
+        yield _found("unknown-matrix", unit.entry.name, why)
+
+
+def _placement(plan: ExportPlan) -> Iterator[Finding]:
+    structure = plan.structure
+    for unit in plan.units:
+        if not unit.quantized or unit.module is None:
+            continue
+        role = structure.roles.get(unit.module)
+        if role not in {Role.LINEAR, Role.CONV1D}:
+            yield _found("not-linear", unit.entry.name, f"FP8 codes in a {role or 'module of unknown kind'}")
+        elif not structure.in_decoder(unit.module):
+            where = "the output head" if unit.module == structure.output_head else "outside the text decoder"
+            why = f"FP8 codes in {where}, which the engine loads without a scale"
+            yield _found("engine-leaves-unquantized", unit.entry.name, why)
+
+
+def _dimensions(plan: ExportPlan) -> Iterator[Finding]:
+    for unit in plan.units:
+        if unit.quantized and any(size % DIMENSION_MULTIPLE for size in unit.entry.shape):
+            why = f"shape {unit.entry.shape}: FP8 kernels need multiples of {DIMENSION_MULTIPLE}"
+            yield _found("dimension-multiple", unit.entry.name, why)
+
+
+def _fused(plan: ExportPlan) -> Iterator[Finding]:
+    quantized = {unit.module for unit in plan.units if unit.quantized}
+    for group in fused_siblings(plan.structure.projections, plan.schema.fused_groups):
+        plain = [module for module in group if module not in quantized]
+        if plain and len(plain) < len(group):
+            why = (
+                f"the engine fuses {', '.join(m.rpartition('.')[2] for m in group)}; "
+                f"{', '.join(m.rpartition('.')[2] for m in plain)} not quantized"
+            )
+            yield _found("fused-group", group[0], why)
+
+
+def _ignore(plan: ExportPlan) -> Iterator[Finding]:
+    """Both ways: every unquantized projection is named, every name is an unquantized projection."""
+    ignore, structure = set(plan.ignore), plan.structure
+    quantized = {unit.module for unit in plan.units if unit.quantized}
+    for unit in plan.units:
+        projection = unit.module in structure.projections and unit.entry.name.endswith(".weight")
+        if projection and not unit.quantized and unit.module not in ignore:
+            yield _found("ignore-incomplete", unit.entry.name, "unquantized, but not in the ignore list")
+    for module in sorted(ignore):
+        if module not in structure.projections:
+            yield _found("ignore-stale", module, "matches no linear layer")
+        elif module in quantized:
+            yield _found("ignore-wrong", module, "its weight is FP8 codes")
+
+
+def _transposed(plan: ExportPlan) -> Iterator[Finding]:
+    structure, declared = plan.structure, plan.source.transposed
+    served = structure.model_type in plan.schema.conv1d_model_types
+    for unit in plan.units:
+        if not unit.quantized:
+            continue
+        if unit.transposed and not served:
+            why = (
+                f"stored (in, out), and vLLM {plan.schema.vllm_version}'s loader of {structure.model_type} "
+                "is not known to transpose FP8 codes"
+            )
+            yield _found("transposed-weight", unit.entry.name, why)
+        stem = unit.entry.name.removesuffix(".weight")
+        if declared is not None and unit.transposed != (stem in declared):
+            why = f"the artifact says transposed={stem in declared}, the model says {unit.transposed}"
+            yield _found("orientation", unit.entry.name, why)

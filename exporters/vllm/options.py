@@ -1,13 +1,21 @@
-"""What a vLLM export may be asked for: one frozen model, written whole into the export's manifest."""
+"""What a vLLM export may be asked for, and how config.json says it to the engine: the `quantization_config` block.
+
+Released engines refuse keys they do not know, and formats grow keys without a version number. So the block is written
+here, by hand, with the fewest keys that the declared version needs, and a version that is not in the table is refused
+rather than guessed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field
 
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, Size
+from fp8pipe.core.errors import ConfigurationError
 
 
 class ExportFormat(StrEnum):
@@ -29,12 +37,7 @@ class ExportFormat(StrEnum):
 
 
 class VllmExportOptions(FrozenConfig):
-    """Options of one export.
-
-    Raises:
-        pydantic.ValidationError: an unknown key or a value out of range (the command line turns it into a
-            ConfigurationError).
-    """
+    """Options of one export, written whole into its manifest."""
 
     format: ExportFormat = Field(
         default=ExportFormat.FP8,
@@ -48,3 +51,75 @@ class VllmExportOptions(FrozenConfig):
         default="0.32.0", description="vLLM version whose checkpoint schema is written (one of the declared versions)"
     )
     force: Annotated[bool, CONFIG_ONLY] = Field(default=False, description="Replace an existing output directory")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSchema:
+    """What one vLLM version reads.
+
+    Attributes:
+        compressed_tensors: the compressed-tensors version it pins.
+        tested: whether checkpoints of this schema were loaded in that very version.
+        conv1d_model_types: model types whose loader transposes Conv1D weights itself while it passes
+            `weight_scale` through, so that FP8 codes stored as `(in, out)` with scales `(out, 1)` load right.
+        fused_groups: leaf names that the engine concatenates into one layer; all parts need one scheme.
+    """
+
+    vllm_version: str
+    compressed_tensors: str
+    tested: bool
+    conv1d_model_types: frozenset[str] = frozenset({"gpt2"})
+    fused_groups: tuple[frozenset[str], ...] = (
+        frozenset({"q_proj", "k_proj", "v_proj"}),
+        frozenset({"gate_proj", "up_proj"}),
+        frozenset({"query", "key", "value"}),
+        frozenset({"wq", "wk", "wv"}),
+        frozenset({"w1", "w3"}),
+        frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+    )
+
+
+# By declared vLLM version, oldest first. No checkpoint of ours was loaded in the last one yet.
+SCHEMAS = {
+    "0.32.0": CheckpointSchema("0.32.0", compressed_tensors="0.17.0", tested=True),
+    "0.33.0": CheckpointSchema("0.33.0", compressed_tensors="0.17.0", tested=False),
+}
+
+
+def schema_for(vllm_version: str) -> CheckpointSchema:
+    """The schema of a declared version.
+
+    Raises:
+        ConfigurationError: the version is not in the table; the message lists those that are.
+    """
+    if vllm_version not in SCHEMAS:
+        raise ConfigurationError(
+            f"vLLM {vllm_version} is not a version this exporter writes for",
+            why=f"declared versions: {', '.join(SCHEMAS)}",
+            fix="choose one of them with --vllm-version",
+        )
+    return SCHEMAS[vllm_version]
+
+
+def quantization_config(
+    export_format: ExportFormat, ignore: Sequence[str], schema: CheckpointSchema
+) -> dict[str, object] | None:
+    """The block for config.json, without null and default; None for an unquantized export.
+
+    A weight-only FP8 checkpoint is what compressed-tensors itself calls `naive-quantized`; vLLM takes the same branch
+    for both formats and picks W8A16 because no input activations are declared. `ignore` holds full names of linear
+    layers that stay unquantized.
+    """
+    if not export_format.quantized:
+        return None
+    float8 = {"num_bits": 8, "type": "float", "symmetric": True}
+    group: dict[str, object] = {"targets": ["Linear"], "weights": {**float8, "strategy": "channel", "dynamic": False}}
+    if export_format is ExportFormat.FP8:
+        group["input_activations"] = {**float8, "strategy": "token", "dynamic": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if export_format is ExportFormat.FP8 else "naive-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ignore),
+    }

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from exporters.vllm.options import ExportFormat, VllmExportOptions
-from exporters.vllm.quantization_config import CheckpointSchema, schema_for
+from exporters.vllm.options import CheckpointSchema, ExportFormat, VllmExportOptions, schema_for
 from exporters.vllm.source import Source
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale, spellings
@@ -136,13 +135,9 @@ def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> 
     for module in modules:
         parent, _, leaf = module.rpartition(".")
         by_parent[parent][leaf] = module
-    found = []
-    for leaves in by_parent.values():
-        for group in groups:
-            present = tuple(sorted(leaves[leaf] for leaf in group & leaves.keys()))
-            if len(present) > 1:
-                found.append(present)
-    return found
+    pairs = ((leaves, group) for leaves in by_parent.values() for group in groups)
+    present = (tuple(sorted(leaves[leaf] for leaf in group & leaves.keys())) for leaves, group in pairs)
+    return [modules for modules in present if len(modules) > 1]
 
 
 @dataclass(frozen=True)
@@ -179,18 +174,13 @@ class _Planner:
         scale = self.source.tensors.get(entry.name + SCALE_SUFFIX) if entry.name.endswith(".weight") else None
         transposed = role is Role.CONV1D
         action = self._action(entry, module, role)
-        outputs: tuple[TensorHeader, ...]
-        if action is Action.DROP:
-            outputs = ()
-        elif action in {Action.DEQUANTIZE, Action.CAST}:
-            outputs = (TensorHeader(entry.name, "BF16", entry.shape),)
-        elif action is Action.COPY or len(entry.shape) != 2:
-            outputs = (TensorHeader(entry.name, entry.dtype, entry.shape),)
-        else:
+        coded = action in {Action.CODES, Action.QUANTIZE} and len(entry.shape) == 2
+        dtype = "F8_E4M3" if coded else "BF16" if action in {Action.DEQUANTIZE, Action.CAST} else entry.dtype
+        outputs = [] if action is Action.DROP else [TensorHeader(entry.name, dtype, entry.shape)]
+        if coded:
             rows = entry.shape[1 if transposed else 0]
-            weight = TensorHeader(entry.name, "F8_E4M3", entry.shape)
-            outputs = (weight, TensorHeader(entry.name + SCALE_SUFFIX, "F32", (rows, 1)))
-        return Unit(entry, scale, action, outputs, module, transposed)
+            outputs.append(TensorHeader(entry.name + SCALE_SUFFIX, "F32", (rows, 1)))
+        return Unit(entry, scale, action, tuple(outputs), module, transposed)
 
     def _action(self, entry: TensorEntry, module: str | None, role: Role | None) -> Action:
         original = self.structure.tied.get(entry.name)
@@ -203,9 +193,8 @@ class _Planner:
         if not self.format.quantized:
             return Action.COPY if entry.dtype == "BF16" else Action.CAST
         projection = role in {Role.LINEAR, Role.CONV1D} and len(entry.shape) == 2
-        if projection and module not in self.refused and not self.source.holds_codes:
-            return Action.QUANTIZE
-        return Action.COPY
+        fits = projection and module not in self.refused and not self.source.holds_codes
+        return Action.QUANTIZE if fits else Action.COPY
 
     def layer(self, module: str, quantized: set[str]) -> LayerRecord:
         """The record of a linear layer."""

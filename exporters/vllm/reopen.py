@@ -1,8 +1,13 @@
-"""After writing: open the export as a third party would and compare it with its source, bit for bit.
+"""An export is opened as a third party would: compared with its source, bit for bit, or read back as a model.
 
 The comparison does not go through the code that wrote the files: names and shapes come from the written
-headers, the quantization block from the written config.json, and the expected weight from the source's own
-codes and scale. Each comparison becomes a gate in the manifest; a failed gate fails the export.
+headers, the quantization block from the written config.json, and the expected weight from the source's numbers,
+decoded and rounded by plain arithmetic that shares nothing with the quantizer (`numerics.plain`). Each comparison
+becomes a gate in the manifest; a failed gate fails the export. A validation asks the same later (`file_gates`).
+
+The model holds `code * scale`, computed in fp32 and rounded once to the dtype asked for. It quantizes no activations,
+so it is the reference for `w8a16`, for `bf16`, and for engines that dequantize at load; a W8A8 engine differs from it
+by the rounding of activations.
 """
 
 from __future__ import annotations
@@ -10,24 +15,40 @@ from __future__ import annotations
 import filecmp
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from exporters.vllm.auxiliary import CONFIG_NAME, auxiliary_files
 from exporters.vllm.plan import Action, ExportPlan, Unit
-from fp8pipe.artifact import Comparison, Gate
-from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
-from fp8pipe.numerics.grids import dequantize_weight, quantize_weight, relative_error, same_bits
+from exporters.vllm.target import KIND, VllmDetails
+from exporters.vllm.writer import CONFIG_NAME, export_config
+from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Comparison, Gate, open_artifact
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
+from fp8pipe.models.checkpoint.tensors import (
+    INDEX_NAME,
+    SCALE_SUFFIX,
+    TensorEntry,
+    is_scale,
+    read_tensor,
+    shard_names,
+    weight_entries,
+)
+from fp8pipe.models.language.structure import build_model
+from fp8pipe.numerics.grids import dequantize_weight, same_bits
+from fp8pipe.numerics.plain import dequantize_plain, quantize_plain, round_bf16, row_errors
+from fp8pipe.report.card import CARD_FILE
 
 # Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
 # for a row's norm because its amax sits at 448, where the grid's absolute floor of 2^-10 is negligible; 0.1 %
 # covers the fp32 rounding of the norm and of the product.
 E4M3_ERROR_BOUND = 2.0**-4 * 1.001
 BF16_ERROR_BOUND = 2.0**-8 * 1.001
+# The artifact's own (`.lock` while it is written), and what hubs add by themselves.
+_PASSED_OVER = frozenset((MANIFEST_NAME, CHECKSUM_NAME, ".lock", ".gitattributes", ".cache"))
 
 
 @dataclass(slots=True)
@@ -59,55 +80,68 @@ def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: N
         comparison.counts[unit.action] += 1
         advance()
     gates += _weight_gates(comparison)
-    payload = Gate(
-        name="payload-bytes",
-        value=float(sum(entry.size_bytes for entry in written.values())),
-        threshold=float(plan.payload_bytes),
-        detail="tensor data written, bytes; must equal the plan",
+    size, detail = (
+        sum(entry.size_bytes for entry in written.values()),
+        "tensor data written, bytes; must equal the plan",
     )
-    return [*gates, payload, _files(plan, root), _config(plan, root)]
+    payload = Gate(name="payload-bytes", value=float(size), threshold=float(plan.payload_bytes), detail=detail)
+    return [*gates, payload, *_other_files(plan, root)]
+
+
+def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
+    """All but the numbers: which tensors there are, the files beside them, and config.json.
+
+    Raises:
+        BadArtifactError: the written files cannot be read at all.
+    """
+    return [_tensor_set(plan, weight_entries(root)), *_other_files(plan, root)]
+
+
+def expected_values(unit: Unit) -> Tensor:
+    """What a unit's weight must stand for, by plain arithmetic on the source's numbers: fp32, orientation stored.
+
+    A COPY that is no float stays as it is.
+    """
+    original = read_tensor(unit.entry)
+    if unit.action is Action.QUANTIZE:
+        return quantize_plain(original, transposed=unit.transposed)
+    if unit.action is Action.COPY and unit.scale is None:
+        return original.float() if original.is_floating_point() else original.clone()
+    values = source_values(unit)
+    return values if unit.action is Action.CODES else round_bf16(values)
+
+
+def source_values(unit: Unit) -> Tensor:
+    """The source's own reading of its weight, fp32."""
+    original = read_tensor(unit.entry)
+    if unit.scale is None:
+        return original.float()
+    return dequantize_plain(original, read_tensor(unit.scale), transposed=unit.transposed)
 
 
 def _compare(unit: Unit, written: dict[str, TensorEntry], found: _Comparison) -> None:
     exported = read_tensor(written[unit.outputs[0].name])
-    original = read_tensor(unit.entry)
     if unit.action is Action.COPY:
-        if not same_bits(exported, original):
+        if not same_bits(exported, read_tensor(unit.entry)):
             found.copies.append(unit.entry.name)
         return
-    values = exported
+    values = exported.float()
     if unit.quantized:
         scale = read_tensor(written[unit.outputs[1].name])
-        values = dequantize_weight(exported, scale, transposed=unit.transposed)
-    if not same_bits(values, _expected(original, unit)):
+        values = dequantize_plain(exported, scale, transposed=unit.transposed)
+    if not same_bits(values, expected_values(unit)):
         found.weights.append(unit.entry.name)
-    if unit.action is Action.QUANTIZE:
-        found.e4m3_error = max(found.e4m3_error, _row_error(values, original, unit.transposed))
-    elif unit.action in {Action.DEQUANTIZE, Action.CAST}:
-        found.bf16_error = max(found.bf16_error, relative_error(values, _source_values(original, unit)))
+    if unit.action is not Action.CODES:
+        original = source_values(unit)
+        if unit.action is Action.QUANTIZE:
+            found.e4m3_error = _larger(found.e4m3_error, row_errors(values, original, transposed=unit.transposed))
+        else:
+            found.bf16_error = _larger(found.bf16_error, row_errors(values.reshape(1, -1), original.reshape(1, -1)))
 
 
-def _source_values(original: Tensor, unit: Unit) -> Tensor:
-    """The source's own reading of its weight, fp32."""
-    if unit.scale is None:
-        return original.float()
-    return dequantize_weight(original, read_tensor(unit.scale), transposed=unit.transposed)
-
-
-def _expected(original: Tensor, unit: Unit) -> Tensor:
-    if unit.action is Action.QUANTIZE:
-        codes, scale = quantize_weight(original, transposed=unit.transposed)
-        return dequantize_weight(codes, scale, transposed=unit.transposed)
-    values = _source_values(original, unit)
-    return values if unit.action is Action.CODES else values.to(torch.bfloat16)
-
-
-def _row_error(values: Tensor, original: Tensor, transposed: bool) -> float:
-    """Largest relative error of one output row."""
-    axis = 0 if transposed else 1
-    error = torch.linalg.vector_norm(original.float() - values, dim=axis)
-    norm = torch.linalg.vector_norm(original, dim=axis, dtype=torch.float32)
-    return float((error / norm.clamp(min=1e-30)).max())
+def _larger(a: float, b: float) -> float:
+    """Of two; NaN if one is."""
+    return b if b != b or b > a else a
 
 
 def _weight_gates(found: _Comparison) -> list[Gate]:
@@ -115,7 +149,7 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
     fresh, rounded = count[Action.QUANTIZE], count[Action.DEQUANTIZE] + count[Action.CAST]
     how = (
         f"{count[Action.CODES]} weight(s) of codes against the source's code * scale in fp32; {fresh} quantized here "
-        f"against a second quantization of the source; {rounded} in bf16 against the source's values "
+        f"against the source rounded by other code; {rounded} in bf16 against the source's values "
         "(code * scale where it holds codes) rounded once to bf16"
     )
     gates = [
@@ -123,9 +157,9 @@ def _weight_gates(found: _Comparison) -> list[Gate]:
         _none("copied-tensors-identical", found.copies, f"{count[Action.COPY]} tensor(s), byte for byte"),
     ]
     if fresh:
-        gates.append(_below("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
+        gates.append(_at_most("e4m3-rounding-error", found.e4m3_error, E4M3_ERROR_BOUND, "worst row, relative norm"))
     if rounded:
-        gates.append(_below("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm"))
+        gates.append(_at_most("bf16-rounding-error", found.bf16_error, BF16_ERROR_BOUND, "worst tensor, relative norm"))
     return gates
 
 
@@ -136,26 +170,41 @@ def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
     return _none("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
 
 
-def _files(plan: ExportPlan, root: Path) -> Gate:
+def _other_files(plan: ExportPlan, root: Path) -> tuple[Gate, Gate]:
     source = plan.source.root
-    names = list(auxiliary_files(source))
-    wrong = [
-        str(name)
-        for name in names
-        if not (root / name).is_file() or not filecmp.cmp(source / name, root / name, shallow=False)
-    ]
-    return _none("auxiliary-files-identical", wrong, f"{len(names)} file(s), byte for byte")
+    names = {str(path) for path in sidecar_files(source, SERVED_FILES)}
+    wrong = sorted(
+        name for name in names if not (root / name).is_file() or not filecmp.cmp(source / name, root / name, False)
+    )
+    shards = shard_names(len(plan.shards))
+    known = names | {CONFIG_NAME, CARD_FILE, *shards} | ({INDEX_NAME} if len(shards) > 1 else set())
+    there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    strange = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
+    detail = f"{len(names)} file(s), byte for byte, and no other that an engine might read"
+    return _none("auxiliary-files-identical", [*wrong, *strange], detail), _config(plan, root)
 
 
 def _config(plan: ExportPlan, root: Path) -> Gate:
-    """config.json differs from the source's in the keys this exporter owns, and in no other."""
+    """config.json is the source's, but for what `changed_on_purpose` lists."""
     config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
-    owned = {"quantization_config"} | (set() if plan.options.format.quantized else {"dtype", "torch_dtype"})
-    keys = (config.keys() | plan.source.config.keys()) - owned
-    wrong = [key for key in sorted(keys) if config.get(key) != plan.source.config.get(key)]
-    if plan.options.format.quantized != ("quantization_config" in config):
-        wrong.append("quantization_config")
-    return _none("config-preserved", wrong, f"config.json, all keys but {', '.join(sorted(owned))}")
+    wrong = list(_differing(config, export_config(plan)))
+    return _none("config-preserved", wrong, f"config.json, but for {', '.join(changed_on_purpose(plan)) or 'nothing'}")
+
+
+def changed_on_purpose(plan: ExportPlan) -> list[str]:
+    """Keys of config.json whose values are not the source's, because the export's are meant to be others."""
+    config, before = export_config(plan), plan.source.config
+    return sorted(key for key in config.keys() | before.keys() if config.get(key) != before.get(key))
+
+
+def _differing(found: Any, expected: Any, path: str = "") -> Iterator[str]:
+    """Paths at which two JSON values differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted(found.keys() | expected.keys()):
+            missing = object()
+            yield from _differing(found.get(key, missing), expected.get(key, missing), f"{path}.{key}".lstrip("."))
+    elif found != expected or isinstance(found, bool) is not isinstance(expected, bool):
+        yield path
 
 
 def _none(name: str, wrong: list[str], detail: str) -> Gate:
@@ -164,5 +213,44 @@ def _none(name: str, wrong: list[str], detail: str) -> Gate:
     return Gate(name=name, value=float(len(wrong)), detail=detail)
 
 
-def _below(name: str, value: float, threshold: float, detail: str) -> Gate:
+def _at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
     return Gate(name=name, value=value, comparison=Comparison.AT_MOST, threshold=threshold, detail=detail)
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an export but its scales, by name, file by file, one in memory at a time.
+
+    Yields:
+        fp32 for float tensors (FP8 codes dequantized), the stored dtype for others; in the orientation stored.
+
+    Raises:
+        BadArtifactError: not a finished vllm-export, or damaged.
+    """
+    artifact = open_artifact(export, kind=KIND, verify=False)
+    transposed = set(artifact.manifest.details_of(VllmDetails).transposed)
+    entries = weight_entries(Path(export))
+    for name, entry in entries.items():
+        if is_scale(name, entries):
+            continue
+        tensor, scale = read_tensor(entry), entries.get(name + SCALE_SUFFIX)
+        if scale is not None:
+            yield name, dequantize_weight(tensor, read_tensor(scale), transposed=name in transposed)
+        else:
+            yield name, tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model with the export's dequantized weights, in evaluation mode, on the CPU.
+
+    Weights are rounded to `dtype`, that of parameters and compute, once, from fp32.
+
+    Raises:
+        BadArtifactError: not a finished vllm-export, or damaged.
+        ConfigurationError: an architecture transformers does not know.
+    """
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in iter_weights(export_dir)}
+    return build_model(Path(export_dir), state, dtype)

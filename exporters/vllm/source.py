@@ -6,23 +6,18 @@ is read here except for hashing a plain directory, whose bytes no manifest cover
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_artifact
-from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
+from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, checkpoint_digest, weight_entries
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 
-
-class SourceKind:
-    """Names of the three kinds of source."""
-
-    FALQON, LORA_MERGED = TUNED_KINDS
-    HUGGING_FACE = "huggingface"
+HUGGING_FACE: Final = "huggingface"  # the kind of a plain directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +26,28 @@ class Source:
 
     Attributes:
         root: its directory.
-        kind: one of SourceKind.
+        kind: that of the artifact, or HUGGING_FACE.
         config: parsed config.json.
         tensors: entries by tensor name.
+        parent: the record for the export's manifest.
         transposed: module names the artifact declares as stored `(in, out)`, None when nothing declares.
         layers: the manifest's records by layer, empty for a plain directory.
         adapter: what the manifest says became of the adapter; None for a plain directory.
-        parent: the record for the export's manifest.
     """
 
     root: Path
     kind: str
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
-    transposed: frozenset[str] | None
-    layers: dict[str, LayerRecord]
-    adapter: str | None
     parent: Parent
+    transposed: frozenset[str] | None = None
+    layers: dict[str, LayerRecord] = field(default_factory=dict)
+    adapter: str | None = None
 
     @property
     def holds_codes(self) -> bool:
         """Whether linear weights are FP8 codes already."""
-        return self.kind == SourceKind.FALQON
+        return self.kind == FALQON_KIND
 
     def encoding_of(self, module: str) -> Encoding | None:
         """How the source stores a layer's weight, as its manifest says; names may lack the base model's prefix."""
@@ -79,13 +74,9 @@ def open_source(source: Path | str) -> Source:
     root = Path(source)
     if not root.is_dir():
         return _from_hugging_face(resolve_model(str(source)).path, str(source))
-    if (root / MANIFEST_NAME).is_file() or root.name.endswith(".partial"):
-        return _from_artifact(root)
-    return _from_hugging_face(root, str(root))
-
-
-def _from_artifact(root: Path) -> Source:
-    artifact = open_artifact(root, kind=(SourceKind.FALQON, SourceKind.LORA_MERGED))
+    if not (root / MANIFEST_NAME).is_file() and not root.name.endswith(".partial"):
+        return _from_hugging_face(root, str(root))
+    artifact = open_artifact(root, kind=TUNED_KINDS)
     manifest = artifact.manifest
     details = manifest.details_of(TunedDetails)
     return Source(
@@ -105,16 +96,8 @@ def _from_hugging_face(root: Path, origin: str) -> Source:
     check_unquantized(root)
     with blame_configuration():
         tensors = weight_entries(root)
-    return Source(
-        root=root,
-        kind=SourceKind.HUGGING_FACE,
-        config=config,
-        tensors=tensors,
-        transposed=None,
-        layers={},
-        adapter=None,
-        parent=Parent(kind="model", digest=checkpoint_digest(root, tensors), path=origin),
-    )
+    parent = Parent(kind="model", digest=checkpoint_digest(root, tensors), path=origin)
+    return Source(root=root, kind=HUGGING_FACE, config=config, tensors=tensors, parent=parent)
 
 
 def _read_config(root: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from exporters.target import PLAIN_MODEL, Engine, ExportTarget, Service
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact.kinds import TUNED_KINDS, Details
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
 
 KIND: Final = "vllm-export"
 
@@ -49,17 +49,17 @@ def _migrate(data: dict[str, Any]) -> dict[str, Any]:
 TARGET: Final = ExportTarget(
     name="vllm", kind=KIND, takes=(*TUNED_KINDS, PLAIN_MODEL), options=VllmExportOptions, details=VllmDetails,
     help="a checkpoint for vLLM", export="exporters.vllm.export:export_vllm",
-    plan="exporters.vllm.dry_run:plan_vllm",
+    plan="exporters.vllm.export:plan_vllm",
     verify="exporters.vllm.verify:check_vllm",
     engines=(
         Engine(
             "vllm", "validation.vllm.validate:validate_export", "validation.vllm.validate:describe",
-            ("against", "vllm_python"),
+            ("against", "vllm_python", "form"),
         ),
     ),
     service=Service(
         "language", serve="serving.language.server:serve_language", plan="validation.plan:plan_vllm",
-        bench="validation.bench.language:bench_language", ask="validation.bench.check:ask_language",
+        bench="validation.bench.speed:bench_language", ask="validation.bench.check:ask_language",
         repository="exporters.triton.repository:write_language",
     ),
     migrate=_migrate,

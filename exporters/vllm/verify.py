@@ -18,34 +18,31 @@ from exporters.verify.common import (
     failed_gates,
     lint_findings,
 )
-from exporters.vllm.auxiliary import CONFIG_NAME, auxiliary_files, export_config
 from exporters.vllm.export import details_of, plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
-from exporters.vllm.source import Source, SourceKind
+from exporters.vllm.source import HUGGING_FACE, Source
 from exporters.vllm.target import VllmDetails
+from exporters.vllm.writer import CONFIG_NAME, export_config
 from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.artifact.kinds import FALQON_KIND
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import TensorEntry, spellings, weight_entries
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 
 
 def plan_itself(artifact: Artifact) -> ExportPlan:
-    """What an export to vLLM would be if its own files were the source.
-
-    Raises:
-        BadArtifactError: its weights cannot be read.
-        ConfigurationError: an architecture that is not known here, or options that do not fit.
-    """
+    """What an export to vLLM would be if its own files were the source. Raises as `plan_export`."""
     options = VllmExportOptions.model_validate(artifact.manifest.config)
     config = json.loads((artifact.root / CONFIG_NAME).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     details = artifact.manifest.details_of(VllmDetails)
     source = Source(
         root=artifact.root,
-        kind=SourceKind.FALQON if options.format.quantized else SourceKind.HUGGING_FACE,
+        kind=FALQON_KIND if options.format.quantized else HUGGING_FACE,
         config=config,
         tensors=weight_entries(artifact.root),
         transposed=frozenset(name.removesuffix(".weight") for name in details.transposed),
@@ -76,14 +73,14 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
     block, expected = written.get("quantization_config"), export_config(plan).get("quantization_config")
     for found in compare_json(block, expected, CONFIG_NAME):
         yield Finding(Check.REOPEN, found.where, f"quantization_config: {found.why}")
-    manifest, quantized = artifact.manifest, plan.options.format.quantized
+    manifest = artifact.manifest
     yield from compare_layers(manifest.layers, plan.layers)
     stored = manifest.number_format
     stated = None if stored is None else (stored.name, stored.granularity)
-    if stated != (("e4m3", "per-channel") if quantized else None):
+    if stated != (("e4m3", "per-channel") if plan.options.format.quantized else None):
         yield Finding(Check.MANIFEST, "number_format", f"{stated}; the files hold {plan.options.format}")
-    said = manifest.details_of(VllmDetails).model_dump(mode="json", exclude={"quantized_here", "trained_activations"})
-    facts = details_of(plan).model_dump(mode="json", exclude={"quantized_here", "trained_activations"})
+    both = manifest.details_of(VllmDetails), details_of(plan)
+    said, facts = (d.model_dump(mode="json", exclude={"quantized_here", "trained_activations"}) for d in both)
     yield from compare_json(said, facts, "manifest.json", "details")
 
 
@@ -93,7 +90,8 @@ def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Find
     gates = reopen(plan, artifact.root)
     yield from failed_gates(gates)
     yield from compare_gates(artifact, [gate for gate in gates if gate.passed])
-    yield from compare_files(artifact.root, parent, auxiliary_files(artifact.root), auxiliary_files(parent))
+    files = [sidecar_files(root, SERVED_FILES) for root in (artifact.root, parent)]
+    yield from compare_files(artifact.root, parent, *files)
 
 
 def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[str, ...] = ()) -> Iterator[Finding]:

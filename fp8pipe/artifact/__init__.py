@@ -5,19 +5,27 @@ result is reopened and re-hashed, and only then renamed to `NAME/`. So a directo
 whole.
 """
 
-from fp8pipe.artifact.checksum import check_checksum, checksum_path, read_checked, remove_checked, write_checked
-from fp8pipe.artifact.gate import Comparison, Gate, Verdict, none_of
-from fp8pipe.artifact.layers import Encoding, LayerRecord, ScaleRule
-from fp8pipe.artifact.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, NumberFormat, Parent
-from fp8pipe.artifact.place import CHECKPOINT_PREFIX, check_place
+from fp8pipe.artifact.gate import Comparison, Gate, Verdict, at_most, none_of
+from fp8pipe.artifact.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Encoding,
+    FileEntry,
+    LayerRecord,
+    Manifest,
+    NumberFormat,
+    Parent,
+    ScaleRule,
+)
 from fp8pipe.artifact.reader import CHECKSUM_NAME, Artifact, check_file, open_artifact, read_manifest, sha256_file
-from fp8pipe.artifact.writer import ArtifactWriter, installed_versions
+from fp8pipe.artifact.record import check_checksum, checksum_path, read_checked, remove_checked, write_checked
+from fp8pipe.artifact.writer import CHECKPOINT_PREFIX, ArtifactWriter, check_place, installed_versions
 from fp8pipe.core.machine import disk_guard, translate_disk_full
 
 __all__ = [
-    "CHECKPOINT_PREFIX", "CHECKSUM_NAME", "MANIFEST_NAME", "SCHEMA_VERSION", "Artifact", "ArtifactWriter", "Comparison",
-    "Encoding", "FileEntry", "Gate", "LayerRecord", "Manifest", "NumberFormat", "Parent", "ScaleRule", "Verdict",
-    "check_checksum", "check_file", "check_place", "checksum_path", "disk_guard", "installed_versions", "none_of",
-    "open_artifact", "read_checked", "read_manifest", "remove_checked", "sha256_file", "translate_disk_full",
-    "write_checked",
+    "CHECKPOINT_PREFIX", "CHECKSUM_NAME", "MANIFEST_NAME", "SCHEMA_VERSION", "Artifact", "ArtifactWriter",
+    "Comparison", "Encoding", "FileEntry", "Gate", "LayerRecord", "Manifest", "NumberFormat", "Parent", "ScaleRule",
+    "Verdict", "at_most", "check_checksum", "check_file", "check_place", "checksum_path", "disk_guard",
+    "installed_versions", "none_of", "open_artifact", "read_checked", "read_manifest", "remove_checked",
+    "sha256_file", "translate_disk_full", "write_checked",
 ]  # fmt: skip

@@ -1,11 +1,17 @@
-"""The one type of a located fault: which rule, where, why, and what to do. Lint and verify both return these."""
+"""The one type of a located fault: which rule, where, why, and what to do. Lint and verify both return these.
+
+A linter refuses an export with one error that carries every finding.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Check", "Finding"]
+from fp8pipe.core.errors import LintRefusedError
+
+__all__ = ["Check", "Finding", "LintFindingsError"]
 
 
 class Check(StrEnum):
@@ -33,21 +39,13 @@ class Check(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault.
+    """One fault."""
 
-    Attributes:
-        rule: a linter's rule, or a check of `verify`; stable.
-        where: the tensor, module, node or file concerned.
-        why: what was seen, with values.
-        fix: what the user can do; empty where that is the same for all findings.
-        artifact: directory of the artifact, or the record's file; empty while only one is looked at.
-    """
-
-    rule: str
-    where: str
-    why: str
-    fix: str = ""
-    artifact: str = ""
+    rule: str  # a linter's rule, or a check of `verify`; stable
+    where: str  # the tensor, module, node or file concerned
+    why: str  # what was seen, with values
+    fix: str = ""  # what the user can do; empty where that is the same for all findings
+    artifact: str = ""  # directory of the artifact, or the record's file; empty while only one is looked at
 
     @property
     def check(self) -> Check:
@@ -56,3 +54,43 @@ class Finding:
 
     def __str__(self) -> str:
         return f"[{self.rule}] {self.where}: {self.why}"
+
+
+_SHOWN = 4
+
+
+class LintFindingsError(LintRefusedError):
+    """An export refused by the linter, with every finding.
+
+    Args:
+        findings: in the order found.
+        source: what was linted.
+        verb: what cannot be done with it.
+        note: a last line of what to do.
+
+    Attributes:
+        findings: all of them, in the order found.
+    """
+
+    def __init__(self, findings: Sequence[Finding], source: str, verb: str = "exported", note: str = "") -> None:
+        self.findings = tuple(findings)
+        fixes = list(dict.fromkeys(f"{finding.rule}: {finding.fix}" for finding in findings))
+        written = ", nothing was written" if verb == "exported" else ""
+        super().__init__(
+            f"{source} cannot be {verb}: {len(findings)} finding(s){written}",
+            why="\n       ".join(_shown(findings)),
+            fix="\n       ".join([*fixes, *([note] if note else [])]),
+        )
+
+
+def _shown(findings: Sequence[Finding]) -> list[str]:
+    """The first few of each rule: one shared zero point can be a finding at a hundred nodes."""
+    by_rule: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_rule.setdefault(finding.rule, []).append(finding)
+    shown = []
+    for rule, found in by_rule.items():
+        shown += [str(finding) for finding in found[:_SHOWN]]
+        if len(found) > _SHOWN:
+            shown.append(f"[{rule}] and {len(found) - _SHOWN} more; --json lists all")
+    return shown

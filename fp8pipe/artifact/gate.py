@@ -16,7 +16,7 @@ from pydantic import Field, ModelWrapValidatorHandler, computed_field, model_val
 
 from fp8pipe.core.config import FrozenConfig
 
-__all__ = ["Comparison", "Gate", "Verdict", "failures", "none_of", "read_gate", "worst"]
+__all__ = ["Comparison", "Gate", "Verdict", "at_most", "failures", "none_of", "number_of", "read_gate", "worst"]
 
 
 class Verdict(StrEnum):
@@ -114,9 +114,23 @@ class Gate(FrozenConfig):
         return f"{self.name}: {self.numbers}{f'; {self.detail}' if self.detail else ''}"
 
 
+def number_of(value: Any) -> float | None:
+    """A JSON value as a number; manifests write infinities and NaN as strings."""
+    if isinstance(value, bool | int | float):
+        return float(value)
+    if isinstance(value, str) and value.lower().lstrip("-") in ("nan", "inf", "infinity"):
+        return float(value)
+    return None
+
+
 def none_of(name: str, count: float, detail: str = "") -> Gate:
     """A gate on a count of faults: there may be none."""
     return Gate(name=name, value=count, comparison=Comparison.EQUAL, threshold=0, detail=detail)
+
+
+def at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
+    """A gate on a value that may not be above a threshold."""
+    return Gate(name=name, value=value, comparison=Comparison.AT_MOST, threshold=threshold, detail=detail)
 
 
 def failures(gates: Iterable[Gate]) -> list[str]:

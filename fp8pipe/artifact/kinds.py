@@ -22,8 +22,8 @@ __all__ = [
     "kind_named", "register_kind", "targets_of", "unregister_kind",
 ]  # fmt: skip
 
-# Modules whose `load()` registers the kinds of a room above.
-_REGISTRIES: Final = ("exporters.target",)
+# The module whose `load()` registers the kinds of a room above.
+_REGISTRY: Final = "exporters.target"
 FALQON_KIND: Final = "falqon"
 LORA_KIND: Final = "lora-merged"
 TUNED_KINDS: Final = (FALQON_KIND, LORA_KIND)
@@ -41,24 +41,17 @@ Migration = Callable[[dict[str, Any]], dict[str, Any]]
 class ArtifactKind:
     """One kind of artifact.
 
-    Attributes:
-        name: as in manifests.
-        details: the model of its own facts.
-        migrate: turns a manifest of schema 1 or 2, whose common fields are converted already and whose `details` are
-            the free dictionary of then, into one of today; may name another kind.
-        made_from: for exports, the kinds of artifact it is made from.
-        target: for exports, the `--target` that writes it.
-        engines: for exports, the engines that can prove it.
-        measured_by: for exports, the commands that measure or ask it.
+    `migrate` turns a manifest of schema 1 or 2, whose common fields are converted already and whose `details` are the
+    free dictionary of then, into one of today; it may name another kind. What follows it is said of exports.
     """
 
-    name: str
-    details: type[Details]
+    name: str  # as in manifests
+    details: type[Details]  # the model of its own facts
     migrate: Migration = lambda data: data
-    made_from: tuple[str, ...] = ()
-    target: str = ""
-    engines: tuple[str, ...] = ()
-    measured_by: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ()  # kinds of artifact
+    target: str = ""  # the `--target` that writes it
+    engines: tuple[str, ...] = ()  # those that can prove it
+    measured_by: tuple[str, ...] = ()  # commands that measure or ask it
 
 
 _kinds: dict[str, ArtifactKind] = {}
@@ -83,8 +76,7 @@ def unregister_kind(name: str) -> None:
 
 
 def _all_kinds() -> Mapping[str, ArtifactKind]:
-    for name in _REGISTRIES:
-        importlib.import_module(name).load()
+    importlib.import_module(_REGISTRY).load()
     return _kinds
 
 

@@ -1,28 +1,34 @@
 """The manifest: what an artifact is, where it came from, and how its numbers are to be read.
 
 Typed by its kind and versioned, so that a reader refuses what it does not understand instead of guessing. Scales always
-state their direction; a gate's verdict follows from its numbers; a fallback is a warning here.
+state their direction; a gate's verdict follows from its numbers; a fallback is a warning here. What became of each
+linear layer, the encoding of its weight and of its input, is in fields that are never parsed.
+
+Manifests of older schemas are brought to today's before they are validated. Schema 1 had no checksum beside the
+manifest. Schema 2 kept what was particular to a kind in a free dictionary (`extra`), gates without their comparison,
+and the encoding of a layer in a sentence.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, PrivateAttr, SerializeAsAny, ValidationError
 
-from fp8pipe.artifact.gate import Gate
+from fp8pipe.artifact.gate import Gate, read_gate
 from fp8pipe.artifact.kinds import Details, kind_named
-from fp8pipe.artifact.layers import LayerRecord
-from fp8pipe.artifact.migrate import migrate
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = [
-    "CHECKSUM_SINCE", "ENCODINGS_SINCE", "MANIFEST_NAME", "SCHEMA_VERSION", "FileEntry", "Gate", "LayerRecord",
-    "Manifest", "NumberFormat", "Parent",
+    "CHECKSUM_SINCE", "ENCODINGS_SINCE", "MANIFEST_NAME", "SCHEMA_VERSION", "Encoding", "FileEntry", "Gate",
+    "Granularity", "LayerRecord", "Manifest", "NumberFormat", "Parent", "ScaleRule", "canonical_digest",
 ]  # fmt: skip
 
 D = TypeVar("D", bound=Details)
@@ -32,6 +38,62 @@ SCHEMA_VERSION = 3
 CHECKSUM_SINCE = 2
 ENCODINGS_SINCE = 3
 MANIFEST_NAME = "manifest.json"
+Granularity = Literal["per-tensor", "per-channel", "per-token", "per-block"]
+
+
+class ScaleRule(StrEnum):
+    """Where a scale comes from."""
+
+    AMAX = "amax"
+    """The largest magnitude is mapped to the largest code."""
+    POWER_OF_TWO = "power-of-two"
+    """The same, rounded to a power of two."""
+    PERCENTILE = "percentile"
+    """A power of two that clips a few of the values seen in calibration."""
+    MSE = "mse"
+    """A power of two of the least mean squared error over the values seen in calibration."""
+    CALIBRATED = "calibrated"
+    """Chosen for the least error on calibration images."""
+    LEARNED = "learned"
+    """Calibrated, then trained with the weights."""
+
+
+class Encoding(FrozenConfig):
+    """How a tensor is quantized; `dequantized = code * scale`."""
+
+    format: Literal["e4m3", "e5m2", "int", "nvfp4"] = Field(description="the grid of its codes")
+    bits: int | None = Field(
+        default=None, ge=2, le=8, description="width of a code; none where an older manifest did not record it"
+    )
+    granularity: Granularity = Field(description="what shares one scale")
+    scale_rule: ScaleRule | None = Field(
+        default=None, description="where the scale comes from; none where it is not recorded"
+    )
+    dynamic: bool = Field(
+        default=False, description="computed from each input while the model runs (true), or stored (false)"
+    )
+
+    def __str__(self) -> str:
+        rule = f", {self.scale_rule}" if self.scale_rule else ""
+        width = "" if self.bits is None else f"{self.bits}-bit "
+        return f"{width}{self.format}, {self.granularity}{rule}{', dynamic' if self.dynamic else ''}"
+
+
+class LayerRecord(FrozenConfig):
+    """One linear layer."""
+
+    name: str = Field(description="the layer's name in the checkpoint, without '.weight'")
+    shape: tuple[int, int] | None = Field(default=None, description="(out, in); none where it has no matrix")
+    weight: Encoding | None = Field(default=None, description="how its weight is stored; none where it stays float")
+    activation: Encoding | None = Field(
+        default=None, description="how its input is quantized; none where it stays float"
+    )
+    reason: str = Field(default="", description="why it stays float, or what else is special about it")
+
+    @property
+    def converted(self) -> bool:
+        """Whether the weight is stored as codes."""
+        return self.weight is not None
 
 
 def _inside(path: str) -> str:
@@ -127,8 +189,8 @@ class Manifest(FrozenConfig):
 
     @property
     def digest(self) -> str:
-        """sha256 (hexadecimal) of the canonical JSON: sorted keys, no spaces, UTF-8."""
-        return hashlib.sha256(_canonical(self._as_stored())).hexdigest()
+        """sha256 (hexadecimal) of the canonical JSON."""
+        return canonical_digest(self._as_stored())
 
     @property
     def content(self) -> str:
@@ -143,7 +205,7 @@ class Manifest(FrozenConfig):
         }
         kept["parents"] = [[parent.kind, parent.content or parent.digest] for parent in self.parents]
         kept["files"] = [[entry.path, entry.sha256] for entry in self.files if not entry.volatile]
-        return hashlib.sha256(_canonical(kept)).hexdigest()
+        return canonical_digest(kept)
 
     @property
     def stored_version(self) -> int:
@@ -155,11 +217,7 @@ class Manifest(FrozenConfig):
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str) -> Manifest:
-        """Parse a manifest of any schema up to today's.
-
-        Args:
-            text: the file's content.
-            where: its path, for messages.
+        """Parse a manifest of any schema up to today's; `where` is its path, for messages.
 
         Raises:
             BadArtifactError: not JSON, a newer schema (both versions are named), an unknown kind, or fields that do not
@@ -196,16 +254,46 @@ def _typed(data: dict[str, Any], where: str) -> dict[str, Any]:
     kind = kind_named(name, where)
     if isinstance(version := data.get("schema_version", 1), int) and version < SCHEMA_VERSION:
         try:
-            data = kind.migrate(migrate(data)) | {"schema_version": SCHEMA_VERSION}
+            data = kind.migrate(_migrated(data)) | {"schema_version": SCHEMA_VERSION}
         except (KeyError, TypeError, AttributeError) as error:
             raise _bad(where, f"its schema is {version}, and it lacks {error}") from error
         kind = kind_named(data["kind"], where)
     return {**data, "details": kind.details.model_validate(data.get("details", {}))}
 
 
-def _canonical(plain: Any) -> bytes:
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+def canonical_digest(value: Any) -> str:
+    """sha256 (hexadecimal) of plain data as sorted JSON in UTF-8, without spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _bad(where: str, why: str) -> BadArtifactError:
     return BadArtifactError(f"{where} is not a valid manifest", why=why, fix="write the artifact again")
+
+
+_SENTENCE: Final = re.compile(r"(\d+)-bit (int|e4m3|nvfp4)")
+_BITS: Final = {"e4m3": 8, "nvfp4": 4}
+
+
+def _migrated(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Common fields of a manifest of schema 1 or 2 in today's form; `details` is still the free dictionary."""
+    number_format = data.get("number_format")
+    return {
+        **{key: value for key, value in data.items() if key != "extra"},
+        "layers": [_layer(layer, number_format) for layer in data.get("layers", [])],
+        "gates": [read_gate(gate) for gate in data.get("gates", [])],
+        "details": dict(data.get("extra", {})),
+    }
+
+
+def _layer(layer: Mapping[str, Any], number_format: Mapping[str, Any] | None) -> dict[str, Any]:
+    kept = {key: layer[key] for key in ("name", "shape") if key in layer}
+    reason = str(layer.get("reason", ""))
+    if not layer.get("converted") or number_format is None:  # merged into bf16: trained, and stored as floats
+        return {**kept, "reason": reason}
+    found = _SENTENCE.match(reason)
+    name = found[2] if found else str(number_format["name"])
+    name = name if name in ("int", *_BITS) else "int"  # the manifest of a ViT named its precision: w4a8
+    bits = int(found[1]) if found else _BITS.get(name)
+    weight = {"format": name, "bits": bits, "granularity": number_format["granularity"]}
+    return {**kept, "weight": weight, "reason": "" if found else reason}

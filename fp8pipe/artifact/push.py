@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_checksum, checksum_path, open_artifact
+from fp8pipe.artifact.record import record_path
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
 
 if TYPE_CHECKING:
@@ -26,34 +27,21 @@ __all__ = ["PushPlan", "Target", "plan_push", "push"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to.
+    """Where to."""
 
-    Attributes:
-        repo_id: `organisation/name`, or `name` for one's own.
-        private: the repository must be private; it is made so if it is new.
-        revision: an existing branch; None is the main one.
-        create_pr: propose the upload instead of making it.
-    """
-
-    repo_id: str
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
+    repo_id: str  # `organisation/name`, or `name` for one's own
+    private: bool = False  # the repository must be private; it is made so if it is new
+    revision: str | None = None  # an existing branch; None is the main one
+    create_pr: bool = False  # propose the upload instead of making it
 
 
 @dataclass(frozen=True, slots=True)
 class PushPlan:
-    """What would be uploaded.
+    """What would be uploaded."""
 
-    Attributes:
-        artifact: every file hashed.
-        files: path and size in bytes of each file, the manifest and its checksum first.
-        notes: what is worth knowing before it is public.
-    """
-
-    artifact: Artifact
-    files: tuple[tuple[str, int], ...]
-    notes: tuple[str, ...]
+    artifact: Artifact  # every file hashed
+    files: tuple[tuple[str, int], ...]  # path and size in bytes of each file, the manifest and its checksum first
+    notes: tuple[str, ...]  # what is worth knowing before it is public
 
     @property
     def size_bytes(self) -> int:
@@ -90,10 +78,7 @@ def plan_push(directory: Path) -> PushPlan:
 def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
     """Upload, in a commit whose message names the digest (the client splits large folders into several).
 
-    Args:
-        plan: as `plan_push` made it.
-        target: the repository.
-        api: a client; None for one with the endpoint and token of the environment or the login.
+    Without `api`, the client has the endpoint and token of the environment or the login.
 
     Returns:
         Address of the commit, or of the pull request.
@@ -131,7 +116,7 @@ def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
 
 def _record(artifact: Artifact) -> tuple[str, str]:
     """The verdict beside the artifact, if it speaks of these files; and what to say about it."""
-    path = artifact.root.absolute().with_name(artifact.root.absolute().name + ".validation.json")
+    path = record_path(artifact.root)
     if not path.is_file():
         return "", "no record of a validation lies beside it"
     if checksum_path(path).exists() and (damage := check_checksum(path)):
@@ -196,8 +181,9 @@ _REFUSALS = {
 def _refused(error: HfHubHTTPError, target: Target, endpoint: str) -> ConfigurationError | MissingCapabilityError:
     status = error.response.status_code if error.response is not None else 0
     why = f"{endpoint} answered {status}: " + (" ".join(str(error.server_message or error).split())[:300])
-    what, fix = _REFUSALS.get(status, ("the hub refuses the upload to {repo}", "see the reason above"))
     if status >= 500 or status == 0:
-        what, fix = "the hub failed", "push again later; what has arrived is not sent twice"
-        return MissingCapabilityError(what, why=why, fix=fix)
+        return MissingCapabilityError(
+            "the hub failed", why=why, fix="push again later; what has arrived is not sent twice"
+        )
+    what, fix = _REFUSALS.get(status, ("the hub refuses the upload to {repo}", "see the reason above"))
     return ConfigurationError(what.format(repo=target.repo_id), why=why, fix=fix)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp8pipe.artifact.checksum import checksum_path, read_checked
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.manifest import CHECKSUM_SINCE, MANIFEST_NAME, FileEntry, Manifest, Parent
+from fp8pipe.artifact.record import checksum_path, read_checked
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_file"]
@@ -22,12 +22,7 @@ _NAMED = 6  # artifacts in an error
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """An opened artifact.
-
-    Attributes:
-        root: its directory.
-        manifest: its manifest.
-    """
+    """An opened artifact."""
 
     root: Path
     manifest: Manifest
@@ -64,12 +59,7 @@ class Artifact:
 
 
 def open_artifact(
-    path: Path | str,
-    *,
-    kind: str | Iterable[str] | None = None,
-    verify: bool = True,
-    caches: str | None = None,
-    on_file: Callable[[FileEntry], None] | None = None,
+    path: Path | str, *, kind: str | Iterable[str] | None = None, verify: bool = True, caches: str | None = None
 ) -> Artifact:
     """Open a finished artifact.
 
@@ -78,7 +68,6 @@ def open_artifact(
         kind: the kind, or the kinds, the caller can use; none accepts any.
         verify: re-hash every file; without it only presence and size are checked.
         caches: a folder whose files can be made again from the others: they are not checked here.
-        on_file: called after each file that was checked, for progress.
 
     Raises:
         BadArtifactError: no such directory, unfinished, of a newer schema or another kind, or a file that is
@@ -90,7 +79,7 @@ def open_artifact(
         raise _not_there(root)
     if root.name.endswith(PARTIAL_SUFFIX):
         raise _unfinished(root)
-    artifact = read_artifact(root, verify=verify, caches=caches, on_file=on_file)
+    artifact = read_artifact(root, verify=verify, caches=caches)
     wanted = None if kind is None else ([kind] if isinstance(kind, str) else list(kind))
     if wanted is not None and artifact.kind not in wanted:
         raise BadArtifactError(
@@ -110,20 +99,11 @@ def _toward(kind: str, root: Path, wanted: list[str]) -> str:
     return "give the directory of an artifact of that kind"
 
 
-def read_artifact(
-    root: Path, *, verify: bool, caches: str | None = None, on_file: Callable[[FileEntry], None] | None = None
-) -> Artifact:
+def read_artifact(root: Path, *, verify: bool, caches: str | None = None) -> Artifact:
     """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own)."""
     manifest = read_manifest(root)
-    findings: list[str] = []
-    for entry in manifest.files:
-        if caches is not None and entry.path.startswith(f"{caches}/"):
-            continue
-        finding = check_file(root, entry, verify)
-        if finding:
-            findings.append(finding)
-        if on_file is not None:
-            on_file(entry)
+    looked_at = (e for e in manifest.files if caches is None or not e.path.startswith(f"{caches}/"))
+    findings = [finding for entry in looked_at if (finding := check_file(root, entry, verify))]
     if findings:
         raise BadArtifactError(
             f"{root} is not what was written: {len(findings)} of {len(manifest.files)} files differ",

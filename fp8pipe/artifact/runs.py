@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from fp8pipe.artifact.checksum import read_checked, write_checked
 from fp8pipe.artifact.gate import Comparison, Gate, Verdict, worst
+from fp8pipe.artifact.record import read_checked, write_checked
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 
@@ -80,15 +80,11 @@ def read_run(directory: Path) -> RunRecord:
         return RunRecord.model_validate(_migrated(json.loads(read_checked(path))))
     except OSError as error:
         raise BadArtifactError(
-            f"{directory} holds no run",
-            why=f"it has no {RUN_NAME}",
-            fix="give the directory that `fp8pipe run` wrote",
+            f"{directory} holds no run", why=f"it has no {RUN_NAME}", fix="give the directory that `fp8pipe run` wrote"
         ) from error
     except (ValueError, ValidationError) as error:
         raise BadArtifactError(
-            f"{path} is no record of a run",
-            why=" ".join(str(error).split())[:300],
-            fix="run the recipe again",
+            f"{path} is no record of a run", why=" ".join(str(error).split())[:300], fix="run the recipe again"
         ) from error
 
 

@@ -16,7 +16,6 @@ from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 
 __all__ = ["check_signature", "sign_directory", "signature_path"]
 
-SIGNATURE_SUFFIX = ".sig"
 # model-signing gives the representation of a list of sentences, in which quotes may be escaped.
 _PARTS = (
     ("other bytes", re.compile(r"Hash mismatch for \\?'(.*?)\\?':")),
@@ -28,7 +27,7 @@ _PARTS = (
 def signature_path(directory: Path) -> Path:
     """`DIR.sig`, beside the directory."""
     absolute = Path(directory).absolute()
-    return absolute.with_name(absolute.name + SIGNATURE_SUFFIX)
+    return absolute.with_name(absolute.name + ".sig")
 
 
 def sign_directory(
@@ -50,7 +49,8 @@ def sign_directory(
         ConfigurationError: no such directory, or a key or certificate that cannot be used.
     """
     signing, hashing = _module("signing"), _module("hashing")
-    _require_directory(directory)
+    if not directory.is_dir():
+        raise ConfigurationError(f"{directory} is not a directory", why="a whole directory is signed", fix="give one")
     if password is not None and certificate is not None:
         raise ConfigurationError(
             "a locked key cannot sign with a certificate", why="model-signing takes no password there",
@@ -76,13 +76,9 @@ def sign_directory(
 def check_signature(
     directory: Path, signature: Path, *, public_key: Path | None = None, certificates: Sequence[Path] = ()
 ) -> str:
-    """What is wrong with a signature, in words; empty when nothing is.
+    """What is wrong with the signature of a directory, in words; empty when nothing is.
 
-    Args:
-        directory: what was signed.
-        signature: the file.
-        public_key: of the signer, PEM; or
-        certificates: roots that are trusted, PEM.
+    Give the signer's public key, or the roots that are trusted, as PEM.
 
     Raises:
         MissingCapabilityError: model-signing is not installed.
@@ -117,11 +113,6 @@ def _in_words(text: str) -> str:
 def _hashing(hashing: Any) -> Any:
     """Every file counts; nothing is ignored, not even what looks like git's."""
     return hashing.Config().use_file_serialization().set_ignored_paths(paths=(), ignore_git_paths=False)
-
-
-def _require_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise ConfigurationError(f"{directory} is not a directory", why="a whole directory is signed", fix="give one")
 
 
 def _module(name: str) -> Any:

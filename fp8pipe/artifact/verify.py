@@ -1,12 +1,14 @@
 """Everything about a tree of artifacts that needs no knowledge of their kinds: bytes, records, parents.
 
-Every finding is kept and none stops the search: who reads the list decides what to copy again.
+A tree is a run's directory, a folder of exports or a single artifact: artifacts, records beside them, and files that no
+record covers. Nothing is believed: what looks like an artifact is found by the names of its files alone. Every finding
+is kept and none stops the search: who reads the list decides what to copy again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,38 +16,91 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fp8pipe.artifact.checksum import check_checksum, checksum_path, read_checked
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.gate import Verdict, failures, read_gate
-from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent
-from fp8pipe.artifact.reader import Artifact, check_file, read_manifest
-from fp8pipe.artifact.runs import RunRecord, StageRecord, read_run
-from fp8pipe.artifact.tree import RECORD_SUFFIX, RUN_FILE, Tree
+from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent, canonical_digest
+from fp8pipe.artifact.reader import CHECKSUM_NAME, PARTIAL_SUFFIX, Artifact, check_file, read_manifest
+from fp8pipe.artifact.record import CHECKSUM_SUFFIX, check_checksum, checksum_path, read_checked
+from fp8pipe.artifact.runs import RUN_NAME, StageRecord, read_run
 from fp8pipe.core.errors import BadArtifactError
 
-__all__ = ["Checked", "check_bytes", "check_record", "find_parent"]
+__all__ = ["Checked", "Tree", "check_bytes", "check_record", "find_parent", "find_tree"]
 
+_RECORD_SUFFIX = ".validation.json"
+# What is found out about an artifact lies beside it.
+_BESIDE = (_RECORD_SUFFIX, ".bench.json", ".serve-check.json")
 _ACCEPTED = ("ACCEPT", "PROVED-WITHOUT-RUNNING")
 _MANY = 5
 
 
 @dataclass(slots=True)
-class Checked:
-    """What was found.
+class Tree:
+    """Paths by what they are, sorted."""
 
-    Attributes:
-        artifacts: those that could be opened, whole or not.
-        findings: everything that is wrong.
-        notes: what could not be checked, and files that no record covers.
-        damaged: directories of artifacts whose bytes are not those of their manifest.
-        files: how many were hashed.
+    root: Path  # the directory that was searched
+    artifacts: list[Path] = field(default_factory=list)  # directories that hold a manifest, or its checksum
+    records: list[Path] = field(default_factory=list)  # JSON files with a checksum, or the name of a record or a run
+    unfinished: list[Path] = field(default_factory=list)  # directories of runs that did not end
+    others: list[Path] = field(default_factory=list)  # files outside of artifacts that have no checksum
+
+    def name_of(self, path: Path) -> str:
+        """`path` as people know it: relative to the tree."""
+        shown = os.path.relpath(path, self.root)
+        return self.root.name if shown == "." else shown
+
+
+def find_tree(root: Path) -> Tree:
+    """Look through a directory; links are not followed.
+
+    Raises:
+        BadArtifactError: it is not a directory, or an unfinished run's.
     """
+    root = Path(os.path.abspath(root))
+    if not root.is_dir():
+        why = "it is a file" if root.exists() else "there is no such directory"
+        raise BadArtifactError(f"{root} cannot be verified", why=why, fix="give the directory of an artifact or a run")
+    if root.name.endswith(PARTIAL_SUFFIX):
+        raise BadArtifactError(f"{root} is unfinished", why="the run that writes it did not end", fix="resume the run")
+    tree = Tree(root)
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        # A model repository for Triton holds a copy of an export's manifest, and other files than it lists.
+        if {MANIFEST_NAME, CHECKSUM_NAME} & set(files) and "config.pbtxt" not in files:
+            tree.artifacts.append(here)
+            folders.clear()
+            continue
+        tree.unfinished += [here / name for name in folders if name.endswith(PARTIAL_SUFFIX)]
+        folders[:] = sorted(name for name in folders if not name.endswith(PARTIAL_SUFFIX))
+        _sort_files(tree, here, set(files))
+    if tree.artifacts == [root]:  # what was found about it lies beside it
+        for suffix in _BESIDE:
+            beside = root.with_name(root.name + suffix)
+            tree.records += [beside] if beside.exists() or checksum_path(beside).exists() else []
+    for found in (tree.artifacts, tree.records, tree.unfinished, tree.others):
+        found.sort()
+    return tree
 
-    artifacts: list[Artifact] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    damaged: set[Path] = field(default_factory=set)
-    files: int = 0
+
+def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
+    """Records, known by their checksum, their name, or a checksum that they left behind; and others."""
+    checksums = {name for name in files if name.endswith(CHECKSUM_SUFFIX)}
+    records = {Path(name).with_suffix(".json").name for name in checksums}
+    records |= {name for name in files if name == RUN_NAME or name.endswith(_BESIDE)}
+    tree.records += [folder / name for name in records]
+    # A signature is checked with a key, which only the caller has.
+    signatures = {name for name in files if name.endswith(".sig") and (folder / name[: -len(".sig")]).is_dir()}
+    tree.others += [folder / name for name in files - checksums - records - signatures]
+
+
+@dataclass(slots=True)
+class Checked:
+    """What was found."""
+
+    artifacts: list[Artifact] = field(default_factory=list)  # those that could be opened, whole or not
+    findings: list[Finding] = field(default_factory=list)  # everything that is wrong
+    notes: list[str] = field(default_factory=list)  # what could not be checked, and files that no record covers
+    damaged: set[Path] = field(default_factory=set)  # directories of artifacts whose bytes their manifest does not name
+    files: int = 0  # how many were hashed
 
 
 def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntry], None] | None = None) -> Checked:
@@ -108,7 +163,7 @@ def _before_checksums(path: Path) -> bool:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return False
-    return isinstance(data, dict) and data.get("schema_version") == 1 and path.name.endswith(RECORD_SUFFIX)
+    return isinstance(data, dict) and data.get("schema_version") == 1 and path.name.endswith(_RECORD_SUFFIX)
 
 
 def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> tuple[list[Finding], Artifact | None]:
@@ -132,50 +187,36 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
 
 
 # What a run keeps for itself, beside its stages' outputs.
-_RUN_FILES = ("recipe.yaml", "stages", "logs")
+_RUN_NAMES = ("recipe.yaml", "stages", "logs")
 
 
 def _unknown(tree: Tree) -> list[Path]:
     """Files outside of artifacts, but those that a run's record names."""
     known = set()
     for path in tree.records:
-        record = _run_of(path)
-        if record is None:
+        if path.name != RUN_NAME:
             continue
-        for stage in record.stages:
+        try:
+            stages = read_run(path.parent).stages
+        except BadArtifactError:
+            continue
+        for stage in stages:
             names = {stage.log, *(f"{stage.output}/{name}" for name in stage.files)}
             known |= {path.parent / name for name in names if name}
-        working = (path.parent / name for name in _RUN_FILES)
+        working = (path.parent / name for name in _RUN_NAMES)
         known |= {other for place in working for other in tree.others if place in (other, *other.parents)}
     return [path for path in tree.others if path not in known]
 
 
-def _run_of(path: Path) -> RunRecord | None:
-    if path.name != RUN_FILE:
-        return None
-    try:
-        return read_run(path.parent)
-    except BadArtifactError:
-        return None
-
-
 def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
-    """What a checksummed record says, against the artifacts it speaks of.
-
-    Args:
-        path: the record.
-        artifacts: by their directories.
-
-    Returns:
-        findings and notes.
-    """
+    """Findings and notes on what a checksummed record says, against the artifacts (by directory) it speaks of."""
     try:
         data = json.loads(path.read_bytes() if _before_checksums(path) else read_checked(path))
     except (OSError, BadArtifactError):
         return [], []  # a finding of its checksum already
     except ValueError as error:
         return [Finding(Check.RECORD, path.name, f"it is not JSON: {error}")], []
-    if path.name == RUN_FILE:
+    if path.name == RUN_NAME:
         return _check_run(path, artifacts)
     findings = list(_check_verdict(path.name, data)) if isinstance(data, dict) else []
     if not isinstance(data, dict) or "manifest_digest" not in data:
@@ -238,8 +279,7 @@ def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
         verdict = json.loads(output.read_bytes()).get("verdict")
     except (ValueError, AttributeError):
         return  # a finding of its checksum, or of its own
-    text = json.dumps([stage.key, verdict], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    if hashlib.sha256(text.encode()).hexdigest() != stage.content:
+    if canonical_digest([stage.key, verdict]) != stage.content:
         why = f"stage {stage.name} was judged with another verdict than the {verdict} that stands there"
         yield Finding(Check.RECORD, stage.output, why)
 

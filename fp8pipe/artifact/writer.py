@@ -2,99 +2,82 @@
 
 Order: files into `NAME.partial/`, each flushed to the disk; the manifest and its checksum; everything reopened and
 re-hashed; one rename. A finished artifact is only ever replaced by that last rename, and only when `force` was given.
+What may be replaced or thrown away, and who is writing there, is looked at before.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
-from fp8pipe.artifact.checksum import remove_checked, write_checked
 from fp8pipe.artifact.kinds import Details
-from fp8pipe.artifact.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    Gate,
-    LayerRecord,
-    Manifest,
-    NumberFormat,
-    Parent,
-)
-from fp8pipe.artifact.place import (
-    CHECKPOINT_PREFIX,
-    LOCK_NAME,
-    check_output,
-    check_place,
-    lock,
-    partial_of,
-    translate_unwritable,
-)
-from fp8pipe.artifact.reader import Artifact, read_artifact, sha256_file
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Gate, LayerRecord, Manifest, NumberFormat, Parent
+from fp8pipe.artifact.reader import PARTIAL_SUFFIX, Artifact, read_artifact, sha256_file
+from fp8pipe.artifact.record import remove_checked, write_checked
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
 from fp8pipe.core.machine import distribution_version, ordinary_mode, translate_disk_full
 from fp8pipe.core.version import __version__
 
-__all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "installed_versions"]
+__all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "check_place", "installed_versions", "lock", "partial_of"]
 
 logger = logging.getLogger(__name__)
 
+# An unfinished directory with an entry of this prefix can be resumed, and is not thrown away unasked.
+CHECKPOINT_PREFIX = "checkpoint"
+LOCK_NAME = ".lock"
 _RECORDED = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic")
 
 
 class ArtifactWriter:
     """Writes one artifact. Use as a context manager: a full disk inside becomes an OutOfMemoryError.
 
-    Leaving without `commit` keeps `NAME.partial/`, so that an interrupted run can be resumed; `discard`
-    removes it.
+    Leaving without `commit` keeps `NAME.partial/`, so that an interrupted run can be resumed; `discard` removes it.
 
     Args:
         output: the artifact's final directory.
         kind: its kind.
         stage: the command or stage that writes it.
-        force: allow an existing artifact at `output` to be replaced, at the end, and an unfinished
-            resumable run to be thrown away, at once.
+        force: an existing artifact at `output` may be replaced, at the end, and an unfinished resumable run be thrown
+            away, at once.
         resume: keep what an unfinished run left in `NAME.partial/`.
 
     Raises:
-        ConfigurationError: `output` exists and `force` was not given, or is not an artifact; an unfinished
-            resumable run is there and neither `resume` nor `force` was given; another process is writing
-            it; the place cannot be written to.
+        ConfigurationError: `output` exists and `force` was not given, or is not an artifact; an unfinished resumable
+            run is there and neither `resume` nor `force` was given; another process is writing it; the place cannot be
+            written to.
     """
 
     def __init__(self, output: Path | str, *, kind: str, stage: str, force: bool = False, resume: bool = False) -> None:
-        self.output = Path(output).absolute()
-        self.kind = kind
-        self.stage = stage
-        self.force = force
+        self.output, self.kind, self.stage, self.force = Path(output).absolute(), kind, stage, force
         self.root = partial_of(self.output)
         self.warnings: list[str] = []
         self.gates: list[Gate] = []
         self._stack = ExitStack()
         check_place(self.output, force=force, resume=resume)
         self.resumed = resume and self.root.is_dir()
-        with translate_disk_full(self.output), translate_unwritable(self.output):
+        with translate_disk_full(self.output), _translate_unwritable(self.output):
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.root)
             if not self.resumed:
-                _empty(self.root)
+                for path in self.root.iterdir():
+                    if path.name != LOCK_NAME:
+                        _remove(path)
 
     def __enter__(self) -> ArtifactWriter:
         self._stack.enter_context(translate_disk_full(self.output))
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._lock.close()
         self._stack.__exit__(kind, error, traceback)
@@ -109,26 +92,31 @@ class ArtifactWriter:
         """Record a gate. A failed one does not stop the commit: raising is the caller's decision."""
         self.gates.append(gate)
 
+    def require_gates(self, gates: Sequence[Gate], what: str, fix: str) -> None:
+        """Record all gates of an export; refuse it when some fail: what failed, in words, and what the user can do.
+
+        Raises:
+            GateFailedError: with every failed gate's value, threshold and detail.
+        """
+        for gate in gates:
+            self.gate(gate)
+        failed = [gate for gate in gates if not gate.passed]
+        if failed:
+            why = "\n       ".join(map(str, failed))
+            raise GateFailedError(f"{what} ({len(failed)} gate(s) failed)", why=why, fix=fix)
+
     def discard(self) -> None:
         """Remove the unfinished directory."""
         self._lock.close()
         shutil.rmtree(self.root, ignore_errors=True)
 
     def commit(
-        self,
-        *,
-        details: Details,
-        config: Mapping[str, Any] | None = None,
-        seed: int | None = None,
-        parents: Sequence[Parent] = (),
-        number_format: NumberFormat | None = None,
-        preprocessing: Mapping[str, Any] | None = None,
-        runtime: Mapping[str, Any] | None = None,
-        layers: Sequence[LayerRecord] = (),
-        versions: Mapping[str, str] | None = None,
-        exclude: Iterable[str] = (),
+        self, *, details: Details, config: Mapping[str, Any] | None = None, seed: int | None = None,
+        parents: Sequence[Parent] = (), number_format: NumberFormat | None = None,
+        preprocessing: Mapping[str, Any] | None = None, runtime: Mapping[str, Any] | None = None,
+        layers: Sequence[LayerRecord] = (), versions: Mapping[str, str] | None = None, exclude: Iterable[str] = (),
         volatile: Iterable[str] = (),
-    ) -> Artifact:
+    ) -> Artifact:  # fmt: skip
         """Hash, write the manifest, reopen and verify, and rename to the final name.
 
         Args:
@@ -155,26 +143,16 @@ class ArtifactWriter:
         """
         with translate_disk_full(self.output):
             for name in (*exclude, LOCK_NAME):
-                _remove(self.root, name)
+                _remove(self.root / name)
             remove_checked(self.root / MANIFEST_NAME)
             manifest = Manifest(
-                kind=self.kind,
-                stage=self.stage,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                tool_version=__version__,
-                versions={**installed_versions(), **(versions or {})},
-                config=dict(config or {}),
-                seed=seed,
-                parents=list(parents),
-                files=_hash_files(self.root, tuple(volatile)),
-                number_format=number_format,
-                preprocessing=None if preprocessing is None else dict(preprocessing),
-                runtime=dict(runtime or {}),
-                layers=list(layers),
-                gates=self.gates,
-                warnings=self.warnings,
-                details=details,
-            )
+                kind=self.kind, stage=self.stage, created=datetime.now(UTC).isoformat(timespec="seconds"),
+                tool_version=__version__, versions={**installed_versions(), **(versions or {})},
+                config=dict(config or {}), seed=seed, parents=list(parents),
+                files=_hash_files(self.root, tuple(volatile)), number_format=number_format,
+                preprocessing=None if preprocessing is None else dict(preprocessing), runtime=dict(runtime or {}),
+                layers=list(layers), gates=self.gates, warnings=self.warnings, details=details,
+            )  # fmt: skip
             self._write_manifest(manifest)
             self._rename()
         self._lock.close()
@@ -183,7 +161,7 @@ class ArtifactWriter:
     def _write_manifest(self, manifest: Manifest) -> None:
         path = self.root / MANIFEST_NAME
         write_checked(path, manifest.to_json())
-        _sync(self.root)
+        sync(self.root)
         reopened = read_artifact(self.root, verify=True)
         if reopened.digest != manifest.digest:
             raise BadArtifactError(
@@ -193,7 +171,7 @@ class ArtifactWriter:
             )
 
     def _rename(self) -> None:
-        check_output(self.output, self.force)
+        _check_output(self.output, self.force)
         replaced = None
         if self.output.exists():
             replaced = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
@@ -204,7 +182,7 @@ class ArtifactWriter:
             if replaced is not None:
                 replaced.rename(self.output)
             raise
-        _sync(self.output.parent)
+        sync(self.output.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
@@ -215,14 +193,7 @@ def installed_versions(names: Iterable[str] = _RECORDED) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
-def _empty(root: Path) -> None:
-    for path in root.iterdir():
-        if path.name != LOCK_NAME:
-            _remove(root, path.name)
-
-
-def _remove(root: Path, name: str) -> None:
-    path = root / name
+def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -243,16 +214,98 @@ def _hash_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
             )
         if path.is_file():
             path.chmod(mode)  # safetensors creates its files for the owner alone
-        _sync(path)
+        sync(path)
         if path.is_file():
             changing = any(name == entry or name.startswith(f"{entry}/") for entry in volatile)
             entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path), volatile=changing))
     return entries
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def partial_of(output: Path) -> Path:
+    """`OUTPUT.partial`, where an artifact is written until it is whole."""
+    return output.with_name(output.name + PARTIAL_SUFFIX)
+
+
+def check_place(output: Path | str, *, force: bool, resume: bool = False) -> None:
+    """Refuse an output that `ArtifactWriter` would refuse; to be asked before anything costly begins.
+
+    Raises:
+        ConfigurationError: as `ArtifactWriter`.
+    """
+    output = Path(output).absolute()
+    _check_output(output, force)
+    root = partial_of(output)
+    if root.exists() and not resume:
+        _check_disposable(root, output, force)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Refuse an output that exists, unless `force` may replace it; `force` replaces artifacts only."""
+    if not (output.exists() or output.is_symlink()):
+        return
+    if not force:
+        raise ConfigurationError(
+            f"{output} exists already",
+            why="an artifact is never overwritten unasked",
+            fix="give another output, or --force to replace it",
+        )
+    artifact = (output / MANIFEST_NAME).is_file()
+    if not output.is_dir() or output.is_symlink() or (any(output.iterdir()) and not artifact):
+        raise ConfigurationError(
+            f"{output} is not an artifact, and is not replaced",
+            why=f"it holds no {MANIFEST_NAME}" if output.is_dir() else "it is not a plain directory",
+            fix="remove it yourself, or give another output",
+        )
+
+
+def _check_disposable(root: Path, output: Path, force: bool) -> None:
+    """Refuse to throw away an unfinished run that could be resumed."""
+    if not root.is_dir():
+        raise ConfigurationError(
+            f"{root} is in the way", why="it is not a directory", fix="remove it, or give another output"
+        )
+    if not force and any(path.name.startswith(CHECKPOINT_PREFIX) for path in root.iterdir()):
+        raise ConfigurationError(
+            f"an unfinished run for {output} can be resumed",
+            why=f"{root} holds a checkpoint",
+            fix="--resume to continue it, or --force to throw it away",
+        )
+
+
+@contextmanager
+def _translate_unwritable(output: Path) -> Iterator[None]:
+    """A place that cannot be written to is the user's choice of output (exit 10)."""
+    try:
+        yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigurationError(
+            f"{output} cannot be written",
+            why=f"{error.strerror}: {error.filename}",
+            fix="give an output in a directory you may write to",
+        ) from error
+
+
+def lock(root: Path) -> IO[str]:
+    """Hold `root` for this process; another process that tries is refused instead of mixing its files in."""
+    stream = (root / LOCK_NAME).open("w")
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise ConfigurationError(
+            f"another process is writing {root}",
+            why="it holds the directory's lock",
+            fix="wait for it to end, or give another output",
+        ) from error
+    except OSError as error:
+        logger.warning("%s cannot be locked against a second writer: %s", root, error.strerror)
+    return stream

@@ -1,12 +1,11 @@
 """The command line: a group that imports a command only when it runs, and maps every failure to an exit code.
 
 `fp8pipe --help` must answer at once, so the short help lives in a table here and nothing heavy is imported at
-the top of any module of this package. Commands: one file each, `fp8pipe/cli/<name>.py`, exposing `command`.
+the top of any module of this package. The command NAME is `NAME_command` of the module of its topic.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any
 
@@ -37,6 +36,12 @@ COMMANDS = {
     "schema": "Print the JSON schema of recipes, for editors.",
     "doctor": "Show what this machine can run, and how to get what is missing.",
 }
+# Modules that hold more than the command of their own name.
+_MODULES = {
+    "schema": "run", "finetune": "tune", "quantize-vit": "tune", "lint": "export", "validate": "measure",
+    "bench": "measure", "serve-check": "measure", "serve-repository": "serve", "serve-key": "serve",
+    "report": "inspect", "sign": "verify", "push": "verify",
+}  # fmt: skip
 
 
 class LazyGroup(click.Group):
@@ -47,10 +52,12 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module and return its `command`."""
+        """Import the module that holds the command, and return it."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"fp8pipe.cli.{cmd_name.replace('-', '_')}").command
+        name = cmd_name.replace("-", "_")
+        module = importlib.import_module(f"fp8pipe.cli.{_MODULES.get(cmd_name, name)}")
+        command: click.Command = getattr(module, f"{name}_command")
         return command
 
     def resolve_command(
@@ -59,6 +66,8 @@ class LazyGroup(click.Group):
         """As click does, with a suggestion for a misspelt name."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
+            import difflib
+
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Commands: {', '.join(COMMANDS)}."
             raise click.UsageError(f"No such command {name!r}. {hint}", ctx)
@@ -91,7 +100,7 @@ class LazyGroup(click.Group):
             ctx.exit(error.exit_code)
         except BaseException as error:  # KeyboardInterrupt and MemoryError have exit codes of their own
             failure = failure_of(error)
-            failure.show()
+            click.echo(failure.text, err=True)
             console.finish(failure)
             ctx.exit(failure.exit_code)
         console.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json as jsonlib
 import math
@@ -26,24 +27,21 @@ if TYPE_CHECKING:
     from fp8pipe.core.plan import Plan
 
 __all__ = [
-    "Console", "Failure", "common_options", "failure_of", "format_bytes", "show_artifact", "show_plan", "stage_options",
-    "table",
+    "Console", "Failure", "common_options", "failure_of", "format_bytes", "show_artifact", "show_plan", "stacked",
+    "stage_options", "table",
 ]  # fmt: skip
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass
 class Console:
-    """Where a command puts its result.
+    """Where a command puts its result."""
 
-    Attributes:
-        json: one JSON document on stdout, at the end.
-        quiet: the shortest text (an artifact's path) instead of the full one.
-        verbose: more on stderr.
-    """
-
-    json: bool = False
-    quiet: bool = False
-    verbose: bool = False
+    json: bool = False  # one JSON document on stdout, at the end
+    quiet: bool = False  # the shortest text (an artifact's path) instead of the full one
+    verbose: bool = False  # more on stderr
     document: dict[str, Any] = field(default_factory=dict)
 
     def emit(self, document: Mapping[str, Any], text: str, *, quiet_text: str = "") -> None:
@@ -98,10 +96,6 @@ class Failure:
     text: str
     document: dict[str, Any]
 
-    def show(self) -> None:
-        """Print the message on stderr."""
-        click.echo(self.text, err=True)
-
 
 def failure_of(error: BaseException) -> Failure:
     """What to say about `error`, and the exit code; an unforeseen one keeps its traceback and exits 1."""
@@ -119,7 +113,7 @@ def failure_of(error: BaseException) -> Failure:
     return dataclasses.replace(failure, text=trace + failure.text)
 
 
-def common_options(*, dry_run: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def common_options(*, dry_run: bool = False) -> Decorator:
     """Decorator: --json, --quiet, --verbose, and --dry-run if asked for; sets logging up.
 
     The command receives `console: Console` as a keyword, and `dry_run: bool` if asked for. Put it below
@@ -140,42 +134,35 @@ def common_options(*, dry_run: bool = False) -> Callable[[Callable[..., Any]], C
                 console.finish()
             return result
 
-        options = [
-            click.option("--json", is_flag=True, help="One JSON document on stdout, the rest on stderr."),
-            click.option("--quiet", "-q", is_flag=True, help="No progress; print only what was written."),
-            click.option("--verbose", "-v", is_flag=True, help="Debug messages on stderr."),
-        ]
-        if dry_run:
-            options.append(click.option("--dry-run", is_flag=True, help="Show the plan; write nothing."))
-        decorated: Callable[..., Any] = wrapper
-        for option in options:
-            decorated = option(decorated)
-        return decorated
+        return wrapper
 
-    return decorate
+    options = [
+        click.option("--verbose", "-v", is_flag=True, help="Debug messages on stderr."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress; print only what was written."),
+        click.option("--json", is_flag=True, help="One JSON document on stdout, the rest on stderr."),
+        decorate,
+    ]
+    if dry_run:
+        options.insert(0, click.option("--dry-run", is_flag=True, help="Show the plan; write nothing."))
+    return stacked(options)
 
 
-def stage_options(*names: str, written: str = "artifact") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: those of --output, --config, --force and --resume that are named.
-
-    Args:
-        names: without dashes.
-        written: what the command writes, for help.
-    """
+def stage_options(*names: str) -> Decorator:
+    """Decorator: those of --output, --config, --force and --resume that are named, without dashes."""
     path, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
     options = {
-        "output": click.option("--output", required=True, type=path, help=f"The {written}'s directory."),
+        "output": click.option("--output", required=True, type=path, help="The artifact's directory."),
         "config": click.option("--config", type=file, help="YAML file of settings; options win over it."),
-        "force": click.option("--force", is_flag=True, help=f"Replace an existing {written}."),
+        "force": click.option("--force", is_flag=True, help="Replace an existing artifact."),
         "resume": click.option("--resume", is_flag=True, help="Continue the unfinished run of --output."),
     }
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for name in reversed(names):
-            function = options[name](function)
-        return function
+    return stacked([options[name] for name in names])
 
-    return decorate
+
+def stacked(decorators: Sequence[Callable[..., Any]]) -> Decorator:
+    """One decorator of several; help lists their options in this order."""
+    return lambda function: functools.reduce(lambda made, decorator: decorator(made), reversed(decorators), function)
 
 
 def show_plan(console: Console, plan: Plan, quiet_text: str = "", **facts: Any) -> None:
@@ -198,22 +185,16 @@ def _failure(
 ) -> Failure:
     document: dict[str, Any] = {"type": kind, "exit_code": exit_code, "what": what, "why": why, "fix": fix}
     if findings:
-        document["findings"] = [_plain_finding(item) for item in findings]
+        document["findings"] = [
+            dataclasses.asdict(item) if hasattr(item, "__dataclass_fields__") else str(item) for item in findings
+        ]
     lines = (f"error: {what}", why and f"  why: {why}", fix and f"  fix: {fix}")
     return Failure(exit_code, "\n".join(filter(None, lines)), document)
-
-
-def _plain_finding(item: Any) -> Any:
-    if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        return dataclasses.asdict(item)
-    return str(item)
 
 
 def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     """The exhaustion of memory or disk behind `error`, if that is what it is; imports nothing heavy."""
     if isinstance(error, OSError):
-        import errno
-
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return None
         return OutOfMemoryError("the disk is full", why=str(error), fix="free space, or use another disk")
@@ -233,10 +214,9 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
 def _divert_descriptor() -> int | None:
     """Point descriptor 1 at stderr and return a copy of it; None where sys.stdout is not descriptor 1."""
     try:
-        real = sys.stdout.fileno() == 1
+        if sys.stdout.fileno() != 1:
+            return None
     except (OSError, ValueError, AttributeError):
-        return None
-    if not real:
         return None
     sys.stdout.flush()
     saved = os.dup(1)

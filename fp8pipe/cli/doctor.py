@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import click
 
 from fp8pipe.cli.common import Console, common_options, format_bytes
+from fp8pipe.core import machine
+from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.version import __version__
 
 if TYPE_CHECKING:
     from exporters.vllm.environment import VllmEnvironment
-    from fp8pipe.core.errors import MissingCapabilityError
 
 OK, MISSING, WARNING = "ok", "missing", "warning"
 # Distribution, what needs it, how to get it.
@@ -50,27 +52,19 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Ability:
-    """One thing that this machine can or cannot do.
+    """One thing that this machine can or cannot do."""
 
-    Attributes:
-        verb: train, quantize, export, build engines or serve.
-        what: of that.
-        able: whether it can.
-        how: on which devices, in which types; or why not.
-        add: the command that adds it; empty where it is there, or where hardware is what lacks.
-    """
-
-    verb: str
-    what: str
+    verb: str  # train, quantize, export, build engines or serve
+    what: str  # of that
     able: bool
-    how: str
-    add: str = ""
+    how: str  # on which devices, in which types; or why not
+    add: str = ""  # the command that adds it; empty where it is there, or where hardware is what lacks
 
 
 @click.command("doctor")
 @click.option("--vllm-python", envvar="FP8PIPE_VLLM_PYTHON", help="Python of the environment with vLLM.")
 @common_options()
-def command(vllm_python: str | None, console: Console) -> None:
+def doctor_command(vllm_python: str | None, console: Console) -> None:
     """Report what this machine has, and what it can do.
 
     First Python, torch, GPUs, CPU features, the vLLM environment, optional packages and disk space; then what can be
@@ -103,8 +97,6 @@ def _line(check: Check) -> str:
 def _python_checks() -> Iterator[Check]:
     import torch
 
-    from fp8pipe.core.version import __version__
-
     yield Check("fp8pipe", OK, f"{__version__}, Python {platform.python_version()}")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield Check("torch", OK, f"{torch.__version__} ({build})")
@@ -113,8 +105,6 @@ def _python_checks() -> Iterator[Check]:
 
 def _device_checks() -> Iterator[Check]:
     import torch
-
-    from fp8pipe.core import machine
 
     features = machine.cpu_features()
     cores = len(os.sched_getaffinity(0))
@@ -141,7 +131,6 @@ def _device_checks() -> Iterator[Check]:
 def _find_vllm(python: str | None) -> VllmEnvironment | MissingCapabilityError:
     """The environment that vLLM lives in, or why there is none."""
     from exporters.vllm.environment import find_vllm_python, inspect_environment
-    from fp8pipe.core.errors import MissingCapabilityError
 
     try:
         return inspect_environment(find_vllm_python(python))
@@ -166,27 +155,21 @@ def _vllm_checks(found: VllmEnvironment | MissingCapabilityError) -> Iterator[Ch
 
 
 def _package_check(name: str, lack: str, how: str) -> Check:
-    from fp8pipe.core.machine import distribution_version
-
-    version = distribution_version(name)
+    version = machine.distribution_version(name)
     return Check(name, OK, version) if version else Check(name, MISSING, lack, how)
 
 
 def _disk_checks() -> Iterator[Check]:
-    from fp8pipe.core.machine import free_bytes
-
     cache = Path(os.environ.get("FP8PIPE_CACHE") or Path.home() / ".cache" / "fp8pipe")
     for name, path in (("disk: here", Path.cwd()), ("disk: cache", cache)):
-        free = free_bytes(path)
+        free = machine.free_bytes(path)
         low = free < LOW_DISK_BYTES
         fix = f"little for a model and its export; free {format_bytes(LOW_DISK_BYTES)}" if low else ""
         yield Check(name, WARNING if low else OK, f"{format_bytes(free)} free at {path}", fix)
 
 
 def _missing(names: tuple[str, ...]) -> list[str]:
-    from fp8pipe.core.machine import distribution_version
-
-    return [name for name in names if distribution_version(name) is None]
+    return [name for name in names if machine.distribution_version(name) is None]
 
 
 def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) -> Ability:
@@ -199,12 +182,11 @@ def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) 
 
 def _devices(kernels: Callable[[bool], str], on_cpu: str) -> str:
     """The CPU and every GPU, each with what `kernels` says of hardware with FP8 and without."""
-    from fp8pipe.core.machine import gpus
     from fp8pipe.numerics.bf16 import has_fast_bf16
 
     cpu = "bf16 products" if has_fast_bf16() else "fp32 products, several times slower"
     shown = [f"cpu ({on_cpu}{cpu})"]
-    shown += [f"{gpu.name} ({kernels(gpu.fp8)})" for gpu in gpus()]
+    shown += [f"{gpu.name} ({kernels(gpu.fp8)})" for gpu in machine.gpus()]
     return "; ".join(shown)
 
 
@@ -232,16 +214,15 @@ def _export() -> Iterator[Ability]:
 
 
 def _build() -> Iterator[Ability]:
-    from exporters.tensorrt.options import CAPABILITIES
     from exporters.tensorrt.recipe import installed_builder
-    from fp8pipe.core.machine import gpus
+    from exporters.tensorrt.target import CAPABILITIES
 
     version = installed_builder("rtx")
     names = ", ".join(CAPABILITIES)
     how = f"{version}, for {names}, without a GPU" if version else "tensorrt-rtx missing"
     yield Ability("build engines", "TensorRT for RTX", version is not None, how,
                   "" if version else "pip install 'fp8pipe[trt-rtx]'")  # fmt: skip
-    version, devices = installed_builder("enterprise"), gpus()
+    version, devices = installed_builder("enterprise"), machine.gpus()
     if not devices:
         yield Ability("build engines", "TensorRT", False, "it builds for the GPU of its machine, and there is none")
         return
@@ -251,12 +232,10 @@ def _build() -> Iterator[Ability]:
 
 
 def _serve(vllm: VllmEnvironment | MissingCapabilityError) -> Iterator[Ability]:
-    from fp8pipe.core.machine import gpus
-
     yield _language(vllm)
     yield _packages("serve", "vision, in ONNX Runtime", (*_SERVER, "onnx", "onnxruntime", "onnx-ir"), "on the cpu",
                     "pip install 'fp8pipe[serve]'")  # fmt: skip
-    devices, missing = gpus(), _missing(("tensorrt-rtx",))
+    devices, missing = machine.gpus(), _missing(("tensorrt-rtx",))
     what = "vision, in TensorRT for RTX"
     if not devices:
         yield Ability("serve", what, False, "there is no GPU here, or torch sees none")

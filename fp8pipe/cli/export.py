@@ -1,26 +1,33 @@
-"""`fp8pipe export`: an artifact, or a plain checkpoint, in the form that an engine loads.
+"""`fp8pipe export`: an artifact, or a plain checkpoint, in the form that an engine loads; and `fp8pipe lint`.
 
-The command is made of the registered targets: their names are the choices of `--target`, and their option models the
+`export` is made of the registered targets: their names are the choices of `--target`, and their option models the
 options. It is made whenever it is asked for, so that a target registered by another package is known, too.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporters.target import ExportTarget, call, choose, kind_of_source, targets
-from fp8pipe.artifact import Artifact
-from fp8pipe.cli.common import Console, common_options, format_bytes, show_plan, stage_options, table
+from fp8pipe.cli.common import Console, common_options, format_bytes, show_plan, stacked, stage_options, table
 from fp8pipe.cli.options import foreign, options_of, resolve, union_options
 from fp8pipe.core.config import read_yaml
 from fp8pipe.core.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from fp8pipe.artifact import Artifact
+    from fp8pipe.artifact.finding import Finding
+
 
 def __getattr__(name: str) -> Any:
-    if name == "command":
+    if name == "export_command":
         return make_command()
     raise AttributeError(name)
 
@@ -28,19 +35,17 @@ def __getattr__(name: str) -> Any:
 def make_command() -> click.Command:
     """The command, for the targets that are registered now."""
     known = targets()
-    function: Any = _export
-    for decorate in (
-        common_options(dry_run=True),
-        stage_options("output", "config", "force"),
-        union_options({target.label or target.name: target.options for target in known}),
+    options = [
+        click.argument("artifact", type=click.Path(path_type=Path)),
         click.option(
             "--target", type=click.Choice(list(dict.fromkeys(target.name for target in known))), required=True,
             help="; ".join(f"{target.name}: {target.help}" for target in known) + ".",
         ),
-        click.argument("artifact", type=click.Path(path_type=Path)),
-    ):  # fmt: skip
-        function = decorate(function)
-    return click.command("export")(function)
+        union_options({target.label or target.name: target.options for target in known}),
+        stage_options("output", "config", "force"),
+        common_options(dry_run=True),
+    ]  # fmt: skip
+    return click.command("export")(stacked(options)(_export))
 
 
 def _export(
@@ -93,16 +98,11 @@ def _report(exported: Artifact, target: ExportTarget, source: Path, console: Con
     """What was written, with every gate, and the command that proves it against what it was made from."""
     manifest = exported.manifest
     document = {
-        "dry_run": False,
-        "target": target.name,
-        "path": str(exported.root),
-        "kind": exported.kind,
-        "digest": exported.digest,
-        "size_bytes": exported.size_bytes,
+        "dry_run": False, "target": target.name, "path": str(exported.root), "kind": exported.kind,
+        "digest": exported.digest, "size_bytes": exported.size_bytes,
         "format": str(getattr(manifest.details, "format", "")),
-        "gates": [gate.model_dump(mode="json") for gate in manifest.gates],
-        "warnings": list(manifest.warnings),
-    }
+        "gates": [gate.model_dump(mode="json") for gate in manifest.gates], "warnings": list(manifest.warnings),
+    }  # fmt: skip
     lines = [f"{exported.root}: {len(manifest.files)} files, {format_bytes(exported.size_bytes)}"]
     lines += [table([gate.row for gate in manifest.gates])] if manifest.gates else []
     lines += call(target.after, exported) if target.after is not None else []
@@ -110,3 +110,52 @@ def _report(exported: Artifact, target: ExportTarget, source: Path, console: Con
         against = f" --against {source}" if "against" in target.engines[0].takes else ""
         lines.append(f"  next: fp8pipe validate {exported.root}{against}")
     console.emit(document, "\n".join(lines), quiet_text=str(exported.root))
+
+
+def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        if not re.fullmatch(r"\d+\.\d+", text):
+            raise click.BadParameter(f"{text!r} is not a compute capability; write for instance 8.9", ctx, param)
+    return value
+
+
+@click.command("lint")
+@click.argument("graph", type=click.Path(path_type=Path))
+@click.option(
+    "--compute-capability", "capabilities", multiple=True, callback=_capabilities,
+    help="GPUs to compile for, for instance 8.9; without any, no type is judged by them.",
+)  # fmt: skip
+@click.option("--no-require", is_flag=True, help="Accept what is only multiplied in another precision.")
+@common_options()
+def lint_command(graph: Path, capabilities: tuple[str, ...], no_require: bool, console: Console) -> None:
+    """Lint the ONNX file GRAPH, from any source; all findings at once, exit 13 when one is an error."""
+    from exporters.graph.runtime import import_onnx_package
+
+    import_onnx_package("onnx_ir")
+    from exporters.tensorrt.lint import lint_file
+    from fp8pipe.artifact.finding import LintFindingsError
+
+    report = lint_file(graph, capabilities)
+    errors, warnings = (found(require=not no_require) for found in (report.errors, report.warnings))
+    document = {"path": str(graph), "compute_capabilities": capabilities, "findings": _plain(report.findings)}
+    text = f"{graph}: {len(errors)} error(s), {len(warnings)} warning(s)"
+    rows = _rows(errors, warnings)
+    console.emit(document, "\n".join([text, *([table(rows)] if rows else [])]))
+    if errors:
+        raise LintFindingsError(errors, str(graph), "built", report.waivable(require=not no_require))
+
+
+def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[str, str, str, str]]:
+    """How many errors of each rule and what they do to an engine; every warning."""
+    from exporters.tensorrt.lint import RULES
+
+    counts = Counter(found.rule for found in errors)
+    told = [(str(RULES[rule].effect), rule, f"{count} place(s)", RULES[rule].fix) for rule, count in counts.items()]
+    return told + [("warning", found.rule, found.where, found.why) for found in warnings]
+
+
+def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """With what the builder does: refused, wrong, degraded or warning."""
+    from exporters.tensorrt.lint import RULES
+
+    return [{**dataclasses.asdict(found), "effect": str(RULES[found.rule].effect)} for found in findings]

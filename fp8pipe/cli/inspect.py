@@ -1,4 +1,4 @@
-"""`fp8pipe inspect`: what an artifact or a foreign checkpoint is, and what it holds."""
+"""`fp8pipe inspect` and `fp8pipe report`: what an artifact, a run or a foreign checkpoint is, and what it holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fp8pipe.cli.common import Console, common_options, format_bytes, table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact, LayerRecord, Manifest
-    from fp8pipe.models.inspection import Contents, LayerView
+    from fp8pipe.models.inspection.contents import Contents, LayerView
 
 _SHOWN_OPERATORS = 8
 
@@ -22,7 +22,7 @@ _SHOWN_OPERATORS = 8
 @click.option("--layers", "list_layers", is_flag=True, help="List every layer, not only the counts.")
 @click.option("--headers", is_flag=True, help="Read headers only: no scales, no share of saturated codes.")
 @common_options()
-def command(path: Path, list_layers: bool, headers: bool, console: Console) -> None:
+def inspect_command(path: Path, list_layers: bool, headers: bool, console: Console) -> None:
     """Show what PATH is and holds.
 
     PATH is an artifact, a checkpoint of Hugging Face's form (compressed-tensors, ModelOpt, FP8 blocks, GPTQ, AWQ or
@@ -33,7 +33,7 @@ def command(path: Path, list_layers: bool, headers: bool, console: Console) -> N
     """
     from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, open_artifact
     from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-    from fp8pipe.models.inspection import inspect_contents
+    from fp8pipe.models.inspection.places import inspect_contents
 
     checksummed = any((path / name).is_file() for name in (MANIFEST_NAME, CHECKSUM_NAME)) or path.suffix == ".partial"
     if not checksummed:
@@ -52,22 +52,13 @@ def command(path: Path, list_layers: bool, headers: bool, console: Console) -> N
 
 
 def _document(opened: Artifact) -> dict[str, Any]:
-    import json
-
     manifest = opened.manifest
-    return {
-        "path": str(opened.root),
-        "digest": opened.digest,
-        "size_bytes": opened.size_bytes,
-        "layer_counts": _counts(manifest),
-        "unlisted_files": opened.unlisted(),
-        "manifest": json.loads(manifest.to_json()),
-    }
-
-
-def _counts(manifest: Manifest) -> dict[str, int]:
     converted = sum(layer.converted for layer in manifest.layers)
-    return {"converted": converted, "skipped": len(manifest.layers) - converted}
+    return {
+        "path": str(opened.root), "digest": opened.digest, "size_bytes": opened.size_bytes,
+        "layer_counts": {"converted": converted, "skipped": len(manifest.layers) - converted},
+        "unlisted_files": opened.unlisted(), "manifest": manifest.plain(),
+    }  # fmt: skip
 
 
 def _text(opened: Artifact, list_layers: bool) -> str:
@@ -81,8 +72,7 @@ def _text(opened: Artifact, list_layers: bool) -> str:
     ]
     rows += [("parent", f"{parent.kind} {parent.digest[:12]} {parent.path}") for parent in manifest.parents]
     if number_format is not None:
-        description = f"{number_format.name}, {number_format.granularity}, {number_format.scale_direction}"
-        rows.append(("format", description))
+        rows.append(("format", f"{number_format.name}, {number_format.granularity}, {number_format.scale_direction}"))
     if manifest.seed is not None:
         rows.append(("seed", manifest.seed))
     details = manifest.details.model_dump(mode="json", exclude_none=True)
@@ -124,12 +114,7 @@ def _layers(manifest: Manifest, list_layers: bool) -> list[str]:
     """Counts by verdict and reason, or every layer."""
     if list_layers:
         rows = [
-            (
-                "converted" if layer.converted else "skipped",
-                layer.name,
-                "x".join(map(str, layer.shape)) if layer.shape else "-",
-                _encoded(layer, manifest),
-            )
+            ("converted" if layer.converted else "skipped", layer.name, _shape(layer), _encoded(layer, manifest))
             for layer in manifest.layers
         ]
         return ["layers", table(rows)]
@@ -171,12 +156,16 @@ def _contents_text(contents: Contents, list_layers: bool) -> str:
 
 
 def _row(layer: LayerView) -> tuple[object, ...]:
-    shape = "x".join(map(str, layer.shape)) if layer.shape else "-"
-    nan = f"{layer.nan} NaN" if layer.nan else ""
-    share = _share(layer.saturated, layer.codes)
-    low_high = (min(layer.scales.bins), max(layer.scales.bins)) if layer.scales.bins else None
-    spread = f"2^{low_high[0]}..2^{low_high[1]}" if low_high else "-"
-    return layer.name, layer.format, shape, format_bytes(layer.size_bytes), layer.granularity or "-", share, spread, nan
+    bins = layer.scales.bins
+    return (
+        layer.name, layer.format, _shape(layer), format_bytes(layer.size_bytes), layer.granularity or "-",
+        _share(layer.saturated, layer.codes), f"2^{min(bins)}..2^{max(bins)}" if bins else "-",
+        f"{layer.nan} NaN" if layer.nan else "",
+    )  # fmt: skip
+
+
+def _shape(layer: LayerRecord | LayerView) -> str:
+    return "x".join(map(str, layer.shape)) if layer.shape else "-"
 
 
 def _share(part: int, whole: int) -> str:
@@ -192,3 +181,24 @@ def _fact(value: Any) -> str:
         shown = [f"{key} {inner}" for key, inner in list(value.items())[:_SHOWN_OPERATORS]]
         return ", ".join(shown) + (", ..." if len(value) > _SHOWN_OPERATORS else "")
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@click.command("report")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default: see below.")
+@click.option("--image", type=click.Path(path_type=Path, dir_okay=False), help="A picture, to see attention on it too.")
+@common_options()
+def report_command(directory: Path, output: Path | None, image: Path | None, console: Console) -> None:
+    """Write a report of DIRECTORY, a run's or an artifact's, as one HTML file without scripts or network.
+
+    It goes to RUN/report.html, or beside an artifact to ARTIFACT.report.html. Nothing else is changed.
+    """
+    from fp8pipe.report import write_report
+    from fp8pipe.report.sections.verdicts import overall
+
+    path, subject = write_report(directory, output, image)
+    verdict, size = str(overall(subject)), path.stat().st_size
+    document = {
+        "path": str(path), "size_bytes": size, "verdict": verdict, "artifacts": [item.name for item in subject.items],
+    }  # fmt: skip
+    console.emit(document, f"{path}: {format_bytes(size)}, {verdict}", quiet_text=str(path))

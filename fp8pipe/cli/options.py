@@ -7,7 +7,7 @@ so that only what was given overrides `--config`; values out of range are refuse
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,27 +17,20 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fp8pipe.cli.common import format_bytes
+from fp8pipe.cli.common import Decorator, format_bytes, stacked
 from fp8pipe.core.config import Flag, FrozenConfig, assign, build_config, parse_size, read_yaml
 
 __all__ = ["Option", "foreign", "model_options", "options_of", "resolve", "union_options"]
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 T = TypeVar("T", bound=FrozenConfig)
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A field as an option.
+    """A field as an option."""
 
-    Attributes:
-        path: where its value belongs; of a nested model's field `synthesis.steps`.
-        flag: its name without dashes in front.
-        field: the model's.
-    """
-
-    path: str
-    flag: str
+    path: str  # where its value belongs; of a nested model's field `synthesis.steps`
+    flag: str  # its name without dashes in front
     field: FieldInfo
 
     @property
@@ -105,22 +98,13 @@ def union_options(models: Mapping[str, type[FrozenConfig]]) -> Decorator:
     for label, model in models.items():
         for option in options_of(model):
             uses.setdefault(option.flag, []).append((label, option))
-    decorators = [_click_option(found, len(models)) for found in uses.values()]
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
+    return stacked([_click_option(found, len(models)) for found in uses.values()])
 
 
 def foreign(given: Mapping[str, object], *models: type[FrozenConfig]) -> list[str]:
     """The flags of what was given and none of `models` has, as written on the command line that is being run.
 
-    Args:
-        given: options by parameter; None and () count as not given.
-        models: those that were chosen.
+    `given` are options by parameter, of which None and () count as not given; `models` are those that were chosen.
     """
     known = {option.parameter for model in models for option in options_of(model)}
     context = click.get_current_context(silent=True)
@@ -174,12 +158,7 @@ class _Size(click.ParamType[int]):
 
 
 def _click_option(uses: list[tuple[str, Option]], everywhere: int) -> Decorator:
-    """One click option for a flag.
-
-    Args:
-        uses: the models' labels and what the flag is there.
-        everywhere: how many models there are.
-    """
+    """One click option for a flag, of the models' labels and what the flag is there; `everywhere` counts the models."""
     first = uses[0][1]
     kinds, several = [option.kind[0] for _, option in uses], first.kind[1]
     if all(isinstance(kind, tuple) for kind in kinds):  # choices: all that any model has

@@ -1,4 +1,7 @@
-"""`fp8pipe run`: a recipe from base model to proven exports, resumed wherever it was cut; and the plan of all that."""
+"""`fp8pipe run`: a recipe from base model to proven exports, resumed wherever it was cut; and the plan of all that.
+
+`fp8pipe schema`: the JSON schema of recipes, so that an editor completes and checks them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Stages side by side, at most.")
 @click.option("--no-report", is_flag=True, help="Write no report at the end.")
 @common_options(dry_run=True)
-def command(
+def run_command(
     recipe: Path, output: Path | None, overrides: tuple[str, ...], no_report: bool, dry_run: bool, console: Console,
     **chosen: Any,
 ) -> None:  # fmt: skip
@@ -44,18 +47,22 @@ def command(
 
     read = load_recipe(recipe, overrides)
     state = RunState(read, stage_commands(), output or Path("runs") / read.name, RunOptions(**chosen))
+
+    def show(stage: str, line: str) -> None:
+        if not console.quiet:
+            click.echo(f"[{stage}] {line}", err=True)
+
+    runner = WorkflowRunner(state, show)
     if dry_run:
-        _show_plan(state, WorkflowRunner(state, _silent), console)
+        _show_plan(state, runner, console)
         return
-    signal.signal(signal.SIGTERM, _interrupted)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     before = _work_done(state)
-    record = WorkflowRunner(state, _shown(console)).run()
-    if not no_report and (_work_done(state) != before or not (state.directory / REPORT).is_file()):
-        _report(state.directory, console)
-    _finish(record, state, console)
-
-
-REPORT = "report.html"
+    record = runner.run()
+    report = state.directory / "report.html"
+    if not no_report and (_work_done(state) != before or not report.is_file()):
+        _report(state.directory)
+    _finish(record, state, report if report.is_file() else None, console)
 
 
 def _work_done(state: RunState) -> list[str]:
@@ -63,23 +70,7 @@ def _work_done(state: RunState) -> list[str]:
     return [record.model_dump_json() for record in state.records.values()]
 
 
-def _silent(stage: str, line: str) -> None:
-    """Nobody listens."""
-
-
-def _shown(console: Console) -> Any:
-    def show(stage: str, line: str) -> None:
-        if not console.quiet:
-            click.echo(f"[{stage}] {line}", err=True)
-
-    return show
-
-
-def _interrupted(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _report(directory: Path, console: Console) -> None:
+def _report(directory: Path) -> None:
     """The report, as `fp8pipe report` writes it; that it cannot be written is said, and is no verdict on the model."""
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "fp8pipe", "report", str(directory), "--quiet"], capture_output=True, text=True
@@ -88,7 +79,7 @@ def _report(directory: Path, console: Console) -> None:
         click.echo(f"warning: no report was written: {ended.stderr.strip().splitlines()[-1:]}", err=True)
 
 
-def _finish(record: RunRecord, state: RunState, console: Console) -> None:
+def _finish(record: RunRecord, state: RunState, report: Path | None, console: Console) -> None:
     from fp8pipe.artifact.gate import Verdict
     from fp8pipe.core.errors import GateFailedError
 
@@ -96,12 +87,10 @@ def _finish(record: RunRecord, state: RunState, console: Console) -> None:
         (stage.verdict, stage.name, stage.command, f"{stage.seconds:.0f} s", stage.output) for stage in record.stages
     ]
     lines = [f"{record.verdict}  {record.recipe} in {state.directory}", table(rows)]
-    report = state.directory / REPORT
-    if report.is_file():
-        lines.append(f"  report: {report}")
+    lines += [f"  report: {report}"] if report else []
     console.emit(
         {"verdict": record.verdict, "directory": str(state.directory),
-         "report": str(report) if report.is_file() else None, "run": record.model_dump(mode="json")},
+         "report": str(report) if report else None, "run": record.model_dump(mode="json")},
         "\n".join(lines), quiet_text=str(record.verdict),
     )  # fmt: skip
     if record.verdict is not Verdict.ACCEPT:
@@ -234,3 +223,52 @@ def _total_lines(total: Mapping[str, Any]) -> list[str]:
         names = ", ".join(total["not_planned"])
         lines.append(f"not in these figures: {names}; what they read is not there yet, or their plan failed")
     return lines
+
+
+@click.command("schema")
+@common_options()
+def schema_command(console: Console) -> None:
+    """Print the JSON schema (2020-12) of recipes.
+
+    In an editor with YAML support: `# yaml-language-server: $schema=recipe.schema.json` as a recipe's first line.
+    """
+    schema = recipe_schema()
+    console.emit(schema, json.dumps(schema, indent=2))
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema as data."""
+    from fp8pipe.cli.stages import stage_schemas
+    from pipeline.workflow import GateSpec
+
+    definitions: dict[str, Any] = {}
+    stages = []
+    for name, schema in stage_schemas().items():
+        definitions.update(schema.pop("$defs", {}))
+        properties = {"command": {"const": name.split()[0]}, **_COMMON, **schema["properties"]}
+        stages.append(
+            {
+                "title": name, "type": "object", "properties": properties, "additionalProperties": False,
+                "required": ["command", *schema.get("required", ())],
+            }
+        )  # fmt: skip
+    gate = GateSpec.model_json_schema()
+    definitions["Gate"] = gate
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "recipe of fp8pipe run", "type": "object",
+        "additionalProperties": False, "required": ["stages"],
+        "properties": {
+            "name": {"type": "string"}, "description": {"type": "string"},
+            "stages": {
+                "type": "object", "minProperties": 1, "additionalProperties": {"anyOf": stages},
+                "propertyNames": {"pattern": "^[a-z0-9][a-z0-9-]{0,62}$"},
+            },
+        },
+        "$defs": definitions,
+    }  # fmt: skip
+
+
+_COMMON = {
+    "gates": {"type": "array", "items": {"$ref": "#/$defs/Gate"}, "description": "what must hold of what it wrote"},
+    "after": {"type": "array", "items": {"type": "string"}, "description": "stages that must have ended before"},
+}

@@ -1,7 +1,8 @@
-"""`fp8pipe serve`: an export becomes a service."""
+"""`fp8pipe serve`, `serve-repository` and `serve-key`: an export becomes a service, here or in a Triton server."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,8 @@ import click
 
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
 from fp8pipe.cli.options import foreign, resolve, union_options
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
-from serving.vision.config import VisionConfig
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from serving.config import LanguageConfig, ServeConfig, VisionConfig
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @union_options({"": ServeConfig, "vision": VisionConfig, "language": LanguageConfig})
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_OPTIONS...]")
 @common_options(dry_run=True)
-def command(export: Path, extra: tuple[str, ...], console: Console, dry_run: bool, **options: Any) -> None:
+def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_run: bool, **options: Any) -> None:
     """Serve EXPORT over HTTP until SIGTERM, after checking every file against its manifest.
 
     For a language export, options of vLLM's own server may follow after `--`.
@@ -47,8 +47,6 @@ def command(export: Path, extra: tuple[str, ...], console: Console, dry_run: boo
 
 
 def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: bool) -> None:
-    from fp8pipe.core.errors import ConfigurationError
-
     found = foreign(options, *((ServeConfig, LanguageConfig) if language else (VisionConfig,)))
     if not language and extra:
         found.append(" ".join(("--", *extra)))
@@ -63,7 +61,7 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
 def _refuse_now(export: Path, config: ServeConfig) -> None:
     """What would be refused when it is served: changed files, a file of keys that cannot be read."""
     from fp8pipe.artifact import open_artifact
-    from serving.http.auth import KeyFile
+    from serving.http.admission import KeyFile
 
     open_artifact(export, caches="engines")
     if config.api_key_file:
@@ -71,10 +69,6 @@ def _refuse_now(export: Path, config: ServeConfig) -> None:
 
 
 def _require_packages(language: bool) -> None:
-    from importlib.util import find_spec
-
-    from fp8pipe.core.errors import MissingCapabilityError
-
     modules = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
     if not language:
         modules |= {"python_multipart": "python-multipart", "PIL": "pillow", "numpy": "numpy"}
@@ -96,7 +90,60 @@ def _show(console: Console, artifact: Artifact, config: ServeConfig, of_vllm: La
     if of_vllm is not None:
         document["vllm"] = of_vllm.model_dump(mode="json")
         rows += [(f"vllm: {name}", value) for name, value in document["vllm"].items()]
-    text = (
-        f"{artifact.root} ({artifact.kind}, {format_bytes(artifact.size_bytes)}) would be served by the {kind} server"
-    )
-    console.emit(document, f"{text}\n{table(rows)}")
+    size = format_bytes(artifact.size_bytes)
+    text = f"{artifact.root} ({artifact.kind}, {size}) would be served by the {kind} server\n{table(rows)}"
+    console.emit(document, text)
+
+
+@click.command("serve-repository")
+@click.argument("export", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The repository; may hold other models.")
+@click.option("--layout", type=click.Choice(["triton"]), default="triton", show_default=True, help="Whose repository.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cpu-vnni", "gpu"]),
+    help="Vision: where Triton computes; cpu (default) is right on any, cpu-vnni twice as fast where there is VNNI.",
+)
+@click.option("--max-model-len", type=click.IntRange(min=16), help="Language exports: context, tokens.")
+@common_options(dry_run=True)
+def serve_repository_command(
+    export: Path, output: Path, layout: str, device: str | None, max_model_len: int | None, dry_run: bool,
+    console: Console,
+) -> None:  # fmt: skip
+    """Write EXPORT, after checking every file, as a model of the Triton Inference Server."""
+    from exporters.target import open_export
+    from exporters.triton.repository import TritonDevice
+
+    artifact, target = open_export(export, lambda known: known.service.repository)
+    language = target.service.domain == "language"
+    if (device if language else max_model_len) is not None:
+        raise ConfigurationError(
+            f"{'--device' if language else '--max-model-len'} cannot be given here",
+            why=f"this is a {'language' if language else 'vision'} export", fix="leave it out",
+        )  # fmt: skip
+    from exporters.triton.repository import plan_repository, write_triton_repository
+
+    chosen = TritonDevice(device or "cpu")
+    if dry_run:
+        plan = plan_repository(artifact, output, chosen)
+        console.emit({"dry_run": True, "layout": layout, "plan": plan.document()}, plan.text())
+        return
+    root = write_triton_repository(export, output, device=chosen, max_model_len=max_model_len)
+    text = f"{root}\n  next: cd {output.absolute()} && tritonserver --model-repository ."
+    console.emit({"model": str(root), "layout": layout}, text, quiet_text=str(root))
+
+
+@click.command("serve-key")
+@click.argument("name", default="")
+@common_options()
+def serve_key_command(name: str, console: Console) -> None:
+    """Make an API key for NAME. The key is shown once; its line goes into the file of --api-key-file."""
+    from serving.http.admission import hash_key, is_name, new_key
+
+    if name and not is_name(name):
+        raise ConfigurationError(
+            f"{name!r} cannot name a key", why="letters, digits and _.@- only", fix="choose another"
+        )
+    key = new_key()
+    line = hash_key(key, name)
+    console.emit({"key": key, "line": line}, f"key:  {key}\nline: {line}", quiet_text=key)

@@ -6,16 +6,19 @@ Nothing heavy is imported here: a run in which nothing is to be done must not wa
 from __future__ import annotations
 
 import os
+import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from exporters.target import choose, kind_of_source, targets
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, targets_of
+from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.workflow import StageCommand
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from fp8pipe.core.config import FrozenConfig
 
 __all__ = ["stage_commands", "stage_schemas"]
 
@@ -23,40 +26,33 @@ Settings = Mapping[str, Any]
 _VALIDATE: Final = ("export", "engine", "against", "images", "vllm_python")
 # What commands leave, for stages that read one that has not run yet.
 _LEFT_BY: Final = {"finetune": TUNED_KINDS, "quantize-vit": (VIT_KIND,)}
+# The models of settings that stand in a file, imported when they are needed.
+_CONFIGS: Final = {
+    "finetune": "pipeline.finetune.config:FinetuneConfig", "quantize-vit": "pipeline.vit.config:QuantizeVitConfig",
+    "bench": "validation.bench.record:BenchConfig", "serve-check": "validation.bench.record:ServeCheckConfig",
+}  # fmt: skip
+_TEXT: Final = {"type": "string"}
 
 
 def stage_commands() -> dict[str, StageCommand]:
     """All of them, by name."""
     found = (
-        StageCommand(
-            "finetune", ("model", "data"), _check_with(_finetune_config), _configured("finetune"), _in_run, (), True
-        ),
-        StageCommand(
-            "quantize-vit", ("model", "calibration", "evaluate"), _check_with(_vit_config), _configured("quantize-vit"),
-            _in_run, (), True,
-        ),
+        _training("finetune", "model", "data"),
+        _training("quantize-vit", "model", "calibration", "evaluate"),
         StageCommand("export", ("artifact",), _check_export, _export_arguments, _in_run, ("artifact", "target")),
         StageCommand(
             "validate", ("export", "against", "images"), _check_validate, _validate_arguments, _beside("validation"),
             _VALIDATE, environment=_several_processes,
         ),
-        StageCommand(
-            "bench", ("export",), _check_measure(_bench_config), _measure_arguments("bench"), _beside("bench"),
-            ("export", "vllm_python"), environment=_several_processes,
-        ),
-        StageCommand(
-            "serve-check", ("export",), _check_measure(_serve_check_config), _measure_arguments("serve-check"),
-            _beside("serve-check"), ("export",), environment=_several_processes,
-        ),
+        _measurement("bench", "export", "vllm_python"),
+        _measurement("serve-check", "export"),
     )  # fmt: skip
     return {command.name: command for command in found}
 
 
 def stage_schemas() -> dict[str, dict[str, Any]]:
     """By command, the JSON schema of its settings; imports every room."""
-    from exporters.target import targets
-
-    schemas = {name: make().model_json_schema() for name, make in _CONFIGS.items()}
+    schemas = {name: _config(name).model_json_schema() for name in _CONFIGS}
     for target in targets():
         schema = target.options.model_json_schema()
         schema["properties"].pop("force", None)
@@ -72,69 +68,47 @@ def stage_schemas() -> dict[str, dict[str, Any]]:
     return schemas
 
 
-_TEXT: Final = {"type": "string"}
-
-
 def _with(schema: dict[str, Any], properties: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
     merged = {**schema, "properties": {**properties, **schema["properties"]}}
     merged["required"] = [*required, *schema.get("required", ())]
     return merged
 
 
-def _finetune_config() -> type[BaseModel]:
-    from pipeline.finetune.config import FinetuneConfig
-
-    return FinetuneConfig
-
-
-def _vit_config() -> type[BaseModel]:
-    from pipeline.vit.config import QuantizeVitConfig
-
-    return QuantizeVitConfig
+def _config(name: str) -> type[FrozenConfig]:
+    found: type[FrozenConfig] = pkgutil.resolve_name(_CONFIGS[name])
+    return found
 
 
-def _bench_config() -> type[BaseModel]:
-    from validation.bench.config import BenchConfig
+def _training(name: str, *sources: str) -> StageCommand:
+    """A command that makes an artifact of a model and data."""
 
-    return BenchConfig
-
-
-def _serve_check_config() -> type[BaseModel]:
-    from validation.bench.config import ServeCheckConfig
-
-    return ServeCheckConfig
-
-
-_CONFIGS: Final[Mapping[str, Callable[[], type[BaseModel]]]] = {
-    "finetune": _finetune_config, "quantize-vit": _vit_config, "bench": _bench_config,
-    "serve-check": _serve_check_config,
-}  # fmt: skip
-
-
-def _check_with(config: Callable[[], type[BaseModel]]) -> Callable[[Settings, Mapping[str, str]], None]:
     def check(settings: Settings, read: Mapping[str, str]) -> None:
-        from fp8pipe.core.config import build_config
+        build_config(_config(name), settings)
 
-        build_config(config(), settings)
+    def arguments(settings: Settings, output: Path, file: Path) -> list[str]:
+        return [name, "--config", str(file), "--output", str(output)]
 
-    return check
+    return StageCommand(name, sources, check, arguments, _in_run, resumable=True)
 
 
-def _check_measure(config: Callable[[], type[BaseModel]]) -> Callable[[Settings, Mapping[str, str]], None]:
+def _measurement(name: str, *inline: str) -> StageCommand:
+    """A command that runs an export, and writes a record beside it."""
+
     def check(settings: Settings, read: Mapping[str, str]) -> None:
-        from fp8pipe.core.config import build_config
+        _require_export(settings, read)
+        build_config(
+            _config(name), {key: value for key, value in settings.items() if key not in ("export", "vllm_python")}
+        )
 
-        _require(settings, "export")
-        _must_be_export(read)
-        build_config(config(), {key: value for key, value in settings.items() if key not in ("export", "vllm_python")})
+    def arguments(settings: Settings, output: Path, file: Path) -> list[str]:
+        python = settings.get("vllm_python")
+        extra = [] if python is None else ["--vllm-python", str(python)]
+        return [name, str(settings["export"]), "--config", str(file), *extra]
 
-    return check
+    return StageCommand(name, ("export",), check, arguments, _beside(name), inline, environment=_several_processes)
 
 
 def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
-    from exporters.target import choose, kind_of_source
-    from fp8pipe.core.config import build_config
-
     _require(settings, "artifact", "target")
     rest = {key: value for key, value in settings.items() if key not in ("artifact", "target")}
     if "force" in rest:
@@ -151,14 +125,11 @@ def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
 
 
 def _engines() -> list[str]:
-    from exporters.target import targets
-
     return list(dict.fromkeys(engine.name for target in targets() for engine in target.engines))
 
 
 def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
-    _require(settings, "export")
-    _must_be_export(read)
+    _require_export(settings, read)
     unknown = [key for key in settings if key not in _VALIDATE]
     if unknown:
         why = f"{', '.join(unknown)}: unknown key, known keys: {', '.join(_VALIDATE)}"
@@ -167,7 +138,8 @@ def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
         raise ConfigurationError("unknown engine", why=f"engine: choose from {', '.join(_engines())}")
 
 
-def _must_be_export(read: Mapping[str, str]) -> None:
+def _require_export(settings: Settings, read: Mapping[str, str]) -> None:
+    _require(settings, "export")
     if read.get("export", "export") != "export":
         raise ConfigurationError("not an export", why=f"export: it names a stage of {read['export']}, not of export")
 
@@ -193,10 +165,6 @@ def _beside(stage: str) -> Callable[[Settings, Path, str], Path]:
     return output
 
 
-def _configured(name: str) -> Callable[[Settings, Path, Path], list[str]]:
-    return lambda settings, output, file: [name, "--config", str(file), "--output", str(output)]
-
-
 def _export_arguments(settings: Settings, output: Path, file: Path) -> list[str]:
     fixed = ["export", str(settings["artifact"]), "--target", str(settings["target"]), "--output", str(output)]
     return [*fixed, "--config", str(file)]
@@ -206,15 +174,6 @@ def _validate_arguments(settings: Settings, output: Path, file: Path) -> list[st
     named = [key for key in _VALIDATE if key != "export" and settings.get(key) is not None]
     flags = [[f"--{key.replace('_', '-')}", str(settings[key])] for key in named]
     return ["validate", str(settings["export"]), *(part for flag in flags for part in flag)]
-
-
-def _measure_arguments(name: str) -> Callable[[Settings, Path, Path], list[str]]:
-    def arguments(settings: Settings, output: Path, file: Path) -> list[str]:
-        python = settings.get("vllm_python")
-        extra = [] if python is None else ["--vllm-python", str(python)]
-        return [name, str(settings["export"]), "--config", str(file), *extra]
-
-    return arguments
 
 
 def _several_processes(settings: Settings) -> Mapping[str, str]:

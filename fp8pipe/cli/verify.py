@@ -1,19 +1,19 @@
-"""`fp8pipe verify`: is everything in a directory what was written, and what its parents say it must be?"""
+"""`fp8pipe verify`, `sign` and `push`: is everything in a directory what was written, who wrote it, and off it goes."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp8pipe.cli.common import Console, common_options
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 if TYPE_CHECKING:
     from fp8pipe.artifact.finding import Finding
-    from fp8pipe.artifact.tree import Tree
-    from fp8pipe.artifact.verify import Checked
+    from fp8pipe.artifact.verify import Checked, Tree
 
 
 class VerificationError(BadArtifactError):
@@ -25,54 +25,43 @@ class VerificationError(BadArtifactError):
 
     def __init__(self, directory: Path, findings: list[Finding]) -> None:
         self.findings = tuple(findings)
-        places = [found.artifact for found in findings]
-        lines = [f"{place}: {found}" for place, found in zip(places, findings, strict=True)]
         super().__init__(
             f"{directory} is not what it should be: {len(findings)} finding(s)",
-            why="\n       ".join(lines),
+            why="\n       ".join(f"{found.artifact}: {found}" for found in findings),
             fix="copy what is damaged again from its source, or write it again",
         )
 
 
+_PATH = click.Path(path_type=Path)
+
+
 @click.command("verify")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=_PATH)
 @click.option(
-    "--parents",
-    "parents",
-    multiple=True,
-    type=click.Path(path_type=Path),
+    "--parents", multiple=True, type=_PATH,
     help="Where parents may lie that are not in DIRECTORY: an artifact, a tree of them, or a model. May be repeated.",
-)
+)  # fmt: skip
 @click.option("--quick", is_flag=True, help="Hashes, checksums and records only; contents are not looked at.")
 @click.option("--strict", is_flag=True, help="Files that no record covers are findings too.")
-@click.option("--public-key", type=click.Path(path_type=Path), help="Check the signature with this key, PEM.")
+@click.option("--public-key", type=_PATH, help="Check the signature with this key, PEM.")
 @click.option(
-    "--certificate",
-    "certificates",
-    multiple=True,
-    type=click.Path(path_type=Path),
+    "--certificate", "certificates", multiple=True, type=_PATH,
     help="Check the signature with this trusted root, PEM. May be repeated.",
-)
-@click.option("--signature", type=click.Path(path_type=Path), help="The signature.  [default: DIRECTORY.sig]")
+)  # fmt: skip
+@click.option("--signature", type=_PATH, help="The signature.  [default: DIRECTORY.sig]")
 @common_options()
-def command(
-    directory: Path,
-    parents: tuple[Path, ...],
-    quick: bool,
-    strict: bool,
-    public_key: Path | None,
-    certificates: tuple[Path, ...],
-    signature: Path | None,
-    console: Console,
-) -> None:
+def verify_command(
+    directory: Path, parents: tuple[Path, ...], quick: bool, strict: bool, public_key: Path | None,
+    certificates: tuple[Path, ...], signature: Path | None, console: Console,
+) -> None:  # fmt: skip
     """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 when anything is found.
 
     DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every checksum
     and record checked, every linter run. Where an artifact's parent is in the same tree, or given with --parents, all
     numbers and files are compared with it.
-    """  # fmt: skip
+    """
     from exporters.verify.whole import verify_tree
-    from fp8pipe.artifact.tree import find_tree
+    from fp8pipe.artifact.verify import find_tree
     from fp8pipe.core.progress import track
 
     tree = find_tree(directory)
@@ -108,14 +97,13 @@ def _signature(
 
 
 def _count(tree: Tree) -> int:
+    """Files to be hashed, for progress."""
     from fp8pipe.artifact import read_manifest
 
     total = 0
     for root in tree.artifacts:
-        try:
+        with contextlib.suppress(BadArtifactError, OSError):
             total += len(read_manifest(root).files)
-        except (BadArtifactError, OSError):
-            continue
     return total
 
 
@@ -139,7 +127,7 @@ def _document(tree: Tree, checked: Checked, compared: list[tuple[str, str]], qui
 
 
 def _text(tree: Tree, checked: Checked, compared: list[tuple[str, str]], quick: bool) -> str:
-    names = {child: parent for child, parent in compared}
+    names = dict(compared)
     lines = [f"{tree.root}: {checked.files} files hashed, {len(tree.artifacts)} artifact(s), "
              f"{len(tree.records)} record(s)"]  # fmt: skip
     for artifact in checked.artifacts:
@@ -150,3 +138,70 @@ def _text(tree: Tree, checked: Checked, compared: list[tuple[str, str]], quick: 
     if not checked.findings:
         lines.append("all as written" + (" (contents not looked at)" if quick else ""))
     return "\n".join(lines)
+
+
+@click.command("sign")
+@click.argument("directory", type=_PATH)
+@click.option("--key", type=_PATH, required=True, help="Private key of an elliptic curve, PEM.")
+@click.option("--password-file", type=_PATH, help="File that holds the key's password.")
+@click.option("--certificate", type=_PATH, help="Certificate of the key, PEM, to be checked by certificates.")
+@click.option("--chain", type=_PATH, multiple=True, help="Certificate between it and a root. May be repeated.")
+@click.option("--output", type=_PATH, help="Where the signature is written.  [default: DIRECTORY.sig]")
+@common_options()
+def sign_command(
+    directory: Path, key: Path, password_file: Path | None, certificate: Path | None, chain: tuple[Path, ...],
+    output: Path | None, console: Console,
+) -> None:  # fmt: skip
+    """Sign every file in DIRECTORY, which is verified first; works offline.
+
+    Check with: fp8pipe verify DIRECTORY --public-key KEY.pub
+    """
+    from fp8pipe.artifact.signature import sign_directory, signature_path
+    from fp8pipe.artifact.verify import check_bytes, find_tree
+
+    try:
+        password = None if password_file is None else password_file.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{password_file} cannot be read", why=str(error), fix="name the file") from error
+    found = check_bytes(find_tree(directory)).findings
+    if found:
+        raise BadArtifactError(
+            f"{directory} is damaged, and is not signed", why="; ".join(map(str, found)), fix="fp8pipe verify lists all"
+        )
+    place = signature_path(directory) if output is None else output
+    sign_directory(directory, place, key=key, certificate=certificate, chain=chain, password=password)
+    console.emit({"path": str(directory), "signature": str(place)}, f"signed: {place}", quiet_text=str(place))
+
+
+@click.command("push")
+@click.argument("directory", type=_PATH)
+@click.argument("repo_id")
+@click.option("--private", is_flag=True, help="A private repository; refuse a public one.")
+@click.option("--revision", help="An existing branch to commit to.")
+@click.option("--create-pr", is_flag=True, help="Propose the upload as a pull request.")
+@common_options(dry_run=True)
+def push_command(
+    directory: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, dry_run: bool, console: Console
+) -> None:
+    """Hash DIRECTORY, and upload it to the hub's repository REPO_ID.
+
+    An artifact is refused if a file differs (exit 12) or a gate failed (14). The token comes from HF_TOKEN or from
+    `hf auth login`, never from the command line.
+    """
+    from fp8pipe.artifact.push import Target, plan_push, push
+
+    plan = plan_push(directory)
+    document = {
+        "dry_run": dry_run, "path": str(plan.artifact.root), "kind": plan.artifact.kind, "repo_id": repo_id,
+        "digest": plan.artifact.digest, "size_bytes": plan.size_bytes, "notes": list(plan.notes),
+        "files": [{"path": name, "size": size} for name, size in plan.files],
+    }  # fmt: skip
+    rows = [(name, format_bytes(size)) for name, size in plan.files]
+    listed = "\n".join([table(rows), *(f"  note: {note}" for note in plan.notes)])
+    if dry_run:
+        text = f"would upload {len(rows)} files, {format_bytes(plan.size_bytes)}, to {repo_id}\n{listed}"
+        console.emit(document, text, quiet_text=repo_id)
+        return
+    address = push(plan, Target(repo_id, private, revision, create_pr))
+    text = f"{address}: {len(rows)} files, {format_bytes(plan.size_bytes)} (digest {plan.artifact.digest})\n{listed}"
+    console.emit(document | {"url": address}, text, quiet_text=address)

@@ -53,16 +53,11 @@ class Flag:
     """How a field stands on the command line: `Annotated[int, Flag("synthesis-steps")]`.
 
     Without one, `batch_size` is `--batch-size`. A field of a nested model is an option only if it has a name here.
-
-    Attributes:
-        name: of the option, without dashes in front.
-        default: in words, where it follows from something else.
-        config_only: it is no option of its own.
     """
 
-    name: str = ""
-    default: str = ""
-    config_only: bool = False
+    name: str = ""  # of the option, without dashes in front
+    default: str = ""  # in words, where it follows from something else
+    config_only: bool = False  # it is no option of its own
 
 
 CONFIG_ONLY: Final = Flag(config_only=True)
@@ -88,11 +83,7 @@ Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | s
 
 
 def build_config(cls: type[T], values: Mapping[str, object]) -> T:
-    """Validate `values` into a `cls`.
-
-    Args:
-        cls: the configuration's class.
-        values: field values by name; nested configurations as mappings.
+    """Validate `values`, field values by name, nested configurations as mappings, into a `cls`.
 
     Raises:
         ConfigurationError: one error that lists every invalid, missing and unknown key.
@@ -101,37 +92,27 @@ def build_config(cls: type[T], values: Mapping[str, object]) -> T:
         return cls.model_validate(dict(values))
     except ValidationError as error:
         findings = [_finding(cls, item) for item in error.errors(include_url=False)]
-    count = len(findings)
+    count, words = len(findings), re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
+    # QuantizeVitConfig becomes quantize-vit.
+    spoken = "-".join(word.lower() for word in words if word not in ("Config", "Options", "Settings", "Spec"))
     raise ConfigurationError(
-        f"the {_spoken(cls)} settings have {count} invalid {'value' if count == 1 else 'values'}",
+        f"the {spoken} settings have {count} invalid {'value' if count == 1 else 'values'}",
         why="; ".join(findings),
         fix="correct the values named above",
     )
 
 
-def load_config(cls: type[T], path: Path, overrides: Mapping[str, object] | None = None) -> T:
-    """Read a YAML mapping, apply `overrides`, and validate.
-
-    Args:
-        cls: the configuration's class.
-        path: a YAML file whose top level is a mapping (an empty file counts as an empty mapping).
-        overrides: values that win over the file's; a dotted key (`"a.b"`) reaches into a nested mapping.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file counts as an empty mapping.
 
     Raises:
-        ConfigurationError: unreadable file, invalid YAML, or invalid values.
+        ConfigurationError: unreadable, not YAML, a key given twice, or no mapping.
     """
-    values = read_yaml(Path(path))
-    for dotted, value in (overrides or {}).items():
-        assign(values, dotted, value)
-    return build_config(cls, values)
-
-
-def _unique_key_loader() -> type[yaml.SafeLoader]:
-    """A safe loader that refuses a mapping with the same key twice, where YAML's default keeps the last."""
     import yaml  # here, so that help does not wait for it
 
-    class UniqueKeyLoader(yaml.SafeLoader):
+    class UniqueKeyLoader(yaml.SafeLoader):  # safe: plain data only, no Python objects
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+            """Refuses a mapping with the same key twice, where YAML's default keeps the last."""
             seen: set[object] = set()
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=True)
@@ -143,20 +124,8 @@ def _unique_key_loader() -> type[yaml.SafeLoader]:
                     seen.add(key)
             return super().construct_mapping(node, deep)
 
-    return UniqueKeyLoader
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file counts as an empty mapping.
-
-    Raises:
-        ConfigurationError: unreadable, not YAML, a key given twice, or no mapping.
-    """
-    import yaml
-
     try:
-        # A subclass of SafeLoader: plain data only, no Python objects.
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_unique_key_loader())
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except OSError as error:
         raise ConfigurationError(
             f"cannot read the configuration {path}",
@@ -194,12 +163,6 @@ def assign(values: dict[str, Any], dotted: str, value: object) -> None:
             )
         here = child
     here[last] = value
-
-
-def _spoken(cls: type[BaseModel]) -> str:
-    """A configuration's name for people: QuantizeVitConfig becomes quantize-vit."""
-    words = re.findall(r"[A-Z][a-z0-9]*", cls.__name__)
-    return "-".join(word.lower() for word in words if word not in ("Config", "Options", "Settings", "Spec"))
 
 
 def _finding(cls: type[BaseModel], item: Any) -> str:

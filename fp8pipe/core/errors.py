@@ -10,13 +10,7 @@ from typing import ClassVar
 
 
 class Fp8PipeError(Exception):
-    """A failure with what happened, why, and what to do next.
-
-    Args:
-        what: the failure, in one sentence, naming the object concerned.
-        why: the cause, with the observed values.
-        fix: what the user can do next.
-    """
+    """A failure: `what`, a sentence naming the object concerned, `why`, with the observed values, and the `fix`."""
 
     exit_code: ClassVar[int] = 1
 

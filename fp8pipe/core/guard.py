@@ -32,11 +32,8 @@ def start_guarded(
 ) -> tuple[subprocess.Popen[bytes], int]:
     """Start a command below a guard, in a session of its own.
 
-    Args:
-        command: what to run.
-        report: where the guard writes how the command ended.
-        pass_fds: descriptors that the guard holds as long as it lives.
-        options: for `subprocess.Popen`.
+    The guard writes to `report` how the command ended, and holds `pass_fds` as long as it lives; `options` are for
+    `subprocess.Popen`.
 
     Returns:
         The guard's process, and a descriptor: closing it kills the command and all that it started.

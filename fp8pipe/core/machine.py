@@ -164,12 +164,7 @@ def disk_guard(path: Path, need_bytes: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def translate_disk_full(path: Path, need_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left on device" raised inside into an OutOfMemoryError (exit 15).
-
-    Args:
-        path: what is being written.
-        need_bytes: its expected size, where known.
-    """
+    """Turn "no space left on device" raised inside into an OutOfMemoryError (exit 15); `need_bytes` where known."""
     try:
         yield
     except Exception as error:

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from fp8pipe.core.errors import OutOfMemoryError
@@ -81,14 +80,12 @@ class Plan:
     def text(self) -> str:
         """The plan for people."""
         disk = f"{format_bytes(self.disk_bytes)} at most, {format_bytes(self.output_bytes)} in the end"
-        memory = (
-            "not known" if self.peak_memory_bytes is None else f"{format_bytes(self.peak_memory_bytes)} at its peak"
-        )
+        peak = self.peak_memory_bytes
         rows = [
             *(("reads", item) for item in self.reads),
             *(("writes", item) for item in self.writes),
             *((name.replace("_", " "), shown) for name, value in self.facts.items() if (shown := _shown(value))),
-            ("memory", memory),
+            ("memory", "not known" if peak is None else f"{format_bytes(peak)} at its peak"),
             ("disk", disk),
             ("time", "not estimated" if self.seconds is None else f"about {_duration(self.seconds)}"),
             ("hardware", self.hardware),
@@ -124,11 +121,7 @@ def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
 
 
 def refuse_impossible(least_bytes: int, what: str) -> None:
-    """Refuse what cannot fit this machine, whatever else runs on it.
-
-    Args:
-        least_bytes: what `what` holds in memory at once, at the very least.
-        what: the thing that does not fit.
+    """Refuse what cannot fit this machine, whatever else runs on it: `what` holds `least_bytes` at once, at the least.
 
     Raises:
         OutOfMemoryError: it is more than all memory and swap together.
@@ -159,7 +152,6 @@ def _shown(value: Any) -> str:
 
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK: Final = "5"  # see proc(5)
 _FIRST: Final = "start"
 _meter: ContextVar[PhaseMeter | None] = ContextVar("phase_meter", default=None)
 
@@ -196,9 +188,7 @@ class PhaseMeter:
         self._token = _meter.set(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.enter(_FIRST)
         if self._token is not None:
             _meter.reset(self._token)
@@ -206,9 +196,10 @@ class PhaseMeter:
     def enter(self, name: str) -> None:
         """End the phase that goes on, and begin `name`."""
         phase = self.phases.setdefault(self._name, Phase())
-        phase.peak_bytes = max(phase.peak_bytes, _peak_bytes())
+        peak_bytes = int(_STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
+        phase.peak_bytes = max(phase.peak_bytes, peak_bytes)
         phase.seconds.append(time.perf_counter() - self._began)
-        _CLEAR.write_text(_RESET_PEAK)
+        _CLEAR.write_text("5")  # resets the peak, see proc(5)
         self._name, self._began = name, time.perf_counter()
 
     def document(self) -> dict[str, Any]:
@@ -217,7 +208,3 @@ class PhaseMeter:
             "phases": {name: {"peak_bytes": p.peak_bytes, "seconds": p.seconds} for name, p in self.phases.items()},
             "child_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         }
-
-
-def _peak_bytes() -> int:
-    return int(_STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024

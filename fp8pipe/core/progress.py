@@ -15,12 +15,9 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 PLAIN_INTERVAL_S = 5.0
-
-
 _settings = {"quiet": False, "plain": False}
 
 
@@ -30,13 +27,10 @@ def configure(*, quiet: bool = False, plain: bool = False) -> None:
 
 
 def track(total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S) -> Tracker:
-    """A context manager that shows progress.
+    """A context manager that shows progress of `total` units of work.
 
-    Args:
-        total: number of units of work.
-        label: what is being done.
-        done: units finished by an earlier run; rate and time left count only new ones.
-        interval_s: least time between two plain lines, in seconds.
+    `done` units were finished by an earlier run: rate and time left count only new ones. Between two plain lines are
+    `interval_s` seconds at least.
     """
     if not any(_settings.values()) and sys.stderr.isatty():
         return _BarTracker(total, label, done=done)
@@ -58,9 +52,7 @@ class Tracker:
         self._start_s = self._shown_s = time.monotonic()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self.total or kind is not None:  # nothing to do is nothing to show
             self._print("done" if kind is None else "stopped")
 
@@ -119,9 +111,7 @@ class _BarTracker(Tracker):
         shown = "  ".join(_format_fields(self.fields))
         self._bar.update(self._task, completed=self.completed, rate=f"{self._pace()[1]:.3g}/s", shown=shown)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._bar.stop()
 
 
@@ -150,9 +140,17 @@ def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False
         verbose: our debug messages and the libraries' information.
     """
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if hasattr(handler, _MARK)]:
-        root.removeHandler(handler)
-    handler = _handler(plain=json or not sys.stderr.isatty())
+    for earlier in [handler for handler in root.handlers if hasattr(handler, _MARK)]:
+        root.removeHandler(earlier)
+    handler: logging.Handler
+    if json or not sys.stderr.isatty():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    else:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
     setattr(handler, _MARK, True)
     root.addHandler(handler)
     root.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -161,17 +159,6 @@ def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False
         logging.getLogger(room).setLevel(ours)
     logging.captureWarnings(True)
     configure(quiet=quiet, plain=json)
-
-
-def _handler(plain: bool) -> logging.Handler:
-    if plain:
-        handler: logging.Handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        return handler
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:

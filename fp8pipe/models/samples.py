@@ -38,15 +38,10 @@ CHATTERBOT_FOLDER: Final = "chatterbot_corpus/data/english/"
 
 
 def sample_name(src: str, known: tuple[str, ...], what: str) -> str | None:
-    """The name after ``sample:``, or None when ``src`` is no sample.
-
-    Args:
-        src: what the user gave.
-        known: the sample names valid in this place.
-        what: "model" or "data", for the message.
+    """The name after ``sample:``, or None when ``src`` is no sample; ``what`` ("model", "data") is for the message.
 
     Raises:
-        ConfigurationError: the name is not one of ``known``.
+        ConfigurationError: the name is not one of ``known``, those valid in this place.
     """
     if not src.startswith(SAMPLE_PREFIX):
         return None

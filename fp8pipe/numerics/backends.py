@@ -46,16 +46,11 @@ class Backend:
     """The operations in torch, right on every device; the fast ones replace some."""
 
     def cast(self, x: Tensor, grid: FloatGrid, rule: ScaleRule, out: Tensor | None = None) -> Tensor:
-        """Round `x` to `grid` with dynamic scales.
-
-        Args:
-            x: `(rows, cols)` bf16 or fp32.
-            grid: target format.
-            rule: `exact`: one scale; `power-of-two`: one scale per row.
-            out: optional destination `(rows, cols)` with unit column stride, of the dtype that the result has.
+        """Round `x` `(rows, cols)`, bf16 or fp32, to `grid` with dynamic scales: one, or `power-of-two` one per row.
 
         Returns:
-            The dequantized values: with `power-of-two` in the dtype of `x` (exact), else fp32. `out` when given.
+            The dequantized values: with `power-of-two` in the dtype of `x` (exact), else fp32. They are in `out`, where
+            it is given: `(rows, cols)` with unit column stride, of the dtype that the result has.
         """
         codes, scale = _quantize_rows(x, grid, rule)
         values = scale.dequantize(codes)
@@ -74,10 +69,7 @@ class Backend:
     def merge_rows(self, codes: Tensor, rows: Tensor, update: Tensor) -> None:
         """`codes[rows] = round(codes[rows] + update)` to nearest, in place.
 
-        Args:
-            codes: `(out, in)` float8_e4m3fn.
-            rows: distinct int64 row indices.
-            update: `(len(rows), in)` fp32 code units.
+        Of E4M3 codes `(out, in)`, distinct int64 row indices, and `(len(rows), in)` fp32 code units.
         """
         stored = codes.view(torch.uint8)
         merged = E4M3.cast(stored[rows].view(E4M3.dtype).float() + update)
@@ -91,11 +83,8 @@ class Backend:
     def input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, beside: Tensor | None = None) -> Tensor:
         """`[G | beside] codes`: G (tokens, m) cast to E5M2, `beside` (tokens, r) as it is, by codes (m + r, in).
 
-        Args:
-            grad: bf16 or fp32, the result's dtype too.
-            codes: float8_e4m3fn, `(m, in)` without `beside`.
-            scale: of `codes`; a power of two if there is a `beside`.
-            beside: same dtype as `grad`.
+        G is bf16 or fp32; `beside` and the result have its dtype. With a `beside` the scale is a power of two; without
+        one codes are `(m, in)`.
         """
         if beside is None:
             values = self.cast(grad, E5M2, scale.rule)

@@ -34,31 +34,18 @@ from fp8pipe.numerics.kinds import ScaleRule
 
 @dataclass(frozen=True, slots=True)
 class FloatGrid:
-    """An 8-bit floating-point format held in torch's own dtype.
+    """An 8-bit floating-point format held in torch's own dtype."""
 
-    Attributes:
-        name: the format's usual name.
-        dtype: the torch dtype that stores one code per byte.
-        max: largest finite magnitude.
-        min_normal: smallest normal magnitude.
-        mantissa_bits: explicit mantissa bits.
-    """
-
-    name: str
-    dtype: torch.dtype
-    max: float
-    min_normal: float
-    mantissa_bits: int
+    name: str  # the format's usual name
+    dtype: torch.dtype  # the torch dtype that stores one code per byte
+    max: float  # largest finite magnitude
+    min_normal: float  # smallest normal magnitude
+    mantissa_bits: int  # explicit mantissa bits
 
     def cast(self, values: Tensor) -> Tensor:
-        """Round code-unit values to the grid: saturating, nearest, ties to even; NaN stays NaN.
+        """Round values in code units (over their scale) to the grid: saturating, nearest, ties to even; NaN stays NaN.
 
-        Args:
-            values: any float dtype, any shape, in code units (values over their scale). Pass fp32 or
-                fp64: a bf16 quotient has been rounded once already.
-
-        Returns:
-            A new tensor of the same shape and `self.dtype`.
+        Of any shape. Pass fp32 or fp64: a bf16 quotient has been rounded once already.
         """
         clamped = values.clamp(-self.max, self.max)
         return (_to_odd_fp32(clamped) if clamped.dtype == torch.float64 else clamped).to(self.dtype)
@@ -86,15 +73,10 @@ AMAX_FLOOR = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """`dequantized = code * value`.
+    """`dequantized = code * value`."""
 
-    Attributes:
-        value: fp32, a scalar or `(rows, 1)`.
-        inverse_scale: what the rule `exact` multiplies by before rounding; None for powers of two.
-    """
-
-    value: Tensor
-    inverse_scale: Tensor | None = None
+    value: Tensor  # fp32, a scalar or `(rows, 1)`
+    inverse_scale: Tensor | None = None  # what the rule `exact` multiplies by before rounding; None for powers of two
 
     @classmethod
     def exact(cls, inverse_scale: Tensor) -> Scale:
@@ -149,14 +131,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def channel_scale(scale: Tensor, rows: int) -> Tensor:
-    """Repeat a per-tensor scale down the rows; return a per-row scale unchanged.
-
-    Args:
-        scale: fp32, `()`, `(1,)` or `(rows, 1)`.
-        rows: output features of the weight.
-
-    Returns:
-        fp32 `(rows, 1)`, contiguous; a new tensor when the input was a scalar.
+    """Repeat a per-tensor scale `()` or `(1,)` down the output rows; a per-row scale unchanged: fp32 `(rows, 1)`.
 
     Raises:
         ValueError: any other shape or dtype.
@@ -171,16 +146,7 @@ def channel_scale(scale: Tensor, rows: int) -> Tensor:
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, *, transposed: bool = False) -> Tensor:
-    """`code * scale` in fp32, in the orientation of `codes`.
-
-    Args:
-        codes: float8_e4m3fn, `(out, in)`, or `(in, out)` when `transposed`.
-        scale: fp32, `()`, `(1,)` or `(out, 1)`.
-        transposed: whether outputs lie along the second axis.
-
-    Returns:
-        fp32, shape of `codes`.
-    """
+    """`code * scale`, fp32: codes `(out, in)`, or `(in, out)` when `transposed`, scale `()`, `(1,)` or `(out, 1)`."""
     return codes.float() * (scale.reshape(1, -1) if transposed and scale.ndim == 2 else scale).float()
 
 
@@ -190,13 +156,8 @@ def quantize_weight(weight: Tensor, *, transposed: bool = False) -> tuple[Tensor
     The scale's division runs in fp64 and is stored as fp32; codes come from an fp32 division by that stored
     scale, so that `code * scale` is what any reader gets. A row of zeros gets a tiny positive scale.
 
-    Args:
-        weight: any float dtype, `(out, in)`, or `(in, out)` when `transposed`; finite. Not modified.
-        transposed: whether outputs lie along the second axis.
-
-    Returns:
-        codes: float8_e4m3fn, shape of `weight`.
-        scale: fp32 `(out, 1)`, positive.
+    Of a finite weight of any float dtype, `(out, in)`, or `(in, out)` when `transposed`: codes float8_e4m3fn of its
+    shape, and the scale, fp32 `(out, 1)`, positive.
     """
     values = weight.float()
     axis = 0 if transposed else 1

@@ -36,17 +36,11 @@ _FLOATING: Final = {Kind.E4M3: ("wfp8afp8", 8), Kind.NVFP4: ("wnvfp4anvfp4", 4)}
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Bits of weights and activations, as users name them: `w4a8`, `wfp8afp8`, or `wnvfp4anvfp4`.
+    """Bits of weights and activations, as users name them: `w4a8`, `wfp8afp8`, or `wnvfp4anvfp4`."""
 
-    Attributes:
-        weight_bits: 2 to 8.
-        activation_bits: 2 to 8.
-        kind: integer codes, E4M3, or NVFP4 for both.
-    """
-
-    weight_bits: int
-    activation_bits: int
-    kind: Kind = Kind.INT
+    weight_bits: int  # 2 to 8
+    activation_bits: int  # 2 to 8
+    kind: Kind = Kind.INT  # integer codes, E4M3, or NVFP4 for both
 
     @classmethod
     def parse(cls, text: str) -> Precision:

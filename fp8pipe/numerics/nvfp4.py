@@ -98,14 +98,11 @@ def _check_tensor_scale(scale: float) -> None:
 class BlockQuantizer:
     """NVFP4 for an activation: block scales made from the tensor itself.
 
-    Attributes:
-        tensor_scale: a power of two.
-
     Raises:
         ValueError: another tensor scale.
     """
 
-    tensor_scale: float
+    tensor_scale: float  # a power of two
 
     def __post_init__(self) -> None:
         _check_tensor_scale(self.tensor_scale)
@@ -137,16 +134,12 @@ class BlockQuantizer:
 class BlockScales:
     """The scales of a weight.
 
-    Attributes:
-        block: `(out, in / 16)` float8_e4m3fn, positive.
-        tensor: a power of two.
-
     Raises:
         ValueError: another tensor scale, or block scales that are not positive numbers.
     """
 
-    block: Tensor
-    tensor: float
+    block: Tensor  # `(out, in / 16)` float8_e4m3fn, positive
+    tensor: float  # a power of two
 
     def __post_init__(self) -> None:
         _check_tensor_scale(self.tensor)
@@ -161,15 +154,10 @@ class BlockScales:
 
 @dataclass(frozen=True, slots=True)
 class BlockCodes:
-    """The codes of one weight in NVFP4.
+    """The codes of one weight in NVFP4."""
 
-    Attributes:
-        codes: `(out, in)` uint8, one E2M1 code (0 to 15) each.
-        scales: of its blocks along the inputs.
-    """
-
-    codes: Tensor
-    scales: BlockScales
+    codes: Tensor  # `(out, in)` uint8, one E2M1 code (0 to 15) each
+    scales: BlockScales  # of its blocks along the inputs
 
     @property
     def kind(self) -> Kind:

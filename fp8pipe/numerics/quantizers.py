@@ -50,20 +50,14 @@ def storable_scale(scale: Tensor) -> Tensor:
 class ActivationQuantizer:
     """One scale for a whole activation tensor.
 
-    Attributes:
-        scale: positive, exactly an fp32 number; `value = code * scale`.
-        low: smallest code, -128 to 0 (integer codes).
-        high: largest code, 0 to 127 (integer codes).
-        kind: integer codes, or E4M3, whose own range replaces `low` and `high`.
-
     Raises:
         ValueError: a scale that is not a positive fp32 number, or bounds outside INT8.
     """
 
-    scale: float
-    low: int = INT8_MIN
-    high: int = INT8_MAX
-    kind: Kind = Kind.INT
+    scale: float  # positive, exactly an fp32 number; `value = code * scale`
+    low: int = INT8_MIN  # smallest code, -128 to 0 (integer codes)
+    high: int = INT8_MAX  # largest code, 0 to 127 (integer codes)
+    kind: Kind = Kind.INT  # integer codes, or E4M3, whose own range replaces `low` and `high`
 
     def __post_init__(self) -> None:
         as_fp32 = torch.tensor(self.scale, dtype=torch.float32)
@@ -98,17 +92,11 @@ class ActivationQuantizer:
 
 @dataclass(frozen=True, slots=True)
 class WeightCodes:
-    """The codes of one weight, one scale an output channel.
+    """The codes of one weight, one scale an output channel."""
 
-    Attributes:
-        codes: int8 or float8_e4m3fn, in the weight's own shape, output channels first.
-        scale: `(out,)` fp32, positive; `weight = code * scale`.
-        bits: width of integer codes; 8 for E4M3.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    bits: int
+    codes: Tensor  # int8 or float8_e4m3fn, in the weight's own shape, output channels first
+    scale: Tensor  # `(out,)` fp32, positive; `weight = code * scale`
+    bits: int  # width of integer codes; 8 for E4M3
 
     @property
     def kind(self) -> Kind:
@@ -121,14 +109,7 @@ class WeightCodes:
 
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bits: int, kind: Kind = Kind.INT) -> WeightCodes:
-        """Round a weight to the nearest codes.
-
-        Args:
-            weight: `(out, ...)`, any float dtype.
-            scale: `(out,)` fp32, positive.
-            bits: 2 to 8 for integer codes.
-            kind: integer codes or E4M3.
-        """
+        """Round a weight `(out, ...)`, any float dtype, to the nearest codes of a positive scale `(out,)`, fp32."""
         units = weight.float() / _per_channel(scale, weight)
         if kind is Kind.E4M3:
             return cls(E4M3.cast(units), scale.float(), 8)

@@ -118,16 +118,9 @@ Block = Text | Missing | Table | Lines | Drawing | Drawings | Pictures | Code | 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section.
+    """One section."""
 
-    Attributes:
-        key: its anchor.
-        title: its heading.
-        lead: what it shows, one or two sentences.
-        blocks: its content.
-    """
-
-    key: str
+    key: str  # its anchor
     title: str
-    lead: str
+    lead: str  # what it shows, one or two sentences
     blocks: list[Block]

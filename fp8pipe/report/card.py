@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from fp8pipe.artifact import MANIFEST_NAME, ArtifactWriter, Gate, LayerRecord, Manifest, Parent
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, ArtifactWriter, Gate, LayerRecord, Manifest, Parent
 from fp8pipe.artifact.kinds import Details, TunedDetails, VitDetails
+from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError
 
 __all__ = ["CARD_FILE", "CardFacts", "write_card"]
@@ -33,19 +34,12 @@ _CHOICES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What is the same for all exports of a target.
+    """What is the same for all exports of a target."""
 
-    Attributes:
-        library: the hub's name of what reads it.
-        engine: that runs it.
-        limits: what a user should know, in sentences.
-        serve: shell lines that serve it; or one sentence, where it is not served by a command.
-    """
-
-    library: str
-    engine: str
-    limits: tuple[str, ...]
-    serve: tuple[str, ...] | str = ("fp8pipe serve .",)
+    library: str  # the hub's name of what reads it
+    engine: str  # that runs it
+    limits: tuple[str, ...]  # what a user should know, in sentences
+    serve: tuple[str, ...] | str = ("fp8pipe serve .",)  # shell lines; a sentence, where no command serves it
 
 
 def write_card(
@@ -65,6 +59,17 @@ def write_card(
     card = _Card(writer, facts, source, parent, format, layers)
     text = f"---\n{card.front_matter()}\n---\n\n{card.body()}"
     (writer.root / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def commit_export(
+    writer: ArtifactWriter, facts: CardFacts, artifact: Artifact, options: FrozenConfig, *, format: str,
+    layers: Sequence[LayerRecord], **stated: Any,
+) -> Artifact:  # fmt: skip
+    """Write the card of an export that was made from an artifact with these options, and commit it."""
+    parent = artifact.as_parent()
+    write_card(writer, facts, source=artifact.root, parent=parent, format=format, layers=layers)
+    config = options.model_dump(mode="json", exclude={"force"})
+    return writer.commit(config=config, seed=None, parents=[parent], layers=layers, volatile=[CARD_FILE], **stated)
 
 
 class _Card:

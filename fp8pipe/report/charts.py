@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from fp8pipe.report.figures import Figure, shown
 
-__all__ = ["Point", "Series", "grid", "layer_place", "line_chart"]
+__all__ = ["Point", "Series", "grid", "line_chart"]
 
 _WIDTH, _HEIGHT = 420, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 26, 30
 _MARKS = 400
 _DOT = Markup('<circle class="{}" cx="{}" cy="{}" r="{}" data-source="{}" data-value="{}"><title>{}</title></circle>')
 _LABELS, _CELL = 124, 17
+Place = Callable[[float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,7 @@ def line_chart(series: Sequence[Series], title: str, low: float | None = None) -
 
     parts = [_axes(bottom, top, first, last, place)]
     for index, curve in enumerate(series):
-        parts.append(_curve(curve, place))
-        parts.append(_key(curve, index))
+        parts += [_curve(curve, place), _key(curve, index)]
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, title, Markup("").join(parts)
     )
@@ -69,26 +69,22 @@ def _range(values: Sequence[float], low: float | None) -> tuple[float, float]:
     return bottom - (room if low is None else 0), top + room
 
 
-def _axes(bottom: float, top: float, first: float, last: float, place: object) -> Markup:
-    assert callable(place)
+def _axes(bottom: float, top: float, first: float, last: float, place: Place) -> Markup:
     parts = []
     for share in (0.0, 0.5, 1.0):
         value = bottom + share * (top - bottom)
         _, y = place(first, value)
         parts.append(Markup('<path class="rule" d="M{} {}H{}"/>').format(_LEFT, y, _WIDTH - _RIGHT))
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(_LEFT - 6, y + 4, f"{value:.3g}"))
+        parts.append(_text(_LEFT - 6, y + 4, "end", f"{value:.3g}"))
     middle = round((first + last) / 2)
     between = [(middle, "middle")] if first < middle < last else []
     for step, anchor in ((first, "start"), *between, (last, "end")):
         x, _ = place(step, bottom)
-        parts.append(
-            Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, _HEIGHT - 10, anchor, f"{step:g}")
-        )
+        parts.append(_text(x, _HEIGHT - 10, anchor, f"{step:g}"))
     return Markup("").join(parts)
 
 
-def _curve(curve: Series, place: object) -> Markup:
-    assert callable(place)
+def _curve(curve: Series, place: Place) -> Markup:
     kept = curve.points[:: max(1, len(curve.points) // _MARKS)]
     at = [place(point.step, point.figure.value) for point in kept]
     kind = "second" if curve.dashed else "first"
@@ -111,7 +107,7 @@ def _key(curve: Series, index: int) -> Markup:
     )
 
 
-def layer_place(name: str) -> tuple[str, int]:
+def _layer_place(name: str) -> tuple[str, int]:
     """A layer's row and column in a grid: its name without its number, and its number (-1 where it has none)."""
     found = re.match(r"(?P<before>.*?)\.(?P<number>\d+)\.(?P<after>.*)", name)
     return (found["after"], int(found["number"])) if found else (name, -1)
@@ -124,7 +120,7 @@ def grid(cells: Sequence[tuple[str, Figure]], title: str) -> Markup:
         cells: a value by layer, not empty.
         title: what is shown, also the accessible name.
     """
-    placed = [(*layer_place(name), name, figure) for name, figure in cells]
+    placed = [(*_layer_place(name), name, figure) for name, figure in cells]
     rows = list(dict.fromkeys(row for row, *_ in placed))
     columns = max(max(column for _, column, *_ in placed) + 1, 1)
     width = min((_WIDTH - _LABELS - 4) / columns, _CELL * 1.6)
@@ -132,16 +128,10 @@ def grid(cells: Sequence[tuple[str, Figure]], title: str) -> Markup:
     largest = max((abs(value) for value in finite), default=0.0)
     height = len(rows) * _CELL + 20
     parts = [_cell(rows.index(row), max(column, 0), width, name, found, largest) for row, column, name, found in placed]
-    parts += [
-        Markup('<text x="{}" y="{}" text-anchor="end">{}</text>').format(_LABELS - 6, i * _CELL + 12, _short(row))
-        for i, row in enumerate(rows)
-    ]
-    parts += [
-        Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            round(_LABELS + (i + 0.5) * width, 1), height - 4, i
-        )
-        for i in range(0, columns, max(1, columns // 6))
-    ]
+    for i, row in enumerate(rows):
+        parts.append(_text(_LABELS - 6, i * _CELL + 12, "end", row if len(row) <= 20 else "…" + row[-19:]))
+    for i in range(0, columns, max(1, columns // 6)):
+        parts.append(_text(round(_LABELS + (i + 0.5) * width, 1), height - 4, "middle", i))
     return Markup('<svg class="chart grid" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, height, title, Markup("").join(parts)
     )
@@ -158,5 +148,5 @@ def _cell(row: int, column: int, width: float, name: str, figure: Figure, larges
     )  # fmt: skip
 
 
-def _short(row: str) -> str:
-    return row if len(row) <= 20 else "…" + row[-19:]
+def _text(x: float, y: float, anchor: str, words: object) -> Markup:
+    return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, y, anchor, words)

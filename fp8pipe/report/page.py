@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
-from typing import Any
 
-from fp8pipe.artifact import translate_disk_full
+from fp8pipe.artifact import sha256_file, translate_disk_full
 from fp8pipe.artifact.runs import RUN_NAME
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.version import __version__
 from fp8pipe.report.figures import Badge
-from fp8pipe.report.sections import SECTIONS
+from fp8pipe.report.sections import sections_of
 from fp8pipe.report.sections.verdicts import overall
 from fp8pipe.report.subject import Subject, open_subject
 
@@ -69,15 +67,11 @@ def render(subject: Subject) -> str:
     environment.filters["kind"] = lambda block: type(block).__name__
     environment.filters["joined"] = lambda cell: cell if isinstance(cell, list | tuple) else [cell]
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    sections = [make(subject) for make in SECTIONS]
     return environment.get_template("report.html.j2").render(
-        title=_title(subject), facts=_facts(subject), verdict=Badge(str(overall(subject))), sections=sections,
-        style=style, version=__version__, files=_files(subject),
+        title=subject.run.recipe if subject.run else subject.items[0].name, facts=_facts(subject),
+        verdict=Badge(str(overall(subject))), sections=sections_of(subject), style=style, version=__version__,
+        files=_files(subject),
     )  # fmt: skip
-
-
-def _title(subject: Subject) -> str:
-    return subject.run.recipe if subject.run is not None else subject.items[0].name
 
 
 def _facts(subject: Subject) -> list[str]:
@@ -95,11 +89,7 @@ def _minute(time: str) -> str:
 
 def _files(subject: Subject) -> list[tuple[str, str]]:
     """Every file that figures were read from, with the sha256 of what was read."""
-    found: list[tuple[str, str]] = []
-    names = ([RUN_NAME] if subject.run is not None else []) + [
-        name for item in subject.items for name in (item.manifest, *(record.file for record in item.records))
-    ]
-    for name in names:
-        data: Any = (subject.root / name).read_bytes()
-        found.append((name, hashlib.sha256(data).hexdigest()))
-    return found
+    names = [RUN_NAME] if subject.run is not None else []
+    for item in subject.items:
+        names += [item.manifest, *(record.file for record in item.records)]
+    return [(name, sha256_file(subject.root / name)) for name in names]

@@ -11,7 +11,7 @@ from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_checksum, checksum_p
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, read_run
 from fp8pipe.core.errors import BadArtifactError
-from fp8pipe.report.documents import Documents
+from fp8pipe.report.figures import Documents
 
 __all__ = ["Item", "Record", "Subject", "open_subject"]
 
@@ -20,17 +20,11 @@ _RECORDS = ("validation", "bench", "serve-check")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record beside an export.
+    """A record beside an export."""
 
-    Attributes:
-        kind: validation, bench or serve-check.
-        file: its name, relative to the subject's root.
-        finding: why it is not used; empty where it is whole and speaks of the export as it lies there now.
-    """
-
-    kind: str
-    file: str
-    finding: str
+    kind: str  # validation, bench or serve-check
+    file: str  # its name, relative to the subject's root
+    finding: str  # why it is not used; empty where it is whole and speaks of the export as it lies there now
 
     @property
     def current(self) -> bool:
@@ -40,15 +34,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One artifact.
+    """One artifact, opened, and the records beside it."""
 
-    Attributes:
-        name: of its directory, relative to the root; the stage's name in a run.
-        artifact: opened.
-        records: beside it.
-    """
-
-    name: str
+    name: str  # of its directory, relative to the root; the stage's name in a run
     artifact: Artifact
     records: tuple[Record, ...]
 
@@ -77,23 +65,14 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is reported on.
+    """What is reported on."""
 
-    Attributes:
-        path: as given.
-        root: what names of files are relative to.
-        run: the run's record; None for one artifact.
-        items: its artifacts, in order of the recipe.
-        documents: reads figures.
-        image: a picture of the user's, for attention maps.
-    """
-
-    path: Path
-    root: Path
-    run: RunRecord | None
-    items: tuple[Item, ...]
+    path: Path  # as given
+    root: Path  # what names of files are relative to
+    run: RunRecord | None  # None for one artifact
+    items: tuple[Item, ...]  # in order of the recipe
     documents: Documents
-    image: Path | None = None
+    image: Path | None = None  # a picture of the user's, for attention maps
 
     def of_kind(self, *kinds: str) -> Iterator[Item]:
         """Artifacts of some kinds."""

@@ -59,10 +59,8 @@ class _Largest(Batches):
 
     def __init__(self, batches: Batches, looked_at: int, kept: int | None = None) -> None:
         self._whole = batches
-        sizes = []
-        for index in range(min(looked_at, _LOOKED_AT)):
-            batch = batches.at(index)
-            sizes.append((batch.input_ids.numel() + batch.answer_tokens, index))
+        seen = ((batches.at(index), index) for index in range(min(looked_at, _LOOKED_AT)))
+        sizes = [(batch.input_ids.numel() + batch.answer_tokens, index) for batch, index in seen]
         self.mean = sum(size for size, _ in sizes) / len(sizes)
         self.largest = max(sizes)[0]
         self._largest_first = [index for _, index in sorted(sizes, reverse=True)[:kept]]
@@ -72,13 +70,6 @@ class _Largest(Batches):
 
     def at(self, step: int) -> Batch:
         return self._whole.at(self._largest_first[step % len(self._largest_first)])
-
-
-def _small(config: FinetuneConfig) -> FinetuneConfig:
-    fixed = {"steps": STEPS, "log_every": STEPS, "keep_checkpoints": 1}
-    never = dict.fromkeys(("evaluate_every", "save_every", "warmup_steps"), 0)
-    accumulated = min(config.gradient_accumulation, _ACCUMULATED)
-    return config.model_copy(update=fixed | never | {"gradient_accumulation": accumulated})
 
 
 def _text(config: FinetuneConfig, source: ModelSource) -> tuple[TrainingText, Mapping[str, float]]:
@@ -98,7 +89,11 @@ def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, A
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "final merge", "checkpoints") as meter:
         enter_phase("text")
         text, facts = _text(config, ModelSource(Path(job["base"]), config.model))
-        artifact = tune(_small(config), ModelSource(Path(job["model"]), config.model), text, output)
+        fixed = {"steps": STEPS, "log_every": STEPS, "keep_checkpoints": 1}
+        never = dict.fromkeys(("evaluate_every", "save_every", "warmup_steps"), 0)
+        accumulated = min(config.gradient_accumulation, _ACCUMULATED)
+        small = config.model_copy(update=fixed | never | {"gradient_accumulation": accumulated})
+        artifact = tune(small, ModelSource(Path(job["model"]), config.model), text, output)
     inputs = {record.name: record.shape[1] for record in artifact.manifest.layers if record.shape}
     merged = [inputs[name] for name in artifact.manifest.details_of(TunedDetails).final_merge_layers]
     return meter, {**facts, "merged": merged}

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -29,7 +29,6 @@ _JOB, _ANSWER, _REFUSAL = "job.json", "answer.json", "refusal.json"
 # What the command itself would say of the same settings; the exit code tells which.
 _REFUSALS: Final = (ConfigurationError, MissingCapabilityError, BadArtifactError, OutOfMemoryError)
 _LAST: Final = 400  # characters of a failed dry run's own words
-_Points = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ class Scaled:
         """Largest process that the stage starts, bytes."""
         return int(self._at_n([(n, m.child_peak) for n, m in self.runs]))
 
-    def _at_n(self, points: _Points) -> float:
+    def _at_n(self, points: Sequence[tuple[int, float]]) -> float:
         """The value at the real number, through one or two points; never less than the larger one, never falling."""
         *before, (last, value) = sorted(points)
         if not before:
@@ -104,12 +103,7 @@ class Scaled:
 
 
 def dry_run(module: str, job: Mapping[str, Any], folder: Path) -> Measured:
-    """Run `python -m module` on a job.
-
-    Args:
-        module: calls `perform`.
-        job: plain data.
-        folder: scratch, its own.
+    """Run `python -m module`, which calls `perform`, on a job of plain data, in a scratch folder of its own.
 
     Raises:
         OutOfMemoryError: even the dry run was killed for memory.
@@ -155,14 +149,10 @@ class CheckpointMeter(PhaseMeter):
             self.sizes = {"step": step, "kept": size_of(self._kept) - step}
 
 
-Run = Callable[[dict[str, Any], Path], tuple[CheckpointMeter, dict[str, Any]]]
-
-
-def perform(run: Run) -> int:
+def perform(run: Callable[[dict[str, Any], Path], tuple[CheckpointMeter, dict[str, Any]]]) -> int:
     """Carry a dry run out, in its own process; the exit code. What the stage refuses is left for who asked.
 
-    Args:
-        run: takes the job and the place of the artifact; returns what was measured, and facts.
+    `run` takes the job and the place of the artifact, and returns what was measured, and facts.
     """
     import fp8pipe.cli  # noqa: F401 (the real run holds it, too)
     from fp8pipe.numerics.bf16 import widen_bf16_products
@@ -175,15 +165,14 @@ def perform(run: Run) -> int:
         (folder / _REFUSAL).write_text(json.dumps({"what": error.what, "why": error.why, "fix": error.fix}))
         return error.exit_code
     found = meter.document()
-    phases = found["phases"].items()
-    answer = {
-        "peaks": {name: phase["peak_bytes"] for name, phase in phases},
-        "seconds": {name: phase["seconds"] for name, phase in phases},
-        "child_peak": found["child_peak_bytes"],
-        "sizes": {**meter.sizes, "output": size_of(folder / "artifact")},
-        "facts": facts,
-    }
-    (folder / _ANSWER).write_text(json.dumps(answer))
+    answer = Measured(
+        peaks={name: phase["peak_bytes"] for name, phase in found["phases"].items()},
+        seconds={name: phase["seconds"] for name, phase in found["phases"].items()},
+        child_peak=found["child_peak_bytes"],
+        sizes={**meter.sizes, "output": size_of(folder / "artifact")},
+        facts=facts,
+    )
+    (folder / _ANSWER).write_text(json.dumps(asdict(answer)))
     return 0
 
 

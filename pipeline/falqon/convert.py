@@ -6,9 +6,7 @@ to have a convenient width is not treated differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +17,9 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.structure import ModelStructure, structure_of
 from fp8pipe.numerics.grids import E4M3, Scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
-from pipeline.falqon.gradient import Losses, gradient_sketches
-from pipeline.falqon.initialise import adapter_directions
-from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.initialise import Losses, adapter_directions, gradient_sketches
+from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
 from pipeline.falqon.rules import Initialisation, UpdateRule
-from pipeline.falqon.shared import FalqonPart, StackedOutput
 
 
 def read_convertible(model: nn.Module, rank: int) -> ModelStructure:
@@ -56,19 +52,17 @@ def read_convertible(model: nn.Module, rank: int) -> ModelStructure:
 
 def left_out_records(structure: ModelStructure) -> list[LayerRecord]:
     """Records of the linear layers that are not trained, with the reason."""
-    return [
-        LayerRecord(name=name, reason=reason, shape=structure.shape(name))
-        for name, reason in structure.left_out.items()
-    ]
+    left_out = structure.left_out.items()
+    return [LayerRecord(name=name, reason=reason, shape=structure.shape(name)) for name, reason in left_out]
 
 
 def convert_model(
     model: nn.Module,
     rule: UpdateRule,
-    *,
     rank: int,
     initialisation: Initialisation,
     seed: int,
+    *,
     stored: dict[str, Tensor] | None = None,
     losses: Losses | None = None,
 ) -> tuple[list[FalqonGroup], list[LayerRecord]]:
@@ -113,7 +107,11 @@ def convert_model(
 
     groups = []
     for index, members in enumerate(names):
-        layer = _build(model, structure, members, rule, rank, partial(quantized, index, members[0]))
+        weights = [structure.weight(model, name) for name in members]
+        codes, scale = quantized(index, members[0], weights)
+        bias = _stacked_bias([getattr(model.get_submodule(name), "bias", None) for name in members], weights)
+        parts = tuple(weight.shape[0] for weight in weights)
+        layer = FalqonLinear(codes, scale, rank=rank, parts=parts, bias=bias, live=rule.live)
         _install(model, members, layer)
         groups.append(FalqonGroup(members, tuple(map(structure.transposed, members)), layer))
         records.extend(_record(name, rows, layer) for name, rows in zip(members, layer.parts, strict=True))
@@ -147,23 +145,6 @@ def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:
     weight = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
     inputs = weight.model_copy(update={"dynamic": True, "granularity": "per-tensor" if tensorwise else "per-token"})
     return LayerRecord(name=name, shape=(rows, layer.in_features), weight=weight, activation=inputs, reason=reason)
-
-
-def _build(
-    model: nn.Module,
-    structure: ModelStructure,
-    members: tuple[str, ...],
-    rule: UpdateRule,
-    rank: int,
-    quantize: Callable[[list[Tensor]], tuple[Tensor, Scale]],
-) -> FalqonLinear:
-    weights = [structure.weight(model, name) for name in members]
-    codes, scale = quantize(weights)
-    biases = [getattr(model.get_submodule(name), "bias", None) for name in members]
-    return FalqonLinear(
-        codes, scale, rank=rank, parts=tuple(w.shape[0] for w in weights), bias=_stacked_bias(biases, weights),
-        live=rule.live,
-    )  # fmt: skip
 
 
 def _stacked_bias(biases: list[Tensor | None], weights: list[Tensor]) -> Tensor | None:

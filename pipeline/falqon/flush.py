@@ -1,20 +1,36 @@
-"""Merging rows of B into the FP8 codes, in place: the step that makes FALQON's adapter part of its backbone.
+"""Merging B into the FP8 codes, in place: rows of it after a step, and all of it at the end.
 
-In code units W and A share one scale, so the new row is `round(codes(W)[i] + B[i] codes(A))`, without any scale. Only
-the selected rows are read and written, k * (out-row) bytes instead of the whole matrix.
+In code units W and A share one scale, so the new row is `round(codes(W)[i] + B[i] codes(A))`, without any scale. A
+flush reads and writes the selected rows alone, k * (out-row) bytes instead of the whole matrix.
+
+The final merge decides what is deployed, so its rounding is chosen for the output, not for the weight. Rounding
+`T = W + B A` to the nearest code loses nearly all of a small update, as W lies on the grid already and every change
+under half a step falls back. `compensated` rounding (`fp8pipe.numerics.quantizers`) keeps `|| X (Q - T)^T ||` small
+for the layer's real inputs instead. A row whose target is on the grid keeps every code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp8pipe.numerics.backends import backend
 from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.layer import FalqonLinear
-from pipeline.falqon.rules import Rounding, UpdateRule
+from pipeline.falqon.rules import FinalMerge, Rounding, UpdateRule
+
+_COLUMNS = 128  # of a block of the solver
+# Of H's mean diagonal. A few outlier inputs dominate that mean in LLMs: GPTQ's usual 0.01 would damp all others into
+# plain nearest rounding.
+_DAMPING = 0.001
+_MOMENT_BYTES = 1 << 29  # second moments held at once
+
+Inputs = Callable[[], Iterable[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +85,12 @@ def select_rows(layer: FalqonLinear, count: int) -> Tensor:
 def target_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
     """`codes(W)[rows] + B[rows] codes(A)` in fp32 code units, `(len(rows), in)`."""
     weight = layer.weight_codes.view(torch.uint8)[rows].view(E4M3.dtype)
-    return backend(weight).decode_units(weight) + update_rows(layer, rows)
+    return backend(weight).decode_units(weight) + _update_rows(layer, rows)
 
 
-def update_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
+def _update_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
     """`B[rows] codes(A)`: the waiting update of some rows in fp32 code units, `(len(rows), in)`."""
     return layer.lora_B.detach()[rows].float() @ backend(layer.codes).decode_units(layer.adapter_codes)
-
-
-def write_rows(layer: FalqonLinear, rows: Tensor, codes: Tensor) -> None:
-    """Replace W's rows in place; storage and the rows of A keep their place."""
-    layer.codes.view(torch.uint8).index_copy_(0, rows, codes.view(torch.uint8))
 
 
 @torch.no_grad()
@@ -98,16 +109,13 @@ def flush_rows(
     if rows.numel() == 0:
         return FlushReport()
     if rule.rounding is Rounding.NEAREST and not rule.error_feedback and not measure:
-        backend(layer.codes).merge_rows(layer.weight_codes, rows, update_rows(layer, rows))
+        backend(layer.codes).merge_rows(layer.weight_codes, rows, _update_rows(layer, rows))
         _clear(layer, rows, rule, None)
         return FlushReport()
     old = layer.weight_codes.view(torch.uint8)[rows]
     target = target_rows(layer, rows)
-    if rule.rounding is Rounding.STOCHASTIC:
-        new = stochastic_round(target, generator)
-    else:
-        new = E4M3.cast(target)
-    write_rows(layer, rows, new)
+    new = stochastic_round(target, generator) if rule.rounding is Rounding.STOCHASTIC else E4M3.cast(target)
+    layer.codes.view(torch.uint8).index_copy_(0, rows, new.view(torch.uint8))  # storage and A's rows keep their place
     report = flush_report(old.view(E4M3.dtype).float(), target, new.float()) if measure else FlushReport()
     _clear(layer, rows, rule, target - new.float() if rule.error_feedback else None)
     return report
@@ -161,6 +169,93 @@ def flush_report(old: Tensor, target: Tensor, new: Tensor) -> FlushReport:
 @torch.no_grad()
 def preview(layer: FalqonLinear) -> FlushReport:
     """What a nearest-rounding flush of every row would do now; changes nothing."""
-    rows = torch.arange(layer.out_features, device=layer.codes.device)
-    target = target_rows(layer, rows)
-    return flush_report(layer.weight_codes.float(), target, E4M3.cast(target).float())
+    return _all_rows(layer, None)[1]
+
+
+@torch.no_grad()
+def merge_all(
+    model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMerge, inputs: Inputs
+) -> dict[str, FlushReport]:
+    """The final merge of all of B in every layer; afterwards the codes alone are the model.
+
+    Args:
+        model: run on `inputs` for the second moments; layers merge in order, so later ones see the codes of
+            earlier ones.
+        layers: by name, in module order; changed in place, B cleared.
+        how: rounding.
+        inputs: called for a fresh pass over model inputs.
+
+    Returns:
+        What the merge did, by layer.
+    """
+    reports: dict[str, FlushReport] = {}
+    names = list(layers)
+    for places in _groups([layer.in_features for layer in layers.values()]):
+        group = {names[place]: layers[names[place]] for place in places}
+        moments = _second_moments(model, group, inputs) if how is FinalMerge.COMPENSATED else {}
+        for name, layer in group.items():
+            codes, reports[name] = _all_rows(layer, moments.get(name))
+            layer.weight_codes.view(torch.uint8).copy_(codes.view(torch.uint8))
+            layer.lora_B.data.zero_()
+    return reports
+
+
+def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, FlushReport]:
+    """W's codes with all of B merged, and what that does.
+
+    Args:
+        layer: not changed.
+        moments: `(in, in)` fp32, X^T X up to a factor: the error of `X target^T` is kept small for such inputs; None
+            rounds to the nearest code.
+    """
+    target = target_rows(layer, torch.arange(layer.out_features, device=layer.codes.device))
+    if moments is None:
+        codes = E4M3.cast(target)
+    else:
+        found = compensated_round(
+            target, moments, lambda value, _: E4M3.cast(value).float(), block=_COLUMNS, damping=_DAMPING
+        )
+        codes = E4M3.cast(found.rounded)
+    return codes, flush_report(layer.weight_codes.float(), target, codes.float())
+
+
+def _groups(widths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of consecutive layers whose second moments fit the budget together; `widths` are their input features."""
+    group: list[int] = []
+    used = 0
+    for place, width in enumerate(widths):
+        cost = 4 * width**2
+        if group and used + cost > _MOMENT_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(place)
+        used += cost
+    if group:
+        yield group
+
+
+def held_moments(widths: Sequence[int]) -> int:
+    """Bytes of second moments that a compensated merge holds at once; `widths` are the layers' input features."""
+    return max((sum(4 * widths[place] ** 2 for place in group) for group in _groups(widths)), default=0)
+
+
+def _second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
+    """`X^T X` of each layer's input, over all passes."""
+    moments: dict[str, Tensor] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        flat = x.float()
+        if name in moments:
+            moments[name].addmm_(flat.t(), flat)
+        else:
+            moments[name] = flat.t() @ flat
+
+    for name, layer in layers.items():
+        layer.observer = partial(observe, name)
+    try:
+        for batch in inputs():
+            model(**batch, use_cache=False)
+    finally:
+        for layer in layers.values():
+            layer.observer = None
+    return moments

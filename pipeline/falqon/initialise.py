@@ -3,14 +3,22 @@
 FALQON takes them from the SVD of the weights' own quantization error E = W - dequantize(quantize(W)): A is
 `S_r^(1/2) V_r^T` and B starts at zero, since the quantized backbone already holds the negative of E (arXiv 2510.24061,
 section 4). The error's spectrum is nearly flat, so a randomized range finder captures as much energy at a fraction
-of the cost. `random` is the released code's other choice. `gradient` (see `gradient.py`) takes the directions along
-which the loss falls first; as A never changes, that is what lets a frozen A keep up with a trained one.
+of the cost. `random` is the released code's other choice. `gradient` takes the directions along which the loss falls
+first; as A never changes, that is what lets a frozen A keep up with a trained one.
+
+These are the leading right singular vectors of dL/dW = G^T X. Neither dW nor all of X is ever stored: a few batches
+run backward through the base model twice. The first pass sketches the range of dW^T as `X^T (G S)` with a thin random
+S; the second measures dW on that range, `G^T (X Q)`, whose SVD picks the leading directions within it (Halko,
+Martinsson, Tropp 2011, algorithms 4.1 and 5.1). Starting an adapter at the gradient is LoRA-GA's idea (arXiv
+2407.05000).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp8pipe.numerics.grids import E4M3, quantize
 from fp8pipe.numerics.kinds import ScaleRule
@@ -18,6 +26,10 @@ from pipeline.falqon.rules import Initialisation
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
 _POWER_ITERATIONS = 3
+_SKETCH_FACTOR = 3  # columns of the gradient's sketch for each direction: no power iterations are there to sharpen it
+
+Losses = Callable[[], Iterable[Tensor]]
+_Project = Callable[[Tensor, Tensor, str], Tensor]
 
 
 def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:
@@ -80,3 +92,71 @@ def _randomized_right_vectors(matrix: Tensor, rank: int, generator: torch.Genera
     # matrix ~ (matrix basis) basis^T; the small SVD rotates the basis onto singular vectors.
     _, values, rotation = torch.linalg.svd(matrix @ basis, full_matrices=False)
     return values, rotation @ basis.t()
+
+
+def gradient_sketches(
+    model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, rank: int, seed: int
+) -> dict[str, Tensor]:
+    """Leading input directions of each group's gradient.
+
+    Args:
+        model: unconverted, in its training dtype; left as it was found.
+        groups: module paths; the members of a group share their input and get one set of directions.
+        losses: runs the batches, yielding each one's loss with gradient; called twice, for the same batches.
+        rank: directions a group.
+        seed: of the random test matrices.
+
+    Returns:
+        By first member: `(rank, in)` fp32 with orthonormal rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tests: dict[str, Tensor] = {}
+
+    def sketch(x: Tensor, g: Tensor, name: str) -> Tensor:
+        if name not in tests:  # one S a module for all batches: the sketch is of the summed gradient
+            width = min(_SKETCH_FACTOR * rank, x.shape[1])
+            tests[name] = torch.randn(g.shape[1], width, generator=generator).to(g)
+        return (x.t() @ (g @ tests[name])).float()  # (n, T) @ ((T, m) @ (m, width))
+
+    ranges: dict[str, Tensor] = {}
+    for group, parts in zip(groups, _observe(model, groups, losses, sketch), strict=True):
+        ranges |= dict.fromkeys(group, torch.linalg.qr(torch.stack(parts).sum(0)).Q)
+
+    def measure(x: Tensor, g: Tensor, name: str) -> Tensor:
+        return (g.t() @ (x @ ranges[name].to(x))).float()  # (m, T) @ ((T, n) @ (n, width))
+
+    directions = {}
+    for group, parts in zip(groups, _observe(model, groups, losses, measure), strict=True):
+        _, _, rotation = torch.linalg.svd(torch.cat(parts), full_matrices=False)
+        directions[group[0]] = (rotation[:rank] @ ranges[group[0]].t()).contiguous()
+    return directions
+
+
+def _observe(
+    model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, project: _Project
+) -> list[list[Tensor]]:
+    """For each member of each group, the sum over all batches of `project(X, G, name)`."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+
+            def on_gradient(gradient: Tensor) -> None:
+                part = project(x, gradient.reshape(-1, gradient.shape[-1]), name)
+                sums[name] = sums[name] + part if name in sums else part
+
+            output.register_hook(on_gradient)
+
+        return on_forward
+
+    handles = [model.get_submodule(n).register_forward_hook(watch(n)) for group in groups for n in group]
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()))
+    try:
+        for loss in losses():
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [[sums[name] for name in group] for group in groups]

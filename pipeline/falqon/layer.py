@@ -16,11 +16,14 @@ Both extra products are r wide, and dX is still one GEMM. That is a LoRA with fr
 flush can wait until it is large enough to survive. Neither form saves X.
 
 One layer may stand for several linear layers that read the same tensor (q/k/v, gate/up): their weights are
-stacked in W, and cast, scale, A, O_A and every GEMM are shared. `shared.py` hands each its rows.
+stacked in W, and cast, scale, A, O_A and every GEMM are shared; a shared scale also means that engines which fuse such
+layers keep every code. Which layers belong together is observed in a pass, not guessed from names, so it works for any
+architecture; were it ever wrong at run time, the layers would compute their rows one by one and still be right.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -140,17 +143,50 @@ class _FalqonProduct(torch.autograd.Function):
         o, b = ctx.saved_tensors
         layer: FalqonLinear = ctx.layer
         grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(grads, 1)
-        return _dx(layer, grad, b) if ctx.needs_input_grad[0] else None, _db(layer, grad, o), None, None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            # `G W`, or `[G | G B] [W; A]` of a live layer, G in E5M2: one GEMM either way.
+            codes, beside = (layer.codes, grad @ b.to(grad.dtype)) if layer.live else (layer.weight_codes, None)
+            dx = backend(grad).input_gradient(grad, codes, layer.code_scale, beside)
+        if layer.code_scale.rule is ScaleRule.EXACT:  # both are cast first, as the released code does
+            return dx, backend(grad).adapter_gradient(grad, o), None, None
+        # (m, T) @ (T, r), thin: the activations' own dtype costs nothing extra.
+        return dx, (grad.t() @ o).float(), None, None
 
 
-def _db(layer: FalqonLinear, grad: Tensor, o: Tensor) -> Tensor:
-    """G^T O_A, `(out, r)` fp32; with `exact` scales both are cast first, as the released code does."""
-    if layer.code_scale.rule is ScaleRule.EXACT:
-        return backend(grad).adapter_gradient(grad, o)
-    return (grad.t() @ o).float()  # (m, T) @ (T, r), thin: the activations' own dtype costs nothing extra
+class StackedOutput:
+    """Runs a stacked layer once for all its parts and hands each part its columns."""
+
+    def __init__(self, layer: FalqonLinear) -> None:
+        self.layer = layer
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = -1
+        self._grad_mode = False
+        self._outputs: dict[int, Tensor] = {}
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """The output of part `index` for `x`; computed by whichever part asks first."""
+        same = self._source is not None and self._source() is x and self._version == x._version
+        if not same or self._grad_mode != torch.is_grad_enabled() or index not in self._outputs:
+            self._outputs = dict(enumerate(self.layer.forward_parts(x, self.layer.parts)))
+            self._source, self._version, self._grad_mode = weakref.ref(x), x._version, torch.is_grad_enabled()
+        # Handed out once: holding on to it would keep the activations of the whole step alive.
+        return self._outputs.pop(index)
 
 
-def _dx(layer: FalqonLinear, grad: Tensor, b: Tensor) -> Tensor:
-    """`G W`, or `[G | G B] [W; A]` of a live layer, G in E5M2: one GEMM either way."""
-    codes, beside = (layer.codes, grad @ b.to(grad.dtype)) if layer.live else (layer.weight_codes, None)
-    return backend(grad).input_gradient(grad, codes, layer.code_scale, beside)
+class FalqonPart(nn.Module):
+    """One linear layer's place in the model, whose weight is some rows of a stacked `FalqonLinear`.
+
+    The first part owns the stacked layer (as submodule `stacked`), so its parameters appear once.
+    """
+
+    def __init__(self, output: StackedOutput, index: int) -> None:
+        super().__init__()
+        self.output = output
+        self.index = index
+        if index == 0:
+            self.stacked = output.layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply this part to `(..., in)`; returns `(..., rows of this part)`."""
+        return self.output.part(x, self.index)

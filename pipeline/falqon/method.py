@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
 from pipeline.falqon.convert import FalqonGroup, convert_model
-from pipeline.falqon.final_merge import Inputs, merge_all
-from pipeline.falqon.flush import FlushReport, flush_rows, preview, select_rows
-from pipeline.falqon.gradient import Losses
+from pipeline.falqon.flush import FlushReport, Inputs, flush_rows, merge_all, preview, select_rows
+from pipeline.falqon.initialise import Losses
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import Initialisation, UpdateRule
+from pipeline.finetune.method import Method
 from pipeline.finetune.weights import Deployed, Weights
 
 _HEALTH_LAYERS = 8  # layers previewed per log line; which ones rotates, so that the cost stays a fraction of a step
 
 
-class FalqonMethod:
+class FalqonMethod(Method):
     """Trains B inside FP8 layers; `finish` leaves pure FP8 codes.
 
     Args:
@@ -34,11 +31,8 @@ class FalqonMethod:
     def __init__(
         self, rule: UpdateRule, *, rank: int, rows: int | None, initialisation: Initialisation, seed: int
     ) -> None:
-        self.rule = rule
-        self.rank = rank
+        self.rule, self.rank, self.initialisation, self.seed = rule, rank, initialisation, seed
         self.rows = rank if rows is None or rule.rank_rows else rows
-        self.initialisation = initialisation
-        self.seed = seed
         self.groups: list[FalqonGroup] = []
         self.layers: dict[str, FalqonLinear] = {}
 
@@ -46,30 +40,15 @@ class FalqonMethod:
         self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
         """Convert the model in place; `stored` is `base_state` of an earlier run, `losses` runs training batches."""
-        self.groups, records = convert_model(
-            model,
-            self.rule,
-            rank=self.rank,
-            initialisation=self.initialisation,
-            seed=self.seed,
-            stored=stored,
-            losses=losses,
-        )
+        settings = self.rule, self.rank, self.initialisation, self.seed
+        self.groups, records = convert_model(model, *settings, stored=stored, losses=losses)
         self.layers = {group.name: group.layer for group in self.groups}
+        self.names = tuple(name for group in self.groups for name in group.members)
         return records
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The linear layers that train."""
-        return tuple(name for group in self.groups for name in group.members)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """B of every layer; nothing else trains."""
         return {f"{name}.lora_B": layer.lora_B for name, layer in self.layers.items()}
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Nothing: dtypes are explicit in the layer."""
-        return nullcontext()
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
         """Flush as the rule says after optimizer step `step`; None when this rule waits."""
@@ -79,18 +58,14 @@ class FalqonMethod:
         for index, layer in enumerate(self.layers.values()):
             # Seeded by step and layer: a resumed run, or another rank, draws the same numbers.
             generator = torch.Generator().manual_seed(hash((self.seed, step, index)) & 0x7FFFFFFF)
-            rows = select_rows(layer, self.rows)
-            total += flush_rows(layer, rows, self.rule, generator, measure=measure)
+            total += flush_rows(layer, select_rows(layer, self.rows), self.rule, generator, measure=measure)
         return total
 
     def health(self, step: int) -> FlushReport:
         """What a nearest-rounding flush would do to the buffered update of a few layers, in rotation."""
         layers = list(self.layers.values())
         stride = max(1, len(layers) // _HEALTH_LAYERS)
-        total = FlushReport()
-        for layer in layers[step % stride :: stride]:
-            total += preview(layer)
-        return total
+        return sum((preview(layer) for layer in layers[step % stride :: stride]), FlushReport())
 
     def base_state(self) -> dict[str, Tensor]:
         """Codes and scales, by layer: with them a resumed run skips quantization and SVD."""

@@ -31,10 +31,10 @@ from fp8pipe.models.checkpoint.tensors import checkpoint_names, weights_digest
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.flush import FlushReport
-from pipeline.falqon.gradient import Losses
+from pipeline.falqon.initialise import Losses
 from pipeline.falqon.method import FalqonMethod
 from pipeline.falqon.rules import DEFAULT_RULE, FinalMerge, Initialisation, update_rule
-from pipeline.finetune.deploy import merge_facts, renamed, write_deployed
+from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 __all__ = ["Falqon", "convert"]
 
@@ -154,7 +154,8 @@ class Falqon:
         rule, prefix = self.method.rule, getattr(self.model, "base_model_prefix", "")
         names = checkpoint_names(source.path, self.method.names, str(prefix))
         with ArtifactWriter(output, kind=TUNED_KINDS[0], stage="own training loop", force=force) as writer:
-            transposed = write_deployed(writer, source.path, self.method, names)
+            weights, adapter = self.method.deployed_weights(), self.method.adapter()
+            transposed = write_deployed(writer, source.path, weights, adapter, names)
             return writer.commit(
                 config={"method": "falqon", "update_rule": rule.name, "rank": self.method.rank, "steps": self.steps},
                 seed=self.method.seed,

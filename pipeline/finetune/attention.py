@@ -62,10 +62,9 @@ class _Bias:
 
     def of(self, mask: Tensor | None, query: Tensor) -> Tensor:
         """`(B or 1, L, L)` in the query's dtype: 0 where a key is seen, the dtype's lowest value elsewhere."""
-        length = query.shape[2]
         if mask is None:
-            seen = torch.ones(length, length, dtype=torch.bool).tril()
-            return _additive(seen.unsqueeze(0), query.dtype)
+            length = query.shape[2]
+            return _additive(torch.ones(1, length, length, dtype=torch.bool).tril(), query.dtype)
         if self._source is None or self._source() is not mask or self._bias is None:
             self._source, self._bias = weakref.ref(mask), _additive(mask[:, 0], query.dtype)
         return self._bias
@@ -89,13 +88,27 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query `(B, H, L, d)`, key and value `(B, K, L, d)`; returns `(B, L, H, d)`."""
-    if not _fits(module, query, key, value, attention_mask, dropout, kwargs):
-        fused = import_transformers().AttentionInterface()["sdpa"]
+    batch, heads, length, width = query.shape
+    # Plain causal self-attention on a CPU, with scores of a size worth forming.
+    fits = (
+        query.device.type == "cpu"
+        and dropout == 0.0
+        and key.shape[2] == length
+        and value.shape == key.shape
+        and batch * heads * length * length <= _MAX_SCORES
+        and kwargs.get("is_causal") in (None, True)
+        and all(name in _PLAIN or not value for name, value in kwargs.items() if value is not None)
+    )
+    if attention_mask is None:
+        fits = fits and getattr(module, "is_causal", True)
+    else:
+        fits = fits and attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    if not fits:
+        fused: Any = import_transformers().AttentionInterface()["sdpa"]
         done: tuple[Tensor, None] = fused(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return done
-    batch, heads, length, width = query.shape
     groups = key.shape[1]
     scale = width**-0.5 if scaling is None else scaling
     fold = (batch * groups, heads // groups * length, width)
@@ -105,29 +118,6 @@ def attend(
         _BIAS.of(attention_mask, query),
     )  # fmt: skip
     return output.view(batch, heads, length, width).transpose(1, 2).contiguous(), None
-
-
-def _fits(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> bool:
-    """Whether this is plain causal self-attention on a CPU, with scores of a size worth forming."""
-    batch, heads, length = query.shape[:3]
-    return (
-        query.device.type == "cpu"
-        and dropout == 0.0
-        and key.shape[2] == length
-        and value.shape == key.shape
-        and batch * heads * length * length <= _MAX_SCORES
-        and (getattr(module, "is_causal", True) if mask is None else mask.dtype == torch.bool and mask.shape[1] == 1)
-        and kwargs.get("is_causal") in (None, True)
-        and all(name in _PLAIN or not value for name, value in kwargs.items() if value is not None)
-    )
 
 
 def use_matmul_attention(model: nn.Module) -> bool:

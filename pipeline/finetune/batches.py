@@ -73,17 +73,12 @@ class Batches:
         self, encoded: Sequence[Encoded], batch_size: int, sequence_length: int, seed: int, packing: bool, pad_id: int
     ) -> None:
         _check(encoded, batch_size, sequence_length, seed)
-        self._encoded = encoded
-        self._sequence_length = sequence_length
-        self._seed = seed
-        self._packing = packing
-        self._pad_id = pad_id
-        lengths = [len(e.input_ids) for e in encoded]
+        self._encoded, self._seed, self._pad_id = encoded, seed, pad_id
+        self._sequence_length, self._packing = sequence_length, packing
+        self._rows = [[i] for i in range(len(encoded))]
         if packing:
             order = self._generator(_GROUPING).permutation(len(encoded)).tolist()
-            self._rows = first_fit(lengths, order, sequence_length)
-        else:
-            self._rows = [[i] for i in range(len(encoded))]
+            self._rows = first_fit([len(e.input_ids) for e in encoded], order, sequence_length)
         self._steps = -(-len(self._rows) // batch_size)
         self._order: tuple[int, np.ndarray] | None = None  # the latest epoch's order; a cache, not state
 
@@ -131,22 +126,12 @@ class Batches:
                 position_ids[r, at:end] = torch.arange(end - at)
                 at = end
             tokens += at
-            position_ids[r, at:] = self._padding_positions(at, width)
-        return Batch(
-            input_ids,
-            labels,
-            position_ids,
-            tokens,
-            int((labels != IGNORED).sum()),
-            tuple(i for row in rows for i in row),
-        )
-
-    def _padding_positions(self, at: int, width: int) -> torch.Tensor:
-        if self._packing:
-            return torch.arange(width - at)
-        # Counting on keeps the row one segment (no mask to build); never beyond what the model has
-        # positions for.
-        return torch.arange(at, width).clamp(max=self._sequence_length - 1)
+            # Padding of a packed row is a segment of its own. Elsewhere counting on keeps the row one segment (no mask
+            # to build), never beyond what the model has positions for.
+            counted_on = torch.arange(at, width).clamp(max=self._sequence_length - 1)
+            position_ids[r, at:] = torch.arange(width - at) if self._packing else counted_on
+        examples = tuple(i for row in rows for i in row)
+        return Batch(input_ids, labels, position_ids, tokens, int((labels != IGNORED).sum()), examples)
 
 
 def first_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
@@ -175,11 +160,8 @@ def first_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> li
 def _check(encoded: Sequence[Encoded], batch_size: int, sequence_length: int, seed: int) -> None:
     if not encoded:
         raise ConfigurationError("there is nothing to batch", why="no example is left", fix="give more data")
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("sequence_length", sequence_length, 2),
-        ("seed", seed, 0),
-    ):
+    numbers = {"batch_size": (batch_size, 1), "sequence_length": (sequence_length, 2), "seed": (seed, 0)}
+    for name, (value, least) in numbers.items():
         if value < least:
             raise ConfigurationError(f"{name} is {value}", why=f"it must be at least {least}", fix=f"raise {name}")
     longest = max(len(e.input_ids) for e in encoded)

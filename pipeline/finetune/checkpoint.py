@@ -8,7 +8,6 @@ What preparation computed is stored once, beside them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fp8pipe.artifact import disk_guard
+from fp8pipe.artifact.writer import sync
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 _PREFIX = "step-"
@@ -47,11 +47,7 @@ class CheckpointStore:
         return (self.root / _RUN).exists()
 
     def check_config(self, config: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
-        """Refuse to resume another run's checkpoints.
-
-        Args:
-            config: the configuration, as given to `begin`.
-            inputs: sha256 of the input files by name, as given to `begin`.
+        """Refuse to resume the checkpoints of a run that began with another configuration or other inputs.
 
         Raises:
             ConfigurationError: naming every field, or every file, that differs.
@@ -97,7 +93,7 @@ class CheckpointStore:
         _write(scratch / _TENSORS, tensors)
         _atomic_text(scratch / _STATE, json.dumps({"step": step, **state}))
         scratch.rename(target)
-        _sync(self.root)
+        sync(self.root)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.root / f"{_PREFIX}{old:08d}")
         return target
@@ -121,14 +117,12 @@ class CheckpointStore:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors `optimizer/NAME/KEY`; numbers become 0-d tensors."""
-    tensors: dict[str, Tensor] = {}
-    for parameter, name in names.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if value is None:
-                continue
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            tensors[f"optimizer/{name}/{key}"] = tensor.detach()
-    return tensors
+    return {
+        f"optimizer/{name}/{key}": (value if isinstance(value, Tensor) else torch.tensor(value)).detach()
+        for parameter, name in names.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
 
 
 def restore_optimizer(
@@ -151,7 +145,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     need = sum(tensor.numel() * tensor.element_size() for tensor in dense.values())
     with disk_guard(path, need):
         save_file(dense, path)
-        _sync(path)
+        sync(path)
     with safe_open(path, "pt") as reopened:
         if set(reopened.keys()) != set(dense):
             raise BadArtifactError(f"{path} was not written whole", fix="check the disk and run again")
@@ -161,13 +155,5 @@ def _atomic_text(path: Path, text: str) -> None:
     scratch = path.with_suffix(".writing")
     with disk_guard(path, len(text)):
         scratch.write_text(text)
-        _sync(scratch)
+        sync(scratch)
     scratch.rename(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -23,10 +23,9 @@ from fp8pipe.models.compat import import_package
 from pipeline.falqon.flush import FlushReport
 from pipeline.finetune.batches import Batches
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
-from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.config import FinetuneConfig, learning_rate_at
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import Method
-from pipeline.finetune.schedule import learning_rate_at
 
 _LOG = logging.getLogger(__name__)
 Metrics = dict[str, Any]
@@ -59,7 +58,7 @@ class Trainer:
         self.train_batches, self.heldout_batches = train, heldout
         self.store, self.metrics_file = store, metrics_file
         self.names = {p: n for n, p in method.parameters().items()}
-        self.optimizer = build_optimizer(config, list(self.names))
+        self.optimizer = _build_optimizer(config, list(self.names))
         self.step = 0
         self.history: list[Metrics] = []
         self._flushed: FlushReport | None = None
@@ -74,18 +73,21 @@ class Trainer:
             ConfigurationError: the loss or the gradient stopped being finite; the last checkpoint remains.
         """
         config = self.config
+
+        def due(every: int) -> bool:
+            return self.step == config.steps or bool(every and self.step % every == 0)
+
         if self.step == 0:
             self._evaluate()
         self.model.train()
         while self.step < config.steps:
             figures = self.one_step()
             on_step(figures)
-            last = self.step == config.steps
-            if last or self.step % config.log_every == 0:
+            if due(config.log_every):
                 self.record(figures | self._health())
-            if last or (config.evaluate_every and self.step % config.evaluate_every == 0):
+            if due(config.evaluate_every):
                 self._evaluate()
-            if last or (config.save_every and self.step % config.save_every == 0):
+            if due(config.save_every):
                 self.save()
 
     def one_step(self) -> Metrics:
@@ -199,7 +201,7 @@ class Trainer:
         return [model_inputs(batch, self.config.device) for batch in batches]
 
 
-def build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW over `parameters`: torch's fused one, or bitsandbytes' 8-bit one where two fp32 moments are too much.
 
     Raises:
@@ -215,3 +217,37 @@ def build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> t
 
 def _brief(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot_run(history: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training and held-out loss, and below what becomes of the update on its way into FP8; PNG at `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    health = sorted({key for line in history for key in line if key.startswith(("flush_", "pending_"))})
+    figure, axes = pyplot.subplots(2 if health else 1, 1, figsize=(8, 6 if health else 3.5), squeeze=False, sharex=True)
+    top = axes[0][0]
+    _curve(top, history, "loss", "training, answer tokens")
+    _curve(top, history, "heldout_loss", "held out", marker="o")
+    top.set_ylabel("loss (nats a token)")
+    top.set_title(title)
+    top.legend()
+    if health:
+        bottom = axes[1][0]
+        for key in health:
+            _curve(bottom, history, key, key.replace("_", " "))
+        bottom.set_ylim(-0.05, 1.25)
+        bottom.set_ylabel("share, ratio, cosine")
+        bottom.legend()
+    axes[-1][0].set_xlabel("optimizer step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _curve(axis: Any, history: list[dict[str, Any]], key: str, label: str, marker: str = "") -> None:
+    points = [(line["step"], line[key]) for line in history if key in line]
+    if points:
+        axis.plot(*zip(*points, strict=True), label=label, marker=marker)

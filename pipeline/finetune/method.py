@@ -2,11 +2,15 @@
 
 And what else depends on the method: the device (FP8 tensor cores are FALQON's need alone, its baselines compute in
 bf16), and what will stand in the way of an export.
+
+The baselines are LoRA on bf16 weights and QLoRA on NF4. Both use peft with its usual recipe: fp32 adapter weights, bf16
+compute by autocast, every linear layer that FALQON would convert. They end as merged bf16 weights, which an export may
+then quantize. They are there for honest comparison, never a dependency of the product's own path.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +18,14 @@ from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
 from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.models.compat import import_package
 from fp8pipe.models.language.structure import ModelStructure
-from pipeline.falqon.final_merge import Inputs
-from pipeline.falqon.flush import FlushReport
-from pipeline.falqon.gradient import Losses
-from pipeline.finetune.deploy import Trained
+from pipeline.falqon.convert import left_out_records, read_convertible
+from pipeline.falqon.flush import FlushReport, Inputs
+from pipeline.falqon.initialise import Losses
+from pipeline.finetune.weights import Deployed, Weights
 
+_INSTALL = "pip install 'fp8pipe[train]'"
 _SHOWN = 3  # names in a warning
 _FP8, _BF16 = (8, 9), (8, 0)  # CUDA compute capabilities
 
@@ -68,8 +74,14 @@ def check_device(device: str, method: str = "falqon") -> None:
         )
 
 
-class Method(Trained, Protocol):
-    """A way to fine-tune; see `pipeline.falqon.method` and `pipeline.finetune.lora`."""
+class Method(Protocol):
+    """A way to fine-tune: `pipeline.falqon.method` and `LoraMethod`.
+
+    Attributes:
+        names: module paths of the linear layers that train.
+    """
+
+    names: tuple[str, ...] = ()
 
     def prepare(
         self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
@@ -82,24 +94,24 @@ class Method(Trained, Protocol):
             losses: runs a few training batches on the unprepared model, yielding each one's loss.
         """
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Module paths of the linear layers that train."""
-
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters, by a stable name."""
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context of every forward pass (autocast, or nothing)."""
+        return nullcontext()
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
         """Called after the optimizer stepped; a report when something was flushed and `measure` asks for it."""
+        return None
 
     def health(self, step: int) -> FlushReport | None:
         """The survival of the buffered update, were it flushed now; None where that has no meaning."""
+        return None
 
     def base_state(self) -> dict[str, Tensor]:
-        """What preparation computed and steps do not change."""
+        """What preparation computed and steps do not change; nothing where a seed fixes it."""
+        return {}
 
     def step_state(self) -> dict[str, Tensor]:
         """What steps change, beside the optimizer's own state."""
@@ -109,3 +121,119 @@ class Method(Trained, Protocol):
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
         """Bring the weights into the form that is deployed; what a final merge did, by layer, where there is one."""
+
+    def deployed_weights(self) -> Weights:
+        """The weights of a finished method as they are served, by module path."""
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Tensors of the adapter, kept beside the weights for the record; none where it has been merged."""
+        return {}
+
+
+class LoraMethod(Method):
+    """LoRA (`quantized=False`) or QLoRA by peft.
+
+    Args:
+        rank: of the adapter.
+        alpha: the update is scaled by `alpha / rank`.
+        seed: of A's random initialisation.
+        quantized: hold the base weights as NF4 (bitsandbytes, double quantization, bf16 compute).
+    """
+
+    def __init__(self, *, rank: int, alpha: float, seed: int, quantized: bool) -> None:
+        self.rank, self.alpha, self.seed, self.quantized = rank, alpha, seed, quantized
+        self._transposed: dict[str, bool] = {}
+        self._peft: Any = None
+
+    def prepare(
+        self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
+    ) -> list[LayerRecord]:
+        """Insert the adapters in place; the seed fixes A, so neither `stored` nor `losses` is needed."""
+        structure = read_convertible(model, self.rank)
+        records = left_out_records(structure)
+        peft = import_package("peft", "the lora and qlora baselines need peft", _INSTALL)
+        self.names = structure.trainable
+        self._transposed = {name: structure.transposed(name) for name in self.names}
+        if self.quantized:
+            for name in self.names:
+                _to_nf4(model, name, structure.weight(model, name))
+        torch.manual_seed(self.seed)
+        config = peft.LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, target_modules=list(self.names), lora_dropout=0.0,
+            fan_in_fan_out=any(self._transposed.values()) and not self.quantized,
+        )  # fmt: skip
+        self._peft = peft.get_peft_model(model, config)
+        how = "NF4 with adapter" if self.quantized else "bf16 with adapter"
+        records += [LayerRecord(name=n, reason=how, shape=structure.shape(n)) for n in self.names]
+        return records
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """A and B of every layer."""
+        return {name: p for name, p in self._peft.named_parameters() if p.requires_grad}
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """bf16 autocast: fp32 adapters, bf16 products."""
+        return torch.autocast(next(iter(self.parameters().values())).device.type, dtype=torch.bfloat16)
+
+    def step_state(self) -> dict[str, Tensor]:
+        """The adapters."""
+        return {name: p.detach() for name, p in self.parameters().items()}
+
+    def load_step_state(self, state: dict[str, Tensor]) -> None:
+        """Restore the adapters in place."""
+        for name, parameter in self.parameters().items():
+            parameter.data.copy_(state[name])
+
+    def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
+        """Merge the adapters into bf16 weights; NF4 weights are dequantized first, as they were trained."""
+        for name in self.names:
+            _merge(model, name)
+        return {}
+
+    def deployed_weights(self) -> Weights:
+        """The merged bf16 weights, in the checkpoint's orientation, by linear layer."""
+        weights: Weights = {}
+        for name in self.names:
+            weight = self._peft.base_model.model.get_submodule(name).weight.detach()
+            stored = weight.t().contiguous() if self.quantized and self._transposed[name] else weight
+            weights[name] = Deployed(stored.to(torch.bfloat16), None, self._transposed[name])
+        return weights
+
+
+def _to_nf4(model: nn.Module, name: str, weight: Tensor) -> None:
+    bitsandbytes = import_package("bitsandbytes", "the qlora baseline needs bitsandbytes", _INSTALL)
+    old = model.get_submodule(name)
+    bias = getattr(old, "bias", None)
+    new = bitsandbytes.nn.Linear4bit(
+        weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=torch.bfloat16,
+        compress_statistics=True, quant_type="nf4",
+    )  # fmt: skip
+    # In evaluation mode bitsandbytes repacks NF4 for CPU inference, a layout that the merge could not read.
+    new.support_avx512bf16_for_cpu = False
+    new.weight = bitsandbytes.nn.Params4bit(
+        weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new.to(weight.device))  # .to() quantizes
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, name: str) -> None:
+    """Replace the adapted layer by a plain one holding `W + B A alpha / rank`, added in fp32."""
+    layer: Any = model.get_submodule(name)
+    base = layer.get_base_layer()
+    weight = base.weight
+    if getattr(weight, "quant_state", None) is not None:
+        import bitsandbytes
+
+        weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    merged = (weight.float() + layer.get_delta_weight("default").float()).to(torch.bfloat16)
+    if isinstance(base, nn.Linear) and merged.shape != base.weight.shape:  # NF4 is packed: a plain layer instead
+        bias = base.bias
+        base = nn.Linear(merged.shape[1], merged.shape[0], bias=False, device="meta")
+        base.bias = bias
+    base.weight = nn.Parameter(merged, requires_grad=False)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, base)

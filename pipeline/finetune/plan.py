@@ -21,7 +21,7 @@ from fp8pipe.models.language.sources import ModelSource, check_unquantized, reso
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.falqon.convert import read_convertible
-from pipeline.falqon.final_merge import held_moments
+from pipeline.falqon.flush import held_moments
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.method import check_device, export_warnings, hardware

@@ -49,12 +49,10 @@ from pipeline.finetune.attention import use_matmul_attention
 from pipeline.finetune.batches import Batches
 from pipeline.finetune.checkpoint import CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.deploy import merge_facts, renamed, write_deployed
-from pipeline.finetune.loop import Trainer
-from pipeline.finetune.lora import LoraMethod
+from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
-from pipeline.finetune.method import Method, check_device, export_warnings
-from pipeline.finetune.plot import plot_run
+from pipeline.finetune.method import LoraMethod, Method, check_device, export_warnings
+from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTS, _METRICS, _PLOT = "checkpoints", "metrics.jsonl", "plot.png"
@@ -102,7 +100,10 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     source = resolve_model(config.model)
     check_unquantized(source.path)
     if config.device == "cpu":
-        refuse_impossible(least_memory(config, source), f"the model {config.model}")
+        with blame_configuration():
+            entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
+        width = getattr(torch, config.dtype).itemsize  # the loaded weights, whatever comes afterwards
+        refuse_impossible(sum(math.prod(e.shape) for e in entries) * width, f"the model {config.model}")
     enter_phase("text")
     return tune(config, source, load_text(config, source), output, force=force, resume=resume)
 
@@ -133,18 +134,13 @@ def tune(
         trainer = Trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
         if trainer.resume():
             _LOG.info("resumed after step %d", trainer.step)
-        _announce(records, method.names)
+        _LOG.info("converted %d of %d linear layers", len(method.names), len(records))
+        for record in records:
+            if record.name not in method.names:
+                _LOG.info("left out: %s (%s)", record.name, record.reason)
         with track(config.steps, "training", done=trainer.step) as progress:
             trainer.run(lambda m: progress.advance(loss=m["loss"], tokens_per_second=m["tokens_per_second"]))
         return _deploy(config, source, text, writer, trainer, records, names)
-
-
-def least_memory(config: FinetuneConfig, source: ModelSource) -> int:
-    """Bytes that the loaded weights take, whatever comes afterwards; headers are read."""
-    with blame_configuration():
-        entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return sum(math.prod(entry.shape) for entry in entries) * dtype.itemsize
 
 
 def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
@@ -158,8 +154,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     records = load_records(config.data)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0)
     heldout = heldout[: config.heldout_limit]
-    encoded_train = encode(train, tokenizer, config.sequence_length)
-    encoded_heldout = encode(heldout, tokenizer, config.sequence_length)
+    encoded_train, encoded_heldout = (encode(part, tokenizer, config.sequence_length) for part in (train, heldout))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad or 0}
     return TrainingText(
@@ -168,7 +163,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
         template=encoded_train.template,
         digests={config.data: sha256_file(file)} if file.is_file() else {},
-        warnings=[*encoded_train.warnings],
+        warnings=list(encoded_train.warnings),
     )
 
 
@@ -195,13 +190,8 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
 def build_method(config: FinetuneConfig) -> Method:
     """The method that the configuration names."""
     if config.method == "falqon":
-        return FalqonMethod(
-            config.rule,
-            rank=config.rank,
-            rows=config.rows,
-            initialisation=config.initialisation or config.rule.initialisation,
-            seed=config.seed,
-        )
+        how = config.initialisation or config.rule.initialisation
+        return FalqonMethod(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     return LoraMethod(rank=config.rank, alpha=alpha, seed=config.seed, quantized=config.method == "qlora")
 
@@ -226,13 +216,6 @@ def _prepare(
     return records
 
 
-def _announce(records: list[LayerRecord], trained: tuple[str, ...]) -> None:
-    _LOG.info("converted %d of %d linear layers", len(trained), len(records))
-    for record in records:
-        if record.name not in trained:
-            _LOG.info("left out: %s (%s)", record.name, record.reason)
-
-
 def _deploy(
     config: FinetuneConfig,
     source: ModelSource,
@@ -252,7 +235,7 @@ def _deploy(
     untuned = next(line["heldout_loss"] for line in trainer.history if "heldout_loss" in line)
     trainer.record({"step": trainer.step, "deployed_loss": deployed})
     enter_phase("write")
-    transposed = write_deployed(writer, source.path, method, names)
+    transposed = write_deployed(writer, source.path, method.deployed_weights(), method.adapter(), names)
     if text.template.origin == "plain":  # the model has now learned it: without it, it would be asked in another
         (writer.root / "chat_template.jinja").write_text(text.template.template, encoding="utf-8")
     learned = Gate(

@@ -1,4 +1,4 @@
-"""Writing the trained weights over a copy of the base checkpoint, and reading them back to be sure.
+"""What a method has trained, as an artifact's files and facts: weights written over the base, and read back to be sure.
 
 Everything that was not trained (embeddings, norms, tokenizer) is carried over byte for byte, shard by shard, so memory
 stays near one shard.
@@ -6,26 +6,28 @@ stays near one shard.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fp8pipe.artifact import disk_guard
+from fp8pipe.artifact import ArtifactWriter, LayerRecord, disk_guard, none_of
+from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, copy_sidecars
 from fp8pipe.models.checkpoint.tensors import (
     SCALE_SUFFIX,
     SINGLE_NAME,
-    TensorEntry,
     blame_configuration,
     header_entries,
     read_tensor,
     weight_files,
     write_index,
 )
+from pipeline.falqon.flush import FlushReport
 
 
 class Deployed(NamedTuple):
@@ -42,16 +44,11 @@ class Deployed(NamedTuple):
     transposed: bool
 
 
-Weights = dict[str, Deployed]
+Weights = dict[str, Deployed]  # by module path, or by checkpoint name without `.weight`
 
 
 def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
-    """Copy the base checkpoint to `root`, with `weights` in place of the tensors they name.
-
-    Args:
-        base: the base checkpoint's directory.
-        root: destination; exists.
-        weights: by checkpoint name without `.weight`.
+    """Copy the base checkpoint to the directory `root`, with `weights` in place of the tensors they name.
 
     Raises:
         ConfigurationError: the base checkpoint cannot be read.
@@ -86,9 +83,7 @@ def count_differing(root: Path, weights: Weights) -> int:
         BadArtifactError: a weight is missing, or a scale is there of a weight that has none.
     """
     wanted = _tensors(weights)
-    written: dict[str, TensorEntry] = {}
-    for file in weight_files(root):
-        written |= header_entries(file)
+    written = {name: entry for file in weight_files(root) for name, entry in header_entries(file).items()}
     for name in weights:
         if (key := f"{name}.weight{SCALE_SUFFIX}") in written.keys() - wanted.keys():
             raise BadArtifactError(f"{key} was written although {name} is not quantized")
@@ -109,3 +104,44 @@ def _tensors(weights: Weights) -> dict[str, Tensor]:
 
 def _raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+_ADAPTER = "adapter.safetensors"
+
+
+def write_deployed(
+    writer: ArtifactWriter, base: Path, deployed: Weights, adapter: Mapping[str, Tensor], names: Mapping[str, str]
+) -> list[str]:
+    """Write the base checkpoint with the trained weights in place, and the adapter; gate what is read back.
+
+    Args:
+        writer: of the artifact.
+        base: the base checkpoint.
+        deployed: weights by module path.
+        adapter: tensors beside them.
+        names: of trained layers in the checkpoint, by module path.
+
+    Returns:
+        names of weights that are stored as (in, out).
+    """
+    weights = {names[name]: value for name, value in deployed.items()}
+    write_checkpoint(base, writer.root, weights)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.items()}
+    if tensors:
+        save_file(tensors, writer.root / _ADAPTER)
+    writer.gate(none_of("reopened bytes differing", count_differing(writer.root, weights)))
+    return [name for name, weight in weights.items() if weight.transposed]
+
+
+def renamed(records: Sequence[LayerRecord], names: Mapping[str, str]) -> list[LayerRecord]:
+    """Layer records under the names of the checkpoint."""
+    return [record.model_copy(update={"name": names.get(record.name, record.name)}) for record in records]
+
+
+def merge_facts(flushed: Mapping[str, FlushReport], names: Mapping[str, str]) -> dict[str, Any]:
+    """What the final merge did, as `TunedDetails` has it; nothing where there was none."""
+    if not flushed:
+        return {}
+    whole = sum(flushed.values(), FlushReport())
+    layers = {names.get(name, name): MergeHealth(**report.health()) for name, report in flushed.items()}
+    return {"final_merge": MergeHealth(**whole.health()), "final_merge_layers": layers}

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
-from pipeline.finetune.schedule import Schedule, learning_rate_at
+from pipeline.finetune.config import Schedule, learning_rate_at
 from pipeline.vit.config import DistillConfig
 from pipeline.vit.student import Student
 
@@ -103,33 +102,32 @@ class Distiller:
         pixels = self._batch()
         answers, maps = self._teach(pixels)
         found: dict[str, Tensor] = {}
-        with self._autocast(), _listening(self.student, found):
+        self.student.on_attention = found.__setitem__
+        with self._autocast():
             outputs = self.student(pixels)
-        answer, structure = self._losses(outputs, answers, found, maps)
+        self.student.on_attention = None
+        if self.structure.is_backbone:
+            answer = feature_distance(outputs, answers)
+        else:
+            answer = distillation(outputs, answers, config.temperature)
+        parts = [head_structure(found[name], maps[name], prefix) for name, prefix in self._prefix.items()]
+        structure = torch.stack(parts).mean() if parts else answer.new_zeros(())
         loss = answer + config.structure_weight * structure
         if not math.isfinite(float(loss.detach())):
-            raise self._diverged(float(loss.detach()))
+            kept = self.store.steps() if self.store is not None else []
+            raise ConfigurationError(
+                f"distillation diverged at step {self.step + 1}",
+                why=f"loss {float(loss.detach())}; "
+                + (f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint yet"),
+                fix="lower --learning-rate and start anew",
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {
-            "step": self.step,
-            "loss": float(loss.detach()),
-            "answer": float(answer.detach()),
-            "structure": float(structure.detach()),
-        }
-
-    def _losses(
-        self, outputs: Tensor, answers: Tensor, found: dict[str, Tensor], maps: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        if self.structure.is_backbone:
-            answer = feature_distance(outputs, answers)
-        else:
-            answer = distillation(outputs, answers, self.config.temperature)
-        parts = [head_structure(found[name], maps[name], prefix) for name, prefix in self._prefix.items()]
-        return answer, torch.stack(parts).mean() if parts else answer.new_zeros(())
+        figures = {"loss": loss, "answer": answer, "structure": structure}
+        return {"step": self.step, **{name: float(value.detach()) for name, value in figures.items()}}
 
     @torch.no_grad()
     def _teach(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -165,8 +163,7 @@ class Distiller:
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint, if there is one."""
-        steps = self.store.steps() if self.store is not None else []
-        if self.store is None or not steps:
+        if self.store is None or not (steps := self.store.steps()):
             return False
         tensors, state = self.store.load(steps[-1])
         with torch.no_grad():
@@ -175,23 +172,6 @@ class Distiller:
         restore_optimizer(self.optimizer, self.names, tensors)
         self.step, self.history = int(state["step"]), list(state["history"])
         return True
-
-    def _diverged(self, loss: float) -> ConfigurationError:
-        kept = self.store.steps() if self.store is not None else []
-        return ConfigurationError(
-            f"distillation diverged at step {self.step + 1}",
-            why=f"loss {loss}; " + (f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint yet"),
-            fix="lower --learning-rate and start anew",
-        )
-
-
-@contextmanager
-def _listening(student: Student, found: dict[str, Tensor]) -> Iterator[None]:
-    student.on_attention = found.__setitem__
-    try:
-        yield
-    finally:
-        student.on_attention = None
 
 
 def _order(seed: int, epoch: int, count: int) -> Tensor:
@@ -236,28 +216,17 @@ _SHARPEST = 0.05  # standard deviation, in pixels, below which a blur changes no
 
 
 def first_views(pixels: Tensor, config: DistillConfig, seed: int) -> Tensor:
-    """One view of each made image, from which ranges, first codes and equivalent transforms are measured.
+    """One view of each made image `(N, 3, H, W)`, from which ranges, first codes and transforms are measured.
 
     Measured on made images as they are, they fit a fine detail that pictures do not have. Pictures are measured as
-    they are.
-
-    Args:
-        pixels: `(N, 3, H, W)`, normalized.
-        config: `augment` off shows the images themselves.
-        seed: of the run.
+    they are. With `augment` off these are the images themselves.
     """
     generator = torch.Generator().manual_seed(hash((seed, _FIRST_VIEWS)) & 0x7FFFFFFF)
     return augment(pixels, generator, config) if config.augment else pixels
 
 
 def augment(pixels: Tensor, generator: torch.Generator, config: DistillConfig) -> Tensor:
-    """Each image changed in its own way, at the same size.
-
-    Args:
-        pixels: `(N, 3, H, W)`, normalized.
-        generator: source of the draws.
-        config: `smallest_crop`, `blur` and `colour`.
-    """
+    """Each of the normalized images `(N, 3, H, W)` changed in its own way, at the same size."""
     shown = crop(pixels, torch.rand(len(pixels), 4, generator=generator), config.smallest_crop)
     if config.blur:
         side = min(pixels.shape[-2:])
@@ -268,10 +237,10 @@ def augment(pixels: Tensor, generator: torch.Generator, config: DistillConfig) -
 
 
 def crop(pixels: Tensor, draws: Tensor, smallest: float) -> Tensor:
-    """Mirror and crop, back to the same size.
+    """Mirror and crop `(N, 3, H, W)`, back to the same size.
 
     Args:
-        pixels: `(N, 3, H, W)`.
+        pixels: the images.
         draws: `(N, 4)` in [0, 1): size, mirror (below a half), place across and down.
         smallest: side of the smallest crop, as a share of the image's; 1 does not crop.
     """

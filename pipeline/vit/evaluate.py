@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.samples import sample_name
-from fp8pipe.models.vision.digits import digits_folder
 from fp8pipe.models.vision.image_folder import ImageFolder, batches, check_pictures, read_image_folder
 from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.samples import digits_folder
 
 Model = Callable[[Tensor], Tensor]
 _ROWS = 64
@@ -52,14 +52,8 @@ def accuracy(
 ) -> dict[str, Any]:
     """Top-1 and top-5 of every model on the same pictures.
 
-    Args:
-        models: by name; each maps pixels `(N, 3, H, W)` to logits `(N, C)`.
-        folder: the pictures.
-        preprocessing: makes the pixels.
-        classes: the model's, in the order of its logits.
-
-    Returns:
-        `images`, and by model `top1` and `top5`, shares of 1.
+    Each maps pixels `(N, 3, H, W)` to logits `(N, C)`, in the order of `classes`. Gives `images`, and by model `top1`
+    and `top5`, shares of 1.
 
     Raises:
         ConfigurationError: a picture that cannot be read, naming it.
@@ -70,14 +64,10 @@ def accuracy(
     for codes, labels in zip(raw, torch.tensor(folder.labels).split(_ROWS), strict=True):
         pixels = preprocessing.normalize(codes)
         for name, model in models.items():
-            hits[name] += _hits(model(pixels), index[labels])
+            logits = model(pixels)
+            right = logits.topk(min(5, logits.shape[1]), dim=1).indices == index[labels][:, None]
+            hits[name] += torch.stack([right[:, 0].sum(), right.any(1).sum()])
     count = len(folder.files)
     return {"images": count} | {
         name: {"top1": int(found[0]) / count, "top5": int(found[1]) / count} for name, found in hits.items()
     }
-
-
-def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    right = best == labels[:, None]
-    return torch.stack([right[:, 0].sum(), right.any(1).sum()])

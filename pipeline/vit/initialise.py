@@ -14,7 +14,9 @@ student that starts from it still knows how near each weight is to the next code
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Final
 
 import torch
@@ -52,44 +54,28 @@ def choose_quantizer(values: Tensor, bits: int, kind: Kind) -> Quantizer:
 
 
 def choose_range(values: Tensor, bits: int, kind: Kind = Kind.INT) -> ActivationQuantizer:
-    """The range with the least squared error on `values`.
+    """The range with the least squared error on `values`, what the site saw: fp32, one dimension.
 
-    Args:
-        values: fp32, one dimension, what the site saw.
-        bits: 2 to 8; at most `2^bits` codes, all in INT8 around zero.
-        kind: integer codes, or E4M3, whose scale maps the largest magnitude onto 448.
+    At most `2^bits` codes (2 to 8 bits), all in INT8 around zero; E4M3's scale maps the largest magnitude onto 448.
     """
     smallest, largest = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if kind is Kind.E4M3:
         return ActivationQuantizer(_storable(max(-smallest, largest, _TINY) / E4M3.max), kind=kind)
-    best = _Best(values, bits)
-    for shrink in _SHRINKS:
-        best.consider(smallest * shrink, largest * shrink)
+    least, low, high, best = math.inf, 0.0, 0.0, ActivationQuantizer(1.0)
+
+    def consider(ranges: Iterable[tuple[float, float]]) -> None:
+        nonlocal least, low, high, best
+        for ends in ranges:
+            quantizer = range_quantizer(*ends, bits)
+            error = float((quantizer.fake(values) - values).square().mean())
+            if error < least:
+                least, (low, high), best = error, ends, quantizer
+
+    consider((smallest * shrink, largest * shrink) for shrink in _SHRINKS)
     for _ in range(2):
-        low, high = best.ends
-        for shrink in _SHRINKS:
-            best.consider(smallest * shrink, high)
-        low, high = best.ends
-        for shrink in _SHRINKS:
-            best.consider(low, largest * shrink)
-    return best.quantizer
-
-
-class _Best:
-    """The best range so far."""
-
-    def __init__(self, values: Tensor, bits: int) -> None:
-        self._values, self._bits = values, bits
-        self._error = math.inf
-        self.ends = (0.0, 0.0)
-        self.quantizer = ActivationQuantizer(1.0)
-
-    def consider(self, low: float, high: float) -> None:
-        """Measure the range `low`..`high` and keep it if it is better."""
-        quantizer = range_quantizer(low, high, self._bits)
-        error = float((quantizer.fake(self._values) - self._values).square().mean())
-        if error < self._error:
-            self._error, self.ends, self.quantizer = error, (low, high), quantizer
+        consider([(smallest * shrink, high) for shrink in _SHRINKS])
+        consider([(low, largest * shrink) for shrink in _SHRINKS])
+    return best
 
 
 def range_quantizer(low: float, high: float, bits: int) -> ActivationQuantizer:
@@ -114,16 +100,9 @@ def _storable(value: float) -> float:
 def sample_sites(
     vision: VisionModel, structure: VitStructure, batches: Iterable[Tensor], seed: int
 ) -> dict[str, Tensor]:
-    """A sample of the values at every activation site of the float model.
+    """A sample of the values at every activation site of the float model, from normalized pixels `(N, 3, H, W)`.
 
-    Args:
-        vision: the float model.
-        structure: of it.
-        batches: normalized pixels `(N, 3, H, W)`.
-        seed: of the choice of values.
-
-    Returns:
-        By site, up to 32,768 fp32 values a batch, extremes of the batch included.
+    By site, up to 32,768 fp32 values a batch, extremes of the batch included; `seed` is that of their choice.
     """
     plain = QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, {}, {})
     wanted = set(activation_sites(structure))
@@ -185,40 +164,24 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """Mean outer product `(in, in)` fp32 of what each group of linears reads, after its quantizer.
 
-    Args:
-        vision: the float model.
-        structure: of it.
-        activations: by site.
-        batches: normalized pixels `(N, 3, H, W)`.
-
-    Returns:
-        By input group, without the patch embedding.
+    Of the float model on normalized pixels `(N, 3, H, W)`; by input group, without the patch embedding.
     """
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts = dict.fromkeys((site.input_group for site in structure.linears if site.kind == "linear"), 0)
 
-    def noting(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        quantizer = activations.get(f"{group}.input")
+    def note(group: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows, quantizer = args[0].flatten(0, -2).float(), activations.get(f"{group}.input")
+        rows = rows if quantizer is None else quantizer.fake(rows)
+        product = rows.T @ rows
+        sums[group] = product if group not in sums else sums[group].add_(product)
+        counts[group] += rows.shape[0]
 
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].flatten(0, -2).float()
-            rows = rows if quantizer is None else quantizer.fake(rows)
-            product = rows.T @ rows
-            sums[group] = product if group not in sums else sums[group].add_(product)
-            counts[group] = counts.get(group, 0) + rows.shape[0]
-
-        return note
-
-    groups = dict.fromkeys(site.input_group for site in structure.linears if site.kind == "linear")
-    handles = [vision.model.get_submodule(g).register_forward_pre_hook(noting(g)) for g in groups]
-    try:
-        with torch.no_grad():
-            for pixels in batches:
-                vision_outputs(vision.model, pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {group: sums[group] / counts[group] for group in groups}
+    with ExitStack() as hooks, torch.no_grad():
+        for group in counts:
+            hooks.enter_context(vision.model.get_submodule(group).register_forward_pre_hook(partial(note, group)))
+        for pixels in batches:
+            vision_outputs(vision.model, pixels)
+    return {group: sums[group] / count for group, count in counts.items()}
 
 
 def compensate(weight: Tensor, step: Tensor | BlockScales, bits: int, moments: Tensor) -> Tensor:
@@ -268,22 +231,19 @@ def compensate_model(
 
 
 _EDGE_BITS = 8
-_FP8, _BLOCKS = WeightFormat(8, Kind.E4M3), WeightFormat(4, Kind.NVFP4)
 
 
 def weight_formats(structure: VitStructure, precision: Precision, edges: str) -> dict[str, WeightFormat]:
     """The format of every linear.
 
-    Args:
-        structure: of the model.
-        precision: what was asked for.
-        edges: `8bit` keeps patch embedding and head at 8 bits, `same` gives them the precision of the rest. They
-            are a hundredth of the weights, and errors there reach everything after or everything before. NVFP4
-            leaves them in FP8, whatever is given: the pixels of a patch do not lie in blocks.
+    Edges `8bit` keep patch embedding and head at 8 bits, `same` gives them the precision of the rest. They are a
+    hundredth of the weights, and errors there reach everything after or everything before. NVFP4 leaves them in FP8,
+    whatever is given: the pixels of a patch do not lie in blocks.
     """
     if precision.kind is Kind.NVFP4:
         blocks = _block_groups(structure)
-        return {s.name: _BLOCKS if s.input_group in blocks else _FP8 for s in structure.linears}
+        fp8, nvfp4 = WeightFormat(8, Kind.E4M3), WeightFormat(4, Kind.NVFP4)
+        return {s.name: nvfp4 if s.input_group in blocks else fp8 for s in structure.linears}
     ends = _ends(structure) if edges == "8bit" else set()
     return {
         site.name: WeightFormat(_EDGE_BITS if site.name in ends else precision.weight_bits, precision.kind)

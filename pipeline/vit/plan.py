@@ -26,14 +26,10 @@ _SMALLER: Final = "a smaller distill.batch_size or synthesis.batch_size, or fewe
 def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> Plan:
     """Plan a run; the stage is run with few images and steps in a scratch folder, nothing else is written.
 
-    Args:
-        config: the resolved configuration.
-        output: where the artifact would go.
-
     Raises:
         ConfigurationError: what the run itself would refuse about model, bits and calibration.
     """
-    image_request(config).check()
+    image_request(config)  # refuses a method that does not exist
     vision = load_vision_model(config.model)
     size = vision.architecture.image_size
     structure = read_structure(vision.model, size)
@@ -43,6 +39,7 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
     found = _measured(config) if can_measure() else _reckoned(config, parameters, 3 * size[0] * size[1])
     peak, disk, written, seconds, notes = found
     where = output or Path(config.model).name
+    packages = _PACKAGES if vision.architecture.library == "timm" else ()
     given = (config.calibration,) if config.calibration.startswith((FOLDER_PREFIX, ARTIFACT_PREFIX)) else ()
     return Plan(
         reads=(config.model, *given, *(() if config.evaluate is None else (config.evaluate,))),
@@ -51,12 +48,8 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
         disk_bytes=disk,
         output_bytes=written,
         seconds=sum(seconds.values()) if seconds else None,
-        packages=_PACKAGES if vision.architecture.library == "timm" else (),
-        missing=(
-            *missing_packages(_PACKAGES if vision.architecture.library == "timm" else ()),
-            *missing_memory(peak, _SMALLER),
-            *missing_disk(output or Path(), disk),
-        ),
+        packages=packages,
+        missing=(*missing_packages(packages), *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
         notes=notes,
         facts={
             "linears": len(structure.linears),

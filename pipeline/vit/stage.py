@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,10 +31,9 @@ from fp8pipe.artifact import (
 from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts, VitDetails
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
-from fp8pipe.models.vision.encodings import layer_records
 from fp8pipe.models.vision.image_folder import ImageFolder
 from fp8pipe.models.vision.prepare import vision_outputs
-from fp8pipe.models.vision.quantized import QuantizedVit, save_quantized
+from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, save_quantized
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
@@ -58,30 +56,22 @@ from pipeline.vit.student import Student
 from pipeline.vit.transforms.apply import Transformed, apply_transforms
 
 _LOG = logging.getLogger(__name__)
-IMAGES = ARTIFACT_IMAGES
 _IMAGES_WORK, _CHECKPOINTS, _METRICS = "images.partial", "checkpoints", "metrics.jsonl"
 _PROBE_IMAGES = 8
 _BATCH = 32
 
 
 def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
-    """Run the stage.
+    """Run the stage; the finished artifact (kind `vit`).
 
-    Args:
-        config: the resolved configuration.
-        output: the artifact's directory; must not exist unless `force`.
-        force: replace an existing artifact.
-        resume: continue the unfinished run of `output`, if there is one.
-
-    Returns:
-        The finished artifact (kind `vit`).
+    Its directory `output` must not exist, unless `force` may replace it; `resume` continues an unfinished run of it.
 
     Raises:
         Fp8PipeError: see the error's own text; finished images and checkpoints stay in `OUTPUT.partial`.
     """
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
-    image_request(config).check()
+    image_request(config)  # refuses a method that does not exist
     vision = load_vision_model(config.model)
     classes = vision.architecture.classes
     folder = None if config.evaluate is None else read_evaluation_folder(config.evaluate, classes)
@@ -114,7 +104,7 @@ def quantize(
             store.begin(described, {}, {"model": vision.digest})
         started = time.perf_counter()
         enter_phase("images")
-        images = given or _images(image_request(config), vision, structure, writer)
+        images = given or _make(config, vision, structure, writer.root / _IMAGES_WORK)
         for note in images.notes:
             writer.warn(note)
         seconds = {"images": time.perf_counter() - started}
@@ -124,10 +114,9 @@ def quantize(
         return _finish(config, vision, structure, images, student, history, transformed, seconds, folder, writer)
 
 
-def _images(request: ImageRequest, vision: VisionModel, structure: VitStructure, writer: ArtifactWriter) -> ImageSet:
-    folder = writer.root / _IMAGES_WORK
-    with track(request.count, "images") as progress:
-        return make_images(request, vision, structure, checkpoints=folder, on_images=progress.advance)
+def _make(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, folder: Path) -> ImageSet:
+    with track(config.images, "images") as progress:
+        return make_images(image_request(config), vision, structure, checkpoints=folder, on_images=progress.advance)
 
 
 def _train(
@@ -137,7 +126,10 @@ def _train(
     enter_phase("transforms")
     pixels = vision.preprocessing.normalize(images.images)
     measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed)
-    transformed = _transform(config, vision, structure, measured)
+    if config.precision.kind is Kind.INT:
+        transformed = apply_transforms(vision, structure, measured, config.conditioning, config.seed)
+    else:  # a floating grid gains nothing from even magnitudes
+        transformed = Transformed(vision, (), ("equivalent transforms: left out, FP8 has its own exponents",))
     enter_phase("ranges")
     student = begin_student(config, transformed.vision, structure, measured)
     distiller = Distiller(student, transformed.vision, structure, pixels, config.distill, config.seed, store)
@@ -148,20 +140,10 @@ def _train(
     return student, history, transformed
 
 
-def _transform(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Transformed:
-    if config.precision.kind is not Kind.INT:  # a floating grid gains nothing from even magnitudes
-        return Transformed(vision, (), ("equivalent transforms: left out, FP8 has its own exponents",))
-    return apply_transforms(vision, structure, pixels, config.conditioning, config.seed)
-
-
 def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Student:
     """A student before its first step: ranges of activations and steps of weights measured, weights compensated.
 
-    Args:
-        config: precision, edges, rounding and seed.
-        vision: the (transformed) float model; not changed.
-        structure: of it.
-        pixels: normalized calibration images `(N, 3, H, W)`.
+    Of the (transformed) float model, which is not changed, on normalized calibration images `(N, 3, H, W)`.
     """
     bits = activation_bits(structure, config.precision, config.edges)
     kinds = activation_kinds(structure, config.precision)
@@ -191,7 +173,7 @@ def _finish(
     enter_phase("deploy")
     quantized = student.deploy()
     save_quantized(writer.root, quantized)
-    images.save(writer.root / IMAGES, vision.architecture.classes)
+    images.save(writer.root / ARTIFACT_IMAGES, vision.architecture.classes)
     (writer.root / _METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
     pixels = vision.preprocessing.normalize(images.images)
     for gate in (_code_gate(quantized), _rebuild_gate(quantized, pixels[:_PROBE_IMAGES], writer.root)):
@@ -203,21 +185,23 @@ def _finish(
         writer.warn(f"the quantized model follows its teacher poorly: {similarity.name} {similarity.value:.3f}")
     if structure.is_backbone:
         writer.warn("a backbone: no class prior in the images, and features (1 - cosine) in the place of answers")
-    measured = _measure(folder, vision, quantized)
+    measured, classes = None, vision.architecture.classes
+    if folder is not None and classes is not None:
+        enter_phase("evaluate")
+        models: dict[str, Model] = {"teacher": lambda x: vision_outputs(vision.model, x), "quantized": quantized}
+        measured = accuracy(models, folder, vision.preprocessing, classes)
     enter_phase("commit")
     return writer.commit(
         config=config.model_dump(mode="json"),
         seed=config.seed,
         parents=[Parent(kind="model", digest=vision.digest.removeprefix("sha256:"), path=vision.origin)],
-        number_format=NumberFormat(
-            name=str(config.precision), granularity=granularity(config.precision.kind)
-        ),
+        number_format=NumberFormat(name=str(config.precision), granularity=granularity(config.precision.kind)),
         preprocessing=vision.preprocessing.model_dump(mode="json"),
         runtime={"device": "cpu", "threads": torch.get_num_threads()},
         layers=layer_records(quantized, rule=ScaleRule.LEARNED if config.distill.steps else ScaleRule.CALIBRATED),
         details=VitDetails(
             precision=str(config.precision), edges=config.edges, images=len(images.images),
-            image_method=_method_name(images),
+            image_method="images" if _are_pictures(images) else images.method,  # no path of this machine
             image_losses={name: sum(v) / len(v) for name, v in images.losses.items() if v},
             seconds={name: round(value, 1) for name, value in seconds.items()},
             transforms=TransformFacts(done=list(conditioned.steps), left_out=list(conditioned.notes)),
@@ -231,20 +215,6 @@ def _finish(
 
 def _are_pictures(images: ImageSet) -> bool:
     return images.method.startswith(FOLDER_PREFIX)
-
-
-def _method_name(images: ImageSet) -> str:
-    """The kind of images, without a path of this machine."""
-    return "images" if _are_pictures(images) else images.method
-
-
-def _measure(folder: ImageFolder | None, vision: VisionModel, quantized: QuantizedVit) -> dict[str, Any] | None:
-    classes = vision.architecture.classes
-    if folder is None or classes is None:
-        return None
-    enter_phase("evaluate")
-    models: dict[str, Model] = {"teacher": lambda x: vision_outputs(vision.model, x), "quantized": quantized}
-    return accuracy(models, folder, vision.preprocessing, classes)
 
 
 def _code_gate(quantized: QuantizedVit) -> Gate:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -136,12 +135,11 @@ class Student(nn.Module):
         self.vision, self.structure = vision, structure
         self.model = copy.deepcopy(vision.model).requires_grad_(True)
         self.formats = dict(formats)
-        self.sites = list(activations)
-        self.ranges = nn.ModuleList(
-            _RoundedBlockActivation(q) if isinstance(q, BlockQuantizer) else _RoundedActivation(q)
-            for q in activations.values()
-        )
-        self._at = {site: index for index, site in enumerate(self.sites)}
+        self._by_site = {
+            site: _RoundedBlockActivation(q) if isinstance(q, BlockQuantizer) else _RoundedActivation(q)
+            for site, q in activations.items()
+        }
+        self.ranges = nn.ModuleList(self._by_site.values())
         for site in structure.linears:
             layer = self.model.get_submodule(site.name)
             if site.name in self.formats:
@@ -156,17 +154,13 @@ class Student(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits or features `(N, C)` of normalized pixels `(N, 3, H, W)`."""
-        with self.attention(), parametrize.cached():
+        with intercept_attention(self.model, self.structure.attention_names, self._attend), parametrize.cached():
             return vision_outputs(self.model, pixels)
-
-    def attention(self) -> AbstractContextManager[None]:
-        """While it lasts, `self.model` runs its attentions quantized."""
-        return intercept_attention(self.model, self.structure.attention_names, self._attend)
 
     def quantize(self, site: str, x: Tensor) -> Tensor:
         """`x` on the grid of `site`; unchanged where there is none."""
-        index = self._at.get(site)
-        return x if index is None else self.ranges[index].forward(x)
+        rounded = self._by_site.get(site)
+        return x if rounded is None else rounded.forward(x)
 
     def trained_weights(self) -> list[nn.Parameter]:
         """Everything of the model itself: latent weights, biases, norms, embeddings."""
@@ -197,7 +191,7 @@ class Student(nn.Module):
                 weights[name] = BlockCodes.of(weight.detach(), rounded.scales)
             else:
                 weights[name] = WeightCodes.of(weight, _step(rounded.log_step), form.bits, form.kind)
-        activations = {site: self._range(site).frozen() for site in self.sites}
+        activations: dict[str, Quantizer] = {site: rounded.frozen() for site, rounded in self._by_site.items()}
         vision = self.vision
         return QuantizedVit(plain, vision.architecture, vision.preprocessing, self.structure, weights, activations)
 
@@ -205,11 +199,6 @@ class Student(nn.Module):
         rounded = self.model.get_submodule(name).parametrizations.weight[0]  # type: ignore[union-attr, index]
         assert isinstance(rounded, _RoundedWeight | _RoundedBlockWeight)
         return rounded
-
-    def _range(self, site: str) -> _RoundedActivation | _RoundedBlockActivation:
-        found = self.ranges[self._at[site]]
-        assert isinstance(found, _RoundedActivation | _RoundedBlockActivation)
-        return found
 
     def _on_input(self, site: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         return lambda module, args: (self.quantize(site, args[0]), *args[1:])
@@ -275,19 +264,15 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, kind: Kind = Kin
     Args:
         x: fp32, any shape.
         step: positive fp32, scalar or with x's number of dimensions and size 1 except along output channels.
-        low: smallest integer code.
-        high: largest integer code.
+        low, high: smallest and largest integer code.
         kind: integer codes, or E4M3, whose step gets no gradient: relative precision is the same for every step.
 
     Returns:
         fp32, shape of `x`; bit for bit what the deployed quantizer of this step computes.
     """
-    if kind is Kind.E4M3:
-        return _fake_e4m3(x.float(), step)
-    return cast("Tensor", _Fake.apply(x.float(), step, low, high))  # type: ignore[no-untyped-call]
-
-
-def _fake_e4m3(x: Tensor, step: Tensor) -> Tensor:
+    x = x.float()
+    if kind is not Kind.E4M3:
+        return cast("Tensor", _Fake.apply(x, step, low, high))  # type: ignore[no-untyped-call]
     with torch.no_grad():
         units = x / step
         rounded, inside = E4M3.cast(units).float().mul_(step), units.abs() <= E4M3.max
@@ -295,14 +280,9 @@ def _fake_e4m3(x: Tensor, step: Tensor) -> Tensor:
 
 
 def fake_blocks(x: Tensor, scale: Tensor) -> Tensor:
-    """`x` on the NVFP4 grid of its blocks, with a gradient for `x`.
+    """`x` `(..., n)`, n a multiple of 16, on the NVFP4 grid of its blocks, fp32, with a gradient for `x`.
 
-    Args:
-        x: `(..., n)`, n a multiple of 16.
-        scale: `(..., n / 16)` fp32, `block_scale * tensor_scale`.
-
-    Returns:
-        fp32, shape of `x`; bit for bit what is deployed.
+    `scale` `(..., n / 16)` fp32 is `block_scale * tensor_scale`. Bit for bit what is deployed.
     """
     x = x.float()
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Workflows: a recipe's stages run in order, each once, each as the command a user would type.
 
-`recipe.py` reads what is to be done, `state.py` with `keys.py` says what need not be done again, `process.py` runs a
-stage, `gates.py` judges what it wrote, `runner.py` joins them. A stage is a process of its own: its memory is given
+`recipe.py` reads what is to be done, `state.py` with `keys.py` says what need not be done again, `runner.py` runs
+stages, `gates.py` judges what they wrote. A stage is a process of its own: its memory is given
 back, a crash in it is an exit code, and the command in the report is the one that ran.
 """
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, read_manifest
-from fp8pipe.artifact.gate import Comparison, Gate, Verdict, read_gate
+from fp8pipe.artifact.gate import Comparison, Gate, Verdict, number_of, read_gate
 from fp8pipe.core.errors import BadArtifactError
 from pipeline.workflow.recipe import GateSpec, StageSpec
 
-__all__ = ["document_of", "figure_at", "judge", "verdict_of_failure"]
+__all__ = ["document_of", "figure_at", "inside", "judge", "verdict_of_failure"]
 
 # Exit codes that say something about this machine or this export, and nothing about the recipe's text.
 _INFEASIBLE: Final = frozenset((11, 13, 15))
@@ -52,23 +52,16 @@ def figure_at(document: Any, path: str) -> float | None:
             here = here[int(part)]
         else:
             return None
-    if isinstance(here, bool):
-        return float(here)
-    if isinstance(here, str):  # manifests write infinities and NaN as strings
-        return float(here) if here.lower().lstrip("-") in ("nan", "inf", "infinity") else None
-    return float(here) if isinstance(here, int | float) else None
+    return number_of(here)
 
 
 def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list[Gate]:
     """All gates of a stage that has ended: those its output carries, its record's verdict, and the recipe's.
 
-    Args:
-        spec: the stage.
-        directory: of the run, for the sources of figures.
-        outputs: what every stage wrote, by name.
+    `directory` is the run's, for the sources of figures; `outputs` are what every stage wrote, by name.
     """
     path, document = document_of(outputs[spec.name])
-    where = _relative(path, directory)
+    where = inside(path, directory)
     found = [
         read_gate(gate).model_copy(update={"source": f"{where}#gates.{index}.value"})
         for index, gate in enumerate(document.get("gates") or [])
@@ -96,8 +89,13 @@ def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs:
         stage, hash_sign, inner = other.rpartition("#")
         place, held = document_of(outputs[stage]) if hash_sign and stage in outputs else (directory / where, document)
         second = figure_at(held, inner)
-        source += f" {operation} {_relative(place, directory)}#{inner}"
-        value = _combined(operation, value, second)
+        source += f" {operation} {inside(place, directory)}#{inner}"
+        if value is None or second is None:
+            value = None
+        elif operation == "-":
+            value -= second
+        else:
+            value = value / second if second else math.nan
     for comparison, bound in ((Comparison.AT_LEAST, gate.at_least), (Comparison.AT_MOST, gate.at_most)):
         if bound is not None:
             yield Gate(
@@ -106,13 +104,6 @@ def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs:
             )  # fmt: skip
 
 
-def _combined(operation: str, first: float | None, second: float | None) -> float | None:
-    if first is None or second is None:
-        return None
-    if operation == "-":
-        return first - second
-    return first / second if second else math.nan
-
-
-def _relative(path: Path, directory: Path) -> str:
+def inside(path: Path, directory: Path) -> str:
+    """The path relative to the directory where it lies in it, or as it is."""
     return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)

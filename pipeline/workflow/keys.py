@@ -6,7 +6,6 @@ what it reads from outside, and the tool's version. Files are hashed once and re
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,20 +13,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, Manifest, sha256_file
+from fp8pipe.artifact.manifest import canonical_digest
 from fp8pipe.core.version import __version__
 from pipeline.workflow.recipe import StageSpec, replace_references
 
-__all__ = ["SourceDigests", "canonical_digest", "file_states", "stage_key"]
+__all__ = ["SourceDigests", "file_states", "stage_key"]
 
 _PREFIXES: Final = ("images:", "artifact:")
 # Of a model directory, these say nothing about the model.
 _SKIPPED: Final = (".git", ".cache", "__pycache__")
-
-
-def canonical_digest(value: Any) -> str:
-    """sha256 (hexadecimal) of plain data as sorted JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stage_key(spec: StageSpec, contents: Mapping[str, str], sources: Mapping[str, str]) -> str:

@@ -269,23 +269,11 @@ def replace_references(settings: Mapping[str, Any], replacement: Callable[[str, 
 
 
 def settings_differing(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each setting that is not as it was, for people: `rounds 5 -> 10`.
-
-    Args:
-        former: a stage's entry in a resolved recipe.
-        now: the settings of a `StageSpec`.
-    """
+    """Each setting of a stage's entry in a resolved recipe that is not as it was, for people: `rounds 5 -> 10`."""
     before = dict(_leaves({name: value for name, value in former.items() if name not in _NO_SETTINGS}))
     after = dict(_leaves(now))
-    return [
-        f"{dotted} {_shown(before, dotted)} -> {_shown(after, dotted)}"
-        for dotted in dict.fromkeys((*before, *after))
-        if _shown(before, dotted) != _shown(after, dotted)
-    ]
-
-
-def _shown(values: Mapping[str, Any], dotted: str) -> str:
-    return str(values[dotted]) if dotted in values else "(none)"
+    both = ((dotted, *(str(held.get(dotted, "(none)")) for held in (before, after))) for dotted in {**before, **after})
+    return [f"{dotted} {old} -> {new}" for dotted, old, new in both if old != new]
 
 
 def _matched(value: object) -> re.Match[str] | None:

@@ -1,13 +1,21 @@
-"""Runs a recipe: stages are started in order, resumed where they were cut, judged, and recorded one by one."""
+"""Runs a recipe: stages are started in order, resumed where they were cut, judged, and recorded one by one.
+
+A stage is a process, started under a guard; its log is kept and shown, its answer read when it has ended.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import shlex
 import shutil
+import signal
+import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -15,17 +23,17 @@ from typing import Any, Final
 import yaml
 
 from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME, installed_versions
-from fp8pipe.artifact.checksum import remove_checked
 from fp8pipe.artifact.gate import Verdict, worst
+from fp8pipe.artifact.record import remove_checked
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
+from fp8pipe.core.guard import start_guarded
 from fp8pipe.core.machine import describe_machine
 from fp8pipe.core.version import __version__
-from pipeline.workflow.gates import judge, verdict_of_failure
+from pipeline.workflow.gates import document_of, inside, judge, verdict_of_failure
 from pipeline.workflow.keys import file_states
-from pipeline.workflow.process import Ended, StageProcess
 from pipeline.workflow.recipe import StageSpec
-from pipeline.workflow.state import STAGES, RunState, StageCommand, StageStatus, content_of, inside
+from pipeline.workflow.state import STAGES, RunState, StageCommand, StageStatus, content_of
 
 __all__ = ["WorkflowRunner"]
 
@@ -39,12 +47,82 @@ _VERSIONS: Final = ("torch", "transformers", "timm", "onnx", "onnxruntime", "ten
 Show = Callable[[str, str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """How a stage ended."""
+
+    code: int
+    seconds: float  # wall time
+    peak_rss_bytes: int  # largest resident memory of any of its processes
+    document: dict[str, Any]  # what it printed with `--json`; empty where that is no document
+
+
+class _StageProcess:
+    """A running stage.
+
+    Args:
+        command: the command line; `--json` is added.
+        log: file for what it says on stderr.
+        environment: variables to set where they are not set already.
+        show: called with every line that it says.
+        lock: a descriptor that its guard holds, too.
+    """
+
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], show: Callable[[str], None], lock: int
+    ) -> None:
+        self._answer, self._report = log.with_suffix(".json"), log.with_suffix(".ended")
+        self._report.unlink(missing_ok=True)
+        with self._answer.open("wb") as answer:
+            # A session of its own: Ctrl-C reaches the run alone, which passes it on once.
+            self._process, self._held = start_guarded(
+                [*command, "--json"], report=self._report, pass_fds=(lock,), stdin=subprocess.DEVNULL,
+                stdout=answer, stderr=subprocess.PIPE, env={**environment, **os.environ},
+            )  # fmt: skip
+        self._reader = threading.Thread(target=self._copy, args=(log, show), daemon=True)
+        self._reader.start()
+
+    def poll(self) -> _Ended | None:
+        """How it ended; None while it runs."""
+        if self._process.poll() is None:
+            return None
+        self._reader.join()
+        self.close()
+        figures = document_of(self._report)[1] or {"code": 1, "seconds": 0.0, "peak_rss_bytes": 0}
+        self._report.unlink(missing_ok=True)
+        code = int(self._process.returncode) or int(figures["code"])
+        ended = _Ended(code, figures["seconds"], figures["peak_rss_bytes"], document_of(self._answer)[1])
+        self._answer.unlink(missing_ok=True)
+        return ended
+
+    def interrupt(self, seconds: float) -> None:
+        """Ask it to stop, as Ctrl-C does; kill all of it when it has not after some time."""
+        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        self.close()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Let go of the guard: what still runs is killed."""
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+    def _copy(self, log: Path, show: Callable[[str], None]) -> None:
+        assert self._process.stderr is not None
+        with log.open("ab", buffering=0) as file:
+            for line in self._process.stderr:
+                file.write(line)
+                show(line.decode("utf-8", errors="replace").rstrip("\n"))
+
+
 class WorkflowRunner:
     """Runs a recipe in its directory; `show` is called with a stage's name and a line for people."""
 
     def __init__(self, state: RunState, show: Show) -> None:
         self.state, self._show = state, show
-        self._running: dict[str, tuple[StageProcess, StageStatus, str]] = {}
+        self._running: dict[str, tuple[_StageProcess, StageStatus, str]] = {}
         self._failed = False
         self._lock = -1
 
@@ -124,7 +202,7 @@ class WorkflowRunner:
         self._judge(status.spec, record, status.why)
         return False
 
-    def _start(self, status: StageStatus) -> StageProcess:
+    def _start(self, status: StageStatus) -> _StageProcess:
         """Start a stage: resumed where an unfinished run of the same key is there, anew otherwise."""
         state, spec = self.state, status.spec
         command, output = state.commands[spec.command], state.outputs[spec.name]
@@ -137,9 +215,9 @@ class WorkflowRunner:
         log = state.directory / LOGS / f"{spec.name}.log"
         log.parent.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
-        return StageProcess(
-            [*state.arguments(spec), *extra], log, command.environment(state.settings(spec)),
-            lambda line: self._show(spec.name, line), lock=self._lock, program=command.program,
+        return _StageProcess(
+            [*command.program, *state.arguments(spec), *extra], log, command.environment(state.settings(spec)),
+            lambda line: self._show(spec.name, line), self._lock,
         )  # fmt: skip
 
     def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:
@@ -150,7 +228,7 @@ class WorkflowRunner:
         marker.write_text(key, encoding="utf-8")
         return command.resumable and partial.is_dir() and any(partial.glob(f"{CHECKPOINT_PREFIX}*"))
 
-    def _finished(self, status: StageStatus, result: Ended, started: str) -> StageRecord:
+    def _finished(self, status: StageStatus, result: _Ended, started: str) -> StageRecord:
         spec, output = status.spec, self.state.outputs[status.spec.name]
         error = result.document.get("error") if result.code else None
         if result.code and error is None:
@@ -205,7 +283,7 @@ class WorkflowRunner:
             stages=[records[spec.name] for spec in self.state.recipe.stages if spec.name in records],
         )  # fmt: skip
 
-    @contextmanager
+    @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the run's lock. Its descriptor is handed to every stage, so that it is held as long as one lives."""
         folder = self.state.directory / STAGES
@@ -224,11 +302,10 @@ class WorkflowRunner:
 
 
 def _try_lock(descriptor: int) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _stage_error(name: str, record: StageRecord) -> Fp8PipeError:

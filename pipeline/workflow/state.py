@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact
-from fp8pipe.artifact.place import partial_of
+from fp8pipe.artifact.manifest import canonical_digest
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, StageRecord, read_run
+from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.version import __version__
 from pipeline.workflow.gates import document_of
-from pipeline.workflow.keys import SourceDigests, canonical_digest, file_states, stage_key
+from pipeline.workflow.keys import SourceDigests, file_states, stage_key
 from pipeline.workflow.recipe import Recipe, StageSpec, settings_differing, substitute
 
-__all__ = ["STAGES", "RunOptions", "RunState", "StageCommand", "StageStatus", "content_of", "inside"]
+__all__ = ["STAGES", "RunOptions", "RunState", "StageCommand", "StageStatus", "content_of"]
 
 STAGES: Final = "stages"
 Settings = Mapping[str, Any]
@@ -83,7 +84,12 @@ class RunState:
     def __init__(self, recipe: Recipe, commands: Mapping[str, StageCommand], directory: Path, options: RunOptions):
         self.recipe, self.commands, self.options = recipe, commands, options
         self.directory = Path(directory)
-        _check_commands(recipe, commands)
+        unknown = [f"{spec.name}: {spec.command}" for spec in recipe.stages if spec.command not in commands]
+        if unknown:
+            raise ConfigurationError(
+                f"the recipe {recipe.name} names unknown commands: {', '.join(unknown)}",
+                why=f"stages can be: {', '.join(commands)}", fix="correct `command:`",
+            )  # fmt: skip
         for name in (options.first, options.last, *options.force):
             if name is not None:
                 recipe.stage(name)
@@ -262,17 +268,3 @@ def content_of(output: Path, key: str) -> str:
     if output.is_dir():
         return open_artifact(output, verify=False).content
     return canonical_digest([key, document_of(output)[1].get("verdict")])
-
-
-def inside(path: Path, directory: Path) -> str:
-    """The path relative to the directory where it lies in it, or as it is."""
-    return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)
-
-
-def _check_commands(recipe: Recipe, commands: Mapping[str, StageCommand]) -> None:
-    unknown = [f"{spec.name}: {spec.command}" for spec in recipe.stages if spec.command not in commands]
-    if unknown:
-        raise ConfigurationError(
-            f"the recipe {recipe.name} names unknown commands: {', '.join(unknown)}",
-            why=f"stages can be: {', '.join(commands)}", fix="correct `command:`",
-        )  # fmt: skip

@@ -6,8 +6,6 @@ import http.client
 import os
 import sys
 
-__all__ = ["main"]
-
 
 def main() -> int:
     """Ask the service of this container; `FP8PIPE_PORT` names another port than 8000."""

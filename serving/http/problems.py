@@ -18,9 +18,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-__all__ = ["Problem", "Receive", "Scope", "Send", "install_problem_handlers", "overloaded", "send_problem",
-           "too_many_images"]  # fmt: skip
-
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

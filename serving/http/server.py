@@ -3,30 +3,40 @@
 On SIGTERM (or SIGINT) readiness turns 503 at once, so that a balancer looks elsewhere; for `linger_s` requests are
 still taken, each answered with `Connection: close`; then the listener closes, what was accepted is finished, and the
 process ends with 0. A second signal ends it at once. SIGHUP reads the API keys again.
+
+uvicorn's HTTP protocol gets what it lacks: a time limit for headers, a limit of connections, and JSON errors. It waits
+for ever for the headers of a first request, which is all that a slow-loris needs. And a client that ends its side
+within a request gets no answer from it, although it may still read one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
 import socket
 import sys
+from asyncio import TimerHandle
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from http import HTTPStatus
+from typing import Any, ClassVar
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from serving.http.config import ServeConfig
-from serving.http.protocol import limited_protocol
-
-__all__ = ["Lifecycle", "Service", "make_server"]
+from serving.config import ServeConfig
 
 logger = logging.getLogger(__name__)
 
 _ACCEPT_S = 0.2  # for connections that the kernel has taken already
+_MAX_HEADER_BYTES = 65_536
+# After a refusal the connection stays half open: closed with unread bytes, it would take the answer along.
+_LINGER_S = 0.5
+# What a client has sent before it could know of the end is still answered.
+_LAST_CALL_S = 1.0
 
 
 @dataclass
@@ -36,7 +46,7 @@ class Lifecycle:
     ready: bool = False  # everything is loaded
     draining: bool = False  # SIGTERM has come
     on_drain: list[Callable[[], None]] = field(default_factory=list)  # called once when draining begins
-    leave: Callable[[], None] = lambda: None  # ends the service at once; set by `make_server`
+    leave: Callable[[], None] = lambda: None  # ends the service at once; set by `Service`
 
     @property
     def accepting(self) -> bool:
@@ -52,23 +62,31 @@ class Lifecycle:
 
 
 class Service(uvicorn.Server):
-    """A server whose first signal drains and whose second stops."""
+    """A server for `app` whose first signal drains and whose second stops; `reload` is called on SIGHUP."""
 
     def __init__(
-        self, config: uvicorn.Config, lifecycle: Lifecycle, linger_s: float, reload: Callable[[], None]
-    ) -> None:
-        super().__init__(config)
-        self.lifecycle, self.linger_s, self._reload = lifecycle, linger_s, reload
+        self, app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None,
+        drain_s: float | None = None,
+    ) -> None:  # fmt: skip
+        drain_s = config.request_timeout_s + config.body_timeout_s if drain_s is None else drain_s
+        limits = {"header_timeout_s": config.header_timeout_s, "max_connections": config.max_connections}
+        super().__init__(uvicorn.Config(
+            app, host=config.host, port=config.port, log_config=None, access_log=False, server_header=False,
+            timeout_keep_alive=max(1, round(config.keep_alive_s)), lifespan="on", ws="none", proxy_headers=False,
+            http=type("LimitedProtocol", (_LimitedProtocol,), limits),
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+        ))  # fmt: skip
+        self.lifecycle, self.linger_s, self._reload = lifecycle, config.linger_s, reload
+        lifecycle.leave = self.leave
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: Any = None) -> None:
         """As uvicorn does; then says where it listens, on stderr."""
         self._loop = asyncio.get_running_loop()
-        if hasattr(signal, "SIGHUP"):
-            try:
-                self._loop.add_signal_handler(signal.SIGHUP, self._reload)
-            except (RuntimeError, ValueError):  # not in the main thread
-                logger.debug("SIGHUP is not handled outside the main thread")
+        try:
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        except (RuntimeError, ValueError):
+            logger.debug("SIGHUP is not handled outside the main thread")
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -104,18 +122,97 @@ class Service(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(
-    app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None,
-    drain_s: float | None = None,
-) -> Service:  # fmt: skip
-    """A server for `app`, not yet running; see `serve`. `reload` is called on SIGHUP."""
-    drain_s = config.request_timeout_s + config.body_timeout_s if drain_s is None else drain_s
-    settings = uvicorn.Config(
-        app, host=config.host, port=config.port, log_config=None, access_log=False, server_header=False,
-        timeout_keep_alive=max(1, round(config.keep_alive_s)), lifespan="on", ws="none", proxy_headers=False,
-        http=limited_protocol(config.header_timeout_s, config.max_connections),
-        timeout_graceful_shutdown=max(1, round(drain_s)),
-    )  # fmt: skip
-    service = Service(settings, lifecycle, config.linger_s, reload)
-    lifecycle.leave = service.leave
-    return service
+class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """One connection, on the parser that is installed."""
+
+    header_timeout_s: ClassVar[float]
+    max_connections: ClassVar[int]
+    _timer: TimerHandle | None = None
+    _header_bytes = 0
+    _refused = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._refuse(503, "too_many_connections", "too many connections", "Retry-After: 1\r\n")
+        else:
+            self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
+        before = self.cycle
+        super().data_received(data)
+        if self._over:
+            return
+        if self.cycle is not None and not (self.cycle is before and self.cycle.response_complete):
+            self._disarm()  # the headers are complete
+            self._header_bytes = 0
+            return
+        self._header_bytes += len(data)
+        if self._header_bytes > _MAX_HEADER_BYTES:
+            self._refuse(431, "headers_too_large", "the headers are too large")
+        elif self._timer is None:
+            self._arm()
+
+    def eof_received(self) -> bool | None:
+        if self._over or self.pipeline:
+            return None
+        cycle = self.cycle
+        in_body = cycle is not None and cycle.more_body and not cycle.response_started
+        if not in_body and not self._header_bytes:
+            return None  # between requests, or the client has left before its answer
+        self._refuse(400, "cut_off", "the connection ended before the request did")
+        return True  # the transport stays until the answer is out
+
+    def shutdown(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(_LAST_CALL_S, self._end)
+        else:
+            super().shutdown()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "invalid_http", "the request is not valid HTTP")
+
+    @property
+    def _over(self) -> bool:
+        return bool(self._refused or self.transport.is_closing())
+
+    def _end(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
+
+    def _arm(self) -> None:
+        self._timer = self.loop.call_later(self.header_timeout_s, self._expire)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        if not self._over:
+            self._refuse(408, "headers_too_slow", "the headers did not arrive in time")
+
+    def _refuse(self, status: int, code: str, message: str, extra: str = "") -> None:
+        self._disarm()
+        self._refused = True
+        cycle = self.cycle
+        if self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
+            self.transport.close()  # an answer here would be taken for another request's
+            return
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True  # it is given up: after this answer none can be written
+            cycle.message_event.set()
+        error = {"code": code, "message": message, "fix": "", "request_id": ""}
+        body = json.dumps({"error": error}).encode()
+        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n{extra}connection: close\r\n\r\n"
+        self.transport.write(head.encode() + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.close)

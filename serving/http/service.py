@@ -1,10 +1,14 @@
 """From an app to a running service: the layers around it, which artifact it says it serves, and its life.
 
 The layers, from the outside: telemetry, tracing, CORS, API keys, rate limit, limits of bodies.
+
+Web pages are one document each: nothing comes from elsewhere, so they work without the internet.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 import socket
 from collections.abc import Callable
@@ -13,14 +17,18 @@ from typing import Any
 from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.record import DIGEST_HEADER
 from fp8pipe.core.errors import ConfigurationError
-from serving.http.auth import OPEN_PATHS, AuthMiddleware, KeyFile
-from serving.http.config import ServeConfig
-from serving.http.limits import BodyBudget, BodyLimitMiddleware, RateLimitMiddleware
+from serving.config import ServeConfig
+from serving.http.admission import (
+    OPEN_PATHS,
+    AuthMiddleware,
+    BodyBudget,
+    BodyLimitMiddleware,
+    KeyFile,
+    RateLimitMiddleware,
+)
 from serving.http.problems import Receive, Scope, Send
-from serving.http.server import Lifecycle, make_server
+from serving.http.server import Lifecycle, Service
 from serving.http.telemetry import HttpMetrics, TelemetryMiddleware, access_log, traced
-
-__all__ = ["identity_of", "read_keys", "serve", "wrap"]
 
 
 def identity_of(artifact: Artifact) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def serve(
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with access_log(config.access_log) as lines:
         layers = wrap(app, config, keys=keys, lines=lines, metrics=metrics, lifecycle=lifecycle, headers=headers)
-        server = make_server(layers, config, lifecycle, reload=reload, drain_s=drain_s)
+        server = Service(layers, config, lifecycle, reload=reload, drain_s=drain_s)
         server.run(sockets=[_listen(config)])
     return 0
 
@@ -109,3 +117,25 @@ def _listen(config: ServeConfig) -> socket.socket:
             fix="give another --host or --port; --port 0 takes a free one",
         ) from error  # fmt: skip
     return listener
+
+
+def page_headers(html: str, *, images: str = "data:", cache: str = "no-store") -> dict[str, str]:
+    """The headers of a page: its policy admits its own style and script by their digests, its server, nothing else.
+
+    Args:
+        html: with one inline `<style>` and one inline `<script>`.
+        images: sources that pictures may come from.
+        cache: the value of Cache-Control.
+    """
+
+    def digest(tag: str) -> str:
+        text = html.split(f"<{tag}>", 1)[1].split(f"</{tag}>", 1)[0]
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    return {
+        "Content-Security-Policy": (
+            f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src {images}; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        ),
+        "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": cache,
+    }  # fmt: skip

@@ -31,8 +31,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from serving.http.problems import Receive, Scope, Send
 
-__all__ = ["LATENCY_BUCKETS_S", "HttpMetrics", "TelemetryMiddleware", "access_log", "traced", "with_spans"]
-
 logger = logging.getLogger(__name__)
 
 LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

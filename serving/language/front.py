@@ -18,14 +18,12 @@ from typing import Any
 
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from serving.http.page import page_headers
 from serving.http.problems import Problem, Receive, Scope, Send, send_problem
 from serving.http.server import Lifecycle
+from serving.http.service import page_headers
 from serving.http.telemetry import HttpMetrics
 from serving.language.supervisor import State, Supervisor
 from serving.language.upstream import Headers, Reply, UpstreamError
-
-__all__ = ["Front"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,27 +105,17 @@ class Front:
         if path == "/v1/artifact":
             return JSONResponse(self.identity)
         if path == "/metrics":
-            return Response(self.metrics.text() + await self._engine_metrics(), media_type=self.metrics.content_type)
+            up = self.supervisor.state is State.READY
+            engine = await self.supervisor.upstream.get(b"/metrics", 5) if up else None
+            return Response(self.metrics.text() + (engine or b""), media_type=self.metrics.content_type)
         return None
-
-    async def _engine_metrics(self) -> bytes:
-        if self.supervisor.state is not State.READY:
-            return b""
-        try:
-            async with asyncio.timeout(5):
-                status, text = await self.supervisor.upstream.fetch(b"GET", b"/metrics", [])
-                return text if status == 200 else b""
-        except (UpstreamError, TimeoutError):
-            return b""
 
     def _away(self) -> Problem:
         """What a client is told while vLLM cannot answer."""
         state = self.supervisor.state
         what = "the model is being loaded" if state is State.STARTING else "the model is being started again"
-        return Problem(
-            503, "engine_unavailable", what, "send the request again after the seconds that Retry-After names",
-            {"Retry-After": str(self.supervisor.retry_after_s)},
-        )  # fmt: skip
+        fix = "send the request again after the seconds that Retry-After names"
+        return Problem(503, "engine_unavailable", what, fix, {"Retry-After": str(self.supervisor.retry_after_s)})
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request through vLLM."""
@@ -162,10 +150,8 @@ class Front:
             async with asyncio.timeout(self.timeout_s):
                 reply = await self.supervisor.upstream.request(scope["method"].encode(), target, headers, body)
         except TimeoutError:
-            raise Problem(
-                504, "engine_timeout", f"the model did not answer within {self.timeout_s:g} s",
-                "ask for fewer tokens, or for a stream",
-            ) from None  # fmt: skip
+            what = f"the model did not answer within {self.timeout_s:g} s"
+            raise Problem(504, "engine_timeout", what, "ask for fewer tokens, or for a stream") from None
         except UpstreamError as error:
             logger.warning("request %s: vLLM %s", scope["state"]["request_id"], error)
             await self.supervisor.suspect()

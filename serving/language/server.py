@@ -21,25 +21,20 @@ from typing import Any
 from prometheus_client import Gauge
 from starlette.applications import Starlette
 
-from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment, subprocess_environment
+from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from exporters.vllm.target import KIND
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.core.errors import Fp8PipeError, MissingCapabilityError
-from serving.http.config import ServeConfig
+from serving.config import LanguageConfig, ServeConfig
 from serving.http.server import Lifecycle
 from serving.http.service import identity_of, read_keys, serve
 from serving.http.telemetry import HttpMetrics
-from serving.language.config import LanguageConfig
 from serving.language.front import Front
 from serving.language.supervisor import Child, State, Supervisor
 from serving.language.upstream import KEEP_ALIVE_S, Upstream
 
-__all__ = ["run_front", "serve_language", "supervise"]
-
 logger = logging.getLogger(__name__)
-# For the errors that end what still ran when the drain was over.
-_AFTER_DRAIN_S = 5
-_CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+_AFTER_DRAIN_S = 5  # for the errors that end what still ran when the drain was over
 
 
 def serve_language(export: Path, config: ServeConfig, language: LanguageConfig | None = None) -> int:
@@ -54,11 +49,12 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     chosen = language or LanguageConfig()
     artifact = open_artifact(export, kind=KIND, verify=True)
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
+    chosen = chosen.settled(on_cpu=environment.on_cpu)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
         command = _engine_command(environment, artifact, chosen, socket)
-        model = chosen.name_of(artifact)
-        supervisor = supervise(command, _engine_variables(chosen), socket, log, model, chosen)
+        model, env = chosen.name_of(artifact), chosen.variables(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=str(KEEP_ALIVE_S))
+        supervisor = supervise(command, env, socket, log, model, chosen)
         return run_front(supervisor, artifact, config, chosen)
 
 
@@ -71,24 +67,12 @@ def _engine_command(vllm: VllmEnvironment, artifact: Artifact, config: LanguageC
     quantized = artifact.manifest.number_format is not None
     if quantized and vllm.on_cpu and vllm.plugin is None:
         raise MissingCapabilityError(
-            f"{vllm.python} lacks the plugin that runs FP8 on CPUs",
-            why="fp8pipe-vllm-cpu is not installed there",
+            f"{vllm.python} lacks the plugin that runs FP8 on CPUs", why="fp8pipe-vllm-cpu is not installed there",
             fix="run scripts/setup_vllm.sh, or install serving/vllm_plugin there",
-        )
+        )  # fmt: skip
     command = [str(vllm.python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
     command += ["--model", str(artifact.root.absolute()), "--served-model-name", config.name_of(artifact)]
     return [*command, "--disable-uvicorn-access-log", *config.arguments()]
-
-
-def _engine_variables(config: LanguageConfig) -> dict[str, str]:
-    """vLLM's environment. No API key of vLLM's own: requests are let in before they reach it."""
-    env = subprocess_environment(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=str(KEEP_ALIVE_S))
-    if config.kv_cache_gib is not None:
-        env[_CPU_CACHE] = str(config.kv_cache_gib)
-    elif config.gpu_memory_utilization is not None:
-        env.pop(_CPU_CACHE, None)  # on a CPU it would win over the option
-    env.pop("VLLM_API_KEY", None)
-    return env
 
 
 def supervise(

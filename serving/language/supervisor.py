@@ -3,12 +3,17 @@
 A first start that fails ends the service, since the export or the machine is at fault and a restart would not help.
 Once it has answered, a crash is followed by a restart, after 1, 2, 4 ... seconds, until it has stayed up for a while.
 A server that lives but does not answer, or whose engine makes no token any more, is killed and started again likewise.
+
+vLLM's server and its engine are two processes: `/health` is answered by the first, and stays good while the second
+hangs. So the engine is asked for one token now and then. Under load that request waits in line with the others, so an
+engine counts as hung only if, for the whole time limit, the token did not come and none of vLLM's token counters moved.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
 import os
@@ -18,16 +23,14 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from exporters.vllm.processes import engine_failure
+from exporters.vllm.environment import engine_failure
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.core.guard import start_guarded
-from serving.language.config import SupervisorConfig
-from serving.language.liveness import until_hung
+from serving.config import SupervisorConfig
 from serving.language.upstream import Upstream, UpstreamError
 
-__all__ = ["Child", "State", "Supervisor"]
-
 logger = logging.getLogger(__name__)
+_COUNTERS = (b"vllm:generation_tokens_total", b"vllm:prompt_tokens_total", b"vllm:iteration_tokens_total_count")
 
 
 class State(StrEnum):
@@ -66,10 +69,9 @@ class Child:
             os.close(self._held)  # the guard kills what is left
             self._held = -1
         await self._wait(5.0)
+        # Had the guard been killed itself, workers might have stayed behind.
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(
-                self._process.pid, signal.SIGKILL
-            )  # had the guard been killed itself, workers might have stayed behind
+            os.killpg(self._process.pid, signal.SIGKILL)
         await self._wait(5.0)
 
     async def _wait(self, longest_s: float) -> None:
@@ -152,9 +154,7 @@ class Supervisor:
     async def _while_ready(self, child: Child) -> int | None:
         """Until it ended (its exit code), or does not answer any more (None)."""
         config, missed = self.config, 0
-        hung = asyncio.create_task(
-            until_hung(self.upstream, self.model, config.engine_timeout_s, config.engine_probe_every_s)
-        )
+        hung = asyncio.create_task(self._until_hung())
         try:
             while (code := child.exit_code()) is None:
                 missed = 0 if await self._healthy() else missed + 1
@@ -171,6 +171,39 @@ class Supervisor:
         if asyncio.get_running_loop().time() - self._since > config.steady_s:
             self._crashes = 0
         return code
+
+    async def _until_hung(self) -> None:
+        """Ask for a token again and again; return once the engine shows no sign of life for `engine_timeout_s`."""
+        while True:
+            await asyncio.sleep(self.config.engine_probe_every_s)
+            probe = asyncio.create_task(self._one_token())
+            try:
+                if not await self._lives(probe, self.config.engine_timeout_s):
+                    return
+            finally:
+                probe.cancel()
+
+    async def _one_token(self) -> None:
+        body = json.dumps({"model": self.model, "prompt": "a", "max_tokens": 1}).encode()
+        with contextlib.suppress(UpstreamError):  # others notice that the server broke off
+            await self.upstream.fetch(b"POST", b"/v1/completions", [(b"content-type", b"application/json")], body)
+
+    async def _lives(self, probe: asyncio.Task[None], timeout_s: float) -> bool:
+        """Whether the probe is answered, errors included, before the counters stand still for `timeout_s`."""
+        loop = asyncio.get_running_loop()
+        seen, deadline = b"", loop.time() + timeout_s
+        while True:
+            done, _ = await asyncio.wait({probe}, timeout=max(0.01, min(timeout_s / 4, deadline - loop.time())))
+            if done:
+                return True
+            text = await self.upstream.get(b"/metrics", timeout_s / 4) or b""
+            counters = b"\n".join(line for line in text.splitlines() if line.startswith(_COUNTERS))
+            if counters and counters != seen:
+                # The first look only says where they stand.
+                deadline = loop.time() + timeout_s if seen else deadline
+                seen = counters
+            if loop.time() >= deadline:
+                return False
 
     async def _pause(self) -> None:
         try:
@@ -189,12 +222,7 @@ class Supervisor:
         await asyncio.sleep(delay)
 
     async def _healthy(self) -> bool:
-        try:
-            async with asyncio.timeout(self.config.probe_timeout_s):
-                status, _ = await self.upstream.fetch(b"GET", b"/health", [])
-                return status == 200
-        except (UpstreamError, TimeoutError):
-            return False
+        return await self.upstream.get(b"/health", self.config.probe_timeout_s) is not None
 
     def _enter(self, state: State) -> None:
         if state is not self.state or not self._since:

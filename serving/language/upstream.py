@@ -13,8 +13,6 @@ from pathlib import Path
 
 import httptools
 
-__all__ = ["Headers", "Reply", "Upstream", "UpstreamError"]
-
 Headers = list[tuple[bytes, bytes]]
 _BUFFERED_BYTES = 262_144
 # Shorter than the server's own patience (`KEEP_ALIVE_S`), so that it never closes a connection just taken.
@@ -37,10 +35,10 @@ class _Connection:
     def begin(self, *, head_only: bool) -> None:
         """Forget the last answer."""
         self._parser = httptools.HttpResponseParser(self)
-        self._head_only = head_only
+        self.head_only = head_only
         self.headers: Headers = []
         self.status = 0
-        self.complete = self._keep = False
+        self.complete = self.keep = False
         self._chunks: list[bytes] = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -50,7 +48,7 @@ class _Connection:
         self.status = self._parser.get_status_code()
         if self.status < 200:  # 1xx: another head follows
             self.status, self.headers = 0, []
-        elif self._head_only:
+        elif self.head_only:
             self.complete = True
 
     def on_body(self, body: bytes) -> None:
@@ -59,16 +57,12 @@ class _Connection:
     def on_message_complete(self) -> None:
         if self.status:
             self.complete = True
-            self._keep = self._parser.should_keep_alive()  # forgotten by the parser right after this call
+            self.keep = self._parser.should_keep_alive()  # forgotten by the parser right after this call
 
     @property
     def lost(self) -> bool:
         """Whether it has ended."""
         return self._broken or self._reader.at_eof() or self.writer.transport.is_closing()
-
-    @property
-    def reusable(self) -> bool:
-        return self.complete and not self.lost and not self._head_only and self._keep
 
     async def receive(self) -> None:
         """Until something arrived and is parsed, or the connection has ended."""
@@ -174,6 +168,15 @@ class Upstream:
         finally:
             reply.release()
 
+    async def get(self, target: bytes, timeout_s: float) -> bytes | None:
+        """The body of what a GET is answered with; None where that is no 200, or does not come in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                status, body = await self.fetch(b"GET", target, [])
+                return body if status == 200 else None
+        except (UpstreamError, TimeoutError):
+            return None
+
     def close(self) -> None:
         """Close idle connections."""
         while self._idle:
@@ -191,8 +194,8 @@ class Upstream:
             raise UpstreamError(f"it does not listen: {error.strerror}") from error
 
     def _give_back(self, connection: _Connection) -> None:
-        if not connection.reusable:
+        if connection.complete and connection.keep and not connection.lost and not connection.head_only:
+            connection.used = asyncio.get_running_loop().time()
+            self._idle.append(connection)
+        else:
             connection.close()
-            return
-        connection.used = asyncio.get_running_loop().time()
-        self._idle.append(connection)

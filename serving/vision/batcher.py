@@ -21,8 +21,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from serving.http.problems import Problem, overloaded
 from serving.http.telemetry import LATENCY_BUCKETS_S, HttpMetrics
 
-__all__ = ["Batcher", "Done", "VisionMetrics"]
-
 logger = logging.getLogger(__name__)
 
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)

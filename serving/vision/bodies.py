@@ -1,4 +1,4 @@
-"""Bodies: the images of a request (multipart, a raw body, or JSON with base64), and compression both ways.
+"""Bodies, and what OpenAPI says of them: images (multipart, raw, or JSON with base64), and compression both ways.
 
 gzip and deflate are read and written, as Triton's client sends and asks for them. What a compressed body becomes is
 bounded while it is read: a few kilobytes can stand for gigabytes. Exactly one compressed stream is read; bytes after
@@ -20,19 +20,12 @@ from pydantic_core import from_json
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from serving.http.limits import account_of
 from serving.http.problems import Problem, too_many_images
-
-__all__ = ["ImagesRequest", "accepted_encoding", "compress", "decompress", "parse_json", "read_body",
-           "read_images"]  # fmt: skip
 
 _FILE_FIELDS: Final = frozenset(("image", "images", "file", "files"))
 _IN_MEMORY_BYTES: Final = 1 << 40
 # zlib's window sizes that choose the format: gzip, and deflate as HTTP means it (a zlib stream).
 _WINDOWS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
-_FIX_TYPE: Final = (
-    "send multipart/form-data, application/json, or the image's bytes as image/* or application/octet-stream"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +50,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     if encoding in ("", "identity"):
         return body
     body = await asyncio.get_running_loop().run_in_executor(None, decompress, body, encoding, max_bytes)
-    account_of(request.scope).take(len(body))
+    request.scope["state"]["body_account"].take(len(body))
     return body
 
 
@@ -69,18 +62,16 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
     """
     window = _WINDOWS.get(encoding)
     if window is None:
-        raise Problem(
-            415, "unsupported_encoding", f"bodies in the encoding {encoding[:40]!a} are not read",
-            "use gzip, deflate, or none",
-        )  # fmt: skip
+        what = f"bodies in the encoding {encoding[:40]!a} are not read"
+        raise Problem(415, "unsupported_encoding", what, "use gzip, deflate, or none")
     stream = zlib.decompressobj(window)
     try:
         found = stream.decompress(body, max_bytes + 1)
     except zlib.error as error:
         raise Problem(400, "damaged_body", f"the body is not valid {encoding}", "send it again") from error
     if len(found) > max_bytes:
-        raise Problem(413, "body_too_large", f"the body is larger than {max_bytes / 1e6:g} MB when decompressed",
-                      "send smaller or fewer images")  # fmt: skip
+        what = f"the body is larger than {max_bytes / 1e6:g} MB when decompressed"
+        raise Problem(413, "body_too_large", what, "send smaller or fewer images")
     if not stream.eof or stream.unused_data:
         raise Problem(400, "damaged_body", f"the body is not one whole {encoding} stream", "send all, no more")
     return found
@@ -133,8 +124,8 @@ async def read_images(request: Request, max_bytes: int, max_images: int) -> Imag
     elif kind.startswith("image/") or kind == "application/octet-stream":
         found = ImagesRequest([body])
     else:
-        raise Problem(415, "unsupported_media_type", f"bodies of the type {kind[:80] or '(none)'} are not read",
-                      _FIX_TYPE)  # fmt: skip
+        fix = "send multipart/form-data, application/json, or the image's bytes as image/* or application/octet-stream"
+        raise Problem(415, "unsupported_media_type", f"bodies of the type {kind[:80] or '(none)'} are not read", fix)
     if not found.images:
         raise Problem(400, "no_images", "the request holds no image", "put it into the field 'image'")
     if len(found.images) > max_images:
@@ -163,8 +154,8 @@ def _decode(text: Any, index: int) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Problem(400, "invalid_base64", f"image {index} is not valid base64", "give the file's bytes in base64",
-                      ) from error  # fmt: skip
+        what = f"image {index} is not valid base64"
+        raise Problem(400, "invalid_base64", what, "give the file's bytes in base64") from error
 
 
 async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRequest:
@@ -193,3 +184,39 @@ async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRe
             raise Problem(400, "unknown_field", f"unknown field {name[:60]!a}", "fields: image (files), top_k")
     await form.close()
     return ImagesRequest(images, top_k)
+
+
+Schema = dict[str, Any]
+
+
+def _object(*required: str, **properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties} | ({"required": list(required)} if required else {})
+
+
+def _list(items: Schema, **limits: int) -> Schema:
+    return {"type": "array", "items": items, **limits}
+
+
+def _body(schemas: Schema) -> Schema:
+    content = {kind: {"schema": schema} for kind, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_FILE: Schema = {"type": "string", "format": "binary"}
+_BASE64: Schema = {"type": "string", "format": "byte"}
+_COUNT: Schema = {"type": "integer", "minimum": 1, "maximum": 999_999}
+_TEXT: Schema = {"type": "string"}
+_TENSOR = _object(
+    "name", "shape", "datatype", "data",
+    name=_TEXT, datatype=_TEXT, shape=_list({"type": "integer"}), data=_list({"type": "number"}),
+)  # fmt: skip
+TOP_K: Schema = {"name": "top_k", "in": "query", "required": False, "schema": _COUNT}
+IMAGES_BODY = _body({
+    "multipart/form-data": _object("image", image=_list(_FILE), top_k=_COUNT),
+    "application/json": _object(image=_BASE64, images=_list(_BASE64), top_k=_COUNT) | {"additionalProperties": False},
+    "application/octet-stream": _FILE,
+    "image/*": _FILE,
+})  # fmt: skip
+INFER_BODY = _body({
+    "application/json": _object("inputs", id=_TEXT, inputs=_list(_TENSOR, minItems=1, maxItems=1)),
+})  # fmt: skip

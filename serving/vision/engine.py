@@ -1,4 +1,4 @@
-"""The engine behind the server, and the short measurement that chooses its batch sizes, streams and threads.
+"""The model that is served, its engine, and the short measurement that chooses its batch sizes, streams and threads.
 
 Several batches at once, each with fewer threads, often do more together than one with all of them, and a burst waits
 less; a request that is alone takes longer. So of all that do about as much as the best, that one is used in which an
@@ -13,6 +13,7 @@ rows equal the same images run alone, bit for bit, are used (unless `inexact_bat
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import time
@@ -24,14 +25,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from exporters.graph.description import MODEL_FILE
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.runtime import open_session
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
-from serving.vision.config import Provider, VisionConfig
-from serving.vision.model import ServedModel
-
-__all__ = ["Engine", "Measured", "open_engine"]
+from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, GraphDetails
+from exporters.graph.runtime import import_onnx_package, open_session
+from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact.kinds import kind_named
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
+from serving.config import Provider, VisionConfig
 
 logger = logging.getLogger(__name__)
 
@@ -228,4 +228,59 @@ def _measure(layout: Layout, sizes: list[int], model: ServedModel, *, fixed: boo
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A vision export."""
+
+    artifact: Artifact  # the export
+    name: str  # what clients call it: the directory's name
+    preprocessing: Preprocessing  # from a picture to the input, the same that calibration used
+    classes: tuple[str, ...] | None  # names in the order of the outputs; None for a backbone
+    input_name: str  # of the graph
+    output_name: str  # of the graph
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it, as `--engine` names it."""
+        return kind_named(self.artifact.kind).engines[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, H, W) of one input."""
+        return (3, *self.preprocessing.crop)
+
+
+def read_model(export: Path) -> ServedModel:
+    """Read an export; every file but engines, which are caches, is hashed.
+
+    Raises:
+        BadArtifactError: a file is not what the manifest says, or the export is of no vision model.
+    """
+    artifact = open_artifact(export, caches="engines")
+    details = artifact.manifest.details
+    if not isinstance(details, GraphDetails) or not (artifact.root / PREPROCESSING_FILE).is_file():
+        raise BadArtifactError(
+            f"{export} is no vision model's export",
+            why=f"it is of kind {artifact.kind!r}, or has no {PREPROCESSING_FILE}",
+            fix="export a vision model",
+        )
+    return ServedModel(
+        artifact=artifact,
+        name=artifact.root.resolve().name,
+        preprocessing=read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE),
+        classes=_classes(artifact.root / CLASSES_FILE),
+        input_name=details.input.name,
+        output_name=details.output.name,
+    )
+
+
+def _classes(path: Path) -> tuple[str, ...] | None:
+    if not path.is_file():
+        return None
+    try:
+        return tuple(str(name) for name in json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise BadArtifactError(f"{path} is no list of names", why=str(error), fix="export it again") from error

@@ -18,12 +18,9 @@ from fastapi.responses import JSONResponse, Response
 
 from fp8pipe.core.version import __version__
 from serving.http.problems import Problem, too_many_images
-from serving.vision.bodies import accepted_encoding, compress, parse_json, read_body
-from serving.vision.model import ServedModel
-from serving.vision.openapi import INFER_BODY
+from serving.vision.bodies import INFER_BODY, accepted_encoding, compress, parse_json, read_body
+from serving.vision.engine import ServedModel
 from serving.vision.state import VisionState, while_connected
-
-__all__ = ["add_protocol"]
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _VERSION = "1"

@@ -1,24 +1,38 @@
-"""Everything joined: a vision export becomes a service that runs until it is told to stop."""
+"""A vision export becomes a service that runs until it is told to stop.
+
+Here are the routes of images, operations and the page; those of the Open Inference Protocol are in `oip`.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from fp8pipe.core.version import __version__
+from serving.config import VisionConfig
+from serving.http.problems import Problem, install_problem_handlers
 from serving.http.server import Lifecycle
-from serving.http.service import read_keys, serve
-from serving.vision.app import build_app
+from serving.http.service import identity_of, page_headers, read_keys, serve
 from serving.vision.batcher import Batcher, VisionMetrics
-from serving.vision.config import VisionConfig
-from serving.vision.engine import open_engine
-from serving.vision.model import read_model
-from serving.vision.state import VisionState
-
-__all__ = ["serve_vision"]
+from serving.vision.bodies import IMAGES_BODY, TOP_K, read_images
+from serving.vision.engine import open_engine, read_model
+from serving.vision.oip import add_protocol
+from serving.vision.state import VisionState, while_connected
 
 logger = logging.getLogger(__name__)
+_PAGE = Path(__file__).with_name("page")
+_TOP_K = 5
 
 
 def serve_vision(export: Path, config: VisionConfig, language: None = None) -> int:
@@ -45,3 +59,142 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
         ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="decode"),
     )  # fmt: skip
     return serve(build_app(state), model.artifact, config, keys=keys, metrics=metrics, lifecycle=lifecycle)
+
+
+def build_app(state: VisionState) -> FastAPI:
+    """The app over a loaded model; without the layers of `serving.http.service`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        state.lifecycle.ready = True
+        yield
+        state.close()
+
+    app = FastAPI(title=f"fp8pipe: {state.model.name}", version=__version__, docs_url=None, redoc_url=None,
+                  lifespan=lifespan)  # fmt: skip
+    install_problem_handlers(app)
+    _add_operations(app, state)
+    _add_images(app, state)
+    add_protocol(app, state)
+    if state.config.page:
+        _add_page(app)
+    return app
+
+
+def _add_operations(app: FastAPI, state: VisionState) -> None:
+    engine = state.engine
+    about = identity_of(state.model.artifact) | {
+        "task": "embed" if state.model.classes is None else "classify",
+        "classes": state.model.classes,
+        "outputs": engine.width,
+        "preprocessing": state.model.preprocessing.model_dump(mode="json"),
+        "engine": {
+            "provider": engine.provider, "threads": engine.threads, "streams": len(engine.runs),
+            "batch_sizes": engine.sizes,
+            "measured": [asdict(measured) for measured in engine.measured],
+        },
+    }  # fmt: skip
+
+    @app.get("/healthz", tags=["operations"])
+    async def healthz() -> Response:
+        """The process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz", tags=["operations"])
+    async def readyz() -> Response:
+        """Requests are taken; 503 while the service drains."""
+        state.require_ready()
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics", tags=["operations"])
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(state.metrics.text(), headers={"Content-Type": state.metrics.content_type})
+
+    @app.get("/v1/artifact", tags=["operations"])
+    async def artifact() -> Response:
+        """Which artifact this is, by digest, and how it is run."""
+        return JSONResponse(about)
+
+
+def _add_images(app: FastAPI, state: VisionState) -> None:
+    model = state.model
+
+    async def answer(request: Request, results: Any) -> Response:
+        """`results` makes a list, one entry per image, of the outputs and the `top_k` of the body."""
+        started = time.perf_counter()
+        sent = await read_images(request, state.config.max_body_bytes, state.config.max_images)
+        images, done = await while_connected(request, state.answer(sent.images))
+        found = results(done.outputs, sent.top_k)
+        seconds = {
+            "decode": sum(image.decode_s for image in images),
+            "preprocess": sum(image.preprocess_s for image in images),
+            "queue": done.queue_s, "inference": done.inference_s, "total": time.perf_counter() - started,
+        }  # fmt: skip
+        times = {name: round(value * 1000, 4) for name, value in seconds.items()}
+        facts = {"model": model.name, "artifact": model.artifact.digest}
+        return JSONResponse({**facts, "results": found, "timing_ms": times})
+
+    @app.post("/v1/classify", tags=["images"], openapi_extra={**IMAGES_BODY, "parameters": [TOP_K]})
+    async def classify(request: Request) -> Response:
+        """The best classes of one or several images."""
+        classes = model.classes
+        if classes is None:
+            raise Problem(404, "no_classes", "this model is a backbone: it has no classes", "use /v1/embed")
+        in_query = read_top_k(request.query_params.get("top_k"), len(classes))
+
+        def results(logits: np.ndarray, in_body: Any) -> list[dict[str, Any]]:
+            return class_answers(logits, classes, in_query if in_body is None else read_top_k(in_body, len(classes)))
+
+        return await answer(request, results)
+
+    @app.post("/v1/embed", tags=["images"], openapi_extra=IMAGES_BODY)
+    async def embed(request: Request) -> Response:
+        """The features of one or several images."""
+        if model.classes is not None:
+            raise Problem(404, "no_features", "this model is a classifier: it gives classes", "use /v1/classify")
+        return await answer(request, lambda features, _: [{"embedding": row} for row in features.tolist()])
+
+
+def _add_page(app: FastAPI) -> None:
+    html, style, script = (
+        (_PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )  # fmt: skip
+    html = html.replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
+    headers = page_headers(html, images="blob: data:", cache="no-cache")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return Response(html, media_type="text/html", headers=headers)
+
+
+def read_top_k(value: Any, classes: int) -> int:
+    """How many classes; 5 where nothing was said.
+
+    Raises:
+        Problem: 400, no whole number from 1 on.
+    """
+    if value is None:
+        return min(_TOP_K, classes)
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not (text.isascii() and text.isdigit()) or len(text) > 6 or int(text) < 1:
+        what = "top_k must be a whole number from 1 on"
+        raise Problem(400, "invalid_top_k", what, f"the model has {classes} classes")
+    return min(int(text), classes)
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax in float32: (n, C) -> (n, C)."""
+    shares: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return shares
+
+
+def class_answers(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
+    """The best classes of each image, ties in the order of the classes."""
+    shares = probabilities(logits)
+    best = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
+    return [
+        {"classes": [{"index": int(i), "name": classes[i], "probability": float(row[i])} for i in order]}
+        for row, order in zip(shares, best, strict=True)
+    ]

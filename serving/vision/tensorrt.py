@@ -14,9 +14,7 @@ import numpy as np
 
 from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
 from fp8pipe.core.machine import gpus
-from serving.vision.model import ServedModel
-
-__all__ = ["open_tensorrt"]
+from serving.vision.engine import ServedModel
 
 _MODULES = {"rtx": "tensorrt_rtx", "enterprise": "tensorrt"}
 

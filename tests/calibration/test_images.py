@@ -184,7 +184,7 @@ def test_a_killed_run_ends_with_the_same_images(tmp_path):
 def test_a_second_process_is_kept_out_of_the_batches_of_the_first(tmp_path):
     vision, structure = tiny()
     make_images(request(), vision, structure, checkpoints=tmp_path)
-    holder = "import sys; from pathlib import Path; from fp8pipe.artifact.place import lock\n"
+    holder = "import sys; from pathlib import Path; from fp8pipe.artifact.writer import lock\n"
     holder += "with lock(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", holder, str(tmp_path)]

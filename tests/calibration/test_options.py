@@ -9,7 +9,7 @@ from vit_families import family, vision_family
 from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
 from calibration.make import ImageRequest, make_images
-from calibration.pruning import TokenPruner
+from calibration.terms import TokenPruner
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention

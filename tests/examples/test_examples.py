@@ -64,7 +64,7 @@ def test_a_quantized_vit_is_exported_and_proved_from_python(tmp_path: Path, caps
 
 def test_what_is_saved_is_what_the_converted_model_computes(make_base: Callable[..., Path], tmp_path: Path):
     """The merged model's logits, and those of the saved codes dequantized into the model's own class: equal bits."""
-    from exporters.vllm.read import load_torch_model
+    from exporters.vllm.reopen import load_torch_model
 
     base = make_base("llama")
     model = import_transformers().AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

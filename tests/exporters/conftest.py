@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp8pipe.artifact import Artifact, ArtifactWriter, LayerRecord, NumberFormat
 from fp8pipe.artifact.kinds import TunedDetails
-from fp8pipe.artifact.layers import Encoding, ScaleRule
+from fp8pipe.artifact.manifest import Encoding, ScaleRule
 from fp8pipe.models.compat import import_transformers
 
 GPT2_TRANSPOSED = ("c_attn", "c_proj", "c_fc")

@@ -11,7 +11,7 @@ from quantized_families import quantized_family, write_vit_artifact
 from small_artifacts import E4M3, details_of
 
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, Parent, open_artifact

@@ -14,7 +14,7 @@ from PIL import Image
 from quantized_families import quantized_family, write_vit_artifact
 
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.models.vision.preprocessing import Preprocessing
 from fp8pipe.models.vision.quantized import load_quantized
 

@@ -17,11 +17,11 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 from exporters.modelopt.checkpoint import export_checkpoint
 from exporters.modelopt.target import ModeloptExportOptions
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.language.export import export_language
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.tensorrt.language.target import LanguageExportOptions
+from exporters.tensorrt.target import TrtExportOptions
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import (

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graph_edits import Edit, before, behind, both, drop, find, replace, set_attributes, store, stored
 
 from exporters.tensorrt.builder import Built
-from exporters.tensorrt.precision import read_precision
+from exporters.tensorrt.listing import read_precision
 
 E4M3: Final = ml_dtypes.float8_e4m3fn
 Seen = Callable[[ir.Model, Built], str]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from artifact_tree import rehash
 from graph_edits import behind, drop, set_attributes, stored
 
-from exporters.graph.description import MODEL_FILE
+from exporters.graph.formats import MODEL_FILE
 
 __all__ = ["ATTACKS", "attack"]
 

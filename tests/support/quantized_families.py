@@ -87,8 +87,7 @@ def storable(quantized: QuantizedVit) -> QuantizedVit:
 
 def storable_graph(name: str, kind: Kind = Kind.INT) -> ir.Model:
     """A family's Q/DQ graph, readers sharing quantizers, with scales that FP16 holds."""
-    from exporters.tensorrt.formats import choose_format
-    from exporters.tensorrt.graph import typed_graph
+    from exporters.tensorrt.graph import choose_format, typed_graph
 
     quantized = storable(quantized_family(name, bits=8 if kind is Kind.E4M3 else 4, kind=kind))
     return typed_graph(quantized, choose_format(quantized, None, "test"), "test").model

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fp8pipe.artifact import Artifact, ArtifactWriter
 from fp8pipe.artifact.kinds import Details, kind_named
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
 
 SHARD = "model-00002-of-00002.safetensors"
 E4M3 = Encoding(format="e4m3", bits=8, granularity="per-channel")

@@ -7,7 +7,7 @@ from pathlib import Path
 from quantized_families import quantized_family, write_vit_artifact
 
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 
 
 def write_export(folder: Path, family: str) -> Path:

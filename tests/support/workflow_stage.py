@@ -18,8 +18,8 @@ import yaml
 from pydantic import Field
 
 from fp8pipe.artifact import ArtifactWriter, Gate, open_artifact
-from fp8pipe.artifact.checksum import write_checked
 from fp8pipe.artifact.kinds import ArtifactKind, Details, register_kind
+from fp8pipe.artifact.record import write_checked
 
 
 class WorkDetails(Details):

@@ -6,7 +6,6 @@ expected, and end in order on SIGTERM.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -22,16 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from exporters.graph.details import GraphDetails
+from exporters.graph.formats import GraphDetails
 from exporters.target import call, open_export
 from fp8pipe.artifact import Artifact, Gate, open_artifact
 from fp8pipe.artifact.record import DIGEST_HEADER
 from fp8pipe.core.errors import Fp8PipeError
-from validation.bench.config import ServeCheckConfig
-from validation.bench.record import Figure, MeasureRecord, write_measure
-from validation.vllm.launcher import free_port
-
-__all__ = ["ask_language", "ask_vision", "serve_check"]
+from validation.bench.record import MeasureRecord, ServeCheckConfig, figure, write_measure
+from validation.vllm.launcher import answers, free_port, open_local
 
 _END_S = 120.0
 _PACKAGES = ("onnxruntime", "fastapi", "uvicorn")
@@ -56,12 +52,9 @@ def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
         code = process.wait(_END_S)
     gates.append(Gate(name="exit status after SIGTERM", value=code, detail="0: ended in order"))
     rows = [
-        Figure(what="time until ready", name="ready_s", value=ready, unit="s", detail="hashes, load and warm-up"),
-        Figure(what="requests asked", name="requests", value=asked, unit=""),
-        *(
-            Figure(what=gate.name, name=_key(gate.name), value=gate.value or 0.0, unit="", detail=gate.detail)
-            for gate in gates
-        ),
+        figure("time until ready", "ready_s", ready, "s", "hashes, load and warm-up"),
+        figure("requests asked", "requests", asked),
+        *(figure(g.name, g.name.replace(" ", "_").lower(), g.value or 0.0, detail=g.detail) for g in gates),
     ]
     return write_measure(artifact, "serve-check", config, rows, packages=_PACKAGES, gates=gates)
 
@@ -76,12 +69,11 @@ def _service(export: Path, ready_s: float) -> Iterator[tuple[str, subprocess.Pop
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         try:
             deadline = time.monotonic() + ready_s
-            while not _ready(url):
+            while not answers(f"{url}/readyz"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     lines = Path(log.name).read_text(errors="replace").splitlines()[-8:]
-                    state = (
-                        "did not become ready in time" if process.poll() is None else f"ended with {process.returncode}"
-                    )
+                    alive = process.poll() is None
+                    state = "did not become ready in time" if alive else f"ended with {process.returncode}"
                     raise Fp8PipeError(f"the service {state}", why="\n".join(lines), fix=f"try: fp8pipe serve {export}")
                 time.sleep(0.2)
             yield url, process
@@ -91,17 +83,10 @@ def _service(export: Path, ready_s: float) -> Iterator[tuple[str, subprocess.Pop
                 process.wait()
 
 
-def _ready(url: str) -> bool:
-    with contextlib.suppress(OSError, urllib.error.URLError):
-        return _call(f"{url}/readyz")[0] == 200
-    return False
-
-
-def _call(url: str, body: bytes | None = None, kind: str = "application/json") -> tuple[int, bytes, dict[str, str]]:
-    request = urllib.request.Request(url, body, {"Content-Type": kind})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def _call(url: str, body: bytes | None = None) -> tuple[int, bytes, dict[str, str]]:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
-        with opener.open(request, timeout=300) as reply:
+        with open_local(request, timeout_s=300) as reply:
             return reply.status, reply.read(), {key.lower(): value for key, value in reply.headers.items()}
     except urllib.error.HTTPError as error:
         return error.code, error.read(), {}
@@ -118,7 +103,7 @@ def _identity(url: str, artifact: Artifact) -> Gate:
 
 def ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
     """Pixels through the inference protocol, against the graph run here: equal bits."""
-    from exporters.graph.description import MODEL_FILE
+    from exporters.graph.formats import MODEL_FILE
     from exporters.graph.runtime import open_session
 
     session = open_session(artifact.root / MODEL_FILE)
@@ -156,13 +141,11 @@ def ask_language(url: str, artifact: Artifact, config: ServeCheckConfig) -> tupl
         stream = _call(f"{url}/v1/chat/completions", json.dumps(body | {"stream": True}).encode())[1]
         empty += not whole.strip()
         differing += whole != _joined(stream)
+    detail = "against the same question answered whole, greedily"
     return 2 * len(config.prompts), [
         Gate(name="empty answers", value=empty, detail=f"of {len(config.prompts)}"),
-        Gate(
-            name="streamed answers differing", value=differing,
-            detail="against the same question answered whole, greedily",
-        ),
-    ]  # fmt: skip
+        Gate(name="streamed answers differing", value=differing, detail=detail),
+    ]
 
 
 def _content(body: bytes) -> str:
@@ -174,7 +157,3 @@ def _joined(stream: bytes) -> str:
     events = [line.removeprefix(b"data: ") for line in stream.splitlines() if line.startswith(b"data: {")]
     choices = [json.loads(event).get("choices") or [] for event in events]
     return "".join(choice["delta"].get("content") or "" for found in choices for choice in found)
-
-
-def _key(name: str) -> str:
-    return name.replace(" ", "_").lower()

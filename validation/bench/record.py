@@ -1,4 +1,7 @@
-"""The record of a measurement: figures by name, each with its unit, where and when it was made, and what is missing."""
+"""What may be set of `bench` and `serve-check`, and the record of a measurement.
+
+It holds figures by name, each with its unit, where and when they were made, and what is missing.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,15 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fp8pipe.artifact import Artifact, Gate, installed_versions
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.record import write_record
-from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.config import Flag, FrozenConfig
 from fp8pipe.core.machine import describe_machine
-
-__all__ = ["Figure", "MeasureRecord", "measure_path", "write_measure"]
 
 RECORD_VERSION = 1
 Stage = Literal["bench", "serve-check"]
@@ -30,6 +31,11 @@ class Figure(FrozenConfig):
     value: float = Field(description="the value")
     unit: str = Field(description="its unit; empty for a ratio or a count")
     detail: str = Field(default="", description="how, in words")
+
+
+def figure(what: str, name: str, value: float, unit: str = "", detail: str = "") -> Figure:
+    """A `Figure`, whose fields stand in this order."""
+    return Figure(what=what, name=name, value=value, unit=unit, detail=detail)
 
 
 class MeasureRecord(FrozenConfig):
@@ -76,3 +82,36 @@ def write_measure(
     )  # fmt: skip
     write_record(record, artifact.root, place=measure_path(artifact.root, stage))
     return record
+
+
+class BenchConfig(FrozenConfig):
+    """How an export is measured."""
+
+    batches: Annotated[tuple[int, ...], Flag("batch")] = Field(
+        (1, 8), min_length=1, description="Vision: images at once; repeatable"
+    )
+    rounds: int = Field(20, ge=3, description="Vision: calls of every graph and batch size; language: requests alone")
+    threads: Annotated[int | None, Flag(default="the runtime's choice")] = Field(
+        None, ge=1, description="Vision: threads within an operator"
+    )
+    concurrency: int = Field(4, ge=1, description="Language: requests at once, in the second measurement")
+    tokens: int = Field(32, ge=2, description="Language: tokens per answer")
+
+    @field_validator("batches")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in value):
+            raise ValueError("every batch size is at least 1")
+        return tuple(dict.fromkeys(value))
+
+
+class ServeCheckConfig(FrozenConfig):
+    """How a service is asked."""
+
+    images: int = Field(8, ge=1, description="Vision: pictures that are sent")
+    prompts: Annotated[tuple[str, ...], Flag("prompt", default="two of ours")] = Field(
+        ("What is the capital of France?", "Name a colour."), min_length=1,
+        description="Language: a question that is asked; repeatable",
+    )  # fmt: skip
+    tokens: int = Field(24, ge=1, description="Language: longest answer, tokens")
+    ready_s: float = Field(600.0, gt=0, description="Longest wait for the service to be ready, seconds")

@@ -12,46 +12,40 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from exporters.graph.between import between_gates, file_pieces, parent_pieces
+from exporters.graph.between import between_gates, file_pieces, parent_pieces, run_to
 from exporters.graph.classes import ClassAgreement, class_gates, compare_classes, own_agreement
-from exporters.graph.cut import input_name
-from exporters.graph.description import MODEL_FILE
-from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import codes_gate, kernel_gate, outputs_gate, parity_gates
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
+from exporters.graph.gates import KernelReport, check_kernels, codes_gate, kernel_gate, outputs_gate, parity_gates
 from exporters.graph.images import ProbeImages, folder_images, probe_images
-from exporters.graph.kernels import check_kernels
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.parity import LayerParity, compare_layers, inputs_of, outputs_of
+from exporters.graph.parity import LayerParity, compare_layers, input_name, inputs_of, outputs_of, sources_of
 from exporters.graph.produce import as_exported
 from exporters.graph.reopen import reopen_gates
-from exporters.graph.runtime import open_session, run, run_to
+from exporters.graph.runtime import import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
 from exporters.onnx.target import KIND, OnnxDetails
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.kinds import VIT_KIND
-from fp8pipe.artifact.parents import parent_at_hand
-from fp8pipe.artifact.record import ExportRejectedError, remove_record, write_record
+from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
-from validation.onnx.record import OnnxValidationRecord
+from validation.parents import artifact_at_hand
+from validation.record import EngineRecord, concluded, heading
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = ["validate_onnx"]
 
 _LAYER_IMAGES: Final = 4
 _BATCH: Final = 64
@@ -83,7 +77,7 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
     """
     onnx_ir = import_onnx_package("onnx_ir")
     artifact = open_artifact(export, kind=KIND)
-    source = parent_at_hand(artifact, against, kind=VIT_KIND)
+    source = artifact_at_hand(artifact, against, kind=VIT_KIND)
     if images is not None and source is None:
         raise ConfigurationError(
             "pictures cannot be compared without the artifact",
@@ -103,15 +97,7 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
             progress.advance(1)
         record = judge.record(found)
         progress.advance(1)
-    path = write_record(record, artifact.root)
-    if record.verdict == "REJECT":
-        raise ExportRejectedError(
-            f"ONNX Runtime does not compute what {artifact.root} holds",
-            why="; ".join(record.reasons),
-            fix=f"do not deploy it; the figures are in {path}",
-            record=record,
-        )
-    return record
+    return concluded(record, artifact, record.reasons, f"ONNX Runtime does not compute what {artifact.root} holds")
 
 
 def _load(onnx_ir: Any, path: Path) -> ir.Model:
@@ -197,7 +183,7 @@ class _Judge:
 
     def _own(self, pixels: Tensor) -> dict[str, Any]:
         """Inputs of the cut layers as the graph itself makes them, no operator optimized."""
-        sources = list(dict.fromkeys(o.source for x in self.layers for o in x.operands if o.source is not None))
+        sources = sources_of(self.layers)
         found = run_to(self.model, [str(source.name) for source in sources], pixels.numpy())
         return {input_name(source): found[str(source.name)] for source in sources}
 
@@ -214,8 +200,7 @@ class _Judge:
         reasons = failures(gates)
         accepted: Literal["ACCEPT", "CONSISTENT"] = "CONSISTENT" if self.parent is None else "ACCEPT"
         return OnnxValidationRecord(
-            created=datetime.now(UTC).isoformat(timespec="seconds"), export=self.export.root.absolute().name,
-            manifest_digest=self.export.digest, engine="onnxruntime", versions=installed_versions(_VERSIONS),
+            **heading(self.export), engine="onnxruntime", versions=installed_versions(_VERSIONS),
             reference="export" if self.parent is None else "artifact", layers=found[0].layers, kernels=kernels,
             classes=found[0].classes, pictures=found[1].classes if found[1:] else None, gates=gates,
             load_s=round(load_s, 3), reasons=reasons, verdict="REJECT" if reasons else accepted,
@@ -234,3 +219,27 @@ def describe(export: Path, record: OnnxValidationRecord) -> str:
     title = f"{record.verdict}  {export} in ONNX Runtime {record.versions.get('onnxruntime', '')}"
     lines = [f"{title}, against the {record.reference}", table([gate.row for gate in record.gates])]
     return "\n".join([*lines, *(f"  not proved: {text}" for text in record.not_proved)])
+
+
+class OnnxValidationRecord(EngineRecord):
+    """One validation: what was compared with what, and the verdict."""
+
+    # 3: CONSISTENT, what is not proved, and pictures beside the probe images.
+    schema_version: int = Field(default=3, description="version of this schema")
+    versions: dict[str, str] = Field(description="versions of the packages that took part")
+    reference: Literal["artifact", "export"] = Field(
+        description="what it was compared with: the artifact in torch, or the graph's own codes, every operator plain"
+    )
+    layers: list[LayerParity] = Field(
+        description="every product, fed the same input on both sides; none for exact formats, compared whole"
+    )
+    kernels: KernelReport = Field(description="which operator runs each product")
+    classes: ClassAgreement = Field(description="the whole net, on the probe images")
+    pictures: ClassAgreement | None = Field(description="the whole net on pictures; none where none were given")
+    gates: list[Gate] = Field(description="the comparisons with their thresholds")
+    load_s: float = Field(ge=0, description="time to load the engine, seconds")
+    reasons: list[str] = Field(description="why it was rejected; empty when accepted")
+    not_proved: list[str] = Field(description="what the verdict does not say, and why")
+    verdict: Literal["ACCEPT", "CONSISTENT", "REJECT"] = Field(
+        description="CONSISTENT: the engine computes what the file says; the artifact was not at hand"
+    )

@@ -7,18 +7,17 @@ from typing import Final
 import onnx_ir as ir
 
 from exporters.graph.between import between_gates, parent_pieces
-from exporters.graph.formats import OnnxFormat
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
 from exporters.graph.images import probe_images
 from exporters.graph.layers import read_layers
 from exporters.graph.reopen import reopen_gates
 from exporters.tensorrt.engine_cache import ReadyEngine
-from exporters.tensorrt.engines import MODEL_FILE, shown_counts
-from exporters.tensorrt.formats import in_format
+from exporters.tensorrt.engines import shown_counts
+from exporters.tensorrt.graph import in_format
 from exporters.tensorrt.half import in_half, in_single
-from exporters.tensorrt.options import Base, TrtFormat
+from exporters.tensorrt.listing import PrecisionReport, artifact_precisions
 from exporters.tensorrt.parity import product_gates
-from exporters.tensorrt.precision import PrecisionReport, artifact_precisions
-from exporters.tensorrt.target import TrtDetails
+from exporters.tensorrt.target import Base, TrtDetails, TrtFormat
 from fp8pipe.artifact import Artifact, Comparison, Gate, none_of
 from fp8pipe.models.vision.quantized import load_quantized
 

@@ -6,25 +6,20 @@ them, and none is made: a record says so.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from exporters.graph.packages import import_onnx_package
-from exporters.tensorrt.engines import MODEL_FILE
-from exporters.tensorrt.language.serve import DecoderSession
+from exporters.graph.formats import MODEL_FILE
+from exporters.graph.runtime import import_onnx_package
+from exporters.tensorrt.language.reopen import DecoderSession
 from exporters.tensorrt.language.target import KIND, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
-from exporters.tensorrt.options import Base
-from exporters.tensorrt.target import BuiltEngine
-from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact, sha256_file
-from fp8pipe.artifact.gate import failures
+from exporters.tensorrt.target import Base, BuiltEngine
+from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
 from fp8pipe.artifact.record import remove_record
-from validation.tensorrt.record import EngineReport, TrtValidationRecord, concluded
-
-__all__ = ["prove_language", "validate_language"]
+from validation.tensorrt.record import EngineReport, TrtValidationRecord, conclude
 
 _TOKENS = (2, 16)  # sequences, and ids of each
 _VERSIONS = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx")
@@ -38,47 +33,32 @@ def validate_language(export: Path) -> TrtValidationRecord:
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
     import_onnx_package("onnxruntime")
-    artifact = open_artifact(export, kind=KIND)
+    artifact = open_artifact(export, kind=KIND)  # every file is compared with the manifest, engines too
     remove_record(artifact.root)  # from here on a failure leaves no verdict
-    return concluded(prove_language(artifact), artifact)
-
-
-def prove_language(artifact: Artifact) -> TrtValidationRecord:
-    """The record of a language export; its verdict is PROVED-WITHOUT-RUNNING, or REJECT.
-
-    Args:
-        artifact: the export, every file of which was compared with the manifest, engines too.
-
-    Raises:
-        BadArtifactError: a file is damaged, or ONNX Runtime refuses the graph.
-    """
     details = artifact.manifest.details_of(TrtLanguageDetails)
-    engines = details.engines
-    gates = (_finite(artifact), _lint(artifact, tuple(engines)), *(_precision(c, e) for c, e in engines.items()))
-    reasons = tuple(failures(gates))
-    version = artifact.manifest.versions.get("tensorrt-rtx", "")
-    return TrtValidationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest, versions=installed_versions(_VERSIONS),
-        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=details.format,
-        engines=tuple(
-            EngineReport(
-                capability=capability, builder="rtx", version=version, source="export", reasons=(),
-                precisions=entry.precisions,
-            )
-            for capability, entry in engines.items()
-        ),
-        execution=None, proved=_proved(artifact), not_proved=_not_proved(version), gates=gates, reasons=reasons,
-        verdict="REJECT" if reasons else "PROVED-WITHOUT-RUNNING",
+    engines, version = details.engines, artifact.manifest.versions.get("tensorrt-rtx", "")
+    gates = (_finite(artifact, details), _lint(artifact, tuple(engines)), *map(_precision, engines, engines.values()))
+    reports = (
+        EngineReport(
+            capability=capability, builder="rtx", version=version, source="export", reasons=(),
+            precisions=entry.precisions,
+        )
+        for capability, entry in engines.items()
+    )  # fmt: skip
+    installed = installed_versions(("tensorrt-rtx",))["tensorrt-rtx"]
+    stale = [f"that engines of {version} load: {installed} is installed"] if installed != version else []
+    passed = len(artifact.manifest.gates)
+    return conclude(
+        artifact, details.format, gates, reports, packages=_VERSIONS,
+        proved=(f"every file, engines too, has the manifest's digest; {passed} gates of the export passed on them",
+                "ONNX Runtime reads and runs the graph, and the linter finds nothing"),
+        not_proved=("execution: engines of language models are not run here", "timing: no speed was measured", *stale),
     )  # fmt: skip
 
 
-def _finite(artifact: Artifact) -> Gate:
+def _finite(artifact: Artifact, details: TrtLanguageDetails) -> Gate:
     """The graph runs in ONNX Runtime, and gives numbers."""
-    details = artifact.manifest.details_of(TrtLanguageDetails)
-    cache = details.cache
-    shape = None if cache is None else (cache.layers, cache.heads, cache.size)
-    session = DecoderSession(artifact.root / MODEL_FILE, shape, Base(details.base))
+    session = DecoderSession(artifact.root / MODEL_FILE, details.cache, Base(details.base))
     logits = session.logits(torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) + 1)
     bad = int((~np.isfinite(logits)).sum())
     detail = f"of {logits.size} logits of the graph in ONNX Runtime, {_TOKENS[0]} sequences of {_TOKENS[1]} tokens"
@@ -98,17 +78,3 @@ def _precision(capability: str, entry: BuiltEngine) -> Gate:
         name=f"linear products not in fp8 for {capability}", value=other,
         detail=", ".join(f"{count} in {name}" for name, count in sorted(counts.items())),
     )  # fmt: skip
-
-
-def _proved(artifact: Artifact) -> tuple[str, ...]:
-    count = len(artifact.manifest.gates)
-    return (
-        f"every file, engines too, has the manifest's digest; {count} gates of the export passed on them",
-        "ONNX Runtime reads and runs the graph, and the linter finds nothing",
-    )
-
-
-def _not_proved(version: str) -> tuple[str, ...]:
-    installed = installed_versions(("tensorrt-rtx",))["tensorrt-rtx"]
-    stale = [f"that engines of {version} load: {installed} is installed"] if installed != version else []
-    return ("execution: engines of language models are not run here", "timing: no speed was measured", *stale)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from fp8pipe.artifact import Artifact, Gate
-from fp8pipe.artifact.record import ExportRejectedError, write_record
+from exporters.graph.formats import MODEL_FILE
+from fp8pipe.artifact import Artifact, Gate, installed_versions, sha256_file
+from fp8pipe.artifact.gate import failures
 from fp8pipe.core.config import FrozenConfig
+from validation.record import EngineRecord, concluded, heading
 
-__all__ = ["RECORD_VERSION", "EngineReport", "Execution", "Timing", "TrtValidationRecord", "Verdict", "concluded"]
-
-# 2: a checksum lies beside the record. 3: CONSISTENT, the reference, and precisions that are read from the engine.
-RECORD_VERSION = 3
 Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"]
 
 
@@ -47,13 +46,11 @@ class Execution(FrozenConfig):
     timings: tuple[Timing, ...] = Field(description="by batch size")
 
 
-class TrtValidationRecord(FrozenConfig):
+class TrtValidationRecord(EngineRecord):
     """One validation."""
 
-    schema_version: int = Field(default=RECORD_VERSION, description="version of this schema")
-    created: str = Field(description="UTC time, ISO 8601")
-    export: str = Field(description="name of the export's directory")
-    manifest_digest: str = Field(description="digest of the export's manifest when it was validated")
+    # 3: CONSISTENT, the reference, and precisions that are read from the engine.
+    schema_version: int = Field(default=3, description="version of this schema")
     engine: Literal["tensorrt"] = Field(default="tensorrt", description="the engine's name")
     versions: dict[str, str] = Field(description="versions of the packages that took part")
     graph_sha256: str = Field(description="digest of the graph, as in the manifest")
@@ -73,14 +70,25 @@ class TrtValidationRecord(FrozenConfig):
     )
 
 
-def concluded(record: TrtValidationRecord, artifact: Artifact) -> TrtValidationRecord:
-    """Written beside the export; an error where it rejects."""
-    path = write_record(record, artifact.root)
-    if record.verdict == "REJECT":
-        raise ExportRejectedError(
-            f"{artifact.root} does not hold in TensorRT",
-            why="; ".join(record.reasons),
-            fix=f"do not deploy it; the figures are in {path}",
-            record=record,
-        )
-    return record
+def conclude(
+    artifact: Artifact, format: str, gates: Sequence[Gate], engines: Iterable[EngineReport], *,
+    packages: Sequence[str], proved: Sequence[str], not_proved: Sequence[str], execution: Execution | None = None,
+    compared: bool | None = None,
+) -> TrtValidationRecord:  # fmt: skip
+    """Judge by the gates, and write the record, with the versions of `packages`, beside the export.
+
+    `compared` says whether the graph was compared with the artifact; None where no validation of the kind does.
+
+    Raises:
+        ExportRejectedError: a gate failed.
+    """
+    reasons = tuple(failures(gates))
+    accepted: Verdict = "ACCEPT" if execution is not None else "PROVED-WITHOUT-RUNNING"
+    accepted = "CONSISTENT" if compared is False else accepted
+    record = TrtValidationRecord(
+        **heading(artifact), versions=installed_versions(packages),
+        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=format, engines=tuple(engines),
+        execution=execution, proved=tuple(proved), not_proved=tuple(not_proved), gates=tuple(gates), reasons=reasons,
+        verdict="REJECT" if reasons else accepted, reference="artifact" if compared else "export",
+    )  # fmt: skip
+    return concluded(record, artifact, reasons, f"{artifact.root} does not hold in TensorRT")

@@ -15,8 +15,6 @@ import numpy as np
 
 from fp8pipe.core.errors import BadArtifactError
 
-__all__ = ["Run", "run_engine"]
-
 _WORKER: Final = Path(__file__).with_name("run_worker.py")
 _MODULES: Final[Mapping[str, str]] = {"rtx": "tensorrt_rtx", "enterprise": "tensorrt"}
 _ROUNDS: Final = 100

@@ -11,39 +11,32 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnx_ir as ir
 
+from exporters.graph.formats import MODEL_FILE
 from exporters.graph.images import probe_images
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.runtime import open_session, run
-from exporters.tensorrt.dequantized import dequantize_graph
+from exporters.graph.runtime import import_onnx_package, open_session, run
+from exporters.tensorrt.builder import build_enterprise, build_rtx, check_enterprise
 from exporters.tensorrt.engine_cache import EngineSource, ReadyEngine, engine_precisions, ready_engine
-from exporters.tensorrt.engines import ENGINES, MODEL_FILE
-from exporters.tensorrt.enterprise import build_enterprise, check_enterprise
-from exporters.tensorrt.options import CAPABILITIES, EnterpriseSettings, TrtFormat
+from exporters.tensorrt.engines import ENGINES
+from exporters.tensorrt.half import dequantize_graph
 from exporters.tensorrt.parity import evaluate_graph
-from exporters.tensorrt.rtx import build_rtx
-from exporters.tensorrt.target import KIND, TrtDetails
-from fp8pipe.artifact import Artifact, Comparison, Gate, installed_versions, open_artifact, sha256_file
-from fp8pipe.artifact.gate import failures
+from exporters.tensorrt.target import CAPABILITIES, KIND, EnterpriseSettings, TrtDetails, TrtFormat
+from fp8pipe.artifact import Artifact, Comparison, Gate, open_artifact
 from fp8pipe.artifact.kinds import VIT_KIND
-from fp8pipe.artifact.parents import parent_at_hand
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
 from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.numerics.kinds import Kind
+from validation.parents import artifact_at_hand
 from validation.tensorrt.gates import graph_gates, is_waived, precision_gates
-from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, Verdict, concluded
+from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, conclude
 from validation.tensorrt.run import run_engine
-
-__all__ = ["RELATIVE_LIMIT", "validate_tensorrt"]
 
 _VERSIONS: Final = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
 # Quantized activations make a net chaotic: sums of another order move a code, and layers carry it on. The same 8-bit
@@ -51,7 +44,6 @@ _VERSIONS: Final = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt"
 RELATIVE_LIMIT: Final = 0.15
 _IMAGES: Final = 64
 _FEW_IMAGES: Final = 2
-_LAYER_IMAGES: Final = 4
 
 
 def validate_tensorrt(
@@ -78,7 +70,7 @@ def validate_tensorrt(
     """
     import_onnx_package("onnxruntime")
     artifact = open_artifact(export, kind=KIND, caches=ENGINES)
-    source = parent_at_hand(artifact, against, kind=VIT_KIND)
+    source = artifact_at_hand(artifact, against, kind=VIT_KIND)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     device = next(iter(gpus()), None)
     here = None if device is None else f"{device.capability[0]}.{device.capability[1]}"
@@ -93,9 +85,27 @@ def validate_tensorrt(
             progress.advance(1)
         execution = None if here is None else _execute(artifact, engines[0], pixels, expected)
         progress.advance(1)
-        held = [] if source is None else graph_gates(artifact, source)
+        held = None if source is None else graph_gates(artifact, source)
         progress.advance(1)
-    return concluded(_record(artifact, held if source else None, engines, expected, execution), artifact)
+    reference = "ONNX's reference evaluator" if _is_nvfp4(artifact) else "ONNX Runtime"
+    read = [engine_precisions(artifact, engine) for engine in engines]
+    gates = [*(held or ()), _finite(expected, reference)]
+    for engine, report in zip(engines, read, strict=True):
+        gates += [] if report is None else precision_gates(artifact, engine, report)
+    gates += [] if execution is None else [_error(execution, reference)]
+    reports = (
+        EngineReport(
+            capability=e.recipe.capability, builder=e.recipe.builder, version=e.recipe.version,
+            source=e.source.value, reasons=e.reasons,
+            precisions=report.counts() if report else dict(e.precisions), read=report is not None,
+        )
+        for e, report in zip(engines, read, strict=True)
+    )  # fmt: skip
+    return conclude(
+        artifact, _details(artifact).format, gates, reports, packages=_VERSIONS, execution=execution,
+        proved=_proved(artifact, held, engines, execution, reference), compared=held is not None,
+        not_proved=_not_proved(artifact, held, engines, execution),
+    )  # fmt: skip
 
 
 def _details(artifact: Artifact) -> TrtDetails:
@@ -163,6 +173,8 @@ def _execute(artifact: Artifact, engine: ReadyEngine, pixels: np.ndarray, expect
 
 def _plain_engine(artifact: Artifact, engine: ReadyEngine, scratch: Path) -> Path:
     """An engine of the same weights without quantizers, by the same builder for the same GPU."""
+    import onnx_ir as ir
+
     graph, path = scratch / "plain.onnx", scratch / "plain.engine"
     model = ir.load(artifact.root / MODEL_FILE)
     dequantize_graph(model)
@@ -175,45 +187,6 @@ def _plain_engine(artifact: Artifact, engine: ReadyEngine, scratch: Path) -> Pat
     return path
 
 
-def _record(
-    artifact: Artifact,
-    held: list[Gate] | None,
-    engines: list[ReadyEngine],
-    expected: np.ndarray,
-    execution: Execution | None,
-) -> TrtValidationRecord:
-    read = [engine_precisions(artifact, engine) for engine in engines]
-    gates = [*(held or ()), _finite(expected, _reference(artifact))]
-    gates += [
-        g for e, report in zip(engines, read, strict=True) if report for g in precision_gates(artifact, e, report)
-    ]
-    if execution is not None:
-        gates.append(_error(execution, _reference(artifact)))
-    reasons = tuple(failures(gates))
-    ended: Verdict = "PROVED-WITHOUT-RUNNING" if execution is None else "ACCEPT"
-    ended = "CONSISTENT" if held is None else ended
-    return TrtValidationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest, versions=installed_versions(_VERSIONS),
-        graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=_details(artifact).format,
-        engines=tuple(
-            EngineReport(
-                capability=e.recipe.capability, builder=e.recipe.builder, version=e.recipe.version,
-                source=e.source.value, reasons=e.reasons,
-                precisions=report.counts() if report else dict(e.precisions), read=report is not None,
-            )
-            for e, report in zip(engines, read, strict=True)
-        ),
-        execution=execution, proved=_proved(artifact, held, engines, execution),
-        not_proved=_not_proved(artifact, held, engines, execution), reference="export" if held is None else "artifact",
-        gates=tuple(gates), reasons=reasons, verdict="REJECT" if reasons else ended,
-    )  # fmt: skip
-
-
-def _reference(artifact: Artifact) -> str:
-    return "ONNX's reference evaluator" if _is_nvfp4(artifact) else "ONNX Runtime"
-
-
 def _finite(expected: np.ndarray, reference: str) -> Gate:
     bad = int((~np.isfinite(expected)).sum())
     detail = f"of {expected.size} of the graph in {reference}, {len(expected)} random images"
@@ -223,21 +196,18 @@ def _finite(expected: np.ndarray, reference: str) -> Gate:
 def _error(execution: Execution, reference: str) -> Gate:
     value = execution.relative_error
     return Gate(
-        name="relative error of the engine",
-        value=value,
-        comparison=Comparison.AT_MOST,
-        threshold=RELATIVE_LIMIT,
+        name="relative error of the engine", value=value, comparison=Comparison.AT_MOST, threshold=RELATIVE_LIMIT,
         detail=f"against {reference} on {execution.images} random images, {execution.device}",
-    )
+    )  # fmt: skip
 
 
 def _proved(
-    artifact: Artifact, held: list[Gate] | None, engines: list[ReadyEngine], execution: Execution | None
-) -> tuple[str, ...]:
+    artifact: Artifact, held: list[Gate] | None, engines: list[ReadyEngine], execution: Execution | None, reference: str
+) -> list[str]:
     gates = sum(gate.passed for gate in artifact.manifest.gates)
     said = [
         f"every file but engines has the manifest's digest; {gates} gates of the export passed on them",
-        f"{_reference(artifact)} reads and runs the graph",
+        f"{reference} reads and runs the graph",
         *(
             f"{e.recipe.builder} {e.recipe.version} built the engine for {e.recipe.capability} ({_WHERE[e.source]})"
             for e in engines
@@ -248,7 +218,7 @@ def _proved(
                     "and between them")  # fmt: skip
     if execution is not None:
         said.append(f"the engine ran on {execution.device}, and was timed")
-    return tuple(said)
+    return said
 
 
 _WHERE: Final = {
@@ -259,7 +229,7 @@ _WHERE: Final = {
 
 def _not_proved(
     artifact: Artifact, held: list[Gate] | None, engines: list[ReadyEngine], execution: Execution | None
-) -> tuple[str, ...]:
+) -> list[str]:
     said = [] if held is not None else [
         "where the numbers and operators of the graph come from: the artifact was not at hand; give it with --against"
     ]  # fmt: skip
@@ -272,13 +242,13 @@ def _not_proved(
     if any(e.recipe.builder == "enterprise" for e in engines):
         said.append("precisions: they are those that the builder listed; TensorRT's engines are not read here")
     if execution is not None:
-        return tuple(said)
+        return said
     said += [] if engines else ["that a builder takes the graph: the export holds no engine"]
-    return (
+    return [
         *said,
         "execution: no engine was loaded or run, for there is no GPU here (or torch sees none)",
         "timing: no speed was measured",
-    )
+    ]
 
 
 def describe(export: Path, record: TrtValidationRecord) -> str:

@@ -13,13 +13,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.core.progress import setup_logging
 from validation.vllm.launcher import ServerOptions, open_local, server
-
-__all__ = ["ask", "main"]
 
 
 def ask(url: str, model: str, question: str, *, max_tokens: int = 64, api_key: str | None = None) -> str:
@@ -59,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vllm-python", help="vLLM's Python interpreter")
     given = parser.parse_args(arguments)
     setup_logging(json=False, quiet=False, verbose=False)
-    signal.signal(signal.SIGTERM, _leave)  # so that the server is ended too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the server is ended too
     try:
         options = ServerOptions(served_name="export")
         with server(given.export, options, vllm_python=given.vllm_python) as url:
@@ -70,10 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

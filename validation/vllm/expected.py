@@ -1,28 +1,30 @@
-"""What the engine ought to hold: every tensor of an export in fp32, with digests, one tensor in memory at a time.
+"""What the engine ought to hold: every tensor of an export, with digests, one tensor in memory at a time.
 
-The values come from the export itself, or, where the artifact it was made from is given, from that artifact: then
-a code that changed on the way is found even if the export's manifest was rewritten to agree with it.
+The values come from the source that the export was made from, by plain arithmetic of their own (`reopen`), so that a
+number that changed on the way is found even if the export's manifest was rewritten to agree with it. Where the source
+is not at hand they are the export's own word, which proves that the engine reads the files right, and no more.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from exporters.vllm.source import Source, open_source
-from exporters.vllm.target import KIND, VllmDetails
-from fp8pipe.artifact import Artifact, open_artifact
+from exporters.vllm.export import plan_export
+from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.plan import Action, ExportPlan, Unit
+from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_values, source_values
+from exporters.vllm.target import VllmDetails
+from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, is_scale, read_tensor, weight_entries
-from fp8pipe.numerics.grids import E4M3, dequantize_weight, to_bf16
-
-__all__ = ["Expected", "ExpectedWeights", "count_differences", "open_export"]
+from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
+from fp8pipe.numerics.plain import dequantize_plain, grid_numbers, row_errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +34,21 @@ class Expected:
     Attributes:
         name: checkpoint name.
         value: fp32, orientation stored.
-        codes: float8_e4m3fn codes of the same shape, None for unquantized tensors.
-        scale: fp32, dequantized = code * scale, broadcastable to `codes`; None with them.
+        scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
         transposed: stored `(in, out)`; the engine holds it the other way round.
     """
 
     name: str
     value: Tensor
-    codes: Tensor | None
     scale: Tensor | None
     transposed: bool
 
+    def as_held(self, dtype: torch.dtype) -> Expected:
+        """The tensor in an engine that computes in `dtype`: rounded to it once."""
+        return self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())
+
     def digests(self) -> dict[str, Any]:
-        """Shape and sha256 of the fp32 bytes, and of the same bytes with each -0 written as +0."""
+        """Shape, and sha256 of the fp32 bytes, and of the same bytes with each -0 written as +0."""
         value = self.value.contiguous()
         return {
             "shape": list(value.shape),
@@ -59,50 +63,65 @@ class ExpectedWeights:
 
     Args:
         export: the opened export.
-        against: the falqon artifact it was made from, or None to take the export's own word.
+        plan: how it must have been made from its source; None where the source is not at hand.
 
     Raises:
-        ConfigurationError: `against` is not the artifact that the export's manifest names.
-        BadArtifactError: either is damaged.
+        BadArtifactError: the export's weights cannot be read.
     """
 
-    def __init__(self, export: Artifact, against: Path | None = None) -> None:
+    def __init__(self, export: Artifact, plan: ExportPlan | None) -> None:
         self.export = export
         self.entries = weight_entries(export.root)
         self.transposed = set(export.manifest.details_of(VllmDetails).transposed)
-        self.source = None if against is None else _parent_source(export, against)
-        self.names = [name for name in self.entries if not is_scale(name, self.entries)]
-
-    @property
-    def reference(self) -> str:
-        """`source` when values come from the artifact exported, else `export`."""
-        return "export" if self.source is None else "source"
-
-    def quantized(self, name: str) -> bool:
-        """Whether the export stores the tensor as codes."""
-        return name + SCALE_SUFFIX in self.entries
+        self.units: dict[str, Unit] = {} if plan is None else {unit.outputs[0].name: unit for unit in plan.units}
+        self.names = list(self.units) or [name for name in self.entries if not is_scale(name, self.entries)]
 
     def __iter__(self) -> Iterator[Expected]:
         return (self.read(name) for name in self.names)
 
     def read(self, name: str) -> Expected:
-        """One tensor by name; its codes and scale come from where its value comes from."""
-        source = self.source
-        if source is None or not self._comparable(name, source):
-            return _read(self.entries, name, name in self.transposed)
-        expected = _read(source.tensors, name, name in self.transposed)
-        if expected.codes is None or self.quantized(name):
-            return expected
-        return Expected(name, to_bf16(expected.value).float(), None, None, expected.transposed)
+        """One tensor by name."""
+        unit = self.units.get(name)
+        if unit is None:
+            return self._own(name)
+        value = expected_values(unit)
+        return Expected(name, value, _scale_of(unit, value), unit.transposed)
 
-    def _comparable(self, name: str, source: Source) -> bool:
-        """A tensor that the export itself quantized has no codes in the source to be compared with."""
-        in_codes = name + SCALE_SUFFIX in source.tensors
-        return name in source.tensors and (in_codes or not self.quantized(name))
+    @property
+    def reference(self) -> Literal["source", "export"]:
+        """Whose word the values are."""
+        return "source" if self.units else "export"
+
+    def row_error(self, name: str, value: Tensor) -> float:
+        """Largest error of a row of what the export rounded, against the source's floats, part of its bound."""
+        unit = self.units[name]
+        if unit.action in {Action.COPY, Action.CODES}:
+            return 0.0
+        bound = E4M3_ERROR_BOUND if unit.action is Action.QUANTIZE else BF16_ERROR_BOUND
+        return row_errors(value, source_values(unit), transposed=unit.transposed) / bound
+
+    def _own(self, name: str) -> Expected:
+        tensor, transposed = read_tensor(self.entries[name]), name in self.transposed
+        if name + SCALE_SUFFIX not in self.entries:
+            return Expected(name, tensor.float(), None, transposed)
+        scale = read_tensor(self.entries[name + SCALE_SUFFIX])
+        value = dequantize_plain(tensor, scale, transposed=transposed)
+        return Expected(name, value, scale.reshape(1, -1) if transposed else scale, transposed)
+
+
+def _scale_of(unit: Unit, value: Tensor) -> Tensor | None:
+    """Broadcastable to the value; of what the export rounded, from the source's rows."""
+    if unit.action is Action.QUANTIZE:
+        original = read_tensor(unit.entry).double().abs()
+        return (original.amax(0 if unit.transposed else 1, keepdim=True).clamp(min=1e-12) / 448).float()
+    if unit.action is not Action.CODES or unit.scale is None:
+        return None
+    scale = read_tensor(unit.scale)
+    return scale.reshape(1, -1) if unit.transposed and scale.ndim == 2 else scale
 
 
 def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
-    """Elements whose bits differ, and elements that quantize to another code under the artifact's scale.
+    """Elements whose bits differ, and elements that lie on another FP8 code under the right scale.
 
     Args:
         expected: the tensor as it should be.
@@ -113,40 +132,27 @@ def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
     """
     total = expected.value.numel()
     if actual.shape != expected.value.shape:
-        return total, total if expected.codes is not None else 0
+        return total, total if expected.scale is not None else 0
     bits = int((actual.view(torch.int32) != expected.value.contiguous().view(torch.int32)).sum())
-    if expected.codes is None or expected.scale is None:
+    if expected.scale is None:
         return bits, 0
-    codes = E4M3.cast(actual / expected.scale)
-    return bits, int((codes.view(torch.uint8) != expected.codes.contiguous().view(torch.uint8)).sum())
+    mine, theirs = (grid_numbers(values / expected.scale) for values in (expected.value, actual))
+    return bits, int((mine.view(torch.int32) != theirs.view(torch.int32)).sum())
 
 
-def _read(entries: dict[str, TensorEntry], name: str, transposed: bool) -> Expected:
-    tensor = read_tensor(entries[name])
-    if name + SCALE_SUFFIX not in entries:
-        return Expected(name, tensor.float(), None, None, transposed)
-    scale = read_tensor(entries[name + SCALE_SUFFIX])
-    value = dequantize_weight(tensor, scale, transposed=transposed)
-    across = scale.reshape(1, -1) if transposed and scale.ndim == 2 else scale
-    return Expected(name, value, tensor, across, transposed)
-
-
-def _parent_source(export: Artifact, against: Path) -> Source:
-    source = open_source(against)
-    digests = {parent.digest for parent in export.manifest.parents}
-    if source.parent.digest not in digests:
-        raise ConfigurationError(
-            f"{export.root} was not made from {against}",
-            why=f"its manifest names {', '.join(sorted(digests)) or 'no parent'}; that is {source.parent.digest}",
-            fix="name the artifact that was exported, or leave it out",
-        )
-    return source
-
-
-def open_export(export: Path, *, verify: bool = True) -> Artifact:
-    """Open directory of an export to vLLM, every file hashed.
+def plan_of(export: Artifact, source: Path) -> ExportPlan:
+    """How the export must have been made from `source`.
 
     Raises:
-        BadArtifactError: not a finished export to vLLM, or changed since it was written.
+        ConfigurationError: it is not what the export's manifest names.
+        BadArtifactError: it is damaged.
     """
-    return open_artifact(export, kind=KIND, verify=verify)
+    plan = plan_export(source, VllmExportOptions.model_validate(export.manifest.config))
+    digests = {parent.digest for parent in export.manifest.parents}
+    if plan.source.parent.digest not in digests:
+        raise ConfigurationError(
+            f"{export.root} was not made from {source}",
+            why=f"its manifest names {', '.join(sorted(digests)) or 'no parent'}; that is {plan.source.parent.digest}",
+            fix="name the artifact that was exported, or leave it out",
+        )
+    return plan

@@ -1,34 +1,44 @@
-"""Start vLLM's OpenAI server on an export, wait until it answers, and end all of it afterwards.
+"""Start vLLM on an export, as a probe or as its OpenAI server, and end all of it afterwards; its failures become ours.
 
 The server is `python -P -m vllm.entrypoints.openai.api_server` in its own session: it starts an engine and workers,
 and ending the session's group ends them too. `-P` keeps the working directory off the import path, so that a
 user's folder called `vllm` is not imported. An API key travels in the environment, where other users of the
-machine do not see it, and not on the command line.
+machine do not see it, and not on the command line. The probe is one process of its own session, too. Output goes to a
+file: vLLM is talkative, and only the last lines of a failure are worth showing.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import socket
 import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from exporters.vllm.environment import find_vllm_python, inspect_environment, subprocess_environment
-from exporters.vllm.processes import end_group, engine_failure, last_lines
+from exporters.vllm.environment import (
+    VllmEnvironment,
+    end_group,
+    engine_failure,
+    find_vllm_python,
+    inspect_environment,
+    last_lines,
+    subprocess_environment,
+)
+from exporters.vllm.target import KIND
+from fp8pipe.artifact import open_artifact
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
-from validation.vllm.expected import open_export
-
-__all__ = ["ServerOptions", "free_port", "open_local", "server", "server_command"]
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.25
@@ -73,7 +83,7 @@ def server(
         Fp8PipeError: it did not answer within `timeout_s`.
     """
     chosen = options or ServerOptions()
-    artifact = open_export(Path(export), verify=verify)
+    artifact = open_artifact(Path(export), kind=KIND, verify=verify)
     environment = inspect_environment(find_vllm_python(vllm_python))
     port = chosen.port or free_port(chosen.host)
     _check_port(chosen.host, port)
@@ -138,7 +148,7 @@ def _check_port(host: str, port: int) -> None:
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
     """Until `/health` answers, the server ends, or the time is up."""
     started = reported = time.monotonic()
-    while not _healthy(url):
+    while not answers(f"{url}/health"):
         code = process.poll()
         if code is not None:
             raise engine_failure("vLLM's server ended while it started", code, log)
@@ -161,9 +171,92 @@ def open_local(request: str | urllib.request.Request, *, timeout_s: float) -> An
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)
 
 
-def _healthy(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server of this machine answers there with 200."""
     try:
-        with open_local(f"{url}/health", timeout_s=2) as reply:
+        with open_local(url, timeout_s=2) as reply:
             return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
+
+
+PROBE = Path(__file__).with_name("probe.py")
+# fp32 and nothing that changes the order of sums without need.
+PARITY_ARGUMENTS = (
+    "--dtype", "float32", "--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching", "--seed", "0",
+    "--disable-log-stats",
+)  # fmt: skip
+
+
+def in_process() -> dict[str, str]:
+    """The environment of a parity run: exact weights that can be looked at, and no activation rounded.
+
+    One process, few threads: the fastest start, and no oversubscription (vLLM makes its own threads too).
+    """
+    cores = len(os.sched_getaffinity(0))
+    threads = str(max(1, min(16, cores // 2)))
+    return subprocess_environment(
+        OMP_NUM_THREADS=threads, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
+        FP8PIPE_VLLM_ACTIVATIONS="none", FP8PIPE_VLLM_KEEP_WEIGHTS="1",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeJob:
+    """What the probe is asked (see `probe`)."""
+
+    model: str  # the export's directory
+    arguments: list[str]  # of vLLM's server
+    tensors: Mapping[str, Mapping[str, Any]]  # by checkpoint name, `Expected.digests()`
+    sequences: list[list[int]] = field(default_factory=list)  # token ids to be scored, each at least two long
+    prompts: list[str] = field(default_factory=list)  # questions to answer
+    chat: bool = True  # put them through the chat template; plain completion otherwise
+    max_tokens: int = 16  # longest answer
+    variables: Mapping[str, str] = field(default_factory=in_process)  # the environment
+
+
+def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeout_s: float) -> dict[str, Any]:
+    """Run one job in a fresh engine.
+
+    Args:
+        job: what to do.
+        environment: where vLLM is.
+        dump: an existing directory for tensors that differ.
+        timeout_s: longest time for all of it, seconds.
+
+    Returns:
+        The probe's result, see `probe.run`.
+
+    Raises:
+        MissingCapabilityError: vLLM, or the plugin, refused this installation.
+        OutOfMemoryError: the engine ran out of memory or was killed for it.
+        BadArtifactError: vLLM could not load or run the export; its last lines are shown.
+        Fp8PipeError: it took longer than `timeout_s`.
+    """
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-probe-") as folder:
+        root = Path(folder)
+        document = {**asdict(job), "variables": None, "dump": str(dump), "result": str(root / "result.json")}
+        (root / "job.json").write_text(json.dumps(document), encoding="utf-8")
+        log = root / "engine.log"
+        command = [str(environment.python), "-P", str(PROBE), str(root / "job.json")]
+        logger.info("starting vLLM %s on %s", environment.vllm, job.model)
+        code = _run(command, dict(job.variables), log, timeout_s)
+        if code != 0 or not (root / "result.json").is_file():
+            raise engine_failure(f"vLLM failed on {job.model}", code, log)
+        result: dict[str, Any] = json.loads((root / "result.json").read_text(encoding="utf-8"))
+        logger.info("vLLM done: loaded in %.1f s, %.1f s in all", result["load_s"], result["total_s"])
+        return result
+
+
+def _run(command: list[str], variables: dict[str, str], log: Path, timeout_s: float) -> int:
+    started = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
+    try:
+        return process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        why = f"{time.monotonic() - started:.0f} s passed; its last lines:\n{last_lines(log)}"
+        fix = "allow more time, or a machine with more cores"
+        raise Fp8PipeError("vLLM did not finish in time", why=why, fix=fix) from None
+    finally:
+        end_group(process)

@@ -3,8 +3,9 @@
     python -P probe.py JOB.json
 
 Imports nothing of fp8pipe: the two environments share files only. The job (see `engine.ProbeJob` for its fields)
-carries the digest of every weight's expected fp32 value; the probe digests the engine's own and stores only
-those that differ, so that any model size needs the memory of one tensor and next to no disk.
+carries the arguments of vLLM's server, which its own parser reads, so that the engine is the one that would serve; and
+the digest of every weight's expected value. The probe digests the engine's own and stores only those that differ, so
+that any model size needs the memory of one tensor and next to no disk.
 
 Where a weight is read. Fused layers are cut into their checkpoint parts again. What is there as `layer.weight` is
 read as stored, and some of its columns are compared with what the GEMM computes. Where vLLM has given the weight
@@ -22,13 +23,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _CHUNK = 256  # one-hot rows per GEMM call
-_SAMPLED_COLUMNS = 16  # columns of a stored weight that are compared with the GEMM
+_SAMPLED_COLUMNS = 8  # columns of a stored weight that are compared with the GEMM
+_TOP = 20  # most probable tokens told at each place; the most that vLLM's server tells
 _PREFIXES = ("", "model.", "transformer.")  # what engines put before a checkpoint's names
 
 Reader = Callable[[], tuple[Tensor, str]]
@@ -49,12 +52,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(job: dict[str, Any]) -> Any:
-    from vllm import LLM
+    """The engine that these arguments and this environment start, in this process: its modules can be looked into."""
+    import vllm.entrypoints.llm as offline
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return LLM(
-        model=job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=4, enforce_eager=True,
-        enable_prefix_caching=False, seed=0, disable_log_stats=True,
-    )  # fmt: skip
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    arguments = parser.parse_args(["--model", job["model"], *job["arguments"]])
+    # Sizes of batches depend on what the engine is for: here, on what the server would be for.
+    offline.UsageContext = SimpleNamespace(LLM_CLASS=UsageContext.OPENAI_API_SERVER)
+    return offline.LLM.from_engine_args(EngineArgs.from_cli_args(arguments))
 
 
 def _versions() -> dict[str, str]:
@@ -202,16 +210,19 @@ def _dump(value: Tensor, path: Path) -> str:
     return str(path)
 
 
-def _logprobs(llm: Any, sequences: list[list[int]]) -> list[list[float]]:
-    """Log-probability of each token but the first, given those before it (NaN and infinities as they come)."""
+def _logprobs(llm: Any, sequences: list[list[int]]) -> list[list[dict[str, float]]]:
+    """Log-probabilities by token, of the token that comes and the likeliest, at each place but the first.
+
+    NaN and infinities as they come.
+    """
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": ids} for ids in sequences]
-    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=_TOP)
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [
-        [entry[token].logprob for token, entry in zip(ids[1:], out.prompt_logprobs[1:], strict=True)]
-        for ids, out in zip(sequences, outputs, strict=True)
+        [{str(token): found.logprob for token, found in place.items()} for place in out.prompt_logprobs[1:]]
+        for out in outputs
     ]
 
 

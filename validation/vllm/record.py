@@ -1,6 +1,7 @@
 """The record of a validation: what was compared, in which engine, and the verdict; written beside the export.
 
-It names the manifest's digest: a record says nothing about an export that has changed since.
+It names the manifest's digest: a record says nothing about an export that has changed since. The verdict follows from
+the gates, and each gate's two sides come from different places: files against the source's, the engine against torch.
 """
 
 from __future__ import annotations
@@ -9,23 +10,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from fp8pipe.artifact.record import ExportRejectedError, record_path, remove_record, write_record
+from fp8pipe.artifact import Comparison, Gate
+from fp8pipe.artifact.gate import none_of
 from fp8pipe.core.config import FrozenConfig
+from validation.record import EngineRecord
 
-__all__ = [
-    "CanaryAnswer",
-    "ExportRejectedError",
-    "LogprobReport",
-    "ValidationRecord",
-    "WeightReport",
-    "record_path",
-    "remove_record",
-    "write_record",
-]
-
-# 2: a checksum lies beside the record.
-RECORD_VERSION = 2
-Verdict = Literal["ACCEPT", "REJECT"]
+Verdict = Literal["ACCEPT", "CONSISTENT", "REJECT"]
 
 
 class WeightReport(FrozenConfig):
@@ -43,20 +33,24 @@ class WeightReport(FrozenConfig):
     read: dict[str, int] = Field(
         description="tensors by how they were read: as stored, from codes, or through the GEMM (sign of zero lost)"
     )
+    row_error: float | None = Field(
+        default=None,
+        description="of weights that the export rounded: a row's largest error, part of its bound; none if not asked",
+    )
 
-    @property
-    def failures(self) -> list[str]:
-        """What is wrong, in sentences."""
-        found = []
-        if self.differing or self.different:
-            found.append(
-                f"{self.differing} of {self.elements} weights differ ({self.differing_codes} FP8 codes), "
-                f"the first in {self.different[0]}"
-            )
-        if self.missing:
-            found.append(f"the engine holds no {self.missing[0]} ({len(self.missing)} tensor(s) missing)")
-        if self.gemm_differs:
-            found.append(f"the engine's GEMM disagrees with its own weight in {self.gemm_differs[0]}")
+    def gates(self, where: str) -> list[Gate]:
+        """What must hold, in the engine that `where` names."""
+        first = f"; the first in {self.different[0]}" if self.different else ""
+        detail = f"of {self.elements} ({self.differing_codes} FP8 codes){first}"
+        found = [
+            none_of(f"weights differing, {where}", max(self.differing, len(self.different)), detail),
+            none_of(f"tensors missing, {where}", len(self.missing), _first(self.missing)),
+            none_of(f"products that disagree with their weight, {where}", len(self.gemm_differs),
+                    _first(self.gemm_differs)),
+        ]  # fmt: skip
+        if self.row_error is not None:
+            detail = "error of the worst row against the source's floats, part of half a step"
+            found.append(_at_most(f"rounding of rows, {where}", self.row_error, 1.0, detail))
         return found
 
 
@@ -70,14 +64,11 @@ class LogprobReport(FrozenConfig):
     mean_logprob: float = Field(description="mean of the engine's log-probabilities, nats a token")
 
     @property
-    def failures(self) -> list[str]:
-        """What is wrong, in sentences."""
-        if self.tokens and self.max_abs_diff <= self.threshold:  # NaN fails
-            return []
-        return [
-            f"log-probabilities differ by up to {self.max_abs_diff:g} nats over {self.tokens} tokens "
-            f"(accepted: {self.threshold:g})"
-        ]
+    def gates(self) -> list[Gate]:
+        """What must hold."""
+        value = self.max_abs_diff if self.tokens else float("nan")
+        detail = f"nats, over {self.tokens} tokens"
+        return [_at_most("log-probabilities differ, in fp32", value, self.threshold, detail)]
 
 
 class CanaryAnswer(FrozenConfig):
@@ -92,21 +83,77 @@ class CanaryAnswer(FrozenConfig):
     )
 
 
-class ValidationRecord(FrozenConfig):
+class ServedReport(FrozenConfig):
+    """The engine as `serve` starts it, against torch models that compute in the same form and in fp32.
+
+    `noise` is measured between the two torch models, and the engine has no part in it.
+    """
+
+    form: str = Field(description="how the engine ran: device, dtype, compiled or eager, activations")
+    arguments: list[str] = Field(description="the arguments of vLLM's server")
+    variables: dict[str, str] = Field(description="the plugin's and vLLM's environment variables that were set")
+    weights: WeightReport = Field(description="weights read back, against values rounded once to the form's dtype")
+    tokens: int = Field(ge=0, description="places at which the next token's probabilities were compared")
+    noise_kl: float = Field(description="mean divergence of the form's torch model from the fp32 one, nats")
+    engine_kl: float = Field(description="mean divergence of the engine from the fp32 torch model, nats")
+    form_kl: float = Field(description="mean divergence of the engine from the form's torch model, nats")
+    bound_kl: float = Field(description="largest divergence accepted, nats; follows from the noise")
+    max_abs_diff: float = Field(description="largest difference of a scored log-probability from fp32, nats")
+    noise_margin: float = Field(description="largest change of the lead of a first choice between the torch models")
+    decided: int = Field(ge=0, description="places at which the fp32 model's lead is more than twice that")
+    decided_otherwise: int = Field(ge=0, description="of those, where the engine's first choice is another")
+    agreement: float = Field(description="part of all places at which engine and fp32 model choose the same token")
+    canary: list[CanaryAnswer] = Field(description="questions and answers")
+    load_s: float = Field(ge=0, description="time to load the engine, seconds")
+    total_s: float = Field(ge=0, description="time of the whole run, seconds")
+
+    @property
+    def gates(self) -> list[Gate]:
+        """What must hold."""
+        why = f"nats a token, mean over {self.tokens}; the noise between the torch models is {self.noise_kl:.3g}"
+        return [
+            *self.weights.gates("as served"),
+            _at_most("divergence from fp32, as served", self.engine_kl, self.bound_kl, why),
+            _at_most("divergence from the form in torch, as served", self.form_kl, self.bound_kl, why),
+            none_of("first choices that differ where they are decided, as served", self.decided_otherwise,
+                    f"of {self.decided} places of {self.tokens}; in all {self.agreement:.1%} agree"),
+        ]  # fmt: skip
+
+
+class ValidationRecord(EngineRecord):
     """One validation."""
 
-    schema_version: int = Field(default=RECORD_VERSION, description="version of this schema")
-    created: str = Field(description="UTC time, ISO 8601")
-    export: str = Field(description="name of the export's directory")
-    manifest_digest: str = Field(description="digest of the export's manifest when it was validated")
-    engine: str = Field(description="the engine's name")
-    dtype: str = Field(description="the engine's compute dtype during the validation")
+    # 3: gates, the source's files, and the form that serves.
+    schema_version: int = Field(default=3, description="version of this schema")
+    dtype: str = Field(description="the engine's compute dtype where all numbers are compared to the last bits")
     versions: dict[str, str] = Field(description="versions of the engine's packages")
-    weights: WeightReport = Field(description="weights read back")
-    logprobs: LogprobReport = Field(description="log-probabilities")
-    canary: list[CanaryAnswer] = Field(description="questions and answers")
-    chat_template: bool = Field(description="whether the questions went through the export's chat template")
-    load_s: float = Field(ge=0, description="time to load the engine, seconds")
-    peak_rss_bytes: int = Field(ge=0, description="largest resident memory of the engine, bytes")
+    reference: Literal["export", "source"] = Field(description="what everything was compared with")
+    source_digest: str | None = Field(default=None, description="the source's digest; none without one")
+    changed: list[str] = Field(description="keys of config.json that the export changed on purpose")
+    weights: WeightReport | None = Field(default=None, description="weights read back; none of no engine that ran")
+    logprobs: LogprobReport | None = Field(default=None, description="log-probabilities")
+    canary: list[CanaryAnswer] = Field(default_factory=list, description="questions and answers")
+    served: ServedReport | None = Field(default=None, description="the same engine as `serve` starts it")
+    chat_template: bool = Field(default=False, description="whether the questions went through the chat template")
+    load_s: float = Field(default=0.0, ge=0, description="time to load the engine, seconds")
+    peak_rss_bytes: int = Field(default=0, ge=0, description="largest resident memory of the engine, bytes")
+    gates: list[Gate] = Field(description="the comparisons with their thresholds")
+    proved: list[str] = Field(description="what holds, in words")
+    not_proved: list[str] = Field(description="what was not tried, and why")
     reasons: list[str] = Field(description="why it was rejected; empty when accepted")
-    verdict: Verdict = Field(description="ACCEPT or REJECT")
+    verdict: Verdict = Field(description="ACCEPT; CONSISTENT where the source was not at hand; REJECT")
+
+
+def wrong_answers(answers: list[CanaryAnswer], where: str) -> Gate:
+    """None may be wrong."""
+    wrong = [f"{a.prompt!r} is {a.verdict}: {a.answer!r}" for a in answers if a.verdict != "ok"]
+    detail = f"of {len(answers)}" + (f"; {'; '.join(wrong)}" if wrong else "")
+    return none_of(f"wrong answers, {where}", len(wrong), detail)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
+    return Gate(name=name, value=value, comparison=Comparison.AT_MOST, threshold=threshold, detail=detail)

@@ -1,36 +1,47 @@
-"""The torch side of a validation: a transformers model in fp32 with the export's dequantized weights.
+"""The torch side of a validation: transformers models with the numbers that the engine ought to hold.
 
-Both sides compute the same formulas on the same weights (no activation quantization), so they agree to fp32
-rounding. Comparing W8A8 arithmetic token by token would prove nothing: rounding flips spread through a deep network.
+In fp32 both sides compute the same formulas on the same weights (no activation is rounded), so they agree to fp32
+rounding, and a difference of 0.001 nats tells a fault. In the form that serves they cannot: bf16 sums depend on their
+order, and rounded activations flip. So there are two torch models, one in fp32 and one that rounds as the form does.
+What lies between them is the form's own noise, measured without the engine; the engine, whose rounding is another
+draw of the same noise, may lie twice as far (a divergence four times as large, which grows with the square).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from exporters.vllm.read import load_torch_model
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.structure import build_model
+from fp8pipe.numerics.bf16 import widen_bf16_products
+from fp8pipe.numerics.plain import grid_numbers
 from validation.vllm.record import CanaryAnswer, LogprobReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Reference", "chat_ids", "load_tokenizer"]
 
 # Below this gap between the two best choices either is greedy: engines add in different orders.
-_TIE_NATS = 1e-3
-_DEGENERATE_FROM = 6  # tokens; a shorter answer may well repeat itself
-_DEGENERATE_SHARE = 0.9
+TIE_NATS: Final = 1e-3
+_DEGENERATE_FROM: Final = 6  # tokens; a shorter answer may well repeat itself
+_DEGENERATE_SHARE: Final = 0.9
+_NOISE_FACTOR: Final = 4.0
+_TOLD: Final = 20  # tokens that the engine tells at each place
+# What differences of TIE_NATS amount to (half their square), for forms that do not round at all.
+_KL_FLOOR: Final = 1e-6
+
+Answer = dict[str, Any]
+Places = Sequence[Sequence[Mapping[str, float | str]]]  # of each sequence, log-probabilities by token
 
 
-def load_tokenizer(export: Path) -> Any:
-    """The export's own tokenizer."""
-    return import_transformers().AutoTokenizer.from_pretrained(str(export), local_files_only=True)
+def load_tokenizer(source: Path) -> Any:
+    """The tokenizer of a directory."""
+    return import_transformers().AutoTokenizer.from_pretrained(str(source), local_files_only=True)
 
 
 def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -41,14 +52,29 @@ def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 class Reference:
-    """The fp32 model and the two comparisons with it.
+    """A torch model, fp32 until `take_form`.
 
     Args:
-        export: directory of an export to vLLM.
+        source: directory whose config.json names the model.
+        weights: by checkpoint name, in the orientation stored; fp32.
     """
 
-    def __init__(self, export: Path) -> None:
-        self.model: PreTrainedModel = load_torch_model(export, torch.float32)
+    def __init__(self, source: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+        widen_bf16_products()
+        self.model: PreTrainedModel = build_model(source, dict(weights), torch.float32)
+
+    def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = ()) -> None:
+        """Compute as the form does from here on.
+
+        Args:
+            dtype: of parameters and activations; weights are rounded to it once.
+            rounded: layers whose inputs are rounded to E4M3, one scale a token.
+        """
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        modules = dict(self.model.named_modules())
+        for name in rounded:
+            modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]), *args[1:]))
 
     @torch.inference_mode()
     def logprobs(self, ids: Sequence[int]) -> Tensor:
@@ -56,50 +82,110 @@ class Reference:
         logits = self.model(input_ids=torch.tensor([list(ids)])).logits[0]  # (L, V)
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def compare(
-        self, sequences: Sequence[Sequence[int]], engine: Sequence[Sequence[float | str]], threshold: float
-    ) -> LogprobReport:
-        """Score `sequences` and compare with the engine's scores (of each token but the first)."""
-        differences, scores = [], []
-        for ids, theirs in zip(sequences, engine, strict=True):
-            targets = torch.tensor(list(ids[1:]))
-            ours = self.logprobs(ids)[:-1].gather(1, targets[:, None])[:, 0]
-            scores.append(torch.tensor([float(value) for value in theirs]))
-            differences.append((ours - scores[-1]).abs())
-        all_differences, all_scores = torch.cat(differences), torch.cat(scores)
-        return LogprobReport(
-            tokens=all_differences.numel(),
-            max_abs_diff=float(all_differences.max()),
-            mean_abs_diff=float(all_differences.mean()),
-            threshold=threshold,
-            mean_logprob=float(all_scores.mean()),
-        )
+    def gaps(self, prompt_ids: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """How far each token of an answer is behind this model's first choice, nats."""
+        if not tokens:
+            return []
+        table = self.logprobs([*prompt_ids, *tokens])[len(prompt_ids) - 1 : -1]  # (answer, V)
+        chosen = table.gather(1, torch.tensor(list(tokens))[:, None])[:, 0]
+        return [float(gap) for gap in table.amax(dim=1) - chosen]
 
-    def judge(self, prompt: str, prompt_ids: Sequence[int], answer: dict[str, Any]) -> CanaryAnswer:
-        """Judge one answer of the engine.
 
-        Args:
-            prompt: the question.
-            prompt_ids: its tokens by the export's tokenizer and template.
-            answer: the probe's `prompt_ids`, `token_ids` and `text`.
-        """
-        tokens: list[int] = answer["token_ids"]
-        same_prompt = list(prompt_ids) == list(answer["prompt_ids"])
-        agreeing = self._agreeing(list(prompt_ids), tokens) if same_prompt and tokens else 0
-        return CanaryAnswer(
-            prompt=prompt,
-            answer=answer["text"],
-            tokens=len(tokens),
-            agreeing_tokens=agreeing,
-            verdict=_verdict(answer["text"], tokens, same_prompt, agreeing),
-        )
+def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence[float], tie: float) -> CanaryAnswer:
+    """Judge one answer of the engine.
 
-    def _agreeing(self, prompt_ids: list[int], tokens: list[int]) -> int:
-        """Leading tokens that are this model's greedy choice; a tie counts as agreement."""
-        table = self.logprobs(prompt_ids + tokens)[len(prompt_ids) - 1 : -1]  # (answer, V)
-        chosen = table.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        greedy = (table.amax(dim=1) - chosen) <= _TIE_NATS
-        return len(tokens) if bool(greedy.all()) else int((~greedy).nonzero()[0])
+    Args:
+        prompt: the question.
+        prompt_ids: its tokens by the source's tokenizer and template.
+        answer: the probe's `prompt_ids`, `token_ids` and `text`.
+        gaps: of its tokens, from `Reference.gaps`.
+        tie: a choice that is behind the first one by no more is as good, nats.
+    """
+    tokens: list[int] = answer["token_ids"]
+    same_prompt = list(prompt_ids) == list(answer["prompt_ids"])
+    behind = next((place for place, gap in enumerate(gaps) if not gap <= tie), len(tokens))
+    agreeing = behind if same_prompt else 0
+    return CanaryAnswer(
+        prompt=prompt,
+        answer=answer["text"],
+        tokens=len(tokens),
+        agreeing_tokens=agreeing,
+        verdict=_verdict(answer["text"], tokens, same_prompt, agreeing),
+    )
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """To E4M3 and back, one scale a token: `amax / 448`, floored as in the engine's kernels; shape and dtype kept."""
+    wide = values.float()
+    scale = (wide.abs().amax(dim=-1, keepdim=True) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    return (grid_numbers(wide / scale) * scale).to(values.dtype)
+
+
+def compare_logprobs(
+    ours: Sequence[Tensor], sequences: Sequence[Sequence[int]], engine: Places, threshold: float
+) -> LogprobReport:
+    """The engine's scores of each token but the first, against those of `Reference.logprobs`."""
+    differences, scores = [], []
+    for table, ids, places in zip(ours, sequences, engine, strict=True):
+        targets = torch.tensor(list(ids[1:]))
+        expected = table[:-1].gather(1, targets[:, None])[:, 0]
+        scores.append(torch.tensor([float(place[str(t)]) for t, place in zip(ids[1:], places, strict=True)]))
+        differences.append((expected - scores[-1]).abs())
+    all_differences, all_scores = torch.cat(differences), torch.cat(scores)
+    return LogprobReport(
+        tokens=all_differences.numel(),
+        max_abs_diff=float(all_differences.max()),
+        mean_abs_diff=float(all_differences.mean()),
+        threshold=threshold,
+        mean_logprob=float(all_scores.mean()),
+    )
+
+
+def served_figures(exact: Sequence[Tensor], form: Sequence[Tensor], engine: Places) -> dict[str, Any]:
+    """The figures of `ServedReport` that follow from log-probabilities.
+
+    Args:
+        exact: of each sequence, those of the fp32 model `(L, V)`.
+        form: those of the model that rounds as the form does.
+        engine: those of the engine, of the likeliest tokens; the first at place 1.
+    """
+    true, rounded = torch.cat([t[:-1] for t in exact]), torch.cat([t[:-1] for t in form])  # (places, V)
+    places = [place for sequence in engine for place in sequence]
+    likeliest = rounded.topk(min(_TOLD, rounded.shape[1]))  # what an engine of these numbers would tell
+    told = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    noise = _mean_divergence(true, [dict(zip(map(str, tokens), values, strict=True)) for tokens, values in told])
+    first, second = true.topk(2).indices.T
+    lead = _lead(true, first, second)
+    margin = float((lead - _lead(rounded, first, second)).abs().max())
+    chosen = torch.tensor([int(max(place, key=lambda token: float(place[token]))) for place in places])
+    decided, other = lead > 2 * margin, chosen != first
+    return {
+        "tokens": len(places),
+        "noise_kl": noise,
+        "engine_kl": _mean_divergence(true, places),
+        "form_kl": _mean_divergence(rounded, places),
+        "bound_kl": _NOISE_FACTOR * noise + _KL_FLOOR,
+        "noise_margin": margin,
+        "decided": int(decided.sum()),
+        "decided_otherwise": int((decided & other).sum()),
+        "agreement": 1.0 - float(other.float().mean()),
+    }
+
+
+def _lead(table: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return table.gather(1, first[:, None])[:, 0] - table.gather(1, second[:, None])[:, 0]
+
+
+def _mean_divergence(table: Tensor, places: Sequence[Mapping[str, float | str]]) -> float:
+    """Mean over places of KL(torch, engine), the tokens that the engine does not tell taken as one; NaN stays NaN."""
+    found = []
+    for ours, place in zip(table.double(), places, strict=True):
+        told = torch.tensor([int(token) for token in place])
+        theirs = torch.tensor([float(value) for value in place.values()], dtype=torch.float64)
+        p, q = ours[told].exp(), theirs.exp()
+        rest_p, rest_q = (1 - p.sum()).clamp(min=1e-12), (1 - q.sum()).clamp(min=1e-12)
+        found.append((p * (ours[told] - theirs)).sum() + rest_p * (rest_p / rest_q).log())
+    return float(torch.stack(found).mean())
 
 
 def _verdict(text: str, tokens: list[int], same_prompt: bool, agreeing: int) -> Any:

@@ -1,50 +1,35 @@
-"""Prove that what vLLM serves is what was exported, in the engine itself.
+"""Prove that what vLLM serves is what was trained, in the engine itself.
 
-Three comparisons, in fp32, of one export: every weight read back from inside the loaded engine, bit for bit;
-teacher-forced log-probabilities against a torch model built from the same codes; and a few answers through the
-chat template, which must be the torch model's greedy answers. The verdict and all figures go into a record beside
-the export; a rejection is an error after the record is written.
+First the files beside the weights and config.json, against the source's. Then two engines. One in fp32, where nothing
+is rounded: every weight read back, bit for bit, log-probabilities against a torch model of the source's numbers, and a
+few answers through the chat template, which must be that model's greedy ones. The other as `serve` starts it: the same
+arguments and environment, every weight read back after its one rounding, log-probabilities against torch models that
+round as it does. The verdict and all figures go into a record beside the export; a rejection is an error after that.
 """
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import load_file
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
-from fp8pipe.artifact import Artifact
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
-from fp8pipe.core.progress import table, track
-from validation.vllm.engine import ProbeJob, run_probe
-from validation.vllm.expected import ExpectedWeights, count_differences, open_export
-from validation.vllm.record import ExportRejectedError, ValidationRecord, WeightReport, remove_record, write_record
-from validation.vllm.reference import Reference, chat_ids, load_tokenizer
+from exporters.vllm.form import ServingForm
+from exporters.vllm.target import KIND
+from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact.record import remove_record
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.progress import table
+from validation.parents import parent_at_hand
+from validation.record import concluded
+from validation.vllm.comparison import LOGPROB_THRESHOLD, Case, compare
+from validation.vllm.expected import plan_of
+from validation.vllm.record import ValidationRecord
 
-__all__ = ["CANARY_PROMPTS", "LOGPROB_THRESHOLD", "validate_export"]
-
-logger = logging.getLogger(__name__)
-
-# fp32 engines that add in different orders differ by some 1e-5 nats on a model of 30 layers; a single wrong scale
-# moves log-probabilities by tenths.
-LOGPROB_THRESHOLD = 1e-3
 CANARY_PROMPTS = (
     "What is the capital of France?",
     "Name three primary colours.",
     "Write one short sentence about the sea.",
 )
-_TEXTS = (
-    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
-    "Water boils at 100 degrees Celsius at sea level; on a mountain it boils at a lower temperature.",
-    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))  # 5\n",
-)
-_LONGEST_SEQUENCE = 96  # tokens
-_LONGEST_CONTEXT = 1024  # tokens
 
 
 def validate_export(
@@ -52,6 +37,7 @@ def validate_export(
     *,
     vllm_python: str | None = None,
     against: Path | None = None,
+    form: ServingForm | None = None,
     prompts: Sequence[str] = CANARY_PROMPTS,
     max_tokens: int = 16,
     timeout_s: float = 3600.0,
@@ -61,13 +47,15 @@ def validate_export(
     Args:
         export: the export's directory.
         vllm_python: vLLM's interpreter; found when None (see `environment.find_vllm_python`).
-        against: the falqon artifact it was made from; then weights are compared with that artifact's.
+        against: what it was made from; looked for where its manifest says and beside it when None. Where it is not
+            at hand the export is held against its own word, and the verdict is CONSISTENT at best.
+        form: how the service starts vLLM; as `serve` does without options when None.
         prompts: questions to ask.
         max_tokens: longest answer, tokens (1 or more).
-        timeout_s: longest time for the engine, seconds.
+        timeout_s: longest time for an engine, seconds.
 
     Returns:
-        The record, of verdict ACCEPT.
+        The record, of verdict ACCEPT or CONSISTENT.
 
     Raises:
         ConfigurationError: no prompts, or `against` is not the export's parent.
@@ -75,30 +63,31 @@ def validate_export(
         MissingCapabilityError: no vLLM, one that runs on a GPU, or its CPU plugin is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
-    _check_request(prompts, max_tokens)
-    artifact = open_export(Path(export))
-    expected = ExpectedWeights(artifact, against)
+    asked = form or ServingForm()
+    _check_request(prompts, max_tokens, asked)
+    artifact = open_artifact(Path(export), kind=KIND)
+    source = against or parent_at_hand(artifact)
+    plan = None if source is None else plan_of(artifact, source)
     environment = inspect_environment(find_vllm_python(vllm_python))
     _require_cpu(environment)
     _require_plugin(environment, artifact)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
-    record = _validate(artifact, expected, environment, prompts, max_tokens, timeout_s)
-    path = write_record(record, artifact.root)
-    if record.verdict == "REJECT":
-        raise ExportRejectedError(
-            f"vLLM does not serve what {artifact.root} holds",
-            why="; ".join(record.reasons),
-            fix=f"do not deploy it; the figures are in {path}",
-            record=record,
-        )
-    return record
+    chosen = asked.settled(on_cpu=environment.on_cpu)
+    record = compare(Case(artifact, plan, environment, chosen, tuple(prompts), max_tokens, timeout_s))
+    return concluded(record, artifact, record.reasons, f"vLLM does not serve what {artifact.root} holds")
 
 
-def _check_request(prompts: Sequence[str], max_tokens: int) -> None:
+def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -> None:
     if not prompts or max_tokens < 1:
         raise ConfigurationError(
             "a validation asks at least one question and allows at least one token",
             why=f"{len(prompts)} prompt(s), max_tokens {max_tokens}",
+        )
+    if form.dtype == "auto" or (form.tensor_parallel_size or 1) > 1:
+        raise ConfigurationError(
+            "this form of serving cannot be validated",
+            why="vLLM chooses the dtype" if form.dtype == "auto" else "weights are read in one process alone",
+            fix="name the dtype, and one device",
         )
 
 
@@ -123,119 +112,22 @@ def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
         )
 
 
-def _validate(
-    artifact: Artifact,
-    expected: ExpectedWeights,
-    environment: VllmEnvironment,
-    prompts: Sequence[str],
-    max_tokens: int,
-    timeout_s: float,
-) -> ValidationRecord:
-    tokenizer = load_tokenizer(artifact.root)
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    prompt_ids = [chat_ids(tokenizer, p) if chat else list(tokenizer(p)["input_ids"]) for p in prompts]
-    sequences = [list(tokenizer(text)["input_ids"])[:_LONGEST_SEQUENCE] for text in _TEXTS] + prompt_ids
-    job = ProbeJob(
-        model=str(artifact.root.absolute()),
-        tensors=_digests(expected),
-        sequences=[ids for ids in sequences if len(ids) > 1],
-        prompts=list(prompts),
-        chat=chat,
-        max_tokens=max_tokens,
-        max_model_len=_context_length(artifact.root, max(map(len, sequences)) + max_tokens),
-    )
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump:
-        result = run_probe(job, environment, Path(dump), timeout_s=timeout_s)
-        weights = _compare_weights(expected, result["weights"])
-    reference = Reference(artifact.root)
-    logprobs = reference.compare(job.sequences, result["logprobs"], LOGPROB_THRESHOLD)
-    judged = zip(prompts, prompt_ids, result["answers"], strict=True)
-    canary = [reference.judge(prompt, ids, answer) for prompt, ids, answer in judged]
-    wrong = [f"the answer to {c.prompt!r} is {c.verdict}: {c.answer!r}" for c in canary if c.verdict != "ok"]
-    reasons = weights.failures + logprobs.failures + wrong
-    return ValidationRecord(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        export=artifact.root.absolute().name,
-        manifest_digest=artifact.digest,
-        engine="vllm",
-        dtype=job.dtype,
-        versions={**environment.versions, **result["versions"]},
-        weights=weights,
-        logprobs=logprobs,
-        canary=canary,
-        chat_template=chat,
-        load_s=round(result["load_s"], 3),
-        peak_rss_bytes=result["peak_rss_bytes"],
-        reasons=reasons,
-        verdict="REJECT" if reasons else "ACCEPT",
-    )
-
-
-def _digests(expected: ExpectedWeights) -> dict[str, dict[str, Any]]:
-    digests = {}
-    with track(len(expected.names), "hash weights") as progress:
-        for tensor in expected:
-            digests[tensor.name] = tensor.digests()
-            progress.advance(1)
-    return digests
-
-
-def _context_length(export: Path, needed: int) -> int:
-    """The model's own context, at most 1024 tokens: a small cache, a fast start."""
-    from fp8pipe.models.language.structure import load_config
-
-    own = getattr(load_config(export), "max_position_embeddings", None) or _LONGEST_CONTEXT
-    if needed > own:
-        raise BadArtifactError(
-            f"{export} has a context of {own} tokens",
-            why=f"the validation needs {needed}",
-            fix="ask shorter questions, or allow shorter answers",
-        )
-    return max(needed, min(int(own), _LONGEST_CONTEXT))
-
-
-def _compare_weights(expected: ExpectedWeights, found: dict[str, dict[str, Any]]) -> WeightReport:
-    """Turn the probe's findings into counts; only tensors that differ are looked at again."""
-    elements = differing = differing_codes = layers = 0
-    read: dict[str, int] = {}
-    different, missing = [], []
-    for name in expected.names:
-        finding = found[name]
-        if finding["status"] == "missing":
-            missing.append(name)
-            continue
-        tensor = expected.read(name)
-        actual = tensor.value if finding["status"] == "match" else load_file(finding["file"])["value"]
-        bits, codes = count_differences(tensor, actual)
-        if finding["status"] != "match":
-            different.append(name)
-        elements += tensor.value.numel()
-        layers += int(tensor.codes is not None)
-        differing, differing_codes = differing + bits, differing_codes + codes
-        read[finding["read"]] = read.get(finding["read"], 0) + 1
-    return WeightReport(
-        reference="export" if expected.reference == "export" else "source",
-        layers=layers,
-        tensors=len(expected.names) - len(missing),
-        elements=elements,
-        differing=differing,
-        differing_codes=differing_codes,
-        different=different,
-        missing=missing,
-        gemm_differs=[name for name, finding in found.items() if finding.get("gemm_differs")],
-        read=read,
-    )
-
-
 def describe(export: Path, record: ValidationRecord) -> str:
     """The record for people."""
-    weights, logprobs = record.weights, record.logprobs
-    rows = [
-        ("weights read back",
-         f"{weights.elements:,} elements of {weights.tensors} tensors, against the {weights.reference}"),
-        ("weights differing", f"{weights.differing}"),
-        ("FP8 codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
-        ("log-probabilities", f"largest difference {logprobs.max_abs_diff:.1e} nats over {logprobs.tokens} tokens"),
-        *((f"asked: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in record.canary),
-    ]  # fmt: skip
-    return f"{record.verdict}  {export} in {record.engine} {record.versions.get(record.engine, '')}\n{table(rows)}"
+    rows = [("compared with", "the source" if record.reference == "source" else "the export itself: see below")]
+    weights, logprobs, served = record.weights, record.logprobs, record.served
+    if weights is not None and logprobs is not None and served is not None:
+        rows += [
+            ("weights read back", f"{weights.elements:,} elements of {weights.tensors} tensors, in fp32 and as served"),
+            ("weights differing", f"{weights.differing} in fp32, {served.weights.differing} as served"),
+            ("FP8 codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
+            ("log-probabilities", f"largest difference {logprobs.max_abs_diff:.1e} nats over {logprobs.tokens} tokens"),
+            ("as served", served.form),
+            ("its divergence", f"{served.engine_kl:.1e} nats a token (accepted: {served.bound_kl:.1e}); "
+                               f"first choices agree at {served.agreement:.1%} of {served.tokens} places"),
+            *((f"asked: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in record.canary),
+            *((f"as served: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in served.canary),
+        ]  # fmt: skip
+    lines = [f"{record.verdict}  {export} in {record.engine} {record.versions.get(record.engine, '')}", table(rows)]
+    lines += [f"  rejected: {reason}" for reason in record.reasons]
+    return "\n".join([*lines, *(f"  not proved: {text}" for text in record.not_proved)])

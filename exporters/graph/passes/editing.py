@@ -13,23 +13,13 @@ from torch import Tensor
 
 from exporters.graph.trace import Product
 
-__all__ = [
-    "Change", "add_initializer", "as_array", "cast", "cast_outputs", "drop_unused", "hand_over", "insert",
-    "quantize_value", "stored_bias", "take_weight",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one pass did, so that a caller can count, report and refuse.
+    """What one pass did, so that a caller can count, report and refuse."""
 
-    Attributes:
-        name: the pass.
-        changed: names of the layers, sites or nodes it rewrote, in its order.
-    """
-
-    name: str
-    changed: tuple[str, ...]
+    name: str  # the pass
+    changed: tuple[str, ...]  # names of the layers, sites or nodes it rewrote, in its order
 
 
 def add_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
@@ -68,16 +58,8 @@ def insert(
 ) -> ir.Value:  # fmt: skip
     """The output of a new node.
 
-    Args:
-        graph: changed in place.
-        before: the node it stands before; None for the end.
-        op: the operator.
-        inputs: of the node.
-        name: of the node.
-        output: the name of its output.
-        like: what has the output's shape, and its type unless `dtype` is given; None for no shape.
-        dtype: of the output.
-        attributes: of the node.
+    It stands before a node, or at the end when `before` is None. `like` has the output's shape, and its type unless
+    `dtype` is given; None for no shape.
     """
     node = ir.node(op, inputs, attributes, name=name)
     value = node.outputs[0]
@@ -113,16 +95,9 @@ def quantize_value(
 ) -> ir.Value:  # fmt: skip
     """The rounded form of a value: `[Clip,] QuantizeLinear, DequantizeLinear`, named after the site.
 
-    Args:
-        graph: changed in place.
-        before: the node that reads it.
-        value: float.
-        site: the pair's name.
-        scale: of the codes, a number.
-        dtype: numpy's type of the codes.
-        bounds: smallest and largest number of a Clip before it, None where it has none; without any there is no Clip.
-        axis: written into both nodes; not when None.
-        to: type of the result; the value's own when None.
+    `scale` is a number, `dtype` numpy's type of the codes. `bounds` are the smallest and largest number of a Clip
+    before it, None where it has none; without any there is no Clip. `axis` is written into both nodes, unless None; the
+    result has the value's own type when `to` is None.
     """
     stored = add_initializer(graph, f"{site}/scale", np.array(scale, np.float32))
     zero = add_initializer(graph, f"zero_{dtype.name}", np.zeros((), dtype))

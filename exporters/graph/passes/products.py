@@ -1,4 +1,4 @@
-"""Passes: what is a matrix product with something around it becomes a MatMul and the rest.
+"""Passes: products are plain MatMuls, named after their layers; and nothing of the machine that exported them stays.
 
 `split_gemms`: engines run a quantized MatMul on integers and add a float bias afterwards; a quantized Gemm has to have
 a quantized bias, or none of it is integer. So no product keeps its bias inside.
@@ -7,19 +7,21 @@ a quantized bias, or none of it is integer. So no product keeps its bias inside.
 once by one matrix. Engines have few kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the builder
 silently takes half precision), and every kernel for products. Pixels are rearranged before their quantizer, which works
 number by number: the codes are the same ones, in another order.
+
+`name_products`: names are how everything after the export (comparison, engine reports, people) finds a layer again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.passes.editing import Change, add_initializer, drop_unused, hand_over
-from exporters.graph.trace import FloatGraph, Product, ProductKind
-
-__all__ = ["split_gemms", "unfold_patches"]
+from exporters.graph.passes.editing import Change, add_initializer, drop_unused, hand_over, insert, stored_bias
+from exporters.graph.trace import SUFFIXES, FloatGraph, Product, ProductKind, stored_array
+from fp8pipe.core.version import __version__
 
 
 def split_gemms(traced: FloatGraph) -> Change:
@@ -40,10 +42,9 @@ def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
         raise ValueError(f"{gemm.name} is no product with a bias alone")
     x, weight = gemm.inputs[0], gemm.inputs[1]
     assert weight is not None
-    assert weight.const_value is not None
     stored = weight
     if attributes.get_int("transB", 0):
-        weight = add_initializer(graph, f"{product.name}.weight_t", np.ascontiguousarray(weight.const_value.numpy().T))
+        weight = add_initializer(graph, f"{product.name}.weight_t", np.ascontiguousarray(stored_array(weight).T))
     output = gemm.outputs[0]
     matmul = ir.node("MatMul", [x, weight], name=gemm.name)
     matmul.metadata_props.update(gemm.metadata_props)
@@ -97,24 +98,39 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
     assert pixels is not None
     assert pixels.shape is not None
     assert weight is not None
-    assert weight.const_value is not None
-    array = weight.const_value.numpy()
+    array = stored_array(weight)
     out, channels, high, wide = array.shape
     rows, columns = int(pixels.shape[2]) // high, int(pixels.shape[3]) // wide  # type: ignore[arg-type]
     name = product.name
-    chain = _Chain(graph, conv, name)
-    split = chain.reshape(pixels, "split", (0, channels, rows, high, columns, wide))
-    patches = chain.reshape(
-        chain.transpose(split, "gather", (0, 2, 4, 1, 3, 5)), "patches", (0, rows * columns, channels * high * wide)
-    )
+    batch, places, inputs = pixels.shape[0], rows * columns, channels * high * wide
+
+    def add(
+        op: str, operands: Sequence[ir.Value | None], what: str, sides: Sequence[Any] | None, **form: Any
+    ) -> ir.Value:
+        """A value called `NAME/what`, of the convolution's type, before the convolution."""
+        called = f"{name}/{what}"
+        value = insert(graph, conv, op, operands, called, called, conv.outputs[0], attributes=form)
+        value.shape = None if sides is None else ir.Shape(sides)
+        return value
+
+    def reshape(value: ir.Value, what: str, *sides: int) -> ir.Value:
+        """The batch stays."""
+        stored = add_initializer(graph, f"{name}/{what}/shape", np.array((0, *sides), np.int64))
+        return add("Reshape", [value, stored], what, (batch, *sides))
+
+    split = reshape(pixels, "split", channels, rows, high, columns, wide)
+    gathered = batch, rows, columns, channels, high, wide
+    patches = reshape(add("Transpose", [split], "gather", gathered, perm=(0, 2, 4, 1, 3, 5)), "patches", places, inputs)
     matrix = add_initializer(graph, f"{name}.weight_t", np.ascontiguousarray(array.reshape(out, -1).T))
-    matmul = chain.add("MatMul", [patches, matrix], "product")
+    result = add("MatMul", [patches, matrix], "product", None)
+    matmul = result.producer()
+    assert matmul is not None
     matmul.metadata_props.update(conv.metadata_props)
-    result = matmul.outputs[0]
     if len(conv.inputs) > 2 and conv.inputs[2] is not None:
-        result = chain.add("Add", [result, conv.inputs[2]], "biased").outputs[0]
-    result.shape = ir.Shape([pixels.shape[0], rows * columns, out])
-    image = chain.reshape(chain.transpose(result, "channels", (0, 2, 1)), "image", (0, out, rows, columns))
+        result = add("Add", [result, conv.inputs[2]], "biased", None)
+    result.shape = ir.Shape([batch, places, out])
+    turned = add("Transpose", [result], "channels", (batch, out, places), perm=(0, 2, 1))
+    image = reshape(turned, "image", out, rows, columns)
     image.shape = conv.outputs[0].shape
     hand_over(conv.outputs[0], image)
     graph.remove(conv, safe=True)
@@ -122,31 +138,49 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
     return matmul
 
 
-class _Chain:
-    """Adds nodes before one node."""
+def name_products(traced: FloatGraph) -> Change:
+    """Name products and their bias after their layers: `NAME/MatMul`, `NAME/Add`, `NAME/qk`, ..."""
+    for product in traced.products:
+        product.node.name = product.name + SUFFIXES[product.kind]
+        output = product.node.outputs[0]
+        if product.kind is ProductKind.LINEAR:
+            add = stored_bias(product.node)
+            if add is not None:
+                add.name = f"{product.name}/Add"
+                _name(output, f"{product.name}/product")
+                output = add.outputs[0]
+        suffix = "/logits" if product.kind is ProductKind.QK else "/output"
+        _name(output, product.name + suffix)
+    return Change("name_products", tuple(product.name for product in traced.products))
 
-    def __init__(self, graph: ir.Graph, before: ir.Node, name: str) -> None:
-        self._graph, self._before, self._name = graph, before, name
-        self._type = before.outputs[0].type
 
-    def add(self, op: str, inputs: Sequence[ir.Value | None], what: str, **attributes: Sequence[int]) -> ir.Node:
-        """A node whose output is called `NAME/what`."""
-        node = ir.node(op, list(inputs), attributes, name=f"{self._name}/{what}")
-        node.outputs[0].name, node.outputs[0].type = f"{self._name}/{what}", self._type
-        self._graph.insert_before(self._before, node)
-        return node
+def strip_metadata(model: ir.Model) -> Change:
+    """Drop the exporter's notes (they hold paths of this machine), dead nodes and dead tensors."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    def reshape(self, value: ir.Value, what: str, shape: tuple[int, ...]) -> ir.Value:
-        """0 keeps a side."""
-        stored = add_initializer(self._graph, f"{self._name}/{what}/shape", np.array(shape, np.int64))
-        found = self.add("Reshape", [value, stored], what).outputs[0]
-        batch = value.shape[0] if value.shape is not None else None
-        found.shape = ir.Shape([batch, *shape[1:]])
-        return found
+    stripped = []
+    for node in model.graph:
+        if node.metadata_props or node.doc_string:
+            stripped.append(node.name or "")
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for holder in (model, model.graph):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+    RemoveUnusedNodesPass()(model)
+    for name in list(model.graph.initializers):
+        if name.startswith("model."):
+            model.graph.initializers[name].name = name.removeprefix("model.")
+    model.producer_name, model.producer_version = "fp8pipe", __version__
+    model.graph.name = "vision_transformer"
+    return Change("strip_metadata", tuple(stripped))
 
-    def transpose(self, value: ir.Value, what: str, order: tuple[int, ...]) -> ir.Value:
-        """Axes in another order."""
-        found = self.add("Transpose", [value], what, perm=order).outputs[0]
-        assert value.shape is not None
-        found.shape = ir.Shape([value.shape[axis] for axis in order])
-        return found
+
+def _name(value: ir.Value, name: str) -> None:
+    """Outputs of the whole graph keep their name."""
+    if not value.is_graph_output():
+        value.name = name

@@ -1,9 +1,12 @@
-"""Static activation scales: what every linear reads on real text, as exact counts, and a power of two from them.
+"""Static activation scales from what every linear reads on real text, and how well a model predicts with them.
 
-The counts are by the 15 bits of a magnitude in bfloat16: one pass, any order, a fixed size, and clipping, percentiles
-and squared errors of any scale follow afterwards. The scale is a power of two: dividing by it rounds nothing, so the
-codes are the same whether an engine divides in half precision or in single. That costs less than one of E4M3's 18
-binades. Where a scale comes from `amax`, nothing that was seen is clipped.
+Magnitudes are counted exactly, by their 15 bits in bfloat16: one pass, any order, a fixed size, and clipping,
+percentiles and squared errors of any scale follow afterwards. The scale is a power of two: dividing by it rounds
+nothing, so the codes are the same whether an engine divides in half precision or in single. That costs less than one of
+E4M3's 18 binades. Where a scale comes from `amax`, nothing that was seen is clipped.
+
+The artifact is served with one dynamic scale per token. Static scales are another function, so no comparison of codes
+can prove that they serve; a perplexity of held-out answers can.
 """
 
 from __future__ import annotations
@@ -18,13 +21,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from exporters.tensorrt.language.options import Calibration
-from exporters.tensorrt.language.target import InputScale
+from exporters.tensorrt.language.target import Calibration, InputScale
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.text import Encoded
-from fp8pipe.numerics.grids import E4M3
-
-__all__ = ["InputCounts", "count_inputs", "pre_hooks", "scales_by_layer", "static_scale"]
+from fp8pipe.models.language.text import IGNORED, Encoded
+from fp8pipe.numerics.grids import E4M3, amax_scale
 
 _BINS: Final = 1 << 15  # bfloat16 without its sign
 _CLIPPED: Final = 1e-5  # share of values that `percentile` may clip
@@ -35,15 +35,11 @@ _SMALLEST, _LARGEST = -24, 15
 
 @dataclass(slots=True)
 class InputCounts:
-    """Magnitudes that one input took.
+    """Magnitudes that one input took."""
 
-    Attributes:
-        counts: `(32768,)` int64, by bfloat16 bits of the magnitude.
-        amax: the largest, exact.
-    """
-
+    # `(32768,)` int64, by bfloat16 bits of the magnitude
     counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
-    amax: float = 0.0
+    amax: float = 0.0  # the largest, exact
 
     def add(self, x: Tensor) -> None:
         """Count a tensor of any shape and float dtype."""
@@ -80,13 +76,8 @@ class InputCounts:
 def count_inputs(model: nn.Module, layers: Sequence[str], text: Sequence[Encoded]) -> dict[str, InputCounts]:
     """Run text through a model and count the inputs of its linears.
 
-    Args:
-        model: in evaluation mode.
-        layers: names of the linears.
-        text: one sequence at a time, without padding.
-
-    Returns:
-        Counts by layer; layers that read one tensor share one object.
+    The model is in evaluation mode; the text is run one sequence at a time, without padding. Layers that read one
+    tensor share one object.
 
     Raises:
         ConfigurationError: an input that is not finite.
@@ -169,3 +160,69 @@ def _power_of_two(least: float) -> float:
     """The smallest power of two that is not below `least` and that FP16 holds."""
     exponent = _SMALLEST if least <= 0 else math.ceil(math.log2(least))
     return 2.0 ** min(max(exponent, _SMALLEST), _LARGEST)
+
+
+# Texts scored together: what a graph dequantizes, it dequantizes once for all of them.
+BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Negative log-likelihoods of answer tokens."""
+
+    losses: Tensor  # `(tokens,)` fp32, nats; two scores of one text have the same order
+
+    @property
+    def tokens(self) -> int:
+        """Answer tokens."""
+        return self.losses.numel()
+
+    @property
+    def nats(self) -> float:
+        """Mean loss of a token."""
+        return float(self.losses.double().mean())
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats)."""
+        return math.exp(self.nats)
+
+    def error_against(self, other: Score) -> float:
+        """Standard error of the difference of both means, nats, token by token."""
+        difference = self.losses.double() - other.losses.double()
+        return float(difference.std() / math.sqrt(self.tokens)) if self.tokens > 1 else math.inf
+
+
+def score_torch(model: nn.Module, text: Sequence[Encoded]) -> Score:
+    """Score a model of transformers."""
+    with torch.no_grad():
+        return score(text, lambda ids: model(input_ids=ids, use_cache=False).logits)
+
+
+def score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
+    """Score anything that gives `(batch, tokens, vocabulary)` logits for `(batch, tokens)` ids."""
+    losses = []
+    ordered = sorted(text, key=lambda example: len(example.input_ids))
+    for start in range(0, len(ordered), BATCH):
+        part = ordered[start : start + BATCH]
+        longest = len(part[-1].input_ids)
+        # What stands behind a text has no influence on it: no token sees a later one.
+        ids = torch.tensor([[*x.input_ids, *[0] * (longest - len(x.input_ids))] for x in part])
+        labels = torch.tensor([[*x.labels, *[IGNORED] * (longest - len(x.labels))] for x in part])[:, 1:]
+        keep = labels != IGNORED
+        found = logits(ids)[:, :-1][keep].float()
+        losses.append(nn.functional.cross_entropy(found, labels[keep], reduction="none"))
+    return Score(torch.cat(losses))
+
+
+@contextmanager
+def dynamic_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
+    """While active, inputs of `layers` are rounded to E4M3 with one scale per token, `amax / 448`, as engines do."""
+
+    def rounded(x: Tensor) -> Tensor:
+        values = x.float()
+        scale = amax_scale(values.abs().amax(-1, keepdim=True), E4M3)
+        return (E4M3.cast(values / scale).float() * scale).to(x.dtype)
+
+    with pre_hooks(model, {name: rounded for name in layers}):
+        yield

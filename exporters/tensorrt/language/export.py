@@ -9,28 +9,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import onnx_ir as ir
 import torch
 
-from exporters.graph.description import require_gates
-from exporters.graph.details import GraphOutput
+from exporters.graph.formats import MODEL_FILE, GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.packages import import_onnx_package
-from exporters.graph.trace import OPSET
-from exporters.tensorrt.builder import Shapes
-from exporters.tensorrt.engines import (
-    MODEL_FILE,
-    describe_engine,
-    engine_file,
-    precision_gate,
-    write_layers,
+from exporters.graph.runtime import import_onnx_package
+from exporters.graph.trace import OPSET, stored_bytes
+from exporters.tensorrt.builder import Shapes, build_rtx, shapes, trtexec_command
+from exporters.tensorrt.engines import describe_engine, engine_file, precision_gate, write_layers
+from exporters.tensorrt.language.calibrate import Score, count_inputs, dynamic_inputs, scales_by_layer, score_torch
+from exporters.tensorrt.language.graph import LOGITS, DecoderGraph, cache_names, decoder_graph
+from exporters.tensorrt.language.reopen import (
+    DecoderSession,
+    cache_gates,
+    layer_gates,
+    number_gates,
+    perplexity_gate,
+    unrounded_session,
 )
-from exporters.tensorrt.enterprise import trtexec_command
-from exporters.tensorrt.language.calibrate import count_inputs, scales_by_layer
-from exporters.tensorrt.language.graph import DecoderGraph, decoder_graph
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.language.perplexity import Score, dynamic_inputs, score_torch
-from exporters.tensorrt.language.reopen import layer_gates, number_gates
-from exporters.tensorrt.language.serve import DecoderSession, cache_gates, perplexity_gate, unrounded_session
 from exporters.tensorrt.language.source import (
     ExportText,
     LanguageModel,
@@ -39,30 +36,25 @@ from exporters.tensorrt.language.source import (
     open_language,
     read_text,
 )
-from exporters.tensorrt.language.target import KIND, CacheFacts, InputScale, PerplexityFacts, TrtLanguageDetails
-from exporters.tensorrt.language.trace import LOGITS, CacheShape, cache_names
-from exporters.tensorrt.lint import check_file
-from exporters.tensorrt.options import Builder
-from exporters.tensorrt.precision import read_precision
-from exporters.tensorrt.rtx import build_rtx
-from exporters.tensorrt.target import ENGINE_LIMITS, BuiltEngine
-from fp8pipe.artifact import (
-    Artifact,
-    ArtifactWriter,
-    Comparison,
-    Gate,
-    NumberFormat,
-    check_place,
-    installed_versions,
+from exporters.tensorrt.language.target import (
+    KIND,
+    CacheFacts,
+    InputScale,
+    LanguageExportOptions,
+    PerplexityFacts,
+    TrtLanguageDetails,
 )
+from exporters.tensorrt.lint import check_file
+from exporters.tensorrt.listing import read_precision
+from exporters.tensorrt.target import ENGINE_LIMITS, Builder, BuiltEngine
+from fp8pipe.artifact import Artifact, ArtifactWriter, Gate, NumberFormat, at_most, check_place, installed_versions
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars
-from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
+from fp8pipe.numerics.kinds import Kind
+from fp8pipe.report.card import CardFacts, commit_export
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["SCALES_FILE", "export_language"]
 
 DATA_FILE: Final = "model.onnx.data"
 SCALES_FILE: Final = "activation_scales.json"
@@ -71,7 +63,6 @@ _INLINE_BYTES: Final = 1_500_000_000
 _WORKSPACE_MIB: Final = 4096  # of the builder elsewhere
 # Largest share of an input's values that may lie beyond its static range.
 _CLIPPED: Final = 1e-3
-_CACHE: Final = ("layers", "heads", "size")
 _CARD: Final = CardFacts(
     "tensorrt", "TensorRT", ENGINE_LIMITS,
     "Load an engine of `engines/`, or build one: `details.trtexec` in the manifest is the command.",
@@ -81,14 +72,8 @@ _CARD: Final = CardFacts(
 def export_language(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
     """Write a FALQON artifact for TensorRT.
 
-    Args:
-        source: directory of an artifact of kind `falqon`.
-        output: directory to create: `model.onnx`, `activation_scales.json`, `engines/`, `layers.json`, config and
-            tokenizer files, a manifest.
-        options: format, base type, builder, GPUs, lengths, calibration.
-
-    Returns:
-        The committed export, with every gate in its manifest.
+    `source` is an artifact of kind `falqon`; `output` gets `model.onnx`, `activation_scales.json`, `engines/`,
+    `layers.json`, config and tokenizer files, and a manifest with every gate.
 
     Raises:
         ConfigurationError: unusable output, text or model.
@@ -129,7 +114,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
                 progress.advance(1)
             write_layers(writer.root, reports)
             fix = f"look into {writer.root}; perplexity and precision may be waived with --no-require"
-            require_gates(writer, gates, "the export does not hold what was asked", fix)
+            writer.require_gates(gates, "the export does not hold what was asked", fix)
             scores = PerplexityFacts(
                 own=own.perplexity, served=served.perplexity, error=served.error_against(own), tokens=own.tokens
             )
@@ -138,10 +123,8 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
 
 def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mapping[str, InputScale]) -> None:
     """Everything but engines."""
-    import onnx_ir as ir
-
-    stored = sum(v.const_value.nbytes for v in graph.model.graph.initializers.values() if v.const_value is not None)
-    ir.save(graph.model, root / MODEL_FILE, external_data=DATA_FILE if stored > _INLINE_BYTES else None)
+    beside = DATA_FILE if stored_bytes(graph.model) > _INLINE_BYTES else None
+    ir.save(graph.model, root / MODEL_FILE, external_data=beside)
     shown = {name: scale.model_dump() for name, scale in scales.items()}
     (root / SCALES_FILE).write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(model.root / "config.json", root / "config.json")
@@ -152,19 +135,13 @@ def _prove(
     root: Path, model: LanguageModel, reference: PreTrainedModel, scales: Mapping[str, InputScale], text: ExportText
 ) -> tuple[tuple[ExportedLayer, ...], list[Gate]]:
     """The written file against the artifact: numbers, then layers."""
-    import onnx_ir as ir
-
     written = ir.load(root / MODEL_FILE)
     layers = read_layers(written)
     gates = number_gates(layers, written, model, scales)
     proved, _ = layer_gates(layers, written, reference, text.heldout[0])
     clipped = max(scales.values(), key=lambda scale: scale.clipped)
     detail = f"of the values seen in calibration, at the layer where it is largest; amax {clipped.amax:g}"
-    share = Gate(
-        name="clipped activations", value=clipped.clipped, comparison=Comparison.AT_MOST, threshold=_CLIPPED,
-        detail=detail,
-    )  # fmt: skip
-    return layers, [*gates, *proved, share]
+    return layers, [*gates, *proved, at_most("clipped activations", clipped.clipped, _CLIPPED, detail)]
 
 
 def _serve(
@@ -181,28 +158,22 @@ def _serve(
     return gates, served
 
 
-def _profiles(cache: CacheShape | None, options: LanguageExportOptions) -> dict[str, Shapes]:
+def _profiles(cache: CacheFacts | None, options: LanguageExportOptions) -> dict[str, Shapes]:
     """Smallest, usual and largest shapes; the past may be empty."""
-    pairs = list(zip(options.batch, options.sequence, strict=True))
-    past = [0, *options.sequence[1:]] if cache is not None else [0, 0, 0]
-
-    def three(*shapes: tuple[int, ...]) -> Shapes:
-        return shapes[0], shapes[1], shapes[2]
-
-    ids = three(*((batch, length) for batch, length in pairs))
-    found = {"input_ids": ids, "position_ids": ids}
-    found["attention_mask"] = three(*((b, length + p) for (b, length), p in zip(pairs, past, strict=True)))
+    past = (0, *options.sequence[1:]) if cache is not None else (0, 0, 0)
+    rows = list(zip(options.batch, options.sequence, past, strict=True))
+    found = dict.fromkeys(("input_ids", "position_ids"), shapes((batch, new) for batch, new, _ in rows))
+    found["attention_mask"] = shapes((batch, new + cached) for batch, new, cached in rows)
     if cache is not None:
-        layers, heads, size = cache
-        shape = three(*((b, heads, p, size) for (b, _), p in zip(pairs, past, strict=True)))
-        found |= dict.fromkeys(cache_names(layers), shape)
+        shape = shapes((batch, cache.heads, cached, cache.size) for batch, _, cached in rows)
+        found |= dict.fromkeys(cache_names(cache.layers), shape)
     return found
 
 
 def _build(
     root: Path,
     layers: Sequence[ExportedLayer],
-    cache: CacheShape | None,
+    cache: CacheFacts | None,
     options: LanguageExportOptions,
     capability: str,
 ) -> tuple[Gate, dict[str, Any]]:
@@ -235,23 +206,19 @@ def _commit(
 ) -> Artifact:
     shown = ("engine", "engine_bytes", "build_s", "precisions", "kernels", "fused_attentions")
     layers = language_records(model, options.calibration)
-    parent = model.artifact.as_parent()
-    write_card(writer, _CARD, source=model.root, parent=parent, format=options.format, layers=layers)
-    return writer.commit(
-        config=options.model_dump(mode="json", exclude={"force"}),
-        seed=None,
-        parents=[parent],
-        number_format=NumberFormat(name="e4m3", granularity="per-tensor" if model.per_tensor else "per-channel"),
+    return commit_export(
+        writer, _CARD, model.artifact, options, format=options.format, layers=layers,
+        number_format=NumberFormat(
+            name=Kind.E4M3.value, granularity="per-tensor" if model.per_tensor else "per-channel"
+        ),
         runtime={"engine": "tensorrt", "builder": options.builder.value, "opset": OPSET},
-        layers=layers,
-        volatile=[CARD_FILE],
         versions=installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "tensorrt-rtx", "transformers")),
         details=TrtLanguageDetails(
             format=options.format,
             base=options.base.value,
             output=GraphOutput(name=LOGITS, what="logits"),
             trtexec=trtexec_command(MODEL_FILE, _profiles(graph.cache, options), workspace_mib=_WORKSPACE_MIB),
-            cache=None if graph.cache is None else CacheFacts(**dict(zip(_CACHE, graph.cache, strict=True))),
+            cache=graph.cache,
             activations=next(layer.activation for layer in layers if layer.activation is not None),
             trained_activations=model.plan.source.trained_activations,
             calibration=text.facts,
@@ -259,4 +226,4 @@ def _commit(
             engines={c: BuiltEngine.model_validate({k: e[k] for k in shown}) for c, e in reports.items()},
             perplexity=perplexity,
         ),
-    )
+    )  # fmt: skip

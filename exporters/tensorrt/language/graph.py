@@ -1,5 +1,13 @@
 """A FALQON artifact as the graph that TensorRT builds well: its codes, static scales, float islands, and a cache.
 
+The model is traced in the type that the engine will compute in. transformers computes normalizations, the softmax's
+statistics and rotary angles in float32 whatever that type is, so their islands are in the trace as casts: nothing has
+to be converted, and no overflow added, afterwards.
+
+The mask is made here, from the attention mask and the positions: a sum of the logits with 0 or a finite negative number
+that FP16 holds. Minus infinity would turn a row of padding into NaN, and the smallest FP16 number plus a negative logit
+is minus infinity too. The attention then is a chain of product, factor, sum, softmax, product, which builders fuse.
+
 The passes are those of the graph room, static quantizers before linears, scales in the base type, and a tied head. Q/DQ
 pairs hold per-tensor scales. Queries, keys and values read one value of the graph, and so do gate and up: they share
 one pair, and the builder makes one product of each group.
@@ -7,54 +15,49 @@ one pair, and the builder makes one product of each group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import Tensor, nn
 
-from exporters.graph.findings import LintFindingsError
-from exporters.graph.passes import Change, name_products, quantize_weights, strip_metadata
-from exporters.graph.passes.editing import drop_unused, insert, quantize_value
-from exporters.graph.trace import FloatGraph
+from exporters.graph.lint import refuse
+from exporters.graph.passes.editing import Change, drop_unused, insert, quantize_value
+from exporters.graph.passes.products import name_products, strip_metadata
+from exporters.graph.passes.quantize import quantize_weights
+from exporters.graph.trace import FloatGraph, Product, ProductKind, export_program, holds_weight, owner, stored_array
 from exporters.tensorrt.half import NotHalf, refuse_not_half
 from exporters.tensorrt.language.source import LanguageModel
-from exporters.tensorrt.language.trace import CacheShape, cache_shape, trace_decoder
-from exporters.tensorrt.options import Base
+from exporters.tensorrt.language.target import CacheFacts
+from exporters.tensorrt.target import Base
 from fp8pipe.artifact.finding import Finding
+from fp8pipe.core.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = [
-    "TORCH_TYPES",
-    "DecoderGraph",
-    "decoder_graph",
-    "drop_quantizers",
-    "quantize_inputs",
-    "tie_head",
-    "type_scales",
-]  # fmt: skip
+    from transformers import PreTrainedModel
 
 TORCH_TYPES = {Base.FP16: torch.float16, Base.FP32: torch.float32}
+LOGITS: Final = "logits"
+_INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
+# exp of a logit so far below the others is 0 in float32, whatever a real logit is.
+_MASKED: Final = -10000.0
+# Lengths of the traced example: all different, and none 1, which the tracer would take for a constant.
+_BATCH, _SEQUENCE, _PAST = 2, 5, 3
+_FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
+_SCALE: Final = 1  # position among a quantizer's operands
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderGraph:
-    """The graph before it is written.
+    """The graph before it is written."""
 
-    Attributes:
-        model: strongly typed.
-        changes: what the passes did.
-        cache: shape of the cache; none for a graph without one.
-    """
-
-    model: ir.Model
-    changes: tuple[Change, ...]
-    cache: CacheShape | None
+    model: ir.Model  # strongly typed
+    changes: tuple[Change, ...]  # what the passes did
+    cache: CacheFacts | None  # none for a graph without one
 
 
 def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:
@@ -64,11 +67,14 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
         ConfigurationError: it cannot be traced, or its layers are not found in the graph.
         LintFindingsError: a scale or a tensor that FP16 does not hold.
     """
-    import onnx_ir as ir
-
     dtype = TORCH_TYPES[base]
     decoder = model.torch_model(dtype)
-    refuse_overflow(model, dtype)
+    findings = [
+        Finding("not-half", name, f"a value beyond the largest of {dtype}", "export with --base fp32")
+        for name, tensor in model.floats.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor.to(dtype)).all()
+    ]
+    refuse(findings, str(model.root))
     traced = trace_decoder(decoder, list(model.weights), cache=cache)
     shape = cache_shape(decoder)
     changes = [
@@ -83,21 +89,6 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
     with refuse_not_half(str(model.root), fix):
         changes.append(type_scales(traced.model, ir.DataType.FLOAT16 if base is Base.FP16 else ir.DataType.FLOAT))
     return DecoderGraph(traced.model, tuple(changes), shape if cache else None)
-
-
-def refuse_overflow(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Refuse float tensors with values beyond the base type, naming every one."""
-    findings = [
-        Finding("not-half", name, f"a value beyond the largest of {dtype}", "export with --base fp32")
-        for name, tensor in model.floats.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor.to(dtype)).all()
-    ]
-    if findings:
-        raise LintFindingsError(findings, str(model.root))
-
-
-_FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
-_SCALE: Final = 1  # position among a quantizer's operands
 
 
 def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
@@ -168,20 +159,131 @@ def tie_head(model: ir.Model) -> Change:
         head = node.inputs[1] if node.op_type == "MatMul" else None
         if head is None or head.const_value is None or head.shape is None:
             continue
-        for table in tables:
-            if _transposes(table, head):
-                names = f"{table.name}/Transpose", f"{table.name}/transposed"
-                transposed = insert(graph, node, "Transpose", [table], *names, head, attributes={"perm": [1, 0]})
-                node.replace_input_with(1, transposed)
-                drop_unused(graph, head)
-                changed.append(str(node.name))
-                break
+        table = next((table for table in tables if _transposes(table, head)), None)
+        if table is not None:
+            names = f"{table.name}/Transpose", f"{table.name}/transposed"
+            transposed = insert(graph, node, "Transpose", [table], *names, head, attributes={"perm": [1, 0]})
+            node.replace_input_with(1, transposed)
+            drop_unused(graph, head)
+            changed.append(str(node.name))
     return Change("tie_head", tuple(changed))
 
 
 def _transposes(table: ir.Value, head: ir.Value) -> bool:
-    assert table.const_value is not None
-    assert head.const_value is not None
-    if tuple(reversed(table.const_value.shape)) != tuple(head.const_value.shape) or table.dtype != head.dtype:
-        return False
-    return np.array_equal(table.const_value.numpy(), head.const_value.numpy().T)
+    ours, theirs = stored_array(table), stored_array(head).T
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+
+
+def cache_shape(model: PreTrainedModel) -> CacheFacts:
+    """The shape of a model's cache."""
+    config: Any = model.config
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    return CacheFacts(layers=config.num_hidden_layers, heads=heads, size=size)
+
+
+def cache_names(layers: int, prefix: str = "past_key_values") -> list[str]:
+    """Names of the cache inputs, in order; those of the outputs begin with `present`."""
+    return [f"{prefix}.{layer}.{what}" for layer in range(layers) for what in ("key", "value")]
+
+
+class _Decoder(nn.Module):
+    """Ids, mask and positions, and a cache where there is one, to float32 logits and the cache with the new tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (batch, sequence)
+        attention_mask: Tensor,  # (batch, past + sequence): 1 for text, 0 for padding
+        position_ids: Tensor,  # (batch, sequence)
+        past: list[tuple[Tensor, Tensor]] | None = None,  # (batch, heads, past, size) each
+    ) -> tuple[Tensor, ...]:
+        cache = None
+        if past is not None:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=self.model.config)
+            for layer, (key, value) in enumerate(past):
+                cache.update(key, value, layer)
+        total = attention_mask.shape[1]
+        columns = torch.arange(total)
+        rows = columns if past is None else torch.arange(total - input_ids.shape[1], total)
+        visible = (columns[None, :] <= rows[:, None])[None, None] & (attention_mask[:, None, None, :] != 0)
+        mask = torch.where(visible, 0.0, _MASKED).to(self.model.dtype)  # (batch, 1, sequence, past + sequence)
+        found = self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache,
+            use_cache=past is not None,
+        )  # fmt: skip
+        if past is None:
+            return (found.logits.float(),)
+        present = [tensor for layer in found.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (found.logits.float(), *present)
+
+
+def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool) -> FloatGraph:
+    """Export a model in float, with dynamic batch, sequence and past.
+
+    The model is of transformers, in evaluation mode, with attention `eager`, in the type to compute in; it is not
+    changed. Of `layers` all must be there, once. With a cache, `past_key_values.{i}.key` (batch, heads, past, size) and
+    so on are inputs, `present.{i}.key` outputs; the past may be empty. Further inputs are `input_ids`, `attention_mask`
+    (over past and sequence), `position_ids`, int64; `logits` (batch, sequence, vocabulary) are float32. Products come
+    in the order of `layers`; others are not listed.
+
+    Raises:
+        ConfigurationError: the model cannot be traced, or a layer's product is not found.
+        MissingCapabilityError: onnx, onnx-ir or onnxscript is not installed.
+    """
+    shape = cache_shape(model)
+    dim: Any = torch.export.Dim
+    batch, sequence, past = dim("batch"), dim("sequence"), dim("past")
+    ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
+    total = _SEQUENCE + (_PAST if cache else 0)
+    arguments: tuple[Any, ...] = (
+        ids, torch.ones(_BATCH, total, dtype=torch.int64), torch.arange(_SEQUENCE).repeat(_BATCH, 1)
+    )  # fmt: skip
+    total_dim = dim.DYNAMIC if cache else sequence
+    dynamic: tuple[Any, ...] = ({0: batch, 1: sequence}, {0: batch, 1: total_dim}, {0: batch, 1: sequence})
+    if cache:
+        empty = torch.zeros(_BATCH, shape.heads, _PAST, shape.size, dtype=model.dtype)
+        arguments += ([(empty.clone(), empty.clone()) for _ in range(shape.layers)],)
+        dynamic += ([({0: batch, 2: past}, {0: batch, 2: past})] * shape.layers,)
+    fix = "export with --format modelopt-checkpoint, or --target vllm"
+    graph = export_program(_Decoder(model), arguments, dynamic, type(model).__name__, fix)
+    _name_ports(graph, shape.layers if cache else 0)
+    return FloatGraph(graph, tuple(_assign(graph, model, layers)))
+
+
+def _name_ports(model: ir.Model, layers: int) -> None:
+    """Names and symbolic sides of inputs and outputs."""
+    graph = model.graph
+    names = [*_INPUTS, *cache_names(layers)]
+    for value, name in zip(graph.inputs, names, strict=True):
+        value.name = name
+    graph.inputs[1].shape = ir.Shape(["batch", "total"] if layers else ["batch", "sequence"])
+    for value, name in zip(graph.outputs, [LOGITS, *cache_names(layers, "present")], strict=True):
+        value.name = name
+        last = value.shape[-1] if value.shape is not None else None
+        sides = ["batch", "sequence", last] if name == LOGITS else ["batch", value.shape[1], "total", last]  # type: ignore[index]
+        value.shape = ir.Shape(sides)
+
+
+def _assign(graph: ir.Model, model: PreTrainedModel, layers: Sequence[str]) -> list[Product]:
+    known = set(layers)
+    found: dict[str, list[ir.Node]] = {}
+    for node in graph.graph:
+        if node.op_type in ("MatMul", "Gemm") and node.inputs[1] is not None and node.inputs[1].const_value is not None:
+            found.setdefault(owner(node, known), []).append(node)
+    for name in layers:
+        nodes, weight = found.get(name, []), model.get_submodule(name).get_parameter("weight")
+        if len(nodes) != 1 or nodes[0].op_type != "MatMul" or not holds_weight(nodes[0], weight):
+            raise ConfigurationError(
+                f"the traced graph of {type(model).__name__} does not match the model",
+                why=f"{name} has {len(nodes)} product(s) with its weight, expected one",
+                fix="use versions of torch, onnxscript and transformers that this project was tested with",
+            )
+    return [Product(ProductKind.LINEAR, name, found[name][0]) for name in layers]

@@ -1,32 +1,36 @@
-"""Read the written graph again and compare every number in it with the artifact, and every layer with exact sums."""
+"""Read the written graph again: every number against the artifact, every layer against exact sums, and the whole net.
+
+In ONNX Runtime the graph predicts held-out text, whole sequences at once, or token by token with its cache.
+"""
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from exporters.graph.cut import input_name
 from exporters.graph.layers import ExportedLayer
-from exporters.graph.parity import LayerParity, compare_layers
-from exporters.tensorrt.language.calibrate import pre_hooks
+from exporters.graph.parity import LayerParity, compare_layers, input_name
+from exporters.graph.runtime import open_session, run
+from exporters.tensorrt.language.calibrate import Score, pre_hooks, score
+from exporters.tensorrt.language.graph import LOGITS, cache_names, drop_quantizers
 from exporters.tensorrt.language.source import LanguageModel
-from exporters.tensorrt.language.target import InputScale
+from exporters.tensorrt.language.target import CacheFacts, InputScale
 from exporters.tensorrt.parity import typed_gates
-from fp8pipe.artifact import Gate, none_of
+from exporters.tensorrt.target import Base
+from fp8pipe.artifact import Gate, at_most, none_of
 from fp8pipe.models.checkpoint.tensors import spellings
 from fp8pipe.models.language.text import Encoded
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-__all__ = ["layer_gates", "number_gates"]
 
 _FLOATS: Final = ("FLOAT", "FLOAT16")
 # Layers whose codes are compared in one session: what is cut out of the graph must fit one protobuf message.
@@ -99,8 +103,6 @@ def _inputs(layers: Sequence[ExportedLayer], reference: nn.Module, example: Enco
 
 def _widen(graph: ir.Model) -> None:
     """Stored FP16 tensors become float32, each number the same."""
-    import onnx_ir as ir
-
     for value in graph.graph.initializers.values():
         if value.dtype == ir.DataType.FLOAT16 and value.const_value is not None:
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=str(value.name))
@@ -139,3 +141,99 @@ def _rounded_once(found: Any, wanted: Any) -> bool:
 
 def _first(names: Sequence[str]) -> str:
     return f"; the first: {names[0]}" if names else ""
+
+
+# How much worse than the artifact's own model a served graph may predict held-out text.
+PERPLEXITY_LIMIT = 0.01
+_ERRORS = 2
+# Largest difference of a logit decoded with the cache, over the largest logit.
+CACHE_LIMIT = 1 / 30
+# Sequences, and tokens of each, that are decoded one by one.
+_DECODED, _TOKENS = 2, 24
+_PROMPT = 4
+
+
+class DecoderSession:
+    """One graph, loaded; no settings but those of `open_session`.
+
+    `cache` is the shape of its cache, none where it has none, and `base` the cache's type.
+    """
+
+    def __init__(self, graph: Path, cache: CacheFacts | None, base: Base) -> None:
+        self.session = open_session(graph)
+        self.cache = cache
+        self.dtype = np.float16 if base is Base.FP16 else np.float32
+
+    def logits(self, ids: Tensor) -> Any:
+        """Float32 logits `(batch, tokens, vocabulary)` of whole sequences `(batch, tokens)`."""
+        return self._run(ids, self._empty(len(ids)), 0)[LOGITS]
+
+    def decode(self, ids: Tensor, prompt: int) -> Any:
+        """The same, the first `prompt` tokens at once and the others one by one, each reading the cache."""
+        past, found = self._empty(len(ids)), []
+        for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+            outputs = self._run(ids[:, start:end], past, start)
+            found.append(outputs[LOGITS])
+            layers = self.cache.layers if self.cache else 0
+            past = {a: outputs[b] for a, b in zip(cache_names(layers), cache_names(layers, "present"), strict=True)}
+        return np.concatenate(found, 1)
+
+    def _empty(self, batch: int) -> dict[str, Any]:
+        if self.cache is None:
+            return {}
+        shape = batch, self.cache.heads, 0, self.cache.size
+        return {name: np.zeros(shape, self.dtype) for name in cache_names(self.cache.layers)}
+
+    def _run(self, ids: Tensor, past: dict[str, Any], start: int) -> dict[str, Any]:
+        batch, count = ids.shape
+        positions = np.arange(start, start + count, dtype=np.int64)[None].repeat(batch, 0)
+        mask = np.ones((batch, start + count), np.int64)
+        return run(self.session, {"input_ids": ids.numpy(), "attention_mask": mask, "position_ids": positions, **past})
+
+
+def perplexity_gate(session: DecoderSession, text: list[Encoded], own: Score, *, required: bool) -> tuple[Gate, Score]:
+    """Hold the graph to the artifact's own model on held-out answers.
+
+    Quantizing is chaotic: two correct engines differ by some percent in a logit, and by one or two in a perplexity on
+    little text. So what counts is the part of a worsening that is beyond two standard errors, taken token by token.
+
+    `own` is the score of the artifact's model with dynamic scales; without `required` the gate is a figure.
+    """
+    found = score(text, lambda ids: torch.from_numpy(np.asarray(session.logits(ids), np.float32)))
+    error = found.error_against(own)
+    worse = math.exp(found.nats - own.nats - _ERRORS * error) - 1
+    limit = PERPLEXITY_LIMIT if required else max(PERPLEXITY_LIMIT, worse)
+    shown = f"{found.perplexity:.4f} against {own.perplexity:.4f} with dynamic scales, standard error {error:.2%}"
+    detail = f"{shown}, {own.tokens} held-out answer tokens"
+    return at_most("perplexity above the artifact's", worse, limit, detail), found
+
+
+def unrounded_session(graph: Path, cache: CacheFacts, base: Base) -> DecoderSession:
+    """The written graph with its activation quantizers taken out, for `cache_gates`."""
+    model = ir.load(graph)
+    drop_quantizers(model)
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
+        path = Path(folder) / graph.name
+        ir.save(model, path, external_data=f"{graph.name}.data")
+        return DecoderSession(path, cache, base)
+
+
+def cache_gates(session: DecoderSession, text: list[Encoded]) -> list[Gate]:
+    """Decode token by token with the cache, and compare with the same sequences at once.
+
+    Sums of one row and of many are made in different orders. Through the quantizers of a deep model such a last bit
+    grows to percents of the logits, whatever the cache does; static scales round each number by itself, so a cache
+    that is right without them is right with them. Hence the session to give is `unrounded_session`. What remains is the
+    rounding of the base type; a thirtieth of the largest logit is far above it, and far below what a position, a mask
+    or a layer's cache in the wrong place does.
+    """
+    worst, agreeing, tokens = 0.0, 0, 0
+    for example in text[:_DECODED]:
+        ids = torch.tensor([example.input_ids[:_TOKENS]])
+        whole, steps = session.logits(ids), session.decode(ids, min(_PROMPT, ids.shape[1]))
+        worst = max(worst, float(np.abs(whole - steps).max() / np.abs(whole).max()))
+        agreeing += int((whole.argmax(-1) == steps.argmax(-1)).sum())
+        tokens += ids.shape[1]
+    detail = "over the largest logit, activations not quantized; "
+    detail += f"{agreeing} of {tokens} tokens have the same best successor"
+    return [at_most("logits of the cache against none", worst, CACHE_LIMIT, detail)]

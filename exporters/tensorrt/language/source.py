@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from exporters.graph.findings import LintFindingsError
 from exporters.tensorrt.language.target import CalibrationFacts
 from exporters.vllm.export import plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan
 from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact, sha256_file
-from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
@@ -34,24 +33,22 @@ from fp8pipe.numerics.quantizers import WeightCodes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LENGTH", "ExportText", "LanguageModel", "check_attention", "open_language", "read_text"]
+
+# What `finetune` takes when nothing is said.
+_FRACTION = 0.1
+LENGTH = 256
+_HELDOUT_LIMIT = 256
 
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """One artifact, opened and linted.
+    """One artifact, opened and linted."""
 
-    Attributes:
-        artifact: with its manifest.
-        plan: its tensors and their roles, from headers.
-        weights: codes by module, `(out, in)`; the scale has one value, `()`, or one per row, `(out,)`.
-        floats: all other tensors by their names in the checkpoint, as stored.
-    """
-
-    artifact: Artifact
-    plan: ExportPlan
+    artifact: Artifact  # with its manifest
+    plan: ExportPlan  # its tensors and their roles, from headers
+    # codes by module, `(out, in)`; the scale has one value, `()`, or one per row, `(out,)`
     weights: Mapping[str, WeightCodes]
-    floats: Mapping[str, Tensor]
+    floats: Mapping[str, Tensor]  # all other tensors by their names in the checkpoint, as stored
 
     @property
     def root(self) -> Path:
@@ -85,13 +82,17 @@ def open_language(source: Path) -> LanguageModel:
     """
     artifact = open_artifact(source, kind=FALQON_KIND)
     plan = plan_export(source, VllmExportOptions())
-    findings = lint(plan) + _transposed(plan)
+    transposed = [unit.entry.name for unit in plan.units if unit.quantized and unit.transposed]
+    fix = "export with --target vllm"
+    findings = [*lint(plan), *(Finding("transposed-weight", name, "stored (in, out)", fix) for name in transposed)]
     if findings:
         raise LintFindingsError(findings, str(source))
     weights, floats = {}, {}
     for unit in plan.units:
         if unit.action is Action.CODES and unit.module is not None and unit.scale is not None:
-            weights[unit.module] = _codes(read_tensor(unit.entry), read_tensor(unit.scale))
+            scale = read_tensor(unit.scale)
+            scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1)
+            weights[unit.module] = WeightCodes(read_tensor(unit.entry), scale, 8)
         else:
             floats[unit.entry.name] = read_tensor(unit.entry)
     return LanguageModel(artifact, plan, weights, floats)
@@ -130,36 +131,14 @@ def check_attention(model: LanguageModel) -> None:
         )
 
 
-def _codes(codes: Tensor, scale: Tensor) -> WeightCodes:
-    return WeightCodes(codes, scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1), 8)
-
-
-def _transposed(plan: ExportPlan) -> list[Finding]:
-    why, fix = "stored (in, out)", "export with --target vllm"
-    return [Finding("transposed-weight", u.entry.name, why, fix) for u in plan.units if u.quantized and u.transposed]
-
-
-# What `finetune` takes when nothing is said.
-_FRACTION = 0.1
-LENGTH = 256
-_HELDOUT_LIMIT = 256
-
-
 @dataclass(frozen=True, slots=True)
 class ExportText:
-    """Tokens.
+    """Tokens."""
 
-    Attributes:
-        source: what was read.
-        digest: sha256 of the file; none where it is no local file.
-        calibration: training records.
-        heldout: records that no scale and no weight has seen.
-    """
-
-    source: str
-    digest: str | None
-    calibration: Sequence[Encoded]
-    heldout: Sequence[Encoded]
+    source: str  # what was read
+    digest: str | None  # sha256 of the file; none where it is no local file
+    calibration: Sequence[Encoded]  # training records
+    heldout: Sequence[Encoded]  # records that no scale and no weight has seen
 
     @property
     def facts(self) -> CalibrationFacts:
@@ -170,10 +149,8 @@ class ExportText:
 def read_text(model: LanguageModel, data: str | None, records: int) -> ExportText:
     """Read, split and tokenize.
 
-    Args:
-        model: whose tokenizer, chat template, split and sequence length are taken.
-        data: a JSONL file, a sample or a dataset; the artifact's own when None.
-        records: most training records to take.
+    The tokenizer, chat template, split and sequence length are the model's. `data` is a JSONL file, a sample or a
+    dataset, the artifact's own when None; at most `records` training records are taken.
 
     Raises:
         ConfigurationError: no data is named, or it cannot be used.

@@ -1,33 +1,83 @@
-"""The target `trt` for language models: the decoder as an FP8 graph with static scales, and engines for TensorRT."""
+"""The target `trt` for language models: the decoder as an FP8 graph with static scales, and engines for TensorRT.
+
+What may be asked of an export, which its manifest holds whole, and what else the manifest says.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from exporters.graph.details import GraphOutput
+from exporters.graph.formats import GraphOutput
 from exporters.target import Engine, ExportTarget, Service
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.target import BuiltEngine
+from exporters.tensorrt.target import Base, Builder, BuiltEngine, Capabilities
 from fp8pipe.artifact.kinds import FALQON_KIND, Details
-from fp8pipe.artifact.layers import Encoding
-from fp8pipe.core.config import FrozenConfig
-
-__all__ = [
-    "KIND",
-    "TARGET",
-    "CacheFacts",
-    "CalibrationFacts",
-    "InputScale",
-    "PerplexityFacts",
-    "TrtLanguageDetails",
-    "migrate_language",
-]
+from fp8pipe.artifact.manifest import Encoding
+from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
+from fp8pipe.numerics.kinds import Kind
 
 KIND: Final = "trt-language-export"
 # What is exported here: codes that were trained.
 SOURCES: Final = (FALQON_KIND,)
+
+
+class Calibration(StrEnum):
+    """How a static activation scale follows from what was seen on text.
+
+    `amax`: nothing that was seen is clipped. `percentile`: one value in a hundred thousand may be. `mse`: the least
+    mean squared error.
+    """
+
+    AMAX = "amax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+
+
+class CalibrationOptions(FrozenConfig):
+    """How static scales of inputs are had."""
+
+    calibration: Calibration = Field(Calibration.AMAX, description="How static activation scales follow from the text")
+    calibration_data: Annotated[str | None, Flag(default="the training's")] = Field(
+        None, description="Text to calibrate on"
+    )
+    calibration_records: int = Field(128, ge=1, description="Records to calibrate on")
+
+
+class LanguageExportOptions(CalibrationOptions):
+    """Options of one export of a language model as a graph with engines."""
+
+    format: Literal["fp8"] = Field("fp8", description="Graph and engines")
+    builder: Builder = Field(Builder.RTX, description="rtx, which compiles on any machine, or none, the graph alone")
+    base: Base = Field(Base.FP16, description="Type of what is not quantized")
+    compute_capabilities: Annotated[Capabilities, Flag("compute-capability")] = Field(
+        ("8.9", "12.0"), description="A GPU to compile for; repeatable"
+    )
+    batch: tuple[int, int, int] = Field((1, 1, 8), description="Smallest, usual and largest batch, sequences")
+    sequence: tuple[int, int, int] = Field(
+        (1, 128, 1024), description="Smallest, usual and largest number of new tokens; also of cached ones"
+    )
+    cache: bool = Field(True, description="Key/value cache as inputs and outputs of the graph")
+    require: bool = Field(
+        True, description="Refuse engines with a product in another precision, and a worse perplexity"
+    )
+    force: Annotated[bool, CONFIG_ONLY] = Field(False, description="Replace an existing output directory")
+
+    @field_validator("builder")
+    @classmethod
+    def _compiles(cls, value: Builder) -> Builder:
+        if value is Builder.ENTERPRISE:
+            raise ValueError("language models are built by rtx here; for TensorRT use the trtexec line of the manifest")
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LanguageExportOptions:
+        for name, (low, usual, high) in (("batch", self.batch), ("sequence", self.sequence)):
+            if not 1 <= low <= usual <= high:
+                numbers = f"{low} {usual} {high}"
+                raise ValueError(f"{name} {numbers}: three numbers from 1, none smaller than the one before")
+        return self
 
 
 class CalibrationFacts(FrozenConfig):
@@ -83,7 +133,7 @@ class TrtLanguageDetails(Details):
 def migrate_language(data: dict[str, Any]) -> dict[str, Any]:
     """Of the kind `trt-export` until schema 2; its sentence on training said one power of two for every rule."""
     rule = str(data.get("config", {}).get("calibration", "amax"))
-    scale = {"format": "e4m3", "bits": 8, "granularity": "per-tensor"}
+    scale = {"format": Kind.E4M3.value, "bits": 8, "granularity": "per-tensor"}
     details = {**data["details"], "activations": scale | {"scale_rule": rule if rule != "amax" else "power-of-two"}}
     return data | {"kind": KIND, "details": details}
 
@@ -93,7 +143,7 @@ TARGET: Final = ExportTarget(
     help="of language models, a decoder graph and engines", label="trt, language",
     export="exporters.tensorrt.language.export:export_language",
     plan="exporters.tensorrt.language.plan:plan_for_people",
-    verify="exporters.tensorrt.language.verify:check_language",
+    verify="exporters.tensorrt.verify:check_language",
     engines=(
         Engine("tensorrt", "validation.tensorrt.language:validate_language", "validation.tensorrt.validate:describe"),
     ),

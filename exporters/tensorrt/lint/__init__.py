@@ -12,13 +12,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporters.graph.findings import LintFindingsError
-from exporters.tensorrt.lint.attention import lint_attention
-from exporters.tensorrt.lint.operands import lint_operands
+from exporters.tensorrt.lint.products import lint_attention, lint_operands
 from exporters.tensorrt.lint.rules import RULES, Effect, Report, Rule
-from exporters.tensorrt.lint.scales import lint_scales
-from exporters.tensorrt.lint.values import lint_machines, lint_values
+from exporters.tensorrt.lint.values import lint_machines, lint_scales, lint_values
 from exporters.tensorrt.lint.view import View
+from fp8pipe.artifact.finding import LintFindingsError
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["RULES", "Effect", "Report", "Rule", "check_file", "lint_file", "lint_typed"]

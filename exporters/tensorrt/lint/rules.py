@@ -16,8 +16,6 @@ import onnx_ir as ir
 
 from fp8pipe.artifact.finding import Finding
 
-__all__ = ["RULES", "Effect", "Report", "Rule", "finding", "label"]
-
 
 class Effect(StrEnum):
     """What a builder does.
@@ -35,15 +33,10 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing a graph must not hold.
+    """One thing a graph must not hold."""
 
-    Attributes:
-        effect: on the builder.
-        fix: what the author of the graph can do.
-    """
-
-    effect: Effect
-    fix: str
+    effect: Effect  # on the builder
+    fix: str  # what the author of the graph can do
 
 
 _R, _W, _D, _N = Effect.REFUSED, Effect.WRONG, Effect.DEGRADED, Effect.WARNING
@@ -89,12 +82,9 @@ RULES: Final[Mapping[str, Rule]] = {
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything found in one graph.
+    """Everything found in one graph."""
 
-    Attributes:
-        findings: in the order of the rules' modules; `RULES[finding.rule].effect` says what each does.
-    """
-
+    # in the order of the rules' modules; `RULES[finding.rule].effect` says what each does
     findings: tuple[Finding, ...]
 
     def errors(self, *, require: bool = True) -> tuple[Finding, ...]:

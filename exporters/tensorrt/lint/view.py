@@ -17,21 +17,6 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-__all__ = [
-    "CODES",
-    "DEQUANTIZE",
-    "PRODUCTS",
-    "QUANTIZE",
-    "Operand",
-    "Product",
-    "View",
-    "attribute_axis",
-    "code_type",
-    "constant",
-    "element_types",
-    "fixed",
-]  # fmt: skip
-
 QUANTIZE: Final = "QuantizeLinear"
 DEQUANTIZE: Final = "DequantizeLinear"
 PRODUCTS: Final = ("MatMul", "Gemm", "Conv")
@@ -64,6 +49,11 @@ def constant(value: ir.Value | None) -> Any:
     return None
 
 
+def computed(node: ir.Node) -> list[ir.Value]:
+    """Operands that are not constant."""
+    return [value for value in node.inputs if value is not None and constant(value) is None]
+
+
 def fixed(value: ir.Value | None) -> bool:
     """Whether a value is stored, or dequantized from stored tensors, as scales of blocks are."""
     node = value.producer() if value is not None else None
@@ -79,21 +69,14 @@ def attribute_axis(node: ir.Node, rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """What one side of a product reads.
+    """What one side of a product reads."""
 
-    Attributes:
-        value: the side itself.
-        position: 0 or 1.
-        dequantize: the DequantizeLinear that is found behind moves; None for a float operand.
-        between: operators on the way that the builder does not look through; with any, `dequantize` does not count.
-        moves: the operators that it does.
-    """
-
-    value: ir.Value
-    position: int
-    dequantize: ir.Node | None
+    value: ir.Value  # the side itself
+    position: int  # 0 or 1
+    dequantize: ir.Node | None  # the DequantizeLinear that is found behind moves; None for a float operand
+    # operators on the way that the builder does not look through; with any, `dequantize` does not count
     between: tuple[ir.Node, ...] = ()
-    moves: tuple[ir.Node, ...] = ()
+    moves: tuple[ir.Node, ...] = ()  # the operators that it does
 
     @property
     def codes(self) -> ir.Value | None:
@@ -149,13 +132,9 @@ class Product:
 
 @dataclass(frozen=True)
 class View:
-    """A model and its products, read once.
+    """A model and its products, read once."""
 
-    Attributes:
-        model: not changed.
-    """
-
-    model: ir.Model
+    model: ir.Model  # not changed
 
     def nodes(self, *ops: str) -> Iterator[ir.Node]:
         """Nodes of the main graph of these types and ONNX's own domain."""
@@ -196,16 +175,14 @@ def _through(node: ir.Node) -> ir.Value | None:
         return node.inputs[0]
     if node.op_type not in _ARITHMETIC:
         return None
-    computed = [value for value in node.inputs if value is not None and constant(value) is None]
-    return computed[0] if len(computed) == 1 else None
+    values = computed(node)
+    return values[0] if len(values) == 1 else None
 
 
 def _looked_through(node: ir.Node) -> bool:
     if node.op_type in _MOVES:
         return True
-    if node.op_type not in ("Mul", "Div"):
-        return False
-    arrays = [constant(value) for value in node.inputs]
+    arrays = [constant(value) for value in node.inputs] if node.op_type in ("Mul", "Div") else []
     return any(array is not None and np.size(array) == 1 for array in arrays)
 
 

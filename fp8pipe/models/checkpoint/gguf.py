@@ -16,6 +16,7 @@ import contextlib
 import copy
 import errno
 import fcntl
+import importlib.util
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import sha256_file
+from fp8pipe.artifact.writer import sync
 from fp8pipe.core.errors import (
     BadArtifactError,
     ConfigurationError,
@@ -71,7 +73,8 @@ def convert_gguf(gguf: Path, *, name: str | None = None) -> Path:
         return target
     with _translated_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(target.name + ".lock")):
+        with target.with_name(target.name + ".lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # the operating system releases it if the process dies
             # Another process may have converted while this one waited for the lock.
             if target.is_dir() and _is_current(target, digest):
                 return target
@@ -136,13 +139,17 @@ def _write_record(root: Path, gguf: Path, digest: str) -> None:
     record = {"version": CONVERSION_VERSION, "source": gguf.name, "sha256": digest, "files": files}
     (root / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for path in root.iterdir():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync(path)
 
 
 def _convert_into(gguf: Path, root: Path) -> None:
     for package in ("gguf", "accelerate"):
-        _require(package)
+        if importlib.util.find_spec(package) is None:
+            raise MissingCapabilityError(
+                f"the package {package} is not installed",
+                why="transformers needs gguf and accelerate to read a GGUF file",
+                fix="pip install gguf accelerate",
+            )
     import torch
 
     from fp8pipe.models.compat import import_transformers
@@ -207,25 +214,6 @@ def _fix_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
             ]
         )
-
-
-def _require(package: str) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec(package) is None:
-        raise MissingCapabilityError(
-            f"the package {package} is not installed",
-            why="transformers needs gguf and accelerate to read a GGUF file",
-            fix="pip install gguf accelerate",
-        )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on ``path``; the operating system releases it if the process dies."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

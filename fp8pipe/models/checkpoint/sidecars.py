@@ -42,16 +42,12 @@ _WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index
 
 
 def sidecar_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Files of a model's directory that match `patterns`, and its named chat templates; never weights.
+    """Files at the top of a model's directory that match `patterns`, and its named chat templates; never weights.
 
-    Args:
-        root: the directory.
-        patterns: of file names at its top.
-
-    Yields:
-        Paths relative to `root`, sorted.
+    Yields paths relative to `root`, sorted.
     """
-    found = [p for p in root.iterdir() if p.is_file() and _matches(p.name, patterns)]
+    top = [p for p in root.iterdir() if p.is_file() and not any(fnmatch(p.name, weights) for weights in _WEIGHTS)]
+    found = [p for p in top if any(fnmatch(p.name, pattern) for pattern in patterns)]
     templates = root / TEMPLATE_DIRECTORY
     if templates.is_dir():
         found += [p for p in templates.iterdir() if p.is_file()]
@@ -84,7 +80,3 @@ def read_config(path: Path) -> dict[str, Any]:
     if why:
         raise BadArtifactError(f"{path} cannot be read", why=why, fix="fetch the model again")
     return dict(content)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, p) for p in patterns) and not any(fnmatch(name, p) for p in _WEIGHTS)

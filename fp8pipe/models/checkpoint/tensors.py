@@ -24,8 +24,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# A weight's scale is stored under the weight's name and this.
-SCALE_SUFFIX = "_scale"
+SCALE_SUFFIX = "_scale"  # a weight's scale is stored under the weight's name and this
 
 # safetensors' spelling of each dtype that an exporter can carry.
 DTYPES: dict[str, torch.dtype] = {
@@ -176,13 +175,7 @@ def shard_names(count: int) -> tuple[str, ...]:
 
 
 def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """Write the index of a checkpoint in several files.
-
-    Args:
-        root: the checkpoint's directory.
-        weight_map: file name by tensor name.
-        total_size: of all tensors, bytes.
-    """
+    """Write the index of a checkpoint in several files: file names by tensor name, and the bytes of all tensors."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -208,12 +201,12 @@ def checkpoint_names(root: Path, modules: Iterable[str], prefix: str) -> dict[st
         present = {name for file in weight_files(root) for name in header_entries(file)}
     names: dict[str, str] = {}
     for module in modules:
-        found = [name for name in spellings(module, prefix) if f"{name}.weight" in present]
+        spelt = spellings(module, prefix)
+        found = [name for name in spelt if f"{name}.weight" in present]
         if not found:
-            bare = spellings(module, prefix)[1]
             raise ConfigurationError(
                 f"the weight of {module} is not in the checkpoint under a name that can be traced",
-                why=f"neither {module}.weight nor {bare}.weight is among its {len(present)} tensors",
+                why=f"neither {module}.weight nor {spelt[1]}.weight is among its {len(present)} tensors",
                 fix="save the model once with transformers' save_pretrained and start from that",
             )
         names[module] = found[0]

@@ -3,8 +3,3 @@
 Read as bytes and headers, a chunk at a time, so that a checkpoint larger than memory can be looked at, and so can one
 in a format that nothing here can load.
 """
-
-from fp8pipe.models.inspection.contents import Contents, LayerView, ScaleBins
-from fp8pipe.models.inspection.places import inspect_contents
-
-__all__ = ["Contents", "LayerView", "ScaleBins", "inspect_contents"]

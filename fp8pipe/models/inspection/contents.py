@@ -37,11 +37,6 @@ class ScaleBins:
         """Scales counted."""
         return sum(self.bins.values()) + self.bad
 
-    def merge(self, other: ScaleBins) -> None:
-        """Add another histogram."""
-        self.bins.update(other.bins)
-        self.bad += other.bad
-
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {"log2_bins": dict(sorted(self.bins.items())), "bad": self.bad}
@@ -53,12 +48,8 @@ class ScaleBins:
         most = max(self.bins.values())
         low, high = min(self.bins), max(self.bins)
         places = range(low, high + 1) if high - low < _FEW_BINS else sorted(self.bins)
-        lines = []
-        for place in places:
-            count = self.bins.get(place, 0)
-            length = max(1, round(width * count / most)) if count else 0
-            lines.append(f"2^{place:<4} {count:>10,} {'#' * length}")
-        return lines
+        lengths = {place: max(1, round(width * count / most)) for place, count in self.bins.items() if count}
+        return [f"2^{place:<4} {self.bins.get(place, 0):>10,} {'#' * lengths.get(place, 0)}" for place in places]
 
 
 @dataclass(slots=True)
@@ -130,10 +121,8 @@ class Contents:
 
     def scales(self) -> ScaleBins:
         """All scales together."""
-        total = ScaleBins()
-        for layer in self.layers:
-            total.merge(layer.scales)
-        return total
+        bins = sum((layer.scales.bins for layer in self.layers), Counter[int]())
+        return ScaleBins(bins, sum(layer.scales.bad for layer in self.layers))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -1,16 +1,19 @@
-"""Inspects a path: a directory of Hugging Face's layout or of an artifact, or one file."""
+"""Inspects a path: a directory of Hugging Face's layout or of an artifact, or one file; ONNX and GGUF as layers."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.models.inspection.contents import Contents
-from fp8pipe.models.inspection.graph_files import read_gguf, read_onnx
-from fp8pipe.models.inspection.safetensors_layers import StoredTensor, read_headers, read_layers
+from fp8pipe.models.compat import import_package
+from fp8pipe.models.inspection.contents import Contents, LayerView
+from fp8pipe.models.inspection.safetensors_layers import StoredTensor, count_ends, read_headers, read_layers
 
 _INDEX: Final = "model.safetensors.index.json"
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -110,3 +113,118 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BadArtifactError(f"{path} is not readable JSON", why=str(error)) from error
     return data if isinstance(data, dict) else {}
+
+
+_ONNX_FORMATS: Final = {
+    "INT8": "int8", "UINT8": "uint8", "INT4": "int4", "UINT4": "uint4", "FLOAT8E4M3FN": "fp8-e4m3",
+    "FLOAT8E5M2": "fp8-e5m2", "FLOAT4E2M1": "nvfp4", "FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16",
+}  # fmt: skip
+# Bytes of a block, and where its fp16 scale lies in it.
+_GGUF_SCALES: Final = {
+    "Q8_0": (34, 0), "Q4_0": (18, 0), "Q4_1": (20, 0), "Q5_0": (22, 0), "Q5_1": (24, 0), "Q2_K": (84, 80),
+    "Q3_K": (110, 108), "Q4_K": (144, 0), "Q5_K": (176, 0), "Q6_K": (210, 208),
+}  # fmt: skip
+
+
+def read_onnx(path: Path, *, look: bool = True) -> Contents:
+    """A graph: stored weights with the scales that decode them, quantizers of activations, inputs and outputs.
+
+    Raises:
+        BadArtifactError: it cannot be read as ONNX.
+        MissingCapabilityError: onnx-ir is not installed.
+    """
+    ir = import_package("onnx_ir", "onnx_ir is not installed", "pip install 'fp8pipe[onnx]'")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's own error type is not public
+        raise BadArtifactError(f"{path} cannot be read as an ONNX graph", why=str(error)[:300]) from error
+    contents = Contents(f"ONNX, opset {model.opset_imports.get('')}, IR {model.ir_version}")
+    decoders = {n.inputs[0]: n for n in model.graph if n.op_type == "DequantizeLinear" and n.inputs[0] is not None}
+    rest = 0
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            continue
+        if len(value.const_value.shape) >= 2:
+            contents.layers.append(_onnx_layer(str(name), value, decoders.get(value), look))
+        else:
+            rest += value.const_value.nbytes
+    contents.layers.append(LayerView("other stored tensors", "small", None, rest))
+    operators = Counter(node.op_type for node in model.graph)
+    contents.facts = {
+        "inputs": [f"{v.name} {v.dtype.name if v.dtype else '?'} {v.shape}" for v in model.graph.inputs],
+        "outputs": [f"{v.name} {v.dtype.name if v.dtype else '?'} {v.shape}" for v in model.graph.outputs],
+        "operators": dict(operators.most_common()),
+        "activation_quantizers": operators["QuantizeLinear"],
+    }
+    return contents
+
+
+def _onnx_layer(name: str, value: Any, decoder: Any, look: bool) -> LayerView:
+    codes = value.const_value
+    format = _ONNX_FORMATS.get(value.dtype.name, value.dtype.name.lower())
+    shape = tuple(int(side) for side in codes.shape)
+    if decoder is None:
+        return LayerView(name, format, shape, codes.nbytes)
+    scale = decoder.inputs[1]
+    stored = None if scale is None or scale.const_value is None else scale.const_value
+    view = LayerView(name, format, shape, codes.nbytes + (0 if stored is None else stored.nbytes))
+    if stored is None:
+        view.granularity = "computed scales"
+        return view
+    count = int(np.prod([int(side) for side in stored.shape], dtype=np.int64))
+    channels = shape[decoder.attributes.get_int("axis", 1)] if len(stored.shape) == 1 else 0
+    view.granularity = "per-tensor" if count == 1 else "per-channel" if count == channels else "per-block"
+    if look:
+        view.scales.add(np.asarray(stored.numpy(), dtype=np.float64))
+        view.add_codes(*_onnx_codes(codes.numpy(), format))
+    return view
+
+
+def _onnx_codes(array: np.ndarray, format: str) -> tuple[int, int, int]:
+    if format in ("int4", "uint4"):  # numpy holds one in a byte
+        low, high = (-8, 7) if format == "int4" else (0, 15)
+        values = array.astype(np.int16)
+        return values.size, int(((values <= low) | (values >= high)).sum()), 0
+    if format == "nvfp4":
+        return array.size, int((np.abs(array.astype(np.float32)) >= 6).sum()), 0
+    if format == "uint8":
+        return array.size, int(np.isin(array, (0, 255)).sum()), 0
+    return count_ends(np.ascontiguousarray(array).view(np.uint8).reshape(-1), format)
+
+
+def read_gguf(path: Path, *, look: bool = True) -> Contents:
+    """A GGUF file; tensors are mapped, and touched one at a time.
+
+    Raises:
+        BadArtifactError: it cannot be read.
+        MissingCapabilityError: gguf is not installed.
+    """
+    gguf = import_package("gguf", "gguf is not installed", "pip install 'fp8pipe[samples]'")
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except Exception as error:  # its reader raises whatever numpy raises
+        raise BadArtifactError(f"{path} cannot be read as GGUF", why=str(error)[:300]) from error
+    contents = Contents("GGUF")
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type.name
+        shape = tuple(int(side) for side in tensor.shape[::-1])
+        view = LayerView(tensor.name.removesuffix(".weight"), kind.lower(), shape, int(tensor.n_bytes))
+        if kind in _GGUF_SCALES:
+            view.granularity = "per-block"
+        if look and kind in _GGUF_SCALES:
+            width, place = _GGUF_SCALES[kind]
+            rows = tensor.data.reshape(-1).view(np.uint8).reshape(-1, width)
+            view.scales.add(np.abs(np.ascontiguousarray(rows[:, place : place + 2]).view("<f2")))
+        contents.layers.append(view)
+    fields = reader.fields
+    contents.facts = {
+        "architecture": _text(fields.get("general.architecture")),
+        "name": _text(fields.get("general.name")),
+        "tokenizer": "tokenizer.ggml.tokens" in fields,
+        "chat_template": "tokenizer.chat_template" in fields,
+    }
+    return contents
+
+
+def _text(field: Any) -> str | None:
+    return None if field is None else bytes(field.parts[field.data[0]]).decode("utf-8", "replace")

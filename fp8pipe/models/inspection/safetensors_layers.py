@@ -114,12 +114,7 @@ def decode(data: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def count_ends(data: np.ndarray, format: str) -> tuple[int, int, int]:
-    """Codes, codes at an end of their grid, and NaN among some bytes.
-
-    Args:
-        data: uint8, one axis.
-        format: of the codes; four-bit codes lie two in a byte.
-    """
+    """Codes, codes at an end of their grid, and NaN among bytes (uint8, one axis); four-bit codes lie two in one."""
     if format in _FP8_ENDS:
         magnitude, (largest, last) = data & 0x7F, _FP8_ENDS[format]
         return data.size, int((magnitude == largest).sum()), int((magnitude > last).sum())
@@ -135,12 +130,9 @@ def count_ends(data: np.ndarray, format: str) -> tuple[int, int, int]:
 
 
 def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: bool = True) -> list[LayerView]:
-    """One view per weight; tensors that are no matrices are summed up as "other".
+    """One view per weight, packed codes being `bits` wide; tensors that are no matrices are summed up as "other".
 
-    Args:
-        tensors: headers of all files.
-        bits: width of packed integer codes.
-        look: read codes and scales; without it headers alone.
+    Codes and scales are read where `look` says so, headers in any case.
     """
     found: list[LayerView] = []
     used: set[str] = set()

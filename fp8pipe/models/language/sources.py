@@ -134,12 +134,7 @@ def _check_checkpoint(path: Path) -> None:
 
 
 def check_unquantized(path: Path) -> None:
-    """Refuses a base model whose weights are quantized already.
-
-    Reads config.json and the headers of the safetensors files (no weights).
-
-    Args:
-        path: model directory.
+    """Refuses a base model whose weights are quantized already; reads config.json and headers, no weights.
 
     Raises:
         ConfigurationError: a ``quantization_config`` in config.json, or FP8, FP4 or integer weight tensors.

@@ -217,13 +217,9 @@ def model_class(config: PretrainedConfig) -> Any:
 
 
 def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, **options: str) -> PreTrainedModel:
-    """The model that config.json names, holding `state`, in evaluation mode on the CPU.
+    """The model that config.json names, holding `state`, in evaluation mode on the CPU; `options`: `from_pretrained`'s.
 
-    Args:
-        directory: with config.json.
-        state: by the checkpoint's names; transformers renames where the architecture wants it.
-        dtype: of parameters and compute.
-        options: of `from_pretrained`.
+    The state has the checkpoint's names; transformers renames where the architecture wants it.
 
     Raises:
         ConfigurationError: see `load_config` and `model_class`.

@@ -70,22 +70,19 @@ def build(architecture: Architecture) -> nn.Module:
     return model
 
 
-def _create(architecture: Architecture) -> nn.Module:
+def _create(architecture: Architecture) -> Any:
     cls: Any = transformers_class(architecture.name) if architecture.library == "transformers" else None
     library = import_timm() if cls is None else import_transformers()
-    model: nn.Module
     try:
         if cls is None:
-            model = library.create_model(architecture.name, pretrained=False, **architecture.arguments)
-        else:
-            model = cls._from_config(cls.config_class.from_dict(dict(architecture.arguments)))
+            return library.create_model(architecture.name, pretrained=False, **architecture.arguments)
+        return cls._from_config(cls.config_class.from_dict(dict(architecture.arguments)))
     except Exception as error:  # arguments go to third-party code, which raises what it likes
         raise ConfigurationError(
             f"{architecture.library} {library.__version__} cannot build {architecture.name}",
             why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
             fix="check the name, its arguments and the image size, or install the version it was made with",
         ) from error
-    return model
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:

@@ -135,9 +135,10 @@ def intercept_attention(model: nn.Module, names: Collection[str], handler: Atten
                 return fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             name = stack[-1]
             _refuse(name, dropout_p, is_causal, enable_gqa)
-            if scale is None:
-                scale = 1.0 / math.sqrt(query.shape[-1])
-            return handler(name, query, key, value, _additive(attn_mask, query), scale)
+            scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+            if attn_mask is not None and attn_mask.dtype == torch.bool:  # True: takes part
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
+            return handler(name, query, key, value, attn_mask, scale)
 
         intercepted._fp8pipe_intercepts = True  # type: ignore[attr-defined]
         functional.scaled_dot_product_attention = intercepted
@@ -157,21 +158,12 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _refuse(name: str, dropout: float, causal: bool, grouped: bool) -> None:
-    checks = {
-        f"it drops attention probabilities (p={dropout})": dropout > 0, "it is causal": causal,
-        "its heads share keys and values": grouped,
-    }  # fmt: skip
-    reasons = [reason for reason, holds in checks.items() if holds]
+    reasons = [f"it drops attention probabilities (p={dropout})"] if dropout > 0 else []
+    reasons += ["it is causal"] if causal else []
+    reasons += ["its heads share keys and values"] if grouped else []
     if reasons:
         raise ConfigurationError(
             f"the attention {name} is of a kind that is not supported",
             why=" and ".join(reasons),
             fix="put the model in eval mode" if dropout > 0 else "use a plain vision transformer",
         )
-
-
-def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A boolean mask (True: takes part) in its additive form."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)

@@ -55,11 +55,10 @@ def read_image_folder(path: Path) -> ImageFolder:
     found = {folder: sorted(_pictures(folder)) for folder in folders}
     empty = [folder.name for folder, pictures in found.items() if not pictures]
     if not folders or empty:
-        loose = sum(1 for _ in _pictures(path)) if not folders else 0
-        why = f"no pictures in {', '.join(empty[:5])}" if empty else f"it has no folders, and {loose} pictures"
+        loose = 0 if folders else len(_pictures(path))
         raise ConfigurationError(
             f"{path} is not an image folder",
-            why=why,
+            why=f"no pictures in {', '.join(empty[:5])}" if empty else f"it has no folders, and {loose} pictures",
             fix=f"put the pictures into one folder per class ({', '.join(sorted(SUFFIXES))})",
         )
     files = tuple(picture for pictures in found.values() for picture in pictures)
@@ -122,10 +121,8 @@ def batches(folder: ImageFolder, rows: list[int], preprocessing: Preprocessing, 
         yield torch.stack([read_pixels(folder.files[row], preprocessing) for row in chunk])
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if _is_picture(path) and path.is_file():
-            yield path
+def _pictures(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if _is_picture(path) and path.is_file()]
 
 
 def _is_picture(path: Path) -> bool:

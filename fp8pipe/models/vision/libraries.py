@@ -237,14 +237,10 @@ def _transformers_preprocessing(folder: Path, size: tuple[int, int]) -> Preproce
             why=f"rescale factor {factor}, resample {written.get('resample')}",
             fix="use 1/255, and nearest, bilinear or bicubic",
         )
-    values = {
-        "resize": resize,
-        "crop": crop,
-        "interpolation": _FILTERS[written.get("resample", 3)],
-        "mean": written.get("image_mean", (0.5, 0.5, 0.5)) if normalize else (0.0, 0.0, 0.0),
-        "std": written.get("image_std", (0.5, 0.5, 0.5)) if normalize else (1.0, 1.0, 1.0),
-    }
-    return build_config(Preprocessing, values).resized_to(size)
+    mean = written.get("image_mean", (0.5, 0.5, 0.5)) if normalize else (0.0, 0.0, 0.0)
+    std = written.get("image_std", (0.5, 0.5, 0.5)) if normalize else (1.0, 1.0, 1.0)
+    values = {"resize": resize, "crop": crop, "interpolation": _FILTERS[written.get("resample", 3)]}
+    return build_config(Preprocessing, {**values, "mean": mean, "std": std}).resized_to(size)
 
 
 def _both_sides(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -63,13 +63,7 @@ class ProjectedAttention(nn.Module):
 def prepare_model(model: nn.Module) -> nn.Module:
     """Rewrites `model` in place: eval, float32, no gradients of parameters, every product where it can be reached.
 
-    Idempotent: a prepared model comes back as it is.
-
-    Args:
-        model: a timm or transformers vision model with its weights loaded.
-
-    Returns:
-        The same object.
+    `model` is one of timm or transformers with its weights loaded; it is returned. Idempotent.
 
     Raises:
         ConfigurationError: an attention of a kind that cannot be rewritten; the error names the module.
@@ -114,8 +108,7 @@ def _merge_biases(name: str, module: Any) -> None:
             fix="use a model that was built with one of them",
         )
     qkv.bias = nn.Parameter(torch.cat((q_bias.detach(), k_bias.detach(), v_bias.detach())), requires_grad=False)
-    module.q_bias = module.v_bias = None
-    module.k_bias = None
+    module.q_bias = module.k_bias = module.v_bias = None
 
 
 def _check_plain(name: str, attention: nn.MultiheadAttention) -> None:
@@ -136,14 +129,11 @@ def _check_plain(name: str, attention: nn.MultiheadAttention) -> None:
 
 
 def vision_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Logits of a classifier, pooled features of a backbone.
+    """Logits of a classifier, pooled features of a backbone: (N, C), the model's own tensor (not a copy).
 
     Args:
         model: a timm or transformers vision model, in eval mode.
         pixels: (N, 3, H, W), normalized.
-
-    Returns:
-        (N, C), the model's own tensor (not a copy).
 
     Raises:
         ConfigurationError: the model returns something else.
@@ -169,8 +159,5 @@ def class_count(model: nn.Module) -> int | None:
 
 
 def _of_transformers(outputs: Any) -> Tensor | None:
-    for name in ("logits", "image_embeds", "pooler_output"):
-        value = getattr(outputs, name, None)
-        if isinstance(value, Tensor):
-            return value
-    return None
+    values = (getattr(outputs, name, None) for name in ("logits", "image_embeds", "pooler_output"))
+    return next((value for value in values if isinstance(value, Tensor)), None)

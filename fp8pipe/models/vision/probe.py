@@ -138,11 +138,7 @@ class _Watch(TorchDispatchMode):
 
 @torch.enable_grad()
 def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
-    """Run the model once on two blank images and note its parts.
-
-    Args:
-        model: prepared by `prepare_model`, in eval mode.
-        image_size: (height, width), pixels.
+    """Run a model that `prepare_model` prepared once on two blank images of (height, width), and note its parts.
 
     Raises:
         ConfigurationError: the model does not run at that size, has no attention that can be intercepted or one
@@ -192,8 +188,7 @@ def _check(model: nn.Module, calls: tuple[AttentionCall, ...]) -> None:
             fix="use a vision transformer whose attention calls scaled_dot_product_attention",
         )
     names = [call.name for call in calls]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigurationError(
             f"the attention {twice} of {type(model).__name__} cannot be read",
             why="it computes more than one attention in a forward",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fp8pipe.artifact.manifest import Encoding, LayerRecord, ScaleRule
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
@@ -29,12 +30,15 @@ from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file, write_model_file
 from fp8pipe.models.vision.sources import WEIGHTS_FILE, write_model_folder
 from fp8pipe.models.vision.structure import LinearSite, VitStructure, read_structure
-from fp8pipe.numerics.kinds import Kind
+from fp8pipe.numerics.kinds import Kind, granularity
 from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer, BlockScales, pack_nibbles, unpack_nibbles
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
 QUANTIZERS_FILE: Final = "quantizers.json"
 _SCALE, _TENSOR_SCALE = "_scale", "_tensor_scale"
+_FORMATS: Final[dict[Kind, Literal["int", "e4m3", "nvfp4"]]] = {
+    Kind.INT: "int", Kind.E4M3: "e4m3", Kind.NVFP4: "nvfp4",
+}  # fmt: skip
 T = TypeVar("T")
 Codes = WeightCodes | BlockCodes
 Quantizer = ActivationQuantizer | BlockQuantizer
@@ -259,3 +263,45 @@ def _block_codes(name: str, packed: Tensor, block: Tensor, tensor: Tensor) -> Bl
     if block.shape != (codes.shape[0], codes.shape[1] // BLOCK):
         raise ValueError(f"{name}.weight_scale must be one E4M3 number per block of {BLOCK} inputs")
     return BlockCodes(codes, BlockScales(block, float(tensor)))
+
+
+def layer_records(
+    quantized: QuantizedVit,
+    source: Sequence[LayerRecord] = (),
+    rule: ScaleRule | None = None,
+    *,
+    activations: bool = True,
+) -> list[LayerRecord]:
+    """One record per linear layer.
+
+    Args:
+        quantized: the model.
+        source: records of the artifact that it was read from; where scales come from is taken from there.
+        rule: where scales come from, for layers that `source` does not have.
+        activations: whether inputs are quantized.
+    """
+    known = {record.name: record for record in source}
+    records = []
+    for site in quantized.structure.linears:
+        weight = quantized.weights.get(site.name)
+        quantizer = quantized.activations.get(f"{site.input_group}.input") if activations else None
+        before = known.get(site.name)
+        said = (before.weight, before.activation) if before else (None, None)
+        rules = [rule if encoding is None else encoding.scale_rule for encoding in said]
+        codes = None if weight is None else _weight(weight, rules[0])
+        inputs = None if quantizer is None else _activation(quantizer, rules[1])
+        reason = "" if weight is not None else "no codes in the artifact"
+        records.append(LayerRecord(name=site.name, shape=site.shape, reason=reason, weight=codes, activation=inputs))
+    return records
+
+
+def _weight(weight: Codes, rule: ScaleRule | None) -> Encoding:
+    granular = granularity(weight.kind)
+    return Encoding(format=_FORMATS[weight.kind], bits=weight.bits, granularity=granular, scale_rule=rule)
+
+
+def _activation(quantizer: Quantizer, rule: ScaleRule | None) -> Encoding:
+    if isinstance(quantizer, BlockQuantizer):  # block scales follow from each input; the scale of the tensor is stored
+        return Encoding(format="nvfp4", bits=4, granularity="per-block", scale_rule=rule, dynamic=True)
+    bits = 8 if quantizer.kind is Kind.E4M3 else (quantizer.levels - 1).bit_length()
+    return Encoding(format=_FORMATS[quantizer.kind], bits=max(2, bits), granularity="per-tensor", scale_rule=rule)

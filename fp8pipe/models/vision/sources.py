@@ -113,10 +113,10 @@ def write_model_folder(
 
 def _sample(name: str, src: str, image_size: tuple[int, int] | None) -> VisionModel:
     if name == "vit-digits":
-        from fp8pipe.models.vision.digits import digits_weights_folder
+        from fp8pipe.models.vision.samples import digits_weights_folder
 
         return _own_directory(digits_weights_folder(), src, image_size)
-    from fp8pipe.models.vision.focus import FOCUS_IMAGE_SIZE, focus_architecture, focus_preprocessing, focus_weights
+    from fp8pipe.models.vision.samples import FOCUS_IMAGE_SIZE, focus_architecture, focus_preprocessing, focus_weights
 
     size = image_size or FOCUS_IMAGE_SIZE
     architecture = focus_architecture(size)

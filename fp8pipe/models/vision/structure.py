@@ -110,11 +110,7 @@ class VitStructure:
 
 
 def read_structure(model: nn.Module, image_size: tuple[int, int]) -> VitStructure:
-    """The structure of a model, from one pass over two blank images.
-
-    Args:
-        model: prepared by `prepare_model`, in eval mode; not changed.
-        image_size: (height, width) in pixels.
+    """The structure of a model that `prepare_model` prepared, from one pass over two blank images of (height, width).
 
     Raises:
         ConfigurationError: the model does not run at that size, or has a part that cannot be read: the error
@@ -145,10 +141,8 @@ def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> Linea
             why=f"its first layer is {linears[0].name if linears else 'none'}, not a convolution over patches",
             fix="use a model that embeds patches with one nn.Conv2d",
         )
-    wrong = next((call for call in patches if not _cuts_without_overlap(call.module)), None)
-    if wrong is None and len(patches) > 1:
-        wrong = patches[1]
-    if wrong is not None:
+    overlapping = [call for call in patches if not _cuts_without_overlap(call.module)]
+    if wrong := next(iter(overlapping or patches[1:]), None):
         raise ConfigurationError(
             f"{kind} has a convolution beside its patch embedding: {wrong.name}",
             why=f"{wrong.module}; only patches cut without overlap are read",
@@ -187,23 +181,21 @@ def _attention_site(call: AttentionCall, patch_grid: tuple[int, int], model: nn.
             fix="use a model that attends within images",
         )
     windows = call.batch // IMAGES
-    module = model.get_submodule(call.name)
-    prefix, grid = _token_layout(call.name, module, call.tokens, windows, patch_grid)
+    prefix, grid = _token_layout(call.name, model.get_submodule(call.name), call.tokens, windows, patch_grid)
     return AttentionSite(
         call.name, call.heads, call.head_dim, call.tokens, prefix, grid, windows, call.mask, call.queries
     )
 
 
 def _linear_sites(calls: tuple[LinearCall, ...], model: nn.Module) -> tuple[LinearSite, ...]:
-    names: dict[str, int] = {}
+    names: set[str] = set()
     weights: dict[int, str] = {}
     readers: dict[int, str] = {}
     sites = []
     for call in calls:
-        names[call.name] = names.get(call.name, 0) + 1
         weight = getattr(call.module, "_parameters", {}).get("weight")
         problem = ""
-        if names[call.name] > 1:
+        if call.name in names:
             problem = "it is called more than once in a forward"
         elif weight is None:
             problem = "its weight is computed (a parametrization), not a parameter"
@@ -215,6 +207,7 @@ def _linear_sites(calls: tuple[LinearCall, ...], model: nn.Module) -> tuple[Line
                 why=problem,
                 fix="use a model in which every layer has its own weight and runs once",
             )
+        names.add(call.name)
         weights[id(weight)] = call.name
         group = readers.setdefault(id(call.input), call.name)
         kind = "patch" if isinstance(call.module, nn.Conv2d) else "linear"

@@ -1,37 +1,47 @@
-"""The images that calibrated a vision transformer, and where the quantized model looks in them."""
+"""The images that calibrated a vision transformer, and where the quantized model looks in them.
+
+Nothing is read from a live model but the artifact's own files; a map, the last attention of an image laid over it, is
+computed when the report is written.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.artifact.kinds import VIT_KIND, VitDetails
-from fp8pipe.core.errors import Fp8PipeError
-from fp8pipe.report.attention_maps import AttentionMap, attention_maps, read_image
-from fp8pipe.report.blocks import Block, Missing, Picture, Pictures, Section, Text
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
+from fp8pipe.report.blocks import Block, Missing, Picture, Pictures, Text
 from fp8pipe.report.figures import Form
 from fp8pipe.report.subject import Item, Subject
 
-__all__ = ["section"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fp8pipe.models.vision.structure import AttentionSite
 
 SHEET = "calibration/contact_sheet.png"
 IMAGES = "calibration/images.safetensors"
 _SHOWN = 4
 _WIDEST, _LARGEST = 900, 300_000
+_SIDE = 168
+_TINT = (240, 84, 30)
+_METHODS = {
+    "images": "real pictures from a folder",
+    "synthetic": "synthetic, made from the model alone",
+    "gaussian": "Gaussian noise",
+    "patch-similarity": "synthetic, by patch similarity",
+}
 
 
-def section(subject: Subject) -> Section:
-    """The section."""
-    blocks: list[Block] = []
+def pictures(subject: Subject) -> Iterator[Block]:
+    """The images, and attention over some of them."""
     for item in subject.of_kind(VIT_KIND):
-        blocks += list(_pictures(subject, item))
-    if not blocks:
-        text = "Nothing here was calibrated with images: they are part of quantizing a vision transformer."
-        blocks.append(Missing(text, "fp8pipe quantize-vit"))
-    return Section("images", "Calibration images", "What the low-bit model was fitted to.", blocks)
+        yield from _pictures(subject, item)
 
 
 def _pictures(subject: Subject, item: Item) -> Iterator[Block]:
@@ -59,10 +69,10 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
     from safetensors.torch import load_file
 
     root = item.artifact.root
-    given = None if subject.image is None else read_image(root, subject.image)
+    given = None if subject.image is None else _read_image(root, subject.image)
     try:
-        made = attention_maps(root, load_file(root / IMAGES)["images"][: _SHOWN - (given is not None)])
-        real = [] if given is None else attention_maps(root, given)
+        made = _attention_maps(root, load_file(root / IMAGES)["images"][: _SHOWN - (given is not None)])
+        real = [] if given is None else _attention_maps(root, given)
     except Fp8PipeError as error:
         yield Missing(f"Attention could not be computed: {error.what}. {error.why}.", error.fix)
         return
@@ -78,7 +88,7 @@ def _attention(subject: Subject, item: Item) -> Iterator[Block]:
         yield Missing("No real image stands beside them.", f"fp8pipe report {subject.path} --image PICTURE")
 
 
-def _picture(found: AttentionMap, what: str, source: str) -> Picture:
+def _picture(found: _AttentionMap, what: str, source: str) -> Picture:
     return Picture(_url(found.png, "png"), f"{what}, and attention over it", what, source)
 
 
@@ -102,9 +112,83 @@ def _url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-_METHODS = {
-    "images": "real pictures from a folder",
-    "synthetic": "synthetic, made from the model alone",
-    "gaussian": "Gaussian noise",
-    "patch-similarity": "synthetic, by patch similarity",
-}
+@dataclass(frozen=True, slots=True)
+class _AttentionMap:
+    """One image and its map."""
+
+    png: bytes  # the image, and the image under its map, side by side
+    layer: str  # the attention's name
+    of_class_token: bool  # whether it is the class token's attention; else the mean over all tokens'
+
+
+def _attention_maps(root: Path, pixels: Tensor) -> list[_AttentionMap]:
+    """Maps of some images, `(N, 3, H, W)` uint8, of the size of the model in the directory of a `vit` artifact.
+
+    Returns:
+        One an image; none where the model has no attention over the whole image (windows, pooling).
+
+    Raises:
+        BadArtifactError: no quantized model in it.
+        MissingCapabilityError: the library that builds it is not installed.
+    """
+    import torch
+
+    from fp8pipe.models.vision.quantized import load_quantized
+
+    quantized = load_quantized(root)
+    sites = [site for site in quantized.structure.attentions if site.windows == 1 and not site.pools]
+    if not sites:
+        return []
+    site = sites[-1]
+    with torch.no_grad():
+        probs = quantized.taps(quantized.preprocessing.normalize(pixels))[site.name]["probs_in"]  # (N, H, T, T)
+    maps = _of_patches(probs.mean(1), site)
+    return [
+        _AttentionMap(_overlay(image, found), site.name, site.prefix_tokens > 0)
+        for image, found in zip(pixels, maps, strict=True)
+    ]
+
+
+def _read_image(root: Path, path: Path) -> Tensor:
+    """A picture as the model of an artifact sees it, `(1, 3, H, W)` uint8.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
+    from PIL import Image
+
+    from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
+
+    preprocessing = read_model_file(Preprocessing, root / PREPROCESSING_FILE)
+    try:
+        with Image.open(path) as opened:
+            return preprocessing.pixels(opened)[None]
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be read as a picture", why=str(error), fix="give a PNG or JPEG file"
+        ) from error
+
+
+def _of_patches(probs: Tensor, site: AttentionSite) -> Tensor:
+    """`(N, T, T)` probabilities to `(N, rows, columns)`, each map from 0 to 1."""
+    rows, columns = site.grid
+    queries = probs[:, 0] if site.prefix_tokens else probs.mean(1)
+    maps = queries[:, site.prefix_tokens :]
+    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    return ((maps - low) / (high - low).clamp(min=1e-12)).reshape(-1, rows, columns)
+
+
+def _overlay(image: Tensor, found: Tensor) -> bytes:
+    from PIL import Image
+
+    size = (_SIDE, _SIDE * image.shape[1] // image.shape[2])
+    picture: Any = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize(size, Image.Resampling.BICUBIC)
+    mask = Image.fromarray((found * 200).round().byte().numpy()).resize(size, Image.Resampling.BICUBIC)
+    grey = picture.convert("L").convert("RGB")
+    grey.paste(Image.new("RGB", size, _TINT), (0, 0), mask)
+    both = Image.new("RGB", (2 * size[0], size[1]))
+    both.paste(picture, (0, 0))
+    both.paste(grey, (size[0], 0))
+    stream = io.BytesIO()
+    both.quantize(128).save(stream, "PNG", optimize=True)
+    return stream.getvalue()

@@ -1,6 +1,7 @@
-"""Verdicts first: of the run, of its stages, and every gate with its value, its threshold and the reason for it.
+"""Verdicts of the run and its stages; every gate with its value, its threshold and the reason for it; and warnings.
 
-Gates that a recipe asked for, and gates that fail, are in plain sight; the others are folded, a list a stage.
+Gates that a recipe asked for, and gates that fail, are in plain sight; the others are folded, a list a stage. Where no
+run has judged them, these are the gates that an artifact and the records beside it carry.
 """
 
 from __future__ import annotations
@@ -8,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fp8pipe.artifact.gate import Gate, Verdict, worst
+from fp8pipe.artifact.gate import Gate, Verdict, read_gate, worst
 from fp8pipe.artifact.runs import RUN_NAME, StageRecord
-from fp8pipe.report.blocks import Block, Section, Table, Text
+from fp8pipe.report.blocks import Block, Table, Text
 from fp8pipe.report.figures import Badge, Derive, Figure, Form, Quote
-from fp8pipe.report.sections.own_gates import own_gates
-from fp8pipe.report.subject import Subject
-
-__all__ = ["overall", "section"]
+from fp8pipe.report.subject import Item, Subject
 
 _MEANING = {
     Verdict.ACCEPT: "Every gate holds.",
@@ -38,17 +36,16 @@ def overall(subject: Subject) -> Verdict:
     return worst(found)
 
 
-def section(subject: Subject) -> Section:
-    """The section."""
+def verdicts(subject: Subject) -> Iterator[Block]:
+    """The verdict, the stages, and every gate."""
     verdict = overall(subject)
-    blocks: list[Block] = [Text([Badge(str(verdict)), f" {_MEANING[verdict]}"], tone="verdict")]
+    yield Text([Badge(str(verdict)), f" {_MEANING[verdict]}"], tone="verdict")
     if subject.run is not None:
-        blocks.append(_stages(subject, subject.run.stages))
-        blocks += list(_gates(subject.run.stages))
+        yield _stages(subject, subject.run.stages)
+        yield from _gates(subject.run.stages)
     else:
         for item in subject.items:
-            blocks += list(own_gates(subject, item))
-    return Section("verdicts", "Verdicts", "What was asked of this work, and whether it holds.", blocks)
+            yield from _own_gates(subject, item)
 
 
 def _stages(subject: Subject, stages: list[StageRecord]) -> Table:
@@ -102,3 +99,44 @@ def _gate(number: int, index: int, gate: Gate) -> list[Any]:
     verdict: Any = "holds" if gate.verdict is Verdict.ACCEPT else Badge(str(gate.verdict))
     reason: Any = Quote(gate.detail, f"{place}/detail") if gate.detail else "must hold exactly"
     return [Quote(gate.name, f"{place}/name"), verdict, value, bound, reason]
+
+
+def _own_gates(subject: Subject, item: Item) -> Iterator[Block]:
+    """Tables of gates: the manifest's, then those of each record."""
+    if item.artifact.manifest.gates:
+        yield _own_table(subject, item.manifest, f"Gates of {item.name}.")
+    else:
+        yield Text([f"{item.name} carries no gates."])
+    for record in item.records:
+        told = Badge(str(subject.documents.get(record.file, "verdict")))
+        if not record.current:
+            yield Text([told, f" {record.file}, not used: {record.finding}."])
+            continue
+        yield Text([told, f" {record.file}"], f"Record of {record.kind}")
+        if subject.documents.get(record.file, "gates"):
+            yield _own_table(subject, record.file, f"Gates of {record.file}.")
+
+
+def _own_table(subject: Subject, file: str, caption: str) -> Table:
+    documents = subject.documents
+    rows = []
+    for index, plain in enumerate(documents.get(file, "gates")):
+        gate = read_gate(plain)
+        value, threshold = (documents.figure(file, "gates", index, k, form=Form.PLAIN) for k in ("value", "threshold"))
+        verdict: Any = "holds" if gate.passed else Badge(str(gate.verdict))
+        detail = documents.quote(file, "gates", index, "detail")
+        name = documents.quote(file, "gates", index, "name")
+        bound = [f"{gate.comparison} ", threshold or Figure(gate.threshold, f"{file}#/gates/{index}/threshold")]
+        rows.append([name, verdict, value or "missing", bound, detail or "must be equal"])
+    return Table(("gate", "verdict", "value", "against", "detail"), rows, caption, numeric=(2, 3))
+
+
+def warnings(subject: Subject) -> Iterator[Block]:
+    """What a reader should not have to find out: fallbacks, findings, stale records, what was not measured."""
+    rows: list[list[Any]] = []
+    for item in subject.items:
+        rows += [[item.name, warning] for warning in subject.documents.quotes(item.manifest, "warnings")]
+        rows += [[item.name, f"{record.finding}; it was left out"] for record in item.records if not record.current]
+        for record in (record for record in item.records if record.current):
+            rows += [[record.file, text] for text in subject.documents.quotes(record.file, "reasons")]
+    yield Table(["from", "warning"], rows) if rows else Text(["There are none."])

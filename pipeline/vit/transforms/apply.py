@@ -41,39 +41,41 @@ _CHECKED: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
-    """The model in its new form.
+    """The model in its new form."""
 
-    Attributes:
-        vision: the same architecture with other weights.
-        steps: what was done, in words.
-        notes: what could not be done, and why.
-    """
-
-    vision: VisionModel
-    steps: tuple[str, ...]
-    notes: tuple[str, ...]
+    vision: VisionModel  # the same architecture with other weights
+    steps: tuple[str, ...]  # what was done, in words
+    notes: tuple[str, ...]  # what could not be done, and why
 
 
 def apply_transforms(
     vision: VisionModel, structure: VitStructure, pixels: Tensor, config: TransformsConfig, seed: int
 ) -> Transformed:
-    """Rotate and centre a model, as far as it allows.
+    """Rotate and centre a float model, which stays as it is, as far as it allows.
 
-    Args:
-        vision: the float model; not changed.
-        structure: of it.
-        pixels: normalized calibration images `(N, 3, H, W)`.
-        config: which steps to take.
-        seed: of the rotations.
+    `pixels` are normalized calibration images `(N, 3, H, W)`; `seed` is that of the rotations.
     """
     model, steps, notes = vision.model, [], []
     reference = _answers(model, pixels)
-    for wanted, name, change in _steps(structure, pixels, config, seed):
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    changes: tuple[tuple[bool, str, Callable[[nn.Module, Wiring], int]], ...] = (
+        (
+            config.rotate_residual,
+            "rotation of the residual stream",
+            lambda m, wiring: rotate_residual(m, structure, wiring, seeded()),
+        ),
+        (config.rotate_heads, "rotation of heads", lambda m, wiring: rotate_heads(m, wiring, seeded())),
+        (config.centre, "centring", lambda m, wiring: centre(m, wiring, pixels.split(_BATCH))),
+    )
+    for wanted, name, change in changes:
         if not wanted:
             continue
         changed = copy.deepcopy(model)
         try:
-            done = change(changed)
+            done = change(changed, read_wiring(changed, structure))
         except NotRotatable as reason:
             notes.append(f"{name}: left out, {reason}")
             continue
@@ -88,26 +90,6 @@ def apply_transforms(
     return Transformed(replace(vision, model=model), tuple(steps), tuple(notes))
 
 
-def _steps(
-    structure: VitStructure, pixels: Tensor, config: TransformsConfig, seed: int
-) -> list[tuple[bool, str, Callable[[nn.Module], int]]]:
-    def rotate_stream(model: nn.Module) -> int:
-        rotate_residual(model, structure, read_wiring(model, structure), torch.Generator().manual_seed(seed))
-        return 1
-
-    def rotate_each_head(model: nn.Module) -> int:
-        return rotate_heads(model, read_wiring(model, structure), torch.Generator().manual_seed(seed))
-
-    def centre_means(model: nn.Module) -> int:
-        return centre(model, read_wiring(model, structure), pixels.split(_BATCH))
-
-    return [
-        (config.rotate_residual, "rotation of the residual stream", rotate_stream),
-        (config.rotate_heads, "rotation of heads", rotate_each_head),
-        (config.centre, "centring", centre_means),
-    ]
-
-
 @torch.no_grad()
 def _answers(model: nn.Module, pixels: Tensor) -> Tensor:
     return vision_outputs(model, pixels[:_CHECKED])
@@ -115,15 +97,9 @@ def _answers(model: nn.Module, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def centre(model: nn.Module, wiring: Wiring, batches: Iterable[Tensor]) -> int:
-    """Centre keys, values and the outputs of norms, in place, wherever a bias can take the mean.
+    """Centre keys, values and the outputs of norms, in place, wherever a bias can take the mean; how many there were.
 
-    Args:
-        model: prepared, eval mode.
-        wiring: of it.
-        batches: normalized pixels `(N, 3, H, W)`.
-
-    Returns:
-        How many tensors were centred.
+    The model is prepared and in eval mode; batches are normalized pixels `(N, 3, H, W)`.
     """
     norms = {
         norm: linears

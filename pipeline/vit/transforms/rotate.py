@@ -39,13 +39,17 @@ def ones_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, generator: torch.Generator) -> None:
-    """Rotate the residual stream, in place.
+def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, generator: torch.Generator) -> int:
+    """Rotate the residual stream, in place; how many streams that are: one.
 
     Raises:
         NotRotatable: the model has a part that would compute something else; it may have been changed already.
     """
-    width = _width(structure)
+    if structure.is_backbone:
+        raise NotRotatable("a backbone gives the stream itself, as features")
+    if any(site.windows > 1 for site in structure.attentions):
+        raise NotRotatable("a stream that is merged between stages has no one width")
+    width = structure.linears[0].shape[0]
     readers = _readers(model, structure, wiring, width)
     read = {name for names in readers.values() for name in names}
     writers = [s.name for s in structure.linears if s.shape[0] == width and s.name not in read]
@@ -62,14 +66,7 @@ def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, g
             parameter.copy_((rotation @ flat).view_as(parameter))
     for parameter in _embeddings(model, width):
         parameter.copy_(parameter.double() @ rotation.T)
-
-
-def _width(structure: VitStructure) -> int:
-    if structure.is_backbone:
-        raise NotRotatable("a backbone gives the stream itself, as features")
-    if any(site.windows > 1 for site in structure.attentions):
-        raise NotRotatable("a stream that is merged between stages has no one width")
-    return structure.linears[0].shape[0]
+    return 1
 
 
 def _readers(model: nn.Module, structure: VitStructure, wiring: Wiring, width: int) -> dict[str, tuple[str, ...]]:

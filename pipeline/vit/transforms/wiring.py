@@ -37,36 +37,22 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWiring:
-    """The linears around one attention; None where none matches.
+    """The linears around one attention; None where none matches."""
 
-    Attributes:
-        site: the attention.
-        q: rows that are its queries.
-        k: rows that are its keys.
-        v: rows that are its values.
-        projection: the linear that reads its output, all heads side by side.
-    """
-
-    site: AttentionSite
-    q: Rows | None
-    k: Rows | None
-    v: Rows | None
-    projection: str | None
+    site: AttentionSite  # the attention
+    q: Rows | None  # rows that are its queries
+    k: Rows | None  # rows that are its keys
+    v: Rows | None  # rows that are its values
+    projection: str | None  # the linear that reads its output, all heads side by side
 
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        attentions: in the order of their calls.
-        readers: by LayerNorm, the linears that read its output.
-        order: names of all modules that hold parameters of their own, in the order of their calls.
-    """
-
-    attentions: tuple[AttentionWiring, ...]
-    readers: dict[str, tuple[str, ...]]
-    order: tuple[str, ...]
+    attentions: tuple[AttentionWiring, ...]  # in the order of their calls
+    readers: dict[str, tuple[str, ...]]  # by LayerNorm, the linears that read its output
+    order: tuple[str, ...]  # names of all modules that hold parameters of their own, in the order of their calls
 
 
 @dataclass(slots=True)

@@ -1,8 +1,14 @@
-"""Exact dequantization of E4M3 weights: `weight = code * scale` in fp32, rounded once to the model's dtype.
+"""The arithmetic: exact dequantization of E4M3 weights, and emulated FP8 activations.
 
-A loaded layer may be fused from several checkpoint tensors (q/k/v, gate/up) stacked along the output axis. Each
-row is multiplied by the scale of the tensor it came from. Engines with one scale per layer requantize all parts
-to the largest scale, which changes codes; nothing here does.
+A weight is `code * scale` in fp32, rounded once to the model's dtype. A loaded layer may be fused from several
+checkpoint tensors (q/k/v, gate/up) stacked along the output axis. Each row is multiplied by the scale of the tensor
+it came from. Engines with one scale per layer requantize all parts to the largest scale, which changes codes;
+nothing here does.
+
+Activations (only with FP8PIPE_VLLM_ACTIVATIONS=quant) are rounded to the E4M3 grid and back, as a W8A8 engine would
+before its GEMM. The scale of a row is `amax / 448`, never below `1 / (448 * 512)`: the floor that vLLM's own dynamic
+kernels use, so that rows of zeros keep a finite scale. Rounding flips spread in a deep network, so this agrees with
+another W8A8 engine in distribution and not token by token.
 
 Plain torch, no vLLM: the unit tests run anywhere.
 """
@@ -10,16 +16,18 @@ Plain torch, no vLLM: the unit tests run anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
-
-__all__ = ["UNSET_SCALE", "dequantize", "expand_scale", "resolve_shard_scales"]
 
 # vLLM fills scale parameters with this before loading; one that still holds it was not in the checkpoint.
 UNSET_SCALE = torch.finfo(torch.float32).min
 # fp32 temporaries are made for so many elements at a time (64 MiB), not for a whole layer.
 _CHUNK_ELEMENTS = 1 << 24
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+_SCALE_FLOOR = 1.0 / (_E4M3_MAX * 512.0)
 
 
 def resolve_shard_scales(scales: Tensor) -> Tensor:
@@ -41,7 +49,7 @@ def resolve_shard_scales(scales: Tensor) -> Tensor:
 
 
 def expand_scale(
-    scale: Tensor, shape: tuple[int, int], logical_widths: Sequence[int], block: tuple[int, int] | None
+    scale: Tensor, shape: tuple[int, int], logical_widths: Sequence[int], block: Sequence[int] | None
 ) -> Tensor:
     """One scale per row, or one per element for blocks, broadcastable to `shape`.
 
@@ -60,28 +68,21 @@ def expand_scale(
     rows, columns = shape
     if block is not None:
         expected = (-(-rows // block[0]), -(-columns // block[1]))
-        _require(scale.shape == expected, f"block scales are {expected}", scale)
-        _check_values(scale)
+        _check(scale, scale.shape == expected, f"block scales are {expected}")
         return scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     if scale.ndim == 2:
-        _require(scale.shape == (rows, 1), f"row scales are ({rows}, 1)", scale)
-        _check_values(scale)
+        _check(scale, scale.shape == (rows, 1), f"row scales are ({rows}, 1)")
         return scale
-    _require(scale.numel() == len(logical_widths), f"a scale for each of {len(logical_widths)} shard(s)", scale)
-    _require(sum(logical_widths) == rows, f"shard widths {list(logical_widths)} adding up to {rows}", scale)
     shard_scales = resolve_shard_scales(scale.reshape(-1))
-    _check_values(shard_scales)
+    _check(shard_scales, scale.numel() == len(logical_widths), f"a scale for each of {len(logical_widths)} shard(s)")
+    _check(shard_scales, sum(logical_widths) == rows, f"shard widths {list(logical_widths)} adding up to {rows}")
     return shard_scales.repeat_interleave(torch.tensor(list(logical_widths))).reshape(rows, 1)
 
 
 def dequantize(
-    codes: Tensor,
-    scale: Tensor,
-    logical_widths: Sequence[int],
-    *,
-    block: tuple[int, int] | None = None,
+    codes: Tensor, scale: Tensor, logical_widths: Sequence[int], *, block: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`code * scale` of one loaded layer.
 
     Args:
@@ -109,13 +110,62 @@ def dequantize(
     return weight
 
 
-def _require(condition: bool, wanted: str, scale: Tensor) -> None:
-    if not condition:
+def _check(scale: Tensor, fits: bool, wanted: str) -> None:
+    if not fits:
         raise ValueError(f"expected {wanted}, got a scale of shape {tuple(scale.shape)}")
-
-
-def _check_values(scale: Tensor) -> None:
     if bool((scale == UNSET_SCALE).any()):
         raise ValueError("the checkpoint holds no scale for a layer whose weights are FP8")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError("a weight scale is zero, negative or not finite")
+
+
+class Granularity(Enum):
+    """What shares one activation scale."""
+
+    NONE = "none"  # activations are not quantized (W8A16)
+    STATIC = "static"  # one scale from the checkpoint
+    TENSOR = "tensor"  # one scale per call
+    TOKEN = "token"  # one scale per row
+    GROUP = "group"  # one scale per group of columns of each row
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """How a checkpoint quantizes activations."""
+
+    granularity: Granularity  # what shares a scale
+    group_size: int = 0  # columns of a group, for GROUP
+
+
+def round_trip(x: Tensor, activations: Activations, static_scale: Tensor | None = None) -> Tensor:
+    """Quantize `x` to E4M3 and back.
+
+    Args:
+        x: any float dtype, `(..., features)`; not modified.
+        activations: the checkpoint's scheme.
+        static_scale: fp32 `()`, dequantized = code * scale; for STATIC only.
+
+    Returns:
+        Shape and dtype of `x`.
+
+    Raises:
+        ValueError: STATIC without a scale, or features that groups do not divide.
+    """
+    kind = activations.granularity
+    if kind is Granularity.NONE:
+        return x
+    values = x.float()
+    if kind is Granularity.GROUP:
+        if activations.group_size < 1 or x.shape[-1] % activations.group_size:
+            raise ValueError(f"{x.shape[-1]} features cannot be split in groups of {activations.group_size}")
+        values = values.reshape(*x.shape[:-1], -1, activations.group_size)
+    if kind is not Granularity.STATIC:
+        amax = values.abs().amax() if kind is Granularity.TENSOR else values.abs().amax(dim=-1, keepdim=True)
+        scale = (amax / _E4M3_MAX).clamp(min=_SCALE_FLOOR)
+    elif static_scale is not None:
+        scale = static_scale
+    else:
+        raise ValueError("static activation quantization needs the checkpoint's input_scale")
+    # Clamp before the cast: whether torch's own cast saturates depends on its version and device.
+    codes = (values / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).reshape(x.shape).to(x.dtype)

@@ -25,14 +25,18 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import STRATEGY_TO_PARAMETER_TYPE
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.utils.fp8_utils import (
+    create_fp8_input_scale,
+    create_fp8_scale_parameter,
+    create_fp8_weight_parameter,
+    validate_fp8_block_shape,
+)
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+from vllm.model_executor.layers.utils import cpu_unquantized_gemm, dispatch_cpu_unquantized_gemm
 from vllm.model_executor.parameter import BlockQuantScaleParameter, PerTensorScaleParameter
 
-from fp8pipe_vllm_cpu.activations import Activations, Granularity
-from fp8pipe_vllm_cpu.linear import Fp8Linear, LayerShape
-from fp8pipe_vllm_cpu.settings import Settings
-
-__all__ = ["CpuCompressedTensorsConfig", "CpuFp8Config", "CpuFp8LinearMethod", "CpuFp8Scheme", "install"]
+from fp8pipe_vllm_cpu import Settings
+from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, Activations, Granularity, dequantize, round_trip
 
 logger = init_logger("vllm.fp8pipe_cpu")
 
@@ -44,31 +48,80 @@ def install() -> None:
 
 
 class _Dequantized:
-    """What both of vLLM's interfaces for a layer share; `linear` does the work."""
+    """The three moments of an FP8 linear layer on a CPU, as both of vLLM's interfaces for a layer name them.
 
-    linear: Fp8Linear
+    Parameters are declared exactly as vLLM declares them, so that its own loaders fill fused layers shard by shard;
+    after loading the codes are replaced by `code * scale` and the layer becomes an ordinary unquantized one for
+    vLLM's CPU GEMM (oneDNN, or AMX tiles where it chooses them).
+
+    Args:
+        scale_type: vLLM's parameter class for the weight scale (it knows how shards are loaded).
+        scale_name: the scale's name in the checkpoint; dequantized = code * scale whatever the name says.
+        block: `[rows, columns]` of block scales, or None.
+        activations: how activations are quantized by the checkpoint.
+    """
+
+    def __init__(self, scale_type: type, scale_name: str, block: list[int] | None, activations: Activations) -> None:
+        self.scale_type, self.scale_name, self.block, self.activations = scale_type, scale_name, block, activations
+        self.settings = Settings.from_environment()
 
     def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **attributes: Any,
-    ) -> None:
-        """Declare the layer's parameters (vLLM's interface)."""
-        shape = LayerShape(input_size_per_partition, output_partition_sizes, input_size, output_size)
-        self.linear.declare(layer, shape, params_dtype, attributes.get("weight_loader"))
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **attributes: Any,
+    ) -> None:  # fmt: skip
+        """Register `weight`, the scale, and `input_scale` if static, for vLLM's loader; sizes are of this rank."""
+        loader, rows = attributes.get("weight_loader"), sum(output_partition_sizes)
+        layer.logical_widths = list(output_partition_sizes)
+        layer.input_size_per_partition, layer.output_size_per_partition = input_size_per_partition, rows
+        layer.orig_dtype = params_dtype
+        layer.weight_block_size = self.block
+        if self.block is not None:
+            sizes = (input_size, output_size, input_size_per_partition, output_partition_sizes)
+            validate_fp8_block_shape(layer, *sizes, self.block)
+        layer.register_parameter("weight", create_fp8_weight_parameter(rows, input_size_per_partition, loader))
+        scale = create_fp8_scale_parameter(
+            self.scale_type, output_partition_sizes, input_size_per_partition, self.block, loader
+        )
+        layer.register_parameter(self.scale_name, scale)
+        if self.activations.granularity is Granularity.STATIC:
+            layer.register_parameter("input_scale", create_fp8_input_scale(output_partition_sizes, loader))
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Dequantize."""
-        self.linear.finish(layer)
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Replace codes and scale by the dequantized weight and hand it to vLLM's CPU GEMM.
 
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply; x `(tokens, in)` -> `(tokens, out)`."""
-        return self.linear.multiply(layer, x, bias)
+        Raises:
+            ValueError: a scale is missing, zero, negative or not finite; the message names the layer.
+        """
+        try:
+            codes, scale = layer.weight.detach(), getattr(layer, self.scale_name).detach()
+            weight = dequantize(codes, scale, layer.logical_widths, block=self.block, dtype=layer.orig_dtype)
+            input_scale = self._static_scale(layer)
+        except ValueError as error:
+            raise ValueError(f"{getattr(layer, 'prefix', 'a linear layer')}: {error}") from error
+        for name in ("weight", self.scale_name, "input_scale"):
+            layer._parameters.pop(name, None)
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.input_scale = input_scale
+        if getattr(layer, "_cpu_skip_gemm_dispatch", False):  # vLLM reads this layer's weight itself (MLA)
+            layer.cpu_linear = torch.nn.functional.linear
+        else:
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=not self.settings.keep_weights)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight.T + bias`; x `(tokens, in)` -> `(tokens, out)`, in the model's dtype."""
+        if self.settings.quantize_activations:
+            x = round_trip(x, self.activations, layer.input_scale)
+        product: Tensor = cpu_unquantized_gemm(layer, x, layer.weight, bias)
+        return product
+
+    def _static_scale(self, layer: Any) -> Tensor | None:
+        """The largest input scale of the fused parts (their inputs are one tensor), or None."""
+        if self.activations.granularity is not Granularity.STATIC:
+            return None
+        largest: Tensor = layer.input_scale.detach().float().max()
+        if float(largest) == UNSET_SCALE or not bool(torch.isfinite(largest) & (largest > 0)):
+            raise ValueError("the checkpoint declares static activations and holds no usable input_scale")
+        return largest
 
 
 class CpuFp8Scheme(_Dequantized, CompressedTensorsScheme):
@@ -76,13 +129,10 @@ class CpuFp8Scheme(_Dequantized, CompressedTensorsScheme):
 
     def __init__(self, weights: QuantizationArgs, activations: QuantizationArgs | None) -> None:
         block = weights.block_structure if weights.strategy == QuantizationStrategy.BLOCK else None
-        self.linear = Fp8Linear(
-            scale_type=STRATEGY_TO_PARAMETER_TYPE[weights.strategy],
-            scale_name="weight_scale",
-            block=None if block is None else (int(block[0]), int(block[1])),
-            activations=_declared_activations(activations),
-            settings=Settings.from_environment(),
-        )
+        super().__init__(
+            STRATEGY_TO_PARAMETER_TYPE[weights.strategy], "weight_scale", None if block is None else list(block),
+            _declared_activations(activations),
+        )  # fmt: skip
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -96,13 +146,9 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
     """vLLM's compressed-tensors configuration with the FP8 schemes replaced."""
 
     def _get_scheme_from_parts(
-        self,
-        weight_quant: QuantizationArgs,
-        input_quant: QuantizationArgs | None,
-        output_quant: QuantizationArgs | None = None,
-        format: str | None = None,
-        layer_name: str | None = None,
-    ) -> CompressedTensorsScheme:
+        self, weight_quant: QuantizationArgs, input_quant: QuantizationArgs | None,
+        output_quant: QuantizationArgs | None = None, format: str | None = None, layer_name: str | None = None,
+    ) -> CompressedTensorsScheme:  # fmt: skip
         weights, inputs = weight_quant, input_quant
         # Static weights with one of the three scale shapes, so neither MXFP8 nor groups.
         known = weights is not None and not weights.dynamic and weights.strategy in STRATEGY_TO_PARAMETER_TYPE
@@ -117,16 +163,15 @@ class CpuFp8LinearMethod(_Dequantized, LinearMethodBase):
     """Linear layers of `quant_method: fp8` checkpoints (per-tensor or block weights)."""
 
     def __init__(self, config: Fp8Config) -> None:
-        size = config.weight_block_size
-        block = None if size is None else (int(size[0]), int(size[1]))
-        self.linear = Fp8Linear(
-            scale_type=PerTensorScaleParameter if block is None else BlockQuantScaleParameter,
+        block = config.weight_block_size
+        # Static or dynamic; dynamic is per token, or per group of a block's columns.
+        activations = Activations(Granularity.STATIC if config.activation_scheme == "static" else Granularity.TOKEN)
+        if block is None:
+            super().__init__(PerTensorScaleParameter, "weight_scale", None, activations)
+        else:
             # "inv" is the format's word for a scale that multiplies codes, like the other one.
-            scale_name="weight_scale" if block is None else "weight_scale_inv",
-            block=block,
-            activations=_native_activations(config.activation_scheme, block),
-            settings=Settings.from_environment(),
-        )
+            activations = Activations(Granularity.GROUP, int(block[1]))
+            super().__init__(BlockQuantScaleParameter, "weight_scale_inv", list(block), activations)
 
 
 class CpuFp8Config(Fp8Config):
@@ -164,17 +209,7 @@ def _declared_activations(args: QuantizationArgs | None) -> Activations:
     return Activations(Granularity.TENSOR if args.strategy == QuantizationStrategy.TENSOR else Granularity.TOKEN)
 
 
-def _native_activations(scheme: str, block: tuple[int, int] | None) -> Activations:
-    """`fp8` checkpoints say static or dynamic; dynamic is per token, or per group of a block's columns."""
-    if block is not None:
-        return Activations(Granularity.GROUP, block[1])
-    return Activations(Granularity.STATIC if scheme == "static" else Granularity.TOKEN)
-
-
 def _announce(family: str) -> None:
     emulated = Settings.from_environment().quantize_activations
-    logger.info_once(
-        "%s: FP8 weights are dequantized exactly at load; activations are %s",
-        family,
-        "quantized as the checkpoint declares (emulated)" if emulated else "not quantized",
-    )
+    said = "quantized as the checkpoint declares (emulated)" if emulated else "not quantized"
+    logger.info_once("%s: FP8 weights are dequantized exactly at load; activations are %s", family, said)

@@ -13,15 +13,14 @@ from quantized_families import quantized_family, write_vit_artifact
 from vit_families import NAMES, family, random_pixels
 
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import codes_gate, outputs_gate
-from exporters.graph.kernels import check_kernels
+from exporters.graph.gates import check_kernels, codes_gate, outputs_gate
 from exporters.graph.layers import read_layers
-from exporters.graph.passes.gelu import COEFFICIENTS, expand_gelus
+from exporters.graph.passes.exact import COEFFICIENTS, expand_gelus
 from exporters.graph.produce import quantize_graph
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import open_session, run
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import LintRefusedError

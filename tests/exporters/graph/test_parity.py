@@ -14,8 +14,7 @@ from vit_families import family, random_pixels
 
 from exporters.graph.classes import ClassAgreement, class_gates, compare_classes, own_agreement
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import float_gate, parity_gates
-from exporters.graph.kernels import check_kernels
+from exporters.graph.gates import check_kernels, float_gate, parity_gates
 from exporters.graph.layers import read_layers
 from exporters.graph.parity import LayerParity, compare_layers, inputs_of, outputs_of
 from exporters.graph.produce import quantize_graph

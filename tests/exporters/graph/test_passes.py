@@ -14,8 +14,8 @@ from vit_families import family, random_pixels
 
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.layers import read_layers
-from exporters.graph.passes import name_products, quantize_activations, quantize_weights, split_gemms
-from exporters.graph.passes.activations import _insert
+from exporters.graph.passes.products import name_products, split_gemms
+from exporters.graph.passes.quantize import _insert, quantize_activations, quantize_weights
 from exporters.graph.produce import float_model, quantize_graph
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import FloatGraph, trace_float
@@ -53,7 +53,7 @@ def _one_quantizer(quantizer: ActivationQuantizer) -> bytes:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n"]))
     identity = ir.node("Identity", [x])
     graph = ir.Graph([x], [], nodes=[identity], opset_imports={"": 21}, name="g")
-    graph.outputs.append(_insert(graph, identity, x, quantizer, "site", 1))
+    graph.outputs.append(_insert(graph, identity, x, quantizer, "site", None))
     return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
 
 

@@ -12,14 +12,13 @@ from click.testing import CliRunner
 from quantized_families import quantized_family, write_vit_artifact
 from small_artifacts import details_of
 
-from exporters.graph.description import CLASSES_FILE, MODEL_FILE
-from exporters.graph.findings import LintFindingsError
-from exporters.graph.formats import OnnxFormat
+from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, OnnxFormat
 from exporters.graph.layers import read_layers
 from exporters.graph.lint import lint_model
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.artifact import ArtifactWriter, open_artifact
+from fp8pipe.artifact.finding import LintFindingsError
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
 from fp8pipe.numerics.kinds import Kind
@@ -130,7 +129,7 @@ def test_a_graph_that_differs_from_its_artifact_is_not_committed(artifact, tmp_p
     monkeypatch.setattr(module, "quantize_graph", spoiled)
     with pytest.raises(GateFailedError, match="differs from its artifact") as caught:
         export_onnx(artifact.root, tmp_path / "b", OnnxExportOptions())
-    assert "weight codes differing: 1 against 0" in caught.value.why
+    assert "weight codes differing: 1 (equal 0)" in caught.value.why
     assert not (tmp_path / "b").exists()
 
 

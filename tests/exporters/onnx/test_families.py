@@ -9,7 +9,7 @@ from quantized_families import quantized_family
 from vit_families import NAMES, family, random_pixels
 
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.kernels import check_kernels
+from exporters.graph.gates import check_kernels
 from exporters.graph.layers import read_layers
 from exporters.graph.parity import compare_layers, inputs_of, outputs_of
 from exporters.graph.produce import quantize_graph

@@ -9,10 +9,9 @@ import torch
 from quantized_families import quantized_family, storable
 
 from exporters.graph.runtime import open_session, run
-from exporters.tensorrt.dequantized import dequantize_graph
-from exporters.tensorrt.formats import in_format
-from exporters.tensorrt.graph import typed_graph
-from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.graph import in_format, typed_graph
+from exporters.tensorrt.half import dequantize_graph
+from exporters.tensorrt.target import TrtFormat
 from fp8pipe.numerics.kinds import Kind
 
 

@@ -11,10 +11,10 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 from exporters.tensorrt import engine_cache
 from exporters.tensorrt.engine_cache import EngineSource, ready_engine
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.options import TrtExportOptions
-from exporters.tensorrt.precision import read_precision
+from exporters.tensorrt.listing import read_precision
 from exporters.tensorrt.program import read_program
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder
+from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact, sha256_file, write_checked
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
@@ -181,10 +181,10 @@ def test_a_changed_graph_is_no_stale_engine_but_a_damaged_export(export):
 
 
 def test_without_a_builder_whole_engines_serve_and_others_say_what_is_missing(export, monkeypatch):
-    from exporters.tensorrt import rtx
+    from exporters.tensorrt import builder
 
     monkeypatch.setattr(engine_cache, "installed_builder", lambda builder: None)
-    monkeypatch.setattr(rtx.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: None)
     assert ready_engine(export, "8.9").source is EngineSource.EXPORT
     _missing(export)
     with pytest.raises(MissingCapabilityError, match="trt-rtx"):

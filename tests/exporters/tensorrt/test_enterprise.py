@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 from quantized_families import quantized_family, storable, storable_graph, write_vit_artifact
 
-from exporters.tensorrt import build_worker, enterprise
-from exporters.tensorrt.enterprise import (
+from exporters.tensorrt import build_worker, builder
+from exporters.tensorrt.builder import (
     EnterpriseMachine,
     build_enterprise,
     check_enterprise,
@@ -25,9 +25,8 @@ from exporters.tensorrt.enterprise import (
     trtexec_command,
 )
 from exporters.tensorrt.half import halve
-from exporters.tensorrt.listing import parse_inspector
-from exporters.tensorrt.options import EnterpriseSettings
-from exporters.tensorrt.precision import read_precision
+from exporters.tensorrt.listing import parse_inspector, read_precision
+from exporters.tensorrt.target import EnterpriseSettings
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, GateFailedError, MissingCapabilityError
@@ -44,11 +43,11 @@ def fake_tensorrt(tmp_path, monkeypatch, body):
     """A package `tensorrt` that a fresh Python finds: what a broken or an old installation looks like."""
     (tmp_path / "tensorrt.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(enterprise.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: object())
 
 
 def test_a_missing_package_names_the_ways_out(monkeypatch):
-    monkeypatch.setattr(enterprise.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingCapabilityError) as caught:
         check_enterprise()
     assert all(word in caught.value.fix for word in ("pip install tensorrt", "trtexec", "--builder rtx"))
@@ -62,16 +61,16 @@ def test_missing_libraries_an_old_version_and_a_missing_gpu_are_told_apart(tmp_p
     with pytest.raises(MissingCapabilityError, match=r"10\.3\.0 is too old"):
         check_enterprise()
     fake_tensorrt(tmp_path, monkeypatch, "__version__ = '11.4.0.106'")
-    monkeypatch.setattr(enterprise, "gpus", list)
+    monkeypatch.setattr(builder, "gpus", list)
     with pytest.raises(MissingCapabilityError, match=r"11\.4\.0\.106 needs a GPU"):
         check_enterprise()
-    monkeypatch.setattr(enterprise, "gpus", lambda: [Gpu("H100", (9, 0), 80 << 30)])
+    monkeypatch.setattr(builder, "gpus", lambda: [Gpu("H100", (9, 0), 80 << 30)])
     assert check_enterprise() == EnterpriseMachine("11.4.0.106", "9.0")
 
 
 @pytest.mark.skipif("tensorrt" in sys.modules, reason="TensorRT is loaded")
 def test_the_command_line_ends_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(enterprise.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: None)
     arguments = ["export", str(tmp_path), "--target", "trt", "--output", str(tmp_path / "out")]
     ended = CliRunner().invoke(main, [*arguments, "--builder", "enterprise"])
     assert ended.exit_code == 11

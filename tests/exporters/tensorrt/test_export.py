@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.tensorrt import export as export_module
+from exporters.tensorrt.builder import build_rtx
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.graph import INT4_BLOCK
-from exporters.tensorrt.options import TrtExportOptions
-from exporters.tensorrt.rtx import build_rtx
+from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
@@ -105,7 +105,7 @@ def test_the_graph_alone_needs_no_builder(artifacts, tmp_path, monkeypatch):
 
 def test_a_product_in_another_precision_fails_unless_it_is_waived(artifacts, tmp_path, monkeypatch):
     """Without its barrier the builder dequantizes the joint product of queries, keys and values, as it really does."""
-    from exporters.graph.passes import Change
+    from exporters.graph.passes.editing import Change
     from exporters.tensorrt import graph
 
     monkeypatch.setattr(graph, "hold_queries", lambda model: Change("hold_queries", ()))

@@ -8,12 +8,12 @@ import pytest
 from quantized_families import quantized_family
 from vit_families import family, random_pixels
 
-from exporters.graph.passes import split_gemms
+from exporters.graph.passes.products import split_gemms
 from exporters.graph.produce import float_model
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import ProductKind, trace_float
 from exporters.tensorrt.graph import flatten_products, typed_graph
-from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.target import TrtFormat
 from fp8pipe.numerics.kinds import Kind
 
 

@@ -12,7 +12,7 @@ from vit_families import family, random_pixels
 from exporters.graph.runtime import open_session, run
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import NotHalf, halve
-from exporters.tensorrt.options import TrtFormat
+from exporters.tensorrt.target import TrtFormat
 from fp8pipe.numerics.kinds import Kind
 
 

@@ -15,23 +15,24 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 from safetensors.torch import load_file
 from small_artifacts import details_of, write
+from static_inputs import static_inputs
 
 from exporters.graph.layers import read_layers
+from exporters.tensorrt.language.calibrate import dynamic_inputs, score_torch
 from exporters.tensorrt.language.export import export_language
 from exporters.tensorrt.language.graph import decoder_graph
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.language.perplexity import dynamic_inputs, score_torch, static_inputs
-from exporters.tensorrt.language.reopen import layer_gates, number_gates
-from exporters.tensorrt.language.serve import (
+from exporters.tensorrt.language.reopen import (
     CACHE_LIMIT,
     DecoderSession,
     cache_gates,
+    layer_gates,
+    number_gates,
     perplexity_gate,
     unrounded_session,
 )
 from exporters.tensorrt.language.source import check_attention, open_language, read_text
-from exporters.tensorrt.language.target import InputScale
-from exporters.tensorrt.options import Base
+from exporters.tensorrt.language.target import InputScale, LanguageExportOptions
+from exporters.tensorrt.target import Base
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, LintRefusedError

@@ -6,11 +6,18 @@ import math
 
 import pytest
 import torch
+from static_inputs import static_inputs
 from torch import nn
 
-from exporters.tensorrt.language.calibrate import InputCounts, count_inputs, scales_by_layer, static_scale
-from exporters.tensorrt.language.options import Calibration
-from exporters.tensorrt.language.perplexity import dynamic_inputs, score_torch, static_inputs
+from exporters.tensorrt.language.calibrate import (
+    InputCounts,
+    count_inputs,
+    dynamic_inputs,
+    scales_by_layer,
+    score_torch,
+    static_scale,
+)
+from exporters.tensorrt.language.target import Calibration
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text import Encoded
 from fp8pipe.numerics.grids import E4M3

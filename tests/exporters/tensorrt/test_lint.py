@@ -8,10 +8,9 @@ import pytest
 from lint_cases import BROKEN, GOOD, HARMLESS, Case, products
 from quantized_families import storable_graph
 
-from exporters.tensorrt.builder import Built
+from exporters.tensorrt.builder import Built, build_rtx
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.lint import RULES, Effect, lint_file, lint_typed
-from exporters.tensorrt.rtx import build_rtx
 from fp8pipe.core.errors import BadArtifactError, GateFailedError
 from fp8pipe.numerics.kinds import Kind
 

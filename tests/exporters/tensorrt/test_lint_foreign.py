@@ -8,8 +8,8 @@ import pytest
 from lint_cases import products
 from onnx import TensorProto, helper, numpy_helper
 
+from exporters.tensorrt.builder import build_rtx
 from exporters.tensorrt.lint import lint_file
-from exporters.tensorrt.rtx import build_rtx
 from fp8pipe.core.errors import GateFailedError
 
 SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lint_cases import BROKEN, products
 from small_graphs import chain
 
+from exporters.tensorrt.builder import build_rtx
 from exporters.tensorrt.lint import lint_typed
-from exporters.tensorrt.rtx import build_rtx
 
 FORMS = st.sampled_from(["int8", "fp8"])
 BASES = st.sampled_from([np.float16, np.float32])

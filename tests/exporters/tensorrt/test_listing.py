@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from exporters.tensorrt.listing import parse_listing
-from exporters.tensorrt.precision import read_precision
+from exporters.tensorrt.listing import parse_listing, read_precision
 from fp8pipe.core.errors import BadArtifactError
 
 US = "\x1f"

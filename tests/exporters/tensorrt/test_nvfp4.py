@@ -22,12 +22,11 @@ from exporters.graph.formats import OnnxFormat
 from exporters.graph.layers import read_layers
 from exporters.graph.reopen import reopen_gates
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.formats import in_format
-from exporters.tensorrt.graph import typed_graph
+from exporters.tensorrt.graph import in_format, typed_graph
 from exporters.tensorrt.half import compare_halved, halve, stored_arrays
-from exporters.tensorrt.options import TrtExportOptions, TrtFormat
+from exporters.tensorrt.listing import PrecisionReport, ProductPrecision, artifact_precisions
 from exporters.tensorrt.parity import _operator, block_gates, block_parity, dynamic_quantize
-from exporters.tensorrt.precision import PrecisionReport, ProductPrecision, artifact_precisions
+from exporters.tensorrt.target import TrtExportOptions, TrtFormat
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, LintRefusedError

@@ -10,7 +10,7 @@ from quantized_families import quantized_family, storable_graph
 from vit_families import family, random_pixels
 
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.passes import unfold_patches
+from exporters.graph.passes.products import unfold_patches
 from exporters.graph.produce import float_model, quantize_graph
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import trace_float

@@ -11,10 +11,10 @@ import onnx_ir as ir
 import pytest
 from quantized_families import storable_graph
 
-from exporters.tensorrt import rtx
+from exporters.tensorrt import builder
+from exporters.tensorrt.builder import build_rtx
 from exporters.tensorrt.half import halve
-from exporters.tensorrt.precision import read_precision
-from exporters.tensorrt.rtx import build_rtx
+from exporters.tensorrt.listing import read_precision
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
 from fp8pipe.numerics.kinds import Kind
 
@@ -64,7 +64,7 @@ def test_unknown_capabilities_are_named(tmp_path):
 
 
 def test_a_missing_package_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(rtx.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingCapabilityError, match="trt-rtx"):
         build_rtx(tmp_path / "x.onnx", tmp_path / "x.engine", ["8.9"], {})
 
@@ -73,7 +73,7 @@ def test_a_builder_ends_with_the_process_that_started_it(tmp_path):
     """The worker refuses to begin for a parent that is gone: nobody would take its engine."""
     job = {"graph": "none.onnx", "engine": "e", "answer": str(tmp_path / "answer"), "parent": 1 << 22}
     (tmp_path / "job.json").write_text(json.dumps(job))
-    worker = Path(rtx.__file__).with_name("build_worker.py")
+    worker = Path(builder.__file__).with_name("build_worker.py")
     ended = subprocess.run([sys.executable, "-P", str(worker), str(tmp_path / "job.json")], capture_output=True)
     assert ended.returncode == 1
     assert not (tmp_path / "answer").exists()

@@ -10,13 +10,13 @@ import onnx_ir as ir
 import pytest
 
 from exporters.graph.produce import float_model
-from exporters.graph.trace import trace_float
+from exporters.graph.trace import stored_bytes, trace_float
+from exporters.tensorrt.builder import build_rtx
+from exporters.tensorrt.engines import ALLOWANCE_BYTES, LIMIT, EngineSize, measure_engine, size_gate
 from exporters.tensorrt.graph import typed_graph
 from exporters.tensorrt.half import halve
-from exporters.tensorrt.options import TrtFormat
 from exporters.tensorrt.recipe import pack_engine, unpack_engine
-from exporters.tensorrt.rtx import build_rtx
-from exporters.tensorrt.size import ALLOWANCE_BYTES, LIMIT, EngineSize, ideal_bytes, measure_engine, size_gate
+from exporters.tensorrt.target import TrtFormat
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.quantized import load_quantized
@@ -48,7 +48,7 @@ def test_int4_codes_count_half_a_byte():
     scale = ir.tensor(np.zeros((2, 33), np.float16), name="scale")
     values = [ir.Value(name=t.name, const_value=t) for t in (codes, scale)]
     model = ir.Model(ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 21}), ir_version=10)
-    assert ideal_bytes(model) == 64 * 33 // 2 + 2 * 33 * 2
+    assert stored_bytes(model) == 64 * 33 // 2 + 2 * 33 * 2
 
 
 def test_the_gate_is_a_figure_where_it_is_not_required():
@@ -75,7 +75,7 @@ def test_dequantized_weights_are_noticed_in_a_real_engine(tmp_path):
         ir.save(model, tmp_path / f"{name}.onnx")
         profiles = {"pixels": tuple((count, 3, 24, 24) for count in (1, 2, 4))}
         build_rtx(tmp_path / f"{name}.onnx", tmp_path / name, ["8.9"], profiles)
-        gates.append(size_gate(measure_engine(tmp_path / name, ideal_bytes(typed)), "8.9", required=True))
+        gates.append(size_gate(measure_engine(tmp_path / name, stored_bytes(typed)), "8.9", required=True))
     assert gates[0].passed
     assert not gates[1].passed
     assert gates[1].value > 1.7 * gates[0].value

@@ -17,8 +17,8 @@ from quantized_families import quantized_family, write_vit_artifact
 
 from exporters.graph.runtime import has_vnni, open_session, run
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
-from exporters.triton import graph as triton_graph
+from exporters.onnx.target import OnnxExportOptions
+from exporters.triton import repository as triton_repository
 from fp8pipe.artifact import open_artifact
 from fp8pipe.cli import main
 
@@ -104,7 +104,7 @@ def test_the_graph_as_exported_would_not_do_and_is_noticed(
     vision: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under Triton's settings its classifier runs in float, and on processors without VNNI its sums saturate."""
-    monkeypatch.setattr(triton_graph, "_optimize", lambda source, target, entries: shutil.copyfile(source, target))
+    monkeypatch.setattr(triton_repository, "_optimize", lambda source, target, entries: shutil.copyfile(source, target))
     done = _write(vision, tmp_path / "out")
     assert done.exit_code == 14, done.output
     assert not (tmp_path / "out" / "tiny").exists()

@@ -9,8 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from fp8pipe.artifact import open_artifact
-from fp8pipe.artifact.tree import find_tree
-from fp8pipe.artifact.verify import check_bytes
+from fp8pipe.artifact.verify import check_bytes, find_tree
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError
 

@@ -15,7 +15,7 @@ from fault_table import FAULTS
 
 from exporters.verify import graph_export as vision
 from exporters.verify.whole import verify_tree
-from fp8pipe.artifact.tree import find_tree
+from fp8pipe.artifact.verify import find_tree
 from fp8pipe.cli import main
 
 pytestmark = pytest.mark.slow  # the tree takes half a minute to write

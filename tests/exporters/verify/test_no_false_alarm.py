@@ -10,13 +10,13 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.graph.formats import OnnxFormat
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.tensorrt.target import TrtExportOptions
 from exporters.verify.whole import verify_tree
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from fp8pipe.artifact.tree import find_tree
+from fp8pipe.artifact.verify import find_tree
 from fp8pipe.core.config import build_config
 from fp8pipe.numerics.kinds import Kind
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.read import load_torch_model
+from exporters.vllm.reopen import load_torch_model
 from fp8pipe.numerics.grids import E4M3
 
 IDS = [5, 9, 17, 33, 60, 2, 7, 80, 41, 12, 3, 22]

@@ -16,14 +16,14 @@ from exporters.vllm import environment
 from exporters.vllm.environment import (
     PYTHON_VARIABLE,
     VllmEnvironment,
+    end_group,
+    engine_failure,
     find_vllm_python,
     inspect_environment,
     subprocess_environment,
 )
-from exporters.vllm.processes import end_group, engine_failure
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError, OutOfMemoryError
-from validation.vllm.engine import PROBE
-from validation.vllm.launcher import ServerOptions, _check_port, _reachable, free_port, server_command
+from validation.vllm.launcher import PROBE, ServerOptions, _check_port, _reachable, free_port, server_command
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_child_processes_are_offline_and_do_not_see_our_packages(monkeypatch: py
     [
         (
             1,
-            "fp8pipe_vllm_cpu.settings.UntestedVersionError: tested with 0.32.0; this is 0.40.0",
+            "fp8pipe_vllm_cpu.UntestedVersionError: tested with 0.32.0; this is 0.40.0",
             MissingCapabilityError,
         ),
         (1, "ModuleNotFoundError: No module named 'xgrammar'", MissingCapabilityError),

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from small_artifacts import details_of
 from torch import Tensor
 
-from exporters.vllm.export import export_vllm
+from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.read import iter_weights, load_torch_model
+from exporters.vllm.reopen import file_gates, iter_weights, load_torch_model
 from fp8pipe.artifact import ArtifactWriter, open_artifact
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
 from fp8pipe.models.checkpoint.tensors import weight_entries
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.numerics.grids import same_bits
+from fp8pipe.numerics.grids import FloatGrid, same_bits
 
 FAMILIES = ["llama", "qwen2"]
 
@@ -293,3 +293,26 @@ def test_a_file_that_exists_goes_the_way_of_models(tmp_path: Path, monkeypatch: 
     other.write_text("mine")
     with pytest.raises(ConfigurationError, match="is not a model"):
         export_vllm(other, tmp_path / "export", options("fp8"))
+
+
+def test_a_quantizer_that_rounds_wrong_does_not_prove_itself(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The codes are written and would be made again by the same wrong rule; the comparison knows its own."""
+
+    def truncated(grid: FloatGrid, values: torch.Tensor) -> torch.Tensor:
+        lower = (values.abs() * (1 - 2.0**-5)).clamp(max=grid.max)
+        return (lower * values.sign()).to(grid.dtype)
+
+    monkeypatch.setattr(FloatGrid, "cast", truncated)
+    with pytest.raises(GateFailedError, match="weights-bit-exact"):
+        export_vllm(llama, tmp_path / "export", options("fp8"))
+
+
+@pytest.mark.parametrize("name", ["params.json", "consolidated.safetensors", "hf_quant_config.json"])
+def test_a_file_that_nobody_planned_fails_the_comparison(llama: Path, tmp_path: Path, name: str) -> None:
+    export = export_vllm(llama, tmp_path / "export", options("fp8"))
+    plan = plan_export(llama, options("fp8"))
+    assert all(gate.passed for gate in file_gates(plan, export.root))
+    (export.root / name).write_text("{}", encoding="utf-8")
+    assert [name in str(gate) for gate in file_gates(plan, export.root) if not gate.passed] == [True]

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exporters.graph.findings import LintFindingsError
 from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import write_checked
+from fp8pipe.artifact.finding import LintFindingsError
 from fp8pipe.core.errors import LintRefusedError
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-from exporters.vllm.options import ExportFormat, VllmExportOptions
-from exporters.vllm.quantization_config import SCHEMAS, quantization_config, schema_for
+from exporters.vllm.options import SCHEMAS, ExportFormat, VllmExportOptions, quantization_config, schema_for
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 

@@ -23,8 +23,7 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.artifact.record import record_path
 from fp8pipe.artifact.runs import RunRecord, read_run, write_run
-from fp8pipe.artifact.tree import find_tree
-from fp8pipe.artifact.verify import check_bytes, check_record
+from fp8pipe.artifact.verify import check_bytes, check_record, find_tree
 from fp8pipe.core.errors import BadArtifactError
 
 RECORD = RunRecord(recipe="r", resolved={"a": 1}, tool_version="0", started="2026-01-01T00:00:00+00:00")

@@ -11,7 +11,7 @@ from small_artifacts import details_of
 from fp8pipe.artifact import ArtifactWriter, Gate
 from fp8pipe.artifact.gate import none_of
 from fp8pipe.cli import main
-from fp8pipe.cli.finetune import finished_text as text_of
+from fp8pipe.cli.tune import finetuned_text as text_of
 
 
 def invoke(*arguments: object):

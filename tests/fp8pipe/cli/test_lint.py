@@ -68,8 +68,7 @@ def test_no_file_and_no_capability_have_exit_codes_of_their_own(tmp_path):
 
 
 def test_one_fault_at_many_nodes_is_told_once_and_whole_in_the_document():
-    from exporters.graph.findings import LintFindingsError
-    from fp8pipe.artifact.finding import Finding
+    from fp8pipe.artifact.finding import Finding, LintFindingsError
 
     many = [Finding("zero-point", f"node_{index}", "zero point 3", "quantize symmetrically") for index in range(100)]
     error = LintFindingsError(many, "x.onnx", "built", "or give --no-require")

@@ -8,19 +8,17 @@ import sys
 import click
 import pytest
 
-from exporters.onnx.options import OnnxExportOptions
-from exporters.tensorrt.language.options import LanguageExportOptions
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.onnx.target import OnnxExportOptions
+from exporters.tensorrt.language.target import LanguageExportOptions
+from exporters.tensorrt.target import TrtExportOptions
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.cli import LazyGroup
 from fp8pipe.cli.options import options_of
 from fp8pipe.core.config import FrozenConfig
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.vit.config import QuantizeVitConfig
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
-from serving.vision.config import VisionConfig
-from validation.bench.config import BenchConfig, ServeCheckConfig
+from serving.config import LanguageConfig, ServeConfig, VisionConfig
+from validation.bench.record import BenchConfig, ServeCheckConfig
 
 # By model, what stands in --config alone, besides what is nested.
 CONFIG_ONLY: dict[type[FrozenConfig], set[str]] = {

@@ -7,7 +7,7 @@ import torch
 
 from fp8pipe.models.compat import import_transformers
 from pipeline.falqon.convert import convert_model
-from pipeline.falqon.gradient import gradient_sketches
+from pipeline.falqon.initialise import gradient_sketches
 from pipeline.falqon.rules import Initialisation, update_rule
 from pipeline.finetune.loss import answer_loss
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.finetune.schedule import Schedule, learning_rate_at
+from pipeline.finetune.config import Schedule, learning_rate_at
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))

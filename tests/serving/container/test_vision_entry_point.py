@@ -20,7 +20,7 @@ from tiny_exports import write_export
 
 from exporters.graph.runtime import open_session
 from fp8pipe.models.vision.preprocessing import Preprocessing, read_model_file
-from serving.vision.answers import probabilities
+from serving.vision.server import probabilities
 
 _HEAVY = ["torch", "onnx", "onnx_ir", "transformers", "safetensors"]
 

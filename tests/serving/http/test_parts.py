@@ -15,11 +15,10 @@ import pytest
 from pydantic import ValidationError
 
 from fp8pipe.core.errors import ConfigurationError
-from serving.http.auth import KeyFile, hash_key, new_key
-from serving.http.config import ServeConfig
-from serving.http.limits import RateLimitMiddleware
+from serving.config import ServeConfig
+from serving.http.admission import KeyFile, RateLimitMiddleware, hash_key, new_key
 from serving.http.problems import Problem, send_problem
-from serving.http.server import Lifecycle, make_server
+from serving.http.server import Lifecycle, Service
 from serving.http.service import wrap
 from serving.http.telemetry import HttpMetrics
 
@@ -54,7 +53,7 @@ def _served(**settings):
     logger = logging.getLogger("silent")
     logger.disabled = True
     app = wrap(_echo, config, keys=None, lines=logger, metrics=HttpMetrics(), lifecycle=lifecycle)
-    server = make_server(app, config, lifecycle)
+    server = Service(app, config, lifecycle)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -10,8 +10,7 @@ from pathlib import Path
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.core.progress import setup_logging
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig, SupervisorConfig
+from serving.config import LanguageConfig, ServeConfig, SupervisorConfig
 from serving.language.server import run_front, supervise
 
 

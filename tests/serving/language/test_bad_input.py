@@ -9,7 +9,7 @@ from types import ModuleType
 
 from services import ROOT, ready, running, wait_until
 
-from serving.http.auth import hash_key, new_key
+from serving.http.admission import hash_key, new_key
 
 STUB = str(Path(__file__).with_name("serve_stub.py"))
 

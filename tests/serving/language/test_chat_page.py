@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from services import Running, ready, running, wait_until
 
-from serving.http.auth import hash_key, new_key
+from serving.http.admission import hash_key, new_key
 
 CHROMIUM = shutil.which("chromium")
 STUB = str(Path(__file__).with_name("serve_stub.py"))

@@ -16,14 +16,13 @@ from services import Running, ready, running, wait_until
 
 from exporters.vllm.environment import find_vllm_python
 from fp8pipe.core.errors import MissingCapabilityError
-from serving.http.auth import hash_key, new_key
+from serving.http.admission import hash_key, new_key
 
 SERVE = """
 import sys
 from pathlib import Path
 from fp8pipe.core.progress import setup_logging
-from serving.http.config import ServeConfig
-from serving.language.config import LanguageConfig
+from serving.config import LanguageConfig, ServeConfig
 from serving.language.server import serve_language
 setup_logging(json=False, quiet=False, verbose=False)
 language = LanguageConfig(enforce_eager=True, max_num_seqs=8)

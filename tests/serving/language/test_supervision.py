@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from services import Running, alive, ready, running, wait_until
 
 from fp8pipe.artifact import open_artifact
-from serving.http.auth import hash_key, new_key
+from serving.http.admission import hash_key, new_key
 
 STUB = str(Path(__file__).with_name("serve_stub.py"))
 

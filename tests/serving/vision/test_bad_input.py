@@ -15,7 +15,7 @@ from PIL import Image
 
 from fp8pipe.models.vision.preprocessing import Preprocessing
 from serving.http.problems import Problem
-from serving.vision.images import read_image
+from serving.vision.state import read_image
 
 
 def _png(image):

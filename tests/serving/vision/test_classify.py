@@ -16,7 +16,7 @@ from tiny_exports import write_export
 from exporters.graph.runtime import open_session
 from fp8pipe.artifact import open_artifact
 from fp8pipe.models.vision.preprocessing import Preprocessing, read_model_file
-from serving.vision.answers import probabilities
+from serving.vision.server import probabilities
 
 
 def _encoded(image, format, **options):

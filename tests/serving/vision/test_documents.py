@@ -12,7 +12,7 @@ from doc_commands import run_command, shell_commands
 from PIL import Image
 from running_server import running
 
-from serving.http.auth import hash_key, new_key
+from serving.http.admission import hash_key, new_key
 
 _ROOT = Path(__file__).resolve().parents[3]
 _ADDRESS = "http://localhost:8000"

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from fp8pipe.core.errors import ConfigurationError
-from serving.vision.config import VisionConfig
-from serving.vision.engine import Layout, Measured, _best, _chosen, _refuse_streams, open_engine
-from serving.vision.model import read_model
+from serving.config import VisionConfig
+from serving.vision.engine import Layout, Measured, _best, _chosen, _refuse_streams, open_engine, read_model
 
 
 @pytest.fixture(scope="module")

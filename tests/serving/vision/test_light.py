@@ -16,7 +16,7 @@ from running_server import running
 
 from exporters.graph.runtime import open_session
 from fp8pipe.models.vision.preprocessing import Preprocessing, read_model_file
-from serving.vision.answers import probabilities
+from serving.vision.server import probabilities
 
 _ROOT = Path(__file__).resolve().parents[3]
 _HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "timm", "torchvision", "safetensors")

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fp8pipe_vllm_cpu.activations import Activations, Granularity, round_trip
-from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, dequantize, resolve_shard_scales
-from fp8pipe_vllm_cpu.settings import TESTED_VERSIONS, Settings, UntestedVersionError, check_version
+from fp8pipe_vllm_cpu import TESTED_VERSIONS, Settings, UntestedVersionError, check_version
+from fp8pipe_vllm_cpu.dequantize import (
+    UNSET_SCALE,
+    Activations,
+    Granularity,
+    dequantize,
+    resolve_shard_scales,
+    round_trip,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -13,11 +13,10 @@ import torch
 from tiny_checkpoints import FORMATS, INPUT_SCALE, Format, make_model, write_fp8, write_plain
 from torch import Tensor
 
-from exporters.vllm.environment import find_vllm_python
-from exporters.vllm.processes import last_lines
+from exporters.vllm.environment import find_vllm_python, last_lines
 from fp8pipe.core.errors import MissingCapabilityError
-from validation.vllm.engine import PROBE, ProbeJob, _in_process
 from validation.vllm.expected import Expected
+from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
 
 HOST = Path(__file__).with_name("engine_host.py")
 SEQUENCES = [[int(t) for t in torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(i))] for i in (1, 2)]
@@ -45,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (root / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     with (root / "log").open("wb") as log:
         command = [str(python), "-P", str(HOST), str(PROBE), str(root / "jobs.json")]
-        subprocess.run(command, stdout=log, stderr=log, env=_in_process(), check=False, timeout=900)
+        subprocess.run(command, stdout=log, stderr=log, env=in_process(), check=False, timeout=900)
     assert (root / "result.json").is_file(), last_lines(root / "log", 60)
     results = json.loads((root / "result.json").read_text(encoding="utf-8"))
     return {
@@ -55,8 +54,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def _job(root: Path, name: str, exact: dict[str, Tensor]) -> dict[str, Any]:
-    tensors = {key: Expected(key, value, None, None, False).digests() for key, value in exact.items()}
-    job = ProbeJob(str(root / name), tensors, sequences=SEQUENCES, prompts=["Hello"], max_tokens=4, max_model_len=128)
+    tensors = {key: Expected(key, value, None, False).digests() for key, value in exact.items()}
+    arguments = [*PARITY_ARGUMENTS, "--max-model-len", "128"]
+    job = ProbeJob(str(root / name), arguments, tensors, sequences=SEQUENCES, prompts=["Hello"], max_tokens=4)
     return {**asdict(job), "dump": str(root), "result": str(root / "result.json")}
 
 
@@ -85,7 +85,8 @@ def _rounded(x: Tensor, form: Format) -> Tensor:
 
 
 def _distance(run: dict[str, Any], reference: list[Tensor]) -> Tensor:
-    theirs = [torch.tensor([float(v) for v in row]) for row in run["result"]["logprobs"]]
+    rows = zip(SEQUENCES, run["result"]["logprobs"], strict=True)
+    theirs = [torch.tensor([float(p[str(t)]) for t, p in zip(ids[1:], row, strict=True)]) for ids, row in rows]
     return torch.cat([(a - b).abs() for a, b in zip(theirs, reference, strict=True)])
 
 

@@ -10,9 +10,8 @@ from tiny_exports import write_export
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, Fp8PipeError
 from validation.bench.check import serve_check
-from validation.bench.config import BenchConfig, ServeCheckConfig
-from validation.bench.record import MeasureRecord, measure_path
-from validation.bench.vision import bench_vision
+from validation.bench.record import BenchConfig, MeasureRecord, ServeCheckConfig, measure_path
+from validation.bench.speed import bench_vision
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from quantized_families import quantized_family, write_vit_artifact
 
 from exporters.graph import parity
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.artifact.record import ExportRejectedError
 from validation.onnx import validate
 from validation.onnx.validate import validate_onnx

@@ -13,10 +13,9 @@ from click.testing import CliRunner
 from PIL import Image
 from quantized_families import quantized_family, write_vit_artifact
 
-from exporters.graph.description import MODEL_FILE
-from exporters.graph.formats import OnnxFormat
+from exporters.graph.formats import MODEL_FILE, OnnxFormat
 from exporters.onnx.export import export_onnx
-from exporters.onnx.options import OnnxExportOptions
+from exporters.onnx.target import OnnxExportOptions
 from fp8pipe.artifact import ArtifactWriter, open_artifact
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main

@@ -12,11 +12,11 @@ from artifact_tree import rehash
 from operator_attacks import ATTACKS, attack
 from quantized_families import quantized_family, storable, write_vit_artifact
 
-from exporters.tensorrt.dequantized import dequantize_graph
+from exporters.tensorrt.builder import build_rtx
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.tensorrt.half import dequantize_graph
 from exporters.tensorrt.recipe import EngineRecipe, pack_engine
-from exporters.tensorrt.rtx import build_rtx
+from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact.record import ExportRejectedError
 from fp8pipe.core.config import build_config
 from fp8pipe.numerics.kinds import Kind

@@ -16,10 +16,9 @@ import torch
 
 from exporters.tensorrt.engine_cache import EngineSource, ready_engine
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.listing import parse_inspector
-from exporters.tensorrt.options import CAPABILITIES, TrtExportOptions
-from exporters.tensorrt.precision import read_precision
+from exporters.tensorrt.listing import parse_inspector, read_precision
 from exporters.tensorrt.recipe import cache_folder
+from exporters.tensorrt.target import CAPABILITIES, TrtExportOptions
 from fp8pipe.artifact import MANIFEST_NAME, write_checked
 from fp8pipe.core.config import build_config
 from fp8pipe.core.machine import gpus

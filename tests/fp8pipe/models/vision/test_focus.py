@@ -10,8 +10,8 @@ import torch
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.compat import import_timm
 from fp8pipe.models.samples import focus_onnx
-from fp8pipe.models.vision.focus import focus_weights
 from fp8pipe.models.vision.prepare import vision_outputs
+from fp8pipe.models.vision.samples import focus_weights
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import read_structure
 

@@ -1,0 +1,218 @@
+"""Rules on products: of which types their sides are, whether both are codes, and what the builder fuses or moves.
+
+An attention is one kernel when both of its products multiply codes and nothing but quantizing stands between its
+softmax and the second product. Quantizers move upwards into the product that feeds them (see `hold_queries` in
+`exporters.tensorrt.graph`); several that quantize parts of one product (queries, keys, values) cost it its codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+import onnx_ir as ir
+
+from exporters.tensorrt.lint.rules import finding, label
+from exporters.tensorrt.lint.view import (
+    DEQUANTIZE,
+    QUANTIZE,
+    Operand,
+    Product,
+    View,
+    code_type,
+    computed,
+    constant,
+    element_types,
+    fixed,
+)
+from fp8pipe.artifact.finding import Finding
+
+_ABOVE: Final = ("Add", "Sub", "Mul", "Div", "Where", "Cast", "Clip", "Reshape", "Identity", "Squeeze", "Unsqueeze")
+_BELOW: Final = (QUANTIZE, DEQUANTIZE, "Clip", "Cast", "Reshape", "Identity", "Dropout", "Mul")
+_PARTS: Final = ("Split", "Slice", "Gather")
+_MOVABLE: Final = (
+    *_PARTS, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast", "Add", "Mul", "Div",
+)  # fmt: skip
+
+
+def lint_attention(view: View) -> Iterator[Finding]:
+    """Findings on attentions, joint products and values that are quantized more than once."""
+    products = {product.node: product for product in view.products}
+    static = all(isinstance(side, int) for value in view.model.graph.inputs for side in value.shape or (None,))
+    for softmax in view.nodes("Softmax"):
+        first = _up(softmax.inputs[0], products)
+        second = _down(softmax.outputs[0], products)
+        if first is not None and second is not None and first is not second:
+            yield from _attention(softmax, first, second, static)
+    for product in view.products:
+        yield from _moved(product)
+    yield from _several(view)
+
+
+def _up(value: ir.Value | None, products: dict[ir.Node, Product]) -> Product | None:
+    """The product of two activations that a softmax's logits come from."""
+    waiting, seen = [value], set()
+    while waiting:
+        node = current.producer() if (current := waiting.pop()) is not None else None
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in products and not any(o.stored or constant(o.value) is not None for o in products[node].operands):
+            return products[node]
+        if node.op_type in _ABOVE:
+            waiting += node.inputs
+    return None
+
+
+def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
+    """The product that reads the probabilities."""
+    waiting, seen = [value], set()
+    while waiting:
+        for node, _ in waiting.pop().uses():
+            if node in products:
+                return products[node]
+            if node.op_type in _BELOW and node not in seen:
+                seen.add(node)
+                waiting += node.outputs
+    return None
+
+
+def _attention(softmax: ir.Node, first: Product, second: Product, static: bool) -> Iterator[Finding]:
+    if first.low != second.low:
+        why = f"{label(first.node)} multiplies {_shown(first)}, {label(second.node)} {_shown(second)}: not one kernel"
+        yield finding("attention-part", softmax, why)
+    if not (first.low and second.low):
+        return
+    for node, _ in softmax.outputs[0].uses():
+        quantize = next((n for n, _ in node.outputs[0].uses() if n.op_type == QUANTIZE), None)
+        if node.op_type == "Clip" and quantize is not None:
+            why = "Clip between Softmax and QuantizeLinear: the attention is not fused"
+            gives_up = static and code_type(quantize) == ir.DataType.INT8
+            yield finding("clipped-fixed-probabilities" if gives_up else "clipped-probabilities", node, why)
+
+
+def _shown(product: Product) -> str:
+    return "codes" if product.low else "floats"
+
+
+def _moved(product: Product) -> Iterator[Finding]:
+    """Several quantizers of a product's parts: all move into it."""
+    if not product.low or not product.operands[1].stored:
+        return
+    found: dict[ir.Node, None] = {}
+    waiting: list[tuple[ir.Value, bool]] = [(product.node.outputs[0], False)]
+    while waiting:
+        value, part = waiting.pop()
+        uses = value.uses()
+        if not uses or value.is_graph_output():
+            return
+        for node, _ in uses:
+            if node.op_type == QUANTIZE:
+                found.update({node: None} if part else {})  # quantizers of all of its numbers cost nothing
+            elif node.op_type in _MOVABLE and len(computed(node)) == 1:
+                waiting += [(output, part or node.op_type in _PARTS) for output in node.outputs]
+            else:
+                return  # something on the way holds its quantizer back, and with it the others
+    if len(found) > 1:
+        shown = ", ".join(label(node) for node in found)
+        yield finding("moved-quantizers", product.node, f"{len(found)} quantizers move into it: {shown}")
+
+
+def _several(view: View) -> Iterator[Finding]:
+    """One value read through quantizers of different scales by products with weights."""
+    readers: dict[ir.Value, dict[bytes, ir.Node]] = {}
+    for product in view.products:
+        for operand, other in (product.operands, product.operands[::-1]):
+            quantize = operand.quantizer
+            if operand.low and other.stored and quantize is not None and quantize.op_type == QUANTIZE:
+                scale = constant(quantize.inputs[1])
+                source = quantize.inputs[0]
+                if scale is not None and source is not None:
+                    readers.setdefault(source, {}).setdefault(scale.tobytes(), quantize)
+    for value, quantizers in readers.items():
+        if len(quantizers) > 1:
+            shown = ", ".join(label(node) for node in quantizers.values())
+            yield finding("several-quantizers", value, f"{shown}: products that read it are not joined into one")
+
+
+_LARGEST_FILTER: Final = 32  # places of a filter; with more there is no FP8 kernel
+_BINARY: Final = ("Add", "Sub", "Mul", "Div")
+_FLOATS: Final = frozenset((ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16))
+
+
+def lint_operands(view: View) -> Iterator[Finding]:
+    """Findings on every product, and on every sum of two float types."""
+    types = element_types(view.model.graph)
+    whole = {_type(product.operands[0], types) for product in view.products if product.low}
+    for product in view.products:
+        yield from _codes(product, types)
+        yield from _between(product)
+        yield from _half(product, types, whole)
+    for node in (*(product.node for product in view.products), *view.nodes(*_BINARY)):
+        pair = [types.get(value) for value in node.inputs[:2] if value is not None]
+        if len(pair) == 2 and all(dtype in _FLOATS for dtype in pair) and pair[0] != pair[1]:
+            yield finding("operand-types", node, f"{pair[0].name} and {pair[1].name}")  # type: ignore[union-attr]
+    yield from _quantizers(view)
+
+
+def _type(operand: Operand, types: dict[ir.Value, ir.DataType]) -> ir.DataType | None:
+    """Of its codes."""
+    return types.get(operand.codes) if operand.low and operand.codes is not None else None
+
+
+def _codes(product: Product, types: dict[ir.Value, ir.DataType]) -> Iterator[Finding]:
+    first, second = (_type(operand, types) for operand in product.operands)
+    if first is None or second is None:
+        return
+    if first != second:
+        pair = {first, second}
+        if not pair & {ir.DataType.UINT8, ir.DataType.UINT4}:  # those have findings of their own
+            rule = "int4-beside-int8" if pair == {ir.DataType.INT4, ir.DataType.INT8} else "mixed-codes"
+            yield finding(rule, product.node, f"{first.name} and {second.name}")
+    weight = product.operands[1].codes
+    if product.node.op_type == "Conv" and first == second == ir.DataType.FLOAT8E4M3FN and weight is not None:
+        places = math.prod(side for side in list(weight.shape or ())[2:] if isinstance(side, int))
+        if places > _LARGEST_FILTER:
+            why = f"a filter of {places} places; the builder has FP8 kernels for at most {_LARGEST_FILTER}"
+            yield finding("fp8-convolution", product.node, why)
+
+
+def _between(product: Product) -> Iterator[Finding]:
+    for operand, other in (product.operands, product.operands[::-1]):
+        if operand.between and operand.dequantize is not None and other.dequantize is not None:
+            shown = ", ".join(str(node.op_type) for node in operand.between)
+            yield finding("between", product.node, f"{shown} between {label(operand.dequantize)} and the product")
+
+
+def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.DataType | None]) -> Iterator[Finding]:
+    for operand, other in (product.operands, product.operands[::-1]):
+        if not operand.low or operand.dequantize is None or other.dequantize is not None or not _plain(operand):
+            continue
+        codes = _type(operand, types)
+        if not operand.stored:
+            why = f"{label(operand.dequantize)} gives codes, {other.value.name} is float"
+            yield finding("half-quantized", product.node, why)
+        elif codes in whole and constant(other.value) is None:
+            shown = codes.name if codes is not None else ""
+            why = f"its weight is {shown}, its activation float; other products of this graph are {shown} on both sides"
+            yield finding("half-quantized", product.node, why)
+
+
+def _plain(operand: Operand) -> bool:
+    """Quantized by ONNX's own operators; those of a builder's domain have rules that are not known here."""
+    node = operand.codes.producer() if operand.codes is not None else None
+    return node is None or node.domain in ("", "ai.onnx")
+
+
+def _quantizers(view: View) -> Iterator[Finding]:
+    """Quantizers whose scale is computed, of stored numbers, or of 4 bits."""
+    readers = {operand.quantizer: product for product in view.products for operand in product.operands if operand.low}
+    for node in view.nodes(QUANTIZE):
+        if constant(node.inputs[0]) is not None:
+            yield finding("float-weight", node, "quantizes a stored float tensor: the builder rounds it, not you")
+            continue
+        if not fixed(node.inputs[1]) and node in readers:
+            yield finding("dynamic-scale", node, "its scale is computed while the engine runs")
+        if code_type(node) == ir.DataType.INT4 and node in readers:
+            yield finding("int4-activation", node, "gives INT4, which no kernel is known to multiply")

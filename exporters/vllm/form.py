@@ -1,0 +1,126 @@
+"""How `fp8pipe serve` starts vLLM, as far as that decides what it computes.
+
+One model, so that a validation runs what the service runs, and record, card, report and `/v1/artifact` name it in the
+same words. What the service adds (a socket, names, times) changes no number and is no part of it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from exporters.vllm.environment import subprocess_environment
+from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
+
+__all__ = ["ServingForm"]
+
+_BY_VLLM: Final = Flag(default="vLLM's choice")
+_CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
+_ACTIVATIONS: Final = "FP8PIPE_VLLM_ACTIVATIONS"
+# The service sets these itself: another value would put vLLM where nobody looks for it, or past the API keys.
+_OURS: Final = frozenset(
+    ("--model", "--served-model-name", "--uds", "--host", "--port", "--api-key", "--ssl-keyfile", "--ssl-certfile",
+     "--ssl-ca-certs", "--ssl-cert-reqs", "--root-path", "--api-server-count", "--headless", "--config",
+     "--disable-uvicorn-access-log")
+)  # fmt: skip
+
+
+class ServingForm(FrozenConfig):
+    """How vLLM runs. What is not given is left to vLLM, but for `dtype` and `max_model_len`."""
+
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="Compute dtype")
+    max_model_len: Annotated[int | None, Flag(default="the longest that the memory holds")] = Field(
+        default=None, ge=16, description="Context, tokens"
+    )
+    kv_cache_dtype: Annotated[str | None, _BY_VLLM] = Field(
+        default=None, pattern=r"[a-z0-9_]+", description="Dtype of the key/value cache; what there is depends on vLLM"
+    )
+    enforce_eager: Annotated[bool | None, Flag(default="on a CPU")] = Field(
+        default=None, description="Do not compile: starts sooner, serves slower"
+    )
+    max_num_seqs: Annotated[int | None, _BY_VLLM] = Field(default=None, ge=1, description="Requests computed at once")
+    tensor_parallel_size: Annotated[int | None, Flag(default="1")] = Field(
+        default=None, ge=1, description="Devices that share each layer"
+    )
+    gpu_memory_utilization: Annotated[float | None, _BY_VLLM] = Field(
+        default=None, gt=0, le=1, description="Part of a device's memory that vLLM takes; on a CPU, of the machine's"
+    )
+    kv_cache_gib: Annotated[int | None, Flag(default="1")] = Field(
+        default=None, ge=1, description="Key/value cache on a CPU, GiB"
+    )
+    extra: Annotated[tuple[str, ...], CONFIG_ONLY] = Field(
+        default=(), description="More arguments for vLLM's server, as they are"
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, extra: tuple[str, ...]) -> tuple[str, ...]:
+        if extra and not extra[0].startswith("-"):
+            raise ValueError(f"{extra[0]!r} is no option; vLLM's own options follow after '--'")
+        typed = {_flag(name) for name in _TYPED} | {f"--no-{name[2:]}" for name in map(_flag, _TYPED)}
+        for argument in extra:
+            flag = argument.split("=", 1)[0].replace("_", "-")
+            if flag in _OURS:
+                raise ValueError(f"{flag} is set by the service")
+            if flag in typed:
+                raise ValueError(f"{flag} is an option of this command: give it before '--'")
+        return extra
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.kv_cache_gib is not None and self.gpu_memory_utilization is not None:
+            raise ValueError("kv_cache_gib and gpu_memory_utilization both say how much memory: give one")
+        return self
+
+    def settled(self, *, on_cpu: bool) -> Self:
+        """With what the machine decides filled in: on a CPU nothing is compiled unless it is asked for."""
+        return self if self.enforce_eager is not None else self.model_copy(update={"enforce_eager": on_cpu})
+
+    def arguments(self) -> list[str]:
+        """vLLM's arguments for these settings."""
+        # -1: as much as the memory holds. Without it vLLM refuses to start where the model's full context does not fit.
+        command = ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len or -1)]
+        for name in ("kv_cache_dtype", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization"):
+            value = getattr(self, name)
+            if value is not None:
+                command += [_flag(name), str(value)]
+        if self.enforce_eager:
+            command.append("--enforce-eager")
+        return [*command, *self.extra]
+
+    def variables(self, **more: str) -> dict[str, str]:
+        """The environment of vLLM's processes, with `more` set in it."""
+        env = subprocess_environment(**more)
+        if self.kv_cache_gib is not None:
+            env[_CPU_CACHE] = str(self.kv_cache_gib)
+        elif self.gpu_memory_utilization is not None:
+            env.pop(_CPU_CACHE, None)  # on a CPU it would win over the option
+        env.pop("VLLM_API_KEY", None)  # requests are let in before they reach vLLM
+        return env
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the plugin for CPUs is told to round the inputs of FP8 layers as the checkpoint declares."""
+        return os.environ.get(_ACTIVATIONS, "").strip().lower() == "quant"
+
+    def in_words(self, *, on_cpu: bool) -> str:
+        """What decides about numbers: `on a CPU: bfloat16, compiled, activations not rounded`."""
+        said = [f"on a {'CPU' if on_cpu else 'GPU'}: {self.dtype}", "eager" if self.enforce_eager else "compiled"]
+        rounded = "rounded as the checkpoint declares" if self.rounds_activations or not on_cpu else "not rounded"
+        said.append(f"activations {rounded}")
+        said += [f"key/value cache in {self.kv_cache_dtype}"] if self.kv_cache_dtype else []
+        said += [f"{self.tensor_parallel_size} devices"] if (self.tensor_parallel_size or 1) > 1 else []
+        said += [f"with {' '.join(self.extra)}"] if self.extra else []
+        return ", ".join(said)
+
+
+_TYPED: Final = (
+    "dtype", "max_model_len", "kv_cache_dtype", "enforce_eager", "max_num_seqs", "tensor_parallel_size",
+    "gpu_memory_utilization",
+)  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,141 @@
+"""`fp8pipe validate`, `bench` and `serve-check`: an export runs in its engine, and the record of it lies beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from exporters.vllm.form import ServingForm
+from fp8pipe.cli.common import Console, common_options, show_plan, stage_options, table
+from fp8pipe.cli.options import model_options, resolve
+from validation.bench.record import BenchConfig, ServeCheckConfig
+
+_EXPORT = click.argument("export", type=click.Path(path_type=Path))
+
+
+@click.command("validate")
+@_EXPORT
+@click.option("--engine", help="The engine; default: the one the export is for.")
+@click.option(
+    "--vllm-python",
+    envvar="FP8PIPE_VLLM_PYTHON",
+    help="Python of the environment that holds vLLM; default: .venv-vllm, or this one.",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="What was exported, where it lies elsewhere than the manifest says; everything is compared with it.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="onnxruntime: image folder; compare classes on up to 500 of its pictures (needs --against).",
+)
+@model_options(ServingForm)
+@common_options(dry_run=True)
+def validate_command(
+    export: Path, engine: str | None, vllm_python: str | None, against: Path | None, images: Path | None, dry_run: bool,
+    console: Console, **form: Any,
+) -> None:  # fmt: skip
+    """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
+
+    The record is written beside the export, as EXPORT.validation.json. Options of `serve` on a language export name the
+    form of serving that is proved.
+    """
+    from exporters.target import call, choose_engine, open_export, targets
+    from fp8pipe.artifact.record import ExportRejectedError, record_path
+
+    artifact, target = open_export(export, lambda known: known.engines)
+    known = dict.fromkeys(found.name for other in targets() for found in other.engines)
+    if engine is not None and engine not in known:
+        raise click.UsageError(f"--engine {engine}: choose from {', '.join(known)}")
+    options: dict[str, Any] = {"against": against, "images": images, "vllm_python": vllm_python}
+    if any(value is not None for value in form.values()):
+        options["form"] = resolve(ServingForm, None, form)
+    chosen, given = choose_engine(artifact, target, engine, options)
+    if dry_run:
+        plan = call(target.service.plan or "", artifact, "validate", record_path(artifact.root), **given)
+        show_plan(console, plan, export=str(artifact.root), engine=chosen.name)
+        return
+    rejection = None
+    try:
+        record = call(chosen.validate, export, **given)
+    except ExportRejectedError as error:
+        rejection, record = error, error.record
+    console.emit(record.model_dump(mode="json"), call(chosen.describe, export, record), quiet_text=record.verdict)
+    if rejection is not None:
+        raise rejection
+
+
+@click.command("bench")
+@_EXPORT
+@model_options(BenchConfig)
+@click.option("--vllm-python", envvar="FP8PIPE_VLLM_PYTHON", help="Language: Python of the environment with vLLM.")
+@stage_options("config")
+@common_options(dry_run=True)
+def bench_command(
+    export: Path, vllm_python: str | None, config: Path | None, dry_run: bool, console: Console, **options: Any
+) -> None:
+    """Measure EXPORT in its engine on this machine; the record is EXPORT.bench.json.
+
+    Engines of TensorRT are measured by `fp8pipe validate` on a GPU.
+    """
+    from exporters.target import call, open_export
+
+    settings = resolve(BenchConfig, config, options)
+    artifact, target = open_export(export, lambda known: known.service.bench)
+    extra = {"vllm_python": vllm_python} if target.service.domain == "language" else {}
+    if dry_run:
+        _show_plan(console, artifact, target, settings, "bench", **extra)
+        return
+    _show_record(console, export, call(target.service.bench or "", export, settings, **extra))
+
+
+@click.command("serve-check")
+@_EXPORT
+@model_options(ServeCheckConfig)
+@stage_options("config")
+@common_options(dry_run=True)
+def serve_check_command(export: Path, config: Path | None, dry_run: bool, console: Console, **options: Any) -> None:
+    """Start `fp8pipe serve` on EXPORT, ask it, end it; exit 14 when an answer is wrong.
+
+    The record is EXPORT.serve-check.json.
+    """
+    from exporters.target import open_export
+    from validation.bench.check import serve_check
+
+    settings = resolve(ServeCheckConfig, config, options)
+    if dry_run:
+        _show_plan(console, *open_export(export, lambda known: known.service.ask), settings, "serve-check")
+        return
+    _show_record(console, export, serve_check(export, settings))
+
+
+def _show_plan(
+    console: Console, artifact: Any, target: Any, settings: Any, stage: Literal["bench", "serve-check"], **extra: Any
+) -> None:
+    """What would be measured, what that takes, and the record that would be written."""
+    from exporters.target import call
+    from validation.bench.record import measure_path
+
+    record = measure_path(artifact.root, stage)
+    plan = call(target.service.plan, artifact, stage, record, **extra)
+    chosen = settings.model_dump(mode="json")
+    plan = dataclasses.replace(plan, facts={**plan.facts, **{k: v for k, v in chosen.items() if v is not None}})
+    show_plan(console, plan, export=str(artifact.root), kind=artifact.kind, settings=chosen, writes=str(record))
+
+
+def _show_record(console: Console, export: Path, record: Any) -> None:
+    """The figures, and a rejection as exit 14."""
+    rows = [(row.what, f"{row.value:,.4g} {row.unit}".strip(), row.detail) for row in record.rows]
+    lines = [f"{record.verdict}  {export}", table(rows), *(f"  not measured: {text}" for text in record.not_measured)]
+    console.emit(record.model_dump(mode="json"), "\n".join(lines), quiet_text=record.verdict)
+    if record.verdict != "ACCEPT":
+        from fp8pipe.core.errors import GateFailedError
+
+        raise GateFailedError(
+            f"{export} does not hold", why="; ".join(record.reasons), fix="see the record beside the export"
+        )

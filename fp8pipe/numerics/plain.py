@@ -1,0 +1,110 @@
+"""E4M3 and bf16 by definition, in numpy: the second opinion of every proof, which shares no line with `grids`.
+
+Codes are decoded from their sign, exponent and mantissa (OCP 8-bit floating point, revision 1.0), and numbers are
+rounded to the nearest one, ties to the even, without an inexact step. A quantizer that proved itself would prove
+nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["dequantize_plain", "grid_numbers", "quantize_plain", "round_bf16", "row_errors"]
+
+_LARGEST: Final = 448.0
+_FLOOR: Final = 1e-12  # what the largest magnitude of a row of zeros counts as
+_ROWS: Final = 1 << 18  # elements that are worked on at a time: they stay in the processor's cache
+
+
+def _decode(byte: int) -> float:
+    sign, exponent, mantissa = -1.0 if byte & 0x80 else 1.0, byte >> 3 & 15, byte & 7
+    if (exponent, mantissa) == (15, 7):
+        return float("nan")
+    return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
+
+
+_VALUES: Final[NDArray[np.float32]] = np.array([_decode(byte) for byte in range(256)], np.float32)
+
+
+def dequantize_plain(codes: Tensor, scale: Tensor, *, transposed: bool = False) -> Tensor:
+    """`code * scale`, fp32; arguments as of `grids.dequantize_weight`."""
+    factor = scale.numpy().reshape(1, -1) if transposed and scale.ndim == 2 else scale.numpy()
+    values = _VALUES[codes.contiguous().view(torch.uint8).numpy()]
+    values *= factor
+    return torch.from_numpy(values)
+
+
+def quantize_plain(weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """What a weight becomes that is rounded to E4M3, each output row on its own scale; as `grids.quantize_weight`.
+
+    The scale of a row is `amax / 448` (float64, stored as fp32), its quotients are fp32, as the format's readers have
+    them; the rounding is exact.
+
+    Args:
+        weight: any float dtype, `(out, in)`, or `(in, out)` when `transposed`.
+        transposed: whether outputs lie along the second axis.
+
+    Returns:
+        `code * scale`, fp32, shape of `weight`.
+    """
+    rows = weight.t() if transposed else weight
+    found = torch.empty(rows.shape, dtype=torch.float32)
+    for part in _parts(rows):
+        values = rows[part].float().numpy()
+        amax = np.maximum(np.abs(values).max(axis=1, keepdims=True, initial=0.0).astype(np.float64), _FLOOR)
+        scale = (amax / _LARGEST).astype(np.float32)
+        found[part] = torch.from_numpy(_nearest(values / scale) * scale)
+    return found.t().contiguous() if transposed else found
+
+
+def round_bf16(values: Tensor) -> Tensor:
+    """fp32 rounded once to bf16, to nearest, ties to even; finite; as fp32."""
+    bits: NDArray[Any] = values.float().contiguous().numpy().view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return torch.from_numpy(rounded.view(np.float32))
+
+
+def row_errors(values: Tensor, original: Tensor, *, transposed: bool = False) -> float:
+    """Largest error of an output row, relative to the row's norm (float64); of the whole where there are no rows."""
+    if original.ndim != 2:
+        values, original = values.reshape(1, -1), original.reshape(1, -1)
+    elif transposed:
+        values, original = values.t(), original.t()
+    worst = [0.0]
+    for part in _parts(original):
+        true = original[part].float().numpy()
+        error, norm = _norms(values[part].float().numpy() - true), _norms(true)
+        ratio = np.divide(error, norm, out=np.where(error > 0, np.inf, 0.0), where=norm > 0)
+        worst.append(float(ratio.max(initial=0.0)))
+    return float(np.max(worst))  # which NaN survives
+
+
+def _norms(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1))
+    return found
+
+
+def grid_numbers(quotients: Tensor) -> Tensor:
+    """The E4M3 number next to each, saturating, ties to even: fp32."""
+    return torch.from_numpy(_nearest(quotients.float().contiguous().numpy()))
+
+
+def _nearest(quotients: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The E4M3 number next to each, saturating."""
+    found: NDArray[np.float32] = np.clip(quotients, np.float32(-_LARGEST), np.float32(_LARGEST))
+    exponent = np.maximum(found.view(np.uint32) >> np.uint32(23) & np.uint32(255), np.uint32(127 - 6))
+    step = (exponent - np.uint32(3) << np.uint32(23)).view(np.float32)  # a power of two: nothing below is rounded
+    found /= step
+    np.rint(found, out=found)
+    found *= step
+    return found
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    size = max(1, _ROWS // max(1, rows.shape[1]))
+    return [slice(start, start + size) for start in range(0, rows.shape[0], size)]

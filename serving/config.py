@@ -1,0 +1,140 @@
+"""What a service can be told, as frozen configurations: the command line's options are overrides of them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Self
+
+from pydantic import Field, model_validator
+
+from exporters.vllm.form import ServingForm
+from fp8pipe.core.config import Flag, FrozenConfig
+
+
+class ServeConfig(FrozenConfig):
+    """One service, whatever it serves."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one")
+    api_key_file: Annotated[Path | None, Flag(default="anybody may call")] = Field(
+        default=None, description="File of hashed API keys (fp8pipe serve-key)"
+    )
+    max_body_mb: float = Field(default=16, gt=0, le=4096, description="Largest request body, megabytes (10^6 bytes)")
+    max_total_body_mb: float = Field(
+        default=512, gt=0, description="Bodies held at once, of all connections, megabytes; more are answered 503"
+    )
+    body_timeout_s: float = Field(default=30, gt=0, description="A request's body must have arrived by then, seconds")
+    header_timeout_s: float = Field(
+        default=10, gt=0, description="A request's headers, once begun, must have arrived by then, seconds"
+    )
+    keep_alive_s: float = Field(default=75, gt=0, description="An idle connection is closed after, seconds")
+    request_timeout_s: float = Field(default=30, gt=0, description="Longest wait for the engine, seconds")
+    linger_s: float = Field(default=2, ge=0, description="After SIGTERM new requests are still taken for, seconds")
+    max_connections: int = Field(default=1000, gt=0, description="Open connections; more are answered 503")
+    rate_limit: Annotated[float | None, Flag(default="no limit")] = Field(
+        default=None, gt=0, description="Requests per second of a key or address"
+    )
+    rate_burst: Annotated[int | None, Flag(default="two seconds' worth")] = Field(
+        default=None, gt=0, description="Requests at once of a key or address"
+    )
+    cors_origins: Annotated[tuple[str, ...], Flag("cors-origin", "none")] = Field(
+        default=(), description="An origin whose pages may call; repeatable"
+    )
+    access_log: bool = Field(default=True, description="One JSON line per request on stderr")
+    page: bool = Field(default=True, description="Serve the web page at /")
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> Self:
+        if self.max_total_body_mb < self.max_body_mb:
+            raise ValueError(f"max_total_body_mb ({self.max_total_body_mb:g}) is less than max_body_mb "
+                             f"({self.max_body_mb:g})")  # fmt: skip
+        return self
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Largest request body, bytes."""
+        return int(self.max_body_mb * 1_000_000)
+
+    @property
+    def max_total_body_bytes(self) -> int:
+        """All bodies together, bytes."""
+        return int(self.max_total_body_mb * 1_000_000)
+
+
+_MEASURED: Final = Flag(default="measured")
+
+
+class Provider(StrEnum):
+    """Where ONNX Runtime computes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    TENSORRT = "tensorrt"
+
+
+class VisionConfig(ServeConfig):
+    """A service of a vision model."""
+
+    max_batch: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, le=1024, description="Images at once")
+    threads: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, description="Threads within an operator")
+    streams: Annotated[int | None, _MEASURED] = Field(
+        default=None, gt=0, le=256, description="Batches run at once, on a CPU"
+    )
+    max_wait_ms: float = Field(default=2, ge=0, description="A batch waits for more images at most, milliseconds")
+    queue: int = Field(default=256, gt=0, description="Images that may wait; more are answered 503")
+    max_pixels: int = Field(default=50_000_000, gt=0, description="Largest picture, width times height")
+    max_images: int = Field(default=64, gt=0, description="Images in one request")
+    provider: Provider = Field(default=Provider.AUTO, description="Where ONNX Runtime computes")
+    inexact_batches: bool = Field(
+        default=False, description="Allow batch sizes whose rows differ in bits from the same images run alone"
+    )
+
+
+if TYPE_CHECKING:
+    from fp8pipe.artifact import Artifact
+
+
+class SupervisorConfig(FrozenConfig):
+    """Times of supervision."""
+
+    start_timeout_s: float = Field(default=1800, gt=0, description="Longest start, seconds")
+    probe_every_s: float = Field(default=0.5, gt=0, description="Between looks at its health, seconds")
+    probe_timeout_s: float = Field(default=10, gt=0, description="A health probe must be answered by then, seconds")
+    probe_failures: int = Field(default=3, ge=1, description="Unanswered probes in a row after which it is killed")
+    engine_timeout_s: Annotated[float, Flag("engine-timeout-s")] = Field(
+        default=120, gt=0, description="An engine asked for a token that makes none for so long is killed, seconds"
+    )
+    engine_probe_every_s: float = Field(default=10, gt=0, description="Between requests for one token, seconds")
+    first_delay_s: float = Field(default=1, gt=0, description="Before the first restart, seconds; doubles each time")
+    longest_delay_s: float = Field(default=60, gt=0, description="Between restarts at most, seconds")
+    steady_s: float = Field(default=300, gt=0, description="After this long up, crashes are counted anew, seconds")
+    stop_grace_s: float = Field(default=10, ge=0, description="From SIGTERM to SIGKILL, seconds")
+
+
+class LanguageConfig(ServingForm):
+    """How vLLM runs below the service: the form in which it computes, and what is around it."""
+
+    vllm_python: Annotated[str | None, Flag(default="found")] = Field(
+        default=None, description="Python of the environment with vLLM"
+    )
+    served_model_name: Annotated[str | None, Flag(default="the directory's")] = Field(
+        default=None, min_length=1, description="Model name in the API"
+    )
+    request_timeout_s: Annotated[float | None, Flag(default="no limit")] = Field(
+        default=None, gt=0, description="An answer, or a stream's begin, must come by then, seconds"
+    )
+    drain_seconds: float = Field(
+        default=60, ge=0, description="After SIGTERM, what was accepted may take so long, seconds"
+    )
+    supervision: SupervisorConfig = Field(default_factory=SupervisorConfig, description="Starts, probes and restarts")
+
+    def name_of(self, artifact: Artifact) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or artifact.root.absolute().name
+
+    @property
+    def form(self) -> ServingForm:
+        """What decides about numbers, alone: what a validation of it names."""
+        return ServingForm.model_validate({name: getattr(self, name) for name in ServingForm.model_fields})

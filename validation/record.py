@@ -1,0 +1,42 @@
+"""What the records of validations have in common, and how a validation ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from fp8pipe.artifact import Artifact
+from fp8pipe.artifact.record import ExportRejectedError, write_record
+from fp8pipe.core.config import FrozenConfig
+
+
+class EngineRecord(FrozenConfig):
+    """The head of a validation's record. It names the manifest's digest: it says nothing of a changed export."""
+
+    # 2: a checksum lies beside the record.
+    schema_version: int = Field(default=2, description="version of this schema")
+    created: str = Field(description="UTC time, ISO 8601")
+    export: str = Field(description="name of the export's directory")
+    manifest_digest: str = Field(description="digest of the export's manifest when it was validated")
+    engine: str = Field(description="the engine's name")
+
+
+R = TypeVar("R", bound=EngineRecord)
+
+
+def heading(artifact: Artifact) -> dict[str, Any]:
+    """When, and which export: fields of a record that is being made."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"created": created, "export": artifact.root.absolute().name, "manifest_digest": artifact.digest}
+
+
+def concluded(record: R, artifact: Artifact, reasons: Sequence[str], rejection: str) -> R:
+    """The record, written beside the export; where there are `reasons`, an `ExportRejectedError` says `rejection`."""
+    path = write_record(record, artifact.root)
+    if reasons:
+        fix = f"do not deploy it; the figures are in {path}"
+        raise ExportRejectedError(rejection, why="; ".join(reasons), fix=fix, record=record)
+    return record
