@@ -2,6 +2,7 @@
 # make setup-vllm  .venv-vllm: vLLM and the CPU plugin, apart because vLLM pins torch exactly
 # make check       before a commit: linters, types, import contracts and quick tests, in less than a minute
 # make test        both environments, then linters, types, import contracts and tests
+# make mutants     one small fault at a time in the code of the proof, which a test must notice (about an hour)
 # make demo        both environments, then the demonstration
 #
 # On a machine with an NVIDIA GPU, give the CUDA build of torch you want: make setup TORCH=torch==2.14.1
@@ -25,7 +26,7 @@ VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILE
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup setup-vllm lint check test demo clean
+.PHONY: setup setup-vllm lint check test mutants demo clean
 
 setup: $(STAMP)
 
@@ -65,6 +66,10 @@ check: lint
 test: export OMP_WAIT_POLICY = passive
 test: setup setup-vllm lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Of what survives, docs/mutants.md tells the reasons. MUTANTS_ARGS="--modules artifact/gate --count 40" for more of one.
+mutants: setup
+	$(BIN)/python scripts/mutants.py $(MUTANTS_ARGS)
 
 demo: setup setup-vllm
 	bash scripts/demo.sh

@@ -42,15 +42,17 @@ from pathlib import Path
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.progress import setup_logging
 from serving.config import LanguageConfig, ServeConfig
+from serving.http.service import Proof
 from serving.language.server import run_front, serve_language, supervise
 setup_logging(json=False, quiet=False, verbose=False)
 export, engine, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-service, language = ServeConfig(port=0), LanguageConfig(enforce_eager=True, served_model_name="m", max_num_seqs=16)
+service = ServeConfig(port=0, unvalidated=True)
+language = LanguageConfig(enforce_eager=True, served_model_name="m", max_num_seqs=16)
 if engine == "vllm":
     sys.exit(serve_language(export, service, language))
 path = folder / "instant.sock"
 supervisor = supervise([sys.executable, engine, str(path)], dict(os.environ), path, folder / "log", "m", language)
-sys.exit(run_front(supervisor, open_artifact(export, verify=False), service, language))
+sys.exit(run_front(supervisor, open_artifact(export, verify=False), service, language, Proof("unvalidated", "", {})))
 """
 _INSTANT = Path(__file__).with_name("instant_engine.py")
 

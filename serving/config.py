@@ -41,6 +41,12 @@ class ServeConfig(FrozenConfig):
     cors_origins: Annotated[tuple[str, ...], Flag("cors-origin", "none")] = Field(
         default=(), description="An origin whose pages may call; repeatable"
     )
+    record: Annotated[Path | None, Flag(default="beside the export")] = Field(
+        default=None, description="Record of the export's validation, which must say ACCEPT"
+    )
+    unvalidated: bool = Field(
+        default=False, description="Serve without an ACCEPT for this export, engine and form; every answer says so"
+    )
     access_log: bool = Field(default=True, description="One JSON line per request on stderr")
     page: bool = Field(default=True, description="Serve the web page at /")
 

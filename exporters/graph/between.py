@@ -84,7 +84,7 @@ def _cut(model: ir.Model, layers: Sequence[ExportedLayer]) -> _Between:
     pieces, stored, seen = {}, {}, set[Any]()
     for value in ends:
         nodes, tensors, _ = way_between(stop, [] if value in stop else [value])
-        stored[str(value.name)] = frozenset(str(t.name) for t in tensors if t.const_value.size > 1)  # type: ignore[union-attr]
+        stored[str(value.name)] = frozenset(str(t.name) for t in tensors if _is_table(t))
         pieces[str(value.name)] = [str(node.name) for node in nodes if node not in seen]
         seen.update(nodes)
     made = [value for value in ends if value not in stop]
@@ -93,6 +93,12 @@ def _cut(model: ir.Model, layers: Sequence[ExportedLayer]) -> _Between:
     proto = model_of(model, [ir.to_proto(node) for node in nodes], tensors, _floats(inputs), _floats(made, ranks=False))
     passed = tuple(str(value.name) for value in ends if value in stop)
     return _Between(proto, tuple(str(value.name) for value in inputs), pieces, stored, passed)
+
+
+def _is_table(value: ir.Value) -> bool:
+    """Whether a stored tensor holds several floats."""
+    tensor = value.const_value
+    return tensor is not None and tensor.size > 1 and tensor.dtype.name in ("FLOAT", "FLOAT16", "DOUBLE")
 
 
 def _nodes_nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> list[str]:

@@ -72,6 +72,10 @@ def check_file(
     path = artifact.root / MODEL_FILE
     try:
         model: ir.Model = onnx_ir.load(path)
+    except Exception as error:  # protobuf's errors share no public base
+        yield Finding(Check.REOPEN, MODEL_FILE, f"cannot be read as a graph: {error}"[:300])
+        return None
+    try:
         yield from lint_findings(lint(path))
         yield from _signature(artifact, model)
         yield from _layers(artifact, read_layers(model)) if readable else _products(artifact, model)
@@ -169,7 +173,7 @@ def _descriptions(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
     classes = artifact.root / CLASSES_FILE
     width = list(model.graph.outputs[0].shape or ())[-1:]
     if classes.is_file() and width:
-        names = json.loads(classes.read_text(encoding="utf-8"))
+        names = _read_json(classes)
         if str(len(names)) != str(width[0]) and str(width[0]).isdigit():
             yield Finding(Check.REOPEN, CLASSES_FILE, f"{len(names)} classes; the graph gives {width[0]} numbers")
 
@@ -182,10 +186,10 @@ def _against(
 
     quantized = load_quantized(parent)
     ours, theirs = artifact.root / PREPROCESSING_FILE, quantized.preprocessing.model_dump(mode="json")
-    for found in compare_json(json.loads(ours.read_text(encoding="utf-8")), theirs, PREPROCESSING_FILE):
+    for found in compare_json(_read_json(ours), theirs, PREPROCESSING_FILE):
         yield Finding(Check.PARITY, found.where, found.why)
     wanted, classes = quantized.architecture.classes, artifact.root / CLASSES_FILE
-    found_classes = json.loads(classes.read_text(encoding="utf-8")) if classes.is_file() else None
+    found_classes = _read_json(classes) if classes.is_file() else None
     if found_classes != (None if wanted is None else list(wanted)):
         yield Finding(Check.PARITY, CLASSES_FILE, _first_class(found_classes, wanted))
     yield from compare_layers(artifact.manifest.layers, checks.records(quantized))
@@ -200,6 +204,13 @@ def _against(
         )
     else:
         yield from structure
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadArtifactError(f"{path.name} is not JSON", why=str(error)) from error
 
 
 def _first_class(found: Any, wanted: Any) -> str:

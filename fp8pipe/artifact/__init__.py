@@ -17,7 +17,15 @@ from fp8pipe.artifact.manifest import (
     Parent,
     ScaleRule,
 )
-from fp8pipe.artifact.reader import CHECKSUM_NAME, Artifact, check_file, open_artifact, read_manifest, sha256_file
+from fp8pipe.artifact.reader import (
+    CHECKSUM_NAME,
+    Artifact,
+    check_file,
+    open_artifact,
+    read_manifest,
+    sha256_file,
+    staged,
+)
 from fp8pipe.artifact.record import check_checksum, checksum_path, read_checked, remove_checked, write_checked
 from fp8pipe.artifact.writer import CHECKPOINT_PREFIX, ArtifactWriter, check_place, installed_versions
 from fp8pipe.core.machine import disk_guard, translate_disk_full
@@ -27,5 +35,5 @@ __all__ = [
     "Comparison", "Encoding", "FileEntry", "Gate", "LayerRecord", "Manifest", "NumberFormat", "Parent", "ScaleRule",
     "Verdict", "at_most", "check_checksum", "check_file", "check_place", "checksum_path", "disk_guard",
     "installed_versions", "none_of", "open_artifact", "read_checked", "read_manifest", "remove_checked",
-    "sha256_file", "translate_disk_full", "write_checked",
+    "sha256_file", "staged", "translate_disk_full", "write_checked",
 ]  # fmt: skip

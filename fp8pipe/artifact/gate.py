@@ -35,6 +35,12 @@ class Verdict(StrEnum):
     INFEASIBLE = "INFEASIBLE"
     """The stage cannot run here: a package, a device, memory or disk is missing, or the export is refused."""
 
+    @property
+    def failed(self) -> bool:
+        """Whether something is wrong, and not merely unproved."""
+        order = list(Verdict)
+        return order.index(self) > order.index(Verdict.CONSISTENT)
+
 
 class Comparison(StrEnum):
     """What a value must be, against its threshold."""

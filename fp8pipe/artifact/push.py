@@ -1,4 +1,4 @@
-"""An artifact to a repository of the Hugging Face hub: hashed first, refused where a gate failed, only listed files.
+"""An artifact to a repository of the Hugging Face hub: hashed first, refused where not accepted, only listed files.
 
 What arrives are the bytes that the manifest names, and nothing that merely lies in the same directory. Uploading is the
 hub client's business: it skips what the hub has already, so a cut upload is repeated without harm.
@@ -7,16 +7,17 @@ hub client's business: it skips what the hub has already, so a cut upload is rep
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_checksum, checksum_path, open_artifact
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, checksum_path, open_artifact
+from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.record import record_path
-from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
+from fp8pipe.artifact.verdict import REJECT, read_verdict, require_accept
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -49,26 +50,27 @@ class PushPlan:
         return sum(size for _, size in self.files)
 
 
-def plan_push(directory: Path) -> PushPlan:
+def plan_push(directory: Path, *, unvalidated: bool = False) -> PushPlan:
     """Hash an artifact, look at its gates and its record, and list what an upload holds.
 
+    Args:
+        directory: the artifact.
+        unvalidated: an export needs no ACCEPT; a note says so. One that is rejected is refused all the same.
+
     Raises:
-        BadArtifactError: no artifact, or a damaged one.
-        GateFailedError: a gate of it failed, or its record of a validation says REJECT.
+        BadArtifactError: no artifact, or a damaged one, or the record of its validation is not sound.
+        GateFailedError: a gate of it failed, or its kind can be validated, and no record beside it says ACCEPT.
     """
     artifact = open_artifact(directory)
     failed = [f"{g.name}: {g.value:g} against {g.threshold:g}" for g in artifact.manifest.gates if not g.passed]
     notes = [] if artifact.manifest.gates else ["it carries no gates: nothing was checked when it was written"]
-    verdict, note = _record(artifact)
-    if verdict == "REJECT":
-        failed.append("its record of a validation says REJECT")
     if failed:
         raise GateFailedError(
             f"{artifact.root} is not pushed: {len(failed)} gate(s) failed", why="; ".join(failed),
             fix="find out why (fp8pipe report), and write it again",
         )  # fmt: skip
-    notes += [note] if note else []
-    notes += [f"not listed in the manifest, not uploaded: {name}" for name in artifact.unlisted()]
+    if kind_named(artifact.kind).engines:
+        notes += _unproved(artifact, unvalidated)
     own = (artifact.root / MANIFEST_NAME, checksum_path(artifact.root / MANIFEST_NAME))
     sizes = [(path.name, path.stat().st_size) for path in own if path.is_file()]
     sizes += [(entry.path, entry.size) for entry in artifact.manifest.files]
@@ -114,20 +116,16 @@ def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
     return str(done.pr_url or done.commit_url)
 
 
-def _record(artifact: Artifact) -> tuple[str, str]:
-    """The verdict beside the artifact, if it speaks of these files; and what to say about it."""
-    path = record_path(artifact.root)
-    if not path.is_file():
-        return "", "no record of a validation lies beside it"
-    if checksum_path(path).exists() and (damage := check_checksum(path)):
-        return "", damage
+def _unproved(artifact: Artifact, unvalidated: bool) -> list[str]:
+    """What no record proves, where that is allowed. Raises as `require_accept`, and always where the record rejects."""
     try:
-        record = json.loads(path.read_bytes())
-    except ValueError:
-        return "", f"{path.name} cannot be read"
-    if record.get("manifest_digest") != artifact.digest:
-        return "", f"{path.name} speaks of another manifest"
-    return str(record.get("verdict", "")), ""
+        require_accept(artifact)
+    except (BadArtifactError, GateFailedError) as error:
+        rejected = isinstance(error, GateFailedError) and record_path(artifact.root).exists()
+        if (rejected and read_verdict(record_path(artifact.root), artifact).verdict == REJECT) or not unvalidated:
+            raise
+        return [f"not validated: {error.why}"]
+    return []
 
 
 @contextmanager

@@ -1,23 +1,33 @@
-"""Opening an artifact: nothing is read from a directory whose bytes are not the ones that were written."""
+"""Opening an artifact: nothing is read from a directory whose bytes are not the ones that were written.
+
+Every file in it is listed, and is a plain file: engines load whatever lies in a directory, listed or not.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.manifest import CHECKSUM_SINCE, MANIFEST_NAME, FileEntry, Manifest, Parent
 from fp8pipe.artifact.record import checksum_path, read_checked
 from fp8pipe.core.errors import BadArtifactError
 
-__all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_file"]
+__all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_file", "staged", "strays"]
 
 PARTIAL_SUFFIX = ".partial"
 CHECKSUM_NAME = checksum_path(Path(MANIFEST_NAME)).name
 _CHUNK_BYTES = 8 << 20
 _NAMED = 6  # artifacts in an error
+# What hubs and their clients add by themselves to a directory that they fill. No engine sees it.
+_HUB_FILE: Final = ".gitattributes"
+_HUB_FOLDER: Final = ".cache/huggingface"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +61,6 @@ class Artifact:
         """The record that a child's manifest keeps of this artifact."""
         return Parent(kind=self.kind, digest=self.digest, path=str(self.root), content=self.content)
 
-    def unlisted(self) -> list[str]:
-        """Files in the directory that the manifest does not list, sorted."""
-        listed = {entry.path for entry in self.manifest.files} | {MANIFEST_NAME, CHECKSUM_NAME}
-        found = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir())
-        return sorted(set(found) - listed)
-
 
 def open_artifact(
     path: Path | str, *, kind: str | Iterable[str] | None = None, verify: bool = True, caches: str | None = None
@@ -71,8 +75,8 @@ def open_artifact(
 
     Raises:
         BadArtifactError: no such directory, unfinished, of a newer schema or another kind, or a file that is
-            missing, of another size, or whose digest differs (the message names the file and both digests);
-            the manifest's own checksum is always checked.
+            missing, of another size, not listed, a link, or whose digest differs (the message names the file and
+            both digests); the manifest's own checksum is always checked.
     """
     root = Path(path)
     if not root.is_dir():
@@ -102,15 +106,45 @@ def _toward(kind: str, root: Path, wanted: list[str]) -> str:
 def read_artifact(root: Path, *, verify: bool, caches: str | None = None) -> Artifact:
     """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own)."""
     manifest = read_manifest(root)
+    findings = [f"{name} {why}" for name, why in strays(root, manifest)]
     looked_at = (e for e in manifest.files if caches is None or not e.path.startswith(f"{caches}/"))
-    findings = [finding for entry in looked_at if (finding := check_file(root, entry, verify))]
+    findings += [finding for entry in looked_at if (finding := check_file(root, entry, verify))]
     if findings:
         raise BadArtifactError(
-            f"{root} is not what was written: {len(findings)} of {len(manifest.files)} files differ",
+            f"{root} is not what was written: {len(findings)} of {len(manifest.files)} files differ, or are others",
             why="; ".join(findings),
             fix="copy the artifact again from its source, or write it again",
         )
     return Artifact(root=root, manifest=manifest)
+
+
+def strays(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What lies in an artifact's directory and is not of it: unlisted files, and links; name, and why not."""
+    listed = {entry.path for entry in manifest.files} | {MANIFEST_NAME, CHECKSUM_NAME, _HUB_FILE}
+    for folder, inner, names in os.walk(root):
+        here = Path(folder).relative_to(root)
+        for name in sorted((*inner, *names)):
+            path = (here / name).as_posix()
+            if (root / path).is_symlink():
+                yield path, "is a link: an artifact holds plain files, which cannot lead out of it"
+            elif name not in inner and path not in listed:
+                yield path, "is not listed in the manifest"
+        inner[:] = sorted(name for name in inner if (here / name).as_posix() != _HUB_FOLDER)
+
+
+@contextmanager
+def staged(artifact: Artifact) -> Iterator[Path]:
+    """A private directory with the listed files of an artifact and nothing else, for engines that scan what they load.
+
+    The files are links to those of the artifact, whose bytes the caller has checked.
+    """
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-staged-") as folder:  # mode 0700
+        root = Path(folder) / artifact.root.absolute().name
+        for entry in artifact.manifest.files:
+            place = root / entry.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to((artifact.root / entry.path).absolute())
+        yield root
 
 
 def read_manifest(root: Path) -> Manifest:

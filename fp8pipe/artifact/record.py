@@ -19,12 +19,14 @@ from fp8pipe.core.errors import BadArtifactError, GateFailedError
 from fp8pipe.core.machine import translate_disk_full
 
 __all__ = [
-    "DIGEST_HEADER", "ExportRejectedError", "check_checksum", "checksum_path", "read_checked", "record_path",
-    "remove_checked", "remove_record", "write_checked", "write_record",
+    "DIGEST_HEADER", "VERDICT_HEADER", "ExportRejectedError", "check_checksum", "checksum_path", "read_checked",
+    "record_path", "remove_checked", "remove_record", "write_checked", "write_record",
 ]  # fmt: skip
 
 # The HTTP header in which every service names the digest of the artifact that it serves.
 DIGEST_HEADER = "x-fp8pipe-artifact"
+# And what is proved of it: ACCEPT, or `unvalidated`.
+VERDICT_HEADER = "x-fp8pipe-verdict"
 CHECKSUM_SUFFIX = ".sha256"
 R = TypeVar("R", bound=BaseModel)
 
@@ -57,14 +59,18 @@ def check_checksum(path: Path) -> str:
         return f"{path.name} cannot be read: {error.strerror}"
 
 
-def read_checked(path: Path) -> bytes:
+def read_checked(path: Path, former: str = "") -> bytes:
     """The bytes of a checksummed file, which are those that its checksum speaks of.
+
+    Args:
+        path: the file.
+        former: another name that its checksum may give it: one it had before it was copied.
 
     Raises:
         OSError: the file is not there, or cannot be read.
         BadArtifactError: it has no checksum, or another one.
     """
-    data, finding = _read(path)
+    data, finding = _read(path, former)
     if finding:
         raise BadArtifactError(
             f"{path} is not what was written",
@@ -81,13 +87,13 @@ def remove_checked(path: Path) -> None:
         _pending(name).unlink(missing_ok=True)
 
 
-def _read(path: Path) -> tuple[bytes, str]:
+def _read(path: Path, former: str = "") -> tuple[bytes, str]:
     """Bytes of the record and the finding; looks twice, since a writer may have replaced both in between."""
     for _ in range(2):
         data = path.read_bytes()
         expected = _checksum_of(path, data)
         found = [_bytes(place) for place in (checksum_path(path), _pending(checksum_path(path)))]
-        if expected in found:
+        if expected in found or (former and _checksum_of(path.with_name(former), data) in found):
             return data, ""
     name = checksum_path(path).name
     if found[0] is None:

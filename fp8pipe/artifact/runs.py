@@ -82,7 +82,7 @@ def read_run(directory: Path) -> RunRecord:
         raise BadArtifactError(
             f"{directory} holds no run", why=f"it has no {RUN_NAME}", fix="give the directory that `fp8pipe run` wrote"
         ) from error
-    except (ValueError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise BadArtifactError(
             f"{path} is no record of a run", why=" ".join(str(error).split())[:300], fix="run the recipe again"
         ) from error

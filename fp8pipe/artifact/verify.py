@@ -7,30 +7,26 @@ is kept and none stops the search: who reads the list decides what to copy again
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.artifact.gate import Verdict, failures, read_gate
+from fp8pipe.artifact.gate import Verdict
 from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent, canonical_digest
-from fp8pipe.artifact.reader import CHECKSUM_NAME, PARTIAL_SUFFIX, Artifact, check_file, read_manifest
-from fp8pipe.artifact.record import CHECKSUM_SUFFIX, check_checksum, checksum_path, read_checked
+from fp8pipe.artifact.reader import CHECKSUM_NAME, PARTIAL_SUFFIX, Artifact, check_file, read_manifest, strays
+from fp8pipe.artifact.record import CHECKSUM_SUFFIX, check_checksum, checksum_path
 from fp8pipe.artifact.runs import RUN_NAME, StageRecord, read_run
+from fp8pipe.artifact.verdict import read_verdict
 from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Checked", "Tree", "check_bytes", "check_record", "find_parent", "find_tree"]
 
-_RECORD_SUFFIX = ".validation.json"
 # What is found out about an artifact lies beside it.
-_BESIDE = (_RECORD_SUFFIX, ".bench.json", ".serve-check.json")
-_ACCEPTED = ("ACCEPT", "PROVED-WITHOUT-RUNNING")
+_BESIDE = (".validation.json", ".bench.json", ".serve-check.json")
 _MANY = 5
+_UNKNOWN = "no record covers it"
 
 
 @dataclass(slots=True)
@@ -112,7 +108,6 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
         on_file: called after each file of an artifact.
     """
     checked = Checked()
-    strays: list[tuple[str, str, str]] = []
     for root in tree.artifacts:
         found, artifact = _check_artifact(root, on_file)
         shown = tree.name_of(root)
@@ -122,48 +117,32 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
         if artifact is not None:
             checked.artifacts.append(artifact)
             checked.files += len(artifact.manifest.files) + 2
-            strays += [(shown, name, "the manifest does not list it") for name in artifact.unlisted()]
             failed = [gate for gate in artifact.manifest.gates if not gate.passed]
             checked.notes += [f"{shown}: when it was written, the gate '{gate.name}' failed" for gate in failed]
     for path in tree.records:
         finding = check_checksum(path)
         checked.files += 2
-        if finding and _before_checksums(path):
-            checked.notes.append(
-                f"{tree.name_of(path)}: written before there were checksums; its bytes are not checked"
-            )
-        elif finding:
+        if finding:
             checked.findings.append(Finding(Check.CHECKSUM, path.name, finding, artifact=tree.name_of(path)))
-    strays += [(tree.name_of(path.parent), path.name, "no record covers it") for path in _unknown(tree)]
+    unknown = [(tree.name_of(path.parent), path.name) for path in _unknown(tree)]
     if strict:
-        checked.findings += [Finding(Check.MANIFEST, name, why, artifact=shown) for shown, name, why in strays]
+        checked.findings += [Finding(Check.MANIFEST, name, _UNKNOWN, artifact=shown) for shown, name in unknown]
     else:
-        checked.notes += _stray_notes(strays)
+        checked.notes += _stray_notes(unknown)
     checked.notes += [f"{tree.name_of(path)}: unfinished, not checked" for path in tree.unfinished]
     return checked
 
 
-def _stray_notes(strays: list[tuple[str, str, str]]) -> list[str]:
+def _stray_notes(unknown: list[tuple[str, str]]) -> list[str]:
     """A note a file; one for all of a folder that holds many."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for shown, name, why in strays:
-        groups.setdefault((shown, why), []).append(name)
+    groups: dict[str, list[str]] = {}
+    for shown, name in unknown:
+        groups.setdefault(shown, []).append(name)
     notes = []
-    for (shown, why), names in groups.items():
+    for shown, names in groups.items():
         many = len(names) > _MANY
-        notes += [f"{shown}/: {len(names)} files: {why}"] if many else [f"{shown}/{name}: {why}" for name in names]
+        notes += [f"{shown}/: {len(names)} files: {_UNKNOWN}"] if many else [f"{shown}/{n}: {_UNKNOWN}" for n in names]
     return notes
-
-
-def _before_checksums(path: Path) -> bool:
-    """Whether a record without a checksum is of the first version, which had none."""
-    if checksum_path(path).exists():
-        return False
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(data, dict) and data.get("schema_version") == 1 and path.name.endswith(_RECORD_SUFFIX)
 
 
 def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> tuple[list[Finding], Artifact | None]:
@@ -176,7 +155,7 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
         check = Check.CHECKSUM if checksum and not unchecked else Check.MANIFEST
         why = checksum if check is Check.CHECKSUM else getattr(error, "why", "") or str(error)
         return [Finding(check, MANIFEST_NAME, why)], None
-    findings = []
+    findings = [Finding(Check.MANIFEST, name, f"it {why}") for name, why in strays(root, manifest)]
     for entry in manifest.files:
         wrong = check_file(root, entry)
         if wrong:
@@ -210,40 +189,18 @@ def _unknown(tree: Tree) -> list[Path]:
 
 def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
     """Findings and notes on what a checksummed record says, against the artifacts (by directory) it speaks of."""
-    try:
-        data = json.loads(path.read_bytes() if _before_checksums(path) else read_checked(path))
-    except (OSError, BadArtifactError):
-        return [], []  # a finding of its checksum already
-    except ValueError as error:
-        return [Finding(Check.RECORD, path.name, f"it is not JSON: {error}")], []
+    if check_checksum(path):
+        return [], []  # a finding already
     if path.name == RUN_NAME:
         return _check_run(path, artifacts)
-    findings = list(_check_verdict(path.name, data)) if isinstance(data, dict) else []
-    if not isinstance(data, dict) or "manifest_digest" not in data:
-        return findings, []
     export = artifacts.get(path.with_name(path.stem.rpartition(".")[0]))
     if export is None:
-        return findings, [f"{path.name}: the export that it speaks of was not found beside it"]
-    said = data["manifest_digest"]
-    if said != export.digest:
-        why = f"it speaks of manifest {said}; {export.root.name} has {export.digest}"
-        findings.append(Finding(Check.RECORD, path.name, why))
-    return findings, []
-
-
-def _check_verdict(name: str, data: dict[str, Any]) -> Iterator[Finding]:
-    """A verdict that contradicts the reasons or the gates beside it."""
-    if data.get("verdict") not in _ACCEPTED:
-        return
-    reasons = [str(reason) for reason in data.get("reasons") or []]
-    for gate in data.get("gates") or []:
-        try:
-            reasons += failures([read_gate(gate)])
-        except (ValidationError, TypeError, KeyError) as error:
-            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            yield Finding(Check.RECORD, name, f"a gate of it cannot be read: {why}")
-    if reasons:
-        yield Finding(Check.RECORD, name, f"its verdict is {data['verdict']}, but {'; '.join(reasons)[:300]}")
+        return [], [f"{path.name}: the export that it speaks of was not found beside it"]
+    try:
+        read_verdict(path, export)
+    except BadArtifactError as error:
+        return [Finding(Check.RECORD, path.name, error.why)], []
+    return [], []
 
 
 def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
@@ -271,14 +228,12 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Findin
 
 
 def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
-    """A stage whose output is a record: it has a checksum, and its verdict is the one that the run judged."""
-    if not checksum_path(output).exists() and not _before_checksums(output):
-        yield Finding(Check.CHECKSUM, stage.output, check_checksum(output))
-        return
+    """A stage whose output is a record: its verdict is the one that the run judged."""
     try:
-        verdict = json.loads(output.read_bytes()).get("verdict")
-    except (ValueError, AttributeError):
-        return  # a finding of its checksum, or of its own
+        verdict = read_verdict(output).verdict
+    except BadArtifactError as error:
+        yield Finding(Check.RECORD, stage.output, error.why)
+        return
     if canonical_digest([stage.key, verdict]) != stage.content:
         why = f"stage {stage.name} was judged with another verdict than the {verdict} that stands there"
         yield Finding(Check.RECORD, stage.output, why)

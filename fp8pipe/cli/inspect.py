@@ -57,7 +57,7 @@ def _document(opened: Artifact) -> dict[str, Any]:
     return {
         "path": str(opened.root), "digest": opened.digest, "size_bytes": opened.size_bytes,
         "layer_counts": {"converted": converted, "skipped": len(manifest.layers) - converted},
-        "unlisted_files": opened.unlisted(), "manifest": manifest.plain(),
+        "manifest": manifest.plain(),
     }  # fmt: skip
 
 
@@ -104,9 +104,8 @@ def _findings(opened: Artifact) -> list[str]:
     parts = []
     if manifest.gates:
         parts += ["gates (what the value must be)", table([gate.row for gate in manifest.gates])]
-    warnings = [*manifest.warnings, *(f"not listed in the manifest: {name}" for name in opened.unlisted())]
-    if warnings:
-        parts += ["warnings", *(f"  {warning}" for warning in warnings)]
+    if manifest.warnings:
+        parts += ["warnings", *(f"  {warning}" for warning in manifest.warnings)]
     return parts
 
 

@@ -93,7 +93,9 @@ def _finish(record: RunRecord, state: RunState, report: Path | None, console: Co
          "report": str(report) if report else None, "run": record.model_dump(mode="json")},
         "\n".join(lines), quiet_text=str(record.verdict),
     )  # fmt: skip
-    if record.verdict is not Verdict.ACCEPT:
+    if record.verdict is not Verdict.ACCEPT and not record.verdict.failed:
+        click.echo(f"not proved: {'; '.join(_reasons(record))}", err=True)
+    if record.verdict.failed:
         raise GateFailedError(
             f"the verdict is {record.verdict}", why="; ".join(_reasons(record)),
             fix="see the report and the stages' logs; after a correction run the same command again",

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_run: bool, **options: Any) -> None:
     """Serve EXPORT over HTTP until SIGTERM, after checking every file against its manifest.
 
+    A validation must have accepted it, with these versions and in this form: its record lies beside EXPORT, or --record
+    names it. With --unvalidated it is served without, and every answer says so.
+
     For a language export, options of vLLM's own server may follow after `--`.
     """
     from exporters.target import call, open_export, open_served
@@ -59,11 +62,14 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
 
 
 def _refuse_now(export: Path, config: ServeConfig) -> None:
-    """What would be refused when it is served: changed files, a file of keys that cannot be read."""
+    """What would be refused when it is served: changed files, no ACCEPT, a file of keys that cannot be read."""
     from fp8pipe.artifact import open_artifact
+    from fp8pipe.artifact.verdict import require_accept
     from serving.http.admission import KeyFile
 
-    open_artifact(export, caches="engines")
+    artifact = open_artifact(export, caches="engines")
+    if not config.unvalidated:
+        require_accept(artifact, config.record)
     if config.api_key_file:
         KeyFile(config.api_key_file)
 

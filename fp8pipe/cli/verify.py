@@ -113,10 +113,7 @@ def _document(tree: Tree, checked: Checked, compared: list[tuple[str, str]], qui
         "verified": not checked.findings,
         "quick": quick,
         "files": checked.files,
-        "artifacts": [
-            {"path": tree.name_of(a.root), "kind": a.kind, "digest": a.digest, "unlisted_files": a.unlisted()}
-            for a in checked.artifacts
-        ],
+        "artifacts": [{"path": tree.name_of(a.root), "kind": a.kind, "digest": a.digest} for a in checked.artifacts],
         "records": [tree.name_of(path) for path in tree.records],
         "compared": [{"artifact": child, "parent": parent} for child, parent in compared],
         "findings": [
@@ -179,18 +176,21 @@ def sign_command(
 @click.option("--private", is_flag=True, help="A private repository; refuse a public one.")
 @click.option("--revision", help="An existing branch to commit to.")
 @click.option("--create-pr", is_flag=True, help="Propose the upload as a pull request.")
+@click.option("--unvalidated", is_flag=True, help="Push an export without an ACCEPT; never one that is rejected.")
 @common_options(dry_run=True)
 def push_command(
-    directory: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, dry_run: bool, console: Console
-) -> None:
+    directory: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, unvalidated: bool,
+    dry_run: bool, console: Console,
+) -> None:  # fmt: skip
     """Hash DIRECTORY, and upload it to the hub's repository REPO_ID.
 
-    An artifact is refused if a file differs (exit 12) or a gate failed (14). The token comes from HF_TOKEN or from
+    An artifact is refused if a file differs or its record is not sound (exit 12), a gate failed, or no validation says
+    ACCEPT (14). The token comes from HF_TOKEN or from
     `hf auth login`, never from the command line.
     """
     from fp8pipe.artifact.push import Target, plan_push, push
 
-    plan = plan_push(directory)
+    plan = plan_push(directory, unvalidated=unvalidated)
     document = {
         "dry_run": dry_run, "path": str(plan.artifact.root), "kind": plan.artifact.kind, "repo_id": repo_id,
         "digest": plan.artifact.digest, "size_bytes": plan.size_bytes, "notes": list(plan.notes),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fp8pipe.artifact import MANIFEST_NAME, Artifact, check_checksum, checksum_path, open_artifact
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, open_artifact
+from fp8pipe.artifact.gate import Verdict
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, read_run
+from fp8pipe.artifact.verdict import read_verdict
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.report.figures import Documents
 
@@ -25,6 +26,7 @@ class Record:
     kind: str  # validation, bench or serve-check
     file: str  # its name, relative to the subject's root
     finding: str  # why it is not used; empty where it is whole and speaks of the export as it lies there now
+    verdict: Verdict  # what it says; ANOMALOUS where it is not used
 
     @property
     def current(self) -> bool:
@@ -97,28 +99,24 @@ def open_subject(path: Path, image: Path | None = None) -> Subject:
         run = read_run(path)
         documents = Documents(path)
         names = [stage.output for stage in run.stages if (path / stage.output / MANIFEST_NAME).is_file()]
-        items = tuple(_item(path, name, documents) for name in dict.fromkeys(names))
+        items = tuple(_item(path, name) for name in dict.fromkeys(names))
         return Subject(path, path, run, items, documents, image)
     if not (path / MANIFEST_NAME).is_file():
         open_artifact(path)  # says what is wrong: absent, or unfinished
         raise BadArtifactError(f"{path} is no run and no artifact")
     absolute = path.absolute()
     documents = Documents(absolute.parent)
-    return Subject(path, absolute.parent, None, (_item(absolute.parent, absolute.name, documents),), documents, image)
+    return Subject(path, absolute.parent, None, (_item(absolute.parent, absolute.name),), documents, image)
 
 
-def _item(root: Path, name: str, documents: Documents) -> Item:
+def _item(root: Path, name: str) -> Item:
     artifact = open_artifact(root / name)
     records = []
     for kind in _RECORDS:
         file = f"{name}.{kind}.json"
         if (root / file).is_file():
-            records.append(Record(kind, file, _finding(root / file, documents.get(file, "manifest_digest"), artifact)))
+            try:
+                records.append(Record(kind, file, "", read_verdict(root / file, artifact).said))
+            except BadArtifactError as error:
+                records.append(Record(kind, file, error.why, Verdict.ANOMALOUS))
     return Item(name, artifact, tuple(records))
-
-
-def _finding(path: Path, told: Any, artifact: Artifact) -> str:
-    """Records of earlier versions have no checksum; one that has must fit it."""
-    if checksum_path(path).exists() and (damage := check_checksum(path)):
-        return damage
-    return "" if told == artifact.digest else f"{path.name} speaks of another manifest than the one that lies here"

@@ -6,23 +6,22 @@ must be equal and are not. INFEASIBLE: the stage could not run here.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, read_manifest
-from fp8pipe.artifact.gate import Comparison, Gate, Verdict, number_of, read_gate
+from fp8pipe.artifact.gate import Comparison, Gate, Verdict, none_of, number_of, read_gate
+from fp8pipe.artifact.verdict import VerdictRecord, read_verdict
 from fp8pipe.core.errors import BadArtifactError
 from pipeline.workflow.recipe import GateSpec, StageSpec
 
-__all__ = ["document_of", "figure_at", "inside", "judge", "verdict_of_failure"]
+__all__ = ["figure_at", "inside", "judge", "verdict_of_failure"]
 
 # Exit codes that say something about this machine or this export, and nothing about the recipe's text.
 _INFEASIBLE: Final = frozenset((11, 13, 15))
 _ANOMALOUS: Final = frozenset((12, 14))
-_ACCEPTED: Final = frozenset(("ACCEPT", "PROVED-WITHOUT-RUNNING"))
 
 
 def verdict_of_failure(exit_code: int) -> Verdict | None:
@@ -32,14 +31,16 @@ def verdict_of_failure(exit_code: int) -> Verdict | None:
     return Verdict.ANOMALOUS if exit_code in _ANOMALOUS else None
 
 
-def document_of(output: Path) -> tuple[Path, dict[str, Any]]:
-    """The manifest of an artifact in today's schema, or a record: its file, and its content, or nothing."""
-    path = output / MANIFEST_NAME if output.is_dir() else output
-    try:
-        document = read_manifest(output).plain() if output.is_dir() else json.loads(path.read_bytes())
-    except (OSError, ValueError, BadArtifactError):
-        return path, {}
-    return path, document if isinstance(document, dict) else {}
+def _written(output: Path) -> tuple[Path, dict[str, Any], VerdictRecord | None]:
+    """What a stage wrote: the file, its content, and the record that it is, where the output is no artifact.
+
+    Raises:
+        BadArtifactError: there is none, or it is damaged.
+    """
+    if output.is_dir():
+        return output / MANIFEST_NAME, read_manifest(output).plain(), None
+    record = read_verdict(output)
+    return output, record.document, record
 
 
 def figure_at(document: Any, path: str) -> float | None:
@@ -60,23 +61,30 @@ def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list
 
     `directory` is the run's, for the sources of figures; `outputs` are what every stage wrote, by name.
     """
-    path, document = document_of(outputs[spec.name])
-    where = inside(path, directory)
-    found = [
+    try:
+        path, document, record = _written(outputs[spec.name])
+    except BadArtifactError as error:  # the recipe's gates fail with it: their figures are missing
+        where, document, record = inside(outputs[spec.name], directory), {}, None
+        lost = none_of("outputs that cannot be read", 1, f"{error.what}: {error.why}")
+        found = [lost.model_copy(update={"source": f"{where}#gates.0"})]
+    else:
+        where = inside(path, directory)
+        found = []
+    found += [
         read_gate(gate).model_copy(update={"source": f"{where}#gates.{index}.value"})
         for index, gate in enumerate(document.get("gates") or [])
     ]
-    if "verdict" in document:
-        found.append(_recorded(document, f"{where}#verdict"))
+    if record is not None:
+        found.append(_recorded(record, f"{where}#verdict"))
     return found + [judged for gate in spec.gates for judged in _judged(gate, where, document, directory, outputs)]
 
 
-def _recorded(document: Mapping[str, Any], source: str) -> Gate:
-    said = str(document["verdict"])
-    reasons = document.get("reasons") or document.get("not_proved") or []
+def _recorded(record: VerdictRecord, source: str) -> Gate:
+    said = record.said
     return Gate(
-        name=f"verdict of the record: {said}", value=float(said in _ACCEPTED), comparison=Comparison.EQUAL,
-        threshold=1.0, detail="; ".join(map(str, reasons)), source=source,
+        name=f"verdict of the record: {record.verdict}", value=float(said is Verdict.ACCEPT), threshold=1.0,
+        detail="; ".join(record.reasons or record.not_proved), source=source,
+        failure=Verdict.ANOMALOUS if said is Verdict.ACCEPT else said,
     )  # fmt: skip
 
 
@@ -87,7 +95,9 @@ def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs:
         if other is None:
             continue
         stage, hash_sign, inner = other.rpartition("#")
-        place, held = document_of(outputs[stage]) if hash_sign and stage in outputs else (directory / where, document)
+        place, held = directory / where, document
+        if hash_sign and stage in outputs:
+            place, held = _held(outputs[stage])
         second = figure_at(held, inner)
         source += f" {operation} {inside(place, directory)}#{inner}"
         if value is None or second is None:
@@ -102,6 +112,13 @@ def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs:
                 name=gate.name, value=value, comparison=comparison, threshold=bound, detail=gate.reason, source=source,
                 failure=Verdict.REGRESSION,
             )  # fmt: skip
+
+
+def _held(output: Path) -> tuple[Path, dict[str, Any]]:
+    try:
+        return _written(output)[:2]
+    except BadArtifactError:
+        return output, {}
 
 
 def inside(path: Path, directory: Path) -> str:

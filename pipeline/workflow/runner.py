@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shlex
 import shutil
@@ -22,15 +23,15 @@ from typing import Any, Final
 
 import yaml
 
-from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME, installed_versions
+from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME
 from fp8pipe.artifact.gate import Verdict, worst
 from fp8pipe.artifact.record import remove_checked
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, InterruptedRunError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, Fp8PipeError, InterruptedRunError
 from fp8pipe.core.guard import start_guarded
 from fp8pipe.core.machine import describe_machine
 from fp8pipe.core.version import __version__
-from pipeline.workflow.gates import document_of, inside, judge, verdict_of_failure
+from pipeline.workflow.gates import inside, judge, verdict_of_failure
 from pipeline.workflow.keys import file_states
 from pipeline.workflow.recipe import StageSpec
 from pipeline.workflow.state import STAGES, RunState, StageCommand, StageStatus, content_of
@@ -42,7 +43,6 @@ _POLL_S: Final = 0.05
 _INTERRUPT_S: Final = 60.0
 # A run that was killed leaves processes that die within a moment, and hold its lock until then.
 _LOCK_S: Final = 15.0
-_VERSIONS: Final = ("torch", "transformers", "timm", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
 
 Show = Callable[[str, str], None]
 
@@ -88,10 +88,10 @@ class _StageProcess:
             return None
         self._reader.join()
         self.close()
-        figures = document_of(self._report)[1] or {"code": 1, "seconds": 0.0, "peak_rss_bytes": 0}
+        figures = _document(self._report) or {"code": 1, "seconds": 0.0, "peak_rss_bytes": 0}
         self._report.unlink(missing_ok=True)
         code = int(self._process.returncode) or int(figures["code"])
-        ended = _Ended(code, figures["seconds"], figures["peak_rss_bytes"], document_of(self._answer)[1])
+        ended = _Ended(code, figures["seconds"], figures["peak_rss_bytes"], _document(self._answer))
         self._answer.unlink(missing_ok=True)
         return ended
 
@@ -234,8 +234,10 @@ class WorkflowRunner:
         if result.code and error is None:
             what = f"the stage {spec.name} died"
             error = {"type": "Died", "exit_code": result.code, "what": what, "why": "", "fix": ""}
-        # A record that says REJECT is an output, and its exit code a verdict.
-        written = output.exists() and (error is None or output.is_file())
+        # A record that says REJECT is an output, and its exit code a verdict. What was there before is none: a record
+        # was removed, and a manifest is older than the stage's start.
+        manifest, began = output / MANIFEST_NAME, self.state.marker(spec).stat().st_mtime_ns
+        written = output.is_file() or (error is None and manifest.is_file() and manifest.stat().st_mtime_ns >= began)
         return self._described(status, started, result.seconds, result.peak_rss_bytes, error, written)
 
     def _adopted(self, status: StageStatus) -> StageRecord:
@@ -250,9 +252,12 @@ class WorkflowRunner:
     ) -> StageRecord:
         spec, state = status.spec, self.state
         output = state.outputs[spec.name]
+        if not written and error is None:
+            what = f"the stage {spec.name} ended well and wrote nothing at {output}"
+            error = {"type": "BadArtifactError", "exit_code": 12, "what": what, "why": "", "fix": "see its log"}
         return StageRecord(
             name=spec.name, command=spec.command, key=status.key, inputs=dict(spec.reads),
-            output=inside(output, state.directory), content=content_of(output, status.key) if written else "",
+            output=inside(output, state.directory), content=_content(output, status.key) if written else "",
             files=file_states(output) if written else {}, log=f"{LOGS}/{spec.name}.log",
             reproduce=shlex.join(["fp8pipe", *state.arguments(spec)]), started=started, seconds=seconds,
             peak_rss_bytes=peak, verdict=Verdict.ACCEPT, error=error,
@@ -262,7 +267,7 @@ class WorkflowRunner:
         """Judge a stage and write the run's record; nothing is built on a stage that is not accepted."""
         state = self.state
         code = int(record.error["exit_code"]) if record.error else 0
-        gates = judge(spec, state.directory, state.outputs) if record.content else []
+        gates = judge(spec, state.directory, state.outputs) if record.files else []
         failure = verdict_of_failure(code) if code else None
         verdict = worst([*(gate.verdict for gate in gates), *([failure or Verdict.ANOMALOUS] if code else [])])
         state.records[spec.name] = record.model_copy(update={"gates": gates, "verdict": verdict})
@@ -273,13 +278,13 @@ class WorkflowRunner:
         self._show(spec.name, f"{verdict} {note or f'in {record.seconds:.0f} s'}")
         if code and failure is None:
             raise _stage_error(spec.name, record)
-        self._failed |= verdict is not Verdict.ACCEPT
+        self._failed |= verdict.failed
 
     def _record(self) -> RunRecord:
         records = self.state.records
         return RunRecord(
             recipe=self.state.recipe.name, resolved=self.state.recipe.plain(), tool_version=__version__,
-            versions=installed_versions(_VERSIONS), machine=describe_machine(), started=_now(),
+            versions=self.state.versions, machine=describe_machine(), started=_now(),
             stages=[records[spec.name] for spec in self.state.recipe.stages if spec.name in records],
         )  # fmt: skip
 
@@ -299,6 +304,23 @@ class WorkflowRunner:
                 time.sleep(_POLL_S)
             self._lock = file.fileno()
             yield
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """What a process has left as JSON; nothing where it has left none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _content(output: Path, key: str) -> str:
+    """The content of what a stage wrote; empty where that is damaged, which a gate of it says."""
+    try:
+        return content_of(output, key)
+    except BadArtifactError:
+        return ""
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -1,4 +1,4 @@
-"""From an app to a running service: the layers around it, which artifact it says it serves, and its life.
+"""From an app to a running service: the layers around it, which artifact it serves and what is proved of it, its life.
 
 The layers, from the outside: telemetry, tracing, CORS, API keys, rate limit, limits of bodies.
 
@@ -11,12 +11,15 @@ import base64
 import hashlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fp8pipe.artifact import Artifact
-from fp8pipe.artifact.record import DIGEST_HEADER
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.artifact.gate import Verdict
+from fp8pipe.artifact.record import DIGEST_HEADER, VERDICT_HEADER
+from fp8pipe.artifact.verdict import require_accept
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
 from serving.config import ServeConfig
 from serving.http.admission import (
     OPEN_PATHS,
@@ -30,14 +33,59 @@ from serving.http.problems import Receive, Scope, Send
 from serving.http.server import Lifecycle, Service
 from serving.http.telemetry import HttpMetrics, TelemetryMiddleware, access_log, traced
 
+logger = logging.getLogger(__name__)
 
-def identity_of(artifact: Artifact) -> dict[str, Any]:
-    """The manifest's identity, for /v1/artifact. Paths stay inside."""
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a validation has proved of a service; `verdict` is `unvalidated` where none has."""
+
+    verdict: str
+    form: str  # how the engine runs, in words; empty where it has one form only
+    versions: Mapping[str, str]  # of the engine's packages
+
+
+def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str], form: str = "") -> Proof:
+    """Hold a service against the record of the export's validation.
+
+    Args:
+        artifact: what is served.
+        config: says where the record lies, and whether one is needed.
+        versions: of the engine's packages, as installed.
+        form: how the engine runs, as a record says it.
+
+    Raises:
+        BadArtifactError: the record is not sound, or speaks of another export.
+        GateFailedError: there is none, its verdict is not ACCEPT, or it was made with other versions or another form.
+    """
+    versions = {name: version for name, version in versions.items() if name != "python"}
+    try:
+        record = require_accept(artifact, config.record)
+        was = {name: record.versions.get(name, "absent") for name in versions} | {"form": record.form}
+        others = [f"{name} {was[name] or 'unnamed'}, and here is {now}"
+                  for name, now in {**versions, "form": form}.items() if was[name] != now]  # fmt: skip
+        if others:
+            raise GateFailedError(
+                f"{artifact.root} was not validated as it would be served",
+                why=f"its record speaks of {'; '.join(others)}", fix=f"fp8pipe validate {artifact.root}, here",
+            )  # fmt: skip
+    except (BadArtifactError, GateFailedError) as error:
+        if not config.unvalidated:
+            error.fix += "; --unvalidated serves it all the same, and says so in every answer"
+            raise
+        logger.warning("%s is served UNVALIDATED: %s: %s", artifact.root, error.what, error.why)
+        return Proof("unvalidated", form, versions)
+    return Proof(Verdict.ACCEPT, form, versions)
+
+
+def identity_of(artifact: Artifact, proof: Proof) -> dict[str, Any]:
+    """The manifest's identity and what is proved of the service, for /v1/artifact. Paths stay inside."""
     manifest = artifact.manifest
     return {
         "name": artifact.root.absolute().name,
         "kind": artifact.kind,
         "digest": artifact.digest,
+        "validation": {"verdict": proof.verdict, "form": proof.form, "versions": dict(proof.versions)},
         "created": manifest.created,
         "tool_version": manifest.tool_version,
         "number_format": None if manifest.number_format is None else manifest.number_format.model_dump(mode="json"),
@@ -81,20 +129,21 @@ def wrap(
 
 
 def serve(
-    app: Any, artifact: Artifact, config: ServeConfig, *, keys: KeyFile | None, metrics: HttpMetrics,
+    app: Any, artifact: Artifact, config: ServeConfig, *, proof: Proof, keys: KeyFile | None, metrics: HttpMetrics,
     lifecycle: Lifecycle, drain_s: float | None = None,
 ) -> int:  # fmt: skip
     """Serve `app` behind every layer until a signal comes; the process's exit code (0).
 
-    `artifact` is what is served, and `lifecycle` is shared with the app. What was accepted may take `drain_s` after a
-    signal; by default as long as one request may.
+    `artifact` is what is served, `proof` what is proved of it, `lifecycle` is shared with the app. What was accepted
+    may take `drain_s` after a signal; by default as long as one request may.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
     """
     metrics.identify({"name": artifact.root.absolute().name, "kind": artifact.kind, "digest": artifact.digest})
     lifecycle.on_drain.append(lambda: metrics.in_drain.set(1))
-    headers = ((DIGEST_HEADER.encode(), b"sha256:" + artifact.digest.encode()),)
+    headers = ((DIGEST_HEADER.encode(), b"sha256:" + artifact.digest.encode()),
+               (VERDICT_HEADER.encode(), proof.verdict.encode()))  # fmt: skip
     reload: Callable[[], None] = (lambda: None) if keys is None else keys.reload
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     with access_log(config.access_log) as lines:

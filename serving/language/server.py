@@ -23,11 +23,11 @@ from starlette.applications import Starlette
 
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from exporters.vllm.target import KIND
-from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.artifact import Artifact, open_artifact, staged
 from fp8pipe.core.errors import Fp8PipeError, MissingCapabilityError
 from serving.config import LanguageConfig, ServeConfig
 from serving.http.server import Lifecycle
-from serving.http.service import identity_of, read_keys, serve
+from serving.http.service import Proof, identity_of, proof_of, read_keys, serve
 from serving.http.telemetry import HttpMetrics
 from serving.language.front import Front
 from serving.language.supervisor import Child, State, Supervisor
@@ -42,6 +42,7 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
 
     Raises:
         BadArtifactError: the export's files are not those of its manifest, or vLLM cannot load it.
+        GateFailedError: no validation accepts it as it would be served, and `unvalidated` is not set.
         ConfigurationError: the API keys cannot be read, or the address cannot be listened on.
         MissingCapabilityError: no vLLM, or no plugin for FP8 on this CPU.
         OutOfMemoryError: vLLM ran out of memory while it started.
@@ -50,16 +51,19 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     artifact = open_artifact(export, kind=KIND, verify=True)
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
     chosen = chosen.settled(on_cpu=environment.on_cpu)
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder:  # mode 0700
+    proof = proof_of(artifact, config, environment.versions, chosen.in_words(on_cpu=environment.on_cpu))
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder, staged(artifact) as model_dir:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
-        command = _engine_command(environment, artifact, chosen, socket)
+        command = _engine_command(environment, artifact, model_dir, chosen, socket)
         model, env = chosen.name_of(artifact), chosen.variables(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=str(KEEP_ALIVE_S))
         supervisor = supervise(command, env, socket, log, model, chosen)
-        return run_front(supervisor, artifact, config, chosen)
+        return run_front(supervisor, artifact, config, chosen, proof)
 
 
-def _engine_command(vllm: VllmEnvironment, artifact: Artifact, config: LanguageConfig, socket: Path) -> list[str]:
-    """The command line of vLLM's server.
+def _engine_command(
+    vllm: VllmEnvironment, artifact: Artifact, model_dir: Path, config: LanguageConfig, socket: Path
+) -> list[str]:
+    """The command line of vLLM's server, which loads what `model_dir` holds.
 
     Raises:
         MissingCapabilityError: FP8 codes on a CPU without the plugin, which stock vLLM refuses or runs very slowly.
@@ -71,7 +75,7 @@ def _engine_command(vllm: VllmEnvironment, artifact: Artifact, config: LanguageC
             fix="run scripts/setup_vllm.sh, or install serving/vllm_plugin there",
         )  # fmt: skip
     command = [str(vllm.python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--uds", str(socket)]
-    command += ["--model", str(artifact.root.absolute()), "--served-model-name", config.name_of(artifact)]
+    command += ["--model", str(model_dir), "--served-model-name", config.name_of(artifact)]
     return [*command, "--disable-uvicorn-access-log", *config.arguments()]
 
 
@@ -87,7 +91,9 @@ def supervise(
     return Supervisor(start, Upstream(socket), model, language.supervision)
 
 
-def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, language: LanguageConfig) -> int:
+def run_front(
+    supervisor: Supervisor, artifact: Artifact, config: ServeConfig, language: LanguageConfig, proof: Proof
+) -> int:
     """Serve until a signal comes. Raises what made vLLM's first start fail."""
     keys, lifecycle, metrics = read_keys(config), Lifecycle(), HttpMetrics()
     up = Gauge("fp8pipe_engine_up", "1 while vLLM answers.", registry=metrics.registry)
@@ -95,11 +101,11 @@ def run_front(supervisor: Supervisor, artifact: Artifact, config: ServeConfig, l
     restarts = Gauge("fp8pipe_engine_restarts", "Restarts of vLLM so far.", registry=metrics.registry)
     restarts.set_function(lambda: supervisor.restarts)
     front = Front(
-        supervisor, lifecycle, metrics, identity_of(artifact),
+        supervisor, lifecycle, metrics, identity_of(artifact, proof),
         with_page=config.page, timeout_s=language.request_timeout_s,
     )  # fmt: skip
     drain_s = max(config.linger_s, language.drain_seconds)
-    serve(_supervised(front, drain_s), artifact, config, keys=keys, metrics=metrics, lifecycle=lifecycle,
+    serve(_supervised(front, drain_s), artifact, config, proof=proof, keys=keys, metrics=metrics, lifecycle=lifecycle,
           drain_s=math.ceil(drain_s) + _AFTER_DRAIN_S)  # fmt: skip
     if supervisor.failure is not None:
         raise supervisor.failure

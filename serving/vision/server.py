@@ -19,14 +19,15 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from fp8pipe.artifact import installed_versions
 from fp8pipe.core.version import __version__
 from serving.config import VisionConfig
 from serving.http.problems import Problem, install_problem_handlers
 from serving.http.server import Lifecycle
-from serving.http.service import identity_of, page_headers, read_keys, serve
+from serving.http.service import identity_of, page_headers, proof_of, read_keys, serve
 from serving.vision.batcher import Batcher, VisionMetrics
 from serving.vision.bodies import IMAGES_BODY, TOP_K, read_images
-from serving.vision.engine import open_engine, read_model
+from serving.vision.engine import Engine, ServedModel, open_engine, read_model
 from serving.vision.oip import add_protocol
 from serving.vision.state import VisionState, while_connected
 
@@ -40,6 +41,7 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
 
     Raises:
         BadArtifactError: a file is not what the manifest says, or the engine refuses it.
+        GateFailedError: no validation accepts it as it would be served, and `unvalidated` is not set.
         ConfigurationError: the key file cannot be used, or the address cannot be listened on.
         MissingCapabilityError: a package or the GPU is missing.
     """
@@ -49,16 +51,27 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a hostile picture is the client's error, not ours
     keys, model = read_keys(config), read_model(export)
     engine = open_engine(model, config)
+    proof = proof_of(model.artifact, config, *_engine_facts(model, engine))
     said = f"{len(engine.runs)} at once of batches up to {engine.sizes[-1]}, {engine.threads} threads each"
     logger.info("%s on %s: %s", model.name, engine.provider, said)
     metrics, lifecycle = VisionMetrics(), Lifecycle()
     state = VisionState(
-        model, engine, config, metrics, lifecycle,
+        model, engine, config, proof, metrics, lifecycle,
         Batcher(engine.runs, engine.sizes, max_wait_s=config.max_wait_ms / 1000, capacity=config.queue,
                 metrics=metrics),
         ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), thread_name_prefix="decode"),
     )  # fmt: skip
-    return serve(build_app(state), model.artifact, config, keys=keys, metrics=metrics, lifecycle=lifecycle)
+    return serve(build_app(state), model.artifact, config, proof=proof, keys=keys, metrics=metrics, lifecycle=lifecycle)
+
+
+def _engine_facts(model: ServedModel, engine: Engine) -> tuple[dict[str, str], str]:
+    """Versions of the engine, and how it runs, where that is not how a validation runs it."""
+    if model.engine == "tensorrt":
+        return installed_versions(("tensorrt-rtx", "tensorrt")), ""
+    import onnxruntime
+
+    usual = engine.provider == "CPUExecutionProvider"
+    return {"onnxruntime": str(onnxruntime.__version__)}, "" if usual else f"in {engine.provider}"
 
 
 def build_app(state: VisionState) -> FastAPI:
@@ -83,7 +96,7 @@ def build_app(state: VisionState) -> FastAPI:
 
 def _add_operations(app: FastAPI, state: VisionState) -> None:
     engine = state.engine
-    about = identity_of(state.model.artifact) | {
+    about = identity_of(state.model.artifact, state.proof) | {
         "task": "embed" if state.model.classes is None else "classify",
         "classes": state.model.classes,
         "outputs": engine.width,

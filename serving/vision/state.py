@@ -30,6 +30,7 @@ from fp8pipe.models.vision.preprocessing import Preprocessing
 from serving.config import VisionConfig
 from serving.http.problems import Problem, overloaded
 from serving.http.server import Lifecycle
+from serving.http.service import Proof
 from serving.vision.batcher import Batcher, Done, VisionMetrics
 from serving.vision.engine import Engine, ServedModel
 
@@ -55,6 +56,7 @@ class VisionState:
     model: ServedModel
     engine: Engine
     config: VisionConfig
+    proof: Proof
     metrics: VisionMetrics
     lifecycle: Lifecycle
     batcher: Batcher

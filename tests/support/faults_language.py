@@ -97,6 +97,22 @@ def stray(tree: Path) -> None:
     rehash(tree / "vllm")
 
 
+def unlisted(name: str) -> Callable[[Path], None]:
+    """Add a file that no manifest lists: engines load whatever is called so."""
+
+    def inject(tree: Path) -> None:
+        save_file({f"{Q}.weight": torch.zeros(64, 64)}, tree / "vllm" / name)
+
+    return inject
+
+
+def linked(tree: Path) -> None:
+    """Let the weights' own file lead out of the artifact, to the same bytes."""
+    file = next((tree / "vllm").glob("*.safetensors"))
+    file.rename(tree / f"outside-{file.name}")
+    file.symlink_to(tree / f"outside-{file.name}")
+
+
 def swapped_index(data: dict) -> None:
     data["weight_map"][f"{Q}.weight"] = SHARD
 
@@ -191,8 +207,16 @@ EXPORT_FAULTS = (
           file("vllm", SHARD, lambda data: data[:-1000])),
     Fault("missing-shard", "vllm", SHARD, "the file is not there", C.REOPEN, SHARD,
           file("vllm", SHARD, lambda _: None)),
+    Fault("unlisted-weights", "vllm", "extra.safetensors", "weights that no manifest lists", C.MANIFEST,
+          "extra.safetensors", unlisted("extra.safetensors")),
+    Fault("unlisted-adapter", "vllm", "adapter_model.safetensors", "an adapter that no manifest lists", C.MANIFEST,
+          "adapter_model.safetensors", unlisted("adapter_model.safetensors")),
+    Fault("linked-weights", "vllm", "model.safetensors", "a link to the same bytes elsewhere", C.MANIFEST,
+          ".safetensors: it is a link", linked),
     Fault("stray-shard", "vllm", "extra.safetensors", "weights that no index names", C.REOPEN, "extra.safetensors",
           stray),
+    Fault("another-loader", "vllm", "params.json", "a configuration that another loader takes first", C.PARITY,
+          "params.json", file("vllm", "params.json", lambda _: b"{}"), "model"),
     Fault("index-wrong", "vllm", "model.safetensors.index.json", "a tensor is said to be in the other file", C.REOPEN,
           "index.json", json_file("vllm", "model.safetensors.index.json", swapped_index)),
     Fault("ignore-too-short", "vllm", "config.json", "the output head is not ignored", C.REOPEN, "lm_head",

@@ -14,6 +14,7 @@ from pipeline.workflow.recipe import recipe_of
 
 PROGRAM = (sys.executable, "-P", workflow_stage.__file__)
 # The stage's script imports the project as an installed package, or from here.
+ENGINE = {"vllm": "0.19.1"}
 ROOT = str(Path(__file__).parents[2])
 
 
@@ -23,7 +24,19 @@ def quick_commands() -> dict[str, StageCommand]:
     def check(settings: Mapping[str, Any], read: Mapping[str, str]) -> None:
         from fp8pipe.core.errors import ConfigurationError
 
-        known = ("value", "steps", "seconds", "reads", "source", "gate", "score", "exit_code", "verdict", "orphan")
+        known = (
+            "value",
+            "steps",
+            "seconds",
+            "reads",
+            "source",
+            "gate",
+            "score",
+            "exit_code",
+            "verdict",
+            "orphan",
+            "writes",
+        )
         unknown = [key for key in settings if key not in known]
         if unknown:
             raise ConfigurationError("unknown settings", why=f"{', '.join(unknown)}: unknown key")
@@ -39,7 +52,7 @@ def quick_commands() -> dict[str, StageCommand]:
         ),
         "record": StageCommand(
             "record", (), check, arguments("record"), lambda s, d, n: d / f"{Path(s['reads']).name}.record.json",
-            program=PROGRAM, environment=lambda settings: environment,
+            program=PROGRAM, environment=lambda settings: environment, versions=lambda settings: ENGINE,
         ),
     }  # fmt: skip
 

@@ -50,10 +50,33 @@ def main() -> int:
         waits = [sys.executable, "-c", "import time; time.sleep(600)", settings["orphan"]]
         subprocess.Popen(waits, start_new_session=True)
     if given.command == "record":
-        write_checked(given.output, json.dumps({"verdict": settings.get("verdict", "ACCEPT"), "gates": []}))
+        write_record(given.output, settings)
         return 14 if settings.get("verdict") == "REJECT" else 0
-    work(given, settings)
+    if settings.get("writes") != "nothing":
+        work(given, settings)
     return 0
+
+
+def write_record(output: Path, settings: dict) -> None:
+    """A sound record, or what `writes` asks for instead."""
+    gate = Gate(name="own", value=0).model_dump(mode="json")
+    record = {
+        "schema_version": 3, "manifest_digest": open_artifact(settings["reads"]).digest, "versions": {"engine": "1"},
+        "verdict": settings.get("verdict", "ACCEPT"), "gates": [gate], "reasons": [], "figures": {"speed": 9.0},
+    }  # fmt: skip
+    writes = settings.get("writes")
+    if writes == "no verdict":
+        del record["verdict"]
+    if writes == "nothing":
+        return
+    text = "{not JSON" if writes == "no JSON" else json.dumps(record)
+    if writes == "a list":
+        text = "[]"
+    write_checked(output, text)
+    if writes == "a byte more":
+        output.write_text(text + " ")
+    if writes == "no checksum":
+        output.with_suffix(".sha256").unlink()
 
 
 def work(given: argparse.Namespace, settings: dict) -> None:

@@ -14,7 +14,7 @@ from exporters.vllm.environment import VllmEnvironment
 from exporters.vllm.form import ServingForm
 from exporters.vllm.plan import ExportPlan
 from exporters.vllm.reopen import changed_on_purpose, file_gates
-from fp8pipe.artifact import Artifact, Gate
+from fp8pipe.artifact import Artifact, Gate, staged
 from fp8pipe.artifact.gate import failures
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.progress import track
@@ -169,12 +169,11 @@ def _run(
     case: Case, asked: _Questions, expected: ExpectedWeights, digests: dict[torch.dtype, dict[str, Any]],
     dtype: torch.dtype, arguments: list[str], variables: dict[str, str],
 ) -> _Run:  # fmt: skip
-    job = ProbeJob(
-        model=str(case.artifact.root.absolute()), arguments=arguments, tensors=digests[dtype],
-        sequences=asked.sequences, prompts=list(case.prompts), chat=asked.chat, max_tokens=case.max_tokens,
-        variables=variables,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump:
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump, staged(case.artifact) as model:
+        job = ProbeJob(
+            model=str(model), arguments=arguments, tensors=digests[dtype], sequences=asked.sequences,
+            prompts=list(case.prompts), chat=asked.chat, max_tokens=case.max_tokens, variables=variables,
+        )  # fmt: skip
         result = run_probe(job, case.environment, Path(dump), timeout_s=case.timeout_s)
         return _Run(job, result, _compare_weights(expected, digests[dtype], dtype, result["weights"]))
 

@@ -36,7 +36,7 @@ from exporters.vllm.environment import (
     subprocess_environment,
 )
 from exporters.vllm.target import KIND
-from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact import open_artifact, staged
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 
@@ -87,13 +87,12 @@ def server(
     environment = inspect_environment(find_vllm_python(vllm_python))
     port = chosen.port or free_port(chosen.host)
     _check_port(chosen.host, port)
-    command = server_command(environment.python, artifact.root, chosen, port)
     variables = {"VLLM_CPU_KVCACHE_SPACE": str(chosen.kv_cache_gib)}
     if chosen.api_key is not None:
         variables["VLLM_API_KEY"] = chosen.api_key
     url = f"http://{_reachable(chosen.host)}:{port}"
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-server-") as folder:
-        log = Path(folder) / "server.log"
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-server-") as folder, staged(artifact) as model:
+        command, log = server_command(environment.python, model, chosen, port), Path(folder) / "server.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=subprocess_environment(**variables),

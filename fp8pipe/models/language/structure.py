@@ -185,10 +185,12 @@ def load_config(directory: Path) -> PretrainedConfig:
     Raises:
         ConfigurationError: no config.json, or an architecture transformers does not know.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     auto = import_transformers().AutoConfig
     try:
         config: PretrainedConfig = auto.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigurationError(
             f"{directory} has no configuration that transformers can read",
             why=str(error).splitlines()[0] if str(error) else repr(error),

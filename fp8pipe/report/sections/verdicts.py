@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fp8pipe.artifact.gate import Gate, Verdict, read_gate, worst
+from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.runs import RUN_NAME, StageRecord
 from fp8pipe.report.blocks import Block, Table, Text
 from fp8pipe.report.figures import Badge, Derive, Figure, Form, Quote
@@ -17,6 +18,8 @@ from fp8pipe.report.subject import Item, Subject
 
 _MEANING = {
     Verdict.ACCEPT: "Every gate holds.",
+    Verdict.PROVED_WITHOUT_RUNNING: "Files and graph hold what they must; no validation has run the engine.",
+    Verdict.CONSISTENT: "The engine computes what the files say; what they were made from was not compared.",
     Verdict.REGRESSION: "A measured figure is on the wrong side of its threshold.",
     Verdict.ANOMALOUS: "A figure is missing, or things that must be equal are not; nothing measured can be trusted.",
     Verdict.INFEASIBLE: "A stage cannot run on this machine, or its export was refused.",
@@ -25,14 +28,17 @@ _HEAD = ("gate", "verdict", "value", "threshold", "why this threshold")
 
 
 def overall(subject: Subject) -> Verdict:
-    """The worst verdict of the subject: of its stages, or of the artifact's own gates and records."""
-    if subject.run is not None:
-        return subject.run.verdict
-    found = []
+    """The worst verdict of the subject: of its stages, of the artifact's own gates, and of the records.
+
+    An export that stands alone without a validation is not accepted: nothing has run it.
+    """
+    found = [] if subject.run is None else [subject.run.verdict]
     for item in subject.items:
-        found += [gate.verdict for gate in item.artifact.manifest.gates]
-        told = (subject.documents.get(record.file, "verdict") for record in item.records if record.current)
-        found += [Verdict.ANOMALOUS for verdict in told if verdict == "REJECT"]
+        found += [record.verdict for record in item.records]
+        if subject.run is None:
+            found += [gate.verdict for gate in item.artifact.manifest.gates]
+            unproved = kind_named(item.kind).engines and item.record("validation") is None
+            found += [Verdict.PROVED_WITHOUT_RUNNING] if unproved else []
     return worst(found)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from fp8pipe.artifact import (
     Parent,
     check_file,
     open_artifact,
+    staged,
     write_checked,
 )
 from fp8pipe.artifact.kinds import Details
@@ -119,11 +121,41 @@ def test_files_of_a_cache_may_be_missing_or_differ_and_no_others(tmp_path, spoil
         open_artifact(root, caches="nested")
 
 
-def test_added_files_are_reported(tmp_path):
-    artifact = write(tmp_path / "a")
-    assert artifact.unlisted() == []
-    (tmp_path / "a" / "extra.bin").write_bytes(b"")
-    assert artifact.unlisted() == ["extra.bin"]
+@pytest.mark.parametrize("name", ["extra.safetensors", "nested/b.txt", "new/deep/c.bin", ".cache/mine", ".hidden"])
+@pytest.mark.parametrize("options", [{}, {"verify": False}, {"caches": "nested"}])
+def test_an_unlisted_file_is_an_error_for_every_reader(tmp_path, name, options):
+    root = write(tmp_path / "a").root
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(b"")
+    with pytest.raises(BadArtifactError, match=rf"{re.escape(name)} is not listed in the manifest"):
+        open_artifact(root, **options)
+
+
+@pytest.mark.parametrize("name", ["nested", "nested/a.txt", "config.json", "new"])
+def test_a_link_is_an_error_wherever_it_leads(tmp_path, name):
+    root = write(tmp_path / "a").root
+    if (root / name).exists():
+        (root / name).rename(tmp_path / "outside")
+    else:
+        (tmp_path / "outside").mkdir()
+    (root / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(BadArtifactError, match=f"{name} is a link"):
+        open_artifact(root, verify=False)
+
+
+def test_what_a_hub_adds_by_itself_is_passed_over_and_reaches_no_engine(tmp_path):
+    root = write(tmp_path / "a").root
+    (root / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (root / ".cache" / "huggingface" / "download" / "model.safetensors.lock").write_bytes(b"")
+    (root / ".gitattributes").write_text("*.safetensors filter=lfs")
+    artifact = open_artifact(root)
+    with staged(artifact) as place:
+        found = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
+        assert found == sorted(entry.path for entry in artifact.manifest.files)
+        assert all((place / name).read_bytes() == (root / name).read_bytes() for name in found)
+        assert place.name == root.name
+        assert place.parent.stat().st_mode & 0o77 == 0
+    assert not place.exists()
 
 
 def change_manifest(root: Path, **changes: object) -> None:

@@ -13,9 +13,10 @@ import pytest
 from fake_hub import fake_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
+from records import write_sound_record
 from small_artifacts import details_of
 
-from fp8pipe.artifact import ArtifactWriter, write_checked
+from fp8pipe.artifact import ArtifactWriter
 from fp8pipe.artifact.gate import none_of
 from fp8pipe.artifact.push import Target, plan_push, push
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
@@ -50,7 +51,9 @@ def write(place, passed=True, gates=1):
 
 @pytest.fixture
 def artifact(tmp_path):
-    return write(tmp_path / "export")
+    written = write(tmp_path / "export")
+    write_sound_record(written.root)
+    return written
 
 
 def client(hub):
@@ -58,7 +61,6 @@ def client(hub):
 
 
 def test_the_bytes_that_arrive_have_the_manifest_s_digests(hub, artifact):
-    (artifact.root / "note.txt").write_text("mine")
     address = push(plan_push(artifact.root), Target("org/name"), client(hub))
     assert address.startswith(f"{hub.url}/org/name/commit/")
     listed = {entry.path: entry.sha256 for entry in artifact.manifest.files}
@@ -150,15 +152,26 @@ def test_a_damaged_artifact_or_one_with_a_failed_gate_stays_here(tmp_path):
 
 def test_the_record_of_a_validation_counts_if_it_speaks_of_these_files(tmp_path):
     artifact = write(tmp_path / "export", gates=0)
-    path = tmp_path / "export.validation.json"
-    assert len(plan_push(artifact.root).notes) == 2  # no gates, no record
-    path.write_text(json.dumps({"manifest_digest": "0" * 64, "verdict": "REJECT"}))
-    assert any("another manifest" in note for note in plan_push(artifact.root).notes)
-    write_checked(path, json.dumps({"manifest_digest": artifact.digest, "verdict": "ACCEPT"}))
-    assert len(plan_push(artifact.root).notes) == 1
-    write_checked(path, json.dumps({"manifest_digest": artifact.digest, "verdict": "REJECT"}))
-    with pytest.raises(GateFailedError, match="not pushed"):
+    with pytest.raises(GateFailedError, match="no record of a validation lies"):
         plan_push(artifact.root)
+    assert len(plan_push(artifact.root, unvalidated=True).notes) == 2  # no gates, no record
+    path = write_sound_record(artifact.root, manifest_digest="0" * 64)
+    with pytest.raises(BadArtifactError, match="it speaks of manifest"):
+        plan_push(artifact.root)
+    write_sound_record(artifact.root)
+    assert len(plan_push(artifact.root).notes) == 1
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(BadArtifactError, match="has sha256"):
+        plan_push(artifact.root)
+    for verdict in ("CONSISTENT", "PROVED-WITHOUT-RUNNING"):
+        write_sound_record(artifact.root, verdict=verdict)
+        with pytest.raises(GateFailedError, match=f"says {verdict}"):
+            plan_push(artifact.root)
+        assert any(verdict in note for note in plan_push(artifact.root, unvalidated=True).notes)
+    write_sound_record(artifact.root, verdict="REJECT")
+    for unvalidated in (False, True):
+        with pytest.raises(GateFailedError, match="says REJECT"):
+            plan_push(artifact.root, unvalidated=unvalidated)
 
 
 def run(*arguments, **variables):

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from quantized_families import quantized_family
+from records import sound_record
 from small_artifacts import INT8, details_of
 
 from calibration.image_set import ImageSet
-from fp8pipe.artifact import ArtifactWriter, LayerRecord, Parent
+from fp8pipe.artifact import ArtifactWriter, LayerRecord, Parent, write_checked
 from fp8pipe.artifact.gate import Gate, Verdict, none_of
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
 from fp8pipe.models.vision.quantized import save_quantized
@@ -69,8 +70,9 @@ def validation(digest):
                "error": (1 + i) * 1.7e-8, "torch_error": 2e-7} for i in range(4)]  # fmt: skip
     kernels = {"operators": {layer["layer"]: "QGemm" for layer in layers}, "integer": 4, "float_layers": []}
     classes = {"images": 16, "source": "calibration images", "agreeing": 15}
-    return {"manifest_digest": digest, "engine": "onnxruntime", "versions": {"onnxruntime": "1.32.0"}, "layers": layers,
-            "kernels": kernels, "classes": classes, "gates": [], "reasons": [], "verdict": "ACCEPT"}  # fmt: skip
+    return {"manifest_digest": digest, "engine": "onnxruntime", "layers": layers,
+            "kernels": kernels, "classes": classes,
+            **sound_record(digest, versions={"onnxruntime": "1.32.0"})}  # fmt: skip
 
 
 def bench(digest):
@@ -78,9 +80,8 @@ def bench(digest):
         {"what": "size of the graph", "name": "size_bytes", "value": 808593.0, "unit": "bytes", "detail": ""},
         {"what": "latency, 1 image", "name": "latency_ms", "value": 1.43117, "unit": "ms", "detail": "median"},
     ]
-    return {"manifest_digest": digest, "date": "2026-01-02T03:04:05+00:00", "versions": {}, "rows": rows,
-            "machine": {"processor": "a CPU", "cores": 2}, "not_measured": ["a GPU: none is here"],
-            "verdict": "ACCEPT"}  # fmt: skip
+    return {**sound_record(digest), "date": "2026-01-02T03:04:05+00:00", "rows": rows,
+            "machine": {"processor": "a CPU", "cores": 2}, "not_measured": ["a GPU: none is here"]}  # fmt: skip
 
 
 def gate(name, source, value, comparison, threshold):
@@ -106,9 +107,10 @@ def write_run_directory(root):
     engine["precisions"] = {"int8": 37, "fp16": 1}
     engines = write_export(root / "engines", "trt-export", vit, layers={"8.9": engine})
     write_export(root / "served", "vllm-export", tuned)
-    (root / "onnx.validation.json").write_text(json.dumps(validation(onnx.digest)))
-    (root / "onnx.bench.json").write_text(json.dumps(bench(onnx.digest)))
-    (root / "engines.validation.json").write_text(json.dumps(validation("00" * 32) | {"verdict": "REJECT"}))
+    write_checked(root / "onnx.validation.json", json.dumps(validation(onnx.digest)))
+    write_checked(root / "onnx.bench.json", json.dumps(bench(onnx.digest)))
+    stale = validation("00" * 32) | {"verdict": "REJECT"}
+    write_checked(root / "engines.validation.json", json.dumps(stale))
     error = {"exit_code": 11, "what": "no vLLM here", "why": "not installed", "fix": "install it"}
     between = "vit/manifest.json#details.a - vit/manifest.json#details.b"
     regression = gate("accuracy lost", between, 0.031, "at most", 0.02)

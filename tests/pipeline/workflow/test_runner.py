@@ -8,6 +8,7 @@ import os
 import shutil
 
 import pytest
+import workflow_runner
 
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.gate import Comparison, Verdict
@@ -48,8 +49,9 @@ def test_everything_runs_once_and_then_nothing(runner):
         ({"base": {"value": 9}}, ["base", "left", "right", "proof"]),
         ({"left": {"value": 9}}, ["left", "proof"]),
         ({"right": {"value": 9}}, ["right"]),
-        # More steps that end in the same bytes: nothing that depends on them has changed.
-        ({"left": {"seconds": 0.01}}, ["left"]),
+        # More steps that end in the same bytes: nothing is built anew, and a record of another manifest is made again.
+        ({"base": {"seconds": 0.01}}, ["base"]),
+        ({"left": {"seconds": 0.01}}, ["left", "proof"]),
         ({"proof": {"value": 5}}, ["proof"]),
     ],
 )
@@ -69,6 +71,24 @@ def test_what_has_changed_is_named(runner):
     assert why == {
         "base": "up to date", "left": "up to date", "right": "changed: seconds (none) -> 0.01", "proof": "up to date",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["version", "package", "engine"])
+def test_other_versions_run_what_they_decide(runner, monkeypatch, place):
+    before = {stage.name: stage.key for stage in runner.run(STAGES).stages}
+    if place == "version":
+        monkeypatch.setattr("pipeline.workflow.keys.__version__", "9.9.9")
+        monkeypatch.setattr("pipeline.workflow.state.__version__", "9.9.9")
+    elif place == "package":
+        monkeypatch.setattr("pipeline.workflow.state.installed_versions", lambda names: {"torch": "9.9.9"})
+    else:
+        monkeypatch.setitem(workflow_runner.ENGINE, "vllm", "9.9.9")
+    statuses = runner.state(STAGES).statuses()
+    stale = {status.spec.name for status in statuses if status.run}
+    assert stale == ({"proof"} if place == "engine" else set(STAGES))
+    assert all(status.key != before[status.spec.name] for status in statuses if status.run)
+    if place != "engine":
+        assert "9.9.9" in statuses[0].why
 
 
 def test_a_source_is_known_by_its_bytes(runner, tmp_path):
@@ -200,9 +220,62 @@ def test_gates_that_a_stage_judged_itself_count(runner):
 def test_a_rejecting_record_is_a_verdict(runner):
     record = runner.run(changed(proof={"verdict": "REJECT"}))
     assert record.verdict is Verdict.ANOMALOUS
-    assert "REJECT" in record.stage("proof").gates[0].name
+    assert "REJECT" in record.stage("proof").gates[-1].name
     runner.run(changed(proof={"verdict": "REJECT"}))
     assert runner.started == ["proof"]  # a stage that failed is tried again
+
+
+@pytest.mark.parametrize(
+    ("writes", "named"),
+    [
+        ("nothing", "wrote nothing at"),
+        ("no JSON", "it is not JSON"),
+        ("a list", "it is not JSON: its top level is a list"),
+        ("no verdict", "verdict: Field required"),
+        ("a byte more", "has sha256"),
+        ("no checksum", "has no checksum"),
+    ],
+)
+@pytest.mark.parametrize("verdict", ["ACCEPT", "REJECT"])
+def test_a_stage_that_ends_well_without_a_sound_record_is_not_accepted(runner, writes, named, verdict):
+    runner.run(STAGES)
+    gate = {"name": "speed", "figure": "figures.speed", "at_least": 1, "reason": "so"}
+    record = runner.run(changed(proof={"writes": writes, "verdict": verdict, "gates": [gate]}))
+    assert record.verdict is Verdict.ANOMALOUS
+    proof = record.stage("proof")
+    if verdict == "ACCEPT":
+        said = [gate.detail for gate in proof.gates] + [str(proof.error)]
+        assert any(named in text for text in said)
+        speed = [gate.verdict for gate in proof.gates if gate.name == "speed"]
+        assert speed == ([] if writes == "nothing" else [Verdict.ANOMALOUS])  # asked, and not dropped
+    runner.run(changed(proof={"writes": writes, "verdict": verdict, "gates": [gate]}))
+    assert runner.started == ["proof"]
+
+
+def test_a_stage_that_writes_no_artifact_is_not_judged_by_the_one_that_was_there(runner):
+    runner.run(STAGES)
+    record = runner.run(changed(left={"writes": "nothing"}))
+    assert record.verdict is Verdict.ANOMALOUS
+    assert "wrote nothing at" in record.stage("left").error["what"]
+    assert runner.started == ["left"]
+
+
+def test_a_record_that_is_edited_later_is_never_up_to_date(runner):
+    runner.run(STAGES)
+    path = next(runner.directory.glob("*.record.json"))
+    state, whole = path.stat(), path.read_bytes()
+    for edited in (whole + b" ", whole.replace(b"ACCEPT", b"REJECT"), b"{" + whole[1:-1] + b"]"):
+        path.write_bytes(edited)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert runner.state(STAGES).status(runner.state(STAGES).recipe.stage("proof")).run
+
+
+@pytest.mark.parametrize("verdict", ["PROVED-WITHOUT-RUNNING", "CONSISTENT"])
+def test_what_is_not_proved_is_neither_accepted_nor_failed(runner, verdict):
+    record = runner.run(changed(proof={"verdict": verdict}))
+    assert record.verdict == verdict
+    assert not record.verdict.failed
+    assert record.stage("proof").gates[-1].verdict == verdict
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ import pytest
 import yaml
 from bare_environment import bare_environment
 
+from fp8pipe.artifact.record import checksum_path, record_path
+
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 TARGETS = {"vision-cpu", "vision-gpu", "llm-cpu", "llm-gpu"}
@@ -98,6 +100,9 @@ def test_compose_names_what_exists() -> None:
     assert re.fullmatch(r"\$\{TARGET:-([\w-]+)\}", serve["build"]["target"])[1] in TARGETS  # type: ignore[index]
     assert serve["read_only"] is True
     assert serve["ports"] == ["127.0.0.1:8000:8000"]
+    mounted = {volume.rsplit(":", 2)[1] for volume in serve["volumes"]}
+    record = record_path(Path("/model"))
+    assert mounted == {"/model", str(record), str(checksum_path(record))}
     assert (ROOT / prometheus["volumes"][0].split(":")[0]).is_file()
     (scrape,) = _documents("deploy/prometheus.yml")[0]["scrape_configs"]
     assert scrape["static_configs"][0]["targets"] == ["serve:8000"]
@@ -115,11 +120,15 @@ def test_kubernetes_names_what_exists() -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert container["args"][-2:] == ["--record", "/record/model.validation.json"]
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
     (kserve,) = _documents("deploy/kserve.yaml")
     (container,) = kserve["spec"]["predictor"]["containers"]
     assert container["image"].split(":")[1] in TARGETS
     assert container["command"][:2] == ["fp8pipe", "serve"]
+    assert container["command"][-2:] == ["--record", "/record/model.validation.json"]
+    volumes = {volume["name"] for volume in kserve["spec"]["predictor"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
 @pytest.mark.slow
@@ -147,7 +156,7 @@ def test_the_entry_point_in_a_bare_environment(tmp_path: Path) -> None:
     environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path / "tmp"), "PYTHONSAFEPATH": "1",
                    "TMPDIR": str(tmp_path / "tmp"), "FP8PIPE_VLLM_PYTHON": str(engine.absolute())}  # fmt: skip
     process = subprocess.Popen(
-        [str(python.parent / "fp8pipe"), "serve", str(export), "--port", "0"],
+        [str(python.parent / "fp8pipe"), "serve", str(export), "--port", "0", "--unvalidated"],
         cwd=tmp_path / "empty", env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from bare_environment import bare_environment
 from PIL import Image
+from records import write_sound_record
 from tiny_exports import write_export
 
 from exporters.graph.runtime import open_session
@@ -31,6 +33,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("image")
     python = bare_environment(folder / "venv", "vision-cpu")
     export = write_export(folder, "timm-vit")
+    write_sound_record(export, versions={"onnxruntime": version("onnxruntime")})
     for path in [*export.rglob("*"), export]:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     for name in ("empty", "tmp"):

@@ -11,6 +11,7 @@ from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import Fp8PipeError
 from fp8pipe.core.progress import setup_logging
 from serving.config import LanguageConfig, ServeConfig, SupervisorConfig
+from serving.http.service import Proof
 from serving.language.server import run_front, supervise
 
 
@@ -36,7 +37,9 @@ def main() -> int:
     key_file = Path(sys.argv[3]) if len(sys.argv) > 3 and sys.argv[3] != "-" else None
     config = ServeConfig(port=0, linger_s=0.5, max_body_mb=1, api_key_file=key_file)
     try:
-        return run_front(supervisor, open_artifact(sys.argv[1], verify=False), config, language)
+        return run_front(
+            supervisor, open_artifact(sys.argv[1], verify=False), config, language, Proof("unvalidated", "", {})
+        )
     except Fp8PipeError as error:
         print(error, file=sys.stderr)
         return error.exit_code

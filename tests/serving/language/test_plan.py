@@ -13,7 +13,9 @@ from fp8pipe.cli import main
 
 
 def test_a_plan_has_no_settings_of_the_other_kind(export: Path) -> None:
-    result = CliRunner().invoke(main, ["serve", str(export), "--dry-run", "--json", "--max-model-len", "128"])
+    result = CliRunner().invoke(
+        main, ["serve", str(export), "--dry-run", "--json", "--unvalidated", "--max-model-len", "128"]
+    )
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert plan["server"] == "language"
@@ -23,7 +25,7 @@ def test_a_plan_has_no_settings_of_the_other_kind(export: Path) -> None:
 
 
 def test_a_plan_reads_the_keys(export: Path, tmp_path: Path) -> None:
-    plan = ["serve", str(export), "--dry-run", "--api-key-file", str(tmp_path / "keys")]
+    plan = ["serve", str(export), "--dry-run", "--unvalidated", "--api-key-file", str(tmp_path / "keys")]
     assert CliRunner().invoke(main, plan).exit_code == 10
     (tmp_path / "keys").write_text("sha256:no digest\n", encoding="utf-8")
     assert CliRunner().invoke(main, plan).exit_code == 10

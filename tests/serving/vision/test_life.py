@@ -24,13 +24,15 @@ def test_a_changed_file_is_not_served(export, tmp_path):
     data = bytearray((copy / "model.onnx").read_bytes())
     data[-1] ^= 1
     (copy / "model.onnx").write_bytes(data)
-    result = CliRunner().invoke(main, ["serve", str(copy), "--port", "0"])
+    result = CliRunner().invoke(main, ["serve", str(copy), "--port", "0", "--unvalidated"])
     assert result.exit_code == 12
     assert "sha256" in result.output
 
 
 def test_a_dry_run_serves_nothing(export):
-    result = CliRunner().invoke(main, ["serve", str(export), "--dry-run", "--json", "--max-batch", "3"])
+    plan = ["serve", str(export), "--dry-run", "--json", "--max-batch", "3"]
+    assert CliRunner().invoke(main, plan).exit_code == 14  # nothing has validated it
+    result = CliRunner().invoke(main, [*plan, "--unvalidated"])
     assert result.exit_code == 0
     assert '"max_batch": 3' in result.stdout
     assert CliRunner().invoke(main, ["serve", str(export), "--max-batch", "0"]).exit_code == 10
@@ -39,7 +41,8 @@ def test_a_dry_run_serves_nothing(export):
 def test_a_taken_port_is_said(export):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        result = CliRunner().invoke(main, ["serve", str(export), "--port", port, "--max-batch", "1", "--threads", "1"])
+        plan = ["serve", str(export), "--port", port, "--max-batch", "1", "--threads", "1", "--unvalidated"]
+        result = CliRunner().invoke(main, plan)
     assert result.exit_code == 10
     assert "cannot listen" in result.output
 

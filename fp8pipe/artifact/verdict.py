@@ -1,0 +1,127 @@
+"""The one reader of verdicts: whoever asks what a validation or a measurement said asks here.
+
+`read_verdict` reads a record, `require_accept` wants an ACCEPT of it. What is missing, damaged, unknown or not borne
+out is no verdict.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fp8pipe.artifact.gate import Gate, Verdict, failures, read_gate
+from fp8pipe.artifact.reader import Artifact, read_manifest
+from fp8pipe.artifact.record import read_checked, record_path
+from fp8pipe.core.errors import BadArtifactError, GateFailedError
+
+__all__ = ["REJECT", "VerdictRecord", "read_verdict", "require_accept"]
+
+REJECT: Final = "REJECT"
+_SCHEMA: Final = 3  # the newest of any record
+
+
+def _gate(data: Any) -> Gate:
+    """A gate of any schema, and a ValueError for everything else."""
+    try:
+        return read_gate(data)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"it is no gate: {error!r}") from error
+
+
+class VerdictRecord(BaseModel):
+    """What every record of a validation or a measurement holds; all else is in `document`."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    schema_version: int = Field(ge=1, le=_SCHEMA, description="version of its schema")
+    manifest_digest: str = Field(description="digest of the manifest that it speaks of")
+    verdict: Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"] = Field(description="its verdict")
+    versions: dict[str, str] = Field(min_length=1, description="versions of the packages that took part")
+    gates: list[Annotated[Gate, BeforeValidator(_gate)]] = Field(default=[], description="what had to hold")
+    reasons: list[str] = Field(default=[], description="why it was rejected")
+    not_proved: list[str] = Field(default=[], description="what was not tried, and why")
+    document: dict[str, Any] = Field(description="the whole record")
+
+    @property
+    def said(self) -> Verdict:
+        """The verdict; one that rejects says that things differ which must be equal."""
+        return Verdict.ANOMALOUS if self.verdict == REJECT else Verdict(self.verdict)
+
+    @property
+    def form(self) -> str:
+        """The form of serving that it covers, in words; empty where the engine has one form only."""
+        served = self.document.get("served")
+        return str(served.get("form", "")) if isinstance(served, dict) else ""
+
+
+def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
+    """Read a record, or refuse it; nothing is concluded from one that is not whole.
+
+    Args:
+        path: the record.
+        artifact: what it must speak of; the directory of its name, beside it, when None.
+
+    Raises:
+        BadArtifactError: it is missing or cannot be read, its checksum is missing or another, it is no record of this
+            schema, its verdict is unknown or not borne out by its gates, or it speaks of another manifest.
+    """
+    try:
+        data = json.loads(read_checked(path, _former_name(path)))
+        if not isinstance(data, dict):
+            raise ValueError(f"its top level is a {type(data).__name__}, not an object")
+        record = VerdictRecord.model_validate({**data, "document": data})
+    except OSError as error:
+        raise _unsound(path, error.strerror or str(error)) from error
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
+        raise _unsound(path, "; ".join(found)[:300]) from error
+    except (ValueError, RecursionError) as error:
+        raise _unsound(path, f"it is not JSON: {error}"[:300]) from error
+    if record.verdict != REJECT:
+        wrong = [*record.reasons, *failures(record.gates)]
+        if wrong or not record.gates:
+            raise _unsound(path, f"its verdict is {record.verdict}, but {'; '.join(wrong)[:300] or 'it has no gates'}")
+    export = path.with_name(path.stem.rpartition(".")[0])
+    digest = read_manifest(export).digest if artifact is None else artifact.digest
+    if record.manifest_digest != digest:
+        name = (export if artifact is None else artifact.root).name
+        raise _unsound(path, f"it speaks of manifest {record.manifest_digest}; {name} has {digest}")
+    return record
+
+
+def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictRecord:
+    """The record of an artifact's validation, which must say ACCEPT.
+
+    Args:
+        artifact: the export.
+        place: the record; `<export>.validation.json` when None.
+
+    Raises:
+        BadArtifactError: the record is not sound.
+        GateFailedError: there is none, or its verdict is another one.
+    """
+    path = place or record_path(artifact.root)
+    why, fix = f"no record of a validation lies at {path}", f"fp8pipe validate {artifact.root}"
+    if path.exists():
+        record = read_verdict(path, artifact)
+        if record.said is Verdict.ACCEPT:
+            return record
+        why = f"{path.name} says {record.verdict}: {'; '.join([*record.reasons, *record.not_proved])[:300]}"
+        fix = "do not deploy it" if record.said.failed else "validate it where all of it can be proved"
+    raise GateFailedError(f"{artifact.root} is not accepted", why=why, fix=fix)
+
+
+def _former_name(path: Path) -> str:
+    """The name that a record says it was written under: containers mount it under another."""
+    try:
+        name = f"{json.loads(path.read_bytes())['export']}.validation.json"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    return name if Path(name).name == name and "\0" not in name else ""
+
+
+def _unsound(path: Path, why: str) -> BadArtifactError:
+    return BadArtifactError(f"{path} is no sound record", why=why, fix="validate or measure the artifact again")

@@ -1,0 +1,205 @@
+"""Mutation testing of the proof: one small fault at a time in the code that judges, and a test must notice.
+
+`scripts/mutants.toml` says which tests cover which module, how many faults are drawn from it, and why a survivor may
+survive. A fault is one edit of the syntax tree (`mutations.py`); the sample follows from the seed. Everything happens
+in a copy of the tree: this process imports the libraries once, and forks for every fault, so that a run costs only its
+tests.
+
+    python scripts/mutants.py                     the whole sample; writes docs/mutants.md and build/mutants.json
+    python scripts/mutants.py --modules artifact/gate --count 40 --seed 3     more of one module, no page
+    python scripts/mutants.py --only 3f2a         one fault again, by the beginning of its name, with its output
+
+Exit code 1: more than 5 % survive, or a survivor has no explanation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+from mutations import Mutant, mutants_of
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE, PAGE, REPORT = ROOT / "scripts/mutants.toml", ROOT / "docs/mutants.md", ROOT / "build/mutants.json"
+MOST_SURVIVORS = 0.05
+# Imported before the first fork: what the tests would import anyway, each time.
+LIBRARIES = (
+    "numpy", "torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxruntime", "safetensors.torch", "pydantic", "click",
+    "hypothesis", "fastapi", "prometheus_client", "PIL.Image", "httpx", "tokenizers", "transformers", "pytest",
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("llama", "qwen2", "gpt2", "auto")),
+)  # fmt: skip
+ROOMS = ("fp8pipe", "pipeline", "exporters", "validation", "serving", "calibration")
+# Without plugins, and without what looks for forgotten objects at the end, a run costs a second less.
+PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+PYTEST += ["-m", "not slow and not vllm and not gpu"]
+
+
+def sample(table: dict, modules: list[str], count: int | None, seed: int) -> list[Mutant]:
+    """The faults to try: so many of each module, and the same ones each time."""
+    drawn = []
+    for module, entry in table["modules"].items():
+        if modules and not any(part in module for part in modules):
+            continue
+        found = mutants_of(module, (ROOT / module).read_bytes())
+        random.Random(f"{seed}:{module}").shuffle(found)
+        drawn += found[: count or entry["count"]]
+    return drawn
+
+
+def copy_tree(place: Path) -> None:
+    """Every file that git knows or would add."""
+    command = ["git", "ls-files", "-coz", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+
+
+def import_libraries() -> ModuleType:
+    """Import what tests share, and forget the project's own modules; the result must live as long as this process."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    sys.path.insert(0, str(ROOT))
+    compat = importlib.import_module("fp8pipe.models.compat")
+    compat.declare_torchvision_operators()
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ROOMS]:
+        del sys.modules[name]
+    gc.collect()
+    gc.freeze()
+    return compat
+
+
+def run_tests(place: Path, tests: list[str], limit_s: float, log: Path, *, keep_compiled: bool) -> str:
+    """`passed`, `failed` or `too long`: pytest in a fork of this process, with everything it started."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        os.chdir(place)
+        sys.path.insert(0, str(place))
+        sys.dont_write_bytecode = not keep_compiled
+        os.environ |= {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "" if keep_compiled else "1"}
+        import pytest
+
+        code = pytest.main([*PYTEST, *tests])
+        sys.stdout.flush()
+        os._exit(int(code))
+    ends = time.monotonic() + limit_s
+    while time.monotonic() < ends:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            _end(child)
+            return "passed" if status == 0 else "failed"
+        time.sleep(0.05)
+    _end(child)
+    os.waitpid(child, 0)
+    return "too long"
+
+
+def _end(child: int) -> None:
+    """End what a run of tests has left."""
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def write_page(results: list[dict], table: dict, seed: int) -> None:
+    """The committed table."""
+    rows: dict[str, list[int]] = {}
+    for result in results:
+        row = rows.setdefault(result["module"], [0, 0])
+        row[0] += 1
+        row[1] += result["result"] == "passed"
+    left = [result for result in results if result["result"] == "passed"]
+    lines = [
+        "# Mutation testing of the proof", "",
+        "`make mutants` puts one small fault at a time into the code that judges, and runs the tests of that module:",
+        "one of them must fail. This page is written by it; the reasons are in `scripts/mutants.toml`.", "",
+        f"Seed {seed}: {len(results)} faults, {len(left)} survive ({len(left) / max(len(results), 1):.1%}; "
+        f"at most {MOST_SURVIVORS:.0%} may).", "",
+        "| module | faults | survive |", "|---|---|---|",
+        *(f"| `{module}` | {drawn} | {alive} |" for module, (drawn, alive) in rows.items()), "",
+        "## Survivors", "",
+    ]  # fmt: skip
+    for result in left:
+        reason = table.get("explained", {}).get(result["name"], "**not explained**")
+        before, after = (result[key].replace("`", "'")[:160] for key in ("before", "after"))
+        lines.append(
+            f"- `{result['name']}` {result['module']}, `{result['where']}`: `{before}` became `{after}`. {reason}"
+        )
+    PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Try the sample; 0 where few enough survive and each is explained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="*", default=[], help="parts of modules' paths")
+    parser.add_argument("--count", type=int, help="faults of each module; as the table says where it is not given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="the beginning of one fault's name")
+    parser.add_argument("--list", action="store_true", help="show the sample, run nothing")
+    parser.add_argument("--minutes", type=float, default=90, help="begin no fault after so long")
+    options = parser.parse_args()
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    drawn = sample(table, options.modules, 10**6 if options.only else options.count, options.seed)
+    drawn = [mutant for mutant in drawn if mutant.name.startswith(options.only)]
+    if options.list:
+        print("\n".join(f"{m.name} {m.module}:{m.line} {m.where}: {m.before} -> {m.after}" for m in drawn))
+        return 0
+    started, results, limits = time.monotonic(), [], {}
+    _kept = import_libraries()
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-mutants-") as scratch:
+        place, log = Path(scratch) / "tree", Path(scratch) / "log"
+        copy_tree(place)
+        for number, mutant in enumerate(drawn, 1):
+            if time.monotonic() - started > 60 * options.minutes:
+                print(f"out of time: {len(drawn) - number + 1} faults were not tried")
+                break
+            tests, path = table["modules"][mutant.module]["tests"], place / mutant.module
+            if mutant.module not in limits:
+                before = time.monotonic()
+                if run_tests(place, tests, 1200, log, keep_compiled=True) != "passed":
+                    sys.exit(f"the tests of {mutant.module} fail without a fault:\n{log.read_text()[-3000:]}")
+                limits[mutant.module] = 30 + 4 * (time.monotonic() - before)
+            whole, before = path.read_bytes(), time.monotonic()
+            path.write_bytes(whole[: mutant.start] + mutant.after.encode() + whole[mutant.end :])
+            for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+                compiled.unlink()
+            ended = run_tests(place, tests, limits[mutant.module], log, keep_compiled=False)
+            path.write_bytes(whole)
+            results.append(asdict(mutant) | {"result": ended, "seconds": round(time.monotonic() - before, 1)})
+            mark = "SURVIVES" if ended == "passed" else ended
+            print(f"{number}/{len(drawn)} {mark} {mutant.name} {mutant.module}:{mutant.line} {mutant.where}: "
+                  f"{mutant.before[:90]} -> {mutant.after[:90]}", flush=True)  # fmt: skip
+            if options.only:
+                print(log.read_text()[-3000:])
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(json.dumps({"seed": options.seed, "mutants": results}, indent=2) + "\n", encoding="utf-8")
+    if not (options.modules or options.only or options.count) and len(results) == len(drawn):
+        write_page(results, table, options.seed)
+    left = [result for result in results if result["result"] == "passed"]
+    unexplained = [result["name"] for result in left if result["name"] not in table.get("explained", {})]
+    print(f"{len(left)} of {len(results)} survive; not explained: {', '.join(unexplained) or 'none'}")
+    return int(bool(unexplained) or len(left) > MOST_SURVIVORS * len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
