@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,7 +43,7 @@ def stage_commands() -> dict[str, StageCommand]:
         StageCommand("export", ("artifact",), _check_export, _export_arguments, _in_run, ("artifact", "target")),
         StageCommand(
             "validate", ("export", "against", "images"), _check_validate, _validate_arguments, _beside("validation"),
-            _VALIDATE, environment=_several_processes,
+            _VALIDATE, environment=_several_processes, versions=_vllm_versions,
         ),
         _measurement("bench", "export", "vllm_python"),
         _measurement("serve-check", "export"),
@@ -105,7 +106,10 @@ def _measurement(name: str, *inline: str) -> StageCommand:
         extra = [] if python is None else ["--vllm-python", str(python)]
         return [name, str(settings["export"]), "--config", str(file), *extra]
 
-    return StageCommand(name, ("export",), check, arguments, _beside(name), inline, environment=_several_processes)
+    return StageCommand(
+        name, ("export",), check, arguments, _beside(name), inline, environment=_several_processes,
+        versions=_vllm_versions,
+    )  # fmt: skip
 
 
 def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
@@ -174,6 +178,22 @@ def _validate_arguments(settings: Settings, output: Path, file: Path) -> list[st
     named = [key for key in _VALIDATE if key != "export" and settings.get(key) is not None]
     flags = [[f"--{key.replace('_', '-')}", str(settings[key])] for key in named]
     return ["validate", str(settings["export"]), *(part for flag in flags for part in flag)]
+
+
+def _vllm_versions(settings: Settings) -> Mapping[str, str]:
+    """Versions of vLLM and of what it computes with, in the environment that a stage would start; none without one."""
+    return _versions_in(settings.get("vllm_python"))
+
+
+@cache
+def _versions_in(python: str | None) -> Mapping[str, str]:
+    from exporters.vllm.environment import find_vllm_python, inspect_environment
+    from fp8pipe.core.errors import MissingCapabilityError
+
+    try:
+        return inspect_environment(find_vllm_python(python)).versions
+    except MissingCapabilityError:
+        return {}
 
 
 def _several_processes(settings: Settings) -> Mapping[str, str]:

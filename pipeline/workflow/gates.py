@@ -17,7 +17,7 @@ from fp8pipe.artifact.verdict import VerdictRecord, read_verdict
 from fp8pipe.core.errors import BadArtifactError
 from pipeline.workflow.recipe import GateSpec, StageSpec
 
-__all__ = ["document_of", "figure_at", "inside", "judge", "verdict_of_failure"]
+__all__ = ["figure_at", "inside", "judge", "verdict_of_failure"]
 
 # Exit codes that say something about this machine or this export, and nothing about the recipe's text.
 _INFEASIBLE: Final = frozenset((11, 13, 15))
@@ -31,7 +31,7 @@ def verdict_of_failure(exit_code: int) -> Verdict | None:
     return Verdict.ANOMALOUS if exit_code in _ANOMALOUS else None
 
 
-def document_of(output: Path) -> tuple[Path, dict[str, Any], VerdictRecord | None]:
+def _written(output: Path) -> tuple[Path, dict[str, Any], VerdictRecord | None]:
     """What a stage wrote: the file, its content, and the record that it is, where the output is no artifact.
 
     Raises:
@@ -62,7 +62,7 @@ def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list
     `directory` is the run's, for the sources of figures; `outputs` are what every stage wrote, by name.
     """
     try:
-        path, document, record = document_of(outputs[spec.name])
+        path, document, record = _written(outputs[spec.name])
     except BadArtifactError as error:  # the recipe's gates fail with it: their figures are missing
         where, document, record = inside(outputs[spec.name], directory), {}, None
         lost = none_of("outputs that cannot be read", 1, f"{error.what}: {error.why}")
@@ -116,7 +116,7 @@ def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs:
 
 def _held(output: Path) -> tuple[Path, dict[str, Any]]:
     try:
-        return document_of(output)[:2]
+        return _written(output)[:2]
     except BadArtifactError:
         return output, {}
 

@@ -1,7 +1,8 @@
 """When a stage need not run again: its key, a digest over everything that decides what it writes.
 
 The key covers the command, its settings as the recipe gives them, the contents of the stages it reads, the bytes of
-what it reads from outside, and the tool's version. Files are hashed once and remembered by size and time of change.
+what it reads from outside, and the versions of the tool, of the packages that compute, and of the stage's engine. Files
+are hashed once and remembered by size and time of change.
 """
 
 from __future__ import annotations
@@ -17,24 +18,33 @@ from fp8pipe.artifact.manifest import canonical_digest
 from fp8pipe.core.version import __version__
 from pipeline.workflow.recipe import StageSpec, replace_references
 
-__all__ = ["SourceDigests", "file_states", "stage_key"]
+__all__ = ["VERSIONS", "SourceDigests", "file_states", "stage_key"]
+
+# Packages that decide what stages write.
+VERSIONS: Final = (
+    "torch", "transformers", "tokenizers", "safetensors", "timm", "numpy", "onnx", "onnx-ir", "onnxscript",
+    "onnxruntime", "tensorrt-rtx", "tensorrt",
+)  # fmt: skip
 
 _PREFIXES: Final = ("images:", "artifact:")
 # Of a model directory, these say nothing about the model.
 _SKIPPED: Final = (".git", ".cache", "__pycache__")
 
 
-def stage_key(spec: StageSpec, contents: Mapping[str, str], sources: Mapping[str, str]) -> str:
+def stage_key(
+    spec: StageSpec, contents: Mapping[str, str], sources: Mapping[str, str], versions: Mapping[str, str]
+) -> str:
     """The key of a stage.
 
     Args:
         spec: the stage; names of stages do not matter, only what they hold.
         contents: content digests of the stages it reads, by the setting that names them.
         sources: digests of what it reads from outside, by setting.
+        versions: of the packages and engines that it runs with.
     """
     settings = replace_references(spec.settings, lambda prefix, stage: None)
     fields = {"command": spec.command, "settings": settings, "reads": dict(contents), "sources": dict(sources)}
-    return canonical_digest({**fields, "version": __version__})
+    return canonical_digest({**fields, "version": __version__, "versions": dict(versions)})
 
 
 def file_states(path: Path) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from typing import Any, Final
 
 import yaml
 
-from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME, installed_versions
+from fp8pipe.artifact import CHECKPOINT_PREFIX, MANIFEST_NAME
 from fp8pipe.artifact.gate import Verdict, worst
 from fp8pipe.artifact.record import remove_checked
 from fp8pipe.artifact.runs import RunRecord, StageRecord, write_run
@@ -30,7 +31,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError, Fp8PipeErr
 from fp8pipe.core.guard import start_guarded
 from fp8pipe.core.machine import describe_machine
 from fp8pipe.core.version import __version__
-from pipeline.workflow.gates import document_of, inside, judge, verdict_of_failure
+from pipeline.workflow.gates import inside, judge, verdict_of_failure
 from pipeline.workflow.keys import file_states
 from pipeline.workflow.recipe import StageSpec
 from pipeline.workflow.state import STAGES, RunState, StageCommand, StageStatus, content_of
@@ -42,7 +43,6 @@ _POLL_S: Final = 0.05
 _INTERRUPT_S: Final = 60.0
 # A run that was killed leaves processes that die within a moment, and hold its lock until then.
 _LOCK_S: Final = 15.0
-_VERSIONS: Final = ("torch", "transformers", "timm", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
 
 Show = Callable[[str, str], None]
 
@@ -88,10 +88,10 @@ class _StageProcess:
             return None
         self._reader.join()
         self.close()
-        figures = document_of(self._report)[1] or {"code": 1, "seconds": 0.0, "peak_rss_bytes": 0}
+        figures = _document(self._report) or {"code": 1, "seconds": 0.0, "peak_rss_bytes": 0}
         self._report.unlink(missing_ok=True)
         code = int(self._process.returncode) or int(figures["code"])
-        ended = _Ended(code, figures["seconds"], figures["peak_rss_bytes"], document_of(self._answer)[1])
+        ended = _Ended(code, figures["seconds"], figures["peak_rss_bytes"], _document(self._answer))
         self._answer.unlink(missing_ok=True)
         return ended
 
@@ -284,7 +284,7 @@ class WorkflowRunner:
         records = self.state.records
         return RunRecord(
             recipe=self.state.recipe.name, resolved=self.state.recipe.plain(), tool_version=__version__,
-            versions=installed_versions(_VERSIONS), machine=describe_machine(), started=_now(),
+            versions=self.state.versions, machine=describe_machine(), started=_now(),
             stages=[records[spec.name] for spec in self.state.recipe.stages if spec.name in records],
         )  # fmt: skip
 
@@ -304,6 +304,15 @@ class WorkflowRunner:
                 time.sleep(_POLL_S)
             self._lock = file.fileno()
             yield
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """What a process has left as JSON; nothing where it has left none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _content(output: Path, key: str) -> str:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe.artifact import MANIFEST_NAME, open_artifact
+from fp8pipe.artifact import MANIFEST_NAME, installed_versions, open_artifact
 from fp8pipe.artifact.manifest import canonical_digest
 from fp8pipe.artifact.runs import RUN_NAME, RunRecord, StageRecord, read_run
 from fp8pipe.artifact.verdict import read_verdict
 from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.version import __version__
-from pipeline.workflow.keys import SourceDigests, file_states, stage_key
+from pipeline.workflow.keys import VERSIONS, SourceDigests, file_states, stage_key
 from pipeline.workflow.recipe import Recipe, StageSpec, settings_differing, substitute
 
 __all__ = ["STAGES", "RunOptions", "RunState", "StageCommand", "StageStatus", "content_of"]
@@ -40,6 +40,7 @@ class StageCommand:
         resumable: whether it takes --resume.
         program: what the command line is given to; fp8pipe itself.
         environment: variables that it runs with, unless the user has set them.
+        versions: of an engine that lives outside of this Python, from settings.
     """
 
     name: str
@@ -51,6 +52,7 @@ class StageCommand:
     resumable: bool = False
     program: tuple[str, ...] = (sys.executable, "-P", "-m", "fp8pipe")
     environment: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
+    versions: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class RunState:
                 recipe.stage(name)
         self.outputs = self._outputs()
         self.sources = SourceDigests(self.directory / STAGES / "sources.json")
+        self.versions = installed_versions(VERSIONS)
         self._former = self._previous()
         self.records = {stage.name: stage for stage in self._former.stages} if self._former else {}
 
@@ -183,7 +186,9 @@ class RunState:
             for name in self.commands[spec.command].sources
             if spec.settings.get(name) is not None and name not in spec.reads
         }
-        return stage_key(spec, contents, sources)
+        own = {name: version for name, version in self.versions.items() if name != "python"}
+        engine = {f"engine {name}": v for name, v in self.commands[spec.command].versions(spec.settings).items()}
+        return stage_key(spec, contents, sources, own | engine)
 
     def _stale(self, spec: StageSpec, record: StageRecord | None, key: str) -> str:
         """Why a stage must run; empty where it need not."""
@@ -203,7 +208,11 @@ class RunState:
             return f"changed: {', '.join(differing)}"
         if self._former and self._former.tool_version != __version__:
             return f"fp8pipe was {self._former.tool_version}, and is {__version__}"
-        return "settings or inputs have changed"
+        was = self._former.versions if self._former else {}
+        other = [name for name in VERSIONS if was.get(name) != self.versions.get(name)]
+        if other:
+            return f"{other[0]} was {was.get(other[0], 'absent')}, and is {self.versions.get(other[0], 'absent')}"
+        return "settings, inputs or the engine's versions have changed"
 
     def _intact(self, record: StageRecord) -> bool:
         """Whether an output is what its stage left: by sizes and times, by every hash where those have changed."""

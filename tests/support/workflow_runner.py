@@ -14,6 +14,7 @@ from pipeline.workflow.recipe import recipe_of
 
 PROGRAM = (sys.executable, "-P", workflow_stage.__file__)
 # The stage's script imports the project as an installed package, or from here.
+ENGINE = {"vllm": "0.19.1"}
 ROOT = str(Path(__file__).parents[2])
 
 
@@ -51,7 +52,7 @@ def quick_commands() -> dict[str, StageCommand]:
         ),
         "record": StageCommand(
             "record", (), check, arguments("record"), lambda s, d, n: d / f"{Path(s['reads']).name}.record.json",
-            program=PROGRAM, environment=lambda settings: environment,
+            program=PROGRAM, environment=lambda settings: environment, versions=lambda settings: ENGINE,
         ),
     }  # fmt: skip
 

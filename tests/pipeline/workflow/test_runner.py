@@ -8,6 +8,7 @@ import os
 import shutil
 
 import pytest
+import workflow_runner
 
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.gate import Comparison, Verdict
@@ -70,6 +71,24 @@ def test_what_has_changed_is_named(runner):
     assert why == {
         "base": "up to date", "left": "up to date", "right": "changed: seconds (none) -> 0.01", "proof": "up to date",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["version", "package", "engine"])
+def test_other_versions_run_what_they_decide(runner, monkeypatch, place):
+    before = {stage.name: stage.key for stage in runner.run(STAGES).stages}
+    if place == "version":
+        monkeypatch.setattr("pipeline.workflow.keys.__version__", "9.9.9")
+        monkeypatch.setattr("pipeline.workflow.state.__version__", "9.9.9")
+    elif place == "package":
+        monkeypatch.setattr("pipeline.workflow.state.installed_versions", lambda names: {"torch": "9.9.9"})
+    else:
+        monkeypatch.setitem(workflow_runner.ENGINE, "vllm", "9.9.9")
+    statuses = runner.state(STAGES).statuses()
+    stale = {status.spec.name for status in statuses if status.run}
+    assert stale == ({"proof"} if place == "engine" else set(STAGES))
+    assert all(status.key != before[status.spec.name] for status in statuses if status.run)
+    if place != "engine":
+        assert "9.9.9" in statuses[0].why
 
 
 def test_a_source_is_known_by_its_bytes(runner, tmp_path):
