@@ -39,7 +39,7 @@ class VerdictRecord(BaseModel):
     schema_version: int = Field(ge=1, le=_SCHEMA, description="version of its schema")
     manifest_digest: str = Field(description="digest of the manifest that it speaks of")
     verdict: Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"] = Field(description="its verdict")
-    versions: dict[str, str] = Field(min_length=1, description="versions of the packages that took part")
+    versions: dict[str, str] = Field(description="versions of the packages that took part")
     gates: list[Annotated[Gate, BeforeValidator(_gate)]] = Field(default=[], description="what had to hold")
     reasons: list[str] = Field(default=[], description="why it was rejected")
     not_proved: list[str] = Field(default=[], description="what was not tried, and why")
@@ -86,7 +86,7 @@ def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
     except (ValueError, RecursionError) as error:
         raise _unsound(path, f"it is not JSON: {error}"[:300]) from error
     if record.verdict != REJECT:
-        wrong = [*record.reasons, *failures(record.gates)]
+        wrong = [*record.reasons, *failures(record.gates), *([] if record.versions else ["it names no versions"])]
         if wrong or not (record.gates or record.measures):
             raise _unsound(path, f"its verdict is {record.verdict}, but {'; '.join(wrong)[:300] or 'it has no gates'}")
     export = path.with_name(path.stem.rpartition(".")[0])
