@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from exporters.vllm.source import open_source
-from fp8pipe.artifact import MANIFEST_NAME, Artifact, read_manifest
-from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, open_artifact, read_manifest
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 
-__all__ = ["parent_at_hand"]
+__all__ = ["artifact_at_hand", "parent_at_hand"]
 
 
 def parent_at_hand(export: Artifact) -> Path | None:
@@ -29,6 +29,26 @@ def parent_at_hand(export: Artifact) -> Path | None:
         if found is not None:
             return found
     return None
+
+
+def artifact_at_hand(export: Artifact, against: Path | None, *, kind: str) -> Artifact | None:
+    """The artifact that an export was made from, every file of it hashed: `against`, or the one that is at hand.
+
+    Raises:
+        ConfigurationError: `against` is another artifact.
+        BadArtifactError: it is none of this kind, or damaged.
+    """
+    if against is None:
+        place = parent_at_hand(export)
+        return None if place is None else open_artifact(place, kind=kind)
+    source = open_artifact(against, kind=kind)
+    if source.digest not in {parent.digest for parent in export.manifest.parents}:
+        raise ConfigurationError(
+            f"{export.root} was not made from {against}",
+            why="its manifest names another artifact, or that artifact has changed since",
+            fix="give the artifact that was exported",
+        )
+    return source
 
 
 def _digest(place: Path) -> str:

@@ -10,7 +10,9 @@ Proving a written graph:
     layers     its quantized layers, read back from the file alone
     reopen     every number in it, against the artifact
     parity     its layers cut out as one model, each fed the same input on both sides
-    gates      the verdicts: layers, kernels, classes of the whole net, and the exact format, compared end to end
+    between    everything from one product to the next, cut out and fed the parent's own values
+    gates      the verdicts: layers, kernels, and the exact format, compared end to end
+    classes    the whole net: outputs and classes, beside all that
 
 Around them: runtime (ONNX Runtime and the packages of ONNX), images (what is compared on), plan (the dry run).
 """

@@ -7,10 +7,6 @@ codes on the way from the pixels to the answer, and the answer itself.
 
 A quantized graph that falls back to float is right and slow, silently. So the optimized graph is written out, and for
 every layer with integer codes on both sides the operator that makes its result is looked up (`check_kernels`).
-
-Do both sides choose the same class, and if not, was it a near-tie? How close two logits must be to count as tied is
-measured, not chosen: torch runs again with the output of every layer disturbed by what a correct engine may differ
-there. Noise in the pixels would not do, since the quantizer of the first layer absorbs it.
 """
 
 from __future__ import annotations
@@ -33,17 +29,13 @@ from exporters.graph.produce import without_activations
 from exporters.graph.reopen import operand_at_sites
 from exporters.graph.runtime import import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME
-from fp8pipe.artifact import Comparison, Gate, at_most, none_of
+from fp8pipe.artifact import Gate, at_most, none_of
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.quantized import QuantizedVit
 
 # fp32 in another order through a whole float net: some 1e-6 of the largest output.
 _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
-# On pictures a trained model is sure of most, so few can be near-ties. Where low bits make the model itself so
-# sensitive that it keeps fewer under rounding errors, an engine may fall behind that by three standard errors.
-_LEAST_AGREEMENT: Final = 0.995
-_STANDARD_ERRORS: Final = 3.0
 
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
@@ -95,33 +87,6 @@ def kernel_gate(report: KernelReport) -> Gate:
     return none_of("integer layers run in float", len(missing), detail)
 
 
-def class_gates(agreement: ClassAgreement) -> list[Gate]:
-    """The whole net: classes that differ without being near-ties."""
-    clear, ties = agreement.clear_disagreements, agreement.disagreements
-    detail = f"{agreement.agreeing} of {agreement.images} images agree ({agreement.source})"
-    detail += f"; outputs differ by up to {agreement.largest_difference:.1e} (relative)"
-    if ties:
-        margins = ", ".join(f"{tie.margin:.2g}" for tie in ties[:5])
-        detail += f"; margins of the differing: {margins} (near-tie: {agreement.near_tie:.2g})"
-    value = len(clear) if math.isfinite(agreement.largest_difference) else math.nan
-    return [none_of("clear top-1 disagreements", value, detail)]
-
-
-def agreement_gate(agreement: ClassAgreement, own: float) -> Gate:
-    """The share of pictures that both sides give the same class.
-
-    `own` is the agreement of the reference with itself, its layers disturbed by rounding errors (`own_agreement`).
-    """
-    share = agreement.agreeing / agreement.images
-    spread = _STANDARD_ERRORS * math.sqrt(own * (1 - own) / agreement.images)
-    least = min(_LEAST_AGREEMENT, own - spread)
-    detail = f"{agreement.agreeing} of {agreement.images} {agreement.source}; the reference keeps {own:.1%} of its "
-    return Gate(
-        name="top-1 agreement", value=share, comparison=Comparison.AT_LEAST, threshold=least,
-        detail=detail + "own classes when each of its layers is disturbed by 1e-6",
-    )  # fmt: skip
-
-
 _CODE_IMAGES: Final = 16
 _BATCH: Final = 8  # the codes of a whole net are kept for so many images at a time
 
@@ -137,7 +102,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
     exact, sites = ExactVit(quantized), operand_at_sites(layers, quantized)
     names = {site: str(operand.source.name) for site, operand in sites if operand is not None and operand.source}
     session = open_session(_with_sources(model, list(names.values())))
-    compared = differing = 0
+    compared, differing = 0, dict[str, int]()
     pixels = pixels[:_CODE_IMAGES]
     for batch in torch.split(pixels, _BATCH):
         ours: dict[str, Tensor] = {}
@@ -147,9 +112,11 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
             mine = _in_layout(ours[site], site, quantized).flatten()
             other = quantized.activations[site].codes(torch.from_numpy(theirs[name])).flatten()
             compared += mine.numel()
-            differing += mine.numel() if mine.numel() != other.numel() else int((mine != other).sum())
+            count = mine.numel() if mine.numel() != other.numel() else int((mine != other).sum())
+            differing[name] = differing.get(name, 0) + count
     detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
-    return none_of("codes differing end to end", differing, detail)
+    detail += next((f"; the first: {name}" for name, count in differing.items() if count), "")
+    return none_of("codes differing end to end", sum(differing.values()), detail)
 
 
 def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
@@ -211,92 +178,3 @@ def check_kernels(model: Path, layers: Sequence[ExportedLayer]) -> KernelReport:
     return KernelReport(
         operators=operators, integer=len(integer), float_layers=[label for label in wanted if label not in integer]
     )
-
-
-_RUNS: Final = 2
-_AGREEMENT_BATCH: Final = 64
-# Both logits of a pair may move by the noise, towards each other.
-_NEAR_TIE_FACTOR: Final = 2.0
-
-
-class NearTie(FrozenConfig):
-    """An image whose class differs."""
-
-    image: int = Field(ge=0, description="its number")
-    expected_class: int = Field(description="the reference's choice")
-    engine_class: int = Field(description="the engine's choice")
-    margin: float = Field(description="how far the reference's logits of these two classes are apart")
-
-
-class ClassAgreement(FrozenConfig):
-    """The whole net on images, the reference against the engine."""
-
-    images: int = Field(ge=0, description="images compared")
-    source: str = Field(description="where they come from")
-    agreeing: int = Field(ge=0, description="images with the same class (features: with the same largest feature)")
-    largest_difference: float = Field(description="largest relative difference of an image's outputs (L2); NaN fails")
-    near_tie: float = Field(description="largest margin that counts as a near-tie")
-    disagreements: list[NearTie] = Field(description="images whose class differs")
-
-    @property
-    def clear_disagreements(self) -> list[NearTie]:
-        """Those that are no near-ties."""
-        return [found for found in self.disagreements if not found.margin <= self.near_tie]
-
-
-def measure_noise(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> float:
-    """The largest margin that rounding errors may close: twice the largest change of an output in disturbed runs.
-
-    `pixels` (N, 3, H, W) are normalized, and `expected` (N, C) are the outputs for them.
-    The result is in units of the outputs; 0 where no code is near enough to a border to change.
-    """
-    changes = [float((_disturbed(quantized, pixels, seed) - expected).abs().max()) for seed in range(_RUNS)]
-    return _NEAR_TIE_FACTOR * max(changes)
-
-
-def compare_classes(expected: Tensor, found: Tensor, near_tie: float, source: str) -> ClassAgreement:
-    """Compare the reference's outputs `(N, C)` with an engine's; `near_tie` as of `measure_noise`."""
-    relative = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
-    ours, theirs = expected.argmax(1), found.argmax(1)
-    differing = [
-        NearTie(image=i, expected_class=int(a), engine_class=int(b), margin=float(expected[i, a] - expected[i, b]))
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
-        if a != b
-    ]
-    return ClassAgreement(
-        images=len(expected),
-        source=source,
-        agreeing=len(expected) - len(differing),
-        largest_difference=float(relative.max()),
-        near_tie=near_tie,
-        disagreements=differing,
-    )
-
-
-def own_agreement(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> float:
-    """The share of images `(N, 3, H, W)` whose class the model keeps when its own layers are disturbed.
-
-    What a model does not keep here, no engine can be asked to keep either: its sums round in another order.
-    """
-    parts = [_disturbed(quantized, batch, seed) for seed, batch in enumerate(torch.split(pixels, _AGREEMENT_BATCH))]
-    return float((torch.cat(parts).argmax(1) == expected.argmax(1)).float().mean())
-
-
-@torch.no_grad()
-def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
-    """The outputs when every layer's result is off by 1e-6 of its largest value, of random sign."""
-    random = torch.Generator().manual_seed(seed)
-
-    def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, output.shape, generator=random) * 2 - 1
-        disturbed: Tensor = output + INTEGER_TOLERANCE * output.abs().max() * signs
-        return disturbed
-
-    layers = [quantized.model.get_submodule(name) for name in quantized.structure.linear_names]
-    handles = [layer.register_forward_hook(disturb) for layer in layers]
-    try:
-        outputs: Tensor = quantized(pixels)
-        return outputs
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -138,7 +138,7 @@ def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
     if codes.const_value is not None:
         return Operand(weight=_weight(dequantize, codes, scale, kind))
     quantize = codes.producer()
-    if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.inputs[1] is not scale:
+    if quantize is None or quantize.op_type != "QuantizeLinear" or not _equal(quantize.inputs[1], scale):
         raise _bad(f"{dequantize.name} does not follow a QuantizeLinear of the same scale")
     _refuse_zero_point(quantize)
     zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
@@ -183,13 +183,17 @@ def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, boo
         return value, _lowest(value), INT8_MAX, True
     bounds = [float(_array(v)) if v is not None else None for v in (*clip.inputs[1:], None, None)][:2]
     codes = [None if b is None else round(b / scale) for b in bounds]
-    exact = all(
-        b is None or np.float32(c) * np.float32(scale) == np.float32(b) for b, c in zip(bounds, codes, strict=True)
-    )
+    exact = all(b is None or _is_bound(b, c, scale) for b, c in zip(bounds, codes, strict=True))
     source = clip.inputs[0]
     assert source is not None
     low = _lowest(source) if codes[0] is None else codes[0]
     return source, low, INT8_MAX if codes[1] is None else codes[1], exact
+
+
+def _is_bound(bound: float, code: int | None, scale: float) -> bool:
+    """Whether a Clip's bound is the value of a code, in fp32 or rounded once to FP16."""
+    exact = np.float32(0 if code is None else code) * np.float32(scale)
+    return bool(np.float32(bound) in (exact, np.float32(np.float16(exact))))
 
 
 def _lowest(value: ir.Value) -> int:
@@ -210,6 +214,11 @@ def _refuse_zero_point(node: ir.Node) -> None:
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     if zero is not None and np.any(_array(zero).astype(np.float32)):
         raise _bad(f"{node.name} has a zero point other than 0")
+
+
+def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
+    """Whether two values are one, or hold the same numbers: a scale may be stored in two types."""
+    return a is b or np.array_equal(_array(a), _array(b))
 
 
 def _array(value: ir.Value | None, node: ir.Node | None = None) -> Any:

@@ -71,7 +71,7 @@ def inputs_of(quantized: QuantizedVit, layers: Sequence[ExportedLayer], taps: Ma
             if operand.source is not None:
                 tensor = taps[layer.name][what]
                 tensor = tensor.transpose(-2, -1) if what == "k" else tensor
-                found[input_name(operand.source)] = _in_rank(tensor, operand.source).contiguous().numpy()
+                found[input_name(operand.source)] = in_rank(tensor, operand.source).contiguous().numpy()
     return found
 
 
@@ -162,16 +162,12 @@ def layer_error(found: Tensor, expected: Tensor) -> float:
     return float(difference / expected.abs().max().clamp(min=_TINY))
 
 
-def _in_rank(tensor: Tensor, value: ir.Value) -> Tensor:
+def in_rank(tensor: Tensor, value: ir.Value) -> Tensor:
     """The same numbers in the graph's number of axes: the exporter may merge some that torch keeps apart."""
     shape = list(value.shape or ())
     if not shape or len(shape) == tensor.dim():
         return tensor
     return tensor.reshape(-1, *(int(side) for side in shape[1:]))  # type: ignore[arg-type]
-
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 def input_name(value: ir.Value) -> str:
@@ -198,8 +194,8 @@ def _cut(
     import onnx
     import onnx_ir as ir
 
-    sources = dict.fromkeys(o.source for layer in layers for o in layer.operands if o.source is not None)
-    nodes, tensors, used = _between(list(sources), outputs)
+    sources = sources_of(layers)
+    nodes, tensors, used = way_between(sources, outputs)
     protos = [ir.to_proto(node) for node in nodes]
     inputs = {str(source.name): input_name(source) for source in sources if source in used}
     for proto in protos:
@@ -215,14 +211,25 @@ def _cut(
         cast = zip(names, results, strict=True)
         protos += [onnx.helper.make_node("Cast", [a], [b], to=onnx.TensorProto.FLOAT) for a, b in cast]
     ranks = {input_name(s): None if s.shape is None else len(s.shape) for s in sources}
-    graph = onnx.helper.make_graph(
-        protos, "layers",
-        [_float(name, ranks[name]) for name in inputs.values()], [_float(name, None) for name in results],
-        initializer=[ir.to_proto(tensor.const_value) for tensor in tensors if tensor.const_value is not None],
-    )  # fmt: skip
-    opset = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    made: Any = onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version)
+    given = [float_value(name, ranks[name]) for name in inputs.values()]
+    made = model_of(model, protos, tensors, given, [float_value(name, None) for name in results])
     return bytes(made.SerializeToString())
+
+
+def model_of(model: ir.Model, nodes: list[Any], tensors: list[ir.Value], given: list[Any], results: list[Any]) -> Any:
+    """A model of some of a graph's nodes and stored tensors, between described inputs and outputs."""
+    import onnx
+    import onnx_ir as ir
+
+    stored = [ir.to_proto(tensor.const_value) for tensor in tensors if tensor.const_value is not None]
+    graph = onnx.helper.make_graph(nodes, "layers", given, results, initializer=stored)
+    opset = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=model.ir_version)
+
+
+def sources_of(layers: Sequence[ExportedLayer]) -> list[ir.Value]:
+    """The float values that the layers' operands are made from."""
+    return list(dict.fromkeys(o.source for layer in layers for o in layer.operands if o.source is not None))
 
 
 def _widened(product: Any) -> list[Any]:
@@ -237,13 +244,14 @@ def _widened(product: Any) -> list[Any]:
     return [*casts, helper.make_node("MatMul", sides, [total], name=product.name), narrow]
 
 
-def _float(name: str, rank: int | None) -> Any:
+def float_value(name: str, rank: int | None) -> Any:
+    """The description of a float32 tensor of so many axes, or of any number."""
     import onnx
 
     return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None if rank is None else [None] * rank)
 
 
-def _between(
+def way_between(
     sources: Iterable[ir.Value], outputs: Iterable[ir.Value]
 ) -> tuple[list[ir.Node], list[ir.Value], set[ir.Value]]:
     """Nodes and stored tensors that lead from `sources` to `outputs`, nodes in the graph's order."""

@@ -114,9 +114,9 @@ def _float_tensors(
         copies += [name for weight in quantized.weights.values() if _is_copy(tensor, weight.dequantize())]
     for name, layer in layers.items():
         bias = state.get(f"{name}.bias")
-        if bias is not None and layer.bias is not None:
+        if bias is not None:
             compared += 1
-            different += [] if _equal(layer.bias, bias) else [f"{name}.bias"]
+            different += [] if layer.bias is not None and _equal(layer.bias, bias) else [f"{name}.bias"]
     detail = f"of {compared}{'; the first: ' + different[0] if different else ''}"
     return (len(different), detail), (len(copies), ", ".join(copies[:3]))
 
@@ -129,6 +129,4 @@ def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
     if tensor.numel() != weight.numel() or weight.dim() < 2:
         return False
     tensor = tensor.float()
-    if tensor.shape == weight.shape:
-        return torch.equal(tensor, weight)
-    return weight.dim() == 2 and tensor.shape == weight.T.shape and torch.equal(tensor, weight.T)
+    return any(tensor.shape == form.shape and torch.equal(tensor, form) for form in (weight, weight.mT))

@@ -11,15 +11,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from exporters.graph.between import between_gates, parent_pieces
+from exporters.graph.classes import class_gates, compare_classes, own_agreement
 from exporters.graph.formats import MODEL_FILE, OnnxFormat
 from exporters.graph.gates import (
     check_kernels,
-    class_gates,
     codes_gate,
-    compare_classes,
     float_gate,
     kernel_gate,
-    measure_noise,
     outputs_gate,
     parity_gates,
 )
@@ -116,37 +115,38 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
             ir.save(graph.model, writer.root / MODEL_FILE)
             write_description(writer.root, quantized)
             progress.advance(1)
-            gates, near_tie = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
+            gates = _gates(writer.root / MODEL_FILE, graph, quantized, options.format, images)
             progress.advance(1)
             fix = f"report it, with versions of torch, onnxscript and onnxruntime; what was written is in {writer.root}"
             writer.require_gates(gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
             stated = graph_details(graph, quantized, options.format.value).model_dump()
-            return _commit(writer, artifact, quantized, options, OnnxDetails(**stated, near_tie=near_tie))
+            return _commit(writer, artifact, quantized, options, OnnxDetails(**stated))
 
 
 def _gates(
     path: Path, graph: QuantizedGraph, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages
-) -> tuple[list[Gate], float]:
-    """Everything that is compared, on the written file; and the margin that counts as a near-tie."""
+) -> list[Gate]:
+    """Everything that is compared, on the written file."""
     model = ir.load(path)
     layers = read_layers(model)
     gates = reopen_gates(model, layers, quantized, format)
     if format is OnnxFormat.QDQ_EXACT:
         gates += [kernel_gate(check_kernels(path, layers)), codes_gate(model, layers, quantized, images.pixels)]
         found = _outputs(path, images)
-        return [*gates, outputs_gate(ExactVit(quantized)(images.pixels), found)], 0.0
+        return [*gates, outputs_gate(ExactVit(quantized)(images.pixels), found)]
     gates.append(float_gate(graph.float_bytes, quantized, images.pixels))
     expected_model = as_exported(quantized, format)
     taps = expected_model.taps(images.pixels[:_LAYER_IMAGES])
     inputs = inputs_of(expected_model, layers, taps)
     gates += parity_gates(compare_layers(model, layers, inputs, outputs_of(layers, taps)))
-    gates.append(kernel_gate(check_kernels(path, layers)))
+    pieces = parent_pieces(model, layers, expected_model, images.pixels[:_LAYER_IMAGES])
+    gates += [*between_gates(model, layers, pieces), kernel_gate(check_kernels(path, layers))]
     found = _outputs(path, images)
     with torch.no_grad():
         expected = expected_model(images.pixels)
-    near_tie = measure_noise(expected_model, images.pixels, expected)
-    return gates + class_gates(compare_classes(expected, found, near_tie, images.source)), near_tie
+    own = own_agreement(expected_model, images.pixels, expected)
+    return gates + class_gates(compare_classes(expected, found, own, images.source))
 
 
 def _outputs(path: Path, images: ProbeImages) -> Tensor:

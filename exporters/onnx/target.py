@@ -29,7 +29,7 @@ class OnnxDetails(GraphDetails):
     """Of an export to ONNX."""
 
     near_tie: float = Field(
-        default=0.0, description="margin of two classes within which rounding errors may swap them, logits"
+        default=0.0, description="of earlier exports: margin of two classes, logits; nothing is judged by it any more"
     )
 
 

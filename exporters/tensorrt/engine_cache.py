@@ -23,7 +23,8 @@ from pydantic import Field
 from exporters.graph.formats import MODEL_FILE
 from exporters.tensorrt.builder import SETTINGS, Shapes, build_enterprise, build_rtx, check_enterprise, shapes
 from exporters.tensorrt.engines import ENGINES
-from exporters.tensorrt.listing import read_precision
+from exporters.tensorrt.listing import PrecisionReport, read_precision
+from exporters.tensorrt.program import read_program
 from exporters.tensorrt.recipe import PACKED_SUFFIX, EngineRecipe, cache_folder, installed_builder, unpack_engine
 from exporters.tensorrt.target import KIND, BuiltEngine, EnterpriseSettings, TrtDetails, TrtFormat
 from fp8pipe.artifact import Artifact, check_file, open_artifact, sha256_file, translate_disk_full
@@ -50,7 +51,7 @@ class ReadyEngine:
     path: Path  # the plain file
     recipe: EngineRecipe  # what it was made from
     source: EngineSource  # the export, the cache, or built just now
-    precisions: Mapping[str, int]  # products by precision
+    precisions: Mapping[str, int]  # products by precision, as listed
     reasons: tuple[str, ...]  # why the export's own engine was not taken; empty when it was
 
 
@@ -81,17 +82,19 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
     reasons = _stale(artifact, entry, wanted, capability)
     if entry is not None and not reasons and not entry.engine.endswith(PACKED_SUFFIX):
         return ReadyEngine(artifact.root / entry.engine, wanted, EngineSource.EXPORT, entry.precisions, ())
-    kept = _from_cache(wanted)
-    if kept is not None:
-        source = EngineSource.CACHE if reasons else EngineSource.EXPORT
-        return ReadyEngine(_place(wanted), wanted, source, kept.precisions, reasons)
-    if entry is not None and not reasons:
+    if entry is not None and not reasons:  # kept under that file's digest: no other is taken for it
+        packed = next(file.sha256 for file in artifact.manifest.files if file.path == entry.engine)
 
         def unpack(path: Path) -> Mapping[str, int]:
             unpack_engine(artifact.root / entry.engine, path)
             return entry.precisions
 
-        return ReadyEngine(_place(wanted), wanted, EngineSource.EXPORT, _keep(wanted, unpack), ())
+        if _from_cache(wanted, packed) is None:
+            _keep(wanted, unpack, packed)
+        return ReadyEngine(_place(wanted, packed), wanted, EngineSource.EXPORT, entry.precisions, ())
+    kept = _from_cache(wanted)
+    if kept is not None:
+        return ReadyEngine(_place(wanted), wanted, EngineSource.CACHE, kept.precisions, reasons)
     notice = f"building the engine of {artifact.root} for {capability} again: {'; '.join(reasons)}"
     if on_build is not None:
         on_build(notice)
@@ -99,6 +102,26 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
         logger.warning("%s", notice)
     precisions = _keep(wanted, lambda path: _build(artifact, wanted, path))
     return ReadyEngine(_place(wanted), wanted, EngineSource.BUILT, precisions, reasons)
+
+
+def engine_precisions(export: Artifact, engine: ReadyEngine) -> PrecisionReport | None:
+    """In which precision an engine multiplies the export's products, read from its own bytes.
+
+    None for engines of TensorRT, whose form is not known: only its inspector on a GPU reads them.
+
+    Raises:
+        BadArtifactError: it holds no program that can be read.
+    """
+    if engine.recipe.builder == "enterprise":
+        return None
+    return read_precision(_products(export), read_program(engine.path))
+
+
+def _products(artifact: Artifact) -> list[str]:
+    """Nodes of the graph that multiply."""
+    import onnx_ir as ir
+
+    return [str(node.name) for node in ir.load(artifact.root / MODEL_FILE).graph if node.op_type in _PRODUCTS]
 
 
 def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
@@ -139,13 +162,14 @@ def _stale(artifact: Artifact, entry: BuiltEngine | None, wanted: EngineRecipe, 
     return (*differences, damage) if damage else differences
 
 
-def _place(recipe: EngineRecipe) -> Path:
-    return cache_folder() / f"{recipe.digest[:32]}.engine"
+def _place(recipe: EngineRecipe, packed: str = "") -> Path:
+    """Where an engine is kept: one that was built here, or the one that was unpacked from a file of this digest."""
+    return cache_folder() / f"{recipe.digest[:32]}{'-' if packed else ''}{packed[:32]}.engine"
 
 
-def _from_cache(recipe: EngineRecipe) -> _Kept | None:
+def _from_cache(recipe: EngineRecipe, packed: str = "") -> _Kept | None:
     """A whole engine of this recipe, if the cache has one."""
-    path = _place(recipe)
+    path = _place(recipe, packed)
     try:
         kept = _Kept.model_validate_json(path.with_suffix(".json").read_bytes())
         whole = kept.recipe == recipe and sha256_file(path) == kept.sha256
@@ -154,9 +178,9 @@ def _from_cache(recipe: EngineRecipe) -> _Kept | None:
     return kept if whole else None
 
 
-def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]]) -> dict[str, int]:
+def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]], packed: str = "") -> dict[str, int]:
     """Put an engine into the cache: the engine in one step, then the record that makes it count."""
-    place = _place(recipe)
+    place = _place(recipe, packed)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with translate_disk_full(place.parent), tempfile.TemporaryDirectory(dir=place.parent) as scratch:
@@ -194,11 +218,8 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
             why=f"the installed distribution says {recipe.version}",
             fix="install it again",
         )
-    import onnx_ir as ir
-
     # What the export was held to.
-    nodes = [str(node.name) for node in ir.load(graph).graph if node.op_type in _PRODUCTS]
-    report = read_precision(nodes, built.layers)
+    report = read_precision(_products(artifact), built.layers)
     details = artifact.manifest.details_of(TrtDetails)
     format = TrtFormat(details.format)
     required = artifact.manifest.config["require"] and not format.weight_only

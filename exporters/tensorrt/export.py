@@ -9,17 +9,17 @@ from typing import Any, Final
 
 import onnx_ir as ir
 
+from exporters.graph.between import between_gates, parent_pieces
 from exporters.graph.formats import MODEL_FILE, OnnxFormat
 from exporters.graph.gates import float_gate
 from exporters.graph.images import ProbeImages, probe_images
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.lint import lint_model, refuse
-from exporters.graph.parity import FLOAT_TOLERANCE, INTEGER_TOLERANCE
 from exporters.graph.plan import vision_plan
 from exporters.graph.produce import QuantizedGraph, graph_details, write_description
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import import_onnx_package
-from exporters.graph.trace import INPUT_NAME, ProductKind, stored_bytes
+from exporters.graph.trace import INPUT_NAME, stored_bytes
 from exporters.onnx.export import plan_export
 from exporters.onnx.target import OnnxExportOptions
 from exporters.tensorrt.builder import (
@@ -47,7 +47,7 @@ from exporters.tensorrt.graph import choose_format, in_format, typed_graph, with
 from exporters.tensorrt.half import compare_halved, halve, refuse_not_half, stored_arrays
 from exporters.tensorrt.lint import check_file
 from exporters.tensorrt.listing import PrecisionReport, artifact_precisions, read_precision
-from exporters.tensorrt.parity import block_gates, block_parity, typed_gates, typed_parity
+from exporters.tensorrt.parity import product_gates
 from exporters.tensorrt.recipe import EngineRecipe, pack_engine
 from exporters.tensorrt.target import (
     ENGINE_LIMITS,
@@ -180,10 +180,8 @@ class _Made:
         gates = reopen_gates(model, layers, quantized, OnnxFormat.QDQ)
         gates.append(float_gate(self.graph.float_bytes, quantized, images.pixels))
         pixels = images.pixels[:_LAYER_IMAGES]
-        convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
-        report = typed_parity(model, layers, quantized, pixels)
-        gates += typed_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE)
-        gates += block_gates(block_parity(model, layers, quantized, pixels))
+        gates += product_gates(model, layers, quantized, pixels)
+        gates += between_gates(model, layers, parent_pieces(model, layers, quantized, pixels), engine=False)
         before = stored_arrays(model)
         if self.options.base is Base.FP16:
             with refuse_not_half(source, "quantize the model again with this version, or export with --base fp32"):

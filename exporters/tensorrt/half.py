@@ -16,12 +16,16 @@ from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from exporters.graph.between import with_floats
 from exporters.graph.layers import DYNAMIC_QUANTIZE
 from exporters.graph.passes.editing import Change, add_initializer, cast, cast_outputs
+from exporters.graph.produce import float_model
 from exporters.graph.trace import stored_array
 from fp8pipe.artifact import Gate, none_of
 from fp8pipe.artifact.finding import Finding, LintFindingsError
+from fp8pipe.models.vision.quantized import QuantizedVit
 
 _LARGEST: Final = float(np.finfo(np.float16).max)
 _QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear", DYNAMIC_QUANTIZE)
@@ -68,6 +72,24 @@ def halve(model: ir.Model) -> Change:
     _cast_inputs(graph, islands)
     cast_outputs(graph, "half", ir.DataType.FLOAT16)
     return Change("halve", tuple(changed))
+
+
+def in_single(model: ir.Model) -> ir.Model:
+    """A written graph with float32 wherever it has FP16; every number keeps its value."""
+    made: ir.Model = ir.from_proto(with_floats(ir.to_proto(model), "float32"))
+    return made
+
+
+def in_half(quantized: QuantizedVit) -> QuantizedVit:
+    """The model with every float that is not a code's or a scale's rounded once to FP16: what a halved graph holds."""
+    model = float_model(quantized)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float32:
+            tensor.data = tensor.data.half().float()
+    return QuantizedVit(
+        model, quantized.architecture, quantized.preprocessing, quantized.structure, quantized.weights,
+        quantized.activations,
+    )  # fmt: skip
 
 
 def _input_islands(graph: ir.Graph) -> frozenset[ir.Node]:

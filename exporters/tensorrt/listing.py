@@ -135,7 +135,7 @@ def _inspected(entry: Mapping[str, Any]) -> EngineLayer:
     constants = _tensors(entry.get("Constants", ()))
     weights = entry.get("Weights")
     if isinstance(weights, Mapping) and weights.get("Count"):
-        constants += (Port(shape=(int(weights["Count"]),), dtype=_dtype(str(weights["Type"]))),)
+        constants += (Port(shape=(int(weights["Count"]),), dtype=port_type(str(weights["Type"]))),)
     return EngineLayer(
         name=entry["Name"], kind=_KINDS.get(entry["LayerType"], entry["LayerType"]), inputs=_tensors(entry["Inputs"]),
         constants=constants, outputs=_tensors(entry["Outputs"]), tactic=str(entry.get("TacticName", "")),
@@ -147,13 +147,14 @@ def _tensors(entries: Any) -> tuple[Port, ...]:
     return tuple(
         Port(
             shape=tuple(int(side) for side in entry["Dimensions"]),
-            dtype=_dtype(next(str(entry[key]) for key in _TYPE_KEYS if key in entry)),
+            dtype=port_type(next(str(entry[key]) for key in _TYPE_KEYS if key in entry)),
         )
         for entry in entries
     )
 
 
-def _dtype(text: str) -> str:
+def port_type(text: str) -> str:
+    """The builder's name of a type that a text describes."""
     lowered = text.lower()
     return next((name for part, name in _TYPES if part in lowered), text)
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from exporters.graph.between import evaluate
 from exporters.graph.gates import layer_codes_gate, layer_error_gate, torch_errors
 from exporters.graph.layers import DOMAIN, DYNAMIC_QUANTIZE, ExportedLayer
 from exporters.graph.parity import (
@@ -69,6 +70,16 @@ def typed_parity(
             inputs[input_name(source)] = rows.contiguous().numpy()
             outputs[layer.label] = outputs[layer.label].flatten(2).transpose(1, 2)
     return compare_layers(model, layers, inputs, outputs, optimize=False)
+
+
+def product_gates(
+    model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
+) -> list[Gate]:
+    """All products of a float32 graph, on the same input on both sides."""
+    convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
+    report = typed_parity(model, layers, quantized, pixels)
+    gates = typed_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE) if report else []
+    return gates + block_gates(block_parity(model, layers, quantized, pixels))
 
 
 def typed_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLERANCE) -> list[Gate]:
@@ -124,11 +135,9 @@ def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
 def evaluate_graph(graph: Path | bytes, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Outputs by name of a graph with NVFP4 operators, which ONNX Runtime does not have, node by node; slow."""
     import onnx
-    from onnx.reference import ReferenceEvaluator
 
     proto = onnx.load_model_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)
-    evaluator = ReferenceEvaluator(proto, new_ops=[_operator()])
-    return dict(zip(evaluator.output_names, evaluator.run(None, dict(inputs)), strict=True))
+    return evaluate(proto, inputs, [_operator()])
 
 
 def _operator() -> Any:

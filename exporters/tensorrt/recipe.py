@@ -76,6 +76,10 @@ def cache_folder() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache" / "fp8pipe") / "engines"
 
 
+# The source text of kernels shrinks to a tenth or so; a file of zeros to a seven-thousandth.
+_UNPACKED_TIMES: Final = 200
+
+
 def pack_engine(engine: Path) -> Path:
     """Replace `NAME.engine` by `NAME.engine.xz`; its path."""
     packed = engine.with_name(engine.name + PACKED_SUFFIX)
@@ -89,10 +93,14 @@ def unpack_engine(packed: Path, target: Path) -> None:
     """Unpack an engine to `target`.
 
     Raises:
-        BadArtifactError: it is not whole.
+        BadArtifactError: it is not whole, or unpacks to more than an engine can.
     """
+    most, written = _UNPACKED_TIMES * packed.stat().st_size + _CHUNK_BYTES, 0
     try:
         with lzma.open(packed) as file, target.open("wb") as unpacked:
-            shutil.copyfileobj(file, unpacked, _CHUNK_BYTES)
+            while chunk := file.read(_CHUNK_BYTES):
+                written += unpacked.write(chunk)
+                if written > most:
+                    raise lzma.LZMAError(f"it unpacks to more than {most} bytes")
     except (lzma.LZMAError, EOFError) as error:
         raise BadArtifactError(f"{packed} is damaged", why=str(error), fix="export the model again") from error

@@ -192,7 +192,8 @@ TARGET: Final = ExportTarget(
     help="a Q/DQ graph and engines for TensorRT", export="exporters.tensorrt.export:export_tensorrt",
     plan="exporters.tensorrt.export:plan_tensorrt", verify="exporters.tensorrt.verify:check_trt",
     engines=(
-        Engine("tensorrt", "validation.tensorrt.validate:validate_tensorrt", "validation.tensorrt.validate:describe"),
+        Engine("tensorrt", "validation.tensorrt.validate:validate_tensorrt", "validation.tensorrt.validate:describe",
+               ("against",)),
     ),
     service=Service(
         "vision", serve="serving.vision.server:serve_vision", plan="validation.plan:plan_tensorrt",

@@ -123,7 +123,7 @@ class Parent(FrozenConfig):
 
     kind: str = Field(description="the parent's kind, or 'model' for a checkpoint without a manifest")
     digest: str = Field(description="the parent's manifest digest, or a digest of its weights")
-    path: str = Field(description="where it was when it was read; for people, never followed")
+    path: str = Field(description="where it was when it was read; what lies there now is taken by its digest alone")
     content: Sha256 | None = Field(
         default=None, description="the parent's content digest, which a rerun keeps; none for a model"
     )

@@ -51,6 +51,11 @@ class VerdictRecord(BaseModel):
         return Verdict.ANOMALOUS if self.verdict == REJECT else Verdict(self.verdict)
 
     @property
+    def measures(self) -> str:
+        """The command, where it only measured: such a record may have nothing that had to hold."""
+        return str(self.document.get("stage") or "")
+
+    @property
     def form(self) -> str:
         """The form of serving that it covers, in words; empty where the engine has one form only."""
         served = self.document.get("served")
@@ -82,7 +87,7 @@ def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
         raise _unsound(path, f"it is not JSON: {error}"[:300]) from error
     if record.verdict != REJECT:
         wrong = [*record.reasons, *failures(record.gates)]
-        if wrong or not record.gates:
+        if wrong or not (record.gates or record.measures):
             raise _unsound(path, f"its verdict is {record.verdict}, but {'; '.join(wrong)[:300] or 'it has no gates'}")
     export = path.with_name(path.stem.rpartition(".")[0])
     digest = read_manifest(export).digest if artifact is None else artifact.digest
@@ -107,6 +112,8 @@ def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictReco
     why, fix = f"no record of a validation lies at {path}", f"fp8pipe validate {artifact.root}"
     if path.exists():
         record = read_verdict(path, artifact)
+        if record.measures:
+            raise _unsound(path, f"it is a record of {record.measures}, and of no validation")
         if record.said is Verdict.ACCEPT:
             return record
         why = f"{path.name} says {record.verdict}: {'; '.join([*record.reasons, *record.not_proved])[:300]}"

@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -241,15 +242,33 @@ def _build(compiler: str) -> Path:
         digest.update(part)
     cache = Path(os.environ.get("FP8PIPE_CACHE", Path.home() / ".cache" / "fp8pipe")) / "native"
     target = cache / f"kernels-{digest.hexdigest()[:16]}.so"
-    if target.exists():
+    seal = target.with_suffix(".sha256")
+    if _is_ours(target) and _is_ours(seal) and seal.read_text() == _sha256(target):
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         built = Path(scratch) / target.name
         command = [compiler, *flags, str(source), "-o", str(built), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True)
+        (Path(scratch) / seal.name).write_text(_sha256(built))
+        for path in (built, Path(scratch) / seal.name):
+            path.chmod(0o644)
         built.replace(target)
+        (Path(scratch) / seal.name).replace(seal)
     return target
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a plain file of this user's, which nobody else may write: machine code of others is not loaded."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _processor() -> str:

@@ -171,7 +171,7 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     """The base model in the configured dtype, on its device."""
     auto = import_transformers().AutoModelForCausalLM
     try:
-        model = auto.from_pretrained(source.path, dtype=getattr(torch, config.dtype))
+        model = auto.from_pretrained(source.path, dtype=getattr(torch, config.dtype), use_safetensors=True)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigurationError(
             f"{config.model} cannot be loaded as a causal language model",

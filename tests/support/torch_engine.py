@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from exporters.vllm.environment import VllmEnvironment
-from exporters.vllm.reopen import iter_weights, load_torch_model
+from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from validation.vllm.launcher import ProbeJob
 from validation.vllm.reference import chat_ids, load_tokenizer
@@ -39,11 +39,11 @@ class TorchEngine:
         self.faults, self.weights = faults or {}, weights or {}
         self.jobs: list[ProbeJob] = []
 
-    def __call__(self, job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeout_s: float) -> dict[str, Any]:
+    def __call__(self, job: ProbeJob, environment: VllmEnvironment, dump: Path, **limits: Any) -> dict[str, Any]:
         widen_bf16_products()
         self.jobs.append(job)
         root, name = Path(job.model), job.arguments[job.arguments.index("--dtype") + 1]
-        model = load_torch_model(root, torch.float32)
+        model = build_model(root, _weights(root), torch.float32)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, name))
         self.faults.get(name, lambda model: None)(model)
@@ -56,7 +56,7 @@ class TorchEngine:
 
     def _weights(self, job: ProbeJob, root: Path, name: str, dump: Path) -> dict[str, Any]:
         change = self.weights.get(name, lambda _, value: value)
-        held = {key: change(key, value.to(getattr(torch, name)).float()) for key, value in iter_weights(root)}
+        held = {key: change(key, value.to(getattr(torch, name)).float()) for key, value in _weights(root).items()}
         report: dict[str, Any] = {}
         for index, (key, expected) in enumerate(job.tensors.items()):
             if key not in held:
@@ -69,6 +69,13 @@ class TorchEngine:
                 report[key]["file"] = str(dump / f"{index}.safetensors")
                 save_file({"value": value}, report[key]["file"])
         return report
+
+
+def _weights(root: Path) -> dict[str, Tensor]:
+    """What the files stand for, fp32."""
+    stored = {name: value for file in root.glob("*.safetensors") for name, value in load_file(file).items()}
+    scales = {name: stored.pop(name) for name in [n for n in stored if n.endswith(".weight_scale")]}
+    return {name: value.float() * scales.get(f"{name}_scale", torch.tensor(1.0)) for name, value in stored.items()}
 
 
 @torch.inference_mode()

@@ -41,6 +41,8 @@ class ToyDetails(Details):
 class ToyRecord(BaseModel):
     """What a validation found."""
 
+    schema_version: int = Field(default=1, description="version of this schema")
+    versions: dict[str, str] = Field(default={"toy-engine": "1"}, description="of what took part")
     manifest_digest: str
     engine: str = "toy-engine"
     gates: list[Gate]

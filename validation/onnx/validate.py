@@ -1,8 +1,10 @@
-"""Prove that ONNX Runtime computes what an exported graph says, and, with the artifact, what was quantized.
+"""Prove that ONNX Runtime computes what an exported graph says, and that this is what was quantized.
 
-Without the artifact the graph is its own reference: its layers are compared with the exact products of the codes in
-the file, and the whole net with the same graph run plainly, operator by operator. With it, every number in the file
-is compared with the artifact's first, and the reference is the quantized model in torch.
+The artifact is the reference: it is given, or found by its digest where the manifest says it was or beside the export.
+Every number in the file is compared with it; each product and all that lies between two of them is fed the artifact's
+own values on both sides; classes and outputs of the whole net are compared beside that, never alone. Pictures are
+compared in addition to the calibration images. Without the artifact the graph is its own reference, and the verdict is
+CONSISTENT at best: the engine computes what the file says, and nothing is known of where the file came from.
 """
 
 from __future__ import annotations
@@ -18,23 +20,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from exporters.graph.between import between_gates, file_pieces, parent_pieces, run_to
+from exporters.graph.classes import ClassAgreement, class_gates, compare_classes, own_agreement
 from exporters.graph.formats import MODEL_FILE, OnnxFormat
-from exporters.graph.gates import (
-    ClassAgreement,
-    KernelReport,
-    agreement_gate,
-    check_kernels,
-    class_gates,
-    codes_gate,
-    compare_classes,
-    kernel_gate,
-    outputs_gate,
-    own_agreement,
-    parity_gates,
-)
+from exporters.graph.gates import KernelReport, check_kernels, codes_gate, kernel_gate, outputs_gate, parity_gates
 from exporters.graph.images import ProbeImages, folder_images, probe_images
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.parity import LayerParity, compare_layers, input_name, inputs_of, outputs_of
+from exporters.graph.parity import LayerParity, compare_layers, input_name, inputs_of, outputs_of, sources_of
 from exporters.graph.produce import as_exported
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import import_onnx_package, open_session, run
@@ -48,37 +40,22 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
-from fp8pipe.models.vision.quantized import load_quantized
+from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
+from validation.parents import artifact_at_hand
 from validation.record import EngineRecord, concluded, heading
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-
 _LAYER_IMAGES: Final = 4
 _BATCH: Final = 64
 _VERSIONS: Final = ("torch", "onnx", "onnx-ir", "onnxruntime")
-
-
-@dataclass(frozen=True, slots=True)
-class _Reference:
-    """What the engine is compared with.
-
-    Attributes:
-        name: "artifact" or "export".
-        gates: comparisons of the file itself.
-        inputs: of the cut layers, by name; None where the whole net has exact results, and layers are not cut.
-        outputs: torch's outputs of the layers, by label; None without torch model.
-        expected: outputs of the whole net, (N, C).
-        own: share of the images whose class it keeps itself when disturbed; None where that was not asked.
-    """
-
-    name: str
-    gates: list[Gate]
-    inputs: dict[str, Any] | None
-    outputs: dict[str, Tensor] | None
-    expected: Tensor
-    own: float | None = None
+# Where there is no model to disturb, nine of ten classes are asked for.
+_UNKNOWN: Final = 0.9
+_NO_SOURCE: Final = (
+    "where the numbers and operators come from: the artifact was not at hand, so the file was compared with itself; "
+    "give it with --against"
+)
 
 
 def validate_onnx(export: Path, *, against: Path | None = None, images: Path | None = None) -> OnnxValidationRecord:
@@ -86,13 +63,11 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
 
     Args:
         export: the export's directory.
-        against: the quantized artifact it was made from; then that is the reference.
-        images: an image folder; the whole net is compared on up to 500 of its pictures instead of the calibration
-            images, and must choose the artifact's class for 99.5 % of them, or for as many as the artifact itself
-            keeps under rounding errors. Needs `against`.
+        against: the quantized artifact it was made from; looked for by its digest when None.
+        images: an image folder; everything is compared on up to 500 of its pictures, too. Needs the artifact.
 
     Returns:
-        The record, of verdict ACCEPT.
+        The record, of verdict ACCEPT, or CONSISTENT where the artifact was not found.
 
     Raises:
         ConfigurationError: `against` is not the export's parent, or missing; `images` is no image folder.
@@ -100,44 +75,29 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
         MissingCapabilityError: a package is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
-    if images is not None and against is None:
-        raise ConfigurationError(
-            "pictures cannot be compared without the artifact",
-            why="it tells how many classes rounding errors alone may change",
-            fix="give it with --against",
-        )
     onnx_ir = import_onnx_package("onnx_ir")
     artifact = open_artifact(export, kind=KIND)
-    source = None if against is None else _parent(artifact, against)
+    source = artifact_at_hand(artifact, against, kind=VIT_KIND)
+    if images is not None and source is None:
+        raise ConfigurationError(
+            "pictures cannot be compared without the artifact",
+            why="it tells how many classes rounding errors alone may change, and it was not found",
+            fix="give it with --against",
+        )
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     model = _load(onnx_ir, artifact.root / MODEL_FILE)
-    layers = read_layers(model)
     preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
-    if images is None:
-        probes = probe_images(None if source is None else source.root, preprocessing)
-    else:
-        probes = folder_images(images, preprocessing)
-    with track(2, "validate") as progress:
-        reference = (
-            _own(artifact, model, layers, probes)
-            if source is None
-            else _torch(artifact, source, model, layers, probes, of_pictures=images is not None)
-        )
-        progress.advance(1)
-        record = _compare(artifact, model, layers, probes, reference)
+    probes = [probe_images(None if source is None else source.root, preprocessing)]
+    probes += [] if images is None else [folder_images(images, preprocessing)]
+    judge = _Judge(artifact, model, read_layers(model), None if source is None else load_quantized(source.root))
+    with track(1 + len(probes), "validate") as progress:
+        found = []
+        for each in probes:
+            found.append(judge.on_images(each))
+            progress.advance(1)
+        record = judge.record(found)
         progress.advance(1)
     return concluded(record, artifact, record.reasons, f"ONNX Runtime does not compute what {artifact.root} holds")
-
-
-def _parent(export: Artifact, against: Path) -> Artifact:
-    source = open_artifact(against, kind=VIT_KIND)
-    if source.digest not in {parent.digest for parent in export.manifest.parents}:
-        raise ConfigurationError(
-            f"{export.root} was not made from {against}",
-            why="its manifest names another artifact, or that artifact has changed since",
-            fix="give the artifact that was exported",
-        )
-    return source
 
 
 def _load(onnx_ir: Any, path: Path) -> ir.Model:
@@ -148,47 +108,105 @@ def _load(onnx_ir: Any, path: Path) -> ir.Model:
     return model
 
 
-def _torch(
-    export: Artifact,
-    source: Artifact,
-    model: ir.Model,
-    layers: tuple[ExportedLayer, ...],
-    images: ProbeImages,
-    *,
-    of_pictures: bool,
-) -> _Reference:
-    """The quantized model, rebuilt from the artifact."""
-    quantized = load_quantized(source.root)
-    format = OnnxFormat(export.manifest.details_of(OnnxDetails).format)
-    if format is OnnxFormat.QDQ_EXACT:
-        gates = reopen_gates(model, layers, quantized, format)
-        gates.append(codes_gate(model, layers, quantized, images.pixels))
-        return _Reference("artifact", gates, None, None, _in_batches(ExactVit(quantized), images))
-    expected = as_exported(quantized, format)
-    taps = expected.taps(images.pixels[:_LAYER_IMAGES])
-    with torch.no_grad():
-        outputs = _in_batches(expected, images)
-    return _Reference(
-        "artifact", reopen_gates(model, layers, quantized, format), inputs_of(expected, layers, taps),
-        outputs_of(layers, taps), outputs, own_agreement(expected, images.pixels, outputs) if of_pictures else None,
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _OnImages:
+    """What was found on some images: the layers, the whole net, and gates."""
+
+    layers: list[LayerParity]
+    classes: ClassAgreement
+    gates: list[Gate]
 
 
-def _own(export: Artifact, model: ir.Model, layers: tuple[ExportedLayer, ...], images: ProbeImages) -> _Reference:
-    """The graph itself, no operator optimized."""
-    if OnnxFormat(export.manifest.details_of(OnnxDetails).format) is OnnxFormat.QDQ_EXACT:
-        # Its own reference is itself in another batch and on one thread: the order of sums must not matter.
-        single = open_session(export.root / MODEL_FILE, threads=1)
-        outputs = [run(single, {INPUT_NAME: x.numpy()})[OUTPUT_NAME] for x in images.pixels.split(1)]
-        return _Reference("export", [], None, None, torch.from_numpy(np.concatenate(outputs)))
-    session = open_session(export.root / MODEL_FILE, optimize=False)
-    whole = _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
-    found = run(
-        open_session(_with_outputs(model, layers), optimize=False), {INPUT_NAME: images.pixels[:_LAYER_IMAGES].numpy()}
-    )
-    found[INPUT_NAME] = images.pixels[:_LAYER_IMAGES].numpy()
-    inputs = {input_name(source): found[str(source.name)] for source in _sources(layers)}
-    return _Reference("export", [], inputs, None, whole)
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """One validation.
+
+    Attributes:
+        export: what is judged.
+        model: its graph, as read from the file.
+        layers: its products.
+        parent: the model of its artifact; None where that was not found.
+    """
+
+    export: Artifact
+    model: ir.Model
+    layers: tuple[ExportedLayer, ...]
+    parent: QuantizedVit | None
+
+    @property
+    def path(self) -> Path:
+        return self.export.root / MODEL_FILE
+
+    @property
+    def format(self) -> OnnxFormat:
+        return OnnxFormat(self.export.manifest.details_of(OnnxDetails).format)
+
+    def on_images(self, images: ProbeImages) -> _OnImages:
+        """Everything that needs images; layers and what is between them on the first few."""
+        few = images.pixels[:_LAYER_IMAGES]
+        if self.format is OnnxFormat.QDQ_EXACT:
+            return self._exact(images)
+        if self.parent is None:
+            inputs, outputs = self._own(few), None
+            pieces = file_pieces(self.model, self.layers, few)
+            expected, own = self._outputs(images, optimize=False), _UNKNOWN
+        else:
+            reference = as_exported(self.parent, self.format)
+            taps, pieces = reference.taps(few), parent_pieces(self.model, self.layers, reference, few)
+            inputs, outputs = inputs_of(reference, self.layers, taps), outputs_of(self.layers, taps)
+            with torch.no_grad():
+                expected = _in_batches(reference, images)
+            own = own_agreement(reference, images.pixels, expected)
+        parity = compare_layers(self.model, self.layers, inputs, outputs)
+        classes = compare_classes(expected, self._outputs(images), own, images.source)
+        gates = [*parity_gates(parity), *between_gates(self.model, self.layers, pieces), *class_gates(classes)]
+        return _OnImages(parity, classes, gates)
+
+    def _exact(self, images: ProbeImages) -> _OnImages:
+        """One value is right: codes and outputs of the whole net, bit for bit."""
+        found, gates = self._outputs(images), []
+        if self.parent is None:
+            # Its own reference is itself in another batch and on one thread: the order of sums must not matter.
+            single = open_session(self.path, threads=1)
+            outputs = [run(single, {INPUT_NAME: x.numpy()})[OUTPUT_NAME] for x in images.pixels.split(1)]
+            expected = torch.from_numpy(np.concatenate(outputs))
+        else:
+            gates.append(codes_gate(self.model, self.layers, self.parent, images.pixels))
+            expected = _in_batches(ExactVit(self.parent), images)
+        classes = compare_classes(expected, found, 1.0, images.source)
+        return _OnImages([], classes, [*gates, outputs_gate(expected, found)])
+
+    def _outputs(self, images: ProbeImages, *, optimize: bool = True) -> Tensor:
+        """What the engine gives, as in service or with every operator as it stands."""
+        session = open_session(self.path, optimize=optimize)
+        return _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
+
+    def _own(self, pixels: Tensor) -> dict[str, Any]:
+        """Inputs of the cut layers as the graph itself makes them, no operator optimized."""
+        sources = sources_of(self.layers)
+        found = run_to(self.model, [str(source.name) for source in sources], pixels.numpy())
+        return {input_name(source): found[str(source.name)] for source in sources}
+
+    def record(self, found: list[_OnImages]) -> OnnxValidationRecord:
+        """The verdict on all that was found: on the probe images, and on pictures."""
+        kernels, started = check_kernels(self.path, self.layers), time.perf_counter()
+        open_session(self.path)
+        load_s = time.perf_counter() - started
+        gates = [] if self.parent is None else reopen_gates(self.model, self.layers, self.parent, self.format)
+        gates += [*found[0].gates, kernel_gate(kernels)]
+        gates += [
+            gate.model_copy(update={"name": f"{gate.name}, pictures"}) for each in found[1:] for gate in each.gates
+        ]
+        reasons = failures(gates)
+        accepted: Literal["ACCEPT", "CONSISTENT"] = "CONSISTENT" if self.parent is None else "ACCEPT"
+        return OnnxValidationRecord(
+            **heading(self.export), engine="onnxruntime", versions=installed_versions(_VERSIONS),
+            reference="export" if self.parent is None else "artifact", layers=found[0].layers, kernels=kernels,
+            classes=found[0].classes, pictures=found[1].classes if found[1:] else None, gates=gates,
+            load_s=round(load_s, 3), reasons=reasons, verdict="REJECT" if reasons else accepted,
+            not_proved=[*([_NO_SOURCE] if self.parent is None else []),
+                        *(each.classes.lowered for each in found if each.classes.lowered)],
+        )  # fmt: skip
 
 
 def _in_batches(model: Callable[[Tensor], Tensor], images: ProbeImages) -> Tensor:
@@ -196,67 +214,18 @@ def _in_batches(model: Callable[[Tensor], Tensor], images: ProbeImages) -> Tenso
     return torch.cat([model(batch) for batch in images.pixels.split(_BATCH)])
 
 
-def _sources(layers: tuple[ExportedLayer, ...]) -> list[ir.Value]:
-    return list(dict.fromkeys(o.source for layer in layers for o in layer.operands if o.source is not None))
-
-
-def _with_outputs(model: ir.Model, layers: tuple[ExportedLayer, ...]) -> bytes:
-    """The graph with the float inputs of all layers as further outputs."""
-    import onnx
-    import onnx_ir as ir
-
-    proto = ir.to_proto(model)
-    present = {value.name for value in (*proto.graph.input, *proto.graph.output)}
-    names = [str(source.name) for source in _sources(layers) if source.name not in present]
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
-    return bytes(proto.SerializeToString())
-
-
-def _compare(
-    export: Artifact,
-    model: ir.Model,
-    layers: tuple[ExportedLayer, ...],
-    images: ProbeImages,
-    reference: _Reference,
-) -> OnnxValidationRecord:
-    path = export.root / MODEL_FILE
-    exact = reference.inputs is None
-    parity = [] if reference.inputs is None else compare_layers(model, layers, reference.inputs, reference.outputs)
-    kernels = check_kernels(path, layers)
-    started = time.perf_counter()
-    session = open_session(path)
-    load_s = time.perf_counter() - started
-    found = _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
-    near_tie = export.manifest.details_of(OnnxDetails).near_tie
-    classes = compare_classes(reference.expected, found, near_tie, images.source)
-    whole = [outputs_gate(reference.expected, found)] if exact else class_gates(classes)
-    gates = [*reference.gates, *(parity_gates(parity) if parity else ()), kernel_gate(kernels), *whole]
-    gates += [] if reference.own is None else [agreement_gate(classes, reference.own)]
-    reasons = failures(gates)
-    return OnnxValidationRecord(
-        **heading(export),
-        engine="onnxruntime",
-        versions=installed_versions(_VERSIONS),
-        reference="artifact" if reference.name == "artifact" else "export",
-        layers=parity,
-        kernels=kernels,
-        classes=classes,
-        gates=gates,
-        load_s=round(load_s, 3),
-        reasons=reasons,
-        verdict="REJECT" if reasons else "ACCEPT",
-    )
-
-
 def describe(export: Path, record: OnnxValidationRecord) -> str:
     """The record for people."""
     title = f"{record.verdict}  {export} in ONNX Runtime {record.versions.get('onnxruntime', '')}"
-    return f"{title}, against the {record.reference}\n{table([gate.row for gate in record.gates])}"
+    lines = [f"{title}, against the {record.reference}", table([gate.row for gate in record.gates])]
+    return "\n".join([*lines, *(f"  not proved: {text}" for text in record.not_proved)])
 
 
 class OnnxValidationRecord(EngineRecord):
     """One validation: what was compared with what, and the verdict."""
 
+    # 3: CONSISTENT, what is not proved, and pictures beside the probe images.
+    schema_version: int = Field(default=3, description="version of this schema")
     versions: dict[str, str] = Field(description="versions of the packages that took part")
     reference: Literal["artifact", "export"] = Field(
         description="what it was compared with: the artifact in torch, or the graph's own codes, every operator plain"
@@ -265,8 +234,12 @@ class OnnxValidationRecord(EngineRecord):
         description="every product, fed the same input on both sides; none for exact formats, compared whole"
     )
     kernels: KernelReport = Field(description="which operator runs each product")
-    classes: ClassAgreement = Field(description="the whole net")
+    classes: ClassAgreement = Field(description="the whole net, on the probe images")
+    pictures: ClassAgreement | None = Field(description="the whole net on pictures; none where none were given")
     gates: list[Gate] = Field(description="the comparisons with their thresholds")
     load_s: float = Field(ge=0, description="time to load the engine, seconds")
     reasons: list[str] = Field(description="why it was rejected; empty when accepted")
-    verdict: Literal["ACCEPT", "REJECT"] = Field(description="ACCEPT or REJECT")
+    not_proved: list[str] = Field(description="what the verdict does not say, and why")
+    verdict: Literal["ACCEPT", "CONSISTENT", "REJECT"] = Field(
+        description="CONSISTENT: the engine computes what the file says; the artifact was not at hand"
+    )

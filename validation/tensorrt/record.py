@@ -13,7 +13,7 @@ from fp8pipe.artifact.gate import failures
 from fp8pipe.core.config import FrozenConfig
 from validation.record import EngineRecord, concluded, heading
 
-Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "REJECT"]
+Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"]
 
 
 class EngineReport(FrozenConfig):
@@ -25,6 +25,7 @@ class EngineReport(FrozenConfig):
     source: Literal["export", "cache", "built"] = Field(description="whether it is the export's own")
     reasons: tuple[str, ...] = Field(description="why the export's own does not serve; empty when it does")
     precisions: dict[str, int] = Field(description="products by the precision they are multiplied in")
+    read: bool = Field(default=False, description="whether that was read from the engine, or is what a builder listed")
 
 
 class Timing(FrozenConfig):
@@ -48,36 +49,46 @@ class Execution(FrozenConfig):
 class TrtValidationRecord(EngineRecord):
     """One validation."""
 
+    # 3: CONSISTENT, the reference, and precisions that are read from the engine.
+    schema_version: int = Field(default=3, description="version of this schema")
     engine: Literal["tensorrt"] = Field(default="tensorrt", description="the engine's name")
     versions: dict[str, str] = Field(description="versions of the packages that took part")
     graph_sha256: str = Field(description="digest of the graph, as in the manifest")
     format: str = Field(description="the number format of the products")
     engines: tuple[EngineReport, ...] = Field(description="engines that were looked at")
+    reference: Literal["artifact", "export"] = Field(
+        default="export", description="what the graph was compared with: the artifact's model, or nothing else"
+    )
     execution: Execution | None = Field(description="none where no GPU is")
     proved: tuple[str, ...] = Field(description="what holds, in words")
     not_proved: tuple[str, ...] = Field(description="what was not tried, and why; empty on a GPU")
     gates: tuple[Gate, ...] = Field(description="comparisons with their thresholds")
     reasons: tuple[str, ...] = Field(description="why it was rejected; empty otherwise")
     verdict: Verdict = Field(
-        description="PROVED-WITHOUT-RUNNING: nothing speaks against it, and no engine was executed"
+        description="PROVED-WITHOUT-RUNNING: nothing speaks against it, and no engine was executed; CONSISTENT: the "
+        "graph was not compared with the artifact"
     )
 
 
 def conclude(
     artifact: Artifact, format: str, gates: Sequence[Gate], engines: Iterable[EngineReport], *,
     packages: Sequence[str], proved: Sequence[str], not_proved: Sequence[str], execution: Execution | None = None,
+    compared: bool | None = None,
 ) -> TrtValidationRecord:  # fmt: skip
     """Judge by the gates, and write the record, with the versions of `packages`, beside the export.
+
+    `compared` says whether the graph was compared with the artifact; None where no validation of the kind does.
 
     Raises:
         ExportRejectedError: a gate failed.
     """
     reasons = tuple(failures(gates))
     accepted: Verdict = "ACCEPT" if execution is not None else "PROVED-WITHOUT-RUNNING"
+    accepted = "CONSISTENT" if compared is False else accepted
     record = TrtValidationRecord(
         **heading(artifact), versions=installed_versions(packages),
         graph_sha256=sha256_file(artifact.root / MODEL_FILE), format=format, engines=tuple(engines),
         execution=execution, proved=tuple(proved), not_proved=tuple(not_proved), gates=tuple(gates), reasons=reasons,
-        verdict="REJECT" if reasons else accepted,
+        verdict="REJECT" if reasons else accepted, reference="artifact" if compared else "export",
     )  # fmt: skip
     return concluded(record, artifact, reasons, f"{artifact.root} does not hold in TensorRT")

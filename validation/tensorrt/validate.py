@@ -1,15 +1,15 @@
 """Prove what can be proved of an export for TensorRT on this machine, and say what could not be.
 
-Everywhere: the files are those of the manifest, ONNX Runtime runs the graph as it stands, every engine fits the
-installed builder (or is built again, with a notice), and every product is multiplied in the export's format. On a GPU
+Everywhere: the files are those of the manifest; the graph holds the artifact's numbers, and each product and all that
+lies between two of them computes what the artifact's model computes; every engine fits the installed builder (or is
+built again, with a notice), and its own bytes say that every product is multiplied in the graph's format. On a GPU
 also: the engine's outputs against ONNX Runtime's on the same pixels, and its time against an FP16 engine of the same
-weights.
+weights. Where the artifact is not at hand the verdict is CONSISTENT at best.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -20,18 +20,21 @@ from exporters.graph.formats import MODEL_FILE
 from exporters.graph.images import probe_images
 from exporters.graph.runtime import import_onnx_package, open_session, run
 from exporters.tensorrt.builder import build_enterprise, build_rtx, check_enterprise
-from exporters.tensorrt.engine_cache import ReadyEngine, ready_engine
+from exporters.tensorrt.engine_cache import EngineSource, ReadyEngine, engine_precisions, ready_engine
 from exporters.tensorrt.engines import ENGINES
 from exporters.tensorrt.half import dequantize_graph
 from exporters.tensorrt.parity import evaluate_graph
 from exporters.tensorrt.target import CAPABILITIES, KIND, EnterpriseSettings, TrtDetails, TrtFormat
 from fp8pipe.artifact import Artifact, Comparison, Gate, open_artifact
+from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
 from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.numerics.kinds import Kind
+from validation.parents import artifact_at_hand
+from validation.tensorrt.gates import graph_gates, is_waived, precision_gates
 from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, conclude
 from validation.tensorrt.run import run_engine
 
@@ -43,17 +46,22 @@ _IMAGES: Final = 64
 _FEW_IMAGES: Final = 2
 
 
-def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = None) -> TrtValidationRecord:
+def validate_tensorrt(
+    export: Path, *, against: Path | None = None, notify: Callable[[str], None] | None = None
+) -> TrtValidationRecord:
     """Validate an export to TensorRT and write `<export>.validation.json` beside it.
 
     Args:
         export: the export's directory.
+        against: the quantized artifact it was made from; looked for by its digest when None.
         notify: gets the notice of an engine that is built again; the log otherwise.
 
     Returns:
-        The record: ACCEPT when an engine was run, PROVED-WITHOUT-RUNNING where no GPU is.
+        The record: ACCEPT when an engine was run, PROVED-WITHOUT-RUNNING where no GPU is, CONSISTENT where the artifact
+        is not at hand.
 
     Raises:
+        ConfigurationError: `against` is not the export's parent.
         BadArtifactError: anything but an engine is damaged, ONNX Runtime refuses the graph, or an engine does not run.
         MissingCapabilityError: a package is missing; an engine must be built and no builder is there; or the GPU is
             none that the export's builder builds for.
@@ -62,11 +70,12 @@ def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = No
     """
     import_onnx_package("onnxruntime")
     artifact = open_artifact(export, kind=KIND, caches=ENGINES)
+    source = artifact_at_hand(artifact, against, kind=VIT_KIND)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     device = next(iter(gpus()), None)
     here = None if device is None else f"{device.capability[0]}.{device.capability[1]}"
     capabilities = list(_details(artifact).engines) if here is None else [_runnable(artifact, here)]
-    with track(2 + len(capabilities), "validate") as progress:
+    with track(3 + len(capabilities), "validate") as progress:
         pixels = _pixels(artifact)
         expected = _expected(artifact, pixels)
         progress.advance(1)
@@ -76,19 +85,26 @@ def validate_tensorrt(export: Path, *, notify: Callable[[str], None] | None = No
             progress.advance(1)
         execution = None if here is None else _execute(artifact, engines[0], pixels, expected)
         progress.advance(1)
+        held = None if source is None else graph_gates(artifact, source)
+        progress.advance(1)
     reference = "ONNX's reference evaluator" if _is_nvfp4(artifact) else "ONNX Runtime"
-    gates = [_finite(expected, reference), *(_precision(artifact, engine) for engine in engines)]
+    read = [engine_precisions(artifact, engine) for engine in engines]
+    gates = [*(held or ()), _finite(expected, reference)]
+    for engine, report in zip(engines, read, strict=True):
+        gates += [] if report is None else precision_gates(artifact, engine, report)
     gates += [] if execution is None else [_error(execution, reference)]
     reports = (
         EngineReport(
             capability=e.recipe.capability, builder=e.recipe.builder, version=e.recipe.version,
-            source=e.source.value, reasons=e.reasons, precisions=dict(e.precisions),
+            source=e.source.value, reasons=e.reasons,
+            precisions=report.counts() if report else dict(e.precisions), read=report is not None,
         )
-        for e in engines
+        for e, report in zip(engines, read, strict=True)
     )  # fmt: skip
     return conclude(
         artifact, _details(artifact).format, gates, reports, packages=_VERSIONS, execution=execution,
-        proved=_proved(artifact, engines, execution, reference), not_proved=_not_proved(engines, execution),
+        proved=_proved(artifact, held, engines, execution, reference), compared=held is not None,
+        not_proved=_not_proved(artifact, held, engines, execution),
     )  # fmt: skip
 
 
@@ -177,19 +193,6 @@ def _finite(expected: np.ndarray, reference: str) -> Gate:
     return Gate(name="outputs that are no numbers", value=bad, detail=detail)
 
 
-def _precision(artifact: Artifact, engine: ReadyEngine) -> Gate:
-    """Products in another precision than the graph has them in: they are as many of each kind, or some are not."""
-    format, counts = TrtFormat(_details(artifact).format), engine.precisions
-    wanted = Counter(_details(artifact).products.values())
-    other = 0 if format.weight_only else sum((Counter(counts) - wanted).values())
-    required = bool(artifact.manifest.config["require"])
-    return Gate(
-        name=f"products not in {format} for {engine.recipe.capability}", value=other,
-        comparison=Comparison.AT_MOST, threshold=0 if required else other,
-        detail=", ".join(f"{count} in {name}" for name, count in sorted(counts.items())),
-    )  # fmt: skip
-
-
 def _error(execution: Execution, reference: str) -> Gate:
     value = execution.relative_error
     return Gate(
@@ -198,29 +201,54 @@ def _error(execution: Execution, reference: str) -> Gate:
     )  # fmt: skip
 
 
-def _proved(artifact: Artifact, engines: list[ReadyEngine], execution: Execution | None, reference: str) -> list[str]:
+def _proved(
+    artifact: Artifact, held: list[Gate] | None, engines: list[ReadyEngine], execution: Execution | None, reference: str
+) -> list[str]:
     gates = sum(gate.passed for gate in artifact.manifest.gates)
     said = [
         f"every file but engines has the manifest's digest; {gates} gates of the export passed on them",
         f"{reference} reads and runs the graph",
         *(
-            f"{e.recipe.builder} {e.recipe.version} parsed the graph and built it for {e.recipe.capability} "
-            f"(engine from the {'export' if e.source == 'export' else 'cache'}): "
-            + ", ".join(f"{count} products in {name}" for name, count in sorted(e.precisions.items()))
+            f"{e.recipe.builder} {e.recipe.version} built the engine for {e.recipe.capability} ({_WHERE[e.source]})"
             for e in engines
         ),
     ]
+    if held is not None:
+        said.append("the graph holds the artifact's numbers, and computes what its model computes, product by product "
+                    "and between them")  # fmt: skip
     if execution is not None:
         said.append(f"the engine ran on {execution.device}, and was timed")
     return said
 
 
-def _not_proved(engines: list[ReadyEngine], execution: Execution | None) -> list[str]:
+_WHERE: Final = {
+    EngineSource.EXPORT: "the export's own", EngineSource.CACHE: "from this machine's cache, not the export's own",
+    EngineSource.BUILT: "built just now, not the export's own",
+}  # fmt: skip
+
+
+def _not_proved(
+    artifact: Artifact, held: list[Gate] | None, engines: list[ReadyEngine], execution: Execution | None
+) -> list[str]:
+    said = [] if held is not None else [
+        "where the numbers and operators of the graph come from: the artifact was not at hand; give it with --against"
+    ]  # fmt: skip
+    said += [
+        f"the export's own engine for {e.recipe.capability}: another was taken, for {'; '.join(e.reasons)}"
+        for e in engines if e.reasons
+    ]  # fmt: skip
+    if is_waived(artifact):
+        said.append("that every product keeps its precision: the export was made with --no-require")
+    if any(e.recipe.builder == "enterprise" for e in engines):
+        said.append("precisions: they are those that the builder listed; TensorRT's engines are not read here")
     if execution is not None:
-        return []
-    missing = [] if engines else ["that a builder takes the graph: the export holds no engine"]
-    missing.append("execution: no engine was loaded or run, for there is no GPU here (or torch sees none)")
-    return [*missing, "timing: no speed was measured"]
+        return said
+    said += [] if engines else ["that a builder takes the graph: the export holds no engine"]
+    return [
+        *said,
+        "execution: no engine was loaded or run, for there is no GPU here (or torch sees none)",
+        "timing: no speed was measured",
+    ]
 
 
 def describe(export: Path, record: TrtValidationRecord) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Final
 
 import torch
@@ -17,6 +19,7 @@ from exporters.vllm.reopen import changed_on_purpose, file_gates
 from fp8pipe.artifact import Artifact, Gate, staged
 from fp8pipe.artifact.gate import failures
 from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.machine import available_bytes
 from fp8pipe.core.progress import track
 from validation.record import heading
 from validation.vllm.expected import ExpectedWeights, count_differences
@@ -113,9 +116,21 @@ def compare(case: Case) -> ValidationRecord:
     expected = ExpectedWeights(case.artifact, case.plan)
     digests = _digests(expected, (torch.float32, dtype))
     arguments = [*PARITY_ARGUMENTS, "--max-model-len", str(asked.length)]
-    exact = _run(case, asked, expected, digests, torch.float32, arguments, in_process())
     variables = case.form.variables(VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    served = _run(case, asked, expected, digests, dtype, case.form.arguments(), variables)
+    # Most of a start is one thread's work: side by side two take little longer than one.
+    ended = Event()
+    with ThreadPoolExecutor(2 if _room_for_two(expected) else 1) as pool:
+        try:
+            first = pool.submit(
+                _run, case, asked, expected, digests, torch.float32, arguments, in_process(), ended
+            )  # fmt: skip
+            second = pool.submit(
+                _run, case, asked, expected, digests, dtype, case.form.arguments(), variables, ended
+            )  # fmt: skip
+            exact, served = first.result(), second.result()
+        except BaseException:  # an interruption, too: what still runs is ended
+            ended.set()
+            raise
     logprobs, canary, report = _against_torch(case, asked, expected, exact, served)
     gates = [
         *files, *exact.weights.gates("in fp32"), *logprobs.gates, wrong_answers(canary, "in fp32"),
@@ -126,6 +141,12 @@ def compare(case: Case) -> ValidationRecord:
         logprobs=logprobs, canary=canary, served=report, chat_template=asked.chat,
         load_s=round(exact.result["load_s"], 3), peak_rss_bytes=exact.result["peak_rss_bytes"],
     )  # fmt: skip
+
+
+def _room_for_two(expected: ExpectedWeights) -> bool:
+    """Whether memory holds both engines: each itself and its cache, and two copies of its weights, fp32 the larger."""
+    stored = sum(entry.size_bytes for entry in expected.entries.values())
+    return available_bytes() > 2 * (3 * 2**30 + 8 * stored)
 
 
 def _questions(case: Case) -> _Questions:
@@ -167,14 +188,14 @@ def _digests(expected: ExpectedWeights, dtypes: tuple[torch.dtype, ...]) -> dict
 
 def _run(
     case: Case, asked: _Questions, expected: ExpectedWeights, digests: dict[torch.dtype, dict[str, Any]],
-    dtype: torch.dtype, arguments: list[str], variables: dict[str, str],
+    dtype: torch.dtype, arguments: list[str], variables: dict[str, str], ended: Event,
 ) -> _Run:  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump, staged(case.artifact) as model:
         job = ProbeJob(
             model=str(model), arguments=arguments, tensors=digests[dtype], sequences=asked.sequences,
             prompts=list(case.prompts), chat=asked.chat, max_tokens=case.max_tokens, variables=variables,
         )  # fmt: skip
-        result = run_probe(job, case.environment, Path(dump), timeout_s=case.timeout_s)
+        result = run_probe(job, case.environment, Path(dump), timeout_s=case.timeout_s, ended=ended)
         return _Run(job, result, _compare_weights(expected, digests[dtype], dtype, result["weights"]))
 
 

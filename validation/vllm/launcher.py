@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from pydantic import Field
@@ -214,7 +215,9 @@ class ProbeJob:
     variables: Mapping[str, str] = field(default_factory=in_process)  # the environment
 
 
-def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeout_s: float) -> dict[str, Any]:
+def run_probe(
+    job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeout_s: float, ended: Event | None = None
+) -> dict[str, Any]:
     """Run one job in a fresh engine.
 
     Args:
@@ -222,6 +225,7 @@ def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeou
         environment: where vLLM is.
         dump: an existing directory for tensors that differ.
         timeout_s: longest time for all of it, seconds.
+        ended: from another thread: the engine is to be ended.
 
     Returns:
         The probe's result, see `probe.run`.
@@ -230,7 +234,7 @@ def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeou
         MissingCapabilityError: vLLM, or the plugin, refused this installation.
         OutOfMemoryError: the engine ran out of memory or was killed for it.
         BadArtifactError: vLLM could not load or run the export; its last lines are shown.
-        Fp8PipeError: it took longer than `timeout_s`.
+        Fp8PipeError: it took longer than `timeout_s`, or was `ended`.
     """
     with tempfile.TemporaryDirectory(prefix="fp8pipe-probe-") as folder:
         root = Path(folder)
@@ -239,7 +243,7 @@ def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeou
         log = root / "engine.log"
         command = [str(environment.python), "-P", str(PROBE), str(root / "job.json")]
         logger.info("starting vLLM %s on %s", environment.vllm, job.model)
-        code = _run(command, dict(job.variables), log, timeout_s)
+        code = _run(command, dict(job.variables), log, timeout_s, ended or Event())
         if code != 0 or not (root / "result.json").is_file():
             raise engine_failure(f"vLLM failed on {job.model}", code, log)
         result: dict[str, Any] = json.loads((root / "result.json").read_text(encoding="utf-8"))
@@ -247,15 +251,18 @@ def run_probe(job: ProbeJob, environment: VllmEnvironment, dump: Path, *, timeou
         return result
 
 
-def _run(command: list[str], variables: dict[str, str], log: Path, timeout_s: float) -> int:
+def _run(command: list[str], variables: dict[str, str], log: Path, timeout_s: float, ended: Event) -> int:
     started = time.monotonic()
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
     try:
-        return process.wait(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        why = f"{time.monotonic() - started:.0f} s passed; its last lines:\n{last_lines(log)}"
-        fix = "allow more time, or a machine with more cores"
-        raise Fp8PipeError("vLLM did not finish in time", why=why, fix=fix) from None
+        while (code := process.poll()) is None and not ended.wait(_POLL_S):
+            if time.monotonic() - started > timeout_s:
+                why = f"{time.monotonic() - started:.0f} s passed; its last lines:\n{last_lines(log)}"
+                fix = "allow more time, or a machine with more cores"
+                raise Fp8PipeError("vLLM did not finish in time", why=why, fix=fix)
+        if code is None:
+            raise Fp8PipeError("vLLM was ended", why="the validation ended before it")
+        return code
     finally:
         end_group(process)

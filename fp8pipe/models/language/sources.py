@@ -17,7 +17,7 @@ from typing import Final
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.gguf import convert_gguf
 from fp8pipe.models.checkpoint.sidecars import HUB_FILES, read_config
-from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries
+from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, header_entries, weight_files
 from fp8pipe.models.samples import sample_name, smollm2_gguf
 
 MODEL_SAMPLES: Final = ("smollm2",)
@@ -131,6 +131,8 @@ def _check_checkpoint(path: Path) -> None:
             why="only pickled weights are there, which are not loaded" if pickled else "no *.safetensors file is there",
             fix="save the model again with save_pretrained(...)" if pickled else "check that the download is complete",
         )
+    with blame_configuration():
+        weight_files(path)  # an index names files of this directory alone
 
 
 def check_unquantized(path: Path) -> None:

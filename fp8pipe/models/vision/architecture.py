@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import torch
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ARCHITECTURE_FILE: Final = "architecture.json"
+
+# What a stored architecture may ask of timm: shapes and parts. Others are files, addresses and code (`checkpoint_path`,
+# `pretrained_cfg`, `cache_dir`), and a name with a colon or a slash is one of the hub's.
+_ARGUMENTS: Final = frozenset(
+    ("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "depths", "num_heads",
+     "head_dim", "mlp_ratio", "qkv_bias", "qk_norm", "proj_bias", "scale_attn_norm", "scale_mlp_norm", "init_values",
+     "class_token", "pos_embed", "no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm",
+     "dynamic_img_size", "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+     "attn_drop_rate", "drop_path_rate", "weight_init", "fix_init", "window_size", "always_partition",
+     "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "head_init_scale", "swiglu_mlp", "scale_mlp",
+     "attn_type", "rope_type", "num_reg_tokens", "use_rot_pos_emb", "rope_mixed_mode", "rope_grid_indexing",
+     "use_mean_pooling", "use_fc_norm", "use_post_norm", "num_prefix_tokens", "distilled",
+     "pool_include_prefix", "strict_img_size")
+)  # fmt: skip
 
 Side = Annotated[int, Field(ge=1, le=16384)]
 
@@ -38,12 +54,35 @@ class Architecture(FrozenConfig):
     )
 
     @model_validator(mode="after")
+    def _nothing_but_shapes(self) -> Architecture:
+        if self.library == "timm":
+            if not re.fullmatch(r"[A-Za-z0-9_.]+", self.name):
+                raise ValueError(f"{self.name!r} is no model of timm's own: it may name a file or a place on the hub")
+            check_arguments(self.arguments)
+        return self
+
+    @model_validator(mode="after")
     def _classes_fit(self) -> Architecture:
         if (self.head == "features") != (self.classes is None):
             raise ValueError(f"head {self.head!r} with {'no' if self.classes is None else 'given'} classes")
         if self.classes is not None and (not self.classes or len(set(self.classes)) != len(self.classes)):
             raise ValueError("the class names must be different, and at least one")
         return self
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments for timm that are no shapes or parts of a model.
+
+    Raises:
+        ValueError: one that is not on the list, or holds more than numbers, names and lists of them.
+    """
+    foreign = sorted(set(arguments) - _ARGUMENTS)
+    if foreign:
+        raise ValueError(f"arguments that a stored model may not give to timm: {', '.join(foreign)}")
+    for name, value in arguments.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        if not all(part is None or isinstance(part, str | int | float) for part in parts):
+            raise ValueError(f"the argument {name} is {value!r}, and may be numbers or names")
 
 
 def build(architecture: Architecture) -> nn.Module:

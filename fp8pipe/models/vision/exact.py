@@ -54,7 +54,7 @@ def double_model(quantized: QuantizedVit) -> nn.Module:
     model.load_state_dict(quantized.model.state_dict())
     for module in model.modules():
         if isinstance(getattr(module, "eps", None), float):
-            module.eps = _as_fp32(module.eps)  # type: ignore[assignment, arg-type]
+            module.eps = as_fp32(module.eps)  # type: ignore[assignment, arg-type]
     return model.double()
 
 
@@ -121,7 +121,7 @@ class ExactVit:
         return forward
 
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        q_codes, q_grid = self._codes(f"{name}.q", q * _as_fp32(scale))
+        q_codes, q_grid = self._codes(f"{name}.q", q * as_fp32(scale))
         k_codes, k_grid = self._codes(f"{name}.k", k)
         v_codes, v_grid = self._codes(f"{name}.v", v)
         logits = _scaled(_sum(q_codes, k_codes.transpose(-2, -1)), _joint(q_grid, k_grid))
@@ -159,5 +159,6 @@ def _joint(left: ActivationQuantizer, right: ActivationQuantizer) -> Tensor:
     return torch.tensor(left.scale) * torch.tensor(right.scale)
 
 
-def _as_fp32(value: float) -> float:
+def as_fp32(value: float) -> float:
+    """A number as a graph stores it."""
     return float(torch.tensor(value, dtype=torch.float32))

@@ -17,7 +17,7 @@ from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_timm
-from fp8pipe.models.vision.architecture import Architecture, transformers_class
+from fp8pipe.models.vision.architecture import Architecture, check_arguments, transformers_class
 from fp8pipe.models.vision.prepare import class_count, prepare_model
 from fp8pipe.models.vision.preprocessing import Preprocessing
 from fp8pipe.models.vision.structure import pair_of_integers
@@ -46,7 +46,12 @@ def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretra
     if not isinstance(config.get("architecture"), str):
         return _from_transformers(folder, _class_name(config, folder), image_size)
     _check_weights(folder, "model.safetensors")
-    return load_from_timm(f"local-dir:{folder}", image_size, config.get("model_args", {}))
+    written = config.get("model_args", {})
+    try:
+        check_arguments(written)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{folder / 'config.json'} cannot be used", why=str(error), fix="remove it") from error
+    return load_from_timm(f"local-dir:{folder}", image_size, written)
 
 
 def load_from_timm(
@@ -173,7 +178,8 @@ def _load(folder: Path, name: str) -> Any:
     cls: Any = transformers_class(name)
     _check_weights(folder, "*.safetensors")
     try:
-        model, info = cls.from_pretrained(folder, dtype="float32", local_files_only=True, output_loading_info=True)
+        model, info = cls.from_pretrained(folder, dtype="float32", local_files_only=True,
+                                          use_safetensors=True, output_loading_info=True)  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise BadArtifactError(
             f"{folder} cannot be loaded as {name}", why=_first_line(error), fix="check that the download is complete"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from graph_edits import drop, replace, store
+from graph_edits import stored as store_new
 from quantized_families import quantized_family
 from vit_families import family, random_pixels
 
+from exporters.graph.classes import ClassAgreement, class_gates, compare_classes, own_agreement
 from exporters.graph.formats import OnnxFormat
-from exporters.graph.gates import check_kernels, class_gates, compare_classes, measure_noise, parity_gates
+from exporters.graph.gates import check_kernels, float_gate, parity_gates
 from exporters.graph.layers import read_layers
 from exporters.graph.parity import LayerParity, compare_layers, inputs_of, outputs_of
-from exporters.graph.produce import float_model, quantize_graph
+from exporters.graph.produce import quantize_graph
 from exporters.graph.reopen import reopen_gates
 
 NAME = "hf-vit"
@@ -89,32 +93,99 @@ def test_pairs_with_several_readers_are_found_to_run_in_float(quantized, tmp_pat
     assert set(sharing) <= set(report.float_layers)
 
 
-def test_a_class_may_differ_only_where_the_margin_is_a_near_tie():
+def agreement(images, agreeing, own, difference=0.01):
+    return ClassAgreement(
+        images=images, source="pictures", agreeing=agreeing, own=own, difference=difference,
+        largest_difference=difference, disagreements=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("images", "agreeing", "own", "passes"),
+    [
+        (500, 498, 1.0, True), (500, 497, 1.0, False), (64, 62, 1.0, True), (64, 61, 1.0, False),
+        (500, 475, 0.97, True), (500, 473, 0.97, False),  # three standard errors of a share of 0.97
+        (500, 450, 0.93, True), (500, 449, 0.93, False), (500, 449, 0.5, False),  # never below nine of ten
+        (500, 338, 0.734, False),  # 67.5 %, three standard errors below what that model keeps
+    ],
+)  # fmt: skip
+def test_the_bound_on_classes_depends_on_the_model_alone_and_has_a_floor(images, agreeing, own, passes):
+    found = agreement(images, agreeing, own)
+    assert class_gates(found)[1].passed is passes
+    assert bool(found.lowered) is (own < 1)
+
+
+def test_outputs_have_a_bound_of_their_own():
     expected = torch.tensor([[1.0, 2.0, 0.0], [1.0, 1.05, 0.0], [5.0, 0.0, 0.0]])
     found = torch.tensor([[1.0, 2.0, 0.0], [1.1, 1.05, 0.0], [5.0, 0.0, 0.0]])
-    agreement = compare_classes(expected, found, 0.1, "here")
-    assert (agreement.images, agreement.agreeing) == (3, 2)
-    assert agreement.disagreements[0].margin == pytest.approx(0.05)
-    assert agreement.clear_disagreements == []
-    assert class_gates(agreement)[0].passed
-    assert not class_gates(compare_classes(expected, found, 0.01, "here"))[0].passed
+    compared = compare_classes(expected, found, 1.0, "here")
+    assert (compared.images, compared.agreeing) == (3, 2)
+    assert compared.disagreements[0].margin == pytest.approx(0.05)
+    assert [gate.passed for gate in class_gates(compared)] == [True, True]
+    assert [gate.passed for gate in class_gates(compare_classes(expected, 2 * found, 1.0, "here"))] == [False, True]
     found[2, 0] = float("nan")
-    assert not class_gates(compare_classes(expected, found, 9.0, "here"))[0].passed
+    assert not class_gates(compare_classes(expected, found, 1.0, "here"))[0].passed
 
 
-def test_noise_is_what_errors_at_the_layers_do(quantized):
-    """Without quantizers of activations nothing is chaotic: the noise stays near the disturbance of 1e-6 a layer."""
+def test_what_a_model_keeps_is_measured_on_itself(quantized):
+    """Nothing of the disturbance is left behind."""
     pixels = random_pixels(family(NAME), 4)
-    smooth = type(quantized)(
-        float_model(quantized), quantized.architecture, quantized.preprocessing, quantized.structure,
-        quantized.weights, {},
-    )  # fmt: skip
     with torch.no_grad():
-        expected = smooth(pixels)
-    noise = measure_noise(smooth, pixels, expected)
-    assert 1e-7 <= noise / float(expected.abs().max()) <= 1e-4
-    with torch.no_grad():
-        assert torch.equal(smooth(pixels), expected)  # nothing of the disturbance is left behind
+        expected = quantized(pixels)
+        assert 0.5 <= own_agreement(quantized, pixels, expected) <= 1
+        assert torch.equal(quantized(pixels), expected)
+
+
+def _float_graph(quantized, change):
+    model = ir.from_proto(onnx.load_model_from_string(quantize_graph(quantized, OnnxFormat.QDQ, NAME).float_bytes))
+    change(model)
+    return ir.to_proto(model).SerializeToString()
+
+
+def test_the_float_graph_is_compared_before_it_is_quantized(quantized):
+    pixels = random_pixels(family(NAME), 3)
+    assert float_gate(_float_graph(quantized, lambda model: None), quantized, pixels).passed
+
+    def relu(model):
+        node = next(node for node in model.graph if node.op_type == "Gelu")
+        node.op_type = "Relu"
+        node.attributes.clear()
+
+    assert not float_gate(_float_graph(quantized, relu), quantized, pixels).passed
+
+
+def _copy(model, quantized):
+    name, weight = next((n, w) for n, w in quantized.weights.items() if w.codes.dim() == 2)
+    store_new(model, "copy", weight.dequantize().numpy().T.copy())
+    return "float copies of quantized weights", name
+
+
+def _norm(model, quantized):
+    name = next(name for name in model.graph.initializers if "norm" in name)
+    store(name, lambda array: array + np.float32(1e-7))(model)
+    return "float tensors differing", name
+
+
+def _bias(model, quantized):
+    """A bias under another name, of another number."""
+    add = next(node for node in model.graph if str(node.name).endswith("/Add"))
+    index = next(i for i, value in enumerate(add.inputs) if value.const_value is not None)
+    replace(add.name, index, add.inputs[index].const_value.numpy() + np.float32(1e-3))(model)
+    return "float tensors differing", str(add.name).removesuffix("/Add") + ".bias"
+
+
+def _no_bias(model, quantized):
+    add = next(node for node in model.graph if str(node.name).endswith("/Add"))
+    drop(add.name)(model)
+    return "float tensors differing", str(add.name).removesuffix("/Add") + ".bias"
+
+
+@pytest.mark.parametrize("change", [_copy, _norm, _bias, _no_bias])
+def test_floats_biases_and_copies_are_found(change, path, quantized):
+    model = ir.load(path)
+    gate, _ = change(model, quantized)
+    failed = {g.name for g in reopen_gates(model, read_layers(model), quantized, OnnxFormat.QDQ) if not g.passed}
+    assert failed == {gate}
 
 
 def test_sums_of_eight_bit_products_do_not_saturate():

@@ -51,7 +51,6 @@ def test_an_export_holds_all_that_a_service_needs(export, artifact):
     assert [parent.digest for parent in manifest.parents] == [artifact.digest]
     assert manifest.runtime["opset"] == 21
     assert manifest.runtime["onnxruntime"] == manifest.versions["onnxruntime"]
-    assert manifest.details.near_tie >= 0
     assert manifest.warnings == []  # compared on the artifact's own images
     assert json.loads((export.root / CLASSES_FILE).read_text()) == ["ant", "bee", "cat", "dog", "elk"]
     assert (export.root / "preprocessing.json").read_bytes() == (artifact.root / "preprocessing.json").read_bytes()
@@ -169,5 +168,5 @@ def test_the_exported_classes_are_torchs(export, artifact):
         expected = quantized(pixels)
     found = torch.from_numpy(run(open_session(export.root / MODEL_FILE), {"pixels": pixels.numpy()})["logits"])
     margins = expected.topk(2).values
-    clear = (margins[:, 0] - margins[:, 1]) > export.manifest.details.near_tie
+    clear = (margins[:, 0] - margins[:, 1]) > 0.1 * margins[:, 0].abs()
     assert torch.equal(expected.argmax(1)[clear], found.argmax(1)[clear])

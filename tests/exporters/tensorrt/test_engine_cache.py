@@ -11,6 +11,8 @@ from quantized_families import quantized_family, storable, write_vit_artifact
 from exporters.tensorrt import engine_cache
 from exporters.tensorrt.engine_cache import EngineSource, ready_engine
 from exporters.tensorrt.export import export_tensorrt
+from exporters.tensorrt.listing import read_precision
+from exporters.tensorrt.program import read_program
 from exporters.tensorrt.recipe import EngineRecipe, cache_folder
 from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact import MANIFEST_NAME, open_artifact, sha256_file, write_checked
@@ -145,6 +147,30 @@ def test_packed_engines_are_unpacked_into_the_cache(exported, notices, tmp_path,
     assert ready.path.read_bytes() == (exported["plain"] / ENGINE).read_bytes()
     assert ready_engine(exported["packed"], "8.9").path == ready.path
     assert not notices
+
+
+def test_another_engine_of_the_cache_is_never_taken_for_the_export_s_own(exported, notices, tmp_path, monkeypatch):
+    """One of the same recipe and of other bytes, as another version of this project may have built it."""
+    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
+    own = ready_engine(exported["packed"], "8.9", on_build=notices.append)
+    other = cache_folder() / f"{own.recipe.digest[:32]}.engine"
+    other.write_bytes(b"another engine")
+    record = json.loads(own.path.with_suffix(".json").read_text())
+    other.with_suffix(".json").write_text(json.dumps({**record, "sha256": sha256_file(other)}))
+    ready = ready_engine(exported["packed"], "8.9", on_build=notices.append)
+    assert (ready.source, ready.path) == (EngineSource.EXPORT, own.path)
+    assert ready.path.read_bytes() == (exported["plain"] / ENGINE).read_bytes()
+
+
+def test_what_an_engine_multiplies_is_read_from_its_bytes(exported, tmp_path):
+    entry = open_artifact(exported["plain"]).manifest.details.engines["8.9"]
+    products = json.loads((exported["plain"] / "layers.json").read_text())["8.9"]["products"]
+    report = read_precision([product["node"] for product in products], read_program(exported["plain"] / ENGINE))
+    assert report.counts() == entry.precisions
+    assert [product.operands for product in report.products] == [tuple(product["operands"]) for product in products]
+    (tmp_path / "no.engine").write_bytes(b"no engine at all")
+    with pytest.raises(BadArtifactError, match="no program"):
+        read_program(tmp_path / "no.engine")
 
 
 def test_a_changed_graph_is_no_stale_engine_but_a_damaged_export(export):

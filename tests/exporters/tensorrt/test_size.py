@@ -95,3 +95,12 @@ def test_packed_engines_come_back_whole(tmp_path):
     packed.write_bytes(packed.read_bytes()[:-1000])
     with pytest.raises(BadArtifactError, match="damaged"):
         unpack_engine(packed, engine)
+
+
+def test_a_file_that_unpacks_without_end_is_refused(tmp_path):
+    """A thousand times its size: no engine is so compressible."""
+    packed = tmp_path / "zeros.engine.xz"
+    packed.write_bytes(lzma.compress(bytes(64 << 20), preset=9))
+    with pytest.raises(BadArtifactError, match="is damaged") as caught:
+        unpack_engine(packed, tmp_path / "zeros.engine")
+    assert "unpacks to more than" in caught.value.why

@@ -60,6 +60,13 @@ def test_what_is_not_borne_out_is_refused_by_name(artifact, changes, named):
         require_accept(artifact)
 
 
+def test_a_measurement_needs_no_gates_and_accepts_no_export(artifact):
+    path = write_sound_record(artifact.root, gates=[], stage="bench")
+    assert read_verdict(path).said is Verdict.ACCEPT
+    with pytest.raises(BadArtifactError, match="record of bench, and of no validation"):
+        require_accept(artifact)
+
+
 @pytest.mark.parametrize("missing", ["schema_version", "manifest_digest", "verdict", "versions"])
 def test_what_a_record_lacks_is_named(artifact, missing):
     record = sound_record(artifact.digest)

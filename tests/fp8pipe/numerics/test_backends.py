@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -208,3 +211,26 @@ def test_every_device_computes_the_same_mathematics(rule, rows, rank, cols, toke
         for expected, result in zip(found[0], other, strict=True):
             # Two roundings to bf16 in place of one where the thin product is added.
             torch.testing.assert_close(result, expected, rtol=2**-7, atol=2**-8 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_only_what_was_compiled_here_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path))
+    built = backends._build("cc")
+    whole, seal = built.read_bytes(), built.with_suffix(".sha256")
+    made = seal.read_text()
+    before = built.stat().st_mtime_ns
+    assert backends._build("cc").stat().st_mtime_ns == before
+    for spoil in (
+        lambda: built.write_bytes(whole[:-1] + b"x"),
+        lambda: seal.write_text("0" * 64),
+        seal.unlink,
+        lambda: built.chmod(0o666),
+        lambda: (built.rename(tmp_path / "elsewhere"), built.symlink_to(tmp_path / "elsewhere")),
+    ):
+        spoil()
+        again = backends._build("cc")
+        assert not again.is_symlink()
+        assert again.stat().st_mode & 0o022 == 0
+        assert seal.read_text() == hashlib.sha256(again.read_bytes()).hexdigest()
+    assert len(made) == 64

@@ -61,6 +61,20 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     assert "pickled" in refused(empty).why
 
 
+def test_pickled_weights_beside_a_decoy_and_an_index_that_leads_out_are_refused(tmp_path: Path) -> None:
+    """transformers would load the pickle, or what the index names, from wherever it lies."""
+    root = checkpoint(tmp_path / "m")
+    (root / "model.safetensors").rename(root / "decoy.safetensors")
+    (root / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ConfigurationError, match="holds no weights"):
+        resolve_model(str(root))
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"a.weight": "../outside.safetensors"}}
+    (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigurationError, match="points outside its directory"):
+        resolve_model(str(root))
+
+
 def resolve_offline(src: str, cache: Path) -> subprocess.CompletedProcess[str]:
     """huggingface_hub reads its settings once, when imported: a process of its own."""
     code = (

@@ -213,6 +213,11 @@ def test_directories_of_timm(tmp_path: Path):
     with torch.no_grad():
         assert torch.equal(vision_outputs(vision.model, pixels), model(pixels))
     assert vision.architecture.classes == CLASSES
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    config["model_args"]["checkpoint_path"] = str(tmp_path / "evil.pth")
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match="checkpoint_path"):
+        load_vision_model(str(tmp_path / "timm"))
     half = (0.5, 0.5, 0.5)
     assert vision.preprocessing == Preprocessing(resize=80, crop=(64, 64), mean=half, std=half)
     (tmp_path / "timm" / "model.safetensors").unlink()

@@ -1,0 +1,342 @@
+"""Between the products: from what one gives to what the next quantizer reads, through every operator in between.
+
+The graph is cut a second time, at the products' results. Each piece is fed the parent's own results (torch, from the
+artifact), and what reaches the next quantizer, or the output, is compared with what reaches it in torch in float64.
+ONNX's reference evaluator, which shares no code with an engine, runs the pieces in float64: an operator, an attribute
+or a constant that is another shows at 1e-6. An engine runs the same pieces as it runs them in service: 1e-5, for its
+sums round. Nothing is quantized here and no piece hides behind another: what differs is named by its nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from exporters.graph.layers import ExportedLayer
+from exporters.graph.parity import (
+    float_value,
+    in_rank,
+    input_name,
+    inputs_of,
+    layer_error,
+    model_of,
+    sources_of,
+    way_between,
+)
+from exporters.graph.runtime import open_session, run
+from exporters.graph.trace import INPUT_NAME, ProductKind
+from fp8pipe.artifact import Comparison, Gate, none_of
+from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.vision.attention import intercept_attention
+from fp8pipe.models.vision.exact import as_fp32, double_model
+from fp8pipe.models.vision.prepare import vision_outputs
+from fp8pipe.models.vision.quantized import QuantizedVit
+from fp8pipe.models.vision.structure import LinearSite
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# In float64 constants alone differ, which the graph holds in fp32: 6e-8 of a value.
+EVALUATED_TOLERANCE: Final = 1e-6
+ENGINE_TOLERANCE: Final = 1e-5
+# Rotary tables and resized position embeddings are rounded once more than the parent's: by 2^-11 of a value.
+HALF_TOLERANCE: Final = 1e-3
+_PATCHES: Final = "/patches"
+_SHOWN: Final = 6  # nodes of a piece that are named
+
+
+@dataclass(frozen=True, slots=True)
+class _Between:
+    """What lies between the products.
+
+    Attributes:
+        proto: an `onnx.ModelProto`; its inputs and outputs have the names of the graph's values.
+        inputs: results of products, and the graph's inputs, that it reads.
+        pieces: its outputs (what quantizers read, and the graph's outputs), in the graph's order, each with the names
+            of the nodes on its way that none before it has.
+        stored: by output, the names of stored tensors of more than one number on its whole way.
+        passed: of `pieces`, those that are results of products themselves: they are no outputs of the model.
+    """
+
+    proto: Any
+    inputs: tuple[str, ...]
+    pieces: dict[str, list[str]]
+    stored: dict[str, frozenset[str]]
+    passed: tuple[str, ...]
+
+
+def _cut(model: ir.Model, layers: Sequence[ExportedLayer]) -> _Between:
+    """Everything from the products' results, biases included, to the next quantizers and to the output."""
+    import onnx_ir as ir
+
+    stop = {*(layer.output for layer in layers), *model.graph.inputs}
+    order = {node: index for index, node in enumerate(model.graph)}
+    ends = sorted(
+        dict.fromkeys([*sources_of(layers), *model.graph.outputs]),
+        key=lambda value: order.get(value.producer(), -1),  # type: ignore[arg-type]
+    )
+    pieces, stored, seen = {}, {}, set[Any]()
+    for value in ends:
+        nodes, tensors, _ = way_between(stop, [] if value in stop else [value])
+        stored[str(value.name)] = frozenset(str(t.name) for t in tensors if _is_table(t))
+        pieces[str(value.name)] = [str(node.name) for node in nodes if node not in seen]
+        seen.update(nodes)
+    made = [value for value in ends if value not in stop]
+    nodes, tensors, used = way_between(stop, made)
+    inputs = [value for value in (*model.graph.inputs, *(x.output for x in layers)) if value in used]
+    proto = model_of(model, [ir.to_proto(node) for node in nodes], tensors, _floats(inputs), _floats(made, ranks=False))
+    passed = tuple(str(value.name) for value in ends if value in stop)
+    return _Between(proto, tuple(str(value.name) for value in inputs), pieces, stored, passed)
+
+
+def _is_table(value: ir.Value) -> bool:
+    """Whether a stored tensor holds several floats."""
+    tensor = value.const_value
+    return tensor is not None and tensor.size > 1 and tensor.dtype.name in ("FLOAT", "FLOAT16", "DOUBLE")
+
+
+def _nodes_nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> list[str]:
+    """Nodes that are neither in a cut layer nor between layers: no comparison runs them."""
+    ends = [*sources_of(layers), *model.graph.outputs]
+    inside, _, _ = way_between(sources_of(layers), [layer.output for layer in layers])
+    outside, _, _ = way_between([*(layer.output for layer in layers), *model.graph.inputs], ends)
+    held = {*inside, *outside}
+    return [str(node.name) for node in model.graph if node not in held]
+
+
+def with_floats(proto: Any, dtype: str) -> Any:
+    """A copy of a model with "float64" or "float32" wherever it has a float: stored tensors, constants, casts."""
+    from onnx import ModelProto, TensorProto, numpy_helper
+
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    to = TensorProto.DOUBLE if dtype == "float64" else TensorProto.FLOAT
+
+    def convert(tensor: Any) -> None:
+        if tensor.data_type in floats:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+
+    made = ModelProto()
+    made.CopyFrom(proto)
+    for tensor in made.graph.initializer:
+        convert(tensor)
+    for node in made.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                convert(attribute.t)
+            elif (node.op_type, attribute.name) == ("Cast", "to") and attribute.i in floats:
+                attribute.i = to
+    for value in (*made.graph.input, *made.graph.output, *made.graph.value_info):
+        if value.type.tensor_type.elem_type in floats:
+            value.type.tensor_type.elem_type = to
+    return made
+
+
+def _floats(values: Iterable[ir.Value], *, ranks: bool = True) -> list[Any]:
+    """Descriptions of values by their own names, in their own number of axes where that is asked for."""
+    return [float_value(str(v.name), len(v.shape) if ranks and v.shape is not None else None) for v in values]
+
+
+@dataclass(frozen=True, slots=True)
+class PieceParity:
+    """One piece: what reaches a quantizer or the output.
+
+    Attributes:
+        value: the graph's value.
+        nodes: operators on the way that no piece before it has.
+        error: largest difference, in units of the largest expected number; NaN fails.
+        exact: whether every constant on the way is known as the graph stores it.
+    """
+
+    value: str
+    nodes: list[str]
+    error: float
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What the pieces are fed, and what must come out; numpy arrays by the names of the graph's values.
+
+    Attributes:
+        feeds: results of the products, and the pixels.
+        expected: what quantizers read, and the output; float64.
+        exact: stored tensors whose numbers `expected` was made with; None where that is all of them. Others are made of
+            several by the exporter, and rounded to FP16 after that and not before.
+    """
+
+    feeds: Mapping[str, Any]
+    expected: Mapping[str, Tensor]
+    exact: frozenset[str] | None = None
+
+
+def parent_pieces(
+    model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor, *, half: bool = False
+) -> Pieces:
+    """The parent's results of products, in torch, and what follows from them in float64.
+
+    `quantized` computes what the graph computes (`as_exported`, `in_half`); `pixels` (N, 3, H, W) are normalized;
+    `half` says that the graph stores its constants in FP16.
+    """
+    taps = quantized.taps(pixels)
+    found, output = _follow(quantized, taps, pixels, half=half)
+    feeds = {INPUT_NAME: pixels.numpy()}
+    for layer in layers:
+        tensor = taps[layer.name]["logits" if layer.kind is ProductKind.QK else "output"]
+        if _is_unfolded(layer):
+            tensor = tensor.flatten(2).transpose(1, 2)
+        feeds[str(layer.output.name)] = in_rank(tensor, layer.output).contiguous().numpy()
+    expected = {name: torch.from_numpy(array) for name, array in inputs_of(quantized, layers, found).items()}
+    for layer in layers:
+        source = layer.operands[0].source
+        if _is_unfolded(layer) and source is not None:
+            weight = quantized.model.get_submodule(layer.name).get_parameter("weight")
+            kernel = tuple(weight.shape[2:])
+            patches = functional.unfold(found[layer.name]["input"], kernel, stride=kernel)
+            expected[input_name(source)] = patches.transpose(1, 2)
+    by_value = {str(o.source.name): expected[input_name(o.source)] for x in layers for o in x.operands if o.source}
+    exact = frozenset(quantized.model.state_dict()) if half else None
+    return Pieces(feeds, {**by_value, str(model.graph.outputs[0].name): output}, exact)
+
+
+def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]:
+    """Values of a graph by name for a numpy array of pixels, no operator optimized."""
+    import onnx
+    import onnx_ir as ir
+
+    proto: Any = ir.to_proto(model)
+    present = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    wanted = [name for name in dict.fromkeys(names) if name not in present]
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted)
+    found = run(open_session(proto.SerializeToString(), optimize=False), {INPUT_NAME: pixels}) | {INPUT_NAME: pixels}
+    return {name: found[name] for name in names}
+
+
+def file_pieces(model: ir.Model, layers: Sequence[ExportedLayer], pixels: Tensor) -> Pieces:
+    """What the graph itself gives, every operator as it stands: the reference where there is no parent."""
+    cut = _cut(model, layers)
+    feeds = run_to(model, [INPUT_NAME, *cut.inputs, *cut.passed], pixels.numpy())
+    wide = {name: feeds[name].astype("float64") for name in cut.inputs}
+    made = evaluate(with_floats(cut.proto, "float64"), wide) | {name: feeds[name] for name in cut.passed}
+    return Pieces(feeds, {name: torch.from_numpy(made[name]) for name in cut.pieces})
+
+
+def _is_unfolded(layer: ExportedLayer) -> bool:
+    """Whether a patch embedding is a product of rearranged pixels."""
+    source = layer.operands[0].source
+    return layer.kind is ProductKind.LINEAR and source is not None and str(source.name).endswith(_PATCHES)
+
+
+@torch.no_grad()
+def _follow(
+    quantized: QuantizedVit, taps: Mapping[str, Mapping[str, Tensor]], pixels: Tensor, *, half: bool
+) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
+    """The model in float64 with its products' results put in their places: what each operand is, and the output."""
+    model, found = double_model(quantized), {}
+
+    def linear(site: LinearSite, layer: nn.Module) -> None:
+        def forward(x: Tensor) -> Tensor:
+            found[site.name] = {"input": x}
+            return taps[site.name]["output"].double()
+
+        layer.forward = forward
+
+    def attend(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        logits = taps[name]["logits"].double()
+        probs = (logits if mask is None else logits + mask).softmax(-1)
+        factor = float(torch.tensor(scale).half()) if half else as_fp32(scale)
+        found[name] = {"q": q * factor, "k": k, "v": v, "probs_in": probs}
+        return taps[name]["output"].double()
+
+    for site in quantized.structure.linears:
+        linear(site, model.get_submodule(site.name))
+    with intercept_attention(model, quantized.structure.attention_names, attend):
+        output = vision_outputs(model, pixels.double())
+    return found, output
+
+
+def evaluate(proto: Any, feeds: Mapping[str, Any], operators: Sequence[Any] = ()) -> dict[str, Any]:
+    """All outputs of a model by name in ONNX's reference evaluator, one node after the other.
+
+    Raises:
+        BadArtifactError: an operator cannot be evaluated.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        evaluator = ReferenceEvaluator(proto, new_ops=list(operators))
+        return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))
+    except Exception as error:  # an operator's implementation may raise anything
+        raise BadArtifactError(
+            "ONNX's reference evaluator cannot run the graph", why=" ".join(str(error).split())[:600],
+            fix="export it again",
+        ) from error  # fmt: skip
+
+
+def compare_between(
+    model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool, optimize: bool = True
+) -> list[PieceParity]:
+    """Run every piece and compare it; in ONNX Runtime where `engine`, optimized as in service, else evaluated."""
+    cut = _cut(model, layers)
+    feeds = {name: pieces.feeds[name] for name in cut.inputs}
+    if engine:
+        found = run(open_session(cut.proto.SerializeToString(), optimize=optimize), feeds)
+    else:
+        wide = {name: array.astype("float64") for name, array in feeds.items()}
+        found = evaluate(with_floats(cut.proto, "float64"), wide)
+    found |= {name: pieces.feeds[name] for name in cut.passed}
+    return [
+        PieceParity(
+            name, nodes, _error(found[name], pieces.expected.get(name)),
+            exact=pieces.exact is None or cut.stored[name] <= pieces.exact,
+        )
+        for name, nodes in cut.pieces.items()
+    ]  # fmt: skip
+
+
+def _error(found: Any, expected: Tensor | None) -> float:
+    """NaN for a value that the parent has none for: another output."""
+    return math.nan if expected is None else layer_error(torch.from_numpy(found), expected)
+
+
+def between_gates(
+    model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool = True
+) -> list[Gate]:
+    """The pieces evaluated, and run in ONNX Runtime where it is the engine; and operators that are in none of them."""
+    evaluated = compare_between(model, layers, pieces, engine=False)
+    gates = [
+        _nowhere(model, layers),
+        _gate([piece for piece in evaluated if piece.exact], EVALUATED_TOLERANCE, "evaluated in float64"),
+    ]
+    rounded = [piece for piece in evaluated if not piece.exact]
+    if rounded:
+        gates.append(_gate(rounded, HALF_TOLERANCE, "evaluated in float64 with constants of FP16"))
+    if engine:
+        gates.append(_gate(compare_between(model, layers, pieces, engine=True), ENGINE_TOLERANCE, "in ONNX Runtime"))
+    return gates
+
+
+def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
+    """The worst piece; the first that differs is named with its operators, for later ones read what it gives."""
+    if not report:
+        return none_of(f"operators between products, {where}", 0, "no place")
+    worst = max(report, key=lambda piece: math.inf if math.isnan(piece.error) else piece.error)
+    first = next((piece for piece in report if not piece.error <= tolerance), worst)
+    way = ", ".join(first.nodes[-_SHOWN:]) or "no operator of its own"
+    said = "the worst" if first.error <= tolerance else "the first that differs"
+    return Gate(
+        name=f"operators between products, {where}", value=worst.error, comparison=Comparison.AT_MOST,
+        threshold=tolerance,
+        detail=f"largest difference over the largest number, {len(report)} places; {said}: {first.value}, by {way}",
+    )  # fmt: skip
+
+
+def _nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> Gate:
+    """Operators that no comparison runs: neither those of layers nor those between."""
+    missing = _nodes_nowhere(model, layers)
+    return none_of("operators compared nowhere", len(missing), ", ".join(missing[:_SHOWN]))

@@ -1,0 +1,142 @@
+"""The whole net: outputs and classes on both sides, beside the comparison of every layer and of what lies between.
+
+A quantized transformer is chaotic, so two right engines differ at the end. How far is a property of the model alone and
+is measured on it alone: torch runs again with the output of every layer disturbed by what a right engine may differ
+there, and counts the classes that change. Noise in the pixels would not do, since the quantizer of the first layer
+absorbs it. What the engine gives never moves a bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from exporters.graph.parity import INTEGER_TOLERANCE
+from fp8pipe.artifact import Comparison, Gate
+from fp8pipe.core.config import FrozenConfig
+from fp8pipe.models.vision.quantized import QuantizedVit
+
+__all__ = ["ClassAgreement", "Disagreement", "class_gates", "compare_classes", "own_agreement"]
+
+_BATCH: Final = 64
+# Of the images, so many have the class of the reference; where the model keeps fewer of its own, as many as that less
+# three standard errors, and never fewer than the floor: below it a right engine cannot be told from a wrong one.
+_LEAST, _FLOOR, _STANDARD_ERRORS = 0.995, 0.9, 3.0
+# On few images one or two may lie on a border without the model being chaotic.
+_FREE_IMAGES: Final = 2
+# Norm of the difference over the norm of the outputs, all images together. Right engines stay below 0.1 where the model
+# keeps nine of ten classes; outputs of another net are at 1.
+_LARGEST_DIFFERENCE: Final = 0.25
+
+
+class Disagreement(FrozenConfig):
+    """An image whose class differs."""
+
+    image: int = Field(ge=0, description="its number")
+    expected_class: int = Field(description="the reference's choice")
+    engine_class: int = Field(description="the engine's choice")
+    margin: float = Field(description="how far the reference's logits of these two classes are apart")
+
+
+class ClassAgreement(FrozenConfig):
+    """The whole net on images, the reference against the engine."""
+
+    images: int = Field(ge=0, description="images compared")
+    source: str = Field(description="where they come from")
+    agreeing: int = Field(ge=0, description="images with the same class (features: with the same largest feature)")
+    difference: float = Field(description="norm of the outputs' difference over the norm of the outputs; NaN fails")
+    largest_difference: float = Field(description="largest relative difference of one image's outputs (L2)")
+    own: float = Field(description="share of its classes that the reference keeps when each layer is disturbed by 1e-6")
+    disagreements: list[Disagreement] = Field(description="images whose class differs")
+
+    @property
+    def allowed(self) -> int:
+        """Images that may have another class; it depends on the reference alone."""
+        chaos = self.images * (1 - self.own)
+        chaos += _STANDARD_ERRORS * math.sqrt(self.images * self.own * (1 - self.own))
+        lowered = min(chaos, (1 - _FLOOR) * self.images)
+        return max(_FREE_IMAGES, int((1 - _LEAST) * self.images), int(lowered + 1e-9))
+
+    @property
+    def lowered(self) -> str:
+        """What the bound does not prove, in words; empty where it is the usual one."""
+        if self.allowed <= max(_FREE_IMAGES, int((1 - _LEAST) * self.images)):
+            return ""
+        return (
+            f"classes: the model itself keeps {self.own:.1%} of its own on {self.source} when each layer is "
+            f"disturbed by 1e-6, so {1 - self.allowed / self.images:.1%} were asked of the engine and not {_LEAST:.1%}"
+        )
+
+
+def compare_classes(expected: Tensor, found: Tensor, own: float, source: str) -> ClassAgreement:
+    """Compare the reference's outputs `(N, C)` with an engine's; `own` as of `own_agreement`."""
+    relative = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
+    ours, theirs = expected.argmax(1), found.argmax(1)
+    differing = [
+        Disagreement(image=i, expected_class=int(a), engine_class=int(b), margin=float(expected[i, a] - expected[i, b]))
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
+        if a != b
+    ]
+    return ClassAgreement(
+        images=len(expected), source=source, agreeing=len(expected) - len(differing), own=own,
+        difference=float((found - expected).norm() / expected.norm().clamp(min=1e-30)),
+        largest_difference=float(relative.max()), disagreements=differing,
+    )  # fmt: skip
+
+
+def class_gates(agreement: ClassAgreement) -> list[Gate]:
+    """Outputs and classes of the whole net, on bounds that the engine does not move."""
+    images, ties = agreement.images, agreement.disagreements
+    detail = (
+        f"{agreement.agreeing} of {images} {agreement.source}; {agreement.lowered or 'the reference is not chaotic'}"
+    )
+    if ties:
+        detail += f"; margins of the differing: {', '.join(f'{tie.margin:.2g}' for tie in ties[:5])}"
+    return [
+        Gate(
+            name="difference of outputs", value=agreement.difference, comparison=Comparison.AT_MOST,
+            threshold=_LARGEST_DIFFERENCE, detail=f"norm over norm, {images} images; one image differs by up to "
+            f"{agreement.largest_difference:.1e}",
+        ),
+        Gate(
+            name="top-1 agreement", value=agreement.agreeing / images, comparison=Comparison.AT_LEAST,
+            threshold=(images - agreement.allowed) / images, detail=detail,
+        ),
+    ]  # fmt: skip
+
+
+def own_agreement(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> float:
+    """The share of images `(N, 3, H, W)` whose class the model keeps when its own layers are disturbed.
+
+    What a model does not keep here, no engine can be asked to keep either: its sums round in another order.
+    """
+    parts = [_disturbed(quantized, batch, seed) for seed, batch in enumerate(torch.split(pixels, _BATCH))]
+    return float((torch.cat(parts).argmax(1) == expected.argmax(1)).float().mean())
+
+
+@torch.no_grad()
+def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
+    """The outputs when every layer's result is off by 1e-6 of its largest value, of random sign."""
+    random = torch.Generator().manual_seed(seed)
+    layers = [quantized.model.get_submodule(name) for name in quantized.structure.linear_names]
+    handles = [layer.register_forward_hook(_disturb(random)) for layer in layers]
+    try:
+        outputs: Tensor = quantized(pixels)
+        return outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _disturb(random: torch.Generator) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, output.shape, generator=random) * 2 - 1
+        disturbed: Tensor = output + INTEGER_TOLERANCE * output.abs().max() * signs
+        return disturbed
+
+    return hook
