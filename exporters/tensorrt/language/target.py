@@ -1,6 +1,6 @@
 """The target `trt` for language models: the decoder as an FP8 graph with static scales, and engines for TensorRT.
 
-What may be asked of an export, which its manifest holds whole, and what else the manifest says.
+Export options (recorded in the manifest), details of the manifest, and the registration of the target.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SOURCES: Final = (FALQON_KIND,)
 
 
 class Calibration(StrEnum):
-    """How a static activation scale follows from what was seen on text.
+    """How a static activation scale is computed from calibration text.
 
     `amax`: nothing that was seen is clipped. `percentile`: one value in a hundred thousand may be. `mse`: the least
     mean squared error.
@@ -36,7 +36,7 @@ class Calibration(StrEnum):
 
 
 class CalibrationOptions(FrozenConfig):
-    """How static scales of inputs are had."""
+    """How static activation scales are calibrated."""
 
     calibration: Calibration = Field(Calibration.AMAX, description="How static activation scales follow from the text")
     calibration_data: Annotated[str | None, Flag(default="the training's")] = Field(

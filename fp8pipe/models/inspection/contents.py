@@ -59,10 +59,10 @@ class LayerView:
     Attributes:
         name: of the layer, without `.weight`.
         format: for instance "fp8-e4m3", "int8", "int4-packed", "bf16".
-        shape: of the weight as it is meant, None where packing hides it.
+        shape: logical (unpacked) shape of the weight, None where packing makes it unknown.
         size_bytes: codes, scales and zero points.
         granularity: what shares a scale; empty for floats.
-        codes: how many were looked at; 0 where they were not.
+        codes: how many were inspected; 0 where they were not.
         saturated: of these, how many are at an end of the grid.
         nan: of these, how many are NaN.
         scales: histogram.
