@@ -15,6 +15,7 @@ blamed on, another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -26,6 +27,7 @@ from exporters.graph.layers import ExportedLayer, Operand
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import ProductKind
 from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.quantized import QuantizedVit
 from fp8pipe.numerics.nvfp4 import BlockQuantizer
 
@@ -64,11 +66,19 @@ def inputs_of(quantized: QuantizedVit, layers: Sequence[ExportedLayer], taps: Ma
     """The float inputs of the cut layers, as torch has them: numpy arrays by the inputs' names in the cut model.
 
     `taps` are those of `quantized.taps(pixels)`.
+
+    Raises:
+        BadArtifactError: a product reads a value where the artifact has a weight.
     """
     found: dict[str, Any] = {}
     for layer in layers:
-        for operand, what in zip(layer.operands, _TAPS[layer.kind], strict=False):
-            if operand.source is not None:
+        for operand, what in zip_longest(layer.operands, _TAPS[layer.kind]):
+            if operand is not None and operand.source is not None:
+                if what is None:
+                    raise BadArtifactError(
+                        f"{layer.label} reads {operand.source.name}", why="its artifact has stored codes in that place",
+                        fix="export the artifact again",
+                    )  # fmt: skip
                 tensor = taps[layer.name][what]
                 tensor = tensor.transpose(-2, -1) if what == "k" else tensor
                 found[input_name(operand.source)] = in_rank(tensor, operand.source).contiguous().numpy()
