@@ -41,25 +41,18 @@ def plan_for_people(
     engines: tuple[str, ...] = ()
     if isinstance(options, LanguageExportOptions) and options.builder == "rtx":
         engines = options.compute_capabilities
-    text = options.calibration_data or config.get("data")
-    text = None if text is None else str(text)
+    named = options.calibration_data or config.get("data")
+    text = None if named is None else str(named)
     need = sum(unit.entry.size_bytes for unit in plan.units)
     written, _ = expected_sizes(need, shape.get("num_hidden_layers", 0), len(engines), pack=False, halves=False)
     peak, reckoned = _peak_memory(plan, int(config.get("sequence_length", LENGTH)), graph)
     quantized = sum(unit.action is Action.CODES for unit in plan.units)
     others, format = sum(not layer.converted for layer in plan.layers), str(getattr(options, "format", ""))
     document = {
-        "source": str(source),
-        "output": str(output),
-        "output_exists": output.exists(),
-        "format": format,
-        "calibration_data": text,
-        "need_bytes": need,
-        "free_bytes": free,
-        "fits": free >= need,
-        "layer_counts": {"quantized": quantized, "float": others},
-        "engines": list(engines),
-    }
+        "source": str(source), "output": str(output), "output_exists": output.exists(), "format": format,
+        "calibration_data": text, "need_bytes": need, "free_bytes": free, "fits": free >= need,
+        "layer_counts": {"quantized": quantized, "float": others}, "engines": list(engines),
+    }  # fmt: skip
     packages = (
         *(("onnx", "onnx-ir", "onnxscript", "onnxruntime") if graph else ()),
         *(("tensorrt-rtx",) if engines else ()),
