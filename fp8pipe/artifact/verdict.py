@@ -77,7 +77,8 @@ def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
         data = json.loads(read_checked(path, _former_name(path)))
         if not isinstance(data, dict):
             raise ValueError(f"its top level is a {type(data).__name__}, not an object")
-        record = VerdictRecord.model_validate({**data, "document": data})
+        gates = data.get("gates") or _gates_before_3(data)
+        record = VerdictRecord.model_validate({**data, "gates": gates, "document": data})
     except OSError as error:
         raise _unsound(path, error.strerror or str(error)) from error
     except ValidationError as error:
@@ -128,6 +129,22 @@ def _former_name(path: Path) -> str:
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ""
     return name if Path(name).name == name and "\0" not in name else ""
+
+
+def _gates_before_3(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """What had to hold in a language model's record of schema 2, which had figures and no gates."""
+    weights, logprobs, answers = (data.get(key) for key in ("weights", "logprobs", "canary"))
+    if data.get("schema_version") not in (1, 2) or not isinstance(weights, dict) or not isinstance(logprobs, dict):
+        return []
+    wrong = {
+        "weights differing": weights.get("differing"),
+        "weights missing": len(weights.get("missing") or ()),
+        "products differing from stored weights": len(weights.get("gemm_differs") or ()),
+        "answers that differ": sum(answer.get("verdict") != "ok" for answer in answers or ()),
+    }
+    far = {"name": "log-probabilities", "value": logprobs.get("max_abs_diff"), "comparison": "at most"}
+    return [*({"name": name, "value": count, "threshold": 0} for name, count in wrong.items()),
+            {**far, "threshold": logprobs.get("threshold")}]  # fmt: skip
 
 
 def _unsound(path: Path, why: str) -> BadArtifactError:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fp8pipe.artifact import SCHEMA_VERSION, Manifest, read_manifest
+from fp8pipe.artifact import SCHEMA_VERSION, Manifest, read_manifest, write_checked
 from fp8pipe.artifact.gate import Comparison, Verdict
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.runs import read_run
+from fp8pipe.artifact.verdict import read_verdict
 from fp8pipe.artifact.verify import check_record
 from fp8pipe.core.errors import BadArtifactError
 
@@ -142,6 +143,20 @@ def test_records_beside_exports_are_read(path, tmp_path):
 
     artifact = Artifact(tmp_path / export, read_manifest(tmp_path / export))
     assert check_record(tmp_path / path.name, {artifact.root: artifact}) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [(("weights", "differing"), 1, "weights differing"), (("weights", "missing"), ["lm_head.weight"], "weights missing"),
+     (("logprobs", "max_abs_diff"), 0.187, "log-probabilities"), (("logprobs", "max_abs_diff"), None, "log-probabilities")],
+)  # fmt: skip
+def test_an_old_record_is_believed_only_as_far_as_its_figures_go(tmp_path, place, value, named):
+    shutil.copytree(OLD / "vllm-export", tmp_path / "vllm-export")
+    data = json.loads((OLD / "vllm-export.validation.json").read_text())
+    data[place[0]][place[1]] = value
+    path = write_checked(tmp_path / "vllm-export.validation.json", json.dumps(data))
+    with pytest.raises(BadArtifactError, match=f"its verdict is ACCEPT, but {named}"):
+        read_verdict(path)
 
 
 def test_a_run_is_read_with_its_gates():
