@@ -147,9 +147,13 @@ def test_records_beside_exports_are_read(path, tmp_path):
 
 @pytest.mark.parametrize(
     ("place", "value", "named"),
-    [(("weights", "differing"), 1, "weights differing"), (("weights", "missing"), ["lm_head.weight"], "weights missing"),
-     (("logprobs", "max_abs_diff"), 0.187, "log-probabilities"), (("logprobs", "max_abs_diff"), None, "log-probabilities")],
-)  # fmt: skip
+    [
+        (("weights", "differing"), 1, "weights differing"),
+        (("weights", "missing"), ["lm_head.weight"], "weights missing"),
+        (("logprobs", "max_abs_diff"), 0.187, "log-probabilities"),
+        (("logprobs", "max_abs_diff"), None, "log-probabilities"),
+    ],
+)
 def test_an_old_record_is_believed_only_as_far_as_its_figures_go(tmp_path, place, value, named):
     shutil.copytree(OLD / "vllm-export", tmp_path / "vllm-export")
     data = json.loads((OLD / "vllm-export.validation.json").read_text())
