@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from records import sound_record
 from small_artifacts import details_of
 
 from fp8pipe.artifact import (
@@ -151,8 +152,7 @@ def test_a_rename_keeps_the_checksum_and_a_record_lies_beside(artifact, tmp_path
 def measured(artifact: Path, **changes: object) -> Path:
     digest = open_artifact(artifact).digest
     path = artifact.with_name(f"{artifact.name}.bench.json")
-    data = {"schema_version": 1, "manifest_digest": digest, "gates": [], "reasons": [], "verdict": "ACCEPT"}
-    return write_checked(path, json.dumps(data | changes))
+    return write_checked(path, json.dumps(sound_record(digest, stage="bench", gates=[], **changes)))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records import sound_record
 from small_artifacts import SHARD, write
 
 from fp8pipe.artifact import Artifact, Parent, open_artifact, write_checked
@@ -62,27 +63,24 @@ def test_a_manifest_that_is_none_is_told_from_one_that_is_damaged(run):
 
 
 @pytest.mark.parametrize("count", [5, 6])
-def test_what_nobody_lists_is_noted_and_strictly_it_is_a_finding(run, count):
-    for number in range(count):
-        (run / "a" / f"x{number}").write_bytes(b"")
-    (run / "stray.txt").write_bytes(b"")
+def test_what_nobody_lists_is_a_finding_in_an_artifact_and_a_note_beside_it_unless_strict(run, count):
+    names = [f"x{number}" for number in range(count)]
+    for folder in ("a", "others"):
+        (run / folder).mkdir(exist_ok=True)
+        for name in names:
+            (run / folder / name).write_bytes(b"")
     (run / "later.partial").mkdir()
-    checked = check_bytes(find_tree(run))
-    assert checked.findings == []
-    unlisted = [f"a/x{n}: the manifest does not list it" for n in range(5)]
-    grouped = ["a/: 6 files: the manifest does not list it"]
-    assert checked.notes == [
-        *(unlisted if count == 5 else grouped), "run/stray.txt: no record covers it",
-        "later.partial: unfinished, not checked",
-    ]  # fmt: skip
-    strict = found(run, strict=True)
-    assert strict == [*(("a", "manifest", f"x{n}") for n in range(count)), ("run", "manifest", "stray.txt")]
+    inside = [("a", "manifest", name) for name in names]
+    assert found(run) == inside
+    single = [f"others/{name}: no record covers it" for name in names]
+    shown = single if count == 5 else ["others/: 6 files: no record covers it"]
+    assert check_bytes(find_tree(run)).notes == [*shown, "later.partial: unfinished, not checked"]
+    assert found(run, strict=True) == [*inside, *(("others", "manifest", name) for name in names)]
 
 
 def record(run: Path, name: str = "a.validation.json", **changes: Any) -> Path:
     digest = open_artifact(run / "a").digest
-    data = {"schema_version": 2, "manifest_digest": digest, "gates": [], "reasons": [], "verdict": "ACCEPT"}
-    return write_checked(run / name, json.dumps(data | changes))
+    return write_checked(run / name, json.dumps(sound_record(digest, **changes)))
 
 
 def judged(path: Path) -> tuple[list[str], list[str]]:
@@ -101,8 +99,9 @@ GATE = {"name": "error", "value": 2.0, "comparison": "at most", "threshold": 1.0
         ({}, []), ({"verdict": "REJECT", "reasons": ["it differs"]}, []), ({"verdict": "REJECT", "gates": [GATE]}, []),
         ({"reasons": ["it differs"]}, ["its verdict is ACCEPT, but it differs"]),
         ({"gates": [GATE]}, ["its verdict is ACCEPT, but error: 2 (at most 1)"]),
-        ({"gates": [GATE | {"value": 1.0}]}, []), ({"gates": None, "reasons": None}, []),
-        ({"gates": [GATE | {"passed": True}]}, ["a gate of it cannot be read"]), ({"gates": [7]}, ["cannot be read"]),
+        ({"gates": [GATE | {"value": 1.0}]}, []), ({"reasons": None}, ["reasons: Input should be a valid list"]),
+        ({"gates": None}, ["its verdict is ACCEPT, but it has no gates"]), ({"gates": [7]}, ["it is no gate"]),
+        ({"gates": [GATE | {"passed": True}]}, ["claims passed=True"]),
         ({"verdict": "PROVED-WITHOUT-RUNNING", "reasons": ["x"]}, ["its verdict is PROVED-WITHOUT-RUNNING, but x"]),
         ({"manifest_digest": "0" * 64}, [f"it speaks of manifest {'0' * 64}; a has "]),
     ],
@@ -121,8 +120,9 @@ def test_a_record_of_an_absent_export_is_noted_and_one_that_is_no_json_is_found(
         [], ["c.validation.json: the export that it speaks of was not found beside it"],
     )  # fmt: skip
     assert "it is not JSON" in judged(write_checked(run / "a.bench.json", "{"))[0][0]
-    assert judged(write_checked(run / "a.bench.json", "[1]")) == ([], [])
-    assert judged(write_checked(run / "a.bench.json", '{"verdict": "ACCEPT"}')) == ([], [])
+    assert "its top level is a list" in judged(write_checked(run / "a.bench.json", "[1]"))[0][0]
+    bare = judged(write_checked(run / "a.bench.json", '{"verdict": "ACCEPT"}'))[0][0]
+    assert "schema_version: Field required; manifest_digest: Field required" in bare
     spoil(path := record(run))
     assert judged(path) == ([], [])  # a finding of its checksum already
     assert ("a.validation.json", "checksum", "a.validation.json") in found(run)

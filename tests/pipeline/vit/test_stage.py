@@ -233,5 +233,5 @@ def test_help_repeats_the_defaults_of_the_configuration():
     shown = {option.name: option.help or "" for option in quantize_vit_command.params if hasattr(option, "help")}
     for name in ("calibration", "images", "edges", "seed"):
         assert f"[default: {fields[name].default}" in shown[name]
-    assert f"[default: {config.synthesis.steps}]" in shown["synthesis_steps"]
-    assert f"[default: {config.distill.steps}]" in shown["distill_steps"]
+    assert f"[default: {config.synthesis.steps}" in shown["synthesis__steps"]
+    assert f"[default: {config.distill.steps}" in shown["distill__steps"]
