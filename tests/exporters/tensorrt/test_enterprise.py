@@ -15,6 +15,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from quantized_families import quantized_family, storable, storable_graph, write_vit_artifact
+from small_artifacts import write
 
 from exporters.tensorrt import build_worker, builder
 from exporters.tensorrt.builder import (
@@ -71,11 +72,12 @@ def test_missing_libraries_an_old_version_and_a_missing_gpu_are_told_apart(tmp_p
 @pytest.mark.skipif("tensorrt" in sys.modules, reason="TensorRT is loaded")
 def test_the_command_line_ends_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: None)
-    arguments = ["export", str(tmp_path), "--target", "trt", "--output", str(tmp_path / "out")]
+    source = write(tmp_path / "vit", kind="vit").root
+    arguments = ["export", str(source), "--target", "trt", "--output", str(tmp_path / "out")]
     ended = CliRunner().invoke(main, [*arguments, "--builder", "enterprise"])
     assert ended.exit_code == 11
     assert "TensorRT is not installed" in ended.output
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [source]
 
 
 # --- jobs, flags, command lines
