@@ -24,7 +24,7 @@ from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, write_checked
 
 __all__ = ["LANGUAGE_KINDS", "RECORD", "VISION_KINDS", "RandomFault", "inject_random"]
 
-INDEX, GRAPH, RECORD = "model.safetensors.index.json", "model.onnx", "onnx.validation.json"
+INDEX, RECORD = "model.safetensors.index.json", "onnx.validation.json"
 # Written for people, and made again by every export: no engine reads it.
 _UNREAD = ("README.md",)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

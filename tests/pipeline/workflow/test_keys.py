@@ -18,8 +18,8 @@ from pipeline.workflow.recipe import StageSpec
 SPEC = StageSpec("a", "export", {"artifact": "stage:base", "target": "onnx", "list": ["artifact:stage:base", 1]})
 
 
-def key(spec=SPEC, contents=(("artifact", "c0"),), sources=(("data", "s0"),)):
-    return stage_key(spec, dict(contents), dict(sources))
+def key(spec=SPEC, contents=(("artifact", "c0"),), sources=(("data", "s0"),), versions=(("torch", "2.13"),)):
+    return stage_key(spec, dict(contents), dict(sources), dict(versions))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,8 @@ def key(spec=SPEC, contents=(("artifact", "c0"),), sources=(("data", "s0"),)):
         {"spec": replace(SPEC, command="validate")}, {"spec": replace(SPEC, settings={**SPEC.settings, "target": "x"})},
         {"spec": replace(SPEC, settings={**SPEC.settings, "more": None})}, {"contents": (("artifact", "c1"),)},
         {"contents": (("other", "c0"),)}, {"contents": ()}, {"sources": (("data", "s1"),)}, {"sources": ()},
-        {"contents": (("artifact", "s0"),), "sources": (("data", "c0"),)},
+        {"contents": (("artifact", "s0"),), "sources": (("data", "c0"),)}, {"versions": (("torch", "2.14"),)},
+        {"versions": ()}, {"versions": (("vllm", "2.13"),)},
     ],
 )  # fmt: skip
 def test_everything_that_decides_is_in_the_key(other):
