@@ -103,7 +103,7 @@ def test_the_command_makes_an_artifact_that_rebuilds_in_a_fresh_process(tmp_path
     assert gates["logits differing after a fresh process"] == 0
     assert gates["weights with too many codes"] == 0
     assert (manifest.number_format.name, manifest.number_format.granularity) == ("wnvfp4anvfp4", "per-block")
-    assert {layer.reason for layer in manifest.layers} == {"4-bit nvfp4 weights", "8-bit e4m3 weights"}
+    assert {(layer.weight.bits, layer.weight.format) for layer in manifest.layers} == {(4, "nvfp4"), (8, "e4m3")}
 
 
 def test_ends_in_four_bits_are_refused():
