@@ -1,4 +1,4 @@
-"""The whole road on a tiny model: train, export, and a real vLLM that serves the very same codes."""
+"""The whole chain on a tiny model: train, export, and a real vLLM that serves the very same codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random faults with right hashes, on both roads: each is found by `verify` with the parent, or by `validate`, by name.
+"""Random faults with right hashes: each is found by `verify` with the parent, or by `validate`, by name.
 
 And the other way round: what exporters write of random models is never found fault with.
 """

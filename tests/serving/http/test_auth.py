@@ -23,20 +23,6 @@ def keys(tmp_path: Path) -> KeyFile:
     return KeyFile(path)
 
 
-class Clock:
-    now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(auth, "time", found)
-    return found
-
-
 def call(keys: KeyFile | None, *headers: tuple[bytes, bytes], path: str = "/v1/x") -> tuple[int, Any, dict]:
     """Status, name of the client as the service sees it, and headers of the answer."""
     sent: list[dict[str, Any]] = []
