@@ -10,35 +10,15 @@ import pytest
 import torch
 from artifact_tree import rehash
 from operator_attacks import ATTACKS, attack
-from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.tensorrt.builder import build_rtx
-from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.half import dequantize_graph
 from exporters.tensorrt.recipe import EngineRecipe, pack_engine
-from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact.record import ExportRejectedError
-from fp8pipe.core.config import build_config
-from fp8pipe.numerics.kinds import Kind
 from validation.tensorrt.validate import validate_tensorrt
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these are proofs without a GPU")
 ENGINE = "engines/rtx-8.9.engine"
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    pytest.importorskip("tensorrt_rtx")
-    place = tmp_path_factory.mktemp("exports")
-    model = write_vit_artifact(place / "m", storable(quantized_family("timm-vit", bits=8, kind=Kind.E4M3)), images=4)
-    options = {"compute_capabilities": ["8.9"], "batch": [1, 2, 4]}
-    return export_tensorrt(model.root, place / "export", build_config(TrtExportOptions, options)).root
-
-
-@pytest.fixture
-def export(exported, tmp_path, monkeypatch):
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
-    return shutil.copytree(exported, tmp_path / "export")
 
 
 def rejected(export):

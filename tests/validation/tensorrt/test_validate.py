@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from quantized_families import quantized_family, storable, write_vit_artifact
 
 from exporters.tensorrt.engine_cache import ready_engine
-from exporters.tensorrt.export import export_tensorrt
-from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact import MANIFEST_NAME, write_checked
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main
-from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
 from fp8pipe.core.machine import Gpu
-from fp8pipe.numerics.kinds import Kind
 from validation.tensorrt import run as run_module
 from validation.tensorrt import run_worker, validate
 from validation.tensorrt.run import Run, run_engine
 from validation.tensorrt.validate import validate_tensorrt
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these say what is missing without a GPU")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    pytest.importorskip("tensorrt_rtx")
-    place = tmp_path_factory.mktemp("exports")
-    model = write_vit_artifact(place / "m", storable(quantized_family("timm-vit", bits=8, kind=Kind.E4M3)), images=4)
-    options = {"compute_capabilities": ["8.9"], "batch": [1, 2, 4]}
-    return export_tensorrt(model.root, place / "export", build_config(TrtExportOptions, options)).root
-
-
-@pytest.fixture
-def export(exported, tmp_path, monkeypatch):
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
-    return shutil.copytree(exported, tmp_path / "export")
 
 
 def _edit(export, change):
