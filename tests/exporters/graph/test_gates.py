@@ -13,12 +13,7 @@ from vit_families import family, random_pixels
 
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import (
-    ClassAgreement,
     KernelReport,
-    NearTie,
-    agreement_gate,
-    class_gates,
-    compare_classes,
     float_gate,
     kernel_gate,
     layer_codes_gate,
@@ -198,43 +193,6 @@ def test_one_layer_in_float_is_enough_to_fail():
     gate = kernel_gate(KernelReport(operators={}, integer=3, float_layers=["a", "b"]))
     assert (gate.passed, gate.value) == (False, 2)
     assert "the first that does not: a" in gate.detail
-
-
-def agreement(**changes):
-    plain = {
-        "images": 100, "source": "here", "agreeing": 100, "largest_difference": 0.0, "near_tie": 0.5,
-        "disagreements": [],
-    }  # fmt: skip
-    return ClassAgreement(**{**plain, **changes})
-
-
-def tie(margin):
-    return NearTie(image=0, expected_class=1, engine_class=2, margin=margin)
-
-
-def test_a_class_may_differ_up_to_the_near_tie():
-    gate = class_gates(agreement(disagreements=[tie(0.5), tie(0.1)], agreeing=98))[0]
-    assert (gate.passed, gate.value) == (True, 0)
-    gate = class_gates(agreement(disagreements=[tie(math.nextafter(0.5, 1)), tie(0.1), tie(math.nan)]))[0]
-    assert (gate.passed, gate.value) == (False, 2)
-    assert not class_gates(agreement(largest_difference=math.nan))[0].passed
-    assert not class_gates(agreement(largest_difference=math.inf))[0].passed
-
-
-def test_classes_and_differences_are_counted_by_image():
-    expected = torch.tensor([[3.0, 4.0], [3.0, 4.0], [1.0, 0.0]])
-    found = torch.tensor([[3.0, 4.0], [4.0, 3.0], [1.0, 0.5]])
-    result = compare_classes(expected, found, 0.25, "here")
-    assert (result.images, result.agreeing, result.near_tie, result.source) == (3, 2, 0.25, "here")
-    assert result.disagreements == [NearTie(image=1, expected_class=1, engine_class=0, margin=1.0)]
-    assert result.largest_difference == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(("own", "least"), [(1.0, 0.995), (0.9, 0.81), (0.999, 0.98952)])
-def test_an_engine_may_fall_behind_by_three_standard_errors(own, least):
-    gate = agreement_gate(agreement(agreeing=80), own)
-    assert gate.value == 0.8
-    assert gate.threshold == pytest.approx(least, abs=1e-5)
 
 
 def test_outputs_are_compared_bit_for_bit():

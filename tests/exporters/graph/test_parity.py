@@ -6,13 +6,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 from graph_edits import drop, replace, store
 from graph_edits import stored as store_new
 from quantized_families import quantized_family
 from vit_families import family, random_pixels
 
-from exporters.graph.classes import ClassAgreement, class_gates, compare_classes, own_agreement
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import check_kernels, float_gate, parity_gates
 from exporters.graph.layers import read_layers
@@ -91,49 +89,6 @@ def test_pairs_with_several_readers_are_found_to_run_in_float(quantized, tmp_pat
     report = check_kernels(path, read_layers(ir.load(path)))
     sharing = [s.name for s in quantized.structure.linears if s.input_group != s.name]
     assert set(sharing) <= set(report.float_layers)
-
-
-def agreement(images, agreeing, own, difference=0.01):
-    return ClassAgreement(
-        images=images, source="pictures", agreeing=agreeing, own=own, difference=difference,
-        largest_difference=difference, disagreements=[],
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("images", "agreeing", "own", "passes"),
-    [
-        (500, 498, 1.0, True), (500, 497, 1.0, False), (64, 62, 1.0, True), (64, 61, 1.0, False),
-        (500, 475, 0.97, True), (500, 473, 0.97, False),  # three standard errors of a share of 0.97
-        (500, 450, 0.93, True), (500, 449, 0.93, False), (500, 449, 0.5, False),  # never below nine of ten
-        (500, 338, 0.734, False),  # 67.5 %, three standard errors below what that model keeps
-    ],
-)  # fmt: skip
-def test_the_bound_on_classes_depends_on_the_model_alone_and_has_a_floor(images, agreeing, own, passes):
-    found = agreement(images, agreeing, own)
-    assert class_gates(found)[1].passed is passes
-    assert bool(found.lowered) is (own < 1)
-
-
-def test_outputs_have_a_bound_of_their_own():
-    expected = torch.tensor([[1.0, 2.0, 0.0], [1.0, 1.05, 0.0], [5.0, 0.0, 0.0]])
-    found = torch.tensor([[1.0, 2.0, 0.0], [1.1, 1.05, 0.0], [5.0, 0.0, 0.0]])
-    compared = compare_classes(expected, found, 1.0, "here")
-    assert (compared.images, compared.agreeing) == (3, 2)
-    assert compared.disagreements[0].margin == pytest.approx(0.05)
-    assert [gate.passed for gate in class_gates(compared)] == [True, True]
-    assert [gate.passed for gate in class_gates(compare_classes(expected, 2 * found, 1.0, "here"))] == [False, True]
-    found[2, 0] = float("nan")
-    assert not class_gates(compare_classes(expected, found, 1.0, "here"))[0].passed
-
-
-def test_what_a_model_keeps_is_measured_on_itself(quantized):
-    """Nothing of the disturbance is left behind."""
-    pixels = random_pixels(family(NAME), 4)
-    with torch.no_grad():
-        expected = quantized(pixels)
-        assert 0.5 <= own_agreement(quantized, pixels, expected) <= 1
-        assert torch.equal(quantized(pixels), expected)
 
 
 def _float_graph(quantized, change):
