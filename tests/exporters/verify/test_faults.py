@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import fault_table
@@ -13,34 +12,12 @@ from click.testing import CliRunner
 from fault_case import Fault
 from fault_table import FAULTS
 
-from exporters.verify import graph_export as vision
 from exporters.verify.whole import verify_tree
 from fp8pipe.artifact.verify import find_tree
 from fp8pipe.cli import main
 
-pytestmark = pytest.mark.slow  # the tree takes half a minute to write
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _graphs_are_made_once():
-    """What an export would write follows from the parent alone, and tracing it takes seconds."""
-    made = {}
-    real = vision._against
-
-    def against(artifact, model, parent, notes, checks):
-        import onnx_ir as ir
-
-        def once(quantized, source):
-            key = (artifact.kind, (Path(parent) / "manifest.sha256").read_bytes())
-            if key not in made:
-                made[key] = ir.to_proto(checks.remake(quantized, source))
-            return ir.from_proto(made[key])
-
-        yield from real(artifact, model, parent, notes, replace(checks, remake=once))
-
-    vision._against = against
-    yield
-    vision._against = real
+# The tree takes half a minute to write.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("graphs_made_once")]
 
 
 def inject(fault: Fault, whole: Path, place: Path) -> Path:

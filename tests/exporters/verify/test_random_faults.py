@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,14 @@ from random_faults import LANGUAGE_KINDS, VISION_KINDS, inject_random
 from exporters.graph.formats import OnnxFormat
 from exporters.onnx.export import export_onnx
 from exporters.onnx.target import OnnxExportOptions
-from exporters.verify import graph_export as vision
 from exporters.verify.whole import verify_tree
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact.verify import find_tree
 from fp8pipe.core.errors import Fp8PipeError
 from validation.onnx.validate import validate_onnx
+
+pytestmark = pytest.mark.usefixtures("graphs_made_once")
 
 SEEDS = 4
 LANGUAGE = [(kind, seed, model) for kind in LANGUAGE_KINDS for seed in range(SEEDS) for model in ("trained", "plain")]
@@ -58,27 +58,6 @@ def pictures(tmp_path_factory):
     export_onnx(root / "vit", root / "onnx", OnnxExportOptions())
     validate_onnx(root / "onnx", against=root / "vit")
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _graphs_are_made_once():
-    """What an export would write follows from the parent alone, and tracing it takes seconds."""
-    import onnx_ir as ir
-
-    made, real = {}, vision._against
-
-    def against(artifact, model, parent, notes, checks):
-        def once(quantized, source):
-            key = (artifact.kind, (Path(parent) / "manifest.sha256").read_bytes())
-            if key not in made:
-                made[key] = ir.to_proto(checks.remake(quantized, source))
-            return ir.from_proto(made[key])
-
-        yield from real(artifact, model, parent, notes, replace(checks, remake=once))
-
-    vision._against = against
-    yield
-    vision._against = real
 
 
 def findings(root: Path, *parents: Path) -> list[str]:
