@@ -31,7 +31,7 @@ CONFIG_ONLY: dict[type[FrozenConfig], set[str]] = {
     VisionConfig: set(),
     LanguageConfig: {"extra", "supervision"},
     BenchConfig: set(),
-    ServeCheckConfig: set(),
+    ServeCheckConfig: {"extra"},
     VllmExportOptions: {"force"},
     OnnxExportOptions: {"force"},
     TrtExportOptions: {"force", "enterprise"},
