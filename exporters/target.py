@@ -196,7 +196,8 @@ def choose_engine(
             why=f"it is of the kind {artifact.kind}, made for {usual}", fix=f"--engine {usual}, or none",
         )  # fmt: skip
     given = {key: value for key, value in options.items() if value is not None}
-    foreign = [f"--{key.replace('_', '-')}" for key in given if key not in (*found.takes, "vllm_python")]
+    foreign = ["a form of serving" if key == "form" else f"--{key.replace('_', '-')}"
+               for key in given if key not in (*found.takes, "vllm_python")]  # fmt: skip
     if foreign:
         raise ConfigurationError(
             f"{' and '.join(foreign)} cannot be given for {found.name}", why="nothing is compared with it there",

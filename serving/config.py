@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Final, Self
 from pydantic import Field, model_validator
 
 from exporters.vllm.form import ServingForm
+from fp8pipe.artifact.signature import Trust
 from fp8pipe.core.config import Flag, FrozenConfig
 
 
-class ServeConfig(FrozenConfig):
+class ServeConfig(Trust):
     """One service, whatever it serves."""
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface")

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from exporters.target import target_of
 from exporters.verify.contents import check_contents
 from exporters.vllm.source import open_source
 from fp8pipe.artifact import Artifact, FileEntry, Parent, read_manifest
 from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.artifact.verify import Checked, Tree, check_bytes, check_record, find_parent, find_tree
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
@@ -94,20 +96,25 @@ class _Family:
         path: Path | None = None
         findings, notes = [], []
         for parent in artifact.manifest.parents:
-            if parent.digest in self.models:
+            if parent.digest in self.models and target_of(artifact.kind) is not None:
                 path = path or self.models[parent.digest]
                 continue
             known, finding, note = find_parent(artifact, parent, self.known)
             finding = finding or (self._other(artifact, parent) if known is None else None)
             findings += [finding] if finding is not None else []
+            if self.models and parent.outdated and artifact.kind != VIT_KIND:
+                note += f"; {parent.outdated}: export it again"
             notes += [note] if note and finding is None else []
             path = path or (None if known is None else known.root)
         return path, findings, notes
 
     def _other(self, artifact: Artifact, parent: Parent) -> Finding | None:
-        """An artifact that was named as the parent, is of its kind, and is another one."""
-        others = [named for named in self.named if named.kind == parent.kind and named.root != artifact.root]
+        """An artifact or a model that was named as the parent, is of its kind, and is another one."""
+        others = [(named.root.name, named.digest) for named in self.named
+                  if named.kind == parent.kind and named.root != artifact.root]  # fmt: skip
+        if parent.kind == "model" and not parent.outdated and parent.digest not in self.models:
+            others = [(place.name, digest) for digest, place in self.models.items()]
         if not others:
             return None
-        why = f"the manifest names {parent.kind} {parent.digest}; {others[0].root.name} has {others[0].digest}"
-        return Finding(Check.PARENT, others[0].root.name, why)
+        name, digest = others[0]
+        return Finding(Check.PARENT, name, f"the manifest names {parent.kind} {parent.digest}; {name} has {digest}")

@@ -78,6 +78,17 @@ class ServingForm(FrozenConfig):
         """With what the machine decides filled in: on a CPU nothing is compiled unless it is asked for."""
         return self if self.enforce_eager is not None else self.model_copy(update={"enforce_eager": on_cpu})
 
+    def options(self) -> list[str]:
+        """What was given of it, as `fp8pipe serve` takes it."""
+        given: list[str] = []
+        for name in sorted(ServingForm.model_fields.keys() & self.model_fields_set - {"extra"}):
+            value = getattr(self, name)
+            if isinstance(value, bool):
+                given.append(_flag(name if value else f"no_{name}"))
+            elif value is not None:
+                given += [_flag(name), str(value)]
+        return [*given, "--", *self.extra] if self.extra else given
+
     def arguments(self) -> list[str]:
         """vLLM's arguments for these settings."""
         # -1: as much as the memory holds. Without it vLLM refuses to start where the model's full context does not fit.

@@ -14,7 +14,7 @@ from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_
 from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.sidecars import read_config
-from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, checkpoint_digest, weight_entries
+from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, model_parent, weight_entries
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 
 HUGGING_FACE: Final = "huggingface"  # the kind of a plain directory
@@ -96,8 +96,7 @@ def _from_hugging_face(root: Path, origin: str) -> Source:
     check_unquantized(root)
     with blame_configuration():
         tensors = weight_entries(root)
-    parent = Parent(kind="model", digest=checkpoint_digest(root, tensors), path=origin)
-    return Source(root=root, kind=HUGGING_FACE, config=config, tensors=tensors, parent=parent)
+    return Source(root=root, kind=HUGGING_FACE, config=config, tensors=tensors, parent=model_parent(root, origin))
 
 
 def _read_config(root: Path) -> dict[str, Any]:

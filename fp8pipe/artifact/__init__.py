@@ -5,30 +5,34 @@ result is reopened and re-hashed, and only then renamed to `NAME/`. So a directo
 whole.
 """
 
-from fp8pipe.artifact.gate import Comparison, Gate, Verdict, at_most, none_of
-from fp8pipe.artifact.manifest import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Encoding,
-    FileEntry,
-    LayerRecord,
-    Manifest,
-    NumberFormat,
-    Parent,
-    ScaleRule,
-)
-from fp8pipe.artifact.reader import (
-    CHECKSUM_NAME,
-    Artifact,
-    check_file,
-    open_artifact,
-    read_manifest,
-    sha256_file,
-    staged,
-)
-from fp8pipe.artifact.record import check_checksum, checksum_path, read_checked, remove_checked, write_checked
-from fp8pipe.artifact.writer import CHECKPOINT_PREFIX, ArtifactWriter, check_place, installed_versions
-from fp8pipe.core.machine import disk_guard, translate_disk_full
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fp8pipe.artifact.gate import Comparison, Gate, Verdict, at_most, none_of
+    from fp8pipe.artifact.manifest import (
+        MANIFEST_NAME,
+        SCHEMA_VERSION,
+        Encoding,
+        FileEntry,
+        LayerRecord,
+        Manifest,
+        NumberFormat,
+        Parent,
+        ScaleRule,
+    )
+    from fp8pipe.artifact.reader import (
+        CHECKSUM_NAME,
+        Artifact,
+        check_file,
+        open_artifact,
+        read_manifest,
+        sha256_file,
+        staged,
+    )
+    from fp8pipe.artifact.record import check_checksum, checksum_path, read_checked, remove_checked, write_checked
+    from fp8pipe.artifact.writer import CHECKPOINT_PREFIX, ArtifactWriter, check_place, installed_versions
+    from fp8pipe.core.machine import disk_guard, translate_disk_full
 
 __all__ = [
     "CHECKPOINT_PREFIX", "CHECKSUM_NAME", "MANIFEST_NAME", "SCHEMA_VERSION", "Artifact", "ArtifactWriter",
@@ -37,3 +41,16 @@ __all__ = [
     "installed_versions", "none_of", "open_artifact", "read_checked", "read_manifest", "remove_checked",
     "sha256_file", "staged", "translate_disk_full", "write_checked",
 ]  # fmt: skip
+
+# Each imports those before it, so that a name costs no more than the module that it stands in: help needs few.
+_HOMES = ("artifact.record", "artifact.gate", "artifact.manifest", "artifact.reader", "artifact.writer", "core.machine")
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__`, from the first module that has it."""
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f"fp8pipe.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -122,11 +122,17 @@ class Parent(FrozenConfig):
     """An artifact or a model that this one was made from."""
 
     kind: str = Field(description="the parent's kind, or 'model' for a checkpoint without a manifest")
-    digest: str = Field(description="the parent's manifest digest, or a digest of its weights")
+    digest: str = Field(description="the parent's manifest digest; of a model, a digest of its files")
     path: str = Field(description="where it was when it was read; what lies there now is taken by its digest alone")
     content: Sha256 | None = Field(
-        default=None, description="the parent's content digest, which a rerun keeps; none for a model"
+        default=None, description="the parent's content digest, which a rerun keeps; a language model's is its digest"
     )
+
+    @property
+    def outdated(self) -> str:
+        """Why a language model's digest fits no model any more; empty where it is of today's form."""
+        why = "an earlier fp8pipe wrote it, whose digests of models said nothing of tokenizer and chat template"
+        return why if self.kind == "model" and self.content is None else ""
 
 
 class NumberFormat(FrozenConfig):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from fp8pipe.artifact import MANIFEST_NAME, Artifact, checksum_path, open_artifact
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.record import record_path
+from fp8pipe.artifact.signature import Trust
 from fp8pipe.artifact.verdict import REJECT, read_verdict, require_accept
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 
@@ -50,18 +51,20 @@ class PushPlan:
         return sum(size for _, size in self.files)
 
 
-def plan_push(directory: Path, *, unvalidated: bool = False) -> PushPlan:
+def plan_push(directory: Path, *, unvalidated: bool = False, trust: Trust | None = None) -> PushPlan:
     """Hash an artifact, look at its gates and its record, and list what an upload holds.
 
     Args:
         directory: the artifact.
         unvalidated: an export needs no ACCEPT; a note says so. One that is rejected is refused all the same.
+        trust: whose signature it and its record must bear; nobody's when None.
 
     Raises:
-        BadArtifactError: no artifact, or a damaged one, or the record of its validation is not sound.
+        BadArtifactError: no artifact, or a damaged one, or the record of its validation is not sound, or not as signed.
         GateFailedError: a gate of it failed, or its kind can be validated, and no record beside it says ACCEPT.
     """
     artifact = open_artifact(directory)
+    (trust or Trust()).require(artifact.root, record_path(artifact.root))
     failed = [f"{g.name}: {g.value:g} against {g.threshold:g}" for g in artifact.manifest.gates if not g.passed]
     notes = [] if artifact.manifest.gates else ["it carries no gates: nothing was checked when it was written"]
     if failed:

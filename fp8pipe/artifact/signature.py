@@ -1,20 +1,25 @@
 """Signatures of a directory by a key of its owner, in OpenSSF's model-signing format. Nothing leaves the machine.
 
 Checksums and hashes show damage. Who can write the files can write them again, too; a signature shows who did. It lies
-beside the directory, as `DIR.sig`, so that the files in it stay those of the manifest.
+beside the directory, as `DIR.sig`, so that the files in it stay those of the manifest. A record beside an artifact has
+one of its own, so that the artifact's holds wherever it is copied.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from pydantic import Field, model_validator
 
-__all__ = ["check_signature", "sign_directory", "signature_path"]
+from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.core.config import Flag, FrozenConfig
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+
+__all__ = ["Trust", "check_signature", "sign", "signature_path"]
 
 # model-signing gives the representation of a list of sentences, in which quotes may be escaped.
 _PARTS = (
@@ -24,20 +29,68 @@ _PARTS = (
 )
 
 
-def signature_path(directory: Path) -> Path:
-    """`DIR.sig`, beside the directory."""
-    absolute = Path(directory).absolute()
+class Trust(FrozenConfig):
+    """Whose signature must stand; without a key or a certificate none is looked at."""
+
+    public_key: Annotated[Path | None, Flag(default="not checked")] = Field(
+        default=None, description="Check signatures with this key, PEM"
+    )
+    certificates: Annotated[tuple[Path, ...], Flag("certificate")] = Field(
+        default=(), description="Check signatures with this trusted root, PEM; repeatable"
+    )
+    signature: Annotated[Path | None, Flag(default="DIRECTORY.sig")] = Field(
+        default=None, description="The directory's signature"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.public_key is not None and self.certificates:
+            raise ValueError("a signature is checked with a public key or with certificates: give one of them")
+        if self.signature is not None and self.public_key is None and not self.certificates:
+            raise ValueError("a signature needs a public key or a certificate to be checked with")
+        return self
+
+    def findings(self, directory: Path, records: Iterable[Path]) -> list[Finding]:
+        """What the signatures of a directory, and of records beside it, do not bear out."""
+        if self.public_key is None and not self.certificates:
+            return []
+        places = {directory: self.signature or signature_path(directory)} | {r: signature_path(r) for r in records}
+        checked = {
+            path: check_signature(path, place, public_key=self.public_key, certificates=self.certificates)
+            for path, place in places.items()
+        }
+        return [
+            Finding(Check.SIGNATURE, places[path].name, wrong, artifact=path.name)
+            for path, wrong in checked.items()
+            if wrong
+        ]
+
+    def require(self, directory: Path, record: Path) -> None:
+        """Refuse an artifact, or the record of its validation where there is one, that is not as it was signed.
+
+        Raises:
+            BadArtifactError: a signature is missing, of another key, or of other bytes.
+        """
+        found = self.findings(directory, [record] if record.exists() else [])
+        if found:
+            why, fix = "; ".join(map(str, found)), "copy it again from its source, or have its owner sign it"
+            raise BadArtifactError(f"{directory} is not what was signed", why=why, fix=fix)
+
+
+def signature_path(path: Path) -> Path:
+    """`DIR.sig` or `RECORD.json.sig`, beside what it signs."""
+    absolute = Path(path).absolute()
     return absolute.with_name(absolute.name + ".sig")
 
 
-def sign_directory(
-    directory: Path, output: Path, *, key: Path, certificate: Path | None = None, chain: Sequence[Path] = (),
+def sign(
+    path: Path, output: Path, *, key: Path, certificate: Path | None = None, chain: Sequence[Path] = (),
     password: str | None = None,
 ) -> Path:  # fmt: skip
-    """Sign every file in a directory.
+    """Sign every file in a directory, or one file.
 
     Args:
-        directory: an artifact, a run's directory, or any other.
+        path: an artifact, a run's directory, or any other; or a record.
         output: where the signature is written.
         key: private key of an elliptic curve, PEM.
         certificate: of that key, PEM; then the signature is checked with certificates instead of the public key.
@@ -46,11 +99,9 @@ def sign_directory(
 
     Raises:
         MissingCapabilityError: model-signing is not installed.
-        ConfigurationError: no such directory, or a key or certificate that cannot be used.
+        ConfigurationError: nothing is there, or a key or certificate cannot be used.
     """
     signing, hashing = _module("signing"), _module("hashing")
-    if not directory.is_dir():
-        raise ConfigurationError(f"{directory} is not a directory", why="a whole directory is signed", fix="give one")
     if password is not None and certificate is not None:
         raise ConfigurationError(
             "a locked key cannot sign with a certificate", why="model-signing takes no password there",
@@ -64,19 +115,19 @@ def sign_directory(
             config.use_elliptic_key_signer(private_key=key, password=locked)
         else:
             config.use_certificate_signer(private_key=key, signing_certificate=certificate, certificate_chain=chain)
-        config.sign(directory, output)
+        config.sign(path, output)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigurationError(
-            f"{directory} cannot be signed", why=" ".join(str(error).split())[:300] or type(error).__name__,
+            f"{path} cannot be signed", why=" ".join(str(error).split())[:300] or type(error).__name__,
             fix="give a private key of an elliptic curve in PEM form, and its password if it has one",
         ) from error  # fmt: skip
     return output
 
 
 def check_signature(
-    directory: Path, signature: Path, *, public_key: Path | None = None, certificates: Sequence[Path] = ()
+    path: Path, signature: Path, *, public_key: Path | None = None, certificates: Sequence[Path] = ()
 ) -> str:
-    """What is wrong with the signature of a directory, in words; empty when nothing is.
+    """What is wrong with the signature of a directory or file, in words; empty when nothing is.
 
     Give the signer's public key, or the roots that are trusted, as PEM.
 
@@ -86,7 +137,7 @@ def check_signature(
     """
     verifying, hashing = _module("verifying"), _module("hashing")
     if not signature.is_file():
-        return "there is no such signature"
+        return f"there is no such signature: {path.name} is not signed, or was written after `fp8pipe sign`"
     config = verifying.Config().set_hashing_config(_hashing(hashing))
     try:
         if public_key is not None:
@@ -98,15 +149,15 @@ def check_signature(
             "the key or certificate cannot be used", why=" ".join(str(error).split())[:300], fix="give it in PEM form"
         ) from error
     try:
-        config.verify(directory, signature)
+        config.verify(path, signature)
     except Exception as error:  # a wrong key, a changed file and a damaged signature raise different things
-        return _in_words(" ".join(str(error).split())) or f"it does not fit ({type(error).__name__})"
+        return _in_words(" ".join(str(error).split()), path.name) or f"it does not fit ({type(error).__name__})"
     return ""
 
 
-def _in_words(text: str) -> str:
-    """Which files differ, without the digests, which are shown as raw bytes."""
-    found = {what: ", ".join(pattern.findall(text)) for what, pattern in _PARTS}
+def _in_words(text: str, name: str) -> str:
+    """Which files differ, without the digests, which are shown as raw bytes; a file that was signed alone is `.`."""
+    found = {what: ", ".join(name if n == "." else n for n in pattern.findall(text)) for what, pattern in _PARTS}
     return "; ".join(f"{what}: {names}" for what, names in found.items() if names) or text[:300]
 
 

@@ -18,6 +18,7 @@ from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Parent, canonica
 from fp8pipe.artifact.reader import CHECKSUM_NAME, PARTIAL_SUFFIX, Artifact, check_file, read_manifest, strays
 from fp8pipe.artifact.record import CHECKSUM_SUFFIX, check_checksum, checksum_path
 from fp8pipe.artifact.runs import RUN_NAME, StageRecord, read_run
+from fp8pipe.artifact.signature import signature_path
 from fp8pipe.artifact.verdict import read_verdict
 from fp8pipe.core.errors import BadArtifactError
 
@@ -38,6 +39,11 @@ class Tree:
     records: list[Path] = field(default_factory=list)  # JSON files with a checksum, or the name of a record or a run
     unfinished: list[Path] = field(default_factory=list)  # directories of runs that did not end
     others: list[Path] = field(default_factory=list)  # files outside of artifacts that have no checksum
+
+    @property
+    def beside(self) -> list[Path]:
+        """Records of a single artifact, which lie outside of its directory."""
+        return [path for path in self.records if self.root not in path.parents]
 
     def name_of(self, path: Path) -> str:
         """`path` as people know it: relative to the tree."""
@@ -71,7 +77,8 @@ def find_tree(root: Path) -> Tree:
     if tree.artifacts == [root]:  # what was found about it lies beside it
         for suffix in _BESIDE:
             beside = root.with_name(root.name + suffix)
-            tree.records += [beside] if beside.exists() or checksum_path(beside).exists() else []
+            left = (beside, checksum_path(beside), signature_path(beside))
+            tree.records += [beside] if any(path.exists() for path in left) else []
     for found in (tree.artifacts, tree.records, tree.unfinished, tree.others):
         found.sort()
     return tree
@@ -84,7 +91,8 @@ def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
     records |= {name for name in files if name == RUN_NAME or name.endswith(_BESIDE)}
     tree.records += [folder / name for name in records]
     # A signature is checked with a key, which only the caller has.
-    signatures = {name for name in files if name.endswith(".sig") and (folder / name[: -len(".sig")]).is_dir()}
+    signed = {name: name.removesuffix(".sig") for name in files if name.endswith(".sig")}
+    signatures = {name for name, of in signed.items() if of in records or (folder / of).is_dir()}
     tree.others += [folder / name for name in files - checksums - records - signatures]
 
 

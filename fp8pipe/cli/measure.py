@@ -35,15 +35,16 @@ _EXPORT = click.argument("export", type=click.Path(path_type=Path))
     help="onnxruntime: image folder; compare classes on up to 500 of its pictures (needs --against).",
 )
 @model_options(ServingForm)
+@stage_options("config")
 @common_options(dry_run=True)
 def validate_command(
-    export: Path, engine: str | None, vllm_python: str | None, against: Path | None, images: Path | None, dry_run: bool,
-    console: Console, **form: Any,
+    export: Path, engine: str | None, vllm_python: str | None, against: Path | None, images: Path | None,
+    config: Path | None, dry_run: bool, console: Console, **form: Any,
 ) -> None:  # fmt: skip
     """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
 
     The record is written beside the export, as EXPORT.validation.json. Options of `serve` on a language export name the
-    form of serving that is proved.
+    form of serving that is proved; --config is a file of them.
     """
     from exporters.target import call, choose_engine, open_export, targets
     from fp8pipe.artifact.record import ExportRejectedError, record_path
@@ -53,8 +54,8 @@ def validate_command(
     if engine is not None and engine not in known:
         raise click.UsageError(f"--engine {engine}: choose from {', '.join(known)}")
     options: dict[str, Any] = {"against": against, "images": images, "vllm_python": vllm_python}
-    if any(value is not None for value in form.values()):
-        options["form"] = resolve(ServingForm, None, form)
+    if config is not None or any(value is not None for value in form.values()):
+        options["form"] = resolve(ServingForm, config, form)
     chosen, given = choose_engine(artifact, target, engine, options)
     if dry_run:
         plan = call(target.service.plan or "", artifact, "validate", record_path(artifact.root), **given)

@@ -64,10 +64,12 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
 def _refuse_now(export: Path, config: ServeConfig) -> None:
     """What would be refused when it is served: changed files, no ACCEPT, a file of keys that cannot be read."""
     from fp8pipe.artifact import open_artifact
+    from fp8pipe.artifact.record import record_path
     from fp8pipe.artifact.verdict import require_accept
     from serving.http.admission import KeyFile
 
     artifact = open_artifact(export, caches="engines")
+    config.require(artifact.root, config.record or record_path(artifact.root))
     if not config.unvalidated:
         require_accept(artifact, config.record)
     if config.api_key_file:

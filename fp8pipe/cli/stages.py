@@ -31,6 +31,7 @@ _LEFT_BY: Final = {"finetune": TUNED_KINDS, "quantize-vit": (VIT_KIND,)}
 _CONFIGS: Final = {
     "finetune": "pipeline.finetune.config:FinetuneConfig", "quantize-vit": "pipeline.vit.config:QuantizeVitConfig",
     "bench": "validation.bench.record:BenchConfig", "serve-check": "validation.bench.record:ServeCheckConfig",
+    "validate": "exporters.vllm.form:ServingForm",
 }  # fmt: skip
 _TEXT: Final = {"type": "string"}
 
@@ -61,11 +62,8 @@ def stage_schemas() -> dict[str, dict[str, Any]]:
         schemas[f"export {target.name}: {target.help}"] = _with(schema, named, ("artifact", "target"))
     for name in ("bench", "serve-check"):
         schemas[name] = _with(schemas[name], {"export": _TEXT}, ("export",))
-    schemas["validate"] = _with(
-        {"type": "object", "additionalProperties": False, "properties": {}},
-        {**dict.fromkeys(_VALIDATE, _TEXT), "engine": {"enum": _engines()}},
-        ("export",),
-    )
+    texts: dict[str, Any] = dict.fromkeys(_VALIDATE, _TEXT)
+    schemas["validate"] = _with(schemas["validate"], texts | {"engine": {"enum": _engines()}}, ("export",))
     return schemas
 
 
@@ -128,16 +126,24 @@ def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
     build_config(target.options, rest)
 
 
+def _form(settings: Settings) -> dict[str, Any]:
+    """The settings of `validate` that say how a language export is served."""
+    return {key: value for key, value in settings.items() if key not in _VALIDATE}
+
+
 def _engines() -> list[str]:
     return list(dict.fromkeys(engine.name for target in targets() for engine in target.engines))
 
 
 def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
     _require_export(settings, read)
-    unknown = [key for key in settings if key not in _VALIDATE]
+    form = _form(settings)
+    known = (*_VALIDATE, *_config("validate").model_fields)
+    unknown = [key for key in form if key not in known]
     if unknown:
-        why = f"{', '.join(unknown)}: unknown key, known keys: {', '.join(_VALIDATE)}"
+        why = f"{', '.join(unknown)}: unknown key, known keys: {', '.join(known)}"
         raise ConfigurationError("validate has unknown settings", why=why)
+    build_config(_config("validate"), form)
     if settings.get("engine") not in (None, *_engines()):
         raise ConfigurationError("unknown engine", why=f"engine: choose from {', '.join(_engines())}")
 
@@ -177,7 +183,8 @@ def _export_arguments(settings: Settings, output: Path, file: Path) -> list[str]
 def _validate_arguments(settings: Settings, output: Path, file: Path) -> list[str]:
     named = [key for key in _VALIDATE if key != "export" and settings.get(key) is not None]
     flags = [[f"--{key.replace('_', '-')}", str(settings[key])] for key in named]
-    return ["validate", str(settings["export"]), *(part for flag in flags for part in flag)]
+    config = ["--config", str(file)] if _form(settings) else []
+    return ["validate", str(settings["export"]), *(part for flag in flags for part in flag), *config]
 
 
 def _vllm_versions(settings: Settings) -> Mapping[str, str]:

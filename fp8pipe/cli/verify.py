@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fp8pipe.artifact.signature import Trust
 from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.cli.options import model_options, resolve
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -43,17 +45,11 @@ _PATH = click.Path(path_type=Path)
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Hashes, checksums and records only; contents are not looked at.")
 @click.option("--strict", is_flag=True, help="Files that no record covers are findings too.")
-@click.option("--public-key", type=_PATH, help="Check the signature with this key, PEM.")
-@click.option(
-    "--certificate", "certificates", multiple=True, type=_PATH,
-    help="Check the signature with this trusted root, PEM. May be repeated.",
-)  # fmt: skip
-@click.option("--signature", type=_PATH, help="The signature.  [default: DIRECTORY.sig]")
+@model_options(Trust)
 @common_options()
 def verify_command(
-    directory: Path, parents: tuple[Path, ...], quick: bool, strict: bool, public_key: Path | None,
-    certificates: tuple[Path, ...], signature: Path | None, console: Console,
-) -> None:  # fmt: skip
+    directory: Path, parents: tuple[Path, ...], quick: bool, strict: bool, console: Console, **trusted: Any
+) -> None:
     """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 when anything is found.
 
     DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every checksum
@@ -64,6 +60,7 @@ def verify_command(
     from fp8pipe.artifact.verify import find_tree
     from fp8pipe.core.progress import track
 
+    trust = resolve(Trust, None, trusted)
     tree = find_tree(directory)
     if not tree.artifacts and not tree.records:
         raise BadArtifactError(
@@ -75,25 +72,11 @@ def verify_command(
         checked, compared = verify_tree(
             tree, parents, quick=quick, strict=strict, on_file=lambda entry: progress.advance(1)
         )
-    if public_key is not None or certificates:
-        checked.findings += _signature(directory, signature, public_key, certificates)
-    elif signature is not None:
-        raise click.UsageError("--signature needs --public-key or --certificate")
+    checked.findings += trust.findings(directory, tree.beside)
     console.emit(_document(tree, checked, compared, quick), _text(tree, checked, compared, quick),
                  quiet_text=str(directory))  # fmt: skip
     if checked.findings:
         raise VerificationError(directory, checked.findings)
-
-
-def _signature(
-    directory: Path, signature: Path | None, public_key: Path | None, certificates: tuple[Path, ...]
-) -> list[Finding]:
-    from fp8pipe.artifact.finding import Check, Finding
-    from fp8pipe.artifact.signature import check_signature, signature_path
-
-    place = signature_path(directory) if signature is None else signature
-    wrong = check_signature(directory, place, public_key=public_key, certificates=certificates)
-    return [Finding(Check.SIGNATURE, place.name, wrong, artifact=directory.name)] if wrong else []
 
 
 def _count(tree: Tree) -> int:
@@ -143,7 +126,7 @@ def _text(tree: Tree, checked: Checked, compared: list[tuple[str, str]], quick: 
 @click.option("--password-file", type=_PATH, help="File that holds the key's password.")
 @click.option("--certificate", type=_PATH, help="Certificate of the key, PEM, to be checked by certificates.")
 @click.option("--chain", type=_PATH, multiple=True, help="Certificate between it and a root. May be repeated.")
-@click.option("--output", type=_PATH, help="Where the signature is written.  [default: DIRECTORY.sig]")
+@click.option("--output", type=_PATH, help="Where the directory's signature is written.  [default: DIRECTORY.sig]")
 @common_options()
 def sign_command(
     directory: Path, key: Path, password_file: Path | None, certificate: Path | None, chain: tuple[Path, ...],
@@ -151,23 +134,28 @@ def sign_command(
 ) -> None:  # fmt: skip
     """Sign every file in DIRECTORY, which is verified first; works offline.
 
-    Check with: fp8pipe verify DIRECTORY --public-key KEY.pub
+    Records beside an artifact are signed, too, each as RECORD.sig beside it. Check with: fp8pipe verify DIRECTORY
+    --public-key KEY.pub
     """
-    from fp8pipe.artifact.signature import sign_directory, signature_path
+    from fp8pipe.artifact.signature import sign, signature_path
     from fp8pipe.artifact.verify import check_bytes, find_tree
 
     try:
         password = None if password_file is None else password_file.read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{password_file} cannot be read", why=str(error), fix="name the file") from error
-    found = check_bytes(find_tree(directory)).findings
+    tree = find_tree(directory)
+    found = check_bytes(tree).findings
     if found:
         raise BadArtifactError(
             f"{directory} is damaged, and is not signed", why="; ".join(map(str, found)), fix="fp8pipe verify lists all"
         )
-    place = signature_path(directory) if output is None else output
-    sign_directory(directory, place, key=key, certificate=certificate, chain=chain, password=password)
-    console.emit({"path": str(directory), "signature": str(place)}, f"signed: {place}", quiet_text=str(place))
+    places = {directory: output or signature_path(directory)} | {path: signature_path(path) for path in tree.beside}
+    for path, place in places.items():
+        sign(path, place, key=key, certificate=certificate, chain=chain, password=password)
+    signed = list(map(str, places.values()))
+    document = {"path": str(directory), "signature": signed[0], "records": signed[1:]}
+    console.emit(document, "\n".join(f"signed: {place}" for place in signed), quiet_text=signed[0])
 
 
 @click.command("push")
@@ -177,20 +165,21 @@ def sign_command(
 @click.option("--revision", help="An existing branch to commit to.")
 @click.option("--create-pr", is_flag=True, help="Propose the upload as a pull request.")
 @click.option("--unvalidated", is_flag=True, help="Push an export without an ACCEPT; never one that is rejected.")
+@model_options(Trust)
 @common_options(dry_run=True)
 def push_command(
     directory: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, unvalidated: bool,
-    dry_run: bool, console: Console,
+    dry_run: bool, console: Console, **trusted: Any,
 ) -> None:  # fmt: skip
     """Hash DIRECTORY, and upload it to the hub's repository REPO_ID.
 
-    An artifact is refused if a file differs or its record is not sound (exit 12), a gate failed, or no validation says
-    ACCEPT (14). The token comes from HF_TOKEN or from
+    An artifact is refused if a file differs, its record is not sound, or with a key one of both is not as it was signed
+    (exit 12), a gate failed, or no validation says ACCEPT (14). The token comes from HF_TOKEN or from
     `hf auth login`, never from the command line.
     """
     from fp8pipe.artifact.push import Target, plan_push, push
 
-    plan = plan_push(directory, unvalidated=unvalidated)
+    plan = plan_push(directory, unvalidated=unvalidated, trust=resolve(Trust, None, trusted))
     document = {
         "dry_run": dry_run, "path": str(plan.artifact.root), "kind": plan.artifact.kind, "repo_id": repo_id,
         "digest": plan.artifact.digest, "size_bytes": plan.size_bytes, "notes": list(plan.notes),

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat, Parent
+from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat
 from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.tensors import checkpoint_names, weights_digest
+from fp8pipe.models.checkpoint.tensors import checkpoint_names, model_parent
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.flush import FlushReport
@@ -159,7 +159,7 @@ class Falqon:
             return writer.commit(
                 config={"method": "falqon", "update_rule": rule.name, "rank": self.method.rank, "steps": self.steps},
                 seed=self.method.seed,
-                parents=[Parent(kind="model", digest=weights_digest(source.path), path=source.origin)],
+                parents=[model_parent(source.path, source.origin)],
                 number_format=NumberFormat(name="e4m3", granularity="per-tensor"),
                 runtime={"device": str(next(self.model.parameters()).device)},
                 layers=renamed(self.records, names),

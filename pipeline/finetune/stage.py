@@ -22,7 +22,6 @@ from fp8pipe.artifact import (
     Gate,
     LayerRecord,
     NumberFormat,
-    Parent,
     Verdict,
     check_place,
     sha256_file,
@@ -35,8 +34,8 @@ from fp8pipe.models.checkpoint.tensors import (
     blame_configuration,
     checkpoint_names,
     header_entries,
+    model_parent,
     weight_files,
-    weights_digest,
 )
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
@@ -252,7 +251,7 @@ def _deploy(
     return writer.commit(
         config=config.model_dump(mode="json"),
         seed=config.seed,
-        parents=[Parent(kind="model", digest=weights_digest(source.path), path=source.origin)],
+        parents=[model_parent(source.path, source.origin)],
         number_format=NumberFormat(name="e4m3", granularity="per-tensor") if falqon else None,
         runtime={
             "device": config.device, "threads": torch.get_num_threads(), "native": library() is not None,

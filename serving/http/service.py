@@ -17,7 +17,7 @@ from typing import Any
 
 from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.gate import Verdict
-from fp8pipe.artifact.record import DIGEST_HEADER, VERDICT_HEADER
+from fp8pipe.artifact.record import DIGEST_HEADER, VERDICT_HEADER, record_path
 from fp8pipe.artifact.verdict import require_accept
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
 from serving.config import ServeConfig
@@ -55,9 +55,10 @@ def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str
         form: how the engine runs, as a record says it.
 
     Raises:
-        BadArtifactError: the record is not sound, or speaks of another export.
+        BadArtifactError: the record is not sound, not as it was signed, or speaks of another export.
         GateFailedError: there is none, its verdict is not ACCEPT, or it was made with other versions or another form.
     """
+    config.require(artifact.root, config.record or record_path(artifact.root))
     versions = {name: version for name, version in versions.items() if name != "python"}
     try:
         record = require_accept(artifact, config.record)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fp8pipe.artifact import write_checked
 from fp8pipe.artifact.finding import Check
+from fp8pipe.artifact.record import record_path
+from fp8pipe.artifact.signature import sign, signature_path
 
-__all__ = ["Fault", "code_bits", "graph", "json_file", "manifest", "record", "tensors"]
+__all__ = ["Fault", "code_bits", "graph", "json_file", "manifest", "record", "signed", "tensors"]
 
 Inject = Callable[[Path], None]
 
@@ -107,6 +109,20 @@ def record(file: str, change: Callable[[dict], None]) -> Inject:
         data = json.loads((tree / file).read_text())
         change(data)
         write_checked(tree / file, json.dumps(data, indent=2) + "\n")
+
+    return inject
+
+
+def signed(artifact: str, inject_after: Inject) -> Inject:
+    """Sign an artifact and its record with the key whose public half lies in the tree as `key.pub`, then inject."""
+
+    def inject(tree: Path) -> None:
+        from signing_keys import keys  # of the extra `sign`
+
+        keys(tree)
+        for path in (tree / artifact, record_path(tree / artifact)):
+            sign(path, signature_path(path), key=tree / "key")
+        inject_after(tree)
 
     return inject
 

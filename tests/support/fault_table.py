@@ -20,7 +20,7 @@ FAULTS: tuple[Fault, ...] = (*LANGUAGE_FAULTS, *VISION_FAULTS)
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 CHECKS = {
     Check.CHECKSUM: "a record's bytes against its checksum",
-    Check.SIGNATURE: "a directory's files against the signature beside it, where a key is given",
+    Check.SIGNATURE: "a directory's files, and a record beside it, against their signatures, where a key is given",
     Check.HASH: "a file's bytes against the manifest",
     Check.RECORD: "what a validation or a run says, against the artifacts it speaks of and against itself",
     Check.PARENT: "the parents that a manifest names, against the artifacts that are there",

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from artifact_tree import rehash
-from fault_case import Fault, graph, json_file, manifest, record, tensors
+from fault_case import Fault, graph, json_file, manifest, record, signed, tensors
 from graph_edits import behind, drop, opset, replace, set_attributes, store
 
 from fp8pipe.artifact.finding import Check
@@ -303,6 +303,12 @@ RECORD_FAULTS = (
           C.RECORD, "onnx.validation.json", record("onnx.validation.json", rejected), "onnx"),
     Fault("record-gate-edited", "onnx.validation.json", "onnx.validation.json", "a gate that counted four has passed",
           C.RECORD, "onnx.validation.json", record("onnx.validation.json", failed_gate), "onnx"),
+    Fault("signed-record-edited", "onnx.validation.json", "onnx.validation.json",
+          "the record was edited and checksummed again after it was signed", C.SIGNATURE, "onnx.validation.json.sig",
+          signed("onnx", record("onnx.validation.json", lambda data: data.update(tool_version="0"))), "onnx"),
+    Fault("record-after-signing", "onnx.validation.json", "onnx.validation.json.sig",
+          "the record was written after the artifact was signed", C.SIGNATURE, "onnx.validation.json.sig",
+          signed("onnx", lambda tree: (tree / "onnx.validation.json.sig").unlink()), "onnx"),
     Fault("run-content", "run.json", "run.json", "a stage wrote another content", C.RECORD, "run.json",
           record("run.json", run_content), "onnx"),
     Fault("verdict-turned", "run.json", "onnx.validation.json", "the run judged another verdict than stands there",

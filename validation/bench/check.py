@@ -25,7 +25,7 @@ from exporters.graph.formats import GraphDetails
 from exporters.target import call, open_export
 from fp8pipe.artifact import Artifact, Gate, open_artifact
 from fp8pipe.artifact.record import DIGEST_HEADER
-from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 from validation.bench.record import MeasureRecord, ServeCheckConfig, figure, write_measure
 from validation.vllm.launcher import answers, free_port, open_local
 
@@ -38,12 +38,19 @@ def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
 
     Raises:
         BadArtifactError: a damaged export, or of a kind that is not served.
+        ConfigurationError: a form of serving for a vision export.
         Fp8PipeError: the service did not become ready; its last lines are quoted.
     """
     artifact, target = open_export(export, lambda known: known.service.ask)
     artifact = open_artifact(artifact.root)
+    options = config.options()
+    if options and target.service.domain != "language":
+        raise ConfigurationError(
+            f"{' '.join(options)} cannot be given here", why="they say how vLLM serves, and this is a vision export",
+            fix="leave them out",
+        )  # fmt: skip
     started = time.monotonic()
-    with _service(artifact.root, config.ready_s) as (url, process):
+    with _service(artifact.root, config.ready_s, options) as (url, process):
         ready = time.monotonic() - started
         gates = [_identity(url, artifact)]
         asked, answers = call(target.service.ask or "", url, artifact, config)
@@ -60,12 +67,13 @@ def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
 
 
 @contextmanager
-def _service(export: Path, ready_s: float) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def _service(export: Path, ready_s: float, options: list[str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The service on a free port, ready; killed at the end if it still runs."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-P", "-m", "fp8pipe", "serve", str(export), "--port", str(port), "--no-access-log"]
     command.append("--unvalidated")  # what it answers is asked here, and not whether it was validated
+    command += options
     with tempfile.NamedTemporaryFile(prefix="fp8pipe-serve-", suffix=".log") as log:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         try:

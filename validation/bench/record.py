@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from exporters.vllm.form import ServingForm
 from fp8pipe.artifact import Artifact, Gate, installed_versions
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.record import write_record
@@ -105,8 +106,8 @@ class BenchConfig(FrozenConfig):
         return tuple(dict.fromkeys(value))
 
 
-class ServeCheckConfig(FrozenConfig):
-    """How a service is asked."""
+class ServeCheckConfig(ServingForm):
+    """How a service is asked; a language export's, in which form it runs."""
 
     images: int = Field(8, ge=1, description="Vision: pictures that are sent")
     prompts: Annotated[tuple[str, ...], Flag("prompt", default="two of ours")] = Field(

@@ -148,11 +148,12 @@ def plan_of(export: Artifact, source: Path) -> ExportPlan:
         BadArtifactError: it is damaged.
     """
     plan = plan_export(source, VllmExportOptions.model_validate(export.manifest.config))
-    digests = {parent.digest for parent in export.manifest.parents}
-    if plan.source.parent.digest not in digests:
+    parents = {parent.digest: parent.outdated for parent in export.manifest.parents}
+    if plan.source.parent.digest not in parents:
+        named = [f"{digest}{outdated and f' ({outdated})'}" for digest, outdated in sorted(parents.items())]
         raise ConfigurationError(
             f"{export.root} was not made from {source}",
-            why=f"its manifest names {', '.join(sorted(digests)) or 'no parent'}; that is {plan.source.parent.digest}",
-            fix="name the artifact that was exported, or leave it out",
+            why=f"its manifest names {', '.join(named) or 'no parent'}; that is {plan.source.parent.digest}",
+            fix="export it again" if any(parents.values()) else "name the artifact that was exported, or leave it out",
         )
     return plan

@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fp8pipe.artifact import sha256_file
+from fp8pipe.artifact import Parent, sha256_file
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -213,17 +214,11 @@ def checkpoint_names(root: Path, modules: Iterable[str], prefix: str) -> dict[st
     return names
 
 
-def weights_digest(root: Path) -> str:
-    """sha256 over the bytes of the weight files: how a trained artifact names the model it started from."""
-    digest = hashlib.sha256()
-    for path in weight_files(root):
-        with path.open("rb") as handle:
-            while block := handle.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def checkpoint_digest(root: Path, entries: Mapping[str, TensorEntry]) -> str:
-    """sha256 over the names and sha256 of config.json and every weight file: how an export names a plain directory."""
-    files = sorted({entry.file for entry in entries.values()} | {root / "config.json"})
-    return hashlib.sha256("".join(f"{sha256_file(file)}  {file.name}\n" for file in files).encode()).hexdigest()
+def model_parent(root: Path, origin: str) -> Parent:
+    """How a manifest names a plain directory: by the name and sha256 of every file that decides what it answers."""
+    named = [root / name for name in sidecar_files(root, ("config.json", *SERVED_FILES))]
+    index = [root / INDEX_NAME] if (root / INDEX_NAME).is_file() else []
+    files = sorted({*weight_files(root), *index, *named})
+    lines = "".join(f"{sha256_file(file)}  {file.relative_to(root).as_posix()}\n" for file in files)
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return Parent(kind="model", digest=digest, path=origin, content=digest)

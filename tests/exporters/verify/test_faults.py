@@ -13,6 +13,8 @@ from fault_case import Fault
 from fault_table import FAULTS
 
 from exporters.verify.whole import verify_tree
+from fp8pipe.artifact.finding import Check
+from fp8pipe.artifact.signature import Trust
 from fp8pipe.artifact.verify import find_tree
 from fp8pipe.cli import main
 
@@ -38,8 +40,13 @@ def inject(fault: Fault, whole: Path, place: Path) -> Path:
 def test_a_planted_fault_is_caught_by_name(fault, whole_tree, tmp_path):
     if fault.artifact == "trt" and not (whole_tree / "trt" / "engines").is_dir():
         pytest.skip("TensorRT for RTX is not installed")
+    if fault.check is Check.SIGNATURE:
+        pytest.importorskip("model_signing")
     root = inject(fault, whole_tree, tmp_path / "run")
     checked, _ = verify_tree(find_tree(root))
+    if fault.check is Check.SIGNATURE:
+        signed = root / fault.parent
+        checked.findings += Trust(public_key=root / "key.pub").findings(signed, find_tree(signed).beside)
     caught = [f for f in checked.findings if f.check is fault.check and fault.named in f"{f.where}: {f.why}"]
     assert caught, "\n".join(map(str, checked.findings)) or "nothing was found"
 

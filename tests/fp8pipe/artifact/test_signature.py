@@ -8,31 +8,27 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from records import write_sound_record
+from small_artifacts import details_of
 
-from fp8pipe.artifact import ArtifactWriter
+from fp8pipe.artifact import ArtifactWriter, none_of, open_artifact, remove_checked, write_checked
 from fp8pipe.artifact.kinds import Details
+from fp8pipe.artifact.record import record_path
+from fp8pipe.artifact.signature import signature_path
 from fp8pipe.cli import main
+from fp8pipe.core.errors import BadArtifactError
+from serving.config import ServeConfig
+from serving.http.service import proof_of
 
 pytest.importorskip("model_signing")
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-PEM = serialization.Encoding.PEM
+from signing_keys import PEM, keys
 
 
 def invoke(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def keys(root: Path, name: str = "key", password: bytes | None = None):
-    key = ec.generate_private_key(ec.SECP256R1())
-    lock = serialization.NoEncryption() if password is None else serialization.BestAvailableEncryption(password)
-    (root / name).write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, lock))
-    public = key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    (root / f"{name}.pub").write_bytes(public)
-    return key
 
 
 @pytest.fixture
@@ -84,6 +80,72 @@ def test_an_added_file_and_a_missing_signature_are_found(signed, tmp_path):
     (tmp_path / "a.sig").unlink()
     ended = invoke("verify", signed, "--public-key", tmp_path / "key.pub")
     assert "there is no such signature" in ended.stderr
+
+
+@pytest.fixture
+def accepted(tmp_path):
+    """An export with its record, both signed."""
+    with ArtifactWriter(tmp_path / "a", kind="onnx-export", stage="export") as writer:
+        (writer.root / "model.onnx").write_bytes(b"graph")
+        writer.gate(none_of("codes differing", 0))
+        root = writer.commit(details=details_of("onnx-export")).root
+    write_sound_record(root)
+    keys(tmp_path)
+    assert invoke("sign", root, "--key", tmp_path / "key").exit_code == 0
+    return root
+
+
+def edited(record: Path) -> None:
+    """The record says something else, and its checksum is right."""
+    write_checked(record, json.dumps(json.loads(record.read_text()) | {"tool_version": "edited"}))
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (edited, "a.validation.json.sig: other bytes: a.validation.json"),
+        (lambda record: signature_path(record).unlink(), "a.validation.json is not signed"),
+        (remove_checked, "a.validation.json cannot be read"),
+    ],
+    ids=["edited", "unsigned", "removed"],
+)
+def test_a_record_beside_an_artifact_is_signed_with_it(accepted, tmp_path, attack, said):
+    arguments = ("verify", accepted, "--quick", "--strict", "--public-key", tmp_path / "key.pub")
+    assert invoke(*arguments).exit_code == 0
+    attack(record_path(accepted))
+    ended = invoke(*arguments)
+    assert ended.exit_code == 12
+    assert said in ended.stderr
+
+
+@pytest.mark.parametrize("command", [("push", "org/name"), ("serve",)], ids=lambda c: c[0])
+def test_whoever_needs_the_record_needs_its_signature(accepted, tmp_path, command):
+    name, *rest = command
+    arguments = (name, accepted, *rest, "--dry-run")
+    trusted = (*arguments, "--public-key", tmp_path / "key.pub")
+    assert invoke(*trusted).exit_code == 0
+    edited(record_path(accepted))
+    assert invoke(*arguments).exit_code == 0  # a checksum cannot tell
+    ended = invoke(*trusted)
+    assert ended.exit_code == 12
+    assert "[signature] a.validation.json.sig: other bytes: a.validation.json" in ended.stderr
+    (tmp_path / "a.sig").unlink()
+    assert "[signature] a.sig: there is no such signature" in invoke(*trusted, "--unvalidated").stderr
+
+
+def test_a_service_is_refused_where_its_record_is_not_as_signed(accepted, tmp_path):
+    config = ServeConfig(public_key=tmp_path / "key.pub", unvalidated=True)
+    assert proof_of(open_artifact(accepted), config, {}).verdict == "ACCEPT"
+    edited(record_path(accepted))
+    with pytest.raises(BadArtifactError, match="not what was signed"):
+        proof_of(open_artifact(accepted), config, {})
+
+
+@pytest.mark.parametrize("options", [("--signature", "s"), ("--public-key", "k", "--certificate", "c")])
+def test_how_a_signature_is_checked_is_said_once(signed, options):
+    ended = invoke("verify", signed, *options)
+    assert ended.exit_code == 10
+    assert "a signature" in ended.stderr
 
 
 def test_a_locked_key_needs_its_password(artifact, tmp_path):

@@ -31,7 +31,7 @@ CONFIG_ONLY: dict[type[FrozenConfig], set[str]] = {
     VisionConfig: set(),
     LanguageConfig: {"extra", "supervision"},
     BenchConfig: set(),
-    ServeCheckConfig: set(),
+    ServeCheckConfig: {"extra"},
     VllmExportOptions: {"force"},
     OnnxExportOptions: {"force"},
     TrtExportOptions: {"force", "enterprise"},
@@ -45,7 +45,7 @@ NESTED = {
     },
 }  # fmt: skip
 OTHER_NAMES = {
-    "batches": "batch", "prompts": "prompt", "cors_origins": "cors-origin",
+    "batches": "batch", "prompts": "prompt", "cors_origins": "cors-origin", "certificates": "certificate",
     "compute_capabilities": "compute-capability", "max_shard_bytes": "max-shard-size",
 }  # fmt: skip
 COMMANDS = {

@@ -147,6 +147,34 @@ stages:
 """
 
 
+FORM = {"dtype": "float16", "max_model_len": 64, "enforce_eager": False, "extra": ["--swap-space", "1"]}
+
+
+@pytest.mark.parametrize("command", ["validate", "serve-check"])
+def test_the_form_of_serving_stands_in_a_recipe(tmp_path, command):
+    """Checked by the model that `serve` is checked by, and in the file that the command is given."""
+    recipe = yaml.safe_load(LANGUAGE)
+    recipe["stages"]["model"] |= {"model": "sample:smollm2", "data": "sample:chatterbot"}
+    recipe["stages"]["proof"] = {"command": command, "export": "stage:checkpoint", **FORM}
+    path = tmp_path / "form.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    state = RunState(load_recipe(path), stage_commands(), tmp_path / "run", RunOptions())
+    WorkflowRunner(state, print).check(state.recipe.stages)
+    proof = next(spec for spec in state.recipe.stages if spec.name == "proof")
+    assert state.filed_settings(proof) == FORM
+    arguments = stage_commands()[command].arguments(state.settings(proof), tmp_path, tmp_path / "proof.yaml")
+    assert arguments[-2:] == ["--config", str(tmp_path / "proof.yaml")]
+    jsonschema = pytest.importorskip("jsonschema_rs")
+    validator = jsonschema.validator_for(recipe_schema())
+    assert [str(error) for error in validator.iter_errors(recipe)] == []
+    recipe["stages"]["proof"] |= {"dtype": "int3"}
+    assert not validator.is_valid(recipe)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    refused = invoke("run", path, "--output", tmp_path / "run", "--dry-run")
+    assert refused.exit_code == 10
+    assert "dtype" in refused.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="make setup-vllm builds vLLM's environment")

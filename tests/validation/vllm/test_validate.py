@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from artifact_tree import rehash
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from small_artifacts import details_of
@@ -266,6 +267,16 @@ def test_expected_values_are_code_times_scale(export: Path, source: Path) -> Non
     assert torch.equal(exported.value, by_hand)
     plan = plan_of(open_artifact(export), source)
     assert torch.equal(ExpectedWeights(open_artifact(export), plan).read(LAYER).value, by_hand)
+
+
+def test_a_former_digest_of_a_plain_model_is_refused_with_the_reason(source: Path, tmp_path: Path) -> None:
+    plain = source.parent / "plain"
+    export = export_vllm(plain, tmp_path / "export", VllmExportOptions(format=ExportFormat.FP8)).root
+    assert plan_of(open_artifact(export), plain).source.root == plain
+    rehash(export, lambda data: data["parents"][0].update(digest="0" * 64, content=None))
+    with pytest.raises(ConfigurationError, match="an earlier fp8pipe wrote it") as caught:
+        plan_of(open_artifact(export), plain)
+    assert caught.value.fix == "export it again"
 
 
 def test_counts_of_differences() -> None:

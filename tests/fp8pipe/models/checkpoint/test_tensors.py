@@ -11,14 +11,13 @@ from safetensors.torch import save_file
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.checkpoint.tensors import (
-    checkpoint_digest,
     checkpoint_names,
     header_entries,
     is_scale,
+    model_parent,
     read_tensor,
     weight_entries,
     weight_files,
-    weights_digest,
     write_index,
 )
 
@@ -58,12 +57,30 @@ def test_names_are_found_with_and_without_the_base_models_prefix(sharded: Path) 
         checkpoint_names(sharded, ["c"], "model")
 
 
-def test_both_digests_are_what_manifests_hold(sharded: Path) -> None:
-    contents = [(sharded / name).read_bytes() for name in SHARDS]
-    assert weights_digest(sharded) == hashlib.sha256(b"".join(contents)).hexdigest()
-    named = [(b"{}", "config.json"), *zip(contents, SHARDS, strict=True)]
-    lines = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for content, name in named)
-    assert checkpoint_digest(sharded, weight_entries(sharded)) == hashlib.sha256(lines.encode()).hexdigest()
+DECISIVE = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "preprocessor_config.json", "additional_chat_templates/tools.jinja",
+)  # fmt: skip
+
+
+def test_a_model_is_named_by_every_file_that_decides_what_it_answers(sharded: Path) -> None:
+    (sharded / "additional_chat_templates").mkdir()
+    for name in DECISIVE:
+        (sharded / name).write_text("{}")
+    parent = model_parent(sharded, "origin")
+    names = sorted([*SHARDS, "model.safetensors.index.json", *DECISIVE])
+    lines = "".join(f"{hashlib.sha256((sharded / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    assert parent.digest == parent.content == hashlib.sha256(lines.encode()).hexdigest()
+    assert (parent.kind, parent.path, parent.outdated) == ("model", "origin", "")
+    (sharded / "trainer_state.json").write_text("{}")  # of the training, not of the model
+    assert model_parent(sharded, "origin") == parent
+    for name in names:
+        before = (sharded / name).read_bytes()
+        (sharded / name).write_bytes(before + b"\n")
+        assert model_parent(sharded, "origin").digest != parent.digest, name
+        (sharded / name).write_bytes(before)
+    (sharded / "chat_template.jinja").unlink()
+    assert model_parent(sharded, "origin").digest != parent.digest
 
 
 def test_what_cannot_be_read_is_named(sharded: Path) -> None:
