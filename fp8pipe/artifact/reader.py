@@ -132,10 +132,10 @@ def strays(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
             elif name not in inner and path not in listed:
                 yield path, "is not listed in the manifest"
         inner[:] = sorted(name for name in inner if (here / name).as_posix() != _HUB_FOLDER)
-    for path in (Path(entry.path) for entry in manifest.files if entry.path.endswith(external.SUFFIX)):
-        if (root / path).is_file():
-            beside = {Path(e.path).name: e.size for e in manifest.files if Path(e.path).parent == path.parent}
-            yield from ((path.as_posix(), why) for why in external.misplaced(root / path, beside))
+    for graph in (Path(entry.path) for entry in manifest.files if entry.path.endswith(external.SUFFIX)):
+        if (root / graph).is_file():
+            beside = {Path(e.path).name: e.size for e in manifest.files if Path(e.path).parent == graph.parent}
+            yield from ((graph.as_posix(), why) for why in external.misplaced(root / graph, beside))
 
 
 @contextmanager

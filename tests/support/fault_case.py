@@ -17,7 +17,7 @@ from torch import Tensor
 from fp8pipe.artifact import write_checked
 from fp8pipe.artifact.finding import Check
 
-__all__ = ["Fault", "code_bits", "graph", "json_file", "manifest", "record", "tensors"]
+__all__ = ["Fault", "code_bits", "encoding", "graph", "json_file", "manifest", "record", "tensors"]
 
 Inject = Callable[[Path], None]
 
@@ -98,6 +98,15 @@ def manifest(artifact: str, change: Callable[[dict], None]) -> Inject:
         rehash(tree / artifact, change)
 
     return inject
+
+
+def encoding(name: str, part: str, **changes: object) -> Callable[[dict], None]:
+    """A layer's encoding of its weight or activation, as the manifest states it."""
+
+    def change(data: dict) -> None:
+        next(layer for layer in data["layers"] if layer["name"] == name)[part].update(changes)
+
+    return change
 
 
 def record(file: str, change: Callable[[dict], None]) -> Inject:

@@ -28,13 +28,11 @@ def _graphs_are_made_once():
     real = vision._against
 
     def against(artifact, model, parent, notes, checks):
-        import onnx_ir as ir
-
         def once(quantized, source):
             key = (artifact.kind, (Path(parent) / "manifest.sha256").read_bytes())
             if key not in made:
-                made[key] = ir.to_proto(checks.remake(quantized, source))
-            return ir.from_proto(made[key])
+                made[key] = checks.remake(quantized, source)
+            return made[key]
 
         yield from real(artifact, model, parent, notes, replace(checks, remake=once))
 
