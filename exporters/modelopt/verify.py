@@ -74,7 +74,8 @@ def _against(artifact: Artifact, tensors: dict[str, TensorEntry], parent: Path) 
             yield Finding(Check.PARITY, name, why)
         elif not same_bits(read_tensor(tensors[name]), expected[name]):
             yield Finding(Check.PARITY, name, "its dtype, shape or bits do not follow from the parent")
-    yield from compare_layers(artifact.manifest.layers, checkpoint_layers(model, details.quant_algo))
+    calibration = str(artifact.manifest.config.get("calibration", "amax"))
+    yield from compare_layers(artifact.manifest, checkpoint_layers(model, details.quant_algo, calibration))
     yield from compare_files(
         artifact.root, parent, sidecar_files(artifact.root, SERVED_FILES), sidecar_files(parent, SERVED_FILES)
     )

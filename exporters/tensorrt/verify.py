@@ -8,19 +8,21 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporters.graph.formats import MODEL_FILE
+from exporters.graph.formats import MODEL_FILE, GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
+from exporters.graph.produce import graph_details
 from exporters.tensorrt.engines import ENGINES, LAYERS_FILE
 from exporters.tensorrt.graph import in_format, typed_graph
 from exporters.tensorrt.half import halve
 from exporters.tensorrt.language.export import SCALES_FILE
-from exporters.tensorrt.language.graph import decoder_graph
+from exporters.tensorrt.language.graph import LOGITS, decoder_graph
 from exporters.tensorrt.language.reopen import number_gates
-from exporters.tensorrt.language.source import open_language
+from exporters.tensorrt.language.source import language_records, open_language
 from exporters.tensorrt.language.target import InputScale, LanguageExportOptions, TrtLanguageDetails
 from exporters.tensorrt.lint import lint_file
+from exporters.tensorrt.listing import artifact_precisions
 from exporters.tensorrt.target import Base, BuiltEngine, TrtDetails, TrtFormat
-from exporters.verify.common import compare_files, compare_json, failed_gates
+from exporters.verify.common import compare_details, compare_files, compare_json, compare_layers, failed_gates
 from exporters.verify.graph_export import (
     GraphChecks,
     check_file,
@@ -40,15 +42,19 @@ def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iter
     details, require = artifact.manifest.details_of(TrtDetails), bool(artifact.manifest.config.get("require", True))
     format, half = TrtFormat(details.format), Base(details.base) is Base.FP16
 
-    def remake(quantized: QuantizedVit, source: str) -> ir.Model:
-        graph = typed_graph(in_format(quantized, format), format, source).model
+    def remake(quantized: QuantizedVit, source: str) -> tuple[ir.Model, TrtDetails]:
+        graph = typed_graph(in_format(quantized, format), format, source)
+        stated = graph_details(graph, quantized, format.value).model_dump()
+        products = artifact_precisions(read_layers(graph.model))
         if half:
-            halve(graph)
-        return graph
+            halve(graph.model)
+        base = artifact.manifest.config.get("base", details.base)
+        return graph.model, TrtDetails(**stated, base=base, products=products)
 
     checks = GraphChecks(
         lint=lambda path: lint_file(path, tuple(details.engines)).errors(require=require), readable=not half,
-        remake=remake, records=lambda q: layer_records(in_format(q, format), activations=not format.weight_only),
+        remake=remake,
+        records=lambda q, known: layer_records(in_format(q, format), known, activations=not format.weight_only),
     )  # fmt: skip
     yield from check_vision_graph(artifact, parent, notes, checks)
     yield from check_engines(artifact, details.engines, details.products)
@@ -102,20 +108,28 @@ def check_language(artifact: Artifact, parent: Path | None, notes: list[str]) ->
 
 
 def _compare_decoder(
-    artifact: Artifact, model: ir.Model, layers: tuple[ExportedLayer, ...], parent: Path, notes: list[str]
+    artifact: Artifact, model: ir.Model, products: tuple[ExportedLayer, ...], parent: Path, notes: list[str]
 ) -> Iterator[Finding]:
     """Codes, scales and floats; the graph; tokenizer and configuration."""
     source = open_language(parent)
     stored = json.loads((artifact.root / SCALES_FILE).read_text(encoding="utf-8"))
     scales = {name: InputScale.model_validate(scale) for name, scale in stored.items()}
-    yield from failed_gates(number_gates(layers, model, source, scales))
+    yield from failed_gates(number_gates(products, model, source, scales))
     names = (Path("config.json"), *sidecar_files(artifact.root, SERVED_FILES))
     yield from compare_files(artifact.root, parent, names, (Path("config.json"), *sidecar_files(parent, SERVED_FILES)))
     options = LanguageExportOptions.model_validate(artifact.manifest.config)
     graph = decoder_graph(source, {n: s.scale for n, s in scales.items()}, options.base, cache=options.cache)
     expected = ir.from_proto(ir.to_proto(graph.model))
     other = other_versions(artifact, ("torch", "transformers", "onnxscript", "onnx-ir"))
-    found = [*compare_stored(model, expected), *compare_graphs(model, expected)]
+    layers = language_records(source, options.calibration)
+    yield from compare_layers(artifact.manifest, layers)
+    facts = TrtLanguageDetails.model_construct(
+        format=options.format, base=options.base.value, output=GraphOutput(name=LOGITS, what="logits"),
+        activations=next(layer.activation for layer in layers if layer.activation is not None), cache=graph.cache,
+        trained_activations=source.plan.source.trained_activations,
+        passes={change.name: len(change.changed) for change in graph.changes},
+    )  # fmt: skip
+    found = [*compare_stored(model, expected), *compare_graphs(model, expected), *compare_details(artifact, facts)]
     if other and found:
         notes.append(f"{len(found)} differences from a graph made here are not judged: {other}")
     else:

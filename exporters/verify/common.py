@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.artifact import Artifact, Gate, LayerRecord
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, Encoding, Gate, LayerRecord, Manifest
 from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.artifact.kinds import Details
+from fp8pipe.artifact.manifest import ENCODINGS_SINCE
 
 
 def lint_findings(findings: Iterable[Finding]) -> Iterator[Finding]:
@@ -73,29 +75,46 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def compare_layers(found: Sequence[LayerRecord], expected: Sequence[LayerRecord]) -> Iterator[Finding]:
+def compare_layers(manifest: Manifest, expected: Sequence[LayerRecord]) -> Iterator[Finding]:
     """The manifest's layers against those of the files; reasons are words, and not compared."""
-    ours, theirs = ({layer.name: layer for layer in layers} for layers in (expected, found))
+    ours, theirs = ({layer.name: layer for layer in layers} for layers in (expected, manifest.layers))
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in theirs:
             yield Finding(Check.MANIFEST, name, "the manifest does not list this layer")
         elif name not in ours:
             yield Finding(Check.MANIFEST, name, "the manifest lists this layer; the files hold none of that name")
         else:
-            weight = theirs[name].weight
-            recorded = weight is None or weight.bits is not None
-            mine, said = _stored(ours[name], recorded), _stored(theirs[name], recorded)
-            if mine != said:
-                yield Finding(Check.MANIFEST, name, f"the manifest says {said}; the files hold {mine}")
+            said, files = theirs[name], ours[name]
+            yield from compare_encodings(manifest, name, "weight", said.weight, files.weight)
+            yield from compare_encodings(manifest, name, "activation", said.activation, files.activation)
+            if said.shape != files.shape:
+                yield Finding(Check.MANIFEST, name, f"the manifest says shape {said.shape}; it is {files.shape}")
 
 
-def _stored(layer: LayerRecord, bits: bool) -> str:
-    """What files show of a layer, with its bits or without: not where its scales come from."""
-    weight = layer.weight
-    if weight is None:
-        return f"floats, shape {layer.shape}"
-    width = f"{weight.bits}-bit " if bits else ""
-    return f"{width}{weight.format} codes, {weight.granularity}, shape {layer.shape}"
+def compare_encodings(
+    manifest: Manifest, name: str, what: str, said: Encoding | None, found: Encoding | None
+) -> Iterator[Finding]:
+    """A layer's encoding of its weight or activation as the manifest states it, against the one of the files.
+
+    Manifests from before `ENCODINGS_SINCE` recorded neither activations nor scale rules, and bits not always.
+    """
+    if manifest.stored_version < ENCODINGS_SINCE:
+        if what == "activation":
+            return
+        unrecorded = {"scale_rule": None} | ({"bits": None} if said is not None and said.bits is None else {})
+        said, found = (one and one.model_copy(update=unrecorded) for one in (said, found))
+    if said != found:
+        why = f"the manifest says {what} {said or 'float'}; the files hold {found or 'float'}"
+        yield Finding(Check.MANIFEST, name, why)
+
+
+def compare_details(artifact: Artifact, expected: Details, unknown: frozenset[str] = frozenset()) -> Iterator[Finding]:
+    """The manifest's details against those that follow from files: of these the fields that were set, and are known."""
+    if artifact.manifest.stored_version < ENCODINGS_SINCE:
+        unknown |= {"trained_activations"}  # the sentence of then does not hold all of it
+    known = expected.model_fields_set - unknown
+    said, facts = (one.model_dump(mode="json", include=known) for one in (artifact.manifest.details, expected))
+    yield from compare_json(said, facts, MANIFEST_NAME, "details")
 
 
 def compare_files(root: Path, source: Path, names: Iterable[Path], expected: Iterable[Path]) -> Iterator[Finding]:

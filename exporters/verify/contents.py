@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,14 +11,15 @@ from safetensors import SafetensorError
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.lint import lint_model
 from exporters.target import Reference, call, target_of
-from exporters.verify.common import compare_json, compare_layers, lint_findings
+from exporters.verify.common import compare_encodings, compare_json, compare_layers, lint_findings
 from exporters.vllm.export import plan_export
 from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.verify import stray_weights, unexpected_tensors
-from fp8pipe.artifact import Artifact
+from fp8pipe.artifact import Artifact, Encoding
 from fp8pipe.artifact.finding import Check, Finding, LintFindingsError
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, TunedDetails
+from fp8pipe.artifact.manifest import Granularity
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE
 from fp8pipe.models.vision.quantized import layer_records, load_quantized
@@ -67,7 +69,7 @@ def _check_vit(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
         found = quantized.preprocessing.model_dump(mode="json")
         yield from compare_json(found, manifest.preprocessing, PREPROCESSING_FILE)
     if manifest.layers:
-        yield from compare_layers(manifest.layers, layer_records(quantized))
+        yield from compare_layers(manifest, layer_records(quantized, manifest.layers))
     kinds = {weight.kind for weight in quantized.weights.values()}
     kind = next((kind for kind in (Kind.NVFP4, Kind.E4M3) if kind in kinds), Kind.INT)
     stated = manifest.number_format
@@ -95,11 +97,15 @@ def _check_tuned(artifact: Artifact, parent: Path | None, notes: list[str]) -> I
         if stem in coded and unit.transposed != (stem in transposed):
             why = f"the manifest says transposed={stem in transposed}, the model says {unit.transposed}"
             yield Finding(Check.MANIFEST, unit.entry.name, why)
-    shapes = {layer.name: layer.shape for layer in manifest.layers if layer.shape is not None}
-    for name in sorted(coded & shapes.keys()):
-        shape = tensors[f"{name}.weight"].shape
-        if shapes[name] not in (shape, shape[::-1]):
-            yield Finding(Check.MANIFEST, name, f"the manifest says shape {shapes[name]}, it is {shape}")
+    for layer in manifest.layers:
+        name, shape = layer.name, tensors[f"{layer.name}.weight"].shape if layer.name in coded else None
+        if shape is not None and layer.shape not in (None, shape, shape[::-1]):
+            yield Finding(Check.MANIFEST, name, f"the manifest says shape {layer.shape}, it is {shape}")
+        scale = tensors.get(f"{name}.weight_scale")
+        if shape is not None and scale is not None and layer.weight is not None:
+            per: Granularity = "per-tensor" if math.prod(scale.shape) == 1 else "per-channel"
+            stored = Encoding(format="e4m3", bits=8, granularity=per, scale_rule=layer.weight.scale_rule)
+            yield from compare_encodings(manifest, name, "weight", layer.weight, stored)
     if (manifest.number_format is None) != (not coded):
         stated_format = manifest.number_format.name if manifest.number_format else "no number format"
         why = f"the manifest says {stated_format}; {len(coded)} layers hold FP8 codes"

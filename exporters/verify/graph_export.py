@@ -20,12 +20,13 @@ import numpy as np
 from exporters.graph.formats import CLASSES_FILE, MODEL_FILE, GraphInput, GraphOutput
 from exporters.graph.layers import ExportedLayer, read_layers
 from exporters.graph.runtime import import_onnx_package, open_session
-from exporters.verify.common import compare_json, compare_layers, lint_findings
-from fp8pipe.artifact import Artifact, LayerRecord, installed_versions
+from exporters.verify.common import compare_details, compare_encodings, compare_json, compare_layers, lint_findings
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, LayerRecord, Manifest, installed_versions, read_manifest
 from fp8pipe.artifact.finding import Check, Finding
+from fp8pipe.artifact.kinds import Details
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
-from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
+from fp8pipe.models.vision.quantized import QuantizedVit, activation_encoding, load_quantized
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import weight_limits
 
@@ -43,14 +44,14 @@ class GraphChecks:
         lint: the linter's findings on the file that its engine minds.
         readable: whether layers can be read back one by one; not from a halved graph, whose pixels stay float32 up to
             their codes.
-        remake: the graph again, from the parent's model and its name for messages.
-        records: layer records, from the parent's model.
+        remake: the graph again, from the parent's model and its name for messages, and the details that follow.
+        records: layer records, from the parent's model and its own records.
     """
 
     lint: Callable[[Path], Iterable[Finding]]
     readable: bool
-    remake: Callable[[QuantizedVit, str], ir.Model]
-    records: Callable[[QuantizedVit], Sequence[LayerRecord]]
+    remake: Callable[[QuantizedVit, str], tuple[ir.Model, Details]]
+    records: Callable[[QuantizedVit, Sequence[LayerRecord]], Sequence[LayerRecord]]
 
 
 def check_vision_graph(
@@ -92,16 +93,22 @@ def check_file(
 def _signature(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
     """Inputs, outputs and operators' version, as the manifest says."""
     manifest = artifact.manifest
-    opset = manifest.runtime.get("opset")
-    if opset is not None and model.opset_imports.get("") != opset:
-        why = f"opset {model.opset_imports.get('')}; the manifest says {opset}"
-        yield Finding(Check.MANIFEST, MODEL_FILE, why)
+    opset, found = manifest.runtime.get("opset"), model.opset_imports.get("")
+    if opset not in (None, found):
+        yield Finding(Check.MANIFEST, MODEL_FILE, f"opset {found}; the manifest says {opset}")
     for what, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
-        stated = getattr(manifest.details, what, None)
-        names = [str(value.name) for value in values]
-        if isinstance(stated, GraphInput | GraphOutput) and stated.name not in names:
-            why = f"its {what} is {', '.join(names)}; the manifest says {stated.name}"
+        stated, named = getattr(manifest.details, what, None), {str(value.name): value for value in values}
+        if isinstance(stated, GraphInput | GraphOutput) and stated.name not in named:
+            why = f"its {what} is {', '.join(named)}; the manifest says {stated.name}"
             yield Finding(Check.MANIFEST, MODEL_FILE, why)
+        elif isinstance(stated, GraphInput):
+            value = named[stated.name]
+            sizes = [size if isinstance(size, int) else str(size) for size in value.shape or ()]
+            facts = {"name": stated.name, "shape": sizes, "type": str(value.dtype and value.dtype.numpy())}
+            yield from compare_json(stated.model_dump(mode="json"), facts, MANIFEST_NAME, "details.input")
+    asked, said = manifest.config.get("format"), getattr(manifest.details, "format", None)
+    if asked not in (None, said):
+        yield Finding(Check.MANIFEST, MANIFEST_NAME, f"details.format is {said}; the export was asked for {asked}")
 
 
 def _layers(artifact: Artifact, layers: tuple[ExportedLayer, ...]) -> Iterator[Finding]:
@@ -121,6 +128,19 @@ def _layers(artifact: Artifact, layers: tuple[ExportedLayer, ...]) -> Iterator[F
             yield Finding(Check.MANIFEST, name, "holds codes; the manifest says it is left float")
         elif name in stored:
             yield from _weight(name, stored[name].operands[1].weight, record)
+            yield from _encodings(artifact.manifest, stored[name], record)
+
+
+def _encodings(manifest: Manifest, layer: ExportedLayer, record: LayerRecord) -> Iterator[Finding]:
+    """Codes and quantizers of the graph against the record; it does not show where scales come from."""
+    said, weight = record.activation, record.weight
+    found = activation_encoding(layer.operands[0].quantizer, None if said is None else said.scale_rule)
+    yield from compare_encodings(manifest, layer.name, "activation", said, found)
+    if weight is not None:
+        (kind,) = layer.operands[1].kinds
+        bits = {Kind.E4M3: 8, Kind.NVFP4: 4}.get(kind, weight.bits)
+        stored = weight.model_copy(update={"format": kind.value, "bits": bits, "dynamic": False})
+        yield from compare_encodings(manifest, layer.name, "weight", weight, stored)
 
 
 def _products(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
@@ -184,7 +204,7 @@ def _against(
     """Everything again from the parent: the graph, and the files beside it."""
     import onnx_ir as ir
 
-    quantized = load_quantized(parent)
+    quantized, source = load_quantized(parent), read_manifest(parent)
     ours, theirs = artifact.root / PREPROCESSING_FILE, quantized.preprocessing.model_dump(mode="json")
     for found in compare_json(_read_json(ours), theirs, PREPROCESSING_FILE):
         yield Finding(Check.PARITY, found.where, found.why)
@@ -192,11 +212,12 @@ def _against(
     found_classes = _read_json(classes) if classes.is_file() else None
     if found_classes != (None if wanted is None else list(wanted)):
         yield Finding(Check.PARITY, CLASSES_FILE, _first_class(found_classes, wanted))
-    yield from compare_layers(artifact.manifest.layers, checks.records(quantized))
-    expected = ir.from_proto(ir.to_proto(checks.remake(quantized, str(parent))))
+    yield from compare_layers(artifact.manifest, checks.records(quantized, source.layers))
+    made, details = checks.remake(quantized, str(parent))
+    expected = ir.from_proto(ir.to_proto(made))
     yield from compare_stored(model, expected)
     other = other_versions(artifact, _TRACERS)
-    structure = list(compare_graphs(model, expected))
+    structure = [*compare_graphs(model, expected), *compare_details(artifact, details)]
     if other and structure:
         notes.append(
             f"operators differ in {len(structure)} places from a graph made here, where "
@@ -227,10 +248,6 @@ def other_versions(artifact: Artifact, names: Sequence[str]) -> str:
     """Versions of what traces, where they are others than the manifest's; empty where they are the same."""
     here, then = installed_versions(names), artifact.manifest.versions
     return ", ".join(f"{n} is {here.get(n)}, not {then[n]}" for n in names if n in then and then[n] != here.get(n))
-
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 def compare_graphs(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:

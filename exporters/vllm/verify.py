@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from exporters.verify.common import (
+    compare_details,
     compare_files,
     compare_gates,
     compare_json,
@@ -74,19 +75,20 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
     for found in compare_json(block, expected, CONFIG_NAME):
         yield Finding(Check.REOPEN, found.where, f"quantization_config: {found.why}")
     manifest = artifact.manifest
-    yield from compare_layers(manifest.layers, plan.layers)
+    yield from compare_layers(manifest, plan.layers)
     stored = manifest.number_format
     stated = None if stored is None else (stored.name, stored.granularity)
     if stated != (("e4m3", "per-channel") if plan.options.format.quantized else None):
         yield Finding(Check.MANIFEST, "number_format", f"{stated}; the files hold {plan.options.format}")
-    both = manifest.details_of(VllmDetails), details_of(plan)
-    said, facts = (d.model_dump(mode="json", exclude={"quantized_here", "trained_activations"}) for d in both)
-    yield from compare_json(said, facts, "manifest.json", "details")
+    unknown = frozenset({"quantized_here", "trained_activations"})
+    yield from compare_details(artifact, details_of(plan), unknown)
 
 
 def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Finding]:
     """Every number and file, against those of the source."""
     plan = plan_export(parent, own.options)
+    yield from compare_layers(artifact.manifest, plan.layers)
+    yield from compare_details(artifact, details_of(plan))
     gates = reopen(plan, artifact.root)
     yield from failed_gates(gates)
     yield from compare_gates(artifact, [gate for gate in gates if gate.passed])

@@ -1,6 +1,7 @@
 """Opening an artifact: nothing is read from a directory whose bytes are not the ones that were written.
 
-Every file in it is listed, and is a plain file: engines load whatever lies in a directory, listed or not.
+Every file in it is listed, and is a plain file: engines load whatever lies in a directory, listed or not. No graph has
+tensors elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fp8pipe.artifact import external
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.manifest import CHECKSUM_SINCE, MANIFEST_NAME, FileEntry, Manifest, Parent
 from fp8pipe.artifact.record import checksum_path, read_checked
@@ -119,7 +121,7 @@ def read_artifact(root: Path, *, verify: bool, caches: str | None = None) -> Art
 
 
 def strays(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What lies in an artifact's directory and is not of it: unlisted files, and links; name, and why not."""
+    """What leads out of an artifact: unlisted files, links, and graphs with tensors elsewhere; name, and why."""
     listed = {entry.path for entry in manifest.files} | {MANIFEST_NAME, CHECKSUM_NAME, _HUB_FILE}
     for folder, inner, names in os.walk(root):
         here = Path(folder).relative_to(root)
@@ -130,6 +132,10 @@ def strays(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
             elif name not in inner and path not in listed:
                 yield path, "is not listed in the manifest"
         inner[:] = sorted(name for name in inner if (here / name).as_posix() != _HUB_FOLDER)
+    for graph in (Path(entry.path) for entry in manifest.files if entry.path.endswith(external.SUFFIX)):
+        if (root / graph).is_file():
+            beside = {Path(e.path).name: e.size for e in manifest.files if Path(e.path).parent == graph.parent}
+            yield from ((graph.as_posix(), why) for why in external.misplaced(root / graph, beside))
 
 
 @contextmanager

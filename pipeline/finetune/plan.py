@@ -48,7 +48,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     """
     source = resolve_model(config.model)
     check_unquantized(source.path)
-    settings = import_transformers().AutoConfig.from_pretrained(source.path)
+    settings = import_transformers().AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     with torch.device("meta"):
         model = import_transformers().AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
     model.tie_weights()

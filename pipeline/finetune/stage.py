@@ -148,7 +148,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     Raises:
         ConfigurationError: data that is empty, malformed, or without answers.
     """
-    tokenizer = import_transformers().AutoTokenizer.from_pretrained(source.path)
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
     file = Path(config.data).expanduser()
     records = load_records(config.data)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0)
@@ -170,7 +170,9 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     """The base model in the configured dtype, on its device."""
     auto = import_transformers().AutoModelForCausalLM
     try:
-        model = auto.from_pretrained(source.path, dtype=getattr(torch, config.dtype), use_safetensors=True)
+        model = auto.from_pretrained(
+            source.path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
+        )
     except (ValueError, KeyError, OSError) as error:
         raise ConfigurationError(
             f"{config.model} cannot be loaded as a causal language model",

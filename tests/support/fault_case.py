@@ -19,7 +19,7 @@ from fp8pipe.artifact.finding import Check
 from fp8pipe.artifact.record import record_path
 from fp8pipe.artifact.signature import sign, signature_path
 
-__all__ = ["Fault", "code_bits", "graph", "json_file", "manifest", "record", "signed", "tensors"]
+__all__ = ["Fault", "code_bits", "encoding", "graph", "json_file", "manifest", "record", "signed", "tensors"]
 
 Inject = Callable[[Path], None]
 
@@ -100,6 +100,15 @@ def manifest(artifact: str, change: Callable[[dict], None]) -> Inject:
         rehash(tree / artifact, change)
 
     return inject
+
+
+def encoding(name: str, part: str, **changes: object) -> Callable[[dict], None]:
+    """A layer's encoding of its weight or activation, as the manifest states it."""
+
+    def change(data: dict) -> None:
+        next(layer for layer in data["layers"] if layer["name"] == name)[part].update(changes)
+
+    return change
 
 
 def record(file: str, change: Callable[[dict], None]) -> Inject:

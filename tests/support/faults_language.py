@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from artifact_tree import rehash
-from fault_case import Fault, code_bits, json_file, manifest, tensors
+from fault_case import Fault, code_bits, encoding, json_file, manifest, tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -219,6 +219,10 @@ EXPORT_FAULTS = (
           "params.json", file("vllm", "params.json", lambda _: b"{}"), "model"),
     Fault("index-wrong", "vllm", "model.safetensors.index.json", "a tensor is said to be in the other file", C.REOPEN,
           "index.json", json_file("vllm", "model.safetensors.index.json", swapped_index)),
+    Fault("config-kernel", "vllm", "config.json", "attention is a kernel of the hub", C.REOPEN, "attn_implementation",
+          json_file("vllm", "config.json", config("attn_implementation", value="someone/kernel"))),
+    Fault("config-dtype", "model", "config.json", "a type is a function of torch", C.REOPEN, "dtype",
+          json_file("model", "config.json", config("dtype", value="load"))),
     Fault("ignore-too-short", "vllm", "config.json", "the output head is not ignored", C.REOPEN, "lm_head",
           json_file("vllm", "config.json", config(*BLOCK, "ignore", value=[]))),
     Fault("ignore-too-long", "vllm", "config.json", "a quantized layer is ignored", C.REOPEN, Q,
@@ -256,6 +260,14 @@ EXPORT_FAULTS = (
           manifest("vllm", without_layer(Q))),
     Fault("layer-shape", "vllm", "manifest.json", "a layer has another shape", C.MANIFEST, Q,
           manifest("vllm", layers(Q, shape=[64, 32]))),
+    Fault("layer-dynamic", "vllm", "manifest.json", "a stored weight's scale is said to be dynamic", C.MANIFEST, Q,
+          manifest("vllm", encoding(Q, "weight", dynamic=True))),
+    Fault("layer-activation", "vllm", "manifest.json", "inputs are said to have one scale per tensor", C.MANIFEST, Q,
+          manifest("vllm", encoding(Q, "activation", granularity="per-tensor"))),
+    Fault("layer-scale-rule", "vllm", "manifest.json", "a scale is said to be learned", C.MANIFEST, Q,
+          manifest("vllm", encoding(Q, "weight", scale_rule="learned")), "model"),
+    Fault("trained-dynamic", "model", "manifest.json", "a stored weight's scale is said to be dynamic", C.MANIFEST, Q,
+          manifest("model", encoding(Q, "weight", dynamic=True))),
     Fault("layer-not-converted", "vllm", "manifest.json", "a layer of codes is said to be left alone", C.MANIFEST, Q,
           manifest("vllm", layers(Q, weight=None))),
     Fault("number-format", "vllm", "manifest.json", "one scale per tensor is stated", C.MANIFEST, "number_format",

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from artifact_tree import rehash
-from fault_case import Fault, graph, json_file, manifest, record, signed, tensors
+from fault_case import Fault, encoding, graph, json_file, manifest, record, signed, tensors
 from graph_edits import behind, drop, opset, replace, set_attributes, store
 
 from fp8pipe.artifact.finding import Check
@@ -100,8 +100,8 @@ def reverse_moments(data: dict) -> None:
     data["mean"], data["std"] = data["mean"][::-1], data["std"][::-1]
 
 
-def external(offset: int) -> Callable[[Path], None]:
-    """Weights move into a file of their own, and one tensor is looked for `offset` bytes too far."""
+def external(offset: int, location: str = "model.onnx.data") -> Callable[[Path], None]:
+    """Weights move into a file of their own, and one tensor is looked for `offset` bytes too far, or elsewhere."""
 
     def inject(tree: Path) -> None:
         path = tree / "onnx" / "model.onnx"
@@ -110,6 +110,7 @@ def external(offset: int) -> Callable[[Path], None]:
         tensor = next(t for t in proto.graph.initializer if t.name == f"{PROJ}.weight")
         entry = next(e for e in tensor.external_data if e.key == "offset")
         entry.value = str(int(entry.value) + offset)
+        next(e for e in tensor.external_data if e.key == "location").value = location
         path.write_bytes(proto.SerializeToString())
         rehash(tree / "onnx")
 
@@ -176,6 +177,23 @@ GRAPH_FAULTS = (
           graph("onnx", store(f"{PROJ}.weight", first(-128)))),
     Fault("bits-wrong", "onnx", "manifest.json", "codes of 8 bits are said to have 4", C.REOPEN, PROJ,
           manifest("onnx", layer_bits)),
+    Fault("weight-dynamic", "onnx", "manifest.json", "a stored weight's scale is said to be dynamic", C.MANIFEST, PROJ,
+          manifest("onnx", encoding(PROJ, "weight", dynamic=True))),
+    Fault("activation-bits-wrong", "onnx", "manifest.json", "8 bits of an activation are said to be 5", C.MANIFEST,
+          PROJ, manifest("onnx", encoding(PROJ, "activation", bits=5))),
+    Fault("scale-rule-wrong", "onnx", "manifest.json", "a scale is said to be learned", C.MANIFEST, PROJ,
+          manifest("onnx", encoding(PROJ, "weight", scale_rule="learned")), "vit"),
+    Fault("input-shape-wrong", "onnx", "manifest.json", "pixels are said to have another shape", C.MANIFEST,
+          "details.input.shape", manifest("onnx", lambda data: data["details"]["input"]["shape"].reverse())),
+    Fault("input-type-wrong", "onnx", "manifest.json", "pixels are said to be half floats", C.MANIFEST,
+          "details.input.type", manifest("onnx", lambda data: data["details"]["input"].update(type="float16"))),
+    Fault("output-kind-wrong", "onnx", "manifest.json", "logits are said to be features", C.MANIFEST,
+          "details.output.what", manifest("onnx", lambda data: data["details"]["output"].update(what="features")),
+          "vit"),
+    Fault("passes-wrong", "onnx", "manifest.json", "a pass is said to have changed nothing", C.MANIFEST,
+          "details.passes", manifest("onnx", lambda data: data["details"].update(passes={})), "vit"),
+    Fault("format-wrong", "onnx", "manifest.json", "another format than was asked for", C.MANIFEST,
+          "details.format", manifest("onnx", lambda data: data["details"].update(format="qdq-exact"))),
     Fault("onnx-transposed", "onnx", GRAPH, "a square weight is stored transposed", C.PARITY, f"{PROJ}.weight",
           graph("onnx", store(f"{PROJ}.weight", np.transpose)), "vit"),
     Fault("onnx-scales-swapped", "onnx", GRAPH, "two rows' scales are swapped", C.PARITY, f"{PROJ}.weight_scale",
@@ -224,8 +242,18 @@ GRAPH_FAULTS = (
           graph("onnx", store("pos_embed", first(0.5))), "vit"),
     Fault("output-renamed", "onnx", GRAPH, "the output has another name", C.MANIFEST, "model.onnx",
           graph("onnx", rename_output)),
-    Fault("external-data-beyond", "onnx", "model.onnx.data", "a tensor's offset lies behind the file's end", C.REOPEN,
-          "model.onnx", external(1 << 24)),
+    Fault("external-data-beyond", "onnx", "model.onnx.data", "a tensor's offset lies behind the file's end",
+          C.MANIFEST, "model.onnx", external(1 << 24)),
+    *(
+        Fault(f"external-data-{name}", "onnx", GRAPH, f"a tensor is read from {where}", C.MANIFEST, "model.onnx",
+              external(0, place))
+        for name, where, place in (
+            ("absolute", "a path of the machine", "/etc/hostname"),
+            ("parent", "a directory above", "../vit/model.safetensors"),
+            ("unlisted", "the manifest, which is not listed", "manifest.json"),
+            ("memory", "an address in memory", "*/_ORT_MEM_ADDR_/*"),
+        )
+    ),
     Fault("external-data-offset", "onnx", "model.onnx.data", "a tensor's offset is 16 bytes too large", C.PARITY,
           f"{PROJ}.weight", external(16), "vit"),
     Fault("onnx-layer-not-listed", "onnx", "manifest.json", "a layer is dropped from the manifest", C.MANIFEST, PROJ,
@@ -291,6 +319,16 @@ MODEL_FAULTS = (
           json_file("vit", "quantizers.json", lambda data: data["activations"][f"{QKV}.input"].update(scale=0.0))),
     Fault("vit-direction", "vit", "quantizers.json", "scales are said to be divided by", C.REOPEN, "scale_direction",
           json_file("vit", "quantizers.json", lambda data: data.update(scale_direction="dequantized = code / scale"))),
+    *(
+        Fault(f"vit-{name}", "vit", "architecture.json", what, C.REOPEN, key,
+              json_file("vit", "architecture.json", lambda data, name=model, arguments={key: value}: data.update(
+                  library="transformers", name=name, arguments=arguments)))
+        for name, what, model, key, value in (
+            ("kernel", "attention is a kernel of the hub", "ViTModel", "attn_implementation", "someone/kernel"),
+            ("code", "the model is code beside its weights", "ViTModel", "auto_map", {"AutoModel": "model.Model"}),
+            ("pickle", "another library loads a pickle", "TimmWrapperModel", "model_args", {"checkpoint_path": "w.pt"}),
+        )
+    ),
     Fault("vit-bits", "vit", "quantizers.json", "codes of 8 bits are said to have 4", C.LINT, PROJ,
           json_file("vit", "quantizers.json", lambda data: data["weights"][PROJ].update(bits=4))),
 )  # fmt: skip

@@ -257,7 +257,7 @@ def _file(chance: random.Random, root: Path) -> tuple[str, tuple[str, ...]]:
 
 _STATED = ("kind", "layers", "gates", "number_format", "details", "parents", "preprocessing")
 # What nothing in the files or in the parent bears out: words, and what was measured on the way.
-_UNSTATED = ("reason", "detail", "passed", "verdict", "failure", "source", "path", "name", "scale_rule", "near_tie")
+_UNSTATED = ("reason", "detail", "passed", "verdict", "failure", "source", "path", "name", "near_tie")
 
 
 def _manifest(chance: random.Random, root: Path) -> tuple[str, tuple[str, ...]]:
@@ -270,7 +270,6 @@ def _manifest(chance: random.Random, root: Path) -> tuple[str, tuple[str, ...]]:
         (place, value) for place, value in leaves(stated)
         if place and value not in ([], None, {}) and not set(_UNSTATED) & set(map(str, place))
         and place[0] != "kind" and not (place[0] == "parents" and place[-1] == "content")
-        and "activation" not in place and "trained_activations" not in place and "changes" not in place
     ]  # fmt: skip
     place, value = chance.choice(found)
     changed = other(chance, value)

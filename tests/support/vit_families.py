@@ -80,6 +80,7 @@ _SMALL = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
+_DINO = {key: value for key, value in _SMALL.items() if key != "intermediate_size"}
 _SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
 _WINDOWS = {"first": (16, 0, (4, 4), 4, 16), "last": (16, 0, (4, 4), 1, 16), "mask": True}
 _SIX_WINDOWS = {"first": (16, 0, (4, 4), 6, 16), "last": (16, 0, (4, 4), 2, 16), "mask": True}
@@ -127,11 +128,11 @@ FAMILIES = [
            **_plain((4, 4), 2), heads=_HEAD, linears=14, shared=4),
     Family(**_transformers("hf-deit-distilled", "DeiTForImageClassificationWithTeacher", (32, 32), **_SMALL),
            **_plain((4, 4), 2), heads=("cls_classifier", "distillation_classifier"), linears=15, shared=4),
-    Family(**_transformers("hf-dinov2", "Dinov2ForImageClassification", (32, 32), **_SMALL),
+    Family(**_transformers("hf-dinov2", "Dinov2ForImageClassification", (32, 32), **_DINO),
            **_plain((4, 4), 1), heads=_HEAD, linears=14, shared=4),
-    Family(**_transformers("hf-dinov2-other-size", "Dinov2Model", (24, 40), backbone=True, **_SMALL),
+    Family(**_transformers("hf-dinov2-other-size", "Dinov2Model", (24, 40), backbone=True, **_DINO),
            **_plain((3, 5), 1), heads=(), linears=13, shared=4),
-    Family(**_transformers("hf-dinov2-registers", "Dinov2WithRegistersForImageClassification", (32, 32), **_SMALL),
+    Family(**_transformers("hf-dinov2-registers", "Dinov2WithRegistersForImageClassification", (32, 32), **_DINO),
            **_plain((4, 4), 5), heads=_HEAD, linears=14, shared=4),
     Family(**_transformers("hf-swin", "SwinForImageClassification", (32, 32), **_SWIN, image_size=32),
            **_WINDOWS, heads=_HEAD, linears=27, shared=8),

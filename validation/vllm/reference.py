@@ -41,7 +41,9 @@ Places = Sequence[Sequence[Mapping[str, float | str]]]  # of each sequence, log-
 
 def load_tokenizer(source: Path) -> Any:
     """The tokenizer of a directory."""
-    return import_transformers().AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    return import_transformers().AutoTokenizer.from_pretrained(
+        str(source), local_files_only=True, trust_remote_code=False
+    )
 
 
 def chat_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -166,7 +166,7 @@ def read_text(model: LanguageModel, data: str | None, records: int) -> ExportTex
     train, heldout = split(
         load_records(str(source)), heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0
     )
-    tokenizer = import_transformers().AutoTokenizer.from_pretrained(model.root)
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(model.root, trust_remote_code=False)
     length = int(config.get("sequence_length", LENGTH))
     limit = int(config.get("heldout_limit", _HELDOUT_LIMIT))
     path = Path(str(source)).expanduser()

@@ -160,10 +160,13 @@ def _convert_into(gguf: Path, root: Path) -> None:
             gguf.parent,
             gguf_file=gguf.name,
             dtype=torch.bfloat16,
+            trust_remote_code=False,
             # Without this, weights stay in GGUF blocks wherever a kernel for them is installed.
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+        )
     except (Fp8PipeError, OSError, MemoryError):
         raise
     except Exception as error:  # the readers of a foreign file raise almost anything, tokenizers a bare Exception

@@ -19,6 +19,7 @@ from fp8pipe.models.checkpoint.gguf import convert_gguf
 from fp8pipe.models.checkpoint.sidecars import HUB_FILES, read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, header_entries, weight_files
 from fp8pipe.models.samples import sample_name, smollm2_gguf
+from fp8pipe.models.settings import check_config
 
 MODEL_SAMPLES: Final = ("smollm2",)
 # A hub id: at most one slash, no path syntax; an optional revision after "@".
@@ -120,6 +121,7 @@ def _check_config(path: Path) -> None:
             why="it has no config.json",
             fix=f"name the file instead: {path / ggufs[0]}" if ggufs else "give the directory that holds config.json",
         )
+    check_config(path)
 
 
 def _check_checkpoint(path: Path) -> None:

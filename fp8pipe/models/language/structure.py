@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import spellings
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.settings import check_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -184,7 +185,9 @@ def load_config(directory: Path) -> PretrainedConfig:
 
     Raises:
         ConfigurationError: no config.json, or an architecture transformers does not know.
+        BadArtifactError, ConfigurationError: as `check_config`.
     """
+    check_config(directory)
     from huggingface_hub.errors import StrictDataclassError
 
     auto = import_transformers().AutoConfig

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.compat import import_timm, import_transformers
+from fp8pipe.models.settings import foreign_arguments
 from fp8pipe.models.vision.prepare import class_count, prepare_model
 from fp8pipe.models.vision.structure import read_structure
 
@@ -59,6 +60,8 @@ class Architecture(FrozenConfig):
             if not re.fullmatch(r"[A-Za-z0-9_.]+", self.name):
                 raise ValueError(f"{self.name!r} is no model of timm's own: it may name a file or a place on the hub")
             check_arguments(self.arguments)
+        elif foreign := list(foreign_arguments(transformers_class(self.name).config_class, self.arguments)):
+            raise ValueError(f"arguments that a stored model may not give to transformers: {'; '.join(foreign)}")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_timm
+from fp8pipe.models.settings import check_config, declared_fields
 from fp8pipe.models.vision.architecture import Architecture, check_arguments, transformers_class
 from fp8pipe.models.vision.prepare import class_count, prepare_model
 from fp8pipe.models.vision.preprocessing import Preprocessing
@@ -44,6 +45,7 @@ def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretra
     """
     config = read_config(folder / "config.json")
     if not isinstance(config.get("architecture"), str):
+        check_config(folder)
         return _from_transformers(folder, _class_name(config, folder), image_size)
     _check_weights(folder, "model.safetensors")
     written = config.get("model_args", {})
@@ -167,10 +169,17 @@ def _from_transformers(folder: Path, name: str, image_size: tuple[int, int] | No
     size = image_size or _image_size(model.config)
     labels = range(0 if class_count(model) is None else model.config.num_labels)
     classes = tuple(str(model.config.id2label[index]) for index in labels) or None
-    arguments = {key: value for key, value in model.config.to_dict().items() if key not in _RECORDS}
+    arguments = _declared(type(model.config), model.config.to_dict())
     architecture = _architecture("transformers", name, json.loads(json.dumps(arguments)), size, classes)
     preprocessing = _transformers_preprocessing(folder, size)
     return prepare_model(model).state_dict(), architecture, preprocessing
+
+
+def _declared(config_class: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the class of a configuration knows; checkpoints hold more, which no model of it reads."""
+    kept = declared_fields(config_class) - set(_RECORDS) | {"model_type"}
+    inner = config_class.sub_configs
+    return {k: _declared(inner[k], v) if k in inner and v else v for k, v in found.items() if k in kept}
 
 
 def _load(folder: Path, name: str) -> Any:

@@ -289,7 +289,7 @@ def layer_records(
         said = (before.weight, before.activation) if before else (None, None)
         rules = [rule if encoding is None else encoding.scale_rule for encoding in said]
         codes = None if weight is None else _weight(weight, rules[0])
-        inputs = None if quantizer is None else _activation(quantizer, rules[1])
+        inputs = activation_encoding(quantizer, rules[1])
         reason = "" if weight is not None else "no codes in the artifact"
         records.append(LayerRecord(name=site.name, shape=site.shape, reason=reason, weight=codes, activation=inputs))
     return records
@@ -300,7 +300,10 @@ def _weight(weight: Codes, rule: ScaleRule | None) -> Encoding:
     return Encoding(format=_FORMATS[weight.kind], bits=weight.bits, granularity=granular, scale_rule=rule)
 
 
-def _activation(quantizer: Quantizer, rule: ScaleRule | None) -> Encoding:
+def activation_encoding(quantizer: Quantizer | None, rule: ScaleRule | None) -> Encoding | None:
+    """How a quantizer's scale came about, and its codes, as manifests say it; None where there is no quantizer."""
+    if quantizer is None:
+        return None
     if isinstance(quantizer, BlockQuantizer):  # block scales follow from each input; the scale of the tensor is stored
         return Encoding(format="nvfp4", bits=4, granularity="per-block", scale_rule=rule, dynamic=True)
     bits = 8 if quantizer.kind is Kind.E4M3 else (quantizer.levels - 1).bit_length()

@@ -38,16 +38,14 @@ def tree(whole_tree: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def graphs_made_once() -> Iterator[None]:
     """What an export would write follows from the parent alone, and tracing it takes seconds."""
-    import onnx_ir as ir
-
     made, real = {}, graph_export._against
 
     def against(artifact, model, parent, notes, checks):
         def once(quantized, source):
             key = (artifact.kind, (Path(parent) / "manifest.sha256").read_bytes())
             if key not in made:
-                made[key] = ir.to_proto(checks.remake(quantized, source))
-            return ir.from_proto(made[key])
+                made[key] = checks.remake(quantized, source)
+            return made[key]
 
         yield from real(artifact, model, parent, notes, replace(checks, remake=once))
 

@@ -40,7 +40,7 @@ def _plain_client(monkeypatch):
 
 def write(place, passed=True, gates=1):
     with ArtifactWriter(place, kind="onnx-export", stage="export") as writer:
-        (writer.root / "model.onnx").write_bytes(bytes(range(256)) * 40)
+        (writer.root / "model.onnx").write_bytes(b"\x4a\x80\x50" + bytes(range(256)) * 40)
         (writer.root / "engines").mkdir()
         (writer.root / "engines" / "rtx-8.9 [a].engine").write_bytes(b"engine" * 100)
         (writer.root / "README.md").write_text("---\nlibrary_name: onnx\n---\n# It\n")
