@@ -40,6 +40,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Worker processes share what they have traced; see `support/traced_once.py`."""
+    from traced_once import traced_once
+
+    base = tmp_path_factory.getbasetemp()
+    with traced_once((base.parent if base.name.startswith("popen-") else base) / "traced"):
+        yield
+
+
 def _save_tokenizer(path: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from breadth import only_long
 from click.testing import CliRunner
 from quantized_families import quantized_family, write_vit_artifact
 from vit_families import NAMES, family, random_pixels
@@ -28,11 +29,11 @@ from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.numerics.kinds import Kind
 from validation.onnx.validate import validate_onnx
 
-# Every kind of product, mask, activation function and pooling; their siblings run with the slow tests.
+# Every kind of product, mask, activation function and pooling; their siblings run in a long run.
 FIRST = {"timm-vit", "timm-eva02-split", "hf-swin-wide", "hf-clip", "timm-siglip"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FIRST else only_long) for n in NAMES])
 def test_every_family_has_the_same_bits_in_torch_and_in_onnx_runtime(name, tmp_path):
     quantized, pixels = quantized_family(name), random_pixels(family(name), 6)
     path = tmp_path / "model.onnx"

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from breadth import usual
 from quantized_families import quantized_family, storable, write_vit_artifact
 from random_faults import LANGUAGE_KINDS, VISION_KINDS, inject_random
 
@@ -25,7 +26,7 @@ from validation.onnx.validate import validate_onnx
 
 pytestmark = pytest.mark.usefixtures("graphs_made_once")
 
-SEEDS = 4
+SEEDS = usual(2, long=6)
 LANGUAGE = [(kind, seed, model) for kind in LANGUAGE_KINDS for seed in range(SEEDS) for model in ("trained", "plain")]
 VISION = [(kind, seed) for kind in VISION_KINDS for seed in range(SEEDS)]
 
@@ -101,7 +102,7 @@ def test_a_random_fault_in_a_graph_is_rejected_by_a_validation(pictures, tmp_pat
     pytest.fail(f"{fault.how}: {record.verdict}")
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(usual(8, long=30)))
 def test_a_right_language_export_is_never_found_fault_with(language_artifact, make_model, tmp_path, seed):
     chance = random.Random(seed)
     family, form = chance.choice(("llama", "qwen2", "gpt2")), chance.choice(list(ExportFormat))
@@ -117,7 +118,7 @@ def test_a_right_language_export_is_never_found_fault_with(language_artifact, ma
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(usual(2, long=30)))
 def test_a_right_graph_is_never_found_fault_with_nor_rejected(tmp_path, seed):
     chance = random.Random(seed)
     family = chance.choice(("timm-vit", "timm-deit", "hf-vit"))

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from breadth import only_long
 
 from fp8pipe.core.plan import can_measure
 
@@ -99,6 +100,7 @@ def test_finetuning_a_tiny_model(make_base, pairs, tmp_path):
     compare(tmp_path / "out", "finetune", "--model", base, "--data", pairs, *options)
 
 
+@only_long
 def test_finetuning_smollm2(tmp_path):
     options = ("--steps", 2, "--batch-size", 4, "--sequence-length", 64)
     config = tmp_path / "config.yaml"

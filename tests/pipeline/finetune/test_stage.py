@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from breadth import only_long, usual
 from safetensors.torch import load_file
 
 from fp8pipe.artifact import open_artifact
@@ -240,12 +241,13 @@ def _modified(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["live", "accumulate-stochastic"])
+@pytest.mark.parametrize("rule", ["live", pytest.param("accumulate-stochastic", marks=only_long)])
 def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_left_alone(make_base, pairs, tmp_path, rule):
     base = make_base()
     common = [
-        "--model", str(base), "--data", str(pairs), "--rank", "8", "--steps", "240", "--batch-size", "2",
-        "--sequence-length", "64", "--save-every", "3", "--evaluate-every", "10", "--learning-rate", "1e-2",
+        "--model", str(base), "--data", str(pairs), "--rank", "8", "--batch-size", "2",
+        "--sequence-length", "64", "--steps", str(usual(120, long=240)),
+        "--save-every", "3", "--evaluate-every", "10", "--learning-rate", "1e-2",
         "--update-rule", rule, "--seed", "5",
     ]  # fmt: skip
     whole = _start([*common, "--output", str(tmp_path / "whole")])
@@ -253,7 +255,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_left_alone(mak
     output = tmp_path / "killed"
     partial = tmp_path / "killed.partial"
     draw, kills = random.Random(rule), 0
-    while kills < 10 and not output.exists():
+    while kills < usual(4, long=10) and not output.exists():
         before = _modified(partial / "metrics.jsonl")
         process = _start([*common, "--output", str(output), "--resume"])
         # A run that goes on rewrites its metrics first: from there on it trains, saves, or merges.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from breadth import usual
 from tiny_checkpoints import FORMATS, make_model, write_fp8
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from fp8pipe.core.errors import MissingCapabilityError
 from validation.vllm.launcher import PROBE, ProbeJob
 from validation.vllm.reference import Reference, served_figures
 
-SEEDS = range(15)
+SEEDS = range(usual(2, long=15))
 HOST = Path(__file__).parents[2] / "serving" / "vllm_plugin" / "engine_host.py"
 FORM = next(form for form in FORMATS if form.name == "ct-channel-dynamic")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
