@@ -183,8 +183,15 @@ def test_the_language_road_needs_no_network_either(make_base, pairs, tmp_path):
     recipe.write_text(LANGUAGE.replace("BASE", str(base)).replace("DATA", str(pairs)))
     ended = run_alone(recipe, tmp_path / "run")
     record = read_run(tmp_path / "run")
-    # A model of random weights answers nonsense, which the canary says; what counts here is that vLLM loaded and ran.
     proof = {gate.name: gate.passed for gate in record.stage("proof").gates}
     assert proof["tensors-as-planned"], ended.stderr
     assert any(name.startswith("verdict of the record") for name in proof)
+    said = json.loads((tmp_path / "run" / "checkpoint.validation.json").read_text())
+    assert said["weights"]["reference"] == "source"
+    assert said["weights"]["layers"] == 14
+    assert said["weights"]["differing"] == said["weights"]["differing_codes"] == 0
+    assert said["served"]["weights"]["differing"] == 0
+    assert said["logprobs"]["max_abs_diff"] < 1e-3
+    # A toy may have nothing to say, which alone is a reason to reject it; but it must say what torch says.
+    assert {answer["verdict"] for answer in said["canary"]} <= {"ok", "empty", "degenerate"}
     assert record.stage("checkpoint").verdict == "ACCEPT"

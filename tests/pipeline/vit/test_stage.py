@@ -18,6 +18,7 @@ from vit_families import family, vision_family
 
 from calibration.image_set import ImageSet
 from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact.gate import none_of
 from fp8pipe.artifact.kinds import Accuracy
 from fp8pipe.cli import main
 from fp8pipe.cli.tune import quantize_vit_command
@@ -35,6 +36,18 @@ ROOT = Path(__file__).resolve().parents[3]
 def model(tmp_path):
     save_vision_model(vision_family(family("timm-vit")), tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def _rebuilt_here(monkeypatch):
+    """A fresh process costs seconds a run, and `test_blocks` and `test_the_command_writes_the_artifact` start it."""
+
+    def gate(quantized, pixels, root):
+        with torch.no_grad():
+            differing = int((load_quantized(root)(pixels) != quantized(pixels)).sum())
+        return none_of("logits differing after a fresh process", differing, "rebuilt in this process")
+
+    monkeypatch.setattr("pipeline.vit.stage._rebuild_gate", gate)
 
 
 def settings(model: Path, **changes: object) -> QuantizeVitConfig:
@@ -155,18 +168,18 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from test_stage import quantize_vit, settings
-long = {"distill": {"steps": 40, "batch_size": 4, "save_every": 1}}
+long = {"distill": {"steps": 16, "batch_size": 4, "save_every": 1}}
 quantize_vit(settings(Path(sys.argv[2]), **long), Path(sys.argv[3]), resume=True)
 """
 
 
 def test_a_killed_run_resumes_to_the_same_bits(model, tmp_path):
-    long = {"distill": {"steps": 40, "batch_size": 4, "save_every": 1}}
+    long = {"distill": {"steps": 16, "batch_size": 4, "save_every": 1}}
     whole = quantize_vit(settings(model, **long), tmp_path / "whole")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
     command = [sys.executable, "-c", _KILLED, str(Path(__file__).parent), str(model), str(tmp_path / "out")]
     kills = 0
-    for step in (2, 15, 30):
+    for step in (2, 9):
         process = subprocess.Popen(command, env=environment)
         mark = tmp_path / "out.partial" / "checkpoints"
         deadline = time.monotonic() + 120
@@ -194,7 +207,8 @@ def run(*arguments: object) -> tuple[int, dict]:
     return result.exit_code, json.loads(result.stdout) if result.stdout.strip() else {}
 
 
-def test_the_command_writes_the_artifact(model, tmp_path):
+def test_the_command_writes_the_artifact(model, tmp_path, monkeypatch):
+    monkeypatch.undo()
     code, document = run(
         "quantize-vit", "--model", model, "--bits", "w4a8", "--output", tmp_path / "out", "--images", 4,
         "--synthesis-steps", 1, "--distill-steps", 1,
@@ -205,7 +219,10 @@ def test_the_command_writes_the_artifact(model, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(model, tmp_path):
-    code, document = run("quantize-vit", "--model", model, "--bits", "w4a8", "--output", tmp_path / "out", "--dry-run")
+    few = ("--images", 4, "--synthesis-steps", 1, "--distill-steps", 1)
+    code, document = run(
+        "quantize-vit", "--model", model, "--bits", "w4a8", *few, "--output", tmp_path / "out", "--dry-run"
+    )
     assert code == 0
     assert document["plan"]["linears"] > 0
     assert not list(tmp_path.glob("out*"))

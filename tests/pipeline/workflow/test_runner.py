@@ -23,6 +23,21 @@ STAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The directory of a finished run; not to be changed."""
+    runner = workflow_runner.Runner(tmp_path_factory.mktemp("whole") / "run")
+    assert runner.run(STAGES).verdict is Verdict.ACCEPT
+    return runner.directory
+
+
+@pytest.fixture
+def finished(whole_run, runner):
+    """A runner whose run of STAGES has ended: a directory of a run may be moved."""
+    shutil.copytree(whole_run, runner.directory)
+    return runner
+
+
 def changed(**stages):
     """STAGES with some settings changed."""
     found = copy.deepcopy(STAGES)
@@ -55,19 +70,17 @@ def test_everything_runs_once_and_then_nothing(runner):
         ({"proof": {"value": 5}}, ["proof"]),
     ],
 )
-def test_a_changed_key_runs_exactly_what_depends_on_it(runner, change, started):
-    runner.run(STAGES)
-    runner.run(changed(**change))
-    assert runner.started == started
+def test_a_changed_key_runs_exactly_what_depends_on_it(finished, change, started):
+    finished.run(changed(**change))
+    assert finished.started == started
 
 
-def test_what_has_changed_is_named(runner):
-    runner.run(STAGES)
+def test_what_has_changed_is_named(finished):
     stages = changed(base={"value": 9, "steps": 2}, right={"seconds": 0.01})
-    why = {status.spec.name: status.why for status in runner.state(stages).statuses()}
+    why = {status.spec.name: status.why for status in finished.state(stages).statuses()}
     assert why["base"] == "changed: value 1 -> 9"
     assert why["right"] == "after base"
-    why = {status.spec.name: status.why for status in runner.state(changed(right={"seconds": 0.01})).statuses()}
+    why = {status.spec.name: status.why for status in finished.state(changed(right={"seconds": 0.01})).statuses()}
     assert why == {
         "base": "up to date", "left": "up to date", "right": "changed: seconds (none) -> 0.01", "proof": "up to date",
     }  # fmt: skip
@@ -107,22 +120,20 @@ def test_a_source_is_known_by_its_bytes(runner, tmp_path):
     assert runner.started == ["base"]  # which writes what it wrote before
 
 
-def test_an_output_that_was_changed_is_made_again(runner):
-    runner.run(STAGES)
-    (runner.directory / "left" / "weights.txt").write_text("other")
-    runner.run(STAGES)
-    assert runner.started == ["left", "proof"]  # its record speaks of the manifest that is no more
-    shutil.rmtree(runner.directory / "base")
-    runner.run(STAGES)
-    assert runner.started == ["base"]
+def test_an_output_that_was_changed_is_made_again(finished):
+    (finished.directory / "left" / "weights.txt").write_text("other")
+    finished.run(STAGES)
+    assert finished.started == ["left", "proof"]  # its record speaks of the manifest that is no more
+    shutil.rmtree(finished.directory / "base")
+    finished.run(STAGES)
+    assert finished.started == ["base"]
 
 
-def test_copied_output_with_other_times_is_hashed_and_kept(runner):
-    runner.run(STAGES)
-    for path in (runner.directory / "base").iterdir():
+def test_copied_output_with_other_times_is_hashed_and_kept(finished):
+    for path in (finished.directory / "base").iterdir():
         os.utime(path, (1, 1))
-    runner.run(STAGES)
-    assert runner.started == []
+    finished.run(STAGES)
+    assert finished.started == []
 
 
 def test_until_runs_it_and_what_it_needs(runner):
@@ -140,10 +151,9 @@ def test_from_takes_what_is_before_as_it_is(runner):
     assert runner.started == ["left", "proof"]
 
 
-def test_force_runs_a_stage_that_is_up_to_date(runner):
-    runner.run(STAGES)
-    runner.run(STAGES, force=("right",))
-    assert runner.started == ["right"]
+def test_force_runs_a_stage_that_is_up_to_date(finished):
+    finished.run(STAGES, force=("right",))
+    assert finished.started == ["right"]
 
 
 def test_a_wrong_stage_name_is_refused(runner):
@@ -239,10 +249,9 @@ def test_a_rejecting_record_is_a_verdict(runner):
     ],
 )
 @pytest.mark.parametrize("verdict", ["ACCEPT", "REJECT"])
-def test_a_stage_that_ends_well_without_a_sound_record_is_not_accepted(runner, writes, named, verdict):
-    runner.run(STAGES)
+def test_a_stage_that_ends_well_without_a_sound_record_is_not_accepted(finished, writes, named, verdict):
     gate = {"name": "speed", "figure": "figures.speed", "at_least": 1, "reason": "so"}
-    record = runner.run(changed(proof={"writes": writes, "verdict": verdict, "gates": [gate]}))
+    record = finished.run(changed(proof={"writes": writes, "verdict": verdict, "gates": [gate]}))
     assert record.verdict is Verdict.ANOMALOUS
     proof = record.stage("proof")
     if verdict == "ACCEPT":
@@ -250,26 +259,24 @@ def test_a_stage_that_ends_well_without_a_sound_record_is_not_accepted(runner, w
         assert any(named in text for text in said)
         speed = [gate.verdict for gate in proof.gates if gate.name == "speed"]
         assert speed == ([] if writes == "nothing" else [Verdict.ANOMALOUS])  # asked, and not dropped
-    runner.run(changed(proof={"writes": writes, "verdict": verdict, "gates": [gate]}))
-    assert runner.started == ["proof"]
+    finished.run(changed(proof={"writes": writes, "verdict": verdict, "gates": [gate]}))
+    assert finished.started == ["proof"]
 
 
-def test_a_stage_that_writes_no_artifact_is_not_judged_by_the_one_that_was_there(runner):
-    runner.run(STAGES)
-    record = runner.run(changed(left={"writes": "nothing"}))
+def test_a_stage_that_writes_no_artifact_is_not_judged_by_the_one_that_was_there(finished):
+    record = finished.run(changed(left={"writes": "nothing"}))
     assert record.verdict is Verdict.ANOMALOUS
     assert "wrote nothing at" in record.stage("left").error["what"]
-    assert runner.started == ["left"]
+    assert finished.started == ["left"]
 
 
-def test_a_record_that_is_edited_later_is_never_up_to_date(runner):
-    runner.run(STAGES)
-    path = next(runner.directory.glob("*.record.json"))
+def test_a_record_that_is_edited_later_is_never_up_to_date(finished):
+    path = next(finished.directory.glob("*.record.json"))
     state, whole = path.stat(), path.read_bytes()
     for edited in (whole + b" ", whole.replace(b"ACCEPT", b"REJECT"), b"{" + whole[1:-1] + b"]"):
         path.write_bytes(edited)
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-        assert runner.state(STAGES).status(runner.state(STAGES).recipe.stage("proof")).run
+        assert finished.state(STAGES).status(finished.state(STAGES).recipe.stage("proof")).run
 
 
 @pytest.mark.parametrize("verdict", ["PROVED-WITHOUT-RUNNING", "CONSISTENT"])
