@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 import torch
+from breadth import only_long
 from quantized_families import quantized_family
 from vit_families import NAMES, family, random_pixels
 
@@ -18,14 +19,20 @@ from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import ProductKind
 
 # Tracing takes seconds a model. These have every kind of product, mask, window, pooling and sharing; the others are
-# their siblings, and run with the slow tests.
+# their siblings, and run with the slow tests; the widest of them in a long run.
 FIRST = {
     "timm-vit", "timm-beit", "timm-eva02-split", "timm-siglip", "timm-swin", "hf-vit", "hf-dinov2-other-size",
     "hf-deit-distilled", "hf-swin-wide",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FIRST else pytest.mark.slow) for n in NAMES])
+def _marks(name):
+    if name in FIRST:
+        return ()
+    return only_long if "swin" in name else pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in NAMES])
 def test_the_exported_graph_computes_what_the_quantized_model_computes(name, tmp_path):
     quantized = quantized_family(name)
     path = tmp_path / "model.onnx"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from breadth import only_long
 from lint_cases import BROKEN, GOOD, HARMLESS, Case, products
 from quantized_families import storable_graph
 
@@ -108,7 +109,9 @@ def test_all_findings_come_at_once():
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-@pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "hf-vit", "hf-clip", "hf-swin"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit", "hf-vit", "hf-clip", "hf-swin", pytest.param("timm-swin", marks=only_long)]
+)
 def test_graphs_of_this_project_have_no_errors(name, kind):
     """Four bits need a Clip behind the softmax, which costs the fusion and nothing else: a warning."""
     model = storable_graph(name, kind)

@@ -86,7 +86,7 @@ def test_an_added_file_and_a_missing_signature_are_found(signed, tmp_path):
 def accepted(tmp_path):
     """An export with its record, both signed."""
     with ArtifactWriter(tmp_path / "a", kind="onnx-export", stage="export") as writer:
-        (writer.root / "model.onnx").write_bytes(b"graph")
+        (writer.root / "model.onnx").write_bytes(b"\x4a\x05graph")  # a field that says nothing
         writer.gate(none_of("codes differing", 0))
         root = writer.commit(details=details_of("onnx-export")).root
     write_sound_record(root)

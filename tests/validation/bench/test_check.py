@@ -25,7 +25,7 @@ def test_the_form_of_serving_is_given_as_serve_takes_it():
 
 def test_a_vision_export_has_no_form(tmp_path):
     with ArtifactWriter(tmp_path / "export", kind="onnx-export", stage="export") as writer:
-        (writer.root / "model.onnx").write_bytes(b"graph")
+        (writer.root / "model.onnx").write_bytes(b"\x4a\x05graph")  # a field that says nothing
         writer.commit(details=details_of("onnx-export"))
     with pytest.raises(ConfigurationError, match="--dtype float16 cannot be given"):
         serve_check(tmp_path / "export", ServeCheckConfig(dtype="float16"))
