@@ -73,6 +73,7 @@ def copy_tree(place: Path) -> None:
 def import_libraries() -> ModuleType:
     """Import what tests share, and forget the project's own modules; the result must live as long as this process."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ["FP8PIPE_TEST_BREADTH"] = "long"  # what a fault must not survive is all that the tests know
     sys.path.insert(0, str(ROOT))
     compat = importlib.import_module("fp8pipe.models.compat")
     compat.declare_torchvision_operators()

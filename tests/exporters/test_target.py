@@ -15,7 +15,7 @@ from toy_target import LINES, TOY, ToyDetails
 
 from exporters.target import choose, register, target_of, targets, unregister
 from fp8pipe.artifact import open_artifact
-from fp8pipe.artifact.kinds import ArtifactKind, Details, register_kind
+from fp8pipe.artifact.kinds import ArtifactKind, Details, register_kind, targets_of
 from fp8pipe.cli import main
 from fp8pipe.core.errors import ConfigurationError
 
@@ -187,3 +187,9 @@ def test_no_room_names_a_kind_of_export():
                 if folder not in path.parents and target.kind in path.read_text(encoding="utf-8"):
                     found.append(f"{path.relative_to(ROOT)}: {target.kind}")
     assert found == []
+
+
+def test_the_targets_of_a_kind_are_those_of_its_exports_the_usual_one_first():
+    assert targets_of("vit") == ["onnx", "trt"]
+    assert targets_of("falqon")[0] == "vllm"
+    assert targets_of("onnx-export") == []

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.options import VllmExportOptions
-from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, reopen
+from exporters.vllm.plan import Action, Unit
+from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_values, iter_weights, reopen
+from fp8pipe.models.checkpoint.tensors import weight_entries
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 Edit = Callable[[dict[str, Tensor]], None]
@@ -138,3 +140,22 @@ def test_another_file_or_key_is_named(sources, exported, tmp_path, form, change,
     (found,) = [g for g in gates if not g.passed]
     assert (found.name, found.value) == (gate, 1)
     assert named in found.detail
+
+
+def test_every_weight_is_read_by_its_name(sources, exported):
+    """Codes times scale, and every other tensor as it is stored: by the plain reading of the source's own file."""
+    stored = load_file(sources["codes"] / "model.safetensors")
+    found = dict(iter_weights(exported("codes", "fp8")))
+    assert set(found) == {name for name in stored if not name.endswith("_scale")}
+    for name, weight in found.items():
+        scale = stored.get(f"{name}_scale")
+        expected = stored[name].float() if scale is None else stored[name].float() * scale.reshape(-1, 1)
+        assert torch.equal(weight, expected), name
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor([1.0, 1 + 2**-20]), torch.tensor([2**40 + 1])])
+def test_what_is_copied_is_expected_as_it_is(tmp_path, tensor):
+    save_file({"x": tensor}, tmp_path / "model.safetensors")
+    entry = weight_entries(tmp_path)["x"]
+    found = expected_values(Unit(entry, None, Action.COPY, (), None, transposed=False))
+    assert (found.dtype, found.tolist()) == (tensor.dtype, tensor.tolist())

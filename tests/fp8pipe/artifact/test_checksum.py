@@ -22,7 +22,7 @@ from fp8pipe.artifact import (
     remove_checked,
     write_checked,
 )
-from fp8pipe.artifact.record import record_path
+from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.artifact.runs import RunRecord, read_run, write_run
 from fp8pipe.artifact.verify import check_bytes, check_record, find_tree
 from fp8pipe.core.errors import BadArtifactError
@@ -213,3 +213,16 @@ def test_a_reader_whose_record_is_replaced_meanwhile_looks_again(record, monkeyp
     monkeypatch.setattr(checksum, "_bytes", meanwhile)
     assert read_checked(record) == b"new\n"
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 1, "stages": [[]]}', "1", "{"])
+def test_what_is_no_record_of_a_run_is_said_to_be_none(tmp_path, text):
+    write_checked(tmp_path / "run.json", text)
+    with pytest.raises(BadArtifactError, match="is no record of a run"):
+        read_run(tmp_path)
+
+
+def test_a_rejection_says_what_it_is_and_carries_its_record():
+    error = ExportRejectedError("it differs", why="one code", fix="export again", record=RECORD)
+    assert (error.what, error.why, error.fix, error.record) == ("it differs", "one code", "export again", RECORD)
+    assert "it differs" in str(error)

@@ -80,3 +80,14 @@ def test_gates_without_a_comparison_are_read_as_they_were_meant():
     assert read("top-1 agreement", 0.99494, 0.9950, passed=True) == ("at least", 0.99494, True)
     assert read("top-1 agreement", 0.99494, 0.9950, passed=False) == ("at least", 0.9950, False)
     assert read("top-1 agreement", 0.999, 0.9950, passed=True) == ("at least", 0.9950, True)
+
+
+@pytest.mark.parametrize("comparison", Comparison)
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_a_gate_that_states_its_comparison_is_read_as_it_is(comparison, threshold):
+    gate = Gate(name="top-1 agreement", value=1.5, comparison=comparison, threshold=threshold)
+    assert read_gate(gate.model_dump(mode="json")) == gate
+
+
+def test_a_gate_without_threshold_counts_faults():
+    assert read_gate({"name": "differing", "value": 1, "passed": False}) == none_of("differing", 1)

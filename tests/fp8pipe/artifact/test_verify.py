@@ -208,3 +208,15 @@ def test_a_parent_is_known_by_its_digest_then_by_its_content_then_by_its_name(ru
     assert "is a model without a manifest: not compared" in find_parent(b, model, [a, b])[2]
     own = Parent(kind=b.kind, digest="0" * 64, path=str(b.root))
     assert find_parent(b, own, [b])[:2] == (None, None)
+
+
+def test_signatures_of_records_and_directories_belong_to_the_tree_and_files_are_counted(run):
+    before = check_bytes(find_tree(run), strict=True)
+    record = write_checked(run / "b.validation.json", "{}")
+    for name in ("a.sig", f"{record.name}.sig"):
+        (run / name).write_text("signature")
+    after = check_bytes(find_tree(run), strict=True)
+    assert [f.where for f in after.findings if f.where.endswith(".sig")] == []
+    assert after.files == before.files + 2  # the record and its checksum
+    (run / "c.sig").write_text("of nothing")
+    assert [f.where for f in check_bytes(find_tree(run), strict=True).findings if f.where.endswith(".sig")] == ["c.sig"]

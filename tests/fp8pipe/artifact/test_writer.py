@@ -10,7 +10,7 @@ from small_artifacts import SHARD, details_of, write
 
 import fp8pipe.artifact.writer as writing
 from fp8pipe.artifact import Artifact, ArtifactWriter, open_artifact
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", "nested/a.txt"])
@@ -115,3 +115,26 @@ def test_what_is_gone_already_may_be_discarded(tmp_path):
     writer.discard()
     writer.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [PermissionError, NotADirectoryError, FileExistsError])
+def test_a_place_that_cannot_be_written_to_is_the_user_s_to_change(tmp_path, monkeypatch, error):
+    def refuse(*given, **named):
+        raise error(13, "not here", str(tmp_path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(ConfigurationError, match="cannot be written"),
+        ArtifactWriter(tmp_path / "a", kind="falqon", stage="finetune"),
+    ):
+        pass
+
+
+def test_force_replaces_no_file_and_nothing_through_a_link(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(write(tmp_path / "real").root)
+    for name in ("file", "link"):
+        with pytest.raises(ConfigurationError, match="is not an artifact, and is not replaced"):
+            write(tmp_path / name, force=True)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert open_artifact(tmp_path / "real").manifest.kind
