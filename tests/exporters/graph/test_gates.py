@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +12,7 @@ import torch
 from quantized_families import quantized_family
 from vit_families import family, random_pixels
 
+from exporters.graph import parity
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import (
     KernelReport,
@@ -186,6 +188,15 @@ def test_a_layers_error_is_relative_to_its_largest_output():
     assert math.isnan(layer_error(expected.float()[0], expected))
     assert layer_error(torch.zeros(2), torch.zeros(2)) == 0
     assert layer_error(torch.full((2,), 1e-3), torch.zeros(2)) > 1
+
+
+def test_an_engine_and_torch_are_each_held_to_the_exact_result(monkeypatch):
+    exact = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    monkeypatch.setattr(parity, "_exact", lambda layer, inputs: exact)
+    site = SimpleNamespace(label="a", integer=True, output=SimpleNamespace(name="a/out"))
+    engine, ours = {"a/out": (3 * exact).float().numpy()}, {"a": 2 * exact.float()}
+    (found,) = parity.judge_layers([site], {}, engine, ours, lambda layer: (9, 1))
+    assert (found.error, found.torch_error, found.codes, found.differing_codes) == (2.0, 1.0, 9, 1)
 
 
 def test_one_layer_in_float_is_enough_to_fail():
