@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from artifact_tree import rehash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -159,3 +160,36 @@ def test_what_is_copied_is_expected_as_it_is(tmp_path, tensor):
     entry = weight_entries(tmp_path)["x"]
     found = expected_values(Unit(entry, None, Action.COPY, (), None, transposed=False))
     assert (found.dtype, found.tolist()) == (tensor.dtype, tensor.tolist())
+
+
+def of_tensors(edit: Edit) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        tensors = load_file(root / "model.safetensors")
+        edit(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, root / "model.safetensors")
+
+    return change
+
+
+# Of gates with two sides the other one: CASES and the test above change the export. `payload-bytes` counts what
+# `tensors-as-planned` names, which ends the comparison.
+PARENTS = [
+    ("codes", "fp8", of_tensors(next_bit(Q)), "weights-bit-exact"),
+    ("codes", "fp8", of_tensors(next_bit(Q + "_scale")), "weights-bit-exact"),
+    ("codes", "bf16", of_tensors(put(Q + "_scale", lambda t: t * 1.25)), "bf16-rounding-error"),
+    ("plain", "fp8", of_tensors(put(Q, lambda t: t * 1.25)), "e4m3-rounding-error"),
+    ("codes", "fp8", of_tensors(next_bit(NORM)), "copied-tensors-identical"),
+    ("codes", "fp8", of_tensors(put(NORM, lambda t: t.float())), "tensors-as-planned"),
+    ("codes", "fp8", changed_config("rms_norm_eps", 1e-5), "config-preserved"),
+    ("codes", "fp8", lambda root: (root / "chat_template.jinja").write_text("x"), "auxiliary-files-identical"),
+]
+
+
+@pytest.mark.parametrize(("source", "form", "change", "gate"), PARENTS)
+def test_a_gate_fails_where_the_parent_alone_is_another(sources, exported, tmp_path, source, form, change, gate):
+    parent = shutil.copytree(sources[source], tmp_path / "parent")
+    change(parent)
+    if source == "codes":
+        rehash(parent)
+    gates = reopen(plan_export(parent, VllmExportOptions(format=form)), exported(source, form))
+    assert gate in [found.name for found in gates if not found.passed]
