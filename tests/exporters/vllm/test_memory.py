@@ -14,21 +14,28 @@ from safetensors.torch import save_file
 
 from fp8pipe.models.language.structure import read_structure
 
-# VmHWM is the peak resident size of this very program; ru_maxrss would inherit the parent's through exec.
+# Anonymous memory, sampled: the resident peak would count pages of the source's mapped file, which the kernel keeps or
+# drops as it likes.
 CHILD = """
-import sys, torch
+import sys, threading, time, torch
 from pathlib import Path
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.models.language.structure import read_structure
-def peak():
+def anonymous():
     text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) * 1024
+    return int(text.split("RssAnon:")[1].split()[0]) * 1024
+def watch():
+    while True:
+        most[0] = max(most[0], anonymous())
+        time.sleep(0.002)
 torch.set_num_threads(1)
 read_structure(Path(sys.argv[1]))  # transformers and the architecture are loaded before the measurement
-before = peak()
+before = anonymous()
+most = [before]
+threading.Thread(target=watch, daemon=True).start()
 export_vllm(Path(sys.argv[1]), Path(sys.argv[2]), VllmExportOptions(format=sys.argv[3]))
-print(peak() - before)
+print(most[0] - before)
 """
 LARGE = {
     "hidden_size": 1024,
