@@ -41,7 +41,7 @@ def served(tmp_path_factory):
     environment = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": "/nonexistent", "PYTHONSAFEPATH": "1",
                    "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder / "tmp")}  # fmt: skip
     process = subprocess.Popen(
-        [str(python.parent / "fp8pipe"), "serve", str(export), "--host", "0.0.0.0", "--port", "0", "--linger-s", "1"],
+        [str(python.parent / "fp8pipe"), "serve", str(export), "--host", "0.0.0.0", "--port", "0", "--linger-s", "4"],
         cwd=folder / "empty", env=environment, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
