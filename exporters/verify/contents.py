@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,8 +57,21 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         # Files whose hashes are right, and that no reader here can read: whoever wrote them is wrong.
         why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        findings.append(Finding(Check.REOPEN, artifact.kind, f"its files do not fit each other: {why}"))
+        named = _no_json(artifact) or [(artifact.kind, f"its files do not fit each other: {why}")]
+        findings += [Finding(Check.REOPEN, where, said) for where, said in named]
     return findings, notes
+
+
+def _no_json(artifact: Artifact) -> list[tuple[str, str]]:
+    """Files that should hold JSON and do not, with the reason."""
+    found = []
+    for entry in artifact.manifest.files:
+        if entry.path.endswith(".json"):
+            try:
+                json.loads((artifact.root / entry.path).read_bytes())
+            except ValueError as error:
+                found.append((entry.path, f"it is not JSON: {error}"))
+    return found
 
 
 def _check_vit(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:

@@ -183,9 +183,11 @@ def powers_of_two(tensors: dict[str, Tensor]) -> None:
     """Scales as the default rule trains them."""
     for name in [name for name in tensors if name.endswith("weight_scale")]:
         weight = name.removesuffix("_scale")
-        scale = torch.exp2(torch.ceil(torch.log2(tensors[name])))
-        values = tensors[weight].float() * tensors[name]
-        tensors[name], tensors[weight] = scale, (values / scale).to(torch.float8_e4m3fn)
+        scale, old = torch.exp2(torch.ceil(torch.log2(tensors[name]))), tensors[name]
+        tensors[name] = scale
+        if scale.ndim and weight.removesuffix(".weight").endswith(GPT2_TRANSPOSED):
+            scale, old = scale.reshape(1, -1), old.reshape(1, -1)  # one a row, the second axis here
+        tensors[weight] = (tensors[weight].float() * old / scale).to(torch.float8_e4m3fn)
 
 
 @pytest.fixture(scope="session")
