@@ -42,8 +42,8 @@ from fp8pipe.models.vision.structure import LinearSite
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# In float64 constants alone differ, which the graph holds in fp32: 6e-8 of each. Over 28 families 2e-8 were seen, and 2.3e-7
-# where the parent resizes its position embeddings in fp32.
+# In float64 constants alone differ, which the graph holds in fp32: 6e-8 of each. Over 28 families 2e-8 were seen, and
+# 2.3e-7 where the parent resizes its position embeddings in fp32.
 EVALUATED_TOLERANCE: Final = 4e-7
 ENGINE_TOLERANCE: Final = 1e-5
 # Rotary tables and resized position embeddings are rounded once more than the parent's: by 2^-11 of a value.
