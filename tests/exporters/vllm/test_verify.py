@@ -58,3 +58,11 @@ def test_a_tensor_of_another_shape_than_the_architecture_s_is_named_once(pair):
     (export / "config.json").write_text(json.dumps(config))
     rehash(export)
     assert any("config.json declares" in why for _, why in findings(export))
+
+
+def test_a_file_that_should_hold_json_and_does_not_is_named(pair):
+    export, _ = pair
+    with (export / "config.json").open("ab") as stream:
+        stream.write(b"\0")
+    rehash(export)
+    assert any(where == "config.json" and "it is not JSON" in why for where, why in findings(export))
