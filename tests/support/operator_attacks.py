@@ -61,6 +61,7 @@ ATTACKS = {
     "gelu-tanh": (on_first("Gelu", lambda name: set_attributes(name, approximate="tanh")), "node_gelu"),
     "attention-scale": (scale_twice, "new"),
     "norm-epsilon": (on_first("LayerNormalization", lambda n: set_attributes(n, epsilon=1e-3)), "node_layer_norm"),
+    "norm-epsilon-fourfold": (set_attributes("node_layer_norm_3", epsilon=4e-6), "node_layer_norm_3"),
     "norm-epsilon-tenfold": (
         on_first("LayerNormalization", lambda n: set_attributes(n, epsilon=1e-5)), "node_layer_norm",
     ),
