@@ -12,12 +12,18 @@ from torch.nn import functional
 from vision_checkpoints import save_transformers
 from vit_families import family, vision_family
 
-from fp8pipe.artifact import Verdict, open_artifact
+from fp8pipe.artifact import Verdict, none_of, open_artifact
 from fp8pipe.cli import main
 from fp8pipe.models.vision.sources import save_vision_model
 from pipeline.vit.distill import distillation, label_distillation, value_distance
 
 _FEW = ("--images", 8, "--distill-steps", 1, "--calibration", "gaussian")
+
+
+@pytest.fixture(autouse=True)
+def _rebuilt_here(monkeypatch):
+    """A fresh process costs seconds a run, and `test_blocks` starts it."""
+    monkeypatch.setattr("pipeline.vit.stage._rebuild_gate", lambda *_: none_of("rebuilt in a fresh process", 0))
 
 
 def run(model, output, *options):
