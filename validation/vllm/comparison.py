@@ -155,6 +155,12 @@ def _questions(case: Case) -> _Questions:
     prompt_ids = [chat_ids(tokenizer, p) if chat else list(tokenizer(p)["input_ids"]) for p in case.prompts]
     texts = [list(tokenizer(text)["input_ids"])[:_LONGEST_SEQUENCE] for text in _TEXTS]
     sequences = [ids for ids in [*texts, *prompt_ids] if len(ids) > 1]
+    if not sequences or not all(prompt_ids):
+        raise BadArtifactError(
+            f"the tokenizer of {case.source} makes too few tokens of the validation's texts",
+            why="every question must become a token, and one text at least two",
+            fix="check the tokenizer's files: does it know words of English?",
+        )
     length = _context_length(case.source, max(map(len, sequences)) + case.max_tokens)
     return _Questions(chat, prompt_ids, sequences, length)
 
