@@ -157,6 +157,18 @@ def theta(data: dict[str, Any]) -> None:
     place["rope_theta"] = 5e5
 
 
+def stated(artifact: str, *keys: str | int, value: object) -> Callable[[Path], None]:
+    """The manifest says another thing than the files hold."""
+
+    def change(data: dict[str, Any]) -> None:
+        at: Any = data
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = value
+
+    return lambda tree: rehash(tree / artifact, change)
+
+
 def text(artifact: str, name: str, content: str) -> Callable[[Path], None]:
     def inject(tree: Path) -> None:
         (tree / artifact / name).write_text(content, encoding="utf-8")
@@ -191,6 +203,11 @@ ATTACKS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "chat template": ("copied", "chat_template.jinja", template("copied")),
     "another loader's configuration": ("copied", "params.json", text("copied", "params.json", "{}")),
     "a tokenizer that the source lacks": ("copied", "vocab.json", text("copied", "vocab.json", "{}")),
+    "a layer's shape in the manifest": ("copied", "shape", stated("copied", "layers", 0, "shape", value=[256, 513])),
+    "static scales in the manifest": ("copied", "dynamic", stated("copied", "layers", 3, "activation", "dynamic",
+                                                                  value=False)),
+    "a trained scale in the manifest of a quantizing export": (
+        "quantized", "quantized_here", stated("quantized", "details", "quantized_here", value=0)),
 }  # fmt: skip
 
 
