@@ -110,9 +110,12 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
         theirs = run(session, {INPUT_NAME: batch.numpy()})
         for site, name in names.items():
             mine = _in_layout(ours[site], site, quantized).flatten()
-            other = quantized.activations[site].codes(torch.from_numpy(theirs[name])).flatten()
+            values = torch.from_numpy(theirs[name])
+            other = quantized.activations[site].codes(values).flatten()
             compared += mine.numel()
-            count = mine.numel() if mine.numel() != other.numel() else int((mine != other).sum())
+            count = mine.numel()
+            if mine.numel() == other.numel():  # NaN has a code, too, and is equal to nothing
+                count = int(((mine != other) | ~values.isfinite().flatten()).sum())
             differing[name] = differing.get(name, 0) + count
     detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
     detail += next((f"; the first: {name}" for name, count in differing.items() if count), "")

@@ -16,10 +16,10 @@ _FIX: Final = "use a plain vision transformer, such as ViT, DeiT, BEiT, EVA, DIN
 
 
 def check_plain(model: nn.Module, name: str) -> None:
-    """Refuse a model with convolutions other than one patch embedding of RGB images; `name` is what it is called.
+    """Refuse a model whose convolutions are not one patch embedding of RGB images; `name` is what it is called.
 
     Raises:
-        ConfigurationError: with the convolution that is too many, overlaps, or reads another number of channels.
+        ConfigurationError: there is none, or with the one that is too many, overlaps, or reads other channels.
     """
     found = [(place, module) for place, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)]
     beside = [(place, module) for place, module in found if not cuts_without_overlap(module)] or found[1:]
@@ -30,6 +30,10 @@ def check_plain(model: nn.Module, name: str) -> None:
             why=f"{place} is {module}, one of {len(found)} convolutions; the only one that is quantized is a patch "
             "embedding that cuts the image without overlap",
             fix=_FIX,
+        )
+    if not found:
+        raise ConfigurationError(
+            f"{name} is not a plain vision transformer", why="no convolution cuts images into patches", fix=_FIX
         )
     for place, module in found:
         if module.in_channels != _CHANNELS:

@@ -38,6 +38,20 @@ def test_other_kinds_of_models(cls: str, arguments: dict[str, Any], tmp_path: Pa
     assert "DeiT" in caught.value.fix
 
 
+def test_models_without_patches(tmp_path: Path):
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 9,
+    }
+    save_model(tmp_path, "BertModel", text)
+    with pytest.raises(ConfigurationError, match="is not a plain vision transformer") as caught:
+        load_vision_model(str(tmp_path))
+    assert "into patches" in caught.value.why
+
+
 @pytest.mark.parametrize("size", [None, (64, 64)])
 def test_other_kinds_of_timm(size, tmp_path: Path):
     save_timm(tmp_path / "timm", model="test_convnext", drop_rate=0.1)
