@@ -119,11 +119,13 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int, *, last_o
 
 def _cut(whole: Encoded, max_length: int, counts: Counter[str]) -> Encoded | None:
     """At most ``max_length`` tokens; None, and counted, where none of them is learned."""
-    cut = Encoded(whole.input_ids[:max_length], whole.labels[:max_length])
+    first = [IGNORED] if whole.labels else []
+    cut = Encoded(whole.input_ids[:max_length], first + whole.labels[1:max_length])
     counts["truncated"] += len(whole.input_ids) > max_length
     if cut.answer_tokens:
+        counts["bare"] += whole.labels[0] != IGNORED
         return cut
-    prompt = next((i for i, label in enumerate(whole.labels) if label != IGNORED), 0)
+    prompt = next((i for i, label in enumerate(whole.labels[1:], 1) if label != IGNORED), 0)
     counts["cut away" if prompt else "headless"] += 1
     counts["longest"] = max(counts["longest"], prompt)
     return None
@@ -144,6 +146,9 @@ def _warnings(total: int, counts: Counter[str], max_length: int, template: Templ
     if counts["truncated"]:
         found.append(f"{counts['truncated']} of {total} examples were cut to {max_length} tokens")
     found += [f"{count} of {total} examples were left out: {why}" for why, count in _reasons(counts, max_length)]
+    if bare := counts["bare"]:
+        why = "begin with their answer, whose first token is not learned: nothing comes before it"
+        found.append(f"{bare} of {total} examples {why}")
     apart = "conversations were cut into one example for each answer: "
     if counts["expanded"]:
         why = "the chat template renders earlier answers differently once others follow"
@@ -159,7 +164,7 @@ def _warnings(total: int, counts: Counter[str], max_length: int, template: Templ
 
 
 def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded]]:
-    """The examples of each text; special tokens are those the template wrote, none are added."""
+    """The examples of each text, first tokens still labelled; special tokens are those that the template wrote."""
     texts = [r.text for r in rendered]
     if getattr(tokenizer, "is_fast", False) and texts:
         batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -177,12 +182,8 @@ def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded
         labels = [IGNORED] * len(ids)
         for start, end in zip(borders[::2], borders[1::2], strict=True):
             labels[start:end] = ids[start:end]
-        examples.append([_example(list(ids), labels)])
+        examples.append([Encoded(list(ids), labels)])
     return examples
-
-
-def _example(ids: list[int], labels: list[int]) -> Encoded:
-    return Encoded(ids, [IGNORED, *labels[1:]] if labels else [])
 
 
 def _places_by_offset(
@@ -228,7 +229,7 @@ def _places_by_prefix(piece: Rendered, ids: Sequence[int], tokenizer: Any) -> li
 def _apart(text: str, start: int, end: int, tokenizer: Any) -> Encoded:
     """One answer with its prompt, each tokenized by itself, as serving and the served model do."""
     prompt, answer = _ids(text[:start], tokenizer), _continued(text[start:end], tokenizer)
-    return _example(prompt + answer, [IGNORED] * len(prompt) + answer)
+    return Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
 
 
 def _continued(text: str, tokenizer: Any) -> list[int]:

@@ -29,7 +29,7 @@ _SUFFIXES: Final = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".
 _COLUMNS: Final = {"messages", "conversations", "prompt", "completion", "instruction", "output"}
 # Written beside the data by the package datasets.
 _DESCRIPTIONS: Final = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
-_EVALUATION: Final = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|valid|validation|val|dev)(?![a-z])")
+_EVALUATION: Final = re.compile(r"(?<![a-z])(tests?|testing|evals?|evaluations?|valid|validation|val|dev)(?![a-z])")
 _TRAINING: Final = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
 _ZSTANDARD: Final = b"\x28\xb5\x2f\xfd"
 _PACKED: Final = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}

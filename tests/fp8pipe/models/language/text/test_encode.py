@@ -163,7 +163,11 @@ def test_truncation_is_counted_and_all_gone_is_an_error(tokenizer: Any) -> None:
 
 def test_a_text_that_begins_with_an_answer(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
-    (example,) = encode([Record((Message("assistant", "ab"),))], tokenizer, 512).examples
+    result = encode([Record((Message("assistant", "ab"),))], tokenizer, 512)
+    assert result.warnings == (
+        "1 of 1 examples begin with their answer, whose first token is not learned: nothing comes before it",
+    )
+    (example,) = result.examples
     assert learned(tokenizer, example) == ["b<|im_end|>"]  # nothing precedes "a" that could predict it
 
 
