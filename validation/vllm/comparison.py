@@ -267,4 +267,6 @@ def _not_proved(case: Case, served: ServedReport | None) -> list[str]:
     declared = any(layer.activation is not None for layer in case.artifact.manifest.layers)
     if declared and not case.form.rounds_activations:
         found.append("FP8 kernels of a GPU, which round activations: this form does not")
+    if served is not None and served.weights.read.get("computed"):
+        found.append("what vLLM's loader computes from weights, number by number, but by the log-probabilities")
     return [*found, "forms of serving other than the one named"]

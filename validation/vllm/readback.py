@@ -6,7 +6,9 @@ back in the checkpoint's order by what they tell (`rebuild`).
 How it is read. What is there as `layer.weight` is read as stored, and some of its columns are compared with what the
 GEMM computes. Where vLLM has given the weight to a packed GEMM and dropped it, the GEMM itself is read: one-hot inputs
 return the weight's columns, exactly, since every other term of each sum is zero. Only the sign of a zero is lost that
-way. What other layers pack for themselves (experts) is read as loaded, before they do.
+way. What other layers pack for themselves (experts) is read as loaded, before they do. And what the loader computes
+from a tensor number by number is held against what it makes of the source's: whether it computes the right thing, the
+log-probabilities tell.
 
 Runs inside vLLM's Python: torch and vLLM alone.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,9 @@ class Reading:
         dump: an existing directory for values that differ.
 
     Attributes:
-        report: by checkpoint name: `status` (match, differs, missing), `read` (stored, codes, gemm, loaded, tied),
-            `gemm_differs` of a stored weight; `why`, where it is no matter of single numbers; and `file`, where a
-            differing value (fp32, checkpoint orientation) was saved.
+        report: by checkpoint name: `status` (match, differs, missing), `read` (stored, codes, gemm, loaded, tied,
+            computed), `gemm_differs` of a stored weight; `why`, where it is no matter of single numbers; and `file`,
+            where a differing value (fp32, checkpoint orientation) was saved.
         unexplained: what else is in the engine or in the files, in words.
     """
 
@@ -55,6 +57,7 @@ class Reading:
         self.rebuild = Rebuild(self.layout)
         self.whole: set[str] = set()  # tensors of the files of which the engine holds every element
         self.as_loaded: set[str] = set()  # the engine's tensors that were read before they were packed
+        self.computed: dict[str, tuple[str, Tensor]] = {}  # those that the loader computes: from what, and what
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -74,6 +77,7 @@ class Reading:
             held = {n: t for n, t in held.items() if t.numel() and t.is_contiguous() and not t.is_meta}
             self.layout = learn(held, heads, model.load_weights)
             self.rebuild = Rebuild(self.layout)
+            self._find_computed(loader.get_all_weights(config, model), model.load_weights, held)
             true_load(loader, model, config)
             self.as_loaded = {name for name in held if _packs_itself(_module(model, name))}
             for name in self.as_loaded:
@@ -86,6 +90,25 @@ class Reading:
             DefaultModelLoader.load_weights = true_load
         if not self.layout.heads:
             raise RuntimeError("vLLM took another loader than its own for safetensors: no weight can be read back")
+
+    def _find_computed(self, weights: Iterable[tuple[str, Tensor]], load: Any, held: Mapping[str, Tensor]) -> None:
+        """Find what the loader computes number by number from a tensor: Mamba's -exp of `A_log`.
+
+        Turned around, such a tensor gives the same numbers turned around; different numbers give different ones.
+        """
+        origins = self.layout.origins
+        placed = {piece.head.name for origin in origins.values() for piece in origin.pieces}
+        made = {name for name, origin in origins.items() if not (origin.pieces or origin.filled or origin.unwritten)}
+        for name, value in weights if made else ():
+            if name in placed or _digest(value.float(), unsigned=False) != self.tensors.get(name, {}).get("sha256"):
+                continue
+            load([(name, value.reshape(-1).flip(0).reshape(value.shape))])
+            turned = {other: held[other].reshape(-1).flip(0) for other in made if held[other].numel() == value.numel()}
+            load([(name, value)])
+            for other, numbers in turned.items():
+                now = held[other].detach().reshape(-1)
+                if torch.equal(now, numbers) and now.unique().numel() == value.unique().numel() > 1:
+                    self.computed[other] = (name, now.clone())
 
     def read(self, model: torch.nn.Module) -> None:
         """Read what was not read while it was loaded, and say what is missing."""
@@ -119,6 +142,12 @@ class Reading:
         """Take over one of the engine's tensors."""
         origin = self.layout.origins[name]
         if value is None or tuple(value.shape) != origin.shape:
+            return
+        if name in self.computed:
+            source, numbers = self.computed[name]
+            same = torch.equal(value.reshape(-1), numbers.float())
+            entry = {"status": "match"} if same else {"status": "differs", "why": f"{name} is not what its loader made"}
+            self.report[source] = {**entry, "read": "computed", "gemm_differs": False}
             return
         if not origin.unwritten and not (origin.filled and bool((origin.rest(value) == 0).all())):
             self.unexplained.append(f"{name}: its loader computes what it holds, or pads it with other numbers than 0")

@@ -42,7 +42,8 @@ class WeightReport(FrozenConfig):
     )
     read: dict[str, int] = Field(
         description="tensors by how they were read: as stored, from codes, as loaded (before a layer packs them), "
-        "through the GEMM (sign of zero lost), or tied: not loaded, and equal to one that serves in its place"
+        "through the GEMM (sign of zero lost), tied (not loaded, and equal to one that serves in its place), or "
+        "computed (the engine's loader makes other numbers of them, one of each)"
     )
     row_error: float | None = Field(
         default=None,
