@@ -118,9 +118,9 @@ class Reading:
                 self.unexplained.append(f"{name}: {origin.unwritten} elements are loaded from nowhere")
             if name not in self.as_loaded and (origin.pieces or name in parameters):
                 self._take(name, *self._held(model, name, origin))
-        for name in self.layout.heads.keys() - self.whole - self.tensors.keys():
+        for name in sorted(self.layout.heads.keys() - self.whole - self.tensors.keys()):
             self.unexplained.append(f"{name}: the engine does not hold all of it")
-        for name in self.whole - self.tensors.keys():
+        for name in sorted(self.whole - self.tensors.keys()):
             if name.removesuffix(_SCALE) not in self.tensors:
                 self.unexplained.append(f"{name}: the files hold it, and the source does not")
         for name in self.tensors.keys() - self.report.keys():
