@@ -49,7 +49,7 @@ class TorchEngine:
         self.faults.get(name, lambda model: None)(model)
         return {
             "load_s": 0.1, "total_s": 0.2, "peak_rss_bytes": 1, "versions": {"vllm": "0.32.0"},
-            "weights": self._weights(job, root, name, dump),
+            "weights": self._weights(job, root, name, dump), "unexplained": [],
             "logprobs": [_places(model, ids) for ids in job.sequences],
             "answers": [_answer(model, root, job, prompt) for prompt in job.prompts],
         }  # fmt: skip

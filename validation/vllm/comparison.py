@@ -10,7 +10,6 @@ from threading import Event
 from typing import Any, Final
 
 import torch
-from safetensors.torch import load_file
 
 from exporters.vllm.environment import VllmEnvironment
 from exporters.vllm.form import ServingForm
@@ -23,7 +22,7 @@ from fp8pipe.core.machine import available_bytes
 from fp8pipe.core.progress import track
 from validation.contents import contents_gate
 from validation.record import heading
-from validation.vllm.expected import ExpectedWeights, count_differences
+from validation.vllm.expected import ExpectedWeights, weight_report
 from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
 from validation.vllm.record import (
     CanaryAnswer,
@@ -204,7 +203,7 @@ def _run(
             prompts=list(case.prompts), chat=asked.chat, max_tokens=case.max_tokens, variables=variables,
         )  # fmt: skip
         result = run_probe(job, case.environment, Path(dump), timeout_s=case.timeout_s, ended=ended)
-        return _Run(job, result, _compare_weights(expected, digests[dtype], dtype, result["weights"]))
+        return _Run(job, result, weight_report(expected, digests[dtype], dtype, result))
 
 
 def _against_torch(
@@ -237,37 +236,6 @@ def _against_torch(
         load_s=round(served.result["load_s"], 3), total_s=round(served.result["total_s"], 3),
     )  # fmt: skip
     return logprobs, first, report
-
-
-def _compare_weights(
-    expected: ExpectedWeights, digests: dict[str, Any], dtype: torch.dtype, found: dict[str, dict[str, Any]]
-) -> WeightReport:
-    """Turn the probe's findings into counts; only tensors that differ are looked at again."""
-    report: dict[str, Any] = dict.fromkeys(("layers", "tensors", "elements", "differing", "differing_codes"), 0)
-    different, missing = [], []
-    read: dict[str, int] = {}
-    errors = [digest["row_error"] for digest in digests.values() if "row_error" in digest]
-    for name, digest in digests.items():
-        finding = found[name]
-        if finding["status"] == "missing":
-            missing.append(name)
-            continue
-        if finding["status"] != "match":
-            different.append(name)
-            tensor, actual = expected.read(name).as_held(dtype), load_file(finding["file"])["value"]
-            bits, codes = count_differences(tensor, actual)
-            report["differing"] += bits
-            report["differing_codes"] += codes
-            errors += [expected.row_error(name, actual)] if dtype is torch.float32 else []
-        report["elements"] += torch.Size(digest["shape"]).numel()
-        report["tensors"] += 1
-        report["layers"] += int(digest["quantized"])
-        read[finding["read"]] = read.get(finding["read"], 0) + 1
-    return WeightReport(
-        **report, reference=expected.reference, different=different, missing=missing,
-        gemm_differs=[name for name, finding in found.items() if finding.get("gemm_differs")], read=read,
-        row_error=max(errors, key=lambda error: (error != error, error)) if errors else None,  # NaN is the worst
-    )  # fmt: skip
 
 
 def _concluded(case: Case, gates: list[Gate], **found: Any) -> ValidationRecord:
@@ -308,4 +276,6 @@ def _not_proved(case: Case, served: ServedReport | None) -> list[str]:
     declared = any(layer.activation is not None for layer in case.artifact.manifest.layers)
     if declared and not case.form.rounds_activations:
         found.append("FP8 kernels of a GPU, which round activations: this form does not")
+    if served is not None and served.weights.read.get("computed"):
+        found.append("what vLLM's loader computes from weights, number by number, but by the log-probabilities")
     return [*found, "forms of serving other than the one named"]

@@ -8,12 +8,15 @@ is not at hand they are the export's own word, which proves that the engine read
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from exporters.vllm.export import plan_export
@@ -24,7 +27,9 @@ from exporters.vllm.target import VllmDetails
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
+from fp8pipe.models.language.structure import ModelStructure, read_structure
 from fp8pipe.numerics.plain import dequantize_plain, grid_numbers, row_errors
+from validation.vllm.record import WeightReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class ExpectedWeights:
     """
 
     def __init__(self, export: Artifact, plan: ExportPlan | None) -> None:
-        self.export = export
+        self.export, self.plan = export, plan
         self.entries = weight_entries(export.root)
         self.transposed = set(export.manifest.details_of(VllmDetails).transposed)
         self.units: dict[str, Unit] = {} if plan is None else {unit.outputs[0].name: unit for unit in plan.units}
@@ -99,6 +104,14 @@ class ExpectedWeights:
             return 0.0
         bound = E4M3_ERROR_BOUND if unit.action is Action.QUANTIZE else BF16_ERROR_BOUND
         return row_errors(value, source_values(unit), transposed=unit.transposed) / bound
+
+    def is_discarded(self, name: str) -> bool:
+        """Whether the architecture itself throws a tensor away (GPT-2's stored causal mask, for one)."""
+        return self._structure.is_discarded(name)
+
+    @cached_property
+    def _structure(self) -> ModelStructure:
+        return read_structure(self.export.root) if self.plan is None else self.plan.structure
 
     def _own(self, name: str) -> Expected:
         tensor, transposed = read_tensor(self.entries[name]), name in self.transposed
@@ -138,6 +151,49 @@ def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
         return bits, 0
     mine, theirs = (grid_numbers(values / expected.scale) for values in (expected.value, actual))
     return bits, int((mine.view(torch.int32) != theirs.view(torch.int32)).sum())
+
+
+def weight_report(
+    expected: ExpectedWeights, digests: Mapping[str, Any], dtype: torch.dtype, result: Mapping[str, Any]
+) -> WeightReport:
+    """Turn the probe's findings into counts; only tensors that differ are looked at again.
+
+    Args:
+        expected: the values.
+        digests: of them, as the engine that computes in `dtype` was told.
+        dtype: in which the engine computes.
+        result: the probe's.
+    """
+    report: dict[str, Any] = dict.fromkeys(("layers", "tensors", "elements", "differing", "differing_codes"), 0)
+    different: list[str] = []
+    missing: list[str] = []
+    discarded: list[str] = []
+    read = Counter[str]()
+    errors = [digest["row_error"] for digest in digests.values() if "row_error" in digest]
+    for name, digest in digests.items():
+        finding = result["weights"][name]
+        if finding["status"] == "missing":
+            (discarded if expected.is_discarded(name) else missing).append(name)
+            continue
+        if finding["status"] != "match":
+            different.append(name)
+        if "file" in finding:
+            tensor, actual = expected.read(name).as_held(dtype), load_file(finding["file"])["value"]
+            bits, codes = count_differences(tensor, actual)
+            report["differing"] += bits
+            report["differing_codes"] += codes
+            errors += [expected.row_error(name, actual)] if dtype is torch.float32 and expected.plan else []
+        report["elements"] += torch.Size(digest["shape"]).numel()
+        report["tensors"] += 1
+        report["layers"] += int(digest["quantized"])
+        read[finding["read"]] += 1
+    named = [name for name in (*different, *missing) if "why" in result["weights"][name]]
+    return WeightReport(
+        **report, reference=expected.reference, different=different, missing=missing, discarded=discarded,
+        gemm_differs=[name for name in digests if result["weights"][name].get("gemm_differs")], read=dict(read),
+        why={name: result["weights"][name]["why"] for name in named}, unexplained=result["unexplained"],
+        row_error=max(errors, key=lambda error: (error != error, error)) if errors else None,  # NaN is the worst
+    )  # fmt: skip
 
 
 def plan_of(export: Artifact, source: Path) -> ExportPlan:

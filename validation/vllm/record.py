@@ -30,8 +30,20 @@ class WeightReport(FrozenConfig):
     different: list[str] = Field(description="names of tensors that differ")
     missing: list[str] = Field(description="names of tensors that the engine does not hold")
     gemm_differs: list[str] = Field(description="tensors that the engine holds right and multiplies wrong")
+    why: dict[str, str] = Field(
+        default_factory=dict, description="of tensors that differ or are missing as a whole, the reason"
+    )
+    unexplained: list[str] = Field(
+        default_factory=list, description="what the engine holds and the checkpoint does not explain, and why"
+    )
+    discarded: list[str] = Field(
+        default_factory=list,
+        description="tensors that the architecture itself throws away: the engine does not load them",
+    )
     read: dict[str, int] = Field(
-        description="tensors by how they were read: as stored, from codes, or through the GEMM (sign of zero lost)"
+        description="tensors by how they were read: as stored, from codes, as loaded (before a layer packs them), "
+        "through the GEMM (sign of zero lost), tied (not loaded, and equal to one that serves in its place), or "
+        "computed (the engine's loader makes other numbers of them, one of each)"
     )
     row_error: float | None = Field(
         default=None,
@@ -40,11 +52,12 @@ class WeightReport(FrozenConfig):
 
     def gates(self, where: str) -> list[Gate]:
         """What must hold, in the engine that `where` names."""
-        first = f"; the first in {self.different[0]}" if self.different else ""
+        first = f"; the first in {self._named(self.different[:1])}" if self.different else ""
         detail = f"of {self.elements} ({self.differing_codes} FP8 codes){first}"
         found = [
             none_of(f"weights differing, {where}", max(self.differing, len(self.different)), detail),
-            none_of(f"tensors missing, {where}", len(self.missing), _first(self.missing)),
+            none_of(f"tensors missing, {where}", len(self.missing), self._named(self.missing)),
+            none_of(f"unexplained in the engine, {where}", len(self.unexplained), _first(self.unexplained)),
             none_of(f"products that disagree with their weight, {where}", len(self.gemm_differs),
                     _first(self.gemm_differs)),
         ]  # fmt: skip
@@ -52,6 +65,9 @@ class WeightReport(FrozenConfig):
             detail = "error of the worst row against the source's floats, part of half a step"
             found.append(_at_most(f"rounding of rows, {where}", self.row_error, 1.0, detail))
         return found
+
+    def _named(self, names: list[str]) -> str:
+        return _first([f"{name} ({self.why[name]})" if name in self.why else name for name in names])
 
 
 class LogprobReport(FrozenConfig):
