@@ -56,8 +56,9 @@ class Decoder:
         """
         text = settings.get_text_config(decoder=True)
         names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-        hidden, heads, layers, vocabulary = (getattr(text, name, None) for name in names)
-        if not all(isinstance(value, int) and value > 0 for value in (hidden, heads, layers, vocabulary)):
+        needed: list[Any] = [getattr(text, name, None) for name in names]
+        hidden, heads, layers, vocabulary = needed
+        if not all(isinstance(value, int) and value > 0 for value in needed):
             return None
         key_heads = getattr(text, "num_key_value_heads", None) or heads
         width = getattr(text, "head_dim", None) or hidden // heads
@@ -257,9 +258,9 @@ def reckon(shape: Decoder, step: Step, way: Way, device: Device) -> Reckoning:
     forward, backward = way.counted.kernels
     kernels = shape.layers * (step.forwards * forward + backward) * (COMPILED_KERNELS if way.compiled else 1)
     host = step.micro_batches * (kernels + sum(product.times for product in listed)) * LAUNCH_SECONDS
-    parts = [step.micro_batches * part for part in (products, attention, elementwise)]
-    seconds = max(sum(parts) + optimizer, host)
-    return Reckoning(seconds, *parts, optimizer, host, memory_bytes(shape, step, way))
+    products, attention, elementwise = (step.micro_batches * part for part in (products, attention, elementwise))
+    seconds = max(products + attention + elementwise + optimizer, host)
+    return Reckoning(seconds, products, attention, elementwise, optimizer, host, memory_bytes(shape, step, way))
 
 
 def _moved(shape: Decoder, step: Step, way: Way) -> float:
