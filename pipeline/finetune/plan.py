@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.machine import gpus
 from fp8pipe.core.plan import Missing, Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
+from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, Way, reckon
+from pipeline.dry_run.devices import DEVICES, Device, device_reported
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.falqon.convert import read_convertible
@@ -60,6 +63,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         peak, disk, written, seconds, notes = _measured(config, source, settings, layer_bytes)
     else:
         peak, disk, written, seconds, notes = _reckoned(config, model, shapes)
+    on_gpus, told = _on_gpus(config, settings, shapes)
     where = output or Path(config.model).name
     return Plan(
         reads=(f"{config.model} ({source.path})", config.data),
@@ -71,13 +75,14 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         hardware=hardware(config.method, config.device),
         packages=_packages(config),
         missing=(*missing, *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
-        notes=(*export_warnings(structure), *notes),
+        notes=(*export_warnings(structure), *notes, *told),
         facts={
             "layers": len(shapes),
             "left_out": structure.left_out,
             "trainable": _adapter(config, shapes),
             "steps": config.steps,
             "tokens": config.steps * config.gradient_accumulation * config.batch_size * config.sequence_length,
+            **on_gpus,
         },
     )
 
@@ -173,6 +178,58 @@ def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[i
     )
     peak = max(loaded, weights + _FP32_STATES * 4 * adapter)
     return peak, written + config.keep_checkpoints * checkpoint, written, None, (note,)
+
+
+def _on_gpus(
+    config: FinetuneConfig, settings: Any, shapes: Sequence[tuple[int, int]]
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Facts about a step on GPUs as `pipeline.dry_run.costs` reckons it, and what has to be said of them."""
+    shape = Decoder.of_config(settings, sum(out * into for out, into in shapes))
+    if shape is None:
+        return {}, (
+            "no GPU is reckoned: the layers are not those of a plain decoder (attention and one MLP, all alike)",
+        )
+    if config.dtype != "bfloat16" or (config.method == "falqon" and not config.rule.stacked):
+        return {}, ("no GPU is reckoned: kernels were counted in bfloat16, and not for the update rule released",)
+    way, compiled = _ways(config)
+    step = Step(
+        config.batch_size, config.sequence_length, config.rank, config.gradient_checkpointing,
+        config.gradient_accumulation,
+    )  # fmt: skip
+    devices, unknown = _devices(config.device)
+    memory = reckon(shape, step, way, devices[0]).memory_bytes
+    facts: dict[str, Any] = {"reckoned_seconds": _step_seconds(shape, step, way, devices)}
+    notes = [
+        "reckoned_seconds (a step) and reckoned_memory (peak of the GPU's, bytes) are reckoned from shapes, counted "
+        "kernels and data sheets (docs/cost-model.md); no GPU has confirmed them",
+        *unknown,
+    ]
+    if compiled is not None:
+        facts["reckoned_compiled"] = _step_seconds(shape, step, compiled, devices)
+        notes.append("reckoned_compiled: the same, were each decoder layer compiled, which finetune does not do")
+    if small := [device.name for device in devices if memory > device.memory_bytes]:
+        notes.append(f"reckoned_memory is more than these have: {', '.join(small)}")
+    return facts | {"reckoned_memory": memory}, tuple(notes)
+
+
+def _ways(config: FinetuneConfig) -> tuple[Way, Way | None]:
+    """What is reckoned, as it is and compiled."""
+    if config.method != "falqon":
+        return LORA if config.method == "lora" else QLORA, None
+    return (LIVE, LIVE_COMPILED) if config.rule.live else (MERGED, MERGED_COMPILED)
+
+
+def _devices(asked: str) -> tuple[Sequence[Device], tuple[str, ...]]:
+    """The GPU that would be used, where its data sheet is known; else all of the table, and why."""
+    here = gpus()[:1] if asked == "cuda" else []
+    known = [device for gpu in here if (device := device_reported(gpu.name)) is not None]
+    if here and not known:
+        return DEVICES, (f"{here[0].name} is not in the table of data sheets; others are shown in its place",)
+    return known or DEVICES, ()
+
+
+def _step_seconds(shape: Decoder, step: Step, way: Way, devices: Sequence[Device]) -> dict[str, float]:
+    return {device.name: float(f"{reckon(shape, step, way, device).seconds:.3g}") for device in devices}
 
 
 def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:

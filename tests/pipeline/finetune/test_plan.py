@@ -9,8 +9,11 @@ from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError, LintRefusedError, MissingCapabilityError
+from fp8pipe.core.machine import Gpu
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.structure import structure_of
+from pipeline.dry_run.devices import DEVICES
+from pipeline.finetune import plan as plan_module
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.method import check_device, export_warnings, hardware
 from pipeline.finetune.plan import plan_finetune
@@ -74,3 +77,33 @@ def test_a_gpu_too_old_for_fp8_still_runs_the_baselines(monkeypatch):
     check_device("cuda", "lora")
     with pytest.raises(MissingCapabilityError, match="Ampere"):
         check_device("cuda", "falqon")
+
+
+def test_a_plan_reckons_all_gpus_of_the_table_where_there_is_none(make_base, pairs):
+    plan = plan_finetune(config(make_base(), pairs, device="cuda"))
+    assert set(plan.facts["reckoned_seconds"]) == {device.name for device in DEVICES}
+    for name, seconds in plan.facts["reckoned_compiled"].items():
+        assert 0 < seconds <= plan.facts["reckoned_seconds"][name]
+    assert plan.facts["reckoned_memory"] > 0
+    assert "no GPU has confirmed them" in plan.text()
+
+
+def test_a_plan_reckons_the_gpu_that_is_here(make_base, pairs, monkeypatch):
+    def here(name):
+        monkeypatch.setattr(plan_module, "gpus", lambda: [Gpu(name, (8, 9), 24 << 30)])
+        return plan_finetune(config(make_base(), pairs, device="cuda", method="qlora"))
+
+    known, unknown = here("NVIDIA L40S"), here("NVIDIA GeForce RTX 4090 Laptop GPU")
+    assert list(known.facts["reckoned_seconds"]) == ["L40S"]
+    assert "reckoned_compiled" not in known.facts
+    assert len(unknown.facts["reckoned_seconds"]) == len(DEVICES)
+    assert any("Laptop GPU is not in the table" in note for note in unknown.notes)
+
+
+def test_what_was_not_counted_is_not_reckoned(mixture, make_base, pairs):
+    for unlike in (
+        config(mixture, pairs, device="cuda"), config(make_base(seed=1), pairs, device="cuda", update_rule="released"),
+    ):  # fmt: skip
+        plan = plan_finetune(unlike)
+        assert "reckoned_seconds" not in plan.facts
+        assert any(note.startswith("no GPU is reckoned") for note in plan.notes)

@@ -1,0 +1,298 @@
+"""What a training step would take on a GPU: a reckoning from shapes, counted kernels and data sheets.
+
+No GPU has confirmed a figure of this module. `docs/cost-model.md` has the sources, the residuals, and what is left out.
+
+A step is the sum of four things. Each matrix product takes the longer of its arithmetic and its traffic (the roofline).
+Attention takes its arithmetic. Everything between products (norms, rotary embeddings, activations, casts) takes its
+traffic, counted operator by operator on a real decoder layer, so many bytes per value of each width. The optimizer
+takes its traffic. Where the host launches kernels more slowly than the GPU runs them, the host's time is the step's.
+Two shares of the data sheet are reached, the same for every device, format and method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pipeline.dry_run.devices import GEMM_SHARE, MEMORY_SHARE, Device
+
+LAUNCH_SECONDS: Final = 5e-6  # host time of one eager operator, an assumption
+# Counted in the kernels that torch.compile makes of a FALQON decoder layer: a fifth of the bytes, 48 kernels of 308.
+COMPILED_TRAFFIC: Final = 1 / 5
+COMPILED_KERNELS: Final = 48 / 308
+CONTEXT_BYTES: Final = 500_000_000  # CUDA context and cuBLAS's workspaces, an assumption
+
+_BF16: Final = 2  # bytes
+_TRAINED_BYTES: Final = 16  # a trained value, its gradient and AdamW's two moments, fp32
+_OPTIMIZER_BYTES: Final = 40  # read and written of them in a step: AdamW 28, norm and clipping of the gradient 12
+_ATTENTION_BACKWARD: Final = 2.5  # of the forward products: scores again, and four gradients (FlashAttention)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """The shapes of a decoder whose layers are alike: attention of `query` and `key` features, and one MLP."""
+
+    hidden: int
+    intermediate: int
+    query: int  # heads times their width
+    key: int  # key heads times their width; values have as many
+    layers: int
+    vocabulary: int
+    tied: bool = False  # the head is the embedding
+    gated: bool = True  # the MLP has gate and up
+
+    @classmethod
+    def of_config(cls, settings: Any, linear: int | None = None) -> Decoder | None:
+        """The shapes of a transformers configuration (of its text model, where it has several).
+
+        Args:
+            settings: a configuration.
+            linear: weights in the model's linear layers, head apart; tells whether the MLP is gated.
+
+        Returns:
+            None where this is no such decoder: attributes are missing, or the weights are not `linear` (experts, for
+            one, or layers that differ).
+        """
+        text = settings.get_text_config(decoder=True)
+        names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+        needed: list[Any] = [getattr(text, name, None) for name in names]
+        hidden, heads, layers, vocabulary = needed
+        if not all(isinstance(value, int) and value > 0 for value in needed):
+            return None
+        key_heads = getattr(text, "num_key_value_heads", None) or heads
+        width = getattr(text, "head_dim", None) or hidden // heads
+        intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+        if not all(isinstance(value, int) for value in (key_heads, width, intermediate)):
+            return None
+        tied = bool(getattr(settings, "tie_word_embeddings", False) or getattr(text, "tie_word_embeddings", False))
+        shapes = (hidden, intermediate, heads * width, key_heads * width, layers, vocabulary, tied)
+        found = [cls(*shapes, gated=gated) for gated in (True, False)]
+        return next((one for one in found if linear in (None, one.linear)), None)
+
+    @property
+    def stacks(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """The linear layers of a decoder layer: outputs of those that share an input, and the width of that."""
+        mlp = (self.intermediate,) * (2 if self.gated else 1)
+        return (
+            ((self.query, self.key, self.key), self.hidden),
+            ((self.hidden,), self.query),
+            (mlp, self.hidden),
+            ((self.hidden,), self.intermediate),
+        )
+
+    @property
+    def linear(self) -> int:
+        """Weights in all linear layers but the head."""
+        return self.layers * sum(sum(outs) * into for outs, into in self.stacks)
+
+    @property
+    def others(self) -> int:
+        """Weights in embedding and head."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step: micro-batches of `batch` full sequences of `length` tokens."""
+
+    batch: int
+    length: int
+    rank: int
+    checkpointing: bool = False
+    micro_batches: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a micro-batch; all of them are taken for answers, which the head's product sees."""
+        return self.batch * self.length
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes through the layers: a second one where activations are recomputed."""
+        return 2 if self.checkpointing else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """A number per value of each width of a layer, such as bytes per token."""
+
+    hidden: int
+    query: int
+    key: int
+    intermediate: int
+    rank: int = 0
+
+    def over(self, shape: Decoder, rank: int) -> int:
+        """The sum for one token."""
+        wide = self.hidden * shape.hidden + self.query * shape.query + self.key * shape.key
+        return wide + self.intermediate * shape.intermediate + self.rank * rank
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What was counted on one decoder layer of Llama: elementwise traffic and live memory, bytes per token."""
+
+    forward: Widths
+    backward: Widths
+    kernels: tuple[int, int]  # forward, backward; products not among them
+    saved: Widths  # kept from the forward to the backward pass
+    peak: Widths  # most that is alive in the backward pass
+
+
+FALQON_LAYERS: Final = Layers(
+    Widths(150, 53, 20, 43, 16), Widths(246, 69, 106, 92), (134, 171), Widths(10, 6, 6, 6, 8), Widths(12, 6, 6, 26, 8)
+)
+LORA_LAYERS: Final = Layers(
+    Widths(164, 42, 40, 42), Widths(296, 54, 40, 44), (72, 94), Widths(20, 6, 4, 8, 14), Widths(28, 6, 4, 14, 14)
+)
+# The model's own operators alone. Compiled casts form no tensors beside their result, so this is what is alive then.
+MODEL_LAYERS: Final = Layers(
+    Widths(84, 20, 20, 10), Widths(198, 32, 32, 18), (30, 52), Widths(10, 4, 4, 6), Widths(12, 4, 4, 12)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to tune.
+
+    Attributes:
+        name: for people.
+        weight_bytes: held per weight of the linear layers.
+        counted: a layer's elementwise work.
+        fp8: products with the weights are FP8, and linear layers that share an input are one; else bf16 LoRA.
+        live: B takes part in the forward pass (FALQON).
+        compiled: a decoder layer at a time.
+        decoded: weights become bf16 for each product.
+    """
+
+    name: str
+    weight_bytes: float
+    counted: Layers
+    fp8: bool = False
+    live: bool = False
+    compiled: bool = False
+    decoded: bool = False
+
+
+LIVE: Final = Way("falqon, live", 1.0, FALQON_LAYERS, fp8=True, live=True)
+LIVE_COMPILED: Final = Way("falqon, live, compiled", 1.0, FALQON_LAYERS, fp8=True, live=True, compiled=True)
+MERGED: Final = Way("falqon, B outside the forward pass", 1.0, FALQON_LAYERS, fp8=True)
+MERGED_COMPILED: Final = Way("falqon, B outside, compiled", 1.0, FALQON_LAYERS, fp8=True, compiled=True)
+LORA: Final = Way("bf16 LoRA", 2.0, LORA_LAYERS)
+# NF4 with double quantization: 4.127 bits per weight (arXiv 2305.14314).
+QLORA: Final = Way("QLoRA", 4.127 / 8, LORA_LAYERS, decoded=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix product (rows, inner) by (inner, cols), done `times` in a step; its result is bf16."""
+
+    rows: int
+    inner: int
+    cols: int
+    times: int
+    fp8: bool = False
+
+    @property
+    def operations(self) -> int:
+        """FLOP, all times together."""
+        return 2 * self.rows * self.inner * self.cols * self.times
+
+    def seconds(self, device: Device) -> float:
+        """All times together: arithmetic or traffic, whichever is longer."""
+        operand = 1 if self.fp8 else _BF16
+        moved = operand * self.inner * (self.rows + self.cols) + _BF16 * self.rows * self.cols
+        arithmetic = self.operations / ((device.fp8_rate if self.fp8 else device.bf16_rate) * GEMM_SHARE)
+        return max(arithmetic, self.times * moved / (device.bandwidth * MEMORY_SHARE))
+
+
+@dataclass(frozen=True, slots=True)
+class Reckoning:
+    """Seconds of a step and their parts, and memory; reckoned, never measured."""
+
+    seconds: float
+    products: float
+    attention: float
+    elementwise: float
+    optimizer: float
+    host: float  # launching kernels, beside the rest
+    memory_bytes: int
+
+
+def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
+    """The matrix products of one micro-batch: of all decoder layers, then of the head."""
+    tokens, rank, again, once = step.tokens, step.rank, step.forwards * shape.layers, shape.layers
+    beside = rank if way.fp8 else 0  # A lies below W
+    for outs, into in shape.stacks:
+        for out in (sum(outs),) if way.fp8 else outs:
+            yield Product(tokens, into, out + beside, again, way.fp8)  # Y = X [W; A]^T
+            yield Product(tokens, out, into, once, way.fp8)  # dX = G W
+            yield Product(out, tokens, rank, once)  # dB = G^T O
+            if not way.fp8:
+                yield Product(tokens, into, rank, again)  # O = X A^T
+                yield Product(rank, tokens, into, once)  # dA
+            if not way.fp8 or way.live:
+                yield Product(tokens, rank, out, again)  # O B^T
+                yield Product(tokens, out, rank, once)  # G B
+                yield Product(tokens, rank, into, once)  # its product with A
+    yield Product(tokens, shape.hidden, shape.vocabulary, 1)
+    yield Product(tokens, shape.vocabulary, shape.hidden, 1)
+
+
+def trained_values(shape: Decoder, rank: int, way: Way) -> int:
+    """Values of the adapter that the optimizer steps: B, and A too but for FALQON."""
+    values = sum(sum(outs) + (0 if way.fp8 else len(outs) * into) for outs, into in shape.stacks)
+    return shape.layers * rank * values
+
+
+def reckon(shape: Decoder, step: Step, way: Way, device: Device) -> Reckoning:
+    """Time and memory of an optimizer step on one GPU."""
+    listed = list(products_of(shape, step, way))
+    bandwidth = device.bandwidth * MEMORY_SHARE
+    products = sum(product.seconds(device) for product in listed)
+    scores = 4 * step.tokens * step.length * shape.query * shape.layers  # unmasked: kernels reach less than products
+    attention = scores * (step.forwards + _ATTENTION_BACKWARD) / (device.bf16_rate * GEMM_SHARE)
+    elementwise = _moved(shape, step, way) / bandwidth
+    optimizer = _OPTIMIZER_BYTES * trained_values(shape, step.rank, way) / bandwidth
+    forward, backward = way.counted.kernels
+    kernels = shape.layers * (step.forwards * forward + backward) * (COMPILED_KERNELS if way.compiled else 1)
+    host = step.micro_batches * (kernels + sum(product.times for product in listed)) * LAUNCH_SECONDS
+    products, attention, elementwise = (step.micro_batches * part for part in (products, attention, elementwise))
+    seconds = max(products + attention + elementwise + optimizer, host)
+    return Reckoning(seconds, products, attention, elementwise, optimizer, host, memory_bytes(shape, step, way))
+
+
+def _moved(shape: Decoder, step: Step, way: Way) -> float:
+    """Bytes that one micro-batch moves between products."""
+    counted, rank = way.counted, step.rank
+    layer = step.forwards * counted.forward.over(shape, rank) + counted.backward.over(shape, rank)
+    moved = step.tokens * shape.layers * layer * (COMPILED_TRAFFIC if way.compiled else 1)
+    if way.fp8:
+        return moved + 2 * shape.linear  # codes are transposed for each dX
+    return moved + ((way.weight_bytes + _BF16) * (step.forwards + 1) * shape.linear if way.decoded else 0)
+
+
+def static_bytes(shape: Decoder, rank: int, way: Way) -> int:
+    """What is held through all of the training: weights, adapter, gradients, moments."""
+    below = shape.layers * rank * sum(into for _, into in shape.stacks) if way.fp8 else 0  # A's codes
+    weights = int(shape.linear * way.weight_bytes) + below + shape.others * _BF16
+    return weights + _TRAINED_BYTES * trained_values(shape, rank, way)
+
+
+def memory_bytes(shape: Decoder, step: Step, way: Way) -> int:
+    """Peak of a step on the GPU: in a layer's backward pass, or at the head."""
+    counted = MODEL_LAYERS if way.compiled else way.counted
+    saved, peak = (step.tokens * widths.over(shape, step.rank) for widths in (counted.saved, counted.peak))
+    boundary = _BF16 * step.tokens * shape.hidden
+    kept = boundary if step.checkpointing else saved
+    copies = 0  # of weights: stacked codes transposed, NF4 decoded
+    if way.fp8:
+        copies = max(sum(outs) * into for outs, into in shape.stacks)
+    elif way.decoded:
+        copies = _BF16 * max(max(outs) * into for outs, into in shape.stacks)
+    head = 2 * _BF16 * step.tokens * shape.vocabulary  # logits and their gradient
+    last = peak if step.checkpointing else peak - saved
+    return (
+        static_bytes(shape, step.rank, way) + shape.layers * kept + max(last + copies + boundary, head) + CONTEXT_BYTES
+    )

@@ -1,0 +1,41 @@
+"""Data sheets of GPUs, and what share of them is reached: the numbers behind `pipeline.dry_run.costs`.
+
+RTX 4090: NVIDIA's Ada architecture whitepaper, appendix A. L40S, H100, H200: their data sheets, whose tensor rates are
+with sparsity and halved here. B200: the HGX data sheet. None of them was measured by this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+# Reached by large products and by large elementwise kernels, as shares of the data sheet: what torchao's roofline model
+# (torchao/testing/training/roofline_utils.py) found on an H100 and takes for other GPUs.
+GEMM_SHARE: Final = 0.78
+MEMORY_SHARE: Final = 0.92
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU's data sheet; tensor rates are dense, with fp32 accumulation, FLOP/s."""
+
+    name: str
+    reported: str  # as CUDA reports it; variants with another data sheet report another name
+    fp8_rate: float
+    bf16_rate: float
+    bandwidth: float  # bytes/s
+    memory_bytes: int
+
+
+DEVICES: Final = (
+    Device("RTX 4090", "NVIDIA GeForce RTX 4090", 330.3e12, 165.2e12, 1.008e12, 24 << 30),
+    Device("L40S", "NVIDIA L40S", 733e12, 362e12, 0.864e12, 48 * 10**9),
+    Device("H100 SXM", "NVIDIA H100 80GB HBM3", 1979e12, 989e12, 3.35e12, 80 * 10**9),
+    Device("H200 SXM", "NVIDIA H200", 1979e12, 989e12, 4.8e12, 141 * 10**9),
+    Device("B200 SXM", "NVIDIA B200", 4500e12, 2250e12, 8.0e12, 180 * 10**9),
+)
+
+
+def device_reported(name: str) -> Device | None:
+    """The data sheet of a GPU by the name that CUDA reports; None for a GPU that is not in the table."""
+    return next((device for device in DEVICES if device.reported == name), None)
