@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from fp8pipe.artifact import (
     check_place,
     sha256_file,
 )
-from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, TextFacts, TunedDetails
+from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TextFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
@@ -51,6 +51,7 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import LoraMethod, Method, check_device, export_warnings
+from pipeline.finetune.packing import find_packing, give_masks, packing_warning
 from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 _LOG = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class TrainingText:
         template: the chat template that rendered it.
         digests: sha256 of the local file it was read from, by the name that the user gave.
         warnings: what was dropped or defaulted.
+        packing: what keeps examples of a row apart; None until the model has been asked.
     """
 
     train: Batches
@@ -76,6 +78,7 @@ class TrainingText:
     template: TemplateInfo
     digests: dict[str, str]
     warnings: list[str]
+    packing: PackingFacts | None = None
 
 
 def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
@@ -124,6 +127,9 @@ def tune(
         enter_phase("load")
         model = load_model(config, source)
         for warning in export_warnings(structure_of(model)):
+            writer.warn(warning)
+        text = _keep_apart(config, model, text)
+        if warning := packing_warning(text.packing):
             writer.warn(warning)
         method = build_method(config)
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
@@ -188,6 +194,18 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     return moved
 
 
+def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) -> TrainingText:
+    """The text as this model can take it: rows of several examples only where none sees another."""
+    if not config.packing:
+        return replace(text, packing=PackingFacts(how="off"))
+    found = find_packing(model, text.train.at(0))
+    if found.how == "off":
+        return replace(text, train=text.train.unpacked(), heldout=text.heldout.unpacked(), packing=found)
+    if found.how == "mask":
+        give_masks(model)
+    return replace(text, packing=found)
+
+
 def build_method(config: FinetuneConfig) -> Method:
     """The method that the configuration names."""
     if config.method == "falqon":
@@ -201,6 +219,8 @@ def _prepare(
     config: FinetuneConfig, model: nn.Module, method: Method, store: CheckpointStore, text: TrainingText
 ) -> list[LayerRecord]:
     described = config.model_dump(mode="json")
+    if config.packing and text.packing is not None and text.packing.how != "positions":
+        described["packing"] = text.packing.how  # a run must not go on with rows of another kind
     if store.started():
         store.check_config(described, text.digests)
         return method.prepare(model, store.base())
@@ -262,7 +282,7 @@ def _deploy(
         layers=renamed(records, names),
         details=TunedDetails(
             adapter="flushed" if falqon else "merged", rule=config.update_rule if falqon else None, rank=config.rank,
-            base_dtype=config.dtype, transposed=transposed, data=text.facts,
+            base_dtype=config.dtype, transposed=transposed, data=text.facts, packing=text.packing,
             **merge_facts(flushed, names),
             heldout_loss=HeldoutLoss(untuned=untuned, deployed=deployed),
         ),
