@@ -150,6 +150,11 @@ class TunedDetails(Details):
     transposed: list[str] = Field(default_factory=list, description="weights stored as (in, out)")
     data: TextFacts | None = Field(default=None, description="the training text")
     packing: PackingFacts | None = Field(default=None, description="examples that share a row")
+    stop_token_added: int | None = Field(
+        default=None,
+        description="end-of-turn token of the chat template that eos_token_id of generation_config.json names here and "
+        "did not name in the base model",
+    )
     final_merge: MergeHealth | None = Field(default=None, description="what the final merge did, over all layers")
     final_merge_layers: dict[str, MergeHealth] = Field(default_factory=dict, description="the same, by layer")
     heldout_loss: HeldoutLoss | None = Field(default=None, description="before and after")

@@ -18,6 +18,7 @@ from fp8pipe.core.plan import Missing, Plan, can_measure, missing_disk, missing_
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
@@ -79,7 +80,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         hardware=hardware(config.method, config.device),
         packages=_packages(config),
         missing=(*missing, *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
-        notes=(*export_warnings(structure), *notes),
+        notes=(*export_warnings(structure), *read_ending(source.path, tuned=True).warnings(), *notes),
         facts={
             "layers": len(shapes),
             "left_out": structure.left_out,

@@ -38,6 +38,7 @@ from fp8pipe.models.checkpoint.tensors import (
     weight_files,
 )
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from fp8pipe.models.language.structure import structure_of
 from fp8pipe.models.language.text import TemplateInfo, encode, load_records, split
@@ -69,6 +70,7 @@ class TrainingText:
         template: the chat template that rendered it.
         digests: sha256 of the local file it was read from, by the name that the user gave.
         warnings: what was dropped or defaulted.
+        ending: what engines must be told about the end of an answer.
         packing: what keeps examples of a row apart; None until the model has been asked.
     """
 
@@ -78,6 +80,7 @@ class TrainingText:
     template: TemplateInfo
     digests: dict[str, str]
     warnings: list[str]
+    ending: Ending
     packing: PackingFacts | None = None
 
 
@@ -161,6 +164,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     heldout = heldout[: config.heldout_limit]
     encoded_train, encoded_heldout = (encode(part, tokenizer, config.sequence_length) for part in (train, heldout))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ending = ending_of(source.path, tokenizer, encoded_train.template)
     common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad or 0}
     return TrainingText(
         train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
@@ -168,7 +172,8 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
         template=encoded_train.template,
         digests={config.data: sha256_file(file)} if file.is_file() else {},
-        warnings=list(encoded_train.warnings),
+        warnings=[*encoded_train.warnings, *ending.warnings(example.labels for example in encoded_train.examples)],
+        ending=ending,
     )
 
 
@@ -259,6 +264,8 @@ def _deploy(
     transposed = write_deployed(writer, source.path, method.deployed_weights(), method.adapter(), names)
     if text.template.origin == "plain":  # the model has now learned it: without it, it would be asked in another
         (writer.root / "chat_template.jinja").write_text(text.template.template, encoding="utf-8")
+    if text.ending.settings is not None:  # what the model has learned to end with, engines must stop at
+        (writer.root / GENERATION_FILE).write_text(text.ending.text, encoding="utf-8")
     learned = Gate(
         name="held-out loss of the deployed weights", value=deployed, comparison=Comparison.BELOW,
         threshold=untuned, detail="nats per answer token; below the untuned model", failure=Verdict.REGRESSION,
@@ -283,6 +290,7 @@ def _deploy(
         details=TunedDetails(
             adapter="flushed" if falqon else "merged", rule=config.update_rule if falqon else None, rank=config.rank,
             base_dtype=config.dtype, transposed=transposed, data=text.facts, packing=text.packing,
+            stop_token_added=text.ending.added,
             **merge_facts(flushed, names),
             heldout_loss=HeldoutLoss(untuned=untuned, deployed=deployed),
         ),
