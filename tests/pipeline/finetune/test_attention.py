@@ -99,6 +99,18 @@ def test_what_it_does_not_compute_goes_to_the_fused_kernel(changes, why, monkeyp
     assert out.shape == (BATCH, LENGTH, HEADS, WIDTH)
 
 
+def test_a_mask_for_all_heads_is_served_and_one_of_each_head_is_not(monkeypatch):
+    served, real = [], attention._Attention.apply
+    monkeypatch.setattr(attention._Attention, "apply", lambda *a: served.append(1) or real(*a))
+    attend(_grouped(), *_inputs(torch.float32), _packed_mask())
+    assert served
+    served.clear()
+    for batch in (1, BATCH):
+        parts = [part[:batch] for part in _inputs(torch.float32)]
+        attend(_grouped(), *parts, _packed_mask()[:batch].expand(batch, HEADS, LENGTH, LENGTH))
+    assert not served
+
+
 def test_rows_too_long_go_to_the_fused_kernel(monkeypatch):
     monkeypatch.setattr(attention, "_MAX_SCORES", BATCH * HEADS * LENGTH * LENGTH - 1)
     monkeypatch.setattr(attention._Attention, "apply", lambda *a: pytest.fail("scores above the limit were formed"))
