@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.text.encode import TemplateInfo, template_info
+from fp8pipe.models.language.text import TemplateInfo, template_info
 
 GENERATION_FILE: Final = "generation_config.json"
 EOS: Final = "eos_token_id"
@@ -70,9 +70,9 @@ def read_ending(root: Path, *, tuned: bool = False) -> Ending:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             str(root), local_files_only=True, trust_remote_code=False
         )
+        template = template_info(tokenizer)
     except Exception as error:  # whatever a tokenizer's own reader says: an engine may be given another one
         return Ending(warning=_unknown(error)) if (root / "tokenizer_config.json").is_file() else Ending()
-    template = template_info(tokenizer)
     return Ending() if template.origin == "plain" and not tuned else ending_of(root, tokenizer, template)
 
 

@@ -9,7 +9,7 @@ from fp8pipe.models.compat import import_transformers
 from pipeline.finetune import attention
 from pipeline.finetune.attention import NAME, attend, use_matmul_attention
 
-BATCH, HEADS, GROUPS, LENGTH, WIDTH = 2, 6, 2, 16, 8
+BATCH, HEADS, GROUPS, LENGTH, WIDTH = 2, 6, 3, 16, 8
 
 
 def _packed_mask() -> torch.Tensor:

@@ -69,6 +69,16 @@ def test_every_gate_is_there(export, artifact):
     assert {gate.name for gate in record.gates} == alone
 
 
+def test_a_graph_whose_values_have_no_shapes_is_compared_all_the_same(export, artifact):
+    def bare(model):
+        for node in model.graph:
+            for value in node.outputs:
+                if value not in model.graph.outputs:
+                    value.shape = None
+
+    assert validate_onnx(attack(export, bare), against=artifact.root).verdict == "ACCEPT"
+
+
 def test_an_operator_that_no_comparison_runs_is_counted(export, artifact):
     def dangling(model):
         node = ir.node("Identity", [model.graph.inputs[0]], name="extra")

@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.ending import Ending, ending_of, read_ending
-from fp8pipe.models.language.text.encode import encode, template_info
-from fp8pipe.models.language.text.records import Message, Record
+from fp8pipe.models.language.text import Message, Record, encode, template_info
 
 SPECIALS = ("<|end|>", "<|turn|>", "<|user|>", "<|assistant|>")  # 256 to 259
 END, TURN = 256, 257
