@@ -33,6 +33,7 @@ from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missi
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries, shard_names
+from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
@@ -48,14 +49,14 @@ _CARD = CardFacts(
 
 
 def plan_export(source: Path | str, options: VllmExportOptions) -> ExportPlan:
-    """What `export_vllm` would write: file names, tensors, sizes, layers, warnings. Reads headers only.
+    """What `export_vllm` would write: file names, tensors, sizes, layers, warnings. Reads headers and tokenizer only.
 
     Raises:
         ConfigurationError: a source that cannot be used, or an undeclared vLLM version.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     opened = open_source(source)
-    return build_plan(opened, read_structure(opened.root), options)
+    return replace(build_plan(opened, read_structure(opened.root), options), ending=read_ending(opened.root))
 
 
 def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) -> Artifact:
@@ -98,7 +99,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
 
 def plan_warnings(plan: ExportPlan) -> list[str]:
     """Everything about the plan that a reader of the manifest should not have to find out."""
-    warnings = auxiliary_warnings(plan.source.root)
+    warnings = [*auxiliary_warnings(plan.source.root), *plan.ending.warnings()]
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
     if quantized:
         warnings.append(
@@ -131,6 +132,7 @@ def details_of(plan: ExportPlan) -> VllmDetails:
         trained_activations=plan.source.trained_activations if plan.source.holds_codes else None,
         quantized_here=plan.options.format.quantized and not plan.source.holds_codes,
         payload_bytes=plan.payload_bytes,
+        stop_token_added=plan.ending.added,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from exporters.vllm.options import CheckpointSchema, ExportFormat, VllmExportOpt
 from exporters.vllm.source import Source
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale, spellings
+from fp8pipe.models.language.ending import Ending
 from fp8pipe.models.language.structure import ModelStructure, Role
 
 # FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
@@ -77,6 +78,7 @@ class ExportPlan:
         orphans: source tensors that belong to no unit (scales without codes).
         ignore: module names for the quantization block's `ignore`.
         layers: one record per linear layer.
+        ending: what becomes of generation_config.json, so that engines stop where answers end.
     """
 
     source: Source
@@ -88,6 +90,11 @@ class ExportPlan:
     orphans: tuple[TensorEntry, ...]
     ignore: tuple[str, ...]
     layers: tuple[LayerRecord, ...]
+    ending: Ending = field(default_factory=Ending)
+
+    def stopping_as(self, added: int | None) -> ExportPlan:
+        """The plan of an export whose manifest says `stop_token_added`: earlier ones kept the source's file."""
+        return self if added is not None else replace(self, ending=Ending())
 
     @property
     def units(self) -> tuple[Unit, ...]:

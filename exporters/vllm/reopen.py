@@ -37,6 +37,7 @@ from fp8pipe.models.checkpoint.tensors import (
     shard_names,
     weight_entries,
 )
+from fp8pipe.models.language.ending import EOS, GENERATION_FILE
 from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.grids import dequantize_weight, same_bits
 from fp8pipe.numerics.plain import dequantize_plain, quantize_plain, round_bf16, row_errors
@@ -170,29 +171,44 @@ def _tensor_set(plan: ExportPlan, written: dict[str, TensorEntry]) -> Gate:
     return _none("tensors-as-planned", sorted(wrong), f"names, dtypes and shapes of {len(planned)} tensor(s)")
 
 
-def _other_files(plan: ExportPlan, root: Path) -> tuple[Gate, Gate]:
+def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
     source = plan.source.root
     names = {str(path) for path in sidecar_files(source, SERVED_FILES)}
+    changed = set() if plan.ending.settings is None else {GENERATION_FILE}
+    names -= changed
     wrong = sorted(
         name for name in names if not (root / name).is_file() or not filecmp.cmp(source / name, root / name, False)
     )
     shards = shard_names(len(plan.shards))
-    known = names | {CONFIG_NAME, CARD_FILE, *shards} | ({INDEX_NAME} if len(shards) > 1 else set())
+    known = names | changed | {CONFIG_NAME, CARD_FILE, *shards} | ({INDEX_NAME} if len(shards) > 1 else set())
     there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     strange = sorted(name for name in there - known if name.split("/")[0] not in _PASSED_OVER)
     detail = f"{len(names)} file(s), byte for byte, and no other that an engine might read"
-    return _none("auxiliary-files-identical", [*wrong, *strange], detail), _config(plan, root)
+    gates = [_none("auxiliary-files-identical", [*wrong, *strange], detail), _config(plan, root)]
+    return gates if plan.ending.settings is None else [*gates, _generation(plan.ending.settings, root)]
+
+
+def _generation(expected: dict[str, Any], root: Path) -> Gate:
+    """generation_config.json is the source's, but for the end-of-turn token that `eos_token_id` lacks there."""
+    path = root / GENERATION_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    wrong = [f"{GENERATION_FILE}: {key}" for key in _differing(found, expected)]
+    return _none("generation-config-preserved", wrong, f"{GENERATION_FILE}, but for {EOS}, which is {expected[EOS]}")
 
 
 def _config(plan: ExportPlan, root: Path) -> Gate:
-    """config.json is the source's, but for what `changed_on_purpose` lists."""
+    """config.json is the source's, but for what `changed_on_purpose` lists of it."""
     config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
     wrong = list(_differing(config, export_config(plan)))
-    return _none("config-preserved", wrong, f"config.json, but for {', '.join(changed_on_purpose(plan)) or 'nothing'}")
+    return _none("config-preserved", wrong, f"config.json, but for {', '.join(_changed_keys(plan)) or 'nothing'}")
 
 
 def changed_on_purpose(plan: ExportPlan) -> list[str]:
-    """Keys of config.json whose values are not the source's, because the export's are meant to be others."""
+    """Keys of config.json and of generation_config.json whose values are not the source's, and are not meant to be."""
+    return [*_changed_keys(plan), *([] if plan.ending.settings is None else [f"{GENERATION_FILE}: {EOS}"])]
+
+
+def _changed_keys(plan: ExportPlan) -> list[str]:
     config, before = export_config(plan), plan.source.config
     return sorted(key for key in config.keys() | before.keys() if config.get(key) != before.get(key))
 

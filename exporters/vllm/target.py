@@ -29,6 +29,11 @@ class VllmDetails(Details):
     )
     quantized_here: bool = Field(default=False, description="whether this export did the rounding")
     payload_bytes: int = Field(ge=0, description="tensor data in the weight files")
+    stop_token_added: int | None = Field(
+        default=None,
+        description="end-of-turn token of the chat template that eos_token_id of generation_config.json names here and "
+        "does not name in the source",
+    )
 
 
 def _migrate(data: dict[str, Any]) -> dict[str, Any]:

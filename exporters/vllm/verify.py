@@ -32,6 +32,7 @@ from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import TensorEntry, spellings, weight_entries
+from fp8pipe.models.language.ending import EOS, GENERATION_FILE, stop_tokens
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 
 
@@ -80,19 +81,24 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
     stated = None if stored is None else (stored.name, stored.granularity)
     if stated != (("e4m3", "per-channel") if plan.options.format.quantized else None):
         yield Finding(Check.MANIFEST, "number_format", f"{stated}; the files hold {plan.options.format}")
-    unknown = frozenset({"quantized_here", "trained_activations"})
+    added = manifest.details_of(VllmDetails).stop_token_added
+    if added is not None and added not in stop_tokens(artifact.root):
+        yield Finding(Check.MANIFEST, GENERATION_FILE, f"the manifest says that {EOS} has {added}, which it has not")
+    unknown = frozenset({"quantized_here", "trained_activations", "stop_token_added"})
     yield from compare_details(artifact, details_of(plan), unknown)
 
 
 def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Finding]:
     """Every number and file, against those of the source."""
-    plan = plan_export(parent, own.options)
+    added = artifact.manifest.details_of(VllmDetails).stop_token_added
+    plan = plan_export(parent, own.options).stopping_as(added)
     yield from compare_layers(artifact.manifest, plan.layers)
     yield from compare_details(artifact, details_of(plan))
     gates = reopen(plan, artifact.root)
     yield from failed_gates(gates)
     yield from compare_gates(artifact, [gate for gate in gates if gate.passed])
-    files = [sidecar_files(root, SERVED_FILES) for root in (artifact.root, parent)]
+    judged = {Path(GENERATION_FILE)} if plan.ending.settings is not None else set()  # by a gate, key by key
+    files = [set(sidecar_files(root, SERVED_FILES)) - judged for root in (artifact.root, parent)]
     yield from compare_files(artifact.root, parent, *files)
 
 

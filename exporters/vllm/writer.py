@@ -5,8 +5,8 @@ header can be written first and peak memory is that of one weight, whatever the 
 header length (little endian), a JSON header, then tensor data without holes.
 
 Tokenizer, chat template, generation config and licences are copied byte for byte: one character of a chat template
-decides whether a fine-tuned model answers as trained. config.json is the exception, and only its two keys that this
-exporter owns may change.
+decides whether a fine-tuned model answers as trained. config.json is an exception: only its two keys that this exporter
+owns may change. The other is `eos_token_id` of the generation config, where the end of the model's turns is missing.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from exporters.vllm.plan import Action, ExportPlan, Unit
 from fp8pipe.artifact import disk_guard
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars, sidecar_files
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorHeader, read_tensor, shard_names, write_index
+from fp8pipe.models.language.ending import GENERATION_FILE
 from fp8pipe.numerics.grids import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
 CONFIG_NAME = "config.json"
@@ -133,6 +134,8 @@ def write_auxiliary(plan: ExportPlan, root: Path) -> None:
     """Copy the auxiliary files and write config.json (byte for byte when nothing in it changes)."""
     source = plan.source.root
     copy_sidecars(source, root, SERVED_FILES)
+    if plan.ending.settings is not None:
+        (root / GENERATION_FILE).write_text(plan.ending.text, encoding="utf-8")
     config = export_config(plan)
     if config == plan.source.config:
         shutil.copyfile(source / CONFIG_NAME, root / CONFIG_NAME)

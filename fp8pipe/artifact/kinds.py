@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -125,6 +125,21 @@ class TextFacts(FrozenConfig):
     heldout: int = Field(ge=0, description="kept for evaluation")
 
 
+class PackingFacts(FrozenConfig):
+    """How several examples shared a row of training and evaluation, and what a probe of the loaded model said."""
+
+    how: Literal["positions", "mask", "off"] = Field(
+        description="what keeps examples apart: restarting positions, a mask per example, or that none share a row"
+    )
+    moved: float | None = Field(
+        default=None,
+        description="how far, with restarting positions alone, another neighbour moved an example's logits; "
+        "part of what its own first token does",
+    )
+    apart: float | None = Field(default=None, description="and how far they were from those of the example alone")
+    reason: str = Field(default="", description="why examples share no row although packing was asked for")
+
+
 class TunedDetails(Details):
     """Of a fine-tuned language model."""
 
@@ -134,6 +149,12 @@ class TunedDetails(Details):
     base_dtype: str | None = Field(default=None, description="of activations and unconverted weights")
     transposed: list[str] = Field(default_factory=list, description="weights stored as (in, out)")
     data: TextFacts | None = Field(default=None, description="the training text")
+    packing: PackingFacts | None = Field(default=None, description="examples that share a row")
+    stop_token_added: int | None = Field(
+        default=None,
+        description="end-of-turn token of the chat template that eos_token_id of generation_config.json names here and "
+        "did not name in the base model",
+    )
     final_merge: MergeHealth | None = Field(default=None, description="what the final merge did, over all layers")
     final_merge_layers: dict[str, MergeHealth] = Field(default_factory=dict, description="the same, by layer")
     heldout_loss: HeldoutLoss | None = Field(default=None, description="before and after")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -58,7 +57,7 @@ class _Largest(Batches):
     """The largest batches of a run, largest first, over and over; of all of them, or of the first `kept`."""
 
     def __init__(self, batches: Batches, looked_at: int, kept: int | None = None) -> None:
-        self._whole = batches
+        self._whole, self._looked_at, self._kept = batches, looked_at, kept
         seen = ((batches.at(index), index) for index in range(min(looked_at, _LOOKED_AT)))
         sizes = [(batch.input_ids.numel() + batch.answer_tokens, index) for batch, index in seen]
         self.mean = sum(size for size, _ in sizes) / len(sizes)
@@ -68,19 +67,23 @@ class _Largest(Batches):
     def __len__(self) -> int:
         return len(self._largest_first)
 
+    @property
+    def batches(self) -> int:
+        """How many there are in all."""
+        return len(self._whole)
+
+    def unpacked(self) -> _Largest:
+        return _Largest(self._whole.unpacked(), self._looked_at, self._kept)
+
     def at(self, step: int) -> Batch:
         return self._whole.at(self._largest_first[step % len(self._largest_first)])
 
 
-def _text(config: FinetuneConfig, source: ModelSource) -> tuple[TrainingText, Mapping[str, float]]:
+def _text(config: FinetuneConfig, source: ModelSource) -> tuple[TrainingText, _Largest, _Largest]:
     whole = load_text(config, source)
     train = _Largest(whole.train, config.steps * config.gradient_accumulation)
     heldout = _Largest(whole.heldout, len(whole.heldout), 1)
-    facts = {
-        "train_share": train.mean / train.largest, "heldout_share": heldout.mean / heldout.largest,
-        "heldout_batches": float(len(whole.heldout)),
-    }  # fmt: skip
-    return replace(whole, train=train, heldout=heldout), facts
+    return replace(whole, train=train, heldout=heldout), train, heldout
 
 
 def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, Any]]:
@@ -88,15 +91,23 @@ def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, A
     config = build_config(FinetuneConfig, job["config"])
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "final merge", "checkpoints") as meter:
         enter_phase("text")
-        text, facts = _text(config, ModelSource(Path(job["base"]), config.model))
+        text, train, heldout = _text(config, ModelSource(Path(job["base"]), config.model))
         fixed = {"steps": STEPS, "log_every": STEPS, "keep_checkpoints": 1}
         never = dict.fromkeys(("evaluate_every", "save_every", "warmup_steps"), 0)
         accumulated = min(config.gradient_accumulation, _ACCUMULATED)
         small = config.model_copy(update=fixed | never | {"gradient_accumulation": accumulated})
         artifact = tune(small, ModelSource(Path(job["model"]), config.model), text, output)
     inputs = {record.name: record.shape[1] for record in artifact.manifest.layers if record.shape}
-    merged = [inputs[name] for name in artifact.manifest.details_of(TunedDetails).final_merge_layers]
-    return meter, {**facts, "merged": merged}
+    details = artifact.manifest.details_of(TunedDetails)
+    merged = [inputs[name] for name in details.final_merge_layers]
+    if config.packing and details.packing is not None and details.packing.how == "off":
+        train, heldout = train.unpacked(), heldout.unpacked()
+    facts = {
+        "train_share": train.mean / train.largest, "heldout_share": heldout.mean / heldout.largest,
+        "heldout_batches": float(heldout.batches),
+    }  # fmt: skip
+    packing = None if details.packing is None else details.packing.model_dump(mode="json")
+    return meter, {**facts, "merged": merged, "packing": packing}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fp8pipe.numerics.backends import backend
 from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.kinds import ScaleRule
 from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import FinalMerge, Rounding, UpdateRule
@@ -72,10 +73,16 @@ class FlushReport:
 
 
 def select_rows(layer: FalqonLinear, count: int) -> Tensor:
-    """Indices of the `count` rows with the largest L1 norm of B, ascending; ties go to the lowest index."""
-    scores = layer.lora_B.detach().abs().sum(1)
+    """Indices of the `count` rows with the largest L1 norm of B, ascending.
+
+    Ties go to the lowest index. Under the published scale (`ScaleRule.EXACT`, the rule `released`) they fall as
+    `torch.topk` lets them, as in the published code: after AdamW's first step nearly all norms are equal.
+    """
+    scores = layer.lora_B.detach().abs().sum(dim=-1)
     if count >= scores.numel():
         return torch.arange(scores.numel(), device=scores.device)
+    if layer.code_scale.rule is ScaleRule.EXACT:
+        return torch.topk(scores, k=count).indices.sort().values  # k alone: another k breaks ties in another way
     values, rows = torch.topk(scores, count + 1)
     if count and values[count - 1] == values[count]:  # only then does it matter which of the equals come first
         rows = torch.sort(scores, descending=True, stable=True).indices

@@ -28,6 +28,7 @@ from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat
 from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import checkpoint_names, model_parent
+from fp8pipe.models.language.ending import GENERATION_FILE, read_ending
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.flush import FlushReport
@@ -156,6 +157,11 @@ class Falqon:
         with ArtifactWriter(output, kind=TUNED_KINDS[0], stage="own training loop", force=force) as writer:
             weights, adapter = self.method.deployed_weights(), self.method.adapter()
             transposed = write_deployed(writer, source.path, weights, adapter, names)
+            ending = read_ending(source.path)
+            if ending.settings is not None:
+                (writer.root / GENERATION_FILE).write_text(ending.text, encoding="utf-8")
+            for warning in ending.warnings():
+                writer.warn(warning)
             return writer.commit(
                 config={"method": "falqon", "update_rule": rule.name, "rank": self.method.rank, "steps": self.steps},
                 seed=self.method.seed,
@@ -165,6 +171,7 @@ class Falqon:
                 layers=renamed(self.records, names),
                 details=TunedDetails(
                     adapter="flushed", rule=rule.name, rank=self.method.rank, transposed=transposed,
+                    stop_token_added=ending.added,
                     **merge_facts(self._merged, names),
                 ),
             )  # fmt: skip

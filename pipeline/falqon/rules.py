@@ -49,7 +49,7 @@ class UpdateRule:
         rank_rows: flush `rank` rows whatever `--rows` says (the released code never leaves its warm-up).
         rounding: rounding of the per-step flush.
         error_feedback: what rounding refused goes back into B, projected on A.
-        scale: scale rule of weights and activations.
+        scale: scale rule of weights and activations; the exact one also breaks ties as the published code does.
         stacked: layers that read one tensor share scale, A and GEMM.
         final: rounding of the final merge.
         initialisation: where A comes from unless the user says otherwise.

@@ -6,10 +6,10 @@ epoch takes all rows in an order drawn from (seed, epoch) and cuts them into ``l
 sizes differ by one at most, so that no epoch ends with a batch of a few tokens.
 
 Packing puts several short examples into one row. They must not see each other: their ``position_ids``
-restart at zero, from which transformers builds the block-diagonal causal mask, **but only when
-attention_mask is None and the model makes no cache**: with ``use_cache=True``, the default of most
+restart at zero, from which many classes of transformers build the block-diagonal causal mask, **but only
+when attention_mask is None and the model makes no cache**: with ``use_cache=True``, the default of most
 configurations, it silently lets the examples of a row attend to each other. Whoever calls the model passes
-``use_cache=False``.
+``use_cache=False``. Whether the model at hand does it is found out by ``packing.py``.
 
 Rows are padded on the right to a multiple of 16 tokens (FP8 matrix products need that alignment). Under a
 causal mask padding on the right cannot reach a real token, hence no attention mask; in a packed row it is a
@@ -74,7 +74,7 @@ class Batches:
     ) -> None:
         _check(encoded, batch_size, sequence_length, seed)
         self._encoded, self._seed, self._pad_id = encoded, seed, pad_id
-        self._sequence_length, self._packing = sequence_length, packing
+        self._sequence_length, self._packing, self._batch_size = sequence_length, packing, batch_size
         self._rows = [[i] for i in range(len(encoded))]
         if packing:
             order = self._generator(_GROUPING).permutation(len(encoded)).tolist()
@@ -90,6 +90,10 @@ class Batches:
     def rows(self) -> int:
         """Rows of an epoch (packed or single)."""
         return len(self._rows)
+
+    def unpacked(self) -> Batches:
+        """The same examples, one a row."""
+        return Batches(self._encoded, self._batch_size, self._sequence_length, self._seed, False, self._pad_id)
 
     def at(self, step: int) -> Batch:
         """The batch of a step, 0, 1, ...; epoch ``step // len(self)``."""

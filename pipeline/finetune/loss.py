@@ -64,7 +64,7 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
     """
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
     rows = (shifted != IGNORED).nonzero().squeeze(1)
-    with _head_on_rows(model, rows):
+    with head_on_rows(model, rows):
         logits = model(**inputs, use_cache=False).logits
     cross_entropy: Any = _SummedCrossEntropy.apply
     loss: Tensor = cross_entropy(logits.reshape(-1, logits.shape[-1]), shifted[rows], normaliser)
@@ -72,7 +72,7 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
 
 
 @contextmanager
-def _head_on_rows(model: nn.Module, rows: Tensor) -> Iterator[None]:
+def head_on_rows(model: nn.Module, rows: Tensor) -> Iterator[None]:
     """While active, the output head sees the given rows of its flattened input alone, as `(1, rows, hidden)`.
 
     Selecting at the head's door keeps whatever the model does to its logits afterwards (scaling, soft caps).

@@ -12,12 +12,14 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from fp8pipe.artifact.kinds import PackingFacts
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
 from fp8pipe.core.plan import Missing, Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, Way, reckon
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
@@ -28,6 +30,7 @@ from pipeline.falqon.flush import held_moments
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.method import check_device, export_warnings, hardware
+from pipeline.finetune.packing import packing_warning
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,6 +39,12 @@ _LOG = logging.getLogger(__name__)
 _DRY_RUN_BYTES: Final = 1 << 30
 _FP32_STATES: Final = 4  # B, its gradient and AdamW's two moments, four bytes each
 _PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
+_PACKING: Final = {
+    "positions": "several examples a row, kept apart by restarting positions",
+    "mask": "several examples a row, kept apart by a mask per example",
+    "off": "off: this model does not keep the examples of a row apart",
+}
+_NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is found out once it is loaded"
 _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-checkpointing, or a smaller model"
 
 
@@ -60,9 +69,9 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     missing = _missing(config)
     layer_bytes = 2 * sum(out * into for out, into in shapes) // layer_count(settings)
     if can_measure() and config.device == "cpu" and not missing:
-        peak, disk, written, seconds, notes = _measured(config, source, settings, layer_bytes)
+        peak, disk, written, seconds, notes, packing = _measured(config, source, settings, layer_bytes)
     else:
-        peak, disk, written, seconds, notes = _reckoned(config, model, shapes)
+        peak, disk, written, seconds, notes, packing = _reckoned(config, model, shapes)
     on_gpus, told = _on_gpus(config, settings, shapes)
     where = output or Path(config.model).name
     return Plan(
@@ -75,11 +84,12 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         hardware=hardware(config.method, config.device),
         packages=_packages(config),
         missing=(*missing, *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
-        notes=(*export_warnings(structure), *notes, *told),
+        notes=(*export_warnings(structure), *read_ending(source.path, tuned=True).warnings(), *notes, *told),
         facts={
             "layers": len(shapes),
             "left_out": structure.left_out,
             "trainable": _adapter(config, shapes),
+            "packing": packing if config.packing else "off, as asked",
             "steps": config.steps,
             "tokens": config.steps * config.gradient_accumulation * config.batch_size * config.sequence_length,
             **on_gpus,
@@ -102,7 +112,7 @@ def _missing(config: FinetuneConfig) -> tuple[Missing, ...]:
     return found
 
 
-_Needs = tuple[int, int, int, float | None, tuple[str, ...]]
+_Needs = tuple[int, int, int, float | None, tuple[str, ...], str]
 
 
 def _layer_counts(layers: int, layer_bytes: int) -> tuple[int, ...]:
@@ -112,7 +122,7 @@ def _layer_counts(layers: int, layer_bytes: int) -> tuple[int, ...]:
 
 
 def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_bytes: int) -> _Needs:
-    """Peak memory, peak disk, output and seconds, from dry runs with few layers."""
+    """Peak memory, peak disk, output, seconds, notes and packing, from dry runs with few layers."""
     layers = layer_count(settings)
     counts = _layer_counts(layers, layer_bytes)
     runs = []
@@ -133,14 +143,17 @@ def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_
     saves = math.ceil(config.steps / config.save_every) if config.save_every else 1
     training = base + min(saves, config.keep_checkpoints + 1) * step
     in_the_end = base + min(saves, config.keep_checkpoints) * step + written
+    packing = PackingFacts.model_validate(runs[-1][1].facts["packing"])
+    warning = packing_warning(packing)
     notes = (
         f"memory, disk and time from dry runs with {' and '.join(map(str, counts))} of {layers} layers, "
         "random weights, and the largest of your batches",
+        *((warning,) if warning else ()),
     )
     _LOG.debug("peaks by phase: %s", dict(zip(scaled.phases(), peaks, strict=True)))
     for count, measured in runs:
         _LOG.debug("%d layers: %s", count, measured.peaks)
-    return max(peaks), max(training, in_the_end), written, _seconds(config, scaled, saves), notes
+    return max(peaks), max(training, in_the_end), written, _seconds(config, scaled, saves), notes, _PACKING[packing.how]
 
 
 def _seconds(config: FinetuneConfig, scaled: Scaled, saves: int) -> float:
@@ -163,7 +176,7 @@ def _with_all_layers(widths: Sequence[list[int]], counts: Sequence[int], layers:
 
 
 def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[int, int]]) -> _Needs:
-    """Peak memory, disk and output from shapes alone, without activations."""
+    """The same from shapes alone, without activations and time."""
     linear = sum(out * into for out, into in shapes)
     others = sum(p.numel() for p in model.parameters()) - linear
     width = getattr(torch, config.dtype).itemsize
@@ -177,7 +190,7 @@ def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[i
         f"{'this system' if config.device == 'cpu' else 'a GPU, or without a package,'} there is none)"
     )
     peak = max(loaded, weights + _FP32_STATES * 4 * adapter)
-    return peak, written + config.keep_checkpoints * checkpoint, written, None, (note,)
+    return peak, written + config.keep_checkpoints * checkpoint, written, None, (note,), _NOT_PROBED
 
 
 def _on_gpus(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from fp8pipe.artifact import (
     check_place,
     sha256_file,
 )
-from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, TextFacts, TunedDetails
+from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TextFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
@@ -38,6 +38,7 @@ from fp8pipe.models.checkpoint.tensors import (
     weight_files,
 )
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from fp8pipe.models.language.structure import structure_of
 from fp8pipe.models.language.text import TemplateInfo, data_files, encode, load_records, split, template_info
@@ -51,6 +52,7 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import LoraMethod, Method, check_device, export_warnings
+from pipeline.finetune.packing import find_packing, give_masks, packing_warning
 from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
 _LOG = logging.getLogger(__name__)
@@ -68,6 +70,8 @@ class TrainingText:
         template: the chat template that rendered it.
         digests: sha256 of the local files it was read from, by name.
         warnings: what was dropped or defaulted.
+        ending: what engines must be told about the end of an answer.
+        packing: what keeps examples of a row apart; None until the model has been asked.
     """
 
     train: Batches
@@ -76,6 +80,8 @@ class TrainingText:
     template: TemplateInfo
     digests: dict[str, str]
     warnings: list[str]
+    ending: Ending
+    packing: PackingFacts | None = None
 
 
 def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
@@ -125,6 +131,9 @@ def tune(
         model = load_model(config, source)
         for warning in export_warnings(structure_of(model)):
             writer.warn(warning)
+        text = _keep_apart(config, model, text)
+        if warning := packing_warning(text.packing):
+            writer.warn(warning)
         method = build_method(config)
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
         enter_phase("prepare")
@@ -161,6 +170,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     warnings += encoded_train.warnings
     warnings += [f"held-out text: {warning}" for warning in encoded_heldout.warnings if warning not in warnings]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ending = ending_of(source.path, tokenizer, encoded_train.template)
     common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad or 0}
     return TrainingText(
         train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
@@ -168,7 +178,8 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
         template=encoded_train.template,
         digests={name: sha256_file(file) for name, file in _named_files(config.data)},
-        warnings=warnings,
+        warnings=[*warnings, *ending.warnings(example.labels for example in encoded_train.examples)],
+        ending=ending,
     )
 
 
@@ -200,6 +211,18 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     return moved
 
 
+def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) -> TrainingText:
+    """The text as this model can take it: rows of several examples only where none sees another."""
+    if not config.packing:
+        return replace(text, packing=PackingFacts(how="off"))
+    found = find_packing(model, text.train.at(0))
+    if found.how == "off":
+        return replace(text, train=text.train.unpacked(), heldout=text.heldout.unpacked(), packing=found)
+    if found.how == "mask":
+        give_masks(model)
+    return replace(text, packing=found)
+
+
 def build_method(config: FinetuneConfig) -> Method:
     """The method that the configuration names."""
     if config.method == "falqon":
@@ -213,6 +236,8 @@ def _prepare(
     config: FinetuneConfig, model: nn.Module, method: Method, store: CheckpointStore, text: TrainingText
 ) -> list[LayerRecord]:
     described = config.model_dump(mode="json")
+    if config.packing and text.packing is not None and text.packing.how != "positions":
+        described["packing"] = text.packing.how  # a run must not go on with rows of another kind
     if store.started():
         store.check_config(described, text.digests)
         return method.prepare(model, store.base())
@@ -251,6 +276,8 @@ def _deploy(
     transposed = write_deployed(writer, source.path, method.deployed_weights(), method.adapter(), names)
     if text.template.origin == "plain":  # the model has now learned it: without it, it would be asked in another
         (writer.root / "chat_template.jinja").write_text(text.template.template, encoding="utf-8")
+    if text.ending.settings is not None:  # what the model has learned to end with, engines must stop at
+        (writer.root / GENERATION_FILE).write_text(text.ending.text, encoding="utf-8")
     learned = Gate(
         name="held-out loss of the deployed weights", value=deployed, comparison=Comparison.BELOW,
         threshold=untuned, detail="nats per answer token; below the untuned model", failure=Verdict.REGRESSION,
@@ -274,7 +301,8 @@ def _deploy(
         layers=renamed(records, names),
         details=TunedDetails(
             adapter="flushed" if falqon else "merged", rule=config.update_rule if falqon else None, rank=config.rank,
-            base_dtype=config.dtype, transposed=transposed, data=text.facts,
+            base_dtype=config.dtype, transposed=transposed, data=text.facts, packing=text.packing,
+            stop_token_added=text.ending.added,
             **merge_facts(flushed, names),
             heldout_loss=HeldoutLoss(untuned=untuned, deployed=deployed),
         ),

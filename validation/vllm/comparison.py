@@ -20,6 +20,7 @@ from fp8pipe.artifact.gate import failures
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.machine import available_bytes
 from fp8pipe.core.progress import track
+from fp8pipe.models.language.ending import GENERATION_FILE
 from validation.contents import contents_gate
 from validation.record import heading
 from validation.vllm.expected import ExpectedWeights, weight_report
@@ -258,7 +259,9 @@ def _proved(case: Case, served: ServedReport | None) -> list[str]:
     whose = "the source's" if case.plan is not None else "those of the export's files"
     found = [f"every weight inside the engine is {whose}, bit for bit in fp32, and rounded once as served"]
     if case.plan is not None:
-        found.append("config.json, tokenizer, chat template and generation config are the source's")
+        changed = changed_on_purpose(case.plan)
+        but = f", but for {', '.join(changed)}" if any(GENERATION_FILE in key for key in changed) else ""
+        found.append(f"config.json, tokenizer, chat template and generation config are the source's{but}")
     if served is not None:
         found.append(
             f"as served ({served.form}) it diverges from fp32 by {served.engine_kl:.2g} nats a token; the form itself "

@@ -204,6 +204,7 @@ def plan_of(export: Artifact, source: Path) -> ExportPlan:
         BadArtifactError: it is damaged.
     """
     plan = plan_export(source, VllmExportOptions.model_validate(export.manifest.config))
+    plan = plan.stopping_as(export.manifest.details_of(VllmDetails).stop_token_added)
     parents = {parent.digest: parent.outdated for parent in export.manifest.parents}
     if plan.source.parent.digest not in parents:
         named = [f"{digest}{outdated and f' ({outdated})'}" for digest, outdated in sorted(parents.items())]

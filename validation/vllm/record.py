@@ -145,7 +145,7 @@ class ValidationRecord(EngineRecord):
     versions: dict[str, str] = Field(description="versions of the engine's packages")
     reference: Literal["export", "source"] = Field(description="what everything was compared with")
     source_digest: str | None = Field(default=None, description="the source's digest; none without one")
-    changed: list[str] = Field(description="keys of config.json that the export changed on purpose")
+    changed: list[str] = Field(description="keys of config.json and generation_config.json changed on purpose")
     weights: WeightReport | None = Field(default=None, description="weights read back; none of no engine that ran")
     logprobs: LogprobReport | None = Field(default=None, description="log-probabilities")
     canary: list[CanaryAnswer] = Field(default_factory=list, description="questions and answers")

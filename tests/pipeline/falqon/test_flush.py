@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.flush import flush_rows, preview, select_rows, stochastic_round, target_rows
 from pipeline.falqon.rules import RULES, update_rule
 
@@ -58,6 +59,26 @@ def test_selection_is_that_of_a_plain_sort_whatever_ties_there_are(seed, make_la
     ranked = sorted(range(48), key=lambda row: (-norms[row], row))
     for count in (0, 1, 5, 17, 47, 48, 60):
         assert select_rows(layer, count).tolist() == sorted(ranked[:count])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_of_the_released_rule_fall_as_in_the_published_code(seed, make_layer):
+    """Which does `torch.topk(B.abs().sum(-1), k=rank)`, whose choice among equals is no order of indices."""
+    layer = make_layer(out=96, rank=16, live=False, rule=update_rule("released").scale)
+    generator = torch.Generator().manual_seed(seed)
+    # As after AdamW's first step: every entry is the learning rate, but for its sign and a last bit here and there.
+    signs = torch.randint(0, 2, (96, 16), generator=generator).float() * 2 - 1
+    layer.lora_B.data = 0.05 * signs
+    layer.lora_B.data[torch.randperm(96, generator=generator)[:8]] *= 1 + 1e-6
+    published = torch.topk(torch.abs(layer.lora_B.data).sum(dim=-1), k=16).indices
+    lowest = sorted(range(96), key=lambda row: (-float(layer.lora_B.data[row].abs().sum()), row))[:16]
+    chosen = select_rows(layer, 16).tolist()
+    assert chosen == sorted(published.tolist())
+    assert chosen != sorted(lowest)
+
+
+def test_only_layers_of_the_published_scale_take_the_published_ties():
+    assert [name for name, rule in RULES.items() if rule.scale is ScaleRule.EXACT] == ["released"]
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -301,3 +301,20 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_left_alone(mak
     one, two = deployed(tmp_path / "whole"), deployed(output)
     assert all(torch.equal(one[n].reshape(-1).view(torch.uint8), two[n].reshape(-1).view(torch.uint8)) for n in one)
     assert (tmp_path / "whole" / "adapter.safetensors").read_bytes() == (output / "adapter.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("end", ["<|system|>", "<|end|>", ""])
+def test_engines_are_told_the_end_that_the_model_has_learned(make_base, pairs, tmp_path, end):
+    base = make_base()
+    (base / "chat_template.jinja").write_text((base / "chat_template.jinja").read_text().replace("<|end|>", end))
+    artifact = finetune(config(base, pairs, steps=1, warmup_steps=0), tmp_path / "out")
+    before, after = ((root / "generation_config.json").read_bytes() for root in (base, artifact.root))
+    said = [warning for warning in artifact.manifest.warnings if "engine" in warning or "no mark" in warning]
+    if end == "<|system|>":  # id 4; the tokenizer's is <|end|>, and the configuration's default is 2
+        assert json.loads(after) == json.loads(before) | {"eos_token_id": [2, 4]}
+        assert artifact.manifest.details.stop_token_added == 4
+        assert len(said) == 1
+    else:
+        assert after == before
+        assert artifact.manifest.details.stop_token_added is None
+        assert bool(said) == (end == "")

@@ -1,0 +1,157 @@
+"""Where an answer ends: the token that a chat template puts after a finished turn, and whether engines stop at it.
+
+A tuned model ends its answers as its template does, since that is learned. An engine stops at the tokenizer's
+`eos_token` and at `eos_token_id` of generation_config.json (of config.json where there is none). A base model that got
+the chat template of another often lacks the template's end there: it then writes the end and runs on. So a finished
+turn is rendered, and its end is looked up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe.models.checkpoint.sidecars import read_config
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.text import TemplateInfo, template_info
+
+GENERATION_FILE: Final = "generation_config.json"
+EOS: Final = "eos_token_id"
+_ANSWER: Final = "The answer is forty-two"
+_TALK: Final = ({"role": "user", "content": "What is the answer?"}, {"role": "assistant", "content": _ANSWER})
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What becomes of the end of a turn.
+
+    Attributes:
+        token: id of the end-of-turn token; None where there is none, or where nothing is known of it.
+        settings: generation_config.json as it must be for engines to stop; None where it may stay as it is.
+        warning: a sentence for the user; empty where engines stop by themselves.
+    """
+
+    token: int | None = None
+    settings: dict[str, Any] | None = None
+    warning: str = ""
+
+    @property
+    def added(self) -> int | None:
+        """The token, where engines have not known it."""
+        return None if self.settings is None else self.token
+
+    @property
+    def text(self) -> str:
+        """The content of generation_config.json."""
+        return json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
+
+    def warnings(self, labels: Iterable[Sequence[int]] | None = None) -> list[str]:
+        """What the user must know; with the labels of a training text also that no answer is learned to its end."""
+        found = [self.warning] if self.warning else []
+        if labels is not None and self.token is not None and not any(self.token in example for example in labels):
+            found.append(
+                f"the end-of-turn token {self.token} is in no answer that is learned, so the model will not stop: "
+                "raise --sequence-length"
+            )
+        return found
+
+
+def read_ending(root: Path, *, tuned: bool = False) -> Ending:
+    """How a model's directory ends its turns; nothing to say of one without tokenizer or chat template.
+
+    Args:
+        root: the directory.
+        tuned: it is to be fine-tuned, on the plain template where it has none.
+    """
+    try:
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(
+            str(root), local_files_only=True, trust_remote_code=False
+        )
+        template = template_info(tokenizer)
+    except Exception as error:  # whatever a tokenizer's own reader says: an engine may be given another one
+        return Ending(warning=_unknown(error)) if (root / "tokenizer_config.json").is_file() else Ending()
+    return Ending() if template.origin == "plain" and not tuned else ending_of(root, tokenizer, template)
+
+
+def ending_of(root: Path, tokenizer: Any, template: TemplateInfo) -> Ending:
+    """The same for a tokenizer and a template at hand.
+
+    Args:
+        root: directory of the model, for what its configuration says.
+        tokenizer: a transformers tokenizer.
+        template: what renders its conversations.
+    """
+    try:
+        token, mark = _end_of_turn(tokenizer, template)
+        settings = _settings(root)
+    except Exception as error:  # templates raise what they like
+        return Ending(warning=_unknown(error))
+    own = _ids(settings.get(EOS))
+    if token is None:
+        return Ending(warning=_endless(mark))
+    if token in (*own, tokenizer.eos_token_id):
+        return Ending(token)
+    stops = [*own, token]
+    warning = (
+        f"the end-of-turn token {mark} ({token}) of the chat template is an end token neither of the tokenizer nor of "
+        f"{GENERATION_FILE}, so no engine would stop at it: {EOS} of {GENERATION_FILE} is set to {stops}"
+    )
+    return Ending(token, settings | {EOS: stops}, warning)
+
+
+def _end_of_turn(tokenizer: Any, template: TemplateInfo) -> tuple[int | None, str]:
+    """Id and text of the first special token after an answer; (None, whatever else stands there) where none does."""
+    text = str(tokenizer.apply_chat_template(list(_TALK), chat_template=template.template, tokenize=False))
+    _, found, tail = text.rpartition(_ANSWER)
+    if not found:
+        raise ValueError("it does not render an answer as it is given")
+    special = {str(token): int(index) for index, token in tokenizer.added_tokens_decoder.items()}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    there = [(tail.index(token), -len(token), token) for token in special if token and token in tail]
+    if not there:
+        return None, tail.strip()
+    token = min(there)[2]
+    return special[token], token
+
+
+def _settings(root: Path) -> dict[str, Any]:
+    """generation_config.json, or what engines take from config.json where there is none."""
+    config = read_config(root / "config.json")
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
+    inherited = {key: value for key in ("bos_token_id", EOS, "pad_token_id")
+                 if (value := config.get(key, text.get(key))) is not None}  # fmt: skip
+    if not (root / GENERATION_FILE).is_file():
+        return inherited
+    settings = read_config(root / GENERATION_FILE)
+    return settings if settings.get(EOS) is not None else settings | {EOS: inherited.get(EOS, [])}
+
+
+def stop_tokens(root: Path) -> list[int]:
+    """Tokens at which engines stop, the tokenizer's apart.
+
+    Raises:
+        BadArtifactError: a configuration cannot be read.
+    """
+    return _ids(_settings(root).get(EOS))
+
+
+def _ids(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else [int(index) for index in value or ()]
+
+
+def _endless(mark: str) -> str:
+    if mark:
+        seen = f"{mark[:40]!r}, which is no special token of the tokenizer"
+        return f"the chat template ends an answer with {seen}: engines stop at tokens, so give requests a `stop`"
+    return (
+        "the chat template puts no mark after an answer, so the model cannot learn to end one: it will write on to the "
+        "limit of tokens; use a template with an end-of-turn token"
+    )
+
+
+def _unknown(error: Exception) -> str:
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"whether engines stop at the end of an answer could not be found out: {why}"
