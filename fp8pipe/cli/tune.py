@@ -45,15 +45,23 @@ def finetune_command(
 
 def finetuned_text(artifact: Artifact) -> str:
     """What a finished run says: losses, whatever is wrong, and the next step."""
+    from exporters.target import foresee
+
     losses, manifest = _losses(artifact), artifact.manifest
+    able = [form for form, findings in foresee(artifact.root, artifact.kind).items() if not findings]
     lines = [
         str(artifact.root),
         f"  held-out answer loss: {losses.untuned:.4f} untuned, {losses.deployed:.4f} deployed",
         *(f"  failed gate: {gate}" for gate in manifest.gates if not gate.passed),
         *(f"  warning: {warning}" for warning in manifest.warnings),
-        f"  next: fp8pipe export {artifact.root} --target vllm --output {artifact.root}-vllm",
+        *(f"  next: fp8pipe export {artifact.root} {form} --output {artifact.root}-{_name(form)}" for form in able[:1]),
     ]
     return "\n".join(lines)
+
+
+def _name(form: str) -> str:
+    """The target of `--target vllm --format bf16`."""
+    return form.split()[1]
 
 
 def _losses(artifact: Artifact) -> HeldoutLoss:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.samples import focus_onnx, sample_name
 from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file, write_model_file
@@ -54,7 +55,9 @@ class VisionModel:
 
         Raises:
             BadArtifactError: the weights are not those of the architecture.
+            ConfigurationError: NaN or infinity among them.
         """
+        refuse_not_finite(weights.items(), origin)
         model = build(architecture)
         try:
             model.load_state_dict(weights, strict=True)
