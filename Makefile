@@ -19,7 +19,7 @@ VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PLUGIN_FILES := $(sort $(shell find serving/vllm_plugin -name '*.py' -o -name 'pyproject.toml' 2>/dev/null))
 
-EXTRAS := samples,train,dev,vit,onnx,trt-rtx,serve,sign
+EXTRAS := samples,train,data,dev,vit,onnx,trt-rtx,serve,sign
 key = $(shell { cat $(1); echo '$(2)'; } 2>/dev/null | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.setup-$(call key,pyproject.toml,$(TORCH) $(SAMPLE_MODELS) $(EXTRAS))
 VLLM_STAMP := $(VLLM_VENV)/.setup-$(call key,scripts/setup_vllm.sh $(PLUGIN_FILES),$(PYTHON))
@@ -63,8 +63,10 @@ check: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not vllm and not gpu" \
 		--ignore tests/fp8pipe/artifact/test_push.py $(QUICK_TESTS)
 
-# Many tests start processes of their own: threads that spin would starve them.
+# Many tests start processes of their own: threads that spin would starve them, and each would compile this tree again
+# where Python is told to keep no bytecode.
 test: export OMP_WAIT_POLICY = passive
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup setup-vllm lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
