@@ -46,18 +46,18 @@ class Unit:
         scale: the source tensor's scale, for FP8 codes.
         action: what becomes of it.
         outputs: the weight first, then its scale if there is one; empty for DROP.
-        name: the model's name of the tensor.
         module: the model's name of the owning module, None when the model knows none.
         transposed: whether the weight is stored `(in, out)`.
+        name: the model's name of the tensor.
     """
 
     entry: TensorEntry
     scale: TensorEntry | None
     action: Action
     outputs: tuple[TensorHeader, ...]
-    name: str
     module: str | None
     transposed: bool
+    name: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -217,7 +217,7 @@ class _Planner:
         if coded:
             rows = entry.shape[1 if transposed else 0]
             outputs.append(TensorHeader(entry.name + SCALE_SUFFIX, "F32", (rows, 1)))
-        return Unit(entry, scale, action, tuple(outputs), known.name, module, transposed)
+        return Unit(entry, scale, action, tuple(outputs), module, transposed, known.name)
 
     def _action(self, entry: TensorEntry, name: str, module: str | None, role: Role | None) -> Action:
         if self.structure.tied.get(name) in self.stored:
