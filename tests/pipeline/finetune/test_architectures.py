@@ -20,7 +20,7 @@ from exporters.vllm.reopen import load_torch_model
 from exporters.vllm.verify import check_vllm
 from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import LintFindingsError
-from fp8pipe.cli.tune import finetuned_text
+from fp8pipe.cli.tune import next_export
 from fp8pipe.core.config import build_config
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.plan import plan_finetune
@@ -76,7 +76,7 @@ def test_every_cell_is_as_the_table_says(name: str, config_of: Callable[..., Fin
 
     bf16 = _export(tuned, tmp_path, "bf16")
     expected = "--target vllm --format bf16 --output" if one.refused else "--target vllm --output"
-    assert expected in finetuned_text(tuned).splitlines()[-1]
+    assert expected in next_export(tuned)
     forms = foresee(tuned.root, tuned.kind)
     assert {form for form, findings in forms.items() if form.startswith("--target vllm") and findings} == (
         {"--target vllm", "--target vllm --format w8a16"} if one.refused else set()
