@@ -12,12 +12,13 @@ a target may name rooms above this one (validation, serving) without importing t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.artifact.kinds import ArtifactKind, Details, Migration, register_kind, unregister_kind
 from fp8pipe.artifact.manifest import MANIFEST_NAME
 from fp8pipe.artifact.reader import Artifact, open_artifact
@@ -26,7 +27,7 @@ from fp8pipe.core.errors import ConfigurationError
 
 __all__ = [
     "PLAIN_MODEL", "Engine", "ExportTarget", "Reference", "Service", "call", "choose", "choose_engine",
-    "kind_of_source", "load", "open_export", "open_served", "register", "target_of", "targets", "unregister",
+    "foresee", "kind_of_source", "load", "open_export", "open_served", "register", "target_of", "targets", "unregister",
 ]  # fmt: skip
 
 # What a target may take besides artifacts: a model without a manifest.
@@ -92,6 +93,9 @@ class ExportTarget:
     # how they are run
     service: Service = field(default_factory=lambda: Service("vision", refusal="nothing serves this kind of export"))
     after: Reference | None = None  # `(artifact) -> list[str]`, lines for people after an export
+    # `(root, kind, trained) -> {options: findings}`: what each form of it refuses about an artifact of `kind` in
+    # `root`, or of one that will be made of the model there, `trained` being its trained linears; from headers alone
+    foresee: Reference | None = None
     label: str = ""  # what help says before an option that not every target has; the name when empty
     migrate: Migration = lambda data: data  # brings its manifests of older schemas to today's
 
@@ -237,6 +241,15 @@ def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
         f"--target {name} takes no such source", why=f"it is {what}; {name} takes {taken or 'nothing: it is unknown'}",
         fix=f"--target {' or --target '.join(others)}" if others else "give what finetune or quantize-vit wrote",
     )  # fmt: skip
+
+
+def foresee(root: Path, kind: str, trained: Collection[str] = ()) -> dict[str, list[Finding]]:
+    """What every form of export refuses, by the options that ask for it, the usual one first; see `ExportTarget`."""
+    forms: dict[str, list[Finding]] = {}
+    for target in targets():
+        if target.foresee is not None and kind in target.takes:
+            forms |= call(target.foresee, root, kind, trained)
+    return forms
 
 
 @cache

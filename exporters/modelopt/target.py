@@ -41,6 +41,7 @@ TARGET: Final = ExportTarget(
     help="or a checkpoint in ModelOpt's layout", label="trt, modelopt-checkpoint",
     export="exporters.modelopt.checkpoint:export_checkpoint",
     plan="exporters.tensorrt.language.plan:plan_for_people", verify="exporters.modelopt.verify:check_modelopt",
+    foresee="exporters.tensorrt.language.source:foresee_checkpoint",
     formats=("modelopt-checkpoint",),
     service=Service("language", refusal="no engine here reads this layout: TensorRT-LLM does"),
 )  # fmt: skip

@@ -13,9 +13,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_siblings, tied_original
+from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_siblings
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
+from fp8pipe.models.checkpoint.values import count_not_finite
 from fp8pipe.models.language.structure import Role
 from fp8pipe.numerics.grids import E4M3, same_bits
 
@@ -64,14 +65,19 @@ def _found(rule: str, tensor: str, why: str) -> Finding:
 
 def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[Finding]:
     """All findings, those of structure first; reads the source once, and calls `advance` once per tensor."""
-    rules = [_scales, _adapter_state, _shapes, _tied_is_stored]
-    if plan.options.format.quantized:
-        rules += [_something_quantized, _known_names, _placement, _dimensions, _fused, _ignore, _transposed]
-    findings = [finding for rule in rules for finding in rule(plan)]
+    findings = lint_structure(plan)
     for unit in (*plan.units, *plan.dropped):
         findings += _values(unit)
         advance()
     return [*findings, *_tied(plan), *_adapter(plan)]
+
+
+def lint_structure(plan: ExportPlan) -> list[Finding]:
+    """Findings about names, shapes and the model's structure; reads no tensor."""
+    rules = [_scales, _adapter_state, _shapes, _tied_is_stored]
+    if plan.options.format.quantized:
+        rules += [_something_quantized, _known_names, _placement, _dimensions, _fused, _ignore, _transposed]
+    return [finding for rule in rules for finding in rule(plan)]
 
 
 def _values(unit: Unit) -> Iterator[Finding]:
@@ -81,10 +87,8 @@ def _values(unit: Unit) -> Iterator[Finding]:
             yield _found("nan-code", unit.entry.name, f"{nan_codes} code(s) 0x7F or 0xFF, which E4M3 reads as NaN")
         if unit.scale is not None and unit.scale.dtype == "F32":
             yield from _scale(unit.scale)
-    elif unit.entry.dtype in PLAIN_FLOATS:
-        bad = _count(read_tensor(unit.entry), lambda part: ~torch.isfinite(part))
-        if bad:
-            yield _found("not-finite", unit.entry.name, f"{bad} NaN or infinite value(s)")
+    elif unit.entry.dtype in PLAIN_FLOATS and (bad := count_not_finite(read_tensor(unit.entry))):
+        yield _found("not-finite", unit.entry.name, f"{bad} NaN or infinite value(s)")
 
 
 def _scale(entry: TensorEntry) -> Iterator[Finding]:
@@ -103,9 +107,9 @@ def _scale(entry: TensorEntry) -> Iterator[Finding]:
 
 
 def _tied(plan: ExportPlan) -> Iterator[Finding]:
+    stored = plan.stored
     for unit in plan.dropped:
-        name = plan.structure.tied[unit.entry.name]
-        original = tied_original(name, plan.source, plan.structure)
+        original = stored.get(plan.structure.tied[unit.name])
         if original is not None and not same_bits(read_tensor(unit.entry), read_tensor(original)):
             yield _found(
                 "tied-differs", unit.entry.name, f"config.json ties it to {original.name}, but their values differ"
@@ -156,7 +160,7 @@ def _shapes(plan: ExportPlan) -> Iterator[Finding]:
     structure = plan.structure
     seen: set[str] = set()
     for unit in plan.units:
-        if unit.module is None or unit.module not in structure.roles or not unit.entry.name.endswith(".weight"):
+        if unit.module is None or unit.module not in structure.roles or not unit.name.endswith(".weight"):
             continue
         seen.add(unit.module)
         declared = structure.stored_shape(unit.module)
@@ -170,8 +174,9 @@ def _shapes(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _tied_is_stored(plan: ExportPlan) -> Iterator[Finding]:
+    stored = plan.stored
     for name, original in plan.structure.tied.items():
-        if tied_original(original, plan.source, plan.structure) is None and name not in plan.source.tensors:
+        if original not in stored and name not in stored:
             yield _found("tied-missing", original, f"{name} is tied to it, and neither is stored")
 
 
@@ -228,17 +233,18 @@ def _fused(plan: ExportPlan) -> Iterator[Finding]:
 
 def _ignore(plan: ExportPlan) -> Iterator[Finding]:
     """Both ways: every unquantized projection is named, every name is an unquantized projection."""
-    ignore, structure = set(plan.ignore), plan.structure
+    ignore, structure, spelt = set(plan.ignore), plan.structure, plan.spelt
     quantized = {unit.module for unit in plan.units if unit.quantized}
     for unit in plan.units:
-        projection = unit.module in structure.projections and unit.entry.name.endswith(".weight")
-        if projection and not unit.quantized and unit.module not in ignore:
+        projection = unit.module in structure.projections and unit.name.endswith(".weight")
+        if projection and not unit.quantized and spelt[unit.module or ""] not in ignore:
             yield _found("ignore-incomplete", unit.entry.name, "unquantized, but not in the ignore list")
-    for module in sorted(ignore):
-        if module not in structure.projections:
-            yield _found("ignore-stale", module, "matches no linear layer")
-        elif module in quantized:
-            yield _found("ignore-wrong", module, "its weight is FP8 codes")
+    modules = {spelt[module]: module for module in structure.projections}
+    for name in sorted(ignore):
+        if name not in modules:
+            yield _found("ignore-stale", name, "matches no linear layer")
+        elif modules[name] in quantized:
+            yield _found("ignore-wrong", name, "its weight is FP8 codes")
 
 
 def _transposed(plan: ExportPlan) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -16,8 +16,9 @@ from functools import cached_property
 from exporters.vllm.options import CheckpointSchema, ExportFormat, VllmExportOptions, schema_for
 from exporters.vllm.source import Source
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
-from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale, spellings
 from fp8pipe.models.language.ending import Ending
+from fp8pipe.models.checkpoint.names import ModelName
+from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale
 from fp8pipe.models.language.structure import ModelStructure, Role
 
 # FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
@@ -48,6 +49,7 @@ class Unit:
         outputs: the weight first, then its scale if there is one; empty for DROP.
         module: the model's name of the owning module, None when the model knows none.
         transposed: whether the weight is stored `(in, out)`.
+        name: the model's name of the tensor.
     """
 
     entry: TensorEntry
@@ -56,6 +58,7 @@ class Unit:
     outputs: tuple[TensorHeader, ...]
     module: str | None
     transposed: bool
+    name: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -76,9 +79,10 @@ class ExportPlan:
         shards: units by output file, in writing order.
         dropped: units that leave no output.
         orphans: source tensors that belong to no unit (scales without codes).
-        ignore: module names for the quantization block's `ignore`.
-        layers: one record per linear layer.
         ending: what becomes of generation_config.json, so that engines stop where answers end.
+        names: what the model calls the source's tensors.
+        ignore: names for the quantization block's `ignore`, as `spelt`.
+        layers: one record per linear layer, named as `spelt`.
     """
 
     source: Source
@@ -88,6 +92,7 @@ class ExportPlan:
     shards: tuple[tuple[Unit, ...], ...]
     dropped: tuple[Unit, ...]
     orphans: tuple[TensorEntry, ...]
+    names: Mapping[str, ModelName]
     ignore: tuple[str, ...]
     layers: tuple[LayerRecord, ...]
     ending: Ending = field(default_factory=Ending)
@@ -102,6 +107,16 @@ class ExportPlan:
         return tuple(unit for shard in self.shards for unit in shard)
 
     @property
+    def stored(self) -> dict[str, TensorEntry]:
+        """Source tensors by the model's names of them, of those that the model holds as they are stored."""
+        return {known.name: self.source.tensors[name] for name, known in self.names.items() if known.whole}
+
+    @property
+    def spelt(self) -> dict[str, str]:
+        """Every linear as the checkpoint spells it where transformers renames it, else as the model does."""
+        return {module: module for module in self.structure.projections} | spell(self.names)
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes of tensor data in the whole export."""
         return sum(unit.size_bytes for unit in self.units)
@@ -113,7 +128,8 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
     Raises:
         ConfigurationError: an undeclared vLLM version.
     """
-    planner = _Planner(source, structure, options.format, schema_for(options.vllm_version))
+    names = structure.naming.table(source.tensors)
+    planner = _Planner(source, structure, options.format, schema_for(options.vllm_version), names)
     units = [
         planner.unit(entry)
         for name, entry in sorted(source.tensors.items(), key=lambda item: _natural(item[0]))
@@ -122,7 +138,8 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
     orphans = tuple(u.entry for u in units if u.entry.name.endswith(".weight" + SCALE_SUFFIX))
     kept = [u for u in units if u.action is not Action.DROP and u.entry not in orphans]
     quantized = {u.module for u in kept if u.quantized and u.module}
-    projections = structure.projections
+    projections, spelt = structure.projections, spell(names)
+    plain = (spelt.get(module, module) for module in projections.keys() - quantized)
     return ExportPlan(
         source=source,
         structure=structure,
@@ -131,9 +148,16 @@ def build_plan(source: Source, structure: ModelStructure, options: VllmExportOpt
         shards=_shards(kept, options.max_shard_bytes),
         dropped=tuple(u for u in units if u.action is Action.DROP),
         orphans=orphans,
-        ignore=tuple(sorted(projections.keys() - quantized, key=_natural)) if options.format.quantized else (),
+        names=names,
+        ignore=tuple(sorted(plain, key=_natural)) if options.format.quantized else (),
         layers=tuple(planner.layer(module, quantized) for module in sorted(projections, key=_natural)),
     )
+
+
+def spell(names: Mapping[str, ModelName]) -> dict[str, str]:
+    """The checkpoint's name of every module whose tensors transformers renames."""
+    renamed = ((name, known) for name, known in names.items() if known.renamed and known.whole)
+    return {known.name.rpartition(".")[0]: name.rpartition(".")[0] for name, known in renamed}
 
 
 def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> list[tuple[str, ...]]:
@@ -155,6 +179,17 @@ class _Planner:
     structure: ModelStructure
     format: ExportFormat
     schema: CheckpointSchema
+    names: Mapping[str, ModelName]
+
+    @cached_property
+    def spelt(self) -> dict[str, str]:
+        """As `spell`."""
+        return spell(self.names)
+
+    @cached_property
+    def stored(self) -> frozenset[str]:
+        """The model's names of what the source holds."""
+        return frozenset(known.name for known in self.names.values() if known.whole)
 
     @cached_property
     def refused(self) -> dict[str, str]:
@@ -177,21 +212,22 @@ class _Planner:
 
     def unit(self, entry: TensorEntry) -> Unit:
         """What becomes of a tensor."""
-        module, role = self.structure.module_of(entry.name), self.structure.role_of(entry.name)
+        known = self.names[entry.name]
+        module = self.structure.owner(known.name) if known.whole else None
+        role = self.structure.roles.get(module or "") if known.name.endswith(".weight") else None
         scale = self.source.tensors.get(entry.name + SCALE_SUFFIX) if entry.name.endswith(".weight") else None
         transposed = role is Role.CONV1D
-        action = self._action(entry, module, role)
+        action = self._action(entry, known.name, module, role)
         coded = action in {Action.CODES, Action.QUANTIZE} and len(entry.shape) == 2
         dtype = "F8_E4M3" if coded else "BF16" if action in {Action.DEQUANTIZE, Action.CAST} else entry.dtype
         outputs = [] if action is Action.DROP else [TensorHeader(entry.name, dtype, entry.shape)]
         if coded:
             rows = entry.shape[1 if transposed else 0]
             outputs.append(TensorHeader(entry.name + SCALE_SUFFIX, "F32", (rows, 1)))
-        return Unit(entry, scale, action, tuple(outputs), module, transposed)
+        return Unit(entry, scale, action, tuple(outputs), module, transposed, known.name)
 
-    def _action(self, entry: TensorEntry, module: str | None, role: Role | None) -> Action:
-        original = self.structure.tied.get(entry.name)
-        if original is not None and tied_original(original, self.source, self.structure) is not None:
+    def _action(self, entry: TensorEntry, name: str, module: str | None, role: Role | None) -> Action:
+        if self.structure.tied.get(name) in self.stored:
             return Action.DROP
         if entry.dtype == "F8_E4M3":
             return Action.CODES if self.format.quantized else Action.DEQUANTIZE
@@ -208,18 +244,12 @@ class _Planner:
         shape = self.structure.shape(module)
         if module not in quantized:
             reason = self.refused.get(module, "not FP8 in the source, or not requested")
-            return LayerRecord(name=module, reason=reason, shape=shape)
-        before = self.source.encoding_of(module)
+            return LayerRecord(name=self.spelt.get(module, module), reason=reason, shape=shape)
+        before = self.source.encoding_of(self.spelt.get(module, module))
         rule = ScaleRule.AMAX if before is None else before.scale_rule
         weight = Encoding(format="e4m3", bits=8, granularity="per-channel", scale_rule=rule)
         activation = ENGINE_ACTIVATIONS if self.format is ExportFormat.FP8 else None
-        return LayerRecord(name=module, shape=shape, weight=weight, activation=activation)
-
-
-def tied_original(original: str, source: Source, structure: ModelStructure) -> TensorEntry | None:
-    """The checkpoint's entry of a tied tensor's original, with or without the base model's prefix."""
-    names = spellings(original, structure.base_prefix)[:2]
-    return next((source.tensors[name] for name in names if name in source.tensors), None)
+        return LayerRecord(name=self.spelt.get(module, module), shape=shape, weight=weight, activation=activation)
 
 
 def _shards(units: list[Unit], max_bytes: int) -> tuple[tuple[Unit, ...], ...]:

@@ -15,7 +15,7 @@ from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, model_parent, weight_entries
-from fp8pipe.models.language.sources import check_unquantized, resolve_model
+from fp8pipe.models.language.sources import check_no_adapter, check_unquantized, resolve_model
 
 HUGGING_FACE: Final = "huggingface"  # the kind of a plain directory
 
@@ -61,11 +61,12 @@ class Source:
         return next((layer.activation for layer in self.layers.values() if layer.activation is not None), None)
 
 
-def open_source(source: Path | str) -> Source:
+def open_source(source: Path | str, *, verify: bool = True) -> Source:
     """Open and check an export's input.
 
     Args:
         source: a directory, a .gguf file, or anything else that `resolve_model` understands.
+        verify: hash an artifact's files.
 
     Raises:
         ConfigurationError: nothing there, no config.json, or a checkpoint that is quantized already.
@@ -76,7 +77,7 @@ def open_source(source: Path | str) -> Source:
         return _from_hugging_face(resolve_model(str(source)).path, str(source))
     if not (root / MANIFEST_NAME).is_file() and not root.name.endswith(".partial"):
         return _from_hugging_face(root, str(root))
-    artifact = open_artifact(root, kind=TUNED_KINDS)
+    artifact = open_artifact(root, kind=TUNED_KINDS, verify=verify)
     manifest = artifact.manifest
     details = manifest.details_of(TunedDetails)
     return Source(
@@ -93,6 +94,7 @@ def open_source(source: Path | str) -> Source:
 
 def _from_hugging_face(root: Path, origin: str) -> Source:
     config = _read_config(root)
+    check_no_adapter(root)
     check_unquantized(root)
     with blame_configuration():
         tensors = weight_entries(root)

@@ -55,7 +55,7 @@ TARGET: Final = ExportTarget(
     name="vllm", kind=KIND, takes=(*TUNED_KINDS, PLAIN_MODEL), options=VllmExportOptions, details=VllmDetails,
     help="a checkpoint for vLLM", export="exporters.vllm.export:export_vllm",
     plan="exporters.vllm.export:plan_vllm",
-    verify="exporters.vllm.verify:check_vllm",
+    verify="exporters.vllm.verify:check_vllm", foresee="exporters.vllm.foresee:foresee",
     engines=(
         Engine(
             "vllm", "validation.vllm.validate:validate_export", "validation.vllm.validate:describe",

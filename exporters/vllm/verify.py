@@ -31,8 +31,8 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
-from fp8pipe.models.checkpoint.tensors import TensorEntry, spellings, weight_entries
 from fp8pipe.models.language.ending import EOS, GENERATION_FILE, stop_tokens
+from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 
 
@@ -118,10 +118,13 @@ def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructur
     for name in sorted(tensors):
         if "lora_" in name or ".base_layer." in name:
             yield Finding(Check.LINT, name, "an adapter's tensor, which no engine loads from here")
+    table = structure.naming.table(tensors)
+    stored = {known.name: tensors[name] for name, known in table.items() if known.whole}
+    joined = {known.name for known in table.values() if not known.whole}
     for name, shape in structure.tensors.items():
-        if "expert" in name or name in structure.tied or name in structure.tied.values():
+        if name in joined or "expert" in name or name in structure.tied or name in structure.tied.values():
             continue
-        found = next((tensors[n] for n in spellings(name, structure.base_prefix) if n in tensors), None)
+        found = stored.get(name)
         if found is None:
             yield Finding(Check.LINT, name, "the architecture of config.json has it, the files do not")
         elif len(found.shape) < 2 and found.shape != shape:

@@ -42,7 +42,7 @@ def finetune_command(
         artifact = finetune(settings, output, force=force, resume=resume)
     show_artifact(
         console, artifact, finetuned_lines(artifact),
-        f"fp8pipe export {artifact.root} --target vllm --output {artifact.root}-vllm",
+        next_export(artifact),
         remedy="train longer, with another learning rate or on more data; the artifact is kept for a look",
         heldout_loss=_losses(artifact).model_dump(),
     )  # fmt: skip
@@ -57,6 +57,16 @@ def finetuned_lines(artifact: Artifact) -> list[str]:
         *(f"  failed gate: {gate}" for gate in manifest.gates if not gate.passed),
         *(f"  warning: {warning}" for warning in manifest.warnings),
     ]
+
+
+def next_export(artifact: Artifact) -> str:
+    """The command of the first export that will not be refused: the usual one for most models."""
+    from exporters.target import foresee
+
+    forms = foresee(artifact.root, artifact.kind)
+    form = next((words for words, findings in forms.items() if not findings), next(iter(forms)))
+    _, target, *_ = form.split()
+    return f"fp8pipe export {artifact.root} {form} --output {artifact.root}-{target}"
 
 
 def _losses(artifact: Artifact) -> HeldoutLoss:

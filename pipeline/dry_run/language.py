@@ -17,8 +17,8 @@ import torch
 from fp8pipe.artifact.kinds import TunedDetails
 from fp8pipe.core.config import build_config
 from fp8pipe.core.plan import enter_phase
-from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource
+from fp8pipe.models.language.structure import model_class
 from pipeline.dry_run.process import CheckpointMeter, perform
 from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.config import FinetuneConfig
@@ -49,7 +49,7 @@ def with_layers(settings: Any, count: int) -> Any:
 def write_model(settings: Any, dtype: torch.dtype, folder: Path) -> None:
     """A checkpoint of random weights, as the real one is stored."""
     torch.manual_seed(0)
-    model = import_transformers().AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    model = model_class(settings)._from_config(settings, dtype=dtype)
     model.save_pretrained(folder)
 
 

@@ -21,20 +21,26 @@ from pipeline.falqon.initialise import Losses, adapter_directions, gradient_sket
 from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
 from pipeline.falqon.rules import Initialisation, UpdateRule
 
+_SHOWN = 3  # layers in a message
+
 
 def read_convertible(model: nn.Module, rank: int) -> ModelStructure:
-    """The structure of a model whose linears can take an adapter of `rank`.
+    """The structure, probed, of a model whose linears can take an adapter of `rank`.
 
     Raises:
-        ConfigurationError: the model is already quantized, has no linear layer to convert, or one too small.
+        ConfigurationError: the model does not run on token ids alone, is already quantized, has no linear layer to
+            convert, or one too small.
     """
     _refuse_quantized(model)
     structure = structure_of(model)
+    if structure.trainable:
+        structure = structure.probed(model)
     shapes = {name: structure.shape(name) for name in structure.trainable}
     if not shapes:
+        left_out = "; ".join(f"{name}: {why}" for name, why in list(structure.left_out.items())[:_SHOWN])
         raise ConfigurationError(
             "the model has no linear layer to convert",
-            why=f"{structure.architecture} holds {len(structure.left_out)} linear layers, all of them heads or tied"
+            why=f"{structure.architecture} holds {len(structure.left_out)} linear layers, left out are {left_out}"
             if structure.left_out
             else f"{structure.architecture} holds no nn.Linear and no Conv1D",
             fix="choose a causal language model whose attention and MLP are linear layers",
@@ -87,7 +93,7 @@ def convert_model(
     structure = read_convertible(model, rank)
     records = left_out_records(structure)
     model.requires_grad_(False)
-    names = structure.probed(model).input_groups if rule.stacked else tuple((name,) for name in structure.trainable)
+    names = structure.input_groups if rule.stacked else tuple((name,) for name in structure.trainable)
     rows: dict[str, Tensor] = {}
     if initialisation is Initialisation.GRADIENT and stored is None:
         if losses is None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.grids import E4M3, quantize
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.rules import Initialisation
@@ -108,6 +109,9 @@ def gradient_sketches(
 
     Returns:
         By first member: `(rank, in)` fp32 with orthonormal rows.
+
+    Raises:
+        ConfigurationError: a layer that no token of the batches reached.
     """
     generator = torch.Generator().manual_seed(seed)
     tests: dict[str, Tensor] = {}
@@ -159,4 +163,10 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
+    if silent := [name for group in groups for name in group if name not in sums]:
+        raise ConfigurationError(
+            f"{len(silent)} layer(s) have no gradient to start from",
+            why=f"the first: no token of the first training batches went through {silent[0]}",
+            fix="give more `gradient_batches` in the configuration, or use --initialisation randomized-svd",
+        )
     return [[sums[name] for name in group] for group in groups]

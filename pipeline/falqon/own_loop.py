@@ -27,9 +27,12 @@ from torch import Tensor, nn
 from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat
 from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.tensors import checkpoint_names, model_parent
 from fp8pipe.models.language.ending import GENERATION_FILE, read_ending
+from fp8pipe.models.checkpoint.names import checkpoint_names
+from fp8pipe.models.checkpoint.tensors import model_parent
+from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
+from fp8pipe.models.language.structure import read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.flush import FlushReport
 from pipeline.falqon.initialise import Losses
@@ -66,7 +69,7 @@ def convert(
 
     Raises:
         ConfigurationError: an unknown rule or initialisation, a rank that does not fit, nothing to convert, or a model
-            that is quantized already.
+            that is quantized already or not finite.
     """
     rule = update_rule(update_rule_name)
     how = initialisation or (Initialisation.RANDOMIZED_SVD if losses is None else Initialisation.GRADIENT)
@@ -79,6 +82,7 @@ def convert(
         ) from None
     if chosen is Initialisation.GRADIENT and losses is None:
         raise ConfigurationError("the gradient initialisation needs losses", why="none were given", fix="give losses")
+    refuse_not_finite(model.named_parameters(), type(model).__name__)
     widen_bf16_products()
     method = FalqonMethod(rule, rank=rank, rows=rows, initialisation=chosen, seed=seed)
     return Falqon(model, method, method.prepare(model, losses=losses))
@@ -152,8 +156,8 @@ class Falqon:
             )
         source = resolve_model(str(base))
         check_unquantized(source.path)
-        rule, prefix = self.method.rule, getattr(self.model, "base_model_prefix", "")
-        names = checkpoint_names(source.path, self.method.names, str(prefix))
+        rule = self.method.rule
+        names = checkpoint_names(source.path, read_structure(source.path).naming, self.method.names)
         with ArtifactWriter(output, kind=TUNED_KINDS[0], stage="own training loop", force=force) as writer:
             weights, adapter = self.method.deployed_weights(), self.method.adapter()
             transposed = write_deployed(writer, source.path, weights, adapter, names)

@@ -10,16 +10,19 @@ then quantize. They are there for honest comparison, never a dependency of the p
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from exporters.target import foresee
 from fp8pipe.artifact import LayerRecord
-from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.compat import import_package
-from fp8pipe.models.language.structure import ModelStructure
 from pipeline.falqon.convert import left_out_records, read_convertible
 from pipeline.falqon.flush import FlushReport, Inputs
 from pipeline.falqon.initialise import Losses
@@ -30,19 +33,30 @@ _SHOWN = 3  # names in a warning
 _FP8, _BF16 = (8, 9), (8, 0)  # CUDA compute capabilities
 
 
-def export_warnings(structure: ModelStructure) -> list[str]:
-    """What the FP8 export of a tuned model will refuse, said before hours of training; empty for most models.
+def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[str]:
+    """What the usual export of a tuned model will refuse, said before hours of training; empty for most models.
 
-    The exporter's linter has the last word, and speaks about a finished checkpoint. This can be told from the
-    architecture alone.
+    Args:
+        base: the model's directory; headers are read.
+        method: of training.
+        trained: the linears that it will train, as the checkpoint names them.
+
+    Raises:
+        ConfigurationError: no form of export remains.
     """
-    if not (loose := structure.loose):
+    forms = foresee(base, FALQON_KIND if method == "falqon" else LORA_KIND, trained)
+    usual = next(iter(forms))
+    if not forms[usual]:
         return []
-    more = ", ..." if len(loose) > _SHOWN else ""
-    return [
-        f"{len(loose)} matrices belong to no linear layer (stacked experts, for one) and stay as they are: "
-        f"{', '.join(loose[:_SHOWN])}{more}. The FP8 export will refuse this model; --format bf16 remains"
-    ]
+    rules = dict.fromkeys(finding.rule for finding in forms[usual])
+    firsts = [next(f for f in forms[usual] if f.rule == rule) for rule in list(rules)[:_SHOWN]]
+    why = "; ".join(f"{first} (of {sum(f.rule == first.rule for f in forms[usual])})" for first in firsts)
+    remaining = [form for form, findings in forms.items() if not findings]
+    if not remaining:
+        raise ConfigurationError(
+            f"no export of the tuned model would be possible: {base}", why=why, fix=firsts[0].fix or "use another model"
+        )
+    return [f"fp8pipe export {usual} will refuse the tuned model: {why}. What remains: {', '.join(remaining)}"]
 
 
 def hardware(method: str, device: str) -> str:

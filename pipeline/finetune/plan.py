@@ -16,13 +16,16 @@ from fp8pipe.artifact.kinds import PackingFacts
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import gpus
 from fp8pipe.core.plan import Missing, Plan, can_measure, missing_disk, missing_memory, missing_packages
+from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.ending import read_ending
-from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, Way, reckon
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
+from fp8pipe.models.language.base import check_base
+from fp8pipe.models.language.sources import ModelSource, resolve_model
+from fp8pipe.models.language.structure import load_config, model_class
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.falqon.convert import read_convertible
@@ -59,12 +62,14 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         ConfigurationError: what the run itself would refuse about model, text and rank.
     """
     source = resolve_model(config.model)
-    check_unquantized(source.path)
-    settings = import_transformers().AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    check_base(source.path, config.model)
+    settings = load_config(source.path)
     with torch.device("meta"):
-        model = import_transformers().AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
+        model = model_class(settings)._from_config(settings, dtype=getattr(torch, config.dtype))
     model.tie_weights()
     structure = read_convertible(model, config.rank)
+    names = checkpoint_names(source.path, structure.naming, structure.trainable)
+    warnings = export_warnings(source.path, config.method, names.values())
     shapes = [structure.shape(name) for name in structure.trainable]
     missing = _missing(config)
     layer_bytes = 2 * sum(out * into for out, into in shapes) // layer_count(settings)
@@ -84,7 +89,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         hardware=hardware(config.method, config.device),
         packages=_packages(config),
         missing=(*missing, *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
-        notes=(*export_warnings(structure), *read_ending(source.path, tuned=True).warnings(), *notes, *told),
+        notes=(*warnings, *read_ending(source.path, tuned=True).warnings(), *notes, *told),
         facts={
             "layers": len(shapes),
             "left_out": structure.left_out,

@@ -30,20 +30,16 @@ from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingF
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
-from fp8pipe.models.checkpoint.tensors import (
-    blame_configuration,
-    checkpoint_names,
-    header_entries,
-    model_parent,
-    weight_files,
-)
-from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
-from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
-from fp8pipe.models.language.structure import structure_of
+from fp8pipe.models.checkpoint.names import checkpoint_names
+from fp8pipe.models.checkpoint.tensors import blame_configuration, header_entries, model_parent, weight_files
+from fp8pipe.models.language.base import check_base, check_tokens, check_values, embedding_rows, load_tokenizer
+from fp8pipe.models.language.sources import ModelSource, resolve_model
+from fp8pipe.models.language.structure import load_config, model_class
 from fp8pipe.models.language.text import TemplateInfo, data_files, encode, load_records, split, template_info
 from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
+from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.attention import use_matmul_attention
 from pipeline.finetune.batches import Batches
@@ -103,14 +99,16 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
     source = resolve_model(config.model)
-    check_unquantized(source.path)
+    structure = check_base(source.path, config.model)
     if config.device == "cpu":
         with blame_configuration():
             entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
         width = getattr(torch, config.dtype).itemsize  # the loaded weights, whatever comes afterwards
         refuse_impossible(sum(math.prod(e.shape) for e in entries) * width, f"the model {config.model}")
     enter_phase("text")
-    return tune(config, source, load_text(config, source), output, force=force, resume=resume)
+    text = load_text(config, source)
+    check_values(source.path, config.model, structure)
+    return tune(config, source, text, output, force=force, resume=resume)
 
 
 def tune(
@@ -129,7 +127,9 @@ def tune(
             writer.warn(warning)
         enter_phase("load")
         model = load_model(config, source)
-        for warning in export_warnings(structure_of(model)):
+        structure = read_convertible(model, config.rank)
+        names = checkpoint_names(source.path, structure.naming, structure.trainable)
+        for warning in export_warnings(source.path, config.method, names.values()):
             writer.warn(warning)
         text = _keep_apart(config, model, text)
         if warning := packing_warning(text.packing):
@@ -138,7 +138,6 @@ def tune(
         store = CheckpointStore(writer.root / _CHECKPOINTS, config.keep_checkpoints)
         enter_phase("prepare")
         records = _prepare(config, model, method, store, text)
-        names = checkpoint_names(source.path, method.names, getattr(model, "base_model_prefix", ""))
         trainer = Trainer(config, model, method, text.train, text.heldout, store, writer.root / _METRICS)
         if trainer.resume():
             _LOG.info("resumed after step %d", trainer.step)
@@ -158,7 +157,7 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         ConfigurationError: data that is empty, malformed, or without answers; a chat template that is not valid.
         MissingCapabilityError: the data needs a package that is not installed.
     """
-    tokenizer = import_transformers().AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    tokenizer = load_tokenizer(source.path)
     template_info(tokenizer)  # a broken one is refused before the data is read
     warnings: list[str] = []
     records = load_records(config.data, warnings.append)
@@ -169,9 +168,12 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     )
     warnings += encoded_train.warnings
     warnings += [f"held-out text: {warning}" for warning in encoded_heldout.warnings if warning not in warnings]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ending = ending_of(source.path, tokenizer, encoded_train.template)
-    common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad or 0}
+    rows = embedding_rows(source.path)
+    texts = [example.input_ids for part in (encoded_train, encoded_heldout) for example in part.examples]
+    warnings += check_tokens(tokenizer, rows, texts)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
+    common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad}
     return TrainingText(
         train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
         heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
@@ -191,18 +193,19 @@ def _named_files(data: str) -> list[tuple[str, Path]]:
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     """The base model in the configured dtype, on its device."""
-    auto = import_transformers().AutoModelForCausalLM
+    kind = model_class(load_config(source.path))
     try:
-        model = auto.from_pretrained(
+        model = kind.from_pretrained(
             source.path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ConfigurationError(
             f"{config.model} cannot be loaded as a causal language model",
             why=str(error).splitlines()[0],
-            fix="give a decoder model that transformers' AutoModelForCausalLM knows",
+            fix="give a decoder model that transformers knows",
         ) from error
-    model.config.use_cache = False
+    for settings in (model.config, model.config.get_text_config(decoder=True)):
+        settings.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.device == "cpu":

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from exporters.graph.lint import refuse
 from exporters.graph.passes.editing import Change, drop_unused, insert, quantize_value
-from exporters.graph.passes.products import name_products, strip_metadata
+from exporters.graph.passes.products import name_products, split_gemms, strip_metadata
 from exporters.graph.passes.quantize import quantize_weights
 from exporters.graph.trace import FloatGraph, Product, ProductKind, export_program, holds_weight, owner, stored_array
 from exporters.tensorrt.half import NotHalf, refuse_not_half
@@ -79,6 +79,8 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
     shape = cache_shape(decoder)
     changes = [
         strip_metadata(traced.model),  # first: it takes the tracer's prefix off names, and ours have none
+        # The tracer makes a Gemm of a linear with a bias that reads two axes (OPT's MLP).
+        *(change for change in [split_gemms(traced)] if change.changed),
         quantize_weights(traced, model.weights),
         quantize_inputs(traced, scales),
         name_products(traced),
@@ -278,12 +280,17 @@ def _assign(graph: ir.Model, model: PreTrainedModel, layers: Sequence[str]) -> l
     for node in graph.graph:
         if node.op_type in ("MatMul", "Gemm") and node.inputs[1] is not None and node.inputs[1].const_value is not None:
             found.setdefault(owner(node, known), []).append(node)
+    products = []
     for name in layers:
         nodes, weight = found.get(name, []), model.get_submodule(name).get_parameter("weight")
-        if len(nodes) != 1 or nodes[0].op_type != "MatMul" or not holds_weight(nodes[0], weight):
+        if len(nodes) != 1 or not holds_weight(nodes[0], weight):
             raise ConfigurationError(
                 f"the traced graph of {type(model).__name__} does not match the model",
-                why=f"{name} has {len(nodes)} product(s) with its weight, expected one",
-                fix="use versions of torch, onnxscript and transformers that this project was tested with",
+                why=f"{name} has {len(nodes)} product(s) with a stored matrix, expected one"
+                if len(nodes) != 1
+                else f"{nodes[0].op_type} {nodes[0].name} of {name} multiplies by another matrix than its weight",
+                fix="use versions of torch, onnxscript and transformers that this project was tested with, or export "
+                "with --target vllm",
             )
-    return [Product(ProductKind.LINEAR, name, found[name][0]) for name in layers]
+        products.append(Product(ProductKind.LINEAR, name, nodes[0]))
+    return products

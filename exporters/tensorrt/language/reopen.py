@@ -27,7 +27,6 @@ from exporters.tensorrt.language.target import CacheFacts, InputScale
 from exporters.tensorrt.parity import typed_gates
 from exporters.tensorrt.target import Base
 from fp8pipe.artifact import Gate, at_most, none_of
-from fp8pipe.models.checkpoint.tensors import spellings
 from fp8pipe.models.language.text import Encoded
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer
@@ -116,10 +115,10 @@ def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], li
         for name, value in graph.graph.initializers.items()
         if value.const_value is not None and value.dtype is not None and value.dtype.name in _FLOATS
     }
-    prefix, aliases = model.plan.structure.base_prefix, model.plan.structure.tied
+    known_as, aliases = model.plan.names, model.plan.structure.tied
     different, compared, known = [], 0, set()
     for name, tensor in model.floats.items():
-        names = list(spellings(name, prefix))
+        names = [known_as[name].name]
         names += [tied for tied, original in aliases.items() if original in names]  # the tracer takes either name
         found = next((n for n in names if n in stored), None)
         wanted = tensor.float().numpy()

@@ -7,7 +7,7 @@ was trained on, split as its training split it: scales come from training record
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from exporters.tensorrt.language.target import CalibrationFacts
 from exporters.vllm.export import plan_export
-from exporters.vllm.lint import lint
+from exporters.vllm.foresee import plan_ahead
+from exporters.vllm.lint import lint, lint_structure
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan
 from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact, sha256_file
@@ -25,7 +26,7 @@ from fp8pipe.artifact.finding import Finding, LintFindingsError
 from fp8pipe.artifact.kinds import FALQON_KIND, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
-from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.base import load_tokenizer
 from fp8pipe.models.language.structure import build_model, load_config
 from fp8pipe.models.language.text import Encoded, encode, load_records, split
 from fp8pipe.numerics.quantizers import WeightCodes
@@ -82,10 +83,7 @@ def open_language(source: Path) -> LanguageModel:
     """
     artifact = open_artifact(source, kind=FALQON_KIND)
     plan = plan_export(source, VllmExportOptions())
-    transposed = [unit.entry.name for unit in plan.units if unit.quantized and unit.transposed]
-    fix = "export with --target vllm"
-    findings = [*lint(plan), *(Finding("transposed-weight", name, "stored (in, out)", fix) for name in transposed)]
-    if findings:
+    if findings := [*lint(plan), *_transposed(plan)]:
         raise LintFindingsError(findings, str(source))
     weights, floats = {}, {}
     for unit in plan.units:
@@ -98,13 +96,32 @@ def open_language(source: Path) -> LanguageModel:
     return LanguageModel(artifact, plan, weights, floats)
 
 
+def _transposed(plan: ExportPlan) -> list[Finding]:
+    names = [unit.entry.name for unit in plan.units if unit.quantized and unit.transposed]
+    return [Finding("transposed-weight", name, "stored (in, out)", "export with --target vllm") for name in names]
+
+
+def foresee_checkpoint(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
+    """As the target's `foresee`, of a checkpoint in ModelOpt's layout."""
+    plan = plan_ahead(root, kind, trained, VllmExportOptions().format)
+    return {"--target trt --format modelopt-checkpoint": [*lint_structure(plan), *_transposed(plan)]}
+
+
+def foresee_graph(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
+    """As the target's `foresee`, of a graph; whether it can be traced shows only then."""
+    (findings,) = foresee_checkpoint(root, kind, trained).values()
+    seen = _partial_attention(root)
+    return {"--target trt": [*findings, *([Finding("attention", "config.json", seen, _OTHERWISE)] if seen else [])]}
+
+
 def language_records(model: LanguageModel, calibration: str) -> list[LayerRecord]:
     """The artifact's layers as a graph with static scales has them; what training recorded of a weight is kept."""
     rule = ScaleRule.POWER_OF_TWO if calibration == "amax" else ScaleRule(calibration)
     inputs = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
-    records = []
+    records, spelt = [], model.plan.spelt
+    by_name = {spelt[module]: weight for module, weight in model.weights.items()}
     for layer in model.plan.layers:
-        weight = model.weights.get(layer.name)
+        weight = by_name.get(layer.name)
         if weight is None or layer.weight is None:
             records.append(layer.model_copy(update={"weight": None, "activation": None}))
             continue
@@ -114,21 +131,27 @@ def language_records(model: LanguageModel, calibration: str) -> list[LayerRecord
     return records
 
 
+_OTHERWISE = "export with --format modelopt-checkpoint, or --target vllm"
+
+
 def check_attention(model: LanguageModel) -> None:
     """Refuse models whose layers see a window of the text only: the graph has one mask for all layers.
 
     Raises:
         ConfigurationError: naming what was found.
     """
-    config = load_config(model.root)
+    if seen := _partial_attention(model.root):
+        raise ConfigurationError(f"{model.root} cannot be exported as a graph", why=seen, fix=_OTHERWISE)
+
+
+def _partial_attention(root: Path) -> str:
+    """What is not full attention in a model's layers; empty where all is."""
+    config = load_config(root)
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
     if kinds - {"full_attention"} or (window is not None and not kinds):
-        raise ConfigurationError(
-            f"{model.root} cannot be exported as a graph",
-            why=f"its attention is not the full one in every layer ({', '.join(sorted(kinds)) or f'window {window}'})",
-            fix="export with --format modelopt-checkpoint, or --target vllm",
-        )
+        return f"its attention is not the full one in every layer ({', '.join(sorted(kinds)) or f'window {window}'})"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +189,7 @@ def read_text(model: LanguageModel, data: str | None, records: int) -> ExportTex
     train, heldout = split(
         load_records(str(source)), heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0
     )
-    tokenizer = import_transformers().AutoTokenizer.from_pretrained(model.root, trust_remote_code=False)
+    tokenizer = load_tokenizer(model.root)
     length, last_only = int(config.get("sequence_length", LENGTH)), config.get("answers") == "last"
     limit = int(config.get("heldout_limit", _HELDOUT_LIMIT))
     if data is None:

@@ -143,7 +143,7 @@ TARGET: Final = ExportTarget(
     help="of language models, a decoder graph and engines", label="trt, language",
     export="exporters.tensorrt.language.export:export_language",
     plan="exporters.tensorrt.language.plan:plan_for_people",
-    verify="exporters.tensorrt.verify:check_language",
+    verify="exporters.tensorrt.verify:check_language", foresee="exporters.tensorrt.language.source:foresee_graph",
     engines=(
         Engine("tensorrt", "validation.tensorrt.language:validate_language", "validation.tensorrt.validate:describe"),
     ),

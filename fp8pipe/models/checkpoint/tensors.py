@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,39 +179,6 @@ def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> N
     """Write the index of a checkpoint in several files: file names by tensor name, and the bytes of all tensors."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def spellings(name: str, prefix: str) -> tuple[str, ...]:
-    """How a checkpoint may spell a name: as the model does, without the base model's prefix, or with it."""
-    return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-
-
-def checkpoint_names(root: Path, modules: Iterable[str], prefix: str) -> dict[str, str]:
-    """For each module path, its name in the checkpoint (without `.weight`).
-
-    Args:
-        root: the checkpoint.
-        modules: module paths in the loaded model.
-        prefix: the model's `base_model_prefix`, which checkpoints of the bare model lack.
-
-    Raises:
-        ConfigurationError: a module's weight is not in the checkpoint under any spelling, or the checkpoint cannot be
-            read.
-    """
-    with blame_configuration():
-        present = {name for file in weight_files(root) for name in header_entries(file)}
-    names: dict[str, str] = {}
-    for module in modules:
-        spelt = spellings(module, prefix)
-        found = [name for name in spelt if f"{name}.weight" in present]
-        if not found:
-            raise ConfigurationError(
-                f"the weight of {module} is not in the checkpoint under a name that can be traced",
-                why=f"neither {module}.weight nor {spelt[1]}.weight is among its {len(present)} tensors",
-                fix="save the model once with transformers' save_pretrained and start from that",
-            )
-        names[module] = found[0]
-    return names
 
 
 def model_parent(root: Path, origin: str) -> Parent:

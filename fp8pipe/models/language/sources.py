@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.gguf import convert_gguf
 from fp8pipe.models.checkpoint.sidecars import HUB_FILES, read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, header_entries, weight_files
@@ -22,6 +22,7 @@ from fp8pipe.models.samples import sample_name, smollm2_gguf
 from fp8pipe.models.settings import check_config
 
 MODEL_SAMPLES: Final = ("smollm2",)
+ADAPTER_FILE: Final = "adapter_config.json"
 # A hub id: at most one slash, no path syntax; an optional revision after "@".
 _HUB_ID: Final = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$")
 
@@ -124,7 +125,32 @@ def _check_config(path: Path) -> None:
     check_config(path)
 
 
+def check_no_adapter(path: Path) -> None:
+    """Refuse a directory that holds a PEFT adapter: transformers would load it into the model, under other names.
+
+    Raises:
+        ConfigurationError: naming the base, where the adapter does.
+    """
+    if not (file := path / ADAPTER_FILE).is_file():
+        return
+    try:
+        base = str(read_config(file).get("base_model_name_or_path") or "")
+    except BadArtifactError:
+        base = ""
+    alone = not (path / "config.json").is_file()
+    named = f" ({base})" if base else ""
+    merge = f"merge it first (peft: merge_and_unload, then save_pretrained), or give the base model{named}"
+    raise ConfigurationError(
+        f"{path} holds a PEFT adapter" + (", which is no model of its own" if alone else " beside the model"),
+        why=f"{ADAPTER_FILE} is there, and it is unclear whether base or adapted weights are meant"
+        if not alone
+        else f"{ADAPTER_FILE} is there, and no config.json",
+        fix=merge if alone else f"{merge}; to leave the adapter out, move {ADAPTER_FILE} away",
+    )
+
+
 def _check_checkpoint(path: Path) -> None:
+    check_no_adapter(path)
     _check_config(path)
     if not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))

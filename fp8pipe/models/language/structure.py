@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.tensors import spellings
+from fp8pipe.models.checkpoint.names import Naming, naming_of
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.probing import watch_pass
 from fp8pipe.models.settings import check_config
 
 if TYPE_CHECKING:
@@ -54,7 +54,11 @@ class ModelStructure:
         tied: tensor names that share storage with another (absent from a checkpoint) -> that other name.
         shared: linears whose weight some other module owns, too.
         loose: parameters with two axes or more that belong to no module of a known kind.
+        embedding: module name of the input embedding, if any.
+        buffers: tensors of the state that are no parameters.
         discarded: patterns of tensors that old checkpoints hold and the architecture declares meaningless.
+        naming: how transformers names a checkpoint's tensors.
+        unusable: linears that a pass of text does not call, or whose weight it reads -> why; empty before `probed`.
         input_groups: the linears that can be trained, grouped by the tensor they read; empty before `probed`.
     """
 
@@ -69,7 +73,11 @@ class ModelStructure:
     tied: dict[str, str]
     shared: frozenset[str]
     loose: tuple[str, ...]
+    embedding: str | None
+    buffers: frozenset[str]
     discarded: tuple[str, ...]
+    naming: Naming = field(default_factory=Naming)
+    unusable: dict[str, str] = field(default_factory=dict)
     input_groups: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -80,9 +88,14 @@ class ModelStructure:
     @property
     def left_out(self) -> dict[str, str]:
         """Linears that are not trained -> why."""
-        tied = {m: "weight tied to another module" for m in self.projections if m in self.shared}
-        head = {m: "output head" for m in self.projections if m == self.output_head}
-        return {m: (tied | head)[m] for m in self.projections if m in tied or m in head}
+        return {m: why for m in self.projections if (why := self._reason(m)) is not None}
+
+    def _reason(self, module: str) -> str | None:
+        if module == self.output_head:
+            return "output head"
+        if module in self.shared:
+            return "weight tied to another module"
+        return self.unusable.get(module) if self.in_decoder(module) else "outside the text decoder"
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -108,15 +121,10 @@ class ModelStructure:
         parameter = model.get_submodule(module).get_parameter("weight").detach()
         return parameter.t().contiguous() if self.transposed(module) else parameter
 
-    def module_of(self, tensor_name: str) -> str | None:
-        """The module that owns a checkpoint tensor, in the model's spelling; None when it has none."""
-        stem = tensor_name.rpartition(".")[0]
-        return next((name for name in spellings(stem, self.base_prefix) if name in self.modules), None)
-
-    def role_of(self, tensor_name: str) -> Role | None:
-        """Role of a `.weight` tensor; None for anything else."""
-        module = self.module_of(tensor_name)
-        return self.roles.get(module) if module and tensor_name.endswith(".weight") else None
+    def owner(self, tensor: str) -> str | None:
+        """The module that owns a tensor, by the model's name; None when the model has none of that name."""
+        stem = tensor.rpartition(".")[0]
+        return stem if stem in self.modules else None
 
     def is_discarded(self, tensor_name: str) -> bool:
         """Whether the architecture throws this tensor away (GPT-2's stored causal mask, for one)."""
@@ -128,8 +136,15 @@ class ModelStructure:
         return inside and module != self.output_head
 
     def probed(self, model: nn.Module) -> ModelStructure:
-        """The structure with its `input_groups`, from a pass of two tokens through the live model."""
-        return replace(self, input_groups=_input_groups(model, self.trainable))
+        """The structure with what a pass of a few tokens shows: `unusable` linears and `input_groups`.
+
+        Raises:
+            ConfigurationError: the model does not run on token ids alone.
+        """
+        asked = self.trainable
+        seen = watch_pass(model, asked, tuple(self.roles))
+        usable = [tuple(name for name in group if name not in seen.unusable) for group in seen.groups]
+        return replace(self, unusable=seen.unusable, input_groups=tuple(group for group in usable if group))
 
 
 def structure_of(model: nn.Module) -> ModelStructure:
@@ -151,13 +166,15 @@ def structure_of(model: nn.Module) -> ModelStructure:
     pretrained: Any = model
     decoder = pretrained.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", None)
     head = pretrained.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embedding = pretrained.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = Counter(_identity(parameter) for parameter in parameters.values())
+    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return ModelStructure(
         architecture=type(model).__name__,
         model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
         roles=roles,
-        tensors={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        tensors=tensors,
         modules=frozenset(n for n in names.values() if n),
         decoder=names.get(id(decoder), ""),
         base_prefix=str(getattr(model, "base_model_prefix", "")),
@@ -165,7 +182,10 @@ def structure_of(model: nn.Module) -> ModelStructure:
         tied=dict(getattr(model, "all_tied_weights_keys", {})),
         shared=frozenset(m for m in roles if owners[_identity(parameters[f"{m}.weight"])] > 1),
         loose=tuple(loose),
+        embedding=names.get(id(embedding)) if embedding is not None else None,
+        buffers=frozenset(tensors.keys() - parameters.keys()),
         discarded=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        naming=naming_of(model, tensors),
     )
 
 
@@ -205,20 +225,34 @@ def load_config(directory: Path) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The transformers class that config.json's `architectures` names.
+    """The transformers class that config.json's `architectures` names: one that computes logits of the next token.
 
     Raises:
-        ConfigurationError: no architecture is named, or transformers has no such class.
+        ConfigurationError: no architecture is named, transformers has no such class, or it is no such model.
     """
     transformers = import_transformers()
+    from transformers.models.auto import modeling_auto as auto
+
     names = list(getattr(config, "architectures", None) or [])
-    if len(names) == 1 and hasattr(transformers, names[0]):
-        return getattr(transformers, names[0])
-    raise ConfigurationError(
-        f"the architecture of the model is unknown: architectures = {names}",
-        why="config.json must name exactly one class of the installed transformers",
-        fix='set `architectures` in config.json, for example ["LlamaForCausalLM"]',
-    )
+    causal = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    known = [name for table in causal for name in _classes(table.get(config.model_type))]
+    if len(names) != 1 or not hasattr(transformers, names[0]):
+        raise ConfigurationError(
+            f"the architecture of the model is unknown: architectures = {names}",
+            why="config.json must name exactly one class of the installed transformers",
+            fix=f'set `architectures` in config.json, for example ["{next(iter(known), "LlamaForCausalLM")}"]',
+        )
+    if names[0] not in known:
+        raise ConfigurationError(
+            f"{names[0]} is no causal language model",
+            why=f"of the model type {config.model_type}, {' and '.join(known) or 'no class'} can predict tokens",
+            fix="give a checkpoint of such a class: without its output head a model cannot be trained or served as one",
+        )
+    return getattr(transformers, names[0])
+
+
+def _classes(named: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if named is None else (named,) if isinstance(named, str) else tuple(named)
 
 
 def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, **options: str) -> PreTrainedModel:
@@ -233,37 +267,6 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
     built = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
     model: PreTrainedModel = built.eval()
     return model
-
-
-def _input_groups(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """The named modules, grouped by the tensor object they receive in one forward pass of two tokens.
-
-    Returns:
-        Groups in call order; modules that were not called, or called more than once, stay alone.
-    """
-    readers: dict[int, list[str]] = {}
-    calls: dict[str, int] = dict.fromkeys(names, 0)
-    alive: list[Tensor] = []  # ids are unique only while the tensors live
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            calls[name] += 1
-            if args:
-                alive.append(args[0])
-                readers.setdefault(id(args[0]), []).append(name)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups = [tuple(name for name in group if calls[name] == 1) for group in readers.values()]
-    grouped = {name for group in groups for name in group}
-    return (*(group for group in groups if group), *((name,) for name in names if name not in grouped))
 
 
 def _identity(parameter: Tensor) -> int:

@@ -15,7 +15,7 @@ from fp8pipe.models.language.structure import structure_of
 from pipeline.dry_run.devices import DEVICES
 from pipeline.finetune import plan as plan_module
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.method import check_device, export_warnings, hardware
+from pipeline.finetune.method import check_device, hardware
 from pipeline.finetune.plan import plan_finetune
 from pipeline.finetune.stage import finetune
 
@@ -54,12 +54,6 @@ def test_a_plan_refuses_what_the_command_refuses(make_base, tmp_path):
     with pytest.raises(ConfigurationError, match="no data file") as refusal:
         plan_finetune(config(make_base(), tmp_path / "missing.jsonl"))
     assert refusal.value.fix
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_ordinary_models_raise_no_warning(make_base, family):
-    model = import_transformers().AutoModelForCausalLM.from_pretrained(make_base(family))
-    assert export_warnings(structure_of(model)) == []
 
 
 def test_only_falqon_asks_for_fp8_hardware(make_base, pairs):

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.checkpoint.names import Naming, checkpoint_names
 from fp8pipe.models.checkpoint.tensors import (
-    checkpoint_names,
     header_entries,
     is_scale,
     model_parent,
@@ -48,13 +48,6 @@ def test_shards_are_read_by_their_index(sharded: Path) -> None:
 def test_a_single_file_needs_no_index_and_goes_before_one(sharded: Path) -> None:
     save_file({"c.weight": torch.ones(1, 1)}, sharded / "model.safetensors")
     assert list(weight_entries(sharded)) == ["c.weight"]
-
-
-def test_names_are_found_with_and_without_the_base_models_prefix(sharded: Path) -> None:
-    found = checkpoint_names(sharded, ["model.a", "a", "model.b"], "model")
-    assert found == {"model.a": "model.a", "a": "model.a", "model.b": "b"}
-    with pytest.raises(ConfigurationError, match="the weight of c is not"):
-        checkpoint_names(sharded, ["c"], "model")
 
 
 DECISIVE = (
@@ -95,4 +88,4 @@ def test_what_cannot_be_read_is_named(sharded: Path) -> None:
         header_entries(sharded / SHARDS[0])
     (sharded / "model.safetensors.index.json").unlink()
     with pytest.raises(ConfigurationError, match="holds no weights"):
-        checkpoint_names(sharded, ["a"], "model")
+        checkpoint_names(sharded, Naming(), ["a"])

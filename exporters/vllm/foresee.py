@@ -1,0 +1,53 @@
+"""What an export will refuse about a model, told before it is tuned: the linter's rules of structure, from headers.
+
+The tuned artifact does not exist yet. Its tensors are those of the base, with codes and a scale in place of each weight
+that training will quantize, so the rules that need no values apply to it already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from exporters.vllm.lint import lint_structure
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from exporters.vllm.plan import ExportPlan, build_plan
+from exporters.vllm.source import Source, open_source
+from fp8pipe.artifact import MANIFEST_NAME, Parent
+from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.kinds import FALQON_KIND
+from fp8pipe.models.checkpoint.sidecars import read_config
+from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, weight_entries
+from fp8pipe.models.language.structure import read_structure
+
+
+def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
+    """What each format of this export refuses, by the options that ask for it, the usual one first.
+
+    Args:
+        root: an artifact; or the base model of one that does not exist yet.
+        kind: of the artifact.
+        trained: names in the checkpoint (without `.weight`) of the linears that it will hold trained.
+    """
+    usual = VllmExportOptions().format
+    words = {form: "--target vllm" + ("" if form is usual else f" --format {form}") for form in ExportFormat}
+    return {words[form]: lint_structure(plan_ahead(root, kind, trained, form)) for form in ExportFormat}
+
+
+def plan_ahead(root: Path, kind: str, trained: Collection[str], form: ExportFormat) -> ExportPlan:
+    """The plan of an export of an artifact that exists, or will be made of the model in `root`; see `foresee`."""
+    options = VllmExportOptions(format=form)
+    if (root / MANIFEST_NAME).is_file():
+        return build_plan(open_source(root, verify=False), read_structure(root), options)
+    tensors = weight_entries(root)
+    if kind == FALQON_KIND:
+        for name in trained:
+            weight = tensors[f"{name}.weight"]
+            tensors[weight.name] = replace(weight, dtype="F8_E4M3")
+            scale = weight.name + SCALE_SUFFIX
+            tensors[scale] = TensorEntry(scale, "F32", (), weight.file)
+    config = read_config(root / "config.json")
+    unhashed = Parent(kind="model", digest="", path=str(root))
+    source = Source(root=root, kind=kind, config=config, tensors=tensors, parent=unhashed, adapter="flushed")
+    return build_plan(source, read_structure(root), options)

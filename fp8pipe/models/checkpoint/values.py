@@ -1,0 +1,39 @@
+"""Values that no stage can use, found and named before anything rests on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fp8pipe.core.errors import ConfigurationError
+
+__all__ = ["count_not_finite", "refuse_not_finite"]
+
+_CHUNK = 1 << 24  # elements looked at together, so that masks of a large embedding stay small
+_SHOWN = 3
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """NaN and infinite values in a float tensor; none in another."""
+    if not tensor.is_floating_point() or tensor.device.type == "meta" or not tensor.numel():
+        return 0
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(values.reshape(-1), _CHUNK))
+
+
+def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], origin: str) -> None:
+    """Refuse weights with NaN or infinite values; one tensor at a time is looked at.
+
+    Raises:
+        ConfigurationError: naming the tensors.
+    """
+    found = [(name, count) for name, tensor in tensors if (count := count_not_finite(tensor.detach()))]
+    if found:
+        shown = ", ".join(f"{name} ({count} values)" for name, count in found[:_SHOWN])
+        raise ConfigurationError(
+            f"the weights of {origin} are not finite",
+            why=f"NaN or infinity in {len(found)} tensor(s): {shown}{', ...' if len(found) > _SHOWN else ''}",
+            fix="fetch the model again, or start from a checkpoint before its training diverged",
+        )

@@ -1,0 +1,136 @@
+"""What a base model must hold before anything is trained: checked from headers, then once over the values.
+
+What stands in the way of a run, or of every export after it, is refused here, by name, and not after hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, read_tensor, weight_entries
+from fp8pipe.models.checkpoint.values import refuse_not_finite
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.sources import check_unquantized
+from fp8pipe.models.language.structure import ModelStructure, read_structure
+from fp8pipe.numerics.grids import same_bits
+
+_VOCABULARIES: Final = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+_SHOWN: Final = 3
+
+
+def check_base(directory: Path, origin: str) -> ModelStructure:
+    """The structure of a model that can be tuned; reads config.json and headers.
+
+    Raises:
+        ConfigurationError: quantized already, of an unknown architecture or none that predicts tokens, or a checkpoint
+            that does not hold the tensors of its own config.json.
+    """
+    check_unquantized(directory)
+    structure = read_structure(directory)
+    with blame_configuration():
+        entries = weight_entries(directory)
+    table = structure.naming.table(entries)
+    stored = {known.name: entries[name] for name, known in table.items() if known.whole}
+    joined = {known.name for known in table.values() if not known.whole}
+    fix = "complete the download, or use the config.json that belongs to these weights"
+    if missing := [name for name in structure.tensors if _is_missing(name, structure, stored, joined)]:
+        raise ConfigurationError(
+            f"{origin} lacks {len(missing)} weight(s) of a {structure.architecture}",
+            why=f"no tensor of the checkpoint becomes {', '.join(missing[:_SHOWN])}; they would be random",
+            fix=fix,
+        )
+    for name, entry in stored.items():
+        declared = structure.tensors.get(name, entry.shape)
+        if entry.shape != declared:
+            raise ConfigurationError(
+                f"{entry.name} of {origin} has another shape than config.json declares",
+                why=f"{entry.shape}; config.json: {declared}",
+                fix=fix,
+            )
+    return structure
+
+
+def _is_missing(name: str, structure: ModelStructure, stored: dict[str, TensorEntry], joined: set[str]) -> bool:
+    """Whether text needs a parameter that nothing in the checkpoint becomes."""
+    owner = structure.owner(name) or ""
+    needed = structure.in_decoder(owner) or owner == structure.output_head
+    same = {name, structure.tied.get(name)} | {tied for tied, original in structure.tied.items() if original == name}
+    return needed and name not in structure.buffers | joined and not same & stored.keys()
+
+
+def check_values(directory: Path, origin: str, structure: ModelStructure) -> None:
+    """Refuse weights that are not finite, and ties whose two copies differ; reads every tensor once.
+
+    Raises:
+        ConfigurationError: naming the tensors.
+    """
+    entries = weight_entries(directory)
+    refuse_not_finite(((name, read_tensor(entry)) for name, entry in entries.items()), origin)
+    table = structure.naming.table(entries)
+    stored = {known.name: entries[name] for name, known in table.items() if known.whole}
+    for tied, original in structure.tied.items():
+        copies = [stored[name] for name in (tied, original) if name in stored]
+        if len(copies) > 1 and not same_bits(*map(read_tensor, copies)):
+            raise ConfigurationError(
+                f"{origin} ties two weights that differ",
+                why=f"config.json makes {copies[0].name} and {copies[1].name} one weight, and the checkpoint holds two",
+                fix="set tie_word_embeddings to false in config.json, or remove the wrong copy",
+            )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer beside a model's weights; the model's code is never run.
+
+    Raises:
+        ConfigurationError: there is none, or it cannot be read.
+    """
+    fix = "copy tokenizer.json and tokenizer_config.json of the model there (tokenizer.save_pretrained writes them)"
+    names = [path.name for path in directory.iterdir()]
+    if not any(fnmatch(name, pattern) for name in names for pattern in _VOCABULARIES):
+        why = f"none of {', '.join(_VOCABULARIES)} is there"
+        raise ConfigurationError(f"{directory} holds no tokenizer", why=why, fix=fix)
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise a bare Exception, converters anything
+        raise ConfigurationError(
+            f"the tokenizer in {directory} cannot be read",
+            why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            fix=fix,
+        ) from error
+
+
+def embedding_rows(directory: Path) -> int:
+    """Rows of the input embedding of the model that config.json names."""
+    structure = read_structure(directory)
+    return structure.tensors[f"{structure.embedding}.weight"][0]
+
+
+def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> list[str]:
+    """Refuse text with tokens that the embedding has no row for; a warning where the tokenizer has more, unused.
+
+    Args:
+        tokenizer: of the model.
+        rows: of the input embedding.
+        texts: token ids.
+
+    Raises:
+        ConfigurationError: naming the tokens.
+    """
+    beyond = {int(number): str(token) for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return []
+    used = sorted({number for ids in texts for number in ids} & beyond.keys())
+    shown = ", ".join(f"{beyond[number]!r} ({number})" for number in (used or sorted(beyond))[:_SHOWN])
+    if used:
+        raise ConfigurationError(
+            f"the text uses {len(used)} token(s) that the model has no embedding for",
+            why=f"the tokenizer has {shown}; the embedding has rows 0..{rows - 1}",
+            fix="resize the model first (resize_token_embeddings, save_pretrained), or use the tokenizer it came with",
+        )
+    return [
+        f"the tokenizer has {len(beyond)} token(s) beyond the {rows} rows of the embedding, which no text uses: {shown}"
+    ]

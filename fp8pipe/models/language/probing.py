@@ -1,0 +1,187 @@
+"""A forward pass of a few tokens tells which linears a decoder calls, which share an input, and whose weight it reads.
+
+A linear can be replaced by another module only where the model calls it. Some models read `.weight` and multiply
+themselves (Mamba's `dt_proj`), some hold linears that text never reaches. Names do not tell, a pass does.
+
+A model on the meta device, as a plan has it, is given zeros to run on: its linears and embeddings answer zeros of
+their shapes without reading a weight, and what else it holds becomes zeros, of which the system keeps no copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fp8pipe.core.errors import ConfigurationError
+
+_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one pass of text did with the linears asked for.
+
+    Attributes:
+        groups: linears by the tensor object they received, in call order; those that were not called, or called more
+            than once, stay alone, at the end.
+        unusable: linears that no other module can stand for -> why.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    unusable: dict[str, str]
+
+
+def watch_pass(model: nn.Module, names: Sequence[str], leaves: Sequence[str]) -> Seen:
+    """Run the model on a few tokens and watch the named linears.
+
+    Args:
+        model: of transformers, live or on the meta device; there, what is no leaf becomes zeros on the CPU.
+        names: the linears.
+        leaves: modules that own a matrix of a known kind: linears and embeddings.
+
+    Raises:
+        ConfigurationError: the model does not run on token ids alone.
+    """
+    device = next(model.parameters()).device
+    if on_paper := device.type == "meta":
+        _zeros_for_the_rest(model, frozenset(leaves))
+        device = torch.device("cpu")
+    readers: list[list[str]] = []
+    read: set[str] = set()
+    uncalled: set[str] = set()
+    for training in (False, True):  # some models multiply by themselves in training alone
+        calls: dict[str, int] = dict.fromkeys(names, 0)
+        with _mode(model, training), _watched(model, leaves if on_paper else names, calls) as watched:
+            _run(model, torch.zeros(1, _TOKENS, dtype=torch.long, device=device))
+        read |= watched.read
+        uncalled |= {name for name in names if not calls[name]}
+        if not training:
+            readers = [[name for name in group if calls.get(name) == 1] for group in watched.readers.values()]
+    groups = [tuple(group) for group in readers if group]
+    grouped = {name for group in groups for name in group}
+    unusable = {name: _why(name in read) for name in names if name in read | uncalled}
+    return Seen((*groups, *((name,) for name in names if name not in grouped)), unusable)
+
+
+def _run(model: nn.Module, tokens: Tensor) -> None:
+    try:
+        # A pass must not move the random numbers of the training that follows.
+        with torch.no_grad(), torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda else []):
+            model(input_ids=tokens)
+    except Exception as error:  # the model's own code may raise anything
+        raise ConfigurationError(
+            f"{type(model).__name__} does not run on token ids alone",
+            why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            fix="give a causal language model, or a multi-modal one whose decoder answers text without images",
+        ) from error
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or evaluation mode, without a cache, as training runs it; afterwards as it was."""
+    whole = getattr(model, "config", None)
+    configs = [] if whole is None else [whole, whole.get_text_config(decoder=True)]
+    caches = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        for config, _ in caches:
+            config.use_cache = False
+        yield
+    finally:
+        for module, was in modes:
+            module.training = was
+        for config, was in caches:
+            config.use_cache = was
+
+
+def _why(read: bool) -> str:
+    return "the model reads its weight without calling it" if read else "a pass of text does not call it"
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """What a pass shows: names of called modules by the tensor they got, and of modules whose weight is read."""
+
+    readers: dict[int, list[str]] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+    alive: list[Tensor] = field(default_factory=list)  # ids are unique only while the tensors live
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Sequence[str], calls: dict[str, int]) -> Iterator[_Watched]:
+    """While active, count `calls`, and gather modules whose `weight` is read by anything but their own pass."""
+    seen = _Watched()
+    running: set[str] = set()
+    modules = {name: model.get_submodule(name) for name in names}
+    kinds = {name: type(module) for name, module in modules.items()}
+
+    def begin(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+        running.add(name)
+        if name in calls:
+            calls[name] += 1
+            if args:
+                seen.alive.append(args[0])
+                seen.readers.setdefault(id(args[0]), []).append(name)
+
+    def end(module: nn.Module, args: Any, output: Any, name: str) -> None:
+        running.discard(name)
+
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(partial(begin, name=name)))
+            handles.append(module.register_forward_hook(partial(end, name=name), always_call=True))
+            module.__class__ = _watching(name, kinds[name], running, seen.read)
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, module in modules.items():
+            module.__class__ = kinds[name]
+
+
+def _watching(name: str, kind: type[nn.Module], running: set[str], read: set[str]) -> type[nn.Module]:
+    """A subclass of a linear's or embedding's class that notes who reads its weight, and works without values."""
+
+    def attribute(self: Any, key: str) -> Any:
+        value = kind.__getattr__(self, key)
+        if name in running or not isinstance(value, Tensor):
+            return value
+        if key == "weight":
+            read.add(name)
+        return _zeros(value)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.weight.device.type != "meta":
+            return cast(Tensor, kind.forward(self, *args, **kwargs))
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if issubclass(kind, nn.Embedding):
+            return torch.zeros(*first.shape, self.weight.shape[1], dtype=self.weight.dtype)
+        return first.new_zeros(*first.shape[:-1], self.weight.shape[0 if issubclass(kind, nn.Linear) else 1])
+
+    return type(kind.__name__, (kind,), {"__getattr__": attribute, "forward": forward})
+
+
+def _zeros_for_the_rest(model: nn.Module, leaves: frozenset[str]) -> None:
+    """Everything on the meta device that belongs to no leaf becomes zeros on the CPU, in place."""
+    for name, module in model.named_modules():
+        if name in leaves:
+            continue
+        for key, value in module.named_parameters(recurse=False):
+            module.register_parameter(key, nn.Parameter(_zeros(value), requires_grad=False))
+        for key, value in module.named_buffers(recurse=False):
+            module._buffers[key] = _zeros(value)
+        for key, value in list(vars(module).items()):
+            if isinstance(value, Tensor):
+                setattr(module, key, _zeros(value))
+
+
+def _zeros(value: Tensor) -> Tensor:
+    return torch.zeros(value.shape, dtype=value.dtype) if value.device.type == "meta" else value

@@ -1,0 +1,154 @@
+"""Tiny models of many language architectures, and what is expected of each on its way to an engine.
+
+Random weights, hidden size 64, two layers, the byte tokenizer of `tiny_checkpoints`. `docs/architectures.md` is
+written from this table by `python tests/support/architecture_table.py`, and
+`tests/pipeline/finetune/test_architectures.py` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_checkpoints import write_tokenizer
+
+from fp8pipe.models.compat import import_transformers
+
+__all__ = ["ARCHITECTURES", "Architecture", "build", "write"]
+
+_IDS = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
+_SMALL: dict[str, Any] = {
+    "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, **_IDS,
+}  # fmt: skip
+_STACKED = "unknown-matrix"  # experts and states that are no linear layers: how an engine holds them is not known
+_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One row of the table.
+
+    Attributes:
+        kind: class of the model in transformers.
+        config: class of its configuration.
+        settings: of the configuration.
+        trained: linears that FALQON trains.
+        left_out: end of a linear's name -> why it is not trained, besides output heads and towers.
+        refused: lint rule by which FP8 and w8a16 exports refuse the tuned model; empty where they are written.
+    """
+
+    kind: str
+    config: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    trained: int = 14
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    refused: str = ""
+
+
+def _llama_like(
+    name: str, trained: int = 14, refused: str = "", left_out: Mapping[str, str] | None = None, **more: Any
+) -> Architecture:
+    return Architecture(f"{name}ForCausalLM", f"{name}Config", {**_SMALL, **more}, trained, left_out or {}, refused)
+
+
+def _partial(factor: float) -> dict[str, Any]:
+    return {**_ROPE, "partial_rotary_factor": factor}
+
+
+_READ = "the model reads its weight without calling it"
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _llama_like("Llama", tie_word_embeddings=False),
+    "llama_bias": _llama_like("Llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "mistral": _llama_like("Mistral", sliding_window=16),
+    "qwen2": _llama_like("Qwen2", tie_word_embeddings=True),
+    "qwen3": _llama_like("Qwen3", head_dim=32, tie_word_embeddings=True),
+    "gemma2": _llama_like("Gemma2", head_dim=16, sliding_window=16, query_pre_attn_scalar=16),
+    "gemma3_text": Architecture(
+        "Gemma3ForCausalLM", "Gemma3TextConfig",
+        {**_SMALL, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16},
+    ),
+    "phi": _llama_like("Phi", 12, rope_parameters=_partial(0.5)),
+    "phi3": _llama_like("Phi3", 8, rope_parameters=_partial(0.5), tie_word_embeddings=False),
+    "olmo2": _llama_like("Olmo2"),
+    "granite": _llama_like("Granite"),
+    "cohere": _llama_like("Cohere"),
+    "starcoder2": _llama_like("Starcoder2", 12),
+    "stablelm": _llama_like("StableLm", rope_parameters=_partial(0.25), use_qkv_bias=True),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel", "GPT2Config",
+        {"vocab_size": 272, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, 8,
+    ),
+    "gpt_neox": Architecture(
+        "GPTNeoXForCausalLM", "GPTNeoXConfig",
+        {k: v for k, v in _SMALL.items() if k not in ("num_key_value_heads", "pad_token_id")}, 8,
+    ),
+    "opt": Architecture(
+        "OPTForCausalLM", "OPTConfig",
+        {"vocab_size": 272, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 256, "word_embed_proj_dim": 64, **_IDS}, 12,
+    ),
+    "bloom": Architecture(
+        "BloomForCausalLM", "BloomConfig", {"vocab_size": 272, "hidden_size": 64, "n_layer": 2, "n_head": 4, **_IDS}, 8
+    ),
+    "mpt": Architecture(
+        "MptForCausalLM", "MptConfig",
+        {"vocab_size": 272, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}, 8,
+    ),
+    "falcon": Architecture(
+        "FalconForCausalLM", "FalconConfig",
+        {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2,
+         "new_decoder_architecture": True, "alibi": False, "bias": False, "parallel_attn": True, **_IDS}, 8,
+    ),
+    "mixtral": _llama_like("Mixtral", 8, _STACKED, **_EXPERTS),
+    "qwen3_moe": _llama_like(
+        "Qwen3Moe", 8, _STACKED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "gpt_oss": _llama_like("GptOss", 8, _STACKED, head_dim=16, sliding_window=16, **_EXPERTS),
+    "mamba2": Architecture(
+        "Mamba2ForCausalLM", "Mamba2Config",
+        {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16,
+         "n_groups": 1, "expand": 2, **_IDS}, 2, {"mixer.out_proj": _READ}, _STACKED,
+    ),
+    "jamba": _llama_like(
+        "Jamba", 10, _STACKED, {"mamba.dt_proj": _READ}, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8,
+        mamba_dt_rank=16,
+    ),
+    "gemma3_mm": Architecture(
+        "Gemma3ForConditionalGeneration", "Gemma3Config",
+        {"text_config": {**_SMALL, "head_dim": 16, "sliding_window": 16},
+         "vision_config": {**_VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+                           "patch_size": 14},
+         "mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7},
+        refused=_STACKED,
+    ),
+    "qwen25vl": Architecture(
+        "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
+        {"text_config": {**_SMALL, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+         "vision_config": {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+         "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8},
+        refused=_STACKED,
+    ),
+}  # fmt: skip
+
+
+def build(architecture: Architecture) -> Any:
+    """The model, bf16."""
+    transformers = import_transformers()
+    torch.manual_seed(3)
+    config = getattr(transformers, architecture.config)(**architecture.settings)
+    model = getattr(transformers, architecture.kind)._from_config(config)
+    return model.to(torch.bfloat16).eval()
+
+
+def write(architecture: Architecture, root: Path) -> Path:
+    """A checkpoint as transformers saves it, so that its tensors have the names of real ones, and a tokenizer."""
+    build(architecture).save_pretrained(root)
+    write_tokenizer(root)
+    return root
