@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,9 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.samples import focus_onnx, sample_name
 from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file, write_model_file
+
+if TYPE_CHECKING:
+    from fp8pipe.models.vision.libraries import Pretrained
 
 WEIGHTS_FILE: Final = "model.safetensors"
 VISION_SAMPLES: Final = ("vit-digits", "vit-s")
@@ -38,6 +41,7 @@ class VisionModel:
         preprocessing: makes its input.
         origin: what the user named, for records.
         digest: "sha256:" and 64 hex digits over architecture, preprocessing and weights.
+        notes: what its user should know of how it was read, in sentences.
     """
 
     model: nn.Module
@@ -45,10 +49,16 @@ class VisionModel:
     preprocessing: Preprocessing
     origin: str
     digest: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, weights: dict[str, Tensor], architecture: Architecture, preprocessing: Preprocessing, origin: str
+        cls,
+        weights: dict[str, Tensor],
+        architecture: Architecture,
+        preprocessing: Preprocessing,
+        origin: str,
+        notes: tuple[str, ...] = (),
     ) -> VisionModel:
         """Builds the architecture and gives it the weights, by the names of the prepared model.
 
@@ -64,7 +74,7 @@ class VisionModel:
                 why=" ".join(str(error).split())[:600],
                 fix="take weights and architecture from one place",
             ) from error
-        return cls(model, architecture, preprocessing, origin, _digest(model, architecture, preprocessing))
+        return cls(model, architecture, preprocessing, origin, _digest(model, architecture, preprocessing), notes)
 
 
 def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> VisionModel:
@@ -85,7 +95,7 @@ def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> Vi
     if src.startswith(TIMM_PREFIX):
         from fp8pipe.models.vision.libraries import load_from_timm
 
-        return VisionModel.of(*load_from_timm(src.removeprefix(TIMM_PREFIX), image_size), src)
+        return _given(src, load_from_timm(src.removeprefix(TIMM_PREFIX), image_size))
     path = Path(src).expanduser()
     if src.strip() and path.is_dir():
         return _directory(path, src, image_size)
@@ -94,6 +104,11 @@ def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> Vi
         why="it is neither a directory, nor timm:NAME, nor a sample",
         fix="name timm:NAME, sample:vit-digits, sample:vit-s, or a directory (download a hub's model into one first)",
     )
+
+
+def _given(src: str, found: Pretrained) -> VisionModel:
+    weights, architecture, preprocessing, notes = found
+    return VisionModel.of(weights, architecture, preprocessing, src, notes)
 
 
 def save_vision_model(vision: VisionModel, folder: Path) -> None:
@@ -129,7 +144,7 @@ def _directory(path: Path, src: str, image_size: tuple[int, int] | None) -> Visi
     if (path / "config.json").is_file():
         from fp8pipe.models.vision.libraries import load_from_folder
 
-        return VisionModel.of(*load_from_folder(path, image_size), src)
+        return _given(src, load_from_folder(path, image_size))
     raise ConfigurationError(
         f"{path} is not a vision model",
         why=f"it has neither {ARCHITECTURE_FILE} nor config.json",

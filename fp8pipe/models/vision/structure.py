@@ -83,6 +83,7 @@ class VitStructure:
         image_size: (height, width), pixels.
         patch_grid: (rows, columns) of the patch embedding's output.
         classes: number of classes; None for a backbone.
+        constants: linears that give the same for all pixels; they stay float, and exports hold their results.
     """
 
     attentions: tuple[AttentionSite, ...]
@@ -92,6 +93,15 @@ class VitStructure:
     image_size: tuple[int, int]
     patch_grid: tuple[int, int]
     classes: int | None
+    constants: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its user should know, in sentences."""
+        if not self.constants:
+            return ()
+        some = ", ".join(self.constants[:4]) + (", ..." if len(self.constants) > 4 else "")
+        return (f"{len(self.constants)} linears stay float: what they read does not depend on the picture ({some})",)
 
     @property
     def attention_names(self) -> tuple[str, ...]:
@@ -129,7 +139,7 @@ def read_structure(model: nn.Module, image_size: tuple[int, int]) -> VitStructur
             why=f"no linear after the last attention has {classes} outputs",
             fix="use a model whose head is a linear layer, or one without a head",
         )
-    return VitStructure(attentions, linears, patch.name, heads, image_size, patch.grid, classes)
+    return VitStructure(attentions, linears, patch.name, heads, image_size, patch.grid, classes, found.constants)
 
 
 def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> LinearCall:
