@@ -75,7 +75,8 @@ def load_from_timm(
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
     stated = (int(config["input_size"][1]), int(config["input_size"][2]))
     built = _built_size(model) or stated
-    size, notes = image_size or built, ()
+    size = image_size or built
+    notes: tuple[str, ...] = ()
     if size != stated and image_size is None:
         notes = (f"{_conflict(built, stated)}: its positions are for {_shown(built)}, which is taken",)
     arguments = {**(written or {}), "num_classes": model.num_classes, "img_size": list(size)}

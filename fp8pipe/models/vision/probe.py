@@ -199,8 +199,18 @@ def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch, images: i
         raise ConfigurationError(
             f"{type(model).__name__} does not run on images of {image_size[0]}x{image_size[1]} pixels",
             why=str(error).strip().partition("\n")[0] or type(error).__name__,
-            fix="give the image size that the model was built for",
+            fix=size_fix(model, image_size),
         ) from error
+
+
+def size_fix(model: nn.Module, image_size: tuple[int, int]) -> str:
+    """What to do about images of (height, width) that a model does not take, in words."""
+    whole = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride)
+    steps: Any = getattr(next(whole, None), "kernel_size", (1, 1))
+    near = [max(step, round(side / step) * step) for side, step in zip(image_size, steps, strict=True)]
+    if tuple(near) == image_size:
+        return "give the image size that the model was built for"
+    return f"give an image size that is a multiple of the patch of {steps[0]}x{steps[1]}, such as {near[0]}x{near[1]}"
 
 
 def _check(model: nn.Module, calls: tuple[AttentionCall, ...]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.prepare import class_count
-from fp8pipe.models.vision.probe import IMAGES, AttentionCall, LinearCall, probe
+from fp8pipe.models.vision.probe import IMAGES, AttentionCall, LinearCall, probe, size_fix
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def _check_coverage(patch: LinearCall, image_size: tuple[int, int], model: nn.Mo
         raise ConfigurationError(
             f"{type(model).__name__} would not see all of an image of {image_size[0]}x{image_size[1]} pixels",
             why=f"its patches of {kernel} cover {covered[0]}x{covered[1]}",
-            fix="give an image size that is a multiple of the patch",
+            fix=size_fix(model, image_size),
         )
 
 
