@@ -63,8 +63,10 @@ check: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not vllm and not gpu" \
 		--ignore tests/fp8pipe/artifact/test_push.py $(QUICK_TESTS)
 
-# Many tests start processes of their own: threads that spin would starve them.
+# Many tests start processes of their own: threads that spin would starve them, and each would compile this tree again
+# where Python is told to keep no bytecode.
 test: export OMP_WAIT_POLICY = passive
+test: export PYTHONDONTWRITEBYTECODE =
 test: setup setup-vllm lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
