@@ -20,11 +20,6 @@ from PIL import Image, ImageOps
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 BATCH = 64
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
 
 
 def read_rgb(path: Path) -> Image.Image:
@@ -43,20 +38,42 @@ def read_rgb(path: Path) -> Image.Image:
 
 def preprocess(image: Image.Image, recipe: dict) -> np.ndarray:
     """(3, H, W) float32 of an RGB picture, by the export's preprocessing.json."""
-    side = recipe["resize"]
-    if isinstance(side, list):
-        height, width = side
-    elif image.height <= image.width:
-        height, width = side, side * image.width // image.height
-    else:
-        height, width = side * image.height // image.width, side
+    height, width = resized(image, recipe)
     if (image.height, image.width) != (height, width):
-        image = image.resize((width, height), FILTERS[recipe["interpolation"]])
+        image = image.resize((width, height), Image.Resampling[recipe["interpolation"].upper()])
     rows, columns = recipe["crop"]
-    top, left = round((height - rows) / 2), round((width - columns) / 2)
-    codes = np.asarray(image.crop((left, top, left + columns, top + rows))).transpose(2, 0, 1)
+    anchor = recipe.get("anchor", "even")
+    top, left = start(height, rows, anchor), start(width, columns, anchor)
+    canvas = Image.new("RGB", (columns, rows), tuple(recipe.get("padding", (0, 0, 0))))
+    canvas.paste(image, (-left, -top))
+    codes = np.asarray(canvas).transpose(2, 0, 1)
     mean, std = (np.array(recipe[key], np.float32).reshape(3, 1, 1) for key in ("mean", "std"))
     return (codes.astype(np.float32) / np.float32(recipe["divisor"]) - mean) / std
+
+
+def resized(image: Image.Image, recipe: dict) -> tuple[int, int]:
+    """(height, width) of the picture before the crop."""
+    side = recipe["resize"]
+    if side is None:
+        return image.height, image.width
+    if isinstance(side, list):
+        if recipe.get("ratio", "free") == "free":
+            return side[0], side[1]
+        shrink = image.height / side[0], image.width / side[1]
+        factor = min(shrink) if recipe["ratio"] == "cover" else max(shrink)
+        return max(1, round(image.height / factor)), max(1, round(image.width / factor))
+    if image.height <= image.width:
+        return side, side * image.width // image.height
+    return side * image.height // image.width, side
+
+
+def start(size: int, crop: int, anchor: str) -> int:
+    """Where the crop starts on one axis; before the picture where that is smaller."""
+    if anchor == "corner":
+        return 0
+    if size < crop:
+        return -((crop - size) // 2)
+    return round((size - crop) / 2) if anchor == "even" else (size - crop) // 2
 
 
 def open_model(export: Path) -> onnxruntime.InferenceSession:

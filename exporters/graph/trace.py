@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -93,13 +95,38 @@ def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
     """
     # Two images: a batch of one would be taken for a constant.
     example = torch.zeros(2, 3, *structure.image_size, dtype=next(model.parameters()).dtype)
-    with intercept_attention(model, structure.attention_names, lambda name, *given: explicit_attention(*given)):
+    explicit = intercept_attention(model, structure.attention_names, lambda name, *given: explicit_attention(*given))
+    with explicit, _folded(model, structure.constants, example):
         graph_model = export_program(
             _Exported(model), (example,), ({0: torch.export.Dim("batch")},), type(model).__name__,
             "use a plain vision transformer, or a version of its library that traces",
             input_names=[INPUT_NAME], output_names=[OUTPUT_NAME],
         )  # fmt: skip
     return FloatGraph(graph_model, tuple(_assign(graph_model, model, structure)))
+
+
+@contextmanager
+def _folded(model: nn.Module, names: Collection[str], pixels: Tensor) -> Iterator[None]:
+    """While it lasts, these linears, whose results are the same for all pixels, give them without computing."""
+    found: dict[nn.Module, list[Tensor]] = {model.get_submodule(name): [] for name in names}
+    with ExitStack() as hooks:
+        for layer, outputs in found.items():
+            hooks.enter_context(layer.register_forward_hook(lambda *given, outputs=outputs: outputs.append(given[2])))
+        if found:
+            with torch.no_grad():
+                vision_outputs(model, pixels)
+    for layer, outputs in found.items():
+        layer.forward = _replayed(outputs)
+    try:
+        yield
+    finally:
+        for layer in found:
+            del layer.forward
+
+
+def _replayed(outputs: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    again = cycle(outputs)
+    return lambda x: next(again)
 
 
 def export_program(

@@ -27,6 +27,8 @@ from exporters.graph.passes.quantize import (
 )
 from exporters.graph.produce import QuantizedGraph, float_model, trace_linted, without_activations
 from exporters.graph.trace import FloatGraph, Product, ProductKind, stored_array
+from exporters.tensorrt.lint.products import moved_quantizers
+from exporters.tensorrt.lint.view import View
 from exporters.tensorrt.target import Builder, TrtExportOptions, TrtFormat
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.core.errors import ConfigurationError
@@ -88,20 +90,26 @@ def hold_queries(model: ir.Model) -> Change:
     product's weights, which it dequantizes for that. The result is an FP8 or INT8 model whose widest products run in
     half precision, without a word. A Clip is not moved, so it keeps one of the three where it is, and with it the
     weights' codes. Its bounds are the values of the smallest and largest code: it changes no code.
+
+    Other products with several such quantizers (keys and values alone, of a pooling attention) have the first of them
+    clipped. They are found in the graph, by the linter's own rule.
     """
-    changed = []
-    for node in list(model.graph):
-        if node.op_type != "QuantizeLinear" or not (node.name or "").endswith(_QUERIES):
-            continue
-        value = node.inputs[0]
-        assert value is not None
-        producer = value.producer()
-        if producer is None or producer.op_type != "Clip":
-            changed.append(_clip(model.graph, node, value))
+    queries = [n for n in model.graph if n.op_type == "QuantizeLinear" and (n.name or "").endswith(_QUERIES)]
+    changed = [_clip(model.graph, node) for node in queries if _unclipped(node)]
+    for product in View(model).products:
+        if len(moved := moved_quantizers(product)) > 1:
+            changed.append(_clip(model.graph, min(moved, key=lambda node: str(node.name))))
     return Change("hold_queries", tuple(changed))
 
 
-def _clip(graph: ir.Graph, quantize: ir.Node, value: ir.Value) -> str:
+def _unclipped(quantize: ir.Node) -> bool:
+    producer = quantize.inputs[0].producer() if quantize.inputs[0] is not None else None
+    return producer is None or producer.op_type != "Clip"
+
+
+def _clip(graph: ir.Graph, quantize: ir.Node) -> str:
+    value = quantize.inputs[0]
+    assert value is not None
     site = str(quantize.name).removesuffix("/QuantizeLinear")
     scale, zero = quantize.inputs[1], quantize.inputs[2]
     assert zero is not None

@@ -34,7 +34,7 @@ def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, A
     config = build_config(QuantizeVitConfig, job["config"])
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "deploy") as meter:
         enter_phase("load")
-        vision = load_vision_model(config.model, activation=config.activation)
+        vision = load_vision_model(config.model, config.size, activation=config.activation)
         pictures, count = None, 0
         if config.evaluate is not None:
             folder = read_evaluation_folder(config.evaluate, vision.architecture.choices)

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from calibration.config import SynthesisConfig
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, build_config
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.kinds import Kind, Precision
+
+_LARGEST_SIDE: Final = 16384
+
+
+def parse_image_size(value: Any) -> tuple[int, int]:
+    """(height, width) in pixels of `224` or `96x32`.
+
+    Raises:
+        ValueError: showing the accepted forms.
+    """
+    match = re.fullmatch(r"(\d{1,6})(?:\s*x\s*(\d{1,6}))?", str(value).strip().lower())
+    sides = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
+    if not all(1 <= side <= _LARGEST_SIDE for side in sides):
+        raise ValueError(f"{value!r} is no image size; write 224, or HEIGHTxWIDTH, for instance 96x32")
+    return sides
+
+
+def _spelled(value: Any) -> str | None:
+    """As it is stored: `HEIGHTxWIDTH`."""
+    return None if value is None else "{}x{}".format(*parse_image_size(value))
 
 
 class TransformsConfig(FrozenConfig):
@@ -49,6 +70,9 @@ class QuantizeVitConfig(FrozenConfig):
     calibration: str = Field(
         "synthetic", description="synthetic, patch-similarity, gaussian, images:DIR or artifact:DIR."
     )
+    image_size: Annotated[str | None, BeforeValidator(_spelled), Flag(default="the preprocessing's")] = Field(
+        None, description="Pixels of the model's images, 224 or HEIGHTxWIDTH, in place of the checkpoint's own."
+    )
     images: int = Field(128, ge=1, description="Calibration images.")
     edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
     seed: int = Field(0, ge=0, description="Seed of images, order and augmentation.")
@@ -87,6 +111,11 @@ class QuantizeVitConfig(FrozenConfig):
     def activation(self) -> Literal["softmax", "sigmoid", "none"] | None:
         """What the outputs mean; None for what the model says."""
         return None if self.head_activation == "auto" else self.head_activation
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of `image_size`."""
+        return None if self.image_size is None else parse_image_size(self.image_size)
 
     @property
     def precision(self) -> Precision:

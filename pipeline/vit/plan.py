@@ -30,7 +30,7 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
         ConfigurationError: what the run itself would refuse about model, bits and calibration.
     """
     image_request(config)  # refuses a method that does not exist
-    vision = load_vision_model(config.model, activation=config.activation)
+    vision = load_vision_model(config.model, config.size, activation=config.activation)
     size = vision.architecture.image_size
     structure = read_structure(vision.model, size)
     parameters = sum(p.numel() for p in vision.model.parameters())
@@ -50,7 +50,7 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
         seconds=sum(seconds.values()) if seconds else None,
         packages=packages,
         missing=(*missing_packages(packages), *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
-        notes=notes,
+        notes=(*vision.notes, *structure.notes, *notes),
         facts={
             "linears": len(structure.linears),
             "attentions": len(structure.attentions),

@@ -73,7 +73,7 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
     image_request(config)  # refuses a method that does not exist
-    vision = load_vision_model(config.model, activation=config.activation)
+    vision = load_vision_model(config.model, config.size, activation=config.activation)
     folder = None if config.evaluate is None else read_evaluation_folder(config.evaluate, vision.architecture.choices)
     return quantize(config, vision, folder, output, force=force, resume=resume)
 
@@ -107,7 +107,7 @@ def quantize(
         started = time.perf_counter()
         enter_phase("images")
         images = given or _make(config, vision, structure, writer.root / _IMAGES_WORK)
-        for note in images.notes:
+        for note in (*vision.notes, *structure.notes, *images.notes):
             writer.warn(note)
         seconds = {"images": time.perf_counter() - started}
         started = time.perf_counter()

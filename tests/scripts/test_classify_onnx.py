@@ -43,6 +43,10 @@ RECIPES = [
     {"resize": 40, "crop": [31, 38], "interpolation": "bilinear"},
     {"resize": [33, 47], "crop": [32, 40], "interpolation": "nearest"},
     {"resize": 24, "crop": [24, 24], "interpolation": "bicubic"},
+    {"resize": 37, "crop": [32, 32], "interpolation": "lanczos", "anchor": "down"},
+    {"resize": [37, 53], "ratio": "cover", "crop": [32, 46], "interpolation": "bicubic"},
+    {"resize": [32, 32], "ratio": "fit", "crop": [31, 31], "interpolation": "hamming", "padding": [124, 116, 104]},
+    {"resize": None, "crop": [40, 45], "interpolation": "box", "padding": [0, 0, 0], "anchor": "corner"},
 ]
 
 

@@ -31,6 +31,7 @@ class Family:
         linears: number of linears with the patch embedding.
         shared: how many linears read a tensor that an earlier one has read.
         mask: whether an attention adds something to its logits.
+        constants: how many linears give the same for all pixels.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     linears: int
     shared: int = 0
     mask: bool = False
+    constants: int = 0
 
 
 def _timm(name: str, model: str, size: tuple[int, int], *, backbone: bool = False, **arguments: Any) -> dict[str, Any]:
@@ -120,6 +122,12 @@ FAMILIES = [
            **_WINDOWS, heads=("head.fc",), linears=19),
     Family(**_timm("timm-swin-wide", _SWIN_TIMM, (32, 48), embed_dim=16, depths=(2, 2), num_heads=(2, 4),
                    window_size=4, backbone=True), **_SIX_WINDOWS, heads=(), linears=18),
+    Family(**_timm("timm-relpos", "vit_relpos_base_patch16_clsgap_224", (32, 48), patch_size=8),
+           **_plain((4, 6), 1), heads=("head",), linears=10, mask=True, constants=4),
+    Family(**_timm("timm-relpos-shared", "vit_srelpos_small_patch16_224", (32, 32), patch_size=8),
+           **_plain((4, 4), 0), heads=("head",), linears=10, mask=True, constants=2),
+    Family(**_timm("timm-dinov3", "vit_small_patch16_dinov3", (32, 48)),
+           **_plain((2, 3), 5), heads=("head",), linears=10),
     Family(**_transformers("hf-vit", "ViTForImageClassification", (32, 48), **_SMALL | {"image_size": [32, 48]}),
            **_plain((4, 6), 1), heads=_HEAD, linears=14, shared=4),
     Family(**_transformers("hf-vit-backbone", "ViTModel", (32, 32), backbone=True, **_SMALL),
@@ -134,6 +142,11 @@ FAMILIES = [
            **_plain((3, 5), 1), heads=(), linears=13, shared=4),
     Family(**_transformers("hf-dinov2-registers", "Dinov2WithRegistersForImageClassification", (32, 32), **_DINO),
            **_plain((4, 4), 5), heads=_HEAD, linears=14, shared=4),
+    Family(**_transformers("hf-dinov3", "DINOv3ViTModel", (32, 48), backbone=True,
+                           **_SMALL | {"num_register_tokens": 3}), **_plain((4, 6), 4), heads=(), linears=13, shared=4),
+    Family(**_transformers("hf-beit", "BeitForImageClassification", (32, 32),
+                           **_SMALL | {"use_relative_position_bias": True}),
+           **_plain((4, 4), 1), heads=_HEAD, linears=14, shared=4, mask=True),
     Family(**_transformers("hf-swin", "SwinForImageClassification", (32, 32), **_SWIN, image_size=32),
            **_WINDOWS, heads=_HEAD, linears=27, shared=8),
     Family(**_transformers("hf-swin-wide", "SwinModel", (32, 48), backbone=True, **_SWIN, image_size=[32, 48]),
@@ -148,6 +161,37 @@ FAMILIES = [
            first=(16, 0, (4, 4), 1, 16), last=(16, 0, (4, 4), 1, 1), heads=(), linears=19, shared=5),
 ]  # fmt: skip
 NAMES = [family.name for family in FAMILIES]
+# Those that the matrix of families exports to TensorRT, too.
+TO_TENSORRT = ("timm-vit", "timm-siglip", "timm-relpos", "timm-dinov3", "timm-eva02-split", "hf-dinov2", "hf-clip",
+               "hf-siglip-backbone")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An architecture that is refused when it is read, and a part of what the refusal says."""
+
+    architecture: Architecture
+    says: str
+
+
+def _refused(says: str, parts: dict[str, Any]) -> Refused:
+    return Refused(parts["architecture"], says)
+
+
+_OWN = "of its own, outside nn.Linear and torch's scaled_dot_product_attention"
+_STEM = "only patches cut without overlap are read"
+REFUSED = {
+    "timm-cait": _refused(_OWN, _timm("", "cait_xxs24_224", (32, 32), patch_size=8, depth=1)),
+    "timm-sam": _refused(_OWN, _timm("", "samvit_base_patch16", (64, 64))),
+    "timm-swinv2": _refused(_OWN, _timm("", "swinv2_tiny_window8_256", (32, 32), embed_dim=16, depths=(1, 1),
+                                        num_heads=(2, 4), window_size=4)),
+    "timm-hybrid": _refused(_STEM, _timm("", "vit_small_r26_s32_224", (64, 64))),
+    "timm-xcit": _refused(_STEM, _timm("", "xcit_nano_12_p8_224", (32, 32))),
+    "hf-swinv2": _refused(_OWN, _transformers("", "Swinv2ForImageClassification", (32, 32), **_SWIN, image_size=32)),
+    "hf-segformer": _refused(_STEM, _transformers("", "SegformerForImageClassification", (64, 64))),
+    "hf-ijepa": _refused("expected one vector per image",
+                         _transformers("", "IJepaModel", (32, 32), backbone=True, **_SMALL)),
+}  # fmt: skip
 
 
 def family(name: str) -> Family:

@@ -97,26 +97,31 @@ def _shown(product: Product) -> str:
 
 
 def _moved(product: Product) -> Iterator[Finding]:
-    """Several quantizers of a product's parts: all move into it."""
+    found = moved_quantizers(product)
+    if len(found) > 1:
+        shown = ", ".join(label(node) for node in found)
+        yield finding("moved-quantizers", product.node, f"{len(found)} quantizers move into it: {shown}")
+
+
+def moved_quantizers(product: Product) -> tuple[ir.Node, ...]:
+    """Quantizers of parts of a product's result that the builder moves into the product; none where one cannot move."""
     if not product.low or not product.operands[1].stored:
-        return
+        return ()
     found: dict[ir.Node, None] = {}
     waiting: list[tuple[ir.Value, bool]] = [(product.node.outputs[0], False)]
     while waiting:
         value, part = waiting.pop()
         uses = value.uses()
         if not uses or value.is_graph_output():
-            return
+            return ()
         for node, _ in uses:
             if node.op_type == QUANTIZE:
                 found.update({node: None} if part else {})  # quantizers of all of its numbers cost nothing
             elif node.op_type in _MOVABLE and len(computed(node)) == 1:
                 waiting += [(output, part or node.op_type in _PARTS) for output in node.outputs]
             else:
-                return  # something on the way holds its quantizer back, and with it the others
-    if len(found) > 1:
-        shown = ", ".join(label(node) for node in found)
-        yield finding("moved-quantizers", product.node, f"{len(found)} quantizers move into it: {shown}")
+                return ()  # something on the way holds its quantizer back, and with it the others
+    return tuple(found)
 
 
 def _several(view: View) -> Iterator[Finding]:

@@ -6,14 +6,13 @@ Either becomes the same three things: weights by the names of the prepared model
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_timm
@@ -22,8 +21,9 @@ from fp8pipe.models.vision.answers import activation_of
 from fp8pipe.models.vision.architecture import Architecture, check_arguments, transformers_class
 from fp8pipe.models.vision.names import named_outputs, unique_names
 from fp8pipe.models.vision.plain import check_plain
-from fp8pipe.models.vision.prepare import class_count, prepare_model
+from fp8pipe.models.vision.prepare import class_count, prepare_model, vision_outputs
 from fp8pipe.models.vision.preprocessing import Preprocessing
+from fp8pipe.models.vision.processors import processor_recipe, timm_recipe
 from fp8pipe.models.vision.structure import pair_of_integers
 from fp8pipe.models.vision.towers import check_all_read, vision_config, vision_part
 
@@ -43,8 +43,6 @@ _ONE_OUTPUT: Final = (
     "the head has one output, and the checkpoint does not say that it is a probability: its value is served as it is; "
     "--head-activation sigmoid makes a probability of it"
 )
-_CHANNELS: Final = 3
-_FILTERS: Final = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
 def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretrained:
@@ -89,12 +87,17 @@ def load_from_timm(
     model = _create(timm, source, image_size)
     check_plain(model, source)
     config: dict[str, Any] = timm.data.resolve_model_data_config(model)
-    size = image_size or _built_size(model) or (int(config["input_size"][1]), int(config["input_size"][2]))
+    stated = (int(config["input_size"][1]), int(config["input_size"][2]))
+    built = _built_size(model) or stated
+    size = image_size or built
+    conflict: tuple[str, ...] = ()
+    if size != stated and image_size is None:
+        conflict = (f"{_conflict(built, stated)}: its positions are for {_shown(built)}, which is taken",)
     arguments = {**(written or {}), "num_classes": model.num_classes, "img_size": list(size)}
     prepared, name = prepare_model(model), str(model.pretrained_cfg["architecture"])
     names, notes = unique_names(_class_names(prepared))
     architecture, said = _architecture("timm", name, arguments, size, names)
-    return Pretrained(prepared.state_dict(), architecture, _timm_preprocessing(config, size), (*notes, *said))
+    return Pretrained(prepared.state_dict(), architecture, timm_recipe(config, size), (*conflict, *notes, *said))
 
 
 def _create(timm: Any, source: str, image_size: tuple[int, int] | None) -> Any:
@@ -142,20 +145,37 @@ def _class_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def _timm_preprocessing(config: dict[str, Any], size: tuple[int, int]) -> Preprocessing:
-    """timm's evaluation transform: the crop is a fraction `crop_pct` of the resized image."""
-    fraction = float(config["crop_pct"])
-    if config["crop_mode"] not in {"center", "squash"}:
-        raise ConfigurationError(
-            "this model's preprocessing is not supported",
-            why=f"its crop mode is {config['crop_mode']}",
-            fix="use a model that resizes and crops the centre",
-        )
-    squash = config["crop_mode"] == "squash"
-    resize = tuple(math.floor(side / fraction) for side in size) if squash else math.floor(max(size) / fraction)
-    rest = {key: config[key] for key in ("interpolation", "mean", "std")}
-    _check_moments(config["mean"], config["std"])
-    return build_config(Preprocessing, {"resize": resize, "crop": size, **rest})
+def _choose_size(
+    model: nn.Module, stated: tuple[int, int], prepared: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """The (height, width) of images, where none was asked for, and what to say: the image processor decides.
+
+    Unless the model takes the size of its configuration alone. `stated` is the latter, `prepared` the processor's.
+    """
+    if stated == prepared:
+        return stated, ()
+    said = _conflict(stated, prepared)
+    if _runs(model, prepared):
+        return prepared, (f"{said}: the preprocessing decides (--image-size {_shown(stated)} takes the other)",)
+    return stated, (f"{said}, which the model does not take: the preprocessing is scaled to {_shown(stated)}",)
+
+
+def _conflict(stated: tuple[int, int], prepared: tuple[int, int]) -> str:
+    ours, theirs = _shown(stated), _shown(prepared)
+    return f"the model's configuration says images of {ours} pixels, its preprocessing makes {theirs}"
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, size: tuple[int, int]) -> bool:
+    try:
+        vision_outputs(model.eval(), torch.zeros(1, 3, *size))
+    except (AssertionError, ValueError, RuntimeError, IndexError, TypeError, ConfigurationError):
+        return False
+    return True
 
 
 def _architecture(
@@ -193,14 +213,19 @@ def _from_transformers(folder: Path, config: Mapping[str, Any], image_size: tupl
     name = _class_name(config, folder)
     model = _load(folder, name, config)
     check_plain(model, f"{folder} ({name})")
-    size = image_size or _image_size(model.config)
+    stated = _image_size(model.config)
+    recipe, remarks = _processor(folder, stated)
+    size = image_size
+    if size is None:
+        size, more = _choose_size(model, stated, recipe.crop)
+        remarks += more
     count = class_count(model)
     names, notes = ((), []) if count is None else named_outputs(model.config.id2label, count)
     arguments = json.loads(json.dumps(_declared(type(model.config), model.config.to_dict())))
     problem = getattr(model.config, "problem_type", None)
     architecture, said = _architecture("transformers", name, arguments, size, names, problem)
-    preprocessing = _transformers_preprocessing(folder, size)
-    return Pretrained(prepare_model(model).state_dict(), architecture, preprocessing, (*notes, *said))
+    weights = prepare_model(model).state_dict()
+    return Pretrained(weights, architecture, recipe.resized_to(size), (*remarks, *notes, *said))
 
 
 def _declared(config_class: Any, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,72 +282,15 @@ def _image_size(config: Any) -> tuple[int, int]:
     )
 
 
-def _transformers_preprocessing(folder: Path, size: tuple[int, int]) -> Preprocessing:
-    written = _processor(folder)
-    resize: Any = _pair(written.get("size", size), "size")
-    crop = _both_sides(resize)
-    if written.get("do_center_crop"):
-        crop = _both_sides(_pair(written.get("crop_size", crop), "crop_size"))
-    else:
-        resize = crop  # without a crop, one number means both sides
-    if not written.get("do_resize", True):
-        resize = crop = size
-    normalize = written.get("do_normalize", True)
-    factor = float(written.get("rescale_factor", 1 / 255)) if written.get("do_rescale", True) else 1.0
-    if abs(factor * 255 - 1) > 1e-6 or written.get("resample", 3) not in _FILTERS:
-        raise ConfigurationError(
-            "this model's preprocessing is not supported",
-            why=f"rescale factor {factor}, resample {written.get('resample')}",
-            fix="use 1/255, and nearest, bilinear or bicubic",
-        )
-    mean = written.get("image_mean", (0.5, 0.5, 0.5)) if normalize else (0.0, 0.0, 0.0)
-    std = written.get("image_std", (0.5, 0.5, 0.5)) if normalize else (1.0, 1.0, 1.0)
-    _check_moments(mean, std)
-    values = {"resize": resize, "crop": crop, "interpolation": _FILTERS[written.get("resample", 3)]}
-    return build_config(Preprocessing, {**values, "mean": mean, "std": std}).resized_to(size)
-
-
-def _processor(folder: Path) -> dict[str, Any]:
-    """The settings of the image processor: a file of its own, or a part of the processor's of text and images."""
+def _processor(folder: Path, size: tuple[int, int]) -> tuple[Preprocessing, tuple[str, ...]]:
+    """The image processor's recipe and notes; `size` is that of the model's configuration."""
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.is_file():
-        return read_config(path)
-    nested = read_config(whole).get("image_processor") if whole.is_file() else None
-    if not isinstance(nested, dict):
+        read_config(path)
+    elif not (whole.is_file() and isinstance(read_config(whole).get("image_processor"), dict)):
         raise ConfigurationError(
             f"{folder} does not say how its pixels are made",
             why=f"it has no {path.name}, and no image_processor in a {whole.name}",
             fix="save the image processor beside the model: processor.save_pretrained(...)",
         )
-    return nested
-
-
-def _check_moments(mean: Any, std: Any) -> None:
-    """Refuse means and deviations that are not those of three channels."""
-    for name, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, list | tuple) or len(values) != _CHANNELS:
-            raise ConfigurationError(
-                f"the {name} of this model's preprocessing is not that of an RGB image",
-                why=f"it is {values!r}, and there is one number for each of three channels",
-                fix="correct it in the file of the image processor; a grey model's number stands for all three",
-            )
-
-
-def _both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-def _pair(size: Any, what: str) -> int | tuple[int, int]:
-    """An int for the shorter side, (height, width) for both."""
-    if isinstance(size, dict):
-        if set(size) == {"shortest_edge"}:
-            return int(size["shortest_edge"])
-        if set(size) >= {"height", "width"}:
-            return int(size["height"]), int(size["width"])
-    elif isinstance(size, int):
-        return size
-    elif isinstance(size, tuple | list) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    raise ConfigurationError(
-        "this model's preprocessing is not supported", why=f"{what} is {size!r}", fix="give height and width"
-    )
+    return processor_recipe(folder, size)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
@@ -26,27 +26,40 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=BaseModel)
 
 PREPROCESSING_FILE: Final = "preprocessing.json"
+_RARE: Final = frozenset(("ratio", "anchor", "padding"))
 
 Side = Annotated[int, Field(ge=1, le=16384)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Deviation = Annotated[float, Field(gt=0, le=16, allow_inf_nan=False)]
+Code = Annotated[int, Field(ge=0, le=255)]
+Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 
 class Preprocessing(FrozenConfig):
     """Resize, crop and normalize.
 
-    Transparency is dropped, as image folders usually read it; 16-bit greys keep their 8 high bits.
+    Transparency is dropped, as image folders usually read it; 16-bit greys keep their 8 high bits. Fields that few
+    recipes need (`ratio`, `anchor`, `padding`) are written only where they say something else than their default.
     """
 
-    resize: Side | tuple[Side, Side] = Field(
-        description="an int: the shorter side in pixels, ratio kept; (height, width): exactly that"
+    resize: Side | tuple[Side, Side] | None = Field(
+        description="an int: the shorter side in pixels, ratio kept; (height, width): see ratio; null: not at all"
     )
-    crop: tuple[Side, Side] = Field(
-        description="(height, width) in pixels, cut from the centre: the model's image size"
+    ratio: Literal["free", "cover", "fit"] = Field(
+        default="free",
+        description="with a (height, width) to resize to; free: exactly that; the picture's own ratio kept otherwise: "
+        "cover reaches it on both sides, fit on one and stays within it on the other",
     )
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = Field(
-        default="bicubic", description="Pillow's filter for the resize (antialiased)"
+    crop: tuple[Side, Side] = Field(description="(height, width) in pixels, cut at the anchor: the model's image size")
+    anchor: Literal["even", "down", "corner"] = Field(
+        default="even",
+        description="where the crop lies: at the centre, half a pixel rounded to an even number (torchvision, timm) or "
+        "down (transformers), or in the upper left corner",
     )
+    padding: tuple[Code, Code, Code] | None = Field(
+        default=None, description="colour around a picture smaller than the crop; null: none is ever smaller"
+    )
+    interpolation: Filter = Field(default="bicubic", description="Pillow's filter for the resize (antialiased)")
     mean: tuple[Fraction, Fraction, Fraction] = Field(description="of each channel, for pixels from 0 to 1")
     std: tuple[Deviation, Deviation, Deviation] = Field(description="of each channel, for pixels from 0 to 1")
     channels: Literal["rgb"] = Field(default="rgb", description="order of the channels")
@@ -54,10 +67,19 @@ class Preprocessing(FrozenConfig):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> Preprocessing:
-        sides = self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
-        if self.crop[0] > sides[0] or self.crop[1] > sides[1]:
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize or 0, self.resize or 0)
+        small = self.ratio == "fit" or self.crop[0] > sides[0] or self.crop[1] > sides[1]
+        if small and self.padding is None:
             raise ValueError(f"the crop {self.crop} is larger than the resized image ({self.resize})")
+        if self.ratio != "free" and not isinstance(self.resize, tuple):
+            raise ValueError(f"ratio {self.ratio!r} needs a height and a width to resize to, not {self.resize}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes that need none of the rare fields keep the form, and the checksum, that they always had."""
+        fields = type(self).model_fields
+        return {k: v for k, v in handler(self).items() if k not in _RARE or getattr(self, k) != fields[k].default}
 
     def codes(self, image: Image) -> np.ndarray:
         """The resized and cropped picture.
@@ -77,9 +99,7 @@ class Preprocessing(FrozenConfig):
         height, width = self._resized(rgb.height, rgb.width)
         if (rgb.height, rgb.width) != (height, width):
             rgb = rgb.resize((width, height), _filter(self.interpolation))
-        top, left = (round((height - self.crop[0]) / 2), round((width - self.crop[1]) / 2))
-        rgb = rgb.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        return np.ascontiguousarray(np.array(rgb).transpose(2, 0, 1))
+        return np.ascontiguousarray(np.array(self._cropped(rgb)).transpose(2, 0, 1))
 
     def image_to_array(self, image: Image) -> np.ndarray:
         """The model's input (3, H, W), float32, normalized. Raises as `codes`."""
@@ -124,10 +144,10 @@ class Preprocessing(FrozenConfig):
         if crop == self.crop:
             return self
         factors = (crop[0] / self.crop[0], crop[1] / self.crop[1])
-        resize: int | tuple[int, int]
+        resize: int | tuple[int, int] | None = None
         if isinstance(self.resize, tuple):
             resize = (round(self.resize[0] * factors[0]), round(self.resize[1] * factors[1]))
-        else:
+        elif self.resize is not None:
             resize = max(round(self.resize * max(crop) / max(self.crop)), *crop)
         return self.model_copy(update={"crop": crop, "resize": resize})
 
@@ -138,12 +158,36 @@ class Preprocessing(FrozenConfig):
         return mean.view(3, 1, 1), std.view(3, 1, 1)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if self.resize is None:
+            return height, width
         if isinstance(self.resize, tuple):
-            return self.resize
+            if self.ratio == "free":
+                return self.resize
+            shrink = (height / self.resize[0], width / self.resize[1])
+            factor = min(shrink) if self.ratio == "cover" else max(shrink)
+            return max(1, round(height / factor)), max(1, round(width / factor))
         # Integer arithmetic, floored, as torchvision does it: the longer side must not depend on a rounding.
         if height <= width:
             return self.resize, self.resize * width // height
         return self.resize * height // width, self.resize
+
+    def _cropped(self, rgb: Image) -> Image:
+        from PIL import Image as pil
+
+        top, left = (self._start(*sides) for sides in zip((rgb.height, rgb.width), self.crop, strict=True))
+        if top >= 0 and left >= 0 and top + self.crop[0] <= rgb.height and left + self.crop[1] <= rgb.width:
+            return rgb.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        canvas = pil.new("RGB", (self.crop[1], self.crop[0]), self.padding or (0, 0, 0))
+        canvas.paste(rgb, (-left, -top))
+        return canvas
+
+    def _start(self, size: int, crop: int) -> int:
+        """Where the crop starts on one axis; before the picture (negative) where that is smaller."""
+        if self.anchor == "corner":
+            return 0
+        if size < crop:
+            return -((crop - size) // 2)
+        return round((size - crop) / 2) if self.anchor == "even" else (size - crop) // 2
 
 
 def _normalized(codes: Any, divisor: int, mean: Any, std: Any) -> Any:

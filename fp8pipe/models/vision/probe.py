@@ -6,6 +6,9 @@ structure complete, for models nobody here has seen.
 
 A zero that wants a gradient is added to every result. Those that the output gives no gradient belong to layers
 that run for nothing (a pooling head beside the classifier, in SigLIP): an export drops them, so they are left out.
+
+The pixels want a gradient, too. A linear whose input has none, and the same shape for any number of images, gives a
+constant (the position biases of some models come from such a net): there is nothing to quantize, so it is named apart.
 """
 
 from __future__ import annotations
@@ -76,11 +79,13 @@ class Probe:
         attentions: those that the output depends on.
         linears: likewise.
         after: those of them that ran after the last of these attentions.
+        constants: names of linears whose results are the same for all pixels.
     """
 
     attentions: tuple[AttentionCall, ...]
     linears: tuple[LinearCall, ...]
     after: tuple[LinearCall, ...]
+    constants: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -89,6 +94,9 @@ class _Notes:
     attention_marks: list[Tensor] = field(default_factory=list)
     linears: list[LinearCall] = field(default_factory=list)
     linear_marks: list[Tensor] = field(default_factory=list)
+    # By name, shapes of what linears read that does not come from the pixels, and to which nothing is added.
+    fixed: dict[str, torch.Size] = field(default_factory=dict)
+    varying: frozenset[str] = frozenset()  # of these, the ones known to depend on the number of images
     inside: bool = False
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -101,6 +109,9 @@ class _Notes:
             self.inside = False
 
     def see(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not args[0].requires_grad and name not in self.varying:
+            self.fixed[name] = args[0].shape
+            return output
         self.linears.append(LinearCall(name, module, args[0], output.shape, len(self.attentions)))
         return output + _mark(output, self.linear_marks)
 
@@ -144,15 +155,12 @@ def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
         ConfigurationError: the model does not run at that size, has no attention that can be intercepted or one
             that is called twice, or computes products elsewhere; the error names the module.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
-    notes = _Notes()
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            if isinstance(module, _WEIGHTED):
-                hooks.enter_context(module.register_forward_hook(partial(notes.see, name)))
-        stack = hooks.enter_context(module_stack(list(modules.items())))
-        hooks.enter_context(intercept_attention(model, modules, notes.attend))
-        output = _run(model, image_size, _Watch(model, stack, notes))
+    notes, output = _pass(model, image_size, frozenset())
+    if notes.fixed:
+        more, _ = _pass(model, image_size, frozenset(), IMAGES + 1)
+        varying = frozenset(name for name, shape in notes.fixed.items() if more.fixed.get(name) != shape)
+        if varying:
+            notes, output = _pass(model, image_size, varying)
     marks = notes.attention_marks + notes.linear_marks
     gradients = torch.autograd.grad(output.sum(), marks, allow_unused=True) if marks else ()
     used = [gradient is not None for gradient in gradients]
@@ -161,12 +169,29 @@ def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
     _check(model, attentions)
     last = max(index for index, is_used in enumerate(used[:count]) if is_used) + 1
     linears = tuple(call for call, is_used in zip(notes.linears, used[count:], strict=True) if is_used)
-    return Probe(attentions, linears, tuple(call for call in linears if call.attentions >= last))
+    after = tuple(call for call in linears if call.attentions >= last)
+    return Probe(attentions, linears, after, tuple(notes.fixed))
 
 
-def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch) -> Tensor:
+def _pass(
+    model: nn.Module, image_size: tuple[int, int], varying: frozenset[str], images: int = IMAGES
+) -> tuple[_Notes, Tensor]:
+    """What one pass over so many images notes, and the model's output."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    notes = _Notes(varying=varying)
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            if isinstance(module, _WEIGHTED):
+                hooks.enter_context(module.register_forward_hook(partial(notes.see, name)))
+        stack = hooks.enter_context(module_stack(list(modules.items())))
+        hooks.enter_context(intercept_attention(model, modules, notes.attend))
+        return notes, _run(model, image_size, _Watch(model, stack, notes), images)
+
+
+def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch, images: int) -> Tensor:
     parameter = next(model.parameters())
-    pixels = torch.zeros(IMAGES, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
+    pixels = torch.zeros(images, 3, *image_size, device=parameter.device, dtype=parameter.dtype)
+    pixels = pixels + _mark(pixels, [])
     try:
         with watch:
             return vision_outputs(model, pixels)
@@ -174,8 +199,18 @@ def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch) -> Tensor
         raise ConfigurationError(
             f"{type(model).__name__} does not run on images of {image_size[0]}x{image_size[1]} pixels",
             why=str(error).strip().partition("\n")[0] or type(error).__name__,
-            fix="give the image size that the model was built for",
+            fix=size_fix(model, image_size),
         ) from error
+
+
+def size_fix(model: nn.Module, image_size: tuple[int, int]) -> str:
+    """What to do about images of (height, width) that a model does not take, in words."""
+    whole = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride)
+    steps: Any = getattr(next(whole, None), "kernel_size", (1, 1))
+    near = [max(step, round(side / step) * step) for side, step in zip(image_size, steps, strict=True)]
+    if tuple(near) == image_size:
+        return "give the image size that the model was built for"
+    return f"give an image size that is a multiple of the patch of {steps[0]}x{steps[1]}, such as {near[0]}x{near[1]}"
 
 
 def _check(model: nn.Module, calls: tuple[AttentionCall, ...]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.plain import cuts_without_overlap
 from fp8pipe.models.vision.prepare import class_count
-from fp8pipe.models.vision.probe import IMAGES, AttentionCall, LinearCall, probe
+from fp8pipe.models.vision.probe import IMAGES, AttentionCall, LinearCall, probe, size_fix
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,7 @@ class VitStructure:
         image_size: (height, width), pixels.
         patch_grid: (rows, columns) of the patch embedding's output.
         classes: number of classes; None for a backbone.
+        constants: linears that give the same for all pixels; they stay float, and exports hold their results.
     """
 
     attentions: tuple[AttentionSite, ...]
@@ -93,6 +94,15 @@ class VitStructure:
     image_size: tuple[int, int]
     patch_grid: tuple[int, int]
     classes: int | None
+    constants: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its user should know, in sentences."""
+        if not self.constants:
+            return ()
+        some = ", ".join(self.constants[:4]) + (", ..." if len(self.constants) > 4 else "")
+        return (f"{len(self.constants)} linears stay float: what they read does not depend on the picture ({some})",)
 
     @property
     def attention_names(self) -> tuple[str, ...]:
@@ -130,7 +140,7 @@ def read_structure(model: nn.Module, image_size: tuple[int, int]) -> VitStructur
             why=f"no linear after the last attention has {classes} outputs",
             fix="use a model whose head is a linear layer, or one without a head",
         )
-    return VitStructure(attentions, linears, patch.name, heads, image_size, patch.grid, classes)
+    return VitStructure(attentions, linears, patch.name, heads, image_size, patch.grid, classes, found.constants)
 
 
 def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> LinearCall:
@@ -160,7 +170,7 @@ def _check_coverage(patch: LinearCall, image_size: tuple[int, int], model: nn.Mo
         raise ConfigurationError(
             f"{type(model).__name__} would not see all of an image of {image_size[0]}x{image_size[1]} pixels",
             why=f"its patches of {kernel} cover {covered[0]}x{covered[1]}",
-            fix="give an image size that is a multiple of the patch",
+            fix=size_fix(model, image_size),
         )
 
 

@@ -6,8 +6,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from breadth import only_long
+from family_table import PAGE, page
 from quantized_families import quantized_family
-from vit_families import NAMES, family, random_pixels
+from vit_families import NAMES, REFUSED, TO_TENSORRT, family, random_pixels, vision_family
 
 from exporters.graph.formats import OnnxFormat
 from exporters.graph.gates import check_kernels
@@ -17,22 +18,30 @@ from exporters.graph.produce import quantize_graph
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import ProductKind
+from exporters.onnx.export import export_onnx
+from exporters.onnx.target import OnnxExportOptions
+from exporters.tensorrt.export import export_tensorrt
+from exporters.tensorrt.target import TrtExportOptions
+from fp8pipe.artifact import Verdict
+from fp8pipe.artifact.gate import none_of
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.architecture import build
+from fp8pipe.models.vision.quantized import load_quantized
+from fp8pipe.models.vision.sources import save_vision_model
+from fp8pipe.models.vision.structure import read_structure
+from pipeline.vit.config import QuantizeVitConfig
+from pipeline.vit.stage import quantize_vit
+from validation.onnx.validate import validate_onnx
 
-# Tracing takes seconds a model. These have every kind of product, mask, window, pooling and sharing; the others are
-# their siblings, and run with the slow tests; the widest of them in a long run.
+# Tracing takes seconds a model. These have every kind of product, mask, window, pooling and sharing.
 FIRST = {
     "timm-vit", "timm-beit", "timm-eva02-split", "timm-siglip", "timm-swin", "hf-vit", "hf-dinov2-other-size",
     "hf-deit-distilled", "hf-swin-wide",
 }  # fmt: skip
 
 
-def _marks(name):
-    if name in FIRST:
-        return ()
-    return only_long if "swin" in name else pytest.mark.slow
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in NAMES])
+@pytest.mark.parametrize("name", sorted(FIRST))
 def test_the_exported_graph_computes_what_the_quantized_model_computes(name, tmp_path):
     quantized = quantized_family(name)
     path = tmp_path / "model.onnx"
@@ -73,3 +82,50 @@ def _check_batches(quantized, path, name):
         assert found.shape == expected.shape
         # Equal up to rounding, unless that moves a code across a border (two levels of 4 bits are far apart).
         assert (found - expected).norm() <= 0.2 * expected.norm()
+
+
+@pytest.fixture
+def _rebuilt_here(monkeypatch):
+    """A fresh process costs seconds a model; the stage's own tests start it."""
+
+    def gate(quantized, pixels, root):
+        with torch.no_grad():
+            differing = int((load_quantized(root)(pixels) != quantized(pixels)).sum())
+        return none_of("logits differing after a fresh process", differing, "rebuilt in this process")
+
+    monkeypatch.setattr("pipeline.vit.stage._rebuild_gate", gate)
+
+
+def _cost(name):
+    return only_long if "swin" in name and name != "timm-swin" else ()
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=_cost(n)) for n in NAMES])
+@pytest.mark.usefixtures("_rebuilt_here")
+def test_every_family_goes_all_the_way(name, tmp_path):
+    """The rows of docs/families.md: a model's directory, quantized, exported and validated as users do it."""
+    save_vision_model(vision_family(family(name)), tmp_path / "model")
+    settings = {"model": str(tmp_path / "model"), "bits": "w8a8", "calibration": "gaussian", "images": 8}
+    config = build_config(QuantizeVitConfig, settings | {"distill": {"steps": 0}})
+    artifact = quantize_vit(config, tmp_path / "vit")
+    constants = [warning for warning in artifact.manifest.warnings if "does not depend on the picture" in warning]
+    assert len(constants) == (1 if family(name).constants else 0)
+    export = export_onnx(artifact.root, tmp_path / "onnx", OnnxExportOptions())
+    assert all(gate.passed for gate in export.manifest.gates)
+    assert validate_onnx(export.root, against=artifact.root).verdict == Verdict.ACCEPT
+    if name in TO_TENSORRT:
+        options = build_config(TrtExportOptions, {"builder": "none"})
+        graph = export_tensorrt(artifact.root, tmp_path / "trt", options)
+        assert all(gate.passed for gate in graph.manifest.gates)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_architectures_are_refused_in_words(name):
+    with pytest.raises(ConfigurationError) as caught:
+        read_structure(build(REFUSED[name].architecture), REFUSED[name].architecture.image_size)
+    assert REFUSED[name].says in caught.value.why
+    assert caught.value.fix
+
+
+def test_the_page_of_families_is_that_of_the_registry():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/support/family_table.py"

@@ -14,6 +14,7 @@ from exporters.graph.passes.products import unfold_patches
 from exporters.graph.produce import float_model, quantize_graph
 from exporters.graph.runtime import open_session, run
 from exporters.graph.trace import trace_float
+from exporters.tensorrt.lint import lint_typed
 from fp8pipe.numerics.kinds import Kind
 
 
@@ -60,3 +61,14 @@ def test_the_whole_graph_is_the_function_of_the_other_export(kind):
         assert np.array_equal(stored[f"{name}.weight"].view(np.uint8), codes)
     sites = {n.name for n in other.graph if n.op_type == "QuantizeLinear"}
     assert {n.name for n in typed.graph if n.op_type == "QuantizeLinear"} <= sites
+
+
+def test_keys_and_values_of_one_product_keep_its_codes():
+    """A pooling attention makes queries of another tensor: two quantizers would move into the product of the others."""
+    model = storable_graph("timm-siglip", Kind.E4M3)
+    clipped = [
+        n.name for n in model.graph if n.op_type == "QuantizeLinear" and n.inputs[0].producer().op_type == "Clip"
+    ]
+    assert "attn_pool.k/QuantizeLinear" in clipped
+    assert "attn_pool.v/QuantizeLinear" not in clipped
+    assert lint_typed(model).errors() == ()

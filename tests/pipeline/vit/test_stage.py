@@ -252,3 +252,19 @@ def test_help_repeats_the_defaults_of_the_configuration():
         assert f"[default: {fields[name].default}" in shown[name]
     assert f"[default: {config.synthesis.steps}" in shown["synthesis__steps"]
     assert f"[default: {config.distill.steps}" in shown["distill__steps"]
+
+
+@pytest.mark.parametrize("given", ["0", "-3", "32x", "axb", "32x32x3", "99999", ""])
+def test_image_sizes_that_are_none(given: str):
+    with pytest.raises(ConfigurationError, match="quantize-vit settings") as caught:
+        settings(Path("model"), image_size=given)
+    assert "write 224, or HEIGHTxWIDTH" in caught.value.why
+
+
+def test_the_image_size_that_was_asked_for(model, tmp_path):
+    assert settings(model, image_size=32).image_size == "32x32"
+    assert settings(model, image_size="96 x 32").size == (96, 32)
+    assert settings(model).size is None
+    with pytest.raises(ConfigurationError, match="reads images of 32x48 pixels"):
+        quantize_vit(settings(model, image_size=64), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

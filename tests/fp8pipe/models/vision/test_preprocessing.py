@@ -117,7 +117,10 @@ def test_the_orientation_in_a_photograph_is_applied(tmp_path: Path):
         ({"crop": (0, 12)}, "crop"),
         ({"std": (0.0, 1.0, 1.0)}, "std"),
         ({"mean": (0.5, 0.5)}, "mean"),
-        ({"interpolation": "lanczos"}, "interpolation"),
+        ({"interpolation": "spline"}, "interpolation"),
+        ({"ratio": "cover"}, "ratio"),
+        ({"ratio": "fit", "resize": (16, 16)}, "larger than the resized"),
+        ({"resize": None}, "larger than the resized"),
         ({"channels": "bgr"}, "channels"),
     ],
 )

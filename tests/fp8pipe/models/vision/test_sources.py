@@ -120,10 +120,13 @@ def test_class_names_come_along(tmp_path: Path):
             {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}},
             {"resize": 40, "crop": (32, 32)},
         ),
-        ({"size": 40, "do_center_crop": True, "crop_size": 32}, {"resize": 40, "crop": (32, 32)}),
+        ({"size": 40, "do_center_crop": True, "crop_size": 32}, {"resize": (40, 40), "crop": (32, 32)}),
         ({"size": {"shortest_edge": 80}, "do_center_crop": True, "crop_size": 64}, {"resize": 40, "crop": (32, 32)}),
         ({"do_normalize": False}, {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}),
         ({"resample": 3}, {"interpolation": "bicubic"}),
+        ({"resample": 1}, {"interpolation": "lanczos"}),
+        ({"rescale_factor": 1 / 127.5}, {"mean": (0.25, 0.2, 0.15), "std": (0.05, 0.1, 0.15)}),
+        ({"do_pad": True, "pad_size": 32, "size": 24}, {"resize": (24, 24), "crop": (32, 32), "anchor": "corner"}),
     ],
 )
 def test_how_transformers_writes_preprocessing(processor: dict[str, Any], expected: dict[str, Any], tmp_path: Path):
@@ -132,11 +135,40 @@ def test_how_transformers_writes_preprocessing(processor: dict[str, Any], expect
     assert {key: getattr(found, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("processor", [{"resample": 1}, {"rescale_factor": 1 / 127.5}, {"size": {"longest_edge": 32}}])
-def test_preprocessing_that_is_not_supported(processor: dict[str, Any], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("processor", "why"),
+    [
+        ({"resample": 9}, "resample 9"),
+        ({"size": {"longest_edge": 32}}, "longest_edge"),
+        ({"size": {"shortest_edge": 32}}, "pictures of different sizes"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, "a mean of 1 channels"),
+        ({"image_processor_type": "NoSuchProcessor"}, "cannot load it"),
+        # ConvNeXT's class resizes to more than its size, and crops: no setting says so.
+        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}, "do_center_crop": True,
+          "crop_size": 32}, "ConvNextImageProcessor differs from"),
+    ],
+)  # fmt: skip
+def test_preprocessing_that_is_not_supported(processor: dict[str, Any], why: str, tmp_path: Path):
     save_transformers(tmp_path, "hf-deit", processor)
-    with pytest.raises(ConfigurationError, match="preprocessing is not supported"):
+    with pytest.raises(ConfigurationError, match="preprocessing is not supported") as caught:
         load_vision_model(str(tmp_path))
+    assert why in caught.value.why
+
+
+def test_the_processor_decides_on_the_size_of_images(tmp_path: Path):
+    """As transformers' own pipeline: DINOv2 takes any size, DeiT that of its configuration alone."""
+    crop = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": 16}
+    save_transformers(tmp_path / "dinov2", "hf-dinov2", crop)
+    vision = load_vision_model(str(tmp_path / "dinov2"))
+    assert vision.architecture.image_size == vision.preprocessing.crop == (16, 16)
+    assert "says images of 32x32 pixels, its preprocessing makes 16x16: the preprocessing decides" in vision.notes[0]
+    asked = load_vision_model(str(tmp_path / "dinov2"), (32, 32))
+    assert asked.architecture.image_size == asked.preprocessing.crop == (32, 32)
+    assert (asked.preprocessing.resize, asked.notes) == (40, ())
+    save_transformers(tmp_path / "deit", "hf-deit", crop)
+    vision = load_vision_model(str(tmp_path / "deit"))
+    assert vision.architecture.image_size == vision.preprocessing.crop == (32, 32)
+    assert "which the model does not take: the preprocessing is scaled to 32x32" in vision.notes[0]
 
 
 def test_incomplete_directories_of_transformers(tmp_path: Path):
@@ -177,6 +209,7 @@ def test_directories_of_timm(tmp_path: Path):
         load_vision_model(str(tmp_path / "timm"))
     half = (0.5, 0.5, 0.5)
     assert vision.preprocessing == Preprocessing(resize=80, crop=(64, 64), mean=half, std=half)
+    assert "says images of 64x64 pixels, its preprocessing makes 160x160: its positions" in vision.notes[0]
     (tmp_path / "timm" / "model.safetensors").unlink()
     with pytest.raises(ConfigurationError, match="no safetensors"):
         load_vision_model(str(tmp_path / "timm"))

@@ -31,6 +31,7 @@ def test_every_family(one: Family):
     assert structure.is_backbone == (one.architecture.classes is None)
     assert structure.classes == (5 if one.heads else None)
     assert len(structure.linears) == one.linears
+    assert len(structure.constants) == one.constants
     shared = [site.name for site in structure.linears if site.input_group != site.name]
     assert len(shared) == one.shared
     assert all(name.endswith(("k_proj", "v_proj", "fc1_x")) for name in shared)
@@ -183,3 +184,24 @@ def test_layers_that_run_for_nothing_are_left_out():
     structure = read_structure(model, (32, 32))
     assert hasattr(model.vision_model.head, "attention")  # it is there and runs
     assert not any(".head." in name for name in (*structure.attention_names, *structure.linear_names))
+
+
+@pytest.mark.parametrize("size", [(33, 48), (30, 32), (4, 4), (1, 1)])
+@pytest.mark.parametrize("name", ["hf-dinov2", "hf-vit", "hf-beit", "timm-vit"])
+def test_sides_that_are_no_multiple_of_the_patch_are_refused(name: str, size: tuple[int, int]):
+    with pytest.raises(ConfigurationError) as caught:
+        read_structure(build_family(family(name)), size)
+    assert f"{size[0]}x{size[1]}" in caught.value.what
+    assert "a multiple of the patch of 8x8, such as " in caught.value.fix
+    assert caught.value.why
+
+
+def test_what_only_the_number_of_images_decides_is_no_constant():
+    """A learned query is laid out for each image: its linear is quantized. Position biases are made once."""
+    model = build_family(family("timm-siglip"))
+    structure = read_structure(model, (48, 32))
+    assert "attn_pool.q" in structure.linear_names
+    assert structure.constants == structure.notes == ()
+    relative = read_structure(build_family(family("timm-relpos-shared")), (32, 32))
+    assert relative.constants == ("shared_rel_pos.mlp.fc1", "shared_rel_pos.mlp.fc2")
+    assert "2 linears stay float" in relative.notes[0]

@@ -1,0 +1,229 @@
+"""The pixels that a checkpoint's own library makes, as a `Preprocessing`: the image processor decides, and is asked.
+
+Its settings become a recipe; then it and the recipe prepare the same pictures, and a recipe that gives other pixels is
+refused. So what a class of processors does of its own (another order, another crop) is found without knowing the class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from fp8pipe.core.config import build_config
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.models.checkpoint.sidecars import read_config
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.vision.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Own = Callable[["Image"], np.ndarray]
+
+_FILTERS: Final = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# Heights and widths of the pictures that both prepare: wide, tall, larger than most models' images.
+_PICTURES: Final = ((90, 161), (161, 90), (431, 560))
+# In 8-bit codes: torchvision's filters round otherwise than Pillow's, by one code, and by two in few places.
+_TOLERANCE: Final = 1.02
+_FEW: Final = 1e-3
+_CHANNELS: Final = 3
+
+
+def processor_recipe(folder: Path, size: tuple[int, int]) -> tuple[Preprocessing, tuple[str, ...]]:
+    """The recipe of the image processor that transformers loads from a directory, and what to say of it.
+
+    Args:
+        folder: holds the processor's settings beside the model's config.json.
+        size: (height, width) that the model's configuration states; for a processor that leaves the size alone.
+
+    Raises:
+        ConfigurationError: no processor, or one whose pixels no recipe makes.
+        MissingCapabilityError: a package that it needs is missing.
+    """
+    processor, notes = _load(folder)
+    pictures: tuple[tuple[int, int], ...] = _PICTURES
+    if not processor.do_resize and not processor.do_center_crop:
+        pictures = (size,)
+        notes += (f"the image processor does not resize: pictures that are not {_shown(size)} are resized to it",)
+    recipe = _recipe(processor, size)
+
+    def own(image: Image) -> np.ndarray:
+        return np.asarray(processor(images=image, return_tensors="np")["pixel_values"][0])
+
+    check_pixels(own, recipe, type(processor).__name__, pictures)
+    return recipe, notes
+
+
+def timm_recipe(config: dict[str, Any], size: tuple[int, int]) -> Preprocessing:
+    """timm's evaluation transform of a data config for images of `size` (height, width).
+
+    The crop is a fraction `crop_pct` of the resized image: its sides are those fractions' floors, each of its own.
+
+    Raises:
+        ConfigurationError: the transform makes pixels that no recipe does.
+    """
+    from timm.data.transforms_factory import create_transform
+
+    fraction, mode = float(config["crop_pct"]), config["crop_mode"]
+    sides = (math.floor(size[0] / fraction), math.floor(size[1] / fraction))
+    values = {"resize": sides, "crop": size} | {key: config[key] for key in ("interpolation", "mean", "std")}
+    if mode == "border":
+        values |= {"ratio": "fit", "padding": tuple(round(255 * value) for value in config["mean"])}
+    elif mode != "squash" and sides[0] == sides[1]:
+        values["resize"] = sides[0]
+    elif mode != "squash":
+        values["ratio"] = "cover"
+    if mode != "border" and (sides[0] < size[0] or sides[1] < size[1]):
+        values["padding"] = (0, 0, 0)
+    _check_channels(config["mean"], config["std"])
+    recipe = build_config(Preprocessing, values)
+    transform = create_transform(**{**config, "input_size": (_CHANNELS, *size)}, is_training=False)
+    check_pixels(lambda image: np.asarray(transform(image)), recipe, f"timm's transform with crop mode {mode}")
+    return recipe
+
+
+def check_pixels(own: Own, recipe: Preprocessing, name: str, pictures: tuple[tuple[int, int], ...] = _PICTURES) -> None:
+    """Let a checkpoint's own function and the recipe prepare pictures of these (height, width), and compare.
+
+    `own` gives (3, H, W) float32, normalized.
+
+    Raises:
+        ConfigurationError: it fails, or pixels differ by more than one 8-bit code.
+    """
+    for size in pictures:
+        image = probe_picture(size)
+        try:
+            theirs, why = own(image), ""
+        except Exception as error:  # third-party code, which raises what it likes
+            theirs, why = np.zeros(0), f"{name} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ours = recipe.image_to_array(image)
+        if not why and theirs.shape != ours.shape:
+            why = f"{name} makes {theirs.shape} of a picture of {_shown(size)} pixels, expected {ours.shape}"
+        elif not why:
+            codes = np.abs(theirs - ours) * np.array(recipe.std).reshape(-1, 1, 1) * recipe.divisor
+            if not (codes.max() <= 2 * _TOLERANCE and np.mean(codes > _TOLERANCE) <= _FEW):
+                done = f"resizing ({recipe.resize}, {recipe.interpolation}) and cropping {_shown(recipe.crop)}"
+                why = f"{name} differs from {done} by {codes.max():.1f} of 255 in a picture of {_shown(size)} pixels"
+        if why:
+            raise _unsupported(why)
+
+
+def probe_picture(size: tuple[int, int]) -> Image:
+    """Waves and noise in mid-range codes, where filters that overshoot saturate nowhere; the same in every run."""
+    from PIL import Image
+
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    waves = np.stack([np.sin(rows / 9 + phase) + np.cos(columns / 7 - phase) for phase in (0, 1, 2)], axis=2)
+    noise = np.random.default_rng(0).uniform(-20, 20, waves.shape)
+    return Image.fromarray((128 + 25 * waves + noise).astype(np.uint8))
+
+
+def _load(folder: Path) -> tuple[Any, tuple[str, ...]]:
+    """The processor, and what to say of it."""
+    transformers = import_transformers()
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(folder, **local), ()
+        except ValueError:
+            if _names_a_class(folder):
+                raise
+            # transformers has a processor for most types of models, and none for towers of a larger one.
+            note = "no class of image processors is named: its settings are read as ViTImageProcessor's"
+            return transformers.ViTImageProcessor.from_pretrained(folder, **local), (note,)
+    except ImportError as error:
+        raise MissingCapabilityError(
+            f"the image processor of {folder} needs another package",
+            why=str(error).strip().partition("\n")[0],
+            fix="pip install 'fp8pipe[vit]'",
+        ) from error
+    except Exception as error:  # settings go to third-party code, which raises what it likes
+        why = f"transformers cannot load it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise _unsupported(why[:300]) from error
+
+
+def _names_a_class(folder: Path) -> bool:
+    path = folder / "preprocessor_config.json"
+    written = read_config(path) if path.is_file() else {}
+    return any(written.get(key) for key in ("image_processor_type", "feature_extractor_type", "auto_map"))
+
+
+def _recipe(processor: Any, size: tuple[int, int]) -> Preprocessing:
+    filter_code = 2 if processor.resample is None else int(processor.resample)
+    if filter_code not in _FILTERS:
+        raise _unsupported(f"resample {filter_code}")
+    values = {**_places(processor, size), "interpolation": _FILTERS[filter_code], **_moments(processor)}
+    return build_config(Preprocessing, values)
+
+
+def _places(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Where pixels come from: resize, crop and what stands around."""
+    resize: int | tuple[int, int] | None = _size(processor.size) if processor.do_resize else None
+    found: dict[str, Any] = {}
+    if processor.do_center_crop:
+        crop = _size(processor.crop_size)
+    else:
+        crop = size if resize is None else resize
+        resize = crop
+    if isinstance(crop, int):
+        raise _unsupported("it resizes the shorter side and crops nothing: pictures of different sizes come out")
+    if resize != crop:
+        found["anchor"] = "down"
+    sides = resize if isinstance(resize, tuple) else (resize or 0,) * 2
+    if sides[0] < crop[0] or sides[1] < crop[1]:
+        found["padding"] = (0, 0, 0)
+    padded = getattr(processor, "pad_size", None)
+    if getattr(processor, "do_pad", None) and padded and (whole := _size(padded)) != crop:
+        if found:
+            raise _unsupported("it pads after a crop")
+        # After the normalization, with zeros: the colour is the mean.
+        mean = _triple(processor.image_mean if processor.do_normalize else 0.0)
+        found = {"anchor": "corner", "padding": tuple(round(255 * value) for value in mean)}
+        crop = whole
+    return {"resize": resize, "crop": crop, **found}
+
+
+def _size(size: Any) -> int | tuple[int, int]:
+    """An int for the shorter side, (height, width) for both."""
+    given = dict(size or {})
+    if set(given) == {"height", "width"}:
+        return int(given["height"]), int(given["width"])
+    if set(given) == {"shortest_edge"}:
+        return int(given["shortest_edge"])
+    raise _unsupported(f"a size of {given or 'nothing'}; height and width, or shortest_edge, can be read")
+
+
+def _moments(processor: Any) -> dict[str, Any]:
+    """Mean and deviation for pixels from 0 to 1, with another rescaling than 1/255 taken into them."""
+    given = (processor.image_mean or 0.0, processor.image_std or 1.0)
+    mean, std = given if processor.do_normalize else (0.0, 1.0)
+    _check_channels(mean, std)
+    factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
+    whole = 1.0 if abs(factor * 255 - 1) <= 1e-6 else factor * 255
+    return {"mean": tuple(v / whole for v in _triple(mean)), "std": tuple(v / whole for v in _triple(std))}
+
+
+def _check_channels(mean: Any, std: Any) -> None:
+    for name, values in (("mean", mean), ("deviation", std)):
+        if len(_triple(values)) != _CHANNELS:
+            raise _unsupported(f"a {name} of {len(values)} channels, and images have three: red, green, blue")
+
+
+def _triple(values: Any) -> tuple[float, ...]:
+    return (float(values),) * _CHANNELS if isinstance(values, int | float) else tuple(float(v) for v in values)
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _unsupported(why: str) -> ConfigurationError:
+    return ConfigurationError(
+        "this model's preprocessing is not supported",
+        why=why,
+        fix="save a processor that resizes, crops the centre, rescales and normalizes three channels, and nothing else",
+    )
