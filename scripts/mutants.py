@@ -45,7 +45,8 @@ LIBRARIES = (
 ROOMS = ("fp8pipe", "pipeline", "exporters", "validation", "serving", "calibration")
 # Without plugins, and without what looks for forgotten objects at the end, a run costs a second less.
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
-PYTEST += ["-m", "not slow and not vllm and not gpu"]
+SLOW_TOO = "not vllm and not gpu"
+QUICK = f"{SLOW_TOO} and not slow"
 
 
 def sample(table: dict, modules: list[str], count: int | None, seed: int) -> list[Mutant]:
@@ -86,7 +87,7 @@ def import_libraries() -> ModuleType:
     return compat
 
 
-def run_tests(place: Path, tests: list[str], limit_s: float, log: Path, *, keep_compiled: bool) -> str:
+def run_tests(place: Path, entry: dict, limit_s: float, log: Path, *, keep_compiled: bool) -> str:
     """`passed`, `failed` or `too long`: pytest in a fork of this process, with everything it started."""
     child = os.fork()
     if child == 0:
@@ -99,7 +100,8 @@ def run_tests(place: Path, tests: list[str], limit_s: float, log: Path, *, keep_
         os.environ |= {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "" if keep_compiled else "1"}
         import pytest
 
-        code = pytest.main([*PYTEST, *tests])
+        marked = SLOW_TOO if entry.get("slow") else QUICK
+        code = pytest.main([*PYTEST, "-m", marked, *entry["tests"]])
         sys.stdout.flush()
         os._exit(int(code))
     ends = time.monotonic() + limit_s
@@ -174,7 +176,7 @@ def main() -> int:
             if time.monotonic() - started > 60 * options.minutes:
                 print(f"out of time: {len(drawn) - number + 1} faults were not tried")
                 break
-            tests, path = table["modules"][mutant.module]["tests"], place / mutant.module
+            tests, path = table["modules"][mutant.module], place / mutant.module
             if mutant.module not in limits:
                 before = time.monotonic()
                 if run_tests(place, tests, 1200, log, keep_compiled=True) != "passed":

@@ -266,7 +266,7 @@ async def _discard(receive: Receive) -> None:
             while left > 0:
                 message = await receive()
                 left -= len(message.get("body", b""))
-                if message["type"] != "http.request" or not message.get("more_body", False):
+                if not message.get("more_body", False):  # its last piece, or the client went away
                     return
 
 

@@ -201,6 +201,8 @@ MODEL_FAULTS = (
             ("pickle", "another library loads a pickle", "TimmWrapperModel", "model_args", {"checkpoint_path": "w.pt"}),
         )
     ),
+    Fault("vit-stated-mean", "vit", "manifest.json", "another mean of pixels is stated than the files hold", C.MANIFEST,
+          "mean", manifest("vit", lambda data: data["preprocessing"].update(mean=[0.1, 0.2, 0.3]))),
     Fault("vit-bits", "vit", "quantizers.json", "codes of 8 bits are said to have 4", C.LINT, PROJ,
           json_file("vit", "quantizers.json", lambda data: data["weights"][PROJ].update(bits=4))),
 )  # fmt: skip

@@ -70,7 +70,8 @@ def write_vit_artifact(folder: Path, quantized: QuantizedVit, images: int = 0) -
             shape = (images, 3, *quantized.architecture.image_size)
             codes = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
             save_file({"images": codes}, writer.root / "calibration" / "images.safetensors")
-        return writer.commit(details=details_of("vit", images=images), seed=0)
+        moments = quantized.preprocessing.model_dump(mode="json")
+        return writer.commit(details=details_of("vit", images=images), preprocessing=moments, seed=0)
 
 
 def storable(quantized: QuantizedVit) -> QuantizedVit:

@@ -41,6 +41,7 @@ from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
+from validation.contents import contents_gate
 from validation.parents import artifact_at_hand
 from validation.record import EngineRecord, concluded, heading
 
@@ -89,7 +90,7 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
     preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
     probes = [probe_images(None if source is None else source.root, preprocessing)]
     probes += [] if images is None else [folder_images(images, preprocessing)]
-    judge = _Judge(artifact, model, read_layers(model), None if source is None else load_quantized(source.root))
+    judge = _Judge(artifact, model, read_layers(model), source, None if source is None else load_quantized(source.root))
     with track(1 + len(probes), "validate") as progress:
         found = []
         for each in probes:
@@ -125,12 +126,14 @@ class _Judge:
         export: what is judged.
         model: its graph, as read from the file.
         layers: its products.
-        parent: the model of its artifact; None where that was not found.
+        source: its artifact; None where that was not found.
+        parent: the model of that artifact.
     """
 
     export: Artifact
     model: ir.Model
     layers: tuple[ExportedLayer, ...]
+    source: Artifact | None
     parent: QuantizedVit | None
 
     @property
@@ -188,12 +191,13 @@ class _Judge:
         return {input_name(source): found[str(source.name)] for source in sources}
 
     def record(self, found: list[_OnImages]) -> OnnxValidationRecord:
-        """The verdict on all that was found: on the probe images, and on pictures."""
+        """The verdict on all that was found: on the probe images, on pictures, and in what the files state."""
+        stated, unchecked = contents_gate(self.export, None if self.source is None else self.source.root)
         kernels, started = check_kernels(self.path, self.layers), time.perf_counter()
         open_session(self.path)
         load_s = time.perf_counter() - started
         gates = [] if self.parent is None else reopen_gates(self.model, self.layers, self.parent, self.format)
-        gates += [*found[0].gates, kernel_gate(kernels)]
+        gates += [*found[0].gates, kernel_gate(kernels), stated]
         gates += [
             gate.model_copy(update={"name": f"{gate.name}, pictures"}) for each in found[1:] for gate in each.gates
         ]
@@ -204,7 +208,7 @@ class _Judge:
             reference="export" if self.parent is None else "artifact", layers=found[0].layers, kernels=kernels,
             classes=found[0].classes, pictures=found[1].classes if found[1:] else None, gates=gates,
             load_s=round(load_s, 3), reasons=reasons, verdict="REJECT" if reasons else accepted,
-            not_proved=[*([_NO_SOURCE] if self.parent is None else []),
+            not_proved=[*([_NO_SOURCE] if self.parent is None else []), *unchecked,
                         *(each.classes.lowered for each in found if each.classes.lowered)],
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from exporters.tensorrt.lint import lint_file
 from exporters.tensorrt.target import Base, BuiltEngine
 from fp8pipe.artifact import Artifact, Gate, installed_versions, open_artifact
 from fp8pipe.artifact.record import remove_record
+from validation.contents import contents_gate
 from validation.tensorrt.record import EngineReport, TrtValidationRecord, conclude
 
 _TOKENS = (2, 16)  # sequences, and ids of each
@@ -37,7 +38,9 @@ def validate_language(export: Path) -> TrtValidationRecord:
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     details = artifact.manifest.details_of(TrtLanguageDetails)
     engines, version = details.engines, artifact.manifest.versions.get("tensorrt-rtx", "")
-    gates = (_finite(artifact, details), _lint(artifact, tuple(engines)), *map(_precision, engines, engines.values()))
+    stated, unchecked = contents_gate(artifact, None)
+    gates = (_finite(artifact, details), _lint(artifact, tuple(engines)), stated,
+             *map(_precision, engines, engines.values()))  # fmt: skip
     reports = (
         EngineReport(
             capability=capability, builder="rtx", version=version, source="export", reasons=(),
@@ -52,7 +55,9 @@ def validate_language(export: Path) -> TrtValidationRecord:
         artifact, details.format, gates, reports, packages=_VERSIONS,
         proved=(f"every file, engines too, has the manifest's digest; {passed} gates of the export passed on them",
                 "ONNX Runtime reads and runs the graph, and the linter finds nothing"),
-        not_proved=("execution: engines of language models are not run here", "timing: no speed was measured", *stale),
+        not_proved=("execution: engines of language models are not run here", "timing: no speed was measured",
+                    "that the graph holds what was exported: `verify` with the parent compares them",
+                    *stale, *unchecked),
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from fp8pipe.core.machine import gpus
 from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.numerics.kinds import Kind
+from validation.contents import contents_gate
 from validation.parents import artifact_at_hand
 from validation.tensorrt.gates import graph_gates, is_waived, precision_gates
 from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValidationRecord, conclude
@@ -89,7 +90,8 @@ def validate_tensorrt(
         progress.advance(1)
     reference = "ONNX's reference evaluator" if _is_nvfp4(artifact) else "ONNX Runtime"
     read = [engine_precisions(artifact, engine) for engine in engines]
-    gates = [*(held or ()), _finite(expected, reference)]
+    stated, unchecked = contents_gate(artifact, None if source is None else source.root)
+    gates = [*(held or ()), stated, _finite(expected, reference)]
     for engine, report in zip(engines, read, strict=True):
         gates += [] if report is None else precision_gates(artifact, engine, report)
     gates += [] if execution is None else [_error(execution, reference)]
@@ -104,7 +106,7 @@ def validate_tensorrt(
     return conclude(
         artifact, _details(artifact).format, gates, reports, packages=_VERSIONS, execution=execution,
         proved=_proved(artifact, held, engines, execution, reference), compared=held is not None,
-        not_proved=_not_proved(artifact, held, engines, execution),
+        not_proved=[*_not_proved(artifact, held, engines, execution), *unchecked],
     )  # fmt: skip
 
 

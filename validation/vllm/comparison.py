@@ -21,6 +21,7 @@ from fp8pipe.artifact.gate import failures
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.machine import available_bytes
 from fp8pipe.core.progress import track
+from validation.contents import contents_gate
 from validation.record import heading
 from validation.vllm.expected import ExpectedWeights, count_differences
 from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
@@ -112,6 +113,7 @@ def compare(case: Case) -> ValidationRecord:
     files = [] if case.plan is None else file_gates(case.plan, case.artifact.root)
     if failures(files):  # no engine is needed to tell that this is another model
         return _concluded(case, files)
+    stated, unchecked = contents_gate(case.artifact, None if case.plan is None else case.source)
     asked, dtype = _questions(case), getattr(torch, case.form.dtype)
     expected = ExpectedWeights(case.artifact, case.plan)
     digests = _digests(expected, (torch.float32, dtype))
@@ -133,13 +135,13 @@ def compare(case: Case) -> ValidationRecord:
             raise
     logprobs, canary, report = _against_torch(case, asked, expected, exact, served)
     gates = [
-        *files, *exact.weights.gates("in fp32"), *logprobs.gates, wrong_answers(canary, "in fp32"),
+        *files, stated, *exact.weights.gates("in fp32"), *logprobs.gates, wrong_answers(canary, "in fp32"),
         *report.gates, wrong_answers(report.canary, "as served"),
     ]  # fmt: skip
     return _concluded(
         case, gates, versions={**case.environment.versions, **exact.result["versions"]}, weights=exact.weights,
         logprobs=logprobs, canary=canary, served=report, chat_template=asked.chat,
-        load_s=round(exact.result["load_s"], 3), peak_rss_bytes=exact.result["peak_rss_bytes"],
+        unchecked=unchecked, load_s=round(exact.result["load_s"], 3), peak_rss_bytes=exact.result["peak_rss_bytes"],
     )  # fmt: skip
 
 
@@ -273,13 +275,14 @@ def _concluded(case: Case, gates: list[Gate], **found: Any) -> ValidationRecord:
     reasons, known = failures(gates), case.plan is not None
     verdict: Verdict = "REJECT" if reasons else "ACCEPT" if known else "CONSISTENT"
     served: ServedReport | None = found.get("served")
+    unchecked = found.pop("unchecked", [])
     return ValidationRecord(
         **heading(case.artifact), engine="vllm", dtype="float32", reference="source" if known else "export",
         source_digest=None if case.plan is None else case.plan.source.parent.digest,
         changed=[] if case.plan is None else changed_on_purpose(case.plan),
         **{"versions": case.environment.versions, **found}, gates=gates,
-        proved=[] if reasons else _proved(case, served), not_proved=_not_proved(case, served), reasons=reasons,
-        verdict=verdict,
+        proved=[] if reasons else _proved(case, served),
+        not_proved=[*_not_proved(case, served), *unchecked], reasons=reasons, verdict=verdict,
     )  # fmt: skip
 
 

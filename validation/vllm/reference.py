@@ -76,7 +76,7 @@ class Reference:
             parameter.data = parameter.data.to(dtype)
         modules = dict(self.model.named_modules())
         for name in rounded:
-            modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]), *args[1:]))
+            modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
 
     @torch.inference_mode()
     def logprobs(self, ids: Sequence[int]) -> Tensor:

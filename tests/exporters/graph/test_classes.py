@@ -55,6 +55,21 @@ def test_outputs_have_a_bound_of_their_own():
     assert not class_gates(compare_classes(expected, found, 1.0, "here"))[0].passed
 
 
+def test_a_model_that_cannot_decide_between_two_classes_does_not_keep_them():
+    undecided = quantized_family(NAME)
+    head = undecided.model.get_submodule(undecided.structure.linear_names[-1])
+    with torch.no_grad():
+        head.weight.zero_()
+        if head.bias is not None:
+            head.bias.zero_()
+            head.bias[:2] = 1
+    pixels = random_pixels(family(NAME), 64)
+    with torch.no_grad():
+        expected = undecided(pixels)
+    assert (expected[:, 0] == expected[:, 1]).all()
+    assert 0.2 < own_agreement(undecided, pixels, expected) < 0.8  # a coin decides: 64 throws
+
+
 def test_what_a_model_keeps_is_measured_on_itself(quantized):
     """Nothing of the disturbance is left behind."""
     pixels = random_pixels(family(NAME), 4)

@@ -168,6 +168,13 @@ def test_amax_zero_has_a_positive_scale_and_zero_codes(grid):
         assert not codes.float().any()
 
 
+@FLOAT_GRIDS
+def test_an_amax_just_above_the_floor_has_a_scale_of_its_own(grid):
+    above, below = (amax_scale(torch.tensor(amax), grid).item() * grid.max for amax in (1.5e-12, 0.5e-12))
+    assert above == pytest.approx(1.5e-12, rel=1e-6)
+    assert below == pytest.approx(1e-12, rel=1e-6)
+
+
 def test_scales_divide_in_fp64():
     amax = torch.rand(10_000, generator=torch.Generator().manual_seed(1)) + 1e-3
     wide = amax.numpy().astype(np.float64)

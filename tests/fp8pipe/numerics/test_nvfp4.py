@@ -151,6 +151,8 @@ def test_scales_that_are_no_positive_numbers_are_refused():
         block = torch.full((2, 1), bad, dtype=torch.uint8).view(torch.float8_e4m3fn)
         with pytest.raises(ValueError, match="positive"):
             BlockScales(block, 0.5)
+    with pytest.raises(ValueError, match="E4M3"):
+        BlockScales(torch.ones(2, 1), 0.5)
 
 
 def test_it_is_a_precision():

@@ -62,6 +62,11 @@ def test_bf16_is_that_of_torch(values: np.ndarray) -> None:
     assert same_bits(round_bf16(weight), to_bf16(weight).float())
 
 
+def test_ties_go_to_the_even_bf16() -> None:
+    ties = (torch.arange(0x3F80, 0x4080, dtype=torch.int32) << 16 | 0x8000).view(torch.float32)
+    assert same_bits(round_bf16(ties), ties.to(torch.bfloat16).float())
+
+
 def test_errors_of_rows() -> None:
     original = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]])
     assert row_errors(original, original) == 0.0

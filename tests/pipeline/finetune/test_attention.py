@@ -9,7 +9,7 @@ from fp8pipe.models.compat import import_transformers
 from pipeline.finetune import attention
 from pipeline.finetune.attention import NAME, attend, use_matmul_attention
 
-BATCH, HEADS, GROUPS, LENGTH, WIDTH = 2, 6, 2, 16, 8
+BATCH, HEADS, GROUPS, LENGTH, WIDTH = 2, 6, 3, 16, 8
 
 
 def _packed_mask() -> torch.Tensor:
@@ -97,6 +97,18 @@ def test_what_it_does_not_compute_goes_to_the_fused_kernel(changes, why, monkeyp
     monkeypatch.setattr(attention._Attention, "apply", lambda *a: pytest.fail(f"served in spite of: {why}"))
     out, _ = attend(_grouped(), *_inputs(torch.float32), None, **{"scaling": 0.3, **changes})
     assert out.shape == (BATCH, LENGTH, HEADS, WIDTH)
+
+
+def test_a_mask_for_all_heads_is_served_and_one_of_each_head_is_not(monkeypatch):
+    served, real = [], attention._Attention.apply
+    monkeypatch.setattr(attention._Attention, "apply", lambda *a: served.append(1) or real(*a))
+    attend(_grouped(), *_inputs(torch.float32), _packed_mask())
+    assert served
+    served.clear()
+    for batch in (1, BATCH):
+        parts = [part[:batch] for part in _inputs(torch.float32)]
+        attend(_grouped(), *parts, _packed_mask()[:batch].expand(batch, HEADS, LENGTH, LENGTH))
+    assert not served
 
 
 def test_rows_too_long_go_to_the_fused_kernel(monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fp8pipe.core.errors import ConfigurationError
+from pipeline.workflow.gates import figure_at
 from pipeline.workflow.recipe import load_recipe, recipe_of, substitute
 
 TEXT = """
@@ -21,6 +22,13 @@ stages:
     distill: {steps: 3}
   images: {command: quantize-vit, bits: w8a8}
 """
+
+
+@pytest.mark.parametrize("path", ["name.abc", "name.0", "size.a", "list.3", "list.a", "none", "inner"])
+def test_a_figure_that_is_not_there_is_missing(path):
+    document = {"name": "abc", "size": 3, "list": [1, 2, 3], "inner": {"size": 1}}
+    assert figure_at(document, path) is None
+    assert [figure_at(document, there) for there in ("size", "list.1", "inner.size")] == [3, 2, 1]
 
 
 @pytest.fixture

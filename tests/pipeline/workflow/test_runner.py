@@ -193,6 +193,7 @@ def test_two_stages_cannot_write_one_record(runner):
         ({"figure": "details.socre", "at_most": 2}, Verdict.ANOMALOUS),
         ({"figure": "details.score", "minus": "right#details.score", "at_least": 0.4}, Verdict.ACCEPT),
         ({"figure": "details.score", "over": "right#details.score", "at_most": 1.4}, Verdict.REGRESSION),
+        ({"figure": "details.score", "minus": "right#details.socre", "at_most": 9}, Verdict.ANOMALOUS),
     ],
 )
 def test_gates_of_the_recipe(runner, gate, verdict):

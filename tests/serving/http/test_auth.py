@@ -57,6 +57,7 @@ def test_a_key_may_be_presented_in_two_headers(keys, header):
     ("headers", "code"),
     [
         ((), b"missing_key"), ([(b"authorization", b"Basic fp8-key")], b"missing_key"),
+        ([(b"x-forwarded-authorization", b"Bearer fp8-key")], b"missing_key"),
         ([(b"authorization", b"Bearer fp8-kez")], b"wrong_key"), ([(b"x-api-key", b"")], b"wrong_key"),
         ([(b"x-api-key", KEY.encode() + b"x" * 600)], b"wrong_key"),
         ([(b"authorization", b"Bearerfp8-key")], b"missing_key"),

@@ -161,6 +161,18 @@ def test_one_deadline_holds_for_the_whole_body() -> None:
     assert asyncio.run(answer_of(limited(timeout_s=5), scope_of(), Sender(*[b"x"] * 9, pause_s=0.001)))["status"] == 200
 
 
+def test_a_message_that_does_not_say_that_more_comes_is_the_last() -> None:
+    """The specification's default: a body refused then is not waited for any further."""
+    taken = []
+
+    async def receive() -> dict[str, Any]:
+        taken.append(1)
+        return {"type": "http.request", "body": b"x" * 11}
+
+    assert asyncio.run(answer_of(limited(), scope_of(), receive))["status"] == 413
+    assert len(taken) == 1
+
+
 def test_after_the_body_nothing_is_late() -> None:
     async def waits(scope: Any, receive: Any, send: Any) -> None:
         await receive()

@@ -44,6 +44,7 @@ SIDES = {
     "difference of outputs": {"parent", "file", "engine"},
     "top-1 agreement": {"parent", "file", "engine"},
     "integer layers run in float": {"engine"},
+    "statements that do not hold": {"parent", "file"},
 }
 
 
@@ -106,7 +107,8 @@ def judged(export, parent):
     """Every gate of a validation, whether it passes; hashes are not looked at."""
     model = ir.load(export / "model.onnx")
     artifact = Artifact(export, read_manifest(export))
-    judge = validate._Judge(artifact, model, read_layers(model), load_quantized(parent))
+    source = Artifact(parent, read_manifest(parent))
+    judge = validate._Judge(artifact, model, read_layers(model), source, load_quantized(parent))
     found = judge.on_images(probe_images(parent, judge.parent.preprocessing))
     return {gate.name: gate.passed for gate in judge.record([found]).gates}
 

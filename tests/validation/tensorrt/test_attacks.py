@@ -34,7 +34,7 @@ def test_an_operator_between_products_is_another(name, export):
     (export / "layers.json").unlink()
     rehash(export, lambda data: data["details"].update(engines={}))
     gates = rejected(attack(export, edit))
-    assert set(gates) == {"operators between products, evaluated in float64"}
+    assert set(gates) == {"operators between products, evaluated in float64", "statements that do not hold"}
     assert named in gates["operators between products, evaluated in float64"].detail
 
 

@@ -25,6 +25,7 @@ from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from validation.vllm import comparison, validate
+from validation.vllm.expected import Expected, count_differences
 from validation.vllm.record import ValidationRecord
 from validation.vllm.validate import validate_export
 
@@ -111,6 +112,7 @@ def test_a_right_export_is_accepted_and_its_source_found(tree: Path, engine: Any
     assert record.reference == "source"
     assert all(gate.passed for gate in record.gates)
     assert record.changed == (["quantization_config"] if name != "bf16" else [])
+    assert (record.weights.layers, record.weights.differing_codes) == (0 if name == "bf16" else 14, 0)
     assert record.served is not None
     assert record.served.form == "on a CPU: bfloat16, eager, activations not rounded"
     assert (
@@ -157,6 +159,18 @@ def theta(data: dict[str, Any]) -> None:
     place["rope_theta"] = 5e5
 
 
+def stated(artifact: str, *keys: str | int, value: object) -> Callable[[Path], None]:
+    """The manifest says another thing than the files hold."""
+
+    def change(data: dict[str, Any]) -> None:
+        at: Any = data
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = value
+
+    return lambda tree: rehash(tree / artifact, change)
+
+
 def text(artifact: str, name: str, content: str) -> Callable[[Path], None]:
     def inject(tree: Path) -> None:
         (tree / artifact / name).write_text(content, encoding="utf-8")
@@ -191,6 +205,11 @@ ATTACKS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "chat template": ("copied", "chat_template.jinja", template("copied")),
     "another loader's configuration": ("copied", "params.json", text("copied", "params.json", "{}")),
     "a tokenizer that the source lacks": ("copied", "vocab.json", text("copied", "vocab.json", "{}")),
+    "a layer's shape in the manifest": ("copied", "shape", stated("copied", "layers", 0, "shape", value=[256, 513])),
+    "static scales in the manifest": ("copied", "dynamic", stated("copied", "layers", 3, "activation", "dynamic",
+                                                                  value=False)),
+    "a trained scale in the manifest of a quantizing export": (
+        "quantized", "quantized_here", stated("quantized", "details", "quantized_here", value=0)),
 }  # fmt: skip
 
 
@@ -201,6 +220,12 @@ def test_an_attack_is_rejected_by_name(tree: Path, engine: Any, name: str) -> No
     record = checked(tree / artifact)
     assert record.verdict == "REJECT"
     assert any(named in reason for reason in record.reasons), record.reasons
+
+
+def test_a_tensor_of_another_shape_differs_wholly() -> None:
+    found = torch.zeros(3, 4)
+    assert count_differences(Expected("codes", torch.zeros(4, 3), torch.ones(1), False), found) == (12, 12)
+    assert count_differences(Expected("floats", torch.zeros(4, 3), None, False), found) == (12, 0)
 
 
 def test_files_that_are_not_the_sources_start_no_engine(tree: Path, engine: Any) -> None:
