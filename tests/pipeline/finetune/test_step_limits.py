@@ -47,6 +47,10 @@ def test_a_step_asks_no_more_of_a_gpu_than_before(name, tmp_path):
     given = {"model": "m", "data": "d", "device": "cuda", "rank": 64, "steps": 100, "log_every": 50}
     config = build_config(FinetuneConfig, given | changes)
     transformers = import_transformers()
+    # Imported here: what a module makes while it is imported must not be fake ever after.
+    transformers.LlamaForCausalLM  # noqa: B018
+    for package in ("bitsandbytes", "peft"):
+        pytest.importorskip(package)
     with fake_cuda(found=4096, integer=4096) as counter:
         with torch.device("cuda"):
             shapes = transformers.LlamaConfig(**SHAPES)
