@@ -70,6 +70,8 @@ def make_images(
     given = read_images(request, vision, structure)
     if given is not None:
         return given
+    if vision.architecture.choices is None:  # outputs that are values or a single label: no class to make an image of
+        structure = replace(structure, classes=None)
     if request.method == "gaussian":
         streams = [image_stream(request.seed, i) for i in range(request.count)]
         noise = vision.preprocessing.to_uint8(normal(streams, 3, *structure.image_size))

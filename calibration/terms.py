@@ -82,7 +82,7 @@ class Terms:
         if config.regions and structure.classes is None:
             raise ConfigurationError(
                 "regions need a model with classes",
-                why="each quarter of an image is made for a class, and this model is a backbone",
+                why="each quarter of an image is made for a class, and this model has none to choose from",
                 fix="leave regions at 0",
             )
         wishes = [name for name in ("masked", "priors") if getattr(config, name)]

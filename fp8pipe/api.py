@@ -29,7 +29,7 @@ def finetune(
 
     Args:
         model: directory, hub id, .gguf file or sample:NAME.
-        data: JSONL file, hub id or sample:NAME.
+        data: file, folder or glob (JSONL, JSON, CSV, parquet, arrow), hub id or sample:NAME.
         output: the artifact's directory.
         force: replace an existing artifact.
         resume: continue the unfinished run of `output`.

@@ -110,11 +110,16 @@ def print_accuracy(model: onnxruntime.InferenceSession, folder: Path, classes: l
     print(f"top-1 {first / count:.4f} ({first} of {count}), top-5 {five / count:.4f}")
 
 
-def print_classes(model: onnxruntime.InferenceSession, path: Path, classes: list[str], recipe: dict, top: int) -> None:
-    """The best classes of one picture, with their softmax shares."""
-    logits = classify(model, [path], recipe)[0]
-    shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
+def print_classes(
+    model: onnxruntime.InferenceSession, path: Path, classes: list[str], recipe: dict, top: int, activation: str
+) -> None:
+    """The best classes of one picture with their probabilities; of a model of values, all of them."""
+    logits = classify(model, [path], recipe)[0].astype(np.float64)
+    if activation == "none":
+        print(f"{path}: " + ", ".join(f"{name} {value:.6g}" for name, value in zip(classes, logits, strict=True)))
+        return
+    shares = np.exp(logits - logits.max()) if activation == "softmax" else 1 / (1 + np.exp(-logits))
+    shares /= shares.sum() if activation == "softmax" else 1
     best = np.argsort(-shares, kind="stable")[:top]
     print(f"{path}: " + ", ".join(f"{classes[i]} {shares[i]:.1%}" for i in best))
 
@@ -130,12 +135,15 @@ def main() -> None:
         raise SystemExit(f"{arguments.export} is a backbone: its outputs are features, not classes")
     classes = json.loads((arguments.export / "classes.json").read_text(encoding="utf-8"))
     recipe = json.loads((arguments.export / "preprocessing.json").read_text(encoding="utf-8"))
+    manifest = json.loads((arguments.export / "manifest.json").read_text(encoding="utf-8"))
+    # Exports of before it was recorded are of classes that exclude each other.
+    activation = manifest.get("details", {}).get("output", {}).get("activation", "softmax")
     model = open_model(arguments.export)
     for path in arguments.pictures:
         if path.is_dir():
             print_accuracy(model, path, classes, recipe)
         else:
-            print_classes(model, path, classes, recipe, arguments.top)
+            print_classes(model, path, classes, recipe, arguments.top, activation)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def split_rows(labels: tuple[int, ...], train_fraction: float, seed: int) -> tup
 
 def with_head(vision: VisionModel, classes: tuple[str, ...]) -> VisionModel:
     """The backbone with a random head for `classes`."""
-    architecture = vision.architecture.model_copy(update={"classes": classes, "head": "probe"})
+    architecture = vision.architecture.model_copy(update={"classes": classes, "head": "probe", "activation": "softmax"})
     model = build(architecture)
     if not isinstance(model, ClassAndPatches):
         raise TypeError(type(model))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from exporters.graph.parity import INTEGER_TOLERANCE
 from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.core.config import FrozenConfig
+from fp8pipe.models.vision.answers import Activation, agreeing, ranks
 from fp8pipe.models.vision.quantized import QuantizedVit
 
 __all__ = ["ClassAgreement", "Disagreement", "class_gates", "compare_classes", "own_agreement"]
@@ -35,12 +36,15 @@ _LARGEST_DIFFERENCE: Final = 0.25
 
 
 class Disagreement(FrozenConfig):
-    """An image whose class differs."""
+    """An image whose answer differs."""
 
     image: int = Field(ge=0, description="its number")
-    expected_class: int = Field(description="the reference's choice")
-    engine_class: int = Field(description="the engine's choice")
-    margin: float = Field(description="how far the reference's logits of these two classes are apart")
+    expected_class: int | None = Field(default=None, description="the reference's choice; none without classes")
+    engine_class: int | None = Field(default=None, description="the engine's choice; none without classes")
+    margin: float = Field(
+        description="how far the reference's logits of these two classes are apart; without classes the largest "
+        "difference of an output"
+    )
 
 
 class ClassAgreement(FrozenConfig):
@@ -48,7 +52,12 @@ class ClassAgreement(FrozenConfig):
 
     images: int = Field(ge=0, description="images compared")
     source: str = Field(description="where they come from")
-    agreeing: int = Field(ge=0, description="images with the same class (features: with the same largest feature)")
+    ranked: bool = Field(default=True, description="whether classes are compared; else outputs")
+    agreeing: int = Field(
+        ge=0,
+        description="images with the same class; without classes those whose outputs differ by less than half of "
+        "what sets images apart; NaN agrees with nothing",
+    )
     difference: float = Field(description="norm of the outputs' difference over the norm of the outputs; NaN fails")
     largest_difference: float = Field(description="largest relative difference of one image's outputs (L2)")
     own: float = Field(description="share of its classes that the reference keeps when each layer is disturbed by 1e-6")
@@ -68,25 +77,35 @@ class ClassAgreement(FrozenConfig):
         if self.allowed <= max(_FREE_IMAGES, int((1 - _LEAST) * self.images)):
             return ""
         return (
-            f"classes: the model itself keeps {self.own:.1%} of its own on {self.source} when each layer is "
+            f"{'classes' if self.ranked else 'outputs'}: the model itself keeps {self.own:.1%} of its own on "
+            f"{self.source} when each layer is "
             f"disturbed by 1e-6, so {1 - self.allowed / self.images:.1%} were asked of the engine and not {_LEAST:.1%}"
         )
 
 
-def compare_classes(expected: Tensor, found: Tensor, own: float, source: str) -> ClassAgreement:
+def compare_classes(
+    expected: Tensor, found: Tensor, own: float, source: str, activation: Activation = "softmax"
+) -> ClassAgreement:
     """Compare the reference's outputs `(N, C)` with an engine's; `own` as of `own_agreement`."""
     relative = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
-    ours, theirs = expected.argmax(1), found.argmax(1)
+    ranked = ranks(activation, expected.shape[1])
     differing = [
-        Disagreement(image=i, expected_class=int(a), engine_class=int(b), margin=float(expected[i, a] - expected[i, b]))
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
-        if a != b
+        _disagreement(i, expected[i], found[i], ranked)
+        for i, same in enumerate(agreeing(expected, found, activation).tolist())
+        if not same
     ]
     return ClassAgreement(
-        images=len(expected), source=source, agreeing=len(expected) - len(differing), own=own,
+        images=len(expected), source=source, ranked=ranked, agreeing=len(expected) - len(differing), own=own,
         difference=float((found - expected).norm() / expected.norm().clamp(min=1e-30)),
         largest_difference=float(relative.max()), disagreements=differing,
     )  # fmt: skip
+
+
+def _disagreement(image: int, expected: Tensor, found: Tensor, ranked: bool) -> Disagreement:
+    if not ranked:
+        return Disagreement(image=image, margin=float((found - expected).abs().max()))
+    a, b = int(expected.argmax()), int(found.argmax())
+    return Disagreement(image=image, expected_class=a, engine_class=b, margin=float(expected[a] - expected[b]))
 
 
 def class_gates(agreement: ClassAgreement) -> list[Gate]:
@@ -104,19 +123,20 @@ def class_gates(agreement: ClassAgreement) -> list[Gate]:
             f"{agreement.largest_difference:.1e}",
         ),
         Gate(
-            name="top-1 agreement", value=agreement.agreeing / images, comparison=Comparison.AT_LEAST,
+            name="top-1 agreement" if agreement.ranked else "agreement of outputs",
+            value=agreement.agreeing / images, comparison=Comparison.AT_LEAST,
             threshold=(images - agreement.allowed) / images, detail=detail,
         ),
     ]  # fmt: skip
 
 
 def own_agreement(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> float:
-    """The share of images `(N, 3, H, W)` whose class the model keeps when its own layers are disturbed.
+    """The share of images `(N, 3, H, W)` whose answer the model keeps when its own layers are disturbed.
 
     What a model does not keep here, no engine can be asked to keep either: its sums round in another order.
     """
     parts = [_disturbed(quantized, batch, seed) for seed, batch in enumerate(torch.split(pixels, _BATCH))]
-    return float((torch.cat(parts).argmax(1) == expected.argmax(1)).float().mean())
+    return float(agreeing(expected, torch.cat(parts), quantized.architecture.activation).float().mean())
 
 
 @torch.no_grad()

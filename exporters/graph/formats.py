@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fp8pipe.artifact.kinds import Details
 from fp8pipe.core.config import FrozenConfig
+from fp8pipe.models.vision.answers import Activation
 
 CLASSES_FILE: Final = "classes.json"
 MODEL_FILE: Final = "model.onnx"
@@ -45,6 +46,17 @@ class GraphOutput(FrozenConfig):
 
     name: str = Field(description="in the graph")
     what: str = Field(description="logits or features")
+    activation: Activation = Field(
+        default="softmax", description="what makes probabilities of them; none: they are values or features"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_activation(cls, data: Any) -> Any:
+        """Exports of before the field: every classifier was read as one of classes that exclude each other."""
+        if isinstance(data, dict) and "activation" not in data:
+            return {**data, "activation": "none" if data.get("what") == "features" else "softmax"}
+        return data
 
 
 class GraphDetails(Details):

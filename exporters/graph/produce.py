@@ -105,6 +105,10 @@ def graph_details(graph: QuantizedGraph, quantized: QuantizedVit, format: str) -
     return GraphDetails(
         format=format,
         input=GraphInput(name=INPUT_NAME, shape=("batch", 3, *quantized.architecture.image_size)),
-        output=GraphOutput(name=OUTPUT_NAME, what="logits" if quantized.architecture.classes else "features"),
+        output=GraphOutput(
+            name=OUTPUT_NAME,
+            what="logits" if quantized.architecture.classes else "features",
+            activation=quantized.architecture.activation,
+        ),
         passes={change.name: len(change.changed) for change in graph.changes},
     )

@@ -32,6 +32,7 @@ from exporters.graph.produce import QuantizedGraph, as_exported, graph_details, 
 from exporters.graph.reopen import reopen_gates
 from exporters.graph.runtime import DISABLED_OPTIMIZERS, SESSION_ENTRIES, import_onnx_package, open_session, run
 from exporters.graph.trace import INPUT_NAME, OPSET, OUTPUT_NAME
+from exporters.onnx.needs import least_onnxruntime, needs
 from exporters.onnx.target import KIND, OnnxDetails, OnnxExportOptions
 from fp8pipe.artifact import (
     Artifact,
@@ -121,7 +122,7 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
             writer.require_gates(gates, "the written graph differs from its artifact", fix)
             _warn(writer, quantized, options.format, images)
             stated = graph_details(graph, quantized, options.format.value).model_dump()
-            return _commit(writer, artifact, quantized, options, OnnxDetails(**stated))
+            return _commit(writer, artifact, quantized, options, OnnxDetails(**stated), graph.model)
 
 
 def _gates(
@@ -146,7 +147,7 @@ def _gates(
     with torch.no_grad():
         expected = expected_model(images.pixels)
     own = own_agreement(expected_model, images.pixels, expected)
-    return gates + class_gates(compare_classes(expected, found, own, images.source))
+    return gates + class_gates(compare_classes(expected, found, own, images.source, quantized.architecture.activation))
 
 
 def _outputs(path: Path, images: ProbeImages) -> Tensor:
@@ -186,18 +187,25 @@ def _plan(quantized: QuantizedVit, format: OnnxFormat) -> GraphPlan:
 
 
 def _commit(
-    writer: ArtifactWriter, artifact: Artifact, quantized: QuantizedVit, options: OnnxExportOptions, stated: OnnxDetails
-) -> Artifact:
+    writer: ArtifactWriter, artifact: Artifact, quantized: QuantizedVit, options: OnnxExportOptions,
+    stated: OnnxDetails, model: ir.Model,
+) -> Artifact:  # fmt: skip
     versions = installed_versions(("onnx", "onnx-ir", "onnxscript", "onnxruntime", "timm"))
+    asked = needs(model, versions["onnxruntime"])
+    least = least_onnxruntime(asked)
+    why = ", ".join(name for name, version in asked.items() if version == least)
+    card = replace(_CARD, limits=(f"Needs ONNX Runtime {least} or newer, for {why}.", *_CARD.limits))
     float_kind = all(w.kind is Kind.E4M3 for w in quantized.weights.values())
     return commit_export(
-        writer, _CARD, artifact, options, format=options.format.value,
+        writer, card, artifact, options, format=options.format.value,
         layers=layer_records(quantized, artifact.manifest.layers, activations=options.format.quantizes_activations),
         number_format=NumberFormat(name=(Kind.E4M3 if float_kind else Kind.INT).value, granularity="per-channel"),
         preprocessing=quantized.preprocessing.model_dump(mode="json"),
         runtime={
             "engine": "onnxruntime",
             "onnxruntime": versions["onnxruntime"],
+            "least_onnxruntime": least,
+            "needs": asked,
             "opset": OPSET,
             "disabled_optimizers": list(DISABLED_OPTIMIZERS),
             "session_entries": dict(SESSION_ENTRIES),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8pipe.artifact import MANIFEST_NAME, Artifact, checksum_path, open_artifact
+from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.artifact.record import record_path
 from fp8pipe.artifact.signature import Trust
@@ -65,7 +66,7 @@ def plan_push(directory: Path, *, unvalidated: bool = False, trust: Trust | None
     """
     artifact = open_artifact(directory)
     (trust or Trust()).require(artifact.root, record_path(artifact.root))
-    failed = [f"{g.name}: {g.value:g} against {g.threshold:g}" for g in artifact.manifest.gates if not g.passed]
+    failed = failures(artifact.manifest.gates)
     notes = [] if artifact.manifest.gates else ["it carries no gates: nothing was checked when it was written"]
     if failed:
         raise GateFailedError(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp8pipe.core.errors import Fp8PipeError, OutOfMemoryError
+from fp8pipe.core.errors import Fp8PipeError, GateFailedError, OutOfMemoryError
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.core.progress import table
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fp8pipe.core.plan import Plan
 
 __all__ = [
-    "Console", "Failure", "common_options", "failure_of", "format_bytes", "show_artifact", "show_plan", "stacked",
-    "stage_options", "table",
+    "Console", "Failure", "common_options", "failure_of", "format_bytes", "next_step", "require_gates",
+    "show_artifact", "show_plan", "stacked", "stage_options", "table",
 ]  # fmt: skip
 
 
@@ -170,14 +170,51 @@ def show_plan(console: Console, plan: Plan, quiet_text: str = "", **facts: Any) 
     console.emit({"dry_run": True, **facts, "plan": plan.document()}, plan.text(), quiet_text=quiet_text)
 
 
-def show_artifact(console: Console, artifact: Artifact, text: str, **facts: Any) -> None:
-    """A stage's result: what was written, what its gates and warnings say, and `facts` of its own."""
+def show_artifact(
+    console: Console, artifact: Artifact, lines: Sequence[str], following: str, *, remedy: str, **facts: Any
+) -> None:
+    """A stage's result: what was written, what its gates and warnings say, and `facts` of its own.
+
+    Where a gate failed, the command ends with its exit code, and no next step is named.
+
+    Args:
+        console: of the command.
+        artifact: what was written.
+        lines: for people.
+        following: the command that comes next.
+        remedy: what may help where a gate failed.
+        facts: for `--json`.
+
+    Raises:
+        GateFailedError: a gate of the artifact failed; the document is emitted all the same.
+    """
     manifest = artifact.manifest
+    text = "\n".join([*lines, *next_step(artifact, following)])
     document = {
         "artifact": str(artifact.root), "digest": artifact.digest, "kind": artifact.kind, **facts,
         "gates": [gate.model_dump(mode="json") for gate in manifest.gates], "warnings": manifest.warnings,
     }  # fmt: skip
     console.emit(document, text, quiet_text=str(artifact.root))
+    require_gates(artifact, remedy)
+
+
+def next_step(artifact: Artifact, following: str) -> list[str]:
+    """The line that names the next command; none where a gate of the artifact failed."""
+    return [f"  next: {following}"] if all(gate.passed for gate in artifact.manifest.gates) else []
+
+
+def require_gates(artifact: Artifact, remedy: str) -> None:
+    """End the command with exit code 14 where a gate of what it wrote failed; `remedy` is what may help.
+
+    Raises:
+        GateFailedError: with every failed gate in a sentence.
+    """
+    from fp8pipe.artifact.gate import failures
+
+    if failed := failures(artifact.manifest.gates):
+        raise GateFailedError(
+            f"{artifact.root} was written, and does not hold what it must", why="; ".join(failed), fix=remedy
+        )
 
 
 def _failure(

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporters.target import ExportTarget, call, choose, kind_of_source, targets
-from fp8pipe.cli.common import Console, common_options, format_bytes, show_plan, stacked, stage_options, table
+from fp8pipe.cli.common import (
+    Console,
+    common_options,
+    format_bytes,
+    next_step,
+    require_gates,
+    show_plan,
+    stacked,
+    stage_options,
+    table,
+)
 from fp8pipe.cli.options import foreign, options_of, resolve, union_options
 from fp8pipe.core.config import read_yaml
 from fp8pipe.core.errors import ConfigurationError
@@ -108,8 +118,9 @@ def _report(exported: Artifact, target: ExportTarget, source: Path, console: Con
     lines += call(target.after, exported) if target.after is not None else []
     if target.engines:
         against = f" --against {source}" if "against" in target.engines[0].takes else ""
-        lines.append(f"  next: fp8pipe validate {exported.root}{against}")
+        lines += next_step(exported, f"fp8pipe validate {exported.root}{against}")
     console.emit(document, "\n".join(lines), quiet_text=str(exported.root))
+    require_gates(exported, "do not deploy it; make its source again, or report it")
 
 
 def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -40,20 +40,23 @@ def finetune_command(
         from pipeline.finetune.stage import finetune
 
         artifact = finetune(settings, output, force=force, resume=resume)
-    show_artifact(console, artifact, finetuned_text(artifact), heldout_loss=_losses(artifact).model_dump())
+    show_artifact(
+        console, artifact, finetuned_lines(artifact),
+        f"fp8pipe export {artifact.root} --target vllm --output {artifact.root}-vllm",
+        remedy="train longer, with another learning rate or on more data; the artifact is kept for a look",
+        heldout_loss=_losses(artifact).model_dump(),
+    )  # fmt: skip
 
 
-def finetuned_text(artifact: Artifact) -> str:
-    """What a finished run says: losses, whatever is wrong, and the next step."""
+def finetuned_lines(artifact: Artifact) -> list[str]:
+    """What a finished run says: losses, and whatever is wrong."""
     losses, manifest = _losses(artifact), artifact.manifest
-    lines = [
+    return [
         str(artifact.root),
         f"  held-out answer loss: {losses.untuned:.4f} untuned, {losses.deployed:.4f} deployed",
         *(f"  failed gate: {gate}" for gate in manifest.gates if not gate.passed),
         *(f"  warning: {warning}" for warning in manifest.warnings),
-        f"  next: fp8pipe export {artifact.root} --target vllm --output {artifact.root}-vllm",
     ]
-    return "\n".join(lines)
 
 
 def _losses(artifact: Artifact) -> HeldoutLoss:
@@ -91,11 +94,18 @@ def quantize_vit_command(
 
     details = artifact.manifest.details_of(VitDetails)
     facts = details.model_dump(mode="json", include={"precision", "accuracy"})
-    show_artifact(console, artifact, _quantized_text(artifact, details), **facts)
+    target = "trt" if details.precision == "wnvfp4anvfp4" else "onnx"  # no other engine runs NVFP4
+    show_artifact(
+        console, artifact, _quantized_lines(artifact, details),
+        f"fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}",
+        remedy="use more bits, more --distill-steps or pictures (--calibration images:DIR); "
+        "the artifact is kept for a look",
+        **facts,
+    )  # fmt: skip
 
 
-def _quantized_text(artifact: Artifact, details: VitDetails) -> str:
-    """What a finished run says: accuracy if it was measured, gates, warnings, and the next step."""
+def _quantized_lines(artifact: Artifact, details: VitDetails) -> list[str]:
+    """What a finished run says: accuracy if it was measured, gates and warnings."""
     lines = [str(artifact.root), f"  {details.precision}, {details.images} images"]
     if details.accuracy:
         lines += [
@@ -104,7 +114,4 @@ def _quantized_text(artifact: Artifact, details: VitDetails) -> str:
         ]
     manifest = artifact.manifest
     lines += [f"  {gate.name}: {gate.numbers} {'ok' if gate.passed else 'FAILED'}" for gate in manifest.gates]
-    lines += [f"  warning: {warning}" for warning in manifest.warnings]
-    target = "trt" if details.precision == "wnvfp4anvfp4" else "onnx"  # no other engine runs NVFP4
-    lines.append(f"  next: fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}")
-    return "\n".join(lines)
+    return lines + [f"  warning: {warning}" for warning in manifest.warnings]

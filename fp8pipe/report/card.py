@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from fp8pipe.artifact import MANIFEST_NAME, Artifact, ArtifactWriter, Gate, LayerRecord, Manifest, Parent
+from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.kinds import Details, TunedDetails, VitDetails
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError
@@ -57,6 +58,8 @@ def write_card(
         layers: as in the export's manifest.
     """
     card = _Card(writer, facts, source, parent, format, layers)
+    for failed in failures(card.made.gates if card.made else ()):
+        writer.warn(f"what was exported did not hold when it was made: {failed}")
     text = f"---\n{card.front_matter()}\n---\n\n{card.body()}"
     (writer.root / CARD_FILE).write_text(text, encoding="utf-8")
 

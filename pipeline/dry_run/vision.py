@@ -34,10 +34,10 @@ def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, A
     config = build_config(QuantizeVitConfig, job["config"])
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "deploy") as meter:
         enter_phase("load")
-        vision = load_vision_model(config.model)
+        vision = load_vision_model(config.model, activation=config.activation)
         pictures, count = None, 0
         if config.evaluate is not None:
-            folder = read_evaluation_folder(config.evaluate, vision.architecture.classes)
+            folder = read_evaluation_folder(config.evaluate, vision.architecture.choices)
             count = len(folder.files)
             pictures = replace(folder, files=folder.files[:PICTURES], labels=folder.labels[:PICTURES])
         quantize(small(config, job["images"]), vision, pictures, output)

@@ -51,7 +51,8 @@ class FinetuneConfig(FrozenConfig):
     renamed: ClassVar[Mapping[str, str]] = {"settle_batches": "final_merge_batches"}
 
     model: str = Field(description="Base model: directory, hub id, .gguf file or sample:NAME.")
-    data: str = Field(description="Training text: JSONL file, hub id or sample:NAME.")
+    data: str = Field(description="Training text: file, folder, glob, hub id or sample:NAME.")
+    answers: Literal["all", "last"] = Field("all", description="Answers learned of each conversation.")
     method: Literal["falqon", "lora", "qlora"] = Field("falqon", description="How to tune; lora and qlora: baselines.")
     rank: int = Field(64, ge=1, description="Rank of the adapter.")
     update_rule: Annotated[str | None, Flag(default=DEFAULT_RULE)] = Field(

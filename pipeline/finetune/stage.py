@@ -40,7 +40,7 @@ from fp8pipe.models.checkpoint.tensors import (
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import ModelSource, check_unquantized, resolve_model
 from fp8pipe.models.language.structure import structure_of
-from fp8pipe.models.language.text import TemplateInfo, encode, load_records, split
+from fp8pipe.models.language.text import TemplateInfo, data_files, encode, load_records, split, template_info
 from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.method import FalqonMethod
@@ -66,7 +66,7 @@ class TrainingText:
         heldout: held-out batches, each visited once an evaluation.
         facts: counts for the manifest.
         template: the chat template that rendered it.
-        digests: sha256 of the local file it was read from, by the name that the user gave.
+        digests: sha256 of the local files it was read from, by name.
         warnings: what was dropped or defaulted.
     """
 
@@ -146,14 +146,20 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     """Read, split, encode and batch the training text.
 
     Raises:
-        ConfigurationError: data that is empty, malformed, or without answers.
+        ConfigurationError: data that is empty, malformed, or without answers; a chat template that is not valid.
+        MissingCapabilityError: the data needs a package that is not installed.
     """
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
-    file = Path(config.data).expanduser()
-    records = load_records(config.data)
-    train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0)
+    template_info(tokenizer)  # a broken one is refused before the data is read
+    warnings: list[str] = []
+    records = load_records(config.data, warnings.append)
+    train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0, warn=warnings.append)
     heldout = heldout[: config.heldout_limit]
-    encoded_train, encoded_heldout = (encode(part, tokenizer, config.sequence_length) for part in (train, heldout))
+    encoded_train, encoded_heldout = (
+        encode(part, tokenizer, config.sequence_length, last_only=config.answers == "last") for part in (train, heldout)
+    )
+    warnings += encoded_train.warnings
+    warnings += [f"held-out text: {warning}" for warning in encoded_heldout.warnings if warning not in warnings]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad or 0}
     return TrainingText(
@@ -161,9 +167,15 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
         facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
         template=encoded_train.template,
-        digests={config.data: sha256_file(file)} if file.is_file() else {},
-        warnings=list(encoded_train.warnings),
+        digests={name: sha256_file(file) for name, file in _named_files(config.data)},
+        warnings=warnings,
     )
+
+
+def _named_files(data: str) -> list[tuple[str, Path]]:
+    """The local files of the training text: one by the name that the user gave, several by their own."""
+    files = data_files(data) or []
+    return [(data, files[0])] if len(files) == 1 else [(str(file), file) for file in files]
 
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:

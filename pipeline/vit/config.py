@@ -61,6 +61,9 @@ class QuantizeVitConfig(FrozenConfig):
     rounding: Annotated[Literal["nearest", "compensated"], CONFIG_ONLY] = Field(
         "compensated", description="First rounding of weights; compensated: later columns make up for earlier ones."
     )
+    head_activation: Literal["auto", "softmax", "sigmoid", "none"] = Field(
+        "auto", description="What makes probabilities of the outputs; auto: what the model's files say of its training."
+    )
     evaluate: str | None = Field(
         None, description="Folder of labelled pictures (one folder per class) to measure accuracy on."
     )
@@ -79,6 +82,11 @@ class QuantizeVitConfig(FrozenConfig):
         if self.edges == "same" and self.precision.kind is Kind.NVFP4:
             raise ValueError("edges: NVFP4 keeps patch embedding and head in FP8; leave it at 8bit")
         return self
+
+    @property
+    def activation(self) -> Literal["softmax", "sigmoid", "none"] | None:
+        """What the outputs mean; None for what the model says."""
+        return None if self.head_activation == "auto" else self.head_activation
 
     @property
     def precision(self) -> Precision:

@@ -26,6 +26,7 @@ from torch.nn import functional
 from calibration.views import resample
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase
+from fp8pipe.models.vision.answers import ranks
 from fp8pipe.models.vision.attention import intercept_attention
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import VisionModel
@@ -106,10 +107,7 @@ class Distiller:
         with self._autocast():
             outputs = self.student(pixels)
         self.student.on_attention = None
-        if self.structure.is_backbone:
-            answer = feature_distance(outputs, answers)
-        else:
-            answer = distillation(outputs, answers, config.temperature)
+        answer = self._distance(outputs, answers)
         parts = [head_structure(found[name], maps[name], prefix) for name, prefix in self._prefix.items()]
         structure = torch.stack(parts).mean() if parts else answer.new_zeros(())
         loss = answer + config.structure_weight * structure
@@ -128,6 +126,17 @@ class Distiller:
         self.step += 1
         figures = {"loss": loss, "answer": answer, "structure": structure}
         return {"step": self.step, **{name: float(value.detach()) for name, value in figures.items()}}
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """What the answers are apart, by what they mean."""
+        if self.structure.is_backbone:
+            return feature_distance(student, teacher)
+        activation = self.teacher.architecture.activation
+        if ranks(activation, teacher.shape[1]):
+            return distillation(student, teacher, self.config.temperature)
+        if activation == "sigmoid":
+            return label_distillation(student, teacher, self.config.temperature)
+        return value_distance(student, teacher)
 
     @torch.no_grad()
     def _teach(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -184,6 +193,22 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     soft = functional.log_softmax(student.float() / temperature, dim=1)
     target = functional.log_softmax(teacher.float() / temperature, dim=1)
     return functional.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def label_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The same of labels that hold each by itself, `T^2 KL` of their Bernoulli distributions: sum over the labels."""
+    s, t = student.float() / temperature, teacher.float() / temperature
+    log_t, log_not_t = functional.logsigmoid(t), functional.logsigmoid(-t)
+    divergence = log_t.exp() * (log_t - functional.logsigmoid(s))
+    divergence = divergence + log_not_t.exp() * (log_not_t - functional.logsigmoid(-s))
+    return divergence.sum(1).mean() * temperature**2
+
+
+def value_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of values `(N, C)` over the variance of the teacher's between images (of one image: its square)."""
+    s, t = student.float(), teacher.float()
+    varying = t - t.mean(0) if len(t) > 1 else t
+    return (s - t).square().mean() / varying.square().mean().clamp(min=1e-12)
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -23,12 +23,13 @@ def read_evaluation_folder(source: str | Path, classes: tuple[str, ...] | None) 
     """The labelled pictures that `source` names, a folder or `sample:digits`; its folders must be the model's classes.
 
     Raises:
-        ConfigurationError: no image folder, a model without classes, classes that do not match, a broken picture.
+        ConfigurationError: no image folder, a model without several classes (`classes` is None), classes that do not
+            match, a broken picture.
     """
     if classes is None:
         raise ConfigurationError(
             "this model cannot be evaluated on labelled pictures",
-            why="it is a backbone: it gives features, not classes",
+            why="it gives features, values or a single label, and not classes of which a picture shows one",
             fix="put a classifier on it first (scripts/linear_probe.py), or leave --evaluate out",
         )
     sample = sample_name(str(source), ("digits",), "picture")
@@ -66,6 +67,7 @@ def accuracy(
         for name, model in models.items():
             logits = model(pixels)
             right = logits.topk(min(5, logits.shape[1]), dim=1).indices == index[labels][:, None]
+            right &= logits.isfinite().all(1, keepdim=True)  # NaN counts as the largest
             hits[name] += torch.stack([right[:, 0].sum(), right.any(1).sum()])
     count = len(folder.files)
     return {"images": count} | {

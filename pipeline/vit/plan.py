@@ -30,7 +30,7 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
         ConfigurationError: what the run itself would refuse about model, bits and calibration.
     """
     image_request(config)  # refuses a method that does not exist
-    vision = load_vision_model(config.model)
+    vision = load_vision_model(config.model, activation=config.activation)
     size = vision.architecture.image_size
     structure = read_structure(vision.model, size)
     parameters = sum(p.numel() for p in vision.model.parameters())

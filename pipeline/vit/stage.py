@@ -31,6 +31,7 @@ from fp8pipe.artifact import (
 from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts, VitDetails
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
+from fp8pipe.models.vision.answers import agreeing
 from fp8pipe.models.vision.image_folder import ImageFolder
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, save_quantized
@@ -72,9 +73,8 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
     image_request(config)  # refuses a method that does not exist
-    vision = load_vision_model(config.model)
-    classes = vision.architecture.classes
-    folder = None if config.evaluate is None else read_evaluation_folder(config.evaluate, classes)
+    vision = load_vision_model(config.model, activation=config.activation)
+    folder = None if config.evaluate is None else read_evaluation_folder(config.evaluate, vision.architecture.choices)
     return quantize(config, vision, folder, output, force=force, resume=resume)
 
 
@@ -102,6 +102,8 @@ def quantize(
             store.check_config(described, {"model": vision.digest})
         else:
             store.begin(described, {}, {"model": vision.digest})
+        for note in vision.notes:
+            writer.warn(note)
         started = time.perf_counter()
         enter_phase("images")
         images = given or _make(config, vision, structure, writer.root / _IMAGES_WORK)
@@ -185,7 +187,7 @@ def _finish(
         writer.warn(f"the quantized model follows its teacher poorly: {similarity.name} {similarity.value:.3f}")
     if structure.is_backbone:
         writer.warn("a backbone: no class prior in the images, and features (1 - cosine) in the place of answers")
-    measured, classes = None, vision.architecture.classes
+    measured, classes = None, vision.architecture.choices
     if folder is not None and classes is not None:
         enter_phase("evaluate")
         models: dict[str, Model] = {"teacher": lambda x: vision_outputs(vision.model, x), "quantized": quantized}
@@ -232,11 +234,15 @@ def _agreement(vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, str
     if structure.is_backbone:
         value = float(torch.cosine_similarity(teacher, student, dim=1).mean())
         name = "cosine with the teacher's features"
+        detail = "on the calibration images"
     else:
-        value = float((teacher.argmax(1) == student.argmax(1)).float().mean())
-        name = "top-1 agreement with the teacher"
+        value = float(agreeing(teacher, student, vision.architecture.activation).float().mean())
+        name, detail = "top-1 agreement with the teacher", "on the calibration images"
+        if not vision.architecture.ranked:
+            name = "agreement with the teacher's outputs"
+            detail += ", those whose outputs differ by less than half of what sets the teacher's apart"
     return Gate(
-        name=name, value=value, comparison=Comparison.AT_LEAST, threshold=0.5, detail="on the calibration images",
+        name=name, value=value, comparison=Comparison.AT_LEAST, threshold=0.5, detail=detail,
         failure=Verdict.REGRESSION,
     )  # fmt: skip
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.artifact import MANIFEST_NAME, read_manifest
-from fp8pipe.artifact.gate import Comparison, Gate, Verdict, none_of, number_of, read_gate
+from fp8pipe.artifact.gate import Comparison, Gate, Verdict, failures, none_of, number_of, read_gate
 from fp8pipe.artifact.verdict import VerdictRecord, read_verdict
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.core.errors import BadArtifactError, GateFailedError
 from pipeline.workflow.recipe import GateSpec, StageSpec
 
-__all__ = ["figure_at", "inside", "judge", "verdict_of_failure"]
+__all__ = ["figure_at", "inside", "judge", "said_by_gates", "verdict_of_failure"]
 
 # Exit codes that say something about this machine or this export, and nothing about the recipe's text.
 _INFEASIBLE: Final = frozenset((11, 13, 15))
@@ -29,6 +29,11 @@ def verdict_of_failure(exit_code: int) -> Verdict | None:
     if exit_code in _INFEASIBLE:
         return Verdict.INFEASIBLE
     return Verdict.ANOMALOUS if exit_code in _ANOMALOUS else None
+
+
+def said_by_gates(exit_code: int, artifact: Path) -> bool:
+    """Whether an exit code says no more than gates of the artifact that was written."""
+    return exit_code == GateFailedError.exit_code and bool(failures(read_manifest(artifact).gates))
 
 
 def _written(output: Path) -> tuple[Path, dict[str, Any], VerdictRecord | None]:

@@ -31,7 +31,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError, Fp8PipeErr
 from fp8pipe.core.guard import start_guarded
 from fp8pipe.core.machine import describe_machine
 from fp8pipe.core.version import __version__
-from pipeline.workflow.gates import inside, judge, verdict_of_failure
+from pipeline.workflow.gates import inside, judge, said_by_gates, verdict_of_failure
 from pipeline.workflow.keys import file_states
 from pipeline.workflow.recipe import StageSpec
 from pipeline.workflow.state import STAGES, RunState, StageCommand, StageStatus, content_of
@@ -234,10 +234,12 @@ class WorkflowRunner:
         if result.code and error is None:
             what = f"the stage {spec.name} died"
             error = {"type": "Died", "exit_code": result.code, "what": what, "why": "", "fix": ""}
-        # A record that says REJECT is an output, and its exit code a verdict. What was there before is none: a record
-        # was removed, and a manifest is older than the stage's start.
+        # A record that says REJECT is an output. What was there before is none: a record was removed, a manifest older.
         manifest, began = output / MANIFEST_NAME, self.state.marker(spec).stat().st_mtime_ns
-        written = output.is_file() or (error is None and manifest.is_file() and manifest.stat().st_mtime_ns >= began)
+        anew = manifest.is_file() and manifest.stat().st_mtime_ns >= began
+        if anew and said_by_gates(result.code, output):
+            error = None  # the stage ended; its gates, which are judged, say the rest
+        written = output.is_file() or (error is None and anew)
         return self._described(status, started, result.seconds, result.peak_rss_bytes, error, written)
 
     def _adopted(self, status: StageStatus) -> StageRecord:

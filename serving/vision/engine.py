@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from exporters.graph.runtime import import_onnx_package, open_session
 from fp8pipe.artifact import Artifact, open_artifact
 from fp8pipe.artifact.kinds import kind_named
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.models.vision.answers import Activation
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from serving.config import Provider, VisionConfig
 
@@ -239,8 +240,16 @@ class ServedModel:
     name: str  # what clients call it: the directory's name
     preprocessing: Preprocessing  # from a picture to the input, the same that calibration used
     classes: tuple[str, ...] | None  # names in the order of the outputs; None for a backbone
+    activation: Activation  # what makes probabilities of them; none: they are values, or features
     input_name: str  # of the graph
     output_name: str  # of the graph
+
+    @property
+    def task(self) -> Literal["classify", "predict", "embed"]:
+        """What clients ask it for: `/v1/TASK`."""
+        if self.classes is None:
+            return "embed"
+        return "predict" if self.activation == "none" else "classify"
 
     @property
     def engine(self) -> str:
@@ -272,6 +281,7 @@ def read_model(export: Path) -> ServedModel:
         name=artifact.root.resolve().name,
         preprocessing=read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE),
         classes=_classes(artifact.root / CLASSES_FILE),
+        activation=details.output.activation,
         input_name=details.input.name,
         output_name=details.output.name,
     )

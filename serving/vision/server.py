@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 
 from fp8pipe.artifact import installed_versions
 from fp8pipe.core.version import __version__
+from fp8pipe.models.vision.answers import Activation, probabilities
 from serving.config import VisionConfig
 from serving.http.problems import Problem, install_problem_handlers
 from serving.http.server import Lifecycle
@@ -34,6 +35,12 @@ from serving.vision.state import VisionState, while_connected
 logger = logging.getLogger(__name__)
 _PAGE = Path(__file__).with_name("page")
 _TOP_K = 5
+_GIVES = {"classify": "classes", "predict": "values without probabilities", "embed": "features"}
+_OTHER = {
+    "classify": ("no_classes", "this model is no classifier"),
+    "predict": ("no_values", "this model predicts no values"),
+    "embed": ("no_features", "this model is no backbone"),
+}  # fmt: skip
 
 
 def serve_vision(export: Path, config: VisionConfig, language: None = None) -> int:
@@ -97,8 +104,9 @@ def build_app(state: VisionState) -> FastAPI:
 def _add_operations(app: FastAPI, state: VisionState) -> None:
     engine = state.engine
     about = identity_of(state.model.artifact, state.proof) | {
-        "task": "embed" if state.model.classes is None else "classify",
+        "task": state.model.task,
         "classes": state.model.classes,
+        "activation": state.model.activation,
         "outputs": engine.width,
         "preprocessing": state.model.preprocessing.model_dump(mode="json"),
         "engine": {
@@ -148,24 +156,35 @@ def _add_images(app: FastAPI, state: VisionState) -> None:
         facts = {"model": model.name, "artifact": model.artifact.digest}
         return JSONResponse({**facts, "results": found, "timing_ms": times})
 
+    def require(task: str) -> tuple[str, ...]:
+        """The names of the outputs. Raises a `Problem` where the model is for another task."""
+        if model.task != task:
+            code, what = _OTHER[task]
+            raise Problem(404, code, f"{what}: it gives {_GIVES[model.task]}", f"use /v1/{model.task}")
+        return model.classes or ()
+
     @app.post("/v1/classify", tags=["images"], openapi_extra={**IMAGES_BODY, "parameters": [TOP_K]})
     async def classify(request: Request) -> Response:
         """The best classes of one or several images."""
-        classes = model.classes
-        if classes is None:
-            raise Problem(404, "no_classes", "this model is a backbone: it has no classes", "use /v1/embed")
+        classes = require("classify")
         in_query = read_top_k(request.query_params.get("top_k"), len(classes))
 
         def results(logits: np.ndarray, in_body: Any) -> list[dict[str, Any]]:
-            return class_answers(logits, classes, in_query if in_body is None else read_top_k(in_body, len(classes)))
+            top_k = in_query if in_body is None else read_top_k(in_body, len(classes))
+            return class_answers(logits, classes, top_k, model.activation)
 
         return await answer(request, results)
+
+    @app.post("/v1/predict", tags=["images"], openapi_extra=IMAGES_BODY)
+    async def predict(request: Request) -> Response:
+        """The values that the model gives for one or several images, by name."""
+        names = require("predict")
+        return await answer(request, lambda values, _: value_answers(values, names))
 
     @app.post("/v1/embed", tags=["images"], openapi_extra=IMAGES_BODY)
     async def embed(request: Request) -> Response:
         """The features of one or several images."""
-        if model.classes is not None:
-            raise Problem(404, "no_features", "this model is a classifier: it gives classes", "use /v1/classify")
+        require("embed")
         return await answer(request, lambda features, _: [{"embedding": row} for row in features.tolist()])
 
 
@@ -196,18 +215,21 @@ def read_top_k(value: Any, classes: int) -> int:
     return min(int(text), classes)
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax in float32: (n, C) -> (n, C)."""
-    shares: np.ndarray = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares /= shares.sum(axis=1, keepdims=True)
-    return shares
-
-
-def class_answers(logits: np.ndarray, classes: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
+def class_answers(
+    logits: np.ndarray, classes: tuple[str, ...], top_k: int, activation: Activation
+) -> list[dict[str, Any]]:
     """The best classes of each image, ties in the order of the classes."""
-    shares = probabilities(logits)
+    shares = probabilities(logits, activation)
     best = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
     return [
         {"classes": [{"index": int(i), "name": classes[i], "probability": float(row[i])} for i in order]}
         for row, order in zip(shares, best, strict=True)
+    ]
+
+
+def value_answers(values: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """All values of each image (n, C), in the order of the outputs."""
+    return [
+        {"values": [{"index": i, "name": name, "value": float(row[i])} for i, name in enumerate(names)]}
+        for row in values
     ]

@@ -54,6 +54,10 @@ def main() -> int:
         return 14 if settings.get("verdict") == "REJECT" else 0
     if settings.get("writes") != "nothing":
         work(given, settings)
+    if not settings.get("gate", 0) <= 1:  # as every command does: what was written stays, and the exit code says it
+        error = {"type": "GateFailedError", "exit_code": 14, "what": "its gate failed", "why": "asked to", "fix": "x"}
+        print(json.dumps({"error": error}))
+        return 14
     return 0
 
 

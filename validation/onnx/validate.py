@@ -38,6 +38,7 @@ from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.artifact.record import remove_record
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.core.progress import table, track
+from fp8pipe.models.vision.answers import Activation
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
 from fp8pipe.models.vision.quantized import QuantizedVit, load_quantized
@@ -144,6 +145,13 @@ class _Judge:
     def format(self) -> OnnxFormat:
         return OnnxFormat(self.export.manifest.details_of(OnnxDetails).format)
 
+    @property
+    def activation(self) -> Activation:
+        """What the outputs mean: as the artifact says, or the export where that was not found."""
+        if self.parent is not None:
+            return self.parent.architecture.activation
+        return self.export.manifest.details_of(OnnxDetails).output.activation
+
     def on_images(self, images: ProbeImages) -> _OnImages:
         """Everything that needs images; layers and what is between them on the first few."""
         few = images.pixels[:_LAYER_IMAGES]
@@ -161,7 +169,7 @@ class _Judge:
                 expected = _in_batches(reference, images)
             own = own_agreement(reference, images.pixels, expected)
         parity = compare_layers(self.model, self.layers, inputs, outputs)
-        classes = compare_classes(expected, self._outputs(images), own, images.source)
+        classes = compare_classes(expected, self._outputs(images), own, images.source, self.activation)
         gates = [*parity_gates(parity), *between_gates(self.model, self.layers, pieces), *class_gates(classes)]
         return _OnImages(parity, classes, gates)
 
@@ -176,7 +184,7 @@ class _Judge:
         else:
             gates.append(codes_gate(self.model, self.layers, self.parent, images.pixels))
             expected = _in_batches(ExactVit(self.parent), images)
-        classes = compare_classes(expected, found, 1.0, images.source)
+        classes = compare_classes(expected, found, 1.0, images.source, self.activation)
         return _OnImages([], classes, [*gates, outputs_gate(expected, found)])
 
     def _outputs(self, images: ProbeImages, *, optimize: bool = True) -> Tensor:

@@ -42,7 +42,7 @@ class Execution(FrozenConfig):
     device: str = Field(description="name of the GPU")
     images: int = Field(gt=0, description="how many were compared")
     relative_error: float = Field(description="norm of the difference to ONNX Runtime, over the norm of its outputs")
-    same_class: float | None = Field(description="share of images with the same largest output; none of a backbone")
+    same_class: float | None = Field(description="share of images with the same largest output; none without ranks")
     timings: tuple[Timing, ...] = Field(description="by batch size")
 
 

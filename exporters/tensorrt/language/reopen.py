@@ -231,7 +231,7 @@ def cache_gates(session: DecoderSession, text: list[Encoded]) -> list[Gate]:
     for example in text[:_DECODED]:
         ids = torch.tensor([example.input_ids[:_TOKENS]])
         whole, steps = session.logits(ids), session.decode(ids, min(_PROMPT, ids.shape[1]))
-        worst = max(worst, float(np.abs(whole - steps).max() / np.abs(whole).max()))
+        worst = float(np.maximum(worst, np.abs(whole - steps).max() / np.abs(whole).max()))  # NaN stays NaN
         agreeing += int((whole.argmax(-1) == steps.argmax(-1)).sum())
         tokens += ids.shape[1]
     detail = "over the largest logit, activations not quantized; "

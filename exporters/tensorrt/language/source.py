@@ -22,7 +22,7 @@ from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, ExportPlan
 from fp8pipe.artifact import Artifact, Encoding, LayerRecord, ScaleRule, open_artifact, sha256_file
 from fp8pipe.artifact.finding import Finding, LintFindingsError
-from fp8pipe.artifact.kinds import FALQON_KIND
+from fp8pipe.artifact.kinds import FALQON_KIND, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import read_tensor
 from fp8pipe.models.compat import import_transformers
@@ -149,11 +149,11 @@ class ExportText:
 def read_text(model: LanguageModel, data: str | None, records: int) -> ExportText:
     """Read, split and tokenize.
 
-    The tokenizer, chat template, split and sequence length are the model's. `data` is a JSONL file, a sample or a
-    dataset, the artifact's own when None; at most `records` training records are taken.
+    The tokenizer, chat template, split and sequence length are the model's. `data` is what `finetune` takes as data,
+    the artifact's own when None; at most `records` training records are taken.
 
     Raises:
-        ConfigurationError: no data is named, or it cannot be used.
+        ConfigurationError: no data is named, it cannot be used, or it is not split as it was in training.
     """
     config = model.artifact.manifest.config
     source = data or config.get("data")
@@ -167,12 +167,26 @@ def read_text(model: LanguageModel, data: str | None, records: int) -> ExportTex
         load_records(str(source)), heldout_fraction=float(config.get("heldout_fraction", _FRACTION)), seed=0
     )
     tokenizer = import_transformers().AutoTokenizer.from_pretrained(model.root, trust_remote_code=False)
-    length = int(config.get("sequence_length", LENGTH))
+    length, last_only = int(config.get("sequence_length", LENGTH)), config.get("answers") == "last"
     limit = int(config.get("heldout_limit", _HELDOUT_LIMIT))
+    if data is None:
+        _check_split(model, len(train), min(len(heldout), limit))
     path = Path(str(source)).expanduser()
     return ExportText(
         source=str(source),
         digest=sha256_file(path) if path.is_file() else None,
-        calibration=encode(train[:records], tokenizer, length).examples,
-        heldout=encode(heldout[:limit], tokenizer, length).examples,
+        calibration=encode(train[:records], tokenizer, length, last_only=last_only).examples,
+        heldout=encode(heldout[:limit], tokenizer, length, last_only=last_only).examples,
     )
+
+
+def _check_split(model: LanguageModel, train: int, heldout: int) -> None:
+    """Refuse data of which another part was held out in training: it would be measured on what it has learned."""
+    then = model.artifact.manifest.details_of(TunedDetails).data
+    if then is not None and (then.train, then.heldout) != (train, heldout):
+        raise ConfigurationError(
+            f"the training text of {model.root} is not split as it was in training",
+            why=f"{then.train} records were trained on and {then.heldout} held out then, {train} and {heldout} now: "
+            "the text has changed, or another version of fp8pipe has tuned the model",
+            fix="name text that the model has not seen with --calibration-data",
+        )

@@ -14,6 +14,7 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.compat import import_timm, import_transformers
 from fp8pipe.models.settings import foreign_arguments
+from fp8pipe.models.vision.answers import Activation, ranks
 from fp8pipe.models.vision.prepare import class_count, prepare_model
 from fp8pipe.models.vision.structure import read_structure
 
@@ -53,6 +54,30 @@ class Architecture(FrozenConfig):
         description="classifier: logits of the library's own head; features: pooled features; "
         "probe: a linear head of this project on the class token and the mean of the patches"
     )
+    activation: Activation = Field(
+        default="softmax",
+        description="what makes probabilities of the outputs: softmax over classes that exclude each other, sigmoid "
+        "for each label by itself, or none: the outputs are values or features",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_activation(cls, data: Any) -> Any:
+        """Files of before the field: every classifier was read as one of classes that exclude each other."""
+        if isinstance(data, dict) and "activation" not in data:
+            return {**data, "activation": usual_activation(data.get("head"))}
+        return data
+
+    @property
+    def ranked(self) -> bool:
+        """Whether its largest output is its answer."""
+        return ranks(self.activation, len(self.classes or ()))
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        """The classes of which a picture shows one; None where outputs are features, values, or a single label."""
+        chooses = self.activation != "none" and len(self.classes or ()) > 1
+        return self.classes if chooses else None
 
     @model_validator(mode="after")
     def _nothing_but_shapes(self) -> Architecture:
@@ -70,7 +95,14 @@ class Architecture(FrozenConfig):
             raise ValueError(f"head {self.head!r} with {'no' if self.classes is None else 'given'} classes")
         if self.classes is not None and (not self.classes or len(set(self.classes)) != len(self.classes)):
             raise ValueError("the class names must be different, and at least one")
+        if self.classes is None and self.activation != "none":
+            raise ValueError(f"features are no logits, and {self.activation} makes no probabilities of them")
         return self
+
+
+def usual_activation(head: Any) -> Activation:
+    """That of a head of which nothing else is said."""
+    return "none" if head == "features" else "softmax"
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:

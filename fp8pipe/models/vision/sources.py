@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from safetensors import SafetensorError
@@ -20,8 +20,12 @@ from torch import Tensor, nn
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.samples import focus_onnx, sample_name
-from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build
+from fp8pipe.models.vision.architecture import ARCHITECTURE_FILE, Architecture, build, usual_activation
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file, write_model_file
+
+if TYPE_CHECKING:
+    from fp8pipe.models.vision.answers import Activation
+    from fp8pipe.models.vision.libraries import Pretrained
 
 WEIGHTS_FILE: Final = "model.safetensors"
 VISION_SAMPLES: Final = ("vit-digits", "vit-s")
@@ -38,6 +42,7 @@ class VisionModel:
         preprocessing: makes its input.
         origin: what the user named, for records.
         digest: "sha256:" and 64 hex digits over architecture, preprocessing and weights.
+        notes: what its user should know of how it was read, in sentences.
     """
 
     model: nn.Module
@@ -45,16 +50,24 @@ class VisionModel:
     preprocessing: Preprocessing
     origin: str
     digest: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, weights: dict[str, Tensor], architecture: Architecture, preprocessing: Preprocessing, origin: str
+        cls,
+        weights: dict[str, Tensor],
+        architecture: Architecture,
+        preprocessing: Preprocessing,
+        origin: str,
+        notes: tuple[str, ...] = (),
     ) -> VisionModel:
         """Builds the architecture and gives it the weights, by the names of the prepared model.
 
         Raises:
             BadArtifactError: the weights are not those of the architecture.
+            ConfigurationError: a weight is not finite.
         """
+        _check_finite(weights, origin)
         model = build(architecture)
         try:
             model.load_state_dict(weights, strict=True)
@@ -64,28 +77,50 @@ class VisionModel:
                 why=" ".join(str(error).split())[:600],
                 fix="take weights and architecture from one place",
             ) from error
-        return cls(model, architecture, preprocessing, origin, _digest(model, architecture, preprocessing))
+        return cls(model, architecture, preprocessing, origin, _digest(model, architecture, preprocessing), notes)
 
 
-def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> VisionModel:
+def load_vision_model(
+    src: str, image_size: tuple[int, int] | None = None, *, activation: Activation | None = None
+) -> VisionModel:
     """The vision model named by `src`.
 
     Args:
         src: ``timm:NAME``, a directory, ``sample:vit-digits`` or ``sample:vit-s``.
         image_size: (height, width) in pixels; None for the model's own (``sample:vit-s``: 112).
+        activation: what its outputs mean, where its files do not say it or say it wrong; None for what they say.
 
     Raises:
-        ConfigurationError: nothing of that name, no vision model, or an image size that does not fit.
+        ConfigurationError: nothing of that name, no vision model, or an image size or activation that does not fit.
         MissingCapabilityError: a package or the network is missing.
         BadArtifactError: a damaged file.
     """
+    found = _named(src, image_size)
+    return found if activation is None else _with_activation(found, activation)
+
+
+def _with_activation(vision: VisionModel, activation: Activation) -> VisionModel:
+    built = vision.architecture
+    if built.head == "features" or (activation == "softmax" and len(built.classes or ()) < 2):
+        raise ConfigurationError(
+            f"the outputs of {vision.origin} cannot be read with --head-activation {activation}",
+            why="they are features" if built.head == "features" else "a softmax of one output is always 1",
+            fix="leave it out" if built.head == "features" else "give sigmoid, or none",
+        )
+    architecture = built.model_copy(update={"activation": activation})
+    digest = _digest(vision.model, architecture, vision.preprocessing)
+    notes = tuple(note for note in vision.notes if "--head-activation" not in note)
+    return replace(vision, architecture=architecture, digest=digest, notes=notes)
+
+
+def _named(src: str, image_size: tuple[int, int] | None) -> VisionModel:
     sample = sample_name(src, VISION_SAMPLES, "vision model")
     if sample is not None:
         return _sample(sample, src, image_size)
     if src.startswith(TIMM_PREFIX):
         from fp8pipe.models.vision.libraries import load_from_timm
 
-        return VisionModel.of(*load_from_timm(src.removeprefix(TIMM_PREFIX), image_size), src)
+        return _given(src, load_from_timm(src.removeprefix(TIMM_PREFIX), image_size))
     path = Path(src).expanduser()
     if src.strip() and path.is_dir():
         return _directory(path, src, image_size)
@@ -94,6 +129,11 @@ def load_vision_model(src: str, image_size: tuple[int, int] | None = None) -> Vi
         why="it is neither a directory, nor timm:NAME, nor a sample",
         fix="name timm:NAME, sample:vit-digits, sample:vit-s, or a directory (download a hub's model into one first)",
     )
+
+
+def _given(src: str, found: Pretrained) -> VisionModel:
+    weights, architecture, preprocessing, notes = found
+    return VisionModel.of(weights, architecture, preprocessing, src, notes)
 
 
 def save_vision_model(vision: VisionModel, folder: Path) -> None:
@@ -129,12 +169,25 @@ def _directory(path: Path, src: str, image_size: tuple[int, int] | None) -> Visi
     if (path / "config.json").is_file():
         from fp8pipe.models.vision.libraries import load_from_folder
 
-        return VisionModel.of(*load_from_folder(path, image_size), src)
+        return _given(src, load_from_folder(path, image_size))
     raise ConfigurationError(
         f"{path} is not a vision model",
         why=f"it has neither {ARCHITECTURE_FILE} nor config.json",
         fix="give the directory that holds one of them and model.safetensors",
     )
+
+
+def _check_finite(weights: Mapping[str, Tensor], origin: str) -> None:
+    """Refuse NaN and infinities: everything computed from them is worthless, and NaN even looks alike on two sides."""
+    wrong = {name: int((~tensor.isfinite()).sum()) for name, tensor in weights.items() if tensor.is_floating_point()}
+    wrong = {name: count for name, count in wrong.items() if count}
+    if wrong:
+        shown = ", ".join(f"{name} ({count} of {weights[name].numel()})" for name, count in list(wrong.items())[:3])
+        raise ConfigurationError(
+            f"{origin} has weights that are not finite",
+            why=f"NaN or infinity in {shown}{', ...' if len(wrong) > 3 else ''}",
+            fix="train or save the model again; a checkpoint in float16 may have overflowed",
+        )
 
 
 def _own_directory(path: Path, src: str, image_size: tuple[int, int] | None) -> VisionModel:
@@ -159,7 +212,10 @@ def _own_directory(path: Path, src: str, image_size: tuple[int, int] | None) -> 
 
 def _digest(model: nn.Module, architecture: Architecture, preprocessing: Preprocessing) -> str:
     """Over the content, so that two ways to the same model are seen to be the same."""
-    total = hashlib.sha256(f"{architecture.model_dump_json()}\n{preprocessing.model_dump_json()}\n".encode())
+    # The usual activation is not part of it: it had no name when most models were digested.
+    usual = architecture.activation == usual_activation(architecture.head)
+    built = architecture.model_dump_json(exclude={"activation"} if usual else None)
+    total = hashlib.sha256(f"{built}\n{preprocessing.model_dump_json()}\n".encode())
     for name, tensor in sorted(model.state_dict().items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

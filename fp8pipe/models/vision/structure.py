@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.plain import cuts_without_overlap
 from fp8pipe.models.vision.prepare import class_count
 from fp8pipe.models.vision.probe import IMAGES, AttentionCall, LinearCall, probe
 
@@ -141,7 +142,7 @@ def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> Linea
             why=f"its first layer is {linears[0].name if linears else 'none'}, not a convolution over patches",
             fix="use a model that embeds patches with one nn.Conv2d",
         )
-    overlapping = [call for call in patches if not _cuts_without_overlap(call.module)]
+    overlapping = [call for call in patches if not cuts_without_overlap(call.module)]
     if wrong := next(iter(overlapping or patches[1:]), None):
         raise ConfigurationError(
             f"{kind} has a convolution beside its patch embedding: {wrong.name}",
@@ -161,16 +162,6 @@ def _check_coverage(patch: LinearCall, image_size: tuple[int, int], model: nn.Mo
             why=f"its patches of {kernel} cover {covered[0]}x{covered[1]}",
             fix="give an image size that is a multiple of the patch",
         )
-
-
-def _cuts_without_overlap(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == module.stride
-        and module.groups == 1
-        and set(module.dilation) == {1}
-        and module.padding in {(0, 0), "valid"}
-    )
 
 
 def _attention_site(call: AttentionCall, patch_grid: tuple[int, int], model: nn.Module) -> AttentionSite:

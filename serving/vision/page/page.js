@@ -1,7 +1,7 @@
 "use strict";
 const at = (id) => document.getElementById(id);
 const result = document.querySelector(".result");
-let task = "classify", turn = 0;
+let task = "classify", alone = false, turn = 0;
 
 function headers() {
   const key = at("key").value.trim();
@@ -16,7 +16,9 @@ async function describe() {
     task = found.task;
     document.title = found.name + " · fp8pipe";
     at("name").textContent = found.name;
-    at("about").textContent = (task === "embed" ? found.outputs + " features" : found.classes.length + " classes") + " · " + found.kind + " · " + found.engine.provider.replace("ExecutionProvider", "");
+    alone = found.activation === "sigmoid";
+    const what = { embed: " features", predict: " values", classify: alone ? " labels" : " classes" }[task];
+    at("about").textContent = found.outputs + what + " · " + found.kind + " · " + found.engine.provider.replace("ExecutionProvider", "");
     at("digest").textContent = found.digest;
   } catch (error) { fail("The server does not answer."); }
 }
@@ -43,8 +45,13 @@ function show(answer, elapsed) {
   result.classList.remove("bad");
   if (first.classes) {
     at("best").textContent = first.classes[0].name;
-    at("message").textContent = "Most likely of the model's classes";
+    at("message").textContent = alone ? "Most likely label; each holds by itself" : "Most likely of the model's classes";
     at("bars").replaceChildren(...first.classes.map((c) => bar(c.name, c.probability, (100 * c.probability).toFixed(1) + " %")));
+  } else if (first.values) {
+    const largest = Math.max(...first.values.map((v) => Math.abs(v.value))) || 1;
+    at("best").textContent = first.values[0].name + " " + first.values[0].value.toFixed(3);
+    at("message").textContent = "Values of the model";
+    at("bars").replaceChildren(...first.values.map((v) => bar(v.name, Math.abs(v.value) / largest, v.value.toFixed(3))));
   } else {
     const values = first.embedding, order = values.map((v, i) => [Math.abs(v), i]).sort((a, b) => b[0] - a[0]).slice(0, 5);
     at("best").textContent = values.length + " features";

@@ -77,3 +77,24 @@ def test_what_a_model_keeps_is_measured_on_itself(quantized):
         expected = quantized(pixels)
         assert 0.5 <= own_agreement(quantized, pixels, expected) <= 1
         assert torch.equal(quantized(pixels), expected)
+
+
+@pytest.mark.parametrize("activation", ["none", "sigmoid", "softmax"])
+def test_outputs_without_ranks_are_compared_as_outputs(activation):
+    """Of one output the largest is always the same: an engine that knows no image must not pass."""
+    expected = torch.linspace(9, 11, 8)[:, None]
+    for found, passes in (
+        (expected + 0.1, True),
+        (torch.full_like(expected, 10.0), False),
+        (expected * torch.nan, False),
+    ):
+        compared = compare_classes(expected, found, 1.0, "here", activation)
+        assert not compared.ranked
+        gate = class_gates(compared)[1]
+        assert (gate.name, gate.passed) == ("agreement of outputs", passes)
+    assert compared.disagreements[0].expected_class is None
+
+
+def test_classes_that_are_not_finite_agree_with_nothing():
+    expected = torch.full((4, 3), torch.nan)
+    assert compare_classes(expected, expected.clone(), 1.0, "here").agreeing == 0

@@ -51,6 +51,8 @@ def test_an_export_holds_all_that_a_service_needs(export, artifact):
     assert [parent.digest for parent in manifest.parents] == [artifact.digest]
     assert manifest.runtime["opset"] == 21
     assert manifest.runtime["onnxruntime"] == manifest.versions["onnxruntime"]
+    assert manifest.runtime["least_onnxruntime"] == "1.18"
+    assert "Needs ONNX Runtime 1.18 or newer, for opset 21, IR 10." in (export.root / "README.md").read_text()
     assert manifest.warnings == []  # compared on the artifact's own images
     assert json.loads((export.root / CLASSES_FILE).read_text()) == ["ant", "bee", "cat", "dog", "elk"]
     assert (export.root / "preprocessing.json").read_bytes() == (artifact.root / "preprocessing.json").read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +34,7 @@ from exporters.tensorrt.language.reopen import (
 from exporters.tensorrt.language.source import check_attention, open_language, read_text
 from exporters.tensorrt.language.target import InputScale, LanguageExportOptions
 from exporters.tensorrt.target import Base
+from fp8pipe.artifact.kinds import TextFacts
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, LintRefusedError
@@ -256,6 +258,23 @@ def test_windows_of_attention_are_refused(llama, language_artifact, tmp_path):
 
     with pytest.raises(ConfigurationError, match="window"):
         check_attention(Elsewhere())
+
+
+def test_training_text_that_is_split_otherwise_than_in_training_is_refused(llama, language_text):
+    model = open_language(llama)
+    manifest = model.artifact.manifest
+
+    def trained(train: int, heldout: int):
+        facts = TextFacts(records=60, train=train, heldout=heldout)
+        changed = {
+            "config": manifest.config | {"data": str(language_text)},
+            "details": manifest.details.model_copy(update={"data": facts}),
+        }
+        return replace(model, artifact=replace(model.artifact, manifest=manifest.model_copy(update=changed)))
+
+    assert len(read_text(trained(54, 6), None, 8).heldout) == 6
+    with pytest.raises(ConfigurationError, match="not split as it was in training"):
+        read_text(trained(50, 5), None, 8)
 
 
 def test_a_worse_perplexity_fails(graphs, language_text, tmp_path):

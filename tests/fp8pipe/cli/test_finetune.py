@@ -11,7 +11,9 @@ from small_artifacts import details_of
 from fp8pipe.artifact import ArtifactWriter, Gate
 from fp8pipe.artifact.gate import none_of
 from fp8pipe.cli import main
-from fp8pipe.cli.tune import finetuned_text as text_of
+from fp8pipe.cli.common import Console, show_artifact
+from fp8pipe.cli.tune import finetuned_lines
+from fp8pipe.core.errors import GateFailedError
 
 
 def invoke(*arguments: object):
@@ -59,11 +61,22 @@ def finished(tmp_path):
 
 
 def test_a_finished_run_shows_what_is_wrong(finished):
-    text = text_of(finished)
+    text = "\n".join(finetuned_lines(finished))
     assert "warning: one fallback" in text
     assert "failed gate: learned" in text
     assert "2.5 (at most 2)" in text
     assert "failed gate: bytes" not in text
+
+
+def test_a_failed_gate_is_exit_code_14_and_no_next_step_is_named(finished, capsys):
+    console = Console()
+    with pytest.raises(GateFailedError, match="does not hold") as caught:
+        show_artifact(console, finished, ["done"], "fp8pipe export", remedy="train longer")
+    assert (caught.value.exit_code, caught.value.fix) == (14, "train longer")
+    assert "learned: 2.5 (at most 2)" in caught.value.why
+    assert "bytes" not in caught.value.why
+    assert capsys.readouterr().out == "done\n"
+    assert [gate["passed"] for gate in console.document["gates"]] == [False, True]
 
 
 def test_inspect_shows_losses_and_the_final_merge(finished):

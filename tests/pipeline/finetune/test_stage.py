@@ -195,7 +195,7 @@ def test_a_run_with_8_bit_moments_cut_and_resumed_ends_with_the_bits_of_one_left
 
 def test_the_plain_template_travels_with_a_model_that_has_none(make_base, pairs, tmp_path):
     from fp8pipe.models.compat import import_transformers
-    from fp8pipe.models.language.text.encode import template_info
+    from fp8pipe.models.language.text.template import template_info
 
     base = make_base()
     (base / "chat_template.jinja").unlink()
@@ -208,6 +208,34 @@ def test_the_plain_template_travels_with_a_model_that_has_none(make_base, pairs,
     assert asked == "### Question:\ndouble 2\n\n### Answer:\n"
     assert template_info(served).template == trained.template
     assert any("no chat template" in warning for warning in artifact.manifest.warnings)
+
+
+def test_what_is_dropped_and_passed_over_stands_in_the_manifest(make_base, tmp_path):
+    rows = [
+        {"tools": [{"name": "f"}], "source": "x", "messages": [
+            {"role": "user", "content": f"q{i % 5}"}, {"role": "assistant", "content": f"a{i % 10}", "weight": i % 2},
+        ]} for i in range(20)
+    ]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    for name, part in (("a", rows[:7]), ("b", rows[7:]), ("test", rows)):
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(part))
+    artifact = finetune(config(make_base(), tmp_path / "data", steps=1, answers="last"), tmp_path / "out")
+    warnings = "\n".join(artifact.manifest.warnings)
+    for said in (
+        "for evaluation, by their names: test.json", "'source' (in 20 of 20)",
+        "10 of 20 records were left out: they repeat another one exactly",
+        "4 of 8 examples were left out: every answer of them has weight 0", "passes over the tools of records: 4",
+        "held-out text: the chat template passes over the tools of records: 1",
+    ):  # fmt: skip
+        assert said in warnings
+    assert (artifact.manifest.details.data.train, artifact.manifest.details.data.heldout) == (8, 2)
+
+
+def test_a_chat_template_that_is_not_valid_is_refused_before_the_data_is_read(make_base, tmp_path):
+    base = make_base()
+    (base / "chat_template.jinja").write_text("{% for m in messages %}")
+    with pytest.raises(ConfigurationError, match=r"chat_template\.jinja is not valid"):
+        finetune(config(base, tmp_path / "absent.jsonl"), tmp_path / "out")
 
 
 def test_an_existing_output_is_refused_before_anything_is_read(tmp_path):

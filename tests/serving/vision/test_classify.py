@@ -15,8 +15,8 @@ from tiny_exports import write_export
 
 from exporters.graph.runtime import open_session
 from fp8pipe.artifact import open_artifact
+from fp8pipe.models.vision.answers import probabilities
 from fp8pipe.models.vision.preprocessing import Preprocessing, read_model_file
-from serving.vision.server import probabilities
 
 
 def _encoded(image, format, **options):
@@ -41,7 +41,7 @@ def _classify(server, data, kind="image/png", **parameters):
 
 
 def _expected(export, data):
-    return {i: float(p) for i, p in enumerate(probabilities(_direct(export, data)[None])[0])}
+    return {i: float(p) for i, p in enumerate(probabilities(_direct(export, data)[None], "softmax")[0])}
 
 
 def test_a_raw_body_gives_the_direct_result_bit_for_bit(server, export, png):

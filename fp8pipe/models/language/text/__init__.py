@@ -3,7 +3,14 @@
 Training reads them, and so do exports that calibrate on text or measure a model on it; that is why they are here.
 """
 
-from fp8pipe.models.language.text.encode import IGNORED, Encoded, Encoding, TemplateInfo, encode
-from fp8pipe.models.language.text.records import Message, Record, load_records, split
+from fp8pipe.models.language.text.conversation import Message, Record
+from fp8pipe.models.language.text.encode import IGNORED, Encoded, Encoding, encode
+from fp8pipe.models.language.text.files import data_files
+from fp8pipe.models.language.text.records import load_records
+from fp8pipe.models.language.text.split import split
+from fp8pipe.models.language.text.template import TemplateInfo, template_info
 
-__all__ = ["IGNORED", "Encoded", "Encoding", "Message", "Record", "TemplateInfo", "encode", "load_records", "split"]
+__all__ = [
+    "IGNORED", "Encoded", "Encoding", "Message", "Record", "TemplateInfo", "data_files", "encode", "load_records",
+    "split", "template_info",
+]  # fmt: skip

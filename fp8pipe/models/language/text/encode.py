@@ -1,12 +1,9 @@
 """Conversations become token ids with labels: only the answers are learned.
 
-The text is whatever the model's own chat template renders, tokenized whole, because that is what the model
-will see when it is served. Which characters of it are an answer is found by rendering the conversation up
-to each answer, with the generation prompt, and up to and including it: what the second adds to the first is
-the answer with its end of turn (the white space that templates put after the end-of-turn token belongs to
-the next turn: the model is never asked to produce it). This holds for any template that only appends. Some
-do not (they drop earlier reasoning, or mark the last turn); their conversations are cut into one example
-for each answer, each rendered as it would be when that answer is asked for.
+The text is whatever the model's own chat template renders (``render``), tokenized whole, because that is what the model
+will see when it is served. But a served prompt ends where the answer begins, and its tokens are what the tokenizer
+makes of it alone: where tokens of the whole reach over that border, or over the answer's end, the conversation is cut
+into one example for each answer, its prompt and its answer tokenized apart.
 
 A base model without a chat template gets ``PLAIN_TEMPLATE``, which the caller must save beside the model,
 since the model has then learned it.
@@ -15,40 +12,21 @@ since the model has then learned it.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.text.records import Record
+from fp8pipe.models.language.text.conversation import Record
+from fp8pipe.models.language.text.render import Rendered, Renderer, shared
+from fp8pipe.models.language.text.template import TemplateInfo, template_info
 
 log = logging.getLogger(__name__)
 
 IGNORED: Final = -100  # the label that cross entropy skips
-
-PLAIN_TEMPLATE: Final = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] | trim + '\\n\\n' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ '### Answer:\\n' + message['content'] | trim + (eos_token or '') + '\\n\\n' }}"
-    "{% else %}{{ '### Question:\\n' + message['content'] | trim + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Answer:\\n' }}{% endif %}"
-)
 _BATCH: Final = 1000  # conversations tokenized at a time: bounds the memory of the offsets
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateInfo:
-    """The chat template that was used.
-
-    Attributes:
-        origin: "tokenizer" (the model's own) or "plain" (``PLAIN_TEMPLATE``; save it beside the model).
-        template: the Jinja text.
-    """
-
-    origin: str
-    template: str
+_WINDOW: Final = 32  # tokens before a border that are tokenized again: no pre-tokenizer looks back further
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +54,7 @@ class Encoding:
         examples: in the order of the records.
         template: the template that rendered them.
         truncated: examples cut at the length limit.
-        dropped: examples without an answer token left after the cut; they are not in ``examples``.
+        dropped: examples without a learned token; they are not in ``examples``, and ``warnings`` says why.
         expanded: conversations cut into one example for each answer.
         warnings: sentences for the manifest.
     """
@@ -89,36 +67,18 @@ class Encoding:
     warnings: tuple[str, ...]
 
 
-class _Rendered(NamedTuple):
-    text: str
-    spans: list[tuple[int, int]]  # character ranges of the answers, ascending
-
-
-def template_info(tokenizer: Any) -> TemplateInfo:
-    """The tokenizer's own chat template, or the plain one."""
-    own = getattr(tokenizer, "chat_template", None)
-    if isinstance(own, dict):  # several named templates
-        own = own.get("default")
-    if own:
-        return TemplateInfo("tokenizer", own)
-    # The plain template begins as the tokenizer begins any text: with the start token where it adds one.
-    bos = getattr(tokenizer, "bos_token_id", None)
-    starts = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-    return TemplateInfo("plain", ("{{ bos_token }}" if starts else "") + PLAIN_TEMPLATE)
-
-
-def encode(records: Sequence[Record], tokenizer: Any, max_length: int) -> Encoding:
+def encode(records: Sequence[Record], tokenizer: Any, max_length: int, *, last_only: bool = False) -> Encoding:
     """Tokenizes conversations and labels their answers.
 
     Args:
         records: the conversations.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, with offsets or without.
         max_length: tokens kept of each example, at least 2; what is longer loses its end.
+        last_only: learn the last answer of each conversation alone.
 
     Raises:
-        ConfigurationError: a template that cannot render a record or loses its answer, or no answer token
-            left
-            in any example.
+        ConfigurationError: a template that is not valid, cannot render a record or loses its answer, or no answer
+            token left in any example.
     """
     if max_length < 2:
         raise ConfigurationError(
@@ -127,160 +87,163 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int) -> Encodi
             fix="use for example 512",
         )
     template = template_info(tokenizer)
+    renderer = Renderer(tokenizer, template, last_only=last_only)
+    counts: Counter[str] = Counter()
     examples: list[Encoded] = []
-    truncated = dropped = expanded = longest_prompt = 0
     for start in range(0, len(records), _BATCH):
-        rendered: list[_Rendered] = []
+        rendered: list[Rendered] = []
         for index, record in enumerate(records[start : start + _BATCH], start=start):
-            pieces = _render(record, tokenizer, template, index)
-            expanded += len(pieces) > 1
+            pieces = renderer.render(record, f"the record at {record.place}" if record.place else f"record {index + 1}")
+            counts["expanded"] += len(pieces) > 1
+            counts["unlearned"] += not pieces
             rendered += pieces
-        for whole in _tokenize(rendered, tokenizer):
-            cut = Encoded(whole.input_ids[:max_length], whole.labels[:max_length])
-            truncated += len(whole.input_ids) > max_length
-            if cut.answer_tokens:
-                examples.append(cut)
-            else:
-                dropped += 1
-                prompt = next((i for i, label in enumerate(whole.labels) if label != IGNORED), len(whole.labels))
-                longest_prompt = max(longest_prompt, prompt)
+        for wholes in _tokenize(rendered, tokenizer):
+            counts["merged"] += len(wholes) > 1
+            for whole in wholes:
+                if (cut := _cut(whole, max_length, counts)) is not None:
+                    examples.append(cut)
+    reasons = _reasons(counts, max_length)
     if not examples:
         raise ConfigurationError(
             f"no answer token is left in any of the {len(records)} records",
-            why=f"max_length {max_length} cuts every answer away; prompts reach {longest_prompt} tokens",
-            fix="raise max_length, or shorten the prompts",
+            why="; ".join(f"{count} examples: {why}" for why, count in reasons) or "there are no records",
+            fix="raise max_length, or shorten the prompts" if counts["cut away"] else "give answers to learn",
         )
-    warnings = _warnings(len(examples) + dropped, truncated, dropped, expanded, max_length, template)
+    total = len(examples) + sum(count for _, count in reasons)
+    warnings = (*_warnings(total, counts, max_length, template), *renderer.warnings())
     for warning in warnings:
         log.warning(warning)
-    return Encoding(examples, template, truncated, dropped, expanded, warnings)
+    dropped, expanded = total - len(examples), counts["expanded"] + counts["merged"]
+    return Encoding(examples, template, counts["truncated"], dropped, expanded, warnings)
 
 
-def _warnings(
-    total: int, truncated: int, dropped: int, expanded: int, max_length: int, template: TemplateInfo
-) -> tuple[str, ...]:
+def _cut(whole: Encoded, max_length: int, counts: Counter[str]) -> Encoded | None:
+    """At most ``max_length`` tokens; None, and counted, where none of them is learned."""
+    first = [IGNORED] if whole.labels else []
+    cut = Encoded(whole.input_ids[:max_length], first + whole.labels[1:max_length])
+    counts["truncated"] += len(whole.input_ids) > max_length
+    if cut.answer_tokens:
+        counts["bare"] += whole.labels[0] != IGNORED
+        return cut
+    prompt = next((i for i, label in enumerate(whole.labels[1:], 1) if label != IGNORED), 0)
+    counts["cut away" if prompt else "headless"] += 1
+    counts["longest"] = max(counts["longest"], prompt)
+    return None
+
+
+def _reasons(counts: Counter[str], max_length: int) -> list[tuple[str, int]]:
+    """Why examples are left out, and how many."""
+    found = {
+        "cut away": f"no answer token within {max_length} tokens; prompts reach {counts['longest']} tokens",
+        "headless": "nothing comes before their only token, so that nothing can predict it",
+        "unlearned": "every answer of them has weight 0, or is not the last one",
+    }
+    return [(why, counts[key]) for key, why in found.items() if counts[key]]
+
+
+def _warnings(total: int, counts: Counter[str], max_length: int, template: TemplateInfo) -> list[str]:
     found = []
-    if truncated:
-        found.append(f"{truncated} of {total} examples were cut to {max_length} tokens")
-    if dropped:
-        found.append(f"{dropped} of {total} examples were left out: no answer token within {max_length} tokens")
-    if expanded:
-        found.append(
-            f"{expanded} conversations were cut into one example for each answer: "
-            "the chat template renders earlier answers differently once others follow"
-        )
+    if counts["truncated"]:
+        found.append(f"{counts['truncated']} of {total} examples were cut to {max_length} tokens")
+    found += [f"{count} of {total} examples were left out: {why}" for why, count in _reasons(counts, max_length)]
+    if bare := counts["bare"]:
+        why = "begin with their answer, whose first token is not learned: nothing comes before it"
+        found.append(f"{bare} of {total} examples {why}")
+    apart = "conversations were cut into one example for each answer: "
+    if counts["expanded"]:
+        why = "the chat template renders earlier answers differently once others follow"
+        found.append(f"{counts['expanded']} {apart}{why}")
+    if counts["merged"]:
+        why = "tokens reach over the border between a prompt and its answer, or over the answer's end"
+        found.append(f"{counts['merged']} {apart}{why}")
     if template.origin == "plain":
         found.append(
             "the tokenizer has no chat template; the plain question-answer template is used, and saved with the model"
         )
-    return tuple(found)
+    return found
 
 
-def _render(record: Record, tokenizer: Any, template: TemplateInfo, index: int) -> list[_Rendered]:
-    """The conversation's text and answer ranges; several texts where the template does not only append."""
-    messages = [{"role": m.role, "content": m.content} for m in record.messages]
-    ends = [i + 1 for i, m in enumerate(record.messages) if m.role == "assistant"]
-    texts: list[str] = []
-    spans: list[tuple[int, int]] = []
-    for end in ends:
-        text = _apply(messages[:end], tokenizer, template, index)
-        # The white space after the end-of-turn mark is no part of the answer.
-        spans.append((_answer_start(messages[:end], text, tokenizer, template, index), len(text.rstrip())))
-        texts.append(text)
-    final = texts[-1]
-    # Turns after the last answer are prompts to nothing: they are left out.
-    if all(final.startswith(text[:end]) for text, (_, end) in zip(texts, spans, strict=True)):
-        return [_Rendered(final, spans)]
-    return [_Rendered(text, [span]) for text, span in zip(texts, spans, strict=True)]
-
-
-def _answer_start(messages: list[dict[str, str]], text: str, tokenizer: Any, template: TemplateInfo, index: int) -> int:
-    """Where the last message's answer begins in ``text``; verified to hold the end of its content."""
-    content = messages[-1]["content"].strip()
-    if len(messages) > 1:
-        prompt = _apply(messages[:-1], tokenizer, template, index, generation_prompt=True)
-    else:  # templates do not render an empty conversation
-        prompt = text[: max(text.find(content), 0)]
-    start = len(prompt)
-    if not text.startswith(prompt):
-        # The generation prompt opens something (a reasoning block) that a finished answer lacks: take what
-        # both share, but never a part of the answer itself.
-        start = _shared(prompt, text)
-        before = text.rfind(content)
-        start = min(start, before) if before >= 0 else start
-    ending = content.splitlines()[-1].strip() if content else ""
-    if ending not in text[start:]:
-        raise ConfigurationError(
-            f"the chat template loses the answer of record {index + 1}",
-            why=f"the rendered text does not end with the assistant's message {ending[:60]!r}",
-            fix="use a tokenizer whose chat template renders assistant messages as they are given",
-        )
-    return start
-
-
-def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """How many items two sequences begin with alike."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
-
-
-def _apply(
-    messages: list[dict[str, str]],
-    tokenizer: Any,
-    template: TemplateInfo,
-    index: int,
-    *,
-    generation_prompt: bool = False,
-) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=template.template, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        )
-    except (TemplateError, TypeError, ValueError, IndexError) as error:
-        raise ConfigurationError(
-            f"the chat template cannot render record {index + 1}",
-            why=f"{type(error).__name__}: {error}",
-            fix="change its roles: some templates refuse system or tool messages, or two turns of one role",
-        ) from error
-
-
-def _tokenize(rendered: Sequence[_Rendered], tokenizer: Any) -> list[Encoded]:
-    """One Encoded for each text; special tokens are those the template wrote, none are added."""
+def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded]]:
+    """The examples of each text, first tokens still labelled; special tokens are those that the template wrote."""
     texts = [r.text for r in rendered]
-    if getattr(tokenizer, "is_fast", False):
+    if getattr(tokenizer, "is_fast", False) and texts:
         batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        whole = batch["input_ids"]
         starts = [[offset[0] for offset in offsets] for offsets in batch["offset_mapping"]]
-        ids = batch["input_ids"]
+        places = _places_by_offset(rendered, whole, starts, tokenizer)
     else:
-        ids = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        starts = [_starts_by_prefix(r, i, tokenizer) for r, i in zip(rendered, ids, strict=True)]
-    return [Encoded(list(i), _labels(i, s, r.spans)) for r, i, s in zip(rendered, ids, starts, strict=True)]
+        whole = [_ids(text, tokenizer) for text in texts]
+        places = [_places_by_prefix(r, ids, tokenizer) for r, ids in zip(rendered, whole, strict=True)]
+    examples = []
+    for piece, ids, borders in zip(rendered, whole, places, strict=True):
+        if None in borders:
+            examples.append([_apart(piece.text, start, end, tokenizer) for start, end in piece.spans])
+            continue
+        labels = [IGNORED] * len(ids)
+        for start, end in zip(borders[::2], borders[1::2], strict=True):
+            labels[start:end] = ids[start:end]
+        examples.append([Encoded(list(ids), labels)])
+    return examples
 
 
-def _labels(ids: Sequence[int], starts: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Labels of the tokens that begin inside one of ``spans``."""
-    labels = [IGNORED] * len(ids)
-    position = 0
-    for start, end in spans:
-        while position < len(ids) and starts[position] < start:
-            position += 1
-        while position < len(ids) and starts[position] < end:
-            labels[position] = ids[position]
-            position += 1
-    if labels:
-        labels[0] = IGNORED
-    return labels
+def _places_by_offset(
+    rendered: Sequence[Rendered], whole: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], tokenizer: Any
+) -> list[list[int | None]]:
+    """Tokens at which answers begin and end; None where what comes before is tokenized otherwise when it stands alone.
+
+    Offsets alone do not tell: some tokenizers leave the white space that a token begins with out of them. So the last
+    tokens before a border are tokenized again, without what follows.
+    """
+    places: list[list[int | None]] = []
+    windows: list[tuple[int, int, str, Sequence[int]]] = []  # text, border, what stands before it, and its tokens
+    for number, (piece, ids, begins) in enumerate(zip(rendered, whole, starts, strict=True)):
+        borders = [border for span in piece.spans for border in span]
+        position, found = 0, []
+        for at, border in enumerate(borders):
+            while position < len(ids) and begins[position] < border:
+                position += 1
+            found.append(position)
+            first = max(0, position - _WINDOW)
+            opening = begins[first] if first else 0
+            if border < len(piece.text):
+                windows.append((number, at, piece.text[opening:border], ids[first:position]))
+        places.append([*found])
+    alone = tokenizer([window[2] for window in windows], add_special_tokens=False)["input_ids"] if windows else []
+    for (number, at, _, expected), ids in zip(windows, alone, strict=True):
+        # A window that begins inside the text may begin with other tokens: only its second half is compared.
+        compared = len(expected) // 2 if len(expected) == _WINDOW else max(len(expected), len(ids))
+        if list(ids[-compared:] if compared else ids) != list(expected[-compared:] if compared else expected):
+            places[number][at] = None
+    return places
 
 
-def _starts_by_prefix(rendered: _Rendered, ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Stand-in offsets for tokenizers without them: exact at the borders of the spans, which suffices."""
-    starts = [0] * len(ids)
-    for border in (border for span in rendered.spans for border in span):
-        prefix = list(tokenizer(rendered.text[:border], add_special_tokens=False)["input_ids"])
-        shared = _shared(prefix, ids)
-        starts[shared:] = [border] * (len(ids) - shared)
-    return starts
+def _places_by_prefix(piece: Rendered, ids: Sequence[int], tokenizer: Any) -> list[int | None]:
+    """The same for tokenizers without offsets: what comes before each border is tokenized alone."""
+    places: list[int | None] = []
+    for border in (border for span in piece.spans for border in span):
+        prefix = _ids(piece.text[:border], tokenizer)
+        places.append(len(prefix) if shared(prefix, ids) == len(prefix) else None)
+    return places
+
+
+def _apart(text: str, start: int, end: int, tokenizer: Any) -> Encoded:
+    """One answer with its prompt, each tokenized by itself, as serving and the served model do."""
+    prompt, answer = _ids(text[:start], tokenizer), _continued(text[start:end], tokenizer)
+    return Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
+
+
+def _continued(text: str, tokenizer: Any) -> list[int]:
+    """Tokens of a text that continues another: some tokenizers begin every text with a space of their own."""
+    for before in ("\n", "a", "."):
+        head, both = _ids(before, tokenizer), _ids(before + text, tokenizer)
+        if both[: len(head)] == head and _decoded(both, tokenizer) == _decoded(head, tokenizer) + text:
+            return both[len(head) :]
+    return _ids(text, tokenizer)
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _decoded(ids: Sequence[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

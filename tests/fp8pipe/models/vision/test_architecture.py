@@ -94,7 +94,7 @@ def test_a_damaged_file_is_named(tmp_path: Path):
 @torch.no_grad()
 def test_a_probe_on_every_kind_of_backbone(name: str, width: int):
     one = family(name)
-    architecture = one.architecture.model_copy(update={"head": "probe", "classes": CLASSES})
+    architecture = one.architecture.model_copy(update={"head": "probe", "classes": CLASSES, "activation": "softmax"})
     model = build(architecture)
     assert isinstance(model, ClassAndPatches)
     structure = read_structure(model, architecture.image_size)

@@ -12,30 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vision_checkpoints import save_timm, save_transformers
 from vit_families import CLASSES, family, random_pixels, randomize, vision_family
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from fp8pipe.models.compat import import_timm, import_transformers
+from fp8pipe.models.compat import import_timm
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.preprocessing import Preprocessing
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model, save_vision_model
-
-PROCESSOR = {
-    "do_resize": True, "size": {"height": 32, "width": 32}, "resample": 2, "do_rescale": True,
-    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3],
-}  # fmt: skip
-
-
-def save_transformers(folder: Path, name: str, processor: dict[str, Any] | None = None, **changes: Any) -> Any:
-    """A model of the family's configuration, saved as transformers does it."""
-    transformers = import_transformers()
-    architecture = family(name).architecture
-    cls = getattr(transformers, architecture.name)
-    model = cls(cls.config_class.from_dict(architecture.arguments | changes)).eval()
-    randomize(model, 0)
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | (processor or {})))
-    return model
 
 
 @pytest.mark.parametrize("name", ["timm-beit", "hf-siglip-backbone", "timm-dinov2"])
@@ -122,21 +106,6 @@ def test_directories_of_transformers(name: str, tmp_path: Path):
     assert load_vision_model(str(tmp_path / "ours")).digest == vision.digest
 
 
-def test_the_vision_part_of_a_two_tower_model(tmp_path: Path):
-    transformers = import_transformers()
-    arguments = family("hf-clip").architecture.arguments
-    config = transformers.CLIPConfig.from_dict({key: arguments[key] for key in ("vision_config", "text_config")})
-    model = transformers.CLIPModel(config).eval()
-    model.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
-    vision = load_vision_model(str(tmp_path))
-    assert vision.architecture.name == "CLIPVisionModel"
-    pixels = random_pixels(family("hf-clip"), 2)
-    with torch.no_grad():
-        expected = model.vision_model(pixels).pooler_output
-        torch.testing.assert_close(vision_outputs(vision.model, pixels), expected, rtol=0, atol=1e-5)
-
-
 def test_class_names_come_along(tmp_path: Path):
     save_transformers(tmp_path, "hf-deit", id2label=dict(enumerate(CLASSES)))
     assert load_vision_model(str(tmp_path)).architecture.classes == CLASSES
@@ -192,18 +161,6 @@ def test_incomplete_directories_of_transformers(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BadArtifactError, match=r"config\.json"):
         load_vision_model(str(tmp_path))
-
-
-def save_timm(folder: Path) -> Any:
-    """The small test model of timm as timm writes it for the hub."""
-    timm = import_timm()
-    model = timm.create_model("test_vit", num_classes=5, img_size=64).eval()
-    randomize(model, 0)
-    folder.mkdir(parents=True)
-    model.pretrained_cfg |= {"crop_pct": 0.8}
-    names = {"label_names": list(CLASSES)}
-    timm.models.save_for_hf(model, folder, names, model_args={"img_size": 64}, safe_serialization=True)
-    return model
 
 
 def test_directories_of_timm(tmp_path: Path):

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from chat_templates import tokenizer_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.text.encode import IGNORED, PLAIN_TEMPLATE, Encoded, encode
-from fp8pipe.models.language.text.records import Message, Record
+from fp8pipe.models.language.text.conversation import Message, Record
+from fp8pipe.models.language.text.encode import IGNORED, Encoded, encode
+from fp8pipe.models.language.text.template import PLAIN_TEMPLATE
 
 
 def talk(*turns: str, system: str | None = None) -> Record:
@@ -160,5 +163,53 @@ def test_truncation_is_counted_and_all_gone_is_an_error(tokenizer: Any) -> None:
 
 def test_a_text_that_begins_with_an_answer(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
-    (example,) = encode([Record((Message("assistant", "ab"),))], tokenizer, 512).examples
+    result = encode([Record((Message("assistant", "ab"),))], tokenizer, 512)
+    assert result.warnings == (
+        "1 of 1 examples begin with their answer, whose first token is not learned: nothing comes before it",
+    )
+    (example,) = result.examples
     assert learned(tokenizer, example) == ["b<|im_end|>"]  # nothing precedes "a" that could predict it
+
+
+def test_answers_that_join_with_the_prompts_last_space_are_learned_whole() -> None:
+    """All "no" were left out ("no answer token within 64 tokens"), and of "yes" only "es" was learned."""
+    joining = tokenizer_for("ends-in-a-space", "bytes")
+    result = encode([talk("q", "no"), talk("q", "yes", "q", "no")], joining, 64)
+    assert [learned(joining, e) for e in result.examples] == [["no</s>"], ["yes</s>"], ["no</s>"]]
+    prompt = joining.apply_chat_template([{"role": "user", "content": "q"}], add_generation_prompt=True)["input_ids"]
+    assert all(e.input_ids[: len(prompt)] == prompt for e in result.examples[:2])
+    assert (result.dropped, result.expanded) == (0, 1)
+    (warning,) = result.warnings
+    assert "1 conversations were cut into one example for each answer: tokens reach over the border" in warning
+
+
+def test_what_is_left_out_is_counted_by_its_reason(tokenizer: Any) -> None:
+    unlearned = Record((Message("user", "q"), Message("assistant", "a", learned=False)))
+    result = encode([talk("q", "a"), talk("q" * 70, "a"), unlearned, unlearned], tokenizer, 60)
+    assert (len(result.examples), result.dropped) == (1, 3)
+    assert [w for w in result.warnings if "left out" in w] == [
+        "1 of 4 examples were left out: no answer token within 60 tokens; prompts reach 89 tokens",
+        "2 of 4 examples were left out: every answer of them has weight 0, or is not the last one",
+    ]
+    with pytest.raises(ConfigurationError, match="no answer token is left") as caught:
+        encode([unlearned], tokenizer, 60)
+    assert "every answer of them has weight 0" in caught.value.why
+
+
+def test_an_answer_of_one_token_that_nothing_precedes(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    result = encode([Record((Message("assistant", "a"),)), talk("q", "a")], tokenizer, 512)
+    assert [w for w in result.warnings if "left out" in w] == [
+        "1 of 2 examples were left out: nothing comes before their only token, so that nothing can predict it"
+    ]
+
+
+def test_weights_and_the_last_answer_alone(tokenizer: Any) -> None:
+    messages = talk("q", "a", "q2", "b", "q3", "c").messages
+    weighted = Record((*messages[:3], replace(messages[3], learned=False), *messages[4:]))
+    (example,) = encode([weighted], tokenizer, 512).examples
+    assert learned(tokenizer, example) == ["a<|im_end|>", "c<|im_end|>"]
+    (example,) = encode([weighted], tokenizer, 512, last_only=True).examples
+    assert learned(tokenizer, example) == ["c<|im_end|>"]
+    ended = Record((*messages[:5], replace(messages[5], learned=False)))
+    assert encode([ended, weighted], tokenizer, 512, last_only=True).dropped == 1

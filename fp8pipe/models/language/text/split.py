@@ -1,0 +1,131 @@
+"""Which records are learned and which are kept for evaluation, so that no prompt of the latter is among the former.
+
+Most corpora repeat their questions: set aside record by record, they would be tested on what they were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import unicodedata
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.text.conversation import Record
+
+log = logging.getLogger(__name__)
+
+_PROMPTS: Final = ("user", "tool")  # what an answer answers; a system message alone is no prompt
+
+
+def split(
+    records: list[Record],
+    *,
+    heldout_fraction: float | None = None,
+    heldout_count: int | None = None,
+    seed: int,
+    warn: Callable[[str], None] = log.warning,
+) -> tuple[list[Record], list[Record]]:
+    """Removes repeated records, then sets some aside: ``(train, heldout)``.
+
+    ``train`` keeps the given order; ``heldout`` is in the order drawn: its beginning is a fair sample.
+
+    A record is repeated where all of it is: the same prompt with another answer stays. Conversations that open alike
+    go to the same side together, so that no prompt inside one side's conversations occurs on the other. An opening is
+    everything before the first answer to a user (all of a conversation without one), compared without case, white
+    space and closing punctuation. Where long runs of conversations share theirs, ``heldout`` falls short of the number
+    asked for, or holds the shortest of these runs.
+
+    Args:
+        records: the records.
+        heldout_fraction: part of the distinct records to set aside, 0 <= f < 1 (rounded up).
+        heldout_count: number of distinct records to set aside; exactly one of the two must be given.
+        seed: any integer >= 0; the choice depends on it and on the records only.
+        warn: takes a sentence on what was dropped.
+
+    Raises:
+        ConfigurationError: a value out of range, or too few distinct records.
+    """
+    distinct: dict[str, Record] = {}
+    for record in records:
+        distinct.setdefault(_whole(record), record)
+    unique = list(distinct.values())
+    if len(unique) < len(records):
+        warn(f"{len(records) - len(unique)} of {len(records)} records were left out: they repeat another one exactly")
+    wanted = _wanted(len(unique), heldout_fraction, heldout_count)
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(unique):
+        groups.setdefault(_opening(record), []).append(index)
+    members = list(groups.values())
+    chosen: list[int] = []
+    for group in np.random.default_rng(seed).permutation(len(members)):
+        if len(chosen) + len(members[group]) <= wanted:
+            chosen += members[group]
+    if wanted and not chosen:
+        chosen = _shortest_run(members, wanted, warn)
+    aside = set(chosen)
+    return [r for i, r in enumerate(unique) if i not in aside], [unique[i] for i in chosen]
+
+
+def _shortest_run(members: list[list[int]], wanted: int, warn: Callable[[str], None]) -> list[int]:
+    """What is held out where every opening is shared by more conversations than were asked for."""
+    if len(members) == 1:
+        raise ConfigurationError(
+            f"{wanted} records cannot be set aside",
+            why="all conversations open with the same prompt, which would be trained on and tested on",
+            fix="give data with at least two distinct prompts",
+        )
+    shortest = min(members, key=len)
+    warn(
+        f"{len(shortest)} records are held out where {wanted} were asked for: no prompt has fewer answers, and records "
+        "of one prompt stay together"
+    )
+    return shortest
+
+
+def _wanted(distinct: int, fraction: float | None, count: int | None) -> int:
+    if fraction is not None and count is None:
+        if not 0 <= fraction < 1:
+            raise ConfigurationError(
+                f"heldout_fraction is {fraction}", why="it must be at least 0 and below 1", fix="use for example 0.1"
+            )
+        count = math.ceil(distinct * fraction)
+    elif count is None or fraction is not None:
+        raise ConfigurationError(
+            "how much to hold out is not clear",
+            why="give a fraction or a count, one of them",
+            fix="set heldout_fraction or heldout_count",
+        )
+    if count < 0 or count >= distinct:
+        raise ConfigurationError(
+            f"{count} records cannot be held out",
+            why=f"the data has {distinct} distinct records, and one at least must stay for training",
+            fix="hold out fewer, or give more data",
+        )
+    return count
+
+
+def _whole(record: Record) -> str:
+    """Everything of a record, as text."""
+    turns = [(m.role, m.content, m.learned, dict(m.fields)) for m in record.messages]
+    return json.dumps([turns, list(record.tools)], sort_keys=True, default=str)
+
+
+def _opening(record: Record) -> str:
+    """Normalised text before the first answer to a user; of a conversation without one, all of it."""
+    asked, end = False, len(record.messages)
+    for index, message in enumerate(record.messages):
+        if message.role == "assistant" and asked:
+            end = index
+            break
+        asked |= message.role in _PROMPTS
+    return "\x00".join(f"{m.role}:{_normalised(m.content)}" for m in record.messages[:end])
+
+
+def _normalised(text: str) -> str:
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return plain.rstrip(" .,;:!?…\"'") or plain

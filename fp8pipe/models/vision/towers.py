@@ -1,0 +1,68 @@
+"""Checkpoints of transformers that hold more than a vision model: which part is taken, and nothing else is lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, header_entries, weight_files
+from fp8pipe.models.compat import import_transformers
+
+__all__ = ["check_all_read", "vision_config", "vision_part"]
+
+_TOWERS: Final = frozenset(("vision_config", "text_config"))
+# Weights of a text encoder, and the factor and offset of the comparison of texts with images.
+_TEXT_SIDE: Final = re.compile(r"text_\w+\.|logit_(scale|bias)$")
+_SHOWN: Final = 5
+
+
+def vision_part(name: str, config: Mapping[str, Any]) -> str:
+    """The class that gives the image features of a model with a text encoder beside; other names as they are.
+
+    With its projection where there is such a class: what transformers calls image features is what comes after it.
+    """
+    if not name.endswith("Model") or not set(config) >= _TOWERS:
+        return name
+    stem = name.removesuffix("Model")
+    known = (f"{stem}VisionModelWithProjection", f"{stem}VisionModel")
+    return next((part for part in known if hasattr(import_transformers(), part)), name)
+
+
+def vision_config(folder: Path, config: Mapping[str, Any]) -> Any:
+    """The configuration of the vision model in a checkpoint with a text encoder; None where there is none.
+
+    The width of the projection stands outside of it, for both encoders.
+    """
+    if not set(config) >= _TOWERS:
+        return None
+    whole = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(whole, "projection_dim") and hasattr(whole.vision_config, "projection_dim"):
+        whole.vision_config.projection_dim = whole.projection_dim
+    return whole.vision_config
+
+
+def check_all_read(folder: Path, name: str, unread: Iterable[str]) -> None:
+    """Refuse weights that the class did not load, unless they belong to a text encoder.
+
+    Args:
+        folder: the checkpoint.
+        name: the class.
+        unread: names of stored tensors that no parameter took.
+
+    Raises:
+        ConfigurationError: the model would not compute what the checkpoint does.
+    """
+    lost = sorted(key for key in unread if not _TEXT_SIDE.match(key))
+    if lost:
+        entries = (entry for file in weight_files(folder) for entry in header_entries(file).values())
+        tables = tuple(entry.name for entry in entries if entry.dtype not in PLAIN_FLOATS)  # indices of positions
+        lost = [key for key in lost if not any(table.endswith(key) for table in tables)]
+    if lost:
+        raise ConfigurationError(
+            f"{folder} holds weights that {name} does not use, so it would be another model",
+            why=f"not read: {', '.join(lost[:_SHOWN])}{', ...' if len(lost) > _SHOWN else ''}",
+            fix="use a checkpoint whose config.json names the class that it was saved from",
+        )

@@ -1,0 +1,58 @@
+"""A vision model out of a checkpoint that holds more: its features are transformers' own, and nothing of it is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vision_checkpoints import save_model, save_transformers
+from vit_families import family, random_pixels
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.vision.prepare import vision_outputs
+from fp8pipe.models.vision.sources import load_vision_model, save_vision_model
+
+_CLIP = family("hf-clip").architecture.arguments
+TOWERS = {key: _CLIP[key] for key in ("vision_config", "text_config")}
+# The width of both towers' projections stands outside of either.
+CASES = [("CLIPModel", {"projection_dim": 20}), ("SiglipModel", {}), ("MetaClip2Model", {"projection_dim": 20})]
+
+
+@pytest.mark.parametrize(("cls", "changes"), CASES)
+def test_image_features_are_those_of_transformers(cls: str, changes: dict, tmp_path: Path):
+    model = save_model(tmp_path, cls, TOWERS | changes)
+    vision = load_vision_model(str(tmp_path))
+    pixels = random_pixels(family("hf-clip"), 3)
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=pixels).pooler_output
+        assert features.shape == (3, changes.get("projection_dim", 32))
+        torch.testing.assert_close(vision_outputs(vision.model, pixels), features, rtol=0, atol=1e-5)
+    assert vision.architecture.classes is None
+    save_vision_model(vision, tmp_path / "ours")
+    assert load_vision_model(str(tmp_path / "ours")).digest == vision.digest
+
+
+def test_a_projection_that_no_class_reads_is_refused(tmp_path: Path):
+    save_model(tmp_path, "ChineseCLIPModel", TOWERS | {"projection_dim": 20})
+    with pytest.raises(ConfigurationError, match="does not use") as caught:
+        load_vision_model(str(tmp_path))
+    assert "visual_projection.weight" in caught.value.why
+
+
+def test_weights_that_are_left_over_are_refused_and_tables_of_indices_are_not(tmp_path: Path):
+    save_transformers(tmp_path, "hf-vit-backbone")
+    weights = load_file(tmp_path / "model.safetensors")
+    spare = {
+        "embeddings.position_ids": torch.arange(17),
+        "logit_scale": torch.ones(()),
+        "text_model.x": torch.ones(2),
+    }
+    save_file(weights | spare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_vision_model(str(tmp_path))
+    spare["classifier.weight"] = torch.ones(5, 32)
+    save_file(weights | spare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match="does not use") as caught:
+        load_vision_model(str(tmp_path))
+    assert caught.value.why == "not read: classifier.weight"
