@@ -24,7 +24,8 @@ declares them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,6 +42,10 @@ class FloatGrid:
     max: float  # largest finite magnitude
     min_normal: float  # smallest normal magnitude
     mantissa_bits: int  # explicit mantissa bits
+    max_bits: int = field(init=False, repr=False)  # of `max` as an fp32 number
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_bits", struct.unpack("<i", struct.pack("<f", self.max))[0])
 
     def cast(self, values: Tensor) -> Tensor:
         """Round values in code units (over their scale) to the grid: saturating, nearest, ties to even; NaN stays NaN.
@@ -66,6 +71,9 @@ def _to_odd_fp32(values: Tensor) -> Tensor:
 E4M3 = FloatGrid("e4m3", torch.float8_e4m3fn, 448.0, 2.0**-6, 3)
 E5M2 = FloatGrid("e5m2", torch.float8_e5m2, 57344.0, 2.0**-14, 2)
 
+
+_EXPONENT = 0xFF << 23  # the bits of a float that hold its exponent
+_ONE_AND_LESS_THAN_A_BINADE = (127 << 23) + (1 << 23) - 1
 
 # Below this an amax counts as zero; the scale stays a normal number (torchao uses the same floor).
 AMAX_FLOOR = 1e-12
@@ -111,10 +119,11 @@ def power_of_two_scale(amax: Tensor, grid: FloatGrid) -> Tensor:
     A poisoned amax must poison the result: the training loop then stops on a NaN loss instead of learning
     from clamped garbage.
     """
-    # frexp: ratio = mantissa * 2^exponent with mantissa in [0.5, 1), so floor(log2(ratio)) = exponent - 1.
-    ratio = grid.max / amax.double().clamp(min=AMAX_FLOOR)
-    scale = torch.ldexp(torch.ones_like(ratio), 1 - torch.frexp(ratio).exponent)
-    return torch.where(torch.isfinite(amax), scale, math.nan).float()
+    # Of positive floats the bits are ordered, and 2^23 of them make a binade: so amax / max, rounded up to a power of
+    # two, is a difference of bits rounded up to whole binades. No step is inexact, and few are needed on a GPU.
+    bits = amax.clamp(min=AMAX_FLOOR).view(torch.int32)
+    scale = (bits + (_ONE_AND_LESS_THAN_A_BINADE - grid.max_bits) & _EXPONENT).view(torch.float32)
+    return torch.where(amax < math.inf, scale, math.nan)
 
 
 def quantize(x: Tensor, grid: FloatGrid, rule: ScaleRule, *, per_row: bool = False) -> tuple[Tensor, Scale]:

@@ -1,7 +1,7 @@
 /* FP8 casts for CPUs, one pass each, so that the cast stays small beside a bf16 GEMM.
  *
- * Built on first use by native.py with the system's C compiler; backends.py holds the same arithmetic in torch,
- * and the tests hold both to the same bits. bf16 travels as uint16_t. No fast-math: rounding is the point.
+ * Built on first use, with the system's C compiler, by backends.py, which holds the same arithmetic in torch; the
+ * tests hold both to the same bits. bf16 travels as uint16_t. No fast-math: rounding is the point.
  *
  * Rounding to a grid with p explicit mantissa bits and smallest exponent e0 uses one fp32 addition: adding
  * 1.5 * 2^(23 + e - p) makes the hardware's own nearest-even rounding fall on the grid's unit 2^(e - p),
@@ -14,14 +14,12 @@
 static inline float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
-/* Smallest power of two under which amax fits the grid (frexp, so exactly); NaN for NaN and infinity, which must
- * poison the row instead of being clamped into it. */
+/* Smallest power of two under which amax fits the grid; NaN for NaN and infinity, which must poison the row instead of
+ * being clamped into it. A difference of bits, rounded up to whole binades, as power_of_two_scale of grids.py. */
 static inline float row_scale(uint32_t amax_bits, float largest, float floor) {
-    float amax = bits_to_float(amax_bits);
     if (amax_bits >= 0x7f800000u) return NAN;
-    int exponent;
-    frexp((double)largest / (double)(amax > floor ? amax : floor), &exponent);
-    return bits_to_float((uint32_t)(128 - exponent) << 23); /* amax / scale lies in (largest / 2, largest] */
+    const uint32_t least = float_to_bits(floor), bits = amax_bits > least ? amax_bits : least;
+    return bits_to_float((bits - float_to_bits(largest) + 0x3fffffffu) & 0x7f800000u);
 }
 
 /* out[r, c] = round_to_grid(x[r, c] / s_r) * s_r with a power-of-two scale s_r for each row: exact in bf16.

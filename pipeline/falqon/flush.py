@@ -83,10 +83,12 @@ def select_rows(layer: FalqonLinear, count: int) -> Tensor:
         return torch.arange(scores.numel(), device=scores.device)
     if layer.code_scale.rule is ScaleRule.EXACT:
         return torch.topk(scores, k=count).indices.sort().values  # k alone: another k breaks ties in another way
-    values, rows = torch.topk(scores, count + 1)
-    if count and values[count - 1] == values[count]:  # only then does it matter which of the equals come first
-        rows = torch.sort(scores, descending=True, stable=True).indices
-    return rows[:count].sort().values
+    if scores.device.type == "cpu":
+        values, rows = torch.topk(scores, count + 1)
+        if not count or values[count - 1] != values[count]:  # or it matters which of the equals come first
+            return rows[:count].sort().values
+    # The same rows, with no value read back from a GPU.
+    return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
 
 
 def target_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:

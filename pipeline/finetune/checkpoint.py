@@ -128,20 +128,30 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
 ) -> None:
-    """Inverse of `optimizer_tensors`."""
-    parameters = {name: parameter for parameter, name in names.items()}
+    """Inverse of `optimizer_tensors`, by the optimizer's own `load_state_dict`.
+
+    It knows where each piece of its state belongs: fused AdamW wants `step` on the parameter's device, others on the
+    CPU; bitsandbytes keeps some pieces in their dtype.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    places = {names[p]: place for place, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    state: dict[int, dict[str, Any]] = {}
     for path, tensor in tensors.items():
-        if not path.startswith("optimizer/"):
-            continue
-        name, _, key = path.removeprefix("optimizer/").rpartition("/")
-        parameter = parameters[name]
-        on_device = tensor if key == "step" and tensor.dim() == 0 else tensor.to(parameter.device)
-        integral = not tensor.is_floating_point() and tensor.dim() == 0
-        optimizer.state[parameter][key] = int(tensor) if integral else on_device
+        if path.startswith("optimizer/"):
+            name, _, key = path.removeprefix("optimizer/").rpartition("/")
+            number = tensor.dim() == 0 and not tensor.is_floating_point()
+            state.setdefault(places[name], {})[key] = int(tensor) if number else tensor
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    dense, storages = {}, set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory, as the tables of bitsandbytes' 8-bit optimizers do.
+        dense[name] = whole.clone() if storage in storages else whole
+        storages.add(storage)
     need = sum(tensor.numel() * tensor.element_size() for tensor in dense.values())
     with disk_guard(path, need):
         save_file(dense, path)

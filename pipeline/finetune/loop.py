@@ -11,6 +11,8 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +105,13 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, answers, tokens = self._accumulate()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
-        if not (math.isfinite(loss) and math.isfinite(float(norm))):
-            raise self._diverged(f"loss {loss}, gradient norm {float(norm)}")
+        losses, answers, tokens = self._accumulate()
+        norms = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
+        # Read together: a GPU is waited for once.
+        *parts, norm = torch.stack([*losses, norms]).cpu().tolist()
+        loss = reduce(add, parts, 0.0)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._diverged(f"loss {loss}, gradient norm {norm}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         will_log = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.steps
@@ -116,27 +121,27 @@ class Trainer:
         ended = time.perf_counter()
         seconds = ended - started
         return {
-            "step": self.step, "loss": loss, "learning_rate": rate, "gradient_norm": float(norm),
+            "step": self.step, "loss": loss, "learning_rate": rate, "gradient_norm": norm,
             "answer_tokens": answers, "tokens_per_second": tokens / seconds,
             "flush_share": (ended - before_flush) / seconds,
         }  # fmt: skip
 
-    def _accumulate(self) -> tuple[float, int, int]:
-        """Forward and backward over the micro-batches: mean loss, answer tokens, tokens."""
+    def _accumulate(self) -> tuple[list[Tensor], int, int]:
+        """Forward and backward over the micro-batches: shares of the mean loss, answer tokens, tokens."""
         config = self.config
         first = self.step * config.gradient_accumulation
         batches = [self.train_batches.at(first + i) for i in range(config.gradient_accumulation)]
         answers = sum(answer_count(batch.labels) for batch in batches)
-        total = 0.0
+        losses = []
         for batch in batches:
             if answer_count(batch.labels) == 0:
                 continue
             with self.method.forward_context():
                 inputs = model_inputs(batch, config.device)
-                loss = answer_loss(self.model, inputs, batch.labels.to(config.device), float(answers))
+                loss = answer_loss(self.model, inputs, batch.labels, float(answers))
             loss.backward()
-            total += float(loss.detach())
-        return total, answers, sum(batch.tokens for batch in batches)
+            losses.append(loss.detach())
+        return losses, answers, sum(batch.tokens for batch in batches)
 
     def _health(self) -> Metrics:
         """What happened at this step's flush, or would happen to the waiting update."""

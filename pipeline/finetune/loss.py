@@ -56,7 +56,7 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
     Args:
         model: a causal LM of transformers.
         inputs: `input_ids` `(B, L)` and whatever else the model takes.
-        labels: `(B, L)` int64; -100 where the token is no answer.
+        labels: `(B, L)` int64; -100 where the token is no answer. On the CPU, or a GPU is waited for.
         normaliser: usually the answer tokens of the whole optimizer step, micro-batches together.
 
     Returns:
@@ -64,10 +64,12 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
     """
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
     rows = (shifted != IGNORED).nonzero().squeeze(1)
+    device = next(model.parameters()).device
+    targets, rows = shifted[rows].to(device), rows.to(device)
     with head_on_rows(model, rows):
         logits = model(**inputs, use_cache=False).logits
     cross_entropy: Any = _SummedCrossEntropy.apply
-    loss: Tensor = cross_entropy(logits.reshape(-1, logits.shape[-1]), shifted[rows], normaliser)
+    loss: Tensor = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, normaliser)
     return loss
 
 
@@ -120,8 +122,7 @@ def heldout_loss(
     total, count = 0.0, 0
     with context or nullcontext():
         for batch in batches:
-            labels = batch.labels.to(device)
-            total += float(answer_loss(model, model_inputs(batch, device), labels))
-            count += answer_count(labels)
+            total += float(answer_loss(model, model_inputs(batch, device), batch.labels))
+            count += answer_count(batch.labels)
     model.train(was_training)
     return total / max(count, 1)

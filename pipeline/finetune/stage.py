@@ -249,8 +249,8 @@ def _prepare(
         for index in range(config.gradient_batches):
             batch = text.train.at(index)
             with method.forward_context():
-                labels = batch.labels.to(config.device)
-                yield answer_loss(model, model_inputs(batch, config.device), labels, max(1.0, answer_count(labels)))
+                inputs, answers = model_inputs(batch, config.device), max(1.0, answer_count(batch.labels))
+                yield answer_loss(model, inputs, batch.labels, answers)
 
     records = method.prepare(model, losses=losses)
     store.begin(described, method.base_state(), text.digests)

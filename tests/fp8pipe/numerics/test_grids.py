@@ -6,8 +6,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from breadth import usual
 
-from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3, E5M2, FloatGrid, amax_scale, quantize
+from fp8pipe.numerics.grids import (
+    AMAX_FLOOR,
+    E4M3,
+    E5M2,
+    FloatGrid,
+    amax_scale,
+    power_of_two_scale,
+    quantize,
+    same_bits,
+)
 from fp8pipe.numerics.kinds import ScaleRule
 
 ML = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
@@ -184,3 +194,24 @@ def test_scales_divide_in_fp64():
     np.testing.assert_array_equal(scale.inverse_scale.numpy()[:, 0], inverse)
     stored = (1 / inverse.astype(np.float64)).astype(np.float32)
     np.testing.assert_array_equal(scale.value.numpy()[:, 0], stored)
+
+
+def _scale_by_frexp(amax: torch.Tensor, grid) -> torch.Tensor:
+    """The same scale from float64 quotients, with not a bit of integer arithmetic."""
+    ratio = grid.max / amax.double().clamp(min=1e-12)
+    scale = torch.ldexp(torch.ones_like(ratio), 1 - torch.frexp(ratio).exponent)
+    return torch.where(torch.isfinite(amax), scale, torch.nan).float()
+
+
+@pytest.mark.parametrize("grid", [E4M3, E5M2], ids=lambda g: g.name)
+def test_scales_by_exponent_bits_are_those_of_float64_quotients(grid):
+    """Every exponent, zeros, subnormals, infinity and NaN included, with mantissas at the edges and drawn ones."""
+    edges = [0, 1, 2, 0x5FFFFF, 0x600000, 0x600001, 0x7FFFFE, 0x7FFFFF, 0x0CBCCB, 0x0CBCCC, 0x0CBCCD]  # 448, 1e-12
+    drawn = torch.randint(1 << 23, (usual(2000, long=1 << 17),), generator=torch.Generator().manual_seed(0))
+    mantissas = torch.cat([torch.tensor(edges), drawn]).to(torch.int32)
+    amax = (torch.arange(256, dtype=torch.int32).unsqueeze(1) << 23 | mantissas).view(torch.float32)
+    assert same_bits(power_of_two_scale(amax, grid), _scale_by_frexp(amax, grid))
+    negative = -amax[-1, 1:]  # a NaN has either sign
+    assert same_bits(power_of_two_scale(negative, grid), _scale_by_frexp(negative, grid))
+    for one in (0.0, 448.0, float("inf")):
+        assert same_bits(power_of_two_scale(torch.tensor(one), grid), _scale_by_frexp(torch.tensor(one), grid))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.numerics.grids import same_bits
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
 
 
@@ -59,30 +61,73 @@ def test_resuming_with_another_input_names_the_file(tmp_path):
         assert "sha256 aa then" in error.value.why
 
 
+# bitsandbytes keeps tensors under 4096 values in fp32, and shares the tables of all that it keeps in 8 bits.
+SHAPES = ((96, 64), (64, 80), (8, 8), (128, 64))
+
+
+def fresh(build, device="cpu"):
+    """Named parameters, and an optimizer over them in another order than the names'."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator).to(device) for shape in SHAPES]
+    parameters = {f"layers.{10 - i}.b": torch.nn.Parameter(value) for i, value in enumerate(values)}
+    if build == "adamw":
+        return parameters, torch.optim.AdamW(parameters.values(), lr=0.1, fused=True)
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    return parameters, bitsandbytes.optim.AdamW8bit(parameters.values(), lr=0.1)
+
+
+def take_step(parameters, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    optimizer.step()
+
+
+def names_of(parameters):
+    return {parameter: name for name, parameter in parameters.items()}
+
+
 @pytest.mark.parametrize("build", ["adamw", "adamw-8bit"])
-def test_restored_optimizer_makes_the_same_next_step(tmp_path, build):
-    def fresh():
-        torch.manual_seed(0)
-        # bitsandbytes keeps tensors under 4096 values in fp32: larger, so that the 8-bit state is what is tested.
-        parameter = torch.nn.Parameter(torch.randn(96, 64))
-        if build == "adamw":
-            return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=True)
-        bitsandbytes = pytest.importorskip("bitsandbytes")
-        return parameter, bitsandbytes.optim.AdamW8bit([parameter], lr=0.1)
-
-    def step(parameter, optimizer, seed):
-        parameter.grad = torch.randn(96, 64, generator=torch.Generator().manual_seed(seed))
-        optimizer.step()
-
-    one, first = fresh()
+def test_steps_after_a_restored_checkpoint_are_those_of_a_run_left_alone(tmp_path, build):
+    one, first = fresh(build)
     for seed in range(3):
-        step(one, first, seed)
+        take_step(one, first, seed)
     store = CheckpointStore(tmp_path, keep=1)
-    store.save(3, {"b": one.detach()} | optimizer_tensors(first, {one: "b"}), {})
-    two, second = fresh()
+    state = optimizer_tensors(first, names_of(one))
+    store.save(3, {name: p.detach() for name, p in one.items()} | state, {})
+    two, second = fresh(build)
     tensors, _ = store.load(3)
-    two.data.copy_(tensors["b"])
-    restore_optimizer(second, {two: "b"}, tensors)
-    step(one, first, 3)
-    step(two, second, 3)
-    assert torch.equal(one, two)
+    assert all(same_bits(tensors[name], value) for name, value in state.items())
+    for name, parameter in two.items():
+        parameter.data.copy_(tensors[name])
+    restore_optimizer(second, names_of(two), tensors)
+    for seed in range(3, 6):
+        take_step(one, first, seed)
+        take_step(two, second, seed)
+    assert all(same_bits(one[name].detach(), two[name].detach()) for name in one)
+
+
+def test_fused_adamw_steps_on_cuda_after_its_state_came_from_a_file():
+    """Fused AdamW keeps its count of steps beside the parameter, and a file gives it back on the CPU."""
+    with fake_cuda():
+        one, first = fresh("adamw", "cuda")
+        take_step(one, first, 0)
+        loaded = {
+            name: torch.zeros_like(t, device="cpu") for name, t in optimizer_tensors(first, names_of(one)).items()
+        }
+        two, second = fresh("adamw", "cuda")
+        restore_optimizer(second, names_of(two), loaded)
+        for parameter in two.values():
+            assert {key: t.device.type for key, t in second.state[parameter].items()} == dict.fromkeys(
+                ("step", "exp_avg", "exp_avg_sq"), "cuda"
+            )
+        take_step(two, second, 1)
+
+
+def test_tensors_that_share_memory_are_written_and_read_back(tmp_path):
+    whole = torch.arange(12.0)
+    tensors = {"a": whole, "b": whole, "rows": whole[4:8], "columns": whole.view(3, 4)[:, 1:3], "none": whole[:0]}
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, tensors, {})
+    found, _ = store.load(1)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

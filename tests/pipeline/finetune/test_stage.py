@@ -21,6 +21,7 @@ from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.loop import Trainer
 from pipeline.finetune.stage import finetune
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -168,6 +169,28 @@ def test_a_resumed_run_refuses_another_configuration(make_base, pairs, tmp_path)
     with pytest.raises(ConfigurationError):  # neither --resume nor --force: nothing is thrown away unasked
         finetune(config(base, pairs), output)
     assert (output.with_name("out.partial") / "checkpoints" / "run.json").exists()
+
+
+def test_a_run_with_8_bit_moments_cut_and_resumed_ends_with_the_bits_of_one_left_alone(
+    make_base, pairs, tmp_path, monkeypatch
+):
+    pytest.importorskip("bitsandbytes")
+    # Rank 32 makes every B of 4096 values or more: those that bitsandbytes keeps in 8 bits.
+    settings = config(make_base(), pairs, optimizer="adamw-8bit", rank=32, steps=4, save_every=2, evaluate_every=4)
+    finetune(settings, tmp_path / "whole")
+    save = Trainer.save
+
+    def cut(trainer):
+        save(trainer)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, tmp_path / "cut")
+    finetune(settings, tmp_path / "cut", resume=True)
+    for name in ("model.safetensors", "adapter.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
 def test_the_plain_template_travels_with_a_model_that_has_none(make_base, pairs, tmp_path):

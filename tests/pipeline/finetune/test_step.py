@@ -48,12 +48,12 @@ def test_a_step_takes_its_own_batches_and_no_others(monkeypatch, step, accumulat
         config=SimpleNamespace(gradient_accumulation=accumulation, device="cpu"), step=step, train_batches=data,
         model=None, method=SimpleNamespace(forward_context=nullcontext),
     )  # fmt: skip
-    total, answers, tokens = Trainer._accumulate(trainer)
+    losses, answers, tokens = Trainer._accumulate(trainer)
     assert data.asked == asked
     counts = {number: data.answers[number % 5] for number in asked}
     assert answers == sum(counts.values())
     assert given == [(number, float(answers)) for number in asked if counts[number]]
-    assert total == 1.5 * len(given)
+    assert [float(loss) for loss in losses] == [1.5] * len(given)
     assert tokens == sum(10 + number for number in asked)
 
 

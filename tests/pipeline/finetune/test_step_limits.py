@@ -1,0 +1,68 @@
+"""What one training step asks of a GPU, at the shapes of LLaMA-7B: it may only become less.
+
+Two decoder layers, rank 64, 16 x 512 tokens, 4,096 answers, counted on fake tensors (`support/fake_cuda.py`). Attention
+counts as products of matrices; a GPU runs a fused kernel there. Who makes a step cheaper lowers its row of `LIMITS`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_cuda import fake_cuda
+
+from fp8pipe.core.config import build_config
+from fp8pipe.models.compat import import_transformers
+from pipeline.finetune.batches import Batch
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.loop import Trainer
+from pipeline.finetune.stage import build_method
+
+SHAPES = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 2,
+    "vocab_size": 32000,
+}  # fmt: skip
+RANDOM = {"initialisation": "random"}
+# Kernels, GB moved, GB held at most.
+LIMITS = {
+    "live": (RANDOM, 868, 119.1, 6.4),
+    "released": ({**RANDOM, "update_rule": "released"}, 1678, 148.9, 5.7),
+    "lora": ({"method": "lora"}, 804, 113.3, 7.1),
+}
+
+
+class Same:
+    """The same batch at every step."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def at(self, step: int) -> Batch:
+        return self.batch
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_step_asks_no_more_of_a_gpu_than_before(name, tmp_path):
+    changes, kernels, traffic, peak = LIMITS[name]
+    given = {"model": "m", "data": "d", "device": "cuda", "rank": 64, "steps": 100, "log_every": 50}
+    config = build_config(FinetuneConfig, given | changes)
+    transformers = import_transformers()
+    # Imported here: what a module makes while it is imported must not be fake ever after.
+    transformers.LlamaForCausalLM  # noqa: B018
+    for package in ("bitsandbytes", "peft"):
+        pytest.importorskip(package)
+    with fake_cuda(found=4096, integer=4096) as counter:
+        with torch.device("cuda"):
+            shapes = transformers.LlamaConfig(**SHAPES)
+            model = transformers.AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16)
+        method = build_method(config)
+        method.prepare(model)
+        tokens = torch.zeros(16, 512, dtype=torch.int64)
+        data = Same(Batch(tokens, tokens.clone(), torch.arange(512).expand(16, 512).contiguous(), 8192, 4096, ()))
+        trainer = Trainer(config, model.train(), method, data, data, None, tmp_path / "metrics.jsonl")
+        trainer.one_step()  # makes the optimizer's state
+        counter.clear()
+        trainer.one_step()
+        counted = counter.kernels.total(), counter.traffic / 1e9, counter.peak / 1e9
+    assert counter.syncs == {"_to_copy": 1}  # loss and gradient norm together
+    assert all(now <= limit for now, limit in zip(counted, (kernels, traffic, peak), strict=True)), counted
