@@ -16,9 +16,9 @@ from functools import cached_property
 from exporters.vllm.options import CheckpointSchema, ExportFormat, VllmExportOptions, schema_for
 from exporters.vllm.source import Source
 from fp8pipe.artifact import Encoding, LayerRecord, ScaleRule
-from fp8pipe.models.language.ending import Ending
 from fp8pipe.models.checkpoint.names import ModelName
 from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, TensorEntry, TensorHeader, is_scale
+from fp8pipe.models.language.ending import Ending
 from fp8pipe.models.language.structure import ModelStructure, Role
 
 # FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.

@@ -31,8 +31,8 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
-from fp8pipe.models.language.ending import EOS, GENERATION_FILE, stop_tokens
 from fp8pipe.models.checkpoint.tensors import TensorEntry, weight_entries
+from fp8pipe.models.language.ending import EOS, GENERATION_FILE, stop_tokens
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat
 from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.language.ending import GENERATION_FILE, read_ending
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.tensors import model_parent
 from fp8pipe.models.checkpoint.values import refuse_not_finite
+from fp8pipe.models.language.ending import GENERATION_FILE, read_ending
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products

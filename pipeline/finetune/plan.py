@@ -19,13 +19,12 @@ from fp8pipe.core.plan import Missing, Plan, can_measure, missing_disk, missing_
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
-from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.ending import read_ending
-from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, Way, reckon
-from pipeline.dry_run.devices import DEVICES, Device, device_reported
 from fp8pipe.models.language.base import check_base
+from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
+from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, Way, reckon
+from pipeline.dry_run.devices import DEVICES, Device, device_reported
 from pipeline.dry_run.language import layer_count, with_layers, write_model
 from pipeline.dry_run.process import Scaled, dry_run
 from pipeline.falqon.convert import read_convertible

@@ -30,10 +30,10 @@ from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingF
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
-from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.tensors import blame_configuration, header_entries, model_parent, weight_files
 from fp8pipe.models.language.base import check_base, check_tokens, check_values, embedding_rows, load_tokenizer
+from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
 from fp8pipe.models.language.text import TemplateInfo, data_files, encode, load_records, split, template_info

@@ -11,7 +11,6 @@ from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError, LintRefusedError, MissingCapabilityError
 from fp8pipe.core.machine import Gpu
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.structure import structure_of
 from pipeline.dry_run.devices import DEVICES
 from pipeline.finetune import plan as plan_module
 from pipeline.finetune.config import FinetuneConfig
