@@ -93,8 +93,8 @@ def validate_tensorrt(
     read = [engine_precisions(artifact, engine) for engine in engines]
     stated, unchecked = contents_gate(artifact, None if source is None else source.root)
     gates = [*(held or ()), stated, _finite(expected, reference)]
-    for engine, report in zip(engines, read, strict=True):
-        gates += [] if report is None else precision_gates(artifact, engine, report)
+    judged = zip(engines, read, strict=True)
+    gates += [g for engine, report in judged if report is not None for g in precision_gates(artifact, engine, report)]
     gates += [] if execution is None else [_error(execution, reference)]
     reports = (
         EngineReport(
