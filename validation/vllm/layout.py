@@ -186,7 +186,7 @@ def _as_dtype(digits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     columns = shape[-1] if len(shape) > 1 else 1
-    return math.prod(shape) // max(1, columns), columns
+    return math.prod(shape) // columns, columns
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -139,6 +139,18 @@ def test_what_is_there_twice_is_compared() -> None:
         tensors[name][at] = before
 
 
+def test_a_row_that_is_twice_in_one_tensor_is_compared_with_itself() -> None:
+    checkpoint = {"k": random(4, 6)}
+    tensors = {"rank": torch.empty(8, 6)}
+    layout = engine_of(checkpoint, tensors, lambda e, f: e["rank"].copy_(f["k"].repeat_interleave(2, 0)))
+    assert_whole(rebuilt(layout, tensors), checkpoint)
+    for at in ((4, 2), (5, 2)):
+        before = tensors["rank"][at].clone()
+        tensors["rank"][at] += 1
+        assert rebuilt(layout, tensors)["k"].unequal == 1
+        tensors["rank"][at] = before
+
+
 def test_what_is_no_rearrangement_is_told() -> None:
     checkpoint = {"log": random(5), "half": random(4, 4), "unused": random(3), "plus": random(4)}
     names = {"log": (5,), "half": (2, 4), "bare": (3,), "ones": (3,), "zeros": (3,), "plus": (4,)}
