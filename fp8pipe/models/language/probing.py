@@ -72,7 +72,10 @@ def watch_pass(model: nn.Module, names: Sequence[str], leaves: Sequence[str]) ->
 def _run(model: nn.Module, tokens: Tensor) -> None:
     try:
         # A pass must not move the random numbers of the training that follows.
-        with torch.no_grad(), torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda else []):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda and torch.cuda.is_available() else []),
+        ):
             model(input_ids=tokens)
     except Exception as error:  # the model's own code may raise anything
         raise ConfigurationError(

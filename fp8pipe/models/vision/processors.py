@@ -214,7 +214,10 @@ def _check_channels(mean: Any, std: Any) -> None:
 
 
 def _triple(values: Any) -> tuple[float, ...]:
-    return (float(values),) * _CHANNELS if isinstance(values, int | float) else tuple(float(v) for v in values)
+    try:
+        return (float(values),) * _CHANNELS if isinstance(values, int | float) else tuple(float(v) for v in values)
+    except (TypeError, ValueError) as error:
+        raise _unsupported(f"mean or deviation is {values!r}, and there is a number for each channel") from error
 
 
 def _shown(size: tuple[int, int]) -> str:

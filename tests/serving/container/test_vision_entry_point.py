@@ -109,7 +109,7 @@ def test_from_readiness_to_the_end(served, tmp_path):
     pixels = recipe.normalize(recipe.pixels(image)).numpy()
     logits = open_session(folder / "tiny" / "model.onnx").run(None, {"pixels": pixels[None]})[0]
     shares = {one["index"]: one["probability"] for one in answer.json()["results"][0]["classes"]}
-    assert shares == dict(enumerate(probabilities(logits)[0].astype(float)))
+    assert shares == dict(enumerate(probabilities(logits, "softmax")[0].astype(float)))
     assert _health(url, folder) == 0
 
     assert asyncio.run(_end_under_load(process, url, png)) == ({200}, 503)

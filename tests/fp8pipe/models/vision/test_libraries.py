@@ -41,9 +41,9 @@ def test_one_output_of_timm_is_a_value_unless_the_user_says_more(tmp_path: Path)
     save_timm(tmp_path / "timm", classes=1)
     vision = load_vision_model(str(tmp_path / "timm"))
     assert vision.architecture.activation == "none"
-    assert "one output" in vision.notes[0]
+    assert "one output" in vision.notes[-1]
     asked = load_vision_model(str(tmp_path / "timm"), activation="sigmoid")
-    assert (asked.architecture.activation, asked.notes) == ("sigmoid", ())
+    assert (asked.architecture.activation, asked.notes) == ("sigmoid", vision.notes[:-1])
     assert asked.digest != vision.digest
     with pytest.raises(ConfigurationError, match="head-activation softmax"):
         load_vision_model(str(tmp_path / "timm"), activation="softmax")
@@ -58,7 +58,9 @@ def test_doubled_and_shifted_class_names_are_read_and_noted(tmp_path: Path):
     save_transformers(tmp_path / "hf", "hf-vit", id2label=labels)
     vision = load_vision_model(str(tmp_path / "hf"))
     assert vision.architecture.classes == ("crane (0)", "ant", "crane (2)", "bee", "elk")
-    assert [("in order" in note, "several outputs" in note) for note in vision.notes] == [(True, False), (False, True)]
+    assert [("in order" in note, "several outputs" in note) for note in vision.notes[-2:]] == [
+        (True, False), (False, True),
+    ]  # fmt: skip
     save_vision_model(vision, tmp_path / "ours")
     assert load_vision_model(str(tmp_path / "ours")).digest == vision.digest
 
@@ -100,6 +102,6 @@ def test_the_image_processor_inside_of_a_processor(tmp_path: Path):
 @pytest.mark.parametrize("wrong", [{"image_mean": [0.5]}, {"image_std": [0.5] * 4}, {"image_mean": "half"}])
 def test_means_and_deviations_of_other_channels(wrong: dict[str, Any], tmp_path: Path):
     save_transformers(tmp_path, "hf-deit", wrong)
-    with pytest.raises(ConfigurationError, match="not that of an RGB image") as caught:
+    with pytest.raises(ConfigurationError, match="preprocessing is not supported") as caught:
         load_vision_model(str(tmp_path))
-    assert repr(next(iter(wrong.values()))) in caught.value.why
+    assert "channels" in caught.value.why or "half" in caught.value.why
