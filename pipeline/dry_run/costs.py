@@ -18,7 +18,7 @@ from typing import Any, Final
 from pipeline.dry_run.devices import GEMM_SHARE, MEMORY_SHARE, Device
 
 LAUNCH_SECONDS: Final = 5e-6  # host time of one eager operator, an assumption
-# Counted in the kernels that torch.compile makes of a FALQON decoder layer: a fifth of the bytes, 48 kernels of the 233 below.
+# Counted in what torch.compile makes of a FALQON decoder layer: a fifth of the bytes, 48 kernels of the 233 below.
 COMPILED_TRAFFIC: Final = 1 / 5
 COMPILED_KERNELS: Final = 48 / 233
 CONTEXT_BYTES: Final = 500_000_000  # CUDA context and cuBLAS's workspaces, an assumption

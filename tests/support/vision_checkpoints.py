@@ -12,7 +12,8 @@ from fp8pipe.models.compat import import_timm, import_transformers
 
 PROCESSOR = {
     "do_resize": True, "size": {"height": 32, "width": 32}, "resample": 2, "do_rescale": True,
-    "rescale_factor": 1 / 255, "do_center_crop": False, "do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3],
+    "rescale_factor": 1 / 255, "do_center_crop": False, "do_normalize": True,
+    "image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3],
 }  # fmt: skip
 
 

@@ -26,7 +26,8 @@ from pipeline.vit.transforms.wiring import read_wiring
 # Streams that end in features, are merged, or begin in a norm keep their basis; all others must be rotated.
 KEPT = {
     "timm-vit-qk-norm", "timm-dinov2", "timm-siglip", "timm-swin", "timm-swin-wide", "hf-vit-backbone",
-    "hf-dinov2-other-size", "hf-dinov3", "hf-swin", "hf-swin-wide", "hf-clip", "hf-clip-backbone", "hf-siglip", "hf-siglip-backbone",
+    "hf-dinov2-other-size", "hf-dinov3", "hf-swin", "hf-swin-wide", "hf-clip", "hf-clip-backbone", "hf-siglip",
+    "hf-siglip-backbone",
 }  # fmt: skip
 DEFAULTS = build_config(TransformsConfig, {})
 
