@@ -193,9 +193,9 @@ def _check_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels:
         raise Problem(400, "no_pixels", "the image has no pixels", "send one that has")
     if short * long > max_pixels:
         raise _too_many(max_pixels)
-    side = preprocessing.resize
-    # A thin strip grows: its shorter side is resized to the model's.
-    if isinstance(side, int) and side * (side * long // short) > max_pixels:
+    # A thin strip grows: its shorter side is resized to the model's. Its EXIF data may turn it.
+    grown = (preprocessing.resized(*size), preprocessing.resized(*reversed(size)))
+    if max(height * width for height, width in grown) > max_pixels:
         what = f"{size[0]} x {size[1]} pixels would be resized to more than {max_pixels}"
         raise Problem(413, "image_too_thin", what, "crop it")
 

@@ -240,22 +240,32 @@ def _load(folder: Path, name: str, config: Mapping[str, Any]) -> Any:
     cls: Any = transformers_class(name)
     _check_weights(folder, "*.safetensors")
     try:
-        model, info = cls.from_pretrained(folder, config=vision_config(folder, config), dtype="float32",
+        model, info = cls.from_pretrained(folder, config=vision_config(folder, config, name), dtype="float32",
                                           local_files_only=True, use_safetensors=True,
                                           output_loading_info=True)  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # settings and files go to third-party code, which raises what it likes
         raise BadArtifactError(
-            f"{folder} cannot be loaded as {name}", why=_first_line(error), fix="check that the download is complete"
+            f"{folder} cannot be loaded as {name}",
+            why=_why_not(error),
+            fix="check that the download is complete, and the settings in config.json",
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
+        pooled = "use one that was saved with its pooling layer: its features are what that layer gives"
+        named = "use a checkpoint whose config.json names the class that it was saved from"
         raise ConfigurationError(
             f"{folder} does not hold all weights of {name}",
             why=f"missing: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}",
-            fix="use a checkpoint whose config.json names the class that it was saved from",
+            fix=pooled if all(key.startswith("pooler.") for key in missing) else named,
         )
     check_all_read(folder, name, info["unexpected_keys"])
     return model
+
+
+def _why_not(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):
+        return "weights have other shapes than config.json says; are there as many names in id2label as outputs?"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _class_name(config: Mapping[str, Any], folder: Path) -> str:
@@ -265,7 +275,7 @@ def _class_name(config: Mapping[str, Any], folder: Path) -> str:
     if not name.endswith(("ForImageClassification", "ForImageClassificationWithTeacher", "Model", "WithProjection")):
         raise ConfigurationError(
             f"{folder} holds no image classifier or vision backbone",
-            why=f"config.json names {name or 'no class'}",
+            why=f"config.json names {', '.join(map(str, names)) or 'no class'}",
             fix="use a ...ForImageClassification checkpoint, or a plain vision ...Model",
         )
     return name

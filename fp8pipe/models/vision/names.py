@@ -50,4 +50,4 @@ def unique_names(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
     if not doubled:
         return tuple(found), []
     shown = ", ".join(map(repr, doubled[:_SHOWN])) + (", ..." if len(doubled) > _SHOWN else "")
-    return tuple(found), [f"class names: {shown} stand for several outputs; they have the output's number behind them"]
+    return tuple(found), [f"class names of several outputs, which have the output's number behind them now: {shown}"]

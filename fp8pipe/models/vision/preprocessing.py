@@ -96,7 +96,7 @@ class Preprocessing(FrozenConfig):
         from PIL import ImageOps
 
         rgb = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-        height, width = self._resized(rgb.height, rgb.width)
+        height, width = self.resized(rgb.height, rgb.width)
         if (rgb.height, rgb.width) != (height, width):
             rgb = rgb.resize((width, height), _filter(self.interpolation))
         return np.ascontiguousarray(np.array(self._cropped(rgb)).transpose(2, 0, 1))
@@ -157,7 +157,8 @@ class Preprocessing(FrozenConfig):
         mean, std = (torch.tensor(v, dtype=torch.float32, device=like.device) for v in (self.mean, self.std))
         return mean.view(3, 1, 1), std.view(3, 1, 1)
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a picture after the resize, before the crop."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, tuple):

@@ -210,7 +210,12 @@ def size_fix(model: nn.Module, image_size: tuple[int, int]) -> str:
     near = [max(step, round(side / step) * step) for side, step in zip(image_size, steps, strict=True)]
     if tuple(near) == image_size:
         return "give the image size that the model was built for"
-    return f"give an image size that is a multiple of the patch of {steps[0]}x{steps[1]}, such as {near[0]}x{near[1]}"
+    multiple = f"a multiple of the patch of {steps[0]}x{steps[1]}"
+    try:
+        vision_outputs(model, torch.zeros(1, 3, *near))
+    except Exception:  # third-party code; whatever it is, the advice would not help
+        return f"give the image size that the model was built for; one that is not {multiple} itself cannot be used"
+    return f"give an image size that is {multiple}, such as {near[0]}x{near[1]}"
 
 
 def _check(model: nn.Module, calls: tuple[AttentionCall, ...]) -> None:

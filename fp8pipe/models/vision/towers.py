@@ -31,12 +31,13 @@ def vision_part(name: str, config: Mapping[str, Any]) -> str:
     return next((part for part in known if hasattr(import_transformers(), part)), name)
 
 
-def vision_config(folder: Path, config: Mapping[str, Any]) -> Any:
-    """The configuration of the vision model in a checkpoint with a text encoder; None where there is none.
+def vision_config(folder: Path, config: Mapping[str, Any], name: str) -> Any:
+    """The configuration of the vision model `name` in a checkpoint with a text encoder.
 
-    The width of the projection stands outside of it, for both encoders.
+    None where there is no text encoder, and for a class that takes the whole configuration (a classifier). The width of
+    the projection stands outside of the vision model's, for both encoders.
     """
-    if not set(config) >= _TOWERS:
+    if not set(config) >= _TOWERS or name == str((config.get("architectures") or [""])[0]):
         return None
     whole = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(whole, "projection_dim") and hasattr(whole.vision_config, "projection_dim"):

@@ -144,10 +144,12 @@ def test_tensors_that_do_not_fit(server):
         assert answer.status_code == 400
 
 
-def test_a_strip_is_not_resized_to_a_monster():
-    recipe = Preprocessing(resize=256, crop=(224, 224), mean=(0, 0, 0), std=(1, 1, 1))
+@pytest.mark.parametrize("size", [(400_000, 1), (1, 400_000)])
+@pytest.mark.parametrize("resize", [{"resize": 256}, {"resize": (230, 256), "ratio": "cover"}])
+def test_a_strip_is_not_resized_to_a_monster(resize, size):
+    recipe = Preprocessing(crop=(224, 224), mean=(0, 0, 0), std=(1, 1, 1), **resize)
     with pytest.raises(Problem) as caught:
-        read_image(_header_only(400_000, 1), recipe, 1_000_000)
+        read_image(_header_only(*size), recipe, 1_000_000)
     assert (caught.value.status, caught.value.code) == (413, "image_too_thin")
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from vision_checkpoints import PROCESSOR, save_timm, save_transformers
 from vit_families import family, vision_family
 
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.models.vision.sources import load_vision_model, save_vision_model
 
 
@@ -105,3 +105,38 @@ def test_means_and_deviations_of_other_channels(wrong: dict[str, Any], tmp_path:
     with pytest.raises(ConfigurationError, match="preprocessing is not supported") as caught:
         load_vision_model(str(tmp_path))
     assert "channels" in caught.value.why or "half" in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"layer_norm_eps": None}, "layer_norm_eps"), ({"image_size": "big"}, "image_size"),
+        ({"id2label": ["a", "b"]}, "list"), ({"id2label": {"0": "a", "1": "b"}}, "id2label"),
+    ],
+)  # fmt: skip
+def test_settings_that_transformers_does_not_take_are_told(change: dict[str, Any], why: str, tmp_path: Path):
+    save_transformers(tmp_path, "hf-vit")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BadArtifactError, match="cannot be loaded") as caught:
+        load_vision_model(str(tmp_path))
+    assert why in caught.value.why
+
+
+def test_a_download_that_was_cut_off_is_told(tmp_path: Path):
+    save_transformers(tmp_path, "hf-vit")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(BadArtifactError, match="cannot be loaded") as caught:
+        load_vision_model(str(tmp_path))
+    assert "incomplete" in caught.value.why
+
+
+def test_a_backbone_without_its_pooling_layer_is_told(tmp_path: Path):
+    save_transformers(tmp_path, "hf-vit-backbone")
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match="does not hold all weights") as caught:
+        load_vision_model(str(tmp_path))
+    assert "pooling layer" in caught.value.fix

@@ -34,6 +34,18 @@ def test_image_features_are_those_of_transformers(cls: str, changes: dict, tmp_p
     assert load_vision_model(str(tmp_path / "ours")).digest == vision.digest
 
 
+@pytest.mark.parametrize("stem", ["CLIP", "Siglip"])
+def test_a_classifier_beside_the_configuration_of_a_text_encoder(stem: str, tmp_path: Path):
+    """A classifier's own configuration has both encoders, and its weights are the vision side's."""
+    towers = TOWERS | {"id2label": {0: "a", 1: "b", 2: "c"}}
+    model = save_model(tmp_path, f"{stem}ForImageClassification", towers)
+    vision = load_vision_model(str(tmp_path))
+    pixels = torch.randn(2, 3, *vision.architecture.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(vision_outputs(vision.model, pixels), model(pixels).logits, rtol=0, atol=1e-5)
+    assert vision.architecture.classes == ("a", "b", "c")
+
+
 def test_a_projection_that_no_class_reads_is_refused(tmp_path: Path):
     save_model(tmp_path, "ChineseCLIPModel", TOWERS | {"projection_dim": 20})
     with pytest.raises(ConfigurationError, match="does not use") as caught:
