@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.plan import Action, Unit
-from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_values, iter_weights, reopen
+from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, _larger, expected_values, iter_weights, reopen
 from fp8pipe.models.checkpoint.tensors import weight_entries
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
@@ -193,3 +194,9 @@ def test_a_gate_fails_where_the_parent_alone_is_another(sources, exported, tmp_p
         rehash(parent)
     gates = reopen(plan_export(parent, VllmExportOptions(format=form)), exported(source, form))
     assert gate in [found.name for found in gates if not found.passed]
+
+
+def test_an_error_that_is_no_number_is_the_largest() -> None:
+    nan = float("nan")
+    assert math.isnan(_larger(1.0, nan))
+    assert [_larger(1.0, 2.0), _larger(2.0, 1.0)] == [2.0, 2.0]

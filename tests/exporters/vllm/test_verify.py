@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from artifact_tree import rehash
+from safetensors.torch import load_file, save_file
 
 from exporters.verify.whole import verify_tree
 from exporters.vllm.export import export_vllm
@@ -66,3 +67,13 @@ def test_a_file_that_should_hold_json_and_does_not_is_named(pair):
         stream.write(b"\0")
     rehash(export)
     assert any(where == "config.json" and "it is not JSON" in why for where, why in findings(export))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.lora_A.weight", "model.norm.base_layer.weight"])
+def test_an_adapter_s_tensor_is_named(pair, name):
+    export, _ = pair
+    (file,) = export.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors["model.norm.weight"].clone()}, file, metadata={"format": "pt"})
+    rehash(export)
+    assert any(where == name and "adapter" in why for where, why in findings(export))
