@@ -160,6 +160,9 @@ def engine_failure(what: str, code: int, log: Path) -> Fp8PipeError:
         )
     if "ModuleNotFoundError" in text or "ImportError" in text:
         return MissingCapabilityError(what, why=why, fix="run scripts/setup_vllm.sh to complete vLLM's environment")
+    if "in initialize_model" in text and "in load_weights" not in text:
+        fix = "vLLM cannot build a model of this architecture: take another version of it, or another target"
+        return BadArtifactError(what, why=why, fix=fix)
     return BadArtifactError(
         what, why=why, fix="check the export with `fp8pipe verify`; the lines above are vLLM's own words"
     )

@@ -93,8 +93,8 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
 
 
 def _from_hugging_face(root: Path, origin: str) -> Source:
-    config = _read_config(root)
     check_no_adapter(root)
+    config = _read_config(root)
     check_unquantized(root)
     with blame_configuration():
         tensors = weight_entries(root)

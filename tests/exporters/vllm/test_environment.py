@@ -120,6 +120,7 @@ def test_child_processes_are_offline_and_do_not_see_our_packages(monkeypatch: py
         (-9, "", OutOfMemoryError),
         (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", OutOfMemoryError),
         (1, "ValueError: no scale was loaded", BadArtifactError),
+        (1, "  File loader.py, line 9, in initialize_model\nValueError: no position_ids", BadArtifactError),
     ],
 )
 def test_an_engines_failure_is_told_in_its_own_last_words(
@@ -131,6 +132,7 @@ def test_an_engines_failure_is_told_in_its_own_last_words(
     assert type(error) is kind
     assert text in error.why
     assert "noise 1\n" not in error.why
+    assert ("this architecture" in error.fix) is ("initialize_model" in text)
 
 
 def test_a_group_is_ended_with_its_children() -> None:

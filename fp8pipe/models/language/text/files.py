@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
-from fp8pipe.models.language.text.shapes import BadRow
+from fp8pipe.models.language.text.shapes import BadRow, DamagedFile
 
 _COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst")
 _SUFFIXES: Final = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -105,8 +105,8 @@ def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
         for place, row in _rows(path):
             yield place, row
     except _DAMAGED as error:
-        where = f"after {place}" if place else "at the beginning"
-        yield where, BadRow(f"{path.name} is damaged or cannot be read: {type(error).__name__}: {error}")
+        where = f"after {place}" if place else "before its first record ends"
+        yield where, DamagedFile(f"{path.name} is damaged or cannot be read: {type(error).__name__}: {error}")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

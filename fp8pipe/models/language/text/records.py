@@ -14,7 +14,7 @@ from typing import Any, Final
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.language.text.conversation import Record
 from fp8pipe.models.language.text.files import data_files, rows_of, without_nested_nulls
-from fp8pipe.models.language.text.shapes import SHAPES, BadRow, pair, parse_row
+from fp8pipe.models.language.text.shapes import SHAPES, BadRow, DamagedFile, pair, parse_row
 from fp8pipe.models.samples import chatterbot_conversations, sample_name
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def _file_rows(files: list[Path], root: Path) -> Iterator[tuple[str, Any]]:
 def _parse_all(src: str, rows: Iterable[tuple[str, Any]], warn: Callable[[str], None]) -> list[Record]:
     records: list[Record] = []
     problems: list[str] = []
+    damaged: list[BadRow] = []
     unused: Counter[str] = Counter()
     for place, row in rows:
         try:
@@ -76,6 +77,9 @@ def _parse_all(src: str, rows: Iterable[tuple[str, Any]], warn: Callable[[str], 
             records.append(parse_row(row, place, unused))
         except BadRow as error:
             problems.append(f"{place}: {error}")
+            damaged += [error] if isinstance(error, DamagedFile) else []
+    if problems and len(damaged) == len(problems):
+        raise ConfigurationError(f"{src} is not whole", why="\n    ".join(problems), fix="copy or download it again")
     if problems:
         bad, more = len(problems), len(problems) - _SHOWN_ERRORS
         raise ConfigurationError(

@@ -28,6 +28,10 @@ class BadRow(Exception):
     """What is wrong with one row."""
 
 
+class DamagedFile(BadRow):
+    """The file ends, or cannot be read, where more must come."""
+
+
 def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
     """A checked conversation; counts in ``unused`` the fields of the row that nothing reads.
 
