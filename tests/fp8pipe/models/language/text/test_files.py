@@ -120,8 +120,8 @@ def test_folders_and_globs(tmp_path: Path) -> None:
     ("name", "content", "where", "said"),
     [
         ("a.gz", gzip.compress(LINES.encode() * 500)[:-20], "after line", "a.gz is damaged"),
-        ("b.gz", gzip.compress(LINES.encode())[:12], "at the beginning", "b.gz is damaged"),
-        ("a.xz", lzma.compress(LINES.encode())[:-30], "at the beginning", "a.xz is damaged"),
+        ("b.gz", gzip.compress(LINES.encode())[:12], "before its first record ends", "b.gz is damaged"),
+        ("a.xz", lzma.compress(LINES.encode())[:-30], "before its first record ends", "a.xz is damaged"),
         ("a.json", json.dumps(ROWS, indent=1)[:-30].encode(), "item 3 (line 10)", "not valid JSON"),
         ("b.json", b'[\n{"prompt": "q", "completion": "a"}\n{}]', "line 3", "does not go on with a comma"),
         ("c.json", b'[\n{"prompt": "q", "completion": "a"},\n', "line 3", "the array does not end"),
@@ -134,9 +134,9 @@ def test_folders_and_globs(tmp_path: Path) -> None:
         ("a.jsonl", (LINES + "{").encode("utf-16"), "line 4", "not valid JSON"),
         ("a.bin", bytes([7, 8, 9, 10, *range(256)]), "at the beginning", "a.bin is no text"),
         ("a.zip", b"PK\x03\x04" + bytes(60), "at the beginning", "a.zip is no text"),
-        ("a.parquet", b"PAR1" + bytes(60), "at the beginning", "a.parquet is damaged"),
-        ("a.arrow", b"ARROW1" + bytes(60), "at the beginning", "a.arrow is damaged"),
-        ("a.zst", b"\x28\xb5\x2f\xfd" + bytes(9), "at the beginning", "a.zst is damaged"),
+        ("a.parquet", b"PAR1" + bytes(60), "before its first record ends", "a.parquet is damaged"),
+        ("a.arrow", b"ARROW1" + bytes(60), "before its first record ends", "a.arrow is damaged"),
+        ("a.zst", b"\x28\xb5\x2f\xfd" + bytes(9), "before its first record ends", "a.zst is damaged"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_refused_by_name_and_line(
