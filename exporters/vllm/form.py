@@ -6,8 +6,10 @@ same words. What the service adds (a socket, names, times) changes no number and
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Annotated, Final, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +21,12 @@ __all__ = ["ServingForm"]
 _BY_VLLM: Final = Flag(default="vLLM's choice")
 _CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
 _ACTIVATIONS: Final = "FP8PIPE_VLLM_ACTIVATIONS"
+# Where vLLM looks for the longest context; ALiBi's models may have none of them, and none of these is nested.
+_CONTEXT: Final = frozenset(
+    ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
+     "max_sequence_length", "max_seq_length", "seq_len", "n_ctx", "text_config")
+)  # fmt: skip
+_UNSTATED_LENGTH: Final = 2048
 # The service sets these itself: another value would put vLLM where nobody looks for it, or past the API keys.
 _OURS: Final = frozenset(
     ("--model", "--served-model-name", "--uds", "--host", "--port", "--api-key", "--ssl-keyfile", "--ssl-certfile",
@@ -31,9 +39,9 @@ class ServingForm(FrozenConfig):
     """How vLLM runs. What is not given is left to vLLM, but for `dtype` and `max_model_len`."""
 
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="Compute dtype")
-    max_model_len: Annotated[int | None, Flag(default="the longest that the memory holds")] = Field(
-        default=None, ge=16, description="Context, tokens"
-    )
+    max_model_len: Annotated[
+        int | None, Flag(default="the longest that the memory holds; 2048 where the model states none")
+    ] = Field(default=None, ge=16, description="Context, tokens")
     kv_cache_dtype: Annotated[str | None, _BY_VLLM] = Field(
         default=None, pattern=r"[a-z0-9_]+", description="Dtype of the key/value cache; what there is depends on vLLM"
     )
@@ -74,9 +82,15 @@ class ServingForm(FrozenConfig):
             raise ValueError("kv_cache_gib and gpu_memory_utilization both say how much memory: give one")
         return self
 
-    def settled(self, *, on_cpu: bool) -> Self:
-        """With what the machine decides filled in: on a CPU nothing is compiled unless it is asked for."""
-        return self if self.enforce_eager is not None else self.model_copy(update={"enforce_eager": on_cpu})
+    def settled(self, model: Path, *, on_cpu: bool) -> Self:
+        """With what machine and model decide filled in.
+
+        On a CPU nothing is compiled unless it is asked for. vLLM wants a length where a model's config.json has none.
+        """
+        chosen: dict[str, Any] = {} if self.enforce_eager is not None else {"enforce_eager": on_cpu}
+        if self.max_model_len is None and not _CONTEXT & json.loads((model / "config.json").read_bytes()).keys():
+            chosen["max_model_len"] = _UNSTATED_LENGTH
+        return self.model_copy(update=chosen) if chosen else self
 
     def options(self) -> list[str]:
         """What was given of it, as `fp8pipe serve` takes it."""

@@ -88,7 +88,7 @@ class Rebuild:
             head = piece.head
             found = self.found.get(head.name)
             if found is None:
-                nothing = torch.full(head.shape, torch.nan)
+                nothing = torch.full(head.shape, torch.nan, dtype=torch.float32)
                 found = Found(head, nothing, torch.zeros(head.rows, head.columns, dtype=torch.bool))
                 self.found[head.name] = found
             found.how.add(how)

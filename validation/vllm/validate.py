@@ -72,7 +72,7 @@ def validate_export(
     _require_cpu(environment)
     _require_plugin(environment, artifact)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
-    chosen = asked.settled(on_cpu=environment.on_cpu)
+    chosen = asked.settled(artifact.root, on_cpu=environment.on_cpu)
     record = compare(Case(artifact, plan, environment, chosen, tuple(prompts), max_tokens, timeout_s))
     return concluded(record, artifact, record.reasons, f"vLLM does not serve what {artifact.root} holds")
 

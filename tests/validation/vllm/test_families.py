@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from artifact_tree import rehash
 from breadth import LONG, only_long
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_plain
@@ -22,6 +23,7 @@ from exporters.vllm.environment import find_vllm_python, last_lines
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact.record import ExportRejectedError
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.models.compat import import_transformers
 from validation.vllm.expected import ExpectedWeights, plan_of, weight_report
@@ -67,10 +69,8 @@ FAMILIES = {
                      **_layer("transformer.h.{}", "self_attention.query_key_value", "mlp.dense_4h_to_h")),
     "bloom": Family("BloomConfig", {"hidden_size": 128, "n_layer": 2, "n_head": 4, **_IDS},
                     **_layer("transformer.h.{}", "self_attention.query_key_value", "mlp.dense_h_to_4h")),
-    # In bf16: transformers gives its tensors other names than its checkpoints have.
     "gpt_neox": Family("GPTNeoXConfig", {**_SHAPE, "intermediate_size": 96},
-                       **_layer("gpt_neox.layers.{}", "attention.query_key_value", "mlp.dense_h_to_4h"),
-                       format=ExportFormat.BF16),
+                       **_layer("gpt_neox.layers.{}", "attention.query_key_value", "mlp.dense_h_to_4h")),
     "gpt2": Family("GPT2Config", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, **_IDS},
                    **_layer("transformer.h.{}", "attn.c_attn", "mlp.c_proj")),
     "phi3": Family("Phi3Config", {**_DECODER, "pad_token_id": 0, "tie_word_embeddings": False},
@@ -179,3 +179,19 @@ def test_a_whole_validation_accepts(exports: Path, python: Path, name: str) -> N
     # Random weights may answer with nothing; every other gate holds.
     assert not [gate for gate in record.gates if not gate.passed and "answers" not in gate.name]
     assert record.verdict == "ACCEPT"
+
+
+@only_long
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_whole_validation_rejects_one_code_and_names_its_layer(
+    exports: Path, python: Path, tmp_path: Path, name: str
+) -> None:
+    copy = Path(shutil.copytree(exports / f"{name}-export", tmp_path / "export"))
+    found = load_file(copy / "model.safetensors")
+    layer = FAMILIES[name].first.format(1)
+    found[layer].view(torch.uint8 if found[layer].dtype.itemsize == 1 else torch.int16).view(-1)[300] ^= 1
+    save_file(found, copy / "model.safetensors", metadata={"format": "pt"})
+    rehash(copy)
+    with pytest.raises(ExportRejectedError) as caught:
+        validate_export(copy, against=exports / name, prompts=["Hello"], max_tokens=2)
+    assert any(layer in reason for reason in caught.value.record.reasons), caught.value.record.reasons
