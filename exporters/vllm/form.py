@@ -39,9 +39,9 @@ class ServingForm(FrozenConfig):
     """How vLLM runs. What is not given is left to vLLM, but for `dtype` and `max_model_len`."""
 
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="Compute dtype")
-    max_model_len: Annotated[
-        int | None, Flag(default="the longest that the memory holds")
-    ] = Field(default=None, ge=16, description="Context, tokens")
+    max_model_len: Annotated[int | None, Flag(default="the longest that the memory holds")] = Field(
+        default=None, ge=16, description="Context, tokens"
+    )
     kv_cache_dtype: Annotated[str | None, _BY_VLLM] = Field(
         default=None, pattern=r"[a-z0-9_]+", description="Dtype of the key/value cache; what there is depends on vLLM"
     )

@@ -175,10 +175,13 @@ def test_what_was_changed_is_named(reports: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["falcon", *(pytest.param(n, marks=only_long) for n in CHOSEN if n != "falcon")])
 def test_a_whole_validation_accepts(exports: Path, python: Path, name: str) -> None:
-    record = validate_export(exports / f"{name}-export", against=exports / name, prompts=["Hello"], max_tokens=2)
-    # Random weights may answer with nothing; every other gate holds.
-    assert not [gate for gate in record.gates if not gate.passed and "answers" not in gate.name]
-    assert record.verdict == "ACCEPT"
+    try:
+        record = validate_export(exports / f"{name}-export", against=exports / name, prompts=["Hello"], max_tokens=2)
+    except ExportRejectedError as error:
+        record = error.record
+    # Random weights may answer with a space, which is refused; every other gate holds.
+    assert {gate.name.partition(",")[0] for gate in record.gates if not gate.passed} <= {"wrong answers"}
+    assert record.served is not None
 
 
 @only_long
