@@ -42,8 +42,8 @@ from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.attention import use_matmul_attention
-from pipeline.finetune.batches import Batches
-from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.finetune.batches import Batches, encoded_digest
+from pipeline.finetune.checkpoint import ENCODED_TEXT, CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
@@ -64,7 +64,7 @@ class TrainingText:
         heldout: held-out batches, each visited once an evaluation.
         facts: counts for the manifest.
         template: the chat template that rendered it.
-        digests: sha256 of the local files it was read from, by name.
+        digests: sha256 of the local files it was read from, by name, and of what it was encoded to, as ENCODED_TEXT.
         warnings: what was dropped or defaulted.
         ending: what engines must be told about the end of an answer.
         packing: what keeps examples of a row apart; None until the model has been asked.
@@ -179,7 +179,10 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
         heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
         facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
         template=encoded_train.template,
-        digests={name: sha256_file(file) for name, file in _named_files(config.data)},
+        digests={
+            **{name: sha256_file(file) for name, file in _named_files(config.data)},
+            ENCODED_TEXT: encoded_digest(encoded_train.examples, encoded_heldout.examples),
+        },
         warnings=[*warnings, *ending.warnings(example.labels for example in encoded_train.examples)],
         ending=ending,
     )

@@ -341,3 +341,16 @@ def test_engines_are_told_the_end_that_the_model_has_learned(make_base, pairs, t
         assert after == before
         assert artifact.manifest.details.stop_token_added is None
         assert bool(said) == (end == "")
+
+
+def test_resuming_where_the_template_renders_another_date_is_refused_with_the_reason(make_base, pairs, tmp_path):
+    base, output = make_base(), tmp_path / "out"
+    template = "{{ strftime_now('%H%M%S%f') }} {% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    diverging = config(base, pairs, learning_rate=1e38, steps=40, save_every=1, warmup_steps=0)
+    with pytest.raises(ConfigurationError, match="diverged"):
+        finetune(diverging, output)
+    with pytest.raises(ConfigurationError, match="is not encoded as when the run") as error:
+        finetune(diverging, output, resume=True)
+    assert error.value.exit_code == 10
+    assert "strftime_now" in error.value.why
