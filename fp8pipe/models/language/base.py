@@ -117,7 +117,7 @@ def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> l
     Args:
         tokenizer: of the model.
         rows: of the input embedding.
-        texts: token ids.
+        texts: token ids; empty where the text is not known yet.
 
     Raises:
         ConfigurationError: naming the tokens.
@@ -133,9 +133,8 @@ def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> l
             why=f"the tokenizer has {shown}; the embedding has rows 0..{rows - 1}",
             fix="resize the model first (resize_token_embeddings, save_pretrained), or use the tokenizer it came with",
         )
-    return [
-        f"the tokenizer has {len(beyond)} token(s) beyond the {rows} rows of the embedding, which no text uses: {shown}"
-    ]
+    unused = "which no text uses" if texts else "so that no prompt may hold them"
+    return [f"the tokenizer has {len(beyond)} token(s) beyond the {rows} rows of the embedding, {unused}: {shown}"]
 
 
 def check_positions(directory: Path, origin: str, texts: Sequence[Sequence[int]]) -> None:

@@ -113,3 +113,12 @@ def test_a_chat_template_that_is_not_valid_is_refused(llama, tmp_path):
         export_vllm(source, tmp_path / "export", VllmExportOptions())
     assert error.value.exit_code == 10
     assert not (tmp_path / "export").exists()
+
+
+def test_tokens_without_a_row_in_the_embedding_are_told(llama, tmp_path):
+    source = ended(llama, tmp_path / "model", "t7")
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(2000)])
+    tokenizer.save_pretrained(source)
+    document, _ = plan_vllm(source, tmp_path / "export", VllmExportOptions())
+    assert any("rows of the embedding, so that no prompt may hold them" in warning for warning in document["warnings"])
