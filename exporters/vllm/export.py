@@ -23,7 +23,7 @@ from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, Unit, build_plan
 from exporters.vllm.reopen import reopen
-from exporters.vllm.source import open_source
+from exporters.vllm.source import HUGGING_FACE, open_source
 from exporters.vllm.target import KIND, VllmDetails
 from exporters.vllm.writer import auxiliary_warnings, write_auxiliary, write_weights
 from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat, check_place
@@ -33,6 +33,7 @@ from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missi
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries, shard_names
+from fp8pipe.models.language.base import check_tokens, load_tokenizer
 from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
@@ -99,7 +100,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
 
 def plan_warnings(plan: ExportPlan) -> list[str]:
     """Everything about the plan that a reader of the manifest should not have to find out."""
-    warnings = [*auxiliary_warnings(plan.source.root), *plan.ending.warnings()]
+    warnings = [*auxiliary_warnings(plan.source.root), *_token_warnings(plan), *plan.ending.warnings()]
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
     if quantized:
         warnings.append(
@@ -120,6 +121,17 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
             f"{len(skipped)} linear layer(s) stay unquantized; the first: {skipped[0].name}: {skipped[0].reason}"
         )
     return warnings
+
+
+def _token_warnings(plan: ExportPlan) -> list[str]:
+    """Tokens of a plain model's tokenizer that its embedding has no row for; tuned ones were told when they were."""
+    if plan.source.kind != HUGGING_FACE or plan.structure.embedding is None:
+        return []
+    try:
+        tokenizer = load_tokenizer(plan.source.root)
+    except ConfigurationError:  # none, or one that the ending's own warning speaks of
+        return []
+    return check_tokens(tokenizer, plan.structure.tensors[f"{plan.structure.embedding}.weight"][0], ())
 
 
 def details_of(plan: ExportPlan) -> VllmDetails:

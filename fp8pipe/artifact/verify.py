@@ -271,4 +271,5 @@ def find_parent(child: Artifact, parent: Parent, known: list[Artifact]) -> tuple
         why = f"the manifest names {parent.kind} {parent.digest}; {name} has {renamed[0].digest}"
         return None, Finding(Check.PARENT, name, why), ""
     what = "is a model without a manifest" if parent.kind == "model" else "was not found"
-    return None, None, f"parent {parent.kind} {parent.digest[:12]} ({parent.path}) {what}: not compared"
+    note = f"parent {parent.kind} {parent.digest[:12]} ({parent.path}) {what}: not compared"
+    return None, None, f"{note}; --parents PLACE says where it lies"

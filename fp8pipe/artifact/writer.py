@@ -22,7 +22,7 @@ from typing import IO, Any
 from fp8pipe.artifact.kinds import Details
 from fp8pipe.artifact.manifest import MANIFEST_NAME, FileEntry, Gate, LayerRecord, Manifest, NumberFormat, Parent
 from fp8pipe.artifact.reader import PARTIAL_SUFFIX, Artifact, read_artifact, sha256_file
-from fp8pipe.artifact.record import remove_checked, write_checked
+from fp8pipe.artifact.record import checksum_path, remove_checked, write_checked
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
 from fp8pipe.core.machine import distribution_version, ordinary_mode, translate_disk_full
 from fp8pipe.core.version import __version__
@@ -51,9 +51,9 @@ class ArtifactWriter:
         resume: keep what an unfinished run left in `NAME.partial/`.
 
     Raises:
-        ConfigurationError: `output` exists and `force` was not given, or is not an artifact; an unfinished resumable
-            run is there and neither `resume` nor `force` was given; another process is writing it; the place cannot be
-            written to.
+        ConfigurationError: `output` exists and `force` was not given, or is not an artifact, or lies inside one; an
+            unfinished resumable run is there and neither `resume` nor `force` was given; another process is writing it;
+            the place cannot be written to.
     """
 
     def __init__(self, output: Path | str, *, kind: str, stage: str, force: bool = False, resume: bool = False) -> None:
@@ -249,7 +249,8 @@ def check_place(output: Path | str, *, force: bool, resume: bool = False) -> Non
 
 
 def _check_output(output: Path, force: bool) -> None:
-    """Refuse an output that exists, unless `force` may replace it; `force` replaces artifacts only."""
+    """Refuse an output that exists, unless `force` may replace it (artifacts only), or lies inside an artifact."""
+    _check_outside(output)
     if not (output.exists() or output.is_symlink()):
         return
     if not force:
@@ -265,6 +266,17 @@ def _check_output(output: Path, force: bool) -> None:
             why=f"it holds no {MANIFEST_NAME}" if output.is_dir() else "it is not a plain directory",
             fix="remove it yourself, or give another output",
         )
+
+
+def _check_outside(output: Path) -> None:
+    """Refuse an output inside an artifact, which would hold files that its manifest does not list: damage."""
+    for folder in output.resolve().parents:
+        if all(file.is_file() for file in (folder / MANIFEST_NAME, checksum_path(folder / MANIFEST_NAME))):
+            raise ConfigurationError(
+                f"{output} lies inside the artifact {folder}",
+                why=f"{folder / MANIFEST_NAME} does not list it, so that the artifact would be damaged",
+                fix=f"give an output outside of it, for example {folder.with_name(f'{folder.name}-{output.name}')}",
+            )
 
 
 def _check_disposable(root: Path, output: Path, force: bool) -> None:

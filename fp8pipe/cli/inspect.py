@@ -196,7 +196,7 @@ def report_command(directory: Path, output: Path | None, image: Path | None, con
     from fp8pipe.report.sections.verdicts import overall
 
     path, subject = write_report(directory, output, image)
-    verdict, size = str(overall(subject)), path.stat().st_size
+    verdict, size = overall(subject), path.stat().st_size
     document = {
         "path": str(path), "size_bytes": size, "verdict": verdict, "artifacts": [item.name for item in subject.items],
     }  # fmt: skip

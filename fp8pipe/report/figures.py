@@ -99,6 +99,7 @@ class Quote:
 _TONES = {
     **dict.fromkeys(("ACCEPT", "PASSED", "PROVED-WITHOUT-RUNNING"), ("good", "✓")),
     "REGRESSION": ("warn", "▼"),
+    "NOT-VALIDATED": ("off", "–"),
     **dict.fromkeys(("ANOMALOUS", "REJECT", "FAILED"), ("bad", "✕")),
     "INFEASIBLE": ("off", "–"),
 }

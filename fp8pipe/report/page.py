@@ -69,7 +69,7 @@ def render(subject: Subject) -> str:
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     return environment.get_template("report.html.j2").render(
         title=subject.run.recipe if subject.run else subject.items[0].name, facts=_facts(subject),
-        verdict=Badge(str(overall(subject))), sections=sections_of(subject), style=style, version=__version__,
+        verdict=Badge(overall(subject)), sections=sections_of(subject), style=style, version=__version__,
         files=_files(subject),
     )  # fmt: skip
 

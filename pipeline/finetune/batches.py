@@ -18,6 +18,7 @@ segment of its own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -31,6 +32,16 @@ from fp8pipe.models.language.text import IGNORED, Encoded
 ALIGNMENT: Final = 16
 # Streams of the seed: independent draws for the grouping and for the epochs.
 _GROUPING, _EPOCH = 0, 1
+
+
+def encoded_digest(*parts: Sequence[Encoded]) -> str:
+    """The sha256, in hex, of the token ids and labels of several lists of examples, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)} examples".encode())
+        for example in part:
+            digest.update(np.asarray([len(example.input_ids), *example.input_ids, *example.labels], "<i8").tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,7 @@ from fp8pipe.artifact import disk_guard
 from fp8pipe.artifact.writer import sync
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
+ENCODED_TEXT: Final = "the encoded training text"  # its name among the inputs of a run
 _PREFIX = "step-"
 _STATE, _TENSORS, _BASE, _RUN = "state.json", "state.safetensors", "base.safetensors", "run.json"
 
@@ -67,6 +68,17 @@ class CheckpointStore:
             )
         found = inputs or {}
         changed = [name for name, digest in run["inputs"].items() if found.get(name) != digest]
+        if changed == [ENCODED_TEXT]:
+            then, now = run["inputs"][ENCODED_TEXT], found.get(ENCODED_TEXT)
+            raise ConfigurationError(
+                f"the training text is not encoded as when the run in {self.root.parent} was started",
+                why=f"token ids and labels: sha256 {then} then, {now} now. No local file of the data changed: a chat "
+                "template that asks for the date (strftime_now) renders otherwise each day; else the tokenizer, the "
+                "chat template, a data set that is no local file, or the version of transformers or tokenizers changed",
+                fix="restore what changed (a fixed date in the chat template), or start anew (--force, or another "
+                "--output)",
+            )
+        changed = [name for name in changed if name != ENCODED_TEXT]  # it follows from the files
         if changed:
             raise ConfigurationError(
                 f"{', '.join(changed)} changed since the run in {self.root.parent} was started",

@@ -32,7 +32,15 @@ from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.tensors import blame_configuration, header_entries, model_parent, weight_files
-from fp8pipe.models.language.base import check_base, check_tokens, check_values, embedding_rows, load_tokenizer
+from fp8pipe.models.language.base import (
+    check_base,
+    check_positions,
+    check_tokens,
+    check_values,
+    embedding_rows,
+    learned_positions,
+    load_tokenizer,
+)
 from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
@@ -42,8 +50,8 @@ from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.method import FalqonMethod
 from pipeline.finetune.attention import use_matmul_attention
-from pipeline.finetune.batches import Batches
-from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.finetune.batches import Batches, encoded_digest
+from pipeline.finetune.checkpoint import ENCODED_TEXT, CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
@@ -64,7 +72,7 @@ class TrainingText:
         heldout: held-out batches, each visited once an evaluation.
         facts: counts for the manifest.
         template: the chat template that rendered it.
-        digests: sha256 of the local files it was read from, by name.
+        digests: sha256 of the local files it was read from, by name, and of what it was encoded to, as ENCODED_TEXT.
         warnings: what was dropped or defaulted.
         ending: what engines must be told about the end of an answer.
         packing: what keeps examples of a row apart; None until the model has been asked.
@@ -154,7 +162,8 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     """Read, split, encode and batch the training text.
 
     Raises:
-        ConfigurationError: data that is empty, malformed, or without answers; a chat template that is not valid.
+        ConfigurationError: data that is empty, malformed, without answers, or longer than the model's positions reach;
+            a chat template that is not valid.
         MissingCapabilityError: the data needs a package that is not installed.
     """
     tokenizer = load_tokenizer(source.path)
@@ -172,14 +181,21 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     rows = embedding_rows(source.path)
     texts = [example.input_ids for part in (encoded_train, encoded_heldout) for example in part.examples]
     warnings += check_tokens(tokenizer, rows, texts)
+    check_positions(source.path, config.model, texts)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
-    common = {"batch_size": config.batch_size, "sequence_length": config.sequence_length, "pad_id": pad}
+    width = min(config.sequence_length, learned_positions(source.path) or config.sequence_length)
+    if config.packing and width < config.sequence_length:
+        warnings.append(f"rows hold {width} tokens, not {config.sequence_length}: the model has no further positions")
+    common = {"batch_size": config.batch_size, "sequence_length": width, "pad_id": pad}
     return TrainingText(
         train=Batches(encoded_train.examples, seed=config.seed, packing=config.packing, **common),
         heldout=Batches(encoded_heldout.examples, seed=0, packing=config.packing, **common),
         facts=TextFacts(records=len(records), train=len(train), heldout=len(heldout)),
         template=encoded_train.template,
-        digests={name: sha256_file(file) for name, file in _named_files(config.data)},
+        digests={
+            **{name: sha256_file(file) for name, file in _named_files(config.data)},
+            ENCODED_TEXT: encoded_digest(encoded_train.examples, encoded_heldout.examples),
+        },
         warnings=[*warnings, *ending.warnings(example.labels for example in encoded_train.examples)],
         ending=ending,
     )

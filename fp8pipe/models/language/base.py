@@ -15,11 +15,13 @@ from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, 
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import check_unquantized
-from fp8pipe.models.language.structure import ModelStructure, read_structure
+from fp8pipe.models.language.structure import ModelStructure, Role, load_config, read_structure
 from fp8pipe.numerics.grids import same_bits
 
 _VOCABULARIES: Final = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _SHOWN: Final = 3
+_OFFSET: Final = 2  # rows that OPT's table has before its first position
+_SCALED: Final = ("linear", "dynamic", "yarn")  # whose configurations may name the length before scaling
 
 
 def check_base(directory: Path, origin: str) -> ModelStructure:
@@ -115,7 +117,7 @@ def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> l
     Args:
         tokenizer: of the model.
         rows: of the input embedding.
-        texts: token ids.
+        texts: token ids; empty where the text is not known yet.
 
     Raises:
         ConfigurationError: naming the tokens.
@@ -131,6 +133,51 @@ def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> l
             why=f"the tokenizer has {shown}; the embedding has rows 0..{rows - 1}",
             fix="resize the model first (resize_token_embeddings, save_pretrained), or use the tokenizer it came with",
         )
-    return [
-        f"the tokenizer has {len(beyond)} token(s) beyond the {rows} rows of the embedding, which no text uses: {shown}"
-    ]
+    unused = "which no text uses" if texts else "so that no prompt may hold them"
+    return [f"the tokenizer has {len(beyond)} token(s) beyond the {rows} rows of the embedding, {unused}: {shown}"]
+
+
+def check_positions(directory: Path, origin: str, texts: Sequence[Sequence[int]]) -> None:
+    """Refuse text that is longer than the model has positions for: learned ones end there, rotary ones are untrained.
+
+    Args:
+        directory: of the model.
+        origin: its name in messages.
+        texts: token ids, as long as they are trained on.
+
+    Raises:
+        ConfigurationError: naming both lengths.
+    """
+    limit, longest = positions(load_config(directory)), max(map(len, texts), default=0)
+    if limit is not None and longest > limit:
+        raise ConfigurationError(
+            f"the text has examples of {longest} tokens, and {origin} has {limit} positions",
+            why=f"max_position_embeddings of its config.json is {limit}; beyond it learned positions do not exist, and "
+            "rotary ones were never trained",
+            fix=f"--sequence-length {limit} (longer examples are cut), or a model with a longer context",
+        )
+
+
+def learned_positions(directory: Path) -> int | None:
+    """Tokens that a row may hold where positions are learned, and so end with their table; None where they are not."""
+    limit, structure = positions(load_config(directory)), read_structure(directory)
+    tables = (structure.tensors[f"{name}.weight"][0] for name, role in structure.roles.items()
+              if role is Role.EMBEDDING and name != structure.embedding)  # fmt: skip
+    return limit if limit is not None and any(0 <= rows - limit <= _OFFSET for rows in tables) else None
+
+
+def positions(settings: Any) -> int | None:
+    """How many tokens a model's positions reach over; None where its configuration names no limit.
+
+    Args:
+        settings: a transformers configuration. Scaled rotary positions reach over `factor` times the original ones.
+    """
+    text = settings.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # some have a set a kind of layer
+    scaled = [float(kind.get("factor") or 1) * (kind.get("original_max_position_embeddings") or limit)
+              for kind in kinds if kind.get("rope_type", kind.get("type")) in _SCALED]  # fmt: skip
+    return max([limit, *map(int, scaled)])

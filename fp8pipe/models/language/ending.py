@@ -65,14 +65,17 @@ def read_ending(root: Path, *, tuned: bool = False) -> Ending:
     Args:
         root: the directory.
         tuned: it is to be fine-tuned, on the plain template where it has none.
+
+    Raises:
+        ConfigurationError: a chat template that is not valid.
     """
     try:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             str(root), local_files_only=True, trust_remote_code=False
         )
-        template = template_info(tokenizer)
     except Exception as error:  # whatever a tokenizer's own reader says: an engine may be given another one
         return Ending(warning=_unknown(error)) if (root / "tokenizer_config.json").is_file() else Ending()
+    template = template_info(tokenizer)
     return Ending() if template.origin == "plain" and not tuned else ending_of(root, tokenizer, template)
 
 

@@ -16,9 +16,11 @@ from fp8pipe.report.blocks import Block, Table, Text
 from fp8pipe.report.figures import Badge, Derive, Figure, Form, Quote
 from fp8pipe.report.subject import Item, Subject
 
-_MEANING = {
+NOT_VALIDATED = "NOT-VALIDATED"  # no verdict: nobody has asked for one
+_MEANING: dict[str, str] = {
+    NOT_VALIDATED: "No validation has judged this export, and nothing has run it: `fp8pipe validate` does.",
     Verdict.ACCEPT: "Every gate holds.",
-    Verdict.PROVED_WITHOUT_RUNNING: "Files and graph hold what they must; no validation has run the engine.",
+    Verdict.PROVED_WITHOUT_RUNNING: "Files and graph hold what they must; its validation has not run the engine.",
     Verdict.CONSISTENT: "The engine computes what the files say; what they were made from was not compared.",
     Verdict.REGRESSION: "A measured figure is on the wrong side of its threshold.",
     Verdict.ANOMALOUS: "A figure is missing, or things that must be equal are not; nothing measured can be trusted.",
@@ -27,25 +29,25 @@ _MEANING = {
 _HEAD = ("gate", "verdict", "value", "threshold", "why this threshold")
 
 
-def overall(subject: Subject) -> Verdict:
+def overall(subject: Subject) -> str:
     """The worst verdict of the subject: of its stages, of the artifact's own gates, and of the records.
 
-    An export that stands alone without a validation is not accepted: nothing has run it.
+    An export that stands alone without a validation has none but a failure: `NOT_VALIDATED`.
     """
-    found = [] if subject.run is None else [subject.run.verdict]
+    found, unvalidated = [] if subject.run is None else [subject.run.verdict], False
     for item in subject.items:
         found += [record.verdict for record in item.records]
         if subject.run is None:
             found += [gate.verdict for gate in item.artifact.manifest.gates]
-            unproved = kind_named(item.kind).engines and item.record("validation") is None
-            found += [Verdict.PROVED_WITHOUT_RUNNING] if unproved else []
-    return worst(found)
+            unvalidated |= bool(kind_named(item.kind).engines) and item.record("validation") is None
+    verdict = worst(found)
+    return NOT_VALIDATED if unvalidated and not verdict.failed else str(verdict)
 
 
 def verdicts(subject: Subject) -> Iterator[Block]:
     """The verdict, the stages, and every gate."""
     verdict = overall(subject)
-    yield Text([Badge(str(verdict)), f" {_MEANING[verdict]}"], tone="verdict")
+    yield Text([Badge(verdict), f" {_MEANING[verdict]}"], tone="verdict")
     if subject.run is not None:
         yield _stages(subject, subject.run.stages)
         yield from _gates(subject.run.stages)

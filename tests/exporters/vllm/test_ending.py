@@ -16,6 +16,7 @@ from exporters.vllm.reopen import changed_on_purpose, file_gates
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.verify import find_tree
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 from validation.vllm.expected import plan_of
 
@@ -103,3 +104,21 @@ def test_a_template_without_an_end_is_warned_of(llama, tmp_path):
     source = ended(llama, tmp_path / "model", "")
     export = export_vllm(source, tmp_path / "export", VllmExportOptions(format="bf16"))
     assert any("no mark after an answer" in warning for warning in export.manifest.warnings)
+
+
+def test_a_chat_template_that_is_not_valid_is_refused(llama, tmp_path):
+    source = ended(llama, tmp_path / "model", "t7")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}")
+    with pytest.raises(ConfigurationError, match=r"chat_template\.jinja is not valid") as error:
+        export_vllm(source, tmp_path / "export", VllmExportOptions())
+    assert error.value.exit_code == 10
+    assert not (tmp_path / "export").exists()
+
+
+def test_tokens_without_a_row_in_the_embedding_are_told(llama, tmp_path):
+    source = ended(llama, tmp_path / "model", "t7")
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(2000)])
+    tokenizer.save_pretrained(source)
+    document, _ = plan_vllm(source, tmp_path / "export", VllmExportOptions())
+    assert any("rows of the embedding, so that no prompt may hold them" in warning for warning in document["warnings"])

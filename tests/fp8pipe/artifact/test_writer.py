@@ -138,3 +138,16 @@ def test_force_replaces_no_file_and_nothing_through_a_link(tmp_path):
             write(tmp_path / name, force=True)
     assert (tmp_path / "file").read_text() == "mine"
     assert open_artifact(tmp_path / "real").manifest.kind
+
+
+@pytest.mark.parametrize("inside", ["sub", "nested/deep/sub", "../link/sub"])
+def test_no_output_may_lie_inside_an_artifact(tmp_path, inside):
+    parent = write(tmp_path / "parent")
+    (tmp_path / "link").symlink_to(parent.root)
+    for force in (False, True):
+        with pytest.raises(ConfigurationError, match="lies inside the artifact") as error:
+            write(parent.root / inside, force=force)
+        assert error.value.exit_code == 10
+    assert open_artifact(parent.root, verify=True).digest == parent.digest
+    (tmp_path / "manifest.json").write_text("{}")  # of something else
+    assert write(tmp_path / "beside").manifest.kind

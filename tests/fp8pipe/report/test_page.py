@@ -96,3 +96,12 @@ def test_the_command_refuses_what_it_cannot_read(run_directory, tmp_path):
     given = ["report", str(run_directory), "--output", str(tmp_path / "r.html"), "--image", str(tmp_path / "words.png")]
     assert CliRunner().invoke(main, given).exit_code == 10
     assert CliRunner().invoke(main, ["report", str(run_directory), "--output", "/proc/r.html"]).exit_code == 10
+
+
+def test_an_export_that_was_never_validated_is_called_so(run_directory, tmp_path):
+    export = shutil.copytree(run_directory / "served", tmp_path / "export")
+    done = CliRunner().invoke(main, ["report", str(export), "--json"])
+    assert json.loads(done.stdout)["verdict"] == "NOT-VALIDATED"
+    page = (tmp_path / "export.report.html").read_text()
+    assert "No validation has judged this export" in page
+    assert "PROVED-WITHOUT-RUNNING" not in page

@@ -20,9 +20,11 @@ from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.base import positions
+from fp8pipe.models.language.sources import resolve_model
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loop import Trainer
-from pipeline.finetune.stage import finetune
+from pipeline.finetune.stage import finetune, load_text
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -341,3 +343,47 @@ def test_engines_are_told_the_end_that_the_model_has_learned(make_base, pairs, t
         assert after == before
         assert artifact.manifest.details.stop_token_added is None
         assert bool(said) == (end == "")
+
+
+def test_resuming_where_the_template_renders_another_date_is_refused_with_the_reason(make_base, pairs, tmp_path):
+    base, output = make_base(), tmp_path / "out"
+    template = "{{ strftime_now('%H%M%S%f') }} {% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    diverging = config(base, pairs, learning_rate=1e38, steps=40, save_every=1, warmup_steps=0)
+    with pytest.raises(ConfigurationError, match="diverged"):
+        finetune(diverging, output)
+    with pytest.raises(ConfigurationError, match="is not encoded as when the run") as error:
+        finetune(diverging, output, resume=True)
+    assert error.value.exit_code == 10
+    assert "strftime_now" in error.value.why
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_text_longer_than_the_positions_is_refused_and_a_long_row_of_short_text_is_not(make_base, tmp_path, family):
+    base = make_base(family, **{"gpt2": {"n_positions": 64}, "llama": {"max_position_embeddings": 64}}[family])
+    (data := tmp_path / "long.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"q{i}", "completion": "a" * 100}) + "\n" for i in range(9))
+    )
+    with pytest.raises(ConfigurationError, match="has 64 positions") as error:
+        finetune(config(base, data, sequence_length=256), tmp_path / "out")
+    assert error.value.exit_code == 10
+    assert "--sequence-length 64" in error.value.fix
+    assert load_text(config(base, data, sequence_length=64), resolve_model(str(base))).train
+    data.write_text(data.read_text().replace("a" * 90, ""))
+    text = load_text(config(base, data, sequence_length=256), resolve_model(str(base)))
+    learned = family == "gpt2"
+    assert max(text.train.at(i).input_ids.shape[1] for i in range(len(text.train))) <= (64 if learned else 256)
+    assert any("rows hold 64 tokens" in warning for warning in text.warnings) == learned
+    if learned:
+        finetune(config(base, data, sequence_length=256, steps=1), tmp_path / "out")
+
+
+def test_scaled_positions_reach_further():
+    from transformers import LlamaConfig, OPTConfig
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "rope_theta": 1e4,
+              "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fmt: skip
+    for rope, reach in ((None, 64), (yarn, 256), (llama3, 64)):
+        assert positions(LlamaConfig(max_position_embeddings=64, rope_scaling=rope)) == reach
+    assert positions(OPTConfig(max_position_embeddings=32)) == 32

@@ -21,6 +21,7 @@ from fp8pipe.models.language.text.conversation import Message, Record
 from fp8pipe.models.language.text.template import TemplateInfo, failing_line, template_name
 
 _OTHER: Final = ("\ue000", "\ue001")  # an answer that begins like no other: private characters
+_SHOWN: Final = 20  # characters of an example
 _NO_TEXT: Final = ("tool_calls", "tool_call_id", "id")  # checked otherwise, or of no meaning to the model
 
 
@@ -44,6 +45,7 @@ class Renderer:
         self._tokenizer, self._template, self._last_only = tokenizer, template, last_only
         self._seen: set[str] = set()  # fields and roles that change what is rendered
         self._passed_over: Counter[str] = Counter()
+        self._unlike_prompt, self._endings = 0, ("", "")  # answers that do not follow the generation prompt; one's ends
 
     def render(self, record: Record, name: str) -> list[Rendered]:
         """The record's text and answer ranges; several texts where the template does not only append.
@@ -59,11 +61,11 @@ class Renderer:
         learned = [i for i in (learned[-1:] if self._last_only else learned) if record.messages[i].learned]
         failure: ConfigurationError | None = None
         for form in _forms(record.messages):
-            view = _View(self, form, list(record.tools) or None, name)
+            view, before = _View(self, form, list(record.tools) or None, name), self._unlike_prompt
             try:
                 pieces = view.pieces(learned)
             except ConfigurationError as error:
-                failure = failure or error
+                failure, self._unlike_prompt = failure or error, before
                 continue
             if pieces:
                 self._look_for_losses(record, view, learned, pieces)
@@ -72,8 +74,27 @@ class Renderer:
         raise failure
 
     def warnings(self) -> list[str]:
-        """A sentence for each kind of thing that the template passed over."""
-        return [f"the chat template passes over {what}: {count}" for what, count in self._passed_over.items()]
+        """A sentence for each kind of thing that the template passed over or renders otherwise when asked to answer."""
+        found = [f"the chat template passes over {what}: {count}" for what, count in self._passed_over.items()]
+        if self._unlike_prompt:
+            asked, finished = self._endings
+            found.append(
+                f"the generation prompt ends in {asked!r}, which the text of a finished turn does not have (there "
+                f"{finished!r} follows): served answers begin after it, trained ones do not ({self._unlike_prompt} "
+                "answers)"
+            )
+        return found
+
+    def note_unlike(self, asked: str, finished: str) -> None:
+        """Count an answer whose rendered text does not begin with the generation prompt.
+
+        Args:
+            asked: how the prompt ends, from where both differ.
+            finished: what the text of the finished turn has there.
+        """
+        if not self._unlike_prompt:
+            self._endings = asked, finished
+        self._unlike_prompt += 1
 
     def apply(self, messages: list[dict[str, Any]], tools: Any, name: str, *, prompt: bool = False) -> str:
         """What the template makes of these messages.
@@ -158,7 +179,7 @@ class _View(NamedTuple):
 
     def _answer_start(self, index: int, text: str) -> int:
         """Where the answer begins in ``text``."""
-        start = len(text)
+        start, prompt = len(text), ""
         if index:  # templates do not render an empty conversation
             prompt = self._apply(self.messages[:index], prompt=True)
             if text.startswith(prompt):
@@ -169,7 +190,10 @@ class _View(NamedTuple):
         # But never a part of the answer itself, which begins where another answer differs.
         content = str(self.messages[index].get("content") or "").lstrip()
         other = {"role": "assistant", "content": _OTHER[content.startswith(_OTHER[0])]}
-        return min(start, shared(self._apply([*self.messages[:index], other]), text))
+        start = min(start, shared(self._apply([*self.messages[:index], other]), text))
+        if prompt:
+            self.renderer.note_unlike(prompt[start:], text[start : start + _SHOWN])
+        return start
 
     def _check_kept(self, message: Mapping[str, Any], answer: str) -> None:
         ending = _last_line(str(message.get("content") or ""))

@@ -54,3 +54,12 @@ def test_reasoning_is_learned_where_the_template_writes_it() -> None:
     found = [tokenizer.decode([label for label in e.labels if label != -100]) for e in result.examples]
     assert found == ["x\n</think>\n\na<|im_end|>", "y\n</think>\n\na<|im_end|>"]
     assert len(result.warnings) == 1  # of the examples
+
+
+def test_a_generation_prompt_that_finished_turns_do_not_have_is_told_once() -> None:
+    records = [Record((Message("user", "q"), Message("assistant", "because")))] * 3
+    (told,) = encode(records, tokenizer_for("reasoning", "bytes"), 512).warnings
+    assert "the generation prompt ends in '<think>\\n'" in told
+    assert "'because" in told
+    assert "3 answers" in told
+    assert encode(records, tokenizer_for("chatml", "bytes"), 512).warnings == ()

@@ -83,7 +83,8 @@ def test_exactly_the_answers_and_their_end_marks_are_learned(name: str, kind: st
         result = encode([record], tokenizer, 100_000)
         found = [text for example in result.examples for _, text in runs(tokenizer, example)]
         assert found == expected
-        assert result.warnings == () or result.expanded
+        unlike = [warning for warning in result.warnings if "the generation prompt ends in" in warning]
+        assert [*result.warnings] == unlike[: name == "reasoning"] or result.expanded
         prompts = _prompts(tokenizer, record)
         starts = [example.input_ids[:start] for example in result.examples for start, _ in runs(tokenizer, example)]
         # Nothing asks for an answer that a conversation begins with; and no answer follows a block that it lacks.
