@@ -13,6 +13,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
+from language_models import ARCHITECTURES
+from language_models import write as write_architecture
 from onnx import numpy_helper
 from safetensors.torch import load_file
 from small_artifacts import details_of, write
@@ -39,6 +41,8 @@ from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, LintRefusedError
 from fp8pipe.models.language.text import Encoded
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.stage import finetune
 
 SCALES = 2.0**-4
 
@@ -361,3 +365,16 @@ def test_another_kind_of_artifact_is_named(tmp_path):
         writer.commit(details=details_of("lora-merged"))
     with pytest.raises(BadArtifactError, match="falqon"):
         open_language(tmp_path / "merged")
+
+
+def test_linears_that_read_two_axes_have_one_product_each(language_text, tmp_path):
+    """OPT flattens tokens before its MLP, and tracing makes a Gemm of such a linear."""
+    base = write_architecture(ARCHITECTURES["opt"], tmp_path / "base")
+    small = {"steps": 1, "batch_size": 2, "sequence_length": 32, "rank": 4, "heldout_limit": 2, "warmup_steps": 0}
+    few = {"final_merge_batches": 1, "gradient_batches": 1, "model": str(base), "data": str(language_text)}
+    model = open_language(finetune(build_config(FinetuneConfig, small | few), tmp_path / "tuned").root)
+    graph = decoder_graph(model, dict.fromkeys(model.weights, SCALES), Base.FP32, cache=False)
+    products = {layer.name for layer in read_layers(graph.model) if layer.operands[1].weight is not None}
+    assert products == model.weights.keys()
+    assert len(products) == 12
+    assert not any(node.op_type == "Gemm" for node in graph.model.graph)

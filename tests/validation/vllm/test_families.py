@@ -79,7 +79,7 @@ FAMILIES = {
                       **_layer("model.layers.{}", "self_attn.k_proj", "block_sparse_moe.experts.1.w2"),
                       format=ExportFormat.BF16),
 }  # fmt: skip
-CHOSEN = [name for name in FAMILIES if LONG or name in {"stablelm", "falcon", "bloom", "gpt_neox"}]
+CHOSEN = [name for name in FAMILIES if LONG or name != "mixtral"]
 
 
 def write_model(folder: Path, family: Family) -> Path:
