@@ -215,3 +215,12 @@ def test_scales_by_exponent_bits_are_those_of_float64_quotients(grid):
     assert same_bits(power_of_two_scale(negative, grid), _scale_by_frexp(negative, grid))
     for one in (0.0, 448.0, float("inf")):
         assert same_bits(power_of_two_scale(torch.tensor(one), grid), _scale_by_frexp(torch.tensor(one), grid))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64])
+def test_bits_are_the_same_or_not_whatever_the_width(dtype):
+    zero = torch.zeros(3).to(dtype)
+    assert same_bits(zero, zero.clone())
+    assert not same_bits(zero, torch.ones(3).to(dtype))
+    if dtype.is_floating_point:
+        assert not same_bits(zero, torch.full((3,), -0.0).to(dtype))

@@ -9,7 +9,7 @@ import torch
 
 from fp8pipe.numerics.grids import E4M3
 from fp8pipe.numerics.kinds import ScaleRule
-from pipeline.falqon.flush import flush_rows, preview, select_rows, stochastic_round, target_rows
+from pipeline.falqon.flush import flush_report, flush_rows, preview, select_rows, stochastic_round, target_rows
 from pipeline.falqon.rules import RULES, update_rule
 
 
@@ -156,3 +156,12 @@ def test_stochastic_rounding_is_unbiased_and_stays_on_neighbours():
     assert all(len(seen) <= 2 for seen in neighbours)
     assert neighbours[6] == {0.0}
     assert neighbours[7] == {416.0}
+
+
+def test_the_report_compares_what_was_meant_with_what_was_done():
+    old, target = torch.tensor([[1.0, 2.0], [4.0, 500.0]]), torch.tensor([[1.5, 2.0], [3.0, 501.0]])
+    new = torch.tensor([[2.0, 2.0], [4.0, 448.0]])
+    report = flush_report(old, target, new)
+    assert (report.rows, report.codes, report.changed, report.saturated) == (2, 4, 2, 1)
+    assert (report.intended_square, report.applied_square) == (0.25 + 1 + 1, 1 + 52.0**2)
+    assert report.inner == 0.5 - 52

@@ -43,6 +43,7 @@ def test_resuming_with_another_configuration_names_the_fields(tmp_path):
     store = CheckpointStore(tmp_path / "c", keep=2)
     store.begin({"rank": 8, "seed": 0}, {"codes": torch.zeros(1)})
     assert store.started()
+    assert store.base()["codes"].tolist() == [0]
     store.check_config({"rank": 8, "seed": 0})
     with pytest.raises(ConfigurationError, match="another configuration") as error:
         store.check_config({"rank": 16, "seed": 0, "rows": 4})
