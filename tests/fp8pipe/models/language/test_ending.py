@@ -7,6 +7,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.ending import Ending, ending_of, read_ending
 from fp8pipe.models.language.text import Message, Record, encode, template_info
@@ -77,9 +78,14 @@ def test_a_template_without_an_end_is_warned_of(model, end, said):
     assert said in ending.warning
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content }}", "{% if %}"])
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0].content }}"])
 def test_what_cannot_be_rendered_is_said(model, template):
     assert "could not be found out" in read_ending(model("", template=template)).warning
+
+
+def test_a_template_that_is_not_valid_is_refused(model):
+    with pytest.raises(ConfigurationError, match="is not valid"):
+        read_ending(model("", template="{% if %}"))
 
 
 def test_a_model_without_tokenizer_or_template_has_nothing_to_say(model, tmp_path):
