@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -13,8 +12,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
-from language_models import ARCHITECTURES
-from language_models import write as write_architecture
 from onnx import numpy_helper
 from safetensors.torch import load_file
 from small_artifacts import details_of, write
@@ -33,16 +30,13 @@ from exporters.tensorrt.language.reopen import (
     perplexity_gate,
     unrounded_session,
 )
-from exporters.tensorrt.language.source import check_attention, open_language, read_text
+from exporters.tensorrt.language.source import open_language, read_text
 from exporters.tensorrt.language.target import InputScale, LanguageExportOptions
 from exporters.tensorrt.target import Base
-from fp8pipe.artifact.kinds import TextFacts
 from fp8pipe.cli import main
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, LintRefusedError
 from fp8pipe.models.language.text import Encoded
-from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.stage import finetune
 
 SCALES = 2.0**-4
 
@@ -249,38 +243,6 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(language_arti
         assert not (tmp_path / "out").exists()
 
 
-def test_windows_of_attention_are_refused(llama, language_artifact, tmp_path):
-    model = open_language(llama)
-    check_attention(model)
-    config = json.loads((llama / "config.json").read_text())
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 8}))
-
-    class Elsewhere:
-        root = other
-
-    with pytest.raises(ConfigurationError, match="window"):
-        check_attention(Elsewhere())
-
-
-def test_training_text_that_is_split_otherwise_than_in_training_is_refused(llama, language_text):
-    model = open_language(llama)
-    manifest = model.artifact.manifest
-
-    def trained(train: int, heldout: int):
-        facts = TextFacts(records=60, train=train, heldout=heldout)
-        changed = {
-            "config": manifest.config | {"data": str(language_text)},
-            "details": manifest.details.model_copy(update={"data": facts}),
-        }
-        return replace(model, artifact=replace(model.artifact, manifest=manifest.model_copy(update=changed)))
-
-    assert len(read_text(trained(54, 6), None, 8).heldout) == 6
-    with pytest.raises(ConfigurationError, match="not split as it was in training"):
-        read_text(trained(50, 5), None, 8)
-
-
 def test_a_worse_perplexity_fails(graphs, language_text, tmp_path):
     """Activation scales that are far too large round nearly everything to zero."""
     model, path, cached, _ = graphs
@@ -365,16 +327,3 @@ def test_another_kind_of_artifact_is_named(tmp_path):
         writer.commit(details=details_of("lora-merged"))
     with pytest.raises(BadArtifactError, match="falqon"):
         open_language(tmp_path / "merged")
-
-
-def test_linears_that_read_two_axes_have_one_product_each(language_text, tmp_path):
-    """OPT flattens tokens before its MLP, and tracing makes a Gemm of such a linear."""
-    base = write_architecture(ARCHITECTURES["opt"], tmp_path / "base")
-    small = {"steps": 1, "batch_size": 2, "sequence_length": 32, "rank": 4, "heldout_limit": 2, "warmup_steps": 0}
-    few = {"final_merge_batches": 1, "gradient_batches": 1, "model": str(base), "data": str(language_text)}
-    model = open_language(finetune(build_config(FinetuneConfig, small | few), tmp_path / "tuned").root)
-    graph = decoder_graph(model, dict.fromkeys(model.weights, SCALES), Base.FP32, cache=False)
-    products = {layer.name for layer in read_layers(graph.model) if layer.operands[1].weight is not None}
-    assert products == model.weights.keys()
-    assert len(products) == 12
-    assert not any(node.op_type == "Gemm" for node in graph.model.graph)
