@@ -21,6 +21,13 @@ def test_only_the_newest_are_kept(tmp_path):
     assert state["step"] == 30
 
 
+def test_a_step_that_is_saved_again_replaces_its_checkpoint(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for value in (1.0, 2.0):
+        store.save(10, {"b": torch.full((2,), value)}, {})
+    assert store.load(10)[0]["b"].tolist() == [2.0, 2.0]
+
+
 def test_a_checkpoint_cut_short_does_not_count(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     store.save(10, {"b": torch.ones(2)}, {})
