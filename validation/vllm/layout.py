@@ -206,7 +206,7 @@ def _digits(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def _shrunk(matrix: Tensor) -> Tensor:
     """Without the axes along which it stays the same: they have length 1."""
     for axis in (0, 1):
-        if matrix.shape[axis] > 1 and torch.equal(matrix, matrix.narrow(axis, 0, 1).expand_as(matrix)):
+        if torch.equal(matrix, matrix.narrow(axis, 0, 1).expand_as(matrix)):
             matrix = matrix.narrow(axis, 0, 1)
     return matrix
 

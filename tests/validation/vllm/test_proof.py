@@ -341,3 +341,10 @@ def test_every_gate_has_two_sides(tree: Path, engine: Any) -> None:
         "unexplained in the engine, in fp32", "unexplained in the engine, as served",
         "products that disagree with their weight, in fp32", "products that disagree with their weight, as served",
     }  # fmt: skip
+
+
+def test_a_question_may_fill_the_context(family: Path) -> None:
+    own = json.loads((family / "plain" / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    assert comparison._context_length(family / "plain", own) == own
+    with pytest.raises(BadArtifactError, match="context"):
+        comparison._context_length(family / "plain", own + 1)

@@ -9,6 +9,8 @@ from chat_templates import tokenizer_for
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text import Message, Record, encode
+from fp8pipe.models.language.text.render import Renderer
+from fp8pipe.models.language.text.template import TemplateInfo
 
 TOOLS = ({"type": "function", "function": {"name": "find", "parameters": {}}},)
 
@@ -63,3 +65,12 @@ def test_a_generation_prompt_that_finished_turns_do_not_have_is_told_once() -> N
     assert "'because" in told
     assert "3 answers" in told
     assert encode(records, tokenizer_for("chatml", "bytes"), 512).warnings == ()
+
+
+def test_the_first_answer_that_does_not_follow_its_prompt_is_the_example() -> None:
+    renderer = Renderer(None, TemplateInfo("plain", ""))
+    renderer.note_unlike("<think>", "first")
+    renderer.note_unlike("<other>", "second")
+    (said,) = renderer.warnings()
+    assert "<think>" in said
+    assert "2 answers" in said
