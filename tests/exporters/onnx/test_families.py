@@ -8,6 +8,7 @@ import torch
 from breadth import only_long
 from family_table import PAGE, page
 from quantized_families import quantized_family
+from rebuilt_here import rebuild_here
 from vit_families import NAMES, REFUSED, TO_TENSORRT, family, random_pixels, vision_family
 
 from exporters.graph.formats import OnnxFormat
@@ -23,11 +24,9 @@ from exporters.onnx.target import OnnxExportOptions
 from exporters.tensorrt.export import export_tensorrt
 from exporters.tensorrt.target import TrtExportOptions
 from fp8pipe.artifact import Verdict
-from fp8pipe.artifact.gate import none_of
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.architecture import build
-from fp8pipe.models.vision.quantized import load_quantized
 from fp8pipe.models.vision.sources import save_vision_model
 from fp8pipe.models.vision.structure import read_structure
 from pipeline.vit.config import QuantizeVitConfig
@@ -87,13 +86,7 @@ def _check_batches(quantized, path, name):
 @pytest.fixture
 def _rebuilt_here(monkeypatch):
     """A fresh process costs seconds a model; the stage's own tests start it."""
-
-    def gate(quantized, pixels, root):
-        with torch.no_grad():
-            differing = int((load_quantized(root)(pixels) != quantized(pixels)).sum())
-        return none_of("logits differing after a fresh process", differing, "rebuilt in this process")
-
-    monkeypatch.setattr("pipeline.vit.stage._rebuild_gate", gate)
+    rebuild_here(monkeypatch)
 
 
 def _cost(name):

@@ -14,11 +14,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from rebuilt_here import rebuild_here
 from vit_families import family, vision_family
 
 from calibration.image_set import ImageSet
 from fp8pipe.artifact import open_artifact
-from fp8pipe.artifact.gate import none_of
 from fp8pipe.artifact.kinds import Accuracy
 from fp8pipe.cli import main
 from fp8pipe.cli.tune import quantize_vit_command
@@ -41,13 +41,7 @@ def model(tmp_path):
 @pytest.fixture(autouse=True)
 def _rebuilt_here(monkeypatch):
     """A fresh process costs seconds a run, and `test_blocks` and `test_the_command_writes_the_artifact` start it."""
-
-    def gate(quantized, pixels, root):
-        with torch.no_grad():
-            differing = int((load_quantized(root)(pixels) != quantized(pixels)).sum())
-        return none_of("logits differing after a fresh process", differing, "rebuilt in this process")
-
-    monkeypatch.setattr("pipeline.vit.stage._rebuild_gate", gate)
+    rebuild_here(monkeypatch)
 
 
 def settings(model: Path, **changes: object) -> QuantizeVitConfig:
