@@ -59,8 +59,7 @@ def validate_tensorrt(
         notify: gets the notice of an engine that is built again; the log otherwise.
 
     Returns:
-        The record: ACCEPT when an engine was run, PROVED-WITHOUT-RUNNING where no GPU is, CONSISTENT where the artifact
-        is not at hand.
+        The record: ACCEPT when an engine ran, PROVED-WITHOUT-RUNNING where no GPU is, CONSISTENT without the artifact.
 
     Raises:
         ConfigurationError: `against` is not the export's parent.
@@ -93,8 +92,8 @@ def validate_tensorrt(
     read = [engine_precisions(artifact, engine) for engine in engines]
     stated, unchecked = contents_gate(artifact, None if source is None else source.root)
     gates = [*(held or ()), stated, _finite(expected, reference)]
-    judged = zip(engines, read, strict=True)
-    gates += [g for engine, report in judged if report is not None for g in precision_gates(artifact, engine, report)]
+    judged = [(engine, report) for engine, report in zip(engines, read, strict=True) if report is not None]
+    gates += [gate for engine, report in judged for gate in precision_gates(artifact, engine, report)]
     gates += [] if execution is None else [_error(execution, reference)]
     reports = (
         EngineReport(
