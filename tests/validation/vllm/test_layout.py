@@ -94,17 +94,18 @@ def permutations(engine: Mapping[str, Tensor], files: Mapping[str, Tensor]) -> N
     engine["checkered"].copy_(torch.where(torch.eye(4).bool(), files["square"], files["triangle"].t()))
     engine["checkered2"].copy_(torch.where(torch.eye(4).bool(), files["triangle"].t(), files["square"]))
     engine["kernel"].copy_(files["kernel"].reshape(6, 1, 4))
+    engine["beside"].copy_(torch.cat([files["right"], files["left"]], dim=1))
 
 
 def test_transposed_split_and_scattered() -> None:
     checkpoint = {
         "conv1d": random(5, 300), "w1.0": random(3, 4), "w3.0": random(3, 4) + 1, "w1.1": random(3, 4) + 2,
         "w3.1": random(3, 4) + 3, "diagonal": random(6, 5), "split": random(4, 10), "square": random(4, 4),
-        "triangle": random(4, 4) + 1, "kernel": random(6, 4),
+        "triangle": random(4, 4) + 1, "kernel": random(6, 4), "left": random(3, 4), "right": random(3, 5),
     }  # fmt: skip
     shapes = {
         "transposed": (300, 5), "experts": (2, 6, 4), "diagonal": (6, 5), "first": (4, 5), "second": (4, 5),
-        "checkered": (4, 4), "checkered2": (4, 4), "kernel": (6, 1, 4),
+        "checkered": (4, 4), "checkered2": (4, 4), "kernel": (6, 1, 4), "beside": (3, 9),
     }  # fmt: skip
     tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
     assert_whole(rebuilt(engine_of(checkpoint, tensors, permutations), tensors), checkpoint)
