@@ -193,9 +193,11 @@ def _mean_divergence(table: Tensor, places: Sequence[Mapping[str, float | str]])
 def _verdict(text: str, tokens: list[int], same_prompt: bool, agreeing: int) -> Any:
     if not same_prompt:
         return "prompt-differs"
-    if not tokens or not text.strip():
+    if not tokens or agreeing < len(tokens):
+        return "differs"
+    if not text.strip():
         return "empty"
     most = max(tokens.count(token) for token in set(tokens))
     if len(tokens) >= _DEGENERATE_FROM and most >= _DEGENERATE_SHARE * len(tokens):
         return "degenerate"
-    return "ok" if agreeing == len(tokens) else "differs"
+    return "ok"

@@ -175,12 +175,8 @@ def test_what_was_changed_is_named(reports: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["falcon", *(pytest.param(n, marks=only_long) for n in CHOSEN if n != "falcon")])
 def test_a_whole_validation_accepts(exports: Path, python: Path, name: str) -> None:
-    try:
-        record = validate_export(exports / f"{name}-export", against=exports / name, prompts=["Hello"], max_tokens=2)
-    except ExportRejectedError as error:
-        record = error.record
-    # Random weights may answer with a space, which is refused; every other gate holds.
-    assert {gate.name.partition(",")[0] for gate in record.gates if not gate.passed} <= {"wrong answers"}
+    record = validate_export(exports / f"{name}-export", against=exports / name, prompts=["Hello"], max_tokens=2)
+    assert record.verdict == "ACCEPT"
     assert record.served is not None
 
 

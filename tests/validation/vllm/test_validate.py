@@ -22,7 +22,7 @@ import fp8pipe
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat, open_artifact
+from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, NumberFormat, open_artifact
 from fp8pipe.artifact.manifest import Encoding
 from fp8pipe.artifact.record import record_path
 from fp8pipe.cli import main
@@ -31,7 +31,14 @@ from validation.vllm import validate
 from validation.vllm.ask import ask
 from validation.vllm.expected import Expected, ExpectedWeights, count_differences, plan_of
 from validation.vllm.launcher import ServerOptions, server
-from validation.vllm.record import LogprobReport, ServedReport, ValidationRecord, WeightReport
+from validation.vllm.record import (
+    CanaryAnswer,
+    LogprobReport,
+    ServedReport,
+    ValidationRecord,
+    WeightReport,
+    wrong_answers,
+)
 from validation.vllm.reference import _verdict
 from validation.vllm.validate import validate_export
 
@@ -306,7 +313,8 @@ def test_values_that_are_not_finite_are_rejected() -> None:
         ("Paris.", [4, 5], True, 2, "ok"),
         ("Paris.", [4, 5], True, 1, "differs"),
         ("Paris.", [4, 5], False, 2, "prompt-differs"),
-        ("", [], True, 0, "empty"),
+        ("", [], True, 0, "differs"),
+        (" \n", [7], True, 0, "differs"),
         (" \n", [7], True, 1, "empty"),
         ("aaaaaaaa", [9] * 8, True, 8, "degenerate"),
         ("no no", [9, 9], True, 2, "ok"),
@@ -314,3 +322,15 @@ def test_values_that_are_not_finite_are_rejected() -> None:
 )
 def test_verdicts(text: str, tokens: list[int], same: bool, agreeing: int, verdict: str) -> None:
     assert _verdict(text, tokens, same, agreeing) == verdict
+
+
+def test_a_model_that_has_nothing_to_say_is_told_and_one_that_says_something_else_is_refused() -> None:
+    def gate(*verdicts: str) -> Gate:
+        answers = [CanaryAnswer(prompt=v, answer="", tokens=1, agreeing_tokens=1, verdict=v) for v in verdicts]
+        return wrong_answers(answers, "as served")
+
+    own = gate("ok", "empty", "degenerate")
+    assert own.passed
+    assert "'empty' is empty: '' (the torch model's answer, too)" in own.detail
+    for verdict in ("differs", "prompt-differs"):
+        assert not gate("ok", verdict).passed
