@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_counts import count_layer
 
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.numerics import backends
+from fp8pipe.numerics import backends, cuda
 from fp8pipe.numerics.grids import Scale
 from pipeline.dry_run import costs
 from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, reckon
@@ -80,6 +80,7 @@ COUNTED = {
 @pytest.mark.parametrize("falqon", [False, True], ids=["model", "falqon"])
 def test_a_real_layer_moves_the_counted_bytes(falqon, monkeypatch):
     monkeypatch.setattr(falqon_layer, "backend", lambda tensor: backends._CUDA)  # nothing is computed here
+    monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
     batch, length = 16, 256
     shape, rank = Decoder(512, 1024, 8 * 96, 2 * 96, 1, 64), 16
     forward, backward = count_layer(COUNTED, batch, length, _to_falqon if falqon else lambda layer: None)
