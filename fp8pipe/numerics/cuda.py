@@ -5,7 +5,8 @@ dX, the sum over W's rows has been rounded to the output's dtype, for the produc
 
 A pass over activations costs as much as a good part of a product, so casts are two: one for the largest magnitudes, one
 that scales and rounds. While torch.compile traces, the cast is written as operators that it can fuse with what makes
-their input, and the products, which add in place, are operators of their own.
+their input, and the products, which add in place, are operators of their own; scales that a product does not apply are then
+left to the pass that comes next.
 
 `torch._scaled_mm` wants the first operand row-major, the second column-major (cuBLASLt's TN), and inner and outer widths
 in multiples of 16: padding meets the widths, a physical transpose of one byte per weight the layout.
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid, Scale, power_of_two_scale, quantize
+from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid, Scale, amax_to_scale, power_of_two_scale
 from fp8pipe.numerics.kinds import ScaleRule
 from fp8pipe.numerics.reference import Backend
 
@@ -36,7 +37,7 @@ def capability(index: int) -> tuple[int, int]:
 
 
 def scales_rows(index: int, dtype: torch.dtype) -> bool:
-    """Whether the product is to apply one scale per row itself; else they are applied to its result, as exactly.
+    """Whether the product is to apply one scale per row itself; else its result is multiplied by them, as exactly.
 
     Its kernel for that is right and fast on Hopper and on Blackwell's data centre GPUs. Ada's is a slow one that stalls
     beside other streams before torch 2.12, Blackwell's GPUs for workstations (12.0) have none, Windows is built without
@@ -54,6 +55,17 @@ def cast_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
     amax = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True, dtype=torch.float32)
     scale = power_of_two_scale(amax, grid)
     return _multiply(x, scale.reciprocal(), grid.dtype), scale
+
+
+def cast_whole(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale]:
+    """Round `x` to `grid` on one scale of the rule `exact`: what `grids.quantize` gives, in two passes over x.
+
+    The multiplier is rounded, so a value may exceed the grid's largest by a unit in fp32: that rounds to the largest.
+    """
+    amax = torch.linalg.vector_norm(x, math.inf, dtype=torch.float32)
+    scale = amax_to_scale(amax, grid, ScaleRule.EXACT)
+    assert scale.inverse_scale is not None
+    return _multiply(x, scale.inverse_scale.view(1, 1), grid.dtype), scale  # a scalar would be rounded to bf16
 
 
 def forward_products(
@@ -140,16 +152,18 @@ class Cuda(Backend):
     ) -> tuple[Tensor, Tensor]:
         width = codes.shape[0] - rank
         if scale.rule is ScaleRule.EXACT:
-            found, x_scale = quantize(x, E4M3, scale.rule)
+            found, x_scale = cast_whole(x, E4M3)
             wide = _scaled_mm(found, x_scale.value, codes.t(), scale.value, None, x.dtype, fast_accumulation=True)
             return wide[:, :width], wide[:, width : width + rank].clone()
         found, rows = cast_rows(x, E4M3)
-        within = rows if scales_rows(x.get_device(), x.dtype) else None
-        product = _forward_op if torch.compiler.is_compiling() else forward_products
         b = None if b is None else b.to(x.dtype)
-        wide, o = product(found, within, codes, scale.value, scale.columns, b, rank, x.dtype)
+        if not torch.compiler.is_compiling():
+            wide, o = forward_products(found, rows, codes, scale.value, scale.columns, b, rank, x.dtype)
+            return wide[:, :width], o
+        within = rows if scales_rows(x.get_device(), x.dtype) else None
+        wide, o = _forward_op(found, within, codes, scale.value, scale.columns, b, rank, x.dtype)
         y = wide[:, :width]
-        return (y, o) if within is not None else (_times(y, rows), _times(o, rows))
+        return (y, o) if within is not None else ((y * rows).to(x.dtype), (o * rows).to(x.dtype))
 
     def backward(
         self, grad: Tensor, o: Tensor, codes: Tensor, scale: Scale, b: Tensor | None = None, *, wants_input: bool = True
@@ -160,21 +174,22 @@ class Cuda(Backend):
 
     def _input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, b: Tensor | None) -> Tensor:
         g, rows = cast_rows(grad, E5M2)
-        within = rows if scales_rows(grad.get_device(), grad.dtype) else None
         # The scale is A's, moved: a power of two, so no product and no sum is rounded otherwise.
         beside = None if b is None else grad @ _multiply(b, scale.value, grad.dtype)
+        into = codes.shape[1]
+        if not torch.compiler.is_compiling():
+            return input_gradient(g, rows, codes, scale.value, scale.columns, beside, grad.dtype)[:, :into]
+        within = rows if scales_rows(grad.get_device(), grad.dtype) else None
         if beside is not None and within is None:
-            beside = _times(beside, rows.reciprocal())
-        product = _gradient_op if torch.compiler.is_compiling() else input_gradient
-        dx: Tensor = product(g, within, codes, scale.value, scale.columns, beside, grad.dtype)
-        dx = dx[:, : codes.shape[1]]
-        return dx if within is not None else _times(dx, rows)
+            beside = (beside / rows).to(grad.dtype)
+        dx: Tensor = _gradient_op(g, within, codes, scale.value, scale.columns, beside, grad.dtype)[:, :into]
+        return dx if within is not None else (dx * rows).to(grad.dtype)
 
 
 def _exact_backward(
     grad: Tensor, o: Tensor, codes: Tensor, scale: Scale, wants_input: bool
 ) -> tuple[Tensor | None, Tensor]:
-    (g, g_scale), (a, a_scale) = quantize(grad, E5M2, ScaleRule.EXACT), quantize(o, E4M3, ScaleRule.EXACT)
+    (g, g_scale), (a, a_scale) = cast_whole(grad, E5M2), cast_whole(o, E4M3)
     dx = None
     if wants_input:
         column_major = _bytes(codes[: grad.shape[1]]).t().contiguous().view(codes.dtype).t()
@@ -195,11 +210,6 @@ def _multiply(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(values, factor, out=torch.empty(values.shape, dtype=dtype, device=values.device))
 
 
-def _times(values: Tensor, rows: Tensor) -> Tensor:
-    """`values` `(rows, cols)`, each row times its power of two `(rows, 1)`, in place unless torch.compile traces."""
-    return (values * rows).to(values.dtype) if torch.compiler.is_compiling() else values.mul_(rows)
-
-
 def _scaled_mm(
     a: Tensor,
     scale_a: Tensor | None,
@@ -216,15 +226,19 @@ def _scaled_mm(
     """
     if b.shape[0] % _ALIGN or b.shape[1] % _ALIGN:
         b = _pad(_pad(b.t(), 0), 1).t()
+    rows = None
     if scale_a is None:
         scale_a = torch.ones_like(scale_b)
+    elif scale_a.dim() == 2 and not scales_rows(a.get_device(), dtype):
+        scale_a, rows = torch.ones_like(scale_b), scale_a
     elif scale_a.dim() == 2:  # one scale per row wants one per column beside it
         cols = b.shape[1]
         fits = columns is not None and columns.numel() >= cols
         scale_b = columns[:cols].view(1, cols) if fits else scale_b.expand(1, cols).contiguous()
-    return torch._scaled_mm(
+    product = torch._scaled_mm(
         _pad(a, 1), b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast_accumulation
     )
+    return product if rows is None else product.mul_(rows)
 
 
 def _aligned(width: int) -> int:

@@ -141,7 +141,7 @@ class Layers:
 
 
 FALQON_LAYERS: Final = Layers(
-    Widths(150, 53, 20, 43, 16), Widths(246, 69, 106, 92), (98, 135), Widths(10, 6, 6, 6, 8), Widths(12, 6, 6, 26, 8)
+    Widths(96, 26, 20, 16, 16), Widths(192, 42, 54, 38), (66, 95), Widths(10, 6, 6, 6, 8), Widths(12, 6, 6, 26, 8)
 )
 LORA_LAYERS: Final = Layers(
     Widths(164, 42, 40, 42), Widths(296, 54, 40, 44), (72, 94), Widths(20, 6, 4, 8, 14), Widths(28, 6, 4, 14, 14)

@@ -22,7 +22,20 @@ from fp8pipe.models.compat import import_transformers
 
 Losses = Callable[[], Iterable[Tensor]]
 _Project = Callable[[Tensor, Tensor, str], Tensor]
-_Cell = list[Tensor]  # holds an input, until the gradient of its output is there
+
+
+@dataclass(slots=True)
+class _Cell:
+    """Where a layer's input and the gradient of its output meet, in any order, and are used up."""
+
+    project: Callable[[Tensor, Tensor], None]
+    x: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def meet(self) -> None:
+        if self.x is not None and self.gradient is not None:
+            self.project(self.x, self.gradient)
+            self.x = self.gradient = None
 
 
 @dataclass(slots=True)
@@ -31,17 +44,6 @@ class _Repeated:
 
     cells: list[_Cell] | None = None
     again: Iterator[_Cell] | None = None
-
-    def cell(self, x: Tensor) -> tuple[_Cell, bool]:
-        """Where `x` is held, and whether its output waits for a gradient: that of a repetition does not."""
-        if self.again is not None:
-            cell = next(self.again)
-            cell.append(x)
-            return cell, False
-        if self.cells is None:
-            return [x], True
-        self.cells.append([])
-        return self.cells[-1], True
 
 
 @dataclass(slots=True)
@@ -80,20 +82,28 @@ def observe(
     sums: dict[str, Tensor] = {}
     state = _Repeated()
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            cell, waits = state.cell(args[0].detach().reshape(-1, args[0].shape[-1]))
+    def add(name: str, x: Tensor, gradient: Tensor) -> None:
+        part = project(x, gradient, name)
+        sums[name] = sums[name] + part if name in sums else part
 
-            def on_gradient(gradient: Tensor) -> None:
-                part = project(cell.pop(), gradient.reshape(-1, gradient.shape[-1]), name)
-                sums[name] = sums[name] + part if name in sums else part
+    def on_forward(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        if state.again is not None:  # its first output waits for a gradient, or has got it
+            cell = next(state.again)
+            cell.x = x
+            cell.meet()
+            return
+        cell = _Cell(partial(add, name), None if state.cells is not None else x)
+        if state.cells is not None:
+            state.cells.append(cell)
 
-            if waits:
-                output.register_hook(on_gradient)
+        def on_gradient(gradient: Tensor) -> None:
+            cell.gradient = gradient.reshape(-1, gradient.shape[-1])
+            cell.meet()
 
-        return on_forward
+        output.register_hook(on_gradient)
 
-    handles = [model.get_submodule(n).register_forward_hook(watch(n)) for group in groups for n in group]
+    handles = [model.get_submodule(n).register_forward_hook(partial(on_forward, n)) for group in groups for n in group]
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()))
     try:

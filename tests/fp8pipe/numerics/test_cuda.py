@@ -140,12 +140,13 @@ def test_every_device_computes_the_same_results(rule, rows, rank, cols, tokens, 
 
 @SHAPES
 @pytest.mark.parametrize("live", [True, False], ids=["live", "merged"])
-def test_row_scales_applied_afterwards_change_no_bit(live, rows, rank, cols, tokens, device):
+def test_row_scales_applied_afterwards_change_no_bit(live, rows, rank, cols, tokens, device, monkeypatch):
     x, grad, o, codes, scale, b = _case(ScaleRule.POWER_OF_TWO, rows, rank, cols, tokens)
     x[2], grad[3] = 0, 0
     found = []
-    for capability in ((9, 0), (8, 9), (12, 0)):
+    for capability, compiling in (((9, 0), False), ((8, 9), False), ((12, 0), False), ((9, 0), True), ((8, 9), True)):
         one = device(capability)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
         assert cuda.scales_rows(-1, x.dtype) == (capability == (9, 0))
         form = b if live else None
         found.append([*one.forward(x, codes, scale, rank, form), *one.backward(grad, o, codes, scale, form)])
@@ -177,3 +178,18 @@ def test_casts_of_every_bf16_value_are_those_of_quantize(grid, compiling, monkey
     assert same_bits(scale[sound], rule.value[sound])
     assert same_bits(codes[sound], expected[sound])
     assert codes[~sound].float().isnan().all()  # and whatever they are multiplied by
+
+
+@pytest.mark.parametrize("grid", [E4M3, E5M2], ids=lambda g: g.name)
+def test_casts_on_one_exact_scale_are_those_of_quantize(grid):
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    # Each magnitude is the largest once: the multiplier is then rounded up or down.
+    for largest in every[(every > 1e-12) & (every < 1e30)][::97].tolist():
+        x = every[every.abs() <= largest].view(1, -1)
+        codes, scale = cuda.cast_whole(x, grid)
+        expected, rule = quantize(x, grid, ScaleRule.EXACT)
+        assert torch.equal(scale.inverse_scale, rule.inverse_scale)
+        assert same_bits(codes, expected)
+    for poison in (torch.nan, torch.inf):
+        x = torch.tensor([[1.0, poison]], dtype=torch.bfloat16)
+        assert cuda.cast_whole(x, grid)[0].float().isnan().any()

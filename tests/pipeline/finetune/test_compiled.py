@@ -17,7 +17,7 @@ from pipeline.finetune.compiled import compile_layers, decoder_layers, wrap_laye
 
 SHAPES = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 3, "vocab_size": 64,
+    "num_hidden_layers": 2, "vocab_size": 64,
 }  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def _forget_graphs():
     torch._dynamo.reset()
 
 
-def make_model(checkpointed=True):
+def make_model():
     transformers = import_transformers()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPES), dtype=torch.bfloat16)
@@ -36,8 +36,7 @@ def make_model(checkpointed=True):
     for layer in model.modules():
         if hasattr(layer, "lora_B"):
             layer.lora_B.data.normal_(std=0.02)
-    if checkpointed:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
@@ -53,35 +52,33 @@ def step(model, device="cpu"):
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
-def test_one_graph_serves_all_layers_and_changes_no_bit(checkpointed, monkeypatch):
+def test_one_graph_serves_all_layers_and_changes_no_bit(monkeypatch):
     """On a CPU, with the torch casts: the compiled ones are opaque to the tracer."""
     monkeypatch.setattr(backends, "library", lambda: None)
-    plain, compiled = make_model(checkpointed), make_model(checkpointed)
+    plain, compiled = make_model(), make_model()
     counter = CompileCounterWithBackend("aot_eager")
     compile_with(compiled, counter)
     (loss, gradients), (same_loss, same) = step(plain), step(compiled)
     assert torch.equal(loss, same_loss)
-    assert len(gradients) == 3 * 4
+    assert len(gradients) == 2 * 4
     assert gradients.keys() == same.keys()
     assert all(torch.equal(gradients[name], same[name]) for name in gradients)
     step(compiled)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("capability", [(8, 9), (9, 0)], ids=["8.9", "9.0"])
-def test_one_graph_on_cuda(capability):
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_one_graph_without_a_break_on_cuda():
     import_transformers().LlamaForCausalLM  # noqa: B018
-    counter = CompileCounterWithBackend("aot_eager")
-    with fake_cuda(capability, counted=False), torch.device("cuda"):
-        model = make_model()
+    counter = CompileCounterWithBackend("eager")
+    with fake_cuda(counted=False):
+        with torch.device("cuda"):
+            model = make_model()
         compile_with(model, counter)
         _, gradients = step(model, "cuda")
-        assert len(gradients) == 3 * 4
+        assert len(gradients) == 2 * 4
         assert all(gradient.is_cuda for gradient in gradients.values())
     assert counter.frame_count == 1
-    operators = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
-    assert len(operators) > 50
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_the_log_says_why(caplog):
