@@ -24,7 +24,7 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     try:
         model = kind.from_pretrained(
             source.path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False,
-            **_placement(config.device),
+            **placement(config.device),
         )  # fmt: skip
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ConfigurationError(
@@ -42,7 +42,7 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     return moved
 
 
-def _placement(device: str) -> dict[str, Any]:
+def placement(device: str) -> dict[str, Any]:
     """Options of `from_pretrained` with which each tensor goes from its file to a GPU, none through the host's memory."""
     if device == "cpu":
         return {}
