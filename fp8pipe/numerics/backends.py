@@ -1,10 +1,10 @@
 """What differs by device in FP8 training, behind one interface: `backend(tensor)` gives its device's operations.
 
 The mathematics is that of `reference.Backend`. A CPU runs it with compiled casts: `kernels.c`, built once for this
-machine and kept in the user's cache under a digest of source, flags and processor, so that a cast costs one pass; absent
-a compiler, torch does the same. They change no bit of any result: tests compare them with their torch twins. CUDA with
-FP8 tensor cores multiplies the codes themselves (`cuda.Cuda`); without them it runs the reference, whose products are
-bf16.
+machine and kept in the user's cache under a digest of source, flags and processor, so that a cast costs one pass;
+absent a compiler, torch does the same. They change no bit of any result: tests compare them with their torch twins.
+CUDA with FP8 tensor cores multiplies the codes themselves (`cuda.Cuda`); without them it runs the reference, whose
+products are bf16.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 It computes what `reference.Backend` says, with sums in another order. The one other difference: where G B is added to
 dX, the sum over W's rows has been rounded to the output's dtype, for the product takes nothing to add to.
 
-A pass over activations costs as much as a good part of a product, so casts are two: one for the largest magnitudes, one
-that scales and rounds. While torch.compile traces, the cast is written as operators that it can fuse with what makes
-their input, and the products, which add in place, are operators of their own; scales that a product does not apply are then
-left to the pass that comes next.
+A pass over activations costs as much as a good part of a product, so casts are two: one for the largest magnitudes,
+one that scales and rounds. While torch.compile traces, the cast is written as operators that it can fuse with what
+makes their input, and the products, which add in place, are operators of their own; scales that a product does not
+apply are then left to the pass that comes next.
 
-`torch._scaled_mm` wants the first operand row-major, the second column-major (cuBLASLt's TN), and inner and outer widths
-in multiples of 16: padding meets the widths, a physical transpose of one byte per weight the layout.
+`torch._scaled_mm` wants the first operand row-major, the second column-major (cuBLASLt's TN), and inner and outer
+widths in multiples of 16: padding meets the widths, a physical transpose of one byte per weight the layout.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _ALIGN = 16
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@cache
 def capability(index: int) -> tuple[int, int]:
     """The compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(index)
+    return _capability(index)
+
+
+_capability = cache(torch.cuda.get_device_capability)
 
 
 def scales_rows(index: int, dtype: torch.dtype) -> bool:
@@ -48,7 +50,7 @@ def scales_rows(index: int, dtype: torch.dtype) -> bool:
 
 
 def cast_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
-    """Round `x` `(rows, cols)`, bf16 or fp32, to `grid`, each row on its power-of-two scale: codes and `(rows, 1)` fp32.
+    """Round `x` `(rows, cols)`, bf16 or fp32, to `grid`: codes, and a power-of-two scale per row, `(rows, 1)` fp32.
 
     What `grids.quantize` gives, in two passes over x. Under its scale no value exceeds the grid, so none is clamped.
     """
@@ -150,6 +152,7 @@ class Cuda(Backend):
     def forward(
         self, x: Tensor, codes: Tensor, scale: Scale, rank: int, b: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """As `Backend.forward`; Y may be columns of a wider matrix."""
         width = codes.shape[0] - rank
         if scale.rule is ScaleRule.EXACT:
             found, x_scale = cast_whole(x, E4M3)
@@ -168,6 +171,7 @@ class Cuda(Backend):
     def backward(
         self, grad: Tensor, o: Tensor, codes: Tensor, scale: Scale, b: Tensor | None = None, *, wants_input: bool = True
     ) -> tuple[Tensor | None, Tensor]:
+        """As `Backend.backward`."""
         if scale.rule is ScaleRule.EXACT:
             return _exact_backward(grad, o, codes, scale, wants_input)
         return super().backward(grad, o, codes, scale, b, wants_input=wants_input)

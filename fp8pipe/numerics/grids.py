@@ -143,7 +143,7 @@ def amax_to_scale(amax: Tensor, grid: FloatGrid, rule: ScaleRule) -> Scale:
 
 
 def quantize_stacked(weights: Sequence[Tensor], grid: FloatGrid, rule: ScaleRule) -> tuple[Tensor, Scale]:
-    """`quantize` of matrices `(rows, cols)` stacked, with one scale; little but the codes is held beside the matrices."""
+    """`quantize` of stacked matrices `(rows, cols)`, with one scale; little but the codes is held beside them."""
     scale = stacked_scale(weights, grid, rule)
     rows, cols = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     codes = torch.empty(rows, cols, dtype=grid.dtype, device=weights[0].device)

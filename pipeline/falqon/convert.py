@@ -18,8 +18,8 @@ from fp8pipe.models.language.structure import ModelStructure, structure_of
 from fp8pipe.numerics.grids import E4M3, Scale, quantize_stacked
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.initialise import adapter_directions, gradient_sketches
-from pipeline.falqon.observed import Losses
 from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
+from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
 
 _SHOWN = 3  # layers in a message

@@ -30,7 +30,6 @@ _POWER_ITERATIONS = 3
 _SKETCH_FACTOR = 3  # columns of the gradient's sketch for each direction: no power iterations are there to sharpen it
 
 
-
 def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:
     """`W - dequantize(quantize(W))` in fp32, shape of `weight`; little more than the result is held at once."""
     scale = stacked_scale([weight], E4M3, rule)

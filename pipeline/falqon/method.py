@@ -9,8 +9,8 @@ from fp8pipe.artifact import LayerRecord
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.convert import FalqonGroup, convert_model
 from pipeline.falqon.flush import FlushReport, Inputs, flush_rows, merge_all, preview, select_rows
-from pipeline.falqon.observed import Losses
 from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
 from pipeline.finetune.method import Method
 from pipeline.finetune.weights import Deployed, Weights

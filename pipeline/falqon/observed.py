@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -65,9 +64,7 @@ class _Run:
             self.state.cells, self.state.again = before
 
 
-def observe(
-    model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, project: _Project
-) -> list[list[Tensor]]:
+def observe(model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, project: _Project) -> list[list[Tensor]]:
     """For each member of each group, the sum over all batches of `project(X, G, name)`.
 
     Args:

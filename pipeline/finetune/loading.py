@@ -43,7 +43,7 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
 
 
 def placement(device: str) -> dict[str, Any]:
-    """Options of `from_pretrained` with which each tensor goes from its file to a GPU, none through the host's memory."""
+    """Options of `from_pretrained` by which each tensor goes from its file to a GPU, and the host holds few at once."""
     if device == "cpu":
         return {}
     if find_spec("accelerate") is None:  # transformers asks for it, though it is not used

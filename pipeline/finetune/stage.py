@@ -27,7 +27,6 @@ from fp8pipe.artifact import (
     sha256_file,
 )
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TextFacts, TunedDetails
-from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names

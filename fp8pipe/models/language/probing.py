@@ -110,7 +110,7 @@ def _why(read: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """What a pass shows: called modules by the tensor, and its version, that they got, and modules whose weight is read."""
+    """What a pass shows: called modules by the tensor, and its version, that they got; modules whose weight is read."""
 
     readers: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)

@@ -63,9 +63,7 @@ def _case(rule, rows, rank, cols, tokens, dtype=torch.bfloat16):
     if rule is ScaleRule.POWER_OF_TWO:
         scale = Scale(scale.value, columns=scale.value.expand(max(codes.shape) + 15).contiguous())
     spread = torch.exp(2 * torch.randn(tokens, 1, generator=generator))
-    x, grad, o = (
-        (spread * torch.randn(tokens, n, generator=generator)).to(dtype) for n in (cols, rows, rank)
-    )
+    x, grad, o = ((spread * torch.randn(tokens, n, generator=generator)).to(dtype) for n in (cols, rows, rank))
     b = 0.1 * torch.randn(rows, rank, generator=generator)
     return x, grad, o, codes, scale, b
 
