@@ -45,14 +45,12 @@ def test_live_takes_little_more_than_the_papers_rule_once_compiled():
     assert reckon(LLAMA_7B, PAPER, LIVE, RTX_4090).seconds > 2.1  # casts that are not fused
 
 
-@pytest.mark.parametrize(
-    ("shape", "static", "peak", "compiled"), [(LLAMA_7B, 8.5e9, 16.5e9, None), (LLAMA_13B, 15.7e9, 25.4e9, 22.5e9)]
-)
-def test_memory_against_an_independent_estimate(shape, static, peak, compiled):
+@pytest.mark.parametrize(("shape", "static", "compiled"), [(LLAMA_7B, 8.5e9, None), (LLAMA_13B, 15.7e9, 22.5e9)])
+def test_memory_against_an_independent_estimate(shape, static, compiled):
     assert costs.static_bytes(shape, PAPER.rank, LIVE) == pytest.approx(static, rel=0.02)
-    assert costs.memory_bytes(shape, PAPER, LIVE) == pytest.approx(peak, rel=0.15)
     if compiled:
-        assert costs.memory_bytes(shape, PAPER, LIVE_COMPILED) == pytest.approx(compiled, rel=0.15)
+        assert costs.memory_bytes(shape, PAPER, LIVE_COMPILED) == pytest.approx(compiled, rel=0.05)
+        assert costs.memory_bytes(shape, PAPER, LIVE) > costs.memory_bytes(shape, PAPER, LIVE_COMPILED)
 
 
 def test_operations_by_hand():
