@@ -237,8 +237,9 @@ def _scaled_mm(
         scale_a, rows = torch.ones_like(scale_b), scale_a
     elif scale_a.dim() == 2:  # one scale per row wants one per column beside it
         cols = b.shape[1]
-        fits = columns is not None and columns.numel() >= cols
-        scale_b = columns[:cols].view(1, cols) if fits else scale_b.expand(1, cols).contiguous()
+        if columns is None or columns.numel() < cols:
+            columns = scale_b.expand(cols).contiguous()
+        scale_b = columns[:cols].view(1, cols)
     product = torch._scaled_mm(
         _pad(a, 1), b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast_accumulation
     )

@@ -162,7 +162,8 @@ def stacked_scale(weights: Sequence[Tensor], grid: FloatGrid, rule: ScaleRule) -
 
 def row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Views of a matrix, whole rows each, of a size that temporaries may have."""
-    return matrix.split(max(1, _BLOCK_VALUES // matrix.shape[1]))
+    blocks: tuple[Tensor, ...] = matrix.split(max(1, _BLOCK_VALUES // matrix.shape[1]))
+    return blocks
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -18,9 +18,9 @@ from typing import Any, Final
 from pipeline.dry_run.devices import GEMM_SHARE, MEMORY_SHARE, Device
 
 LAUNCH_SECONDS: Final = 5e-6  # host time of one eager operator, an assumption
-# As Inductor's scheduler plans a FALQON decoder layer of LLaMA-7B with checkpointing: of 25.5 GB between products 6.25,
+# As Inductor's scheduler plans a FALQON decoder layer of LLaMA-7B with checkpointing: of 25.5 GB between products 6.31,
 # of 227 kernels 35, and 16 within the operators of products.
-COMPILED_TRAFFIC: Final = 6.25 / 25.5
+COMPILED_TRAFFIC: Final = 6.31 / 25.5
 COMPILED_KERNELS: Final = 51 / 227
 CONTEXT_BYTES: Final = 500_000_000  # CUDA context and cuBLAS's workspaces, an assumption
 

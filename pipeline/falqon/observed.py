@@ -132,7 +132,7 @@ def _checkpointed(model: nn.Module, state: _Repeated) -> Iterator[None]:
 
     try:
         for layer in layers:
-            layer.forward = partial(run, layer.forward)  # type: ignore[method-assign]
+            layer.forward = partial(run, layer.forward)
         with set_checkpoint_early_stop(False):  # each layer's last linear must be called again, too
             yield
     finally:

@@ -46,8 +46,10 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
     if missing := _missing(first.get_device()):
         _LOG.warning("decoder layers run uncompiled, which takes longer: %s", missing)
         return False
-    # Some 30 layers share their code, and a model may have more than one kind.
+    # Layers share their code, and a model may have several kinds. A layer that will not compile runs as it is, and
+    # torch's log says so.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.suppress_errors = True
     for layer in decoder_layers(model):
         wrap_layer(layer, torch.compile(layer.forward, options=OPTIONS))
     return True
