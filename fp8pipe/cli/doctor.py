@@ -121,7 +121,7 @@ def _device_checks() -> Iterator[Check]:
     for device in devices:
         capability = ".".join(map(str, device.capability))
         value = f"{device.name}, compute capability {capability}, {format_bytes(device.memory_bytes)}"
-        fix = "" if device.fp8 else "no FP8 tensor cores (8.9 or later has them): FP8 is emulated"
+        fix = "" if device.fp8 else "no FP8 tensor cores (8.9 or later has them): products run in bf16"
         yield Check("cuda device", OK if device.fp8 else WARNING, value, fix)
     if not devices:
         build = bool(torch.version.cuda)

@@ -1,17 +1,10 @@
 """What differs by device in FP8 training, behind one interface: `backend(tensor)` gives its device's operations.
 
-The mathematics is that of `Backend`, in torch: operands are rounded to FP8, and products of what the codes stand for
-are summed in fp32 and rounded once. E4M3 and E5M2 codes are exact in bf16 and their products exact in fp32, so with
-power-of-two scales one bf16 GEMM of dequantized operands is the FP8 GEMM, and torch's own FP8 product, slow on a CPU,
-is not needed. A CPU does that, with compiled casts. On CUDA `torch._scaled_mm` multiplies the codes themselves.
-
-Activations and gradients follow the rule of the weight's scale. `power-of-two` has one scale per row (token), as
-engines do when they serve, so that one outlier token does not push all others into the subnormals; `exact` has one for
-all.
-
-The compiled casts are `kernels.c`, built once for this machine and kept in the user's cache under a digest of source,
-flags and processor, so that a cast costs one pass; absent a compiler, torch does the same. They change no bit of any
-result: tests compare them with their torch twins here.
+The mathematics is that of `reference.Backend`. A CPU runs it with compiled casts: `kernels.c`, built once for this
+machine and kept in the user's cache under a digest of source, flags and processor, so that a cast costs one pass;
+absent a compiler, torch does the same. They change no bit of any result: tests compare them with their torch twins.
+CUDA with FP8 tensor cores multiplies the codes themselves (`cuda.Cuda`); without them it runs the reference, whose
+products are bf16.
 """
 
 from __future__ import annotations
@@ -30,75 +23,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3, E5M2, FloatGrid, Scale, quantize
+from fp8pipe.core.machine import FP8_CAPABILITY
+from fp8pipe.numerics import cuda
+from fp8pipe.numerics.grids import AMAX_FLOOR, FloatGrid, Scale
 from fp8pipe.numerics.kinds import ScaleRule
-
-_ALIGN = 16  # torch._scaled_mm: inner and outer widths must be multiples of 16
-
-
-def _quantize_rows(x: Tensor, grid: FloatGrid, rule: ScaleRule) -> tuple[Tensor, Scale]:
-    return quantize(x, grid, rule, per_row=rule is ScaleRule.POWER_OF_TWO)
-
-
-class Backend:
-    """The operations in torch, right on every device; the fast ones replace some."""
-
-    def cast(self, x: Tensor, grid: FloatGrid, rule: ScaleRule, out: Tensor | None = None) -> Tensor:
-        """Round `x` `(rows, cols)`, bf16 or fp32, to `grid` with dynamic scales: one, or `power-of-two` one per row.
-
-        Returns:
-            The dequantized values: with `power-of-two` in the dtype of `x` (exact), else fp32. They are in `out`, where
-            it is given: `(rows, cols)` with unit column stride, of the dtype that the result has.
-        """
-        codes, scale = _quantize_rows(x, grid, rule)
-        values = scale.dequantize(codes)
-        values = values if rule is ScaleRule.EXACT else values.to(x.dtype)
-        return values if out is None else out.copy_(values)
-
-    def decode(self, codes: Tensor, scale: Scale, dtype: torch.dtype) -> Tensor:
-        """E4M3 codes `(rows, cols)` dequantized: with a power-of-two scale in `dtype`, bf16 or fp32, else fp32."""
-        values = scale.dequantize(codes)
-        return values if scale.rule is ScaleRule.EXACT else values.to(dtype)
-
-    def decode_units(self, codes: Tensor) -> Tensor:
-        """E4M3 codes (any shape) as fp32 in code units."""
-        return codes.float()
-
-    def merge_rows(self, codes: Tensor, rows: Tensor, update: Tensor) -> None:
-        """`codes[rows] = round(codes[rows] + update)` to nearest, in place.
-
-        Of E4M3 codes `(out, in)`, distinct int64 row indices, and `(len(rows), in)` fp32 code units.
-        """
-        stored = codes.view(torch.uint8)
-        merged = E4M3.cast(stored[rows].view(E4M3.dtype).float() + update)
-        stored.index_copy_(0, rows, merged.view(torch.uint8))
-
-    def forward_product(self, x: Tensor, codes: Tensor, scale: Scale) -> Tensor:
-        """`[Y | X A^T]`: x (tokens, in) cast to E4M3, by codes (rows, in) transposed; x's dtype."""
-        values = self.cast(x, E4M3, scale.rule)
-        return (values @ self.decode(codes, scale, values.dtype).t()).to(x.dtype)  # (T, n) @ (n, m + r)
-
-    def input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, beside: Tensor | None = None) -> Tensor:
-        """`[G | beside] codes`: G (tokens, m) cast to E5M2, `beside` (tokens, r) as it is, by codes (m + r, in).
-
-        G is bf16 or fp32; `beside` and the result have its dtype. With a `beside` the scale is a power of two; without
-        one codes are `(m, in)`.
-        """
-        if beside is None:
-            values = self.cast(grad, E5M2, scale.rule)
-        else:
-            width = grad.shape[1]
-            values = grad.new_empty(grad.shape[0], width + beside.shape[1])
-            self.cast(grad, E5M2, scale.rule, out=values[:, :width])
-            values[:, width:] = beside
-        return (values @ self.decode(codes, scale, values.dtype)).to(grad.dtype)  # (T, m + r) @ (m + r, n)
-
-    def adapter_gradient(self, grad: Tensor, o: Tensor) -> Tensor:
-        """dB = G^T O of `exact` casts (G in E5M2, O in E4M3), one scale each: (m, r) fp32."""
-        return (self.cast(grad, E5M2, ScaleRule.EXACT).t() @ self.cast(o, E4M3, ScaleRule.EXACT)).float()
+from fp8pipe.numerics.reference import Backend
 
 
 class _Cpu(Backend):
@@ -143,70 +74,14 @@ class _Cpu(Backend):
         return None
 
 
-class _Cuda(Backend):
-    """`torch._scaled_mm` on codes.
-
-    It wants the first operand row-major and the second column-major (cuBLASLt's TN), and inner and outer widths in
-    multiples of 16: padding meets the widths, a physical transpose the layout.
-    """
-
-    def forward_product(self, x: Tensor, codes: Tensor, scale: Scale) -> Tensor:
-        # codes (m + r, n) row-major, so its transpose is the column-major second operand, without a copy.
-        return _scaled_mm(x, E4M3, codes.t(), scale, fast_accumulation=True)
-
-    def input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, beside: Tensor | None = None) -> Tensor:
-        width = grad.shape[1]
-        # The second operand must be column-major here too: one byte-wide transpose copy per layer.
-        column_major = _bytes(codes[:width]).t().contiguous().view(codes.dtype).t()
-        product = _scaled_mm(grad, E5M2, column_major, scale, fast_accumulation=False)
-        if beside is None:
-            return product
-        return torch.addmm(product, beside, self.decode(codes[width:], scale, grad.dtype))  # (T, r) @ (r, n), thin
-
-    def adapter_gradient(self, grad: Tensor, o: Tensor) -> Tensor:
-        # A bf16 GEMM of codes: r and the token count need no alignment then, at 2 T m r operations.
-        (g, g_scale), (a, a_scale) = quantize(grad, E5M2, ScaleRule.EXACT), quantize(o, E4M3, ScaleRule.EXACT)
-        product = g.to(torch.bfloat16).t() @ a.to(torch.bfloat16)
-        assert g_scale.inverse_scale is not None
-        assert a_scale.inverse_scale is not None
-        return product.float() / (g_scale.inverse_scale * a_scale.inverse_scale)
-
-
-_CPU, _CUDA, _TORCH = _Cpu(), _Cuda(), Backend()
+_CPU, _CUDA, _TORCH = _Cpu(), cuda.Cuda(), Backend()
 
 
 def backend(tensor: Tensor) -> Backend:
     """The operations of the device that holds `tensor`."""
     if tensor.is_cuda:
-        return _CUDA
+        return _CUDA if cuda.capability(tensor.get_device()) >= FP8_CAPABILITY else _TORCH
     return _CPU if tensor.device.type == "cpu" else _TORCH
-
-
-def _scaled_mm(a: Tensor, grid: FloatGrid, b: Tensor, scale: Scale, *, fast_accumulation: bool) -> Tensor:
-    """`a` (rows, inner), cast to `grid`, by column-major codes `b` (inner, cols); the dtype of `a`."""
-    codes, scale_a = _quantize_rows(a, grid, scale.rule)
-    cols, scale_b = b.shape[1], scale.value
-    if b.shape[0] % _ALIGN or cols % _ALIGN:
-        b = _pad(_pad(b.t(), 0), 1).t()
-    if scale_a.value.dim() == 2:  # one scale per row wants one per column beside it
-        scale_b = scale_b.expand(1, b.shape[1]).contiguous()
-    product = torch._scaled_mm(
-        _pad(codes, 1), b, scale_a=scale_a.value, scale_b=scale_b, out_dtype=a.dtype, use_fast_accum=fast_accumulation
-    )
-    return product if product.shape[1] == cols else product[:, :cols]
-
-
-def _pad(codes: Tensor, dim: int) -> Tensor:
-    """Zero codes appended so that `dim` is a multiple of 16 (zero is code 0 in both formats)."""
-    missing = -codes.shape[dim] % _ALIGN
-    if not missing:
-        return codes
-    return F.pad(_bytes(codes), (0, missing) if dim == 1 else (0, 0, 0, missing)).view(codes.dtype)
-
-
-def _bytes(codes: Tensor) -> Tensor:
-    """The codes as uint8: few operators exist for float8 dtypes."""
-    return codes.view(torch.uint8)
 
 
 _LOG = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ declares them.
 
 from __future__ import annotations
 
-import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +75,8 @@ E5M2 = FloatGrid("e5m2", torch.float8_e5m2, 57344.0, 2.0**-14, 2)
 _EXPONENT = 0xFF << 23  # the bits of a float that hold its exponent
 _ONE_AND_LESS_THAN_A_BINADE = (127 << 23) + (1 << 23) - 1
 
+_BLOCK_VALUES = 1 << 24  # 64 MB in fp32
+
 # Below this an amax counts as zero; the scale stays a normal number (torchao uses the same floor).
 AMAX_FLOOR = 1e-12
 
@@ -85,6 +87,7 @@ class Scale:
 
     value: Tensor  # fp32, a scalar or `(rows, 1)`
     inverse_scale: Tensor | None = None  # what the rule `exact` multiplies by before rounding; None for powers of two
+    columns: Tensor | None = None  # a scalar value repeated, `(columns,)`, for products that want one per column
 
     @classmethod
     def exact(cls, inverse_scale: Tensor) -> Scale:
@@ -123,17 +126,44 @@ def power_of_two_scale(amax: Tensor, grid: FloatGrid) -> Tensor:
     # two, is a difference of bits rounded up to whole binades. No step is inexact, and few are needed on a GPU.
     bits = amax.clamp(min=AMAX_FLOOR).view(torch.int32)
     scale = (bits + (_ONE_AND_LESS_THAN_A_BINADE - grid.max_bits) & _EXPONENT).view(torch.float32)
-    return torch.where(amax < math.inf, scale, math.nan)
+    return torch.add(scale, amax, alpha=0)  # infinity times 0 is NaN
 
 
 def quantize(x: Tensor, grid: FloatGrid, rule: ScaleRule, *, per_row: bool = False) -> tuple[Tensor, Scale]:
     """Round `x` `(rows, cols)` to a grid, with one scale or one scale per row: contiguous codes, and the scale."""
-    amax = (x.abs().amax(1, keepdim=True) if per_row else x.abs().amax()).float()
-    if rule is ScaleRule.EXACT:
-        scale = Scale.exact((grid.max / amax.double().clamp(min=AMAX_FLOOR)).float())
-    else:
-        scale = Scale(power_of_two_scale(amax, grid))
+    scale = amax_to_scale((x.abs().amax(1, keepdim=True) if per_row else x.abs().amax()).float(), grid, rule)
     return scale.quantize(x, grid).contiguous(), scale
+
+
+def amax_to_scale(amax: Tensor, grid: FloatGrid, rule: ScaleRule) -> Scale:
+    """The scale that `rule` has for largest magnitudes `amax` (fp32, a scalar or `(rows, 1)`)."""
+    if rule is ScaleRule.EXACT:
+        return Scale.exact((grid.max / amax.double().clamp(min=AMAX_FLOOR)).float())
+    return Scale(power_of_two_scale(amax, grid))
+
+
+def quantize_stacked(weights: Sequence[Tensor], grid: FloatGrid, rule: ScaleRule) -> tuple[Tensor, Scale]:
+    """`quantize` of stacked matrices `(rows, cols)`, with one scale; little but the codes is held beside them."""
+    scale = stacked_scale(weights, grid, rule)
+    rows, cols = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    codes = torch.empty(rows, cols, dtype=grid.dtype, device=weights[0].device)
+    start = 0
+    for block in (block for weight in weights for block in row_blocks(weight)):
+        codes[start : start + block.shape[0]] = scale.quantize(block, grid)
+        start += block.shape[0]
+    return codes, scale
+
+
+def stacked_scale(weights: Sequence[Tensor], grid: FloatGrid, rule: ScaleRule) -> Scale:
+    """The one scale of several matrices."""
+    amax = torch.stack([block.abs().amax().float() for weight in weights for block in row_blocks(weight)]).amax()
+    return amax_to_scale(amax, grid, rule)
+
+
+def row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Views of a matrix, whole rows each, of a size that temporaries may have."""
+    blocks: tuple[Tensor, ...] = matrix.split(max(1, _BLOCK_VALUES // matrix.shape[1]))
+    return blocks
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

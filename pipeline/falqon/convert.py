@@ -15,10 +15,11 @@ from fp8pipe.artifact import Encoding, LayerRecord
 from fp8pipe.artifact import ScaleRule as Rule
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.structure import ModelStructure, structure_of
-from fp8pipe.numerics.grids import E4M3, Scale, quantize
+from fp8pipe.numerics.grids import E4M3, Scale, quantize_stacked
 from fp8pipe.numerics.kinds import ScaleRule
-from pipeline.falqon.initialise import Losses, adapter_directions, gradient_sketches
+from pipeline.falqon.initialise import adapter_directions, gradient_sketches
 from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
+from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
 
 _SHOWN = 3  # layers in a message
@@ -105,11 +106,11 @@ def convert_model(
             keys = {key: f"{first}.{key}" for key in ("codes", "scale", "inverse_scale")}
             found = {key: stored[name].to(weights[0].device) for key, name in keys.items() if name in stored}
             return found["codes"], Scale(found["scale"], found.get("inverse_scale"))
-        weight = torch.cat(weights).float()
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         generator = torch.Generator().manual_seed(seed + index)
         a = adapter_directions(weight, rank, initialisation, rule.scale, generator, rows.get(first))
         # One scale for both: A is far smaller than W, so W's codes are those of plain quantization.
-        return quantize(torch.cat([weight, a]), E4M3, rule.scale)
+        return quantize_stacked([weight, a], E4M3, rule.scale)
 
     groups = []
     for index, members in enumerate(names):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.numerics.backends import backend
-from fp8pipe.numerics.grids import E4M3
+from fp8pipe.numerics.grids import E4M3, row_blocks
 from fp8pipe.numerics.kinds import ScaleRule
 from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.layer import FalqonLinear
@@ -178,7 +178,9 @@ def flush_report(old: Tensor, target: Tensor, new: Tensor) -> FlushReport:
 @torch.no_grad()
 def preview(layer: FalqonLinear) -> FlushReport:
     """What a nearest-rounding flush of every row would do now; changes nothing."""
-    return _all_rows(layer, None)[1]
+    every = torch.arange(layer.out_features, device=layer.codes.device)
+    blocks = every.split(row_blocks(layer.weight_codes)[0].shape[0])  # six fp32 copies of a large layer would be much
+    return sum((_rounded_rows(layer, rows)[1] for rows in blocks), FlushReport())
 
 
 @torch.no_grad()
@@ -217,15 +219,23 @@ def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, Flus
         moments: `(in, in)` fp32, X^T X up to a factor: the error of `X target^T` is kept small for such inputs; None
             rounds to the nearest code.
     """
-    target = target_rows(layer, torch.arange(layer.out_features, device=layer.codes.device))
+    every = torch.arange(layer.out_features, device=layer.codes.device)
     if moments is None:
-        codes = E4M3.cast(target)
-    else:
-        found = compensated_round(
-            target, moments, lambda value, _: E4M3.cast(value).float(), block=_COLUMNS, damping=_DAMPING
-        )
-        codes = E4M3.cast(found.rounded)
+        return _rounded_rows(layer, every)
+    target = target_rows(layer, every)
+    found = compensated_round(
+        target, moments, lambda value, _: E4M3.cast(value).float(), block=_COLUMNS, damping=_DAMPING
+    )
+    codes = E4M3.cast(found.rounded)
     return codes, flush_report(layer.weight_codes.float(), target, codes.float())
+
+
+def _rounded_rows(layer: FalqonLinear, rows: Tensor) -> tuple[Tensor, FlushReport]:
+    """The nearest codes of `rows` of W with their B merged, and what that does."""
+    target = target_rows(layer, rows)
+    codes = E4M3.cast(target)
+    old = layer.weight_codes.view(torch.uint8)[rows].view(E4M3.dtype)
+    return codes, flush_report(old.float(), target, codes.float())
 
 
 def _groups(widths: Sequence[int]) -> Iterator[list[int]]:
@@ -262,8 +272,9 @@ def _second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: I
     for name, layer in layers.items():
         layer.observer = partial(observe, name)
     try:
-        for batch in inputs():
-            model(**batch, use_cache=False)
+        with torch.compiler.set_stance("force_eager"):  # a tracer would not see what the observers do
+            for batch in inputs():
+                model(**batch, use_cache=False)
     finally:
         for layer in layers.values():
             layer.observer = None

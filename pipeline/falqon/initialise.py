@@ -15,28 +15,29 @@ Martinsson, Tropp 2011, algorithms 4.1 and 5.1). Starting an adapter at the grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.numerics.grids import E4M3, quantize
+from fp8pipe.numerics.grids import E4M3, row_blocks, stacked_scale
 from fp8pipe.numerics.kinds import ScaleRule
+from pipeline.falqon.observed import Losses, observe
 from pipeline.falqon.rules import Initialisation
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
 _POWER_ITERATIONS = 3
 _SKETCH_FACTOR = 3  # columns of the gradient's sketch for each direction: no power iterations are there to sharpen it
 
-Losses = Callable[[], Iterable[Tensor]]
-_Project = Callable[[Tensor, Tensor, str], Tensor]
-
 
 def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:
-    """`W - dequantize(quantize(W))` in fp32, shape of `weight`."""
-    codes, scale = quantize(weight, E4M3, rule)
-    return weight.float() - scale.dequantize(codes)
+    """`W - dequantize(quantize(W))` in fp32, shape of `weight`; little more than the result is held at once."""
+    scale = stacked_scale([weight], E4M3, rule)
+    error = torch.empty(weight.shape, device=weight.device)
+    for found, rows in zip(row_blocks(error), row_blocks(weight), strict=True):
+        values = rows.float()
+        torch.sub(values, scale.dequantize(scale.quantize(values, E4M3)), out=found)
+    return error
 
 
 def adapter_directions(
@@ -123,50 +124,15 @@ def gradient_sketches(
         return (x.t() @ (g @ tests[name])).float()  # (n, T) @ ((T, m) @ (m, width))
 
     ranges: dict[str, Tensor] = {}
-    for group, parts in zip(groups, _observe(model, groups, losses, sketch), strict=True):
+    for group, parts in zip(groups, observe(model, groups, losses, sketch), strict=True):
         ranges |= dict.fromkeys(group, torch.linalg.qr(torch.stack(parts).sum(0)).Q)
+    tests.clear()
 
     def measure(x: Tensor, g: Tensor, name: str) -> Tensor:
         return (g.t() @ (x @ ranges[name].to(x))).float()  # (m, T) @ ((T, n) @ (n, width))
 
     directions = {}
-    for group, parts in zip(groups, _observe(model, groups, losses, measure), strict=True):
+    for group, parts in zip(groups, observe(model, groups, losses, measure), strict=True):
         _, _, rotation = torch.linalg.svd(torch.cat(parts), full_matrices=False)
         directions[group[0]] = (rotation[:rank] @ ranges[group[0]].t()).contiguous()
     return directions
-
-
-def _observe(
-    model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, project: _Project
-) -> list[list[Tensor]]:
-    """For each member of each group, the sum over all batches of `project(X, G, name)`."""
-    sums: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1])
-
-            def on_gradient(gradient: Tensor) -> None:
-                part = project(x, gradient.reshape(-1, gradient.shape[-1]), name)
-                sums[name] = sums[name] + part if name in sums else part
-
-            output.register_hook(on_gradient)
-
-        return on_forward
-
-    handles = [model.get_submodule(n).register_forward_hook(watch(n)) for group in groups for n in group]
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()))
-    try:
-        for loss in losses():
-            loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if silent := [name for group in groups for name in group if name not in sums]:
-        raise ConfigurationError(
-            f"{len(silent)} layer(s) have no gradient to start from",
-            why=f"the first: no token of the first training batches went through {silent[0]}",
-            fix="give more `gradient_batches` in the configuration, or use --initialisation randomized-svd",
-        )
-    return [[sums[name] for name in group] for group in groups]

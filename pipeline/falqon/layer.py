@@ -23,7 +23,6 @@ architecture; were it ever wrong at run time, the layers would compute their row
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +53,7 @@ class FalqonLinear(nn.Module):
     codes: Tensor
     scale: Tensor
     inverse_scale: Tensor | None
+    columns: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -80,13 +80,16 @@ class FalqonLinear(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.value)
         self.register_buffer("inverse_scale", scale.inverse_scale)
+        # One copy for each column of a product, rounded up to what the product takes; the scale never changes.
+        columns = None if scale.inverse_scale is not None else scale.value.expand(max(codes.shape) + 15).contiguous()
+        self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=codes.device))
 
     @property
     def code_scale(self) -> Scale:
         """The scale of W's and A's codes."""
-        return Scale(self.scale, self.inverse_scale)
+        return Scale(self.scale, self.inverse_scale, self.columns)
 
     @property
     def weight_codes(self) -> Tensor:
@@ -125,33 +128,22 @@ class _FalqonProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor, layer: FalqonLinear, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
-        wide = backend(x).forward_product(x, layer.codes, layer.code_scale)
-        # A copy: the view would keep all (T, out + r) values alive until the backward pass.
-        o = wide[:, layer.out_features :].clone()
-        y = wide[:, : layer.out_features]
+        y, o = backend(x).forward(x, layer.codes, layer.code_scale, layer.rank, b if layer.live else None)
         ctx.layer = layer
         ctx.save_for_backward(o, b)
-        if layer.live:
-            y = torch.addmm(y, o, b.to(o.dtype).t())  # (T, m) + (T, r) @ (r, m)
-        else:
-            y = y.contiguous()
-        return y.split(parts, 1) if len(parts) > 1 else (y,)
+        # Not views to autograd: a model may change its own part in place (OLMo clips its queries).
+        return tuple(part.detach() for part in y.split(parts, 1))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         o, b = ctx.saved_tensors
         layer: FalqonLinear = ctx.layer
         grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(grads, 1)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            # `G W`, or `[G | G B] [W; A]` of a live layer, G in E5M2: one GEMM either way.
-            codes, beside = (layer.codes, grad @ b.to(grad.dtype)) if layer.live else (layer.weight_codes, None)
-            dx = backend(grad).input_gradient(grad, codes, layer.code_scale, beside)
-        if layer.code_scale.rule is ScaleRule.EXACT:  # both are cast first, as the released code does
-            return dx, backend(grad).adapter_gradient(grad, o), None, None
-        # (m, T) @ (T, r), thin: the activations' own dtype costs nothing extra.
-        return dx, (grad.t() @ o).float(), None, None
+        dx, db = backend(grad).backward(
+            grad, o, layer.codes, layer.code_scale, b if layer.live else None, wants_input=ctx.needs_input_grad[0]
+        )
+        return dx, db, None, None
 
 
 class StackedOutput:
@@ -159,19 +151,30 @@ class StackedOutput:
 
     def __init__(self, layer: FalqonLinear) -> None:
         self.layer = layer
-        self._source: weakref.ref[Tensor] | None = None
+        self._source: Tensor | None = None  # what `_outputs` are of, while some are left
         self._version = -1
         self._grad_mode = False
         self._outputs: dict[int, Tensor] = {}
 
     def part(self, x: Tensor, index: int) -> Tensor:
         """The output of part `index` for `x`; computed by whichever part asks first."""
-        same = self._source is not None and self._source() is x and self._version == x._version
-        if not same or self._grad_mode != torch.is_grad_enabled() or index not in self._outputs:
+        same = self._source is x and self._version == _version(x) and self._grad_mode == torch.is_grad_enabled()
+        if not same or index not in self._outputs:
             self._outputs = dict(enumerate(self.layer.forward_parts(x, self.layer.parts)))
-            self._source, self._version, self._grad_mode = weakref.ref(x), x._version, torch.is_grad_enabled()
-        # Handed out once: holding on to it would keep the activations of the whole step alive.
-        return self._outputs.pop(index)
+            self._source, self._version, self._grad_mode = x, _version(x), torch.is_grad_enabled()
+        # Handed out once: holding on to it, or to x, would keep the activations of the whole step alive.
+        output = self._outputs.pop(index)
+        if not self._outputs:
+            self._source = None
+        return output
+
+
+def _version(x: Tensor) -> int:
+    """How often `x` was changed in place; unknown to torch.compile's tracer.
+
+    There the pass that found the groups answers for it: no tensor that it saw changed between its readers.
+    """
+    return -1 if torch.compiler.is_compiling() else x._version
 
 
 class FalqonPart(nn.Module):

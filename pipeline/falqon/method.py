@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.artifact import LayerRecord
+from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.convert import FalqonGroup, convert_model
 from pipeline.falqon.flush import FlushReport, Inputs, flush_rows, merge_all, preview, select_rows
-from pipeline.falqon.initialise import Losses
 from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
 from pipeline.finetune.method import Method
 from pipeline.finetune.weights import Deployed, Weights
@@ -32,6 +33,7 @@ class FalqonMethod(Method):
         self, rule: UpdateRule, *, rank: int, rows: int | None, initialisation: Initialisation, seed: int
     ) -> None:
         self.rule, self.rank, self.initialisation, self.seed = rule, rank, initialisation, seed
+        self.exact_casts = rule.scale is ScaleRule.POWER_OF_TWO
         self.rows = rank if rows is None or rule.rank_rows else rows
         self.groups: list[FalqonGroup] = []
         self.layers: dict[str, FalqonLinear] = {}

@@ -35,8 +35,8 @@ from fp8pipe.models.language.sources import check_unquantized, resolve_model
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.flush import FlushReport
-from pipeline.falqon.initialise import Losses
 from pipeline.falqon.method import FalqonMethod
+from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import DEFAULT_RULE, FinalMerge, Initialisation, update_rule
 from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 

@@ -23,7 +23,9 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
 ENCODED_TEXT: Final = "the encoded training text"  # its name among the inputs of a run
 _PREFIX = "step-"
-_STATE, _TENSORS, _BASE, _RUN = "state.json", "state.safetensors", "base.safetensors", "run.json"
+_STATE, _TENSORS, _BASE, _RUN = "state.json", "state", "base", "run.json"
+_SUFFIX = ".safetensors"
+_SHARD_BYTES = 1 << 30  # safetensors copies a file's tensors from a GPU to the host at once
 
 
 class CheckpointStore:
@@ -40,7 +42,7 @@ class CheckpointStore:
     def begin(self, config: dict[str, Any], base: dict[str, Tensor], inputs: dict[str, str] | None = None) -> None:
         """Record the run's configuration, what preparation computed, and the sha256 of its input files by name."""
         self.root.mkdir(parents=True, exist_ok=True)
-        _write(self.root / _BASE, base)
+        _write_shards(self.root, _BASE, base)
         _atomic_text(self.root / _RUN, json.dumps({"config": config, "inputs": inputs or {}}, indent=1, sort_keys=True))
 
     def started(self) -> bool:
@@ -88,7 +90,7 @@ class CheckpointStore:
 
     def base(self) -> dict[str, Tensor]:
         """What `begin` stored."""
-        return load_file(self.root / _BASE)
+        return _load_shards(self.root, _BASE)
 
     def steps(self) -> list[int]:
         """Completed checkpoints, oldest first."""
@@ -102,7 +104,7 @@ class CheckpointStore:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         scratch.mkdir(parents=True)
-        _write(scratch / _TENSORS, tensors)
+        _write_shards(scratch, _TENSORS, tensors)
         _atomic_text(scratch / _STATE, json.dumps({"step": step, **state}))
         scratch.rename(target)
         sync(self.root)
@@ -118,7 +120,7 @@ class CheckpointStore:
         """
         folder = self.root / f"{_PREFIX}{step:08d}"
         try:
-            return load_file(folder / _TENSORS), json.loads((folder / _STATE).read_text())
+            return _load_shards(folder, _TENSORS), json.loads((folder / _STATE).read_text())
         except Exception as error:
             raise BadArtifactError(
                 f"the checkpoint {folder} cannot be read",
@@ -154,6 +156,33 @@ def restore_optimizer(
             number = tensor.dim() == 0 and not tensor.is_floating_point()
             state.setdefault(places[name], {})[key] = int(tensor) if number else tensor
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
+    """Write tensors into one file `STEM.safetensors`, or, where they are many, `STEM-0001-of-0003.safetensors` ..."""
+    for stale in folder.glob(f"{stem}*{_SUFFIX}"):
+        stale.unlink()
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and used + size > _SHARD_BYTES:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensor
+        used += size
+    for index, shard in enumerate(shards, 1):
+        part = f"-{index:04d}-of-{len(shards):04d}" if len(shards) > 1 else ""
+        _write(folder / f"{stem}{part}{_SUFFIX}", shard)
+
+
+def _load_shards(folder: Path, stem: str) -> dict[str, Tensor]:
+    """What `_write_shards` wrote."""
+    files = sorted(folder.glob(f"{stem}*{_SUFFIX}"))
+    count = int(files[0].stem.rpartition("-of-")[2]) if files and "-of-" in files[0].stem else 1
+    if len(files) != count:
+        raise FileNotFoundError(f"{folder}: {len(files)} of {count} file(s) {stem}*{_SUFFIX} are there")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

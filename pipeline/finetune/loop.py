@@ -25,6 +25,7 @@ from fp8pipe.models.compat import import_package
 from pipeline.falqon.flush import FlushReport
 from pipeline.finetune.batches import Batches
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
+from pipeline.finetune.compiled import compile_layers
 from pipeline.finetune.config import FinetuneConfig, learning_rate_at
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import Method
@@ -61,6 +62,7 @@ class Trainer:
         self.store, self.metrics_file = store, metrics_file
         self.names = {p: n for n, p in method.parameters().items()}
         self.optimizer = _build_optimizer(config, list(self.names))
+        self.compiled = compile_layers(model, exact_casts=method.exact_casts)
         self.step = 0
         self.history: list[Metrics] = []
         self._flushed: FlushReport | None = None

@@ -1,7 +1,6 @@
 """What the training loop asks of a method, so that FALQON and its baselines run through one and the same loop.
 
-And what else depends on the method: the device (FP8 tensor cores are FALQON's need alone, its baselines compute in
-bf16), and what will stand in the way of an export.
+And what else depends on the method: the device, and what will stand in the way of an export.
 
 The baselines are LoRA on bf16 weights and QLoRA on NF4. Both use peft with its usual recipe: fp32 adapter weights, bf16
 compute by autocast, every linear layer that FALQON would convert. They end as merged bf16 weights, which an export may
@@ -25,12 +24,12 @@ from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.compat import import_package
 from pipeline.falqon.convert import left_out_records, read_convertible
 from pipeline.falqon.flush import FlushReport, Inputs
-from pipeline.falqon.initialise import Losses
+from pipeline.falqon.observed import Losses
 from pipeline.finetune.weights import Deployed, Weights
 
 _INSTALL = "pip install 'fp8pipe[train]'"
 _SHOWN = 3  # names in a warning
-_FP8, _BF16 = (8, 9), (8, 0)  # CUDA compute capabilities
+_LEAST = (8, 0)  # CUDA compute capability: below 8.9, the first with FP8 tensor cores, FALQON multiplies in bf16
 
 
 def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[str]:
@@ -63,8 +62,8 @@ def hardware(method: str, device: str) -> str:
     """What a run needs, in words."""
     if device == "cpu":
         return "a CPU"
-    (major, minor), why = (_FP8, "FP8") if method == "falqon" else (_BF16, "bf16")
-    return f"a CUDA GPU of compute capability {major}.{minor} or newer ({why})"
+    faster = "; 8.9 or newer for FP8 products" if method == "falqon" else ""
+    return f"a CUDA GPU of compute capability {_LEAST[0]}.{_LEAST[1]} or newer (bf16{faster})"
 
 
 def check_device(device: str, method: str = "falqon") -> None:
@@ -79,8 +78,7 @@ def check_device(device: str, method: str = "falqon") -> None:
         raise MissingCapabilityError(
             "no CUDA device is available", why="torch.cuda.is_available() is false", fix="use --device cpu"
         )
-    capability, least = torch.cuda.get_device_capability(), _FP8 if method == "falqon" else _BF16
-    if capability < least:
+    if (capability := torch.cuda.get_device_capability()) < _LEAST:
         raise MissingCapabilityError(
             f"{torch.cuda.get_device_name()} cannot run {method}",
             why=f"its compute capability is {capability[0]}.{capability[1]}; {method} needs {hardware(method, device)}",
@@ -93,9 +91,11 @@ class Method(Protocol):
 
     Attributes:
         names: module paths of the linear layers that train.
+        exact_casts: its FP8 scales are powers of two, so its layers may be compiled.
     """
 
     names: tuple[str, ...] = ()
+    exact_casts: bool = False
 
     def prepare(
         self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None

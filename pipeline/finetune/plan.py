@@ -223,7 +223,7 @@ def _on_gpus(
     ]
     if compiled is not None:
         facts["reckoned_compiled"] = _step_seconds(shape, step, compiled, devices)
-        notes.append("reckoned_compiled: the same, were each decoder layer compiled, which finetune does not do")
+        notes.append("reckoned_compiled: the same with decoder layers compiled, as finetune has them where it can")
     if small := [device.name for device in devices if memory > device.memory_bytes]:
         notes.append(f"reckoned_memory is more than these have: {', '.join(small)}")
     return facts | {"reckoned_memory": memory}, tuple(notes)

@@ -27,7 +27,6 @@ from fp8pipe.artifact import (
     sha256_file,
 )
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TextFacts, TunedDetails
-from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
@@ -43,16 +42,15 @@ from fp8pipe.models.language.base import (
 )
 from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource, resolve_model
-from fp8pipe.models.language.structure import load_config, model_class
 from fp8pipe.models.language.text import TemplateInfo, data_files, encode, load_records, split, template_info
 from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.method import FalqonMethod
-from pipeline.finetune.attention import use_matmul_attention
 from pipeline.finetune.batches import Batches, encoded_digest
 from pipeline.finetune.checkpoint import ENCODED_TEXT, CheckpointStore
 from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.loading import load_model
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
 from pipeline.finetune.method import LoraMethod, Method, check_device, export_warnings
@@ -207,29 +205,6 @@ def _named_files(data: str) -> list[tuple[str, Path]]:
     return [(data, files[0])] if len(files) == 1 else [(str(file), file) for file in files]
 
 
-def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
-    """The base model in the configured dtype, on its device."""
-    kind = model_class(load_config(source.path))
-    try:
-        model = kind.from_pretrained(
-            source.path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False
-        )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"{config.model} cannot be loaded as a causal language model",
-            why=str(error).splitlines()[0],
-            fix="give a decoder model that transformers knows",
-        ) from error
-    for settings in (model.config, model.config.get_text_config(decoder=True)):
-        settings.use_cache = False
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.device == "cpu":
-        use_matmul_attention(model)
-    moved: nn.Module = model.to(config.device)
-    return moved
-
-
 def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) -> TrainingText:
     """The text as this model can take it: rows of several examples only where none sees another."""
     if not config.packing:
@@ -315,7 +290,7 @@ def _deploy(
         number_format=NumberFormat(name="e4m3", granularity="per-tensor") if falqon else None,
         runtime={
             "device": config.device, "threads": torch.get_num_threads(), "native": library() is not None,
-            "attention": getattr(model.config, "_attn_implementation", None),
+            "attention": getattr(model.config, "_attn_implementation", None), "compiled": trainer.compiled,
         },
         layers=renamed(records, names),
         details=TunedDetails(

@@ -32,6 +32,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fp8pipe.numerics import cuda
+
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"}
 _aten = torch.ops.aten
 _SCALARS = {_aten._local_scalar_dense.default}
 _SIZES = {_aten.nonzero.default, _aten.masked_select.default}  # the size of the result is a value on the device
@@ -51,6 +54,7 @@ class CudaCounter(TorchDispatchMode):
     Attributes:
         kernels: operators that write memory, by name.
         traffic: bytes that they read and write.
+        between: of these bytes, those of operators that are no products of matrices.
         syncs: where the host waits for the device, by name: values read, sizes that depend on values, copies back.
         peak: most bytes that tensors held at once, of those made while it counted.
         found: how many elements `nonzero` finds.
@@ -61,14 +65,14 @@ class CudaCounter(TorchDispatchMode):
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
-        self.traffic, self.peak, self._held = 0, 0, 0
+        self.traffic, self.between, self.peak, self._held = 0, 0, 0, 0
         self.found, self.integer, self.truth = found, integer, truth
 
     def clear(self) -> None:
         """Count anew; what is held stays held."""
         self.kernels.clear()
         self.syncs.clear()
-        self.traffic, self.peak = 0, self._held
+        self.traffic, self.between, self.peak = 0, 0, self._held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,10 +108,14 @@ class CudaCounter(TorchDispatchMode):
             self.syncs[func.overloadpacket.__name__] += 1
 
     def _launch(self, func: Any, given: list[Tensor], made: list[Tensor]) -> None:
-        self.kernels[func.overloadpacket.__name__] += 1
-        self.traffic += sum(map(_touched, {id(tensor): tensor for tensor in [*given, *made]}.values()))
-        if func._schema.is_mutable:  # read, and written
-            self.traffic += sum(_touched(tensor) for tensor in made if any(tensor is one for one in given))
+        name = func.overloadpacket.__name__
+        self.kernels[name] += 1
+        moved = sum(map(_touched, {id(tensor): tensor for tensor in [*given, *made]}.values()))
+        if func._schema.is_mutable and "out" not in func._overloadname:  # read, and written
+            moved += sum(_touched(tensor) for tensor in made if any(tensor is one for one in given))
+        self.traffic += moved
+        if name not in PRODUCTS:
+            self.between += moved
 
     def _hold(self, given: list[Tensor], made: list[Tensor]) -> None:
         known = {id(tensor.untyped_storage()) for tensor in given}
@@ -133,10 +141,17 @@ def _touched(tensor: Tensor) -> int:
 
 
 @contextmanager
-def fake_cuda(**values: Any) -> Iterator[CudaCounter]:
-    """Fake tensors, on "cuda" where they are made there, and their counter; `values` are the counter's arguments."""
+def fake_cuda(capability: tuple[int, int] = (9, 0), *, counted: bool = True, **values: Any) -> Iterator[CudaCounter]:
+    """Fake tensors, on "cuda" where they are made there, and their counter.
+
+    Args:
+        capability: the GPU's compute capability.
+        counted: torch.compile does not trace where something counts.
+        values: the counter's arguments.
+    """
     switch = _switch()
     counter = CudaCounter(**values)
+    answer = torch.compiler.assume_constant_result(lambda index: capability)
     with ExitStack() as stack:
         switch(1)
         stack.callback(switch, 0)
@@ -150,8 +165,10 @@ def fake_cuda(**values: Any) -> Iterator[CudaCounter]:
             (torch.cuda, "is_bf16_supported", True),
         ):
             stack.enter_context(mock.patch.object(place, name, return_value=value))
+        stack.enter_context(mock.patch.object(cuda, "capability", answer))
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(counter)
+        if counted:
+            stack.enter_context(counter)
         yield counter
 
 

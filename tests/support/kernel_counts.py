@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fp8pipe.models.compat import import_transformers
 
-PRODUCTS = {"mm", "addmm", "bmm", "_scaled_mm"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "_scaled_mm"}
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 

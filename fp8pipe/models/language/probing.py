@@ -110,9 +110,9 @@ def _why(read: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """What a pass shows: names of called modules by the tensor they got, and of modules whose weight is read."""
+    """What a pass shows: called modules by the tensor, and its version, that they got; modules whose weight is read."""
 
-    readers: dict[int, list[str]] = field(default_factory=dict)
+    readers: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     alive: list[Tensor] = field(default_factory=list)  # ids are unique only while the tensors live
 
@@ -131,7 +131,7 @@ def _watched(model: nn.Module, names: Sequence[str], calls: dict[str, int]) -> I
             calls[name] += 1
             if args:
                 seen.alive.append(args[0])
-                seen.readers.setdefault(id(args[0]), []).append(name)
+                seen.readers.setdefault((id(args[0]), args[0]._version), []).append(name)
 
     def end(module: nn.Module, args: Any, output: Any, name: str) -> None:
         running.discard(name)

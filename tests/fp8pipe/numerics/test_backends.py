@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8pipe.numerics import backends
-from fp8pipe.numerics.backends import Backend, backend
+from fp8pipe.numerics.backends import backend
 from fp8pipe.numerics.grids import E4M3, E5M2, Scale, power_of_two_scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
 
@@ -175,42 +175,6 @@ def test_code_units_decode_exactly(native_on, monkeypatch):
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
     expected = codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     assert np.array_equal(CPU.decode_units(codes).numpy(), expected, equal_nan=True)
-
-
-def _scaled_mm(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
-    """What `torch._scaled_mm` is specified to compute, and what it demands."""
-    assert a.is_contiguous()
-    assert b.t().is_contiguous()
-    assert a.shape[1] % 16 == b.shape[1] % 16 == 0
-    assert scale_a.dim() == scale_b.dim()
-    return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
-
-
-@pytest.mark.parametrize(("rows", "rank", "cols", "tokens"), [(64, 16, 48, 32), (50, 7, 36, 13)], ids=["even", "odd"])
-@pytest.mark.parametrize("rule", ScaleRule)
-def test_every_device_computes_the_same_mathematics(rule, rows, rank, cols, tokens, monkeypatch):
-    """CUDA's layouts, padding and scales on a CPU, with its product as specified; fp32 sums in another order."""
-    monkeypatch.setattr(torch, "_scaled_mm", _scaled_mm)
-    generator = torch.Generator().manual_seed(0)
-    codes, scale = quantize(torch.randn(rows + rank, cols, generator=generator), E4M3, rule)
-    x, grad, o = (torch.randn(tokens, n, generator=generator).to(torch.bfloat16) for n in (cols, rows, rank))
-    found = []
-    for device in (Backend(), CPU, backends._CUDA):
-        results = [device.cast(x, E5M2, rule).float(), device.forward_product(x, codes, scale)]
-        results.append(device.input_gradient(grad, codes[:rows], scale))
-        if rule is ScaleRule.EXACT:
-            results.append(device.adapter_gradient(grad, o))
-        else:  # the part beside G stays as it is on every device
-            results.append(device.input_gradient(grad, codes, scale, o))
-        merged = codes.clone()
-        device.merge_rows(merged, torch.tensor([3, 1]), torch.full((2, cols), 20.0))
-        found.append([*(result.float() for result in results), merged.float()])
-    for other in found[1:]:
-        assert torch.equal(found[0][0], other[0])
-        assert torch.equal(found[0][-1], other[-1])
-        for expected, result in zip(found[0], other, strict=True):
-            # Two roundings to bf16 in place of one where the thin product is added.
-            torch.testing.assert_close(result, expected, rtol=2**-7, atol=2**-8 * float(expected.abs().max()))
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

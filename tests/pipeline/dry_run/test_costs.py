@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_counts import count_layer
 
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.numerics import backends
+from fp8pipe.numerics import backends, cuda
 from fp8pipe.numerics.grids import Scale
 from pipeline.dry_run import costs
 from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, reckon
@@ -45,14 +45,12 @@ def test_live_takes_little_more_than_the_papers_rule_once_compiled():
     assert reckon(LLAMA_7B, PAPER, LIVE, RTX_4090).seconds > 2.1  # casts that are not fused
 
 
-@pytest.mark.parametrize(
-    ("shape", "static", "peak", "compiled"), [(LLAMA_7B, 8.5e9, 16.5e9, None), (LLAMA_13B, 15.7e9, 25.4e9, 22.5e9)]
-)
-def test_memory_against_an_independent_estimate(shape, static, peak, compiled):
+@pytest.mark.parametrize(("shape", "static", "compiled"), [(LLAMA_7B, 8.5e9, None), (LLAMA_13B, 15.7e9, 22.5e9)])
+def test_memory_against_an_independent_estimate(shape, static, compiled):
     assert costs.static_bytes(shape, PAPER.rank, LIVE) == pytest.approx(static, rel=0.02)
-    assert costs.memory_bytes(shape, PAPER, LIVE) == pytest.approx(peak, rel=0.15)
     if compiled:
-        assert costs.memory_bytes(shape, PAPER, LIVE_COMPILED) == pytest.approx(compiled, rel=0.15)
+        assert costs.memory_bytes(shape, PAPER, LIVE_COMPILED) == pytest.approx(compiled, rel=0.05)
+        assert costs.memory_bytes(shape, PAPER, LIVE) > costs.memory_bytes(shape, PAPER, LIVE_COMPILED)
 
 
 def test_operations_by_hand():
@@ -80,6 +78,7 @@ COUNTED = {
 @pytest.mark.parametrize("falqon", [False, True], ids=["model", "falqon"])
 def test_a_real_layer_moves_the_counted_bytes(falqon, monkeypatch):
     monkeypatch.setattr(falqon_layer, "backend", lambda tensor: backends._CUDA)  # nothing is computed here
+    monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
     batch, length = 16, 256
     shape, rank = Decoder(512, 1024, 8 * 96, 2 * 96, 1, 64), 16
     forward, backward = count_layer(COUNTED, batch, length, _to_falqon if falqon else lambda layer: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 
 from fp8pipe.models.compat import import_transformers
 from pipeline.falqon.convert import convert_model
@@ -62,6 +63,45 @@ def test_the_model_is_left_as_it_was(model):
     gradient_sketches(model, GROUPS, losses_of(model), rank=4, seed=0)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layers_that_training_recomputes_are_recomputed_here_too_with_the_same_directions(model):
+    everywhere = [[name] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:-1]
+    plain = gradient_sketches(model, everywhere, losses_of(model), rank=4, seed=0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    seen = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *call: seen.append(call))
+    again = gradient_sketches(model, everywhere, losses_of(model), rank=4, seed=0)
+    assert len(seen) == 2 * 2 * 2  # two passes, two batches, each layer twice
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert not model.training
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_recomputed_layers_hold_no_inputs_until_their_backward_pass():
+    transformers = import_transformers()
+    transformers.LlamaForCausalLM  # noqa: B018
+    peaks = []
+    for recomputed in (False, True):
+        with fake_cuda(found=64) as counter, torch.device("cuda"):
+            shapes = transformers.LlamaConfig(
+                hidden_size=256, intermediate_size=512, num_attention_heads=4, num_hidden_layers=12, vocab_size=64
+            )
+            model = transformers.AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16).eval()
+            model.requires_grad_(False)
+            if recomputed:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+            def losses(model=model):
+                ids = torch.zeros(4, 512, dtype=torch.int64)
+                yield model(input_ids=ids, use_cache=False).logits.float().sum()
+
+            groups = [[f"model.layers.{i}.mlp.down_proj"] for i in range(12)]
+            counter.clear()
+            held = counter.peak
+            gradient_sketches(model, groups, losses, rank=8, seed=0)
+            peaks.append(counter.peak - held)
+    assert peaks[1] < peaks[0] / 3
 
 
 def test_a_seed_fixes_the_directions(model):

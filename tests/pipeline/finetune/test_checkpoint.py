@@ -8,6 +8,7 @@ from fake_cuda import fake_cuda
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 from fp8pipe.numerics.grids import same_bits
+from pipeline.finetune import checkpoint
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
 
 
@@ -44,6 +45,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     with pytest.raises(BadArtifactError, match="step-00000010") as error:
         store.load(10)
     assert "checkpoint before it" in error.value.fix
+
+
+def test_much_is_written_in_several_files_and_read_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 100)
+    store = CheckpointStore(tmp_path, keep=2)
+    tensors = {name: torch.full((12,), float(place)) for place, name in enumerate("abcde")}  # 48 bytes each
+    store.begin({}, tensors)
+    folder = store.save(10, tensors, {})
+    for root, found in ((tmp_path, store.base()), (folder, store.load(10)[0])):
+        assert found.keys() == tensors.keys()
+        assert all(same_bits(found[name], tensors[name]) for name in tensors)
+        assert len(list(root.glob("*-of-0003.safetensors"))) == 3
+    (folder / "state-0002-of-0003.safetensors").unlink()
+    with pytest.raises(BadArtifactError, match="step-00000010"):
+        store.load(10)
+    store.begin({}, {"a": torch.zeros(1)})  # another attempt leaves nothing of the first
+    assert list(store.base()) == ["a"]
 
 
 def test_resuming_with_another_configuration_names_the_fields(tmp_path):

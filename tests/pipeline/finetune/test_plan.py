@@ -55,7 +55,7 @@ def test_a_plan_refuses_what_the_command_refuses(make_base, tmp_path):
     assert refusal.value.fix
 
 
-def test_only_falqon_asks_for_fp8_hardware(make_base, pairs):
+def test_only_falqon_gains_from_fp8_hardware(make_base, pairs):
     base = make_base()
     assert "8.9" in plan_finetune(config(base, pairs, device="cuda")).hardware
     for method in ("lora", "qlora"):
@@ -63,13 +63,15 @@ def test_only_falqon_asks_for_fp8_hardware(make_base, pairs):
     assert hardware("falqon", "cpu") == "a CPU"
 
 
-def test_a_gpu_too_old_for_fp8_still_runs_the_baselines(monkeypatch):
+@pytest.mark.parametrize("method", ["falqon", "lora"])
+def test_a_gpu_without_fp8_cores_will_do_but_not_one_without_bf16(method, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a Turing card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an Ampere card")
-    check_device("cuda", "lora")
-    with pytest.raises(MissingCapabilityError, match="Ampere"):
-        check_device("cuda", "falqon")
+    check_device("cuda", method)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(MissingCapabilityError, match="Turing"):
+        check_device("cuda", method)
 
 
 def test_a_plan_reckons_all_gpus_of_the_table_where_there_is_none(make_base, pairs):

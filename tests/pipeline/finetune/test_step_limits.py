@@ -24,8 +24,8 @@ SHAPES = {
 RANDOM = {"initialisation": "random"}
 # Kernels, GB moved, GB held at most.
 LIMITS = {
-    "live": (RANDOM, 868, 119.1, 6.4),
-    "released": ({**RANDOM, "update_rule": "released"}, 1678, 148.9, 5.7),
+    "live": (RANDOM, 734, 91.7, 5.8),
+    "released": ({**RANDOM, "update_rule": "released"}, 1499, 126.5, 5.7),
     "lora": ({"method": "lora"}, 804, 113.3, 7.1),
 }
 

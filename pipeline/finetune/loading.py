@@ -1,0 +1,52 @@
+"""The base model, loaded as training needs it: in its dtype, on its device, tensor by tensor."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.sources import ModelSource
+from fp8pipe.models.language.structure import load_config, model_class
+from pipeline.finetune.attention import use_matmul_attention
+from pipeline.finetune.config import FinetuneConfig
+
+_LOG = logging.getLogger(__name__)
+
+
+def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
+    """The base model in the configured dtype, on its device."""
+    kind = model_class(load_config(source.path))
+    try:
+        model = kind.from_pretrained(
+            source.path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False,
+            **placement(config.device),
+        )  # fmt: skip
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{config.model} cannot be loaded as a causal language model",
+            why=str(error).splitlines()[0],
+            fix="give a decoder model that transformers knows",
+        ) from error
+    for settings in (model.config, model.config.get_text_config(decoder=True)):
+        settings.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.device == "cpu":
+        use_matmul_attention(model)
+    moved: nn.Module = model.to(config.device)
+    return moved
+
+
+def placement(device: str) -> dict[str, Any]:
+    """Options of `from_pretrained` by which each tensor goes from its file to a GPU, and the host holds few at once."""
+    if device == "cpu":
+        return {}
+    if find_spec("accelerate") is None:  # transformers asks for it, though it is not used
+        _LOG.warning("the whole model passes through the host's memory on its way to the GPU: pip install accelerate")
+        return {}
+    return {"device_map": {"": torch.device(device)}}
