@@ -248,6 +248,18 @@ def rounded_inputs(model: nn.Module) -> None:
             )
 
 
+def scaled_inputs(model: nn.Module) -> None:
+    """Activations in E4M3, one scale a token, as the checkpoint declares, though the form says that none is rounded."""
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(lambda _, args: (_to_e4m3(args[0]), *args[1:]))
+
+
+def surer(model: nn.Module) -> None:
+    """Logits three times as large: the same choices, another loss."""
+    model.get_submodule("lm_head").register_forward_hook(lambda _, args, out: out * 3)
+
+
 @pytest.mark.parametrize("fault", [wrong_scale, dropped_residual, rounded_inputs])
 @pytest.mark.parametrize(("dtype", "named"), [("bfloat16", "as served"), ("float32", "in fp32")])
 def test_an_engine_that_computes_something_else_is_rejected(
@@ -272,19 +284,20 @@ def test_an_engine_that_holds_other_weights_is_rejected(tree: Path, engine: Any,
 def test_the_form_rounds_activations_where_it_is_told_to(
     tree: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def emulated(model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            if name.endswith("_proj"):
-                module.register_forward_pre_hook(lambda _, args: (_to_e4m3(args[0]), *args[1:]))
-
     monkeypatch.setenv("FP8PIPE_VLLM_ACTIVATIONS", "quant")
-    engine({"bfloat16": emulated})
+    engine({"bfloat16": scaled_inputs})
     record = checked(tree / "copied")
     assert record.verdict == "ACCEPT", record.reasons
     assert record.served is not None
     assert "activations rounded" in record.served.form
     assert record.served.form_kl < record.served.engine_kl  # the form in torch explains what the engine does
     assert record.served.variables["FP8PIPE_VLLM_ACTIVATIONS"] == "quant"
+    assert (record.served.kernels.rounding, record.served.kernels.holds) == (14, {"numbers": 14})
+    engine({"bfloat16": lambda model: None})  # an engine that leaves them
+    reasons = checked(tree / "copied").reasons
+    assert any("inputs of model.layers.0.self_attn.q_proj.weight (torch) are not rounded" in r for r in reasons), (
+        reasons
+    )
 
 
 def _to_e4m3(x: Tensor) -> Tensor:
@@ -331,15 +344,19 @@ def test_every_gate_has_two_sides(tree: Path, engine: Any) -> None:
         copy = Path(shutil.copytree(tree, tree.parent / f"copy-{len(list(tree.parent.iterdir()))}"))
         inject(copy)
         failing |= {gate.name for gate in checked(copy / "quantized").gates if not gate.passed}
+    faults: list[Any] = [({"bfloat16": fault},) for fault in (wrong_scale, scaled_inputs, surer)]
     for dtype in ("float32", "bfloat16"):
-        for made in (({dtype: dropped_residual},), (None, {dtype: lambda name, value: value * 2})):
-            engine(*made)
-            failing |= {gate.name for gate in checked(tree / "quantized").gates if not gate.passed}
+        faults += [({dtype: dropped_residual},), (None, {dtype: lambda name, value: value * 2})]
+    for made in faults:
+        engine(*made)
+        failing |= {gate.name for gate in checked(tree / "quantized").gates if not gate.passed}
     assert names - failing == {
-        # These ask the engine about itself; tests of the probe in a real vLLM let them fail.
+        # These ask the engine about itself; tests of the probe in a real vLLM, or of its parts, let them fail.
         "tensors missing, in fp32", "tensors missing, as served",
         "unexplained in the engine, in fp32", "unexplained in the engine, as served",
         "products that disagree with their weight, in fp32", "products that disagree with their weight, as served",
+        "quantized tensors in no examined layer, as served", "codes of activations differing, as served",
+        "layers that hold another thing than their form, as served",
     }  # fmt: skip
 
 
