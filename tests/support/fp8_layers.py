@@ -1,4 +1,4 @@
-"""Linear layers as vLLM holds them where kernels multiply FP8 codes, without vLLM: its attributes, and kernels in torch.
+"""Linear layers as vLLM holds them where kernels multiply FP8 codes, without vLLM: its attributes, kernels in torch.
 
 Faults can be put into a kernel. Weights lie as `(in, out)`, views of the checkpoint's, or packed as no byte tells.
 """
@@ -33,7 +33,7 @@ def make_layer(codes: Tensor, scale: Tensor, kernel: Any, dtype: torch.dtype = t
 
 
 class ScaledKernel:
-    """Rounds inputs, one scale a token, and multiplies codes; attributes are its faults."""
+    """Rounds inputs, one scale per token, and multiplies codes; attributes are its faults."""
 
     off = 1.0  # factor of what it multiplies by
     reciprocal = False  # multiplies by the scale's reciprocal

@@ -1,8 +1,8 @@
 """Tensors that say they are on another device, with their values, on a machine that has none.
 
 Within `two_devices()`, `far(tensor)` and whatever is made of it or sent to its device take part in no operator with a
-tensor of the host, as on a GPU: but for copies, indices, and tensors of one number. The device is called "meta", which a
-CPU build of torch knows.
+tensor of the host, as on a GPU: but for copies, indices, and tensors of one number. The device is called "meta", which
+a CPU build of torch knows.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Expected:
     products: tuple[str, ...] = ()
 
     def held(self, holding: Holding) -> list[Expected]:
-        """What an engine holds of it: its numbers, rounded once; or its codes, as numbers, and one scale a row."""
+        """What an engine holds of it: its numbers, rounded once; or its codes, as numbers, and one scale per row."""
         if self.scale is None or not holding.codes:
             dtype = holding.dtype
             return [self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())]

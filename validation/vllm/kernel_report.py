@@ -28,7 +28,7 @@ class KernelReport(FrozenConfig):
         description="layers by what they hold: FP8 codes, codes packed in an order of the kernel's own, or numbers"
     )
     rounding: int = Field(
-        ge=0, description="layers whose products are those of inputs rounded to E4M3, a scale a token"
+        ge=0, description="layers whose products are those of inputs rounded to E4M3, one scale per token"
     )
     codes: int = Field(ge=0, description="codes of inputs that were seen where a kernel multiplies them")
     codes_differing: int = Field(ge=0, description="of those, codes that are not the ones expected")

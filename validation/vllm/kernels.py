@@ -1,8 +1,8 @@
 """What a linear layer of an engine multiplies by, and with which kernel: as it lies there, whatever the device.
 
-Kernels for FP8 take codes as `(in, out)`, a view of the checkpoint's `(out, in)`, with one scale a row; some pack codes
-in an order of their own, and a layer without quantization holds numbers. Which it is, is read from the layer itself.
-Where a square matrix leaves the orientation open both are given, and its products decide.
+Kernels for FP8 take codes as `(in, out)`, a view of the checkpoint's `(out, in)`, with one scale per row; some pack
+codes in an order of their own, and a layer without quantization holds numbers. Which it is, is read from the layer
+itself. Where a square matrix leaves the orientation open both are given, and its products decide.
 
 Runs inside vLLM's Python: torch alone.
 """

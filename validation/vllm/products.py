@@ -23,7 +23,8 @@ __all__ = ["examine", "make_tokens", "nearest_e4m3", "round_inputs"]
 _LARGEST: Final = 448.0
 _SCALE_FLOOR: Final = 1.0 / (448.0 * 512.0)  # of vLLM's dynamic scales
 _TERMS: Final = 32  # features of a token that are not zero: what a tensor core adds in one step of an FP8 product
-# Tensor cores align addends to the largest, and keep at least 13 bits behind its leading one (FP8 on Hopper does).
+# Tensor cores align addends to the largest, and keep at least 13 bits behind its leading one: FP8 on Hopper does, as
+# the report on DeepSeek-V3 measured (arXiv 2412.19437); others keep more.
 _ADDEND_LOSS: Final = 2.0**-13
 _TOKENS: Final = 256  # of a call
 _SEED: Final = 5
@@ -89,7 +90,7 @@ def make_tokens(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def round_inputs(tokens: Tensor) -> Tensor:
-    """To E4M3 and back, one scale a token; fp32."""
+    """To E4M3 and back, one scale per token; fp32."""
     scale = _scale_of(tokens.float())
     return nearest_e4m3(tokens.float() / scale) * scale
 

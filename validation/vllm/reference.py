@@ -71,7 +71,7 @@ class Reference:
 
         Args:
             dtype: of parameters and activations; weights are rounded to it once.
-            rounded: layers whose inputs are rounded to E4M3, one scale a token.
+            rounded: layers whose inputs are rounded to E4M3, one scale per token.
             wide: layers whose kernels multiply codes: only their results are rounded to the dtype.
         """
         modules, multiply_codes = dict(self.model.named_modules()), set(wide)
@@ -126,7 +126,7 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """To E4M3 and back, one scale a token: `amax / 448`, floored as in the engine's kernels; shape and dtype kept."""
+    """To E4M3 and back, one scale per token: `amax / 448`, floored as in the engine's kernels; shape and dtype kept."""
     wide = values.float()
     scale = (wide.abs().amax(dim=-1, keepdim=True) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
     return (grid_numbers(wide / scale) * scale).to(values.dtype)

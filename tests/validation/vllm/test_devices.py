@@ -31,8 +31,8 @@ class Engine:
     """Loads as vLLM does: parts of a fused layer one below the other, embeddings padded, A as -exp of its logarithm."""
 
     def __init__(self, *, there: bool) -> None:
-        held = {"qkv.weight": torch.zeros(SIZE, SIZE, dtype=torch.float8_e4m3fn), "qkv.weight_scale": torch.zeros(SIZE, 1),
-                "A": torch.zeros(4), "embed.weight": torch.zeros(6, 4, dtype=torch.bfloat16)}  # fmt: skip
+        held = {"qkv.weight": torch.zeros(SIZE, SIZE, dtype=torch.float8_e4m3fn), "A": torch.zeros(4)}
+        held |= {"qkv.weight_scale": torch.zeros(SIZE, 1), "embed.weight": torch.zeros(6, 4, dtype=torch.bfloat16)}
         self.held = {name: far(tensor) for name, tensor in held.items()} if there else held
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:

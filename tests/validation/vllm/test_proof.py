@@ -12,95 +12,17 @@ import pytest
 import torch
 from artifact_tree import rehash
 from fault_case import json_file, tensors
-from safetensors.torch import load_file, save_file
-from small_artifacts import details_of
-from tiny_checkpoints import make_model, quantize, write_plain
 from torch import Tensor, nn
-from torch_engine import ENVIRONMENT, TorchEngine
+from trained_exports import PROMPTS, checked, scaled_inputs
 
 from exporters.vllm.export import export_vllm
-from exporters.vllm.options import ExportFormat, VllmExportOptions
-from fp8pipe.artifact import ArtifactWriter, LayerRecord, NumberFormat
-from fp8pipe.artifact.manifest import Encoding
-from fp8pipe.artifact.record import ExportRejectedError, record_path
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
-from validation.vllm import comparison, validate
-from validation.vllm.record import ValidationRecord
+from exporters.vllm.options import VllmExportOptions
+from fp8pipe.core.errors import BadArtifactError
+from validation.vllm import comparison
 from validation.vllm.validate import validate_export
 
 LAYER = "model.layers.1.self_attn.k_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
-PROMPTS = ("Hello",)
-
-
-def write_trained(folder: Path, plain: Path) -> Path:
-    """A falqon artifact with one scale a tensor, a power of two."""
-    found: dict[str, Tensor] = {}
-    layers = []
-    encoding = Encoding(format="e4m3", bits=8, granularity="per-tensor")
-    for name, value in load_file(plain / "model.safetensors").items():
-        found[name] = value
-        if name.endswith("_proj.weight"):
-            codes, scale, _ = quantize(value.float(), "tensor")
-            found[name], found[name + "_scale"] = codes, torch.exp2(torch.round(torch.log2(scale)))
-            layers.append(LayerRecord(name=name.removesuffix(".weight"), weight=encoding, shape=tuple(value.shape)))
-    with ArtifactWriter(folder, kind="falqon", stage="finetune") as writer:
-        for file in plain.iterdir():
-            if not file.name.startswith("model"):
-                shutil.copyfile(file, writer.root / file.name)
-        save_file(found, writer.root / "model.safetensors", metadata={"format": "pt"})
-        writer.commit(
-            number_format=NumberFormat(name="e4m3", granularity="per-tensor"), layers=layers,
-            details=details_of("falqon", base_dtype="bfloat16"),
-        )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`plain` and `trained`, and their exports: `quantized` (which did the rounding), `copied`, `bf16`."""
-    root = tmp_path_factory.mktemp("family")
-    plain = write_plain(root / "plain", make_model())
-    trained = write_trained(root / "trained", plain)
-    export_vllm(plain, root / "quantized", VllmExportOptions())
-    export_vllm(trained, root / "copied", VllmExportOptions())
-    export_vllm(trained, root / "bf16", VllmExportOptions(format=ExportFormat.BF16))
-    return root
-
-
-@pytest.fixture
-def tree(family: Path, tmp_path: Path) -> Path:
-    """A copy whose exports lie beside what they were made from, and nowhere else."""
-    copy = Path(shutil.copytree(family, tmp_path / "tree"))
-    for name, source in (("quantized", "plain"), ("copied", "trained"), ("bf16", "trained")):
-        rehash(copy / name, lambda data, source=source: data["parents"][0].update(path=f"/gone/{source}"))
-    return copy
-
-
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TorchEngine]:
-    """`engine(faults, weights)` takes vLLM's place."""
-    monkeypatch.setattr(validate, "find_vllm_python", lambda python: Path("python"))
-    monkeypatch.setattr(validate, "inspect_environment", lambda python: ENVIRONMENT)
-    monkeypatch.setattr(comparison, "_room_for_two", lambda expected: False)  # one after the other: in a known order
-
-    def put(*args: Any) -> TorchEngine:
-        made = TorchEngine(*args)
-        monkeypatch.setattr(comparison, "run_probe", made)
-        return made
-
-    put()
-    return put
-
-
-def checked(export: Path, **options: Any) -> ValidationRecord:
-    """The record, of whatever verdict."""
-    try:
-        return validate_export(export, prompts=PROMPTS, max_tokens=4, **options)
-    except ExportRejectedError as error:
-        record: ValidationRecord = error.record
-        assert json.loads(record_path(export).read_text(encoding="utf-8"))["verdict"] == "REJECT"
-        return record
 
 
 @pytest.mark.parametrize("name", ["quantized", "copied", "bf16"])
@@ -248,13 +170,6 @@ def rounded_inputs(model: nn.Module) -> None:
             )
 
 
-def scaled_inputs(model: nn.Module) -> None:
-    """Activations in E4M3, one scale a token, as the checkpoint declares, though the form says that none is rounded."""
-    for name, module in model.named_modules():
-        if name.endswith("_proj"):
-            module.register_forward_pre_hook(lambda _, args: (_to_e4m3(args[0]), *args[1:]))
-
-
 def surer(model: nn.Module) -> None:
     """Logits three times as large: the same choices, another loss."""
     model.get_submodule("lm_head").register_forward_hook(lambda _, args, out: out * 3)
@@ -279,38 +194,6 @@ def test_an_engine_that_holds_other_weights_is_rejected(tree: Path, engine: Any,
     (reason,) = record.reasons
     assert named in reason
     assert LAYER in reason
-
-
-def test_the_form_rounds_activations_where_it_is_told_to(
-    tree: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FP8PIPE_VLLM_ACTIVATIONS", "quant")
-    engine({"bfloat16": scaled_inputs})
-    record = checked(tree / "copied")
-    assert record.verdict == "ACCEPT", record.reasons
-    assert record.served is not None
-    assert "activations rounded" in record.served.form
-    assert record.served.form_kl < record.served.engine_kl  # the form in torch explains what the engine does
-    assert record.served.variables["FP8PIPE_VLLM_ACTIVATIONS"] == "quant"
-    assert (record.served.kernels.rounding, record.served.kernels.holds) == (14, {"numbers": 14})
-    engine({"bfloat16": lambda model: None})  # an engine that leaves them
-    reasons = checked(tree / "copied").reasons
-    assert any("inputs of model.layers.0.self_attn.q_proj.weight (torch) are not rounded" in r for r in reasons), (
-        reasons
-    )
-
-
-def _to_e4m3(x: Tensor) -> Tensor:
-    scale = (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
-    return ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
-
-
-def test_forms_that_cannot_be_looked_into_are_refused(tree: Path, engine: Any) -> None:
-    from exporters.vllm.form import ServingForm
-
-    for form in (ServingForm(dtype="auto"), ServingForm(tensor_parallel_size=2)):
-        with pytest.raises(ConfigurationError, match="cannot be validated"):
-            validate_export(tree / "copied", form=form)
 
 
 def test_a_tokenizer_that_knows_no_word_is_refused(family: Path, tmp_path: Path, engine: Any) -> None:
@@ -344,7 +227,7 @@ def test_every_gate_has_two_sides(tree: Path, engine: Any) -> None:
         copy = Path(shutil.copytree(tree, tree.parent / f"copy-{len(list(tree.parent.iterdir()))}"))
         inject(copy)
         failing |= {gate.name for gate in checked(copy / "quantized").gates if not gate.passed}
-    faults: list[Any] = [({"bfloat16": fault},) for fault in (wrong_scale, scaled_inputs, surer)]
+    faults: list[Any] = [({"bfloat16": lambda model: [fault(model) for fault in (scaled_inputs, wrong_scale, surer)]},)]
     for dtype in ("float32", "bfloat16"):
         faults += [({dtype: dropped_residual},), (None, {dtype: lambda name, value: value * 2})]
     for made in faults:
