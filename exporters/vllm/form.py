@@ -13,7 +13,8 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from exporters.vllm.environment import subprocess_environment
+from exporters.vllm.device import device_in_words, vllm_gpu
+from exporters.vllm.environment import VllmEnvironment, subprocess_environment
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 
 __all__ = ["ServingForm"]
@@ -125,16 +126,27 @@ class ServingForm(FrozenConfig):
         env.pop("VLLM_API_KEY", None)  # requests are let in before they reach vLLM
         return env
 
-    @property
-    def rounds_activations(self) -> bool:
-        """Whether the plugin for CPUs is told to round the inputs of FP8 layers as the checkpoint declares."""
-        return os.environ.get(_ACTIVATIONS, "").strip().lower() == "quant"
+    def rounds_activations(self, environment: VllmEnvironment) -> bool:
+        """Whether inputs of FP8 layers are rounded as the checkpoint declares.
 
-    def in_words(self, *, on_cpu: bool) -> str:
-        """What decides about numbers: `on a CPU: bfloat16, compiled, activations not rounded`."""
-        said = [f"on a {'CPU' if on_cpu else 'GPU'}: {self.dtype}", "eager" if self.enforce_eager else "compiled"]
-        rounded = "rounded as the checkpoint declares" if self.rounds_activations or not on_cpu else "not rounded"
-        said.append(f"activations {rounded}")
+        The plugin for CPUs rounds them where it is told to, vLLM's own kernels always but on GPUs without FP8.
+        """
+        if environment.dequantizes:
+            return os.environ.get(_ACTIVATIONS, "").strip().lower() == "quant"
+        device = vllm_gpu(environment)
+        return device is None or device.fp8
+
+    def in_words(self, environment: VllmEnvironment) -> str:
+        """What decides about numbers: `on a CPU: bfloat16, compiled, activations not rounded`; a GPU is named.
+
+        Raises:
+            MissingCapabilityError: vLLM is built for a GPU, and finds none.
+        """
+        said = [f"on {device_in_words(environment)}: {self.dtype}", "eager" if self.enforce_eager else "compiled"]
+        rounds = self.rounds_activations(environment)
+        said.append(f"activations {'rounded as the checkpoint declares' if rounds else 'not rounded'}")
+        switched_off = environment.on_cpu and environment.plugin is not None and not environment.dequantizes
+        said += ["without the plugin"] if switched_off else []
         said += [f"key/value cache in {self.kv_cache_dtype}"] if self.kv_cache_dtype else []
         said += [f"{self.tensor_parallel_size} devices"] if (self.tensor_parallel_size or 1) > 1 else []
         said += [f"with {' '.join(self.extra)}"] if self.extra else []

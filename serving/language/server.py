@@ -44,14 +44,14 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
         BadArtifactError: the export's files are not those of its manifest, or vLLM cannot load it.
         GateFailedError: no validation accepts it as it would be served, and `unvalidated` is not set.
         ConfigurationError: the API keys cannot be read, or the address cannot be listened on.
-        MissingCapabilityError: no vLLM, or no plugin for FP8 on this CPU.
+        MissingCapabilityError: no vLLM, no GPU for one that is built for it, or no plugin for FP8 on this CPU.
         OutOfMemoryError: vLLM ran out of memory while it started.
     """
     chosen = language or LanguageConfig()
     artifact = open_artifact(export, kind=KIND, verify=True)
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
     chosen = chosen.settled(artifact.root, on_cpu=environment.on_cpu)
-    proof = proof_of(artifact, config, environment.versions, chosen.in_words(on_cpu=environment.on_cpu))
+    proof = proof_of(artifact, config, environment.versions, chosen.in_words(environment))
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder, staged(artifact) as model_dir:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"
         command = _engine_command(environment, artifact, model_dir, chosen, socket)

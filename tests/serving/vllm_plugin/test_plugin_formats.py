@@ -16,6 +16,7 @@ from torch import Tensor
 from exporters.vllm.environment import find_vllm_python, last_lines
 from fp8pipe.core.errors import MissingCapabilityError
 from validation.vllm.expected import Expected
+from validation.vllm.kernel_report import kernel_report
 from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
 
 HOST = Path(__file__).with_name("engine_host.py")
@@ -55,8 +56,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def _job(root: Path, name: str, exact: dict[str, Tensor]) -> dict[str, Any]:
     tensors = {key: Expected(key, value, None, False).digests() for key, value in exact.items()}
+    for key, told in tensors.items():
+        told["quantized"] = key.endswith("_proj.weight") and name != "bf16"
     arguments = [*PARITY_ARGUMENTS, "--max-model-len", "128"]
-    job = ProbeJob(str(root / name), arguments, tensors, sequences=SEQUENCES, prompts=["Hello"], max_tokens=4)
+    job = ProbeJob(
+        str(root / name), arguments, tensors, sequences=SEQUENCES, prompts=["Hello"], max_tokens=4, products=True
+    )
     return {**asdict(job), "dump": str(root), "result": str(root / "result.json")}
 
 
@@ -112,6 +117,16 @@ def test_logprobs_are_those_of_the_exact_weights(runs: dict[str, Any], name: str
     # fp32 on both sides, the same formulas: only the order of additions differs. A fused layer at a common
     # scale would be off by more than 0.1 here.
     assert float(_distance(runs[name], _reference(runs[name]["exact"])).max()) < 1e-3
+
+
+def test_products_tell_whether_activations_are_rounded(runs: dict[str, Any]) -> None:
+    tensors = [key for key in runs["bf16"]["exact"] if key.endswith("_proj.weight")]
+    for name, rounded in (("ct-channel-dynamic", []), ("ct-channel-dynamic+quant", tensors)):
+        report = kernel_report(runs[name]["result"]["layers"], tensors, rounded, codes=False)
+        assert all(gate.passed for gate in report.gates), report
+        assert (report.layers, report.rounding, report.kernels) == (8, 8 if rounded else 0, {"CpuFp8Scheme": 8})
+        other = kernel_report(runs[name]["result"]["layers"], tensors, [] if rounded else tensors, codes=False)
+        assert len(other.other_rounding) == 8
 
 
 @pytest.mark.parametrize("name", EMULATED)

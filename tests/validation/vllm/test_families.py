@@ -26,7 +26,7 @@ from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.record import ExportRejectedError
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.models.compat import import_transformers
-from validation.vllm.expected import ExpectedWeights, plan_of, weight_report
+from validation.vllm.expected import ExpectedWeights, Holding, plan_of, weight_report
 from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
 from validation.vllm.record import WeightReport
 from validation.vllm.validate import validate_export
@@ -140,7 +140,7 @@ def reports(exports: Path, python: Path) -> dict[str, tuple[WeightReport, Weight
         export, copy = exports / f"{name}-export", exports / f"{name}-changed"
         artifact = open_artifact(export)
         expected = ExpectedWeights(artifact, plan_of(artifact, exports / name))
-        digests = {e.name: e.digests() | {"quantized": e.scale is not None} for e in expected}
+        digests = {e.name: e.digests() for e in expected}
         changed[name], judged[name] = change(export, copy, FAMILIES[name]), (expected, digests)
         for place in (export, copy):
             job = ProbeJob(str(place), [*PARITY_ARGUMENTS, "--max-model-len", "64"], digests, [[3, 4, 5]])
@@ -154,7 +154,7 @@ def reports(exports: Path, python: Path) -> dict[str, tuple[WeightReport, Weight
     assert (exports / "result.json").is_file(), last_lines(exports / "log", 60)
     results = json.loads((exports / "result.json").read_text(encoding="utf-8"))
     assert not any("error" in result for result in results), last_lines(exports / "log", 80)
-    found = [weight_report(*judged[name], torch.float32, result) for name, result in zip(
+    found = [weight_report(*judged[name], Holding(torch.float32), result) for name, result in zip(
         [name for name in CHOSEN for _ in range(2)], results, strict=True)]  # fmt: skip
     return {name: (found[2 * i], found[2 * i + 1], changed[name]) for i, name in enumerate(CHOSEN)}
 

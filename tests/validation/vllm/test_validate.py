@@ -254,19 +254,6 @@ def test_a_rejection_shows_its_figures_in_text_and_in_one_document(
     record_path(export).unlink()
 
 
-def test_a_vllm_that_runs_on_a_gpu_is_refused_before_anything_starts(
-    export: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    environment = VllmEnvironment(Path(sys.executable), "0.32.0", {"vllm": "0.32.0", "torch": "2.13.0"})
-    monkeypatch.setattr(validate, "inspect_environment", lambda python: environment)
-    record_path(export).write_text("{}", encoding="utf-8")
-    with pytest.raises(MissingCapabilityError, match="CPU only") as caught:
-        validate_export(export, vllm_python=sys.executable)
-    assert caught.value.exit_code == 11
-    assert record_path(export).read_text(encoding="utf-8") == "{}"  # nothing was begun: the old record stays
-    record_path(export).unlink()
-
-
 def test_expected_values_are_code_times_scale(export: Path, source: Path) -> None:
     exported = ExpectedWeights(open_artifact(export), None).read(LAYER)
     trained = load_file(source / "model.safetensors")

@@ -1,0 +1,76 @@
+"""The device that an installed vLLM computes on, as vLLM's own torch sees it.
+
+fp8pipe's torch may be a build for CPUs beside a vLLM for GPUs, so vLLM's Python is asked. Which kernels there are
+depends on the GPU's compute capability: a form of serving names the GPU, and a proof on one is not taken for another.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from exporters.vllm.environment import VllmEnvironment, subprocess_environment
+from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.core.machine import Gpu
+
+__all__ = ["device_in_words", "vllm_gpu"]
+
+_TIMEOUT_S: Final = 120  # importing torch from a cold disk takes long
+_ASK: Final = """
+import json, torch
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+found = [torch.cuda.get_device_properties(index) for index in range(min(count, 1))]
+print(json.dumps([[one.name, [one.major, one.minor], one.total_memory] for one in found]))
+"""
+
+
+def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
+    """The GPU that this vLLM computes on, the first that its torch sees; None of a build for CPUs.
+
+    Raises:
+        MissingCapabilityError: a build for a GPU that sees none, or for one that is not NVIDIA's.
+    """
+    if environment.on_cpu:
+        return None
+    if environment.device != "cuda":
+        raise MissingCapabilityError(
+            f"the vLLM of {environment.python} is a build for {environment.device}",
+            why="its kernels were never looked into: fp8pipe knows those for NVIDIA's GPUs and for CPUs",
+            fix="take a vLLM for CUDA, or make one for CPUs (make setup-vllm) and name its Python with --vllm-python",
+        )
+    found, said = _first_gpu(environment.python)
+    if found is None:
+        raise MissingCapabilityError(
+            f"the vLLM of {environment.python} is a build for GPUs, and there is none that it can use",
+            why=said or "its torch sees no CUDA device: no GPU, no driver, or CUDA_VISIBLE_DEVICES hides it",
+            fix="run this where the GPU is; or make vLLM's environment for CPUs (make setup-vllm) and name its Python "
+            "with --vllm-python",
+        )
+    return found
+
+
+def device_in_words(environment: VllmEnvironment) -> str:
+    """`a CPU`, or `a GPU (NVIDIA H200, compute capability 9.0)`; raises as `vllm_gpu`."""
+    gpu = vllm_gpu(environment)
+    if gpu is None:
+        return "a CPU"
+    return f"a GPU ({gpu.name}, compute capability {'.'.join(map(str, gpu.capability))})"
+
+
+@cache
+def _first_gpu(python: Path) -> tuple[Gpu | None, str]:
+    """What vLLM's torch sees; why it sees nothing, where it says so."""
+    command = [str(python), "-P", "-c", _ASK]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=subprocess_environment()
+        )
+        devices = json.loads(done.stdout) if done.returncode == 0 else []
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return None, f"its torch could not be asked: {error}"
+    for name, (major, minor), memory in devices:
+        return Gpu(name, (major, minor), memory), ""
+    return None, f"its torch says: {done.stderr.strip().rpartition(chr(10))[2]}" if done.returncode else ""

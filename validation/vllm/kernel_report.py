@@ -1,0 +1,104 @@
+"""What the kernels of quantized layers do in the engine that serves: what they hold, round and multiply.
+
+The worker says of each layer what it found; here it is held against what the form of serving and the checkpoint say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from fp8pipe.artifact import Comparison, Gate
+from fp8pipe.artifact.gate import none_of
+from fp8pipe.core.config import FrozenConfig
+
+__all__ = ["KernelReport", "kernel_report"]
+
+
+class KernelReport(FrozenConfig):
+    """Kernels of quantized layers, each layer run by itself on inputs made for it; fused layers are one here."""
+
+    layers: int = Field(ge=0, description="layers of the engine that hold quantized weights")
+    kernels: dict[str, int] = Field(description="layers by the class of their kernel")
+    devices: dict[str, int] = Field(description="layers by the device that holds their weight")
+    holds: dict[str, int] = Field(
+        description="layers by what they hold: FP8 codes, codes packed in an order of the kernel's own, or numbers"
+    )
+    rounding: int = Field(
+        ge=0, description="layers whose products are those of inputs rounded to E4M3, one scale per token"
+    )
+    codes: int = Field(ge=0, description="codes of inputs that were seen where a kernel multiplies them")
+    codes_differing: int = Field(ge=0, description="of those, codes that are not the ones expected")
+    ways: dict[str, int] = Field(description="layers by how their kernel computes codes of inputs, where it was seen")
+    worst_product: float = Field(description="largest error of a product, part of its bound; NaN if one is not finite")
+    worst_layer: str = Field(description="where that is")
+    not_examined: list[str] = Field(description="quantized tensors that are in no linear layer which was examined")
+    other_holding: list[str] = Field(description="layers that hold something else than the form says")
+    other_rounding: list[str] = Field(description="layers whose inputs are rounded, or not, against what the form says")
+    other_codes: list[str] = Field(description="layers in which codes of inputs differ")
+
+    @property
+    def packed(self) -> bool:
+        """Whether some layer's codes cannot be read as bytes."""
+        return self.holds.get("packed", 0) > 0
+
+    @property
+    def gates(self) -> list[Gate]:
+        """What must hold."""
+        worst = f"part of what the kernel may lose; in {self.worst_layer}, the worst of {self.layers} layers"
+        return [
+            none_of("quantized tensors in no examined layer, as served", len(self.not_examined),
+                    _first(self.not_examined)),
+            none_of("layers that hold another thing than their form, as served", len(self.other_holding),
+                    _first(self.other_holding)),
+            none_of("layers that round inputs otherwise than their form, as served", len(self.other_rounding),
+                    _first(self.other_rounding)),
+            none_of("codes of activations differing, as served", self.codes_differing,
+                    f"of {self.codes}" + (f"; in {_first(self.other_codes)}" if self.other_codes else "")),
+            Gate(name="error of products, as served", value=self.worst_product, comparison=Comparison.AT_MOST,
+                 threshold=1.0, detail=worst),
+        ]  # fmt: skip
+
+
+def kernel_report(
+    found: Mapping[str, Mapping[str, Any]], quantized: Collection[str], rounded: Collection[str], *, codes: bool
+) -> KernelReport:
+    """Hold what a worker found against the form.
+
+    Args:
+        found: by the engine's name of a layer, what `readback.Reading.layers` says of it.
+        quantized: checkpoint names of all quantized tensors.
+        rounded: of those, the ones of layers whose inputs the form rounds.
+        codes: whether layers hold codes, or dequantized numbers.
+    """
+    counts = {key: Counter(str(layer[key]) for layer in found.values()) for key in ("kernel", "device", "holds")}
+    holding, rounding, differing, errors, rounds = [], [], [], [("", 0.0)], 0
+    for name, layer in found.items():
+        called = f"{name} ({layer['kernel']})"
+        if codes == (layer["holds"] == "numbers"):
+            holding.append(f"{called} holds {layer['holds']}, not {'FP8 codes' if codes else 'numbers'}")
+        as_rounded, as_plain = float(layer["error_rounded"]), float(layer["error_plain"])
+        wanted, other = (as_rounded, as_plain) if set(layer["tensors"]) <= set(rounded) else (as_plain, as_rounded)
+        rounds += as_rounded < as_plain
+        if not wanted <= 1 and other <= 1:
+            rounding.append(f"inputs of {called} are {'not ' if other == as_plain else ''}rounded")
+        errors.append((called, wanted if wanted <= 1 or not other <= 1 else other))
+        if layer["codes_differing"]:
+            differing.append(f"{called}, at best {layer['rounding']}")
+    worst = max(errors, key=lambda error: (error[1] != error[1], error[1]))  # NaN is the worst
+    return KernelReport(
+        layers=len(found), kernels=counts["kernel"], devices=counts["device"], holds=counts["holds"], rounding=rounds,
+        codes=sum(layer["codes"] for layer in found.values()),
+        codes_differing=sum(layer["codes_differing"] for layer in found.values()),
+        ways=Counter(layer["rounding"] for layer in found.values() if layer["rounding"]),
+        worst_product=worst[1], worst_layer=worst[0],
+        not_examined=sorted(set(quantized) - {tensor for layer in found.values() for tensor in layer["tensors"]}),
+        other_holding=holding, other_rounding=rounding, other_codes=differing,
+    )  # fmt: skip
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

@@ -1,0 +1,163 @@
+"""Whether a layer of an engine rounds its inputs as it should, and multiplies by the weight that it holds.
+
+Each layer is run by itself, on inputs that are made for it: of each token only a few neighbouring features are not
+zero, other ones of each token, so that all tokens together meet every weight once and a sum has few terms. So few that
+what a kernel may lose while it adds is known to be far less than what rounding an input to E4M3 changes, and products
+tell which of both a layer does, whatever its kernel. Where the kernel can be looked into, the codes that it multiplies
+are compared too, bit for bit, on further tokens at the edges of the format: zeros, ties, the floor of the scale.
+
+The arithmetic is our own, in plain torch on the CPU. Runs inside vLLM's Python: torch alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from validation.vllm.kernels import Kernel, kernel_inputs
+
+__all__ = ["examine", "make_tokens", "nearest_e4m3", "round_inputs"]
+
+_LARGEST: Final = 448.0
+_SCALE_FLOOR: Final = 1.0 / (448.0 * 512.0)  # of vLLM's dynamic scales
+_TERMS: Final = 32  # features of a token that are not zero: what a tensor core adds in one step of an FP8 product
+# Tensor cores align addends to the largest, and keep at least 13 bits behind its leading one: FP8 on Hopper does, as
+# the report on DeepSeek-V3 measured (arXiv 2412.19437); others keep more.
+_ADDEND_LOSS: Final = 2.0**-13
+_TOKENS: Final = 256  # of a call
+_SEED: Final = 5
+_ROUNDOFF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+
+def examine(layer: Any, kernel: Kernel, weight: Tensor) -> dict[str, Any]:
+    """Run one layer on tokens made for it.
+
+    Args:
+        layer: vLLM's.
+        kernel: its kernel.
+        weight: fp32 `(out, in)`, what it multiplies by.
+
+    Returns:
+        `error_rounded` and `error_plain`: largest error of a product, as part of its bound, if inputs are rounded to
+        E4M3 and if they are not; `codes` of inputs that were seen, `codes_differing` of them from those expected,
+        `rounding` in words, empty where none were seen.
+    """
+    tiles, edges = make_tokens(weight.shape[1], kernel.dtype)
+    found: dict[str, Any] = {"error_rounded": 0.0, "error_plain": 0.0, "codes": 0, "codes_differing": 0, "rounding": ""}
+    differing: dict[str, int] = {}
+    for start in range(0, len(tiles), _TOKENS):
+        part = tiles[start : start + _TOKENS]
+        tokens = torch.cat((part, edges))
+        with kernel_inputs(kernel) as seen:
+            product = layer.quant_method.apply(layer, tokens.to(layer.weight.device), None)
+        errors = _errors(product[: len(part)].cpu().float(), part, start, kernel, weight)
+        for name, error in zip(("error_rounded", "error_plain"), errors, strict=True):
+            found[name] = max(found[name], error, key=lambda value: (value != value, value))  # NaN is the worst
+        for codes, scales in seen:
+            found["codes"] += tokens.numel()
+            for way, count in _codes_differing(tokens, codes, scales).items():
+                differing[way] = differing.get(way, 0) + count
+    if differing:
+        found["rounding"], found["codes_differing"] = min(differing.items(), key=lambda item: item[1])
+    return found
+
+
+def make_tokens(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Inputs of a layer, the same each time: `(ceil(columns / 32), columns)` in tiles, and `(4, columns)` at the edges.
+
+    Tiles keep away from ties: which of two codes a tie becomes depends on how a kernel divides.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    count = -(-columns // _TERMS)
+    magnitudes = torch.exp2(torch.rand(count, _TERMS, generator=generator) * 10 - 10)  # ten binades of codes
+    signs = torch.randint(0, 2, (count, _TERMS), generator=generator) * 2.0 - 1
+    values = (magnitudes * signs * torch.exp2(torch.randint(-3, 4, (count, 1), generator=generator).float())).to(dtype)
+    quotients = values.float() / _scale_of(values.float())
+    values = torch.where(_near_a_tie(quotients), values * 0.984375, values)
+    tiles = torch.zeros(count, count, _TERMS, dtype=dtype)
+    tiles[torch.arange(count), torch.arange(count)] = values
+    ties = (torch.arange(columns) % 126).to(torch.uint8)
+    below, above = (codes.view(torch.float8_e4m3fn).float() for codes in (ties, ties + 1))
+    edges = torch.stack([
+        torch.zeros(columns),
+        ((below + above) / 2).index_fill(0, torch.tensor(0), _LARGEST),  # between two codes, scale 1
+        torch.linspace(-1, 1, columns) * 2.0**-20,  # below the floor of the scale
+        torch.randn(columns, generator=generator),
+    ])  # fmt: skip
+    return tiles.reshape(count, -1)[:, :columns].contiguous(), edges.to(dtype)
+
+
+def round_inputs(tokens: Tensor) -> Tensor:
+    """To E4M3 and back, one scale per token; fp32."""
+    scale = _scale_of(tokens.float())
+    return nearest_e4m3(tokens.float() / scale) * scale
+
+
+def nearest_e4m3(quotients: Tensor) -> Tensor:
+    """The E4M3 number next to each, saturating, ties to even: fp32."""
+    clipped = quotients.clamp(-_LARGEST, _LARGEST)
+    exponent = torch.frexp(clipped).exponent.clamp(min=-5)  # of numbers in [2**(e-1), 2**e); subnormals are one binade
+    step = torch.ldexp(torch.ones_like(clipped), exponent - 4)
+    return (clipped / step).round() * step
+
+
+def _scale_of(values: Tensor) -> Tensor:
+    return (values.abs().amax(dim=-1, keepdim=True) / _LARGEST).clamp(min=_SCALE_FLOOR)
+
+
+def _near_a_tie(quotients: Tensor) -> Tensor:
+    return nearest_e4m3(quotients * (1 + 2.0**-18)) != nearest_e4m3(quotients * (1 - 2.0**-18))
+
+
+def _errors(product: Tensor, tokens: Tensor, start: int, kernel: Kernel, weight: Tensor) -> list[float]:
+    """Largest error as part of its bound: of products with rounded inputs, and with inputs as they are.
+
+    A kernel may lose, of a sum: as much as its addends lose where they are aligned to the largest; once more what
+    rounding the result to the output's dtype loses. Of packed codes the numbers are known rounded to that dtype only.
+    """
+    rounded = round_inputs(tokens)
+    if kernel.holds == "numbers":
+        rounded = rounded.to(kernel.dtype).float()  # what is multiplied are numbers of the dtype
+    count, (rows, columns) = len(tokens), weight.shape
+    end = min(columns, (start + count) * _TERMS)
+    tile = torch.nn.functional.pad(weight[:, start * _TERMS : end], (0, count * _TERMS - (end - start * _TERMS)))
+    tile = tile.reshape(rows, count, _TERMS).permute(1, 2, 0)  # (tokens, terms, rows)
+    inputs = torch.stack([_diagonal(values, start) for values in (rounded, tokens.float())], dim=1)
+    exact = torch.bmm(inputs, tile)  # (tokens, 2, rows)
+    size = torch.bmm(inputs.abs().amax(dim=1, keepdim=True), tile.abs())
+    roundoff = _ROUNDOFF[kernel.dtype]
+    lost = ((_TERMS + 1) * _ADDEND_LOSS + (roundoff if kernel.holds == "packed" else 0.0)) * size
+    bound = roundoff * (exact.abs() + lost) + lost + torch.finfo(kernel.dtype).tiny
+    parts = ((product[:, None] - exact).abs() / bound).amax(dim=(0, 2))
+    return [float(part) for part in parts]
+
+
+def _diagonal(tokens: Tensor, start: int) -> Tensor:
+    """Of each token the features that are not zero: `(tokens, 32)`."""
+    count, columns = tokens.shape
+    wide = torch.nn.functional.pad(tokens, (0, -columns % _TERMS)).reshape(count, -1, _TERMS)
+    return wide[torch.arange(count), torch.arange(start, start + count)]
+
+
+def _codes_differing(tokens: Tensor, codes: Tensor, scales: Tensor) -> dict[str, int]:
+    """Codes of inputs that are not those expected, by the way in which a kernel may compute them.
+
+    Kernels divide by the scale, or multiply by its reciprocal; the same holds of the 448 in the scale. All of a layer
+    must be one of these ways; where a token's scale is none of them all its codes count as differing.
+    """
+    values, count, width = tokens.float(), *tokens.shape
+    held = codes[:count, :width].view(torch.uint8)
+    scale = scales.float().reshape(-1)[:count, None]
+    amax = values.abs().amax(dim=-1, keepdim=True)
+    found = {}
+    for how, expected in (
+        ("amax / 448", (amax / _LARGEST).clamp(min=_SCALE_FLOOR)),
+        ("amax * (1 / 448)", (amax * (1 / torch.tensor(_LARGEST))).clamp(min=_SCALE_FLOOR)),
+    ):
+        right = scale == expected if scale.numel() == count else torch.zeros(count, 1, dtype=torch.bool)
+        for way, quotients in (("divided by", values / expected), ("times the reciprocal of", values * (1 / expected))):
+            mine = nearest_e4m3(quotients).to(torch.float8_e4m3fn).view(torch.uint8)
+            found[f"{way} {how}"] = int(((mine != held) | ~right).sum())
+    return found
