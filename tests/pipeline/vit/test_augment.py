@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fp8pipe.core.config import build_config
+from pipeline.vit.augment import augment, blur, crop, first_views, relight
 from pipeline.vit.config import DistillConfig
-from pipeline.vit.distill import augment, blur, crop, first_views, relight
 
 
 def pictures(count: int = 3, side: int = 24) -> Tensor:
