@@ -43,7 +43,7 @@ from pipeline.vit.student import Student
 _LOG = logging.getLogger(__name__)
 Figures = dict[str, float]
 _FIGURES: Final = ("loss", "answer", "structure")
-_UNREAD: Final = 10  # steps whose losses are read together from a GPU
+_READ_EVERY: Final = 10
 _ORDER, _AUGMENTATION = 0, 1  # streams of the seed
 _C2 = 0.03**2  # SSIM's second constant
 
@@ -79,8 +79,10 @@ class Distiller:
             {"params": student.trained_weights(), "peak": config.learning_rate * student.mean_step()},
             {"params": student.trained_steps(), "peak": config.step_learning_rate},
         ]
-        how: dict[str, Any] = {"fused": True} if self.device.type == "cuda" else {"foreach": True}
+        on_gpu = self.device.type == "cuda"
+        how: dict[str, Any] = {"fused": True} if on_gpu else {"foreach": True}
         self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.999), **how)
+        self.read_every = _READ_EVERY if on_gpu else 1  # steps whose losses are read together
         self.step = 0
         self.history: list[Figures] = []
         self._prefix = {site.name: site.prefix_tokens for site in structure.attentions if not site.pools}
@@ -96,7 +98,7 @@ class Distiller:
             unread.append(self.one_step())
             due = self.config.save_every and self.step % self.config.save_every == 0
             last = self.step == self.config.steps
-            if due or last or len(unread) >= (_UNREAD if self.device.type == "cuda" else 1):
+            if due or last or len(unread) == self.read_every:
                 for figures in self._read(unread):
                     self.history.append(figures)
                     on_step(figures)

@@ -1,4 +1,4 @@
-"""ViT-B with 16-pixel patches at 224 pixels, of shapes alone: for counting what its synthesis and distillation take."""
+"""Two blocks of ViT-B with 16-pixel patches at 224 pixels, of shapes alone: for counting what a step takes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from fp8pipe.models.vision.preprocessing import Preprocessing
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure, read_structure
 
-__all__ = ["SIZE", "make", "structure_of"]
+__all__ = ["SIZE", "make", "structure"]
 
 SIZE = (224, 224)
-_MODEL = "vit_base_patch16_224"
+_MODEL, _ARGUMENTS = "vit_base_patch16_224", {"depth": 2}
 _HALF = (0.5, 0.5, 0.5)
 
 
-def make(name: str = _MODEL) -> VisionModel:
-    """A model of timm with 1,000 classes, made on "cuda" inside of `fake_cuda()`."""
-    with torch.device("cuda"):
-        model = prepare_model(timm.create_model(name))
-    classes = tuple(f"class {number}" for number in range(1000))
+def make() -> VisionModel:
+    """The model, with 1,000 classes, made on "cuda" inside of `fake_cuda()`."""
     described = Architecture(
-        library="timm", name=name, arguments={}, image_size=SIZE, classes=classes, head="classifier"
-    )
+        library="timm", name=_MODEL, arguments=_ARGUMENTS, image_size=SIZE, head="classifier",
+        classes=tuple(f"class {number}" for number in range(1000)),
+    )  # fmt: skip
     preprocessing = Preprocessing(resize=224, crop=SIZE, mean=_HALF, std=_HALF)
-    return VisionModel(model, described, preprocessing, name, "")
+    return VisionModel(_made("cuda"), described, preprocessing, _MODEL, "")
 
 
 @cache
-def structure_of(name: str = _MODEL) -> VitStructure:
-    """Its structure, which values do not decide; read before `fake_cuda()`, outside of which it stays real."""
-    with torch.device("meta"):
-        model: nn.Module = prepare_model(timm.create_model(name))
-    return read_structure(model, SIZE)
+def structure() -> VitStructure:
+    """Its structure, which values do not decide. Read it before `fake_cuda()`: what is imported inside stays fake."""
+    return read_structure(_made("meta"), SIZE)
+
+
+def _made(device: str) -> nn.Module:
+    with torch.device(device):
+        return prepare_model(timm.create_model(_MODEL, **_ARGUMENTS))
