@@ -50,7 +50,7 @@ def build_trainer(name, options, scratch):
     settings = {
         "model": "sample:smollm2", "data": "sample:chatterbot", "rank": options.rank, "batch_size": options.batch_size,
         "sequence_length": 1024 // options.batch_size, "steps": 1000, "log_every": 1000, "learning_rate": 1e-3,
-        "method": name.removesuffix("-bf16") if lora else "falqon",
+        "method": name.removesuffix("-bf16") if lora else "falqon", "device": "cpu",
     }  # fmt: skip
     config = build_config(
         FinetuneConfig, settings if lora else settings | {"update_rule": name, "initialisation": "randomized-svd"}

@@ -52,7 +52,7 @@ class Canvas(ABC):
         """The images as they are, `(N, 3, H, W)` fp32 in normalized units, differentiable in the parameters."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the images: boolean `(N,)`, or their indices."""
+        """Go on with some of the images: boolean `(N,)`, or their indices, on the device of the parameters."""
         self.parameters = [p.detach()[rows].requires_grad_() for p in self.parameters]
         self._first = [moment[rows] for moment in self._first]
         self._second = [moment[rows] for moment in self._second]
@@ -94,12 +94,13 @@ class Pyramid(Canvas):
 
     def __init__(self, start: Tensor, limits: tuple[Tensor, Tensor] | None) -> None:
         sizes = layer_sizes(start.shape[2], start.shape[3])
-        layers = [torch.zeros(start.shape[0], 3, *size) for size in sizes]
+        layers = [torch.zeros(start.shape[0], 3, *size, device=start.device) for size in sizes]
         # A short memory: gradients of views that are zoomed at random change a lot.
         super().__init__(layers, [_FINER**i for i in range(len(sizes))], beta2=0.99)
-        self._start, self._limits, self._colours = start, limits, torch.tensor(_COLOURS)
+        self._start, self._limits, self._colours = start, limits, torch.tensor(_COLOURS).to(start.device)
         height, width = start.shape[2:]
-        self._enlarge = [(enlargement(h, height), enlargement(w, width).T) for h, w in sizes[:-1]]
+        axes = [(enlargement(h, height), enlargement(w, width).T) for h, w in sizes[:-1]]
+        self._enlarge = [(rows.to(start.device), columns.to(start.device)) for rows, columns in axes]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the images."""
@@ -133,6 +134,6 @@ def layer_sizes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def open_canvas(start: Tensor, limits: tuple[Tensor, Tensor], config: SynthesisConfig) -> Canvas:
-    """The canvas that a configuration asks for."""
+    """The canvas that a configuration asks for, on the device of `start`."""
     kind = Pyramid if config.canvas == "pyramid" else Pixels
-    return kind(start, limits if config.clamp else None)
+    return kind(start, (limits[0].to(start.device), limits[1].to(start.device)) if config.clamp else None)

@@ -7,11 +7,16 @@ do not matter. (To the last bit this holds for equal batches: matrix products of
 An image whose loss has stopped falling is finished early. Every view is another one, so single losses jump; what is
 compared are means over two windows of steps. An image is finished when the mean over the last window is not below the
 one before by at least the tolerance, relatively. Only an image's own losses decide about it, so who leaves when is the
-same whenever the same batch is made, in a run that was cut and resumed as in any other.
+same whenever the same batch is made, in a run that was cut and resumed as in any other. (Who leaves has to be known on
+the host, so with a plateau each step waits for a GPU; without, none does.)
+
+The model decides the device. A GPU makes as many images at once as its memory holds (`memory`), fewer if that was too
+hopeful. There the last bits differ from run to run: the gradient of a view is added up in no fixed order.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,12 +29,15 @@ from calibration.config import SynthesisConfig
 from calibration.dead_leaves import dead_leaves
 from calibration.image_set import ImageSet
 from calibration.losses import draw_priors
+from calibration.memory import images_at_once
 from calibration.terms import Scene, Terms
 from calibration.views import cut, draw_choice, draw_regions, image_stream, normal, uniform, view
+from fp8pipe.core.devices import to_device
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 
+_LOG = logging.getLogger(__name__)
 _RESTARTS = 3
 
 
@@ -49,17 +57,35 @@ class Synthesizer:
     def __init__(self, vision: VisionModel, structure: VitStructure, config: SynthesisConfig, seed: int) -> None:
         self.vision, self.structure, self.config, self.seed = vision, structure, config, seed
         self.terms = Terms(vision.model, structure, config)
+        self.device = next(vision.model.parameters()).device
+        self.at_once = images_at_once(structure, config, self.device)  # most images in a batch; None: any number
 
     def batch(self, first: int, count: int, on_step: Callable[[int], None] = lambda step: None) -> ImageSet:
         """Images number `first` to `first + count - 1`; labels are the classes asked for, -1 throughout for a backbone.
 
         Raises:
             ConfigurationError: an image became NaN in every attempt.
+            torch.OutOfMemoryError: not even one image fits the GPU.
         """
-        numbers, attempts, notes = list(range(first, first + count)), [0] * count, []
+        parts: list[ImageSet] = []
+        while (done := sum(len(part.images) for part in parts)) < count:
+            size = min(count - done, self.at_once or count)
+            try:
+                parts.append(self._together(list(range(first + done, first + done + size)), on_step))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.at_once = size // 2
+                _LOG.warning("%d images at once did not fit the GPU's memory; going on with %d", size, self.at_once)
+        return ImageSet.joined(parts)
+
+    def _together(self, numbers: list[int], on_step: Callable[[int], None]) -> ImageSet:
+        """Images of these numbers, made in one batch."""
+        attempts, notes = [0] * len(numbers), []
         pixels, labels, losses = self._optimise(numbers, attempts, on_step)
-        for index in range(count):
-            while not bool(torch.isfinite(pixels[index]).all()):
+        finite = torch.isfinite(pixels).flatten(1).all(1).tolist()
+        for index in range(len(numbers)):
+            while not finite[index]:
                 attempts[index] += 1
                 if attempts[index] > _RESTARTS:
                     raise ConfigurationError(
@@ -70,17 +96,21 @@ class Synthesizer:
                 notes.append(f"image {numbers[index]} became NaN and was begun again")
                 again = self._optimise([numbers[index]], [attempts[index]], on_step)
                 pixels[index], labels[index] = again[0][0], again[1][0]
+                finite[index] = bool(torch.isfinite(pixels[index]).all())
                 for name in losses:
                     losses[name][index] = again[2][name][0]
-        images = self.vision.preprocessing.to_uint8(pixels)
+        images = self.vision.preprocessing.to_uint8(pixels).cpu()
         return ImageSet(images, labels, "synthetic", self.seed, losses, notes)
 
     def _optimise(
         self, numbers: list[int], attempts: list[int], on_step: Callable[[int], None]
     ) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
-        """Finished pixels `(N, 3, H, W)` normalized, labels `(N,)`, and last losses by name, one per image."""
+        """Finished pixels `(N, 3, H, W)` normalized, labels `(N,)`, and last losses by name, one per image.
+
+        Pixels are on the device, the others on the host.
+        """
         config, batch = self.config, self._begin(numbers, attempts)
-        labels, done = batch.labels, torch.empty(len(numbers), 3, *self.structure.image_size)
+        labels, done = batch.labels, torch.empty(len(numbers), 3, *self.structure.image_size, device=self.device)
         found: dict[str, Tensor] = {}
         for step in range(config.steps):
             terms = self.terms(batch.scene(step))
@@ -89,15 +119,15 @@ class Synthesizer:
             rate = config.final_rate + (config.learning_rate - config.final_rate) * cosine
             batch.canvas.step(torch.autograd.grad(each.sum(), batch.canvas.parameters), rate)
             for name, term in terms.items():
-                found.setdefault(name, torch.zeros(len(numbers)))[batch.rows] = term.detach()
+                found.setdefault(name, torch.zeros(len(numbers), device=self.device))[batch.places] = term.detach()
             on_step(step + 1)
-            stays = batch.plateau.going(each)
-            if not bool(stays.all()):
-                done[batch.rows[~stays]] = batch.canvas.pixels().detach()[~stays]
+            if batch.plateau.watches and not bool((stays := batch.plateau.going(each).cpu()).all()):
+                leaving = to_device((~stays).nonzero().flatten(), self.device)
+                done[batch.places[leaving]] = batch.canvas.pixels().detach()[leaving]
                 batch.keep(stays)
                 if not len(batch.rows):
                     break
-        done[batch.rows] = batch.canvas.pixels().detach()
+        done[batch.places] = batch.canvas.pixels().detach()
         return done, labels, {name: values.tolist() for name, values in found.items()}
 
     def _begin(self, numbers: list[int], attempts: list[int]) -> Batch:
@@ -111,14 +141,15 @@ class Synthesizer:
         grid = self.structure.patch_grid
         depths, sites = self.terms.depths, self.terms.global_sites
         priors = draw_priors(streams, len(depths), sites[next(iter(depths))].heads, grid) if depths else None
-        return Batch(config, grid, list(depths), streams, labels, canvas, regions, priors)
+        priors = None if priors is None else to_device(priors, self.device)
+        return Batch(config, grid, list(depths), streams, labels, canvas, regions, priors, self.device)
 
     def _start(self, numbers: list[int], streams: list[torch.Generator]) -> Tensor:
         size = self.structure.image_size
         if self.config.start == "noise":
-            return normal(streams, 3, *size)
+            return to_device(normal(streams, 3, *size), self.device)
         pictures = torch.cat([dead_leaves(self.seed, n, 1, size) for n in numbers])
-        return self.vision.preprocessing.normalize((pictures * 255).round().to(torch.uint8))
+        return to_device(self.vision.preprocessing.normalize((pictures * 255).round().to(torch.uint8)), self.device)
 
 
 @dataclass(slots=True)
@@ -129,15 +160,18 @@ class Batch:
     grid: tuple[int, int]  # rows and columns of patches
     layers: list[str]  # attentions that have priors, in the order of `priors`
     streams: list[torch.Generator]  # one per image
-    labels: Tensor  # `(N,)` int64, of all images it began with
-    canvas: Canvas  # of all images that are still here
-    regions: Tensor | None  # targets of wholes and quarters, see `draw_regions`, or None
-    priors: Tensor | None  # `(N, layers, heads, rows, columns)`, or None
-    rows: Tensor = field(init=False)  # `(n,)` int64: which of the images it began with are still here
+    labels: Tensor  # `(N,)` int64, of all images it began with, on the host
+    canvas: Canvas  # of all images that are still here, on the device
+    regions: Tensor | None  # targets of wholes and quarters, see `draw_regions`, on the host, or None
+    priors: Tensor | None  # `(N, layers, heads, rows, columns)` on the device, or None
+    device: torch.device  # where the model is
+    rows: Tensor = field(init=False)  # `(n,)` int64: which of the images it began with are still here, on the host
+    places: Tensor = field(init=False)  # the same on the device
     plateau: Plateau = field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = torch.arange(len(self.streams))
+        self.places = to_device(self.rows, self.device)
         self.plateau = Plateau(self.config.plateau, self.config.plateau_window)
 
     def scene(self, step: int) -> Scene:
@@ -150,20 +184,23 @@ class Batch:
             shown, targets = cut(shown, choice), self.regions[torch.arange(len(choice)), choice]
             maps = None if maps is None else cut(maps, choice)
         shown, maps = view(shown, maps, self.streams, step, config)
-        draws = uniform(self.streams, self.grid[0] * self.grid[1]) if config.masked else None
+        draws = None
+        if config.masked:
+            draws = to_device(uniform(self.streams, self.grid[0] * self.grid[1]), self.device)
         priors = {}
         if maps is not None:
             layers = maps.unflatten(1, (len(self.layers), -1)).flatten(3)  # (N, L, H, P)
             priors = dict(zip(self.layers, layers.unbind(1), strict=True))
-        return Scene(pixels, shown, targets, step / config.steps, priors, draws)
+        return Scene(pixels, shown, to_device(targets, self.device), step / config.steps, priors, draws)
 
     def keep(self, stays: Tensor) -> None:
-        """Go on with the images of which the boolean `(n,)` is true."""
-        self.rows = self.rows[stays]
-        self.canvas.keep(stays)
+        """Go on with the images of which the boolean `(n,)`, on the host, is true."""
+        staying = to_device(stays.nonzero().flatten(), self.device)
+        self.rows, self.places = self.rows[stays], self.places[staying]
+        self.canvas.keep(staying)
         self.streams = [stream for stream, here in zip(self.streams, stays.tolist(), strict=True) if here]
         self.regions = None if self.regions is None else self.regions[stays]
-        self.priors = None if self.priors is None else self.priors[stays]
+        self.priors = None if self.priors is None else self.priors[staying]
 
 
 class Plateau:
@@ -176,6 +213,7 @@ class Plateau:
 
     def __init__(self, tolerance: float, window: int) -> None:
         self._tolerance, self._window = tolerance, window
+        self.watches = tolerance > 0
         self._history: list[Tensor] = []
 
     def going(self, losses: Tensor) -> Tensor:

@@ -48,6 +48,26 @@ class ImageSet:
         contact_sheet(self.images, self.labels, classes, folder / SHEET_FILE)
 
     @classmethod
+    def joined(cls, parts: Sequence[ImageSet]) -> ImageSet:
+        """One set of several that were made alike, in their order."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        labels = [part.labels for part in parts if part.labels is not None]
+        return cls(
+            torch.cat([part.images for part in parts]), torch.cat(labels) if labels else None, first.method, first.seed,
+            {name: [value for part in parts for value in part.losses[name]] for name in first.losses},
+            [note for part in parts for note in part.notes],
+        )  # fmt: skip
+
+    def part(self, start: int, stop: int) -> ImageSet:
+        """Images `start` to `stop - 1`; notes stay with the first of them."""
+        return ImageSet(
+            self.images[start:stop], None if self.labels is None else self.labels[start:stop], self.method, self.seed,
+            {name: values[start:stop] for name, values in self.losses.items()}, [] if start else self.notes,
+        )  # fmt: skip
+
+    @classmethod
     def load(cls, folder: Path) -> ImageSet:
         """Read what `save` wrote.
 

@@ -190,7 +190,7 @@ def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
 
     A positive factor on the logits `(N, H, tokens, tokens)` makes no difference.
     """
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(logits.device.type, enabled=False):
         rows = functional.normalize(logits[:, :, site.prefix_tokens :, site.prefix_tokens :].float().mean(1), dim=-1)
         cosines = (rows @ rows.transpose(-2, -1)).flatten(1)  # (N, P, P) @ (N, P, P)
         return -0.5 * (math.log(2 * math.pi * math.e) + torch.log(cosines.var(1, unbiased=False) + 1e-8))
@@ -208,7 +208,7 @@ def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[
     Of `q` and `k` `(N, H, tokens, d)`, not scaled; two `(N, patches)` fp32: q.k of the patches, the mean over heads.
     """
     found = []
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(q.device.type, enabled=False):
         for queries, keys in ((q.float(), k.float()), (rounded(q.float(), bits), rounded(k.float(), bits))):
             logits = summary_query(queries, site) @ keys[:, :, site.prefix_tokens :].transpose(-2, -1)  # (N, H, 1, P)
             found.append(logits[:, :, 0].mean(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -102,26 +103,43 @@ def _synthesize(
     config = request.synthesis
     if request.method == "patch-similarity":  # PSAQ-ViT's idea in the place of MimiQ's
         config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
-    synthesizer = Synthesizer(vision, structure, config, request.seed)
-    parts: list[ImageSet] = []
-    for first in range(0, request.count, config.batch_size):
-        folder = None if checkpoints is None else checkpoints / f"batch-{first:06d}"
-        if folder is not None and folder.is_dir():
-            parts.append(ImageSet.load(folder))
-        else:
-            made = synthesizer.batch(first, min(config.batch_size, request.count - first))
-            made = replace(made, method=request.method)
-            parts.append(made)
-            if folder is not None:  # written whole or not at all
-                scratch = folder.with_name(f"writing-{folder.name}")
-                shutil.rmtree(scratch, ignore_errors=True)
-                made.save(scratch)
-                scratch.rename(folder)
-        on_images(len(parts[-1].images))
-    images, notes = torch.cat([part.images for part in parts]), [note for part in parts for note in part.notes]
-    labels = None if structure.classes is None else torch.cat([p.labels for p in parts if p.labels is not None])
-    losses = {name: [v for part in parts for v in part.losses[name]] for name in parts[0].losses}
-    return ImageSet(images, labels, request.method, request.seed, losses, notes)
+    synthesizer, size = Synthesizer(vision, structure, config, request.seed), config.batch_size
+    # Batches that a GPU holds are made together, and kept one by one: who resumes may have another GPU.
+    together = max(1, (synthesizer.at_once or 0) // size)
+    parts: dict[int, ImageSet] = {}
+    for first in range(0, request.count, size):
+        if first not in parts and _is_kept(checkpoints, first):
+            parts[first] = ImageSet.load(_place(checkpoints, first))
+        elif first not in parts:
+            following = range(first, min(first + together * size, request.count), size)
+            group = list(itertools.takewhile(lambda start: not _is_kept(checkpoints, start), following))
+            made = synthesizer.batch(first, min(group[-1] + size, request.count) - first)
+            for start in group:
+                parts[start] = replace(made.part(start - first, start - first + size), method=request.method)
+                if checkpoints is not None:
+                    _keep(parts[start], _place(checkpoints, start))
+        on_images(len(parts[first].images))
+    whole = ImageSet.joined(list(parts.values()))
+    return replace(
+        whole, method=request.method, seed=request.seed, labels=None if structure.classes is None else whole.labels
+    )
+
+
+def _place(checkpoints: Path | None, first: int) -> Path:
+    assert checkpoints is not None
+    return checkpoints / f"batch-{first:06d}"
+
+
+def _is_kept(checkpoints: Path | None, first: int) -> bool:
+    return checkpoints is not None and _place(checkpoints, first).is_dir()
+
+
+def _keep(part: ImageSet, folder: Path) -> None:
+    """Write a batch whole or not at all."""
+    scratch = folder.with_name(f"writing-{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    part.save(scratch)
+    scratch.rename(folder)
 
 
 def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> None:

@@ -71,6 +71,7 @@ class Terms:
             if type(module) is nn.Linear:  # the weights that autocast would otherwise make anew at every step
                 module.to(torch.bfloat16)
         self._structure, self.config = structure, config
+        self._device = next(model.parameters()).device
         # Attentions whose heads are compared, by name.
         self.sites = {site.name: site for site in structure.attentions if not site.pools and site.heads > 1}
         if not self.sites and config.similarity > 0:
@@ -97,7 +98,7 @@ class Terms:
         config = self.config
         seen = _Seen(self, scene)
         with (
-            torch.autocast("cpu", torch.bfloat16, enabled=config.bf16),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=config.bf16),
             intercept_attention(self._model, self._structure.attention_names, seen.attend),
             self.pruner.active(self._model) if self.pruner else nullcontext(),
         ):
@@ -219,8 +220,9 @@ class TokenPruner:
     @torch.no_grad()
     def _try(self, model: nn.Module, structure: VitStructure) -> None:
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(2, 3, *structure.image_size, generator=generator)
-        order = torch.randperm(self._patches, generator=generator)
+        device = next(model.parameters()).device
+        pixels = torch.randn(2, 3, *structure.image_size, generator=generator).to(device)
+        order = torch.randperm(self._patches, generator=generator).to(device)
         whole = vision_outputs(model, pixels)
         try:
             with self._hooked(model, lambda: order.expand(2, -1)):

@@ -1,6 +1,7 @@
 """What a step shows of an image being optimised: a random view, from a stream of the image's own.
 
-One random stream per image: what an image becomes depends on the seed and its number, not on its batch.
+One random stream per image, drawn from on the host whatever device computes: what an image becomes depends on the seed
+and its number, not on its batch.
 
 A model recognises many things in a picture that a slightly moved one does not show; only what survives every view is
 worth keeping. Two kinds: `shifts`, the published one, and `camera`, which also comes nearer, rotates and relights.
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calibration.config import SynthesisConfig
+from fp8pipe.core.devices import to_device
 
 _FARTHEST = 1.15  # of the picture's side, mirrored at the edges
 _ROTATION = 0.25  # radians to either side
@@ -59,14 +61,16 @@ def _camera(
     where[:, :, 2] = room[:, None] * (2 * draws[:, 2:4] - 1)
     shown, moved = resample(pixels, where), None if maps is None else resample(maps, where)
     exposure = _EXPOSURE * (2 * uniform(streams, 1, 1, 1) - 1)
-    return (shown + _TINT * normal(streams, 3, 1, 1)) * exposure.exp(), moved
+    tint = to_device(_TINT * normal(streams, 3, 1, 1), pixels.device)
+    return (shown + tint) * to_device(exposure.exp(), pixels.device), moved
 
 
 def resample(pictures: Tensor, where: Tensor, edges: str = "reflection") -> Tensor:
     """Pictures `(N, C, H, W)` seen through affine maps `(N, 2, 3)` of [-1, 1] coordinates: same size, bilinear.
 
-    `edges` is how `grid_sample` continues a picture beyond its edges.
+    The maps are on the host. `edges` is how `grid_sample` continues a picture beyond its edges.
     """
+    where = to_device(where, pictures.device)
     grid = functional.affine_grid(where, list(pictures.shape), align_corners=False)
     return functional.grid_sample(pictures, grid, mode="bilinear", padding_mode=edges, align_corners=False)
 
@@ -85,7 +89,8 @@ def _shifts(pixels: Tensor, streams: list[torch.Generator], step: int, config: S
         return shown
     offset = normal(streams, 3, 1, 1) * 0.5 * (config.steps - 1 - step) / config.steps
     change = 2 * uniform(streams, 2, 3, 1, 1) - 1
-    return (shown + offset - change[:, 0]) / change[:, 1].exp()
+    place = pixels.device
+    return (shown + to_device(offset, place) - to_device(change[:, 0], place)) / to_device(change[:, 1].exp(), place)
 
 
 def image_stream(seed: int, image: int, attempt: int = 0) -> torch.Generator:
@@ -129,10 +134,11 @@ def draw_choice(streams: list[torch.Generator], share: float) -> Tensor:
 
 
 def cut(pictures: Tensor, choice: Tensor) -> Tensor:
-    """Pictures or maps `(N, C, H, W)` as chosen, quarters enlarged to the whole size (bilinear)."""
+    """Pictures or maps `(N, C, H, W)` as chosen (on the host), quarters enlarged to the whole size (bilinear)."""
     corner = (choice - 1).clamp(min=0)
     where = torch.zeros(len(choice), 2, 3)
     where[:, 0, 0] = where[:, 1, 1] = 0.5
     where[:, 0, 2] = (corner % 2) - 0.5
     where[:, 1, 2] = (corner // 2) - 0.5
-    return torch.where((choice > 0).view(-1, 1, 1, 1), resample(pictures, where, "border"), pictures)
+    parts = to_device((choice > 0).view(-1, 1, 1, 1), pictures.device)
+    return torch.where(parts, resample(pictures, where, "border"), pictures)

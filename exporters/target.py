@@ -23,11 +23,13 @@ from fp8pipe.artifact.kinds import ArtifactKind, Details, Migration, register_ki
 from fp8pipe.artifact.manifest import MANIFEST_NAME
 from fp8pipe.artifact.reader import Artifact, open_artifact
 from fp8pipe.core.config import FrozenConfig
+from fp8pipe.core.devices import Device, DeviceName, say
 from fp8pipe.core.errors import ConfigurationError
 
 __all__ = [
     "PLAIN_MODEL", "Engine", "ExportTarget", "Reference", "Service", "call", "choose", "choose_engine",
-    "foresee", "kind_of_source", "load", "open_export", "open_served", "register", "target_of", "targets", "unregister",
+    "engine_device", "foresee", "kind_of_source", "load", "open_export", "open_served", "register", "target_of",
+    "targets", "unregister",
 ]  # fmt: skip
 
 # What a target may take besides artifacts: a model without a manifest.
@@ -72,6 +74,8 @@ class Service:
     ask: Reference | None = None
     # `(artifact, folder, **given) -> None`: the files of a model in a Triton repository
     repository: Reference | None = None
+    # `(asked, stage, **given) -> Device | None`: where it computes, or why not there; none where nobody asks
+    device: Reference | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +212,23 @@ def choose_engine(
             fix="leave it out",
         )  # fmt: skip
     return found, {key: value for key, value in given.items() if key in found.takes}
+
+
+def engine_device(target: ExportTarget, asked: DeviceName | None, stage: str, **given: Any) -> Device | None:
+    """Where the engine of a target computes in a stage (validate, bench or serve); what `auto` means here is said.
+
+    None for a target whose engine has no say, and where the engine is missing, which the command itself reports.
+
+    Raises:
+        MissingCapabilityError: a GPU was asked for, and the engine would not compute on one.
+    """
+    if target.service.device is None:
+        return None
+    wanted: DeviceName = asked or "auto"
+    found: Device | None = call(target.service.device, wanted, stage, **given)
+    if found is not None:
+        say(wanted, found)
+    return found
 
 
 def kind_of_source(source: Path | str) -> str:

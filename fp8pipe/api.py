@@ -84,15 +84,19 @@ def validate(export: Place, *, engine: str | None = None, **given: Any) -> Any:
     Args:
         export: the export's directory.
         engine: the one that the export is for when None.
-        given: what the engine understands: `against`, `images`, `vllm_python`.
+        given: what the engine understands: `against`, `images`, `vllm_python`; and `device` (auto, cpu or cuda).
 
     Raises:
         ExportRejectedError: the verdict is REJECT; the record is attached.
     """
-    from exporters.target import call, choose_engine, open_export
+    from exporters.target import call, choose_engine, engine_device, open_export
 
     artifact, target = open_export(Path(export), lambda known: known.engines)
+    device = given.pop("device", None)
     chosen, understood = choose_engine(artifact, target, engine, given)
+    engine_device(target, device, "validate", **understood)
+    if device is not None and "device" in chosen.takes:
+        understood["device"] = device
     return call(chosen.validate, Path(export), **understood)
 
 
@@ -104,17 +108,20 @@ def serve(export: Place, *extra: str, **settings: Any) -> int:
         extra: options of vLLM's own server, for language models.
         settings: of the service, and of vLLM for language models.
     """
-    from exporters.target import call, open_served
+    from exporters.target import call, engine_device, open_served
     from serving.config import LanguageConfig, ServeConfig, VisionConfig
 
     _, target = open_served(Path(export))
     if target.service.domain == "vision":
-        return int(call(target.service.serve or "", Path(export), build_config(VisionConfig, settings), None))
+        vision = build_config(VisionConfig, settings)
+        engine_device(target, vision.asked, "serve")
+        return int(call(target.service.serve or "", Path(export), vision, None))
     of_service = {name: value for name, value in settings.items() if name in ServeConfig.model_fields}
     of_vllm = {name: value for name, value in settings.items() if name not in of_service} | {"extra": extra}
     shared = {name: settings[name] for name in of_service if name in LanguageConfig.model_fields}
-    language = build_config(LanguageConfig, of_vllm | shared)
-    return int(call(target.service.serve or "", Path(export), build_config(ServeConfig, of_service), language))
+    language, service = build_config(LanguageConfig, of_vllm | shared), build_config(ServeConfig, of_service)
+    engine_device(target, service.device, "serve", vllm_python=language.vllm_python)
+    return int(call(target.service.serve or "", Path(export), service, language))
 
 
 def run(

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from exporters.vllm.form import ServingForm
 from fp8pipe.artifact.signature import Trust
 from fp8pipe.core.config import Flag, FrozenConfig
+from fp8pipe.core.devices import DEVICE_HELP, DeviceName
 
 
 class ServeConfig(Trust):
@@ -48,6 +49,7 @@ class ServeConfig(Trust):
     unvalidated: bool = Field(
         default=False, description="Serve without an ACCEPT for this export, engine and form; every answer says so"
     )
+    device: DeviceName = Field(default="auto", description=DEVICE_HELP)
     access_log: bool = Field(default=True, description="One JSON line per request on stderr")
     page: bool = Field(default=True, description="Serve the web page at /")
 
@@ -93,10 +95,31 @@ class VisionConfig(ServeConfig):
     queue: int = Field(default=256, gt=0, description="Images that may wait; more are answered 503")
     max_pixels: int = Field(default=50_000_000, gt=0, description="Largest picture, width times height")
     max_images: int = Field(default=64, gt=0, description="Images in one request")
-    provider: Provider = Field(default=Provider.AUTO, description="Where ONNX Runtime computes")
+    provider: Provider = Field(
+        default=Provider.AUTO, description="What of ONNX Runtime computes; auto: what is usual on the device"
+    )
     inexact_batches: bool = Field(
         default=False, description="Allow batch sizes whose rows differ in bits from the same images run alone"
     )
+
+    @model_validator(mode="after")
+    def _one_device(self) -> Self:
+        if self.device not in ("auto", self.asked):
+            raise ValueError(f"provider {self.provider} does not compute on the device {self.device}: give one of them")
+        return self
+
+    @property
+    def asked(self) -> DeviceName:
+        """The device that was asked for, itself or by a provider."""
+        if self.provider is Provider.AUTO:
+            return self.device
+        return "cpu" if self.provider is Provider.CPU else "cuda"
+
+    @property
+    def wanted(self) -> Provider:
+        """The provider that was asked for, itself or by a device."""
+        named = {"auto": Provider.AUTO, "cpu": Provider.CPU, "cuda": Provider.CUDA}
+        return named[self.device] if self.provider is Provider.AUTO else self.provider
 
 
 if TYPE_CHECKING:

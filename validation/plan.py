@@ -68,12 +68,14 @@ def plan_onnx(
     return _plan(artifact, record, peak, missing, (against, images), packages=_PACKAGES)
 
 
-def plan_tensorrt(artifact: Artifact, stage: str, record: Path) -> Plan:
-    """The same for TensorRT, whose engines run on a GPU alone."""
+def plan_tensorrt(
+    artifact: Artifact, stage: str, record: Path, *, against: Path | None = None, device: str = "auto"
+) -> Plan:
+    """The same for TensorRT, whose engines run on a GPU alone; `device` changes no figure."""
     missing = missing_packages(_PACKAGES)
     peak = None if missing else _own_peak(artifact, ("validation.tensorrt.validate",))
     hardware = "a CPU for proofs; a GPU to run the engines"
-    return _plan(artifact, record, peak, missing, (), packages=_PACKAGES, hardware=hardware)
+    return _plan(artifact, record, peak, missing, (against,), packages=_PACKAGES, hardware=hardware)
 
 
 def _plan(

@@ -46,6 +46,6 @@ TARGET: Final = ExportTarget(
     service=Service(
         "vision", serve="serving.vision.server:serve_vision", plan="validation.plan:plan_onnx",
         bench="validation.bench.speed:bench_vision", ask="validation.bench.check:ask_vision",
-        repository="exporters.triton.repository:write_vision",
+        repository="exporters.triton.repository:write_vision", device="exporters.devices:in_onnxruntime",
     ),
 )  # fmt: skip

@@ -193,10 +193,11 @@ TARGET: Final = ExportTarget(
     plan="exporters.tensorrt.export:plan_tensorrt", verify="exporters.tensorrt.verify:check_trt",
     engines=(
         Engine("tensorrt", "validation.tensorrt.validate:validate_tensorrt", "validation.tensorrt.validate:describe",
-               ("against",)),
+               ("against", "device")),
     ),
     service=Service(
         "vision", serve="serving.vision.server:serve_vision", plan="validation.plan:plan_tensorrt",
+        device="exporters.devices:in_tensorrt",
     ),
     after="exporters.tensorrt.export:after_export", migrate=migrate_trt,
 )  # fmt: skip

@@ -65,7 +65,7 @@ TARGET: Final = ExportTarget(
     service=Service(
         "language", serve="serving.language.server:serve_language", plan="validation.plan:plan_vllm",
         bench="validation.bench.speed:bench_language", ask="validation.bench.check:ask_language",
-        repository="exporters.triton.repository:write_language",
+        repository="exporters.triton.repository:write_language", device="exporters.devices:in_vllm",
     ),
     migrate=_migrate,
 )  # fmt: skip

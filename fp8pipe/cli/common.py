@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fp8pipe.core.devices import DEVICE_HELP, DEVICES
 from fp8pipe.core.errors import Fp8PipeError, GateFailedError, OutOfMemoryError
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.core.progress import table
@@ -148,13 +149,15 @@ def common_options(*, dry_run: bool = False) -> Decorator:
 
 
 def stage_options(*names: str) -> Decorator:
-    """Decorator: those of --output, --config, --force and --resume that are named, without dashes."""
+    """Decorator: those of --output, --config, --force, --resume and --device that are named, without dashes."""
     path, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
     options = {
         "output": click.option("--output", required=True, type=path, help="The artifact's directory."),
         "config": click.option("--config", type=file, help="YAML file of settings; options win over it."),
         "force": click.option("--force", is_flag=True, help="Replace an existing artifact."),
         "resume": click.option("--resume", is_flag=True, help="Continue the unfinished run of --output."),
+        # As the models of other commands have it.
+        "device": click.option("--device", type=click.Choice(DEVICES), help=f"{DEVICE_HELP}  [default: auto]"),
     }
 
     return stacked([options[name] for name in names])
@@ -244,7 +247,7 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
     return OutOfMemoryError(
         "out of GPU memory" if on_device else "out of memory",
         why=str(error).strip().splitlines()[0] if str(error).strip() else "an allocation failed",
-        fix="use a smaller batch, shorter sequences or a smaller model",
+        fix=f"use a smaller batch, shorter sequences or a smaller model{', or --device cpu' if on_device else ''}",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +14,11 @@ import click
 
 from fp8pipe.cli.common import Console, common_options, format_bytes
 from fp8pipe.core import machine
+from fp8pipe.core.devices import GpuNeed, lack_of, no_gpu
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.version import __version__
+from pipeline.finetune.config import FALQON_NEED, LORA_NEED
+from pipeline.vit.config import VIT_NEED
 
 if TYPE_CHECKING:
     from exporters.vllm.environment import VllmEnvironment
@@ -37,6 +40,7 @@ OPTIONAL = (
 _ONNX = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
 _SERVER = ("fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "pillow", "prometheus-client")
 _VIT = ("timm", "torchvision", "pillow")
+_NEEDS = (FALQON_NEED, LORA_NEED, VIT_NEED)
 # Below this a model and its export hardly fit.
 LOW_DISK_BYTES = 5_000_000_000
 
@@ -105,8 +109,6 @@ def _python_checks() -> Iterator[Check]:
 
 
 def _device_checks() -> Iterator[Check]:
-    import torch
-
     features = machine.cpu_features()
     cores = len(os.sched_getaffinity(0))
     memory = format_bytes(machine.memory_bytes())
@@ -121,12 +123,12 @@ def _device_checks() -> Iterator[Check]:
     for device in devices:
         capability = ".".join(map(str, device.capability))
         value = f"{device.name}, compute capability {capability}, {format_bytes(device.memory_bytes)}"
-        fix = "" if device.fp8 else "no FP8 tensor cores (8.9 or later has them): products run in bf16"
-        yield Check("cuda device", OK if device.fp8 else WARNING, value, fix)
+        lacks = {need.work: why for need in _NEEDS if (why := lack_of(device, need)[0])}
+        how = f"{'; '.join(lacks.values())}: --device auto takes the CPU for {', '.join(lacks)}"
+        yield Check("cuda device", WARNING if lacks else OK, value, how if lacks else "")
     if not devices:
-        build = bool(torch.version.cuda)
-        how = "no driver or device is visible" if build else "to use one, install a CUDA build of torch"
-        yield Check("cuda device", MISSING, "none", f"{how}; only --device cuda needs it")
+        why, fix = no_gpu()
+        yield Check("cuda device", MISSING, "none", f"{why}; to use one, {fix} (--device auto takes the CPU)")
 
 
 def _find_vllm(python: str | None) -> VllmEnvironment | MissingCapabilityError:
@@ -181,28 +183,29 @@ def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) 
     return Ability(verb, what, True, how)
 
 
-def _devices(kernels: Callable[[bool], str], on_cpu: str) -> str:
-    """The CPU and every GPU, each with what `kernels` says of hardware with FP8 and without."""
+def _devices(need: GpuNeed, on_gpu: str = "bf16", on_fp8_gpu: str = "", on_cpu: str = "") -> str:
+    """The CPU and every GPU, each with its arithmetic, or why it cannot do this."""
     from fp8pipe.numerics.bf16 import has_fast_bf16
 
     cpu = "bf16 products" if has_fast_bf16() else "fp32 products, several times slower"
     shown = [f"cpu ({on_cpu}{cpu})"]
-    shown += [f"{gpu.name} ({kernels(gpu.fp8)})" for gpu in machine.gpus()]
+    for gpu in machine.gpus():
+        why, _ = lack_of(gpu, need)
+        how = (gpu.fp8 and on_fp8_gpu) or on_gpu
+        shown.append(f"{gpu.name} ({f'not on it: {why}' if why else how})")
     return "; ".join(shown)
 
 
 def _train() -> Iterator[Ability]:
-    def kernels(fp8: bool) -> str:
-        return "FP8" if fp8 else "FP8 emulated"
-
     yield _packages("train", "falqon: E4M3 weights, bf16 or fp32 beside", ("torch", "transformers"),
-                    _devices(kernels, "FP8 emulated exactly, "), "pip install fp8pipe")  # fmt: skip
+                    _devices(FALQON_NEED, "FP8 decoded, bf16 products", "FP8 products", "FP8 emulated exactly, "),
+                    "pip install fp8pipe")  # fmt: skip
     yield _packages("train", "lora, qlora: bf16 or NF4 weights", ("peft", "bitsandbytes", "accelerate"),
-                    _devices(lambda fp8: "bf16", ""), "pip install 'fp8pipe[train]'")  # fmt: skip
+                    _devices(LORA_NEED), "pip install 'fp8pipe[train]'")  # fmt: skip
 
 
 def _quantize() -> Iterator[Ability]:
-    how = "w2a2 to w8a8, wfp8afp8, wnvfp4anvfp4; on the cpu"
+    how = f"w2a2 to w8a8, wfp8afp8, wnvfp4anvfp4; {_devices(VIT_NEED)}"
     yield _packages("quantize", "vision transformers", _VIT, how, "pip install 'fp8pipe[vit]' torch==YOURS")
     yield Ability("quantize", "language models, rounded to E4M3 on export", True, "on the cpu")
 
@@ -234,8 +237,8 @@ def _build() -> Iterator[Ability]:
 
 def _serve(vllm: VllmEnvironment | MissingCapabilityError) -> Iterator[Ability]:
     yield _language(vllm)
-    yield _packages("serve", "vision, in ONNX Runtime", (*_SERVER, "onnx", "onnxruntime", "onnx-ir"), "on the cpu",
-                    "pip install 'fp8pipe[serve]'")  # fmt: skip
+    yield _packages("serve", "vision, in ONNX Runtime", (*_SERVER, "onnx", "onnxruntime", "onnx-ir"),
+                    "on the cpu; on a GPU with onnxruntime-gpu", "pip install 'fp8pipe[serve]'")  # fmt: skip
     devices, missing = machine.gpus(), _missing(("tensorrt-rtx",))
     what = "vision, in TensorRT for RTX"
     if not devices:

@@ -11,6 +11,7 @@ import click
 from exporters.vllm.form import ServingForm
 from fp8pipe.cli.common import Console, common_options, show_plan, stage_options, table
 from fp8pipe.cli.options import model_options, resolve
+from fp8pipe.core.devices import DeviceName
 from validation.bench.record import BenchConfig, ServeCheckConfig
 
 _EXPORT = click.argument("export", type=click.Path(path_type=Path))
@@ -35,18 +36,18 @@ _EXPORT = click.argument("export", type=click.Path(path_type=Path))
     help="onnxruntime: image folder; compare classes on up to 500 of its pictures (needs --against).",
 )
 @model_options(ServingForm)
-@stage_options("config")
+@stage_options("device", "config")
 @common_options(dry_run=True)
 def validate_command(
     export: Path, engine: str | None, vllm_python: str | None, against: Path | None, images: Path | None,
-    config: Path | None, dry_run: bool, console: Console, **form: Any,
+    device: DeviceName | None, config: Path | None, dry_run: bool, console: Console, **form: Any,
 ) -> None:  # fmt: skip
     """Run EXPORT in its engine and compare with its manifest; exit 14 when it does not hold.
 
     The record is written beside the export, as EXPORT.validation.json. Options of `serve` on a language export name the
     form of serving that is proved; --config is a file of them.
     """
-    from exporters.target import call, choose_engine, open_export, targets
+    from exporters.target import call, choose_engine, engine_device, open_export, targets
     from fp8pipe.artifact.record import ExportRejectedError, record_path
 
     artifact, target = open_export(export, lambda known: known.engines)
@@ -57,6 +58,9 @@ def validate_command(
     if config is not None or any(value is not None for value in form.values()):
         options["form"] = resolve(ServingForm, config, form)
     chosen, given = choose_engine(artifact, target, engine, options)
+    engine_device(target, device, "validate", **given)
+    if device is not None and "device" in chosen.takes:
+        given["device"] = device
     if dry_run:
         plan = call(target.service.plan or "", artifact, "validate", record_path(artifact.root), **given)
         show_plan(console, plan, export=str(artifact.root), engine=chosen.name)
@@ -84,11 +88,14 @@ def bench_command(
 
     Engines of TensorRT are measured by `fp8pipe validate` on a GPU.
     """
-    from exporters.target import call, open_export
+    from exporters.target import call, engine_device, open_export
 
     settings = resolve(BenchConfig, config, options)
     artifact, target = open_export(export, lambda known: known.service.bench)
     extra = {"vllm_python": vllm_python} if target.service.domain == "language" else {}
+    found = engine_device(target, settings.device, "bench", **extra)
+    if found is not None:
+        settings = settings.model_copy(update={"device": found.name})
     if dry_run:
         _show_plan(console, artifact, target, settings, "bench", **extra)
         return

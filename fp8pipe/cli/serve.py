@@ -30,7 +30,7 @@ def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_ru
 
     For a language export, options of vLLM's own server may follow after `--`.
     """
-    from exporters.target import call, open_export, open_served
+    from exporters.target import call, engine_device, open_export, open_served
 
     artifact, target = open_export(export, lambda known: known.service)
     service = target.service
@@ -40,6 +40,8 @@ def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_ru
     config = resolve(ServeConfig if language else VisionConfig, None, options)
     of_vllm = resolve(LanguageConfig, None, options, extra=extra) if language else None
     open_served(export)  # refuses what no server here runs
+    asked = config.asked if isinstance(config, VisionConfig) else config.device
+    engine_device(target, asked, "serve", vllm_python=None if of_vllm is None else of_vllm.vllm_python)
     if dry_run:
         _refuse_now(export, config)
         _show(console, artifact, config, of_vllm)

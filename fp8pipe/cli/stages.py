@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from exporters.target import choose, kind_of_source, targets
 from fp8pipe.artifact.kinds import TUNED_KINDS, VIT_KIND, targets_of
 from fp8pipe.core.config import build_config
+from fp8pipe.core.devices import DEVICE_HELP, DEVICES, GpuNeed, current_device, resolve_device
 from fp8pipe.core.errors import ConfigurationError
 from pipeline.workflow import StageCommand
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["stage_commands", "stage_schemas"]
 
 Settings = Mapping[str, Any]
-_VALIDATE: Final = ("export", "engine", "against", "images", "vllm_python")
+_VALIDATE: Final = ("export", "engine", "device", "against", "images", "vllm_python")
 # What commands leave, for stages that read one that has not run yet.
 _LEFT_BY: Final = {"finetune": TUNED_KINDS, "quantize-vit": (VIT_KIND,)}
 # The models of settings that stand in a file, imported when they are needed.
@@ -44,9 +46,9 @@ def stage_commands() -> dict[str, StageCommand]:
         StageCommand("export", ("artifact",), _check_export, _export_arguments, _in_run, ("artifact", "target")),
         StageCommand(
             "validate", ("export", "against", "images"), _check_validate, _validate_arguments, _beside("validation"),
-            _VALIDATE, environment=_several_processes, versions=_vllm_versions,
+            _VALIDATE, environment=_several_processes, versions=_vllm_versions, device=_device_of_engine,
         ),
-        _measurement("bench", "export", "vllm_python"),
+        replace(_measurement("bench", "export", "vllm_python"), device=_device_of_engine),
         _measurement("serve-check", "export"),
     )  # fmt: skip
     return {command.name: command for command in found}
@@ -63,7 +65,8 @@ def stage_schemas() -> dict[str, dict[str, Any]]:
     for name in ("bench", "serve-check"):
         schemas[name] = _with(schemas[name], {"export": _TEXT}, ("export",))
     texts: dict[str, Any] = dict.fromkeys(_VALIDATE, _TEXT)
-    schemas["validate"] = _with(schemas["validate"], texts | {"engine": {"enum": _engines()}}, ("export",))
+    texts |= {"engine": {"enum": _engines()}, "device": {"enum": [*DEVICES], "description": DEVICE_HELP}}
+    schemas["validate"] = _with(schemas["validate"], texts, ("export",))
     return schemas
 
 
@@ -87,7 +90,13 @@ def _training(name: str, *sources: str) -> StageCommand:
     def arguments(settings: Settings, output: Path, file: Path) -> list[str]:
         return [name, "--config", str(file), "--output", str(output)]
 
-    return StageCommand(name, sources, check, arguments, _in_run, resumable=True)
+    def device(settings: Settings) -> str:
+        try:
+            return current_device(build_config(_config(name), settings))  # type: ignore[arg-type]
+        except ConfigurationError:  # said by `check`, with the stage's name
+            return str(settings.get("device"))
+
+    return StageCommand(name, sources, check, arguments, _in_run, resumable=True, device=device)
 
 
 def _measurement(name: str, *inline: str) -> StageCommand:
@@ -144,8 +153,9 @@ def _check_validate(settings: Settings, read: Mapping[str, str]) -> None:
         why = f"{', '.join(unknown)}: unknown key, known keys: {', '.join(known)}"
         raise ConfigurationError("validate has unknown settings", why=why)
     build_config(_config("validate"), form)
-    if settings.get("engine") not in (None, *_engines()):
-        raise ConfigurationError("unknown engine", why=f"engine: choose from {', '.join(_engines())}")
+    for name, known_ones in (("engine", _engines()), ("device", DEVICES)):
+        if settings.get(name) not in (None, *known_ones):
+            raise ConfigurationError(f"unknown {name}", why=f"{name}: choose from {', '.join(known_ones)}")
 
 
 def _require_export(settings: Settings, read: Mapping[str, str]) -> None:
@@ -190,6 +200,12 @@ def _validate_arguments(settings: Settings, output: Path, file: Path) -> list[st
 def _vllm_versions(settings: Settings) -> Mapping[str, str]:
     """Versions of vLLM and of what it computes with, in the environment that a stage would start; none without one."""
     return _versions_in(settings.get("vllm_python"))
+
+
+def _device_of_engine(settings: Settings) -> str:
+    """What an engine would find, before it is known which one that is: whether there is a GPU."""
+    asked = settings.get("device") or "auto"
+    return resolve_device("auto", GpuNeed("an engine")).name if asked == "auto" else str(asked)
 
 
 @cache

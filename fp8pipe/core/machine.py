@@ -81,8 +81,22 @@ def describe_machine() -> dict[str, str | int | list[str]]:
     }  # fmt: skip
 
 
+def driver_gpus() -> int:
+    """How many GPUs NVIDIA's driver shows this process, whatever torch is here; 0 without a driver."""
+    import ctypes
+
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
 def gpus() -> list[Gpu]:
-    """CUDA devices that torch can use; imports torch."""
+    """CUDA devices that torch can use; imports torch only where the driver shows some."""
+    if not driver_gpus():
+        return []
     import torch
 
     found = []

@@ -85,8 +85,8 @@ def block_units(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _nearest_block_scales(amax: Tensor, tensor_scale: float) -> Tensor:
-    # A tensor: some devices multiply by the reciprocal of a plain number.
-    return E4M3.cast(amax / torch.tensor(E2M1_MAX * tensor_scale, device=amax.device))
+    # A tensor: some devices multiply by the reciprocal of a plain number. Made there: a copy would wait for a GPU.
+    return E4M3.cast(amax / torch.full((), E2M1_MAX * tensor_scale, dtype=torch.float32, device=amax.device))
 
 
 def _check_tensor_scale(scale: float) -> None:

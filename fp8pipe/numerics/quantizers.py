@@ -73,21 +73,25 @@ class ActivationQuantizer:
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of `x` (any shape, computed in fp32): int8 or float8_e4m3fn."""
-        units = x.float() / torch.tensor(self.scale, device=x.device)
+        units = x.float() / self._scale_on(x)
         if self.kind is Kind.E4M3:
             return E4M3.cast(units)
         return nearest_codes(units, self.low, self.high).to(torch.int8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """`code * scale`, fp32."""
-        return codes.float() * torch.tensor(self.scale, device=codes.device)
+        return codes.float() * self._scale_on(codes)
 
     def fake(self, x: Tensor) -> Tensor:
         """`dequantize(codes(x))` in one go, fp32, without gradient through the rounding."""
-        scale = torch.tensor(self.scale, device=x.device)
+        scale = self._scale_on(x)
         if self.kind is Kind.E4M3:
             return E4M3.cast(x.float() / scale).float().mul_(scale)
         return nearest_codes(x.float() / scale, self.low, self.high).mul_(scale)
+
+    def _scale_on(self, x: Tensor) -> Tensor:
+        """The scale beside `x`: made there, since a copy from the host would wait for a GPU."""
+        return torch.full((), self.scale, dtype=torch.float32, device=x.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
+from fp8pipe.core.devices import DEVICE_HELP, DeviceName, GpuNeed
 from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation, UpdateRule, update_rule
 
+# FP8 tensor cores are FALQON's need alone; its baselines compute in bf16.
+FALQON_NEED: Final = GpuNeed("falqon", (8, 0), "bf16; FP8 products from 8.9 on")
+LORA_NEED: Final = GpuNeed("lora and qlora", (8, 0), "bf16")
 _FALQON_ONLY = ("update_rule", "rows", "initialisation")
 
 
@@ -93,7 +97,7 @@ class FinetuneConfig(FrozenConfig):
         32, ge=1, description="FALQON: training sequences behind the final merge."
     )
     seed: int = Field(0, ge=0, description="Seed of order, initialisation and rounding.")
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where to train.")
+    device: DeviceName = Field("auto", description=DEVICE_HELP)
     dtype: Annotated[Literal["bfloat16", "float32"], CONFIG_ONLY] = Field(
         "bfloat16", description="Dtype of activations and unconverted weights."
     )
@@ -148,6 +152,11 @@ class FinetuneConfig(FrozenConfig):
     def rule(self) -> UpdateRule:
         """FALQON's update rule."""
         return update_rule(self.update_rule or DEFAULT_RULE)
+
+    @property
+    def gpu_need(self) -> GpuNeed:
+        """What the method asks of a GPU."""
+        return FALQON_NEED if self.method == "falqon" else LORA_NEED
 
 
 def _takes_rows(rule: UpdateRule) -> bool:

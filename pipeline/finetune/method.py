@@ -1,6 +1,6 @@
 """What the training loop asks of a method, so that FALQON and its baselines run through one and the same loop.
 
-And what else depends on the method: the device, and what will stand in the way of an export.
+And what will stand in the way of an export, which depends on the method, too.
 
 The baselines are LoRA on bf16 weights and QLoRA on NF4. Both use peft with its usual recipe: fp32 adapter weights, bf16
 compute by autocast, every linear layer that FALQON would convert. They end as merged bf16 weights, which an export may
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from exporters.target import foresee
 from fp8pipe.artifact import LayerRecord
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND
-from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_package
 from pipeline.falqon.convert import left_out_records, read_convertible
 from pipeline.falqon.flush import FlushReport, Inputs
@@ -29,7 +29,6 @@ from pipeline.finetune.weights import Deployed, Weights
 
 _INSTALL = "pip install 'fp8pipe[train]'"
 _SHOWN = 3  # names in a warning
-_LEAST = (8, 0)  # CUDA compute capability: below 8.9, the first with FP8 tensor cores, FALQON multiplies in bf16
 
 
 def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[str]:
@@ -56,34 +55,6 @@ def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[s
             f"no export of the tuned model would be possible: {base}", why=why, fix=firsts[0].fix or "use another model"
         )
     return [f"fp8pipe export {usual} will refuse the tuned model: {why}. What remains: {', '.join(remaining)}"]
-
-
-def hardware(method: str, device: str) -> str:
-    """What a run needs, in words."""
-    if device == "cpu":
-        return "a CPU"
-    faster = "; 8.9 or newer for FP8 products" if method == "falqon" else ""
-    return f"a CUDA GPU of compute capability {_LEAST[0]}.{_LEAST[1]} or newer (bf16{faster})"
-
-
-def check_device(device: str, method: str = "falqon") -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        MissingCapabilityError: CUDA asked for and absent, or too old for the method.
-    """
-    if device == "cpu":
-        return
-    if not torch.cuda.is_available():
-        raise MissingCapabilityError(
-            "no CUDA device is available", why="torch.cuda.is_available() is false", fix="use --device cpu"
-        )
-    if (capability := torch.cuda.get_device_capability()) < _LEAST:
-        raise MissingCapabilityError(
-            f"{torch.cuda.get_device_name()} cannot run {method}",
-            why=f"its compute capability is {capability[0]}.{capability[1]}; {method} needs {hardware(method, device)}",
-            fix="use a newer GPU, or --device cpu",
-        )
 
 
 class Method(Protocol):

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from fp8pipe.artifact.kinds import PackingFacts
-from fp8pipe.core.errors import MissingCapabilityError
-from fp8pipe.core.machine import gpus
-from fp8pipe.core.plan import Missing, Plan, can_measure, missing_disk, missing_memory, missing_packages
+from fp8pipe.core import machine
+from fp8pipe.core.devices import resolve_device
+from fp8pipe.core.plan import Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
@@ -31,7 +31,7 @@ from pipeline.falqon.convert import read_convertible
 from pipeline.falqon.flush import held_moments
 from pipeline.falqon.rules import FinalMerge
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.method import check_device, export_warnings, hardware
+from pipeline.finetune.method import export_warnings
 from pipeline.finetune.packing import packing_warning
 
 _LOG = logging.getLogger(__name__)
@@ -59,7 +59,10 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
 
     Raises:
         ConfigurationError: what the run itself would refuse about model, text and rank.
+        MissingCapabilityError: a GPU was asked for, and there is none that can do it.
     """
+    device = resolve_device(config.device, config.gpu_need)
+    config = config.model_copy(update={"device": device.name})
     source = resolve_model(config.model)
     check_base(source.path, config.model)
     settings = load_config(source.path)
@@ -70,7 +73,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     names = checkpoint_names(source.path, structure.naming, structure.trainable)
     warnings = export_warnings(source.path, config.method, names.values())
     shapes = [structure.shape(name) for name in structure.trainable]
-    missing = _missing(config)
+    missing = missing_packages(_packages(config))
     layer_bytes = 2 * sum(out * into for out, into in shapes) // layer_count(settings)
     if can_measure() and config.device == "cpu" and not missing:
         peak, disk, written, seconds, notes, packing = _measured(config, source, settings, layer_bytes)
@@ -85,11 +88,12 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
         disk_bytes=disk,
         output_bytes=written,
         seconds=seconds,
-        hardware=hardware(config.method, config.device),
+        hardware="a CPU" if config.device == "cpu" else str(config.gpu_need),
         packages=_packages(config),
         missing=(*missing, *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
         notes=(*warnings, *read_ending(source.path, tuned=True).warnings(), *notes, *told),
         facts={
+            "device": str(device),
             "layers": len(shapes),
             "left_out": structure.left_out,
             "trainable": _adapter(config, shapes),
@@ -104,16 +108,6 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
 def _packages(config: FinetuneConfig) -> tuple[str, ...]:
     eight_bits = ("bitsandbytes",) if config.optimizer == "adamw-8bit" else ()
     return tuple(dict.fromkeys((*_PACKAGES[config.method], *eight_bits)))
-
-
-def _missing(config: FinetuneConfig) -> tuple[Missing, ...]:
-    """Packages and hardware that are not here."""
-    found = missing_packages(_packages(config))
-    try:
-        check_device(config.device, config.method)
-    except MissingCapabilityError as error:
-        return (*found, Missing(f"{error.what}: {error.why}", error.fix))
-    return found
 
 
 _Needs = tuple[int, int, int, float | None, tuple[str, ...], str]
@@ -238,7 +232,7 @@ def _ways(config: FinetuneConfig) -> tuple[Way, Way | None]:
 
 def _devices(asked: str) -> tuple[Sequence[Device], tuple[str, ...]]:
     """The GPU that would be used, where its data sheet is known; else all of the table, and why."""
-    here = gpus()[:1] if asked == "cuda" else []
+    here = machine.gpus()[:1] if asked == "cuda" else []
     known = [device for gpu in here if (device := device_reported(gpu.name)) is not None]
     if here and not known:
         return DEVICES, (f"{here[0].name} is not in the table of data sheets; others are shown in its place",)

@@ -27,6 +27,7 @@ from fp8pipe.artifact import (
     sha256_file,
 )
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TextFacts, TunedDetails
+from fp8pipe.core.devices import on_device
 from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
@@ -53,7 +54,7 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.loading import load_model
 from pipeline.finetune.loop import Trainer, plot_run
 from pipeline.finetune.loss import answer_count, answer_loss, heldout_loss, model_inputs
-from pipeline.finetune.method import LoraMethod, Method, check_device, export_warnings
+from pipeline.finetune.method import LoraMethod, Method, export_warnings
 from pipeline.finetune.packing import find_packing, give_masks, packing_warning
 from pipeline.finetune.weights import merge_facts, renamed, write_deployed
 
@@ -101,7 +102,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     Raises:
         Fp8PipeError: see the error's own text; checkpoints written so far stay in `OUTPUT.partial`.
     """
-    check_device(config.device, config.method)
+    config = on_device(config)
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
     source = resolve_model(config.model)

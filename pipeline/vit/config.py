@@ -9,10 +9,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from calibration.config import SynthesisConfig
 from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig, build_config
+from fp8pipe.core.devices import DEVICE_HELP, DeviceName, GpuNeed
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.numerics.kinds import Kind, Precision
 
 _LARGEST_SIDE: Final = 16384
+VIT_NEED: Final = GpuNeed("quantize-vit", (8, 0), "bf16")
 
 
 def parse_image_size(value: Any) -> tuple[int, int]:
@@ -76,6 +78,7 @@ class QuantizeVitConfig(FrozenConfig):
     images: int = Field(128, ge=1, description="Calibration images.")
     edges: Literal["8bit", "same"] = Field("8bit", description="Precision of patch embedding and head below 8 bits.")
     seed: int = Field(0, ge=0, description="Seed of images, order and augmentation.")
+    device: DeviceName = Field("auto", description=DEVICE_HELP)
     synthesis: SynthesisConfig = Field(
         default_factory=lambda: build_config(SynthesisConfig, {}), description="How synthetic images are made."
     )
@@ -116,6 +119,11 @@ class QuantizeVitConfig(FrozenConfig):
     def size(self) -> tuple[int, int] | None:
         """(height, width) of `image_size`."""
         return None if self.image_size is None else parse_image_size(self.image_size)
+
+    @property
+    def gpu_need(self) -> GpuNeed:
+        """What synthesis and distillation ask of a GPU: bf16, unless both are told to leave it."""
+        return VIT_NEED if self.synthesis.bf16 or self.distill.bf16 else GpuNeed(VIT_NEED.work)
 
     @property
     def precision(self) -> Precision:

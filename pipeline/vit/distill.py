@@ -4,9 +4,11 @@ The answers are compared by the temperature-softened KL divergence (arXiv 1503.0
 head-wise structural loss (arXiv 2407.20021, section 4): for each head and channel of attn.v, the contrast-and-structure
 part of SSIM over the patch tokens. A constant shift costs nothing, a wrong pattern does.
 
-Both see the same augmented images. Few images are seen many times each. Mirrored and cropped they stay new; blurred and
-relit they also cover what their maker left out: synthetic images have more fine detail and stronger colours than
+Both see the same augmented images (`augment`): synthetic images have more fine detail and stronger colours than
 pictures do, and ranges and weights learned on those alone fit pictures badly. MimiQ blurs, jitters and mirrors too.
+
+The student decides the device. Images stay on the host, and a step does not wait for a GPU: losses are read some steps
+later, all at once, so there a run that diverges ends that much later.
 
 Which images a step takes and how they are changed follows from the seed and the step alone, so a run killed and resumed
 ends with the same bits as one left alone. The last step is what is reported and deployed: choosing the best one by
@@ -17,13 +19,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibration.views import resample
+from fp8pipe.core.devices import to_device
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.models.vision.answers import ranks
@@ -33,11 +36,14 @@ from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 from pipeline.finetune.checkpoint import CheckpointStore, optimizer_tensors, restore_optimizer
 from pipeline.finetune.config import Schedule, learning_rate_at
+from pipeline.vit.augment import augment
 from pipeline.vit.config import DistillConfig
 from pipeline.vit.student import Student
 
 _LOG = logging.getLogger(__name__)
 Figures = dict[str, float]
+_FIGURES: Final = ("loss", "answer", "structure")
+_READ_EVERY: Final = 10
 _ORDER, _AUGMENTATION = 0, 1  # streams of the seed
 _C2 = 0.03**2  # SSIM's second constant
 
@@ -49,7 +55,7 @@ class Distiller:
         student: changed in place.
         teacher: the float model.
         structure: of both.
-        pixels: normalized calibration images `(N, 3, H, W)` fp32.
+        pixels: normalized calibration images `(N, 3, H, W)` fp32, on the host.
         config: steps, rates, weights of the losses.
         seed: of the order of images and of augmentation.
         store: where checkpoints go; None keeps none.
@@ -67,12 +73,16 @@ class Distiller:
     ) -> None:
         self.student, self.teacher, self.structure = student, teacher, structure
         self.pixels, self.config, self.seed, self.store = pixels, config, seed, store
+        self.device = next(student.parameters()).device
         self.names = {p: n for n, p in student.named_parameters() if p.requires_grad}
         groups = [
             {"params": student.trained_weights(), "peak": config.learning_rate * student.mean_step()},
             {"params": student.trained_steps(), "peak": config.step_learning_rate},
         ]
-        self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.999), foreach=True)
+        on_gpu = self.device.type == "cuda"
+        how: dict[str, Any] = {"fused": True} if on_gpu else {"foreach": True}
+        self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.999), **how)
+        self.read_every = _READ_EVERY if on_gpu else 1  # steps whose losses are read together
         self.step = 0
         self.history: list[Figures] = []
         self._prefix = {site.name: site.prefix_tokens for site in structure.attentions if not site.pools}
@@ -83,16 +93,37 @@ class Distiller:
         Raises:
             ConfigurationError: the loss stopped being finite; the last checkpoint remains.
         """
+        unread: list[Tensor] = []
         while self.step < self.config.steps:
-            figures = self._one_step()
-            self.history.append(figures)
-            on_step(figures)
+            unread.append(self.one_step())
             due = self.config.save_every and self.step % self.config.save_every == 0
-            if self.store is not None and (due or self.step == self.config.steps):
+            last = self.step == self.config.steps
+            if due or last or len(unread) == self.read_every:
+                for figures in self._read(unread):
+                    self.history.append(figures)
+                    on_step(figures)
+                unread = []
+            if self.store is not None and (due or last):
                 self.save(self.store)
         return self.history
 
-    def _one_step(self) -> Figures:
+    def _read(self, unread: list[Tensor]) -> Iterator[Figures]:
+        """The figures of the last steps; a loss that is not finite ends the run."""
+        first = self.step - len(unread) + 1
+        for step, values in enumerate(torch.stack(unread).tolist(), first):
+            figures = {"step": step, **dict(zip(_FIGURES, values, strict=True))}
+            if not math.isfinite(figures["loss"]):
+                kept = self.store.steps() if self.store is not None else []
+                raise ConfigurationError(
+                    f"distillation diverged at step {step}",
+                    why=f"loss {figures['loss']}; "
+                    + (f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint yet"),
+                    fix="lower --learning-rate and start anew",
+                )
+            yield figures
+
+    def one_step(self) -> Tensor:
+        """One optimizer step; loss, distance of the answers and of the structure, `(3,)` fp32 on the device."""
         enter_phase("step")
         config = self.config
         factor = learning_rate_at(
@@ -111,21 +142,12 @@ class Distiller:
         parts = [head_structure(found[name], maps[name], prefix) for name, prefix in self._prefix.items()]
         structure = torch.stack(parts).mean() if parts else answer.new_zeros(())
         loss = answer + config.structure_weight * structure
-        if not math.isfinite(float(loss.detach())):
-            kept = self.store.steps() if self.store is not None else []
-            raise ConfigurationError(
-                f"distillation diverged at step {self.step + 1}",
-                why=f"loss {float(loss.detach())}; "
-                + (f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint yet"),
-                fix="lower --learning-rate and start anew",
-            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        figures = {"loss": loss, "answer": answer, "structure": structure}
-        return {"step": self.step, **{name: float(value.detach()) for name, value in figures.items()}}
+        return torch.stack([loss.detach(), answer.detach(), structure.detach()])
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """What the answers are apart, by what they mean."""
@@ -153,7 +175,7 @@ class Distiller:
             return vision_outputs(self.teacher.model, pixels), maps
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
     def _batch(self) -> Tensor:
         """The images of this step, each changed in its own way."""
@@ -161,7 +183,7 @@ class Distiller:
         count, size = self.pixels.shape[0], min(self.config.batch_size, self.pixels.shape[0])
         epoch, within = divmod(self.step * size, count)
         order = torch.cat([_order(self.seed, epoch, count), _order(self.seed, epoch + 1, count)])
-        chosen = self.pixels[order[within : within + size]]
+        chosen = to_device(self.pixels[order[within : within + size]], self.device)
         return augment(chosen, generator, self.config) if self.config.augment else chosen
 
     def save(self, store: CheckpointStore) -> None:
@@ -233,68 +255,3 @@ def head_structure(student: Tensor, teacher: Tensor, prefix_tokens: int) -> Tens
     covariance = (s * t).mean(2)
     similarity = (2 * covariance + _C2) / (s.square().mean(2) + t.square().mean(2) + _C2)
     return 1 - torch.mean(similarity)
-
-
-_REACH = 3  # standard deviations a blur looks to either side
-_FIRST_VIEWS = 2  # a stream of the seed; a step's own are the distiller's
-_SHARPEST = 0.05  # standard deviation, in pixels, below which a blur changes nothing
-
-
-def first_views(pixels: Tensor, config: DistillConfig, seed: int) -> Tensor:
-    """One view of each made image `(N, 3, H, W)`, from which ranges, first codes and transforms are measured.
-
-    Measured on made images as they are, they fit a fine detail that pictures do not have. Pictures are measured as
-    they are. With `augment` off these are the images themselves.
-    """
-    generator = torch.Generator().manual_seed(hash((seed, _FIRST_VIEWS)) & 0x7FFFFFFF)
-    return augment(pixels, generator, config) if config.augment else pixels
-
-
-def augment(pixels: Tensor, generator: torch.Generator, config: DistillConfig) -> Tensor:
-    """Each of the normalized images `(N, 3, H, W)` changed in its own way, at the same size."""
-    shown = crop(pixels, torch.rand(len(pixels), 4, generator=generator), config.smallest_crop)
-    if config.blur:
-        side = min(pixels.shape[-2:])
-        shown = blur(shown, config.blur * side * torch.rand(len(pixels), generator=generator))
-    if config.colour:
-        shown = relight(shown, config.colour * (2 * torch.rand(len(pixels), 3, generator=generator) - 1))
-    return shown
-
-
-def crop(pixels: Tensor, draws: Tensor, smallest: float) -> Tensor:
-    """Mirror and crop `(N, 3, H, W)`, back to the same size.
-
-    Args:
-        pixels: the images.
-        draws: `(N, 4)` in [0, 1): size, mirror (below a half), place across and down.
-        smallest: side of the smallest crop, as a share of the image's; 1 does not crop.
-    """
-    scale = smallest + (1 - smallest) * draws[:, 0]
-    mirror = torch.where(draws[:, 1] < 0.5, -1.0, 1.0)
-    theta = torch.zeros(len(pixels), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = scale * mirror, scale
-    theta[:, :, 2] = (1 - scale)[:, None] * (2 * draws[:, 2:4] - 1)
-    return resample(pixels, theta)
-
-
-def blur(pixels: Tensor, deviations: Tensor) -> Tensor:
-    """Convolve each image `(N, 3, H, W)` with its own Gaussian; `deviations` `(N,)` in pixels, edges mirrored."""
-    count, channels, height, width = pixels.shape
-    reach = min(math.ceil(_REACH * float(deviations.max())), height - 1, width - 1)
-    if reach < 1:
-        return pixels
-    at = torch.arange(-reach, reach + 1)
-    kernels = torch.exp(-(at**2) / (2 * deviations.clamp(min=_SHARPEST)[:, None] ** 2))
-    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None, :]
-    flat = functional.pad(pixels.reshape(1, count * channels, height, width), (reach,) * 4, mode="reflect")
-    flat = functional.conv2d(flat, kernels[:, :, :, None], groups=count * channels)
-    return functional.conv2d(flat, kernels[:, :, None, :], groups=count * channels).view_as(pixels)
-
-
-def relight(pixels: Tensor, changes: Tensor) -> Tensor:
-    """Change each image's contrast, brightness and colourfulness; `changes` `(N, 3)`, 0 changes nothing."""
-    contrast, brightness, colourfulness = (changes[:, i, None, None, None] for i in range(3))
-    mean = pixels.mean((1, 2, 3), keepdim=True)
-    shown = (pixels - mean) * (1 + contrast) + mean + brightness
-    grey = shown.mean(1, keepdim=True)
-    return grey + (shown - grey) * (1 + colourfulness)

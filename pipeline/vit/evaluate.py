@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp8pipe.core.devices import to_device
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.samples import sample_name
 from fp8pipe.models.vision.image_folder import ImageFolder, batches, check_pictures, read_image_folder
@@ -49,24 +50,25 @@ def read_evaluation_folder(source: str | Path, classes: tuple[str, ...] | None) 
 
 @torch.no_grad()
 def accuracy(
-    models: dict[str, Model], folder: ImageFolder, preprocessing: Preprocessing, classes: tuple[str, ...]
-) -> dict[str, Any]:
+    models: dict[str, Model], folder: ImageFolder, preprocessing: Preprocessing, classes: tuple[str, ...],
+    device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
     """Top-1 and top-5 of every model on the same pictures.
 
-    Each maps pixels `(N, 3, H, W)` to logits `(N, C)`, in the order of `classes`. Gives `images`, and by model `top1`
-    and `top5`, shares of 1.
+    Each maps pixels `(N, 3, H, W)` to logits `(N, C)`, in the order of `classes`, both on `device`. Gives `images`, and
+    by model `top1` and `top5`, shares of 1.
 
     Raises:
         ConfigurationError: a picture that cannot be read, naming it.
     """
     index = torch.tensor([classes.index(name) for name in folder.classes])
-    hits = {name: torch.zeros(2, dtype=torch.int64) for name in models}
+    hits = {name: torch.zeros(2, dtype=torch.int64, device=device) for name in models}
     raw = batches(folder, list(range(len(folder.files))), preprocessing, _ROWS)
     for codes, labels in zip(raw, torch.tensor(folder.labels).split(_ROWS), strict=True):
-        pixels = preprocessing.normalize(codes)
+        pixels, wanted = to_device(preprocessing.normalize(codes), device), to_device(index[labels], device)
         for name, model in models.items():
             logits = model(pixels)
-            right = logits.topk(min(5, logits.shape[1]), dim=1).indices == index[labels][:, None]
+            right = logits.topk(min(5, logits.shape[1]), dim=1).indices == wanted[:, None]
             right &= logits.isfinite().all(1, keepdim=True)  # NaN counts as the largest
             hits[name] += torch.stack([right[:, 0].sum(), right.any(1).sum()])
     count = len(folder.files)

@@ -22,6 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.core.devices import to_device
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.quantized import QuantizedVit, Quantizer, activation_sites
 from fp8pipe.models.vision.sources import VisionModel
@@ -108,19 +109,22 @@ def sample_sites(
     wanted = set(activation_sites(structure))
     parts: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
+
+    def keep(name: str, what: str, tensor: Tensor) -> None:
+        site = f"{name}.{'probs' if what == 'probs_in' else what}"
+        if site in wanted:
+            parts.setdefault(site, []).append(_sample(tensor.flatten(), generator))
+
     for pixels in batches:
-        for name, tap in plain.taps(pixels).items():
-            for what, tensor in tap.items():
-                site = f"{name}.{'probs' if what == 'probs_in' else what}"
-                if site in wanted:
-                    parts.setdefault(site, []).append(_sample(tensor.flatten(), generator))
+        plain.watch(pixels, keep)
     return {site: torch.cat(parts[site]) for site in activation_sites(structure) if site in parts}
 
 
 def _sample(values: Tensor, generator: torch.Generator) -> Tensor:
     if values.numel() <= _SAMPLE:
         return values.clone()
-    chosen = values[torch.randint(values.numel(), (_SAMPLE - 2,), generator=generator)]
+    places = torch.randint(values.numel(), (_SAMPLE - 2,), generator=generator)
+    chosen = values[to_device(places, values.device)]
     return torch.cat([chosen, values.min().view(1), values.max().view(1)])
 
 

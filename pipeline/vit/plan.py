@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from calibration.make import ARTIFACT_PREFIX, FOLDER_PREFIX
+from fp8pipe.core.devices import resolve_device
 from fp8pipe.core.plan import Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.vision.sources import load_vision_model
 from fp8pipe.models.vision.structure import read_structure
@@ -20,6 +21,7 @@ from pipeline.vit.stage import image_request
 _BATCH: Final = 32  # of the passes that measure
 _KEPT: Final = 2  # checkpoints
 _PACKAGES: Final = ("timm", "torchvision", "pillow")
+_GPU_MEMORY: Final = "memory is the host's; on the GPU images are made in batches that its free memory holds"
 _SMALLER: Final = "a smaller distill.batch_size or synthesis.batch_size, or fewer --images"
 
 
@@ -28,7 +30,10 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
 
     Raises:
         ConfigurationError: what the run itself would refuse about model, bits and calibration.
+        MissingCapabilityError: a GPU was asked for, and there is none that can do it.
     """
+    device = resolve_device(config.device, config.gpu_need)
+    config = config.model_copy(update={"device": device.name})
     image_request(config)  # refuses a method that does not exist
     vision = load_vision_model(config.model, config.size, activation=config.activation)
     size = vision.architecture.image_size
@@ -48,10 +53,12 @@ def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> 
         disk_bytes=disk,
         output_bytes=written,
         seconds=sum(seconds.values()) if seconds else None,
+        hardware="a CPU" if config.device == "cpu" else str(config.gpu_need),
         packages=packages,
         missing=(*missing_packages(packages), *missing_memory(peak, _SMALLER), *missing_disk(output or Path(), disk)),
-        notes=(*vision.notes, *structure.notes, *notes),
+        notes=(*vision.notes, *structure.notes, *notes, *((_GPU_MEMORY,) if config.device == "cuda" else ())),
         facts={
+            "device": str(device),
             "linears": len(structure.linears),
             "attentions": len(structure.attentions),
             "parameters": parameters,

@@ -29,6 +29,7 @@ from fp8pipe.artifact import (
     check_place,
 )
 from fp8pipe.artifact.kinds import VIT_KIND, Accuracy, FirstLast, TransformFacts, VitDetails
+from fp8pipe.core.devices import on_device, parts_on
 from fp8pipe.core.plan import enter_phase
 from fp8pipe.core.progress import track
 from fp8pipe.models.vision.answers import agreeing
@@ -38,10 +39,12 @@ from fp8pipe.models.vision.quantized import QuantizedVit, layer_records, save_qu
 from fp8pipe.models.vision.sources import VisionModel, load_vision_model
 from fp8pipe.models.vision.structure import VitStructure, read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
+from fp8pipe.numerics.convolutions import plain_convolutions
 from fp8pipe.numerics.kinds import Kind, granularity
 from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.vit.augment import first_views
 from pipeline.vit.config import QuantizeVitConfig
-from pipeline.vit.distill import Distiller, first_views
+from pipeline.vit.distill import Distiller
 from pipeline.vit.evaluate import Model, accuracy, read_evaluation_folder
 from pipeline.vit.initialise import (
     activation_bits,
@@ -70,6 +73,7 @@ def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False
     Raises:
         Fp8PipeError: see the error's own text; finished images and checkpoints stay in `OUTPUT.partial`.
     """
+    config = on_device(config)
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
     image_request(config)  # refuses a method that does not exist
@@ -92,9 +96,23 @@ def quantize(
     force: bool = False,
     resume: bool = False,
 ) -> Artifact:
-    """The stage from the loaded model on; see `quantize_vit`. It enters the phases that a plan measures."""
-    structure = read_structure(vision.model, vision.architecture.image_size)
-    given = read_images(image_request(config), vision, structure)  # what is wrong with them leaves nothing behind
+    """The stage from the loaded model on; see `quantize_vit`. It enters the phases that a plan measures.
+
+    The configuration names the device; the model is moved there, images stay on the host.
+    """
+    device = torch.device(config.device)
+    with plain_convolutions(device):
+        structure = read_structure(vision.model, vision.architecture.image_size)
+        given = read_images(image_request(config), vision, structure)  # what is wrong with them leaves nothing behind
+        placed = replace(vision, model=vision.model.to(device))
+        return _write(config, placed, structure, given, folder, output, force=force, resume=resume)
+
+
+def _write(
+    config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, given: ImageSet | None,
+    folder: ImageFolder | None, output: Path, *, force: bool, resume: bool,
+) -> Artifact:  # fmt: skip
+    """The artifact, from what has been checked."""
     with ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer:
         store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
         described = config.model_dump(mode="json")
@@ -127,7 +145,8 @@ def _train(
     """Equivalent transforms, ranges and first codes from the images, then distillation."""
     enter_phase("transforms")
     pixels = vision.preprocessing.normalize(images.images)
-    measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed)
+    device = torch.device(config.device)
+    measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed, device)
     if config.precision.kind is Kind.INT:
         transformed = apply_transforms(vision, structure, measured, config.conditioning, config.seed)
     else:  # a floating grid gains nothing from even magnitudes
@@ -145,16 +164,18 @@ def _train(
 def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Student:
     """A student before its first step: ranges of activations and steps of weights measured, weights compensated.
 
-    Of the (transformed) float model, which is not changed, on normalized calibration images `(N, 3, H, W)`.
+    Of the (transformed) float model, which is not changed and decides the device, on normalized calibration images
+    `(N, 3, H, W)` of the host.
     """
+    device = next(vision.model.parameters()).device
     bits = activation_bits(structure, config.precision, config.edges)
     kinds = activation_kinds(structure, config.precision)
-    samples = sample_sites(vision, structure, pixels.split(_BATCH), config.seed)
+    samples = sample_sites(vision, structure, parts_on(pixels, _BATCH, device), config.seed)
     activations = {site: choose_quantizer(values, bits[site], kinds[site]) for site, values in samples.items()}
     formats = weight_formats(structure, config.precision, config.edges)
     steps = choose_steps(vision, formats)
     if config.rounding == "compensated":
-        moments = second_moments(vision, structure, activations, pixels.split(_BATCH))
+        moments = second_moments(vision, structure, activations, parts_on(pixels, _BATCH, device))
         vision = replace(vision, model=copy.deepcopy(vision.model))
         compensate_model(vision.model, structure, formats, steps, moments)
     return Student(vision, structure, formats, steps, activations)
@@ -181,7 +202,9 @@ def _finish(
     for gate in (_code_gate(quantized), _rebuild_gate(quantized, pixels[:_PROBE_IMAGES], writer.root)):
         writer.gate(gate)
     enter_phase("agree")
-    similarity = _agreement(vision, quantized, pixels, structure)
+    device = torch.device(config.device)
+    quantized = quantized.to(device)  # what was written and rebuilt on the CPU
+    similarity = _agreement(vision, quantized, pixels, structure, device)
     writer.gate(similarity)
     if not similarity.passed:
         writer.warn(f"the quantized model follows its teacher poorly: {similarity.name} {similarity.value:.3f}")
@@ -191,7 +214,7 @@ def _finish(
     if folder is not None and classes is not None:
         enter_phase("evaluate")
         models: dict[str, Model] = {"teacher": lambda x: vision_outputs(vision.model, x), "quantized": quantized}
-        measured = accuracy(models, folder, vision.preprocessing, classes)
+        measured = accuracy(models, folder, vision.preprocessing, classes, device)
     enter_phase("commit")
     return writer.commit(
         config=config.model_dump(mode="json"),
@@ -199,7 +222,7 @@ def _finish(
         parents=[Parent(kind="model", digest=vision.digest.removeprefix("sha256:"), path=vision.origin)],
         number_format=NumberFormat(name=str(config.precision), granularity=granularity(config.precision.kind)),
         preprocessing=vision.preprocessing.model_dump(mode="json"),
-        runtime={"device": "cpu", "threads": torch.get_num_threads()},
+        runtime={"device": config.device, "threads": torch.get_num_threads()},
         layers=layer_records(quantized, rule=ScaleRule.LEARNED if config.distill.steps else ScaleRule.CALIBRATED),
         details=VitDetails(
             precision=str(config.precision), edges=config.edges, images=len(images.images),
@@ -226,11 +249,12 @@ def _code_gate(quantized: QuantizedVit) -> Gate:
 
 
 @torch.no_grad()
-def _agreement(vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, structure: VitStructure) -> Gate:
+def _agreement(
+    vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, structure: VitStructure, device: torch.device
+) -> Gate:
     """How well the deployed model follows its teacher on the calibration images."""
-    batches = pixels.split(_BATCH)
-    teacher = torch.cat([vision_outputs(vision.model, batch) for batch in batches])
-    student = torch.cat([quantized(batch) for batch in batches])
+    teacher = torch.cat([vision_outputs(vision.model, batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
+    student = torch.cat([quantized(batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
     if structure.is_backbone:
         value = float(torch.cosine_similarity(teacher, student, dim=1).mean())
         name = "cosine with the teacher's features"

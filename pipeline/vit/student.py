@@ -116,7 +116,7 @@ class Student(nn.Module):
     """A quantized model that learns.
 
     Args:
-        vision: the teacher; its model is copied.
+        vision: the teacher; its model is copied, and decides the device.
         structure: of the model.
         formats: what each weight is rounded to, by linear; others stay float.
         steps: `(out,)` fp32 for each of them; block scales for NVFP4.
@@ -139,7 +139,7 @@ class Student(nn.Module):
             site: _RoundedBlockActivation(q) if isinstance(q, BlockQuantizer) else _RoundedActivation(q)
             for site, q in activations.items()
         }
-        self.ranges = nn.ModuleList(self._by_site.values())
+        self.ranges = nn.ModuleList(self._by_site.values()).to(next(self.model.parameters()).device)
         for site in structure.linears:
             layer = self.model.get_submodule(site.name)
             if site.name in self.formats:
@@ -178,9 +178,9 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def deploy(self) -> QuantizedVit:
-        """The model with codes in the place of latent weights."""
+        """The model with codes in the place of latent weights, on the CPU: steps are those of the student's device."""
         weights: dict[str, Codes] = {}
-        plain = copy.deepcopy(self.vision.model)
+        plain = copy.deepcopy(self.vision.model).cpu()
         state = {
             n.replace(".parametrizations.weight.original", ".weight"): p for n, p in self.model.state_dict().items()
         }
@@ -188,9 +188,10 @@ class Student(nn.Module):
         for name, form in self.formats.items():
             rounded, weight = self._rounded(name), plain.get_submodule(name).get_parameter("weight")
             if isinstance(rounded, _RoundedBlockWeight):
-                weights[name] = BlockCodes.of(weight.detach(), rounded.scales)
+                scales = BlockScales(rounded.scales.block.cpu(), rounded.scales.tensor)
+                weights[name] = BlockCodes.of(weight.detach(), scales)
             else:
-                weights[name] = WeightCodes.of(weight, _step(rounded.log_step), form.bits, form.kind)
+                weights[name] = WeightCodes.of(weight, _step(rounded.log_step).cpu(), form.bits, form.kind)
         activations: dict[str, Quantizer] = {site: rounded.frozen() for site, rounded in self._by_site.items()}
         vision = self.vision
         return QuantizedVit(plain, vision.architecture, vision.preprocessing, self.structure, weights, activations)

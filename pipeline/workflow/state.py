@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +41,8 @@ class StageCommand:
         program: what the command line is given to; fp8pipe itself.
         environment: variables that it runs with, unless the user has set them.
         versions: of an engine that lives outside of this Python, from settings.
+        device: where it would compute now, from settings, for commands that take `device`; what it writes depends on
+            it.
     """
 
     name: str
@@ -53,6 +55,7 @@ class StageCommand:
     program: tuple[str, ...] = (sys.executable, "-P", "-m", "fp8pipe")
     environment: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
     versions: Callable[[Settings], Mapping[str, str]] = lambda settings: {}
+    device: Callable[[Settings], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +191,19 @@ class RunState:
         }
         own = {name: version for name, version in self.versions.items() if name != "python"}
         engine = {f"engine {name}": v for name, v in self.commands[spec.command].versions(spec.settings).items()}
-        return stage_key(spec, contents, sources, own | engine)
+        return stage_key(self._placed(spec), contents, sources, own | engine)
+
+    def _placed(self, spec: StageSpec) -> StageSpec:
+        """The stage with the device that it would compute on in the place of what is asked; the CPU goes unsaid.
+
+        So `auto` has the key of what it takes, and a stage whose settings name no device keeps its key on a CPU.
+        """
+        device = self.commands[spec.command].device
+        if device is None:
+            return spec
+        found = device(spec.settings)
+        others = {name: value for name, value in spec.settings.items() if name != "device"}
+        return replace(spec, settings=others if found == "cpu" else {**others, "device": found})
 
     def _stale(self, spec: StageSpec, record: StageRecord | None, key: str) -> str:
         """Why a stage must run; empty where it need not."""
@@ -212,7 +227,7 @@ class RunState:
         other = [name for name in VERSIONS if was.get(name) != self.versions.get(name)]
         if other:
             return f"{other[0]} was {was.get(other[0], 'absent')}, and is {self.versions.get(other[0], 'absent')}"
-        return "settings, inputs or the engine's versions have changed"
+        return "settings, inputs, the device or the engine's versions have changed"
 
     def _intact(self, record: StageRecord) -> bool:
         """Whether an output is what its stage left: by sizes and times, by every hash where those have changed."""

@@ -101,10 +101,10 @@ def open_engine(model: ServedModel, config: VisionConfig) -> Engine:
         run, provider, sizes = open_tensorrt(model)
         return _chosen([Layout(0, 1, lambda: (run,))], model, config, provider, sizes)
     path, cpu = model.artifact.root / MODEL_FILE, _PROVIDERS[Provider.CPU]
-    providers = _providers(config.provider)
+    providers = _providers(config.wanted)
     if providers[0] != cpu:
         session = open_session(path, threads=config.threads or 1, providers=providers)
-        if _in_use(session, providers[0], config.provider):
+        if _in_use(session, providers[0], config.wanted):
             _refuse_streams(config)
             alone = (_session_run(session, model),)
             return _chosen([Layout(config.threads or 1, 1, lambda: alone)], model, config, providers[0], _SIZES)
@@ -115,7 +115,7 @@ def _refuse_streams(config: VisionConfig) -> None:
     if config.streams is not None:
         raise ConfigurationError(
             "--streams does not apply here", why="a GPU runs one batch at a time; streams divide the cores of a CPU",
-            fix="leave it out, or give --provider cpu",
+            fix="leave it out, or give --device cpu",
         )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def _in_use(session: Any, provider: str, wanted: Provider) -> bool:
     if wanted is not Provider.AUTO:
         raise MissingCapabilityError(
             f"{provider} cannot be used", why="ONNX Runtime could not load it; its own message is above",
-            fix="install the CUDA and cuDNN that this onnxruntime-gpu is built for, or give --provider cpu",
+            fix="install the CUDA and cuDNN that this onnxruntime-gpu is built for, or give --device cpu",
         )  # fmt: skip
     logger.warning("%s cannot be used, so %s computes", provider, found)
     return False
@@ -163,7 +163,7 @@ def _providers(wanted: Provider) -> list[str]:
     if name not in available:
         raise MissingCapabilityError(
             f"this onnxruntime has no {name}", why=f"it has {', '.join(available)}",
-            fix="install onnxruntime-gpu on a machine with an NVIDIA GPU, or give --provider cpu",
+            fix="install onnxruntime-gpu on a machine with an NVIDIA GPU, or give --device cpu",
         )  # fmt: skip
     return [name] if name == cpu else [name, cpu]
 

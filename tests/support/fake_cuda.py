@@ -38,6 +38,7 @@ PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"}
 _aten = torch.ops.aten
 _SCALARS = {_aten._local_scalar_dense.default}
 _SIZES = {_aten.nonzero.default, _aten.masked_select.default}  # the size of the result is a value on the device
+_PIN = _aten._pin_memory.default  # fake tensors do not know it
 _METADATA = {
     *(_aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default),
     *(_aten.new_empty_strided.default, _aten._unsafe_view.default, _aten._reshape_alias.default, _aten.alias.default),
@@ -49,13 +50,15 @@ class CudaCounter(TorchDispatchMode):
     """Counts what the operators on CUDA tensors would do, one kernel an operator.
 
     So it is a bound from below that compares one version of the code with another: sorts and products take several
-    kernels, and a broadcast operand is read once. Copies from the host are not counted as waiting for the device.
+    kernels, and a broadcast operand is read once. Copies from the host are not counted as waiting for the device, but
+    by themselves: only those out of pinned memory, told not to block, do not hold the host up.
 
     Attributes:
         kernels: operators that write memory, by name.
         traffic: bytes that they read and write.
         between: of these bytes, those of operators that are no products of matrices.
         syncs: where the host waits for the device, by name: values read, sizes that depend on values, copies back.
+        uploads: copies from the host that it waits for.
         peak: most bytes that tensors held at once, of those made while it counted.
         found: how many elements `nonzero` finds.
         integer: the integer, and truth the boolean, that a tensor's value is; a number is 1.
@@ -65,6 +68,7 @@ class CudaCounter(TorchDispatchMode):
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
+        self.uploads = 0
         self.traffic, self.between, self.peak, self._held = 0, 0, 0, 0
         self.found, self.integer, self.truth = found, integer, truth
 
@@ -72,7 +76,7 @@ class CudaCounter(TorchDispatchMode):
         """Count anew; what is held stays held."""
         self.kernels.clear()
         self.syncs.clear()
-        self.traffic, self.between, self.peak = 0, 0, self._held
+        self.traffic, self.between, self.peak, self.uploads = 0, 0, self._held, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -88,10 +92,17 @@ class CudaCounter(TorchDispatchMode):
             if on_device:
                 self._launch(func, given, [])
             return given[0].new_empty((self.found, given[0].dim()), dtype=torch.int64)
+        if func is _PIN:
+            pinned = given[0].clone()
+            pinned.untyped_storage()._pinned = True
+            return pinned
         result = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if on_device and not all(tensor.is_cuda for tensor in made):
             self._wait(func, True)
+        if given and not on_device and any(tensor.is_cuda for tensor in made):
+            pinned = all(getattr(tensor.untyped_storage(), "_pinned", False) for tensor in given)
+            self.uploads += not (pinned and kwargs.get("non_blocking"))
         if on_device or any(tensor.is_cuda for tensor in made):
             self._hold(given, made)
             if func not in _METADATA and not func.is_view:
@@ -166,6 +177,8 @@ def fake_cuda(capability: tuple[int, int] = (9, 0), *, counted: bool = True, **v
         ):
             stack.enter_context(mock.patch.object(place, name, return_value=value))
         stack.enter_context(mock.patch.object(cuda, "capability", answer))
+        # A copied model's tensors stay in the mode that made them.
+        stack.enter_context(mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
         stack.enter_context(FakeTensorMode())
         if counted:
             stack.enter_context(counter)

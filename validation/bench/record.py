@@ -18,6 +18,7 @@ from fp8pipe.artifact import Artifact, Gate, installed_versions
 from fp8pipe.artifact.gate import failures
 from fp8pipe.artifact.record import write_record
 from fp8pipe.core.config import Flag, FrozenConfig
+from fp8pipe.core.devices import DEVICE_HELP, DeviceName
 from fp8pipe.core.machine import describe_machine
 
 RECORD_VERSION = 1
@@ -97,6 +98,7 @@ class BenchConfig(FrozenConfig):
     )
     concurrency: int = Field(4, ge=1, description="Language: requests at once, in the second measurement")
     tokens: int = Field(32, ge=2, description="Language: tokens per answer")
+    device: DeviceName = Field("auto", description=DEVICE_HELP)
 
     @field_validator("batches")
     @classmethod

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from exporters.devices import CUDA_PROVIDER, in_onnxruntime
 from exporters.graph.formats import MODEL_FILE
 from exporters.graph.runtime import open_session
 from exporters.onnx import target as onnx
@@ -29,7 +30,7 @@ from exporters.tensorrt.half import dequantize_graph
 from exporters.vllm import target as vllm
 from exporters.vllm.environment import find_vllm_python, inspect_environment
 from fp8pipe.artifact import Artifact, open_artifact
-from fp8pipe.core.errors import Fp8PipeError
+from fp8pipe.core.errors import Fp8PipeError, MissingCapabilityError
 from fp8pipe.core.progress import track
 from validation.bench.record import BenchConfig, Figure, MeasureRecord, figure, write_measure
 from validation.vllm.launcher import ServerOptions, open_local, server
@@ -42,10 +43,11 @@ def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
 
     Raises:
         BadArtifactError: a damaged export, or one that ONNX Runtime refuses.
-        MissingCapabilityError: onnxruntime is not installed.
+        MissingCapabilityError: onnxruntime is not installed, or cannot use the GPU that was chosen.
     """
     import onnx_ir as ir
 
+    config = config.model_copy(update={"device": in_onnxruntime(config.device, "bench").name})
     artifact = open_artifact(export, kind=onnx.KIND)
     graph = artifact.root / MODEL_FILE
     with tempfile.TemporaryDirectory(prefix="fp8pipe-bench-") as folder:
@@ -55,9 +57,7 @@ def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
         ir.save(model, plain)
         rows = _sizes("graph", graph.stat().st_size, "floating point", plain.stat().st_size, "float",
                       compared="graph and weights")  # fmt: skip
-        sessions = {
-            "export": open_session(graph, threads=config.threads), "float": open_session(plain, threads=config.threads)
-        }  # fmt: skip
+        sessions = {"export": _session(graph, config), "float": _session(plain, config)}
     shape = tuple(map(int, artifact.manifest.details_of(onnx.OnnxDetails).input.shape[1:]))
     with track(len(config.batches) * config.rounds, "bench") as progress:
         for batch in config.batches:
@@ -65,6 +65,18 @@ def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
             times = _interleaved(sessions, pixels, config.rounds, progress)
             rows += _latencies(times, batch)
     return write_measure(artifact, "bench", config, rows, packages=_PACKAGES)
+
+
+def _session(graph: Path, config: BenchConfig) -> Any:
+    if config.device == "cpu":
+        return open_session(graph, threads=config.threads)
+    session = open_session(graph, threads=config.threads, providers=(CUDA_PROVIDER, "CPUExecutionProvider"))
+    if session.get_providers()[0] != CUDA_PROVIDER:  # it falls back where a library of CUDA is missing
+        raise MissingCapabilityError(
+            f"{CUDA_PROVIDER} cannot be used", why="ONNX Runtime could not load it; its own message is above",
+            fix="install the CUDA and cuDNN that this onnxruntime-gpu is built for, or give --device cpu",
+        )  # fmt: skip
+    return session
 
 
 def _interleaved(sessions: Mapping[str, Any], pixels: Any, rounds: int, progress: Any) -> dict[str, list[float]]:

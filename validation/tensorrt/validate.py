@@ -28,8 +28,9 @@ from exporters.tensorrt.target import CAPABILITIES, KIND, EnterpriseSettings, Tr
 from fp8pipe.artifact import Artifact, Comparison, Gate, open_artifact
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.artifact.record import remove_record
+from fp8pipe.core import machine
+from fp8pipe.core.devices import Device, DeviceName, GpuNeed, resolve_device
 from fp8pipe.core.errors import MissingCapabilityError
-from fp8pipe.core.machine import gpus
 from fp8pipe.core.progress import table, track
 from fp8pipe.models.vision.answers import ranks
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, Preprocessing, read_model_file
@@ -49,13 +50,15 @@ _FEW_IMAGES: Final = 2
 
 
 def validate_tensorrt(
-    export: Path, *, against: Path | None = None, notify: Callable[[str], None] | None = None
-) -> TrtValidationRecord:
+    export: Path, *, against: Path | None = None, device: DeviceName = "auto",
+    notify: Callable[[str], None] | None = None,
+) -> TrtValidationRecord:  # fmt: skip
     """Validate an export to TensorRT and write `<export>.validation.json` beside it.
 
     Args:
         export: the export's directory.
         against: the quantized artifact it was made from; looked for by its digest when None.
+        device: `cpu` runs no engine, even where a GPU is; `cuda` refuses a machine without one.
         notify: gets the notice of an engine that is built again; the log otherwise.
 
     Returns:
@@ -69,12 +72,13 @@ def validate_tensorrt(
         GateFailedError: an engine built again multiplies in another precision.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
+    where = resolve_device(device, GpuNeed("TensorRT"))
     import_onnx_package("onnxruntime")
     artifact = open_artifact(export, kind=KIND, caches=ENGINES)
     source = artifact_at_hand(artifact, against, kind=VIT_KIND)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
-    device = next(iter(gpus()), None)
-    here = None if device is None else f"{device.capability[0]}.{device.capability[1]}"
+    gpu = next(iter(machine.gpus()), None) if where.name == "cuda" else None
+    here = None if gpu is None else f"{gpu.capability[0]}.{gpu.capability[1]}"
     capabilities = list(_details(artifact).engines) if here is None else [_runnable(artifact, here)]
     with track(3 + len(capabilities), "validate") as progress:
         pixels = _pixels(artifact)
@@ -106,7 +110,7 @@ def validate_tensorrt(
     return conclude(
         artifact, _details(artifact).format, gates, reports, packages=_VERSIONS, execution=execution,
         proved=_proved(artifact, held, engines, execution, reference), compared=held is not None,
-        not_proved=[*_not_proved(artifact, held, engines, execution), *unchecked],
+        not_proved=[*_not_proved(artifact, held, engines, execution, where), *unchecked],
     )  # fmt: skip
 
 
@@ -237,7 +241,7 @@ _WHERE: Final = {
 
 
 def _not_proved(
-    artifact: Artifact, held: list[Gate] | None, engines: list[ReadyEngine], execution: Execution | None
+    artifact: Artifact, held: list[Gate] | None, engines: list[ReadyEngine], execution: Execution | None, where: Device
 ) -> list[str]:
     said = [] if held is not None else [
         "where the numbers and operators of the graph come from: the artifact was not at hand; give it with --against"
@@ -255,7 +259,7 @@ def _not_proved(
     said += [] if engines else ["that a builder takes the graph: the export holds no engine"]
     return [
         *said,
-        "execution: no engine was loaded or run, for there is no GPU here (or torch sees none)",
+        f"execution: no engine was loaded or run; device: {where}",
         "timing: no speed was measured",
     ]
 

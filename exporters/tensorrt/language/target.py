@@ -149,5 +149,6 @@ TARGET: Final = ExportTarget(
     ),
     service=Service(
         "language", refusal="engines of language models are not run here", plan="validation.plan:plan_tensorrt",
+        device="exporters.devices:in_tensorrt_language",
     ),
 )  # fmt: skip

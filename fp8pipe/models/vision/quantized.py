@@ -111,13 +111,17 @@ class QuantizedVit(nn.Module):
             `v` (all before their quantizers), `logits` (before the mask) and `output`.
         """
         found: dict[str, dict[str, Tensor]] = {}
-        self._tap = lambda name, what, tensor: found.setdefault(name, {}).__setitem__(what, tensor.detach().clone())
+        self.watch(pixels, lambda name, what, tensor: found.setdefault(name, {}).__setitem__(what, tensor.clone()))
+        return found
+
+    @torch.no_grad()
+    def watch(self, pixels: Tensor, tap: Tap) -> None:
+        """Show `tap` what `taps` collects, in the order in which it comes, and keep none of it."""
+        self._tap = tap
         try:
-            with torch.no_grad():
-                self(pixels)
+            self(pixels)
         finally:
             self._tap = None
-        return found
 
     def _note(self, name: str, what: str, tensor: Tensor) -> Tensor:
         if self._tap is not None:

@@ -37,7 +37,7 @@ class VisionModel:
     """A vision model with everything needed to use and rebuild it.
 
     Attributes:
-        model: prepared (see `prepare_model`): eval mode, float32, parameters without gradients, on the CPU.
+        model: prepared (see `prepare_model`): eval mode, float32, parameters without gradients; loaded on the CPU.
         architecture: builds the empty module.
         preprocessing: makes its input.
         origin: what the user named, for records.

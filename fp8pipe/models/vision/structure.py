@@ -63,6 +63,7 @@ class LinearSite:
         shape: (out, in); in of a patch embedding is channels x height x width of a patch.
         input_group: name of the first linear that reads the very same tensor (q, k and v share one).
         bias: whether it adds one.
+        rows: vectors of an image that it reads, one after the other.
     """
 
     name: str
@@ -70,6 +71,7 @@ class LinearSite:
     shape: tuple[int, int]
     input_group: str
     bias: bool
+    rows: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,9 @@ def _linear_sites(calls: tuple[LinearCall, ...], model: nn.Module) -> tuple[Line
         group = readers.setdefault(id(call.input), call.name)
         kind = "patch" if isinstance(call.module, nn.Conv2d) else "linear"
         shape = (weight.shape[0], weight.numel() // weight.shape[0])
-        sites.append(LinearSite(call.name, kind, shape, group, getattr(call.module, "bias", None) is not None))
+        bias = getattr(call.module, "bias", None) is not None
+        rows = math.prod(call.output_shape) // (shape[0] * IMAGES)
+        sites.append(LinearSite(call.name, kind, shape, group, bias, rows))
     return tuple(sites)
 
 

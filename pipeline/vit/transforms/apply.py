@@ -26,6 +26,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.core.devices import parts_on, to_device
 from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
@@ -53,9 +54,10 @@ def apply_transforms(
 ) -> Transformed:
     """Rotate and centre a float model, which stays as it is, as far as it allows.
 
-    `pixels` are normalized calibration images `(N, 3, H, W)`; `seed` is that of the rotations.
+    `pixels` are normalized calibration images `(N, 3, H, W)`, on the host; `seed` is that of the rotations.
     """
     model, steps, notes = vision.model, [], []
+    device = next(model.parameters()).device
     reference = _answers(model, pixels)
 
     def seeded() -> torch.Generator:
@@ -68,7 +70,7 @@ def apply_transforms(
             lambda m, wiring: rotate_residual(m, structure, wiring, seeded()),
         ),
         (config.rotate_heads, "rotation of heads", lambda m, wiring: rotate_heads(m, wiring, seeded())),
-        (config.centre, "centring", lambda m, wiring: centre(m, wiring, pixels.split(_BATCH))),
+        (config.centre, "centring", lambda m, wiring: centre(m, wiring, parts_on(pixels, _BATCH, device))),
     )
     for wanted, name, change in changes:
         if not wanted:
@@ -92,7 +94,7 @@ def apply_transforms(
 
 @torch.no_grad()
 def _answers(model: nn.Module, pixels: Tensor) -> Tensor:
-    return vision_outputs(model, pixels[:_CHECKED])
+    return vision_outputs(model, to_device(pixels[:_CHECKED], next(model.parameters()).device))
 
 
 @torch.no_grad()

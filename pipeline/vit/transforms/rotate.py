@@ -57,7 +57,7 @@ def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, g
     if not set(writers).isdisjoint(inner):
         raise NotRotatable("a linear that feeds an attention does not read a norm")
     _fold_layer_scales(model, structure, wiring, writers, width)
-    rotation = ones_keeping_rotation(width, generator)
+    rotation = ones_keeping_rotation(width, generator).to(next(model.parameters()).device)
     for norm, linears in readers.items():
         _fold_norm(model, norm, linears, rotation)
     for name in writers:
@@ -147,12 +147,12 @@ def rotate_heads(model: nn.Module, wiring: Wiring, generator: torch.Generator) -
     Returns:
         How many products were rotated, two per attention where its linears are known.
     """
-    done = 0
+    done, device = 0, next(model.parameters()).device
     for attention in wiring.attentions:
         site = attention.site
         if attention.q is not None and attention.k is not None:
             for head in range(site.heads):
-                rotation = random_rotation(site.head_dim, generator)
+                rotation = random_rotation(site.head_dim, generator).to(device)
                 _rotate_rows(model, attention.q, head, rotation)
                 _rotate_rows(model, attention.k, head, rotation)
             done += 1
@@ -160,7 +160,7 @@ def rotate_heads(model: nn.Module, wiring: Wiring, generator: torch.Generator) -
             width = attention.v.width // site.heads  # values may be wider than queries
             weight = model.get_submodule(attention.projection).get_parameter("weight")
             for head in range(site.heads):
-                rotation = random_rotation(width, generator)
+                rotation = random_rotation(width, generator).to(device)
                 _rotate_rows(model, attention.v, head, rotation)
                 columns = slice(head * width, (head + 1) * width)
                 weight[:, columns] = (weight[:, columns].double() @ rotation.T).to(weight.dtype)

@@ -89,6 +89,7 @@ def read_wiring(model: nn.Module, structure: VitStructure) -> Wiring:
     ]
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(_IMAGES, 3, *structure.image_size, generator=generator)
+    pixels = pixels.to(next(model.parameters()).device)
     with ExitStack() as hooks:
         for name, module in holders:
             hooks.enter_context(module.register_forward_hook(partial(seen.note, name)))

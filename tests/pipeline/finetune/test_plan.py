@@ -7,14 +7,13 @@ import torch
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
+from fp8pipe.core import machine
 from fp8pipe.core.config import build_config
-from fp8pipe.core.errors import ConfigurationError, LintRefusedError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, LintRefusedError
 from fp8pipe.core.machine import Gpu
 from fp8pipe.models.compat import import_transformers
 from pipeline.dry_run.devices import DEVICES
-from pipeline.finetune import plan as plan_module
 from pipeline.finetune.config import FinetuneConfig
-from pipeline.finetune.method import check_device, hardware
 from pipeline.finetune.plan import plan_finetune
 from pipeline.finetune.stage import finetune
 
@@ -55,26 +54,31 @@ def test_a_plan_refuses_what_the_command_refuses(make_base, tmp_path):
     assert refusal.value.fix
 
 
-def test_only_falqon_gains_from_fp8_hardware(make_base, pairs):
+@pytest.fixture
+def gpu_here(monkeypatch):
+    """Puts a GPU into this machine; no dry run is made for one."""
+
+    def put(name: str = "a GPU of no table", capability: tuple[int, int] = (8, 9)) -> None:
+        monkeypatch.setattr(machine, "gpus", lambda: [Gpu(name, capability, 24 << 30)])
+
+    put()
+    return put
+
+
+def test_only_falqon_gains_from_fp8_hardware(make_base, pairs, gpu_here):
     base = make_base()
-    assert "8.9" in plan_finetune(config(base, pairs, device="cuda")).hardware
+    plan = plan_finetune(config(base, pairs))
+    assert "8.9" in plan.hardware
+    assert plan.facts["device"] == "cuda (a GPU of no table, compute capability 8.9)"
+    gpu_here("an Ampere card", (8, 6))  # too old for FP8, it runs all the same
+    assert plan_finetune(config(base, pairs)).facts["device"].startswith("cuda")
     for method in ("lora", "qlora"):
-        assert "8.9" not in plan_finetune(config(base, pairs, device="cuda", method=method)).hardware
-    assert hardware("falqon", "cpu") == "a CPU"
+        plan = plan_finetune(config(base, pairs, method=method))
+        assert "8.9" not in plan.hardware
+        assert plan.facts["device"].startswith("cuda")
 
 
-@pytest.mark.parametrize("method", ["falqon", "lora"])
-def test_a_gpu_without_fp8_cores_will_do_but_not_one_without_bf16(method, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a Turing card")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    check_device("cuda", method)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(MissingCapabilityError, match="Turing"):
-        check_device("cuda", method)
-
-
-def test_a_plan_reckons_all_gpus_of_the_table_where_there_is_none(make_base, pairs):
+def test_a_plan_reckons_all_gpus_of_the_table_where_there_is_none(make_base, pairs, gpu_here):
     plan = plan_finetune(config(make_base(), pairs, device="cuda"))
     assert set(plan.facts["reckoned_seconds"]) == {device.name for device in DEVICES}
     for name, seconds in plan.facts["reckoned_compiled"].items():
@@ -83,9 +87,9 @@ def test_a_plan_reckons_all_gpus_of_the_table_where_there_is_none(make_base, pai
     assert "no GPU has confirmed them" in plan.text()
 
 
-def test_a_plan_reckons_the_gpu_that_is_here(make_base, pairs, monkeypatch):
+def test_a_plan_reckons_the_gpu_that_is_here(make_base, pairs, gpu_here):
     def here(name):
-        monkeypatch.setattr(plan_module, "gpus", lambda: [Gpu(name, (8, 9), 24 << 30)])
+        gpu_here(name)
         return plan_finetune(config(make_base(), pairs, device="cuda", method="qlora"))
 
     known, unknown = here("NVIDIA L40S"), here("NVIDIA GeForce RTX 4090 Laptop GPU")
@@ -95,7 +99,7 @@ def test_a_plan_reckons_the_gpu_that_is_here(make_base, pairs, monkeypatch):
     assert any("Laptop GPU is not in the table" in note for note in unknown.notes)
 
 
-def test_what_was_not_counted_is_not_reckoned(mixture, make_base, pairs):
+def test_what_was_not_counted_is_not_reckoned(mixture, make_base, pairs, gpu_here):
     for unlike in (
         config(mixture, pairs, device="cuda"), config(make_base(seed=1), pairs, device="cuda", update_rule="released"),
     ):  # fmt: skip

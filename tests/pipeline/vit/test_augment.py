@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fp8pipe.core.config import build_config
+from pipeline.vit.augment import augment, blur, changed, crop, draw, first_views, relight
 from pipeline.vit.config import DistillConfig
-from pipeline.vit.distill import augment, blur, crop, first_views, relight
 
 
 def pictures(count: int = 3, side: int = 24) -> Tensor:
@@ -76,3 +76,12 @@ def test_first_views_are_views_of_the_run_and_the_images_themselves_without_augm
     assert torch.equal(shown, first_views(pixels, config, 1))
     assert not torch.equal(shown, first_views(pixels, config, 2))
     assert first_views(pixels, build_config(DistillConfig, {"augment": False}), 1) is pixels
+
+
+def test_a_part_of_the_images_gets_the_views_that_all_of_them_get():
+    """What a GPU sees, a few images at a time: the same crop, blur (as wide a kernel) and light; sums may round."""
+    pixels, config = pictures(), build_config(DistillConfig, {})
+    draws = draw(pixels.shape, torch.Generator().manual_seed(2), config)
+    whole = changed(pixels, draws)
+    parts = [changed(pixels[i : i + 1], draws.part(i, i + 1)) for i in range(len(pixels))]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)

@@ -119,11 +119,24 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         assert torch.equal(ours, theirs), name
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+@pytest.mark.parametrize("read_every", [1, 10])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(read_every, tmp_path):
     student, vision, structure, pixels = make_student()
     pixels[0] = torch.nan
-    with pytest.raises(ConfigurationError, match="diverged"):
-        Distiller(student, vision, structure, pixels, settings(steps=20), 0).run()
+    store = CheckpointStore(tmp_path, keep=2)
+    distiller = Distiller(student, vision, structure, pixels, settings(steps=20), 0, store)
+    distiller.read_every = read_every
+    with pytest.raises(ConfigurationError, match=r"diverged at step [12]"):
+        distiller.run()
+    assert store.steps() == []
+
+
+def test_losses_that_are_read_later_are_the_same():
+    whole, late = (Distiller(s, v, t, p, settings(steps=5), 3) for s, v, t, p in (make_student(), make_student()))
+    late.read_every = 3
+    told: list[float] = []
+    assert late.run(lambda figures: told.append(figures["step"])) == whole.run()
+    assert told == [1, 2, 3, 4, 5]
 
 
 def test_ranges_follow_the_distribution():

@@ -114,7 +114,7 @@ def test_a_source_is_known_by_its_bytes(runner, tmp_path):
     assert runner.started == []
     source.write_text("two")
     assert (
-        runner.state(stages).statuses()[0].why == "settings, inputs or the engine's versions have changed"
+        runner.state(stages).statuses()[0].why == "settings, inputs, the device or the engine's versions have changed"
     )  # no setting has
     runner.run(stages)
     assert runner.started == ["base"]  # which writes what it wrote before

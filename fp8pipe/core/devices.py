@@ -1,0 +1,180 @@
+"""Which device a command computes on: `--device` is resolved here, for every command alike.
+
+`auto` takes a GPU that can do the work, and says in one line which device it took and why. A GPU that was asked for and
+cannot be used is an error before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeVar
+
+from fp8pipe.core import machine
+from fp8pipe.core.errors import MissingCapabilityError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = [
+    "DEVICES", "DEVICE_HELP", "Device", "DeviceName", "GpuNeed", "current_device", "has_kernels", "lack_of",
+    "no_gpu", "on_device", "parts_on", "resolve_device", "say", "to_device",
+]  # fmt: skip
+
+_LOG = logging.getLogger(__name__)
+DeviceName = Literal["auto", "cpu", "cuda"]
+DEVICES: Final[tuple[DeviceName, ...]] = ("auto", "cpu", "cuda")
+DEVICE_HELP: Final = "Where to compute; auto: on a GPU that can, else on the CPU."
+_OTHERWISE: Final = "or use --device cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class GpuNeed:
+    """What some work asks of a GPU."""
+
+    work: str  # as people call it, for instance falqon
+    capability: tuple[int, int] | None = None  # the least compute capability; None: what torch has kernels for
+    reason: str = ""  # what needs it
+
+    def __str__(self) -> str:
+        if self.capability is None:
+            return "a CUDA GPU"
+        return f"a CUDA GPU of compute capability {_dotted(self.capability)} or newer ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that was chosen."""
+
+    name: Literal["cpu", "cuda"]
+    reason: str  # why this one
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+class Placed(Protocol):
+    """A configuration of something that runs on either device."""
+
+    @property
+    def device(self) -> DeviceName:
+        """What was asked for."""
+
+    @property
+    def gpu_need(self) -> GpuNeed:
+        """What it asks of a GPU."""
+
+    def model_copy(self, *, update: dict[str, Any]) -> Self:
+        """The same with some fields changed."""
+
+
+T = TypeVar("T", bound=Placed)
+
+
+def resolve_device(asked: DeviceName, need: GpuNeed) -> Device:
+    """The device for `need`, silently.
+
+    Raises:
+        MissingCapabilityError: a GPU was asked for, and there is none that can do it.
+    """
+    if asked == "cpu":
+        return Device("cpu", "as asked")
+    gpu = next(iter(machine.gpus()), None)
+    why, fix = no_gpu() if gpu is None else lack_of(gpu, need)
+    if gpu is not None and not why:
+        return Device("cuda", f"{gpu.name}, compute capability {_dotted(gpu.capability)}")
+    if asked == "auto":
+        return Device("cpu", why)
+    what = "no GPU is usable" if gpu is None else f"{gpu.name} cannot run {need.work}"
+    raise MissingCapabilityError(what, why=why, fix=f"{fix}, {_OTHERWISE}")
+
+
+def on_device(config: T) -> T:
+    """`config` with the device that it will run on; what `auto` took is said.
+
+    Raises:
+        MissingCapabilityError: as `resolve_device`.
+    """
+    found = resolve_device(config.device, config.gpu_need)
+    say(config.device, found)
+    return config.model_copy(update={"device": found.name})
+
+
+def current_device(config: Placed) -> DeviceName:
+    """Where `config` would run now, silently; what was named stays, whether it can be used or not."""
+    return resolve_device("auto", config.gpu_need).name if config.device == "auto" else config.device
+
+
+def say(asked: DeviceName, found: Device) -> None:
+    """One line for people about what `auto` took; what they named themselves needs none."""
+    if asked == "auto":
+        _LOG.info("device: %s", found)
+
+
+def lack_of(gpu: machine.Gpu, need: GpuNeed) -> tuple[str, str]:
+    """Why a GPU that torch sees cannot do some work, and what helps; two empty strings where it can."""
+    if need.capability is not None and gpu.capability < need.capability:
+        least = f"{_dotted(need.capability)} ({need.reason})"
+        return f"compute capability {_dotted(gpu.capability)}; {need.work} needs {least}", "use a newer GPU"
+    import torch
+
+    built = torch.cuda.get_arch_list()
+    if built and not has_kernels(gpu.capability, built):
+        why = f"this torch has no kernels for compute capability {_dotted(gpu.capability)}: it has {' '.join(built)}"
+        return why, "install a build of torch that has them"
+    return "", ""
+
+
+def has_kernels(capability: tuple[int, int], built: Collection[str]) -> bool:
+    """Whether a GPU runs code for one of these architectures, named as torch does: `sm_90`, `sm_90a`, `compute_120`.
+
+    Machine code runs on the same major version from its minor on (with `a` on that GPU alone), PTX on all later ones.
+    """
+    for name in built:
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+        if found is None:
+            continue
+        kind, version, suffix = found[1], (int(found[2]), int(found[3])), found[4]
+        if suffix == "a" or capability < version:
+            runs = capability == version
+        else:
+            runs = (kind == "compute" and not suffix) or capability[0] == version[0]
+        if runs:
+            return True
+    return False
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; a GPU copies it out of pinned memory, and the host does not wait for that."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def parts_on(tensor: Tensor, size: int, device: torch.device) -> Iterator[Tensor]:
+    """A tensor of the host in parts of at most `size` rows, each on `device` when its turn comes."""
+    return (to_device(part, device) for part in tensor.split(size))
+
+
+def no_gpu() -> tuple[str, str]:
+    """Why torch sees no GPU, and what helps."""
+    version = machine.distribution_version("torch")
+    if version is None:
+        return "torch is not installed", "install a CUDA build of torch"
+    if "+rocm" in version:
+        return "torch is a build for ROCm", "install a CUDA build of torch on a machine with an NVIDIA GPU"
+    if "+cpu" in version or _cpu_build():
+        return "torch is a CPU build", "install a CUDA build of torch on a machine with an NVIDIA GPU"
+    why = "torch sees no GPU: none is there, CUDA_VISIBLE_DEVICES hides it, or the driver is missing or too old"
+    return why, "see what nvidia-smi shows"
+
+
+def _cpu_build() -> bool:
+    import torch
+
+    return torch.version.cuda is None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
