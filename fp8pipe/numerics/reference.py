@@ -66,12 +66,15 @@ class Backend:
         Returns:
             Y `(tokens, out)` and O `(tokens, rank)`, in the dtype of x. O shares no memory with Y.
         """
-        values = self.cast(x, E4M3, scale.rule)
-        wide = (values @ self.decode(codes, scale, values.dtype).t()).to(x.dtype)  # (T, n) @ (n, m + r)
+        wide = self._wide_product(x, codes, scale)
         width = codes.shape[0] - rank
         # A copy: the view would keep all (T, out + r) values alive until the backward pass.
         o, y = wide[:, width:].clone(), wide[:, :width]
         return (y.contiguous() if b is None else torch.addmm(y, o, b.to(o.dtype).t())), o
+
+    def _wide_product(self, x: Tensor, codes: Tensor, scale: Scale) -> Tensor:
+        values = self.cast(x, E4M3, scale.rule)
+        return (values @ self.decode(codes, scale, values.dtype).t()).to(x.dtype)  # (T, n) @ (n, m + r)
 
     def backward(
         self, grad: Tensor, o: Tensor, codes: Tensor, scale: Scale, b: Tensor | None = None, *, wants_input: bool = True
@@ -105,7 +108,8 @@ class Backend:
         if b is None:
             values, codes = self.cast(grad, E5M2, scale.rule), codes[:width]
         else:  # one product of [G | G B]
+            beside = grad @ b.to(grad.dtype)
             values = grad.new_empty(grad.shape[0], width + b.shape[1])
             self.cast(grad, E5M2, scale.rule, out=values[:, :width])
-            values[:, width:] = grad @ b.to(grad.dtype)
+            values[:, width:] = beside
         return (values @ self.decode(codes, scale, values.dtype)).to(grad.dtype)  # (T, m + r) @ (m + r, n)

@@ -175,6 +175,17 @@ def test_gradient_of_parts_equals_gradient_of_the_whole(make_layer):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_a_model_may_change_a_part_in_place(make_layer):
+    layer, found = make_layer(parts=(32, 16)), []
+    for clip in (torch.clamp, torch.clamp_):
+        layer.zero_grad()
+        x = (torch.arange(9 * 32).view(9, 32) / 100).to(torch.bfloat16).requires_grad_()
+        first, second = layer.forward_parts(x, layer.parts)
+        (clip(first, -0.5, 0.5).sum() + clip(second, -0.5, 0.5).square().sum()).backward()
+        found.append((x.grad, layer.lora_B.grad.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_contradictory_layers_are_refused():
     codes, scale = quantize(torch.randn(8, 8), E4M3, ScaleRule.EXACT)
     with pytest.raises(ValueError, match="add up"):

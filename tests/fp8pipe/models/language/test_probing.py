@@ -40,6 +40,24 @@ def test_only_what_is_called_and_never_read_is_a_candidate() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Changes(nn.Module):
+    """A model that changes in place what it gives to its linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = torch.ones(*input_ids.shape, 4)
+        y = self.first(x) + self.second(x)
+        x += 1
+        return y + self.third(x)
+
+
+def test_what_was_changed_in_place_is_another_input() -> None:
+    assert structure_of(Changes()).probed(Changes()).input_groups == (("first", "second"), ("third",))
+
+
 @pytest.mark.parametrize("name", ["llama", "jamba", "mamba2", "gpt2", "opt", "mixtral", "gemma3_mm"])
 def test_a_plan_sees_what_the_run_sees(name: str) -> None:
     one = ARCHITECTURES[name]
