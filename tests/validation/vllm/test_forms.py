@@ -18,6 +18,7 @@ from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
 from serving.config import ServeConfig
 from serving.http.service import proof_of
+from validation import plan
 from validation.vllm import validate
 from validation.vllm.validate import validate_export
 
@@ -113,6 +114,10 @@ def test_a_build_for_gpus_without_one_is_refused_before_anything_starts(
     assert why in caught.value.why
     assert "where the GPU is" in caught.value.fix
     assert record.read_text(encoding="utf-8") == "{}"  # nothing was begun: the old record stays
+    monkeypatch.setattr(plan, "inspect_environment", lambda python: environment)
+    planned = plan.plan_vllm(open_artifact(tree / "copied"), "validate", record, vllm_python=sys.executable)
+    assert planned.hardware == "a GPU"
+    assert why in planned.missing[0].what
 
 
 def test_builds_whose_kernels_are_unknown_are_served_and_not_validated(
