@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from exporters.vllm.device import require_known_device
 from exporters.vllm.environment import find_vllm_python, inspect_environment
 from exporters.vllm.form import ServingForm
 from fp8pipe.artifact import Artifact, open_artifact
@@ -48,8 +49,9 @@ def plan_vllm(
         form: how the engine would be started, which changes nothing here.
     """
     peak = int(_VLLM_BYTES + _CACHE_BYTES + _VLLM_COPIES * _float_bytes(artifact))
+    hardware, missing = _vllm_here(vllm_python)
     return _plan(
-        artifact, record, peak, _missing_vllm(vllm_python), (against,),
+        artifact, record, peak, missing, (against,), hardware=hardware,
         packages=("vllm, in an environment of its own",),
         note="memory of vLLM is estimated: itself, a cache of 1 GiB, and two copies of the weights in fp32",
     )  # fmt: skip
@@ -123,9 +125,13 @@ def _float_bytes(artifact: Artifact) -> int:
     return max(linears, artifact.size_bytes)
 
 
-def _missing_vllm(vllm_python: str | None) -> tuple[Missing, ...]:
+def _vllm_here(vllm_python: str | None) -> tuple[str, tuple[Missing, ...]]:
+    """The hardware that vLLM was built for, and what it lacks here."""
+    hardware = "a CPU"
     try:
-        inspect_environment(find_vllm_python(vllm_python))
+        environment = inspect_environment(find_vllm_python(vllm_python))
+        hardware = hardware if environment.on_cpu else "a GPU"
+        require_known_device(environment)
     except MissingCapabilityError as error:
-        return (Missing(f"{error.what}: {error.why}", error.fix),)
-    return ()
+        return hardware, (Missing(f"{error.what}: {error.why}", error.fix),)
+    return hardware, ()

@@ -16,7 +16,7 @@ from exporters.vllm.environment import VllmEnvironment, subprocess_environment
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.machine import Gpu
 
-__all__ = ["device_in_words", "vllm_gpu"]
+__all__ = ["device_in_words", "require_known_device", "vllm_gpu"]
 
 _TIMEOUT_S: Final = 120  # importing torch from a cold disk takes long
 _ASK: Final = """
@@ -28,19 +28,13 @@ print(json.dumps([[one.name, [one.major, one.minor], one.total_memory] for one i
 
 
 def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
-    """The GPU that this vLLM computes on, the first that its torch sees; None of a build for CPUs.
+    """The GPU that this vLLM computes on, the first that its torch sees; None of a build for anything but CUDA.
 
     Raises:
-        MissingCapabilityError: a build for a GPU that sees none, or for one that is not NVIDIA's.
+        MissingCapabilityError: a build for CUDA that sees no device.
     """
-    if environment.on_cpu:
-        return None
     if environment.device != "cuda":
-        raise MissingCapabilityError(
-            f"the vLLM of {environment.python} is a build for {environment.device}",
-            why="its kernels were never looked into: fp8pipe knows those for NVIDIA's GPUs and for CPUs",
-            fix="take a vLLM for CUDA, or make one for CPUs (make setup-vllm) and name its Python with --vllm-python",
-        )
+        return None
     found, said = _first_gpu(environment.python)
     if found is None:
         raise MissingCapabilityError(
@@ -52,11 +46,25 @@ def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
     return found
 
 
+def require_known_device(environment: VllmEnvironment) -> None:
+    """Refuse what a validation in this vLLM could not judge.
+
+    Raises:
+        MissingCapabilityError: a build for another maker's GPU than NVIDIA's, or for CUDA where there is no device.
+    """
+    if vllm_gpu(environment) is None and not environment.on_cpu:
+        raise MissingCapabilityError(
+            f"the vLLM of {environment.python} is a build for {environment.device}",
+            why="its kernels were never looked into: fp8pipe knows those for NVIDIA's GPUs and for CPUs",
+            fix="take a vLLM for CUDA, or make one for CPUs (make setup-vllm) and name its Python with --vllm-python",
+        )
+
+
 def device_in_words(environment: VllmEnvironment) -> str:
     """`a CPU`, or `a GPU (NVIDIA H200, compute capability 9.0)`; raises as `vllm_gpu`."""
     gpu = vllm_gpu(environment)
     if gpu is None:
-        return "a CPU"
+        return "a CPU" if environment.on_cpu else f"a device of {environment.device}"
     return f"a GPU ({gpu.name}, compute capability {'.'.join(map(str, gpu.capability))})"
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
-from exporters.vllm.device import vllm_gpu
+from exporters.vllm.device import require_known_device
 from exporters.vllm.environment import VllmEnvironment, find_vllm_python, inspect_environment
 from exporters.vllm.form import ServingForm
 from exporters.vllm.target import KIND
@@ -32,6 +33,13 @@ CANARY_PROMPTS = (
     "Name three primary colours.",
     "Write one short sentence about the sea.",
 )
+
+
+# vLLM's arguments that spread a model, besides the form's own.
+_SEVERAL_DEVICES: Final = frozenset(
+    ("-tp", "-pp", "--pipeline-parallel-size", "-dp", "--data-parallel-size", "-pcp", "--prefill-context-parallel-size",
+     "-dcp", "--decode-context-parallel-size", "--distributed-executor-backend", "--nnodes", "-n")
+)  # fmt: skip
 
 
 def validate_export(
@@ -71,7 +79,7 @@ def validate_export(
     source = against or parent_at_hand(artifact)
     plan = None if source is None else plan_of(artifact, source)
     environment = inspect_environment(find_vllm_python(vllm_python))
-    vllm_gpu(environment)  # which raises where there is none for a build that needs one
+    require_known_device(environment)
     _require_plugin(environment, artifact)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
     chosen = asked.settled(artifact.root, on_cpu=environment.on_cpu)
@@ -85,12 +93,14 @@ def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -
             "a validation asks at least one question and allows at least one token",
             why=f"{len(prompts)} prompt(s), max_tokens {max_tokens}",
         )
-    if form.dtype == "auto" or (form.tensor_parallel_size or 1) > 1:
+    spread = [name for name in form.extra if name.split("=", 1)[0].replace("_", "-") in _SEVERAL_DEVICES]
+    spread += ["--tensor-parallel-size"] if (form.tensor_parallel_size or 1) > 1 else []
+    if form.dtype == "auto" or spread:
+        one_process = f"weights are read in one process alone, on one device, and {', '.join(spread)} asks for more"
         raise ConfigurationError(
             "this form of serving cannot be validated",
-            why="vLLM chooses the dtype" if form.dtype == "auto" else "weights are read in one process alone",
-            fix="name the dtype, and one device",
-        )
+            why=one_process if spread else "vLLM chooses the dtype", fix="name the dtype, and one device",
+        )  # fmt: skip
 
 
 def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:

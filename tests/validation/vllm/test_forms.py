@@ -12,13 +12,13 @@ import pytest
 from torch_engine import ENVIRONMENT
 from trained_exports import checked, scaled_inputs
 
-from exporters.vllm.device import device_in_words
 from exporters.vllm.environment import VllmEnvironment
 from exporters.vllm.form import ServingForm
 from fp8pipe.artifact import open_artifact
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
 from serving.config import ServeConfig
 from serving.http.service import proof_of
+from validation import plan
 from validation.vllm import validate
 from validation.vllm.validate import validate_export
 
@@ -41,7 +41,12 @@ def test_the_form_rounds_activations_where_it_is_told_to(
 
 
 def test_forms_that_cannot_be_looked_into_are_refused(tree: Path, engine: Any) -> None:
-    for form in (ServingForm(dtype="auto"), ServingForm(tensor_parallel_size=2)):
+    spread = [
+        ServingForm(extra=("-pp", "2")),
+        ServingForm(extra=("--data_parallel_size=2",)),
+        ServingForm(extra=("-tp=2",)),
+    ]
+    for form in (ServingForm(dtype="auto"), ServingForm(tensor_parallel_size=2), *spread):
         with pytest.raises(ConfigurationError, match="cannot be validated"):
             validate_export(tree / "copied", form=form)
 
@@ -109,12 +114,20 @@ def test_a_build_for_gpus_without_one_is_refused_before_anything_starts(
     assert why in caught.value.why
     assert "where the GPU is" in caught.value.fix
     assert record.read_text(encoding="utf-8") == "{}"  # nothing was begun: the old record stays
+    monkeypatch.setattr(plan, "inspect_environment", lambda python: environment)
+    planned = plan.plan_vllm(open_artifact(tree / "copied"), "validate", record, vllm_python=sys.executable)
+    assert planned.hardware == "a GPU"
+    assert why in planned.missing[0].what
 
 
-def test_builds_whose_kernels_are_unknown_are_refused() -> None:
+def test_builds_whose_kernels_are_unknown_are_served_and_not_validated(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment = VllmEnvironment(Path("python"), "0.32.0", {"vllm": "0.32.0+rocm700", "torch": "2.13.0"})
+    assert ServingForm().in_words(environment).startswith("on a device of rocm: bfloat16")
+    monkeypatch.setattr(validate, "inspect_environment", lambda python: environment)
     with pytest.raises(MissingCapabilityError, match="a build for rocm"):
-        device_in_words(environment)
+        validate_export(tree / "copied", vllm_python=sys.executable)
 
 
 def test_without_the_plugin_a_form_for_cpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
