@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _SCALARS = {_aten._local_scalar_dense.default}
+_EQUAL = _aten.equal.default
 _SIZES = {_aten.nonzero.default, _aten.masked_select.default}  # the size of the result is a value on the device
 _PIN = _aten._pin_memory.default  # fake tensors do not know it
 _METADATA = {
@@ -83,6 +84,9 @@ class CudaCounter(TorchDispatchMode):
         if func in _SCALARS:
             self._wait(func, on_device)
             return self._value(given[0].dtype)
+        if func is _EQUAL:
+            self._wait(func, on_device)
+            return self.truth
         if func in _SIZES:
             self._wait(func, on_device)
             if on_device:
