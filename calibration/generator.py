@@ -121,7 +121,7 @@ class Synthesizer:
             for name, term in terms.items():
                 found.setdefault(name, torch.zeros(len(numbers), device=self.device))[batch.places] = term.detach()
             on_step(step + 1)
-            if batch.plateau.watches and not bool((stays := batch.plateau.going(each).cpu()).all()):
+            if batch.plateau.watches and not bool((stays := batch.plateau.going(each)).all()):
                 leaving = to_device((~stays).nonzero().flatten(), self.device)
                 done[batch.places[leaving]] = batch.canvas.pixels().detach()[leaving]
                 batch.keep(stays)
@@ -217,17 +217,19 @@ class Plateau:
         self._history: list[Tensor] = []
 
     def going(self, losses: Tensor) -> Tensor:
-        """Which images go on, boolean `(N,)`; those that do not are forgotten.
+        """Which images go on, boolean `(N,)` on the host; those that do not are forgotten.
 
         Args:
             losses: `(N,)` of this step, of the images that went on before. A loss that is not finite goes on.
         """
         self._history = [*self._history, losses.detach().clone()][-2 * self._window :]
         if not self._tolerance or len(self._history) < 2 * self._window:
-            return torch.ones_like(losses, dtype=torch.bool)
+            return torch.ones(len(losses), dtype=torch.bool)
         before = torch.stack(self._history[: self._window]).mean(0)
         fall = before - torch.stack(self._history[self._window :]).mean(0)
         # Not `fall >= ...`: a comparison with NaN is false, and the synthesizer starts an image with NaN again.
-        stays = ~(fall < self._tolerance * before.abs())
-        self._history = [past[stays] for past in self._history]
+        stays = ~(fall < self._tolerance * before.abs()).cpu()
+        if not bool(stays.all()):
+            staying = to_device(stays.nonzero().flatten(), losses.device)
+            self._history = [past[staying] for past in self._history]
         return stays

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_cuda import fake_cuda
-from fake_vit import make, structure
+from fake_vit import BASE
 
 from calibration.config import SynthesisConfig
 from calibration.generator import Synthesizer
@@ -26,10 +26,10 @@ LIMITS = {
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 def test_a_step_asks_no_more_of_a_gpu_than_before_and_holds_what_was_reckoned(monkeypatch):
-    shapes, counted = structure(), {}
+    shapes, counted = BASE.structure(), {}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (FREE, FREE))
     with fake_cuda() as counter:
-        vision = make()
+        vision = BASE.make()
         for name, (changes, *_) in LIMITS.items():
             config = build_config(SynthesisConfig, {**changes, "steps": 2})
             synthesizer = Synthesizer(vision, shapes, config, seed=0)

@@ -37,6 +37,7 @@ from fp8pipe.numerics import cuda
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"}
 _aten = torch.ops.aten
 _SCALARS = {_aten._local_scalar_dense.default}
+_EQUAL = _aten.equal.default
 _SIZES = {_aten.nonzero.default, _aten.masked_select.default}  # the size of the result is a value on the device
 _PIN = _aten._pin_memory.default  # fake tensors do not know it
 _METADATA = {
@@ -87,6 +88,9 @@ class CudaCounter(TorchDispatchMode):
         if func in _SCALARS:
             self._wait(func, on_device)
             return self._value(given[0].dtype)
+        if func is _EQUAL:
+            self._wait(func, on_device)
+            return self.truth
         if func in _SIZES:
             self._wait(func, on_device)
             if on_device:

@@ -1,8 +1,10 @@
-"""Two blocks of ViT-B with 16-pixel patches at 224 pixels, of shapes alone: for counting what a step takes."""
+"""Vision transformers of shapes alone, made inside of `fake_cuda()`: to count what a step takes, and to try devices."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import timm
 import torch
@@ -14,29 +16,47 @@ from fp8pipe.models.vision.preprocessing import Preprocessing
 from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure, read_structure
 
-__all__ = ["SIZE", "make", "structure"]
+__all__ = ["BASE", "TINY", "FakeVit"]
 
-SIZE = (224, 224)
-_MODEL, _ARGUMENTS = "vit_base_patch16_224", {"depth": 2}
 _HALF = (0.5, 0.5, 0.5)
 
 
-def make() -> VisionModel:
-    """The model, with 1,000 classes, made on "cuda" inside of `fake_cuda()`."""
-    described = Architecture(
-        library="timm", name=_MODEL, arguments=_ARGUMENTS, image_size=SIZE, head="classifier",
-        classes=tuple(f"class {number}" for number in range(1000)),
-    )  # fmt: skip
-    preprocessing = Preprocessing(resize=224, crop=SIZE, mean=_HALF, std=_HALF)
-    return VisionModel(_made("cuda"), described, preprocessing, _MODEL, "")
+@dataclass(frozen=True)
+class FakeVit:
+    """A model of timm with two blocks and patches of 16 pixels, of `side` by `side` pixels."""
+
+    name: str
+    side: int
+    classes: int
+    width: int
+    heads: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    def make(self) -> VisionModel:
+        """The model on "cuda"; called inside of `fake_cuda()`."""
+        described = Architecture(
+            library="timm", name=self.name, arguments=self._arguments(), image_size=self.size, head="classifier",
+            classes=tuple(f"class {number}" for number in range(self.classes)),
+        )  # fmt: skip
+        preprocessing = Preprocessing(resize=self.side, crop=self.size, mean=_HALF, std=_HALF)
+        return VisionModel(self._made("cuda"), described, preprocessing, self.name, "")
+
+    @cache  # noqa: B019 (there are two)
+    def structure(self) -> VitStructure:
+        """Its structure, which no value decides. Read before `fake_cuda()`: what is imported inside stays fake."""
+        return read_structure(self._made("meta"), self.size)
+
+    def _made(self, device: str) -> nn.Module:
+        with torch.device(device):
+            return prepare_model(timm.create_model(self.name, **self._arguments()))
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"depth": 2, "embed_dim": self.width, "num_heads": self.heads, "img_size": self.side,
+                "num_classes": self.classes}  # fmt: skip
 
 
-@cache
-def structure() -> VitStructure:
-    """Its structure, which values do not decide. Read it before `fake_cuda()`: what is imported inside stays fake."""
-    return read_structure(_made("meta"), SIZE)
-
-
-def _made(device: str) -> nn.Module:
-    with torch.device(device):
-        return prepare_model(timm.create_model(_MODEL, **_ARGUMENTS))
+BASE = FakeVit("vit_base_patch16_224", 224, 1000, 768, 12)
+TINY = FakeVit("vit_tiny_patch16_224", 32, 8, 16, 2)

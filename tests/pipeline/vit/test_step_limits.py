@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_cuda import fake_cuda
-from fake_vit import SIZE, make, structure
+from fake_vit import BASE
 
 from fp8pipe.core.config import build_config
 from fp8pipe.models.vision.quantized import activation_sites
@@ -41,11 +41,11 @@ _FOUR_BITS = ActivationQuantizer(1.0, -8, 7)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 @pytest.mark.parametrize("bits", LIMITS)
 def test_a_step_asks_no_more_of_a_gpu_than_before(bits):
-    shapes = structure()
+    shapes = BASE.structure()
     # Nearest: compensated rounding goes column by column, tens of thousands of them.
     config = build_config(QuantizeVitConfig, {"model": "m", "bits": bits, "rounding": "nearest", "device": "cuda"})
     with fake_cuda(truth=True) as counter:
-        teacher, pixels = make(), torch.zeros(IMAGES, 3, *SIZE)
+        teacher, pixels = BASE.make(), torch.zeros(IMAGES, 3, *BASE.size)
         fp8 = bits == "wfp8afp8"
         student = begin_student(config, teacher, shapes, pixels) if fp8 else given(config, teacher, shapes)
         assert {parameter.device.type for parameter in student.parameters()} == {"cuda"}

@@ -113,9 +113,8 @@ def test_a_source_is_known_by_its_bytes(runner, tmp_path):
     runner.run(stages)
     assert runner.started == []
     source.write_text("two")
-    assert (
-        runner.state(stages).statuses()[0].why == "settings, inputs, the device or the engine's versions have changed"
-    )  # no setting has
+    why = runner.state(stages).statuses()[0].why
+    assert why == "settings, inputs, the device or the engine's versions have changed"  # no setting has
     runner.run(stages)
     assert runner.started == ["base"]  # which writes what it wrote before
 
