@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp8pipe.core.errors import Fp8PipeError, GateFailedError, OutOfMemoryError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, OutOfMemoryError
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.core.progress import table
 
@@ -32,6 +32,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+# What the system says of paths that cannot be right; a file that is gone may be a fault of ours.
+_UNUSABLE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -104,7 +108,7 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         return _failure("Interrupted", 130, "interrupted", fix="run it again, with --resume if it has it")
     if isinstance(error, OSError | MemoryError | RuntimeError):
-        error = _as_out_of_memory(error) or error
+        error = _as_out_of_memory(error) or _as_unusable_path(error) or error
     if isinstance(error, Fp8PipeError):
         findings = getattr(error, "findings", ())
         return _failure(type(error).__name__, error.exit_code, error.what, error.why, error.fix, findings=findings)
@@ -246,6 +250,14 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
         why=str(error).strip().splitlines()[0] if str(error).strip() else "an allocation failed",
         fix="use a smaller batch, shorter sequences or a smaller model",
     )
+
+
+def _as_unusable_path(error: BaseException) -> ConfigurationError | None:
+    """The path of the user's behind `error` that the system does not let anybody read or write so, if it is that."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
+        return None
+    fix = "check the path, and who may read and write there"
+    return ConfigurationError(f"{error.filename} cannot be used", why=error.strerror or str(error), fix=fix)
 
 
 def _divert_descriptor() -> int | None:

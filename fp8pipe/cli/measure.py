@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,11 +133,23 @@ def _show_plan(
 def _show_record(console: Console, export: Path, record: Any) -> None:
     """The figures, and a rejection as exit 14."""
     rows = [(row.what, f"{row.value:,.4g} {row.unit}".strip(), row.detail) for row in record.rows]
-    lines = [f"{record.verdict}  {export}", table(rows), *(f"  not measured: {text}" for text in record.not_measured)]
-    console.emit(record.model_dump(mode="json"), "\n".join(lines), quiet_text=record.verdict)
+    # A measurement without gates accepts nothing: it must not look as if its figures had been judged.
+    heading = record.verdict if record.gates else "MEASURED"
+    lines = [f"{heading}  {export}", table(rows), *(f"  not measured: {text}" for text in record.not_measured)]
+    lines += _slower(record.rows)
+    console.emit(record.model_dump(mode="json"), "\n".join(lines), quiet_text=heading)
     if record.verdict != "ACCEPT":
         from fp8pipe.core.errors import GateFailedError
 
         raise GateFailedError(
             f"{export} does not hold", why="; ".join(record.reasons), fix="see the record beside the export"
         )
+
+
+def _slower(rows: Sequence[Any]) -> list[str]:
+    """A sentence where the export is slower than what it is compared with."""
+    slow = [row for row in rows if row.name.startswith("speedup_") and row.value < 1]
+    if not slow:
+        return []
+    found = ", ".join(f"{row.value:.2f}x with {row.what.rpartition(', ')[2]}" for row in slow)
+    return [f"  slower than floating point on this machine: {found}"]

@@ -31,7 +31,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
-from fp8pipe.models.checkpoint.tensors import blame_configuration, header_entries, model_parent, weight_files
+from fp8pipe.models.checkpoint.tensors import header_entries, model_parent, weight_files
 from fp8pipe.models.language.base import (
     check_base,
     check_positions,
@@ -109,8 +109,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     source = resolve_model(config.model)
     structure = check_base(source.path, config.model)
     if config.device == "cpu":
-        with blame_configuration():
-            entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
+        entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
         width = getattr(torch, config.dtype).itemsize  # the loaded weights, whatever comes afterwards
         refuse_impossible(sum(math.prod(e.shape) for e in entries) * width, f"the model {config.model}")
     enter_phase("text")
@@ -172,11 +171,12 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     records = load_records(config.data, warnings.append)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0, warn=warnings.append)
     heldout = heldout[: config.heldout_limit]
+    of_heldout: list[str] = []
     encoded_train, encoded_heldout = (
-        encode(part, tokenizer, config.sequence_length, last_only=config.answers == "last") for part in (train, heldout)
+        encode(part, tokenizer, config.sequence_length, last_only=config.answers == "last", warn=found.append)
+        for part, found in ((train, warnings), (heldout, of_heldout))
     )
-    warnings += encoded_train.warnings
-    warnings += [f"held-out text: {warning}" for warning in encoded_heldout.warnings if warning not in warnings]
+    warnings += [f"held-out text: {warning}" for warning in of_heldout if warning not in warnings]
     ending = ending_of(source.path, tokenizer, encoded_train.template)
     rows = embedding_rows(source.path)
     texts = [example.input_ids for part in (encoded_train, encoded_heldout) for example in part.examples]

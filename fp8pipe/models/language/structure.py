@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.names import Naming, naming_of
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.probing import watch_pass
@@ -204,8 +205,8 @@ def load_config(directory: Path) -> PretrainedConfig:
     """The model's configuration, without any quantization block.
 
     Raises:
-        ConfigurationError: no config.json, or an architecture transformers does not know.
-        BadArtifactError, ConfigurationError: as `check_config`.
+        BadArtifactError, ConfigurationError: no config.json, or an architecture transformers does not know; as
+            `check_config`; see `unusable`.
     """
     check_config(directory)
     from huggingface_hub.errors import StrictDataclassError
@@ -214,10 +215,11 @@ def load_config(directory: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = auto.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ConfigurationError(
+        raise unusable(
+            directory,
             f"{directory} has no configuration that transformers can read",
             why=str(error).splitlines()[0] if str(error) else repr(error),
-            fix="export a model whose architecture the installed transformers implements",
+            fix="complete its config.json, or give a model whose architecture the installed transformers implements",
         ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
