@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text.conversation import Message, Record
 from fp8pipe.models.language.text.notes import Kind, Notes, special_pattern, special_tokens
-from fp8pipe.models.language.text.template import TemplateInfo, failing_line, template_name
+from fp8pipe.models.language.text.template import TemplateInfo, failing_line, in_parts, template_name
 
 _OTHERS: Final = ("\ue000", "0")  # answers of which one begins otherwise than any, also where they are escaped
 _SHOWN: Final = 20  # characters of an example
@@ -46,13 +46,14 @@ class Renderer:
 
     Attributes:
         notes: what was counted in all records.
+        silent: by the role of the last message, whether the template adds no generation prompt.
     """
 
     def __init__(self, tokenizer: Any, template: TemplateInfo, *, last_only: bool = False) -> None:
         self._tokenizer, self._template, self._last_only = tokenizer, template, last_only
         self._seen: set[str] = set()  # fields and roles that change what is rendered
         self._special = special_pattern(tokenizer)
-        self._silent: dict[str, bool] = {}  # by the role of the last message
+        self.silent: dict[str, bool] = {}
         self.notes = Notes()
 
     def render(self, record: Record, name: str) -> list[Rendered]:
@@ -68,8 +69,9 @@ class Renderer:
         learned = [i for i, m in enumerate(record.messages) if m.role == "assistant"]
         learned = [i for i in (learned[-1:] if self._last_only else learned) if record.messages[i].learned]
         failure: ConfigurationError | None = None
-        for form in _forms(record.messages):
-            view = _View(self, form, list(record.tools) or None, name, Notes())
+        forms = _forms(record.messages)
+        for form, parts in [(form, parts) for parts in (False, True) for form in forms]:
+            view = _View(self, form, list(record.tools) or None, name, Notes(), parts)
             try:
                 found = view.answers(learned)
             except ConfigurationError as error:
@@ -107,13 +109,6 @@ class Renderer:
                 f"correct {template_name(self._tokenizer)}",
             ) from error
 
-    def takes_no_prompt(self, messages: list[dict[str, Any]], tools: Any, prompt: str) -> bool:
-        """Whether the template renders these messages the same, asked to add a generation prompt or not."""
-        role = messages[-1]["role"]
-        if role not in self._silent:
-            self._silent[role] = self.apply(messages, tools, "a conversation") == prompt
-        return self._silent[role]
-
     def _look_for_losses(self, record: Record, view: _View, learned: Sequence[int], pieces: Sequence[Rendered]) -> None:
         """Counts contents, fields and tools without which the text would be the same."""
         last, final = learned[-1] + 1, pieces[-1].text
@@ -134,7 +129,7 @@ class Renderer:
                 else:
                     self._seen.add(key)
         if record.tools and "tools" not in self._seen:
-            if self.apply(view.messages[:last], None, view.name) == final:
+            if view.apply(view.messages[:last], tools=False) == final:
                 view.notes.passed_over["the tools of records"] += 1
             else:
                 self._seen.add("tools")
@@ -148,19 +143,20 @@ class _View(NamedTuple):
     tools: Any
     name: str
     notes: Notes
+    parts: bool  # contents are lists of parts
 
     def answers(self, learned: Sequence[int]) -> dict[int, Rendered]:
         """By index, the text up to each learned answer, and where it stands in it; without those rendered in part."""
         found = {}
         for index in learned:
-            text = self._apply(self.messages[: index + 1])
-            prompt = self._apply(self.messages[:index], prompt=True) if index else ""
+            text = self.apply(self.messages[: index + 1])
+            prompt = self.apply(self.messages[:index], prompt=True) if index else ""
             start, unlike = self._answer_start(index, text, prompt)
             if not self._is_whole(index, text, start):
                 continue
             if unlike:
                 self.notes.count(Kind.UNLIKE, *unlike)
-            if index and self.renderer.takes_no_prompt(self.messages[:index], self.tools, prompt):
+            if index and self._takes_no_prompt(index, prompt):
                 self._note_headers(index, text, prompt)
             found[index] = Rendered(text, [(start, _answer_end(self.messages[index], text, start))])
         return found
@@ -170,12 +166,25 @@ class _View(NamedTuple):
         messages = self.messages[:end]
         messages[index] = {k: v for k, v in (messages[index] | change).items() if v is not None}
         try:
-            return self._apply(messages) == text
+            return self.apply(messages) == text
         except ConfigurationError:  # it looks at it
             return False
 
-    def _apply(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        return self.renderer.apply(messages, self.tools, self.name, prompt=prompt)
+    def apply(self, messages: list[dict[str, Any]], *, prompt: bool = False, tools: bool = True) -> str:
+        """What the template makes of these messages.
+
+        Raises:
+            ConfigurationError: it fails.
+        """
+        given = in_parts(messages) if self.parts else messages
+        return self.renderer.apply(given, self.tools if tools else None, self.name, prompt=prompt)
+
+    def _takes_no_prompt(self, index: int, prompt: str) -> bool:
+        """Whether the template renders what comes before an answer the same, asked to add a prompt or not."""
+        silent, role = self.renderer.silent, self.messages[index - 1]["role"]
+        if role not in silent:
+            silent[role] = self.apply(self.messages[:index]) == prompt
+        return silent[role]
 
     def _answer_start(self, index: int, text: str, prompt: str) -> tuple[int, tuple[str, ...]]:
         """Where the answer begins in ``text``; and what prompt and text hold from where they differ, if they do."""
@@ -194,14 +203,14 @@ class _View(NamedTuple):
     def _fork(self, index: int, text: str) -> int:
         """Where other answers are rendered otherwise: never after the answer's own beginning."""
         others = ([*self.messages[:index], {"role": "assistant", "content": other}] for other in _OTHERS)
-        return min(shared(self._apply(other), text) for other in others)
+        return min(shared(self.apply(other), text) for other in others)
 
     def _note_headers(self, index: int, text: str, prompt: str) -> None:
         """Counts what a template that knows no generation prompt has learned with an answer."""
         if (header := text[len(prompt) : self._fork(index, text)]).strip():
             self.notes.count(Kind.HEADER, header)
         try:
-            followed = self._apply([*self.messages[: index + 1], {"role": "user", "content": _OTHERS[0]}])
+            followed = self.apply([*self.messages[: index + 1], {"role": "user", "content": _OTHERS[0]}])
         except ConfigurationError:  # no user may follow here
             return
         tail = text[shared(followed, text) :]
@@ -215,7 +224,7 @@ class _View(NamedTuple):
         if content in text[start:]:
             return True
         # Its beginning may be in the prompt: the mark that opens a reasoning block.
-        before = self._apply(self.messages[:index]) if index else ""
+        before = self.apply(self.messages[:index]) if index else ""
         if _squeezed(content) in _squeezed(text[shared(before, text) :]):
             return True
         if self.unchanged(index, text, index + 1, content=content + _OTHERS[0]):

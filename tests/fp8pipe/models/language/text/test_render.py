@@ -134,3 +134,22 @@ def test_special_tokens_in_the_users_own_text_are_counted_and_stay_what_they_are
     assert "'<|im_end|>' (in 1), '<|im_start|>' (in 1)" in told
     whole = [{"role": m.role, "content": m.content} for m in talk]
     assert result.examples[0].input_ids == tokenizer.apply_chat_template(whole, return_dict=False)
+
+
+@pytest.mark.parametrize(
+    "given", ["m.content[0].text", "m.content | selectattr('type', 'eq', 'text') | map(attribute='text') | join"]
+)
+def test_templates_that_want_texts_in_parts_get_them(make_tokenizer: Any, given: str) -> None:
+    """As those of models that take images, too: the first fails with a text, the second renders it as nothing."""
+    tokenizer = make_tokenizer(
+        f"{{% for m in messages %}}{{{{ m.role }}}}:{{{{ {given} }}}}<|im_end|>{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = (Message("user", "q"), Message("assistant", " a\nb "), Message("user", "r"), Message("assistant", "c"))
+    result = encode([Record(messages)], tokenizer, 512)
+    assert tokenizer.decode(result.examples[0].input_ids) == (
+        "user:q<|im_end|>assistant: a\nb <|im_end|>user:r<|im_end|>assistant:c<|im_end|>"
+    )
+    labels = [label for label in result.examples[0].labels if label != IGNORED]
+    assert tokenizer.decode(labels) == " a\nb <|im_end|>c<|im_end|>"
+    assert result.warnings == ()
