@@ -72,7 +72,9 @@ def _text(opened: Artifact, list_layers: bool) -> str:
     ]
     rows += [("parent", f"{parent.kind} {parent.digest[:12]} {parent.path}") for parent in manifest.parents]
     if number_format is not None:
-        rows.append(("format", f"{number_format.name}, {number_format.granularity}, {number_format.scale_direction}"))
+        rows.append(
+            ("number format", f"{number_format.name}, {number_format.granularity}, {number_format.scale_direction}")
+        )
     if manifest.seed is not None:
         rows.append(("seed", manifest.seed))
     details = manifest.details.model_dump(mode="json", exclude_none=True)

@@ -126,8 +126,16 @@ def _show_plan(
     record = measure_path(artifact.root, stage)
     plan = call(target.service.plan, artifact, stage, record, **extra)
     chosen = settings.model_dump(mode="json")
-    plan = dataclasses.replace(plan, facts={**plan.facts, **{k: v for k, v in chosen.items() if v is not None}})
+    told = {key: value for key, value in chosen.items() if value is not None and _applies(settings, key, target)}
+    plan = dataclasses.replace(plan, facts={**plan.facts, **told})
     show_plan(console, plan, export=str(artifact.root), kind=artifact.kind, settings=chosen, writes=str(record))
+
+
+def _applies(settings: Any, key: str, target: Any) -> bool:
+    """Whether a setting is one of this export's domain, as its description says."""
+    description = str(type(settings).model_fields[key].description).lower()
+    domains = [domain for domain in ("vision", "language") if f"{domain}:" in description]
+    return not domains or target.service.domain in domains
 
 
 def _show_record(console: Console, export: Path, record: Any) -> None:

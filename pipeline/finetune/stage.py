@@ -28,7 +28,7 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TextFacts, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.plan import enter_phase, refuse_impossible
+from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.tensors import header_entries, model_parent, weight_files
@@ -149,9 +149,8 @@ def tune(
         if trainer.resume():
             _LOG.info("resumed after step %d", trainer.step)
         _LOG.info("converted %d of %d linear layers", len(method.names), len(records))
-        for record in records:
-            if record.name not in method.names:
-                _LOG.info("left out: %s (%s)", record.name, record.reason)
+        for left_out in by_reason({r.name: r.reason for r in records if r.name not in method.names}):
+            _LOG.info("left out: %s", left_out)
         with track(config.steps, "training", done=trainer.step) as progress:
             trainer.run(lambda m: progress.advance(loss=m["loss"], tokens_per_second=m["tokens_per_second"]))
         return _deploy(config, source, text, writer, trainer, records, names)
