@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from fp8pipe.models.settings import check_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+LEAST_SIDE: Final = 16  # FP8 kernels take multiples of it; gates with one output would bound the rank of all layers
 
 
 class Role(StrEnum):
@@ -96,7 +99,11 @@ class ModelStructure:
             return "output head"
         if module in self.shared:
             return "weight tied to another module"
-        return self.unusable.get(module) if self.in_decoder(module) else "outside the text decoder"
+        if not self.in_decoder(module):
+            return "outside the text decoder"
+        if (side := min(self.shape(module))) < LEAST_SIDE:
+            return f"a side of {side} is too short for FP8 kernels and for an adapter"
+        return self.unusable.get(module)
 
     @property
     def trainable(self) -> tuple[str, ...]:

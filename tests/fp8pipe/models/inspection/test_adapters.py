@@ -45,7 +45,8 @@ def test_inspect_says_what_it_is_of_and_what_to_do(adapter: Path) -> None:
     text = " ".join(inspect(adapter).split())
     for said in (
         "contents: PEFT adapter", "adapter LORA", "base_model org/base", "rank 4, 6", "alpha 8",
-        "targets q_proj, v_proj", "replaced_whole lm_head", "an adapter is no model of its own: merge it first", "merge_and_unload",
+        "targets q_proj, v_proj", "replaced_whole lm_head", "an adapter is no model of its own: merge it first",
+        "merge_and_unload",
     ):  # fmt: skip
         assert said in text, said
     assert json.loads(inspect(adapter, "--json"))["contents"]["facts"]["base_model"] == "org/base"
