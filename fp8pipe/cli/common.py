@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fp8pipe.core.plan import Plan
 
 __all__ = [
-    "Console", "Failure", "common_options", "failure_of", "format_bytes", "next_step", "require_gates",
+    "PATH", "Console", "Failure", "common_options", "failure_of", "format_bytes", "next_step", "require_gates",
     "show_artifact", "show_plan", "stacked", "stage_options", "table",
 ]  # fmt: skip
 
@@ -36,6 +36,8 @@ __all__ = [
 _UNUSABLE = frozenset(
     (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 )
+# click would call a path that may not be read a usage error; it is an input like any other that cannot be used.
+PATH = click.Path(path_type=Path, readable=False)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -153,7 +155,7 @@ def common_options(*, dry_run: bool = False) -> Decorator:
 
 def stage_options(*names: str) -> Decorator:
     """Decorator: those of --output, --config, --force and --resume that are named, without dashes."""
-    path, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
+    path, file = PATH, click.Path(path_type=Path, dir_okay=False, readable=False)
     options = {
         "output": click.option("--output", required=True, type=path, help="The artifact's directory."),
         "config": click.option("--config", type=file, help="YAML file of settings; options win over it."),

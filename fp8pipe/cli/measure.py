@@ -10,11 +10,11 @@ from typing import Any, Literal
 import click
 
 from exporters.vllm.form import ServingForm
-from fp8pipe.cli.common import Console, common_options, show_plan, stage_options, table
+from fp8pipe.cli.common import PATH, Console, common_options, show_plan, stage_options, table
 from fp8pipe.cli.options import model_options, resolve
 from validation.bench.record import BenchConfig, ServeCheckConfig
 
-_EXPORT = click.argument("export", type=click.Path(path_type=Path))
+_EXPORT = click.argument("export", type=PATH)
 
 
 @click.command("validate")
@@ -27,12 +27,12 @@ _EXPORT = click.argument("export", type=click.Path(path_type=Path))
 )
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="What was exported, where it lies elsewhere than the manifest says; everything is compared with it.",
 )
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="onnxruntime: image folder; compare classes on up to 500 of its pictures (needs --against).",
 )
 @model_options(ServingForm)

@@ -329,3 +329,10 @@ def test_text_helpers():
         "2 TB",
     ]
     assert table([("a", 1), ("bbb", 22, "c")]) == "  a    1\n  bbb  22  c"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_path_that_may_not_be_read_is_no_usage_error(name):
+    """click would end with 2 before the command can say what is wrong, and other commands with 10."""
+    kinds = [parameter.type for parameter in main.get_command(None, name).params]
+    assert not any(kind.readable for kind in kinds if isinstance(kind, click.Path))
