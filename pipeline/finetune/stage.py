@@ -44,7 +44,15 @@ from fp8pipe.models.language.base import (
 from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
-from fp8pipe.models.language.text import TemplateInfo, data_files, encode, load_records, split, template_info
+from fp8pipe.models.language.text import (
+    TemplateInfo,
+    data_files,
+    encode,
+    load_records,
+    of_heldout,
+    split,
+    template_info,
+)
 from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.convert import read_convertible
@@ -170,12 +178,12 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     records = load_records(config.data, warnings.append)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0, warn=warnings.append)
     heldout = heldout[: config.heldout_limit]
-    of_heldout: list[str] = []
+    heldout_warnings: list[str] = []
     encoded_train, encoded_heldout = (
         encode(part, tokenizer, config.sequence_length, last_only=config.answers == "last", warn=found.append)
-        for part, found in ((train, warnings), (heldout, of_heldout))
+        for part, found in ((train, warnings), (heldout, heldout_warnings))
     )
-    warnings += [f"held-out text: {warning}" for warning in of_heldout if warning not in warnings]
+    warnings += of_heldout(heldout_warnings, warnings)
     ending = ending_of(source.path, tokenizer, encoded_train.template)
     rows = embedding_rows(source.path)
     texts = [example.input_ids for part in (encoded_train, encoded_heldout) for example in part.examples]

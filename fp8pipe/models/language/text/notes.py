@@ -79,6 +79,17 @@ class Notes:
         return found
 
 
+def of_heldout(warnings: Iterable[str], trained: Iterable[str]) -> list[str]:
+    """Warnings of held-out text beside those of the training text: what is lost there, too, and what is not said yet.
+
+    What a template does is one fact, however many answers of either text show it. What is lost begins or ends with its
+    count.
+    """
+    said = {re.sub(r"\d+", "", warning) for warning in trained}
+    return [f"held-out text: {warning}" for warning in warnings
+            if re.search(r"^\d|\d$", warning) or re.sub(r"\d+", "", warning) not in said]  # fmt: skip
+
+
 def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     """What finds the special tokens of a tokenizer in a text; None where it has none, or reads them as text."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()

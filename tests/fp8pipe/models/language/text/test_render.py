@@ -10,7 +10,7 @@ from chat_templates import tokenizer_for
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text import Message, Record, encode
 from fp8pipe.models.language.text.encode import IGNORED
-from fp8pipe.models.language.text.notes import Kind, Notes
+from fp8pipe.models.language.text.notes import Kind, Notes, of_heldout
 
 TOOLS = ({"type": "function", "function": {"name": "find", "parameters": {}}},)
 
@@ -153,3 +153,13 @@ def test_templates_that_want_texts_in_parts_get_them(make_tokenizer: Any, given:
     labels = [label for label in result.examples[0].labels if label != IGNORED]
     assert tokenizer.decode(labels) == " a\nb <|im_end|>c<|im_end|>"
     assert result.warnings == ()
+
+
+def test_what_a_template_does_is_not_said_again_of_the_heldout_text() -> None:
+    trained = ["the prompt ends in 'x' (12 answers)", "3 of 12 examples were cut to 64 tokens"]
+    heldout = [
+        "the prompt ends in 'x' (2 answers)",
+        "1 of 2 examples were cut to 64 tokens",
+        "the prompt ends in 'y' (1 answers)",
+    ]
+    assert of_heldout(heldout, trained) == [f"held-out text: {warning}" for warning in heldout[1:]]

@@ -75,7 +75,7 @@ def test_exactly_the_answers_and_their_end_marks_are_learned(name: str, kind: st
     template, tokenizer = TEMPLATES[name], tokenizer_for(name, kind)
 
     @settings(
-        deadline=None, max_examples=usual(14, long=170), suppress_health_check=[HealthCheck.too_slow], database=None
+        deadline=None, max_examples=usual(14, long=250), suppress_health_check=[HealthCheck.too_slow], database=None
     )
     @given(conversations(template))
     def check(drawn: tuple[Record, list[str]]) -> None:
