@@ -214,8 +214,8 @@ def _rare() -> dict[str, Architecture]:
             num_mem_blocks=1, adapter_rank=16),
         "mamba": Architecture(
             "MambaForCausalLM", "MambaConfig",
-            {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, **_IDS}, 2,
-            dict.fromkeys(("mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"), _READ), _STACKED,
+            {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "time_step_rank": 16,
+             **_IDS}, 2, dict.fromkeys(("mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"), _READ), _STACKED,
         ),
         "rwkv": Architecture(
             "RwkvForCausalLM", "RwkvConfig",
