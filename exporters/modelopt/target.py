@@ -38,7 +38,7 @@ class ModeloptDetails(Details):
 
 TARGET: Final = ExportTarget(
     name="trt", kind=KIND, takes=SOURCES, options=ModeloptExportOptions, details=ModeloptDetails,
-    help="or a checkpoint in ModelOpt's layout", label="trt, modelopt-checkpoint",
+    help="or a checkpoint in ModelOpt's layout", label="trt (modelopt-checkpoint)",
     export="exporters.modelopt.checkpoint:export_checkpoint",
     plan="exporters.tensorrt.language.plan:plan_for_people", verify="exporters.modelopt.verify:check_modelopt",
     foresee="exporters.tensorrt.language.source:foresee_checkpoint",

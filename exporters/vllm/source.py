@@ -14,7 +14,7 @@ from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_
 from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.sidecars import read_config
-from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, model_parent, weight_entries
+from fp8pipe.models.checkpoint.tensors import TensorEntry, model_parent, weight_entries
 from fp8pipe.models.language.sources import check_no_adapter, check_unquantized, resolve_model
 
 HUGGING_FACE: Final = "huggingface"  # the kind of a plain directory
@@ -96,9 +96,8 @@ def _from_hugging_face(root: Path, origin: str) -> Source:
     check_no_adapter(root)
     config = _read_config(root)
     check_unquantized(root)
-    with blame_configuration():
-        tensors = weight_entries(root)
-    return Source(root=root, kind=HUGGING_FACE, config=config, tensors=tensors, parent=model_parent(root, origin))
+    parent = model_parent(root, origin)
+    return Source(root=root, kind=HUGGING_FACE, config=config, tensors=weight_entries(root), parent=parent)
 
 
 def _read_config(root: Path) -> dict[str, Any]:
@@ -108,5 +107,4 @@ def _read_config(root: Path) -> dict[str, Any]:
             why="it holds no manifest.json and no config.json",
             fix="name the directory that `fp8pipe finetune` wrote, or one with config.json and safetensors",
         )
-    with blame_configuration():
-        return read_config(root / "config.json")
+    return read_config(root / "config.json")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.core.devices import DEVICE_HELP, DEVICES
-from fp8pipe.core.errors import Fp8PipeError, GateFailedError, OutOfMemoryError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError, GateFailedError, OutOfMemoryError
 from fp8pipe.core.machine import format_bytes
 from fp8pipe.core.progress import table
 
@@ -28,11 +28,17 @@ if TYPE_CHECKING:
     from fp8pipe.core.plan import Plan
 
 __all__ = [
-    "Console", "Failure", "common_options", "failure_of", "format_bytes", "next_step", "require_gates",
+    "PATH", "Console", "Failure", "common_options", "failure_of", "format_bytes", "next_step", "require_gates",
     "show_artifact", "show_plan", "stacked", "stage_options", "table",
 ]  # fmt: skip
 
 
+# What the system says of paths that cannot be right; a file that is gone may be a fault of ours.
+_UNUSABLE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+)
+# click would call a path that may not be read a usage error; it is an input like any other that cannot be used.
+PATH = click.Path(path_type=Path, readable=False)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -105,7 +111,7 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         return _failure("Interrupted", 130, "interrupted", fix="run it again, with --resume if it has it")
     if isinstance(error, OSError | MemoryError | RuntimeError):
-        error = _as_out_of_memory(error) or error
+        error = _as_out_of_memory(error) or _as_unusable_path(error) or error
     if isinstance(error, Fp8PipeError):
         findings = getattr(error, "findings", ())
         return _failure(type(error).__name__, error.exit_code, error.what, error.why, error.fix, findings=findings)
@@ -150,7 +156,7 @@ def common_options(*, dry_run: bool = False) -> Decorator:
 
 def stage_options(*names: str) -> Decorator:
     """Decorator: those of --output, --config, --force, --resume and --device that are named, without dashes."""
-    path, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
+    path, file = PATH, click.Path(path_type=Path, dir_okay=False, readable=False)
     options = {
         "output": click.option("--output", required=True, type=path, help="The artifact's directory."),
         "config": click.option("--config", type=file, help="YAML file of settings; options win over it."),
@@ -249,6 +255,14 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
         why=str(error).strip().splitlines()[0] if str(error).strip() else "an allocation failed",
         fix=f"use a smaller batch, shorter sequences or a smaller model{', or --device cpu' if on_device else ''}",
     )
+
+
+def _as_unusable_path(error: BaseException) -> ConfigurationError | None:
+    """The path of the user's behind `error` that the system does not let anybody read or write so, if it is that."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
+        return None
+    fix = "check the path, and who may read and write there"
+    return ConfigurationError(f"{error.filename} cannot be used", why=error.strerror or str(error), fix=fix)
 
 
 def _divert_descriptor() -> int | None:

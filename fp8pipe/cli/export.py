@@ -17,6 +17,7 @@ import click
 
 from exporters.target import ExportTarget, call, choose, kind_of_source, targets
 from fp8pipe.cli.common import (
+    PATH,
     Console,
     common_options,
     format_bytes,
@@ -46,7 +47,7 @@ def make_command() -> click.Command:
     """The command, for the targets that are registered now."""
     known = targets()
     options = [
-        click.argument("artifact", type=click.Path(path_type=Path)),
+        click.argument("artifact", type=PATH),
         click.option(
             "--target", type=click.Choice(list(dict.fromkeys(target.name for target in known))), required=True,
             help="; ".join(f"{target.name}: {target.help}" for target in known) + ".",
@@ -131,7 +132,7 @@ def _capabilities(ctx: click.Context, param: click.Parameter, value: tuple[str, 
 
 
 @click.command("lint")
-@click.argument("graph", type=click.Path(path_type=Path))
+@click.argument("graph", type=PATH)
 @click.option(
     "--compute-capability", "capabilities", multiple=True, callback=_capabilities,
     help="GPUs to compile for, for instance 8.9; without any, no type is judged by them.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.cli.common import PATH, Console, common_options, format_bytes, table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact import Artifact, LayerRecord, Manifest
@@ -18,7 +18,7 @@ _SHOWN_OPERATORS = 8
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @click.option("--layers", "list_layers", is_flag=True, help="List every layer, not only the counts.")
 @click.option("--headers", is_flag=True, help="Read headers only: no scales, no share of saturated codes.")
 @common_options()
@@ -72,7 +72,9 @@ def _text(opened: Artifact, list_layers: bool) -> str:
     ]
     rows += [("parent", f"{parent.kind} {parent.digest[:12]} {parent.path}") for parent in manifest.parents]
     if number_format is not None:
-        rows.append(("format", f"{number_format.name}, {number_format.granularity}, {number_format.scale_direction}"))
+        rows.append(
+            ("number format", f"{number_format.name}, {number_format.granularity}, {number_format.scale_direction}")
+        )
     if manifest.seed is not None:
         rows.append(("seed", manifest.seed))
     details = manifest.details.model_dump(mode="json", exclude_none=True)
@@ -183,9 +185,17 @@ def _fact(value: Any) -> str:
 
 
 @click.command("report")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default: see below.")
-@click.option("--image", type=click.Path(path_type=Path, dir_okay=False), help="A picture, to see attention on it too.")
+@click.argument("directory", type=PATH)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="File to write; default: see below.",
+)
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="A picture, to see attention on it too.",
+)
 @common_options()
 def report_command(directory: Path, output: Path | None, image: Path | None, console: Console) -> None:
     """Write a report of DIRECTORY, a run's or an artifact's, as one HTML file without scripts or network.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from exporters.vllm.form import ServingForm
-from fp8pipe.cli.common import Console, common_options, show_plan, stage_options, table
+from fp8pipe.cli.common import PATH, Console, common_options, show_plan, stage_options, table
 from fp8pipe.cli.options import model_options, resolve
 from fp8pipe.core.devices import DeviceName
 from validation.bench.record import BenchConfig, ServeCheckConfig
 
-_EXPORT = click.argument("export", type=click.Path(path_type=Path))
+_EXPORT = click.argument("export", type=PATH)
 
 
 @click.command("validate")
@@ -27,12 +28,12 @@ _EXPORT = click.argument("export", type=click.Path(path_type=Path))
 )
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="What was exported, where it lies elsewhere than the manifest says; everything is compared with it.",
 )
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="onnxruntime: image folder; compare classes on up to 500 of its pictures (needs --against).",
 )
 @model_options(ServingForm)
@@ -132,18 +133,38 @@ def _show_plan(
     record = measure_path(artifact.root, stage)
     plan = call(target.service.plan, artifact, stage, record, **extra)
     chosen = settings.model_dump(mode="json")
-    plan = dataclasses.replace(plan, facts={**plan.facts, **{k: v for k, v in chosen.items() if v is not None}})
+    told = {key: value for key, value in chosen.items() if value is not None and _applies(settings, key, target)}
+    plan = dataclasses.replace(plan, facts={**plan.facts, **told})
     show_plan(console, plan, export=str(artifact.root), kind=artifact.kind, settings=chosen, writes=str(record))
+
+
+def _applies(settings: Any, key: str, target: Any) -> bool:
+    """Whether a setting is one of this export's domain, as its description says."""
+    description = str(type(settings).model_fields[key].description).lower()
+    domains = [domain for domain in ("vision", "language") if f"{domain}:" in description]
+    return not domains or target.service.domain in domains
 
 
 def _show_record(console: Console, export: Path, record: Any) -> None:
     """The figures, and a rejection as exit 14."""
     rows = [(row.what, f"{row.value:,.4g} {row.unit}".strip(), row.detail) for row in record.rows]
-    lines = [f"{record.verdict}  {export}", table(rows), *(f"  not measured: {text}" for text in record.not_measured)]
-    console.emit(record.model_dump(mode="json"), "\n".join(lines), quiet_text=record.verdict)
+    # A measurement without gates accepts nothing: it must not look as if its figures had been judged.
+    heading = record.verdict if record.gates else "MEASURED"
+    lines = [f"{heading}  {export}", table(rows), *(f"  not measured: {text}" for text in record.not_measured)]
+    lines += _slower(record.rows)
+    console.emit(record.model_dump(mode="json"), "\n".join(lines), quiet_text=heading)
     if record.verdict != "ACCEPT":
         from fp8pipe.core.errors import GateFailedError
 
         raise GateFailedError(
             f"{export} does not hold", why="; ".join(record.reasons), fix="see the record beside the export"
         )
+
+
+def _slower(rows: Sequence[Any]) -> list[str]:
+    """A sentence where the export is slower than what it is compared with."""
+    slow = [row for row in rows if row.name.startswith("speedup_") and row.value < 1]
+    if not slow:
+        return []
+    found = ", ".join(f"{row.value:.2f}x with {row.what.rpartition(', ')[2]}" for row in slow)
+    return [f"  slower than floating point on this machine: {found}"]

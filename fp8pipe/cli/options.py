@@ -17,7 +17,7 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fp8pipe.cli.common import Decorator, format_bytes, stacked
+from fp8pipe.cli.common import PATH, Decorator, format_bytes, stacked
 from fp8pipe.core.config import Flag, FrozenConfig, assign, build_config, parse_size, read_yaml
 
 __all__ = ["Option", "foreign", "model_options", "options_of", "resolve", "union_options"]
@@ -206,4 +206,4 @@ def _click_type(kind: Any) -> Any:
         return click.Choice(kind)
     if kind is parse_size:
         return _Size()
-    return click.Path(path_type=Path) if kind is Path else kind
+    return PATH if kind is Path else kind

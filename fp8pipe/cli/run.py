@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.cli.common import PATH, Console, common_options, format_bytes, table
 
 if TYPE_CHECKING:
     from fp8pipe.artifact.runs import RunRecord
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@click.argument("recipe", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--output", type=click.Path(path_type=Path), help="Directory of the run.  [runs/NAME of the recipe]")
+@click.argument("recipe", type=click.Path(path_type=Path, dir_okay=False, readable=False))
+@click.option("--output", type=PATH, help="Directory of the run.  [runs/NAME of the recipe]")
 @click.option("--set", "overrides", multiple=True, metavar="STAGE.KEY=VALUE", help="Change a setting; repeatable.")
 @click.option("--from", "first", metavar="STAGE", help="Take the stages before it as they are.")
 @click.option("--until", "last", metavar="STAGE", help="Run it and what it needs, nothing else.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.cli.common import PATH, Console, common_options, format_bytes, table
 from fp8pipe.cli.options import foreign, resolve, union_options
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from serving.config import LanguageConfig, ServeConfig, VisionConfig
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("serve")
-@click.argument("export", type=click.Path(path_type=Path))
+@click.argument("export", type=PATH)
 @union_options({"": ServeConfig, "vision": VisionConfig, "language": LanguageConfig})
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_OPTIONS...]")
 @common_options(dry_run=True)
@@ -106,8 +106,8 @@ def _show(console: Console, artifact: Artifact, config: ServeConfig, of_vllm: La
 
 
 @click.command("serve-repository")
-@click.argument("export", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The repository; may hold other models.")
+@click.argument("export", type=PATH)
+@click.option("--output", type=PATH, required=True, help="The repository; may hold other models.")
 @click.option("--layout", type=click.Choice(["triton"]), default="triton", show_default=True, help="Whose repository.")
 @click.option(
     "--device",

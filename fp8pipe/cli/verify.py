@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp8pipe.artifact.signature import Trust
-from fp8pipe.cli.common import Console, common_options, format_bytes, table
+from fp8pipe.cli.common import PATH, Console, common_options, format_bytes, table
 from fp8pipe.cli.options import model_options, resolve
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
@@ -34,13 +34,10 @@ class VerificationError(BadArtifactError):
         )
 
 
-_PATH = click.Path(path_type=Path)
-
-
 @click.command("verify")
-@click.argument("directory", type=_PATH)
+@click.argument("directory", type=PATH)
 @click.option(
-    "--parents", multiple=True, type=_PATH,
+    "--parents", multiple=True, type=PATH,
     help="Where parents may lie that are not in DIRECTORY: an artifact, a tree of them, or a model. May be repeated.",
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Hashes, checksums and records only; contents are not looked at.")
@@ -121,12 +118,12 @@ def _text(tree: Tree, checked: Checked, compared: list[tuple[str, str]], quick: 
 
 
 @click.command("sign")
-@click.argument("directory", type=_PATH)
-@click.option("--key", type=_PATH, required=True, help="Private key of an elliptic curve, PEM.")
-@click.option("--password-file", type=_PATH, help="File that holds the key's password.")
-@click.option("--certificate", type=_PATH, help="Certificate of the key, PEM, to be checked by certificates.")
-@click.option("--chain", type=_PATH, multiple=True, help="Certificate between it and a root. May be repeated.")
-@click.option("--output", type=_PATH, help="Where the directory's signature is written.  [default: DIRECTORY.sig]")
+@click.argument("directory", type=PATH)
+@click.option("--key", type=PATH, required=True, help="Private key of an elliptic curve, PEM.")
+@click.option("--password-file", type=PATH, help="File that holds the key's password.")
+@click.option("--certificate", type=PATH, help="Certificate of the key, PEM, to be checked by certificates.")
+@click.option("--chain", type=PATH, multiple=True, help="Certificate between it and a root. May be repeated.")
+@click.option("--output", type=PATH, help="Where the directory's signature is written.  [default: DIRECTORY.sig]")
 @common_options()
 def sign_command(
     directory: Path, key: Path, password_file: Path | None, certificate: Path | None, chain: tuple[Path, ...],
@@ -159,7 +156,7 @@ def sign_command(
 
 
 @click.command("push")
-@click.argument("directory", type=_PATH)
+@click.argument("directory", type=PATH)
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="A private repository; refuse a public one.")
 @click.option("--revision", help="An existing branch to commit to.")

@@ -143,14 +143,28 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Names with why, those with the same reason together; of many the first."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    found = []
+    for reason, names in groups.items():
+        more = len(names) - _MOST_NAMES
+        found.append(f"{', '.join(names[:_MOST_NAMES])}{f' and {more} more' if more > 0 else ''} ({reason})")
+    return found
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} ({item})" for key, item in value.items())
+        words = all(isinstance(item, str) for item in value.values())
+        return ", ".join(by_reason(value) if words else (f"{key} ({item})" for key, item in value.items()))
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+_MOST_NAMES: Final = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FIRST: Final = "start"
 _meter: ContextVar[PhaseMeter | None] = ContextVar("phase_meter", default=None)

@@ -1,6 +1,7 @@
 """What people see while a command runs, on stderr, so that stdout holds nothing but results; and tables of text.
 
-Modules call `logging.getLogger(__name__)`; only a command calls `setup_logging`. Rich is for a terminal only.
+Modules call `logging.getLogger(__name__)`; only a command calls `setup_logging`. Rich is for a terminal only. Libraries
+have bars and handlers of their own: where ours are not shown theirs are not either, and nothing is said twice.
 Progress is a bar with rate and time left on a terminal, a plain line now and then elsewhere:
 
 with track(steps, "train") as progress:
@@ -12,8 +13,10 @@ with track(steps, "train") as progress:
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,6 +132,11 @@ def _format_fields(fields: dict[str, Any]) -> list[str]:
 
 ROOMS = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
 _MARK = "_fp8pipe_handler"
+_BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+_HIDE_BARS = {
+    "huggingface_hub.utils": "disable_progress_bars", "datasets.utils": "disable_progress_bars",
+    "transformers.utils.logging": "disable_progress_bar",
+}  # fmt: skip
 
 
 def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
@@ -152,6 +160,7 @@ def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False
 
         handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
     setattr(handler, _MARK, True)
+    handler.addFilter(_is_not_printed_yet)
     root.addHandler(handler)
     root.setLevel(logging.INFO if verbose else logging.WARNING)
     ours = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
@@ -159,6 +168,29 @@ def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False
         logging.getLogger(room).setLevel(ours)
     logging.captureWarnings(True)
     configure(quiet=quiet, plain=json)
+    if quiet or json or not sys.stderr.isatty():
+        _hide_library_bars()
+
+
+def _is_not_printed_yet(record: logging.LogRecord) -> bool:
+    """Whether no logger below the root has a handler that prints the record already."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.parent is not None:
+        if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
+            return False
+        logger = logger.parent if logger.propagate else None
+    return True
+
+
+def _hide_library_bars() -> None:
+    """No progress bars of the libraries that load models and data, unless the environment asks for them."""
+    for variable in _BARS_OFF:
+        os.environ.setdefault(variable, "1")  # read on import, also in processes that this one starts
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where the environment asks for bars, they say so
+        for name, function in _HIDE_BARS.items():
+            if (module := sys.modules.get(name)) is not None:
+                getattr(module, function)()
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe.artifact import MANIFEST_NAME
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.checkpoint.blame import unusable
 
 __all__ = ["check_config", "declared_fields", "foreign_arguments", "foreign_settings"]
 
@@ -51,9 +50,11 @@ def check_config(directory: Path) -> None:
     except (OSError, ValueError):
         return  # transformers reads the same bytes, and refuses them
     if why := "; ".join(foreign_settings(config)):
-        kind = BadArtifactError if (directory / MANIFEST_NAME).is_file() else ConfigurationError
-        raise kind(
-            f"{path} holds settings that a stored model may not have", why=why, fix="take them out, if you trust it"
+        raise unusable(
+            path,
+            f"{path} holds settings that a stored model may not have",
+            why=why,
+            fix="take them out, if you trust it",
         )
 
 

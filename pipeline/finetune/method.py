@@ -9,6 +9,7 @@ then quantize. They are there for honest comparison, never a dependency of the p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -48,13 +49,19 @@ def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[s
         return []
     rules = dict.fromkeys(finding.rule for finding in forms[usual])
     firsts = [next(f for f in forms[usual] if f.rule == rule) for rule in list(rules)[:_SHOWN]]
-    why = "; ".join(f"{first} (of {sum(f.rule == first.rule for f in forms[usual])})" for first in firsts)
+    counts = Counter(finding.rule for finding in forms[usual])
+    why = "; ".join(f"{first}{_more(counts[first.rule] - 1)}" for first in firsts)
     remaining = [form for form, findings in forms.items() if not findings]
     if not remaining:
         raise ConfigurationError(
             f"no export of the tuned model would be possible: {base}", why=why, fix=firsts[0].fix or "use another model"
         )
-    return [f"fp8pipe export {usual} will refuse the tuned model: {why}. What remains: {', '.join(remaining)}"]
+    works = " or ".join(f"fp8pipe export {form}" for form in remaining)
+    return [f"fp8pipe export {usual} will refuse the tuned model: {why}. What will work: {works}"]
+
+
+def _more(count: int) -> str:
+    return f" (and {count} more like it)" if count else ""
 
 
 class Method(Protocol):

@@ -106,7 +106,7 @@ def packing_warning(found: PackingFacts | None) -> str:
     """What a user who asked for packing and does not get it is told; empty otherwise."""
     if found is None or not found.reason:
         return ""
-    return f"examples are not packed, one stands in each row, and a step sees fewer tokens: {found.reason}"
+    return f"packing is off: each row holds one example, so a step sees fewer tokens; {found.reason}"
 
 
 def give_masks(model: nn.Module) -> RemovableHandle:
@@ -224,12 +224,14 @@ def _apart(model: Any, leak: tuple[float, float], alone: _Alone) -> bool:
 
 
 def _reason(plain: tuple[float, float], masked: tuple[float, float] | None) -> str:
-    if not math.isfinite(plain[0]):
-        seen = "no effect of one token on another could be measured, so a leak would not be seen"
-    else:
+    moved, apart = plain
+    if math.isfinite(moved):
         seen = (
-            f"in a packed row another neighbour moves the logits of an example by {plain[0]:.2g} of what its own first "
-            f"token does, and they are {plain[1]:.2g} from those of the example alone"
+            "examples in one row would not be what they are alone: another neighbour changes an example's logits "
+            f"{moved:.2g} times as much as another first token of its own does, and a row around it {apart:.2g} times"
         )
-    helped = "it takes no mask per example" if masked is None else f"with a mask per example still by {masked[0]:.2g}"
-    return f"{seen}; {helped}"
+    else:
+        seen = "examples in one row might see each other: no token was seen to affect a later one, so nothing can tell"
+    if masked is None:
+        return f"{seen}; the model takes no mask that would keep them apart"
+    return f"{seen}; with a mask per example a neighbour still counts {masked[0]:.2g} times"

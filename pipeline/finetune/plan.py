@@ -18,7 +18,7 @@ from fp8pipe.core.devices import resolve_device
 from fp8pipe.core.plan import Plan, can_measure, missing_disk, missing_memory, missing_packages
 from fp8pipe.models.checkpoint.names import checkpoint_names
 from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
-from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, blame_configuration, header_entries, weight_files
+from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, header_entries, weight_files
 from fp8pipe.models.language.base import check_base
 from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.sources import ModelSource, resolve_model
@@ -250,7 +250,6 @@ def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:
 
 def _stored_dtype(base: Path) -> torch.dtype:
     """The dtype of the checkpoint's largest tensors: of its first matrix."""
-    with blame_configuration():
-        entries = header_entries(weight_files(base)[0]).values()
+    entries = header_entries(weight_files(base)[0]).values()
     first = next((entry.dtype for entry in entries if len(entry.shape) == 2), "BF16")
     return DTYPES[first] if first in PLAIN_FLOATS - {"F64"} else torch.bfloat16

@@ -28,10 +28,10 @@ from fp8pipe.artifact import (
 )
 from fp8pipe.artifact.kinds import FALQON_KIND, LORA_KIND, HeldoutLoss, PackingFacts, TextFacts, TunedDetails
 from fp8pipe.core.devices import on_device
-from fp8pipe.core.plan import enter_phase, refuse_impossible
+from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
-from fp8pipe.models.checkpoint.tensors import blame_configuration, header_entries, model_parent, weight_files
+from fp8pipe.models.checkpoint.tensors import header_entries, model_parent, weight_files
 from fp8pipe.models.language.base import (
     check_base,
     check_positions,
@@ -43,7 +43,15 @@ from fp8pipe.models.language.base import (
 )
 from fp8pipe.models.language.ending import GENERATION_FILE, Ending, ending_of
 from fp8pipe.models.language.sources import ModelSource, resolve_model
-from fp8pipe.models.language.text import TemplateInfo, data_files, encode, load_records, split, template_info
+from fp8pipe.models.language.text import (
+    TemplateInfo,
+    data_files,
+    encode,
+    load_records,
+    of_heldout,
+    split,
+    template_info,
+)
 from fp8pipe.numerics.backends import library
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.convert import read_convertible
@@ -108,8 +116,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     source = resolve_model(config.model)
     structure = check_base(source.path, config.model)
     if config.device == "cpu":
-        with blame_configuration():
-            entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
+        entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
         width = getattr(torch, config.dtype).itemsize  # the loaded weights, whatever comes afterwards
         refuse_impossible(sum(math.prod(e.shape) for e in entries) * width, f"the model {config.model}")
     enter_phase("text")
@@ -149,9 +156,8 @@ def tune(
         if trainer.resume():
             _LOG.info("resumed after step %d", trainer.step)
         _LOG.info("converted %d of %d linear layers", len(method.names), len(records))
-        for record in records:
-            if record.name not in method.names:
-                _LOG.info("left out: %s (%s)", record.name, record.reason)
+        for left_out in by_reason({r.name: r.reason for r in records if r.name not in method.names}):
+            _LOG.info("left out: %s", left_out)
         with track(config.steps, "training", done=trainer.step) as progress:
             trainer.run(lambda m: progress.advance(loss=m["loss"], tokens_per_second=m["tokens_per_second"]))
         return _deploy(config, source, text, writer, trainer, records, names)
@@ -171,11 +177,12 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     records = load_records(config.data, warnings.append)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0, warn=warnings.append)
     heldout = heldout[: config.heldout_limit]
+    heldout_warnings: list[str] = []
     encoded_train, encoded_heldout = (
-        encode(part, tokenizer, config.sequence_length, last_only=config.answers == "last") for part in (train, heldout)
+        encode(part, tokenizer, config.sequence_length, last_only=config.answers == "last", warn=found.append)
+        for part, found in ((train, warnings), (heldout, heldout_warnings))
     )
-    warnings += encoded_train.warnings
-    warnings += [f"held-out text: {warning}" for warning in encoded_heldout.warnings if warning not in warnings]
+    warnings += of_heldout(heldout_warnings, warnings)
     ending = ending_of(source.path, tokenizer, encoded_train.template)
     rows = embedding_rows(source.path)
     texts = [example.input_ids for part in (encoded_train, encoded_heldout) for example in part.examples]

@@ -21,7 +21,6 @@ from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, copy_sidecars
 from fp8pipe.models.checkpoint.tensors import (
     SCALE_SUFFIX,
     SINGLE_NAME,
-    blame_configuration,
     header_entries,
     read_tensor,
     weight_files,
@@ -54,8 +53,7 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
         ConfigurationError: the base checkpoint cannot be read.
     """
     copy_sidecars(base, root, BASE_MODEL_FILES)
-    with blame_configuration():
-        files = weight_files(base)
+    files = weight_files(base)
     trained = _tensors(weights)
     weight_map: dict[str, str] = {}
     total = 0

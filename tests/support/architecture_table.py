@@ -19,9 +19,11 @@ Any causal language model that transformers implements can be tuned: the model i
 decoder calls. What the tests try, on tiny random models, from the plan to an export that is reopened and verified, is
 the table below; a cell that says `refused` is a refusal with that rule, told by the plan and before the first step, and
 `--format bf16` remains. What vLLM does with the exports is another question, which `fp8pipe validate` answers.
+Rows marked * are tried in a long run of the tests (`FP8PIPE_TEST_BREADTH=long`), the others in every run.
 
 * Trained are linears of the text decoder that a pass of text calls. Output heads, vision towers and projectors keep
-  their weights, and so does a linear whose weight the model reads without calling it; plan and manifest name each one.
+  their weights, and so do a linear whose weight the model reads without calling it, and one with a side of less than
+  16 (a gate), which FP8 kernels cannot take, and which would bound the rank of all others; plan and manifest name each.
 * Checkpoints keep their own tensor names through every stage, also where transformers renames or joins tensors when it
   loads them (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts).
 * `unknown-matrix`: matrices that belong to no linear layer or embedding (stacked experts, states and convolutions of
@@ -41,9 +43,11 @@ def page() -> str:
 
 
 def _row(name: str, one: Architecture) -> str:
-    left_out = "; ".join(f"`{end}`: {why}" for end, why in one.left_out.items()) or "head"
+    reasons = dict.fromkeys(one.left_out.values())
+    ends = {why: ", ".join(f"`{end}`" for end, given in one.left_out.items() if given == why) for why in reasons}
+    left_out = "; ".join(f"{names}: {why}" for why, names in ends.items()) or "head"
     refused = f"refused: `{one.refused}`" if one.refused else "OK"
-    return f"| {name} | `{one.kind}` | {one.trained} | {left_out} | {refused} | OK |\n"
+    return f"| {name}{'*' if one.rare else ''} | `{one.kind}` | {one.trained} | {left_out} | {refused} | OK |\n"
 
 
 if __name__ == "__main__":

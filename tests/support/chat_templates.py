@@ -28,6 +28,7 @@ class ChatTemplate:
     system: bool = True
     opens_with_answer: bool = False  # takes conversations that the assistant begins
     rewrites: bool = False  # renders an earlier answer otherwise than the last
+    told: str = ""  # of a warning that its answers bring
 
 
 def _json(value: Any) -> str:
@@ -94,6 +95,16 @@ _REASONING = (
     "{{ m.content + '<|im_end|>\n' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
+# As DeepSeek-R1: the prompt opens a block that no finished answer has, and reasoning is cut off of every answer.
+_THINKS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
+    "{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)
+_UNLIKE = "the generation prompt ends in"
+_DEEPSEEK_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
+_HARMONY = ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>")
 
 TEMPLATES = {
     "chatml": ChatTemplate(
@@ -166,6 +177,34 @@ TEMPLATES = {
     ),
     "reasoning": ChatTemplate(
         _REASONING, lambda content: content + "<|im_end|>", ("<|im_start|>", "<|im_end|>"), opens_with_answer=True,
+        told=_UNLIKE,
+    ),
+    "deepseek-r1": ChatTemplate(
+        _THINKS, lambda content: content + "<｜end▁of▁sentence｜>", _DEEPSEEK_TOKENS, opens_with_answer=True,
+        told=_UNLIKE,
+    ),
+    # As DeepSeek-V3.1: finished answers close the block that they never opened; both marks begin alike.
+    "closes-the-block": ChatTemplate(
+        _THINKS.replace("'<｜Assistant｜>' +", "'<｜Assistant｜></think>' +").replace("think>\n", "think>"),
+        lambda content: content + "<｜end▁of▁sentence｜>", _DEEPSEEK_TOKENS, opens_with_answer=True, told=_UNLIKE,
+    ),
+    # A question that waits for its answer is marked, so that the prompt differs far before the answer.
+    "marks-the-question": ChatTemplate(
+        _LOOP + "{{ '<|im_start|>' + m.role + '\n' + ('[now] ' if loop.last and m.role != 'assistant' else '') "
+        + "+ m.content + '<|im_end|>\n' }}" + _END
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        lambda content: content + "<|im_end|>", ("<|im_start|>", "<|im_end|>"), opens_with_answer=True, told=_UNLIKE,
+    ),
+    "no-prompt": ChatTemplate(
+        _LOOP + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}" + _END,
+        lambda content: f"<|im_start|>assistant\n{content}<|im_end|>", ("<|im_start|>", "<|im_end|>"),
+        told="takes no notice of add_generation_prompt",
+    ),
+    "gpt-oss": ChatTemplate(
+        _LOOP + "{{ '<|start|>' + m.role }}{% if m.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"
+        + "{{ '<|message|>' + m.content + ('<|return|>' if loop.last and m.role == 'assistant' else '<|end|>') }}"
+        + _END + "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+        lambda content: f"<|channel|>final<|message|>{content}<|return|>", _HARMONY, rewrites=True,
     ),
 }  # fmt: skip
 

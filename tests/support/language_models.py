@@ -8,7 +8,7 @@ written from this table by `python tests/support/architecture_table.py`, and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Architecture:
         trained: linears that FALQON trains.
         left_out: end of a linear's name -> why it is not trained, besides output heads and towers.
         refused: lint rule by which FP8 and w8a16 exports refuse the tuned model; empty where they are written.
+        rare: tried in a long run alone.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Architecture:
     trained: int = 14
     left_out: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
+    rare: bool = False
 
 
 def _llama_like(
@@ -62,6 +64,8 @@ def _partial(factor: float) -> dict[str, Any]:
 
 _READ = "the model reads its weight without calling it"
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_SHORT = {n: f"a side of {n} is too short for FP8 kernels and for an adapter" for n in (1, 2, 8)}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _llama_like("Llama", tie_word_embeddings=False),
     "llama_bias": _llama_like("Llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
@@ -135,6 +139,19 @@ ARCHITECTURES: dict[str, Architecture] = {
          "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8},
         refused=_STACKED,
     ),
+    "qwen3_next": _llama_like(
+        "Qwen3Next", 12, _STACKED, {"linear_attn.in_proj_ba": _SHORT[8], "mlp.shared_expert_gate": _SHORT[1]},
+        head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "gemma3n": Architecture(
+        "Gemma3nForCausalLM", "Gemma3nTextConfig",
+        {**_SMALL, "head_dim": 16, "sliding_window": 16, "vocab_size_per_layer_input": 272,
+         "hidden_size_per_layer_input": 16, "laurel_rank": 16, "num_kv_shared_layers": 0, "altup_num_inputs": 2,
+         "activation_sparsity_pattern": [0.0, 0.0], "layer_types": ["sliding_attention", "full_attention"]}, 25,
+        dict.fromkeys(("altup.correction_coefs", "altup.prediction_coefs", "altup.modality_router"), _SHORT[2]),
+    ),
 }  # fmt: skip
 
 
@@ -152,3 +169,62 @@ def write(architecture: Architecture, root: Path) -> Path:
     build(architecture).save_pretrained(root)
     write_tokenizer(root)
     return root
+
+
+def _rare() -> dict[str, Architecture]:
+    """Further ones, each with a part that none above has, or of a family that many use."""
+    mixed = ["linear_attention", "full_attention"]
+    mla = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+    out = {"mamba.out_proj": _READ}
+    found = {
+        "glm4": _llama_like("Glm4", 12, head_dim=16, rope_parameters=_partial(0.5)),
+        "nemotron": _llama_like("Nemotron", 12, rope_parameters=_partial(0.5)),
+        "smollm3": _llama_like("SmolLM3"),
+        "ernie4_5": _llama_like("Ernie4_5", head_dim=16),
+        "exaone4": _llama_like("Exaone4", head_dim=16, sliding_window=16,
+                               layer_types=["sliding_attention", "full_attention"]),
+        "olmo3": _llama_like("Olmo3", sliding_window=16),
+        "apertus": _llama_like("Apertus", 12),
+        "gptj": Architecture(
+            "GPTJForCausalLM", "GPTJConfig",
+            {"vocab_size": 272, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8,
+             "bos_token_id": 1, "eos_token_id": 0}, 12,
+        ),
+        "xglm": Architecture(
+            "XGLMForCausalLM", "XGLMConfig",
+            {"vocab_size": 272, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4,
+             "max_position_embeddings": 256, **_IDS}, 12,
+        ),
+        "lfm2": _llama_like("Lfm2", 12, _STACKED, layer_types=["conv", "full_attention"], conv_L_cache=3),
+        "minimax": _llama_like("MiniMax", 7, _STACKED, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
+                               block_size=32, layer_types=mixed[::-1]),
+        "deepseek_v3": _llama_like("DeepseekV3", 16, _STACKED, num_key_value_heads=4, moe_intermediate_size=32,
+                                   first_k_dense_replace=1, **mla, **experts),
+        "recurrent_gemma": _llama_like("RecurrentGemma", 19, _STACKED, num_hidden_layers=3, lru_width=64,
+                                       attention_window_size=32, head_dim=16),
+        "bamba": _llama_like("Bamba", 11, _STACKED, out, attn_layer_indices=[1], **_MAMBA),
+        "granitemoehybrid": _llama_like(
+            "GraniteMoeHybrid", 9, _STACKED, out, num_local_experts=4, num_experts_per_tok=2,
+            shared_intermediate_size=64, layer_types=["mamba", "attention"], **_MAMBA),
+        "falcon_h1": _llama_like("FalconH1", 16, _STACKED, out, head_dim=16, mamba_d_ssm=128, **_MAMBA),
+        "zamba2": _llama_like(
+            "Zamba2", 13, _STACKED, out, num_hidden_layers=4, mamba_d_state=16, mamba_headdim=16, n_mamba_heads=8,
+            mamba_ngroups=1, layers_block_type=["mamba", "mamba", "hybrid", "mamba"], use_mem_rope=True,
+            num_mem_blocks=1, adapter_rank=16),
+        "mamba": Architecture(
+            "MambaForCausalLM", "MambaConfig",
+            {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "time_step_rank": 16,
+             **_IDS}, 2, dict.fromkeys(("mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"), _READ), _STACKED,
+        ),
+        "rwkv": Architecture(
+            "RwkvForCausalLM", "RwkvConfig",
+            {"vocab_size": 272, "context_length": 256, "hidden_size": 64, "num_hidden_layers": 2,
+             "attention_hidden_size": 64, "intermediate_size": 96, "bos_token_id": 1, "eos_token_id": 0}, 10,
+            dict.fromkeys(("attention.output", "feed_forward.value"), _READ), _STACKED,
+        ),
+    }  # fmt: skip
+    return {name: replace(one, rare=True) for name, one in found.items()}
+
+
+ARCHITECTURES |= _rare()

@@ -140,7 +140,7 @@ def migrate_language(data: dict[str, Any]) -> dict[str, Any]:
 
 TARGET: Final = ExportTarget(
     name="trt", kind=KIND, takes=SOURCES, options=LanguageExportOptions, details=TrtLanguageDetails,
-    help="of language models, a decoder graph and engines", label="trt, language",
+    help="of language models, a decoder graph and engines", label="trt (language)",
     export="exporters.tensorrt.language.export:export_language",
     plan="exporters.tensorrt.language.plan:plan_for_people",
     verify="exporters.tensorrt.verify:check_language", foresee="exporters.tensorrt.language.source:foresee_graph",

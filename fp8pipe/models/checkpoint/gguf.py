@@ -60,8 +60,9 @@ def convert_gguf(gguf: Path, *, name: str | None = None) -> Path:
         name: cache name; the file's stem by default.
 
     Raises:
-        ConfigurationError: no such file, an architecture transformers cannot read, or an unwritable cache.
-        BadArtifactError: the file is not GGUF, or the cached directory was damaged.
+        ConfigurationError: no such file or none of GGUF, an architecture transformers cannot read, or an unwritable
+            cache.
+        BadArtifactError: the cached directory was damaged.
         MissingCapabilityError: the packages gguf or accelerate are absent.
         OutOfMemoryError: the disk is full.
     """
@@ -99,7 +100,7 @@ def _check_gguf(gguf: Path) -> None:
     with gguf.open("rb") as handle:
         magic = handle.read(len(GGUF_MAGIC))
     if magic != GGUF_MAGIC:
-        raise BadArtifactError(
+        raise ConfigurationError(
             f"{gguf} is not a GGUF file",
             why=f"it begins with {magic!r}, not {GGUF_MAGIC!r}",
             fix="download it again: the file may be truncated or an HTML error page",

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.checkpoint.blame import unusable
 
 TEMPLATE_DIRECTORY: Final = "additional_chat_templates"
 
@@ -70,7 +70,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A JSON object beside the weights, config.json for one.
 
     Raises:
-        BadArtifactError: absent, unreadable, or not an object.
+        BadArtifactError, ConfigurationError: absent, unreadable, or not an object; see `unusable`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -78,5 +78,5 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         content, why = {}, f"{type(error).__name__}: {error}"
     if why:
-        raise BadArtifactError(f"{path} cannot be read", why=why, fix="fetch the model again")
+        raise unusable(path, f"{path} cannot be read", why=why, fix="fetch the model again")
     return dict(content)

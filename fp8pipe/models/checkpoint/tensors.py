@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fp8pipe.artifact import Parent, sha256_file
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -76,15 +75,15 @@ def header_entries(file: Path) -> dict[str, TensorEntry]:
     """Entries of one file by name, sorted, read from its header alone.
 
     Raises:
-        BadArtifactError: not a safetensors file, or not all of it.
+        BadArtifactError, ConfigurationError: not a safetensors file, or not all of it; see `unusable`.
     """
     try:
         with safe_open(str(file), framework="pt") as handle:
             parts = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118 (no mapping)
             return {name: TensorEntry(name, p.get_dtype(), tuple(p.get_shape()), file) for name, p in parts}
     except (OSError, SafetensorError) as error:
-        raise BadArtifactError(
-            f"{file} is not a complete safetensors file", why=str(error), fix="fetch or write it again"
+        raise unusable(
+            file, f"{file} is not a complete safetensors file", why=str(error), fix="fetch or write it again"
         ) from error
 
 
@@ -92,13 +91,14 @@ def weight_files(root: Path) -> list[Path]:
     """The weights of a Hugging Face style directory: `model.safetensors`, or the shards of its index, sorted.
 
     Raises:
-        BadArtifactError: no weights, or an unreadable index.
+        BadArtifactError, ConfigurationError: no weights, or an unreadable index; see `unusable`.
     """
     single, index = root / SINGLE_NAME, root / INDEX_NAME
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise BadArtifactError(
+        raise unusable(
+            root,
             f"{root} holds no weights",
             why=f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
             fix="save the model as safetensors (save_pretrained does)",
@@ -110,14 +110,15 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
     """All tensors of a Hugging Face style directory, by name.
 
     Raises:
-        BadArtifactError: no weights, an unreadable index, a shard missing, an index that disagrees with the shards, or
-            a dtype that no exporter carries.
+        BadArtifactError, ConfigurationError: no weights, an unreadable index, a shard missing, an index that disagrees
+            with the shards, or a dtype that no exporter carries; see `unusable`.
     """
     entries: dict[str, TensorEntry] = {}
     for file in weight_files(root):
         entries |= (found := header_entries(file))
         if unknown := sorted({e.dtype for e in found.values()} - DTYPES.keys()):
-            raise BadArtifactError(
+            raise unusable(
+                file,
                 f"{file} holds tensors of dtype {', '.join(unknown)}",
                 why=f"this exporter carries {', '.join(DTYPES)}",
                 fix="start from an unquantized checkpoint",
@@ -127,7 +128,8 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
     wrong = sorted(n for n, f in weight_map.items() if n not in entries or entries[n].file.name != f)
     wrong += sorted(entries.keys() - weight_map.keys()) if weight_map else []
     if wrong:
-        raise BadArtifactError(
+        raise unusable(
+            index,
             f"{index} disagrees with its shards",
             why=f"{len(wrong)} tensor(s), the first: {wrong[0]}",
             fix="fetch or write the checkpoint again",
@@ -140,20 +142,11 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(k): str(v) for k, v in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadArtifactError(f"{index} is not a weight index", why=repr(error)) from error
+        raise unusable(index, f"{index} is not a weight index", why=repr(error)) from error
     outside = [f for f in names.values() if Path(f).name != f]
     if outside:
-        raise BadArtifactError(f"{index} points outside its directory", why=f"shard name {outside[0]!r}")
+        raise unusable(index, f"{index} points outside its directory", why=f"shard name {outside[0]!r}")
     return names
-
-
-@contextmanager
-def blame_configuration() -> Iterator[None]:
-    """While active, a checkpoint that cannot be read is a model of the user's that cannot be used."""
-    try:
-        yield
-    except BadArtifactError as error:
-        raise ConfigurationError(error.what, why=error.why, fix=error.fix) from error
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.adapters import Adapter, read_adapter
+from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.compat import import_package
 from fp8pipe.models.inspection.contents import Contents, LayerView
 from fp8pipe.models.inspection.safetensors_layers import StoredTensor, count_ends, read_headers, read_layers
@@ -18,6 +20,7 @@ from fp8pipe.models.inspection.safetensors_layers import StoredTensor, count_end
 _INDEX: Final = "model.safetensors.index.json"
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _PREPROCESSING: Final = ("preprocessing.json", "preprocessor_config.json", "processor_config.json")
+_FIX: Final = "fetch or write it again"
 _ADAPTER: Final = "adapter.safetensors"  # no weights of the model itself
 
 
@@ -30,7 +33,7 @@ def inspect_contents(path: Path, *, look: bool = True) -> Contents:
 
     Raises:
         ConfigurationError: nothing there, or nothing that is known.
-        BadArtifactError: a file cannot be read.
+        BadArtifactError, ConfigurationError: a file cannot be read; see `unusable`.
         MissingCapabilityError: a package is missing.
     """
     if path.is_dir():
@@ -62,6 +65,8 @@ def _directory(root: Path, look: bool) -> Contents:
         contents.notes += _index_notes(root, tensors)
     elif ggufs:
         contents = read_gguf(ggufs[0], look=look)
+    elif read_adapter(root) is not None:
+        contents = Contents("PEFT adapter", notes=["its weights are pickled, and not read"])
     else:
         raise ConfigurationError(
             f"{root} holds no weights that can be inspected",
@@ -69,7 +74,24 @@ def _directory(root: Path, look: bool) -> Contents:
             fix="give the directory of a checkpoint, or a file",
         )
     contents.facts |= _facts(root, config)
+    if (adapter := read_adapter(root)) is not None:
+        _describe(contents, adapter, alone=not (root / "config.json").is_file())
     return contents
+
+
+def _describe(contents: Contents, adapter: Adapter, *, alone: bool) -> None:
+    """Says of a PEFT adapter what it changes, and what is to be done with it."""
+    contents.facts |= {
+        "adapter": adapter.kind or "of an unknown kind", "base_model": adapter.base or "not named",
+        "rank": list(adapter.ranks), "alpha": adapter.alpha, "targets": list(adapter.targets),
+    }  # fmt: skip
+    if adapter.modules:
+        contents.facts["replaced_whole"] = list(adapter.modules)
+    if alone:
+        contents.form = "PEFT adapter"
+        contents.notes.append(f"an adapter is no model of its own: {adapter.merge}")
+    else:
+        contents.notes.append(f"a PEFT adapter lies beside the model, and what is meant is unclear: {adapter.merge}")
 
 
 def _method(config: Mapping[str, Any]) -> tuple[str, int]:
@@ -111,7 +133,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadArtifactError(f"{path} is not readable JSON", why=str(error)) from error
+        raise unusable(path, f"{path} is not readable JSON", why=str(error), fix=_FIX) from error
     return data if isinstance(data, dict) else {}
 
 
@@ -130,14 +152,14 @@ def read_onnx(path: Path, *, look: bool = True) -> Contents:
     """A graph: stored weights with the scales that decode them, quantizers of activations, inputs and outputs.
 
     Raises:
-        BadArtifactError: it cannot be read as ONNX.
+        BadArtifactError, ConfigurationError: it cannot be read as ONNX; see `unusable`.
         MissingCapabilityError: onnx-ir is not installed.
     """
     ir = import_package("onnx_ir", "onnx_ir is not installed", "pip install 'fp8pipe[onnx]'")
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf's own error type is not public
-        raise BadArtifactError(f"{path} cannot be read as an ONNX graph", why=str(error)[:300]) from error
+        raise unusable(path, f"{path} cannot be read as an ONNX graph", why=str(error)[:300], fix=_FIX) from error
     contents = Contents(f"ONNX, opset {model.opset_imports.get('')}, IR {model.ir_version}")
     decoders = {n.inputs[0]: n for n in model.graph if n.op_type == "DequantizeLinear" and n.inputs[0] is not None}
     rest = 0
@@ -196,14 +218,14 @@ def read_gguf(path: Path, *, look: bool = True) -> Contents:
     """A GGUF file; tensors are mapped, and touched one at a time.
 
     Raises:
-        BadArtifactError: it cannot be read.
+        BadArtifactError, ConfigurationError: it cannot be read; see `unusable`.
         MissingCapabilityError: gguf is not installed.
     """
     gguf = import_package("gguf", "gguf is not installed", "pip install 'fp8pipe[samples]'")
     try:
         reader = gguf.GGUFReader(str(path))
     except Exception as error:  # its reader raises whatever numpy raises
-        raise BadArtifactError(f"{path} cannot be read as GGUF", why=str(error)[:300]) from error
+        raise unusable(path, f"{path} cannot be read as GGUF", why=str(error)[:300], fix=_FIX) from error
     contents = Contents("GGUF")
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name

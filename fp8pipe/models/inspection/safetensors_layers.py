@@ -23,12 +23,13 @@ from typing import Final
 
 import numpy as np
 
-from fp8pipe.core.errors import BadArtifactError
+from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.inspection.contents import LayerView
 
 _CHUNK_BYTES: Final = 8 << 20
 _LARGEST_HEADER: Final = 100 << 20
 _NUMPY_TYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_FIX: Final = "fetch or write it again"
 # Magnitudes of the largest code and of the last code that is no NaN (E5M2 has infinity between).
 _FP8_ENDS: Final = {"fp8-e4m3": (0x7E, 0x7E), "fp8-e5m2": (0x7B, 0x7C)}
 _FLOATS: Final = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -57,14 +58,14 @@ def read_headers(file: Path) -> dict[str, StoredTensor]:
     """Tensors of a safetensors file; nothing but the header is read.
 
     Raises:
-        BadArtifactError: it is none, or shorter than its header says.
+        BadArtifactError, ConfigurationError: it is none, or shorter than its header says; see `unusable`.
     """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size, _LARGEST_HEADER):
-                raise ValueError(f"its header would have {length} bytes")
+                raise ValueError(f"its header would have {length} bytes, and the file has {size}")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         found = {
@@ -75,10 +76,10 @@ def read_headers(file: Path) -> dict[str, StoredTensor]:
             for name, entry in header.items()
         }  # fmt: skip
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadArtifactError(f"{file} cannot be read as safetensors", why=str(error)[:300]) from error
+        raise unusable(file, f"{file} cannot be read as safetensors", why=str(error)[:300], fix=_FIX) from error
     end = max((t.start + t.size_bytes for t in found.values()), default=0)
     if end > size:
-        raise BadArtifactError(f"{file} is cut short", why=f"its header promises {end} bytes, it has {size}")
+        raise unusable(file, f"{file} is cut short", why=f"its header promises {end} bytes, it has {size}", fix=_FIX)
     return found
 
 

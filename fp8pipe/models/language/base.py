@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, read_tensor, weight_entries
+from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import check_unquantized
@@ -33,8 +33,7 @@ def check_base(directory: Path, origin: str) -> ModelStructure:
     """
     check_unquantized(directory)
     structure = read_structure(directory)
-    with blame_configuration():
-        entries = weight_entries(directory)
+    entries = weight_entries(directory)
     table = structure.naming.table(entries)
     stored = {known.name: entries[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}

@@ -17,6 +17,7 @@ from typing import Any, Final
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text import TemplateInfo, template_info
+from fp8pipe.models.language.text.template import in_parts
 
 GENERATION_FILE: Final = "generation_config.json"
 EOS: Final = "eos_token_id"
@@ -107,10 +108,7 @@ def ending_of(root: Path, tokenizer: Any, template: TemplateInfo) -> Ending:
 
 def _end_of_turn(tokenizer: Any, template: TemplateInfo) -> tuple[int | None, str]:
     """Id and text of the first special token after an answer; (None, whatever else stands there) where none does."""
-    text = str(tokenizer.apply_chat_template(list(_TALK), chat_template=template.template, tokenize=False))
-    _, found, tail = text.rpartition(_ANSWER)
-    if not found:
-        raise ValueError("it does not render an answer as it is given")
+    tail = _after_answer(tokenizer, template)
     special = {str(token): int(index) for index, token in tokenizer.added_tokens_decoder.items()}
     special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     there = [(tail.index(token), -len(token), token) for token in special if token and token in tail]
@@ -118,6 +116,21 @@ def _end_of_turn(tokenizer: Any, template: TemplateInfo) -> tuple[int | None, st
         return None, tail.strip()
     token = min(there)[2]
     return special[token], token
+
+
+def _after_answer(tokenizer: Any, template: TemplateInfo) -> str:
+    """What the template writes after a finished answer."""
+    failure: Exception = ValueError("it does not render an answer as it is given")
+    for talk in (list(_TALK), in_parts(_TALK)):
+        try:
+            text = str(tokenizer.apply_chat_template(talk, chat_template=template.template, tokenize=False))
+        except Exception as error:  # templates raise what they like
+            failure = error
+            continue
+        _, found, tail = text.rpartition(_ANSWER)
+        if found:
+            return tail
+    raise failure
 
 
 def _settings(root: Path) -> dict[str, Any]:

@@ -28,8 +28,9 @@ class Seen:
     """What one pass of text did with the linears asked for.
 
     Attributes:
-        groups: linears by the tensor object they received, in call order; those that were not called, or called more
-            than once, stay alone, at the end.
+        groups: linears by the tensor object they received, in call order; those that were not called, called more
+            than once, or whose output the model changes in place, stay alone, at the end: a part of a stacked output
+            may not be changed.
         unusable: linears that no other module can stand for -> why.
     """
 
@@ -62,7 +63,8 @@ def watch_pass(model: nn.Module, names: Sequence[str], leaves: Sequence[str]) ->
         read |= watched.read
         uncalled |= {name for name in names if not calls[name]}
         if not training:
-            readers = [[name for name in group if calls.get(name) == 1] for group in watched.readers.values()]
+            once = {name for name in names if calls[name] == 1} - watched.changed
+            readers = [[name for name in group if name in once] for group in watched.readers.values()]
     groups = [tuple(group) for group in readers if group]
     grouped = {name for group in groups for name in group}
     unusable = {name: _why(name in read) for name in names if name in read | uncalled}
@@ -115,6 +117,12 @@ class _Watched:
     readers: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     alive: list[Tensor] = field(default_factory=list)  # ids are unique only while the tensors live
+    outputs: list[tuple[str, Tensor, int]] = field(default_factory=list)  # with their versions when they were new
+
+    @property
+    def changed(self) -> set[str]:
+        """Modules whose output was changed in place afterwards."""
+        return {name for name, output, version in self.outputs if output._version != version}
 
 
 @contextmanager
@@ -135,6 +143,8 @@ def _watched(model: nn.Module, names: Sequence[str], calls: dict[str, int]) -> I
 
     def end(module: nn.Module, args: Any, output: Any, name: str) -> None:
         running.discard(name)
+        if isinstance(output, Tensor):
+            seen.outputs.append((name, output, output._version))
 
     handles = []
     try:

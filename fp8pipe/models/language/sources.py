@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.models.checkpoint.adapters import ADAPTER_FILE, read_adapter
 from fp8pipe.models.checkpoint.gguf import convert_gguf
 from fp8pipe.models.checkpoint.sidecars import HUB_FILES, read_config
-from fp8pipe.models.checkpoint.tensors import TensorEntry, blame_configuration, header_entries, weight_files
+from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries, weight_files
 from fp8pipe.models.samples import sample_name, smollm2_gguf
 from fp8pipe.models.settings import check_config
 
 MODEL_SAMPLES: Final = ("smollm2",)
-ADAPTER_FILE: Final = "adapter_config.json"
 # A hub id: at most one slash, no path syntax; an optional revision after "@".
 _HUB_ID: Final = re.compile(r"^(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?$")
 
@@ -131,21 +131,15 @@ def check_no_adapter(path: Path) -> None:
     Raises:
         ConfigurationError: naming the base, where the adapter does.
     """
-    if not (file := path / ADAPTER_FILE).is_file():
+    if (adapter := read_adapter(path)) is None:
         return
-    try:
-        base = str(read_config(file).get("base_model_name_or_path") or "")
-    except BadArtifactError:
-        base = ""
     alone = not (path / "config.json").is_file()
-    named = f" ({base})" if base else ""
-    merge = f"merge it first (peft: merge_and_unload, then save_pretrained), or give the base model{named}"
     raise ConfigurationError(
         f"{path} holds a PEFT adapter" + (", which is no model of its own" if alone else " beside the model"),
         why=f"{ADAPTER_FILE} is there, and it is unclear whether base or adapted weights are meant"
         if not alone
         else f"{ADAPTER_FILE} is there, and no config.json",
-        fix=merge if alone else f"{merge}; to leave the adapter out, move {ADAPTER_FILE} away",
+        fix=adapter.merge if alone else f"{adapter.merge}; to leave the adapter out, move {ADAPTER_FILE} away",
     )
 
 
@@ -159,8 +153,7 @@ def _check_checkpoint(path: Path) -> None:
             why="only pickled weights are there, which are not loaded" if pickled else "no *.safetensors file is there",
             fix="save the model again with save_pretrained(...)" if pickled else "check that the download is complete",
         )
-    with blame_configuration():
-        weight_files(path)  # an index names files of this directory alone
+    weight_files(path)  # an index names files of this directory alone
 
 
 def check_unquantized(path: Path) -> None:
@@ -168,7 +161,7 @@ def check_unquantized(path: Path) -> None:
 
     Raises:
         ConfigurationError: a ``quantization_config`` in config.json, or FP8, FP4 or integer weight tensors.
-        BadArtifactError: config.json or a safetensors header cannot be read.
+        BadArtifactError, ConfigurationError: config.json or a safetensors header cannot be read; see `unusable`.
     """
     _check_config(path)
     if (why := next(_signs_of_quantization(path), None)) is not None:

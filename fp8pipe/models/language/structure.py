@@ -15,12 +15,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.names import Naming, naming_of
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.probing import watch_pass
@@ -28,6 +29,9 @@ from fp8pipe.models.settings import check_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+LEAST_SIDE: Final = 16  # FP8 kernels take multiples of it; gates with one output would bound the rank of all layers
 
 
 class Role(StrEnum):
@@ -95,7 +99,11 @@ class ModelStructure:
             return "output head"
         if module in self.shared:
             return "weight tied to another module"
-        return self.unusable.get(module) if self.in_decoder(module) else "outside the text decoder"
+        if not self.in_decoder(module):
+            return "outside the text decoder"
+        if (side := min(self.shape(module))) < LEAST_SIDE:
+            return f"a side of {side} is too short for FP8 kernels and for an adapter"
+        return self.unusable.get(module)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -204,8 +212,8 @@ def load_config(directory: Path) -> PretrainedConfig:
     """The model's configuration, without any quantization block.
 
     Raises:
-        ConfigurationError: no config.json, or an architecture transformers does not know.
-        BadArtifactError, ConfigurationError: as `check_config`.
+        BadArtifactError, ConfigurationError: no config.json, or an architecture transformers does not know; as
+            `check_config`; see `unusable`.
     """
     check_config(directory)
     from huggingface_hub.errors import StrictDataclassError
@@ -214,10 +222,11 @@ def load_config(directory: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = auto.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ConfigurationError(
+        raise unusable(
+            directory,
             f"{directory} has no configuration that transformers can read",
             why=str(error).splitlines()[0] if str(error) else repr(error),
-            fix="export a model whose architecture the installed transformers implements",
+            fix="complete its config.json, or give a model whose architecture the installed transformers implements",
         ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -184,6 +184,9 @@ def cpu_out_of_memory():
         (lambda: OSError(28, "No space left on device"), 15),
         (lambda: RuntimeError("shapes differ"), 1),
         (lambda: OSError(2, "No such file"), 1),
+        (lambda: OSError(2, "No such file", "/a/b"), 1),  # a file that is gone may be a fault of ours
+        (lambda: PermissionError(13, "Permission denied", "/a/b"), 10),
+        (lambda: PermissionError(13, "Permission denied"), 1),
     ],
 )
 def test_other_failures_map_too(probe, make, code):
@@ -258,7 +261,7 @@ def test_inspect(artifact):
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "kind falqon" in lines
     assert "parent model feedfacefeed /models/base" in lines
-    assert "format e4m3, per-channel, dequantized = code * scale" in lines
+    assert "number format e4m3, per-channel, dequantized = code * scale" in lines
     assert any("loss ratio 0.5" in line and "at most 1" in line for line in lines)
     assert "one fallback" in lines
     assert "2 converted 8-bit e4m3, per-channel; float inputs; linear" in lines
@@ -326,3 +329,10 @@ def test_text_helpers():
         "2 TB",
     ]
     assert table([("a", 1), ("bbb", 22, "c")]) == "  a    1\n  bbb  22  c"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_path_that_may_not_be_read_is_no_usage_error(name):
+    """click would end with 2 before the command can say what is wrong, and other commands with 10."""
+    kinds = [parameter.type for parameter in main.get_command(None, name).params]
+    assert not any(kind.readable for kind in kinds if isinstance(kind, click.Path))

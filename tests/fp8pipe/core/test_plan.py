@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_text_says_what_is_missing_and_how_to_get_it():
     for words in ("1.5 GB at its peak", "300 B at most, 200 B in the end", "about 2 min", "no GPU; use --device cpu"):
         assert words in text
     assert "lm_head (output head)" in text
+
+
+def test_of_many_names_with_one_reason_the_first_are_shown():
+    tower = {f"visual.{n}": "outside the text decoder" for n in range(5)}
+    facts = {"left_out": {**tower, "lm_head": "output head"}, "seconds": {"a": 0.5, "b": 0.5}}
+    text = dataclasses.replace(a_plan(), facts=facts).text()
+    assert "visual.0, visual.1, visual.2 and 2 more (outside the text decoder), lm_head (output head)" in text
+    assert "a (0.5), b (0.5)" in text  # figures are no reasons
 
 
 def test_missing_packages_are_named_with_their_extra():

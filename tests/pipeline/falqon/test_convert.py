@@ -131,14 +131,20 @@ def test_shared_inputs_are_seen_not_guessed():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.two, self.three = (nn.Linear(4, 4) for _ in range(3))
+            self.one, self.two, self.three, self.four = (nn.Linear(16, 16) for _ in range(4))
+            self.gate = nn.Linear(16, 1)
 
         def forward(self, input_ids):
-            x = torch.ones(1, 4)
-            return self.one(x) + self.two(x.clone()) + self.three(x)
+            x = torch.ones(1, 16)
+            changed = self.four(x)
+            changed.view(16).mul_(2)  # of a part of a stacked output that would fail, so it is no part
+            return self.gate(x) * (self.one(x) + self.two(x.clone()) + self.three(x) + changed)
 
     model = Odd()
-    assert structure_of(model).probed(model).input_groups == (("one", "three"), ("two",))
+    structure = structure_of(model).probed(model)
+    assert structure.input_groups == (("one", "three"), ("two",), ("four",))
+    assert structure.left_out == {"gate": "a side of 1 is too short for FP8 kernels and for an adapter"}
+    assert read_convertible(model, 16).trainable == ("one", "two", "three", "four")  # the gate bounds no rank
 
 
 def test_a_model_without_linear_layers_is_refused():

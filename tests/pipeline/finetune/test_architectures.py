@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from architecture_table import PAGE, page
-from breadth import LONG
+from breadth import LONG, only_long
 from language_models import ARCHITECTURES, write
 
 from exporters.target import foresee
@@ -53,7 +53,9 @@ def config_of(text: Path) -> Callable[..., FinetuneConfig]:
     return make
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=only_long if one.rare else ()) for name, one in ARCHITECTURES.items()]
+)
 def test_every_cell_is_as_the_table_says(
     name: str, config_of: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,8 @@ import json
 import pytest
 from tiny_exports import write_export
 
+from fp8pipe.cli.common import Console
+from fp8pipe.cli.measure import _show_record
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, Fp8PipeError
 from validation.bench.check import serve_check
@@ -19,7 +21,7 @@ def export(tmp_path_factory):
     return write_export(tmp_path_factory.mktemp("measured"), "timm-vit")
 
 
-def test_a_bench_measures_the_export_beside_its_float_graph(export):
+def test_a_bench_measures_the_export_beside_its_float_graph(export, capsys):
     record = bench_vision(export, build_config(BenchConfig, {"batches": [1, 3], "rounds": 3, "threads": 1}))
     figures = record.figures
     assert figures["size_bytes"] == (export / "model.onnx").stat().st_size
@@ -30,6 +32,13 @@ def test_a_bench_measures_the_export_beside_its_float_graph(export):
     written = json.loads(measure_path(export, "bench").read_text())
     assert MeasureRecord.model_validate(written) == record
     assert written["verdict"] == "ACCEPT"
+    # Nothing was judged, so nothing is called accepted; where it is slower, that is said.
+    speeds = {"speedup_batch_1": 0.79, "speedup_batch_3": 1.2}
+    rows = [row.model_copy(update={"value": speeds.get(row.name, row.value)}) for row in record.rows]
+    _show_record(Console(), export, record.model_copy(update={"rows": rows}))
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"MEASURED  {export}"
+    assert last == "  slower than floating point on this machine: 0.79x with 1 image at once"
 
 
 def test_a_service_is_started_asked_and_ended(export):

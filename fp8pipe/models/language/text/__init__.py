@@ -6,11 +6,12 @@ Training reads them, and so do exports that calibrate on text or measure a model
 from fp8pipe.models.language.text.conversation import Message, Record
 from fp8pipe.models.language.text.encode import IGNORED, Encoded, Encoding, encode
 from fp8pipe.models.language.text.files import data_files
+from fp8pipe.models.language.text.notes import of_heldout
 from fp8pipe.models.language.text.records import load_records
 from fp8pipe.models.language.text.split import split
 from fp8pipe.models.language.text.template import TemplateInfo, template_info
 
 __all__ = [
     "IGNORED", "Encoded", "Encoding", "Message", "Record", "TemplateInfo", "data_files", "encode", "load_records",
-    "split", "template_info",
+    "of_heldout", "split", "template_info",
 ]  # fmt: skip

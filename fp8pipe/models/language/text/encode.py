@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text.conversation import Record
+from fp8pipe.models.language.text.notes import Kind
 from fp8pipe.models.language.text.render import Rendered, Renderer, shared
 from fp8pipe.models.language.text.template import TemplateInfo, template_info
 
@@ -67,7 +68,14 @@ class Encoding:
     warnings: tuple[str, ...]
 
 
-def encode(records: Sequence[Record], tokenizer: Any, max_length: int, *, last_only: bool = False) -> Encoding:
+def encode(
+    records: Sequence[Record],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    last_only: bool = False,
+    warn: Callable[[str], None] = log.warning,
+) -> Encoding:
     """Tokenizes conversations and labels their answers.
 
     Args:
@@ -75,6 +83,7 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int, *, last_o
         tokenizer: a transformers tokenizer, with offsets or without.
         max_length: tokens kept of each example, at least 2; what is longer loses its end.
         last_only: learn the last answer of each conversation alone.
+        warn: takes each of the result's warnings.
 
     Raises:
         ConfigurationError: a template that is not valid, cannot render a record or loses its answer, or no answer
@@ -93,9 +102,11 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int, *, last_o
     for start in range(0, len(records), _BATCH):
         rendered: list[Rendered] = []
         for index, record in enumerate(records[start : start + _BATCH], start=start):
+            before = renderer.notes.counts[Kind.PARTIAL]
             pieces = renderer.render(record, f"the record at {record.place}" if record.place else f"record {index + 1}")
             counts["expanded"] += len(pieces) > 1
-            counts["unlearned"] += not pieces
+            if not pieces:
+                counts["partial" if renderer.notes.counts[Kind.PARTIAL] > before else "unlearned"] += 1
             rendered += pieces
         for wholes in _tokenize(rendered, tokenizer):
             counts["merged"] += len(wholes) > 1
@@ -104,17 +115,22 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int, *, last_o
                     examples.append(cut)
     reasons = _reasons(counts, max_length)
     if not examples:
-        raise ConfigurationError(
-            f"no answer token is left in any of the {len(records)} records",
-            why="; ".join(f"{count} examples: {why}" for why, count in reasons) or "there are no records",
-            fix="raise max_length, or shorten the prompts" if counts["cut away"] else "give answers to learn",
-        )
+        raise _nothing_left(len(records), reasons, counts)
     total = len(examples) + sum(count for _, count in reasons)
-    warnings = (*_warnings(total, counts, max_length, template), *renderer.warnings())
+    warnings = (*_warnings(total, counts, max_length, template), *renderer.notes.sentences())
     for warning in warnings:
-        log.warning(warning)
+        warn(warning)
     dropped, expanded = total - len(examples), counts["expanded"] + counts["merged"]
     return Encoding(examples, template, counts["truncated"], dropped, expanded, warnings)
+
+
+def _nothing_left(records: int, reasons: Sequence[tuple[str, int]], counts: Counter[str]) -> ConfigurationError:
+    fix = "use a chat template that renders answers as they are given" if counts["partial"] else "give answers to learn"
+    return ConfigurationError(
+        f"no answer token is left in any of the {records} records",
+        why="; ".join(f"{count} examples: {why}" for why, count in reasons) or "there are no records",
+        fix="raise max_length, or shorten the prompts" if counts["cut away"] else fix,
+    )
 
 
 def _cut(whole: Encoded, max_length: int, counts: Counter[str]) -> Encoded | None:
@@ -137,6 +153,7 @@ def _reasons(counts: Counter[str], max_length: int) -> list[tuple[str, int]]:
         "cut away": f"no answer token within {max_length} tokens; prompts reach {counts['longest']} tokens",
         "headless": "nothing comes before their only token, so that nothing can predict it",
         "unlearned": "every answer of them has weight 0, or is not the last one",
+        "partial": "the chat template renders only a part of their answers",
     }
     return [(why, counts[key]) for key, why in found.items() if counts[key]]
 

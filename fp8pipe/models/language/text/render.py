@@ -6,21 +6,25 @@ templates put after the end-of-turn token belongs to the next turn: the model is
 for any template that only appends. Some do not (they drop earlier reasoning, or mark the last turn); their
 conversations are cut into one example for each answer, each rendered as it would be when that answer is asked for.
 
+Where the finished turn does not begin with the generation prompt (a prompt that opens a reasoning block), the answer
+begins where another answer would be rendered otherwise. Where a template renders only a part of an answer, none of it
+is learned: it would be another answer.
+
 A template may also pass over what it is given: tools, roles, fields. Nothing tells but to leave it away and to compare.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text.conversation import Message, Record
-from fp8pipe.models.language.text.template import TemplateInfo, failing_line, template_name
+from fp8pipe.models.language.text.notes import Kind, Notes, special_pattern, special_tokens
+from fp8pipe.models.language.text.template import TemplateInfo, failing_line, in_parts, template_name
 
-_OTHER: Final = ("\ue000", "\ue001")  # an answer that begins like no other: private characters
+_OTHERS: Final = ("\ue000", "0")  # answers of which one begins otherwise than any, also where they are escaped
 _SHOWN: Final = 20  # characters of an example
 _NO_TEXT: Final = ("tool_calls", "tool_call_id", "id")  # checked otherwise, or of no meaning to the model
 
@@ -33,19 +37,24 @@ class Rendered(NamedTuple):
 
 
 class Renderer:
-    """Renders records by a tokenizer's template, and counts what the template passes over.
+    """Renders records by a tokenizer's template, and counts what the template does that its user must know.
 
     Args:
         tokenizer: a transformers tokenizer.
         template: what ``template_info`` says of it.
         last_only: only the last answer of a conversation is learned.
+
+    Attributes:
+        notes: what was counted in all records.
+        silent: by the role of the last message, whether the template adds no generation prompt.
     """
 
     def __init__(self, tokenizer: Any, template: TemplateInfo, *, last_only: bool = False) -> None:
         self._tokenizer, self._template, self._last_only = tokenizer, template, last_only
         self._seen: set[str] = set()  # fields and roles that change what is rendered
-        self._passed_over: Counter[str] = Counter()
-        self._unlike_prompt, self._endings = 0, ("", "")  # answers that do not follow the generation prompt; one's ends
+        self._special = special_pattern(tokenizer)
+        self.silent: dict[str, bool] = {}
+        self.notes = Notes()
 
     def render(self, record: Record, name: str) -> list[Rendered]:
         """The record's text and answer ranges; several texts where the template does not only append.
@@ -60,41 +69,24 @@ class Renderer:
         learned = [i for i, m in enumerate(record.messages) if m.role == "assistant"]
         learned = [i for i in (learned[-1:] if self._last_only else learned) if record.messages[i].learned]
         failure: ConfigurationError | None = None
-        for form in _forms(record.messages):
-            view, before = _View(self, form, list(record.tools) or None, name), self._unlike_prompt
+        forms = _forms(record.messages)
+        for form, parts in [(form, parts) for parts in (False, True) for form in forms]:
+            view = _View(self, form, list(record.tools) or None, name, Notes(), parts)
             try:
-                pieces = view.pieces(learned)
+                found = view.answers(learned)
             except ConfigurationError as error:
-                failure, self._unlike_prompt = failure or error, before
+                failure = failure or error
                 continue
+            pieces = _joined(found)
             if pieces:
-                self._look_for_losses(record, view, learned, pieces)
+                self._look_for_losses(record, view, [*found], pieces)
+            if pieces and self._special is not None:
+                read = record.messages[: max(found) + 1]
+                view.notes.special.update(special_tokens(self._special, read, record.tools))
+            self.notes.add(view.notes)
             return pieces
         assert failure is not None
         raise failure
-
-    def warnings(self) -> list[str]:
-        """A sentence for each kind of thing that the template passed over or renders otherwise when asked to answer."""
-        found = [f"the chat template passes over {what}: {count}" for what, count in self._passed_over.items()]
-        if self._unlike_prompt:
-            asked, finished = self._endings
-            found.append(
-                f"the generation prompt ends in {asked!r}, which the text of a finished turn does not have (there "
-                f"{finished!r} follows): served answers begin after it, trained ones do not ({self._unlike_prompt} "
-                "answers)"
-            )
-        return found
-
-    def note_unlike(self, asked: str, finished: str) -> None:
-        """Count an answer whose rendered text does not begin with the generation prompt.
-
-        Args:
-            asked: how the prompt ends, from where both differ.
-            finished: what the text of the finished turn has there.
-        """
-        if not self._unlike_prompt:
-            self._endings = asked, finished
-        self._unlike_prompt += 1
 
     def apply(self, messages: list[dict[str, Any]], tools: Any, name: str, *, prompt: bool = False) -> str:
         """What the template makes of these messages.
@@ -124,21 +116,21 @@ class Renderer:
         for index, message in enumerate(record.messages[:last]):
             text, end = (alone[index].text, index + 1) if index in alone else (final, last)
             ending = _last_line(message.content)
-            if ending not in text and view.unchanged(index, text, end, content=message.content + _OTHER[0]):
-                self._passed_over[f"the content of {message.role} messages"] += 1
+            if ending not in text and view.unchanged(index, text, end, content=message.content + _OTHERS[0]):
+                view.notes.passed_over[f"the content of {message.role} messages"] += 1
             for call in message.fields.get("tool_calls", ()):
                 if call["function"]["name"] not in text:
-                    self._passed_over[f"tool calls of {message.role} messages"] += 1
+                    view.notes.passed_over[f"tool calls of {message.role} messages"] += 1
             if message.role == "assistant" and index not in learned:
                 continue  # templates may drop the reasoning of earlier answers
             for key in message.fields.keys() - self._seen - set(_NO_TEXT):
                 if view.unchanged(index, text, end, **{key: None}):
-                    self._passed_over[f"the field {key!r} of {message.role} messages"] += 1
+                    view.notes.passed_over[f"the field {key!r} of {message.role} messages"] += 1
                 else:
                     self._seen.add(key)
         if record.tools and "tools" not in self._seen:
-            if self.apply(view.messages[:last], None, view.name) == final:
-                self._passed_over["the tools of records"] += 1
+            if view.apply(view.messages[:last], tools=False) == final:
+                view.notes.passed_over["the tools of records"] += 1
             else:
                 self._seen.add("tools")
 
@@ -150,59 +142,101 @@ class _View(NamedTuple):
     messages: list[dict[str, Any]]
     tools: Any
     name: str
+    notes: Notes
+    parts: bool  # contents are lists of parts
 
-    def pieces(self, learned: Sequence[int]) -> list[Rendered]:
-        texts: list[str] = []
-        spans: list[tuple[int, int]] = []
+    def answers(self, learned: Sequence[int]) -> dict[int, Rendered]:
+        """By index, the text up to each learned answer, and where it stands in it; without those rendered in part."""
+        found = {}
         for index in learned:
-            text = self._apply(self.messages[: index + 1])
-            start = self._answer_start(index, text)
-            self._check_kept(self.messages[index], text[start:])
-            spans.append((start, _answer_end(self.messages[index], text, start)))
-            texts.append(text)
-        # Turns after the last answer are prompts to nothing: they are left out.
-        if all(texts[-1].startswith(text[:end]) for text, (_, end) in zip(texts, spans, strict=True)):
-            return [Rendered(texts[-1], spans)] if texts else []
-        return [Rendered(text, [span]) for text, span in zip(texts, spans, strict=True)]
+            text = self.apply(self.messages[: index + 1])
+            prompt = self.apply(self.messages[:index], prompt=True) if index else ""
+            start, unlike = self._answer_start(index, text, prompt)
+            if not self._is_whole(index, text, start):
+                continue
+            if unlike:
+                self.notes.count(Kind.UNLIKE, *unlike)
+            if index and self._takes_no_prompt(index, prompt):
+                self._note_headers(index, text, prompt)
+            found[index] = Rendered(text, [(start, _answer_end(self.messages[index], text, start))])
+        return found
 
     def unchanged(self, index: int, text: str, end: int, **change: Any) -> bool:
         """Whether the template renders the same with a changed message (None takes a field away)."""
         messages = self.messages[:end]
         messages[index] = {k: v for k, v in (messages[index] | change).items() if v is not None}
         try:
-            return self._apply(messages) == text
+            return self.apply(messages) == text
         except ConfigurationError:  # it looks at it
             return False
 
-    def _apply(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        return self.renderer.apply(messages, self.tools, self.name, prompt=prompt)
+    def apply(self, messages: list[dict[str, Any]], *, prompt: bool = False, tools: bool = True) -> str:
+        """What the template makes of these messages.
 
-    def _answer_start(self, index: int, text: str) -> int:
-        """Where the answer begins in ``text``."""
-        start, prompt = len(text), ""
-        if index:  # templates do not render an empty conversation
-            prompt = self._apply(self.messages[:index], prompt=True)
-            if text.startswith(prompt):
-                return len(prompt)
-            # The generation prompt opens something (a reasoning block) that a finished answer lacks: take what both
-            # share.
-            start = shared(prompt, text)
-        # But never a part of the answer itself, which begins where another answer differs.
-        content = str(self.messages[index].get("content") or "").lstrip()
-        other = {"role": "assistant", "content": _OTHER[content.startswith(_OTHER[0])]}
-        start = min(start, shared(self._apply([*self.messages[:index], other]), text))
-        if prompt:
-            self.renderer.note_unlike(prompt[start:], text[start : start + _SHOWN])
-        return start
+        Raises:
+            ConfigurationError: it fails.
+        """
+        given = in_parts(messages) if self.parts else messages
+        return self.renderer.apply(given, self.tools if tools else None, self.name, prompt=prompt)
 
-    def _check_kept(self, message: Mapping[str, Any], answer: str) -> None:
-        ending = _last_line(str(message.get("content") or ""))
-        if ending not in answer:
+    def _takes_no_prompt(self, index: int, prompt: str) -> bool:
+        """Whether the template renders what comes before an answer the same, asked to add a prompt or not."""
+        silent, role = self.renderer.silent, self.messages[index - 1]["role"]
+        if role not in silent:
+            silent[role] = self.apply(self.messages[:index]) == prompt
+        return silent[role]
+
+    def _answer_start(self, index: int, text: str, prompt: str) -> tuple[int, tuple[str, ...]]:
+        """Where the answer begins in ``text``; and what prompt and text hold from where they differ, if they do."""
+        if not index:  # templates do not render an empty conversation
+            return self._fork(index, text), ()
+        if text.startswith(prompt):
+            return len(prompt), ()
+        # The generation prompt opens something (a reasoning block) that a finished answer lacks.
+        fork = self._fork(index, text)
+        alike = min(fork, shared(prompt, text))
+        alike -= prompt[:alike].endswith("<")  # of two marks, both whole
+        # What stands before every answer is no part of one, white space apart.
+        start = fork if text[alike:fork].strip() else alike
+        return start, (prompt[alike:][-_SHOWN:], text[alike : alike + _SHOWN])
+
+    def _fork(self, index: int, text: str) -> int:
+        """Where other answers are rendered otherwise: never after the answer's own beginning."""
+        others = ([*self.messages[:index], {"role": "assistant", "content": other}] for other in _OTHERS)
+        return min(shared(self.apply(other), text) for other in others)
+
+    def _note_headers(self, index: int, text: str, prompt: str) -> None:
+        """Counts what a template that knows no generation prompt has learned with an answer."""
+        if (header := text[len(prompt) : self._fork(index, text)]).strip():
+            self.notes.count(Kind.HEADER, header)
+        try:
+            followed = self.apply([*self.messages[: index + 1], {"role": "user", "content": _OTHERS[0]}])
+        except ConfigurationError:  # no user may follow here
+            return
+        tail = text[shared(followed, text) :]
+        if tail.strip() and prompt.endswith(tail):
+            self.notes.count(Kind.TRAILER, tail)
+
+    def _is_whole(self, index: int, text: str, start: int) -> bool:
+        """Whether all of the answer is rendered, white space apart."""
+        self._check_calls(self.messages[index], text[start:])
+        content = str(self.messages[index].get("content") or "").strip()
+        if content in text[start:]:
+            return True
+        # Its beginning may be in the prompt: the mark that opens a reasoning block.
+        before = self.apply(self.messages[:index]) if index else ""
+        if _squeezed(content) in _squeezed(text[shared(before, text) :]):
+            return True
+        if self.unchanged(index, text, index + 1, content=content + _OTHERS[0]):
             raise ConfigurationError(
                 f"the chat template loses the answer of {self.name}",
-                why=f"the rendered text does not end with the assistant's message {ending[:60]!r}",
+                why=f"it renders the same without the assistant's message {content[-60:]!r}",
                 fix="use a tokenizer whose chat template renders assistant messages as they are given",
             )
+        self.notes.count(Kind.PARTIAL, content[:_SHOWN], text[start:][:_SHOWN])
+        return False
+
+    def _check_calls(self, message: Mapping[str, Any], answer: str) -> None:
         for call in message.get("tool_calls", ()):
             function = call["function"]
             arguments = function["arguments"]
@@ -247,6 +281,19 @@ def _answer_end(message: Mapping[str, Any], text: str, start: int) -> int:
     content = str(message.get("content") or "")
     at = text.rfind(content, start) if content and content[-1].isspace() else -1
     return max(end, at + len(content)) if at >= 0 else end
+
+
+def _joined(answers: Mapping[int, Rendered]) -> list[Rendered]:
+    """One text with all answers, where each text goes on from the one before; the texts, where one does not."""
+    pieces = [*answers.values()]
+    # Turns after the last answer are prompts to nothing: they are left out.
+    if all(pieces[-1].text.startswith(piece.text[: piece.spans[0][1]]) for piece in pieces):
+        return [Rendered(pieces[-1].text, [span for piece in pieces for span in piece.spans])] if pieces else []
+    return pieces
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _last_line(content: str) -> str:

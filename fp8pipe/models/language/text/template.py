@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +49,16 @@ def template_info(tokenizer: Any) -> TemplateInfo:
     bos = getattr(tokenizer, "bos_token_id", None)
     starts = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
     return TemplateInfo("plain", ("{{ bos_token }}" if starts else "") + PLAIN_TEMPLATE)
+
+
+def in_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their texts in a list of parts, which templates of models that take images, too, may want."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else {**message}
+        for message in messages
+    ]
 
 
 def _check_syntax(tokenizer: Any) -> None:

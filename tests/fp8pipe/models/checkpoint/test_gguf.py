@@ -161,7 +161,7 @@ def test_two_processes_convert_once(tmp_path: Path, cache: Path) -> None:
 
 def test_what_is_no_gguf(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"<html>")
-    with pytest.raises(BadArtifactError, match="is not a GGUF file"):
+    with pytest.raises(ConfigurationError, match="is not a GGUF file"):
         resolve_model(str(tmp_path / "m.gguf"))
     assert not cache.exists()
 

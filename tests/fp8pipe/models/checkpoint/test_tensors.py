@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import Naming, checkpoint_names
 from fp8pipe.models.checkpoint.tensors import (
     header_entries,
@@ -78,13 +78,13 @@ def test_a_model_is_named_by_every_file_that_decides_what_it_answers(sharded: Pa
 
 def test_what_cannot_be_read_is_named(sharded: Path) -> None:
     write_index(sharded, {"model.a.weight": SHARDS[1]}, 24)
-    with pytest.raises(BadArtifactError, match="disagrees with its shards"):
+    with pytest.raises(ConfigurationError, match="disagrees with its shards"):
         weight_entries(sharded)
     write_index(sharded, {"model.a.weight": "../x.safetensors"}, 24)
-    with pytest.raises(BadArtifactError, match="points outside"):
+    with pytest.raises(ConfigurationError, match="points outside"):
         weight_files(sharded)
     (sharded / SHARDS[0]).write_bytes(b"no weights")
-    with pytest.raises(BadArtifactError, match="not a complete safetensors file"):
+    with pytest.raises(ConfigurationError, match="not a complete safetensors file"):
         header_entries(sharded / SHARDS[0])
     (sharded / "model.safetensors.index.json").unlink()
     with pytest.raises(ConfigurationError, match="holds no weights"):

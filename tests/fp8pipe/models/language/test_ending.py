@@ -61,6 +61,16 @@ def test_engines_are_told_where_a_turn_ends(model, end, generation, stops):
     assert str(stops) in said
 
 
+def test_a_template_that_wants_texts_in_parts_is_asked_with_parts(model):
+    """As those of models that take images, too; the first fails with a text, the second renders it as nothing."""
+    for given in (
+        "m['content'][0]['text']",
+        "m['content'] | selectattr('type', 'eq', 'text') | map(attribute='text') | join",
+    ):
+        head = HEAD.replace("m['content']", given)
+        assert read_ending(model("", template=head + "<|turn|>" + TAIL)).added == TURN
+
+
 def test_what_config_json_says_stays_where_there_is_no_other_file(model):
     config = {"text_config": {"eos_token_id": [7, 8], "pad_token_id": 3}, "bos_token_id": 4}
     ending = read_ending(model("<|turn|>", config=config))

@@ -19,10 +19,10 @@ class Reads(nn.Module):
         super().__init__()
         names = ("called", "read", "idle", "both", "in_training")
         for name in names:
-            setattr(self, name, nn.Linear(4, 4))
+            setattr(self, name, nn.Linear(16, 16))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = torch.ones(*input_ids.shape, 4)
+        x = torch.ones(*input_ids.shape, 16)
         y = self.called(x) + nn.functional.linear(x, self.read.weight) + self.both(x).to(self.both.weight.dtype)
         return y + (x @ self.in_training.weight if self.training else self.in_training(x))
 

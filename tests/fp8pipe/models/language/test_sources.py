@@ -13,7 +13,7 @@ import torch
 from gguf_packages import has, needs_gguf
 from safetensors.torch import load_file, save_file
 
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.sources import check_unquantized, resolve_model
 from fp8pipe.models.samples import smollm2_gguf
@@ -165,11 +165,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         whole[:20],
     ):
         weights.write_bytes(damaged)
-        with pytest.raises(BadArtifactError, match=r"model\.safetensors is not a complete"):
+        with pytest.raises(ConfigurationError, match=r"model\.safetensors is not a complete"):
             check_unquantized(path)
     for text in ("{", "[]", "\x00"):
         (path / "config.json").write_text(text)
-        with pytest.raises(BadArtifactError, match=r"config\.json cannot be read"):
+        with pytest.raises(ConfigurationError, match=r"config\.json cannot be read"):
             check_unquantized(path)
     (path / "config.json").unlink()
     with pytest.raises(ConfigurationError):

@@ -191,7 +191,7 @@ def test_incomplete_directories_of_transformers(tmp_path: Path):
     with pytest.raises(ConfigurationError, match="no image classifier"):
         load_vision_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(BadArtifactError, match=r"config\.json"):
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
         load_vision_model(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""What is learned of random conversations, against an oracle written by hand for each of thirteen templates."""
+"""What is learned of random conversations, against an oracle written by hand for each of many templates."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def runs(tokenizer: Any, example: Encoded) -> list[tuple[int, str]]:
         (name, kind)
         for name in TEMPLATES
         for kind in ("bytes", "pieces", "slow")
-        if (name, kind) != ("deepseek", "pieces")
+        if kind != "pieces" or not any("▁" in token for token in TEMPLATES[name].tokens)
     ],
 )
 def test_exactly_the_answers_and_their_end_marks_are_learned(name: str, kind: str) -> None:
     template, tokenizer = TEMPLATES[name], tokenizer_for(name, kind)
 
     @settings(
-        deadline=None, max_examples=usual(14, long=170), suppress_health_check=[HealthCheck.too_slow], database=None
+        deadline=None, max_examples=usual(14, long=250), suppress_health_check=[HealthCheck.too_slow], database=None
     )
     @given(conversations(template))
     def check(drawn: tuple[Record, list[str]]) -> None:
@@ -83,13 +83,14 @@ def test_exactly_the_answers_and_their_end_marks_are_learned(name: str, kind: st
         result = encode([record], tokenizer, 100_000)
         found = [text for example in result.examples for _, text in runs(tokenizer, example)]
         assert found == expected
-        unlike = [warning for warning in result.warnings if "the generation prompt ends in" in warning]
-        assert [*result.warnings] == unlike[: name == "reasoning"] or result.expanded
+        # Nothing asks for an answer that a conversation begins with.
+        opens = record.messages[0].role == "assistant" and record.messages[0].learned
+        told = [warning for warning in result.warnings if template.told and template.told in warning]
+        assert bool(told) == (bool(template.told) and len(found) > opens)
+        assert [*result.warnings] == told or result.expanded
         prompts = _prompts(tokenizer, record)
         starts = [example.input_ids[:start] for example in result.examples for start, _ in runs(tokenizer, example)]
-        # Nothing asks for an answer that a conversation begins with; and no answer follows a block that it lacks.
-        opens = record.messages[0].role == "assistant" and record.messages[0].learned
-        assert name == "reasoning" or all(start in prompts for start in starts[opens:])
+        assert "generation prompt ends in" in template.told or all(start in prompts for start in starts[opens:])
 
     check()
 

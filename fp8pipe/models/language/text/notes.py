@@ -1,0 +1,120 @@
+"""What was seen of a chat template while records were rendered, counted, and said in sentences.
+
+Nothing is learned, dropped or read otherwise than it was written without one of these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from fp8pipe.models.language.text.conversation import Message
+
+
+class Kind(StrEnum):
+    """Of an answer, what is counted: the value is the sentence, with the number and the first one's texts."""
+
+    UNLIKE = (
+        "the generation prompt ends in {0!r}, which the text of a finished turn does not have (there {1!r} follows): "
+        "served answers begin after it, trained ones do not ({count} answers)"
+    )
+    HEADER = (
+        "the chat template takes no notice of add_generation_prompt, so that {0!r} before an answer is learned as its "
+        "beginning, and served answers will begin with it ({count} answers); to have it in the prompt, put "
+        "{{% if add_generation_prompt %}}{{{{ {0!r} }}}}{{% endif %}} at the end of the template"
+    )
+    TRAILER = (
+        "the chat template writes {0!r} after every conversation, asked for or not, so that it is learned as the end "
+        "of {count} answers; write it where add_generation_prompt is set, and only there"
+    )
+    PARTIAL = (
+        "the chat template renders only a part of {count} answers, which are not learned: the first begins with "
+        "{0!r}, and what is rendered of it with {1!r}; use a template that renders answers as they are given"
+    )
+
+
+@dataclass(slots=True)
+class Notes:
+    """Counts of what is told.
+
+    Attributes:
+        counts: answers of each kind.
+        firsts: of each kind, the texts of the first one.
+        passed_over: what the template does not look at -> how often.
+        special: special token -> records in whose own text it stands.
+    """
+
+    counts: Counter[Kind] = field(default_factory=Counter)
+    firsts: dict[Kind, tuple[str, ...]] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    special: Counter[str] = field(default_factory=Counter)
+
+    def count(self, kind: Kind, *texts: str) -> None:
+        """One more answer of a kind; `texts` of the first one are shown."""
+        self.counts[kind] += 1
+        self.firsts.setdefault(kind, texts)
+
+    def add(self, other: Notes) -> None:
+        """All that was counted elsewhere."""
+        self.counts += other.counts
+        self.firsts = other.firsts | self.firsts
+        self.passed_over += other.passed_over
+        self.special += other.special
+
+    def sentences(self) -> list[str]:
+        """One for each kind of thing."""
+        found = [f"the chat template passes over {what}: {count}" for what, count in self.passed_over.items()]
+        found += [kind.format(*self.firsts[kind], count=count) for kind, count in self.counts.items()]
+        if self.special:
+            listed = ", ".join(f"{token!r} (in {count})" for token, count in self.special.most_common())
+            found.append(
+                f"records hold special tokens of the tokenizer in their own text, where they are read as those tokens, "
+                f"in training as when served: {listed}; if they are meant as text, write them otherwise, with a space "
+                "after the first character for one"
+            )
+        return found
+
+
+def of_heldout(warnings: Iterable[str], trained: Iterable[str]) -> list[str]:
+    """Warnings of held-out text beside those of the training text: what is lost there, too, and what is not said yet.
+
+    What a template does is one fact, however many answers of either text show it. What is lost begins or ends with its
+    count.
+    """
+    said = {re.sub(r"\d+", "", warning) for warning in trained}
+    return [f"held-out text: {warning}" for warning in warnings
+            if re.search(r"^\d|\d$", warning) or re.sub(r"\d+", "", warning) not in said]  # fmt: skip
+
+
+def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the special tokens of a tokenizer in a text; None where it has none, or reads them as text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    tokens = {str(token) for token in added if getattr(token, "special", False)}
+    tokens |= {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
+    tokens.discard("")
+    if not tokens or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+
+def special_tokens(pattern: re.Pattern[str], messages: Iterable[Message], tools: Any) -> set[str]:
+    """Special tokens that the texts of a record hold."""
+    return {token for text in _texts([[m.content, m.fields] for m in messages] + [tools])
+            for token in pattern.findall(text)}  # fmt: skip
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Every text in a nested value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
