@@ -77,6 +77,16 @@ def test_a_projection_that_no_class_reads_is_refused(tmp_path: Path):
     assert "visual_projection.weight" in caught.value.why
 
 
+@pytest.mark.parametrize("cls", ["Aimv2Model", "AltCLIPModel", "BlipModel"])
+def test_towers_whose_class_reads_other_names_are_told_apart(cls: str, tmp_path: Path):
+    """transformers' class of the vision side alone finds none of its weights in the whole checkpoint."""
+    text = TOWERS["text_config"] | ({"encoder_hidden_size": 32} if cls == "BlipModel" else {})
+    save_model(tmp_path, cls, TOWERS | {"text_config": text, "projection_dim": 20})
+    with pytest.raises(ConfigurationError, match="does not hold all weights") as caught:
+        load_vision_model(str(tmp_path))
+    assert f"save the vision model of the {cls} by itself" in caught.value.fix
+
+
 def test_weights_that_are_left_over_are_refused_and_tables_of_indices_are_not(tmp_path: Path):
     save_transformers(tmp_path, "hf-vit-backbone")
     weights = load_file(tmp_path / "model.safetensors")
