@@ -22,7 +22,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", "
 BATCH = 64
 
 
-def read_rgb(path: Path) -> Image.Image:
+def read_rgb(path: Path, recipe: dict) -> Image.Image:
     """A picture of any mode as 8-bit RGB, turned as its EXIF data says."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
@@ -33,6 +33,10 @@ def read_rgb(path: Path) -> Image.Image:
         raise SystemExit(f"{path}: floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit greys: their 8 high bits
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+    if recipe.get("transparency") == "white" and transparent:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return image.convert("RGB")
 
 
@@ -40,7 +44,10 @@ def preprocess(image: Image.Image, recipe: dict) -> np.ndarray:
     """(3, H, W) float32 of an RGB picture, by the export's preprocessing.json."""
     height, width = resized(image, recipe)
     if (image.height, image.width) != (height, width):
-        image = image.resize((width, height), Image.Resampling[recipe["interpolation"].upper()])
+        if recipe.get("resizer") == "torchvision":
+            image = resample(image, (height, width), recipe["interpolation"])
+        else:
+            image = image.resize((width, height), Image.Resampling[recipe["interpolation"].upper()])
     rows, columns = recipe["crop"]
     anchor = recipe.get("anchor", "even")
     top, left = start(height, rows, anchor), start(width, columns, anchor)
@@ -65,6 +72,43 @@ def resized(image: Image.Image, recipe: dict) -> tuple[int, int]:
     if image.height <= image.width:
         return side, side * image.width // image.height
     return side * image.height // image.width, side
+
+
+def resample(image: Image.Image, size: tuple[int, int], kernel: str) -> Image.Image:
+    """The picture in another size (height, width), by torchvision's arithmetic: rows, then columns, each in 8 bits."""
+    planes = np.asarray(image).transpose(2, 0, 1)
+    for wanted in reversed(size):
+        if planes.shape[2] != wanted:
+            weights, places = integer_weights(planes.shape[2], wanted, kernel)
+            sums = planes.astype(np.float64) @ weights  # of integers: exact
+            planes = np.floor(sums / 2**places + 0.5).clip(0, 255).astype(np.uint8)
+        planes = planes.swapaxes(1, 2)
+    return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
+def integer_weights(given: int, wanted: int, kernel: str) -> tuple[np.ndarray, int]:
+    """Weights (given, wanted) that are integers of at most 15 bits, and their binary places."""
+    scale = given / wanted
+    stretch = max(scale, 1.0)
+    support = {"bilinear": 1, "bicubic": 2, "lanczos": 3}[kernel] * stretch
+    centers = scale * (np.arange(wanted)[:, None] + 0.5)
+    starts = np.maximum((centers - support + 0.5).astype(np.int64), 0)
+    ends = np.minimum((centers + support + 0.5).astype(np.int64), given)
+    pixels = np.arange(given)
+    x = np.abs((pixels - starts + (starts - centers) + 0.5) * (1.0 / stretch))
+    if kernel == "bilinear":
+        weights = np.maximum(1.0 - x, 0.0)
+    elif kernel == "bicubic":
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    else:
+        weights = np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+    weights = np.where((pixels >= starts) & (pixels < ends), weights, 0.0)
+    weights /= np.cumsum(weights, axis=1)[:, -1:]
+    places = 0
+    while places < 22 and int(0.5 + float(weights.max()) * 2 ** (places + 1)) < 1 << 15:
+        places += 1
+    return np.trunc(weights * 2**places + np.copysign(0.5, weights)).T, places
 
 
 def start(size: int, crop: int, anchor: str) -> int:
@@ -93,7 +137,7 @@ def open_model(export: Path) -> onnxruntime.InferenceSession:
 
 def classify(model: onnxruntime.InferenceSession, paths: list[Path], recipe: dict) -> np.ndarray:
     """(pictures, classes) logits."""
-    pixels = np.stack([preprocess(read_rgb(path), recipe) for path in paths])
+    pixels = np.stack([preprocess(read_rgb(path, recipe), recipe) for path in paths])
     return model.run(["logits"], {"pixels": pixels})[0]
 
 

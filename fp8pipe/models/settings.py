@@ -34,6 +34,8 @@ _OTHER_MODELS: Final = frozenset(
 # Attributes of the base class that are no fields.
 _COMMON: Final = frozenset(("model_type", "num_labels", "output_attentions", "_name_or_path"))
 _LABELS: Final = ("id2label", "label2id")
+# Fields that hold a mapping of numbers and names.
+_MAPPINGS: Final = ("rope_parameters", "rope_scaling")
 _NAME: Final = re.compile(r"[\w.+-]*")
 
 
@@ -84,6 +86,8 @@ def foreign_arguments(config_class: Any, arguments: Mapping[str, Any], place: st
     for name, value in arguments.items():
         where = place + name
         parts = value if isinstance(value, list | tuple) else [value]
+        if name in _MAPPINGS and isinstance(value, Mapping):
+            parts = [*value, *value.values()]
         if name not in declared | _COMMON or (name in _OTHER_MODELS and value):
             yield f"{where} is no setting of {config_class.__name__}" if name not in declared else f"{where} is given"
         elif isinstance(value, Mapping) and name in config_class.sub_configs:

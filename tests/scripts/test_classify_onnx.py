@@ -46,6 +46,9 @@ RECIPES = [
     {"resize": 37, "crop": [32, 32], "interpolation": "lanczos", "anchor": "down"},
     {"resize": [37, 53], "ratio": "cover", "crop": [32, 46], "interpolation": "bicubic"},
     {"resize": [32, 32], "ratio": "fit", "crop": [31, 31], "interpolation": "hamming", "padding": [124, 116, 104]},
+    {"resize": 57, "crop": [32, 32], "interpolation": "bicubic", "resizer": "torchvision", "transparency": "white"},
+    {"resize": [33, 47], "crop": [32, 40], "interpolation": "bilinear", "resizer": "torchvision"},
+    {"resize": 37, "crop": [32, 32], "interpolation": "lanczos", "resizer": "torchvision"},
     {"resize": None, "crop": [40, 45], "interpolation": "box", "padding": [0, 0, 0], "anchor": "corner"},
 ]
 
@@ -62,7 +65,7 @@ def test_pixels_are_those_of_training_bit_for_bit(script, tmp_path, recipe, mode
         exif[0x0112] = [1, 3, 6, 8][seed]  # orientation
         picture.save(path, exif=exif)
         expected = preprocessing.image_to_tensor(Image.open(path))
-        found = torch.from_numpy(script.preprocess(script.read_rgb(path), whole))
+        found = torch.from_numpy(script.preprocess(script.read_rgb(path, whole), whole))
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)
 

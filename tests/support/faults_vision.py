@@ -160,6 +160,8 @@ ENGINE_FAULTS = (
           "rtx-8.9.engine", graph("trt", store(f"{PROJ}.weight", off_by_one))),
     Fault("trt-code", "trt", GRAPH, "one INT8 code is its neighbour", C.PARITY, f"{PROJ}.weight",
           graph("trt", store(f"{PROJ}.weight", off_by_one)), "vit"),
+    Fault("trt-code-outside", "trt", GRAPH, "one INT8 code is -128, which no weight may be", C.REOPEN, PROJ,
+          graph("trt", store(f"{PROJ}.weight", first(-128)))),
     Fault("trt-half-bias", "trt", GRAPH, "a bias is doubled", C.PARITY, f"{PROJ}.bias",
           graph("trt", store(f"{PROJ}.bias", lambda a: a * 2 + 1)), "vit"),
     Fault("trt-scale-negative", "trt", GRAPH, "one scale is below zero", C.LINT, f"{PROJ}.weight",

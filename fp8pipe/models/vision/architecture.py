@@ -34,7 +34,7 @@ _ARGUMENTS: Final = frozenset(
      "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "head_init_scale", "swiglu_mlp", "scale_mlp",
      "attn_type", "rope_type", "num_reg_tokens", "use_rot_pos_emb", "rope_mixed_mode", "rope_grid_indexing",
      "use_mean_pooling", "use_fc_norm", "use_post_norm", "num_prefix_tokens", "distilled",
-     "pool_include_prefix", "strict_img_size")
+     "pool_include_prefix", "strict_img_size", "act_layer", "norm_layer")
 )  # fmt: skip
 
 Side = Annotated[int, Field(ge=1, le=16384)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
@@ -39,6 +40,7 @@ class Pretrained(NamedTuple):
 
 # Entries that say where and by what a configuration was written, not what is built.
 _RECORDS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+_OWN_SHAPES: Final = "use a checkpoint whose model_args give shapes and parts of a vision transformer alone"
 _ONE_OUTPUT: Final = (
     "the head has one output, and the checkpoint does not say that it is a probability: its value is served as it is; "
     "--head-activation sigmoid makes a probability of it"
@@ -65,7 +67,7 @@ def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretra
     try:
         check_arguments(written)
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"{folder / 'config.json'} cannot be used", why=str(error), fix="remove it") from error
+        raise ConfigurationError(f"{folder / 'config.json'} cannot be used", why=str(error), fix=_OWN_SHAPES) from error
     return load_from_timm(f"local-dir:{folder}", image_size, written)
 
 
@@ -188,10 +190,17 @@ def _architecture(
 ) -> tuple[Architecture, tuple[str, ...]]:
     """The architecture, and what was concluded without being said by the checkpoint; without classes a backbone."""
     activation = activation_of(len(classes), problem) if classes else "none"
-    architecture = Architecture(
-        library=library, name=name, arguments=arguments, image_size=size, classes=classes or None,
-        head="classifier" if classes else "features", activation=activation,
-    )  # fmt: skip
+    try:
+        architecture = Architecture(
+            library=library, name=name, arguments=arguments, image_size=size, classes=classes or None,
+            head="classifier" if classes else "features", activation=activation,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"the configuration of this {name} cannot be stored beside quantized weights",
+            why="; ".join(one["msg"] for one in error.errors()),
+            fix="use a model whose configuration holds numbers and names alone",
+        ) from error
     alone = len(classes) == 1 and problem not in ("regression", "multi_label_classification")
     return architecture, (_ONE_OUTPUT,) if alone else ()
 
@@ -251,8 +260,11 @@ def _load(folder: Path, name: str, config: Mapping[str, Any]) -> Any:
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
+        whole = str((config.get("architectures") or [name])[0])
         pooled = "use one that was saved with its pooling layer: its features are what that layer gives"
         named = "use a checkpoint whose config.json names the class that it was saved from"
+        if whole != name:
+            named = f"save the vision model of the {whole} by itself, with its image processor, and use that"
         raise ConfigurationError(
             f"{folder} does not hold all weights of {name}",
             why=f"missing: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}",

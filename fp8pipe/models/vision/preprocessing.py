@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, Validation
 
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.vision.resampling import KERNELS, resample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=BaseModel)
 
 PREPROCESSING_FILE: Final = "preprocessing.json"
-_RARE: Final = frozenset(("ratio", "anchor", "padding"))
+_RARE: Final = frozenset(("ratio", "anchor", "padding", "resizer", "transparency"))
 
 Side = Annotated[int, Field(ge=1, le=16384)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -38,8 +39,8 @@ Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 class Preprocessing(FrozenConfig):
     """Resize, crop and normalize.
 
-    Transparency is dropped, as image folders usually read it; 16-bit greys keep their 8 high bits. Fields that few
-    recipes need (`ratio`, `anchor`, `padding`) are written only where they say something else than their default.
+    16-bit greys keep their 8 high bits. Fields that few recipes need (`ratio`, `anchor`, `padding`, `resizer`,
+    `transparency`) are written only where they say something else than their default.
     """
 
     resize: Side | tuple[Side, Side] | None = Field(
@@ -59,7 +60,17 @@ class Preprocessing(FrozenConfig):
     padding: tuple[Code, Code, Code] | None = Field(
         default=None, description="colour around a picture smaller than the crop; null: none is ever smaller"
     )
-    interpolation: Filter = Field(default="bicubic", description="Pillow's filter for the resize (antialiased)")
+    interpolation: Filter = Field(default="bicubic", description="Pillow's name of the resize's filter (antialiased)")
+    resizer: Literal["pillow", "torchvision"] = Field(
+        default="pillow",
+        description="whose arithmetic the resize has: Pillow's, or torchvision's on 8-bit tensors, as in most "
+        "processors of transformers; one code in a hundred differs by one, few by two",
+    )
+    transparency: Literal["dropped", "white"] = Field(
+        default="dropped",
+        description="dropped: the colours that are stored under it count, as image folders usually read it; white: "
+        "white shines through, as in processors of transformers that convert to RGB themselves",
+    )
     mean: tuple[Fraction, Fraction, Fraction] = Field(description="of each channel, for pixels from 0 to 1")
     std: tuple[Deviation, Deviation, Deviation] = Field(description="of each channel, for pixels from 0 to 1")
     channels: Literal["rgb"] = Field(default="rgb", description="order of the channels")
@@ -73,6 +84,8 @@ class Preprocessing(FrozenConfig):
             raise ValueError(f"the crop {self.crop} is larger than the resized image ({self.resize})")
         if self.ratio != "free" and not isinstance(self.resize, tuple):
             raise ValueError(f"ratio {self.ratio!r} needs a height and a width to resize to, not {self.resize}")
+        if self.resizer == "torchvision" and self.interpolation not in KERNELS:
+            raise ValueError(f"torchvision's arithmetic is known for {', '.join(KERNELS)}, not {self.interpolation}")
         return self
 
     @model_serializer(mode="wrap")
@@ -95,10 +108,10 @@ class Preprocessing(FrozenConfig):
         """
         from PIL import ImageOps
 
-        rgb = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-        height, width = self.resized(rgb.height, rgb.width)
-        if (rgb.height, rgb.width) != (height, width):
-            rgb = rgb.resize((width, height), _filter(self.interpolation))
+        rgb = self._rgb(_eight_bits(ImageOps.exif_transpose(image)))
+        size = self.resized(rgb.height, rgb.width)
+        if (rgb.height, rgb.width) != size:
+            rgb = self._resize(rgb, size)
         return np.ascontiguousarray(np.array(self._cropped(rgb)).transpose(2, 0, 1))
 
     def image_to_array(self, image: Image) -> np.ndarray:
@@ -172,6 +185,22 @@ class Preprocessing(FrozenConfig):
             return self.resize, self.resize * width // height
         return self.resize * height // width, self.resize
 
+    def _rgb(self, image: Image) -> Image:
+        from PIL import Image as pil
+
+        transparent = "A" in image.getbands() or image.info.get("transparency") is not None
+        if self.transparency == "white" and transparent:
+            image = image.convert("RGBA")
+            image = pil.alpha_composite(pil.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return image.convert("RGB")
+
+    def _resize(self, rgb: Image, size: tuple[int, int]) -> Image:
+        from PIL import Image as pil
+
+        if self.resizer == "torchvision":
+            return pil.fromarray(resample(np.asarray(rgb), size, self.interpolation))
+        return rgb.resize((size[1], size[0]), pil.Resampling[self.interpolation.upper()])
+
     def _cropped(self, rgb: Image) -> Image:
         from PIL import Image as pil
 
@@ -194,12 +223,6 @@ class Preprocessing(FrozenConfig):
 def _normalized(codes: Any, divisor: int, mean: Any, std: Any) -> Any:
     """Arrays or tensors of float32."""
     return (codes / divisor - mean) / std
-
-
-def _filter(name: str) -> int:
-    from PIL.Image import Resampling
-
-    return int(Resampling[name.upper()])
 
 
 def _eight_bits(image: Image) -> Image:

@@ -48,7 +48,8 @@ def options(text, **changes: object) -> LanguageExportOptions:
 
 @pytest.fixture(scope="module")
 def llama(language_artifact):
-    return language_artifact("llama")
+    """Trained by another rule than the default one, which exports must not take for granted."""
+    return language_artifact("llama", rule="released")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,12 @@ def test_the_file_holds_the_artifacts_codes_and_no_float_copy(export, llama):
         assert numpy_helper.to_array(tensors[f"{name}_scale"]).astype(np.float32) == stored[f"{name}_scale"].numpy()
     halves = [t for t in tensors.values() if t.data_type == onnx.TensorProto.FLOAT16 and len(t.dims) > 1]
     assert sorted(tuple(t.dims) for t in halves) == [(64, 96), (96, 64)]  # head and embedding
+
+
+def test_the_export_says_how_its_own_rule_quantized_activations(export):
+    """One power of two a token stood there for every rule; the published one has a scale a tensor."""
+    trained = export.manifest.details.trained_activations
+    assert (trained.granularity, trained.scale_rule) == ("per-tensor", "amax")
 
 
 def test_queries_keys_and_values_share_a_quantizer_and_so_do_gate_and_up(export):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from language_models import ARCHITECTURES
+from language_models import write as write_architecture
 from safetensors.torch import load_file, save_file
 from small_artifacts import details_of
 from torch import Tensor
@@ -234,6 +236,16 @@ def test_small_layers_of_a_plain_model_stay_with_their_group(make_model: Callabl
     assert "fuses it with" in reasons["model.layers.0.self_attn.q_proj"]
     assert "output head" in reasons["lm_head"]
     assert any("stay unquantized" in warning for warning in export.manifest.warnings)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma3_mm", "qwen25vl"])
+def test_a_plain_model_whose_tensors_are_renamed_at_load_keeps_its_names(name: str, tmp_path: Path) -> None:
+    base = write_architecture(ARCHITECTURES[name], tmp_path / "base")
+    form = "bf16" if ARCHITECTURES[name].refused else "fp8"
+    export = export_vllm(base, tmp_path / "export", options(form))
+    assert all(gate.passed for gate in export.manifest.gates)
+    assert raw(base).keys() == {key for key in raw(export.root) if not key.endswith("_scale")}
+    assert load_torch_model(export.root, torch.float32).state_dict()
 
 
 def test_duplicate_of_a_tied_head_is_left_out(qwen2: Path, falqon: Callable[..., Path], tmp_path: Path) -> None:

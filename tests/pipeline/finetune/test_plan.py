@@ -7,6 +7,7 @@ import torch
 
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
+from fp8pipe.cli.tune import next_export
 from fp8pipe.core import machine
 from fp8pipe.core.config import build_config
 from fp8pipe.core.errors import ConfigurationError, LintRefusedError
@@ -45,6 +46,17 @@ def test_experts_are_told_at_plan_and_at_start_and_refused_by_the_export(mixture
     artifact = finetune(config(mixture, pairs), tmp_path / "out")
     assert warning in artifact.manifest.warnings
     with pytest.raises(LintRefusedError, match="unknown-matrix"):
+        export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
+
+
+def test_sides_that_no_fp8_kernel_takes_are_told_before_the_first_step(make_base, pairs, tmp_path):
+    base = make_base(intermediate_size=88)
+    (told,) = [note for note in plan_finetune(config(base, pairs, device="cuda")).notes if "dimension-multiple" in note]
+    assert "--format bf16" in told
+    artifact = finetune(config(base, pairs, steps=1, warmup_steps=0), tmp_path / "out")
+    assert any("dimension-multiple" in warning for warning in artifact.manifest.warnings)
+    assert "--target vllm --format bf16" in next_export(artifact)
+    with pytest.raises(LintRefusedError, match="multiples of 16"):
         export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vision_checkpoints import PROCESSOR, save_timm, save_transformers
-from vit_families import family, vision_family
+from vision_checkpoints import PROCESSOR, save_model, save_timm, save_transformers
+from vit_families import family, random_pixels, vision_family
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
+from fp8pipe.models.vision.prepare import vision_outputs
 from fp8pipe.models.vision.sources import load_vision_model, save_vision_model
 
 
@@ -121,6 +122,34 @@ def test_settings_that_transformers_does_not_take_are_told(change: dict[str, Any
     with pytest.raises(BadArtifactError, match="cannot be loaded") as caught:
         load_vision_model(str(tmp_path))
     assert why in caught.value.why
+
+
+def test_a_mapping_of_numbers_and_names_is_kept(tmp_path: Path):
+    """MLCD's rotary positions; anything deeper is refused by name."""
+    arguments = family("hf-clip-backbone").architecture.arguments
+    model = save_model(tmp_path, "MLCDVisionModel", arguments)
+    vision = load_vision_model(str(tmp_path))
+    pixels = random_pixels(family("hf-clip-backbone"), 2)
+    with torch.no_grad():
+        torch.testing.assert_close(vision_outputs(vision.model, pixels), model(pixels).pooler_output)
+    save_vision_model(vision, tmp_path / "ours")
+    assert load_vision_model(str(tmp_path / "ours")).digest == vision.digest
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["original"] = {"file": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match="cannot be stored") as caught:
+        load_vision_model(str(tmp_path))
+    assert "rope_parameters" in caught.value.why
+
+
+def test_names_of_functions_are_parts_of_a_model_of_timm(tmp_path: Path):
+    save_timm(tmp_path / "timm", img_size=64, act_layer="relu", norm_layer="rmsnorm")
+    vision = load_vision_model(str(tmp_path / "timm"))
+    assert type(vision.model.norm).__name__ == "RmsNorm"
+    save_timm(tmp_path / "other", model="convit_tiny", img_size=64, depth=1, local_up_to_layer=1)
+    with pytest.raises(ConfigurationError, match="cannot be used") as caught:
+        load_vision_model(str(tmp_path / "other"))
+    assert "shapes and parts" in caught.value.fix
 
 
 def test_a_download_that_was_cut_off_is_told(tmp_path: Path):

@@ -1,0 +1,109 @@
+"""Resizing as torchvision resizes 8-bit pictures, without torch: a server has numpy and Pillow only.
+
+transformers' image processors resize with torchvision, whose weights are integers of at most 15 bits where Pillow's
+have 22. So the two round a value near a half to different codes, and a second pass of bicubic weights, which exceed
+one, makes two codes of such a difference. Here is torchvision's arithmetic, equal to it in every code: rows first, then
+columns, each pass rounded to 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+# Weights are below this in absolute value (int16), and have no more binary places than that.
+_WEIGHT_LIMIT: Final = 1 << 15
+_MOST_PLACES: Final = 22
+# Columns that one product of matrices makes: more cost products with zero, fewer cost calls.
+_TILE: Final = 16
+# Pixels that are float64 at a time: what a cache holds.
+_BLOCK: Final = 1 << 17
+
+
+def resample(rgb: np.ndarray, size: tuple[int, int], kernel: str) -> np.ndarray:
+    """The picture in another size, antialiased.
+
+    Args:
+        rgb: (H, W, 3) uint8.
+        size: (height, width) in pixels.
+        kernel: one of `KERNELS`; bicubic is the one with a = -0.5, lanczos reaches over three pixels.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    planes = np.moveaxis(rgb, 2, 0)
+    if planes.shape[2] != size[1]:
+        planes = _resample_last(planes, size[1], kernel)
+    if planes.shape[1] != size[0]:
+        planes = _resample_last(planes.swapaxes(1, 2), size[0], kernel).swapaxes(1, 2)
+    return np.ascontiguousarray(np.moveaxis(planes, 0, 2))
+
+
+def _resample_last(planes: np.ndarray, size: int, kernel: str) -> np.ndarray:
+    """One pass: (C, N, L) uint8 -> (C, N, size) uint8."""
+    rows = planes.reshape(-1, planes.shape[2])
+    starts, weights, places = _integer_weights(rows.shape[1], size, kernel)
+    bands = [(at, starts[at], _band(starts, weights, at)) for at in range(0, size, _TILE)]
+    found = np.empty((len(rows), size), np.uint8)
+    step = max(1, _BLOCK // rows.shape[1])
+    for top in range(0, len(rows), step):
+        pixels = rows[top : top + step].astype(np.float64)
+        sums = np.empty((len(pixels), size))
+        for at, first, band in bands:
+            window = pixels[:, first : first + len(band)]
+            # Integers far below 2**53: exact in float64, in any order of the sums.
+            sums[:, at : at + _TILE] = window @ band[: window.shape[1]]
+        found[top : top + step] = np.floor(sums / 2**places + 0.5).clip(0, 255)
+    return found.reshape(*planes.shape[:2], size)
+
+
+def _band(starts: np.ndarray, weights: np.ndarray, at: int) -> np.ndarray:
+    """The weights of some columns, from the first pixel of the first one's window on: (pixels, columns)."""
+    rows, offsets = weights[at : at + _TILE], starts[at : at + _TILE] - starts[at]
+    band = np.zeros((offsets[-1] + rows.shape[1], len(rows)))
+    band[offsets[:, None] + np.arange(rows.shape[1]), np.arange(len(rows))[:, None]] = rows
+    return band
+
+
+def _integer_weights(given: int, wanted: int, kernel: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """(first pixel of each window (wanted,), integer weights (wanted, taps) as float64, their binary places)."""
+    radius, function = KERNELS[kernel]
+    scale = given / wanted
+    stretch = max(scale, 1.0)
+    support = radius * stretch
+    centers = scale * (np.arange(wanted) + 0.5)
+    starts = np.maximum((centers - support + 0.5).astype(np.int64), 0)
+    ends = np.minimum((centers + support + 0.5).astype(np.int64), given)
+    taps = np.arange(int(np.ceil(support)) * 2 + 1)
+    weights = function((taps + (starts - centers)[:, None] + 0.5) * (1.0 / stretch))
+    weights[taps >= (ends - starts)[:, None]] = 0.0
+    weights /= np.cumsum(weights, axis=1)[:, -1:]
+    largest, places = float(weights.max()), 0
+    while places < _MOST_PLACES and int(0.5 + largest * 2 ** (places + 1)) < _WEIGHT_LIMIT:
+        places += 1
+    return starts, np.trunc(weights * 2**places + np.copysign(0.5, weights)), places
+
+
+def _bilinear(x: np.ndarray) -> np.ndarray:
+    weights: np.ndarray = np.maximum(1.0 - np.abs(x), 0.0)
+    return weights
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    a, x = -0.5, np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _lanczos(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+
+
+KERNELS: Final[dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]]] = {
+    "bilinear": (1, _bilinear),
+    "bicubic": (2, _bicubic),
+    "lanczos": (3, _lanczos),
+}
