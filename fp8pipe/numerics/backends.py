@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp8pipe.numerics import fused
 from fp8pipe.numerics.grids import AMAX_FLOOR, E4M3, E5M2, FloatGrid, Scale, quantize
 from fp8pipe.numerics.kinds import ScaleRule
 
@@ -40,7 +41,8 @@ _ALIGN = 16  # torch._scaled_mm: inner and outer widths must be multiples of 16
 
 
 def _quantize_rows(x: Tensor, grid: FloatGrid, rule: ScaleRule) -> tuple[Tensor, Scale]:
-    return quantize(x, grid, rule, per_row=rule is ScaleRule.POWER_OF_TWO)
+    per_row = rule is ScaleRule.POWER_OF_TWO
+    return (fused.quantize_rows(x, grid) if per_row else None) or quantize(x, grid, rule, per_row=per_row)
 
 
 class Backend:
@@ -157,7 +159,7 @@ class _Cuda(Backend):
     def input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, beside: Tensor | None = None) -> Tensor:
         width = grad.shape[1]
         # The second operand must be column-major here too: one byte-wide transpose copy per layer.
-        column_major = _bytes(codes[:width]).t().contiguous().view(codes.dtype).t()
+        column_major = fused.transpose_bytes(_bytes(codes[:width])).view(codes.dtype).t()
         product = _scaled_mm(grad, E5M2, column_major, scale, fast_accumulation=False)
         if beside is None:
             return product
