@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -20,17 +20,11 @@ _PER_THREAD: Final = 32  # elements of a row: they stay in registers
 _TILE: Final = 64
 
 
+# Without annotations: Triton compiles them with the rest, and knows no names but its own.
 @triton.jit  # type: ignore[untyped-decorator]
-def cast_rows(
-    x: Any,
-    codes: Any,
-    scales: Any,
-    columns: Any,
-    stride: Any,
-    MAX_BITS: tl.constexpr,
-    FLOOR_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+def cast_rows(  # type: ignore[no-untyped-def]
+    x, codes, scales, columns, stride, MAX_BITS: tl.constexpr, FLOOR_BITS: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row of bf16 `x` to FP8 codes, and its power-of-two scale: a program per row, which it reads once.
 
     The scale is `grids.power_of_two_scale`, on the bits of fp32 numbers. Magnitudes are compared as integers too: then
@@ -53,7 +47,7 @@ def cast_rows(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def transpose_tile(source: Any, target: Any, rows: Any, columns: Any, TILE: tl.constexpr) -> None:
+def transpose_tile(source, target, rows, columns, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of bytes `(rows, columns)` to its place in the transpose; both sides are read and written along rows."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
