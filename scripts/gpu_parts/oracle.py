@@ -1,17 +1,18 @@
 """What a FALQON layer must compute, in fp64 from its operands' codes, and how far from that fp32 sums and bf16 may be.
 
 The operands are those that the CPU rounds; that a GPU rounds to the same codes is a check of its own. Then the only
-freedom of a correct product is the order of its sum and the roundings to bf16 on the way, so for each output there is a
-bound that no correct implementation exceeds:
+freedom of a correct product is the order of its sum and the roundings to bf16 on the way, so each output has a bound:
 
-* A sum of n products errs by at most `share(n)` times the sum of their magnitudes. In fp32 that is n 2^-24. FP8 tensor
-  cores of Hopper keep about 14 bits while they accumulate 32 products at a time (DeepSeek-V3 technical report, section
-  3.3.2): (n / 32 + 1) 2^-13 with fast accumulation all the way. Other GPUs keep more.
+* A sum of n products in fp32 errs by at most n 2^-23 times the sum of their magnitudes, whichever way it rounds.
+* FP8 tensor cores of Hopper keep about 14 bits: they align 32 products and the sum so far to the largest of them and
+  cut off the rest (DeepSeek-V3 technical report, section 3.3.2); other GPUs keep more. Each such addition is allowed
+  2^-13 of the sum of all magnitudes. Cutting off could cost more in theory, were most of the 32 just too small to be
+  kept; with operands that look like noise it costs a small part of that.
 * Each rounding to bf16, which has 8 significant bits, errs by at most 2^-8 of its value.
 * Errors of errors, and scales that are applied in fp32, are small beside these: all bounds are widened by 1 %.
 
-The bound of a long sum is wide, since it holds for the worst order. So the root of the mean squared error is recorded
-beside it: that is what two implementations differ by.
+The bound of a long sum is wide, since it holds for the worst case. It finds a wrong scale, row or operand, not a lost
+bit. So the root of the mean squared error is recorded beside it: that is what two implementations differ by.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _rms(value: Tensor) -> Tensor:
 
 def share(count: int, fp8_cores: bool) -> float:
     """Error of a sum of `count` products, relative to the sum of their magnitudes, at most."""
-    return (-(-count // 32) + 1) * 2.0**-13 if fp8_cores else count * 2.0**-24
+    return (-(-count // 32) + 1) * 2.0**-13 if fp8_cores else count * 2.0**-23
 
 
 def rounded(x: Tensor, grid: FloatGrid, rule: ScaleRule) -> Tensor:

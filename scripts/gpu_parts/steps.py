@@ -24,7 +24,7 @@ from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.text import IGNORED, Encoded
 from gpu_parts.context import Context, LeftOut
 from gpu_parts.lora import PlainLoraMethod
-from gpu_parts.timing import counted_syncs, peak_bytes, reset_peak, timed
+from gpu_parts.timing import counted_syncs, heaviest, peak_bytes, reset_peak, timed
 from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, QLORA, Decoder, Step, Way, reckon
 from pipeline.dry_run.devices import Device, device_reported
 from pipeline.falqon.method import FalqonMethod
@@ -81,9 +81,17 @@ def runs(tiny: bool) -> list[Run]:
 
 def run(context: Context) -> None:
     """Emit the rows of this part."""
-    for one in runs(context.tiny):
-        needs = 0.0 if context.tiny else 15.0 + (45.0 if one.compiled else 0.0) + (20.0 if one.layers > 4 else 0.0)
-        context.row(one.name, partial(_measure, one, context), needs)
+    first, second, *others = runs(context.tiny)
+    for one in (first, second):
+        context.row(one.name, partial(_measure, one, context), _needs(one, context))
+    context.row(f"profile, {first.name}", partial(_profile, first, context), _needs(first, context))
+    for one in others:
+        context.row(one.name, partial(_measure, one, context), _needs(one, context))
+
+
+def _needs(one: Run, context: Context) -> float:
+    """Seconds below which a row is not begun."""
+    return 0.0 if context.tiny else 15.0 + (45.0 if one.compiled else 0.0) + (20.0 if one.layers > 4 else 0.0)
 
 
 def _measure(one: Run, context: Context) -> dict[str, Any]:
@@ -107,6 +115,16 @@ def _measure(one: Run, context: Context) -> dict[str, Any]:
     }  # fmt: skip
     sheet = device_reported(torch.cuda.get_device_name(context.device)) if context.on_cuda else None
     return found | beside_model(one, shapes, step, taken["seconds"], peak, sheet)
+
+
+def _profile(one: Run, context: Context) -> dict[str, Any]:
+    """Which kernels a step spends its time on."""
+    shapes, step = (_TINY, _TINY_STEP) if context.tiny else (_LLAMA_7B, _STEP)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, _ = _trainer(one, shapes, step, context, Path(scratch))
+        for _ in range(2):
+            trainer.one_step()
+        return heaviest(trainer.one_step, context.device)
 
 
 def beside_model(

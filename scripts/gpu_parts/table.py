@@ -69,8 +69,9 @@ def table(record: Mapping[str, Any]) -> str:
     for name, part in record["parts"].items():
         error = f": {part['error']}" if part.get("error") else ""
         lines += ["", f"## {name}", "", f"{part['status']} after {part.get('seconds', '?')} s{error}", ""]
-        measured = [row for row in part["rows"] if not {"error", "left_out"} & row.keys()]
+        measured = [row for row in part["rows"] if not {"error", "left_out", "kernels"} & row.keys()]
         lines += _facts(measured) if name not in _PARTS else _table(measured, _PARTS[name])
+        lines += [line for row in part["rows"] if "kernels" in row for line in _profile(row)]
         lines += _unmeasured(part["rows"])
     return "\n".join(lines).rstrip()
 
@@ -96,6 +97,18 @@ def _table(rows: list[Row], columns: tuple[_Column, ...]) -> list[str]:
     for index, row in enumerate(rows):
         cells = ["" if cells[index] == "None" else cells[index] for _, cells in shown]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _profile(row: Row) -> list[str]:
+    """The kernels of a profiled step, heaviest first."""
+    busy = row["busy_seconds"]
+    head = f"{row['name']}: {row['launched']} kernels, busy for {1000 * busy:.4g} ms"
+    lines = ["", head, "", "| kernel | calls | ms | share |", "|---|---|---|---|"]
+    for one in row["kernels"]:
+        name = one["kernel"].replace("|", "\\|")
+        share = one["seconds"] / busy if busy else 0.0
+        lines.append(f"| `{name}` | {one['calls']} | {1000 * one['seconds']:.3g} | {share:.1%} |")
     return lines
 
 

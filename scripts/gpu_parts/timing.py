@@ -10,6 +10,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 
 def timed(
@@ -72,6 +74,28 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int | None:
     """Most bytes that tensors held at once since `reset_peak`; None where torch does not count them."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def heaviest(work: Callable[[], object], device: torch.device, count: int = 20) -> dict[str, Any]:
+    """What a call spends its time on, as torch's profiler sees it.
+
+    Returns:
+        `launched`, how many kernels ran (operators on a CPU); `busy_seconds`, the time of all of them; and `kernels`,
+        the `count` that took longest: name, calls, seconds.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        work()
+        synchronize(device)
+    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    seen = [one for one in profiler.key_averages() if one.device_type == kind]
+    figure = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    found = sorted(((one.key, one.count, getattr(one, figure) / 1e6) for one in seen), key=lambda one: -one[2])
+    kernels = [{"kernel": name[:120], "calls": calls, "seconds": seconds} for name, calls, seconds in found[:count]]
+    return {
+        "launched": sum(calls for _, calls, _ in found), "busy_seconds": sum(taken for *_, taken in found),
+        "kernels": kernels,
+    }  # fmt: skip
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from fp8pipe.core.errors import BadArtifactError, MissingCapabilityError
+from fp8pipe.core.errors import BadArtifactError
 from pipeline.dry_run.costs import LIVE, Decoder, reckon
 from pipeline.dry_run.devices import DEVICES
 
@@ -54,7 +54,7 @@ def parts() -> SimpleNamespace:
     """The session's modules, by name."""
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
-    names = ("context", "layers", "lora", "oracle", "record", "session", "steps", "table", "timing")
+    names = ("context", "correctness", "layers", "lora", "oracle", "record", "session", "steps", "table", "timing")
     return SimpleNamespace(**{name: importlib.import_module(f"gpu_parts.{name}") for name in names})
 
 
@@ -98,6 +98,9 @@ def test_a_cpu_agrees_with_itself(session):
 def test_steps_and_images_have_their_figures(session):
     parts = session[0]["parts"]
     steps = {row["name"]: row for row in parts["steps"]["rows"] if "seconds" in row}
+    (profiled,) = (row for row in parts["steps"]["rows"] if "kernels" in row)
+    assert profiled["launched"] >= sum(one["calls"] for one in profiled["kernels"]) > 100
+    assert profiled["busy_seconds"] >= sum(one["seconds"] for one in profiled["kernels"]) > 0
     assert set(steps) == {"live, 1 layers", "released, 1 layers", "lora, 1 layers"}
     assert steps["lora, 1 layers"]["method"] == "own LoRA, peft is absent"
     for row in [*steps.values(), *(row for row in parts["vision"]["rows"])]:
@@ -108,7 +111,7 @@ def test_steps_and_images_have_their_figures(session):
 def test_the_table_is_printed_from_the_record_again(session, parts, tmp_path):
     record, printed = session
     assert parts.table.table(record) == printed.rstrip("\n")
-    for name in ("## correctness", "| live, 1 layers |", "| synthesis |", "left out"):
+    for name in ("## correctness", "| live, 1 layers |", "profile, live, 1 layers: ", "| synthesis |", "left out"):
         assert name in printed
     stored = tmp_path / "record.json"
     stored.write_text(json.dumps(record))
@@ -166,13 +169,82 @@ def test_failing_parts_cost_nothing_but_their_own_rows(parts, tmp_path, monkeypa
     assert "second: **failed**" in printed
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(parts, tmp_path, monkeypatch):
+@pytest.fixture
+def main(parts, monkeypatch, tmp_path):
+    """`main("--table", path)` runs the command in this process, in a folder of its own; its exit code."""
+    spec = importlib.util.spec_from_file_location("gpu_session", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parts.session, "STARTS", ("fork", "fork"))
-    record = parts.record.Record.begin(tmp_path / "record.json", {"device": "cuda"})
-    with pytest.raises(MissingCapabilityError, match="no CUDA device can be used"):
-        parts.session.run_session(record, ["environment"], "cuda", tiny=True, minutes=1.0)
-    assert json.loads(record.path.read_text())["parts"]["environment"]["status"] == "no device"
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        return module.main()
+
+    return call
+
+
+def test_the_command_prints_a_stored_table_and_refuses_mistakes(main, session, capsys):
+    record, printed = session
+    Path("gpu-session.json").write_text(json.dumps(record))
+    assert main("--table", "gpu-session.json") == 0
+    assert capsys.readouterr().out == printed
+    assert main("--device", "cpu", "--tiny") == 10  # a record is never written over
+    assert "exists already" in capsys.readouterr().err
+    assert json.loads(Path("gpu-session.json").read_text()) == record
+    assert main("--table", "none.json") == 12
+    with pytest.raises(SystemExit, match="2"):
+        main("--minutes", "0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(main, capsys):
+    assert main("--minutes", "1") == 11
+    assert "no CUDA device can be used" in capsys.readouterr().err
+    (part,) = json.loads(Path("gpu-session.json").read_text())["parts"].values()
+    assert part["status"] == "no device"
+
+
+class Differing:
+    """A function that every other call changes the result of, as a device would that computes otherwise."""
+
+    def __init__(self, function, change):
+        self.function, self.change, self.calls = function, change, 0
+
+    def __call__(self, *args, **kwargs):
+        result, self.calls = self.function(*args, **kwargs), self.calls + 1
+        return result if self.calls % 2 else self.change(result, *args)
+
+
+def _another_code(result, *args):
+    result[0].view(torch.uint8)[0, 0] ^= 1
+    return result
+
+
+def _another_row(result, layer, *args):
+    layer.codes.view(torch.uint8)[0, 0] ^= 1
+    return result
+
+
+def test_a_device_that_differs_by_one_code_or_scale_fails(parts, monkeypatch):
+    correctness, cpu = parts.correctness, torch.device("cpu")
+    grid, rule = correctness.E4M3, correctness.ScaleRule.POWER_OF_TWO
+    assert correctness._codes(cpu, grid, rule)["passed"]
+    monkeypatch.setattr(correctness, "quantize", Differing(correctness.quantize, _another_code))
+    assert correctness._codes(cpu, grid, rule)["differing"] == 4  # one in each of the matrices
+    assert not correctness._codes(cpu, grid, rule)["passed"]
+    assert correctness._flush("accumulate-stochastic", cpu)["passed"]
+    monkeypatch.setattr(correctness, "flush_rows", Differing(correctness.flush_rows, _another_row))
+    assert not correctness._flush("accumulate-stochastic", cpu)["passed"]
+    assert correctness._scales(cpu)["passed"]
+    doubled = Differing(correctness.amax_scale, lambda scale, amax, grid: 2 * scale)
+    monkeypatch.setattr(correctness, "amax_scale", doubled)
+    found = correctness._scales(cpu)
+    assert (found["passed"], found["differing"]) == (
+        False,
+        found["of"] // 2 - 2,
+    )  # of infinity: twice as much is no more
 
 
 @pytest.mark.parametrize("form", range(3))
