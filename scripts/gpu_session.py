@@ -25,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/c
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has a copy of the tree, not the package
 
+from gpu_parts import BEGAN
 from gpu_parts.record import Record
 from gpu_parts.session import PARTS, run_session
 from gpu_parts.table import table
@@ -34,7 +35,7 @@ from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure this project on a GPU; see docs/gpu.md.")
-    parser.add_argument("--minutes", type=float, default=10.0, help="wall time of all parts together (default: 10)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="wall time of everything (default: 10)")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="which (default: all)")
     parser.add_argument("--output", type=Path, default=Path("gpu-session.json"), help="the record; must not exist")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to measure")
@@ -58,7 +59,9 @@ def main() -> int:
                 f"{options.output} exists already", why="a record is written once", fix="give another --output"
             )
         record = Record.begin(options.output, vars(options))
-        ran = run_session(record, options.parts, options.device, tiny=options.tiny, minutes=options.minutes)
+        ran = run_session(
+            record, options.parts, options.device, tiny=options.tiny, minutes=options.minutes, began=BEGAN
+        )
     except Fp8PipeError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -33,7 +33,7 @@ _SHARED: Final = ("torch._dynamo", "transformers.models.llama.modeling_llama")
 _NO_DEVICE: Final = "no device"
 
 
-def run_session(record: Record, parts: Sequence[str], device: str, *, tiny: bool, minutes: float) -> bool:
+def run_session(record: Record, parts: Sequence[str], device: str, *, tiny: bool, minutes: float, began: float) -> bool:
     """Run parts into a record; whether each of them ran to its end.
 
     Args:
@@ -41,17 +41,18 @@ def run_session(record: Record, parts: Sequence[str], device: str, *, tiny: bool
         parts: names from `PARTS`; they run in the order of that table.
         device: cuda or cpu.
         tiny: small shapes and few rounds.
-        minutes: wall time of all parts together.
+        minutes: wall time of all, imports too.
+        began: `time.monotonic()` when that time began.
 
     Raises:
         MissingCapabilityError: there is no such device.
     """
-    began = time.monotonic()
     chosen = [name for name in PARTS if name in parts]
-    _preload(chosen)
+    _preload(chosen)  # on a disk that has not read them yet this takes a part's time: what is left is shared out
+    ready = time.monotonic()
     starts, done = list(STARTS), record.data["parts"]
     for name in chosen:
-        ends = began + 60 * minutes * PARTS[name] / PARTS[chosen[-1]]
+        ends = ready + (began + 60 * minutes - ready) * PARTS[name] / PARTS[chosen[-1]]
         _run_part(record, name, starts[0], (torch.device(device), tiny, ends))
         while done[name]["status"] == _NO_DEVICE and len(starts) > 1:
             del starts[0]
@@ -80,13 +81,14 @@ def _run_part(record: Record, name: str, start: str, arguments: tuple[torch.devi
     record.part(name, status="running")
     processes: Any = multiprocessing.get_context(start)
     ours, theirs = processes.Pipe(duplex=False)
-    child = processes.Process(target=_in_child, args=(name, theirs, *arguments), daemon=True)
-    child.start()
+    child = processes.Process(target=_in_child, args=(name, theirs, *arguments))
+    child.start()  # no daemon: a compiler starts processes of its own
     theirs.close()
-    told = _receive(record, name, ours, ends)
-    child.join(max(0.0, min(5.0, ends - time.monotonic())))
-    late = child.is_alive()
-    if late:
+    try:
+        told = _receive(record, name, ours, ends)
+        child.join(max(0.0, min(5.0, ends - time.monotonic())))
+        late = child.is_alive()
+    finally:
         child.kill()
         child.join()
     if not told:

@@ -150,7 +150,8 @@ def test_failing_parts_cost_nothing_but_their_own_rows(parts, tmp_path, monkeypa
     monkeypatch.setattr(parts.session, "PARTS", {"raises": 1.0, "dies": 1.0, "hangs": 0.02, "good": 1.0})
     path = tmp_path / "record.json"
     record = parts.record.Record.begin(path, {"device": "cpu"})
-    assert not parts.session.run_session(record, list(found), "cpu", tiny=True, minutes=1.0)
+    began = time.monotonic()
+    assert not parts.session.run_session(record, list(found), "cpu", tiny=True, minutes=1.0, began=began)
     stored = json.loads(path.read_text())
     assert stored == record.data
     done = stored["parts"]
@@ -180,6 +181,7 @@ def main(parts, monkeypatch, tmp_path):
 
     def call(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        monkeypatch.setattr(module, "BEGAN", time.monotonic())
         return module.main()
 
     return call
