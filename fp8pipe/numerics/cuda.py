@@ -3,10 +3,10 @@
 It computes what `reference.Backend` says, with sums in another order. The one other difference: where G B is added to
 dX, the sum over W's rows has been rounded to the output's dtype, for the product takes nothing to add to.
 
-A pass over activations costs as much as a good part of a product, so casts are two: one for the largest magnitudes,
-one that scales and rounds. While torch.compile traces, the cast is written as operators that it can fuse with what
-makes their input, and the products, which add in place, are operators of their own; scales that a product does not
-apply are then left to the pass that comes next.
+A pass over activations costs as much as a good part of a product, so casts are two, one for the largest magnitudes and
+one that scales and rounds, or one of Triton (`fused.py`). While torch.compile traces, the cast is written as operators
+that it can fuse with what makes their input, and the products, which add in place, are operators of their own; scales
+that a product does not apply are then left to the pass that comes next.
 
 `torch._scaled_mm` wants the first operand row-major, the second column-major (cuBLASLt's TN), and inner and outer
 widths in multiples of 16: padding meets the widths, a physical transpose of one byte per weight the layout.
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp8pipe.numerics import fused
 from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid, Scale, amax_to_scale, power_of_two_scale
 from fp8pipe.numerics.kinds import ScaleRule
 from fp8pipe.numerics.reference import Backend
@@ -52,8 +53,11 @@ def scales_rows(index: int, dtype: torch.dtype) -> bool:
 def cast_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
     """Round `x` `(rows, cols)`, bf16 or fp32, to `grid`: codes, and a power-of-two scale per row, `(rows, 1)` fp32.
 
-    What `grids.quantize` gives, in two passes over x. Under its scale no value exceeds the grid, so none is clamped.
+    What `grids.quantize` gives, in one pass over x where Triton runs, else in two. Under its scale no value exceeds the
+    grid, so none is clamped.
     """
+    if not torch.compiler.is_compiling() and (found := fused.quantize_rows(x, grid)) is not None:
+        return found[0], found[1].value
     amax = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True, dtype=torch.float32)
     scale = power_of_two_scale(amax, grid)
     return _multiply(x, scale.reciprocal(), grid.dtype), scale
@@ -124,7 +128,7 @@ def input_gradient(
     """
     width, into = g.shape[1], codes.shape[1]
     # The second operand must be column-major here too: one byte-wide transpose copy per layer.
-    column_major = _bytes(codes[:width]).t().contiguous().view(codes.dtype).t()
+    column_major = fused.transpose_bytes(_bytes(codes[:width])).view(codes.dtype).t()
     product = _scaled_mm(g, g_scale, column_major, scale, columns, dtype, fast_accumulation=False)
     if beside is not None:
         product[:, :into].addmm_(beside, codes[width:].to(dtype))  # (T, r) @ (r, n), thin
@@ -196,7 +200,7 @@ def _exact_backward(
     (g, g_scale), (a, a_scale) = cast_whole(grad, E5M2), cast_whole(o, E4M3)
     dx = None
     if wants_input:
-        column_major = _bytes(codes[: grad.shape[1]]).t().contiguous().view(codes.dtype).t()
+        column_major = fused.transpose_bytes(_bytes(codes[: grad.shape[1]])).view(codes.dtype).t()
         dx = _scaled_mm(g, g_scale.value, column_major, scale.value, None, grad.dtype, fast_accumulation=False)
         dx = dx[:, : codes.shape[1]]
     # A bf16 GEMM of codes: r and the token count need no alignment then, at 2 T m r operations.

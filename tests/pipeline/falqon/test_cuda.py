@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp8pipe.numerics import fused
 from fp8pipe.numerics.backends import backend
 from fp8pipe.numerics.grids import E4M3, E5M2
 from fp8pipe.numerics.kinds import ScaleRule
@@ -51,6 +52,12 @@ def test_flush_on_cuda_writes_the_same_codes_in_place(make_layer):
     assert on_cuda.codes.data_ptr() == place
     differing = (on_cuda.codes.cpu().view(torch.uint8) != on_cpu.codes.view(torch.uint8)).float().mean()
     assert differing < 1e-3  # B A in fp32, summed in another order, meets a rounding boundary now and then
+
+
+def test_triton_kernels_are_right_on_this_device():
+    kernels = pytest.importorskip("fp8pipe.numerics.triton_kernels", exc_type=ImportError)
+    assert fused.first_difference(kernels, torch.device("cuda")) is None
+    assert fused.ready(torch.device("cuda"))
 
 
 def test_layer_compiles_without_graph_breaks(make_layer):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fake_cuda import fake_cuda
 
-from fp8pipe.numerics import cuda
-from fp8pipe.numerics.grids import E4M3, E5M2
+from fp8pipe.numerics import cuda, fused
+from fp8pipe.numerics.grids import E4M3, E5M2, quantize
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.flush import flush_rows, select_rows
 from pipeline.falqon.rules import RULES, update_rule
@@ -39,6 +42,34 @@ def test_products_are_refused_as_a_gpu_refuses_them(make_layer, monkeypatch):
         layer = make_layer(50, 36, 7).cuda()
         with pytest.raises(RuntimeError, match="divisible by 16"):
             layer(torch.randn(4, 36, device="cuda", dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_layer_uses_the_fused_kernels_but_where_it_is_compiled(make_layer, compiling, monkeypatch):
+    used = []
+
+    def quantize_rows(x, grid):
+        used.append(f"{grid.name} {tuple(x.shape)}")
+        codes, scale = quantize(x, grid, ScaleRule.POWER_OF_TWO, per_row=True)
+        return codes, scale.value
+
+    def transpose_bytes(codes):
+        used.append(f"transpose {tuple(codes.shape)}")
+        return codes.t().contiguous()
+
+    monkeypatch.setattr(fused, "ready", lambda device: True)
+    kernels = SimpleNamespace(quantize_rows=quantize_rows, transpose_bytes=transpose_bytes)
+    monkeypatch.setattr(fused, "_kernels", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    with fake_cuda():
+        layer = make_layer(64, 48, 16).cuda()
+        x = torch.randn(8, 48, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        layer(x).sum().backward()
+        too_wide = torch.empty(2, fused.WIDEST + 1, device="cuda", dtype=torch.bfloat16)
+        for other in (x.float(), too_wide, x.t(), x[:0]):
+            assert fused.quantize_rows(other, E4M3) is None
+    assert used == ([] if compiling else ["e4m3 (8, 48)", "e5m2 (8, 64)", "transpose (64, 48)"])
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -1,0 +1,129 @@
+"""Triton's kernels on CUDA where they can run, after each has been checked against torch on that device.
+
+Uncompiled, torch casts a matrix in some fifteen passes, with about 31 bytes of traffic per element; one pass over each
+row takes 3. Its transpose of bytes reads a row and writes a column, a byte at a time. Both matter only outside
+`torch.compile`, which makes kernels of its own from the torch operators; so there the operators stay.
+
+A kernel is used on a device only if the codes that it makes there are those of `grids.quantize`, for every bf16 number
+and for rows of many widths. Whatever is wrong (no Triton, no compiler for its launcher, another code), torch goes on
+with the same bits, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import lru_cache
+from types import ModuleType
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid, Scale, quantize
+from fp8pipe.numerics.kinds import ScaleRule
+
+_LOG = logging.getLogger(__name__)
+_KERNELS: Final = "fp8pipe.numerics.triton_kernels"
+WIDEST: Final = 1 << 15  # a row that registers hold
+_CHECKED_WIDTHS: Final = (1, 37, 640, 4096, 11008, WIDEST)
+
+
+def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale] | None:
+    """`grids.quantize` with one power-of-two scale per row, in one pass; None where no kernel does it.
+
+    Args:
+        x: `(rows, cols)`, on CUDA; bf16 with unit column stride and at most `WIDEST` columns is taken.
+        grid: E4M3 or E5M2.
+    """
+    fits = x.dtype == torch.bfloat16 and x.dim() == 2 and 0 < x.shape[1] <= WIDEST and x.shape[0] > 0
+    if not (_here(x) and fits and x.stride(1) == 1):
+        return None
+    with torch.cuda.device(x.device):
+        codes, scale = _kernels().quantize_rows(x, grid)
+    return codes, Scale(scale)
+
+
+def transpose_bytes(codes: Tensor) -> Tensor:
+    """The transpose of bytes `(rows, cols)`, contiguous `(cols, rows)`, on any device."""
+    if not (_here(codes) and codes.is_contiguous() and codes.numel()):
+        return codes.t().contiguous()
+    with torch.cuda.device(codes.device):
+        transposed: Tensor = _kernels().transpose_bytes(codes)
+    return transposed
+
+
+def _here(tensor: Tensor) -> bool:
+    # What is being compiled is torch's: a compiler fuses the operators.
+    return tensor.is_cuda and not torch.compiler.is_compiling() and ready(tensor.device)
+
+
+def ready(device: torch.device) -> bool:
+    """Whether the kernels run on a device and were found right there; found out once per process and device."""
+    if device.type != "cuda" or torch.version.cuda is None:  # without a build for CUDA its tensors are fake ones
+        return False
+    return _checked(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def _kernels() -> ModuleType:
+    return importlib.import_module(_KERNELS)
+
+
+@lru_cache
+def _checked(index: int) -> bool:
+    device = torch.device("cuda", index)
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return False  # no FP8 products either
+    try:
+        with torch.cuda.device(device):
+            wrong = first_difference(_kernels(), device)
+    except Exception as error:  # of Triton, its compiler or the driver: any of them may raise what it likes
+        wrong = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if wrong is not None:
+        _LOG.warning(
+            "Triton's FP8 kernels are not used on %s, torch casts instead (same bits, slower): %s", device, wrong
+        )
+    return wrong is None
+
+
+def first_difference(kernels: ModuleType, device: torch.device) -> str | None:
+    """What kernels with the functions of `triton_kernels` compute wrongly on a device, in words; None for nothing."""
+    for x in (_every_number(), *(_rows(width) for width in _CHECKED_WIDTHS)):
+        here = x.to(device)
+        for grid in (E4M3, E5M2):
+            (codes, scale), (expected, right) = (
+                kernels.quantize_rows(here, grid), quantize(here, grid, ScaleRule.POWER_OF_TWO, per_row=True)
+            )  # fmt: skip
+            # A code for NaN has two spellings, and which one a cast writes is no promise of anybody.
+            equal = (codes.view(torch.uint8) == expected.view(torch.uint8)) | (_nan(codes) & _nan(expected))
+            if not torch.equal(scale.nan_to_num(-1.0), right.value.nan_to_num(-1.0)):
+                return f"scales of rows of {x.shape[1]} differ in {grid.name}"
+            if not bool(equal.all()):
+                return f"{int((~equal).sum())} of {equal.numel()} codes differ in {grid.name}, rows of {x.shape[1]}"
+    for rows, columns in ((64, 64), (37, 130), (1, 999)):
+        codes = torch.arange(rows * columns, device=device).to(torch.uint8).view(rows, columns)
+        if not torch.equal(kernels.transpose_bytes(codes), codes.t()):
+            return f"the transpose of {rows} x {columns} bytes differs"
+    return None
+
+
+def _nan(codes: Tensor) -> Tensor:
+    return codes.float().isnan()
+
+
+def _every_number() -> Tensor:
+    """All bf16 numbers up to 448, 128 to a row, each row begun by 448: so each is cast with the scale 1."""
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    taken = bits[bits.abs() <= E4M3.max]
+    rows = torch.cat([taken, taken.new_zeros(-len(taken) % 128)]).view(-1, 128)
+    return torch.cat([rows.new_full((len(rows), 1), E4M3.max), rows], 1)
+
+
+def _rows(columns: int) -> Tensor:
+    """Gaussian rows of many sizes; of zeros, of infinity, of NaN; and with one large number beside tiny ones."""
+    random = torch.Generator().manual_seed(columns)
+    x = torch.randn(24, columns, generator=random) * torch.exp2(12 * torch.randn(24, 1, generator=random))
+    x[:4] *= torch.exp2(8 * torch.randn(4, columns, generator=random))
+    x[4], x[5, 0], x[6, -1], x[7, 0] = 0.0, torch.inf, torch.nan, 1e30
+    x[8], x[9] = 1e-30, -3e38
+    return x.bfloat16()

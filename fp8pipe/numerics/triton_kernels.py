@@ -1,0 +1,83 @@
+"""Triton kernels for what FP8 training does beside its products: cast rows to FP8, and transpose codes.
+
+`fused.py` decides where they run, and checks them there against `grids.quantize` before they are used.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp8pipe.numerics.grids import AMAX_FLOOR, FloatGrid
+
+_FLOOR_BITS: Final = struct.unpack("<i", struct.pack("<f", AMAX_FLOOR))[0]
+_PER_THREAD: Final = 32  # elements of a row: they stay in registers
+_TILE: Final = 64
+
+
+# Without annotations: Triton compiles them with the rest, and knows no names but its own.
+@triton.jit  # type: ignore[untyped-decorator]
+def cast_rows(  # type: ignore[no-untyped-def]
+    x, codes, scales, columns, stride, MAX_BITS: tl.constexpr, FLOOR_BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row of bf16 `x` to FP8 codes, and its power-of-two scale: a program per row, which it reads once.
+
+    The scale is `grids.power_of_two_scale`, on the bits of fp32 numbers. Magnitudes are compared as integers too: then
+    a NaN is the largest, where a comparison of numbers would lose it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < columns
+    values = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    # 127 << 23 is one, and a binade less one rounds up to a power of two; the mask leaves the exponent.
+    scale = (tl.maximum(amax, FLOOR_BITS) + (0x3F800000 + 0x7FFFFF - MAX_BITS)) & 0x7F800000
+    inverse = (254 << 23) - scale
+    infinite = amax >= 0x7F800000  # infinity or NaN: it poisons its row, as it does in torch
+    scale = tl.where(infinite, 0x7FC00000, scale)
+    inverse = tl.where(infinite, 0x7FC00000, inverse)
+    quotients = values * inverse.to(tl.float32, bitcast=True)
+    tl.store(codes + row * columns + at, quotients.to(codes.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale.to(tl.float32, bitcast=True))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def transpose_tile(source, target, rows, columns, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of bytes `(rows, columns)` to its place in the transpose; both sides are read and written along rows."""
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    j = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
+    tile = tl.load(source + i[:, None] * columns + j[None, :], mask=inside, other=0)
+    tl.store(target + j[:, None] * rows + i[None, :], tl.trans(tile), mask=tl.trans(inside))
+
+
+def block_of(columns: int) -> tuple[int, int]:
+    """Elements that a program of `cast_rows` holds, a power of two, and its warps."""
+    block = max(128, triton.next_power_of_2(columns))
+    return block, min(32, max(1, block // (32 * _PER_THREAD)))
+
+
+def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
+    """Codes `(rows, cols)` of bf16 `x` with unit column stride, and the scales of its rows, fp32 `(rows, 1)`."""
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns, dtype=grid.dtype, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block, warps = block_of(columns)
+    cast_rows[(rows,)](
+        x, codes, scales, columns, x.stride(0), MAX_BITS=grid.max_bits, FLOOR_BITS=_FLOOR_BITS, BLOCK=block,
+        num_warps=warps,
+    )  # fmt: skip
+    return codes, scales
+
+
+def transpose_bytes(codes: Tensor) -> Tensor:
+    """The transpose of contiguous uint8 codes `(rows, cols)`, contiguous."""
+    rows, columns = codes.shape
+    target = torch.empty(columns, rows, dtype=torch.uint8, device=codes.device)
+    transpose_tile[(triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE))](codes, target, rows, columns, TILE=_TILE)
+    return target

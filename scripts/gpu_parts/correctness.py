@@ -1,0 +1,121 @@
+"""Whether the device computes what the CPU does: scales, casts, layers, flushes, and a tiny model that trains.
+
+Codes must be the same bit for bit. Products must lie within `oracle.py`'s bound of an fp64 product of those codes; the
+CPU's own are held against it too. Where sums of other orders end in codes, the share that differs is stated.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid, amax_scale, power_of_two_scale, quantize, same_bits
+from fp8pipe.numerics.kinds import ScaleRule
+from gpu_parts import tiny_llama
+from gpu_parts.context import Context
+from gpu_parts.layers import FORMS, Case, cases, codes_differing, exact_updates, make, moved
+from gpu_parts.oracle import expected
+from pipeline.falqon.flush import flush_rows, select_rows
+from pipeline.falqon.rules import update_rule
+
+
+def run(context: Context) -> None:
+    """Emit the rows of this part."""
+    context.row("scales", lambda: _scales(context.device))
+    for grid in (E4M3, E5M2):
+        for rule in ScaleRule:
+            context.row(f"codes, {grid.name}, {rule}", partial(_codes, context.device, grid, rule))
+    for case in cases(context.tiny):
+        context.row(f"layer, {case.name}", partial(_layer, case, context))
+    for name in ("accumulate", "accumulate-stochastic", "released"):
+        context.row(f"flush, {name}", partial(_flush, name, context.device))
+    steps = 4 if context.tiny else 20
+    for name in ("live", "live-nearest", "released"):
+        find = partial(tiny_llama.compare, name, context.device, steps)
+        context.row(f"training, {name}", find, needs=0.0 if context.tiny else 20.0)
+
+
+def passed(found: bool) -> dict[str, Any]:
+    """The verdict of a row."""
+    return {"passed": bool(found)}
+
+
+def _scales(device: torch.device) -> dict[str, Any]:
+    """Both rules over every positive bf16 number, zero and infinity among them, and many fp32 numbers."""
+    every = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    random = torch.Generator().manual_seed(0)
+    wide = torch.randn(1 << 18, generator=random).abs() * torch.exp2(60 * torch.randn(1 << 18, generator=random))
+    amax = torch.cat([every[~every.isnan()], wide[wide.isfinite()]])
+    differing = 0
+    for grid in (E4M3, E5M2):
+        for function in (power_of_two_scale, amax_scale):
+            here, there = function(amax, grid), function(amax.to(device), grid).cpu()
+            differing += int(((here != there) & ~(here.isnan() & there.isnan())).sum())
+    return {"differing": differing, "of": 4 * len(amax), **passed(differing == 0)}
+
+
+def difficult_rows(columns: int) -> Tensor:
+    """bf16 rows that a cast must get right: Gaussian ones of all sizes, zeros, tiny and huge ones, and one outlier."""
+    random = torch.Generator().manual_seed(columns)
+    rows = torch.randn(96, columns, generator=random) * torch.exp2(16 * torch.randn(96, 1, generator=random))
+    rows[0], rows[1], rows[2] = 0.0, 1e-38 * rows[1].sign(), 1e30 * rows[2].sign()
+    rows[3, 0] = 1e6
+    rows[4:8] *= torch.exp2(8 * torch.randn(4, columns, generator=random))  # subnormal codes beside large ones
+    return rows.bfloat16()
+
+
+def _codes(device: torch.device, grid: FloatGrid, rule: ScaleRule) -> dict[str, Any]:
+    """Casts of a matrix, with one scale or one per row, at odd and aligned widths."""
+    differing, count = 0, 0
+    for columns in (1, 37, 256, 1000):
+        x = difficult_rows(columns)
+        per_row = rule is ScaleRule.POWER_OF_TWO
+        (codes, scale), (again, other) = (quantize(one, grid, rule, per_row=per_row) for one in (x, x.to(device)))
+        differing += int((codes.view(torch.uint8) != again.cpu().view(torch.uint8)).sum())
+        differing += 0 if same_bits(scale.value, other.value.cpu()) else 1
+        count += codes.numel()
+    return {"differing": differing, "of": count, **passed(differing == 0)}
+
+
+def _layer(case: Case, context: Context) -> dict[str, Any]:
+    """Forward and backward, on the CPU and on the device, each against fp64."""
+    layer, x, grad = make(case)
+    found: dict[str, Any] = {}
+    for where, device in {"cpu": torch.device("cpu"), "device": context.device}.items():
+        truth = expected(layer, x, grad, fp8_cores=device.type == "cuda")
+        other = moved(layer, device)
+        read = x.clone().to(device).requires_grad_()
+        y = other(read)
+        y.backward(grad.to(device))
+        pairs = {"y": y.detach(), "dx": read.grad, "db": other.lora_B.grad}
+        found[where] = {name: truth[name].compare(value) for name, value in pairs.items() if value is not None}
+    worst = max(one["of_bound"] for place in found.values() for one in place.values())
+    rms = {f"{name}_rms": max(found[place][name]["rms"] for place in found) for name in found["device"]}
+    return {"of_bound": worst, **rms, "by_device": found, **passed(worst <= 1.0)}
+
+
+def _flush(name: str, device: torch.device) -> dict[str, Any]:
+    """Rows of B into codes: exact updates must give the same bits; of ordinary ones, sums may round to another code."""
+    rule = update_rule(name)
+    form = next(form for form in FORMS if form[2] is rule.scale and not form[1])
+    found: dict[str, Any] = {}
+    for kind in ("exact", "ordinary"):
+        layer = make(Case(*form, 192, 256, 16, 8))[0]
+        if kind == "exact":
+            exact_updates(layer)
+        else:
+            layer.lora_B.data *= 20
+        other = moved(layer, device)
+        rows = select_rows(layer, 24)
+        found[f"{kind}_rows_agree"] = torch.equal(select_rows(other, 24).cpu(), rows)
+        for one in (layer, other):
+            flush_rows(one, rows.to(one.codes.device), rule, torch.Generator().manual_seed(0))
+        found[f"{kind}_differing"] = codes_differing(layer, other)
+        found["b_agrees"] = found.get("b_agrees", True) and torch.equal(layer.lora_B.cpu(), other.lora_B.cpu())
+    found["of"] = 24 * 256
+    # One code in a thousand: a sum lands within 2^-20 of a boundary between codes far more rarely than that.
+    agree = found["exact_differing"] == 0 and found["b_agrees"]
+    return {**found, **passed(agree and found["ordinary_differing"] <= 1e-3 * found["of"])}

@@ -1,0 +1,82 @@
+"""FALQON layers of random weights, alike on the CPU and on a device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fp8pipe.numerics.grids import E4M3, quantize
+from fp8pipe.numerics.kinds import ScaleRule
+from pipeline.falqon.layer import FalqonLinear
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The shape and form of a layer, and how many tokens it sees."""
+
+    form: str
+    live: bool
+    rule: ScaleRule
+    out: int
+    into: int
+    rank: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.form}, {self.into} to {self.out}, rank {self.rank}, {self.tokens} tokens"
+
+
+FORMS: Final = (
+    ("live", True, ScaleRule.POWER_OF_TWO),
+    ("released", False, ScaleRule.EXACT),
+    ("merged", False, ScaleRule.POWER_OF_TWO),
+)
+# All widths multiples of 16, as FP8 products want them, and none: padding is part of what is checked.
+_ALIGNED, _ODD, _WIDE = (192, 256, 16, 64), (50, 36, 7, 13), (4096, 4096, 64, 256)
+
+
+def cases(tiny: bool) -> list[Case]:
+    """Layers to check; in a real session also one as wide as LLaMA-7B's."""
+    shapes = (_ALIGNED, _ODD) if tiny else (_ALIGNED, _ODD, _WIDE)
+    return [Case(*form, *shape) for shape in shapes for form in FORMS]
+
+
+def make(case: Case, seed: int = 0) -> tuple[FalqonLinear, Tensor, Tensor]:
+    """A layer on the CPU with Gaussian weights, A and B, and bf16 input and gradient, whose tokens differ in size."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    stacked = torch.cat([0.02 * normal(case.out, case.into), 0.005 * normal(case.rank, case.into)])
+    codes, scale = quantize(stacked, E4M3, case.rule)
+    layer = FalqonLinear(codes, scale, rank=case.rank, live=case.live)
+    layer.lora_B.data = 0.02 * normal(case.out, case.rank)
+    x, grad = (normal(case.tokens, width) * normal(case.tokens, 1).exp() for width in (case.into, case.out))
+    return layer, x.bfloat16(), (1e-3 * grad).bfloat16()
+
+
+def moved(layer: FalqonLinear, device: torch.device) -> FalqonLinear:
+    """A copy on a device."""
+    return copy.deepcopy(layer).to(device)
+
+
+def exact_updates(layer: FalqonLinear, seed: int = 0) -> None:
+    """Give B halves and zeros: then all of `B codes(A)` is exact in fp32, in any order of the sum.
+
+    A's codes are multiples of 2^-9 up to 448, so with a rank of at most 64 the sums are multiples of 2^-10 below 2^14.
+    """
+    random = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-1, 2, layer.lora_B.shape, generator=random).float() / 2
+    layer.lora_B.data.copy_(drawn)
+
+
+def codes_differing(one: FalqonLinear, other: FalqonLinear) -> int:
+    """How many codes are not the same byte."""
+    return int((one.codes.cpu().view(torch.uint8) != other.codes.cpu().view(torch.uint8)).sum())

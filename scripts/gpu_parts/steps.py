@@ -1,0 +1,199 @@
+"""Training steps at LLaMA-7B's shapes: seconds, tokens per second, memory, host syncs, beside what the cost model says.
+
+The step is the product's own (`pipeline.finetune.loop`): forward, backward, clipping, AdamW, flush. Weights are random
+and built on the device; A is random too, since its initialisation is no part of a step. Two and four layers tell what a
+layer costs and what is there once; the whole model is measured where its memory allows.
+
+`compiled` compiles each decoder layer in place with `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from fp8pipe.core.config import build_config
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.text import IGNORED, Encoded
+from gpu_parts.context import Context, LeftOut
+from gpu_parts.lora import PlainLoraMethod
+from gpu_parts.timing import counted_syncs, heaviest, peak_bytes, reset_peak, timed
+from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, QLORA, Decoder, Step, Way, reckon
+from pipeline.dry_run.devices import Device, device_reported
+from pipeline.falqon.method import FalqonMethod
+from pipeline.falqon.rules import Initialisation, update_rule
+from pipeline.finetune.batches import Batches
+from pipeline.finetune.checkpoint import CheckpointStore
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.loop import Trainer
+from pipeline.finetune.method import LoraMethod, Method
+
+# LLaMA-7B, and the paper's step: 16 sequences of 528 tokens, rank 64, activations recomputed.
+_LLAMA_7B: Final = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "vocab_size": 32000, "max_position_embeddings": 2048,
+}  # fmt: skip
+_TINY: Final = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+_STEP, _TINY_STEP = Step(16, 528, 64, checkpointing=True), Step(2, 32, 8, checkpointing=True)
+_WAYS: Final[dict[str, Way]] = {"live": LIVE, "live, compiled": LIVE_COMPILED, "lora": LORA, "qlora": QLORA}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One row: a way of training, and how many decoder layers the model has."""
+
+    method: str
+    layers: int
+    compiled: bool = False
+
+    @property
+    def way(self) -> str:
+        """The method, and whether it is compiled."""
+        return f"{self.method}, compiled" if self.compiled else self.method
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.way}, {self.layers} layers"
+
+
+def runs(tiny: bool) -> list[Run]:
+    """What is measured, in order of worth."""
+    if tiny:
+        return [Run("live", 1), Run("released", 1), Run("lora", 1), Run("qlora", 1)]
+    four = [Run("live", 4), Run("lora", 4), Run("live", 4, compiled=True), Run("qlora", 4), Run("released", 4)]
+    two = [Run("live", 2), Run("lora", 2), Run("live", 2, compiled=True)]
+    return [
+        *four, Run("live", 32), Run("lora", 32), *two, Run("live", 32, compiled=True), Run("qlora", 32),
+        Run("released", 32),
+    ]  # fmt: skip
+
+
+def run(context: Context) -> None:
+    """Emit the rows of this part."""
+    first, second, *others = runs(context.tiny)
+    for one in (first, second):
+        context.row(one.name, partial(_measure, one, context), _needs(one, context))
+    context.row(f"profile, {first.name}", partial(_profile, first, context), _needs(first, context))
+    for one in others:
+        context.row(one.name, partial(_measure, one, context), _needs(one, context))
+
+
+def _needs(one: Run, context: Context) -> float:
+    """Seconds below which a row is not begun."""
+    return 0.0 if context.tiny else 15.0 + (45.0 if one.compiled else 0.0) + (20.0 if one.layers > 4 else 0.0)
+
+
+def _measure(one: Run, context: Context) -> dict[str, Any]:
+    shapes, step = (_TINY, _TINY_STEP) if context.tiny else (_LLAMA_7B, _STEP)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, used = _trainer(one, shapes, step, context, Path(scratch))
+        if one.compiled:
+            compile_layers(trainer.model)
+        losses: list[float] = []
+        for _ in range(2):  # the first makes the optimizer's state, and compiles
+            losses.append(trainer.one_step()["loss"])
+        reset_peak(context.device)
+        taken = timed(trainer.one_step, context.device, rounds=3 if context.tiny else 7, warmup=1)
+        peak = peak_bytes(context.device)
+        with counted_syncs(context.device) as syncs:
+            losses.append(trainer.one_step()["loss"])
+    found = {
+        "method": used, "layers": one.layers, "compiled": one.compiled, "tokens": step.tokens,
+        "tokens_per_second": step.tokens / taken["seconds"], **taken, "peak_bytes": peak,
+        "syncs": len(syncs) if context.on_cuda else None, "sync_places": sorted(set(syncs))[:12], "losses": losses,
+    }  # fmt: skip
+    sheet = device_reported(torch.cuda.get_device_name(context.device)) if context.on_cuda else None
+    return found | beside_model(one, shapes, step, taken["seconds"], peak, sheet)
+
+
+def _profile(one: Run, context: Context) -> dict[str, Any]:
+    """Which kernels a step spends its time on."""
+    shapes, step = (_TINY, _TINY_STEP) if context.tiny else (_LLAMA_7B, _STEP)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, _ = _trainer(one, shapes, step, context, Path(scratch))
+        for _ in range(2):
+            trainer.one_step()
+        return heaviest(trainer.one_step, context.device)
+
+
+def beside_model(
+    one: Run, shapes: dict[str, int], step: Step, seconds: float, peak: int | None, sheet: Device | None
+) -> dict[str, Any]:
+    """What the cost model reckons for the same step, and measured over reckoned; nothing where it reckons nothing."""
+    way = _WAYS.get(one.way)
+    if way is None or sheet is None:
+        return {}
+    decoder = Decoder.of_config(import_transformers().LlamaConfig(**shapes, num_hidden_layers=one.layers))
+    assert decoder is not None
+    found = reckon(decoder, step, way, sheet)
+    # The context is no tensor, so torch's peak does not hold it; it is small beside the rest.
+    ratio = None if peak is None else peak / found.memory_bytes
+    return {
+        "reckoned_seconds": found.seconds, "over_reckoned": seconds / found.seconds,
+        "reckoned_bytes": found.memory_bytes, "memory_over_reckoned": ratio,
+    }  # fmt: skip
+
+
+def _trainer(
+    one: Run, shapes: dict[str, int], step: Step, context: Context, scratch: Path
+) -> tuple[Trainer, str]:  # fmt: skip
+    """The product's trainer on a random model, and by what the method is done."""
+    method, used = _method(one.method, step.rank)
+    model = build_model(shapes, one.layers, context.device)
+    method.prepare(model)
+    model.train()
+    config = build_config(FinetuneConfig, {
+        "model": "random", "data": "random", "method": "falqon" if one.method in ("live", "released") else one.method,
+        "rank": step.rank, "batch_size": step.batch, "sequence_length": step.length, "steps": 1000, "log_every": 1000,
+        "gradient_checkpointing": True, "packing": False, "device": context.device.type, "learning_rate": 1e-4,
+    })  # fmt: skip
+    text = batches(step, shapes["vocab_size"])
+    store = CheckpointStore(scratch / "checkpoints", 1)
+    return Trainer(config, model, method, text, text, store, scratch / "metrics.jsonl"), used
+
+
+def _method(name: str, rank: int) -> tuple[Method, str]:
+    if name in ("live", "released"):
+        rule = update_rule(name)
+        return FalqonMethod(rule, rank=rank, rows=None, initialisation=Initialisation.RANDOM, seed=0), "falqon"
+    quantized, peft = name == "qlora", find_spec("peft") is not None
+    if quantized and not (peft and find_spec("bitsandbytes")):
+        raise LeftOut("peft and bitsandbytes are not both installed")
+    kind = LoraMethod if peft else PlainLoraMethod
+    return kind(rank=rank, alpha=rank, seed=0, quantized=quantized), "peft" if peft else "own LoRA, peft is absent"
+
+
+def build_model(shapes: dict[str, int], layers: int, device: torch.device) -> Any:
+    """A Llama of random bf16 weights, made on its device, recomputing activations as the product does."""
+    transformers = import_transformers()
+    settings = transformers.LlamaConfig(**shapes, num_hidden_layers=layers, use_cache=False)
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM._from_config(settings, dtype=torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer in place."""
+    decoder: Any = model
+    for layer in decoder.get_decoder().layers:
+        layer.compile()
+
+
+def batches(step: Step, vocabulary: int) -> Batches:
+    """Full sequences of random tokens, all of them answers, as the cost model takes them; two batches."""
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, vocabulary, (2 * step.batch, step.length), generator=random).tolist()
+    examples = [Encoded(ids, [IGNORED, *ids[1:]]) for ids in drawn]
+    return Batches(examples, step.batch, step.length, seed=0, packing=False, pad_id=0)

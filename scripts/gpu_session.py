@@ -1,0 +1,73 @@
+"""Measure this project on a GPU in a few minutes: a check against the CPU first, then times, memory and bounds.
+
+    python scripts/gpu_session.py                            ten minutes at most; writes gpu-session.json
+    python scripts/gpu_session.py --minutes 4 --parts environment correctness steps --output first.json
+    python scripts/gpu_session.py --device cpu --tiny        the same code at small shapes, to see that it runs
+    python scripts/gpu_session.py --table gpu-session.json   the record again, as Markdown
+
+It needs torch, transformers and pydantic, and nothing that would have to be fetched: all weights are random. peft and
+bitsandbytes are used where they are installed. `docs/gpu.md` says what each part measures.
+
+Parts run in the order of what they are worth, each in a process of its own that is ended when its time is up: a kernel
+that hangs or poisons its CUDA context costs that part's remaining rows and nothing else. The record is written anew
+after each row. Exit code 0 says that every part ran, not that every row is good; a row with an error is in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the commands do: fp8pipe/core/machine.py
+# Otherwise asking whether there is a GPU would begin CUDA, and no fork could use it any more.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a bare machine has a copy of the tree, not the package
+
+from gpu_parts import BEGAN
+from gpu_parts.record import Record
+from gpu_parts.session import PARTS, run_session
+from gpu_parts.table import table
+
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure this project on a GPU; see docs/gpu.md.")
+    parser.add_argument("--minutes", type=float, default=10.0, help="wall time of everything (default: 10)")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="which (default: all)")
+    parser.add_argument("--output", type=Path, default=Path("gpu-session.json"), help="the record; must not exist")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to measure")
+    parser.add_argument("--tiny", action="store_true", help="small shapes and few rounds, to see that it runs")
+    parser.add_argument("--table", type=Path, help="print this record's table and measure nothing")
+    options = parser.parse_args()
+    if options.minutes <= 0:
+        parser.error("--minutes must be positive")
+    return options
+
+
+def main() -> int:
+    """Run from the command line; the table goes to stdout, progress to stderr."""
+    options = _arguments()
+    try:
+        if options.table is not None:
+            print(table(Record.read(options.table).data))
+            return 0
+        if options.output.exists():
+            raise ConfigurationError(
+                f"{options.output} exists already", why="a record is written once", fix="give another --output"
+            )
+        record = Record.begin(options.output, vars(options))
+        ran = run_session(
+            record, options.parts, options.device, tiny=options.tiny, minutes=options.minutes, began=BEGAN
+        )
+    except Fp8PipeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(table(record.data))
+    return 0 if ran else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
