@@ -23,6 +23,7 @@ from exporters.tensorrt.builder import build_enterprise, build_rtx, check_enterp
 from exporters.tensorrt.engine_cache import EngineSource, ReadyEngine, engine_precisions, ready_engine
 from exporters.tensorrt.engines import ENGINES
 from exporters.tensorrt.half import dequantize_graph
+from exporters.tensorrt.listing import PrecisionReport
 from exporters.tensorrt.parity import evaluate_graph
 from exporters.tensorrt.target import CAPABILITIES, KIND, EnterpriseSettings, TrtDetails, TrtFormat
 from fp8pipe.artifact import Artifact, Comparison, Gate, open_artifact
@@ -99,18 +100,18 @@ def validate_tensorrt(
     judged = [(engine, report) for engine, report in zip(engines, read, strict=True) if report is not None]
     gates += [gate for engine, report in judged for gate in precision_gates(artifact, engine, report)]
     gates += [] if execution is None else [_error(execution, reference)]
-    reports = (
-        EngineReport(
-            capability=e.recipe.capability, builder=e.recipe.builder, version=e.recipe.version,
-            source=e.source.value, reasons=e.reasons,
-            precisions=report.counts() if report else dict(e.precisions), read=report is not None,
-        )
-        for e, report in zip(engines, read, strict=True)
-    )  # fmt: skip
     return conclude(
-        artifact, _details(artifact).format, gates, reports, packages=_VERSIONS, execution=execution,
+        artifact, _details(artifact).format, gates, map(_report_of, engines, read), packages=_VERSIONS, execution=execution,
         proved=_proved(artifact, held, engines, execution, reference), compared=held is not None,
         not_proved=[*_not_proved(artifact, held, engines, execution, where), *unchecked],
+    )  # fmt: skip
+
+
+def _report_of(engine: ReadyEngine, read: PrecisionReport | None) -> EngineReport:
+    return EngineReport(
+        capability=engine.recipe.capability, builder=engine.recipe.builder, version=engine.recipe.version,
+        source=engine.source.value, reasons=engine.reasons,
+        precisions=read.counts() if read else dict(engine.precisions), read=read is not None,
     )  # fmt: skip
 
 
