@@ -101,8 +101,8 @@ def validate_tensorrt(
     gates += [gate for engine, report in judged for gate in precision_gates(artifact, engine, report)]
     gates += [] if execution is None else [_error(execution, reference)]
     return conclude(
-        artifact, _details(artifact).format, gates, map(_report_of, engines, read), packages=_VERSIONS, execution=execution,
-        proved=_proved(artifact, held, engines, execution, reference), compared=held is not None,
+        artifact, _details(artifact).format, gates, map(_report_of, engines, read),
+        packages=_VERSIONS, execution=execution, proved=_proved(artifact, held, engines, execution, reference), compared=held is not None,
         not_proved=[*_not_proved(artifact, held, engines, execution, where), *unchecked],
     )  # fmt: skip
 
