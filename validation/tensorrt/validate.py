@@ -102,7 +102,8 @@ def validate_tensorrt(
     gates += [] if execution is None else [_error(execution, reference)]
     return conclude(
         artifact, _details(artifact).format, gates, map(_report_of, engines, read),
-        packages=_VERSIONS, execution=execution, proved=_proved(artifact, held, engines, execution, reference), compared=held is not None,
+        packages=_VERSIONS, execution=execution, compared=held is not None,
+        proved=_proved(artifact, held, engines, execution, reference),
         not_proved=[*_not_proved(artifact, held, engines, execution, where), *unchecked],
     )  # fmt: skip
 
