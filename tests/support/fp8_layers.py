@@ -37,6 +37,7 @@ class ScaledKernel:
 
     off = 1.0  # factor of what it multiplies by
     reciprocal = False  # multiplies by the scale's reciprocal
+    approximate = 1.0  # factor of its scale: a division that is off in the last bits
     truncates = False  # codes towards zero instead of the nearest
     rounds = True
     bits: int | None = None  # that are kept behind the leading one of the largest addend, as tensor cores do
@@ -47,7 +48,7 @@ class ScaledKernel:
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.rounds:
             return (x.float() @ (layer.weight.float() * layer.weight_scale.t())).to(x.dtype)
-        scale = (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+        scale = (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512)) * self.approximate
         quotients = x.float() * scale.reciprocal() if self.reciprocal else x.float() / scale
         codes = quotients.clamp(-448, 448).to(torch.float8_e4m3fn)
         if self.truncates:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from validation.vllm.kernels import Kernel, kernel_inputs
 
-__all__ = ["examine", "make_tokens", "nearest_e4m3", "round_inputs"]
+__all__ = ["APPROXIMATE", "examine", "make_tokens", "nearest_e4m3", "round_inputs"]
 
 _LARGEST: Final = 448.0
 _SCALE_FLOOR: Final = 1.0 / (448.0 * 512.0)  # of vLLM's dynamic scales
@@ -26,7 +26,9 @@ _TERMS: Final = 32  # features of a token that are not zero: what a tensor core 
 # Tensor cores align addends to the largest, and keep at least 13 bits behind its leading one: FP8 on Hopper does, as
 # the report on DeepSeek-V3 measured (arXiv 2412.19437); others keep more.
 _ADDEND_LOSS: Final = 2.0**-13
+_DIVISION_LOSS: Final = 2.0**-21  # of an approximate division on a GPU, two units in the last place, and one by 448
 _TOKENS: Final = 256  # of a call
+APPROXIMATE: Final = "divided approximately by amax / 448"
 _SEED: Final = 5
 _ROUNDOFF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
@@ -144,11 +146,12 @@ def _diagonal(tokens: Tensor, start: int) -> Tensor:
 def _codes_differing(tokens: Tensor, codes: Tensor, scales: Tensor) -> dict[str, int]:
     """Codes of inputs that are not those expected, by the way in which a kernel may compute them.
 
-    Kernels divide by the scale, or multiply by its reciprocal; the same holds of the 448 in the scale. All of a layer
+    Kernels divide by the scale, or multiply by its reciprocal; the same holds of the 448 in the scale. Compiled ones
+    may divide approximately: then a scale may be off in its last bits, and a tie may become either code. All of a layer
     must be one of these ways; where a token's scale is none of them all its codes count as differing.
     """
     values, count, width = tokens.float(), *tokens.shape
-    held = codes[:count, :width].view(torch.uint8)
+    held = codes[:count, :width].contiguous().view(torch.uint8)
     scale = scales.float().reshape(-1)[:count, None]
     amax = values.abs().amax(dim=-1, keepdim=True)
     found = {}
@@ -158,6 +161,13 @@ def _codes_differing(tokens: Tensor, codes: Tensor, scales: Tensor) -> dict[str,
     ):
         right = scale == expected if scale.numel() == count else torch.zeros(count, 1, dtype=torch.bool)
         for way, quotients in (("divided by", values / expected), ("times the reciprocal of", values * (1 / expected))):
-            mine = nearest_e4m3(quotients).to(torch.float8_e4m3fn).view(torch.uint8)
-            found[f"{way} {how}"] = int(((mine != held) | ~right).sum())
+            found[f"{way} {how}"] = int(((_codes(quotients) != held) | ~right).sum())
+    if scale.numel() == count:
+        near = (scale / (amax / _LARGEST).clamp(min=_SCALE_FLOOR) - 1).abs() <= _DIVISION_LOSS
+        sides = [_codes(values / scale * (1 + sign * _DIVISION_LOSS)) for sign in (-1, 1)]
+        found[APPROXIMATE] = int(((held != sides[0]) & (held != sides[1]) | ~near).sum())
     return found
+
+
+def _codes(quotients: Tensor) -> Tensor:
+    return nearest_e4m3(quotients).to(torch.float8_e4m3fn).view(torch.uint8)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from exporters.vllm.reopen import changed_on_purpose
 from fp8pipe.models.language.ending import GENERATION_FILE
+from validation.vllm.products import APPROXIMATE
 
 if TYPE_CHECKING:
     from validation.vllm.comparison import Case
@@ -63,7 +64,8 @@ def _products(kernels: KernelReport) -> Iterator[str]:
     done = f"{kernels.rounding} of {kernels.layers} round their inputs to E4M3"
     yield f"each quantized layer, run by itself, multiplies by the weight that it holds, in {names}; {done}"
     if kernels.codes:
-        yield f"{kernels.codes} codes of activations were seen where kernels multiply them, bit for bit as expected"
+        but = ", but for ties, since a kernel divides approximately" if APPROXIMATE in kernels.ways else ""
+        yield f"{kernels.codes} codes of activations, seen where kernels multiply them, are right bit for bit{but}"
 
 
 def _unseen(case: Case, served: ServedReport) -> Iterator[str]:

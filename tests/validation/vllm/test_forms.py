@@ -15,7 +15,10 @@ from trained_exports import checked, scaled_inputs
 from exporters.vllm.environment import VllmEnvironment
 from exporters.vllm.form import ServingForm
 from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact.record import write_record
 from fp8pipe.core.errors import ConfigurationError, GateFailedError, MissingCapabilityError
+from fp8pipe.report.page import render
+from fp8pipe.report.subject import open_subject
 from serving.config import ServeConfig
 from serving.http.service import proof_of
 from validation import plan
@@ -91,6 +94,14 @@ def test_a_proof_on_one_device_is_none_for_another(tree: Path, engine: Any, tmp_
         elsewhere = form.in_words(gpu_environment(tmp_path / name, sees(name, 9, 0)))
         with pytest.raises(GateFailedError, match=f"form on a CPU: .*and here is on a GPU .{name}"):
             proof_of(artifact, ServeConfig(), versions, elsewhere)
+
+
+def test_a_report_shows_the_engine_that_serves_where_none_ran_in_fp32(tree: Path, engine: Any) -> None:
+    record = checked(tree / "copied").model_copy(update={"weights": None, "logprobs": None, "canary": []})
+    write_record(record, tree / "copied")
+    page = render(open_subject(tree / "copied"))
+    assert "as served: weights read back" in page
+    assert "largest difference of log-probabilities" not in page
 
 
 @pytest.mark.parametrize(

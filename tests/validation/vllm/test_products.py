@@ -10,7 +10,7 @@ from fp8_layers import PackedKernel, ScaledKernel, make_codes, make_layer
 
 from validation.vllm.kernel_report import kernel_report
 from validation.vllm.kernels import find_kernel, through_gemm
-from validation.vllm.products import examine, make_tokens, nearest_e4m3
+from validation.vllm.products import APPROXIMATE, examine, make_tokens, nearest_e4m3
 
 ROWS, COLUMNS = 48, 200  # the last tile of columns is not full
 
@@ -64,6 +64,13 @@ def test_a_product_that_is_off_is_told() -> None:
     found = examined(off=1.05)
     assert min(found["error_plain"], found["error_rounded"]) > 1
     assert examined(off=float("nan"))["error_rounded"] != examined(off=float("nan"))["error_rounded"]  # NaN stays
+
+
+def test_a_division_in_which_the_last_bit_is_off_is_told_from_a_right_one_and_taken() -> None:
+    found = examined(approximate=1 + 2.0**-23)
+    assert (found["codes_differing"], found["rounding"]) == (0, APPROXIMATE)
+    assert found["error_rounded"] < 1
+    assert examined(approximate=1 + 2.0**-18)["codes_differing"] > 1000  # every code of tokens with another scale
 
 
 def test_codes_that_are_cut_instead_of_rounded_are_counted() -> None:
