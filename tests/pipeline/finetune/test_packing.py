@@ -159,11 +159,11 @@ def settings(base, data, **changes):
 def test_a_run_says_how_it_kept_examples_apart(saved, pairs, tmp_path, name, how):
     manifest = finetune(settings(saved(name), pairs), tmp_path / "out").manifest
     assert manifest.details.packing.how == how
-    told = [warning for warning in manifest.warnings if "not packed" in warning]
+    told = [warning for warning in manifest.warnings if "packing is off" in warning]
     assert told == [packing_warning(manifest.details.packing)] * (how == "off")
     again = finetune(settings(saved(name), pairs, packing=False), tmp_path / "single").manifest
     assert again.details.packing == PackingFacts(how="off")
-    assert not any("not packed" in warning for warning in again.warnings)
+    assert not any("packing is off" in warning for warning in again.warnings)
     if how == "off":  # the same run, but for the warning
         assert again.details.heldout_loss == manifest.details.heldout_loss
     else:
@@ -173,4 +173,4 @@ def test_a_run_says_how_it_kept_examples_apart(saved, pairs, tmp_path, name, how
 def test_a_dry_run_says_it_beforehand(saved, pairs, tmp_path):
     plan = plan_finetune(settings(saved("bloom"), pairs), tmp_path / "out")
     assert plan.facts["packing"].startswith("off")
-    assert any("not packed" in note for note in plan.notes)
+    assert any("packing is off" in note for note in plan.notes)
