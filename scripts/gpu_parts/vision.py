@@ -111,5 +111,6 @@ def _distillation(vision: VisionModel, context: Context) -> dict[str, Any]:
     history = distiller.run(ended)
     return {
         "seconds": ended.mean(distiller.read_every), "images": config.distill.batch_size, "bits": _BITS,
-        "start_seconds": started, "peak_bytes": peak_bytes(context.device), "losses": [history[0]["loss"], history[-1]["loss"]],
+        "start_seconds": started, "peak_bytes": peak_bytes(context.device),
+        "losses": [history[0]["loss"], history[-1]["loss"]],
     }  # fmt: skip

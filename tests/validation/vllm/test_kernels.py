@@ -134,8 +134,7 @@ def test_codes_scales_and_activations_are_proved_bit_for_bit(exports: Path, vali
 
 def test_transposed_weights_and_biases_are_proved_too(validated: Any) -> None:
     record = validated("gpt2", "none")
-    wrong = [gate for gate in record.gates if not gate.passed]
-    assert {gate.name.partition(",")[0] for gate in wrong} <= {"wrong answers"}, wrong  # random weights may say a space
+    assert not [gate for gate in record.gates if not gate.passed]
     weights, kernels = record.served.weights, record.served.kernels
     assert (weights.read["codes"], weights.differing, kernels.rounding) == (8, 0, 8)
     assert kernels.worst_product < 0.5
