@@ -48,12 +48,12 @@ _VERSIONS: Final = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt"
 RELATIVE_LIMIT: Final = 0.15
 _IMAGES: Final = 64
 _FEW_IMAGES: Final = 2
+Notify = Callable[[str], None]
 
 
 def validate_tensorrt(
-    export: Path, *, against: Path | None = None, device: DeviceName = "auto",
-    notify: Callable[[str], None] | None = None,
-) -> TrtValidationRecord:  # fmt: skip
+    export: Path, *, against: Path | None = None, device: DeviceName = "auto", notify: Notify | None = None
+) -> TrtValidationRecord:
     """Validate an export to TensorRT and write `<export>.validation.json` beside it.
 
     Args:
@@ -63,13 +63,12 @@ def validate_tensorrt(
         notify: gets the notice of an engine that is built again; the log otherwise.
 
     Returns:
-        The record: ACCEPT when an engine ran, PROVED-WITHOUT-RUNNING where no GPU is, CONSISTENT without the artifact.
+        The record: ACCEPT when an engine was run, PROVED-WITHOUT-RUNNING without, CONSISTENT without the artifact.
 
     Raises:
         ConfigurationError: `against` is not the export's parent.
         BadArtifactError: anything but an engine is damaged, ONNX Runtime refuses the graph, or an engine does not run.
-        MissingCapabilityError: a package is missing; an engine must be built and no builder is there; or the GPU is
-            none that the export's builder builds for.
+        MissingCapabilityError: a package, a builder or the GPU is missing, or the builder does not build for it.
         GateFailedError: an engine built again multiplies in another precision.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
@@ -78,9 +77,8 @@ def validate_tensorrt(
     artifact = open_artifact(export, kind=KIND, caches=ENGINES)
     source = artifact_at_hand(artifact, against, kind=VIT_KIND)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
-    gpu = next(iter(machine.gpus()), None) if where.name == "cuda" else None
-    here = None if gpu is None else f"{gpu.capability[0]}.{gpu.capability[1]}"
-    capabilities = list(_details(artifact).engines) if here is None else [_runnable(artifact, here)]
+    here = _runnable(artifact) if where.name == "cuda" else None
+    capabilities = list(_details(artifact).engines) if here is None else [here]
     with track(3 + len(capabilities), "validate") as progress:
         pixels = _pixels(artifact)
         expected = _expected(artifact, pixels)
@@ -120,8 +118,9 @@ def _details(artifact: Artifact) -> TrtDetails:
     return artifact.manifest.details_of(TrtDetails)
 
 
-def _runnable(artifact: Artifact, capability: str) -> str:
+def _runnable(artifact: Artifact) -> str:
     """This GPU's capability, if the export's builder builds for it."""
+    capability = ".".join(map(str, machine.gpus()[0].capability))
     if artifact.manifest.config["builder"] != "enterprise" and capability not in CAPABILITIES:
         raise MissingCapabilityError(
             f"TensorRT for RTX does not run on this GPU (compute capability {capability})",

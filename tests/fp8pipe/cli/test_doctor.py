@@ -52,3 +52,19 @@ def test_doctor_names_the_packages_that_a_verb_lacks(monkeypatch):
         assert not able[key]["able"]
         assert package in able[key]["how"]
         assert f"fp8pipe[{extra}" in able[key]["add"] or not extra
+
+
+def test_doctor_says_what_a_gpu_cannot_do(monkeypatch, tmp_path):
+    from fp8pipe.core import machine
+
+    cards = [machine.Gpu("H200", (9, 0), 141 << 30), machine.Gpu("A100", (8, 0), 40 << 30)]
+    monkeypatch.setattr(machine, "gpus", lambda: cards)
+    document = json.loads(invoke("doctor", "--json", "--vllm-python", tmp_path / "none").stdout)
+    hopper, ampere = (check for check in document["checks"] if check["name"] == "cuda device")
+    assert (hopper["status"], hopper["fix"]) == ("ok", "")
+    why = "compute capability 8.0; falqon needs 8.9 (FP8)"
+    assert (ampere["status"], ampere["fix"]) == ("warning", f"{why}: --device auto takes the CPU for falqon")
+    able = {one["what"].split(":")[0]: one["how"] for one in document["can"] if one["verb"] in ("train", "quantize")}
+    assert f"H200 (FP8); A100 (not on it: {why})" in able["falqon"]
+    assert "H200 (bf16); A100 (bf16)" in able["lora, qlora"]
+    assert "A100 (bf16)" in able["vision transformers"]
