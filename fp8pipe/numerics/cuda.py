@@ -30,9 +30,8 @@ from fp8pipe.numerics.reference import Backend
 _ALIGN = 16
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def capability(index: int) -> tuple[int, int]:
-    """The compute capability of a CUDA device."""
+    """The compute capability of a CUDA device; to torch.compile's tracer a constant, as who compiles must declare."""
     return _capability(index)
 
 

@@ -24,6 +24,7 @@ from fp8pipe.numerics.kinds import ScaleRule
 from fp8pipe.numerics.quantizers import compensated_round
 from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import FinalMerge, Rounding, UpdateRule
+from pipeline.finetune.compiled import uncompiled
 
 _COLUMNS = 128  # of a block of the solver
 # Of H's mean diagonal. A few outlier inputs dominate that mean in LLMs: GPTQ's usual 0.01 would damp all others into
@@ -272,7 +273,7 @@ def _second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: I
     for name, layer in layers.items():
         layer.observer = partial(observe, name)
     try:
-        with torch.compiler.set_stance("force_eager"):  # a tracer would not see what the observers do
+        with uncompiled():  # a tracer would not see what the observers do
             for batch in inputs():
                 model(**batch, use_cache=False)
     finally:

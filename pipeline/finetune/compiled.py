@@ -15,7 +15,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,9 +52,16 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
     # torch's log says so.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch._dynamo.config.suppress_errors = True
+    torch.compiler.assume_constant_result(cuda.capability)
     for layer in decoder_layers(model):
         wrap_layer(layer, torch.compile(layer.forward, options=OPTIONS))
     return True
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """While active, compiled layers run as they are."""
+    # Its import takes a second and 80 MB, and where nobody did that nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:

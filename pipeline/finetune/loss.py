@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fp8pipe.models.language.text import IGNORED
 from pipeline.finetune.batches import Batch
+from pipeline.finetune.compiled import uncompiled
 
 _CHUNK_VALUES = 1 << 23  # fp32 values in flight: 32 MB
 
@@ -121,7 +122,7 @@ def heldout_loss(
     model.eval()
     total, count = 0.0, 0
     # Uncompiled: another graph for other shapes, without gradients, would take longer than it saves.
-    with context or nullcontext(), torch.compiler.set_stance("force_eager"):
+    with context or nullcontext(), uncompiled():
         for batch in batches:
             total += float(answer_loss(model, model_inputs(batch, device), batch.labels))
             count += answer_count(batch.labels)

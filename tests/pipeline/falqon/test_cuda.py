@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8pipe.numerics import fused
+from fp8pipe.numerics import cuda, fused
 from fp8pipe.numerics.backends import backend
-from fp8pipe.numerics.grids import E4M3, E5M2
+from fp8pipe.numerics.grids import E4M3, E5M2, quantize, same_bits
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.flush import flush_rows, select_rows
 from pipeline.falqon.rules import update_rule
+from pipeline.finetune.compiled import OPTIONS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +25,22 @@ def test_casts_on_cuda_have_the_cpus_values(grid):
     for rule in ScaleRule:
         on_cuda = backend(x.cuda()).cast(x.cuda(), grid, rule)
         assert torch.equal(on_cuda.cpu(), backend(x).cast(x, grid, rule))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("grid", [E4M3, E5M2], ids=lambda g: g.name)
+def test_codes_on_cuda_are_those_of_quantize(grid, compiled):
+    x = (torch.randn(64, 96) * torch.exp(3 * torch.randn(64, 96))).to(torch.bfloat16)
+    cast = torch.compile(cuda.cast_rows, fullgraph=True, options=OPTIONS) if compiled else cuda.cast_rows
+    codes, scale = cast(x.cuda(), grid)
+    expected, rows = quantize(x, grid, ScaleRule.POWER_OF_TWO, per_row=True)
+    assert same_bits(codes.cpu(), expected)
+    assert same_bits(scale.cpu(), rows.value)
+    if not compiled:
+        codes, whole = cuda.cast_whole(x.cuda(), grid)
+        expected, one = quantize(x, grid, ScaleRule.EXACT)
+        assert same_bits(codes.cpu(), expected)
+        assert torch.equal(whole.inverse_scale.cpu(), one.inverse_scale)
 
 
 @pytest.mark.parametrize(("live", "rule"), [(True, "power-of-two"), (False, "power-of-two"), (False, "exact")])
@@ -63,5 +80,6 @@ def test_triton_kernels_are_right_on_this_device():
 def test_layer_compiles_without_graph_breaks(make_layer):
     layer = make_layer().cuda()
     x = torch.randn(32, 32, device="cuda", dtype=torch.bfloat16)
-    compiled = torch.compile(layer, fullgraph=True)
+    torch.compiler.assume_constant_result(cuda.capability)
+    compiled = torch.compile(layer, fullgraph=True, options=OPTIONS)
     torch.testing.assert_close(compiled(x), layer(x), rtol=2**-6, atol=1e-2)
