@@ -144,24 +144,32 @@ def _encodings(manifest: Manifest, layer: ExportedLayer, record: LayerRecord) ->
 
 
 def _products(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
-    """Every layer of the manifest has its product, and no product belongs to a layer that the manifest lacks."""
-    suffixes = ("/MatMul", "/Conv")
-    found = {str(n.name).removesuffix(s) for n in model.graph for s in suffixes if str(n.name).endswith(s)}
+    """Every layer of the manifest has its product, none belongs to another layer, and codes are in their range."""
+    found = {str(n.name).rpartition("/")[0] for n in model.graph if str(n.name).endswith(("/MatMul", "/Conv"))}
     stated = {layer.name for layer in artifact.manifest.layers}
     for name in sorted(found ^ stated):
         why = "the manifest does not list this layer" if name in found else "the graph has no product of this layer"
         yield Finding(Check.MANIFEST, name, why)
+    for record in artifact.manifest.layers:
+        if (value := model.graph.initializers.get(f"{record.name}.weight")) and value.const_value is not None:
+            yield from _range(value.const_value.numpy(), record)
 
 
 def _weight(name: str, weight: Any, record: LayerRecord) -> Iterator[Finding]:
     codes = weight.codes.flatten(1)
     if record.shape is not None and tuple(codes.shape) != record.shape:
         yield Finding(Check.MANIFEST, name, f"codes {tuple(codes.shape)}; the manifest says {record.shape}")
-    if record.weight is not None and record.weight.format == Kind.INT.value and record.weight.bits is not None:
-        low, high = weight_limits(record.weight.bits)
-        outside = int(((codes < low) | (codes > high)).sum())
-        if outside:
-            yield Finding(Check.REOPEN, name, f"{outside} codes are outside {low}..{high} ({record.weight.bits} bits)")
+    yield from _range(codes, record)
+
+
+def _range(codes: Any, record: LayerRecord) -> Iterator[Finding]:
+    """Integer codes, an array or a tensor, against the bits that the manifest says they have."""
+    weight = record.weight
+    if weight is None or weight.format != Kind.INT.value or weight.bits is None:
+        return
+    low, high = weight_limits(weight.bits)
+    if outside := int(((codes < low) | (codes > high)).sum()):
+        yield Finding(Check.REOPEN, record.name, f"{outside} codes are outside {low}..{high} ({weight.bits} bits)")
 
 
 def _runs(artifact: Artifact, path: Path, onnx_ir: Any) -> Iterator[Finding]:
