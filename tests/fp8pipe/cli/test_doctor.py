@@ -57,14 +57,17 @@ def test_doctor_names_the_packages_that_a_verb_lacks(monkeypatch):
 def test_doctor_says_what_a_gpu_cannot_do(monkeypatch, tmp_path):
     from fp8pipe.core import machine
 
-    cards = [machine.Gpu("H200", (9, 0), 141 << 30), machine.Gpu("A100", (8, 0), 40 << 30)]
+    memory = 40 << 30
+    cards = [machine.Gpu(name, (major, 0), memory) for name, major in (("H200", 9), ("A100", 8), ("V100", 7))]
     monkeypatch.setattr(machine, "gpus", lambda: cards)
     document = json.loads(invoke("doctor", "--json", "--vllm-python", tmp_path / "none").stdout)
-    hopper, ampere = (check for check in document["checks"] if check["name"] == "cuda device")
-    assert (hopper["status"], hopper["fix"]) == ("ok", "")
-    why = "compute capability 8.0; falqon needs 8.9 (FP8)"
-    assert (ampere["status"], ampere["fix"]) == ("warning", f"{why}: --device auto takes the CPU for falqon")
+    hopper, ampere, volta = (check for check in document["checks"] if check["name"] == "cuda device")
+    assert [(card["status"], card["fix"]) for card in (hopper, ampere)] == [("ok", "")] * 2
+    why = "compute capability 7.0; falqon needs 8.0 (bf16; FP8 products from 8.9 on)"
+    assert volta["status"] == "warning"
+    assert volta["fix"].startswith(why)
+    assert volta["fix"].endswith("--device auto takes the CPU for falqon, lora and qlora, quantize-vit")
     able = {one["what"].split(":")[0]: one["how"] for one in document["can"] if one["verb"] in ("train", "quantize")}
-    assert f"H200 (FP8); A100 (not on it: {why})" in able["falqon"]
+    assert f"H200 (FP8 products); A100 (FP8 decoded, bf16 products); V100 (not on it: {why})" in able["falqon"]
     assert "H200 (bf16); A100 (bf16)" in able["lora, qlora"]
     assert "A100 (bf16)" in able["vision transformers"]

@@ -50,6 +50,7 @@ def test_auto_has_the_key_of_what_it_takes(command, key, monkeypatch):
 def test_a_gpu_that_cannot_do_the_work_changes_no_key(key, monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: [])
     before = key("finetune")
-    monkeypatch.setattr(machine, "gpus", lambda: [Gpu("A100", (8, 0), 40 << 30)])
+    monkeypatch.setattr(machine, "gpus", lambda: [Gpu("V100", (7, 0), 16 << 30)])
     assert key("finetune") == before
+    monkeypatch.setattr(machine, "gpus", lambda: [Gpu("A100", (8, 0), 40 << 30)])
     assert key("quantize-vit") == key("quantize-vit", "cuda")

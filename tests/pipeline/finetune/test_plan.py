@@ -49,11 +49,11 @@ def test_experts_are_told_at_plan_and_at_start_and_refused_by_the_export(mixture
         export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
 
 
-def test_sides_that_no_fp8_kernel_takes_are_told_before_the_first_step(make_base, pairs, tmp_path):
+def test_sides_that_no_fp8_kernel_takes_are_told_before_the_first_step(make_base, pairs, tmp_path, gpu_here):
     base = make_base(intermediate_size=88)
-    (told,) = [note for note in plan_finetune(config(base, pairs, device="cuda")).notes if "dimension-multiple" in note]
+    (told,) = [note for note in plan_finetune(config(base, pairs)).notes if "dimension-multiple" in note]
     assert "--format bf16" in told
-    artifact = finetune(config(base, pairs, steps=1, warmup_steps=0), tmp_path / "out")
+    artifact = finetune(config(base, pairs, steps=1, warmup_steps=0, device="cpu"), tmp_path / "out")
     assert any("dimension-multiple" in warning for warning in artifact.manifest.warnings)
     assert "--target vllm --format bf16" in next_export(artifact)
     with pytest.raises(LintRefusedError, match="multiples of 16"):

@@ -45,10 +45,10 @@ class Changes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = torch.ones(*input_ids.shape, 4)
+        x = torch.ones(*input_ids.shape, 16)
         y = self.first(x) + self.second(x)
         x += 1
         return y + self.third(x)
