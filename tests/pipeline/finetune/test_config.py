@@ -9,6 +9,8 @@ from fp8pipe.core.errors import ConfigurationError
 from pipeline.falqon.rules import RULES
 from pipeline.finetune.config import FinetuneConfig
 
+TAKES_ROWS = [rule.name for rule in RULES.values() if rule.flush_every_step and not rule.rank_rows]
+
 
 def build(**changes):
     return build_config(FinetuneConfig, {"model": "m", "data": "d"} | changes)
@@ -43,7 +45,7 @@ def test_a_resolved_configuration_can_be_given_again(method, rule):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        *(({"update_rule": r, "rows": 4}, ["rows", r]) for r in ("live", "live-nearest", "live-svd", "released")),
+        *(({"update_rule": r, "rows": 4}, ["rows", r]) for r in RULES if r not in TAKES_ROWS),
         ({"method": "lora", "update_rule": "live"}, ["update_rule", "lora"]),
         ({"method": "qlora", "rows": 4, "initialisation": "svd"}, ["rows", "initialisation", "qlora"]),
         ({"lora_alpha": 64.0}, ["lora_alpha", "falqon"]),
@@ -56,7 +58,7 @@ def test_what_does_not_apply_is_refused_by_name(changes, named):
     assert all(name in error.value.why for name in named)
 
 
-@pytest.mark.parametrize("rule", [r.name for r in RULES.values() if r.flush_every_step and not r.rank_rows])
+@pytest.mark.parametrize("rule", TAKES_ROWS)
 def test_rows_apply_to_rules_that_flush(rule):
     assert build(update_rule=rule, rows=4).rows == 4
 

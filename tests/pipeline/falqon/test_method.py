@@ -1,0 +1,54 @@
+"""FALQON as a method: every rule goes on from its state with the bits of a run that was not cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fp8pipe.models.compat import import_transformers
+from pipeline.falqon.method import FalqonMethod
+from pipeline.falqon.rules import RULES, Initialisation
+
+
+def prepared(base, rule, stored=None):
+    """A model of `base`, and its method: four rows a flush of layers that have 32 or more, so that it matters which."""
+    model = import_transformers().AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    method = FalqonMethod(rule, rank=8, rows=4, initialisation=Initialisation.RANDOM, seed=3)
+    method.prepare(model, stored=stored)
+    return model, method
+
+
+def train(model, method, steps):
+    """Steps along the sign of the gradient: large enough to move codes, and without a state like AdamW's."""
+    for step in steps:
+        tokens = torch.randint(0, 272, (2, 16), generator=torch.Generator().manual_seed(step))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        for b in method.parameters().values():
+            b.data -= b.grad.sign()
+            b.grad = None
+        method.after_step(step, measure=False)
+
+
+def cloned(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_method_restored_from_its_state_goes_on_with_the_same_bits(name, make_base):
+    base, rule = make_base(num_hidden_layers=1), RULES[name]
+    model, whole = prepared(base, rule)
+    start = cloned(whole.base_state())
+    train(model, whole, (1, 2))
+    middle = cloned(whole.step_state())
+    train(model, whole, (3, 4))
+    torch.manual_seed(99)  # what the process has drawn so far is not part of a checkpoint
+    model, resumed = prepared(base, rule, stored=cloned(start))
+    resumed.load_step_state(middle)
+    train(model, resumed, (3, 4))
+    for layer, other in zip(whole.layers.values(), resumed.layers.values(), strict=True):
+        assert torch.equal(layer.codes.view(torch.uint8), other.codes.view(torch.uint8))
+        assert torch.equal(layer.lora_B, other.lora_B)
+    # A flush at each step changes codes, which then have to be in the state; where none is made, they stay.
+    moved = [not torch.equal(start[f"{key}.codes"].view(torch.uint8), layer.codes.view(torch.uint8))
+             for key, layer in whole.layers.items()]  # fmt: skip
+    assert all(moved) if rule.flush_every_step else not any(moved)
