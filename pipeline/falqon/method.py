@@ -26,7 +26,7 @@ class FalqonMethod(Method):
         rank: rows of A.
         rows: rows flushed per layer and step; None is the rank.
         initialisation: where A comes from.
-        seed: of initialisation and stochastic rounding.
+        seed: of initialisation and of what the rule draws.
     """
 
     def __init__(

@@ -61,7 +61,7 @@ def convert(
         update_rule_name: how updates enter the FP8 codes.
         rows: rows flushed per layer and step, by rules that flush; the rank when None.
         initialisation: where A comes from; when None, `gradient` where `losses` is given, else `randomized-svd`.
-        seed: of initialisation and stochastic rounding.
+        seed: of initialisation and of what the rule draws.
         losses: called for an iterable over losses of a few training batches, for the `gradient` initialisation.
 
     Returns:

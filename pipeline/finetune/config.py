@@ -96,7 +96,7 @@ class FinetuneConfig(FrozenConfig):
     final_merge_batches: Annotated[int, CONFIG_ONLY] = Field(
         32, ge=1, description="FALQON: training sequences behind the final merge."
     )
-    seed: int = Field(0, ge=0, description="Seed of order, initialisation and rounding.")
+    seed: int = Field(0, ge=0, description="Seed of order, initialisation and all other draws.")
     device: DeviceName = Field("auto", description=DEVICE_HELP)
     dtype: Annotated[Literal["bfloat16", "float32"], CONFIG_ONLY] = Field(
         "bfloat16", description="Dtype of activations and unconverted weights."
