@@ -24,7 +24,8 @@ from fp8pipe.artifact.manifest import MANIFEST_NAME
 from fp8pipe.artifact.reader import Artifact, open_artifact
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.devices import Device, DeviceName, say
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
+from fp8pipe.core.plan import install_command
 
 __all__ = [
     "PLAIN_MODEL", "Engine", "ExportTarget", "Reference", "Service", "call", "choose", "choose_engine",
@@ -43,11 +44,25 @@ Reference = str | Callable[..., Any]
 
 
 def call(reference: Reference, *args: Any, **kwargs: Any) -> Any:
-    """Call a function that is given itself, or named as `module:function`."""
+    """Call a function that is given itself, or named as `module:function`.
+
+    Raises:
+        MissingCapabilityError: its module imports a package that is not installed.
+    """
     if not isinstance(reference, str):
         return reference(*args, **kwargs)
     module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)(*args, **kwargs)
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", module.partition(".")[0]):
+            raise  # the reference itself is wrong
+        raise MissingCapabilityError(
+            f"{module} needs a package that is not installed", why=str(error),
+            fix=install_command(package.replace("_", "-")),
+        ) from error  # fmt: skip
+    return getattr(found, name)(*args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +195,11 @@ def open_served(export: Path) -> tuple[Artifact, ExportTarget]:
     """
     artifact, target = open_export(export, lambda known: known.service)
     if target.service.serve is None:
-        fix = "export with --target vllm or onnx, and serve that"
+        fitting = [
+            known for known in targets() if known.service.serve and known.service.domain == target.service.domain
+        ]
+        names = dict.fromkeys(f"--target {known.name}" for known in fitting)
+        fix = f"export with {' or '.join(names)}, and serve that"
         raise ConfigurationError(f"{export} cannot be served", why=target.service.refusal, fix=fix)
     return artifact, target
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import Field, model_validator
 
 from fp8pipe.artifact.kinds import Details
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.models.vision.answers import Activation
+from fp8pipe.numerics.kinds import Kind
+
+if TYPE_CHECKING:
+    from fp8pipe.models.vision.quantized import Codes
 
 CLASSES_FILE: Final = "classes.json"
 MODEL_FILE: Final = "model.onnx"
+_INT4_BITS: Final = 4
 
 
 class OnnxFormat(StrEnum):
@@ -31,6 +36,11 @@ class OnnxFormat(StrEnum):
     def quantizes_activations(self) -> bool:
         """Whether activations are rounded to their grids."""
         return self is not OnnxFormat.INT4_WEIGHT_ONLY
+
+
+def fits_int4(weight: Codes) -> bool:
+    """Whether INT4 holds a weight's codes."""
+    return weight.kind is Kind.INT and weight.bits <= _INT4_BITS
 
 
 class GraphInput(FrozenConfig):

@@ -5,15 +5,12 @@ Engines do not refuse a NaN scale or a code outside its width; they compute with
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
-from exporters.graph.formats import OnnxFormat
-from exporters.graph.passes.quantize import fits_int4
+from exporters.graph.formats import OnnxFormat, fits_int4
 from exporters.graph.trace import FloatGraph, owner, stored_bytes
-from fp8pipe.artifact.finding import Finding, LintFindingsError
+from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.vision.exact import inexact_sites
 from fp8pipe.models.vision.quantized import Codes, QuantizedVit
 from fp8pipe.numerics.kinds import Kind
@@ -71,13 +68,6 @@ def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
             Finding("file-size", "the float graph", f"{size} bytes", "one file holds 2 GB: use a smaller model")
         )
     return findings
-
-
-def refuse(findings: Iterable[Finding], source: str) -> None:
-    """Raise one LintFindingsError with all findings, if there are any."""
-    found = list(findings)
-    if found:
-        raise LintFindingsError(found, source)
 
 
 def _values(name: str, weight: Codes) -> list[Finding]:

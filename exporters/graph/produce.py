@@ -11,12 +11,13 @@ import onnx_ir as ir
 from torch import nn
 
 from exporters.graph.formats import CLASSES_FILE, GraphDetails, GraphInput, GraphOutput, OnnxFormat
-from exporters.graph.lint import lint_graph, refuse
+from exporters.graph.lint import lint_graph
 from exporters.graph.passes.editing import Change
 from exporters.graph.passes.exact import expand_gelus, make_islands
 from exporters.graph.passes.products import name_products, split_gemms, strip_metadata, unfold_patches
 from exporters.graph.passes.quantize import quantize_activations, quantize_weights
 from exporters.graph.trace import INPUT_NAME, OUTPUT_NAME, FloatGraph, trace_float
+from fp8pipe.artifact.finding import refuse
 from fp8pipe.models.vision.architecture import build
 from fp8pipe.models.vision.exact import double_model
 from fp8pipe.models.vision.preprocessing import PREPROCESSING_FILE, write_model_file

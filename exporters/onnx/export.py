@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exporters.graph.between import between_gates, parent_pieces
 from exporters.graph.classes import class_gates, compare_classes, own_agreement
-from exporters.graph.formats import MODEL_FILE, OnnxFormat
+from exporters.graph.formats import MODEL_FILE, OnnxFormat, fits_int4
 from exporters.graph.gates import (
     check_kernels,
     codes_gate,
@@ -24,9 +24,8 @@ from exporters.graph.gates import (
 )
 from exporters.graph.images import ProbeImages, probe_images
 from exporters.graph.layers import read_layers
-from exporters.graph.lint import lint_model, refuse
+from exporters.graph.lint import lint_model
 from exporters.graph.parity import compare_layers, inputs_of, outputs_of
-from exporters.graph.passes.quantize import fits_int4
 from exporters.graph.plan import GraphPlan, export_peak, vision_plan
 from exporters.graph.produce import QuantizedGraph, as_exported, graph_details, quantize_graph, write_description
 from exporters.graph.reopen import reopen_gates
@@ -43,6 +42,7 @@ from fp8pipe.artifact import (
     installed_versions,
     open_artifact,
 )
+from fp8pipe.artifact.finding import refuse
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.plan import Plan

@@ -14,7 +14,7 @@ from exporters.graph.formats import MODEL_FILE, OnnxFormat
 from exporters.graph.gates import float_gate
 from exporters.graph.images import ProbeImages, probe_images
 from exporters.graph.layers import ExportedLayer, read_layers
-from exporters.graph.lint import lint_model, refuse
+from exporters.graph.lint import lint_model
 from exporters.graph.plan import vision_plan
 from exporters.graph.produce import QuantizedGraph, graph_details, write_description
 from exporters.graph.reopen import reopen_gates
@@ -69,6 +69,7 @@ from fp8pipe.artifact import (
     open_artifact,
     sha256_file,
 )
+from fp8pipe.artifact.finding import refuse
 from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.plan import Plan
 from fp8pipe.core.progress import track

@@ -14,11 +14,10 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.lint import refuse
+from exporters.graph.formats import fits_int4
 from exporters.graph.passes.editing import Change, add_initializer, insert, stored_bias
 from exporters.graph.passes.products import name_products, split_gemms, strip_metadata, unfold_patches
 from exporters.graph.passes.quantize import (
-    fits_int4,
     quantize_activations,
     quantize_block_activations,
     quantize_block_weights,
@@ -30,7 +29,7 @@ from exporters.graph.trace import FloatGraph, Product, ProductKind, stored_array
 from exporters.tensorrt.lint.products import moved_quantizers
 from exporters.tensorrt.lint.view import View
 from exporters.tensorrt.target import Builder, TrtExportOptions, TrtFormat
-from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.finding import Finding, refuse
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.quantized import QuantizedVit, of_type
 from fp8pipe.numerics.grids import E4M3

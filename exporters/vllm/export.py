@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from exporters.graph.lint import refuse
 from exporters.vllm.lint import lint
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, Unit, build_plan
@@ -27,6 +26,7 @@ from exporters.vllm.source import HUGGING_FACE, open_source
 from exporters.vllm.target import KIND, VllmDetails
 from exporters.vllm.writer import auxiliary_warnings, write_auxiliary, write_weights
 from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat, check_place
+from fp8pipe.artifact.finding import refuse
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.core.machine import free_bytes
 from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory

@@ -5,13 +5,13 @@ A linter refuses an export with one error that carries every finding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from fp8pipe.core.errors import LintRefusedError
 
-__all__ = ["Check", "Finding", "LintFindingsError"]
+__all__ = ["Check", "Finding", "LintFindingsError", "refuse"]
 
 
 class Check(StrEnum):
@@ -81,6 +81,17 @@ class LintFindingsError(LintRefusedError):
             why="\n       ".join(_shown(findings)),
             fix="\n       ".join([*fixes, *([note] if note else [])]),
         )
+
+
+def refuse(findings: Iterable[Finding], source: str) -> None:
+    """Refuse to export `source` if there are findings.
+
+    Raises:
+        LintFindingsError: with all of them.
+    """
+    found = list(findings)
+    if found:
+        raise LintFindingsError(found, source)
 
 
 def _shown(findings: Sequence[Finding]) -> list[str]:

@@ -99,8 +99,12 @@ class Plan:
 def missing_packages(names: Iterable[str]) -> tuple[Missing, ...]:
     """Those distributions that are not installed; nothing is imported."""
     missing = [name for name in names if distribution_version(name) is None]
-    sources = {name: f"'fp8pipe[{_EXTRAS[name]}]'" if name in _EXTRAS else name for name in missing}
-    return tuple(Missing(f"the package {name} is not installed", f"pip install {sources[name]}") for name in missing)
+    return tuple(Missing(f"the package {name} is not installed", install_command(name)) for name in missing)
+
+
+def install_command(name: str) -> str:
+    """What installs a distribution: the extra that has it, or pip by its own name."""
+    return f"pip install 'fp8pipe[{_EXTRAS[name]}]'" if name in _EXTRAS else f"pip install {name}"
 
 
 def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:

@@ -12,17 +12,15 @@ from small_artifacts import E4M3, details_of
 
 from exporters.onnx.export import export_onnx
 from exporters.onnx.target import OnnxExportOptions
+from exporters.target import targets
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, Parent, open_artifact
 from fp8pipe.artifact.gate import none_of
 from fp8pipe.report.card import CARD_FILE, write_card
 
-FACTS = {
-    "vllm-export": "exporters.vllm.export", "onnx-export": "exporters.onnx.export",
-    "trt-export": "exporters.tensorrt.export", "trt-language-export": "exporters.tensorrt.language.export",
-    "modelopt-export": "exporters.modelopt.checkpoint",
-}  # fmt: skip
+# The module of each target's export, which holds its `_CARD`.
+FACTS = {target.kind: target.export.partition(":")[0] for target in targets()}
 
 
 def read(export):

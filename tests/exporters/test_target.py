@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 from small_artifacts import write
 from toy_target import LINES, TOY, ToyDetails
 
-from exporters.target import choose, register, target_of, targets, unregister
+from exporters.target import call, choose, register, target_of, targets, unregister
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import ArtifactKind, Details, register_kind, targets_of
 from fp8pipe.cli import main
@@ -136,6 +138,8 @@ def test_serve_knows_it(export):
     ended = invoke("serve", export, "--dry-run")
     assert ended.exit_code == 10
     assert "it only sings" in ended.output
+    assert "--target onnx" in ended.output
+    assert "--target vllm" not in ended.output  # that one takes no pictures
 
 
 def test_names_are_unique(toy):
@@ -176,6 +180,30 @@ def test_a_source_that_it_does_not_take_is_refused(toy):
     assert choose("toy", "falqon") is TOY
 
 
+def test_a_target_needs_the_packages_of_no_other(tmp_path):
+    """Without the extra `onnx`, in a process of its own, since a package once imported stays."""
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('onnx', 'onnx_ir', 'onnxruntime', 'onnxscript'))\n"
+        "import exporters.vllm.export, exporters.vllm.verify\n"
+        "import exporters.modelopt.checkpoint, exporters.modelopt.verify, exporters.verify.whole\n"
+        "print('imported')\n"
+        "from fp8pipe.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    vision = write(tmp_path / "vit", kind="vit")
+    command = ["export", str(vision.root), "--target", "onnx", "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.stdout == "imported\n", done.stderr
+    assert done.returncode == 11
+    assert "pip install 'fp8pipe[onnx]'" in done.stderr
+
+
+def test_a_wrong_reference_is_no_missing_package():
+    with pytest.raises(ModuleNotFoundError, match="no_such_target"):
+        call("no_such_target.export:export")
+
+
 def test_no_room_names_a_kind_of_export():
     """Each kind's name stands in its target's folder alone."""
     found = []
@@ -190,6 +218,7 @@ def test_no_room_names_a_kind_of_export():
 
 
 def test_the_targets_of_a_kind_are_those_of_its_exports_the_usual_one_first():
-    assert targets_of("vit") == ["onnx", "trt"]
+    assert targets_of("vit") == list(dict.fromkeys(target.name for target in targets() if "vit" in target.takes))
+    assert targets_of("vit")[0] == "onnx"
     assert targets_of("falqon")[0] == "vllm"
     assert targets_of("onnx-export") == []

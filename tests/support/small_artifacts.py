@@ -17,7 +17,7 @@ E4M3 = Encoding(format="e4m3", bits=8, granularity="per-channel")
 INT8 = Encoding(format="int", bits=8, granularity="per-channel")
 _PIXELS = {"name": "pixels", "shape": ["batch", 3, 32, 48]}
 _LOGITS = {"name": "logits", "what": "logits"}
-_LEAST: dict[str, dict[str, Any]] = {
+LEAST: dict[str, dict[str, Any]] = {
     "falqon": {"adapter": "flushed"},
     "lora-merged": {"adapter": "merged"},
     "vit": {"precision": "w8a8", "images": 0, "image_method": "gaussian"},
@@ -34,7 +34,7 @@ _LEAST: dict[str, dict[str, Any]] = {
 
 def details_of(kind: str, **changes: object) -> Details:
     """The details of a kind: the fewest that it takes, and `changes`."""
-    return kind_named(kind).details.model_validate(_LEAST[kind] | changes)
+    return kind_named(kind).details.model_validate(LEAST[kind] | changes)
 
 
 def write(

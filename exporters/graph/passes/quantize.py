@@ -29,6 +29,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from exporters.graph.formats import fits_int4
 from exporters.graph.layers import DOMAIN, DYNAMIC_QUANTIZE
 from exporters.graph.passes.editing import Change, add_initializer, as_array, insert, quantize_value, take_weight
 from exporters.graph.trace import FloatGraph, Product, ProductKind
@@ -39,14 +40,8 @@ from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer,
 
 FP4_OPSET: Final = 23
 _IR_VERSION: Final = 11  # the first with FLOAT4E2M1 in opset 23
-_INT4_BITS: Final = 4
 _DEFAULT_AXIS: Final = 1
 Q = TypeVar("Q", ActivationQuantizer, BlockQuantizer)
-
-
-def fits_int4(weight: WeightCodes | BlockCodes) -> bool:
-    """Whether INT4 holds the codes."""
-    return weight.kind is Kind.INT and weight.bits <= _INT4_BITS
 
 
 def quantize_weights(

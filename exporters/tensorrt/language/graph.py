@@ -25,7 +25,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from exporters.graph.lint import refuse
 from exporters.graph.passes.editing import Change, drop_unused, insert, quantize_value
 from exporters.graph.passes.products import name_products, split_gemms, strip_metadata
 from exporters.graph.passes.quantize import quantize_weights
@@ -34,7 +33,7 @@ from exporters.tensorrt.half import NotHalf, refuse_not_half
 from exporters.tensorrt.language.source import LanguageModel
 from exporters.tensorrt.language.target import CacheFacts
 from exporters.tensorrt.target import Base
-from fp8pipe.artifact.finding import Finding
+from fp8pipe.artifact.finding import Finding, refuse
 from fp8pipe.core.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -8,10 +8,8 @@ import sys
 import click
 import pytest
 
-from exporters.onnx.target import OnnxExportOptions
-from exporters.tensorrt.language.target import LanguageExportOptions
+from exporters.target import targets
 from exporters.tensorrt.target import TrtExportOptions
-from exporters.vllm.options import VllmExportOptions
 from fp8pipe.cli import LazyGroup
 from fp8pipe.cli.options import options_of
 from fp8pipe.core.config import FrozenConfig
@@ -32,10 +30,8 @@ CONFIG_ONLY: dict[type[FrozenConfig], set[str]] = {
     LanguageConfig: {"extra", "supervision"},
     BenchConfig: set(),
     ServeCheckConfig: {"extra"},
-    VllmExportOptions: {"force"},
-    OnnxExportOptions: {"force"},
+    **{target.options: {"force"} for target in targets()},
     TrtExportOptions: {"force", "enterprise"},
-    LanguageExportOptions: {"force"},
 }  # fmt: skip
 NESTED = {
     QuantizeVitConfig: {"synthesis.steps": "synthesis-steps", "distill.steps": "distill-steps"},

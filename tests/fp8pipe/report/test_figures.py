@@ -9,7 +9,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from small_artifacts import details_of
+from small_artifacts import LEAST, details_of
 
 from fp8pipe.artifact import ArtifactWriter, write_checked
 from fp8pipe.core.errors import BadArtifactError
@@ -220,8 +220,7 @@ def test_one_artifact_alone_is_reported_beside_it(run_directory, name):
     assert not _PLACEHOLDERS.search("".join(parsed(page).text))
 
 
-@pytest.mark.parametrize("kind", ["falqon", "lora-merged", "vit", "vllm-export", "onnx-export", "trt-export",
-                                  "modelopt-export"])  # fmt: skip
+@pytest.mark.parametrize("kind", LEAST)
 def test_an_artifact_that_holds_nothing_gives_no_placeholder_and_says_what_is_missing(tmp_path, kind):
     with ArtifactWriter(tmp_path / "bare", kind=kind, stage="test") as writer:
         writer.commit(details=details_of(kind), runtime={"odd": math.nan})
