@@ -10,13 +10,14 @@ set -euo pipefail
 venv=${1:-.venv-vllm}
 python=${PYTHON:-python3.11}
 torch_version=2.13.0
+torchvision_version=0.28.0 # what pictures need; the plugin lets it be imported beside a CPU build of torch
 vllm_version=0.32.0
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 plugin=$(cd "$here/.." && pwd)/serving/vllm_plugin
 
-# Distributions that must not stay: torchvision, torchaudio and torchcodec from the index are built for another
-# torch and break `import vllm`; triton drives GPUs only and weighs a gigabyte.
-unwanted=(torchvision torchaudio torchcodec triton)
+# Distributions that must not stay: torchaudio and torchcodec from the index are built for another torch and break
+# `import vllm`; triton drives GPUs only and weighs a gigabyte.
+unwanted=(torchaudio torchcodec triton)
 
 installed() { # distribution name -> its version, or nothing
     "$venv/bin/python" -c 'import sys
@@ -59,11 +60,18 @@ if [ ${#remove[@]} -gt 0 ]; then
     "$venv/bin/python" -m pip uninstall --quiet --yes "${remove[@]}"
 fi
 
+if [ "$(installed torchvision)" != "$torchvision_version" ]; then
+    "$venv/bin/python" -m pip install --quiet --no-deps "torchvision==$torchvision_version"
+fi
+
 if [ -z "$(installed fp8pipe-vllm-cpu)" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
     build=$(mktemp -d)
     trap 'rm -rf "$build"' EXIT
     cp -r "$plugin/." "$build/" # setuptools writes build folders beside its input
     "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "$build"
+    # Run by Python when it starts: torchvision's operators have to be declared before anything imports it.
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import fp8pipe_vllm_cpu.operators; fp8pipe_vllm_cpu.operators.install()" >"$site/fp8pipe_vllm_cpu.pth"
     echo "$fingerprint" >"$stamp"
 fi
 

@@ -186,10 +186,15 @@ def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _known_names(plan: ExportPlan) -> Iterator[Finding]:
-    """Every matrix must belong to a module of known kind: the engine's name for others is a guess."""
+    """Every matrix of the decoder must belong to a module of known kind: the engine's name for others is a guess.
+
+    What the model declares elsewhere (a vision tower's convolutions and positions) is copied, and nothing there is FP8.
+    """
+    structure = plan.structure
     for unit in plan.units:
-        known = unit.module in plan.structure.roles or plan.structure.is_discarded(unit.entry.name)
-        if len(unit.entry.shape) < 2 or known:
+        known = unit.module in structure.roles or structure.is_discarded(unit.entry.name)
+        elsewhere = unit.name in structure.tensors and not structure.in_decoder(unit.name)
+        if len(unit.entry.shape) < 2 or known or elsewhere:
             continue
         why = (
             f"shape {unit.entry.shape} belongs to no linear layer or embedding of "

@@ -26,8 +26,8 @@ Rows marked * are tried in a long run of the tests (`FP8PIPE_TEST_BREADTH=long`)
   16 (a gate), which FP8 kernels cannot take, and which would bound the rank of all others; plan and manifest name each.
 * Checkpoints keep their own tensor names through every stage, also where transformers renames or joins tensors when it
   loads them (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts).
-* `unknown-matrix`: matrices that belong to no linear layer or embedding (stacked experts, states and convolutions of
-  Mamba, patch embeddings), of which it is not known how an engine holds them in an FP8 checkpoint.
+* `unknown-matrix`: matrices of the decoder that belong to no linear layer or embedding (stacked experts, states and
+  convolutions of Mamba), of which it is not known how an engine holds them in an FP8 checkpoint.
 
 This page is written by `python tests/support/architecture_table.py` from `tests/support/language_models.py`;
 `tests/pipeline/finetune/test_architectures.py` keeps the two alike, and runs every row.

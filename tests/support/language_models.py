@@ -130,14 +130,12 @@ ARCHITECTURES: dict[str, Architecture] = {
          "vision_config": {**_VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
                            "patch_size": 14},
          "mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7},
-        refused=_STACKED,
     ),
     "qwen25vl": Architecture(
         "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
         {"text_config": {**_SMALL, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
          "vision_config": {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
          "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8},
-        refused=_STACKED,
     ),
     "qwen3_next": _llama_like(
         "Qwen3Next", 12, _STACKED, {"linear_attn.in_proj_ba": _SHORT[8], "mlp.shared_expert_gate": _SHORT[1]},

@@ -25,6 +25,7 @@ from validation.record import heading
 from validation.vllm.expected import ExpectedWeights, Holding, weight_report
 from validation.vllm.kernel_report import KernelReport, kernel_report
 from validation.vllm.launcher import PARITY_ARGUMENTS, ProbeJob, in_process, run_probe
+from validation.vllm.picture import PictureQuestion, picture_question
 from validation.vllm.proved import not_proved, proved
 from validation.vllm.record import (
     CanaryAnswer,
@@ -106,9 +107,11 @@ class _Questions:
     """What both engines are asked, in the source's tokens."""
 
     chat: bool
+    prompts: list[str]
     prompt_ids: list[list[int]]
     sequences: list[list[int]]
     length: int  # tokens of context that it takes
+    picture: PictureQuestion | None  # the last of the prompts, where the model takes pictures
 
 
 @dataclass(frozen=True)
@@ -188,15 +191,20 @@ def _questions(case: Case) -> _Questions:
             why="every question must become a token, and one text at least two",
             fix="check the tokenizer's files: does it know words of English?",
         )
-    length = _context_length(case.source, max(map(len, sequences)) + case.max_tokens)
-    return _Questions(chat, prompt_ids, sequences, length)
+    picture = picture_question(case.source) if chat else None
+    last = [] if picture is None else [picture]
+    prompt_ids += [question.prompt_ids for question in last]
+    length = _context_length(case.source, max(map(len, [*sequences, *prompt_ids])) + case.max_tokens)
+    prompts = [*case.prompts, *(question.prompt for question in last)]
+    return _Questions(chat, prompts, prompt_ids, sequences, length, picture)
 
 
 def _context_length(source: Path, needed: int) -> int:
     """The model's own context, at most 1024 tokens: a small cache, a fast start."""
     from fp8pipe.models.language.structure import load_config
 
-    own = getattr(load_config(source), "max_position_embeddings", None) or _LONGEST_CONTEXT
+    text = load_config(source).get_text_config(decoder=True)
+    own = getattr(text, "max_position_embeddings", None) or _LONGEST_CONTEXT
     if needed > own:
         raise BadArtifactError(
             f"{source} has a context of {own} tokens",
@@ -226,8 +234,9 @@ def _run(
     with tempfile.TemporaryDirectory(prefix="fp8pipe-weights-") as dump, staged(case.artifact) as model:
         job = ProbeJob(
             model=str(model), arguments=arguments, tensors=digests, sequences=asked.sequences,
-            prompts=list(case.prompts), chat=asked.chat, max_tokens=case.max_tokens, products=products,
-            variables=variables,
+            prompts=list(case.prompts), chat=asked.chat,
+            pictured=None if asked.picture is None else asked.picture.content, max_tokens=case.max_tokens,
+            products=products, variables=variables,
         )  # fmt: skip
         result = run_probe(job, case.environment, Path(dump), timeout_s=case.timeout_s, ended=ended)
         return _Run(job, result, weight_report(expected, digests, holding, result))
@@ -242,7 +251,7 @@ def _against_torch(
     logprobs, first, places = None, [], served.result["logprobs"]
     if exact is not None:
         logprobs = compare_logprobs(true, asked.sequences, exact.result["logprobs"], LOGPROB_THRESHOLD)
-        first = _judged(case, asked, exact, _gaps(reference, asked, exact), TIE_NATS)
+        first = _judged(asked, exact, _gaps(reference, asked, exact), TIE_NATS)
     gaps = _gaps(reference, asked, served)
     kernels = _kernels(case, expected, served)
     wide = [expected.module(name) for name in expected.quantized if case.holding.codes and not kernels.packed]
@@ -254,19 +263,23 @@ def _against_torch(
         variables={k: v for k, v in sorted(served.job.variables.items()) if k.startswith(_TOLD)},
         weights=served.weights, kernels=kernels if expected.quantized else None, **figures,
         max_abs_diff=compare_logprobs(true, asked.sequences, places, LOGPROB_THRESHOLD).max_abs_diff,
-        canary=_judged(case, asked, served, gaps, max(TIE_NATS, 2 * figures["noise_margin"])),
+        canary=_judged(asked, served, gaps, max(TIE_NATS, 2 * figures["noise_margin"])),
         load_s=round(served.result["load_s"], 3), total_s=round(served.result["total_s"], 3),
     )  # fmt: skip
     return logprobs, first, report
 
 
 def _gaps(reference: Reference, asked: _Questions, run: _Run) -> list[list[float]]:
-    answers = zip(asked.prompt_ids, run.result["answers"], strict=True)
-    return [reference.gaps(ids, answer["token_ids"]) for ids, answer in answers]
+    answers = zip(asked.prompts, asked.prompt_ids, run.result["answers"], strict=True)
+    picture = asked.picture
+    return [
+        reference.gaps(ids, answer["token_ids"], picture if picture and prompt == picture.prompt else None)
+        for prompt, ids, answer in answers
+    ]
 
 
-def _judged(case: Case, asked: _Questions, run: _Run, gaps: list[list[float]], tie: float) -> list[CanaryAnswer]:
-    questions = zip(case.prompts, asked.prompt_ids, run.result["answers"], gaps, strict=True)
+def _judged(asked: _Questions, run: _Run, gaps: list[list[float]], tie: float) -> list[CanaryAnswer]:
+    questions = zip(asked.prompts, asked.prompt_ids, run.result["answers"], gaps, strict=True)
     return [judge(*question, tie=tie) for question in questions]
 
 

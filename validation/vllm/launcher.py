@@ -211,6 +211,7 @@ class ProbeJob:
     sequences: list[list[int]] = field(default_factory=list)  # token ids to be scored, each at least two long
     prompts: list[str] = field(default_factory=list)  # questions to answer
     chat: bool = True  # put them through the chat template; plain completion otherwise
+    pictured: list[dict[str, Any]] | None = None  # one more question, the content of its message: a picture and text
     max_tokens: int = 16  # longest answer
     products: bool = False  # examine products of quantized layers
     variables: Mapping[str, str] = field(default_factory=in_process)  # the environment

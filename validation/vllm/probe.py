@@ -86,12 +86,13 @@ def _logprobs(llm: Any, sequences: list[list[int]]) -> list[list[dict[str, float
 
 
 def _answers(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """To the prompts, and last to the question about a picture, where there is one."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
     if job["chat"]:
-        talks = [[{"role": "user", "content": prompt}] for prompt in job["prompts"]]
-        outputs = llm.chat(talks, params, use_tqdm=False)
+        contents = [*job["prompts"], *([job["pictured"]] if job["pictured"] else [])]
+        outputs = llm.chat([[{"role": "user", "content": content}] for content in contents], params, use_tqdm=False)
     else:
         outputs = llm.generate(job["prompts"], params, use_tqdm=False)
     answers = ((out.prompt_token_ids, out.outputs[0]) for out in outputs)

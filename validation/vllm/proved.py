@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from exporters.vllm.reopen import changed_on_purpose
 from fp8pipe.models.language.ending import GENERATION_FILE
+from validation.vllm.picture import PICTURED
 from validation.vllm.products import APPROXIMATE
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def proved(case: Case, served: ServedReport | None) -> list[str]:
         found.append(f"config.json, tokenizer, chat template and generation config are the source's{but}")
     if served is not None:
         found += [] if served.kernels is None else list(_products(served.kernels))
+        if any(answer.prompt.startswith(PICTURED) for answer in served.canary):
+            found.append("a question about a picture, sent as a client sends it, gets the torch model's answer")
         found.append(
             f"as served ({served.form}) it diverges from fp32 by {served.engine_kl:.2g} nats a token; the form itself "
             f"does by {served.noise_kl:.2g} in torch"

@@ -21,6 +21,7 @@ from fp8pipe.models.compat import import_transformers
 from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.plain import grid_numbers
+from validation.vllm.picture import PictureQuestion
 from validation.vllm.record import CanaryAnswer, LogprobReport
 
 if TYPE_CHECKING:
@@ -87,17 +88,23 @@ class Reference:
         for name in rounded:
             modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
 
-    @torch.inference_mode()
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """Log-probabilities of every next token: fp32 `(len(ids), vocabulary)`."""
-        logits = self.model(input_ids=torch.tensor([list(ids)])).logits[0]  # (L, V)
+        return self._logprobs({"input_ids": torch.tensor([list(ids)])})
+
+    @torch.inference_mode()
+    def _logprobs(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        logits = self.model(**inputs).logits[0]  # (L, V)
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def gaps(self, prompt_ids: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """How far each token of an answer is behind this model's first choice, nats."""
+    def gaps(
+        self, prompt_ids: Sequence[int], tokens: Sequence[int], picture: PictureQuestion | None = None
+    ) -> list[float]:
+        """How far each token of an answer is behind this model's first choice, nats; about a picture, with it."""
         if not tokens:
             return []
-        table = self.logprobs([*prompt_ids, *tokens])[len(prompt_ids) - 1 : -1]  # (answer, V)
+        told = {"input_ids": torch.tensor([[*prompt_ids, *tokens]])} if picture is None else picture.answered(tokens)
+        table = self._logprobs(told)[len(prompt_ids) - 1 : -1]  # (answer, V)
         chosen = table.gather(1, torch.tensor(list(tokens))[:, None])[:, 0]
         return [float(gap) for gap in table.amax(dim=1) - chosen]
 

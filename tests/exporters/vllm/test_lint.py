@@ -84,6 +84,7 @@ DEFECTS: dict[str, tuple[str, Edit]] = {
     "quantized embedding": ("not-linear", quantized_embedding),
     "nan in a norm": ("not-finite", nan_norm),
     "matrix of no module": ("unknown-matrix", setting("model.layers.0.extra.weight", torch.ones(16, 16))),
+    "matrix that the model has nowhere": ("unknown-matrix", setting("tower.patches.weight", torch.ones(16, 16))),
     "wrong shape": ("weight-shape", setting("lm_head.weight", torch.ones(96, 32))),
     "missing weight": ("missing-weight", dropping("lm_head.weight")),
 }

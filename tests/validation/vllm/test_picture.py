@@ -1,0 +1,115 @@
+"""Models of pictures and text: the decoder is tuned, towers stay byte for byte, and vLLM answers about a picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifact_tree import rehash
+from breadth import only_long
+from safetensors.torch import load_file, save_file
+from tiny_pictures import PICTURED, write_pictured
+
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import VllmExportOptions
+from fp8pipe.artifact.record import ExportRejectedError
+from fp8pipe.core.config import build_config
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.stage import finetune
+from validation.vllm.picture import picture_question
+from validation.vllm.record import ValidationRecord
+from validation.vllm.reference import Reference
+from validation.vllm.validate import validate_export
+
+CHOSEN = [PICTURED[0], *(pytest.param(name, marks=only_long) for name in PICTURED[1:])]
+TOWERS = {"qwen25vl": "visual.", "gemma3_mm": "vision_tower."}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`made(NAME)`: a directory with the base model, the tuned one and its export in FP8; each made once."""
+    root = tmp_path_factory.mktemp("pictured")
+    text = root / "pairs.jsonl"
+    rows = [{"prompt": f"double {n}", "completion": f"{2 * n}"} for n in range(24)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def make(name: str) -> Path:
+        if not (root / name).exists():
+            base = write_pictured(root / name / "base", name)
+            settings = {"model": str(base), "data": str(text), "steps": 2, "batch_size": 4, "rank": 4, "device": "cpu"}
+            finetune(build_config(FinetuneConfig, settings | {"sequence_length": 64}), root / name / "tuned")
+            export_vllm(root / name / "tuned", root / name / "export", VllmExportOptions())
+        return root / name
+
+    return make
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_the_decoder_is_tuned_and_exported_and_all_else_is_copied(made: Any, name: str) -> None:
+    base, tuned, export = (load_file(made(name) / kind / "model.safetensors") for kind in ("base", "tuned", "export"))
+    codes = {key for key, value in export.items() if value.dtype == torch.float8_e4m3fn}
+    assert len(codes) == 14  # q, k, v, o, gate, up, down of two layers
+    assert all(torch.equal(export[key].view(torch.uint8), tuned[key].view(torch.uint8)) for key in codes)
+    tower = [key for key in base if key.startswith(TOWERS[name])]
+    assert len(tower) > 20
+    for key in base.keys() - codes:
+        assert export[key].dtype == base[key].dtype, key
+        assert torch.equal(export[key].view(torch.uint8), base[key].view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("name", PICTURED)
+def test_an_answer_about_a_picture_is_the_models_own(made: Any, name: str) -> None:
+    """The oracle is what transformers generates for the same picture: no token of it is behind another choice."""
+    base = made(name) / "base"
+    question = picture_question(base)
+    assert question is not None
+    reference = Reference(base, load_file(base / "model.safetensors").items())
+    with torch.inference_mode():
+        told: Any = reference.model
+        answer = told.generate(**question.inputs, max_new_tokens=6, do_sample=False)[0].tolist()
+    tokens = answer[len(question.prompt_ids) :]
+    assert len(tokens) == 6 or tokens[-1] == 257
+    assert max(reference.gaps(question.prompt_ids, tokens, question)) < 1e-4  # sums of one pass and of several differ
+    other = {key: value.clone() for key, value in question.inputs.items()}
+    other["pixel_values"] = -other["pixel_values"]
+    changed = type(question)(question.prompt, question.content, other)
+    behind = [reference.gaps(question.prompt_ids, [70, 71], asked) for asked in (question, changed)]
+    assert behind[0] != behind[1]  # the picture counts
+
+
+def checked(export: Path, source: Path) -> ValidationRecord:
+    return validate_export(export, against=source, prompts=["Hello"], max_tokens=4)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHOSEN)
+def test_vllm_holds_it_and_answers_about_a_picture(made: Any, name: str) -> None:
+    record = checked(made(name) / "export", made(name) / "tuned")
+    assert record.verdict == "ACCEPT"
+    assert record.weights is not None
+    assert record.served is not None
+    assert record.weights.tensors == len(load_file(made(name) / "base" / "model.safetensors"))
+    for answers in (record.canary, record.served.canary):
+        assert answers[-1].prompt.startswith("(a picture)")
+        assert answers[-1].agreeing_tokens == answers[-1].tokens == 4
+
+
+@only_long
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURED)
+def test_a_tower_that_was_changed_is_rejected_by_name(made: Any, name: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made(name) / "export", tmp_path / "export"))
+    found = load_file(copy / "model.safetensors")
+    changed = next(key for key in sorted(found) if key.startswith(TOWERS[name]) and found[key].ndim == 2)
+    found[changed].view(torch.int16).view(-1)[5] ^= 1
+    save_file(found, copy / "model.safetensors", metadata={"format": "pt"})
+    rehash(copy)
+    with pytest.raises(ExportRejectedError) as caught:
+        checked(copy, made(name) / "tuned")
+    assert any(changed in reason for reason in caught.value.record.reasons), caught.value.record.reasons

@@ -1,0 +1,92 @@
+"""The question about a picture that a validation asks of a model that takes pictures.
+
+Text alone would leave the vision tower and what joins it to the decoder to the read-back: here a picture goes through
+the source's own processor and the torch model, and through the engine as a client sends it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.structure import load_config
+
+__all__ = ["PICTURED", "PictureQuestion", "picture_question"]
+
+PICTURED: Final = "(a picture) "  # how a record marks the question
+_PROMPT: Final = "What is in the picture?"
+_SIDE: Final = 112  # pixels
+
+
+@dataclass(frozen=True)
+class PictureQuestion:
+    """A picture and a question, in the source's tokens.
+
+    Attributes:
+        prompt: the question, as a record names it.
+        content: of the message, as the engine's chat takes it.
+        inputs: what the source's processor makes of both for its model, a batch of one.
+    """
+
+    prompt: str
+    content: list[dict[str, Any]]
+    inputs: dict[str, Tensor]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Its tokens, those of the picture among them."""
+        return [int(token) for token in self.inputs["input_ids"][0]]
+
+    def answered(self, tokens: Sequence[int]) -> dict[str, Tensor]:
+        """The model's inputs with an answer behind the question."""
+        following = {"input_ids": torch.tensor([list(tokens)]), "attention_mask": torch.ones(1, len(tokens)).long()}
+        length, found = self.inputs["input_ids"].shape[1], dict(self.inputs)
+        for name, value in self.inputs.items():
+            if value.shape == (1, length):  # one number per token; the answer's are those of text
+                more = following.get(name, torch.zeros(1, len(tokens)))
+                found[name] = torch.cat([value, more.to(value.dtype)], dim=1)
+        return found
+
+
+def picture_question(source: Path) -> PictureQuestion | None:
+    """The question, for a model that takes pictures and brings the processor for them; else None."""
+    if getattr(load_config(source), "vision_config", None) is None:
+        return None
+    processor = import_transformers().AutoProcessor.from_pretrained(
+        str(source), local_files_only=True, trust_remote_code=False
+    )
+    if getattr(processor, "image_processor", None) is None or not getattr(processor, "chat_template", None):
+        return None
+    picture = _picture()
+    talk = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": _PROMPT}]}]
+    inputs = processor.apply_chat_template(
+        talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": _as_url(picture)}},
+        {"type": "text", "text": _PROMPT},
+    ]
+    return PictureQuestion(PICTURED + _PROMPT, content, dict(inputs))
+
+
+def _picture() -> Image.Image:
+    """A red disc over a ground that goes from blue to white."""
+    picture = Image.linear_gradient("L").resize((_SIDE, _SIDE)).convert("RGB")
+    picture = Image.merge("RGB", (*picture.split()[:2], Image.new("L", picture.size, 255)))
+    ImageDraw.Draw(picture).ellipse((24, 24, 72, 72), fill=(220, 20, 20))
+    return picture
+
+
+def _as_url(picture: Image.Image) -> str:
+    with io.BytesIO() as file:
+        picture.save(file, "PNG")
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
