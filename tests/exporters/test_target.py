@@ -20,7 +20,7 @@ from fp8pipe.cli import main
 from fp8pipe.core.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
+PACKAGES = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
 
 
 def invoke(*arguments: object):
@@ -175,14 +175,14 @@ def test_a_source_that_it_does_not_take_is_refused(toy):
     assert choose("toy", "falqon") is TOY
 
 
-def test_no_room_names_a_kind_of_export():
+def test_no_other_file_names_a_kind_of_export():
     """Each kind's name stands in its target's folder alone."""
     found = []
     for target in targets():
         assert isinstance(target.export, str)
         folder = ROOT / Path(*target.export.split(":")[0].split(".")[:2])
-        for room in ROOMS:
-            for path in (ROOT / room).rglob("*.py"):
+        for package in PACKAGES:
+            for path in (ROOT / package).rglob("*.py"):
                 if folder not in path.parents and target.kind in path.read_text(encoding="utf-8"):
                     found.append(f"{path.relative_to(ROOT)}: {target.kind}")
     assert found == []
