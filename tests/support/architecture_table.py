@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = """# Language architectures
 
 Any causal language model that transformers implements can be fine-tuned. Which linear layers are trained is not decided
-by name: a forward pass on text shows which ones the text decoder calls. The table below lists the architectures that the
+by name: a forward pass on text shows which ones the text decoder calls. The table lists the architectures that the
 tests run on tiny random models, from the dry run to an export that is reopened and verified. `refused` means that the
 linter rejects an FP8 export by the named rule; `--dry-run` and `finetune` say so before the first step, and
 `--format bf16` still works. Whether vLLM runs an export correctly is what `fp8pipe validate` checks.

@@ -20,7 +20,7 @@ _SECTIONS: Final[tuple[tuple[Callable[[Subject], Iterator[Block]], str, str, str
     (training, "training", "Training", "The loss, and how much of the update reaches the FP8 codes.",
      Missing("There is no trained artifact here.", "fp8pipe finetune, or fp8pipe quantize-vit")),
     (by_layer, "layers", "The update, layer by layer",
-     "What the final merge did to each layer: one column per decoder block; the most intense color is the largest value.",
+     "What the final merge did to each layer: a column per decoder block; the most intense color is the largest value.",
      Missing("There is no artifact fine-tuned in FP8 here.", "fp8pipe finetune")),
     (pictures, "images", "Calibration images", "The images that the low-bit model was calibrated on.",
      Missing("Nothing here was calibrated with images: they are part of quantizing a vision transformer.",
