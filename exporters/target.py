@@ -6,7 +6,7 @@ registry; nothing else knows a kind of export by name. A new format is one folde
 `_BUILTIN`; another package calls `register` itself.
 
 Functions are named as `module:function` and imported when they are called, so that help and schema need no torch, and
-a target may name rooms above this one (validation, serving) without importing them.
+a target may name packages above this one (validation, serving) without importing them.
 """
 
 from __future__ import annotations

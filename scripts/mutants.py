@@ -1,4 +1,4 @@
-"""Mutation testing of the proof: one small fault at a time in the code that judges, and a test must notice.
+"""Mutation testing of the code that verifies and judges: each mutant is one small edit, which a test must detect.
 
 `scripts/mutants.toml` says which tests cover which module, how many faults are drawn from it, and why a survivor may
 survive. A fault is one edit of the syntax tree (`mutations.py`); the sample follows from the seed. Everything happens
@@ -42,7 +42,7 @@ LIBRARIES = (
     "hypothesis", "fastapi", "prometheus_client", "PIL.Image", "httpx", "tokenizers", "transformers", "pytest",
     *(f"transformers.models.{family}.modeling_{family}" for family in ("llama", "qwen2", "gpt2", "auto")),
 )  # fmt: skip
-ROOMS = ("fp8pipe", "pipeline", "exporters", "validation", "serving", "calibration")
+PACKAGES = ("fp8pipe", "pipeline", "exporters", "validation", "serving", "calibration")
 # Without plugins, and without what looks for forgotten objects at the end, a run costs a second less.
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
 SLOW_TOO = "not vllm and not gpu"
@@ -80,7 +80,7 @@ def import_libraries() -> ModuleType:
     compat.declare_torchvision_operators()
     for name in LIBRARIES:
         importlib.import_module(name)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ROOMS]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
         del sys.modules[name]
     gc.collect()
     gc.freeze()
@@ -133,21 +133,21 @@ def write_page(results: list[dict], table: dict, seed: int) -> None:
         row[1] += result["result"] == "passed"
     left = [result for result in results if result["result"] == "passed"]
     lines = [
-        "# Mutation testing of the proof", "",
-        "`make mutants` puts one small fault at a time into the code that judges, and runs the tests of that module:",
-        "one of them must fail. This page is written by it; the reasons are in `scripts/mutants.toml`.", "",
-        f"Seed {seed}: {len(results)} faults, {len(left)} survive ({len(left) / max(len(results), 1):.1%}; "
-        f"at most {MOST_SURVIVORS:.0%} may).", "",
-        "| module | faults | survive |", "|---|---|---|",
+        "# Mutation testing", "",
+        "`make mutants` makes mutants of the modules that verify, validate and quantize: one small edit each.",
+        "A mutant is killed when a test of its module fails, and survives when all pass. This page is written by that",
+        "command; the explanations of survivors are in `scripts/mutants.toml`.", "",
+        f"Seed {seed}: {len(results)} mutants, {len(left)} survived ({len(left) / max(len(results), 1):.1%}; "
+        f"the limit is {MOST_SURVIVORS:.0%}).", "",
+        "| module | mutants | survived |", "|---|---|---|",
         *(f"| `{module}` | {drawn} | {alive} |" for module, (drawn, alive) in rows.items()), "",
         "## Survivors", "",
     ]  # fmt: skip
     for result in left:
         reason = table.get("explained", {}).get(result["name"], "**not explained**")
         before, after = (result[key].replace("`", "'")[:160] for key in ("before", "after"))
-        lines.append(
-            f"- `{result['name']}` {result['module']}, `{result['where']}`: `{before}` became `{after}`. {reason}"
-        )
+        where = f"`{result['where']}`" if result["where"] else "module level"
+        lines.append(f"- `{result['name']}` {result['module']}, {where}: `{before}` became `{after}`. {reason}")
     PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Tiny real models and data for several rooms' tests: trained for nothing, but built and saved like any other."""
+"""Tiny real models and data for tests of several packages: untrained, but built and saved like any other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ declare_torchvision_operators()
 # As the stages do. Without it, processors without bf16 arithmetic take an hour more.
 widen_bf16_products()
 
-# Test modules are imported one by one (importlib mode): what several rooms' tests share (vit_families) is found
+# Test modules are imported one by one (importlib mode): what tests of several packages share (vit_families) is found
 # through the path. Not this folder itself, whose fp8pipe/ would hide the package.
 _SUPPORT = str(Path(__file__).parent / "support")
 if _SUPPORT not in sys.path:

@@ -16,8 +16,8 @@ from fp8pipe.cli import main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "serving/vllm_plugin/README.md"])
-ROOMS = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
-FOLDERS = (*ROOMS, "benchmarks", "deploy", "docs", "examples", "recipes", "scripts", "tests")
+PACKAGES = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
+FOLDERS = (*PACKAGES, "benchmarks", "deploy", "docs", "examples", "recipes", "scripts", "tests")
 # A document about the past names what is no more.
 DOCUMENTS_OF_TODAY = [document for document in DOCUMENTS if document.name != "CHANGELOG.md"]
 
@@ -25,10 +25,11 @@ _FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```\s*$", re.M | re.S)
 _SPAN = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FILE = re.compile(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
-_MODULE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(ROOMS)})(?:\.\w+)+")
+_MODULE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(PACKAGES)})(?:\.\w+)+")
 # No word of these: fp8pipe says what the field says. Quoted words of the changelog's table are the exception.
 _OLD_WORDS = re.compile(
-    r"\b(mel[d]\w*|settl\w*|rehear[s]\w*|vouc[h]\w*|strange[r]s?|companions?|outlook|roads?|leash|last[ _]flush\w*)\b",
+    r"\b(mel[d]\w*|settl\w*|rehear[s]\w*|vouc[h]\w*|strange[r]s?|companions?|outlook|roads?|leash|rooms"
+    r"|last[ _]flush\w*)\b",
     re.I,
 )
 # "one scale a tensor", "bytes a code": the field says per tensor, per code.
@@ -88,7 +89,7 @@ def test_every_module_and_name_is_there(document: Path):
     named = {found for span in _SPAN.findall(text) for found in _MODULE.findall(span)}
     fences = [body for language, body in _FENCE.findall(text) if language == "python"]
     for node in (node for body in fences for node in ast.walk(ast.parse(body))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ROOMS:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
             named |= {f"{node.module}.{name.name}" for name in node.names}
     assert sorted(name for name in named if not _made_up(name.replace(".", "/")) and not _is_there(name)) == []
 

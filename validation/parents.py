@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporters.vllm.source import open_source
-from fp8pipe.artifact import MANIFEST_NAME, Artifact, open_artifact, read_manifest
-from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
+from exporters.parents import candidate_artifacts, local_model
+from fp8pipe.artifact import Artifact, open_artifact
+from fp8pipe.core.errors import ConfigurationError
 
 __all__ = ["artifact_at_hand", "parent_at_hand"]
 
@@ -16,16 +16,12 @@ def parent_at_hand(export: Artifact) -> Path | None:
 
     Nothing is fetched: a model of a hub is the parent only where it is named (`--against`).
     """
-    beside = export.root.absolute().parent
     for parent in export.manifest.parents:
-        named = Path(parent.path)
-        places = [named, beside / named.name, *sorted(beside.iterdir())]
         if parent.kind == "model":
-            local = [named] if parent.path.startswith("sample:") else [p for p in places[:2] if p.exists()]
-            found = next((place for place in local if _model_digest(place) == parent.digest), None)
+            found = local_model(export, parent)
         else:
-            artifacts = (place for place in places if (place / MANIFEST_NAME).is_file())
-            found = next((place for place in artifacts if _digest(place) == parent.digest), None)
+            candidates = candidate_artifacts(export, parent)
+            found = next((one.root for one in candidates if one.digest == parent.digest), None)
         if found is not None:
             return found
     return None
@@ -49,17 +45,3 @@ def artifact_at_hand(export: Artifact, against: Path | None, *, kind: str) -> Ar
             fix="give the artifact that was exported",
         )
     return source
-
-
-def _digest(place: Path) -> str:
-    try:
-        return Artifact(place, read_manifest(place)).digest
-    except Fp8PipeError:
-        return ""
-
-
-def _model_digest(place: Path) -> str:
-    try:
-        return open_source(place).parent.digest
-    except Fp8PipeError:
-        return ""

@@ -1,4 +1,4 @@
-"""Export to ONNX: a quantized vision model in, a graph out whose numbers are the artifact's, bit for bit.
+"""Exports a quantized vision transformer as an ONNX graph with the artifact's codes and scales, bit for bit.
 
-Nothing is imported here, so that help and schema read the target without torch.
+Imports nothing, so that `--help` and `fp8pipe schema` can load `target.py` without torch.
 """

@@ -1,7 +1,7 @@
 """A quantized vision model as the graph that TensorRT builds well: strongly typed, one quantizer per value.
 
 Which formats an artifact can be exported in, the GPUs that have them (NVFP4 products are in Blackwell's tensor cores
-alone), and the passes: those of the graph room, NVFP4's, and two that the builder asks for, queries that keep their
+alone), and the passes: those of `exporters/graph`, NVFP4's, and two that the builder asks for, queries that keep their
 quantizer and linears of at most three axes.
 """
 

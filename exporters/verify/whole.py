@@ -1,20 +1,22 @@
 """Everything about a directory in one call: bytes, records, parents, contents.
 
-Parents are found by digest among artifacts that are at hand, never by the path that is noted.
+Parents are taken by digest: from the verified tree, from the places that the caller names, from the path that the
+manifest records, or from beside the artifact. One that is nowhere among them is noted, with the reason.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from exporters.parents import candidate_artifacts, local_model
 from exporters.target import target_of
 from exporters.verify.contents import check_contents
 from exporters.vllm.source import open_source
-from fp8pipe.artifact import Artifact, FileEntry, Parent, read_manifest
+from fp8pipe.artifact import Artifact, FileEntry, Parent, open_artifact, read_manifest
 from fp8pipe.artifact.finding import Check, Finding
-from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.artifact.verify import Checked, Tree, check_bytes, check_record, find_parent, find_tree
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
@@ -31,7 +33,7 @@ def verify_tree(
 
     Args:
         tree: what lies in the directory.
-        parents: places where parents may lie that are not in it.
+        parents: places where parents may lie that are neither in it, nor where manifests say, nor beside artifacts.
         quick: bytes, records and parents only.
         strict: files that no record covers are findings.
         on_file: called after each file that was hashed.
@@ -48,7 +50,7 @@ def verify_tree(
         findings, notes = check_record(path, artifacts)
         checked.findings += [replace(f, artifact=tree.name_of(path)) for f in findings]
         checked.notes += notes
-    family = _Family(checked.artifacts, parents)
+    family = _Family(checked.artifacts, parents, quick=quick)
     compared = []
     for artifact in checked.artifacts:
         shown = tree.name_of(artifact.root)
@@ -66,9 +68,10 @@ def verify_tree(
 
 
 class _Family:
-    """Artifacts and models among which parents are looked for: those of the verified tree, and those at `places`."""
+    """Artifacts and models among which parents are looked for: first those of the verified tree and at `places`."""
 
-    def __init__(self, artifacts: Sequence[Artifact], places: Sequence[Path]) -> None:
+    def __init__(self, artifacts: Sequence[Artifact], places: Sequence[Path], *, quick: bool) -> None:
+        self.quick = quick
         self.known = list(artifacts)
         self.named: list[Artifact] = []
         self.models: dict[str, Path] = {}
@@ -100,13 +103,48 @@ class _Family:
                 path = path or self.models[parent.digest]
                 continue
             known, finding, note = find_parent(artifact, parent, self.known)
-            finding = finding or (self._other(artifact, parent) if known is None else None)
+            place = None if known is None else known.root
+            finding = finding or (self._other(artifact, parent) if place is None else None)
+            if place is None and finding is None:
+                place, note = self._look_up(artifact, parent)
             findings += [finding] if finding is not None else []
-            if self.models and parent.outdated and artifact.kind != VIT_KIND:
-                note += f"; {parent.outdated}: export it again"
             notes += [note] if note and finding is None else []
-            path = path or (None if known is None else known.root)
+            path = path or place
         return path, findings, notes
+
+    def _look_up(self, artifact: Artifact, parent: Parent) -> tuple[Path | None, str]:
+        """The parent at its recorded path or beside the artifact, its files hashed; or why there is nothing to compare.
+
+        Another digest at the recorded path is a note and no finding: a parent that was trained again since does not
+        make this artifact wrong.
+        """
+        named = f"parent {parent.kind} {parent.digest[:12]} ({parent.path})"
+        if target_of(artifact.kind) is None:
+            return None, f"{named}: not compared, as training and quantization change the weights"
+        if parent.outdated:
+            return None, f"{named}: not compared; {parent.outdated}: export it again"
+        if parent.kind == "model" and self.quick:
+            return None, f"{named}: models are not hashed with --quick"
+        if parent.kind == "model":
+            place, note = local_model(artifact, parent), ""
+        else:
+            place, note = self._artifact(artifact, parent)
+        if place is not None:
+            return place, note
+        there = os.path.exists(parent.path)
+        why = note or ("what lies there has another digest" if there else "found neither there nor beside the artifact")
+        return None, f"{named}: {why}: not compared; --parents PLACE says where it lies"
+
+    def _artifact(self, child: Artifact, parent: Parent) -> tuple[Path | None, str]:
+        """A parent that is an artifact; a note where only its content is the parent's, or where it is damaged."""
+        known, _, note = find_parent(child, parent, list(candidate_artifacts(child, parent)))
+        if known is None or self.quick:
+            return (None, "") if known is None else (known.root, note)
+        try:
+            open_artifact(known.root)
+        except BadArtifactError as error:
+            return None, f"{error.what} ({error.why})"
+        return known.root, note
 
     def _other(self, artifact: Artifact, parent: Parent) -> Finding | None:
         """An artifact or a model that was named as the parent, is of its kind, and is another one."""

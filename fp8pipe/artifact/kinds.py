@@ -1,8 +1,8 @@
-"""The kinds of artifact: what each manifest holds beyond the common fields, and how older manifests of it are read.
+"""The registry of artifact kinds: for each, the type of its manifest's `details` and the migration of older manifests.
 
-A kind is registered once, by whoever writes it. The kinds of this module are what training and quantization leave;
-exports are registered by the room that owns export targets, which is imported by name when a kind is first asked for
-that is not known here, so that nothing below it depends on it.
+The kinds that training and quantization write are defined and registered here. Kinds of exports are registered by
+`exporters.target`. This package must not import exporters, so the registry loads that module by name, the first time
+that it is asked for a kind it does not know.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
     "kind_named", "register_kind", "targets_of", "unregister_kind",
 ]  # fmt: skip
 
-# The module whose `load()` registers the kinds of a room above.
+# Its `load()` registers the kinds of exports.
 _REGISTRY: Final = "exporters.target"
 FALQON_KIND: Final = "falqon"
 LORA_KIND: Final = "lora-merged"
@@ -31,7 +31,7 @@ VIT_KIND: Final = "vit"
 
 
 class Details(FrozenConfig):
-    """Facts particular to a kind."""
+    """Base class of the fields that only one kind of artifact has."""
 
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -41,27 +41,28 @@ Migration = Callable[[dict[str, Any]], dict[str, Any]]
 class ArtifactKind:
     """One kind of artifact.
 
-    `migrate` turns a manifest of schema 1 or 2, whose common fields are converted already and whose `details` are the
-    free dictionary of then, into one of today; it may name another kind. What follows it is said of exports.
+    `migrate` takes a manifest of schema 1 or 2 as plain data. Its common fields are converted already; its `details`
+    are still an untyped dictionary. It returns the manifest in the current schema, and may change the kind. The fields
+    after `migrate` are set for exports only.
     """
 
-    name: str  # as in manifests
-    details: type[Details]  # the model of its own facts
+    name: str  # the value of `kind` in manifests
+    details: type[Details]  # type of `details`
     migrate: Migration = lambda data: data
-    made_from: tuple[str, ...] = ()  # kinds of artifact
+    made_from: tuple[str, ...] = ()  # kinds that it can be exported from
     target: str = ""  # the `--target` that writes it
-    engines: tuple[str, ...] = ()  # those that can prove it
-    measured_by: tuple[str, ...] = ()  # commands that measure or ask it
+    engines: tuple[str, ...] = ()  # engines that can validate it
+    measured_by: tuple[str, ...] = ()  # commands that benchmark or query it
 
 
 _kinds: dict[str, ArtifactKind] = {}
 
 
 def register_kind(kind: ArtifactKind) -> None:
-    """Make a kind known.
+    """Register a kind.
 
     Raises:
-        ConfigurationError: another one of that name is registered.
+        ConfigurationError: another kind of that name is registered.
     """
     if _kinds.setdefault(kind.name, kind) is not kind:
         raise ConfigurationError(
@@ -71,7 +72,7 @@ def register_kind(kind: ArtifactKind) -> None:
 
 
 def unregister_kind(name: str) -> None:
-    """Forget a kind."""
+    """Remove a kind from the registry."""
     _kinds.pop(name, None)
 
 
@@ -81,10 +82,14 @@ def _all_kinds() -> Mapping[str, ArtifactKind]:
 
 
 def kind_named(name: str, where: str = "") -> ArtifactKind:
-    """The kind of that name.
+    """Look up a kind by name.
+
+    Args:
+        name: as in manifests.
+        where: what the error message calls the manifest.
 
     Raises:
-        BadArtifactError: there is none.
+        BadArtifactError: no such kind is registered.
     """
     kind = _kinds.get(name) or _all_kinds().get(name)
     if kind is None:
@@ -97,89 +102,92 @@ def kind_named(name: str, where: str = "") -> ArtifactKind:
 
 
 def targets_of(kind: str) -> list[str]:
-    """What `--target` may be for an artifact of a kind, the usual one first."""
+    """Values of `--target` that accept an artifact of this kind, the default first."""
     return list(dict.fromkeys(found.target for found in _all_kinds().values() if kind in found.made_from))
 
 
 class HeldoutLoss(FrozenConfig):
     """Mean loss on held-out text, nats per answer token."""
 
-    untuned: float = Field(description="of the model before tuning")
-    deployed: float = Field(description="of the weights that are stored")
+    untuned: float = Field(description="loss of the model before fine-tuning")
+    deployed: float = Field(description="loss of the weights that are stored")
 
 
 class MergeHealth(FrozenConfig):
-    """What merging the update into FP8 codes did."""
+    """How well the FP8 codes took up the update at the final merge."""
 
     changed: float = Field(description="share of codes that changed")
-    saturated: float = Field(description="share of targets beyond the grid's largest value")
-    norm_ratio: float = Field(description="norm of the change applied over that of the change intended")
-    cosine: float = Field(description="between the two")
+    saturated: float = Field(description="share of target values beyond the largest value of the FP8 grid")
+    norm_ratio: float = Field(description="norm of the applied change divided by the norm of the intended change")
+    cosine: float = Field(description="cosine similarity of the applied and the intended change")
 
 
 class TextFacts(FrozenConfig):
-    """Records of the training text."""
+    """Number of records in the training text."""
 
-    records: int = Field(ge=0, description="all of them")
-    train: int = Field(ge=0, description="trained on")
-    heldout: int = Field(ge=0, description="kept for evaluation")
+    records: int = Field(ge=0, description="all records")
+    train: int = Field(ge=0, description="records that were trained on")
+    heldout: int = Field(ge=0, description="records held out for evaluation")
 
 
 class PackingFacts(FrozenConfig):
-    """How several examples shared a row of training and evaluation, and what a probe of the loaded model said."""
+    """How examples are packed into one sequence, and what the packing probe of the loaded model measured."""
 
     how: Literal["positions", "mask", "off"] = Field(
-        description="what keeps examples apart: restarting positions, a mask per example, or that none share a row"
+        description="what isolates packed examples: restarting positions, or a mask per example; off: no packing"
     )
     moved: float | None = Field(
         default=None,
-        description="how far, with restarting positions alone, another neighbour moved an example's logits; "
-        "part of what its own first token does",
+        description="with restarting positions alone: largest change of an example's logits when a neighbour changes, "
+        "relative to the change that its own first token causes",
     )
-    apart: float | None = Field(default=None, description="and how far they were from those of the example alone")
-    reason: str = Field(default="", description="why examples share no row although packing was asked for")
+    apart: float | None = Field(
+        default=None,
+        description="likewise: largest difference between an example's logits in a packed row and when it is run alone",
+    )
+    reason: str = Field(default="", description="why packing is off although it was requested")
 
 
 class TunedDetails(Details):
-    """Of a fine-tuned language model."""
+    """Details of a fine-tuned language model."""
 
     adapter: str = Field(description="what became of the adapter: flushed into FP8 codes, or merged into bf16 weights")
     rule: str | None = Field(default=None, description="FALQON's update rule")
-    rank: int | None = Field(default=None, description="of the adapter")
-    base_dtype: str | None = Field(default=None, description="of activations and unconverted weights")
+    rank: int | None = Field(default=None, description="rank of the adapter")
+    base_dtype: str | None = Field(default=None, description="dtype of activations and unconverted weights")
     transposed: list[str] = Field(default_factory=list, description="weights stored as (in, out)")
     data: TextFacts | None = Field(default=None, description="the training text")
-    packing: PackingFacts | None = Field(default=None, description="examples that share a row")
+    packing: PackingFacts | None = Field(default=None, description="packing of examples into sequences")
     stop_token_added: int | None = Field(
         default=None,
         description="end-of-turn token of the chat template that eos_token_id of generation_config.json names here and "
         "did not name in the base model",
     )
-    final_merge: MergeHealth | None = Field(default=None, description="what the final merge did, over all layers")
+    final_merge: MergeHealth | None = Field(default=None, description="the final merge, over all layers")
     final_merge_layers: dict[str, MergeHealth] = Field(default_factory=dict, description="the same, by layer")
-    heldout_loss: HeldoutLoss | None = Field(default=None, description="before and after")
+    heldout_loss: HeldoutLoss | None = Field(default=None, description="before and after fine-tuning")
 
 
 class TopK(FrozenConfig):
-    """Accuracy of one model."""
+    """Top-1 and top-5 accuracy of one model."""
 
-    top1: float = Field(description="share of pictures whose class is the first answer")
-    top5: float = Field(description="share of pictures whose class is among the first five answers")
+    top1: float = Field(description="share of images whose label is the top prediction")
+    top5: float = Field(description="share of images whose label is among the top five predictions")
 
 
 class Accuracy(FrozenConfig):
-    """Accuracy on labelled pictures."""
+    """Accuracy on labelled images."""
 
-    images: int = Field(ge=0, description="pictures")
-    teacher: TopK = Field(description="of the original model")
-    quantized: TopK = Field(description="of the quantized one")
+    images: int = Field(ge=0, description="number of images")
+    teacher: TopK = Field(description="accuracy of the original model")
+    quantized: TopK = Field(description="accuracy of the quantized model")
 
 
 class TransformFacts(FrozenConfig):
     """Equivalent transforms of the float model before quantization."""
 
-    done: list[str] = Field(default_factory=list, description="what was done, in words")
-    left_out: list[str] = Field(default_factory=list, description="what could not be done, and why")
+    done: list[str] = Field(default_factory=list, description="transforms that were applied")
+    left_out: list[str] = Field(default_factory=list, description="transforms that could not be applied, and why")
 
 
 class FirstLast(FrozenConfig):
@@ -190,22 +198,24 @@ class FirstLast(FrozenConfig):
 
 
 class VitDetails(Details):
-    """Of a quantized vision transformer."""
+    """Details of a quantized vision transformer."""
 
     precision: str = Field(description="as given: wXaY, wfp8afp8 or wnvfp4anvfp4")
     edges: str = Field(default="8bit", description="precision of the first and the last layer")
     images: int = Field(ge=0, description="calibration images")
-    image_method: str = Field(description="what made them")
-    image_losses: dict[str, float] = Field(default_factory=dict, description="mean last value of each synthesis loss")
+    image_method: str = Field(description="how the calibration images were made")
+    image_losses: dict[str, float] = Field(
+        default_factory=dict, description="final value of each synthesis loss, mean over images"
+    )
     seconds: dict[str, float] = Field(default_factory=dict, description="wall time by step")
     seconds_per_image: float | None = Field(default=None, description="wall time of synthesis per image")
     transforms: TransformFacts = Field(default_factory=TransformFacts, description="equivalent transforms")
-    loss: FirstLast | None = Field(default=None, description="of distillation; none where nothing was trained")
-    accuracy: Accuracy | None = Field(default=None, description="on held-out labelled pictures, where they were given")
+    loss: FirstLast | None = Field(default=None, description="distillation loss; none where nothing was distilled")
+    accuracy: Accuracy | None = Field(default=None, description="on held-out labelled images, where they were given")
 
 
 def renamed(details: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Details of an older schema under the names of today."""
+    """Details of an older schema, with keys renamed to those of the current one."""
     return {names.get(key, key): value for key, value in details.items()}
 
 

@@ -55,7 +55,7 @@ def stage_commands() -> dict[str, StageCommand]:
 
 
 def stage_schemas() -> dict[str, dict[str, Any]]:
-    """By command, the JSON schema of its settings; imports every room."""
+    """By command, the JSON schema of its settings; imports every package."""
     schemas = {name: _config(name).model_json_schema() for name in _CONFIGS}
     for target in targets():
         schema = target.options.model_json_schema()

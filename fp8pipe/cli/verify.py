@@ -38,7 +38,7 @@ class VerificationError(BadArtifactError):
 @click.argument("directory", type=PATH)
 @click.option(
     "--parents", multiple=True, type=PATH,
-    help="Where parents may lie that are not in DIRECTORY: an artifact, a tree of them, or a model. May be repeated.",
+    help="Where a parent lies that has been moved: an artifact, a tree of them, or a model. May be repeated.",
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Hashes, checksums and records only; contents are not looked at.")
 @click.option("--strict", is_flag=True, help="Files that no record covers are findings too.")
@@ -50,8 +50,9 @@ def verify_command(
     """Hash everything in DIRECTORY again, and repeat the cheap gates; exit 12 when anything is found.
 
     DIRECTORY is an artifact, the directory of a run, or any tree that holds some. Every file is hashed, every checksum
-    and record checked, every linter run. Where an artifact's parent is in the same tree, or given with --parents, all
-    numbers and files are compared with it.
+    and record checked, every linter run. Where an export's parent is in the same tree, at the path that the
+    manifest records, beside the export or given with --parents, all numbers and files are compared with it; a note says
+    where none was.
     """
     from exporters.verify.whole import verify_tree
     from fp8pipe.artifact.verify import find_tree

@@ -130,7 +130,7 @@ def _format_fields(fields: dict[str, Any]) -> list[str]:
     return [f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in items]
 
 
-ROOMS = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
+PACKAGES = ("fp8pipe", "calibration", "pipeline", "exporters", "validation", "serving")
 _MARK = "_fp8pipe_handler"
 _BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 _HIDE_BARS = {
@@ -164,8 +164,8 @@ def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False
     root.addHandler(handler)
     root.setLevel(logging.INFO if verbose else logging.WARNING)
     ours = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    for room in ROOMS:
-        logging.getLogger(room).setLevel(ours)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(ours)
     logging.captureWarnings(True)
     configure(quiet=quiet, plain=json)
     if quiet or json or not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""FALQON inside a training loop that is not this project's: convert a model, step, merge, save an artifact.
+"""FALQON for your own training loop: convert a model, train it, merge, and save an artifact for export.
 
 ```python
 falqon = fp8pipe.falqon.convert(model, rank=64)
@@ -11,8 +11,8 @@ falqon.final_merge(calibration_batches)
 falqon.save("base/checkpoint", "tuned")          # fp8pipe export tuned --target vllm ...
 ```
 
-With transformers' Trainer, `falqon.callback()` makes the calls. A converted model is saved by `save` alone: its modules
-are not those of its class any more.
+With transformers' Trainer, `falqon.callback()` calls `after_step`. Save a converted model with `save`, not with
+`save_pretrained`: its linear layers have been replaced, so its state dict is not that of its class.
 """
 
 from __future__ import annotations
@@ -53,23 +53,24 @@ def convert(
     seed: int = 0,
     losses: Losses | None = None,
 ) -> Falqon:
-    """Replace the linear layers of a causal language model by FALQON layers, in place.
+    """Replace the linear layers of a causal language model with FALQON layers, in place.
 
     Args:
         model: as transformers loads it, in bf16 or fp32, on its device.
-        rank: rows of A in every layer.
+        rank: adapter rank, the number of rows of A in every layer.
         update_rule_name: how updates enter the FP8 codes.
-        rows: rows flushed per layer and step, by rules that flush; the rank when None.
-        initialisation: where A comes from; when None, `gradient` where `losses` is given, else `randomized-svd`.
-        seed: of initialisation and of what the rule draws.
-        losses: called for an iterable over losses of a few training batches, for the `gradient` initialisation.
+        rows: rows of B flushed per layer and step, for rules that flush every step; default: `rank`.
+        initialisation: how A is initialised; default: `gradient` if `losses` is given, else `randomized-svd`.
+        seed: seed of the initialisation and of stochastic rounding.
+        losses: returns the losses of a few training batches, each a scalar with a graph to backpropagate; needed by
+            the `gradient` initialisation.
 
     Returns:
-        The handle of the converted model; only its `parameters()` train.
+        A handle on the converted model; pass only its `parameters()` to the optimizer.
 
     Raises:
-        ConfigurationError: an unknown rule or initialisation, a rank that does not fit, nothing to convert, or a model
-            that is quantized already or not finite.
+        ConfigurationError: unknown rule or initialisation, rank larger than a layer's smallest side, no layer to
+            convert, or a model that is quantized already or has weights that are NaN or infinite.
     """
     rule = update_rule(update_rule_name)
     how = initialisation or (Initialisation.RANDOMIZED_SVD if losses is None else Initialisation.GRADIENT)
@@ -89,12 +90,12 @@ def convert(
 
 
 class Falqon:
-    """A converted model.
+    """A handle on a model that `convert` has converted.
 
     Attributes:
-        model: the model, changed in place.
-        method: its layers and their rule.
-        records: one per linear layer, converted or left out with the reason.
+        model: the converted model, the same object that was passed in.
+        method: its FALQON layers and their update rule.
+        records: one per linear layer: converted, or skipped with the reason.
         steps: optimizer steps so far.
     """
 
@@ -104,38 +105,43 @@ class Falqon:
         self._merged: dict[str, FlushReport] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer trains: B of every layer."""
+        """The trainable parameters: B of every layer, `(out, rank)`."""
         return list(self.method.parameters().values())
 
     def after_step(self) -> FlushReport | None:
-        """Flush as the update rule says; to be called after every optimizer step. None where the rule waits."""
+        """Flush B into the codes if the update rule does so at this step; call it after every optimizer step.
+
+        Returns:
+            Counts of the flush, or None if the rule did not flush.
+        """
         report = self.method.after_step(self.steps, measure=False)
         self.steps += 1
         return report
 
     def final_merge(self, batches: Iterable[dict[str, Tensor]] = ()) -> dict[str, FlushReport]:
-        """Merge what is left in B into the codes; afterwards the codes alone are the model.
+        """Merge what is left in B into the codes, after which B is zero.
 
         Args:
-            batches: inputs of the model, some 32 training sequences: rounding is compensated for them.
+            batches: keyword arguments of the model, about 32 training sequences in all, on which rounding errors are
+                compensated (GPTQ's solver).
 
         Returns:
-            What the merge did, by layer.
+            Counts and error of the merge, by layer.
 
         Raises:
-            ConfigurationError: the update rule rounds for the layers' inputs, and there are no batches.
+            ConfigurationError: the update rule compensates rounding on layer inputs, and `batches` is empty.
         """
-        held = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-        if self.method.rule.final is FinalMerge.COMPENSATED and not held:
+        inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        if self.method.rule.final is FinalMerge.COMPENSATED and not inputs:
             raise ConfigurationError(
                 f"the final merge of the rule {self.method.rule.name!r} needs batches",
-                why="it rounds for the inputs that layers see",
+                why="it compensates rounding errors on the inputs of each layer",
                 fix="give some training batches, or convert with live-nearest",
             )  # fmt: skip
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            self._merged = self.method.finish(self.model, lambda: held)
+            self._merged = self.method.finish(self.model, lambda: inputs)
         self.model.train(training)
         return self._merged
 
@@ -148,7 +154,7 @@ class Falqon:
             force: replace an existing artifact.
 
         Raises:
-            ConfigurationError: B is not merged yet, or the base is not the model's.
+            ConfigurationError: `final_merge` was not called, or `base` is not the checkpoint of this model.
         """
         if self._merged is None:
             raise ConfigurationError(
@@ -181,13 +187,16 @@ class Falqon:
             )  # fmt: skip
 
     def callback(self) -> Any:
-        """A `TrainerCallback` for transformers' Trainer that calls `after_step`; merging and saving stay with you."""
+        """A `TrainerCallback` for transformers' Trainer that calls `after_step`.
+
+        Call `final_merge` and `save` yourself when training has ended.
+        """
         from transformers import TrainerCallback
 
         falqon = self
 
         class FalqonCallback(TrainerCallback):
-            """Flushes after every optimizer step."""
+            """Calls `after_step` after every optimizer step."""
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 falqon.after_step()

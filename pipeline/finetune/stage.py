@@ -265,7 +265,7 @@ def _deploy(
     records: list[LayerRecord],
     names: dict[str, str],
 ) -> Artifact:
-    """Last flush, evaluation of what is deployed, weights on disk and read back, manifest."""
+    """Final merge, evaluation of the deployed weights, write and read back, manifest."""
     model, method = trainer.model, trainer.method
     enter_phase("final merge")
     flushed = method.finish(model, trainer.calibration_inputs)

@@ -1,4 +1,4 @@
-"""The page that says what becomes of each language architecture, written from the table of the tests."""
+"""Writes docs/architectures.md from the table of architectures that the tests run."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ __all__ = ["PAGE", "page"]
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = """# Language architectures
 
-Any causal language model that transformers implements can be tuned: the model itself is asked which linears its text
-decoder calls. What the tests try, on tiny random models, from the plan to an export that is reopened and verified, is
-the table below; a cell that says `refused` is a refusal with that rule, told by the plan and before the first step, and
-`--format bf16` remains. What vLLM does with the exports is another question, which `fp8pipe validate` answers.
-Rows marked * are tried in a long run of the tests (`FP8PIPE_TEST_BREADTH=long`), the others in every run.
+Any causal language model that transformers implements can be fine-tuned. Which linear layers are trained is not decided
+by name: a forward pass on text shows which ones the text decoder calls. The table lists the architectures that the
+tests run on tiny random models, from the dry run to an export that is reopened and verified. `refused` means that the
+linter rejects an FP8 export by the named rule; `--dry-run` and `finetune` say so before the first step, and
+`--format bf16` still works. Whether vLLM runs an export correctly is what `fp8pipe validate` checks.
+Rows marked * run in the long test suite only (`FP8PIPE_TEST_BREADTH=long`).
 
-* Trained are linears of the text decoder that a pass of text calls. Output heads, vision towers and projectors keep
-  their weights, and so do a linear whose weight the model reads without calling it, and one with a side of less than
-  16 (a gate), which FP8 kernels cannot take, and which would bound the rank of all others; plan and manifest name each.
-* Checkpoints keep their own tensor names through every stage, also where transformers renames or joins tensors when it
-  loads them (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts).
-* `unknown-matrix`: matrices of the decoder that belong to no linear layer or embedding (stacked experts, states and
-  convolutions of Mamba), of which it is not known how an engine holds them in an FP8 checkpoint.
+* **Trained:** the linear layers that the text decoder calls on text. **Not trained:** output heads, vision towers and
+  projectors; linear layers whose weight the model reads without calling the layer; and linear layers with a side below
+  16 (gates), which FP8 kernels do not support and which would limit the rank of every other layer. `--dry-run` and the
+  manifest name each layer that is left out.
+* Exports keep the tensor names of the original checkpoint, also where transformers renames or merges tensors on
+  loading (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts).
+* `unknown-matrix`: the decoder has matrices that belong to no linear layer or embedding (stacked experts, state and
+  convolution weights of Mamba), and how an engine stores them in an FP8 checkpoint is not known.
 
 This page is written by `python tests/support/architecture_table.py` from `tests/support/language_models.py`;
-`tests/pipeline/finetune/test_architectures.py` keeps the two alike, and runs every row.
+`tests/pipeline/finetune/test_architectures.py` checks that the two agree, and runs every row.
 
-| architecture | class | linears trained | left out | FP8, w8a16 | bf16 |
+| architecture | class | linear layers trained | left out | FP8, w8a16 | bf16 |
 |---|---|---|---|---|---|
 """
 

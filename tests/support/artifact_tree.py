@@ -122,3 +122,12 @@ def rehash(root: Path, change: Callable[[dict], None] | None = None) -> Path:
     ]  # fmt: skip
     write_checked(root / MANIFEST_NAME, json.dumps(data, indent=2) + "\n")
     return root
+
+
+def without_parents(root: Path) -> Path:
+    """Let the manifest record parents at a path that does not exist, as on another machine."""
+    data = json.loads((root / MANIFEST_NAME).read_text())
+    for parent in data["parents"]:
+        parent["path"] = "/nowhere/gone"
+    write_checked(root / MANIFEST_NAME, json.dumps(data, indent=2) + "\n")
+    return root

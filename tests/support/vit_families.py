@@ -1,4 +1,4 @@
-"""Every family of vision transformers at a random small size, for the tests of all rooms.
+"""Every family of vision transformers at a random small size, for the tests of all packages.
 
 Built like any other model, from an `Architecture`; then every parameter gets a random value, since initial ones
 would hide mistakes (heads of zeros, layer scales of 1e-5, position biases of zero).

@@ -8,7 +8,8 @@ The mask is made here, from the attention mask and the positions: a sum of the l
 that FP16 holds. Minus infinity would turn a row of padding into NaN, and the smallest FP16 number plus a negative logit
 is minus infinity too. The attention then is a chain of product, factor, sum, softmax, product, which builders fuse.
 
-The passes are those of the graph room, static quantizers before linears, scales in the base type, and a tied head. Q/DQ
+The passes are those of `exporters/graph`, and three more: static quantizers before linear layers, scales in the base
+type, and a tied head. Q/DQ
 pairs hold per-tensor scales. Queries, keys and values read one value of the graph, and so do gate and up: they share
 one pair, and the builder makes one product of each group.
 """

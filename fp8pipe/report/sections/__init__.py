@@ -14,27 +14,27 @@ from fp8pipe.report.subject import Subject
 
 __all__ = ["sections_of"]
 
-# What makes the blocks; anchor, heading and lead; and what is said where there are no blocks.
+# Function that makes the blocks; anchor, heading and lead; and the text shown where there are no blocks.
 _SECTIONS: Final[tuple[tuple[Callable[[Subject], Iterator[Block]], str, str, str, Missing | None], ...]] = (
-    (verdicts, "verdicts", "Verdicts", "What was asked of this work, and whether it holds.", None),
-    (training, "training", "Training", "The loss, and what becomes of the update on its way into the codes.",
-     Missing("No artifact that was trained is here.", "fp8pipe finetune, or fp8pipe quantize-vit")),
+    (verdicts, "verdicts", "Verdicts", "Every gate, and whether it passed.", None),
+    (training, "training", "Training", "The loss, and how much of the update reaches the FP8 codes.",
+     Missing("There is no trained artifact here.", "fp8pipe finetune, or fp8pipe quantize-vit")),
     (by_layer, "layers", "The update, layer by layer",
-     "What the last flush did to each layer; a column is a block of the model, the strongest square the largest value.",
-     Missing("No artifact that was tuned in FP8 is here.", "fp8pipe finetune")),
-    (pictures, "images", "Calibration images", "What the low-bit model was fitted to.",
+     "What the final merge did to each layer: a column per decoder block; the most intense color is the largest value.",
+     Missing("There is no artifact fine-tuned in FP8 here.", "fp8pipe finetune")),
+    (pictures, "images", "Calibration images", "The images that the low-bit model was calibrated on.",
      Missing("Nothing here was calibrated with images: they are part of quantizing a vision transformer.",
              "fp8pipe quantize-vit")),
-    (accuracy, "accuracy", "Accuracy", "The low-bit model beside the one it was made from.", None),
-    (parity, "parity", "Parity with the engine", "The engine's results beside the artifact's.",
+    (accuracy, "accuracy", "Accuracy", "The low-bit model against the model it was made from.", None),
+    (parity, "parity", "Parity with the engine", "The engine's results against the artifact's.",
      Missing("There is no export, so there is no engine to compare with.", "fp8pipe export, then fp8pipe validate")),
-    (precision, "precision", "Precision in the engine", "What each product is really multiplied in.",
-     Missing("No engine and no graph is here.", "fp8pipe export ... --target trt, or --target onnx")),
-    (speed, "speed", "Speed and size", "Measured beside full precision, on the machine named with it.", None),
+    (precision, "precision", "Precision in the engine", "The precision in which each matrix multiplication runs.",
+     Missing("There is no engine and no graph here.", "fp8pipe export ... --target trt, or --target onnx")),
+    (speed, "speed", "Speed and size", "Measured against full precision, on the machine named with it.", None),
     (provenance, "provenance", "Provenance",
-     "A child names its parent by digest. A digest covers every file, since the manifest lists theirs.",
-     Missing("No artifact is here.", "fp8pipe run")),
-    (reproduce, "reproduce", "Versions and commands", "What it takes to do this again.", None),
+     "Each artifact names its parent by the digest of its manifest, which lists the digest of every file.",
+     Missing("There is no artifact here.", "fp8pipe run")),
+    (reproduce, "reproduce", "Versions and commands", "How to reproduce this.", None),
     (warnings, "warnings", "Warnings", "Fallbacks and findings that the stages recorded.", None),
 )  # fmt: skip
 

@@ -203,8 +203,8 @@ def test_ports() -> None:
 
 def test_the_probe_imports_nothing_of_ours() -> None:
     script = f"import runpy, sys; runpy.run_path({os.fspath(PROBE)!r}, run_name='probe'); " + (
-        "rooms = ('fp8pipe', 'validation', 'exporters', 'vllm'); "
-        "print([m for m in sys.modules if m.split('.')[0] in rooms])"
+        "packages = ('fp8pipe', 'validation', 'exporters', 'vllm'); "
+        "print([m for m in sys.modules if m.split('.')[0] in packages])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['validation', 'validation.vllm']"  # empty ones, for the files of its own folder

@@ -17,8 +17,8 @@ def _restore():
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if not hasattr(handler, progress._MARK)]
     root.setLevel(logging.WARNING)
-    for room in progress.ROOMS:
-        logging.getLogger(room).setLevel(logging.NOTSET)
+    for package in progress.PACKAGES:
+        logging.getLogger(package).setLevel(logging.NOTSET)
     logging.captureWarnings(False)
     progress.configure()
 

@@ -1,4 +1,4 @@
-"""What all of this room speaks of: messages, and conversations of which the assistant's are learned."""
+"""The types that this package shares: messages, and conversations whose assistant messages are learned."""
 
 from __future__ import annotations
 

@@ -1,0 +1,50 @@
+"""Where an artifact's parent lies on this machine: at the path that the manifest records, or beside the artifact.
+
+`verify` and `validate` look in the same places. A path proves nothing: what lies there is the parent only if its digest
+is the one that the manifest names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from exporters.vllm.source import open_source
+from fp8pipe.artifact import MANIFEST_NAME, Artifact, Parent, read_manifest
+from fp8pipe.core.errors import Fp8PipeError
+
+__all__ = ["candidate_artifacts", "local_model"]
+
+
+def candidate_artifacts(child: Artifact, parent: Parent) -> Iterator[Artifact]:
+    """Artifacts that may be the parent: at the recorded path, of that name beside the child, then all beside it.
+
+    Only manifests are read; those that cannot be read are passed over.
+    """
+    beside = child.root.absolute().parent
+    recorded = Path(parent.path)
+    for place in dict.fromkeys([recorded, beside / recorded.name, *sorted(beside.iterdir())]):
+        if os.path.isfile(place / MANIFEST_NAME):  # unlike Path.is_file, False where the directory may not be read
+            try:
+                yield Artifact(place, read_manifest(place))
+            except (Fp8PipeError, OSError):
+                continue
+
+
+def local_model(child: Artifact, parent: Parent) -> Path | None:
+    """The model of the parent's digest, where it lies on this machine; its files are hashed.
+
+    Nothing is downloaded: of models from a hub the caller has to name the directory.
+    """
+    recorded = Path(parent.path)
+    beside = child.root.absolute().parent / recorded.name
+    places = [recorded] if parent.path.startswith("sample:") else [p for p in (recorded, beside) if os.path.exists(p)]
+    return next((place for place in places if _digest(place) == parent.digest), None)
+
+
+def _digest(model: Path) -> str:
+    try:
+        return open_source(model).parent.digest
+    except (Fp8PipeError, OSError):
+        return ""
