@@ -1,4 +1,7 @@
-"""What preparing a model takes of a GPU's memory, at LLaMA-7B's shapes: little more than the model in bf16."""
+"""What preparing a model takes of a GPU's memory, at LLaMA-7B's shapes: little more than the model in bf16.
+
+A GPU is counted on fake tensors (`support/fake_cuda.py`), with a few of the 32 layers.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,64 @@ import torch
 from fake_cuda import fake_cuda
 
 from fp8pipe.models.compat import import_transformers
+from pipeline.falqon import sums
 from pipeline.falqon.convert import convert_model
 from pipeline.falqon.flush import preview
 from pipeline.falqon.rules import Initialisation, update_rule
+from pipeline.finetune.config import FinetuneConfig
+from pipeline.finetune.loss import answer_loss
 
-SHAPES = {
-    "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 4,
-    "vocab_size": 32000,
-}  # fmt: skip
+SHAPES = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
 WHOLE = 13.5e9  # bytes of all 32 layers in bf16
 LIMIT = 0.06  # of them
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
-def test_conversion_and_preview_hold_little_beside_the_model():
+def make_model(layers):
     transformers = import_transformers()
     transformers.LlamaForCausalLM  # noqa: B018
+    shapes = transformers.LlamaConfig(**SHAPES, num_hidden_layers=layers)
+    with torch.device("cuda"):
+        return transformers.AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_the_default_preparation_holds_little_beside_the_model(monkeypatch):
+    """Gradients are observed of the default batches, all of whose tokens count here; 1.1 times the model at most.
+
+    From layer to layer only what a checkpoint keeps may be added: its input.
+    """
+    defaults = {name: field.default for name, field in FinetuneConfig.model_fields.items()}
+    batch, length = defaults["batch_size"], defaults["sequence_length"]
+    monkeypatch.setattr(sums, "_bytes", lambda tensor: memoryview(bytearray()))  # fake tensors have none
+    observed, converted = [], []
+    for layers in (1, 3):
+        with fake_cuda(found=batch * length) as counter:
+            model = make_model(layers)
+            loaded = sum(parameter.nbytes for parameter in model.parameters())
+
+            def losses(model=model):
+                for _ in range(defaults["gradient_batches"]):
+                    ids = torch.zeros(batch, length, dtype=torch.int64)
+                    places = torch.arange(length).expand(batch, length).contiguous()
+                    inputs = {"input_ids": ids.to("cuda"), "position_ids": places.to("cuda")}
+                    yield answer_loss(model, inputs, ids, 1.0)
+                observed.append(counter.peak - loaded)  # noqa: B023 - called within this turn
+
+            counter.clear()
+            how = {"rank": defaults["rank"], "initialisation": Initialisation.GRADIENT, "seed": 0}
+            convert_model(model, update_rule("live"), losses=losses, **how)
+            converted.append(counter.peak - loaded)
+    fewer, more = max(observed[:2]), max(observed[2:])
+    input_bytes = batch * length * SHAPES["hidden_size"] * 2
+    assert more - fewer <= 2 * input_bytes
+    whole = max(converted[1], more + (32 - 3) * input_bytes)
+    assert whole < 0.1 * WHOLE, (observed, converted, whole / WHOLE)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_conversion_and_preview_hold_little_beside_the_model():
     with fake_cuda() as counter:
-        with torch.device("cuda"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                transformers.LlamaConfig(**SHAPES), dtype=torch.bfloat16
-            )
+        model = make_model(4)
         loaded = sum(parameter.nbytes for parameter in model.parameters())
         counter.clear()
         how = {"rank": 64, "initialisation": Initialisation.RANDOMIZED_SVD, "seed": 0}
