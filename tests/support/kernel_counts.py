@@ -123,11 +123,11 @@ def as_on_cuda(capability: tuple[int, int], *, triton: bool = False) -> Iterator
     """While active, FALQON layers run what they run on such a GPU, with Triton's kernels or without."""
     kernels = SimpleNamespace(quantize_rows=_cast, transpose_bytes=_transpose)
     with (
-        mock.patch.object(falqon_layer, "backend", lambda tensor: backends._CUDA),
-        mock.patch.object(cuda, "capability", lambda index: capability),
-        mock.patch.object(fused, "_here", lambda tensor: triton),
-        mock.patch.object(fused, "_kernels", lambda: kernels),
-        mock.patch.object(torch.cuda, "device", lambda device: nullcontext()),
+        mock.patch.object(falqon_layer, "backend", return_value=backends._CUDA),
+        mock.patch.object(cuda, "capability", return_value=capability),
+        mock.patch.object(fused, "_here", return_value=triton),
+        mock.patch.object(fused, "_kernels", return_value=kernels),
+        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
     ):
         yield
 
