@@ -29,7 +29,7 @@ LIMITS = {
     "lora": ({"method": "lora"}, 804, 113.3, 7.1),
 }
 
-WHOLE = 16.5  # GB held at most, all 32 layers
+WHOLE = 13.6  # GB held at most, all 32 layers; 16.5 was promised, and 13.9 is what the cost model reckons
 
 
 class Same:
