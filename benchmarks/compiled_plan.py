@@ -97,7 +97,8 @@ def plan(graph_module, counted):
             counted.append((len(kernels), sum(node.get_read_write_buffers_sizes() for node in kernels)))
 
 
-def main() -> None:
+def plan_layer() -> list[tuple[int, int]]:
+    """Kernels and bytes between products of the forward pass, and of the backward pass."""
     from fake_cuda import fake_cuda
     from torch._inductor import compile_fx
 
@@ -131,7 +132,11 @@ def main() -> None:
         places = torch.arange(LENGTH, device="cuda").expand(BATCH, LENGTH)
         rotary = model.model.rotary_emb(x, places)
         layer(x, position_embeddings=rotary, attention_mask=None, position_ids=places).sum().backward()
-    (kernels, moved), (back_kernels, back_moved) = counted
+    return counted
+
+
+def main() -> None:
+    (kernels, moved), (back_kernels, back_moved) = plan_layer()
     print(f"forward: {kernels} kernels, {moved / 1e9:.2f} GB; backward: {back_kernels}, {back_moved / 1e9:.2f} GB")
     print(f"a step with checkpointing: {2 * kernels + back_kernels} kernels, {(2 * moved + back_moved) / 1e9:.2f} GB")
 

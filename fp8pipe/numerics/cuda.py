@@ -59,7 +59,10 @@ def cast_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
         return found[0], found[1].value
     amax = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True, dtype=torch.float32)
     scale = power_of_two_scale(amax, grid)
-    return _multiply(x, scale.reciprocal(), grid.dtype), scale
+    if torch.compiler.is_compiling():  # Triton divides approximately
+        return _multiply(x, scale.reciprocal(), grid.dtype), scale
+    # By a power of two a division is the same product, and one kernel less.
+    return torch.div(x, scale, out=torch.empty(x.shape, dtype=grid.dtype, device=x.device)), scale
 
 
 def cast_whole(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale]:
@@ -79,6 +82,7 @@ def forward_products(
     codes: Tensor,
     scale: Tensor,
     columns: Tensor | None,
+    one: Tensor | None,
     b: Tensor | None,
     rank: int,
     dtype: torch.dtype,
@@ -90,14 +94,15 @@ def forward_products(
         x_scale: fp32 `(tokens, 1)`; None leaves the result in units of them.
         codes: [W; A], `(out + rank, in)` E4M3.
         scale: of the codes, a scalar.
-        columns: `scale` repeated, `(out + rank,)` or more; needed with an `x_scale`.
+        columns: `scale` repeated, `(out + rank,)` or more.
+        one: 1, a scalar.
         b: `(out, rank)` in `dtype`.
         rank: rows of A.
         dtype: of the result.
     """
     width = codes.shape[0] - rank
     # codes (m + r, n) row-major, so its transpose is the column-major second operand, without a copy.
-    wide = _scaled_mm(x, x_scale, codes.t(), scale, columns, dtype, fast_accumulation=True)
+    wide = _scaled_mm(x, x_scale, codes.t(), scale, columns, one, dtype, fast_accumulation=True)
     # A copy: the view would keep all (T, out + r) values alive until the backward pass.
     o = wide[:, width : width + rank].clone()
     if b is not None:
@@ -111,6 +116,7 @@ def input_gradient(
     codes: Tensor,
     scale: Tensor,
     columns: Tensor | None,
+    one: Tensor | None,
     beside: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -121,14 +127,15 @@ def input_gradient(
         g_scale: fp32 `(tokens, 1)`; None leaves the result in units of them, and takes `beside` in these units.
         codes: [W; A], `(out + rank, in)` E4M3.
         scale: of the codes, a scalar.
-        columns: `scale` repeated, `(in,)` or more; needed with a `g_scale`.
+        columns: `scale` repeated, `(in,)` or more.
+        one: 1, a scalar.
         beside: G B times `scale`, `(tokens, rank)` in `dtype`.
         dtype: of the result.
     """
     width, into = g.shape[1], codes.shape[1]
     # The second operand must be column-major here too: one byte-wide transpose copy per layer.
     column_major = fused.transpose_bytes(_bytes(codes[:width])).view(codes.dtype).t()
-    product = _scaled_mm(g, g_scale, column_major, scale, columns, dtype, fast_accumulation=False)
+    product = _scaled_mm(g, g_scale, column_major, scale, columns, one, dtype, fast_accumulation=False)
     if beside is not None:
         product[:, :into].addmm_(beside, codes[width:].to(dtype))  # (T, r) @ (r, n), thin
     return product
@@ -139,13 +146,13 @@ _gradient_op = torch.library.custom_op("fp8pipe::input_gradient", input_gradient
 
 
 @_forward_op.register_fake
-def _(x, x_scale, codes, scale, columns, b, rank, dtype):  # type: ignore[no-untyped-def]
+def _(x, x_scale, codes, scale, columns, one, b, rank, dtype):  # type: ignore[no-untyped-def]
     wide = x.new_empty(x.shape[0], _aligned(codes.shape[0]), dtype=dtype)
     return wide, x.new_empty(x.shape[0], rank, dtype=dtype)
 
 
 @_gradient_op.register_fake
-def _(g, g_scale, codes, scale, columns, beside, dtype):  # type: ignore[no-untyped-def]
+def _(g, g_scale, codes, scale, columns, one, beside, dtype):  # type: ignore[no-untyped-def]
     return g.new_empty(g.shape[0], _aligned(codes.shape[1]), dtype=dtype)
 
 
@@ -159,15 +166,15 @@ class Cuda(Backend):
         width = codes.shape[0] - rank
         if scale.rule is ScaleRule.EXACT:
             found, x_scale = cast_whole(x, E4M3)
-            wide = _scaled_mm(found, x_scale.value, codes.t(), scale.value, None, x.dtype, fast_accumulation=True)
+            wide = _scaled_mm(found, x_scale.value, codes.t(), scale.value, None, None, x.dtype, fast_accumulation=True)
             return wide[:, :width], wide[:, width : width + rank].clone()
         found, rows = cast_rows(x, E4M3)
         b = None if b is None else b.to(x.dtype)
         if not torch.compiler.is_compiling():
-            wide, o = forward_products(found, rows, codes, scale.value, scale.columns, b, rank, x.dtype)
+            wide, o = forward_products(found, rows, codes, scale.value, scale.columns, scale.one, b, rank, x.dtype)
             return wide[:, :width], o
         within = rows if scales_rows(x.get_device(), x.dtype) else None
-        wide, o = _forward_op(found, within, codes, scale.value, scale.columns, b, rank, x.dtype)
+        wide, o = _forward_op(found, within, codes, scale.value, scale.columns, scale.one, b, rank, x.dtype)
         y = wide[:, :width]
         return (y, o) if within is not None else ((y * rows).to(x.dtype), (o * rows).to(x.dtype))
 
@@ -185,11 +192,11 @@ class Cuda(Backend):
         beside = None if b is None else grad @ _multiply(b, scale.value, grad.dtype)
         into = codes.shape[1]
         if not torch.compiler.is_compiling():
-            return input_gradient(g, rows, codes, scale.value, scale.columns, beside, grad.dtype)[:, :into]
+            return input_gradient(g, rows, codes, scale.value, scale.columns, scale.one, beside, grad.dtype)[:, :into]
         within = rows if scales_rows(grad.get_device(), grad.dtype) else None
         if beside is not None and within is None:
             beside = (beside / rows).to(grad.dtype)
-        dx: Tensor = _gradient_op(g, within, codes, scale.value, scale.columns, beside, grad.dtype)[:, :into]
+        dx: Tensor = _gradient_op(g, within, codes, scale.value, scale.columns, scale.one, beside, grad.dtype)[:, :into]
         return dx if within is not None else (dx * rows).to(grad.dtype)
 
 
@@ -200,7 +207,7 @@ def _exact_backward(
     dx = None
     if wants_input:
         column_major = fused.transpose_bytes(_bytes(codes[: grad.shape[1]])).view(codes.dtype).t()
-        dx = _scaled_mm(g, g_scale.value, column_major, scale.value, None, grad.dtype, fast_accumulation=False)
+        dx = _scaled_mm(g, g_scale.value, column_major, scale.value, None, None, grad.dtype, fast_accumulation=False)
         dx = dx[:, : codes.shape[1]]
     # A bf16 GEMM of codes: r and the token count need no alignment then, at 2 T m r operations.
     product = g.to(torch.bfloat16).t() @ a.to(torch.bfloat16)
@@ -223,21 +230,22 @@ def _scaled_mm(
     b: Tensor,
     scale_b: Tensor,
     columns: Tensor | None,
+    one: Tensor | None,
     dtype: torch.dtype,
     *,
     fast_accumulation: bool,
 ) -> Tensor:
     """Codes `a` (rows, inner) by column-major codes `b` (inner, cols), with columns to a multiple of 16.
 
-    `scale_a` is a scalar or `(rows, 1)`; None is 1.
+    `scale_a` is a scalar or `(rows, 1)`; None is 1. `columns` and `one` are made where they are needed and not given.
     """
     if b.shape[0] % _ALIGN or b.shape[1] % _ALIGN:
         b = _pad(_pad(b.t(), 0), 1).t()
     rows = None
+    if scale_a is not None and scale_a.dim() == 2 and not scales_rows(a.get_device(), dtype):
+        scale_a, rows = None, scale_a
     if scale_a is None:
-        scale_a = torch.ones_like(scale_b)
-    elif scale_a.dim() == 2 and not scales_rows(a.get_device(), dtype):
-        scale_a, rows = torch.ones_like(scale_b), scale_a
+        scale_a = torch.ones_like(scale_b) if one is None else one
     elif scale_a.dim() == 2:  # one scale per row wants one per column beside it
         cols = b.shape[1]
         if columns is None or columns.numel() < cols:

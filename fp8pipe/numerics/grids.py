@@ -88,6 +88,7 @@ class Scale:
     value: Tensor  # fp32, a scalar or `(rows, 1)`
     inverse_scale: Tensor | None = None  # what the rule `exact` multiplies by before rounding; None for powers of two
     columns: Tensor | None = None  # a scalar value repeated, `(columns,)`, for products that want one per column
+    one: Tensor | None = None  # 1, a scalar, for products that want a scale where there is none
 
     @classmethod
     def exact(cls, inverse_scale: Tensor) -> Scale:

@@ -24,6 +24,7 @@ from fp8pipe.numerics.grids import E4M3, row_blocks, stacked_scale
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.observed import Losses, observe
 from pipeline.falqon.rules import Initialisation
+from pipeline.falqon.sums import Sums
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
 _POWER_ITERATIONS = 3
@@ -74,7 +75,7 @@ def adapter_directions(
         # The length that the error's SVD would give on average, so that one learning rate serves both: the root of
         # a typical singular value, which for a flat spectrum is ||E|| / sqrt(min(out, in)).
         length: Tensor = (error.norm() / min(weight.shape) ** 0.5).sqrt()
-        return gradient_rows * length
+        return gradient_rows.to(length.device) * length
     if how is Initialisation.SVD:
         _, values, right = torch.linalg.svd(error, full_matrices=False)
     else:
@@ -109,30 +110,51 @@ def gradient_sketches(
         seed: of the random test matrices.
 
     Returns:
-        By first member: `(rank, in)` fp32 with orthonormal rows.
+        By first member: `(rank, in)` fp32 with orthonormal rows, on the CPU.
 
     Raises:
         ConfigurationError: a layer that no token of the batches reached.
+        OutOfMemoryError: no room for the sums on the disk of temporary files.
     """
-    generator = torch.Generator().manual_seed(seed)
-    tests: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    names = [name for group in groups for name in group]
+    with Sums(device) as ranges:
+        with Sums(device) as sums:
+            observe(model, names, losses, _Sketch(rank, seed), sums)
+            for group in groups:
+                sketch = torch.stack([sums.at(name) for name in group]).sum(0)
+                ranges.add(group[0], torch.linalg.qr(sketch).Q.t())  # transposed: so it lies in memory
+        first = {name: group[0] for group in groups for name in group}
 
-    def sketch(x: Tensor, g: Tensor, name: str) -> Tensor:
-        if name not in tests:  # one S a module for all batches: the sketch is of the summed gradient
-            width = min(_SKETCH_FACTOR * rank, x.shape[1])
-            tests[name] = torch.randn(g.shape[1], width, generator=generator).to(g)
-        return (x.t() @ (g @ tests[name])).float()  # (n, T) @ ((T, m) @ (m, width))
+        def measure(x: Tensor, g: Tensor, name: str) -> Tensor:
+            return g.t() @ (x @ ranges.at(first[name]).t().to(x))  # (m, T) @ ((T, n) @ (n, width))
 
-    ranges: dict[str, Tensor] = {}
-    for group, parts in zip(groups, observe(model, groups, losses, sketch), strict=True):
-        ranges |= dict.fromkeys(group, torch.linalg.qr(torch.stack(parts).sum(0)).Q)
-    tests.clear()
-
-    def measure(x: Tensor, g: Tensor, name: str) -> Tensor:
-        return (g.t() @ (x @ ranges[name].to(x))).float()  # (m, T) @ ((T, n) @ (n, width))
-
-    directions = {}
-    for group, parts in zip(groups, observe(model, groups, losses, measure), strict=True):
-        _, _, rotation = torch.linalg.svd(torch.cat(parts), full_matrices=False)
-        directions[group[0]] = (rotation[:rank] @ ranges[group[0]].t()).contiguous()
+        directions = {}
+        with Sums(device) as sums:
+            observe(model, names, losses, measure, sums)
+            for group in groups:
+                parts = torch.cat([sums.at(name) for name in group])
+                _, _, rotation = torch.linalg.svd(parts, full_matrices=False)
+                directions[group[0]] = (rotation[:rank] @ ranges.at(group[0])).contiguous().cpu()
     return directions
+
+
+class _Sketch:
+    """`X^T (G S)`, with one random S a module for all batches: then the sketch is that of the summed gradient.
+
+    S is drawn anew for each batch, for it is as large as the sketch.
+    """
+
+    def __init__(self, rank: int, seed: int) -> None:
+        self._columns = _SKETCH_FACTOR * rank
+        self._generator = torch.Generator().manual_seed(seed)
+        self._begun: dict[str, Tensor] = {}  # the generator's state before S was drawn first
+
+    def __call__(self, x: Tensor, g: Tensor, name: str) -> Tensor:
+        generator = self._generator
+        if name in self._begun:
+            generator = torch.Generator().set_state(self._begun[name])
+        else:
+            self._begun[name] = generator.get_state()
+        test = torch.randn(g.shape[1], min(self._columns, x.shape[1]), generator=generator).to(g)
+        return x.t() @ (g @ test)  # (n, T) @ ((T, m) @ (m, width))

@@ -54,6 +54,7 @@ class FalqonLinear(nn.Module):
     scale: Tensor
     inverse_scale: Tensor | None
     columns: Tensor | None
+    one: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -83,13 +84,14 @@ class FalqonLinear(nn.Module):
         # One copy for each column of a product, rounded up to what the product takes; the scale never changes.
         columns = None if scale.inverse_scale is not None else scale.value.expand(max(codes.shape) + 15).contiguous()
         self.register_buffer("columns", columns, persistent=False)
+        self.register_buffer("one", None if columns is None else torch.ones_like(scale.value), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=codes.device))
 
     @property
     def code_scale(self) -> Scale:
         """The scale of W's and A's codes."""
-        return Scale(self.scale, self.inverse_scale, self.columns)
+        return Scale(self.scale, self.inverse_scale, self.columns, self.one)
 
     @property
     def weight_codes(self) -> Tensor:

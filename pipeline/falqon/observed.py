@@ -1,8 +1,9 @@
 """Inputs and output gradients of a model's linear layers, while it runs backward: of each layer together, then dropped.
 
-The model is in evaluation mode, for dropout must not disturb what is observed, and there transformers recomputes
-nothing, whatever the user asked for. So decoder layers are checkpointed here, where they would be in training: their
-inputs are then not held from the forward pass on, but seen when a layer is repeated, just before its backward pass.
+The unconverted model takes twice the memory of the one that trains, so its activations must not be held beside it:
+decoder layers are checkpointed here, though training may not do that (transformers would do it in training mode alone,
+and the model is in evaluation mode, for dropout must not disturb what is observed). Their inputs are then seen when a
+layer is repeated, just before its backward pass. No bit depends on it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
+from pipeline.falqon.sums import Sums
 
 Losses = Callable[[], Iterable[Tensor]]
 _Project = Callable[[Tensor, Tensor, str], Tensor]
+_CACHES = ("past_key_values", "layer_past")  # arguments of decoder layers
 
 
 @dataclass(slots=True)
@@ -64,24 +67,23 @@ class _Run:
             self.state.cells, self.state.again = before
 
 
-def observe(model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, project: _Project) -> list[list[Tensor]]:
-    """For each member of each group, the sum over all batches of `project(X, G, name)`.
+def observe(model: nn.Module, names: Sequence[str], losses: Losses, project: _Project, sums: Sums) -> None:
+    """Add up `project(X, G, name)` of each linear layer over all batches.
 
     Args:
         model: left as it was found.
-        groups: module paths of linear layers.
+        names: module paths of the layers.
         losses: runs the batches, yielding each one's loss with gradient.
         project: of a layer's input `(tokens, in)`, the gradient of its output `(tokens, out)`, and its path.
+        sums: takes the sums, by path.
 
     Raises:
         ConfigurationError: a layer that no token of the batches reached.
     """
-    sums: dict[str, Tensor] = {}
     state = _Repeated()
 
     def add(name: str, x: Tensor, gradient: Tensor) -> None:
-        part = project(x, gradient, name)
-        sums[name] = sums[name] + part if name in sums else part
+        sums.add(name, project(x, gradient, name))
 
     def on_forward(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
@@ -100,7 +102,7 @@ def observe(model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, p
 
         output.register_hook(on_gradient)
 
-    handles = [model.get_submodule(n).register_forward_hook(partial(on_forward, n)) for group in groups for n in group]
+    handles = [model.get_submodule(name).register_forward_hook(partial(on_forward, name)) for name in names]
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_()))
     try:
@@ -110,24 +112,22 @@ def observe(model: nn.Module, groups: Sequence[Sequence[str]], losses: Losses, p
     finally:
         for handle in handles:
             handle.remove()
-    if silent := [name for group in groups for name in group if name not in sums]:
+    if silent := [name for name in names if name not in sums]:
         raise ConfigurationError(
             f"{len(silent)} layer(s) have no gradient to start from",
             why=f"the first: no token of the first training batches went through {silent[0]}",
             fix="give more `gradient_batches` in the configuration, or use --initialisation randomized-svd",
         )
-    return [[sums[name] for name in group] for group in groups]
 
 
 @contextmanager
 def _checkpointed(model: nn.Module, state: _Repeated) -> Iterator[None]:
-    """While active, layers that training would checkpoint are checkpointed in any mode."""
-    import_transformers()
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    """While active, the layers that transformers can checkpoint are checkpointed, in any mode."""
+    layers = _outermost(model)
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if any(kwargs.get(name) is not None for name in _CACHES):  # a repetition would write it once more
+            return forward(*args, **kwargs)
         return checkpoint(_Run(forward, state), *args, use_reentrant=False, **kwargs)
 
     try:
@@ -138,3 +138,16 @@ def _checkpointed(model: nn.Module, state: _Repeated) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """Layers that can be checkpointed and lie in no other such layer."""
+    import_transformers()
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():  # a module comes before those in it
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, GradientCheckpointingLayer) and not inside:
+            found[name] = module
+    return list(found.values())

@@ -48,14 +48,22 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
     if missing := _missing(first.get_device()):
         _LOG.warning("decoder layers run uncompiled, which takes longer: %s", missing)
         return False
-    # Layers share their code, and a model may have several kinds. A layer that will not compile runs as it is, and
-    # torch's log says so.
+    # Layers share their code, and a model may have several kinds.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    torch._dynamo.config.suppress_errors = True
+    fall_back()
     torch.compiler.assume_constant_result(cuda.capability)
     for layer in decoder_layers(model):
         wrap_layer(layer, torch.compile(layer.forward, options=OPTIONS))
     return True
+
+
+def fall_back() -> None:
+    """From now on, a layer that will not compile runs as it is, and torch's log says so.
+
+    The backward pass is compiled together with the forward pass: at its own first call nothing could replace it.
+    """
+    torch._dynamo.config.suppress_errors = True
+    torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
 def uncompiled() -> AbstractContextManager[Any]:

@@ -7,9 +7,12 @@ left out: one fused kernel, which the cost model takes by its arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.numerics import backends, cuda, fused
+from fp8pipe.numerics.grids import E4M3, E5M2, FloatGrid, Scale
+from pipeline.falqon import layer as falqon_layer
+from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "_scaled_mm"}
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
@@ -95,3 +102,51 @@ def count_layer(
     with Counter() as backward:
         y.backward(grad)
     return forward.found, backward.found
+
+
+def to_falqon(layer: Any, rank: int) -> None:
+    """Replace the linear layers of a Llama decoder layer by `live` FALQON layers, in place."""
+    for block, stacks in ((layer.self_attn, (("q_proj", "k_proj", "v_proj"), ("o_proj",))),
+                          (layer.mlp, (("gate_proj", "up_proj"), ("down_proj",)))):  # fmt: skip
+        for names in stacks:
+            weights = [getattr(block, name).weight for name in names]
+            rows = tuple(weight.shape[0] for weight in weights)
+            codes = torch.empty(sum(rows) + rank, weights[0].shape[1], dtype=torch.float8_e4m3fn)
+            stacked = FalqonLinear(codes, Scale(torch.empty(())), rank=rank, parts=rows)
+            output = StackedOutput(stacked)
+            for index, name in enumerate(names):
+                setattr(block, name, FalqonPart(output, index) if len(names) > 1 else stacked)
+
+
+@contextmanager
+def as_on_cuda(capability: tuple[int, int], *, triton: bool = False) -> Iterator[None]:
+    """While active, FALQON layers run what they run on such a GPU, with Triton's kernels or without."""
+    kernels = SimpleNamespace(quantize_rows=_cast, transpose_bytes=_transpose)
+    with (
+        mock.patch.object(falqon_layer, "backend", return_value=backends._CUDA),
+        mock.patch.object(cuda, "capability", return_value=capability),
+        mock.patch.object(fused, "_here", return_value=triton),
+        mock.patch.object(fused, "_kernels", return_value=kernels),
+        mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
+    ):
+        yield
+
+
+def _cast(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
+    return _cast_rows(x, grid is E5M2)
+
+
+# An operator each, as each is one kernel.
+@torch.library.custom_op("counted::cast_rows", mutates_args=())
+def _cast_rows(x: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+    dtype = (E5M2 if wide else E4M3).dtype
+    return torch.empty(x.shape, dtype=dtype, device=x.device), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("counted::transpose", mutates_args=())
+def _transpose(codes: Tensor) -> Tensor:
+    return codes.new_empty(codes.shape[1], codes.shape[0])
+
+
+_cast_rows.register_fake(lambda x, wide: _cast_rows._init_fn(x, wide))
+_transpose.register_fake(lambda codes: _transpose._init_fn(codes))

@@ -5,21 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_counts import count_layer
+from kernel_counts import as_on_cuda, count_layer, to_falqon
 
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.numerics import backends, cuda
-from fp8pipe.numerics.grids import Scale
 from pipeline.dry_run import costs
 from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, reckon
 from pipeline.dry_run.devices import DEVICES, Device, device_reported
-from pipeline.falqon import layer as falqon_layer
-from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
 
 WAYS = (LIVE, LIVE_COMPILED, MERGED, MERGED_COMPILED, LORA, QLORA)
 LLAMA_7B = Decoder(4096, 11008, 4096, 4096, 32, 32001)
@@ -76,12 +73,12 @@ COUNTED = {
 
 
 @pytest.mark.parametrize("falqon", [False, True], ids=["model", "falqon"])
-def test_a_real_layer_moves_the_counted_bytes(falqon, monkeypatch):
-    monkeypatch.setattr(falqon_layer, "backend", lambda tensor: backends._CUDA)  # nothing is computed here
-    monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
+def test_a_real_layer_moves_the_counted_bytes(falqon):
     batch, length = 16, 256
     shape, rank = Decoder(512, 1024, 8 * 96, 2 * 96, 1, 64), 16
-    forward, backward = count_layer(COUNTED, batch, length, _to_falqon if falqon else lambda layer: None)
+    with as_on_cuda((9, 0)):
+        change = partial(to_falqon, rank=rank) if falqon else lambda layer: None
+        forward, backward = count_layer(COUNTED, batch, length, change)
     counted = costs.FALQON_LAYERS if falqon else costs.MODEL_LAYERS
     transposed = 2 * shape.linear if falqon else 0
     tokens = batch * length
@@ -89,19 +86,6 @@ def test_a_real_layer_moves_the_counted_bytes(falqon, monkeypatch):
     assert forward.bytes == pytest.approx(tokens * counted.forward.over(shape, rank), rel=0.02), hint
     assert backward.bytes == pytest.approx(tokens * counted.backward.over(shape, rank) + transposed, rel=0.02), hint
     assert (forward.kernels, backward.kernels) == counted.kernels, hint
-
-
-def _to_falqon(layer):
-    for block, stacks in ((layer.self_attn, (("q_proj", "k_proj", "v_proj"), ("o_proj",))),
-                          (layer.mlp, (("gate_proj", "up_proj"), ("down_proj",)))):  # fmt: skip
-        for names in stacks:
-            weights = [getattr(block, name).weight for name in names]
-            rows = tuple(weight.shape[0] for weight in weights)
-            codes = torch.empty(sum(rows) + 16, weights[0].shape[1], dtype=torch.float8_e4m3fn)
-            stacked = FalqonLinear(codes, Scale(torch.empty(())), rank=16, parts=rows)
-            output = StackedOutput(stacked)
-            for index, name in enumerate(names):
-                setattr(block, name, FalqonPart(output, index) if len(names) > 1 else stacked)
 
 
 widths = st.integers(1, 64).map(lambda n: 64 * n)

@@ -7,13 +7,16 @@ import logging
 import pytest
 import torch
 from fake_cuda import fake_cuda
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch import config as functorch_config
 
 from fp8pipe.models.compat import import_transformers
 from fp8pipe.numerics import backends
 from pipeline.falqon.convert import convert_model
 from pipeline.falqon.rules import Initialisation, update_rule
-from pipeline.finetune.compiled import compile_layers, decoder_layers, wrap_layer
+from pipeline.finetune.compiled import compile_layers, decoder_layers, fall_back, wrap_layer
 
 SHAPES = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -40,9 +43,9 @@ def make_model():
     return model.train()
 
 
-def compile_with(model, backend):
+def compile_with(model, backend, fullgraph=True):
     for layer in decoder_layers(model):
-        wrap_layer(layer, torch.compile(layer.forward, backend=backend, fullgraph=True))
+        wrap_layer(layer, torch.compile(layer.forward, backend=backend, fullgraph=fullgraph))
 
 
 def step(model, device="cpu"):
@@ -65,6 +68,28 @@ def test_one_graph_serves_all_layers_and_changes_no_bit(monkeypatch):
     assert all(torch.equal(gradients[name], same[name]) for name in gradients)
     step(compiled)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("broken", ["forward", "backward"])
+def test_a_pass_that_does_not_compile_runs_as_it_is_with_the_same_bits_and_is_said(broken, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "library", lambda: None)
+
+    def fails(graph, inputs):
+        raise RuntimeError(f"no {broken} for this layer")
+
+    passes = {"fw_compiler": nop, "bw_compiler": nop, f"{broken[0]}w_compiler": fails}
+    plain, compiled = make_model(), make_model()
+    with (
+        torch._dynamo.config.patch(suppress_errors=False),
+        functorch_config.patch(force_non_lazy_backward_lowering=False),
+        caplog.at_level(logging.WARNING),
+    ):
+        fall_back()
+        compile_with(compiled, aot_autograd(**passes), fullgraph=False)
+        (loss, gradients), (same_loss, same) = step(plain), step(compiled)
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(gradients[name], same[name]) for name in gradients)
+    assert f"no {broken} for this layer" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")

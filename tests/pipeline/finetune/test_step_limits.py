@@ -29,6 +29,8 @@ LIMITS = {
     "lora": ({"method": "lora"}, 804, 113.3, 7.1),
 }
 
+WHOLE = 13.6  # GB held at most, all 32 layers; 16.5 was promised, and 13.9 is what the cost model reckons
+
 
 class Same:
     """The same batch at every step."""
@@ -43,26 +45,47 @@ class Same:
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:.*is_gradient_checkpointing")
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_step_asks_no_more_of_a_gpu_than_before(name, tmp_path):
-    changes, kernels, traffic, peak = LIMITS[name]
+    changes, *limits = LIMITS[name]
+    for package in ("bitsandbytes", "peft"):
+        pytest.importorskip(package)
+    counter = counted_step(changes, SHAPES, 512, tmp_path)
+    counted = counter.kernels.total(), counter.traffic / 1e9, counter.peak / 1e9
+    assert counter.syncs == {"_to_copy": 1}  # loss and gradient norm together
+    assert all(now <= limit for now, limit in zip(counted, limits, strict=True)), counted
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer", "ignore:.*is_gradient_checkpointing")
+def test_the_whole_model_trains_within_the_memory_that_was_reckoned(tmp_path):
+    """16 x 528 tokens with recomputation. A layer more adds the same each, so two counts of layers tell of all 32."""
+    peaks = []
+    for layers in (1, 2):
+        counter = counted_step(RANDOM, SHAPES | {"num_hidden_layers": layers}, 528, tmp_path, recomputed=True)
+        peaks.append(counter.peak / 1e9)
+    whole = peaks[1] + 30 * (peaks[1] - peaks[0])
+    assert whole <= WHOLE, (peaks, whole)
+
+
+def counted_step(changes, shapes, length, folder, recomputed=False):
+    """The counter of a second step: the first makes the optimizer's state."""
     given = {"model": "m", "data": "d", "device": "cuda", "rank": 64, "steps": 100, "log_every": 50}
     config = build_config(FinetuneConfig, given | changes)
     transformers = import_transformers()
     # Imported here: what a module makes while it is imported must not be fake ever after.
     transformers.LlamaForCausalLM  # noqa: B018
-    for package in ("bitsandbytes", "peft"):
-        pytest.importorskip(package)
-    with fake_cuda(found=4096, integer=4096) as counter:
+    with fake_cuda(found=8 * length, integer=8 * length) as counter:
         with torch.device("cuda"):
-            shapes = transformers.LlamaConfig(**SHAPES)
-            model = transformers.AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16)
+            model = transformers.AutoModelForCausalLM.from_config(
+                transformers.LlamaConfig(**shapes), dtype=torch.bfloat16
+            )
+        if recomputed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         method = build_method(config)
         method.prepare(model)
-        tokens = torch.zeros(16, 512, dtype=torch.int64)
-        data = Same(Batch(tokens, tokens.clone(), torch.arange(512).expand(16, 512).contiguous(), 8192, 4096, ()))
-        trainer = Trainer(config, model.train(), method, data, data, None, tmp_path / "metrics.jsonl")
-        trainer.one_step()  # makes the optimizer's state
+        tokens = torch.zeros(16, length, dtype=torch.int64)
+        places = torch.arange(length).expand(16, length).contiguous()
+        data = Same(Batch(tokens, tokens.clone(), places, 16 * length, 8 * length, ()))
+        trainer = Trainer(config, model.train(), method, data, data, None, folder / "metrics.jsonl")
+        trainer.one_step()
         counter.clear()
         trainer.one_step()
-        counted = counter.kernels.total(), counter.traffic / 1e9, counter.peak / 1e9
-    assert counter.syncs == {"_to_copy": 1}  # loss and gradient norm together
-    assert all(now <= limit for now, limit in zip(counted, (kernels, traffic, peak), strict=True)), counted
+    return counter

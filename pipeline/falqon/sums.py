@@ -1,0 +1,86 @@
+"""Sums of the gradient's sketches, kept in a file: nothing of them stays on the device, or in the host's memory.
+
+Over all layers they come to an eighth of the model. The system keeps the file in memory that it has to spare. It lies
+where `tempfile` puts files (`TMPDIR`), has no name, and goes with the object.
+"""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fp8pipe.core.errors import OutOfMemoryError
+
+
+class Sums:
+    """fp32 tensors by name, in an unnamed temporary file; a context manager.
+
+    Args:
+        device: where tensors are wanted.
+
+    Raises:
+        OutOfMemoryError: of all methods that write: the file's disk is full.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Without a buffer: a tensor is written whole, and an error is raised where it arises.
+        self._file: Any = tempfile.TemporaryFile(prefix="fp8pipe-", buffering=0)  # noqa: SIM115
+        self._places: dict[str, tuple[int, torch.Size]] = {}
+        self._end = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def add(self, name: str, part: Tensor) -> None:
+        """Add a tensor, of any float dtype and on any device, to what is there under the name, if anything is."""
+        part = part.to("cpu").float()
+        if name not in self._places:
+            self._places[name] = self._end, part.shape
+            self._end += part.nbytes
+        else:
+            part = self._read(name) + part
+        self._write(name, part.contiguous())
+
+    def at(self, name: str) -> Tensor:
+        """The tensor of a name, on the device."""
+        return self._read(name).to(self._device)
+
+    def _read(self, name: str) -> Tensor:
+        start, shape = self._places[name]
+        found = torch.empty(shape)
+        self._file.seek(start)
+        self._file.readinto(_bytes(found))
+        return found
+
+    def _write(self, name: str, value: Tensor) -> None:
+        try:
+            self._file.seek(self._places[name][0])
+            left = _bytes(value)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OutOfMemoryError(
+                f"the disk of {tempfile.gettempdir()} is full",
+                why=f"the gradient initialisation keeps its sums there: {error}",
+                fix="set TMPDIR to a directory on another disk, or use --initialisation randomized-svd",
+            ) from error
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.numpy()).cast("B")
