@@ -71,11 +71,8 @@ def _text(opened: Artifact, list_layers: bool) -> str:
         ("files", f"{len(manifest.files)}, {format_bytes(opened.size_bytes)}"),
     ]
     rows += [
-        (
-            "parent",
-            f"{parent.kind} {parent.digest[:12]} {parent.path}" + (f", {parent.stored}" if parent.stored else ""),
-        )
-        for parent in manifest.parents
+        ("parent", f"{p.kind} {p.digest[:12]} {p.path}" + (f", {p.stored}" if p.stored else ""))
+        for p in manifest.parents
     ]
     if number_format is not None:
         rows.append(

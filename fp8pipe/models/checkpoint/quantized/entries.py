@@ -38,7 +38,7 @@ class DequantizedEntry(TensorEntry):
 
     Attributes:
         scale: its scales.
-        block: rows and columns that share one, None for one a tensor or a row.
+        block: rows and columns that share one, None for one per tensor or per row.
     """
 
     scale: TensorEntry
@@ -126,16 +126,16 @@ def _layout(
     if "per-tensor" in scheme.granularities:
         if math.prod(scale.shape) == 1:
             return "per-tensor", None
-        wanted.append("() for one a tensor")
+        wanted.append("() per tensor")
     if "per-channel" in scheme.granularities:
         if scale.shape in {codes.shape[:-1], (*codes.shape[:-1], 1)}:
             return "per-channel", None
-        wanted.append(f"{(*codes.shape[:-1], 1)} for one a row")
+        wanted.append(f"{(*codes.shape[:-1], 1)} per row")
     if scheme.block is not None:
         grid = block_grid(codes.shape, scheme.block)
         if scale.shape in {grid, (grid[-2], 1, grid[-1], 1)} or (math.prod(grid) == 1 == math.prod(scale.shape)):
             return "per-block", scheme.block
-        wanted.append(f"{grid} for blocks of {scheme.block[0]}x{scheme.block[1]}")
+        wanted.append(f"{grid} per block of {scheme.block[0]}x{scheme.block[1]}")
     why = f"{scale.name} has shape {scale.shape}, its weight {codes.shape}; expected {' or '.join(wanted)}"
     raise refusal(root, why)
 

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "another block": (
         FP8 | {"weight_block_size": [64, 64]},
         held(),
-        r"\(2, 2\).*\(256, 192\).*\(4, 3\) for blocks",
+        r"\(2, 2\).*\(256, 192\).*\(4, 3\) per block of 64x64",
     ),
     "turned": (FP8 | {"weight_block_size": [256, 96]}, held("_scale_inv", 2, 1), r"\(2, 1\).*expected \(1, 2\)"),
     "no scale": (
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "a preset": (ct(config_groups={"FP8": ["Linear"]}), CHANNEL, "not spelt out"),
     "no weights": (ct(config_groups={}), CHANNEL, "0 formats of weights"),
     "zero points": (ct(), CHANNEL | {"a.weight_zero_point": torch.ones(256, 1)}, "a.weight_zero_point is not zero"),
-    "rows": (ct(), held("_scale", 192, 1), r"\(192, 1\).*expected \(256, 1\) for one a row"),
+    "rows": (ct(), held("_scale", 192, 1), r"\(192, 1\).*expected \(256, 1\) per row"),
     "NVFP4 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, held(), "quant_algo is NVFP4"),
     "nothing declared": (None, held(), "a.weight has dtype F8_E4M3, config.json declares no format"),
 }
