@@ -27,6 +27,9 @@ MODELOPT: dict[str, Callable[[int, int], tuple[int, ...]]] = {
 }
 
 
+_PROJECTIONS = ("_proj.weight", "_proj_with_mqa.weight")
+
+
 def edit_config(root: Path, **changes: Any) -> None:
     """Set keys of config.json; None removes one."""
     path = root / "config.json"
@@ -76,7 +79,7 @@ def _extremes(weight: Tensor, strategy: str) -> tuple[Tensor, Tensor]:
 
 
 def write_native(root: Path, model: Any, scale_format: str = "float") -> Path:
-    """`model` with linears in blocks, as transformers quantizes them (`quant_method: fp8`)."""
+    """`model` with its projections in blocks, as transformers quantizes them (`quant_method: fp8`)."""
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
     settings = import_transformers().FineGrainedFP8Config(
@@ -86,18 +89,24 @@ def write_native(root: Path, model: Any, scale_format: str = "float") -> Path:
     write_plain(root, model)
     stored: dict[str, Tensor] = {}
     for name, value in load_file(root / "model.safetensors").items():
-        stored |= quantize.convert({name: value}) if name.endswith("_proj.weight") else {name: value}
+        stored |= quantize.convert({name: value}) if name.endswith(_PROJECTIONS) else {name: value}
     save_file(stored, root / "model.safetensors", metadata={"format": "pt"})
     edit_config(root, quantization_config=settings.to_dict())
     return root
 
 
-def read_back(root: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """What transformers loads of a checkpoint when it is asked to dequantize; `config` is the format's class."""
+def read_back(
+    root: Path, config: Any, dtype: torch.dtype = torch.bfloat16, *, every: bool = False
+) -> dict[str, Tensor]:
+    """What transformers loads of a checkpoint when it is asked to dequantize; `config` is the format's class.
+
+    Weights and biases, or `every` tensor of the model.
+    """
     model = import_transformers().AutoModelForCausalLM.from_pretrained(
         root, quantization_config=config(dequantize=True), dtype=dtype
     )
-    return {name: tensor for name, tensor in model.state_dict().items() if name.endswith((".weight", ".bias"))}
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if every or name.endswith((".weight", ".bias"))}
 
 
 def write_modelopt(root: Path, model: Any, algorithm: str, *, beside: bool = True) -> dict[str, np.ndarray]:

@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from reference_checkpoints import write_compressed_tensors, write_native
+from reference_checkpoints import read_back, write_compressed_tensors, write_native
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import make_model, write_tokenizer
 from tuning_config import config
 
+from exporters.target import foresee
 from exporters.vllm.export import export_vllm, plan_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact.kinds import LORA_KIND
 from fp8pipe.models.checkpoint.quantized.base import copy_base_files, read_base
 from fp8pipe.models.checkpoint.tensors import weight_entries, write_index
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.sources import resolve_model
+from pipeline.finetune.loading import load_model
 from pipeline.finetune.stage import finetune
 
 
@@ -92,6 +97,26 @@ def test_it_is_tuned_and_exported_as_the_values_it_stands_for(tmp_path: Path, pa
     assert plan.output_bytes == plan_vllm(plain, tmp_path / "dry", options)[1].output_bytes
 
 
+def test_experts_are_decoded_before_transformers_stacks_them(tmp_path: Path) -> None:
+    """In the layout of DeepSeek-V3: experts lie apart in the checkpoint, each with its scales."""
+    transformers = import_transformers()
+    settings = transformers.DeepseekV3Config(
+        vocab_size=260, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=128, kv_lora_rank=64,
+        qk_rope_head_dim=64, qk_nope_head_dim=64, v_head_dim=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = write_native(tmp_path / "base", transformers.AutoModelForCausalLM.from_config(settings).eval())
+    stored = read_base(base).stored
+    assert stored is not None
+    assert stored.weights == 26
+    ours = load_model(config(base, "unused", device="cpu"), resolve_model(str(base))).state_dict()
+    for name, tensor in read_back(base, transformers.FineGrainedFP8Config, every=True).items():
+        assert torch.equal(ours[name], tensor), name
+    assert ours["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 256, 128)
+
+
 def test_the_record_is_read_back_typed(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "compressed-tensors")
     export = export_vllm(base, tmp_path / "export", VllmExportOptions())
@@ -100,6 +125,7 @@ def test_the_record_is_read_back_typed(tmp_path: Path) -> None:
         "method": "compressed-tensors", "codes": "e4m3", "granularity": ["per-channel"], "weights": 14, "dtype": "BF16"
     }  # fmt: skip
     assert open_artifact(export.root).manifest.parents == export.manifest.parents
+    assert not any(foresee(export.root, LORA_KIND).values())  # an export, too, is a base
     # What declares the format decides what the model is: its digest covers it.
     (base / "hf_quant_config.json").write_text('{"quantization": {}}')
     assert export_vllm(base, tmp_path / "again", VllmExportOptions()).manifest.parents[0].digest != written["digest"]
