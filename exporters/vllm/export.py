@@ -7,6 +7,7 @@ the same code runs there as in the export, on tensors of the same shapes.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -24,7 +25,7 @@ from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, Unit, bu
 from exporters.vllm.reopen import reopen
 from exporters.vllm.source import HUGGING_FACE, open_source
 from exporters.vllm.target import KIND, VllmDetails
-from exporters.vllm.writer import auxiliary_warnings, write_auxiliary, write_weights
+from exporters.vllm.writer import CONFIG_NAME, auxiliary_warnings, write_auxiliary, write_weights
 from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat, check_place
 from fp8pipe.artifact.finding import refuse
 from fp8pipe.core.errors import ConfigurationError
@@ -101,6 +102,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
 def plan_warnings(plan: ExportPlan) -> list[str]:
     """Everything about the plan that a reader of the manifest should not have to find out."""
     warnings = [*auxiliary_warnings(plan.source.root), *_token_warnings(plan), *plan.ending.warnings()]
+    warnings += [] if plan.source.base is None else plan.source.base.warnings()
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
     if quantized:
         warnings.append(
@@ -229,8 +231,9 @@ def measure(plan: ExportPlan) -> tuple[int | None, float]:
     with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
         root = Path(scratch)
         units = tuple(_made_up(unit, root / f"{unit.action}.safetensors") for unit in largest.values())
-        # An empty root: the adapter beside the real weights is not read either.
+        # A root of its own: the adapter beside the real weights is not read either.
         (root / "source").mkdir()
+        shutil.copyfile(plan.source.root / CONFIG_NAME, root / "source" / CONFIG_NAME)
         (root / "export").mkdir()
         source = replace(plan.source, root=root / "source")
         small = replace(plan, source=source, shards=(units,), dropped=(), orphans=())

@@ -10,15 +10,16 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from exporters.target import kind_of_source
 from exporters.vllm.lint import lint_structure
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from exporters.vllm.plan import ExportPlan, build_plan
 from exporters.vllm.source import Source, open_source
-from fp8pipe.artifact import MANIFEST_NAME, Parent
+from fp8pipe.artifact import Parent
 from fp8pipe.artifact.finding import Finding
-from fp8pipe.artifact.kinds import FALQON_KIND
-from fp8pipe.models.checkpoint.sidecars import read_config
-from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry, weight_entries
+from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS
+from fp8pipe.models.checkpoint.quantized.base import read_base
+from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, TensorEntry
 from fp8pipe.models.language.structure import read_structure
 
 
@@ -38,16 +39,16 @@ def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[F
 def plan_ahead(root: Path, kind: str, trained: Collection[str], form: ExportFormat) -> ExportPlan:
     """The plan of an export of an artifact that exists, or will be made of the model in `root`; see `foresee`."""
     options = VllmExportOptions(format=form)
-    if (root / MANIFEST_NAME).is_file():
+    if kind_of_source(root) in TUNED_KINDS:  # an export, which has a manifest too, is a base like any other
         return build_plan(open_source(root, verify=False), read_structure(root), options)
-    tensors = weight_entries(root)
+    base = read_base(root)
+    tensors = dict(base.entries)
     if kind == FALQON_KIND:
         for name in trained:
             weight = tensors[f"{name}.weight"]
             tensors[weight.name] = replace(weight, dtype="F8_E4M3")
             scale = weight.name + SCALE_SUFFIX
             tensors[scale] = TensorEntry(scale, "F32", (), weight.file)
-    config = read_config(root / "config.json")
     unhashed = Parent(kind="model", digest="", path=str(root))
-    source = Source(root=root, kind=kind, config=config, tensors=tensors, parent=unhashed, adapter="flushed")
+    source = Source(root=root, kind=kind, config=base.config, tensors=tensors, parent=unhashed, adapter="flushed")
     return build_plan(source, read_structure(root), options)

@@ -13,9 +13,10 @@ from typing import Any, Final
 from fp8pipe.artifact import MANIFEST_NAME, Encoding, LayerRecord, Parent, open_artifact
 from fp8pipe.artifact.kinds import FALQON_KIND, TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.quantized.base import BaseCheckpoint, read_base
 from fp8pipe.models.checkpoint.sidecars import read_config
 from fp8pipe.models.checkpoint.tensors import TensorEntry, model_parent, weight_entries
-from fp8pipe.models.language.sources import check_no_adapter, check_unquantized, resolve_model
+from fp8pipe.models.language.sources import check_no_adapter, resolve_model
 
 HUGGING_FACE: Final = "huggingface"  # the kind of a plain directory
 
@@ -33,6 +34,7 @@ class Source:
         transposed: module names the artifact declares as stored `(in, out)`, None when nothing declares.
         layers: the manifest's records by layer, empty for a plain directory.
         adapter: what the manifest says became of the adapter; None for a plain directory.
+        base: a plain directory's checkpoint; None for an artifact.
     """
 
     root: Path
@@ -43,6 +45,7 @@ class Source:
     transposed: frozenset[str] | None = None
     layers: dict[str, LayerRecord] = field(default_factory=dict)
     adapter: str | None = None
+    base: BaseCheckpoint | None = None
 
     @property
     def holds_codes(self) -> bool:
@@ -69,7 +72,8 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
         verify: hash an artifact's files.
 
     Raises:
-        ConfigurationError: nothing there, no config.json, or a checkpoint that is quantized already.
+        ConfigurationError: nothing there, no config.json, or a checkpoint that is quantized in a way that cannot be
+            read back.
         BadArtifactError: an artifact that is unfinished, corrupt, or of a kind that cannot be exported.
     """
     root = Path(source)
@@ -94,10 +98,10 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
 
 def _from_hugging_face(root: Path, origin: str) -> Source:
     check_no_adapter(root)
-    config = _read_config(root)
-    check_unquantized(root)
-    parent = model_parent(root, origin)
-    return Source(root=root, kind=HUGGING_FACE, config=config, tensors=weight_entries(root), parent=parent)
+    _read_config(root)  # where there is none, the directory is nothing that can be exported
+    base = read_base(root)
+    parent = model_parent(root, origin, base.stored)
+    return Source(root=root, kind=HUGGING_FACE, config=base.config, tensors=base.entries, parent=parent, base=base)
 
 
 def _read_config(root: Path) -> dict[str, Any]:

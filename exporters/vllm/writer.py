@@ -137,7 +137,7 @@ def write_auxiliary(plan: ExportPlan, root: Path) -> None:
     if plan.ending.settings is not None:
         (root / GENERATION_FILE).write_text(plan.ending.text, encoding="utf-8")
     config = export_config(plan)
-    if config == plan.source.config:
+    if config == plan.source.config and plan.source.parent.stored is None:
         shutil.copyfile(source / CONFIG_NAME, root / CONFIG_NAME)
     else:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

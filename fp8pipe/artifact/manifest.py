@@ -23,6 +23,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, SerializeAsAny, Validat
 
 from fp8pipe.artifact.gate import Gate, read_gate
 from fp8pipe.artifact.kinds import Details, kind_named
+from fp8pipe.artifact.stored_format import StoredFormat
 from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 
@@ -126,6 +127,10 @@ class Parent(FrozenConfig):
     path: str = Field(description="where it was when it was read; what lies there now is taken by its digest alone")
     content: Sha256 | None = Field(
         default=None, description="the parent's content digest, which a rerun keeps; a language model's is its digest"
+    )
+
+    stored: StoredFormat | None = Field(
+        default=None, description="how it stored its weights; none for an artifact, and for weights in floating point"
     )
 
     @property

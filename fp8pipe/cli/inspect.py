@@ -70,7 +70,10 @@ def _text(opened: Artifact, list_layers: bool) -> str:
         ("digest", opened.digest),
         ("files", f"{len(manifest.files)}, {format_bytes(opened.size_bytes)}"),
     ]
-    rows += [("parent", f"{parent.kind} {parent.digest[:12]} {parent.path}") for parent in manifest.parents]
+    rows += [
+        ("parent", f"{p.kind} {p.digest[:12]} {p.path}" + (f", {p.stored}" if p.stored else ""))
+        for p in manifest.parents
+    ]
     if number_format is not None:
         rows.append(
             ("number format", f"{number_format.name}, {number_format.granularity}, {number_format.scale_direction}")

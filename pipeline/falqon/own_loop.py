@@ -28,10 +28,11 @@ from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat
 from fp8pipe.artifact.kinds import TUNED_KINDS, TunedDetails
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import checkpoint_names
+from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import model_parent
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.language.ending import GENERATION_FILE, read_ending
-from fp8pipe.models.language.sources import check_unquantized, resolve_model
+from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from pipeline.falqon.flush import FlushReport
@@ -161,7 +162,7 @@ class Falqon:
                 "nothing to save yet", why="B is not merged into the codes", fix="call final_merge"
             )
         source = resolve_model(str(base))
-        check_unquantized(source.path)
+        checkpoint = read_base(source.path)
         rule = self.method.rule
         names = checkpoint_names(source.path, read_structure(source.path).naming, self.method.names)
         with ArtifactWriter(output, kind=TUNED_KINDS[0], stage="own training loop", force=force) as writer:
@@ -170,12 +171,12 @@ class Falqon:
             ending = read_ending(source.path)
             if ending.settings is not None:
                 (writer.root / GENERATION_FILE).write_text(ending.text, encoding="utf-8")
-            for warning in ending.warnings():
+            for warning in [*checkpoint.warnings(), *ending.warnings()]:
                 writer.warn(warning)
             return writer.commit(
                 config={"method": "falqon", "update_rule": rule.name, "rank": self.method.rank, "steps": self.steps},
                 seed=self.method.seed,
-                parents=[model_parent(source.path, source.origin)],
+                parents=[model_parent(source.path, source.origin, checkpoint.stored)],
                 number_format=NumberFormat(name="e4m3", granularity="per-tensor"),
                 runtime={"device": str(next(self.model.parameters()).device)},
                 layers=renamed(self.records, names),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.language.sources import ModelSource
 from fp8pipe.models.language.structure import load_config, model_class
 from pipeline.finetune.attention import use_matmul_attention
@@ -20,11 +21,14 @@ _LOG = logging.getLogger(__name__)
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     """The base model in the configured dtype, on its device."""
-    kind = model_class(load_config(source.path))
+    settings, base = load_config(source.path), read_base(source.path)
+    kind = model_class(settings)
+    # transformers would load codes in modules of its own; what they stand for is given to it tensor by tensor.
+    weights = {"config": settings, "state_dict": base.state()} if base.stored is not None else {}
     try:
         model = kind.from_pretrained(
-            source.path, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False,
-            **placement(config.device),
+            None if weights else source.path, **weights, dtype=getattr(torch, config.dtype), use_safetensors=True,
+            trust_remote_code=False, **placement(config.device),
         )  # fmt: skip
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ConfigurationError(
@@ -32,8 +36,8 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
             why=str(error).splitlines()[0],
             fix="give a decoder model that transformers knows",
         ) from error
-    for settings in (model.config, model.config.get_text_config(decoder=True)):
-        settings.use_cache = False
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        part.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.device == "cpu":

@@ -31,7 +31,8 @@ from fp8pipe.core.devices import on_device
 from fp8pipe.core.plan import by_reason, enter_phase, refuse_impossible
 from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.names import checkpoint_names
-from fp8pipe.models.checkpoint.tensors import header_entries, model_parent, weight_files
+from fp8pipe.models.checkpoint.quantized.base import base_entries, read_base
+from fp8pipe.models.checkpoint.tensors import model_parent
 from fp8pipe.models.language.base import (
     check_base,
     check_positions,
@@ -116,7 +117,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     source = resolve_model(config.model)
     structure = check_base(source.path, config.model)
     if config.device == "cpu":
-        entries = [entry for file in weight_files(source.path) for entry in header_entries(file).values()]
+        entries = base_entries(source.path).values()
         width = getattr(torch, config.dtype).itemsize  # the loaded weights, whatever comes afterwards
         refuse_impossible(sum(math.prod(e.shape) for e in entries) * width, f"the model {config.model}")
     enter_phase("text")
@@ -137,7 +138,7 @@ def tune(
     """The stage from the text on; see `finetune`. It enters the phases that a plan measures."""
     kind = FALQON_KIND if config.method == "falqon" else LORA_KIND
     with ArtifactWriter(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
-        for warning in text.warnings:
+        for warning in [*read_base(source.path).warnings(), *text.warnings]:
             writer.warn(warning)
         enter_phase("load")
         model = load_model(config, source)
@@ -294,7 +295,7 @@ def _deploy(
     return writer.commit(
         config=config.model_dump(mode="json"),
         seed=config.seed,
-        parents=[model_parent(source.path, source.origin)],
+        parents=[model_parent(source.path, source.origin, read_base(source.path).stored)],
         number_format=NumberFormat(name="e4m3", granularity="per-tensor") if falqon else None,
         runtime={
             "device": config.device, "threads": torch.get_num_threads(), "native": library() is not None,

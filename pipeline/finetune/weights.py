@@ -1,7 +1,7 @@
 """What a method has trained, as an artifact's files and facts: weights written over the base, and read back to be sure.
 
 Everything that was not trained (embeddings, norms, tokenizer) is carried over byte for byte, shard by shard, so memory
-stays near one shard.
+stays near one shard. Of a base in low precision, what was not trained is carried over as the floats it stands for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fp8pipe.artifact import ArtifactWriter, LayerRecord, disk_guard, none_of
 from fp8pipe.artifact.kinds import MergeHealth
 from fp8pipe.core.errors import BadArtifactError
-from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, copy_sidecars
+from fp8pipe.models.checkpoint.quantized.base import base_entries, copy_base_files
 from fp8pipe.models.checkpoint.tensors import (
     SCALE_SUFFIX,
     SINGLE_NAME,
@@ -52,19 +52,24 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
     Raises:
         ConfigurationError: the base checkpoint cannot be read.
     """
-    copy_sidecars(base, root, BASE_MODEL_FILES)
+    copy_base_files(base, root)
     files = weight_files(base)
+    entries = base_entries(base)
     trained = _tensors(weights)
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:
         tensors: dict[str, Tensor] = {}
-        for name, entry in header_entries(file).items():
+        for name, entry in entries.items():
+            if entry.file != file:
+                continue
             own = (name, name + SCALE_SUFFIX)
             if name in trained:
                 tensors |= {n: trained[n].cpu().contiguous() for n in own if n in trained}
             else:
                 tensors[name] = read_tensor(entry)
+        if not tensors:  # a file of scales alone
+            continue
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         with disk_guard(root, size):
             save_file(tensors, root / file.name, metadata={"format": "pt"})

@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX, header_entries, weight_files
+from fp8pipe.models.checkpoint.quantized.base import base_entries
+from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX
 from fp8pipe.models.compat import import_transformers
 
 
@@ -100,7 +101,7 @@ def checkpoint_names(root: Path, naming: Naming, modules: Iterable[str]) -> dict
         ConfigurationError: a module's weight is not in the checkpoint as it is.
         BadArtifactError, ConfigurationError: the checkpoint cannot be read; see `unusable`.
     """
-    table = naming.table(name for file in weight_files(root) for name in header_entries(file))
+    table = naming.table(base_entries(root))
     stored = {known.name: name for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}
     names: dict[str, str] = {}

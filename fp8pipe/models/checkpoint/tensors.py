@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fp8pipe.artifact import Parent, sha256_file
+from fp8pipe.artifact.stored_format import StoredFormat
 from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 
@@ -34,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -70,6 +73,12 @@ class TensorEntry(TensorHeader):
 
     file: Path
 
+    def read(self) -> Tensor:
+        """The tensor itself, on the CPU, as stored (mapped from its file: do not write to it)."""
+        with safe_open(str(self.file), framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(self.name)
+        return tensor
+
 
 def header_entries(file: Path) -> dict[str, TensorEntry]:
     """Entries of one file by name, sorted, read from its header alone.
@@ -103,7 +112,15 @@ def weight_files(root: Path) -> list[Path]:
             why=f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
             fix="save the model as safetensors (save_pretrained does)",
         )
-    return [root / name for name in sorted(set(_weight_map(index).values()))]
+    files = [root / name for name in sorted(set(_weight_map(index).values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise unusable(
+            root,
+            f"{root} lacks {len(missing)} of the {len(files)} files that {INDEX_NAME} names",
+            why=f"the first: {missing[0]}",
+            fix="complete the download",
+        )
+    return files
 
 
 def weight_entries(root: Path) -> dict[str, TensorEntry]:
@@ -115,7 +132,15 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
     """
     entries: dict[str, TensorEntry] = {}
     for file in weight_files(root):
-        entries |= (found := header_entries(file))
+        found = header_entries(file)
+        if twice := sorted(found.keys() & entries.keys()):
+            raise unusable(
+                file,
+                f"{file} holds tensors that another file of {root} holds, too",
+                why=f"{len(twice)} tensor(s), the first: {twice[0]}, also in {entries[twice[0]].file.name}",
+                fix="fetch or write the checkpoint again",
+            )
+        entries |= found
         if unknown := sorted({e.dtype for e in found.values()} - DTYPES.keys()):
             raise unusable(
                 file,
@@ -139,7 +164,7 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_once)["weight_map"]
         names = {str(k): str(v) for k, v in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise unusable(index, f"{index} is not a weight index", why=repr(error)) from error
@@ -149,11 +174,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose keys differ; of two values for one name, readers would take either."""
+    counts = Counter(key for key, _ in pairs)
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise ValueError(f"{len(twice)} name(s) are there twice, the first: {twice[0]}")
+    return dict(pairs)
+
+
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor itself, on the CPU, as stored (mapped from its file: do not write to it)."""
-    with safe_open(str(entry.file), framework="pt") as handle:
-        tensor: Tensor = handle.get_tensor(entry.name)
-    return tensor
+    """The tensor itself, on the CPU; see the entry's `read`."""
+    return entry.read()
 
 
 def is_scale(name: str, entries: Mapping[str, object]) -> bool:
@@ -174,11 +205,15 @@ def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> N
     (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def model_parent(root: Path, origin: str) -> Parent:
-    """How a manifest names a plain directory: by the name and sha256 of every file that decides what it answers."""
-    named = [root / name for name in sidecar_files(root, ("config.json", *SERVED_FILES))]
+def model_parent(root: Path, origin: str, stored: StoredFormat | None = None) -> Parent:
+    """How a manifest names a plain directory: by the name and sha256 of every file that decides what it answers.
+
+    `stored` is said of a base in low precision; what declares its format counts as such a file then.
+    """
+    decisive = ("config.json", *SERVED_FILES, *(("hf_quant_config.json",) if stored is not None else ()))
+    named = [root / name for name in sidecar_files(root, decisive)]
     index = [root / INDEX_NAME] if (root / INDEX_NAME).is_file() else []
     files = sorted({*weight_files(root), *index, *named})
     lines = "".join(f"{sha256_file(file)}  {file.relative_to(root).as_posix()}\n" for file in files)
     digest = hashlib.sha256(lines.encode()).hexdigest()
-    return Parent(kind="model", digest=digest, path=origin, content=digest)
+    return Parent(kind="model", digest=digest, path=origin, content=digest, stored=stored)

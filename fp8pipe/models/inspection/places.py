@@ -10,9 +10,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.core.errors import ConfigurationError, Fp8PipeError
 from fp8pipe.models.checkpoint.adapters import Adapter, read_adapter
 from fp8pipe.models.checkpoint.blame import unusable
+from fp8pipe.models.checkpoint.quantized.base import read_base
+from fp8pipe.models.checkpoint.quantized.scheme import QUANT_FILE
 from fp8pipe.models.compat import import_package
 from fp8pipe.models.inspection.contents import Contents, LayerView
 from fp8pipe.models.inspection.safetensors_layers import StoredTensor, count_ends, read_headers, read_layers
@@ -63,6 +65,8 @@ def _directory(root: Path, look: bool) -> Contents:
             tensors |= read_headers(file)
         contents = Contents(method, read_layers(tensors, bits, look=look))
         contents.notes += _index_notes(root, tensors)
+        if (said := _as_base(root, config)) is not None:
+            contents.facts["as_base"] = said
     elif ggufs:
         contents = read_gguf(ggufs[0], look=look)
     elif read_adapter(root) is not None:
@@ -104,6 +108,18 @@ def _method(config: Mapping[str, Any]) -> tuple[str, int]:
     bits, size = next(filter(None, widths), 4), block.get("weight_block_size")
     shown = [str(x) for x in (detail, f"blocks of {size[0]}x{size[1]}" if size else None) if x]
     return method + (f" ({', '.join(shown)})" if shown else ""), int(bits)
+
+
+def _as_base(root: Path, config: Mapping[str, Any]) -> str | None:
+    """What `finetune` and `export` make of a quantized checkpoint; None of an artifact, and of a plain one."""
+    declared = any(config.get(key) for key in ("quantization_config", "compression_config"))
+    if (root / "manifest.json").is_file() or not (declared or (root / QUANT_FILE).is_file()):
+        return None
+    try:
+        stored = read_base(root).stored
+    except Fp8PipeError as error:
+        return f"cannot be one: {error.why}"
+    return None if stored is None else f"can be one: {stored}"
 
 
 def _facts(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
+from fp8pipe.models.checkpoint.quantized.base import base_entries
+from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.sources import check_unquantized
 from fp8pipe.models.language.structure import ModelStructure, Role, load_config, read_structure
 from fp8pipe.numerics.grids import same_bits
 
@@ -28,12 +28,11 @@ def check_base(directory: Path, origin: str) -> ModelStructure:
     """The structure of a model that can be tuned; reads config.json and headers.
 
     Raises:
-        ConfigurationError: quantized already, of an unknown architecture or none that predicts tokens, or a checkpoint
-            that does not hold the tensors of its own config.json.
+        ConfigurationError: quantized in a way that cannot be read back, of an unknown architecture or none that
+            predicts tokens, or a checkpoint that does not hold the tensors of its own config.json.
     """
-    check_unquantized(directory)
+    entries = base_entries(directory)
     structure = read_structure(directory)
-    entries = weight_entries(directory)
     table = structure.naming.table(entries)
     stored = {known.name: entries[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}
@@ -69,7 +68,7 @@ def check_values(directory: Path, origin: str, structure: ModelStructure) -> Non
     Raises:
         ConfigurationError: naming the tensors.
     """
-    entries = weight_entries(directory)
+    entries = base_entries(directory)
     refuse_not_finite(((name, read_tensor(entry)) for name, entry in entries.items()), origin)
     table = structure.naming.table(entries)
     stored = {known.name: entries[name] for name, known in table.items() if known.whole}

@@ -3,13 +3,12 @@
 Every stage reads a Hugging Face directory (config.json and safetensors). The user may name that directory,
 a hub id (``org/name`` or ``org/name@revision``), a GGUF file, or ``sample:smollm2``; this module turns each
 into the directory and says where it came from. It also holds the check that a base model is not quantized
-already: fine-tuning or converting FP8 codes as if they were weights would succeed and be wrong.
+in a way that cannot be read back: taking codes for weights would succeed and be wrong.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,8 +16,8 @@ from typing import Final
 from fp8pipe.core.errors import ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.adapters import ADAPTER_FILE, read_adapter
 from fp8pipe.models.checkpoint.gguf import convert_gguf
-from fp8pipe.models.checkpoint.sidecars import HUB_FILES, read_config
-from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries, weight_files
+from fp8pipe.models.checkpoint.sidecars import HUB_FILES
+from fp8pipe.models.checkpoint.tensors import weight_files
 from fp8pipe.models.samples import sample_name, smollm2_gguf
 from fp8pipe.models.settings import check_config
 
@@ -147,46 +146,25 @@ def _check_checkpoint(path: Path) -> None:
     check_no_adapter(path)
     _check_config(path)
     if not any(path.glob("*.safetensors")):
-        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
-        raise ConfigurationError(
-            f"{path} holds no safetensors weights",
-            why="only pickled weights are there, which are not loaded" if pickled else "no *.safetensors file is there",
-            fix="save the model again with save_pretrained(...)" if pickled else "check that the download is complete",
-        )
+        _refuse_weightless(path)
     weight_files(path)  # an index names files of this directory alone
 
 
-def check_unquantized(path: Path) -> None:
-    """Refuses a base model whose weights are quantized already; reads config.json and headers, no weights.
-
-    Raises:
-        ConfigurationError: a ``quantization_config`` in config.json, or FP8, FP4 or integer weight tensors.
-        BadArtifactError, ConfigurationError: config.json or a safetensors header cannot be read; see `unusable`.
-    """
-    _check_config(path)
-    if (why := next(_signs_of_quantization(path), None)) is not None:
+def _refuse_weightless(path: Path) -> None:
+    pickled = sorted(file.name for form in ("*.bin", "*.pt", "*.pth") for file in path.glob(form))
+    if not pickled:
         raise ConfigurationError(
-            f"the model in {path} is quantized already",
-            why=why,
-            fix="start from the original bf16, fp16 or fp32 checkpoint",
+            f"{path} holds no safetensors weights",
+            why="no *.safetensors file is there",
+            fix="check that the download is complete",
         )
-
-
-def _signs_of_quantization(path: Path) -> Iterator[str]:
-    config = read_config(path / "config.json")
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):  # e.g. text_config
-        if quantization := part.get("quantization_config"):
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-            yield f"config.json has a quantization_config (method {method})"
-    for file in sorted(path.glob("*.safetensors")):
-        for entry in header_entries(file).values():
-            if _is_quantized(entry):
-                yield f"{file.name}: {entry.name} has dtype {entry.dtype}"
-
-
-def _is_quantized(entry: TensorEntry) -> bool:
-    """FP8 and FP4 anywhere; integers only where a weight can be: some checkpoints keep integer masks."""
-    if entry.dtype.startswith(("F8", "F4", "F6")):
-        return True
-    buffer = entry.name.rpartition(".")[2] in {"bias", "masked_bias", "position_ids", "token_type_ids", "mask"}
-    return entry.dtype in {"I8", "U8", "I16", "U16", "I32", "U32"} and len(entry.shape) >= 2 and not buffer
+    target = f"{path.absolute()}-safetensors"
+    classes = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T"
+    saved = "; ".join(f"{kind}.from_pretrained({str(path)!r}{more}).save_pretrained({target!r})"
+                      for kind, more in (("M", ", dtype='auto'"), ("T", "")))  # fmt: skip
+    raise ConfigurationError(
+        f"{path} holds no safetensors weights",
+        why=f"only pickled weights are there, which can run code and are not loaded: {len(pickled)} file(s), the "
+        f"first: {pickled[0]}",
+        fix=f'if you trust them, convert them once: python -c "{classes}; {saved}", and give {target}',
+    )

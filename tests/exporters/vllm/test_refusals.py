@@ -49,7 +49,9 @@ def test_unusable_sources(llama: Path, falqon: Callable[..., Path], tmp_path: Pa
     export = export_vllm(source, tmp_path / "export", options("fp8"))
     with pytest.raises(BadArtifactError):
         export_vllm(export.root, tmp_path / "again", options("fp8"))
-    (export.root / "manifest.json").unlink()
+    (export.root / "manifest.json").unlink()  # a checkpoint like any other
+    written = (export.root / "config.json").read_text(encoding="utf-8")
+    (export.root / "config.json").write_text(written.replace("compressed-tensors", "gptq"), encoding="utf-8")
     with pytest.raises(ConfigurationError, match="quantized already"):
         export_vllm(export.root, tmp_path / "again", options("fp8"))
     empty = tmp_path / "empty"

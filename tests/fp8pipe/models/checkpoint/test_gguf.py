@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCapabilityError
 from fp8pipe.models.checkpoint.gguf import cache_root, convert_gguf
+from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.sources import check_unquantized, resolve_model
+from fp8pipe.models.language.sources import resolve_model
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -107,7 +108,7 @@ def test_any_gguf_file_becomes_a_checkpoint(tmp_path: Path, cache: Path, tied: b
     assert (config["architectures"], config["dtype"], config["tie_word_embeddings"]) == (
         ["LlamaForCausalLM"], "bfloat16", tied,
     )  # fmt: skip
-    check_unquantized(source.path)
+    assert read_base(source.path).stored is None
     transformers = import_transformers()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)
     assert tokenizer.chat_template

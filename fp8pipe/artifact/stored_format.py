@@ -1,0 +1,31 @@
+"""How the checkpoint that something was made from stored its weights, where that was not in floating point.
+
+A base in FP8 is read back as floats, and nothing that is made of it holds its codes. What was tuned or exported is then
+not the model from before it was quantized, and a reader of the manifest should see that in a field.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fp8pipe.core.config import FrozenConfig
+
+__all__ = ["StoredFormat"]
+
+
+class StoredFormat(FrozenConfig):
+    """Of a parent in low precision; its weights were read as code * scale."""
+
+    method: Literal["compressed-tensors", "fp8", "modelopt"] = Field(description="the format, as config.json names it")
+    codes: Literal["e4m3"] = Field(default="e4m3", description="the grid of its codes")
+    granularity: list[Literal["per-tensor", "per-channel", "per-block"]] = Field(description="what shares one scale")
+    block: tuple[int, int] | None = Field(default=None, description="rows and columns of a block, where there are some")
+    weights: int = Field(ge=1, description="how many of its tensors were dequantized")
+    dtype: str = Field(description="what code * scale was rounded to, once, from fp32; as safetensors spells it")
+
+    def __str__(self) -> str:
+        blocks = f" of {self.block[0]}x{self.block[1]}" if self.block else ""
+        how = f"{self.method}, {' and '.join(self.granularity)}{blocks}"
+        return f"FP8 ({how}), {self.weights} weight(s) dequantized to {self.dtype}"

@@ -1,0 +1,134 @@
+"""A base model's checkpoint, whatever precision it is in: the one door through which every stage reads it.
+
+A plain checkpoint passes as it is. One in FP8 becomes a table of floats whose weights are decoded one at a time when
+they are read, so that no second copy of it lies anywhere; its config.json goes on without the block that says how the
+weights were stored, and what was done is a record for the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from fp8pipe.artifact.stored_format import StoredFormat
+from fp8pipe.models.checkpoint.quantized.entries import dequantized, refuse_codes
+from fp8pipe.models.checkpoint.quantized.scheme import (
+    QUANT_FILE,
+    Scheme,
+    read_scheme,
+    refusal,
+    without_quantization,
+)
+from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, copy_sidecars, read_config
+from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, weight_entries
+
+__all__ = ["BaseCheckpoint", "base_entries", "copy_base_files", "read_base"]
+
+_SPELLINGS: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+# Their linears are stored (in, out), for which no format says what a row is.
+_TRANSPOSED: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCheckpoint:
+    """A base's weights and configuration.
+
+    Attributes:
+        config: config.json, without a quantization block.
+        entries: plain tensors by name.
+        stored: how they are stored, None for plain weights.
+        runtime: names of tensors for activations and the key/value cache, which no stage takes over.
+    """
+
+    config: dict[str, Any]
+    entries: dict[str, TensorEntry]
+    stored: StoredFormat | None = None
+    runtime: tuple[str, ...] = ()
+
+    def warnings(self) -> list[str]:
+        """What a manifest must say of a base in low precision."""
+        if self.stored is None:
+            return []
+        said = [f"the base model was rounded before: {self.stored}; what that rounding took away is not there"]
+        if self.runtime:
+            said.append(
+                f"{len(self.runtime)} tensor(s) of the base for activations or the key/value cache were left out; "
+                f"the first: {self.runtime[0]}"
+            )
+        return said
+
+    def state(self) -> dict[str, Any]:
+        """The tensors as transformers takes a state dict whose values are not read yet."""
+        return {name: _Unread(entry) for name, entry in self.entries.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """A tensor that is read when it is indexed, as a slice of safetensors is."""
+
+    entry: TensorEntry
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.entry.read()[index]
+
+
+def read_base(root: Path) -> BaseCheckpoint:
+    """The checkpoint of a base model; reads config.json and headers, no weights.
+
+    Raises:
+        ConfigurationError: quantized in a way that cannot be read back: what was found is in the message.
+        BadArtifactError, ConfigurationError: a file that is missing or damaged; see `unusable`.
+    """
+    config = read_config(root / "config.json")
+    scheme, entries = read_scheme(root), weight_entries(root)
+    if scheme is None:
+        refuse_codes(root, entries)
+        return BaseCheckpoint(config, entries)
+    _refuse_transposed(root, config, scheme)
+    dtype = _dtype(config, entries)
+    plain = dequantized(root, entries, scheme, dtype)
+    counts = Counter(plain.granularities.values())
+    stored = StoredFormat(
+        method=scheme.method, granularity=sorted(counts), block=scheme.block if counts["per-block"] else None,
+        weights=counts.total(), dtype=dtype,
+    )  # fmt: skip
+    return BaseCheckpoint(without_quantization(config), plain.entries, stored, plain.runtime)
+
+
+def base_entries(root: Path) -> dict[str, TensorEntry]:
+    """A base's plain tensors by name; raises as `read_base`."""
+    return read_base(root).entries
+
+
+def copy_base_files(root: Path, target: Path) -> None:
+    """Copy what lies beside a base's weights; of one in low precision without what says how those were stored."""
+    copy_sidecars(root, target, BASE_MODEL_FILES)
+    base = read_base(root)
+    if base.stored is not None:
+        (target / QUANT_FILE).unlink(missing_ok=True)
+        text = json.dumps(base.config, indent=2, ensure_ascii=False) + "\n"
+        (target / "config.json").write_text(text, encoding="utf-8")
+
+
+def _dtype(config: dict[str, Any], entries: dict[str, TensorEntry]) -> str:
+    """The model's dtype as config.json says it; else that of most matrices that are plain, embeddings for one."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if (said := str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")) in _SPELLINGS:
+            return _SPELLINGS[said]
+    floats = Counter(e.dtype for e in entries.values() if e.dtype in PLAIN_FLOATS and not e.name.endswith("_scale_inv")
+                     and not e.name.endswith("_scale") and len(e.shape) > 1)  # fmt: skip
+    return floats.most_common(1)[0][0] if floats else "BF16"
+
+
+def _refuse_transposed(root: Path, config: dict[str, Any], scheme: Scheme) -> None:
+    kind = config.get("model_type")
+    if kind in _TRANSPOSED and scheme.granularities != {"per-tensor"}:
+        how = " and ".join(sorted(scheme.granularities))
+        raise refusal(
+            root, f"a {kind} stores its linears as (in, out), and they have scales {how}, of what is not said"
+        )

@@ -1,0 +1,160 @@
+"""Which low-precision format a checkpoint declares: read from config.json and hf_quant_config.json, nothing else.
+
+What is not known to be read back exactly is refused here by its name, before a weight is looked at: other grids than
+E4M3, weights that were rotated or pruned before they were quantized, methods with zero points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.sidecars import read_config
+
+__all__ = ["QUANT_FILE", "Scheme", "read_scheme", "refusal", "without_quantization"]
+
+QUANT_FILE: Final = "hf_quant_config.json"  # ModelOpt's own
+_KEYS: Final = ("quantization_config", "compression_config")  # the second is an early name of compressed-tensors'
+_READ: Final = "FP8 of compressed-tensors, fp8 (per tensor, or blocks with weight_scale_inv), and FP8 of ModelOpt"
+_BLOCK: Final = (128, 128)  # of ModelOpt's algorithms, which do not say it
+
+Granularity = Literal["per-tensor", "per-channel", "per-block"]
+_STRATEGIES: Final[Mapping[str, Granularity]] = {
+    "tensor": "per-tensor", "channel": "per-channel", "block": "per-block"
+}  # fmt: skip
+_ALGORITHMS: Final[Mapping[str, Granularity]] = {
+    "FP8": "per-tensor", "FP8_PER_CHANNEL_PER_TOKEN": "per-channel", "FP8_PB_WO": "per-block",
+}  # fmt: skip
+_DENSE: Final = (None, "", "dense")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A declared format.
+
+    Attributes:
+        method: as `quant_method` names it.
+        granularities: what may share a scale.
+        block: rows and columns of a block, None where nothing is in blocks.
+    """
+
+    method: Literal["compressed-tensors", "fp8", "modelopt"]
+    granularities: frozenset[Granularity]
+    block: tuple[int, int] | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What a weight's scale has behind the weight's name."""
+        return ("_scale_inv", "_scale") if self.method == "fp8" else ("_scale",)
+
+
+def refusal(root: Path, why: str) -> ConfigurationError:
+    """The error of a base in a format that cannot be read."""
+    return ConfigurationError(
+        f"the model in {root} is quantized already, in a way that cannot be read as a base",
+        why=why,
+        fix=f"start from the original bf16, fp16 or fp32 checkpoint; quantized ones may be {_READ}",
+    )
+
+
+def read_scheme(root: Path) -> Scheme | None:
+    """The format that a checkpoint declares; None where it declares none.
+
+    Raises:
+        ConfigurationError: one that cannot be read as a base, with what was found.
+        BadArtifactError, ConfigurationError: a file that cannot be read; see `unusable`.
+    """
+    config = read_config(root / "config.json")
+    blocks = [part[key] for part in (config, *_nested(config)) for key in _KEYS if part.get(key)]
+    if any(block != blocks[0] for block in blocks):
+        raise refusal(root, f"config.json declares {len(blocks)} formats that differ")
+    algorithm = _algorithm(read_config(root / QUANT_FILE)) if (root / QUANT_FILE).is_file() else None
+    if not blocks:
+        return None if algorithm is None else _modelopt(root, algorithm)
+    block = blocks[0]
+    early = "quant_method" not in block and "config_groups" in block if isinstance(block, dict) else False
+    method = "compressed-tensors" if early else block.get("quant_method", "") if isinstance(block, dict) else block
+    if algorithm is not None and not (str(method) == "modelopt" and _algorithm(block) in (None, algorithm)):
+        raise refusal(root, f"{QUANT_FILE} says ModelOpt's {algorithm}, and config.json {method} {_algorithm(block)}")
+    if method == "compressed-tensors":
+        return _compressed_tensors(root, block)
+    if method == "fp8":
+        return _fp8(root, block)
+    if method == "modelopt":
+        return _modelopt(root, _algorithm(block) or algorithm or "none")
+    raise refusal(root, f"config.json has a quantization_config (method {method or 'unknown'})")
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model with plain weights: no block that says how they are stored."""
+    kept = {key: value for key, value in config.items() if key not in _KEYS}
+    return {key: without_quantization(value) if isinstance(value, dict) and any(k in value for k in _KEYS) else value
+            for key, value in kept.items()}  # fmt: skip
+
+
+def _nested(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [value for key, value in config.items() if isinstance(value, dict) and key not in _KEYS]
+
+
+def _algorithm(block: Mapping[str, Any]) -> str | None:
+    inner = block.get("quantization")
+    found = (inner if isinstance(inner, dict) else block).get("quant_algo")
+    return None if found is None else str(found).upper()
+
+
+def _modelopt(root: Path, algorithm: str) -> Scheme:
+    if algorithm not in _ALGORITHMS:
+        raise refusal(root, f"ModelOpt's quant_algo is {algorithm}; {', '.join(_ALGORITHMS)} can be read")
+    granularity = _ALGORITHMS[algorithm]
+    return Scheme("modelopt", frozenset({granularity}), _BLOCK if granularity == "per-block" else None)
+
+
+def _fp8(root: Path, block: Mapping[str, Any]) -> Scheme:
+    if (grid := str(block.get("fmt", "e4m3")).removeprefix("float8_")) not in ("e4m3", "e4m3fn"):
+        raise refusal(root, f"its codes are {grid}, not e4m3 (quant_method fp8)")
+    size = block.get("weight_block_size")
+    if size is None:
+        return Scheme("fp8", frozenset({"per-tensor"}))
+    return Scheme("fp8", frozenset({"per-block"}), _sides(root, size, "weight_block_size"))
+
+
+def _compressed_tensors(root: Path, block: Mapping[str, Any]) -> Scheme:
+    if (form := block.get("format")) not in ("float-quantized", "naive-quantized"):
+        raise refusal(root, f"compressed-tensors in the format {form}; float-quantized and naive-quantized can be read")
+    if (status := block.get("quantization_status", "compressed")) != "compressed":
+        raise refusal(root, f"compressed-tensors whose quantization_status is {status}, not compressed")
+    if block.get("transform_config"):
+        raise refusal(root, "compressed-tensors with a transform_config: its weights are rotated, its inputs must be")
+    sparsity = block.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format") not in _DENSE:
+        raise refusal(root, f"compressed-tensors with sparse weights ({sparsity.get('format')})")
+    groups = block.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise refusal(root, "compressed-tensors whose config_groups are not spelt out")
+    schemes = [(name, group["weights"]) for name, group in groups.items() if group.get("weights")]
+    found: set[Granularity] = set()
+    sizes: set[tuple[int, int]] = set()
+    for name, weights in schemes:
+        kind = (weights.get("type"), weights.get("num_bits"), weights.get("symmetric", True))
+        strategy = str(weights.get("strategy"))
+        if kind != ("float", 8, True) or strategy not in _STRATEGIES:
+            said = f"{kind[1]}-bit {kind[0]}, {'' if kind[2] else 'not '}symmetric, {strategy}"
+            raise refusal(
+                root, f"{name} of compressed-tensors is {said}; 8-bit float, tensor, channel or block is read"
+            )
+        found.add(_STRATEGIES[strategy])
+        if strategy == "block":
+            sizes.add(_sides(root, weights.get("block_structure"), f"block_structure of {name}"))
+    if not found or len(sizes) > 1:
+        raise refusal(root, f"compressed-tensors with {len(found)} formats of weights and {len(sizes)} sizes of blocks")
+    return Scheme("compressed-tensors", frozenset(found), next(iter(sizes), None))
+
+
+def _sides(root: Path, size: Any, where: str) -> tuple[int, int]:
+    sides = size if isinstance(size, list | tuple) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise refusal(root, f"{where} is {size!r}, and no pair of positive numbers")
+    return int(sides[0]), int(sides[1])

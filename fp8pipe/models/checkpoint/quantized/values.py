@@ -1,0 +1,51 @@
+"""`code * scale`: what a weight in FP8 stands for.
+
+Each format says it in its own words: compressed-tensors and ModelOpt store `weight_scale`, DeepSeek's blocks
+`weight_scale_inv`, and all of them multiply (that one is the inverse of what the quantizer multiplied with). The
+product is taken in fp32, where it is exact for a scale in bf16 or fp16, and rounded once to the model's dtype, as the
+formats' own libraries do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_grid", "dequantize_codes"]
+
+_CHUNK = 1 << 24  # elements in fp32 at a time
+
+
+def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scales of a weight in blocks; the last block of a side may be partial."""
+    rows, columns = shape[-2:]
+    return (*shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+
+
+def dequantize_codes(codes: Tensor, scale: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
+    """The weight as floats, on the CPU.
+
+    Args:
+        codes: E4M3, `(..., rows, columns)`.
+        scale: float. Without `block`, one value, or one per row, `(..., rows)` or `(..., rows, 1)`; with it
+            `block_grid`, or ModelOpt's `(rows of blocks, 1, columns of blocks, 1)`.
+        block: rows and columns that share a scale.
+        dtype: of the result.
+
+    Returns:
+        `codes * scale` computed in fp32 and rounded once, in the shape of `codes`; a new tensor.
+    """
+    rows, columns = codes.shape[-2:]
+    result = torch.empty(codes.shape, dtype=dtype)
+    height, width = block or (1, columns)
+    stack = codes.reshape(-1, rows, columns)
+    grid = (stack.shape[0], *block_grid((rows, columns), (height, width)))
+    scales = scale.float().reshape(()).expand(grid) if scale.numel() == 1 else scale.float().reshape(grid)
+    step = max(1, _CHUNK // max(1, columns * height)) * height
+    for matrix, factors, out in zip(stack, scales, result.view(-1, rows, columns), strict=True):
+        for start in range(0, rows, step):
+            part = matrix[start : start + step].float()
+            along = factors[start // height : -(-(start + part.shape[0]) // height)].repeat_interleave(height, 0)
+            spread = along.repeat_interleave(width, 1)[:, :columns] if along.shape[1] > 1 else along
+            out[start : start + step] = part * spread[: part.shape[0]]
+    return result
