@@ -128,49 +128,58 @@ def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
     return [_tensor_set(plan, weight_entries(root)), *_other_files(plan, root)]
 
 
-def expected_values(unit: Unit, rows: range | None = None) -> Tensor:
+def expected_values(unit: Unit) -> Tensor:
     """What a unit's weight must stand for, by plain arithmetic on the source's numbers: fp32, orientation stored.
 
-    A COPY that is no float stays as it is. `rows` are all, or a block as `blocks_of` makes them.
+    A COPY that is no float stays as it is.
     """
-    rows = _all(unit) if rows is None else rows
-    if unit.action is Action.QUANTIZE:
-        return quantize_plain(read_rows(unit.entry, rows), transposed=unit.transposed)
-    if unit.action is Action.COPY and unit.scale is None:
-        original = read_rows(unit.entry, rows)
-        return original.float() if original.is_floating_point() else original
-    values = source_values(unit, rows)
-    return values if unit.action is Action.CODES else round_bf16(values)
+    return _expected(unit, *_source(unit, _all(unit)))
 
 
-def source_values(unit: Unit, rows: range | None = None) -> Tensor:
-    """The source's own reading of its weight, fp32; `rows` as of `expected_values`."""
-    rows = _all(unit) if rows is None else rows
-    original = read_rows(unit.entry, rows)
-    if unit.scale is None:
-        return original.float()
-    return dequantize_plain(original, scale_of(unit.scale, unit, rows), transposed=unit.transposed)
+def source_values(unit: Unit) -> Tensor:
+    """The source's own reading of its weight, fp32."""
+    return _values(unit, *_source(unit, _all(unit)))
 
 
 def _all(unit: Unit) -> range:
     return range(unit.entry.shape[0] if unit.entry.shape else 1)
 
 
+def _source(unit: Unit, rows: range) -> tuple[Tensor, Tensor | None]:
+    """A block of a unit's rows as the source stores it, and its scale."""
+    return read_rows(unit.entry, rows), None if unit.scale is None else scale_of(unit.scale, unit, rows)
+
+
+def _values(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
+    return original.float() if scale is None else dequantize_plain(original, scale, transposed=unit.transposed)
+
+
+def _expected(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
+    if unit.action is Action.QUANTIZE:
+        return quantize_plain(original, transposed=unit.transposed)
+    if unit.action is Action.COPY and scale is None:
+        return original.float() if original.is_floating_point() else original
+    values = _values(unit, original, scale)
+    return values if unit.action is Action.CODES else round_bf16(values)
+
+
 def _compare(unit: Unit, rows: range, written: dict[str, TensorEntry]) -> _Block:
     exported = read_rows(written[unit.outputs[0].name], rows)
+    original, scale = _source(unit, rows)
     if unit.action is Action.COPY:
-        return _Block(same_bits(exported, read_rows(unit.entry, rows)))
-    values = exported.float()
-    if unit.quantized:
-        scale = scale_of(written[unit.outputs[1].name], unit, rows)
-        values = dequantize_plain(exported, scale, transposed=unit.transposed)
-    same = same_bits(values, expected_values(unit, rows))
+        return _Block(same_bits(exported, original))
+    values = (
+        exported.float()
+        if not unit.quantized
+        else dequantize_plain(exported, scale_of(written[unit.outputs[1].name], unit, rows), transposed=unit.transposed)
+    )
+    same = same_bits(values, _expected(unit, original, scale))
     if unit.action is Action.CODES:
         return _Block(same)
-    original = source_values(unit, rows)
+    true = _values(unit, original, scale)
     if unit.action is Action.QUANTIZE:
-        return _Block(same, row_error=row_errors(values, original, transposed=unit.transposed))
-    return _Block(same, squares=squares(values, original))
+        return _Block(same, row_error=row_errors(values, true, transposed=unit.transposed))
+    return _Block(same, squares=squares(values, true))
 
 
 def _add(found: _Comparison, unit: Unit, blocks: list[_Block]) -> None:

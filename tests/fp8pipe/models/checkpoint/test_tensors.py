@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,36 @@ def test_what_cannot_be_read_is_named(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
     with pytest.raises(ConfigurationError, match="holds no weights"):
         checkpoint_names(sharded, Naming(), ["a"])
+
+
+def test_weights_that_are_not_whole_are_refused_with_numbers(sharded: Path) -> None:
+    first, index = sharded / SHARDS[0], sharded / "model.safetensors.index.json"
+    whole, named = first.read_bytes(), index.read_text()
+    first.write_bytes(whole[:-5])
+    with pytest.raises(ConfigurationError, match="not a complete safetensors file") as caught:
+        weight_entries(sharded)
+    assert caught.value.why == f"it has {len(whole) - 5} of {len(whole)} bytes"
+    first.unlink()
+    with pytest.raises(ConfigurationError, match="are not complete") as caught:
+        weight_entries(sharded)
+    assert caught.value.why == f"1 of {len(SHARDS)} files are missing: {SHARDS[0]}"
+    first.write_bytes(whole)
+    name = next(iter(json.loads(named)["weight_map"]))
+    index.write_text(named.replace('"weight_map": {', f'"weight_map": {{"{name}": "{SHARDS[1]}",'))
+    with pytest.raises(ConfigurationError, match="not a weight index") as caught:
+        weight_entries(sharded)
+    assert caught.value.why == f"1 name(s) come twice, the first: {name}"
+    index.write_text(named)
+    (sharded / SHARDS[1]).write_bytes(whole)
+    with pytest.raises(ConfigurationError, match="contradict each other") as caught:
+        weight_entries(sharded)
+    assert f"in {SHARDS[1]} and {SHARDS[0]}" in caught.value.why
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    file, entry = tmp_path / "model.safetensors", '"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
+    header = f"{{{entry},{entry}}}".encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"data")
+    with pytest.raises(ConfigurationError, match="not a complete safetensors file") as caught:
+        header_entries(file)
+    assert "come twice, the first: " in caught.value.why
