@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporters.vllm.export import export_vllm
+from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.options import VllmExportOptions
+from exporters.vllm.reopen import reopen
 from fp8pipe.artifact.finding import LintFindingsError
 from fp8pipe.models.checkpoint import rows
+from fp8pipe.models.checkpoint.tensors import weight_entries
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_blocks_change_no_byte(
 
 
 def test_a_bad_value_in_the_last_block_is_found(
-    llama: Path, make_model: Callable[..., Path], tmp_path: Path, small_blocks: Callable[[], None]
+    make_model: Callable[..., Path], tmp_path: Path, small_blocks: Callable[[], None]
 ) -> None:
     source = make_model("llama")
     tensors = load_file(source / "model.safetensors")
@@ -75,3 +77,20 @@ def test_a_bad_value_in_the_last_block_is_found(
     assert [(f.rule, f.where) for f in caught.value.findings] == [("not-finite", "model.layers.1.mlp.down_proj.weight")]
     assert "1 NaN or infinite" in caught.value.findings[0].why
     assert not list(tmp_path.glob("export*"))
+
+
+def test_a_bit_that_differs_in_the_last_block_is_found(
+    llama: Path, tmp_path: Path, small_blocks: Callable[[], None]
+) -> None:
+    export = export_vllm(llama, tmp_path / "export", VllmExportOptions())
+    entries = weight_entries(export.root)
+    damaged = ["model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"]
+    content = bytearray(entries[damaged[0]].file.read_bytes())
+    for entry in map(entries.get, damaged):
+        assert entry is not None
+        content[entry.start + entry.size_bytes - 1] ^= 1
+    entries[damaged[0]].file.write_bytes(content)
+    small_blocks()
+    gates = {gate.name: gate for gate in reopen(plan_export(llama, VllmExportOptions(), verify=False), export.root)}
+    found = [gates[name] for name in ("weights-bit-exact", "copied-tensors-identical")]
+    assert [(gate.value, gate.detail.rpartition(": ")[2]) for gate in found] == [(1, damaged[0]), (1, damaged[1])]
