@@ -1,43 +1,42 @@
-"""The whole export: plan, lint, write, reopen, commit. Nothing is written before the linter has passed.
-
-A dry run tells what would be written from headers, and what it takes from a part of it: the largest tensor of each
-kind, with made-up values. An export holds one tensor at a time, so its peak of memory is that of its largest one, and
-the same code runs there as in the export, on tensors of the same shapes.
-"""
+"""The whole export: plan, lint and write, reopen, commit. Output is there once linter and comparison have passed."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import time
-from collections import Counter
-from contextlib import nullcontext
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from exporters.vllm.lint import lint
+from exporters.vllm.lint import lint, lint_others, lint_structure
 from exporters.vllm.options import ExportFormat, VllmExportOptions
-from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, Unit, build_plan
+from exporters.vllm.plan import ENGINE_ACTIVATIONS, Action, ExportPlan, build_plan
 from exporters.vllm.reopen import reopen
+from exporters.vllm.resume import PROGRESS_NAME, ExportProgress
 from exporters.vllm.source import HUGGING_FACE, open_source
 from exporters.vllm.target import KIND, VllmDetails
-from exporters.vllm.writer import CONFIG_NAME, auxiliary_warnings, write_auxiliary, write_weights
-from fp8pipe.artifact import Artifact, ArtifactWriter, NumberFormat, check_place
+from exporters.vllm.writer import auxiliary_warnings, write_auxiliary, write_weights
+from fp8pipe.artifact import (
+    MANIFEST_NAME,
+    Artifact,
+    ArtifactWriter,
+    Gate,
+    NumberFormat,
+    Parent,
+    check_place,
+    disk_guard,
+    sha256_file,
+)
 from fp8pipe.artifact.finding import refuse
+from fp8pipe.artifact.writer import partial_of
 from fp8pipe.core.errors import ConfigurationError
-from fp8pipe.core.machine import free_bytes
-from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory
 from fp8pipe.core.progress import track
-from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
-from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries, shard_names
+from fp8pipe.models.checkpoint.tensors import model_parent, shard_names
 from fp8pipe.models.language.base import check_tokens, load_tokenizer
 from fp8pipe.models.language.ending import read_ending
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
+
+logger = logging.getLogger(__name__)
 
 _CARD = CardFacts(
     "transformers", "vLLM", (
@@ -50,19 +49,24 @@ _CARD = CardFacts(
 )  # fmt: skip
 
 
-def plan_export(source: Path | str, options: VllmExportOptions) -> ExportPlan:
-    """What `export_vllm` would write: file names, tensors, sizes, layers, warnings. Reads headers and tokenizer only.
+def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool = True) -> ExportPlan:
+    """What `export_vllm` would write: file names, tensors, sizes, layers, warnings.
+
+    Reads headers and tokenizer only, but for hashing the source as `open_source` does.
 
     Raises:
         ConfigurationError: a source that cannot be used, or an undeclared vLLM version.
         BadArtifactError: an unfinished or corrupt artifact.
     """
-    opened = open_source(source)
+    opened = open_source(source, verify=verify)
     return replace(build_plan(opened, read_structure(opened.root), options), ending=read_ending(opened.root))
 
 
 def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) -> Artifact:
     """Write a checkpoint that vLLM and transformers load, and prove that it holds what its source holds.
+
+    The source is read twice: once to lint and write, and once to compare what was written with it, which also hashes
+    both. An export that was cut is continued by the same call: shards that were written whole are kept, and compared.
 
     Args:
         source: a falqon artifact, a lora-merged artifact, or a plain model as `resolve_model` takes it (a Hugging
@@ -73,7 +77,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     Raises:
         ConfigurationError: unusable source or options, or an existing output without `force`.
         BadArtifactError: an unfinished or corrupt artifact.
-        LintRefusedError: the linter's findings; nothing was written.
+        LintRefusedError: the linter's findings; the output was not created.
         GateFailedError: what was written differs from its source; the output was not created.
         OutOfMemoryError: the disk is full.
     """
@@ -83,20 +87,64 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
             f"the output {output} is the source itself", why="it would be replaced", fix="name another directory"
         )
     check_place(output, force=options.force)
-    plan = plan_export(source, options)
-    with track(len(plan.units) + len(plan.dropped), "lint") as progress:
-        refuse(lint(plan, lambda: progress.advance(1)), str(plan.source.root))
-    with ArtifactWriter(output, kind=KIND, stage="export", force=options.force) as writer:
+    plan = plan_export(source, options, verify=(Path(source) / MANIFEST_NAME).is_file())
+    progress = ExportProgress(partial_of(output), plan)
+    disk_guard(output, _left(plan, progress))  # now, and not after the linter
+    if lint_structure(plan) or lint_others(plan):
+        refuse(lint(plan), str(plan.source.root))
+    with ArtifactWriter(
+        output, kind=KIND, stage="export", force=options.force, resume=bool(progress.finished)
+    ) as writer:
         for warning in plan_warnings(plan):
             writer.warn(warning)
-        with track(len(plan.units), "write") as progress:
-            write_weights(plan, writer.root, lambda: progress.advance(1))
-        write_auxiliary(plan, writer.root)
-        with track(len(plan.units), "compare") as progress:
-            gates = reopen(plan, writer.root, lambda: progress.advance(1))
+        _write(plan, writer, progress)
+        gates, parent, digests = _compare(plan, writer.root)
         fix = f"check the disk and export again; what was written is left in {writer.root}"
+        if not all(gate.passed for gate in gates):
+            progress.forget()
         writer.require_gates(gates, "the written export differs from its source", fix)
-        return _commit(writer, plan)
+        return _commit(writer, plan, parent, digests)
+
+
+def _left(plan: ExportPlan, progress: ExportProgress) -> int:
+    """Bytes of tensor data that are still to be written."""
+    named = zip(shard_names(len(plan.shards)), plan.shards, strict=True)
+    return sum(unit.size_bytes for name, units in named if name not in progress.finished for unit in units)
+
+
+def _write(plan: ExportPlan, writer: ArtifactWriter, progress: ExportProgress) -> None:
+    """Write all files; leave nothing where the linter refuses a value."""
+    done = sum(len(units) for name, units in zip(shard_names(len(plan.shards)), plan.shards, strict=True)
+               if name in progress.finished)  # fmt: skip
+    if progress.finished:
+        logger.info("continuing: %d of %d files were written before", len(progress.finished), len(plan.shards))
+    with track(len(plan.units), "write", done=done) as shown:
+        findings = write_weights(plan, writer.root, lambda: shown.advance(1), progress)
+    if findings:
+        writer.discard()
+        refuse(findings, str(plan.source.root))
+    write_auxiliary(plan, writer.root)
+
+
+def _compare(plan: ExportPlan, root: Path) -> tuple[list[Gate], Parent, dict[str, str]]:
+    """Gates of the comparison; the parent; and digests of the written shards, by name.
+
+    Files are hashed one after another beside the comparison that reads them, so that each comes from the disk once.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        hashing: dict[Path, Future[str]] = {}
+
+        def on_file(file: Path) -> None:
+            if file.parent == root or not plan.source.parent.digest:
+                hashing[file] = pool.submit(sha256_file, file)
+
+        with track(len(plan.units), "compare") as shown:
+            gates = reopen(plan, root, lambda: shown.advance(1), on_file)
+        digests = {file: found.result() for file, found in hashing.items()}
+    parent, source = plan.source.parent, plan.source.root
+    if not parent.digest:
+        parent = model_parent(source, parent.path, parent.stored, digests)
+    return gates, parent, {file.name: digest for file, digest in digests.items() if file.parent == root}
 
 
 def plan_warnings(plan: ExportPlan) -> list[str]:
@@ -150,8 +198,8 @@ def details_of(plan: ExportPlan) -> VllmDetails:
     )
 
 
-def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
-    format, parent = plan.options.format, plan.source.parent
+def _commit(writer: ArtifactWriter, plan: ExportPlan, parent: Parent, digests: dict[str, str]) -> Artifact:
+    format = plan.options.format
     write_card(writer, _CARD, source=plan.source.root, parent=parent, format=format.value, layers=plan.layers)
     return writer.commit(
         config=plan.options.model_dump(mode="json", exclude={"force"}),
@@ -166,107 +214,7 @@ def _commit(writer: ArtifactWriter, plan: ExportPlan) -> Artifact:
         },
         layers=list(plan.layers),
         volatile=[CARD_FILE],
+        exclude=[PROGRESS_NAME],
+        digests=digests,
         details=details_of(plan),
     )
-
-
-_HARDWARE = {
-    ExportFormat.FP8: "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin",
-    ExportFormat.W8A16: "a GPU of compute capability 8.0 or later, or a CPU with this project's vLLM plugin",
-    ExportFormat.BF16: "any device vLLM runs on",
-}
-
-
-def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], Plan]:
-    """The dry run, as a document and as a plan; of the weights nothing is read, so nothing is linted."""
-    plan = plan_export(source, options)
-    free, (peak, seconds) = free_bytes(output), measure(plan)
-    converted = sum(layer.converted for layer in plan.layers)
-    written = plan.payload_bytes + sidecar_bytes(plan.source.root, SERVED_FILES)
-    document = {
-        "source": str(source),
-        "source_kind": str(plan.source.kind),
-        "output": str(output),
-        "output_exists": output.exists(),
-        "format": str(options.format),
-        "shards": list(shard_names(len(plan.shards))),
-        "need_bytes": plan.payload_bytes,
-        "free_bytes": free,
-        "fits": free >= plan.payload_bytes,
-        "layer_counts": {"converted": converted, "skipped": len(plan.layers) - converted},
-        "warnings": plan_warnings(plan),
-        "serving_hardware": _HARDWARE[options.format],
-    }
-    actions = Counter(str(unit.action) for unit in plan.units)
-    shown = Plan(
-        reads=(f"{source} ({document['source_kind']})",),
-        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
-        peak_memory_bytes=peak,
-        disk_bytes=written,
-        output_bytes=written,
-        seconds=seconds,
-        missing=(*missing_disk(output, written), *missing_memory(peak, "free memory")),
-        notes=(*plan_warnings(plan), "memory and time from the largest tensor of each kind, with made-up values"),
-        facts={
-            "format": str(options.format),
-            "files": len(plan.shards),
-            "layers": f"{converted} in FP8, {len(plan.layers) - converted} not",
-            "tensors": ", ".join(f"{count} {action}" for action, count in sorted(actions.items())),
-            "to_serve": document["serving_hardware"],
-        },
-    )
-    return document, shown
-
-
-def measure(plan: ExportPlan) -> tuple[int | None, float]:
-    """Lint, write and reopen the largest tensor of each action in a scratch folder.
-
-    Returns:
-        Largest resident memory of this process, bytes, None where the system does not tell it; and the seconds that all
-        tensors would take.
-    """
-    largest: dict[Action, Unit] = {}
-    for unit in sorted(plan.units, key=lambda unit: -unit.entry.size_bytes):
-        largest.setdefault(unit.action, unit)
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
-        root = Path(scratch)
-        units = tuple(_made_up(unit, root / f"{unit.action}.safetensors") for unit in largest.values())
-        # A root of its own: the adapter beside the real weights is not read either.
-        (root / "source").mkdir()
-        shutil.copyfile(plan.source.root / CONFIG_NAME, root / "source" / CONFIG_NAME)
-        (root / "export").mkdir()
-        source = replace(plan.source, root=root / "source")
-        small = replace(plan, source=source, shards=(units,), dropped=(), orphans=())
-        started = time.perf_counter()
-        with PhaseMeter() if can_measure() else nullcontext() as meter:
-            if meter is not None:
-                meter.enter("export")
-            lint(small)
-            write_weights(small, root / "export")
-            write_auxiliary(small, root / "export")
-            reopen(small, root / "export")
-        seconds = time.perf_counter() - started
-    done, everything = (sum(unit.entry.size_bytes for unit in some) for some in (units, plan.units))
-    peak = None if meter is None else meter.phases["export"].peak_bytes
-    return peak, seconds * everything / max(done, 1)
-
-
-def _made_up(unit: Unit, file: Path) -> Unit:
-    """The unit with random values in a file of its own."""
-    tensors = {unit.entry.name: _values(unit.entry)}
-    if unit.scale is not None:
-        tensors[unit.scale.name] = _values(unit.scale).abs() + 1
-    save_file(tensors, file)
-    del tensors
-    entries = header_entries(file)
-    scale = None if unit.scale is None else entries[unit.scale.name]
-    return replace(unit, entry=entries[unit.entry.name], scale=scale)
-
-
-def _values(entry: TensorEntry) -> torch.Tensor:
-    dtype = DTYPES[entry.dtype]
-    if not dtype.is_floating_point:
-        return torch.zeros(entry.shape, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    # Written in bf16 first: a copy in fp32 would raise the very peak that is to be measured.
-    return torch.randn(entry.shape, generator=generator, dtype=torch.bfloat16).to(dtype)

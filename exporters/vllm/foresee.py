@@ -48,7 +48,7 @@ def plan_ahead(root: Path, kind: str, trained: Collection[str], form: ExportForm
             weight = tensors[f"{name}.weight"]
             tensors[weight.name] = replace(weight, dtype="F8_E4M3")
             scale = weight.name + SCALE_SUFFIX
-            tensors[scale] = TensorEntry(scale, "F32", (), weight.file)
+            tensors[scale] = TensorEntry(scale, "F32", (), weight.file, weight.start)
     unhashed = Parent(kind="model", digest="", path=str(root))
     source = Source(root=root, kind=kind, config=base.config, tensors=tensors, parent=unhashed, adapter="flushed")
     return build_plan(source, read_structure(root), options)

@@ -13,19 +13,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from exporters.vllm.blocks import by_unit
 from exporters.vllm.plan import DIMENSION_MULTIPLE, ExportPlan, Unit, fused_siblings
 from fp8pipe.artifact.finding import Finding
-from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, header_entries, read_tensor
+from fp8pipe.models.checkpoint.rows import read_rows, same_values
+from fp8pipe.models.checkpoint.tensors import TensorEntry, header_entries, read_tensor
 from fp8pipe.models.checkpoint.values import count_not_finite
 from fp8pipe.models.language.structure import Role
-from fp8pipe.numerics.grids import E4M3, same_bits
+from fp8pipe.numerics.grids import E4M3
 
 _ADAPTER_FILE: Final = "adapter.safetensors"
 # A weight matrix whose largest magnitude exceeds this, while the reciprocal scale would put it below
 # the plausible one, was stored with a quantizing scale (448/amax): trained weights stay far below 100.
 _IMPLAUSIBLE_AMAX: Final = 1000.0
 _PLAUSIBLE_AMAX: Final = 448.0
-_CHUNK: Final = 1 << 24  # elements looked at together, so that masks of a large embedding stay small
 _USE_BF16: Final = "export with --format bf16"
 _WRITE_AGAIN: Final = "write the artifact again"
 _OTHER_CONFIG: Final = "use the config.json that belongs to these weights"
@@ -66,10 +67,15 @@ def _found(rule: str, tensor: str, why: str) -> Finding:
 def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[Finding]:
     """All findings, those of structure first; reads the source once, and calls `advance` once per tensor."""
     findings = lint_structure(plan)
-    for unit in (*plan.units, *plan.dropped):
-        findings += _values(unit)
+    for unit, bad in by_unit((*plan.units, *plan.dropped), lambda unit, rows: count_bad(read_rows(unit.entry, rows))):
+        findings += value_findings(unit, sum(bad))
         advance()
-    return [*findings, *_tied(plan), *_adapter(plan)]
+    return [*findings, *lint_others(plan)]
+
+
+def lint_others(plan: ExportPlan) -> list[Finding]:
+    """Findings about values that leave no output: second copies of tied tensors, and the adapter."""
+    return [*_tied(plan), *_adapter(plan)]
 
 
 def lint_structure(plan: ExportPlan) -> list[Finding]:
@@ -80,14 +86,21 @@ def lint_structure(plan: ExportPlan) -> list[Finding]:
     return [finding for rule in rules for finding in rule(plan)]
 
 
-def _values(unit: Unit) -> Iterator[Finding]:
+def count_bad(values: Tensor) -> int:
+    """NaN codes of E4M3, or NaN and infinite values of a plain float tensor; none of another."""
+    if values.dtype == torch.float8_e4m3fn:
+        return int(((values.view(torch.uint8) & 0x7F) == 0x7F).sum())
+    return count_not_finite(values) if values.dtype.itemsize > 1 else 0
+
+
+def value_findings(unit: Unit, bad: int) -> Iterator[Finding]:
+    """Findings about the values of a unit, of which `count_bad` counted so many; reads its scale."""
     if unit.entry.dtype == "F8_E4M3":
-        nan_codes = _count(read_tensor(unit.entry).view(torch.uint8), lambda part: (part & 0x7F) == 0x7F)
-        if nan_codes:
-            yield _found("nan-code", unit.entry.name, f"{nan_codes} code(s) 0x7F or 0xFF, which E4M3 reads as NaN")
+        if bad:
+            yield _found("nan-code", unit.entry.name, f"{bad} code(s) 0x7F or 0xFF, which E4M3 reads as NaN")
         if unit.scale is not None and unit.scale.dtype == "F32":
             yield from _scale(unit.scale)
-    elif unit.entry.dtype in PLAIN_FLOATS and (bad := count_not_finite(read_tensor(unit.entry))):
+    elif bad:
         yield _found("not-finite", unit.entry.name, f"{bad} NaN or infinite value(s)")
 
 
@@ -110,7 +123,7 @@ def _tied(plan: ExportPlan) -> Iterator[Finding]:
     stored = plan.stored
     for unit in plan.dropped:
         original = stored.get(plan.structure.tied[unit.name])
-        if original is not None and not same_bits(read_tensor(unit.entry), read_tensor(original)):
+        if original is not None and not same_values(unit.entry, original):
             yield _found(
                 "tied-differs", unit.entry.name, f"config.json ties it to {original.name}, but their values differ"
             )
@@ -121,13 +134,8 @@ def _adapter(plan: ExportPlan) -> Iterator[Finding]:
     if not plan.source.holds_codes or not path.is_file():
         return
     for name, entry in header_entries(path).items():
-        if name.endswith(".lora_B") and (pending := _count(read_tensor(entry), lambda part: part != 0)):
+        if name.endswith(".lora_B") and (pending := int(read_tensor(entry).count_nonzero())):
             yield _found("adapter-not-flushed", name, f"{pending} non-zero value(s) that the weights do not hold")
-
-
-def _count(values: Tensor, test: Callable[[Tensor], Tensor]) -> int:
-    parts = torch.split(values.reshape(-1), _CHUNK) if values.numel() else ()
-    return sum(int(test(part).sum()) for part in parts)
 
 
 def _scales(plan: ExportPlan) -> Iterator[Finding]:

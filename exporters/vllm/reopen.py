@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,10 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from exporters.vllm.blocks import by_unit, scale_of
 from exporters.vllm.plan import Action, ExportPlan, Unit
+from exporters.vllm.resume import PROGRESS_NAME
 from exporters.vllm.target import KIND, VllmDetails
 from exporters.vllm.writer import CONFIG_NAME, export_config
 from fp8pipe.artifact import CHECKSUM_NAME, MANIFEST_NAME, Comparison, Gate, open_artifact
+from fp8pipe.models.checkpoint.rows import read_rows
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 from fp8pipe.models.checkpoint.tensors import (
     INDEX_NAME,
@@ -40,7 +44,7 @@ from fp8pipe.models.checkpoint.tensors import (
 from fp8pipe.models.language.ending import EOS, GENERATION_FILE
 from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.grids import dequantize_weight, same_bits
-from fp8pipe.numerics.plain import dequantize_plain, quantize_plain, round_bf16, row_errors
+from fp8pipe.numerics.plain import dequantize_plain, quantize_plain, round_bf16, row_errors, squares
 from fp8pipe.report.card import CARD_FILE
 
 # Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
@@ -48,8 +52,8 @@ from fp8pipe.report.card import CARD_FILE
 # covers the fp32 rounding of the norm and of the product.
 E4M3_ERROR_BOUND = 2.0**-4 * 1.001
 BF16_ERROR_BOUND = 2.0**-8 * 1.001
-# The artifact's own (`.lock` while it is written), and what hubs add by themselves.
-_PASSED_OVER = frozenset((MANIFEST_NAME, CHECKSUM_NAME, ".lock", ".gitattributes", ".cache"))
+# The artifact's own (`.lock` and the progress while it is written), and what hubs add by themselves.
+_PASSED_OVER = frozenset((MANIFEST_NAME, CHECKSUM_NAME, ".lock", PROGRESS_NAME, ".gitattributes", ".cache"))
 
 
 @dataclass(slots=True)
@@ -63,10 +67,31 @@ class _Comparison:
     counts: Counter[Action] = field(default_factory=Counter)
 
 
-def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None) -> list[Gate]:
-    """Compare the written directory with its source; `advance` is called once per weight.
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """What the comparison of a block of rows found."""
 
-    The gates may fail; the caller decides what that means.
+    same: bool
+    row_error: float = 0.0  # the worst, of weights rounded to E4M3
+    squares: tuple[float, float] = (0.0, 0.0)  # of the error and of the values, summed, of weights rounded to bf16
+
+
+def reopen(
+    plan: ExportPlan,
+    root: Path,
+    advance: Callable[[], None] = lambda: None,
+    on_file: Callable[[Path], None] = lambda file: None,
+) -> list[Gate]:
+    """Compare the written directory with its source, each read once.
+
+    Args:
+        plan: of the export.
+        root: the written directory.
+        advance: called once per weight.
+        on_file: called with every file of weights, written or the source's, when its first tensor is about to be read.
+
+    Returns:
+        Gates. They may fail; the caller decides what that means.
 
     Raises:
         BadArtifactError: the written files cannot be read at all.
@@ -75,12 +100,17 @@ def reopen(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: N
     gates = [_tensor_set(plan, written)]
     if not gates[0].passed:
         return gates
-    comparison = _Comparison()
-    for unit in plan.units:
-        _compare(unit, written, comparison)
-        comparison.counts[unit.action] += 1
-        advance()
-    gates += _weight_gates(comparison)
+    found, begun = _Comparison(), set[Path]()
+    for shard in plan.shards:
+        entries = (e for unit in shard for e in (unit.entry, unit.scale, *(written[o.name] for o in unit.outputs)))
+        for file in dict.fromkeys(entry.file for entry in entries if entry is not None):
+            if file not in begun:
+                on_file(file)
+                begun.add(file)
+        for unit, blocks in by_unit(shard, lambda unit, rows: _compare(unit, rows, written)):
+            _add(found, unit, blocks)
+            advance()
+    gates += _weight_gates(found)
     size, detail = (
         sum(entry.size_bytes for entry in written.values()),
         "tensor data written, bytes; must equal the plan",
@@ -103,41 +133,65 @@ def expected_values(unit: Unit) -> Tensor:
 
     A COPY that is no float stays as it is.
     """
-    original = read_tensor(unit.entry)
-    if unit.action is Action.QUANTIZE:
-        return quantize_plain(original, transposed=unit.transposed)
-    if unit.action is Action.COPY and unit.scale is None:
-        return original.float() if original.is_floating_point() else original.clone()
-    values = source_values(unit)
-    return values if unit.action is Action.CODES else round_bf16(values)
+    return _expected(unit, *_source(unit, _all(unit)))
 
 
 def source_values(unit: Unit) -> Tensor:
     """The source's own reading of its weight, fp32."""
-    original = read_tensor(unit.entry)
-    if unit.scale is None:
-        return original.float()
-    return dequantize_plain(original, read_tensor(unit.scale), transposed=unit.transposed)
+    return _values(unit, *_source(unit, _all(unit)))
 
 
-def _compare(unit: Unit, written: dict[str, TensorEntry], found: _Comparison) -> None:
-    exported = read_tensor(written[unit.outputs[0].name])
+def _all(unit: Unit) -> range:
+    return range(unit.entry.shape[0] if unit.entry.shape else 1)
+
+
+def _source(unit: Unit, rows: range) -> tuple[Tensor, Tensor | None]:
+    """A block of a unit's rows as the source stores it, and its scale."""
+    return read_rows(unit.entry, rows), None if unit.scale is None else scale_of(unit.scale, unit, rows)
+
+
+def _values(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
+    return original.float() if scale is None else dequantize_plain(original, scale, transposed=unit.transposed)
+
+
+def _expected(unit: Unit, original: Tensor, scale: Tensor | None) -> Tensor:
+    if unit.action is Action.QUANTIZE:
+        return quantize_plain(original, transposed=unit.transposed)
+    if unit.action is Action.COPY and scale is None:
+        return original.float() if original.is_floating_point() else original
+    values = _values(unit, original, scale)
+    return values if unit.action is Action.CODES else round_bf16(values)
+
+
+def _compare(unit: Unit, rows: range, written: dict[str, TensorEntry]) -> _Block:
+    exported = read_rows(written[unit.outputs[0].name], rows)
+    original, scale = _source(unit, rows)
     if unit.action is Action.COPY:
-        if not same_bits(exported, read_tensor(unit.entry)):
-            found.copies.append(unit.entry.name)
-        return
-    values = exported.float()
-    if unit.quantized:
-        scale = read_tensor(written[unit.outputs[1].name])
-        values = dequantize_plain(exported, scale, transposed=unit.transposed)
-    if not same_bits(values, expected_values(unit)):
-        found.weights.append(unit.entry.name)
-    if unit.action is not Action.CODES:
-        original = source_values(unit)
-        if unit.action is Action.QUANTIZE:
-            found.e4m3_error = _larger(found.e4m3_error, row_errors(values, original, transposed=unit.transposed))
-        else:
-            found.bf16_error = _larger(found.bf16_error, row_errors(values.reshape(1, -1), original.reshape(1, -1)))
+        return _Block(same_bits(exported, original))
+    values = (
+        exported.float()
+        if not unit.quantized
+        else dequantize_plain(exported, scale_of(written[unit.outputs[1].name], unit, rows), transposed=unit.transposed)
+    )
+    same = same_bits(values, _expected(unit, original, scale))
+    if unit.action is Action.CODES:
+        return _Block(same)
+    true = _values(unit, original, scale)
+    if unit.action is Action.QUANTIZE:
+        return _Block(same, row_error=row_errors(values, true, transposed=unit.transposed))
+    return _Block(same, squares=squares(values, true))
+
+
+def _add(found: _Comparison, unit: Unit, blocks: list[_Block]) -> None:
+    """Count what the blocks of a unit say of it."""
+    found.counts[unit.action] += 1
+    if not all(block.same for block in blocks):
+        (found.copies if unit.action is Action.COPY else found.weights).append(unit.entry.name)
+    for block in blocks:
+        found.e4m3_error = _larger(found.e4m3_error, block.row_error)
+    error, norm = (math.fsum(block.squares[part] for block in blocks) for part in (0, 1))
+    whole = math.sqrt(error / norm) if norm > 0 else math.inf if error > 0 else error
+    found.bf16_error = _larger(found.bf16_error, whole)
 
 
 def _larger(a: float, b: float) -> float:

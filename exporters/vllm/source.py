@@ -1,7 +1,7 @@
 """What an export starts from: a falqon artifact, a merged-LoRA artifact, or a plain Hugging Face directory.
 
-All three become one value: tensor headers, the parsed config.json, and where it all came from. No tensor data
-is read here except for hashing a plain directory, whose bytes no manifest covers.
+All three become one value: tensor headers, the parsed config.json, and where it all came from. Tensor data is read here
+for hashing only.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
 
     Args:
         source: a directory, a .gguf file, or anything else that `resolve_model` understands.
-        verify: hash an artifact's files.
+        verify: hash the files, an artifact's and a plain directory's. Without it the parent of a plain directory has
+            no digest.
 
     Raises:
         ConfigurationError: nothing there, no config.json, or a checkpoint that is quantized in a way that cannot be
@@ -78,9 +79,9 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
     """
     root = Path(source)
     if not root.is_dir():
-        return _from_hugging_face(resolve_model(str(source)).path, str(source))
+        return _from_hugging_face(resolve_model(str(source)).path, str(source), verify)
     if not (root / MANIFEST_NAME).is_file() and not root.name.endswith(".partial"):
-        return _from_hugging_face(root, str(root))
+        return _from_hugging_face(root, str(root), verify)
     artifact = open_artifact(root, kind=TUNED_KINDS, verify=verify)
     manifest = artifact.manifest
     details = manifest.details_of(TunedDetails)
@@ -96,11 +97,12 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
     )
 
 
-def _from_hugging_face(root: Path, origin: str) -> Source:
+def _from_hugging_face(root: Path, origin: str, verify: bool) -> Source:
     check_no_adapter(root)
     _read_config(root)  # where there is none, the directory is nothing that can be exported
-    base = read_base(root)
-    parent = model_parent(root, origin, base.stored)
+    base = read_base(root)  # which refuses a checkpoint that is not whole before it is hashed
+    unhashed = Parent(kind="model", digest="", path=origin, stored=base.stored)
+    parent = model_parent(root, origin, base.stored) if verify else unhashed
     return Source(root=root, kind=HUGGING_FACE, config=base.config, tensors=base.entries, parent=parent, base=base)
 
 

@@ -54,7 +54,7 @@ def _migrate(data: dict[str, Any]) -> dict[str, Any]:
 TARGET: Final = ExportTarget(
     name="vllm", kind=KIND, takes=(*TUNED_KINDS, PLAIN_MODEL), options=VllmExportOptions, details=VllmDetails,
     help="a checkpoint for vLLM", export="exporters.vllm.export:export_vllm",
-    plan="exporters.vllm.export:plan_vllm",
+    plan="exporters.vllm.dry_run:plan_vllm",
     verify="exporters.vllm.verify:check_vllm", foresee="exporters.vllm.foresee:foresee",
     engines=(
         Engine(

@@ -27,7 +27,7 @@ from exporters.vllm.reopen import reopen
 from exporters.vllm.source import HUGGING_FACE, Source
 from exporters.vllm.target import VllmDetails
 from exporters.vllm.writer import CONFIG_NAME, export_config
-from fp8pipe.artifact import Artifact
+from fp8pipe.artifact import MANIFEST_NAME, Artifact
 from fp8pipe.artifact.finding import Check, Finding
 from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
@@ -91,7 +91,8 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
 def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Finding]:
     """Every number and file, against those of the source."""
     added = artifact.manifest.details_of(VllmDetails).stop_token_added
-    plan = plan_export(parent, own.options).stopping_as(added)
+    # A model was hashed when it was found to be the parent; an artifact at another place was not.
+    plan = plan_export(parent, own.options, verify=(parent / MANIFEST_NAME).is_file()).stopping_as(added)
     yield from compare_layers(artifact.manifest, plan.layers)
     yield from compare_details(artifact, details_of(plan))
     gates = reopen(plan, artifact.root)

@@ -1,7 +1,8 @@
 """What an export consists of: safetensors written as a stream, and everything of a checkpoint that is not a weight.
 
 `safetensors.torch.save_file` wants the whole file in memory. The plan knows every dtype and shape beforehand, so the
-header can be written first and peak memory is that of one weight, whatever the shard size. The format: 8 bytes of
+header can be written first, and memory is that of some blocks of rows, whatever the size of a shard or a weight. The
+source is read once for both: what is written of a block is what the linter has seen of it. The format: 8 bytes of
 header length (little endian), a JSON header, then tensor data without holes.
 
 Tokenizer, chat template, generation config and licences are copied byte for byte: one character of a chat template
@@ -12,55 +13,111 @@ owns may change. The other is `eos_token_id` of the generation config, where the
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from exporters.vllm.blocks import by_unit, scale_of
+from exporters.vllm.lint import count_bad, value_findings
 from exporters.vllm.options import ExportFormat, quantization_config
 from exporters.vllm.plan import Action, ExportPlan, Unit
+from exporters.vllm.resume import ExportProgress
 from fp8pipe.artifact import disk_guard
+from fp8pipe.artifact.finding import Finding
+from fp8pipe.models.checkpoint.rows import read_rows
 from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, copy_sidecars, sidecar_files
-from fp8pipe.models.checkpoint.tensors import DTYPES, TensorHeader, read_tensor, shard_names, write_index
+from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, TensorHeader, shard_names, write_index
 from fp8pipe.models.language.ending import GENERATION_FILE
 from fp8pipe.numerics.grids import channel_scale, dequantize_weight, quantize_weight, to_bf16
 
 CONFIG_NAME = "config.json"
 
 
-def write_weights(plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None) -> None:
-    """Write every shard of a plan that passed the linter, and the index when there is more than one.
+def write_weights(
+    plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None, progress: ExportProgress | None = None
+) -> list[Finding]:
+    """Write every shard of a plan, and the index when there is more than one; of each value it is asked if it is sound.
+
+    Args:
+        plan: one whose structure passed the linter.
+        root: where the shards are written.
+        advance: called once per unit.
+        progress: what an earlier run has written, which is kept, and where each finished shard is noted.
+
+    Returns:
+        The linter's findings about values; where there are some, what was written is of no use.
 
     Raises:
         OutOfMemoryError: the disk is too small or fills up (exit code 15).
     """
     names = shard_names(len(plan.shards))
-    with disk_guard(root, plan.payload_bytes):
-        for name, units in zip(names, plan.shards, strict=True):
-            _write_shard(root / name, units, advance)
+    kept = frozenset() if progress is None else progress.finished
+    todo = [(name, units) for name, units in zip(names, plan.shards, strict=True) if name not in kept]
+    findings: list[Finding] = []
+    # A shard goes to the disk while the next one is written.
+    with (
+        disk_guard(root, sum(unit.size_bytes for _, units in todo for unit in units)),
+        ThreadPoolExecutor(1) as disk,
+    ):
+        flushed = []
+        for name, units in todo:
+            findings += _write_shard(root / name, units, advance, sound=not findings)
+            flushed.append(disk.submit(_flush, root / name, progress if not findings else None))
+        for one in flushed:
+            one.result()
+        for unit, bad in by_unit(plan.dropped, lambda unit, rows: count_bad(read_rows(unit.entry, rows))):
+            findings += value_findings(unit, sum(bad))
     if len(names) > 1:
         placed = [(name, unit) for name, units in zip(names, plan.shards, strict=True) for unit in units]
         weight_map = {output.name: name for name, unit in placed for output in unit.outputs}
         write_index(root, weight_map, plan.payload_bytes)
+    return findings
 
 
-def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None]) -> None:
+def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None], sound: bool) -> list[Finding]:
+    """Write a shard, unless the export is refused already (not `sound`); findings about its values."""
     header, offsets = _layout([output for unit in units for output in unit.outputs])
+    start = 8 + len(header)
+    findings: list[Finding] = []
     with path.open("wb") as handle:
-        handle.write(len(header).to_bytes(8, "little"))
-        handle.write(header)
-        start = handle.tell()
-        for unit in units:
-            for name, tensor in _produce(unit).items():
-                handle.seek(start + offsets[name])
-                if tensor.numel():
-                    handle.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            advance()
+        handle.write(len(header).to_bytes(8, "little") + header)
         handle.flush()
+        handle.truncate(start + sum(unit.size_bytes for unit in units))
+        descriptor = handle.fileno()
+
+        def work(unit: Unit, rows: range) -> int:
+            block = read_rows(unit.entry, rows)
+            bad = count_bad(block)
+            if sound and not bad:
+                for output, place, tensor in _produce(unit, rows, block):
+                    _write_at(descriptor, start + offsets[output.name] + place, tensor)
+            return bad
+
+        for unit, bad in by_unit(units, work):
+            findings += value_findings(unit, sum(bad))
+            sound = sound and not findings
+            advance()
+    return findings
+
+
+def _write_at(descriptor: int, place: int, tensor: Tensor) -> None:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    while len(data):  # one call may write less than all
+        written = os.pwrite(descriptor, data, place)
+        data, place = data[written:], place + written
+
+
+def _flush(path: Path, progress: ExportProgress | None) -> None:
+    with path.open("rb") as handle:
         os.fsync(handle.fileno())
+    if progress is not None:
+        progress.add(path)
 
 
 def _layout(outputs: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int]]:
@@ -77,33 +134,38 @@ def _layout(outputs: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int]]:
     return text + b" " * (-len(text) % 8), offsets
 
 
-def _produce(unit: Unit) -> dict[str, Tensor]:
-    """The output tensors of a unit that passed the linter, by name, on the CPU: the codec applied to the source.
+def _produce(unit: Unit, rows: range, block: Tensor) -> list[tuple[TensorHeader, int, Tensor]]:
+    """What a block of a unit's rows becomes: output, bytes into its data, and values; the codec applied to the source.
 
     Raises:
-        ValueError: a tensor came out with another shape than planned (a defect of this exporter).
+        ValueError: values came out with another shape than planned (a defect of this exporter).
     """
-    weight = read_tensor(unit.entry)
     if unit.action is Action.QUANTIZE:
-        tensors = list(quantize_weight(weight, transposed=unit.transposed))
+        tensors = list(quantize_weight(block, transposed=unit.transposed))
     elif unit.action is Action.CODES:
-        tensors = [weight, channel_scale(_scale(unit), unit.outputs[1].shape[0])]
+        count = unit.outputs[1].shape[0] if unit.transposed else len(rows)
+        tensors = [block, channel_scale(scale_of(_scale(unit), unit, rows), count)]
     elif unit.action is Action.DEQUANTIZE:
-        tensors = [to_bf16(dequantize_weight(weight, _scale(unit), transposed=unit.transposed))]
-    elif unit.action is Action.CAST:
-        tensors = [to_bf16(weight)]
+        scale = scale_of(_scale(unit), unit, rows)
+        tensors = [to_bf16(dequantize_weight(block, scale, transposed=unit.transposed))]
     else:
-        tensors = [weight]
-    for tensor, output in zip(tensors, unit.outputs, strict=True):
-        if tuple(tensor.shape) != output.shape:
-            raise ValueError(f"{output.name}: planned {output.shape}, produced {tuple(tensor.shape)}")
-    return {output.name: tensor for output, tensor in zip(unit.outputs, tensors, strict=True)}
+        tensors = [to_bf16(block) if unit.action is Action.CAST else block]
+    produced = []
+    for output, tensor in zip(unit.outputs, tensors, strict=True):
+        row, length = (output.shape[1:], len(rows)) if output.shape else ((), 1)
+        if unit.transposed and output is not unit.outputs[0]:
+            length = output.shape[0]
+        if tuple(tensor.shape) != ((length, *row) if output.shape else ()):
+            raise ValueError(f"{output.name}: planned {output.shape}, rows {rows} came out as {tuple(tensor.shape)}")
+        place = rows.start * math.prod(row) * DTYPES[output.dtype].itemsize
+        produced.append((output, place, tensor))
+    return produced
 
 
-def _scale(unit: Unit) -> Tensor:
+def _scale(unit: Unit) -> TensorEntry:
     if unit.scale is None:
         raise ValueError(f"{unit.entry.name}: FP8 codes without a scale passed the linter")
-    return read_tensor(unit.scale)
+    return unit.scale
 
 
 def auxiliary_warnings(root: Path) -> list[str]:

@@ -25,7 +25,6 @@ __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_f
 
 PARTIAL_SUFFIX = ".partial"
 CHECKSUM_NAME = checksum_path(Path(MANIFEST_NAME)).name
-_CHUNK_BYTES = 8 << 20
 _NAMED = 6  # artifacts in an error
 # What hubs and their clients add by themselves to a directory that they fill. No engine sees it.
 _HUB_FILE: Final = ".gitattributes"
@@ -105,12 +104,19 @@ def _toward(kind: str, root: Path, wanted: list[str]) -> str:
     return "give the directory of an artifact of that kind"
 
 
-def read_artifact(root: Path, *, verify: bool, caches: str | None = None) -> Artifact:
-    """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own)."""
+def read_artifact(
+    root: Path, *, verify: bool, caches: str | None = None, hashed: frozenset[str] = frozenset()
+) -> Artifact:
+    """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own).
+
+    Files in `hashed` were hashed by the caller: of them presence and size are checked.
+    """
     manifest = read_manifest(root)
     findings = [f"{name} {why}" for name, why in strays(root, manifest)]
     looked_at = (e for e in manifest.files if caches is None or not e.path.startswith(f"{caches}/"))
-    findings += [finding for entry in looked_at if (finding := check_file(root, entry, verify))]
+    findings += [
+        finding for entry in looked_at if (finding := check_file(root, entry, verify and entry.path not in hashed))
+    ]
     if findings:
         raise BadArtifactError(
             f"{root} is not what was written: {len(findings)} of {len(manifest.files)} files differ, or are others",
@@ -172,11 +178,8 @@ def read_manifest(root: Path) -> Manifest:
 
 def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with path.open("rb", buffering=0) as stream:  # whose buffer is used again for every chunk
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_file(root: Path, entry: FileEntry, verify: bool = True) -> str:

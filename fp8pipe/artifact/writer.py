@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +64,7 @@ class ArtifactWriter:
         self._stack = ExitStack()
         check_place(self.output, force=force, resume=resume)
         self.resumed = resume and self.root.is_dir()
+        self._made = [folder for folder in self.root.parents if not folder.exists()]
         with translate_disk_full(self.output), _translate_unwritable(self.output):
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.root)
@@ -106,16 +107,19 @@ class ArtifactWriter:
             raise GateFailedError(f"{what} ({len(failed)} gate(s) failed)", why=why, fix=fix)
 
     def discard(self) -> None:
-        """Remove the unfinished directory."""
+        """Remove the unfinished directory, and the ones around it that were made for it."""
         self._lock.close()
         shutil.rmtree(self.root, ignore_errors=True)
+        with suppress(OSError):  # something else lies there by now
+            for folder in self._made:
+                folder.rmdir()
 
     def commit(
         self, *, details: Details, config: Mapping[str, Any] | None = None, seed: int | None = None,
         parents: Sequence[Parent] = (), number_format: NumberFormat | None = None,
         preprocessing: Mapping[str, Any] | None = None, runtime: Mapping[str, Any] | None = None,
         layers: Sequence[LayerRecord] = (), versions: Mapping[str, str] | None = None, exclude: Iterable[str] = (),
-        volatile: Iterable[str] = (),
+        volatile: Iterable[str] = (), digests: Mapping[str, str] | None = None,
     ) -> Artifact:  # fmt: skip
         """Hash, write the manifest, reopen and verify, and rename to the final name.
 
@@ -132,6 +136,8 @@ class ArtifactWriter:
             exclude: names in `root`, files or directories, that are deleted first (checkpoints).
             volatile: names in `root`, files or directories, whose bytes a rerun may change: measured times, or what
                 a compiler is free to choose. They are hashed as all others, and left out of the content digest.
+            digests: sha256 by name in `root`, of files that the caller has read back and hashed since they were
+                written; they are not read again.
 
         Returns:
             The artifact under its final name.
@@ -149,20 +155,20 @@ class ArtifactWriter:
                 kind=self.kind, stage=self.stage, created=datetime.now(UTC).isoformat(timespec="seconds"),
                 tool_version=__version__, versions={**installed_versions(), **(versions or {})},
                 config=dict(config or {}), seed=seed, parents=list(parents),
-                files=_hash_files(self.root, tuple(volatile)), number_format=number_format,
+                files=_hash_files(self.root, tuple(volatile), digests or {}), number_format=number_format,
                 preprocessing=None if preprocessing is None else dict(preprocessing), runtime=dict(runtime or {}),
                 layers=list(layers), gates=self.gates, warnings=self.warnings, details=details,
             )  # fmt: skip
-            self._write_manifest(manifest)
+            self._write_manifest(manifest, frozenset(digests or {}))
             self._rename()
         self._lock.close()
         return Artifact(root=self.output, manifest=manifest)
 
-    def _write_manifest(self, manifest: Manifest) -> None:
+    def _write_manifest(self, manifest: Manifest, hashed: frozenset[str]) -> None:
         path = self.root / MANIFEST_NAME
         write_checked(path, manifest.to_json())
         sync(self.root)
-        reopened = read_artifact(self.root, verify=True)
+        reopened = read_artifact(self.root, verify=True, hashed=hashed)
         if reopened.digest != manifest.digest:
             raise BadArtifactError(
                 f"{path} was not read back as written",
@@ -200,8 +206,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _hash_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
-    """Make every file readable as the umask says, flush and hash it; refuses links, which break when moved."""
+def _hash_files(root: Path, volatile: tuple[str, ...], digests: Mapping[str, str]) -> list[FileEntry]:
+    """Make every file readable as the umask says, flush it, and hash it where its digest is not known.
+
+    Links are refused: they break when moved.
+    """
     entries = []
     mode = ordinary_mode(root)
     for path in sorted(root.rglob("*")):
@@ -217,7 +226,8 @@ def _hash_files(root: Path, volatile: tuple[str, ...]) -> list[FileEntry]:
         sync(path)
         if path.is_file():
             changing = any(name == entry or name.startswith(f"{entry}/") for entry in volatile)
-            entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=sha256_file(path), volatile=changing))
+            digest = digests.get(name) or sha256_file(path)
+            entries.append(FileEntry(path=name, size=path.stat().st_size, sha256=digest, volatile=changing))
     return entries
 
 

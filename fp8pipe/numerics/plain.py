@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["dequantize_plain", "grid_numbers", "quantize_plain", "round_bf16", "row_errors"]
+__all__ = ["dequantize_plain", "grid_numbers", "quantize_plain", "round_bf16", "row_errors", "squares"]
 
 _LARGEST: Final = 448.0
 _FLOOR: Final = 1e-12  # what the largest magnitude of a row of zeros counts as
@@ -34,7 +34,7 @@ _VALUES: Final[NDArray[np.float32]] = np.array([_decode(byte) for byte in range(
 def dequantize_plain(codes: Tensor, scale: Tensor, *, transposed: bool = False) -> Tensor:
     """`code * scale`, fp32; arguments as of `grids.dequantize_weight`."""
     factor = scale.numpy().reshape(1, -1) if transposed and scale.ndim == 2 else scale.numpy()
-    values = _VALUES[codes.contiguous().view(torch.uint8).numpy()]
+    values = _VALUES.take(codes.contiguous().view(torch.uint8).numpy(), mode="clip")  # which spares a check of bounds
     values *= factor
     return torch.from_numpy(values)
 
@@ -82,6 +82,13 @@ def row_errors(values: Tensor, original: Tensor, *, transposed: bool = False) ->
         ratio = np.divide(error, norm, out=np.where(error > 0, np.inf, 0.0), where=norm > 0)
         worst.append(float(ratio.max(initial=0.0)))
     return float(np.max(worst))  # which NaN survives
+
+
+def squares(values: Tensor, original: Tensor) -> tuple[float, float]:
+    """Sums of the squares of `values - original` and of `original`, float64; of any shape."""
+    true = original.reshape(1, -1).float().numpy()
+    error = values.reshape(1, -1).float().numpy() - true
+    return float(np.square(error, dtype=np.float64).sum()), float(np.square(true, dtype=np.float64).sum())
 
 
 def _norms(rows: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -83,4 +83,4 @@ class Sums:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.numpy()).cast("B")
+    return tensor.numpy().data.cast("B")

@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -44,6 +46,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_SHOWN: Final = 3  # names in an error
 PLAIN_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -69,15 +72,44 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry(TensorHeader):
-    """One tensor of a checkpoint, and the file that holds it."""
+    """One tensor of a checkpoint, and where it lies.
+
+    Attributes:
+        file: the file that holds it.
+        start: of its data in that file, bytes.
+    """
 
     file: Path
+    start: int
 
     def read(self) -> Tensor:
         """The tensor itself, on the CPU, as stored (mapped from its file: do not write to it)."""
         with safe_open(str(self.file), framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(self.name)
         return tensor
+
+    def read_rows(self, rows: range) -> Tensor:
+        """Consecutive rows of it, read into memory; see `stored_rows`."""
+        return stored_rows(self, self.dtype, rows)
+
+
+def stored_rows(entry: TensorEntry, dtype: str, rows: range) -> Tensor:
+    """Consecutive rows of a tensor, on the CPU, of the dtype in its file: `(len(rows), *shape[1:])`, of a scalar `()`.
+
+    Raises:
+        BadArtifactError, ConfigurationError: the file has become shorter than its header says; see `unusable`.
+    """
+    kind = DTYPES[dtype]
+    row_bytes = math.prod(entry.shape[1:]) * kind.itemsize
+    shape = (len(rows), *entry.shape[1:]) if entry.shape else ()
+    wanted = len(rows) * row_bytes
+    if not wanted:
+        return torch.empty(shape, dtype=kind)
+    data = np.fromfile(entry.file, np.uint8, wanted, offset=entry.start + rows.start * row_bytes)
+    if len(data) != wanted:
+        why = f"{wanted} bytes of {entry.name} were asked for, {len(data)} were there"
+        raise unusable(entry.file, f"{entry.file} was cut short while it was read", why=why, fix="fetch it again")
+    return torch.from_numpy(data).view(kind).reshape(shape)
 
 
 def header_entries(file: Path) -> dict[str, TensorEntry]:
@@ -87,13 +119,53 @@ def header_entries(file: Path) -> dict[str, TensorEntry]:
         BadArtifactError, ConfigurationError: not a safetensors file, or not all of it; see `unusable`.
     """
     try:
-        with safe_open(str(file), framework="pt") as handle:
-            parts = [(name, handle.get_slice(name)) for name in handle.keys()]  # noqa: SIM118 (no mapping)
-            return {name: TensorEntry(name, p.get_dtype(), tuple(p.get_shape()), file) for name, p in parts}
-    except (OSError, SafetensorError) as error:
+        with safe_open(str(file), framework="pt") as handle:  # which checks types, sizes and that no byte is left over
+            names = sorted(handle.keys())
+        data, header = _read_header(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        why = _missing_bytes(file) or str(error)
         raise unusable(
-            file, f"{file} is not a complete safetensors file", why=str(error), fix="fetch or write it again"
+            file, f"{file} is not a complete safetensors file", why=why, fix="fetch or write it again"
         ) from error
+    found = ((name, header[name]) for name in names)
+    return {
+        name: TensorEntry(name, of["dtype"], tuple(of["shape"]), file, data + of["data_offsets"][0])
+        for name, of in found
+    }
+
+
+def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's data begins, and its header; raises ValueError where that names a tensor twice."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"its header would have {length} bytes, and the file has {file.stat().st_size}")
+        return 8 + length, json.loads(stream.read(length), object_pairs_hook=unique)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different; of two equal ones a reader would silently take the last.
+
+    Raises:
+        ValueError: naming keys that come twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = [key for key, count in counts.items() if count > 1]
+        raise ValueError(f"{len(twice)} name(s) come twice, the first: {twice[0]}")
+    return found
+
+
+def _missing_bytes(file: Path) -> str:
+    """How much of a file that was cut short is there, in words; empty where that is not what is wrong with it."""
+    try:
+        data, header = _read_header(file)
+        end = data + max((of["data_offsets"][1] for name, of in header.items() if name != "__metadata__"), default=0)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return ""
+    size = file.stat().st_size
+    return f"it has {size} of {end} bytes" if size < end else ""
 
 
 def weight_files(root: Path) -> list[Path]:
@@ -114,12 +186,8 @@ def weight_files(root: Path) -> list[Path]:
         )
     files = [root / name for name in sorted(set(_weight_map(index).values()))]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise unusable(
-            root,
-            f"{root} lacks {len(missing)} of the {len(files)} files that {INDEX_NAME} names",
-            why=f"the first: {missing[0]}",
-            fix="complete the download",
-        )
+        why = f"{len(missing)} of {len(files)} files are missing: {', '.join(missing[:_SHOWN])}"
+        raise unusable(root, f"the weights in {root} are not complete", why=why, fix="fetch the model again")
     return files
 
 
@@ -133,13 +201,13 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for file in weight_files(root):
         found = header_entries(file)
-        if twice := sorted(found.keys() & entries.keys()):
-            raise unusable(
-                file,
-                f"{file} holds tensors that another file of {root} holds, too",
-                why=f"{len(twice)} tensor(s), the first: {twice[0]}, also in {entries[twice[0]].file.name}",
-                fix="fetch or write the checkpoint again",
+        if twice := sorted(entries.keys() & found.keys()):
+            why = (
+                f"{len(twice)} tensor(s) lie in two files, the first: {twice[0]}, in {file.name}"
+                f" and {entries[twice[0]].file.name}"
             )
+            fix = "fetch or write the checkpoint again"
+            raise unusable(root, f"the weights in {root} contradict each other", why=why, fix=fix)
         entries |= found
         if unknown := sorted({e.dtype for e in found.values()} - DTYPES.keys()):
             raise unusable(
@@ -164,22 +232,15 @@ def weight_entries(root: Path) -> dict[str, TensorEntry]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_once)["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
         names = {str(k): str(v) for k, v in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unusable(index, f"{index} is not a weight index", why=repr(error)) from error
+        why = str(error) if type(error) is ValueError else repr(error)
+        raise unusable(index, f"{index} is not a weight index", why=why, fix="fetch the model again") from error
     outside = [f for f in names.values() if Path(f).name != f]
     if outside:
         raise unusable(index, f"{index} points outside its directory", why=f"shard name {outside[0]!r}")
     return names
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose keys differ; of two values for one name, readers would take either."""
-    counts = Counter(key for key, _ in pairs)
-    if twice := [key for key, count in counts.items() if count > 1]:
-        raise ValueError(f"{len(twice)} name(s) are there twice, the first: {twice[0]}")
-    return dict(pairs)
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
@@ -205,15 +266,19 @@ def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> N
     (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def model_parent(root: Path, origin: str, stored: StoredFormat | None = None) -> Parent:
+def model_parent(
+    root: Path, origin: str, stored: StoredFormat | None = None, known: Mapping[Path, str] | None = None
+) -> Parent:
     """How a manifest names a plain directory: by the name and sha256 of every file that decides what it answers.
 
-    `stored` is said of a base in low precision; what declares its format counts as such a file then.
+    `stored` is said of a base in low precision; what declares its format counts as such a file then. `known` holds
+    digests of files that were hashed already.
     """
     decisive = ("config.json", *SERVED_FILES, *(("hf_quant_config.json",) if stored is not None else ()))
     named = [root / name for name in sidecar_files(root, decisive)]
     index = [root / INDEX_NAME] if (root / INDEX_NAME).is_file() else []
     files = sorted({*weight_files(root), *index, *named})
-    lines = "".join(f"{sha256_file(file)}  {file.relative_to(root).as_posix()}\n" for file in files)
+    digests = {file: (known or {}).get(file) or sha256_file(file) for file in files}
+    lines = "".join(f"{digest}  {file.relative_to(root).as_posix()}\n" for file, digest in digests.items())
     digest = hashlib.sha256(lines.encode()).hexdigest()
     return Parent(kind="model", digest=digest, path=origin, content=digest, stored=stored)

@@ -10,7 +10,8 @@ import pytest
 from artifact_tree import rehash, without_parents
 
 from exporters.verify.whole import verify_tree
-from exporters.vllm.export import export_vllm, plan_vllm
+from exporters.vllm.dry_run import plan_vllm
+from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.reopen import changed_on_purpose, file_gates
 from fp8pipe.artifact import open_artifact

@@ -1,4 +1,4 @@
-"""Exporting holds one weight in memory, not a shard and not a model: the kernel's own measurement."""
+"""Exporting holds some blocks of rows in memory, not a matrix, a shard or a model: the kernel's own measurement."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LARGE = {
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_peak_memory_is_near_one_weight(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_peak_memory_is_that_of_some_blocks(make_model: Callable[..., Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     small = make_model("llama")
@@ -68,6 +68,6 @@ def test_peak_memory_is_near_one_weight(make_model: Callable[..., Path], tmp_pat
     )
     assert done.returncode == 0, done.stderr
     growth = int(done.stdout.split()[-1])
-    # Some eight fp32 copies of the largest matrix (11.5 MB) and what torch loads on first use: 70 to 125 MB
-    # were seen, the same for 4, 8 and 16 layers. One shard, or the model, would be more than the bound.
-    assert growth < 0.75 * model_bytes, f"{growth / 1e6:.0f} MB for a model of {model_bytes / 1e6:.0f} MB"
+    # Blocks of 1 MiB in fp32, and what torch loads on first use: 17 MB were seen. Whole matrices, of which the largest
+    # has 11.5 MB in fp32, took 70 to 125 MB.
+    assert growth < 50e6, f"{growth / 1e6:.0f} MB for a model of {model_bytes / 1e6:.0f} MB"

@@ -11,7 +11,7 @@ from exporters.vllm.export import export_vllm, plan_export
 from exporters.vllm.options import VllmExportOptions
 from exporters.vllm.reopen import reopen
 from fp8pipe.artifact import open_artifact
-from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError
+from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, OutOfMemoryError
 from fp8pipe.models.checkpoint.tensors import shard_names
 
 
@@ -67,6 +67,18 @@ def test_unusable_sources(llama: Path, falqon: Callable[..., Path], tmp_path: Pa
     with pytest.raises(BadArtifactError, match=r"model\.safetensors"):
         export_vllm(source, tmp_path / "again", options("fp8"))
     assert not (tmp_path / "again").exists()
+
+
+def test_a_model_too_large_for_the_disk_is_refused_before_it_is_read(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp8pipe.core.machine.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("exporters.vllm.lint.read_rows", None)  # nothing can be read
+    need = plan_export(llama, options("fp8"), verify=False).payload_bytes
+    with pytest.raises(OutOfMemoryError, match="is full") as caught:
+        export_vllm(llama, tmp_path / "export", options("fp8"))
+    assert caught.value.why == f"needed {need} bytes, 1000 bytes are free"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_write_fails_its_gate(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp8pipe.models.checkpoint.quantized.scheme import Granularity, Scheme, refusal
 from fp8pipe.models.checkpoint.quantized.values import block_grid, dequantize_codes
-from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry, read_tensor
+from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry, read_tensor, stored_rows
 
 __all__ = ["DequantizedEntry", "Plain", "dequantized", "refuse_codes"]
 
@@ -47,6 +47,19 @@ class DequantizedEntry(TensorEntry):
     def read(self) -> Tensor:
         """The weight as floats, a new tensor on the CPU; see `dequantize_codes`."""
         return dequantize_codes(TensorEntry.read(self), self.scale.read(), self.block, DTYPES[self.dtype])
+
+    def read_rows(self, rows: range) -> Tensor:
+        """Consecutive rows of the weight as floats; of a matrix only the codes of their blocks are read."""
+        if len(self.shape) != 2:
+            return self.read()[rows.start : rows.stop]
+        height = 1 if self.block is None else self.block[0]
+        first = rows.start // height
+        codes = stored_rows(self, "F8_E4M3", range(first * height, rows.stop))
+        scale = self.scale.read()
+        if scale.numel() > 1:
+            blocks = -(-self.shape[0] // height)
+            scale = scale.reshape(blocks, -1)[first : -(-rows.stop // height)]
+        return dequantize_codes(codes, scale, self.block, DTYPES[self.dtype])[rows.start - first * height :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +115,7 @@ def dequantized(root: Path, entries: Mapping[str, TensorEntry], scheme: Scheme, 
         scale = scales.get(name)
         if scale is not None:
             granularities[name], block = _layout(root, entry, scale, scheme)
-            table[name] = DequantizedEntry(name, dtype, entry.shape, entry.file, scale, block)
+            table[name] = DequantizedEntry(name, dtype, entry.shape, entry.file, entry.start, scale, block)
         elif name.endswith(_ZERO_POINT):
             _refuse_offset(root, entry)
         elif name not in used and name not in runtime:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -76,33 +77,6 @@ def test_a_model_is_named_by_every_file_that_decides_what_it_answers(sharded: Pa
     assert model_parent(sharded, "origin").digest != parent.digest
 
 
-def test_a_missing_shard_is_told_from_a_damaged_one(sharded: Path) -> None:
-    (sharded / SHARDS[0]).rename(sharded / "elsewhere")
-    with pytest.raises(ConfigurationError, match="lacks 1 of the 2 files") as caught:
-        weight_entries(sharded)
-    assert (caught.value.exit_code, SHARDS[0] in caught.value.why) == (10, True)
-    (sharded / "elsewhere").rename(sharded / SHARDS[0])
-    whole = (sharded / SHARDS[1]).read_bytes()
-    (sharded / SHARDS[1]).write_bytes(whole[:-1])
-    with pytest.raises(ConfigurationError, match=f"{SHARDS[1]} is not a complete safetensors file"):
-        weight_entries(sharded)
-
-
-def test_a_tensor_is_there_once(sharded: Path) -> None:
-    index = sharded / "model.safetensors.index.json"
-    names = f'"model.a.weight": "{SHARDS[0]}", "b.weight": "{SHARDS[1]}", "b.weight_scale": "{SHARDS[1]}"'
-    index.write_text('{"weight_map": {' + f'{names}, "b.weight": "{SHARDS[1]}"' + "}}")
-    with pytest.raises(ConfigurationError, match="is not a weight index") as caught:
-        weight_entries(sharded)
-    assert "1 name(s) are there twice, the first: b.weight" in caught.value.why
-    index.write_text('{"weight_map": {' + names + "}}")
-    assert len(weight_entries(sharded)) == 3
-    save_file({"model.a.weight": torch.ones(2, 3), "b.weight": torch.ones(4, 2)}, sharded / SHARDS[0])
-    with pytest.raises(ConfigurationError, match="holds tensors that another file") as caught:
-        weight_entries(sharded)
-    assert f"1 tensor(s), the first: b.weight, also in {SHARDS[0]}" in caught.value.why
-
-
 def test_what_cannot_be_read_is_named(sharded: Path) -> None:
     write_index(sharded, {"model.a.weight": SHARDS[1]}, 24)
     with pytest.raises(ConfigurationError, match="disagrees with its shards"):
@@ -116,3 +90,36 @@ def test_what_cannot_be_read_is_named(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").unlink()
     with pytest.raises(ConfigurationError, match="holds no weights"):
         checkpoint_names(sharded, Naming(), ["a"])
+
+
+def test_weights_that_are_not_whole_are_refused_with_numbers(sharded: Path) -> None:
+    first, index = sharded / SHARDS[0], sharded / "model.safetensors.index.json"
+    whole, named = first.read_bytes(), index.read_text()
+    first.write_bytes(whole[:-5])
+    with pytest.raises(ConfigurationError, match="not a complete safetensors file") as caught:
+        weight_entries(sharded)
+    assert caught.value.why == f"it has {len(whole) - 5} of {len(whole)} bytes"
+    first.unlink()
+    with pytest.raises(ConfigurationError, match="are not complete") as caught:
+        weight_entries(sharded)
+    assert caught.value.why == f"1 of {len(SHARDS)} files are missing: {SHARDS[0]}"
+    first.write_bytes(whole)
+    name = next(iter(json.loads(named)["weight_map"]))
+    index.write_text(named.replace('"weight_map": {', f'"weight_map": {{"{name}": "{SHARDS[1]}",'))
+    with pytest.raises(ConfigurationError, match="not a weight index") as caught:
+        weight_entries(sharded)
+    assert caught.value.why == f"1 name(s) come twice, the first: {name}"
+    index.write_text(named)
+    (sharded / SHARDS[1]).write_bytes(whole)
+    with pytest.raises(ConfigurationError, match="contradict each other") as caught:
+        weight_entries(sharded)
+    assert f"in {SHARDS[1]} and {SHARDS[0]}" in caught.value.why
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    file, entry = tmp_path / "model.safetensors", '"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
+    header = f"{{{entry},{entry}}}".encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"data")
+    with pytest.raises(ConfigurationError, match="not a complete safetensors file") as caught:
+        header_entries(file)
+    assert "come twice, the first: " in caught.value.why

@@ -1,0 +1,170 @@
+"""Memory and time of the commands that read a large checkpoint, beside `cp` and `sha256sum` of the same bytes.
+
+    python benchmarks/large_model.py --work DIR                  # Llama-3.1-8B's shape: 16 GB, and 35 GB of disk in all
+    python benchmarks/large_model.py --work DIR --shape small    # 1.6 GB, to try the script
+
+The checkpoint is synthetic: bf16 shards of at most 5 GB as `save_pretrained` writes them, every tensor from one pool of
+normal values, a tiny tokenizer. Every command runs in a process of its own, round by round after `cp` and `sha256sum`,
+and the files that it reads are dropped from the page cache before it begins.
+
+Printed are seconds on the clock, seconds of processor time, the peak of resident memory (`VmHWM`, which counts mapped
+files) and of anonymous memory (`RssAnon`), both asked for every 10 ms, and how the seconds compare with `cp` and
+`sha256sum` together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+SHAPES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+    "small": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 14, "num_attention_heads": 16,
+              "num_key_value_heads": 4, "vocab_size": 32000},
+}  # fmt: skip
+SHARD_BYTES = 5_000_000_000
+POOL = 1 << 26
+
+
+def tensors(shape):
+    """Names and shapes, in the order in which transformers writes them."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    yield "model.embed_tokens.weight", (shape["vocab_size"], hidden)
+    for layer in range(shape["num_hidden_layers"]):
+        for name, size in {
+            "input_layernorm": (hidden,), "mlp.down_proj": (hidden, inner), "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden), "post_attention_layernorm": (hidden,), "self_attn.k_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden), "self_attn.q_proj": (hidden, hidden),
+            "self_attn.v_proj": (keys, hidden),
+        }.items():  # fmt: skip
+            yield f"model.layers.{layer}.{name}.weight", size
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (shape["vocab_size"], hidden)
+
+
+def make(root, shape):
+    """Write the checkpoint, unless a finished one is there."""
+    if (root / "config.json").is_file():
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    shards, filled = [[]], 0
+    for name, size in tensors(shape):
+        bytes_ = 2 * torch.Size(size).numel()
+        if filled + bytes_ > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, size, bytes_))
+        filled += bytes_
+    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).to(torch.bfloat16)
+    data = memoryview(pool.view(torch.uint8).numpy())
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards, strict=True):
+        write_shard(root / file, shard, data)
+    places = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
+    total = sum(bytes_ for shard in shards for _, _, bytes_ in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (root / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_tokenizer(root)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"} | shape
+    (root / "config.json").write_text(json.dumps(config))
+
+
+def write_shard(path, shard, data):
+    """One safetensors file; tensor i takes the pool's values from a place of its own on."""
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    for name, size, bytes_ in shard:
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [place, place + bytes_]}
+        place += bytes_
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for index, (_, _, bytes_) in enumerate(shard):
+            start = 2 * (7919 * index % (POOL // 2))
+            while bytes_:
+                part = data[start : start + bytes_]
+                stream.write(part)
+                start, bytes_ = 0, bytes_ - len(part)
+        os.fsync(stream.fileno())
+
+
+def write_tokenizer(root):
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(97 + i): 3 + i for i in range(26)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(root / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
+    (root / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def forget(*roots):
+    """Drop files from the page cache."""
+    for file in (file for root in roots for file in root.rglob("*") if file.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def measure(command, *reads):
+    """Seconds, processor seconds, peaks of resident and anonymous memory, bytes."""
+    forget(*(root for root in reads if root.exists()))
+    began, resident, anonymous = time.monotonic(), 0, 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while True:
+        done, status, used = os.wait4(process.pid, os.WNOHANG)
+        if done:
+            break
+        try:
+            text = Path(f"/proc/{process.pid}/status").read_text()
+            resident = max(resident, int(text.split("VmHWM:")[1].split()[0]) * 1024)
+            anonymous = max(anonymous, int(text.split("RssAnon:")[1].split()[0]) * 1024)
+        except (OSError, IndexError):
+            pass
+        time.sleep(0.01)
+    if status:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{process.stderr.read().decode()[-3000:]}")
+    return time.monotonic() - began, used.ru_utime + used.ru_stime, resident, anonymous
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    model, copy, export = (options.work / name for name in (f"model-{options.shape}", "copy", "export"))
+    make(model, SHAPES[options.shape])
+    to_vllm = ["--target", "vllm", "--output", export]
+    fp8pipe = [sys.executable, "-P", "-m", "fp8pipe"]
+    print(f"{'command':24}{'seconds':>9}{'processor':>11}{'resident':>11}{'anonymous':>11}{'times cp + sha256sum':>22}")
+    for _ in range(options.rounds):
+        plain = 0.0
+        for name, reads, command in (
+            ("cp", model, lambda: ["cp", "-r", model, copy]),
+            ("sha256sum", model, lambda: ["sha256sum", *sorted(model.iterdir())]),
+            ("export --target vllm", model, lambda: [*fp8pipe, "export", model, *to_vllm]),
+            ("verify", export, lambda: [*fp8pipe, "verify", export]),
+            ("inspect", export, lambda: [*fp8pipe, "inspect", export]),
+            ("sha256sum of the export", export, lambda: ["sha256sum", *sorted(export.iterdir())]),
+        ):
+            seconds, processor, *memory = measure([str(part) for part in command()], reads)
+            shutil.rmtree(copy, ignore_errors=True)
+            plain += seconds if name in ("cp", "sha256sum") else 0
+            peaks = "".join(f"{value / 1e9:8.2f} GB" for value in memory)
+            print(f"{name:24}{seconds:9.1f}{processor:11.1f}{peaks}{seconds / plain:22.2f}", flush=True)
+        shutil.rmtree(export)
+
+
+if __name__ == "__main__":
+    main()

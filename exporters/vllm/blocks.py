@@ -1,0 +1,40 @@
+"""A plan's units in blocks of rows: the one walk that linting, writing and comparing share.
+
+A weight whose rows are scaled on their own may be taken apart between any two of them. One that lies `(in, out)` has
+its outputs along the other axis, so it is one block: only GPT-2 and its like are stored so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from typing import TypeVar
+
+from torch import Tensor
+
+from exporters.vllm.plan import Unit
+from fp8pipe.models.checkpoint.rows import each, read_rows, row_blocks
+from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
+
+__all__ = ["blocks_of", "by_unit", "scale_of"]
+
+R = TypeVar("R")
+
+
+def blocks_of(unit: Unit) -> list[range]:
+    """Rows of the unit's weight that are worked on together."""
+    return [range(unit.entry.shape[0])] if unit.transposed and unit.entry.shape else row_blocks(unit.entry)
+
+
+def by_unit(units: Iterable[Unit], work: Callable[[Unit, range], R]) -> Iterator[tuple[Unit, list[R]]]:
+    """`work` of every block, as `each` does it; each unit with the results of its blocks, in order."""
+    units = list(units)
+    pieces = ((unit, rows) for unit in units for rows in blocks_of(unit))
+    with closing(each(lambda piece: work(*piece), pieces)) as results:
+        for unit in units:
+            yield unit, [next(results) for _ in blocks_of(unit)]
+
+
+def scale_of(scale: TensorEntry, unit: Unit, rows: range) -> Tensor:
+    """The part of a unit's scale, as stored in the source or the export, that belongs to a block of its rows."""
+    return read_rows(scale, rows) if len(scale.shape) == 2 and not unit.transposed else read_tensor(scale)

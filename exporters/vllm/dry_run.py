@@ -1,0 +1,129 @@
+"""The dry run: what an export would write, from headers, and what it takes, from a part of it that is really run.
+
+The part is the largest tensor of each kind, with made-up values. An export holds some blocks of rows at a time, and the
+same code runs here, on tensors of the same shapes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from exporters.vllm.export import plan_export, plan_warnings
+from exporters.vllm.options import ExportFormat, VllmExportOptions
+from exporters.vllm.plan import Action, ExportPlan, Unit
+from exporters.vllm.reopen import reopen
+from exporters.vllm.writer import CONFIG_NAME, write_auxiliary, write_weights
+from fp8pipe.core.machine import free_bytes
+from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk, missing_memory
+from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
+from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries, shard_names
+
+_HARDWARE = {
+    ExportFormat.FP8: "a GPU of compute capability 8.9 or later, or a CPU with this project's vLLM plugin",
+    ExportFormat.W8A16: "a GPU of compute capability 8.0 or later, or a CPU with this project's vLLM plugin",
+    ExportFormat.BF16: "any device vLLM runs on",
+}
+
+
+def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], Plan]:
+    """The dry run, as a document and as a plan; of the weights nothing is read, so nothing is linted."""
+    plan = plan_export(source, options, verify=False)
+    free, (peak, seconds) = free_bytes(output), measure(plan)
+    converted = sum(layer.converted for layer in plan.layers)
+    written = plan.payload_bytes + sidecar_bytes(plan.source.root, SERVED_FILES)
+    document = {
+        "source": str(source),
+        "source_kind": str(plan.source.kind),
+        "output": str(output),
+        "output_exists": output.exists(),
+        "format": str(options.format),
+        "shards": list(shard_names(len(plan.shards))),
+        "need_bytes": plan.payload_bytes,
+        "free_bytes": free,
+        "fits": free >= plan.payload_bytes,
+        "layer_counts": {"converted": converted, "skipped": len(plan.layers) - converted},
+        "warnings": plan_warnings(plan),
+        "serving_hardware": _HARDWARE[options.format],
+    }
+    actions = Counter(str(unit.action) for unit in plan.units)
+    shown = Plan(
+        reads=(f"{source} ({document['source_kind']})",),
+        writes=(f"{output}{' (exists; needs --force)' if output.exists() and not options.force else ''}",),
+        peak_memory_bytes=peak,
+        disk_bytes=written,
+        output_bytes=written,
+        seconds=seconds,
+        missing=(*missing_disk(output, written), *missing_memory(peak, "free memory")),
+        notes=(*plan_warnings(plan), "memory and time from the largest tensor of each kind, with made-up values"),
+        facts={
+            "format": str(options.format),
+            "files": len(plan.shards),
+            "layers": f"{converted} in FP8, {len(plan.layers) - converted} not",
+            "tensors": ", ".join(f"{count} {action}" for action, count in sorted(actions.items())),
+            "to_serve": document["serving_hardware"],
+        },
+    )
+    return document, shown
+
+
+def measure(plan: ExportPlan) -> tuple[int | None, float]:
+    """Lint, write and reopen the largest tensor of each action in a scratch folder.
+
+    Returns:
+        Largest resident memory of this process, bytes, None where the system does not tell it; and the seconds that all
+        tensors would take.
+    """
+    largest: dict[Action, Unit] = {}
+    for unit in sorted(plan.units, key=lambda unit: -unit.entry.size_bytes):
+        largest.setdefault(unit.action, unit)
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
+        root = Path(scratch)
+        units = tuple(_made_up(unit, root / f"{unit.action}.safetensors") for unit in largest.values())
+        # A root of its own: the adapter beside the real weights is not read either.
+        (root / "source").mkdir()
+        shutil.copyfile(plan.source.root / CONFIG_NAME, root / "source" / CONFIG_NAME)
+        (root / "export").mkdir()
+        source = replace(plan.source, root=root / "source")
+        small = replace(plan, source=source, shards=(units,), dropped=(), orphans=())
+        started = time.perf_counter()
+        with PhaseMeter() if can_measure() else nullcontext() as meter:
+            if meter is not None:
+                meter.enter("export")
+            write_weights(small, root / "export")
+            write_auxiliary(small, root / "export")
+            reopen(small, root / "export")
+        seconds = time.perf_counter() - started
+    done, everything = (sum(unit.entry.size_bytes for unit in some) for some in (units, plan.units))
+    peak = None if meter is None else meter.phases["export"].peak_bytes
+    return peak, seconds * everything / max(done, 1)
+
+
+def _made_up(unit: Unit, file: Path) -> Unit:
+    """The unit with random values in a file of its own."""
+    tensors = {unit.entry.name: _values(unit.entry)}
+    if unit.scale is not None:
+        tensors[unit.scale.name] = _values(unit.scale).abs() + 1
+    save_file(tensors, file)
+    del tensors
+    entries = header_entries(file)
+    scale = None if unit.scale is None else entries[unit.scale.name]
+    return replace(unit, entry=entries[unit.entry.name], scale=scale)
+
+
+def _values(entry: TensorEntry) -> torch.Tensor:
+    dtype = DTYPES[entry.dtype]
+    if not dtype.is_floating_point:
+        return torch.zeros(entry.shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    # Written in bf16 first: a copy in fp32 would raise the very peak that is to be measured.
+    return torch.randn(entry.shape, generator=generator, dtype=torch.bfloat16).to(dtype)

@@ -1,0 +1,78 @@
+"""What a cut export leaves to the next one: the shards that were written whole.
+
+The record lies among them, and speaks of one plan: of the same source files (their names, sizes and times of change),
+the same options and the same layout. It is not believed: what was kept is compared with the source like everything
+else, bit for bit, before the export is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Final
+
+from exporters.vllm.plan import ExportPlan
+from fp8pipe.artifact.manifest import canonical_digest
+from fp8pipe.core.version import __version__
+from fp8pipe.models.checkpoint.tensors import shard_names
+
+__all__ = ["PROGRESS_NAME", "ExportProgress"]
+
+PROGRESS_NAME: Final = ".export-progress.json"
+
+
+class ExportProgress:
+    """The finished shards of a plan in a directory that is not finished.
+
+    Attributes:
+        finished: their names.
+    """
+
+    def __init__(self, root: Path, plan: ExportPlan) -> None:
+        self._path, self._key = root / PROGRESS_NAME, _key(plan)
+        sizes = self._read()
+        there = {name for name, size in sizes.items() if _size(root / name) == size}
+        self._sizes = {name: sizes[name] for name in shard_names(len(plan.shards)) if name in there}
+        self.finished = frozenset(self._sizes)
+
+    def add(self, shard: Path) -> None:
+        """Note a shard that is on the disk, whole; a reader sees the old record or the new one."""
+        self._sizes[shard.name] = shard.stat().st_size
+        pending = self._path.with_name(f"{PROGRESS_NAME}.partial")
+        with pending.open("w", encoding="utf-8") as stream:
+            json.dump({"key": self._key, "shards": self._sizes}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(pending, self._path)
+
+    def forget(self) -> None:
+        """Remove the record: what was written turned out to be wrong, and the next export begins anew."""
+        self._path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, int]:
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            return {str(name): int(size) for name, size in found["shards"].items()} if found["key"] == self._key else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # none, or the leavings of a crash: everything is written again
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _key(plan: ExportPlan) -> str:
+    """Digest of what decides the shards' bytes."""
+    entries = sorted(plan.source.tensors.values(), key=lambda entry: entry.name)
+    files = {entry.file: entry.file.stat() for entry in entries}
+    outputs = [[[o.name, o.dtype, o.shape] for unit in shard for o in unit.outputs] for shard in plan.shards]
+    return canonical_digest(
+        [
+            __version__,
+            plan.options.model_dump(mode="json", exclude={"force"}),
+            [[str(file.absolute()), found.st_size, found.st_mtime_ns] for file, found in files.items()],
+            [[entry.name, entry.start] for entry in entries],
+            outputs,
+        ]
+    )
