@@ -25,7 +25,10 @@ _DRIVER_FIX: Final = "see what nvidia-smi and CUDA_VISIBLE_DEVICES show, or use 
 
 
 def in_vllm(asked: DeviceName, stage: str, *, vllm_python: str | None = None, **given: Any) -> Device | None:
-    """That of the installed build; None where there is no vLLM and no GPU was asked for, which the command will say."""
+    """The device that the installed build of vLLM is for.
+
+    None where vLLM is not installed and `cuda` was not asked for: the command itself reports the missing vLLM.
+    """
     try:
         environment = inspect_environment(find_vllm_python(vllm_python))
     except MissingCapabilityError:

@@ -162,7 +162,7 @@ def unregister(kind: str) -> None:
 
 
 def targets() -> tuple[ExportTarget, ...]:
-    """All of them, in the order of registration."""
+    """All export targets, in the order of registration."""
     load()
     return tuple(_targets.values())
 

@@ -197,7 +197,7 @@ def main() -> None:
     classes = json.loads((arguments.export / "classes.json").read_text(encoding="utf-8"))
     recipe = json.loads((arguments.export / "preprocessing.json").read_text(encoding="utf-8"))
     manifest = json.loads((arguments.export / "manifest.json").read_text(encoding="utf-8"))
-    # Exports of before it was recorded are of classes that exclude each other.
+    # Exports that predate this field were all treated as softmax classifiers.
     activation = manifest.get("details", {}).get("output", {}).get("activation", "softmax")
     model = open_model(arguments.export)
     for path in arguments.pictures:

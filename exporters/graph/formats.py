@@ -48,7 +48,7 @@ class GraphInput(FrozenConfig):
 
     name: str = Field(description="in the graph")
     shape: tuple[str | int, ...] = Field(description="a name stands for a size that may vary")
-    type: str = Field(default="float32", description="of its elements")
+    type: str = Field(default="float32", description="element type")
 
 
 class GraphOutput(FrozenConfig):
@@ -63,7 +63,7 @@ class GraphOutput(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _usual_activation(cls, data: Any) -> Any:
-        """Exports of before the field: every classifier was read as one of classes that exclude each other."""
+        """Reads exports written before this field existed: their classifiers all counted as softmax classifiers."""
         if isinstance(data, dict) and "activation" not in data:
             return {**data, "activation": "none" if data.get("what") == "features" else "softmax"}
         return data
@@ -72,7 +72,7 @@ class GraphOutput(FrozenConfig):
 class GraphDetails(Details):
     """Of an export that is a graph of a vision model."""
 
-    format: str = Field(description="as in --format")
+    format: str = Field(description="export format, as given to --format")
     input: GraphInput = Field(description="pixels")
     output: GraphOutput = Field(description="logits of classes, or features")
     passes: dict[str, int] = Field(default_factory=dict, description="places that each pass changed")

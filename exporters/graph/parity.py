@@ -51,10 +51,12 @@ class LayerParity(FrozenConfig):
 
     layer: str = Field(description="the module; .qk and .av are the products of an attention")
     codes: int = Field(ge=0, description="activation codes compared")
-    differing_codes: int = Field(ge=0, description="of these, how many differ")
+    differing_codes: int = Field(ge=0, description="number of codes that differ")
     integer: bool = Field(description="whether the engine can multiply integers here")
     error: float = Field(description="the engine's largest error, in units of the layer's largest output; NaN fails")
-    torch_error: float | None = Field(description="the same of torch's output; none where there is no torch model")
+    torch_error: float | None = Field(
+        description="the same error for torch's output; none where there is no torch model"
+    )
 
     @property
     def tolerance(self) -> float:

@@ -26,7 +26,7 @@ class ModeloptExportOptions(CalibrationOptions):
 class ModeloptDetails(Details):
     """Of a checkpoint in ModelOpt's layout."""
 
-    format: str = Field(description="as in --format")
+    format: str = Field(description="export format, as given to --format")
     quant_algo: str = Field(description="FP8, or FP8_PER_CHANNEL_PER_TOKEN")
     calibration: CalibrationFacts | None = Field(
         default=None, description="the text behind the static scales, if there are any"

@@ -29,7 +29,8 @@ class OnnxDetails(GraphDetails):
     """Of an export to ONNX."""
 
     near_tie: float = Field(
-        default=0.0, description="of earlier exports: margin of two classes, logits; nothing is judged by it any more"
+        default=0.0,
+        description="margin between two classes, in logits; recorded by earlier exports and not used any more",
     )
 
 

@@ -155,10 +155,10 @@ class BuiltEngine(FrozenConfig):
     """An engine in an export, as the manifest lists it; `layers.json` has every product of it."""
 
     engine: str = Field(description="its file")
-    engine_bytes: int = Field(ge=0, description="as built")
+    engine_bytes: int = Field(ge=0, description="size of the engine as built")
     precisions: dict[str, int] = Field(description="products by the precision they are multiplied in")
     fused_attentions: int = Field(default=0, ge=0, description="attentions that run as one kernel")
-    stored_bytes: int | None = Field(default=None, ge=0, description="as stored")
+    stored_bytes: int | None = Field(default=None, ge=0, description="size of the engine as stored")
     size: EngineSize | None = Field(default=None, description="what it weighs")
     recipe: EngineRecipe | None = Field(
         default=None, description="what it was built from; none before recipes were kept"

@@ -111,7 +111,7 @@ def compare_encodings(
 def compare_details(artifact: Artifact, expected: Details, unknown: frozenset[str] = frozenset()) -> Iterator[Finding]:
     """The manifest's details against those that follow from files: of these the fields that were set, and are known."""
     if artifact.manifest.stored_version < ENCODINGS_SINCE:
-        unknown |= {"trained_activations"}  # the sentence of then does not hold all of it
+        unknown |= {"trained_activations"}  # older manifests stored it as text, which lacks parts of it
     known = expected.model_fields_set - unknown
     said, facts = (one.model_dump(mode="json", include=known) for one in (artifact.manifest.details, expected))
     yield from compare_json(said, facts, MANIFEST_NAME, "details")

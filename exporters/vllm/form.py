@@ -83,8 +83,8 @@ class ServingForm(FrozenConfig):
             raise ValueError("kv_cache_gib and gpu_memory_utilization both say how much memory: give one")
         return self
 
-    def settled(self, model: Path, *, on_cpu: bool) -> Self:
-        """With what machine and model decide filled in.
+    def with_defaults(self, model: Path, *, on_cpu: bool) -> Self:
+        """A copy in which unset options have the defaults of this machine and model.
 
         On a CPU nothing is compiled unless it is asked for. vLLM wants a length where a model's config.json has none.
         """

@@ -135,7 +135,7 @@ class Parent(FrozenConfig):
 
     @property
     def outdated(self) -> str:
-        """Why a language model's digest fits no model any more; empty where it is of today's form."""
+        """Why no language model can have this digest any more; empty for a digest of the current form."""
         why = "an earlier fp8pipe wrote it, whose digests of models said nothing of tokenizer and chat template"
         return why if self.kind == "model" and self.content is None else ""
 
@@ -153,7 +153,7 @@ class NumberFormat(FrozenConfig):
 
 
 class Manifest(FrozenConfig):
-    """Everything an artifact says about itself: what all kinds have in common, and `details` typed by the kind."""
+    """What an artifact records about itself: the fields of all kinds, and `details`, whose type depends on the kind."""
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1, description="version of this schema")
     kind: str = Field(description="what the artifact is; a registered kind")
@@ -181,7 +181,7 @@ class Manifest(FrozenConfig):
         return json.dumps(self.plain(), indent=2, ensure_ascii=False) + "\n"
 
     def plain(self) -> dict[str, Any]:
-        """The manifest as plain data of today's schema; fields without a value are left out."""
+        """The manifest as plain data in the current schema; fields without a value are left out."""
         found: dict[str, Any] = json.loads(self.model_dump_json(exclude_none=True))
         return found
 

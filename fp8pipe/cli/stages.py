@@ -39,7 +39,7 @@ _TEXT: Final = {"type": "string"}
 
 
 def stage_commands() -> dict[str, StageCommand]:
-    """All of them, by name."""
+    """The commands that a recipe may use as stages, by name."""
     found = (
         _training("finetune", "model", "data"),
         _training("quantize-vit", "model", "calibration", "evaluate"),

@@ -108,7 +108,7 @@ def install_command(name: str) -> str:
 
 
 def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
-    """That more memory is needed than is available now, if so."""
+    """One entry if more memory is needed than is available now, else none."""
     available = available_bytes()
     if peak_bytes is None or peak_bytes <= available:
         return ()
@@ -116,7 +116,7 @@ def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
 
 
 def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
-    """That more disk is needed than is free at `output`, if so."""
+    """One entry if more disk space is needed than is free at `output`, else none."""
     free = free_bytes(output)
     if need_bytes <= free:
         return ()

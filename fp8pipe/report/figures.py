@@ -181,7 +181,7 @@ class Documents:
                 text = (self.root / file).read_text(encoding="utf-8")
                 lines = [line for line in text.splitlines() if line.strip()]
                 self._read[file] = [json.loads(x) for x in lines] if file.endswith(".jsonl") else json.loads(text)
-                if Path(file).name == MANIFEST_NAME:  # of any schema, under the names of today's
+                if Path(file).name == MANIFEST_NAME:  # of any schema version, with the current names
                     self._read[file] = Manifest.from_json(text, where=file).plain()
             except (OSError, ValueError, BadArtifactError):
                 self._read[file] = _MISSING

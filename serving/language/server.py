@@ -50,7 +50,7 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
     chosen = language or LanguageConfig()
     artifact = open_artifact(export, kind=KIND, verify=True)
     environment = inspect_environment(find_vllm_python(chosen.vllm_python))
-    chosen = chosen.settled(artifact.root, on_cpu=environment.on_cpu)
+    chosen = chosen.with_defaults(artifact.root, on_cpu=environment.on_cpu)
     proof = proof_of(artifact, config, environment.versions, chosen.in_words(environment))
     with tempfile.TemporaryDirectory(prefix="fp8pipe-serve-") as folder, staged(artifact) as model_dir:  # mode 0700
         socket, log = Path(folder) / "vllm.sock", Path(folder) / "vllm.log"

@@ -21,7 +21,7 @@ class EngineReport(FrozenConfig):
 
     capability: str = Field(description="compute capability it is for")
     builder: str = Field(description="rtx or enterprise")
-    version: str = Field(description="of the builder")
+    version: str = Field(description="version of the builder")
     source: Literal["export", "cache", "built"] = Field(description="whether it is the export's own")
     reasons: tuple[str, ...] = Field(description="why the export's own does not serve; empty when it does")
     precisions: dict[str, int] = Field(description="products by the precision they are multiplied in")

@@ -46,7 +46,7 @@ class Kernel:
 
 
 def find_kernel(layer: Any, rows: int, columns: int) -> Kernel:
-    """That of one of vLLM's linear layers, of so many outputs and inputs."""
+    """The kernel of one of vLLM's linear layers with this number of outputs and inputs."""
     inner = _inner(layer)
     scheme = getattr(layer, "scheme", None)
     name = type(next(part for part in (inner, scheme, layer.quant_method) if part is not None)).__name__

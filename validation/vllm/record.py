@@ -32,7 +32,7 @@ class WeightReport(FrozenConfig):
     missing: list[str] = Field(description="names of tensors that the engine does not hold")
     gemm_differs: list[str] = Field(description="tensors that the engine holds right and multiplies wrong")
     why: dict[str, str] = Field(
-        default_factory=dict, description="of tensors that differ or are missing as a whole, the reason"
+        default_factory=dict, description="reason by name, for tensors that are missing or differ as a whole"
     )
     unexplained: list[str] = Field(
         default_factory=list, description="what the engine holds and the checkpoint does not explain, and why"

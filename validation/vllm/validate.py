@@ -82,7 +82,7 @@ def validate_export(
     require_known_device(environment)
     _require_plugin(environment, artifact)
     remove_record(artifact.root)  # from here on a failure leaves no verdict
-    chosen = asked.settled(artifact.root, on_cpu=environment.on_cpu)
+    chosen = asked.with_defaults(artifact.root, on_cpu=environment.on_cpu)
     record = compare(Case(artifact, plan, environment, chosen, tuple(prompts), max_tokens, timeout_s))
     return concluded(record, artifact, record.reasons, f"vLLM does not serve what {artifact.root} holds")
 

@@ -122,7 +122,7 @@ def export_language(source: Path, output: Path, options: LanguageExportOptions) 
 
 
 def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mapping[str, InputScale]) -> None:
-    """Everything but engines."""
+    """Write all files of the export except engines."""
     beside = DATA_FILE if stored_bytes(graph.model) > _INLINE_BYTES else None
     ir.save(graph.model, root / MODEL_FILE, external_data=beside)
     shown = {name: scale.model_dump() for name, scale in scales.items()}

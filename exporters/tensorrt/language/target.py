@@ -84,7 +84,7 @@ class CalibrationFacts(FrozenConfig):
     """The text behind static scales."""
 
     data: str = Field(description="the source, as it was named")
-    sha256: str | None = Field(default=None, description="of the records that were taken")
+    sha256: str | None = Field(default=None, description="digest of the calibration records")
     records: int = Field(ge=0, description="how many were taken")
 
 
@@ -102,14 +102,14 @@ class CacheFacts(FrozenConfig):
 
     layers: int = Field(description="layers that have one")
     heads: int = Field(description="key/value heads")
-    size: int = Field(description="of a head")
+    size: int = Field(description="dimension of a head")
 
 
 class PerplexityFacts(FrozenConfig):
     """Perplexity on held-out text."""
 
-    own: float = Field(description="of the artifact, activations as trained")
-    served: float = Field(description="of the exported graph")
+    own: float = Field(description="perplexity of the artifact, with activations quantized as in training")
+    served: float = Field(description="perplexity of the exported graph")
     error: float = Field(description="standard error of the difference, nats per token")
     tokens: int = Field(description="answer tokens")
 
@@ -117,7 +117,7 @@ class PerplexityFacts(FrozenConfig):
 class TrtLanguageDetails(Details):
     """Of an export of a language model to TensorRT."""
 
-    format: str = Field(description="as in --format")
+    format: str = Field(description="export format, as given to --format")
     base: str = Field(description="type of what is not quantized")
     output: GraphOutput = Field(description="logits")
     trtexec: str = Field(default="", description="the command that builds an engine elsewhere")

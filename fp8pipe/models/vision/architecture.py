@@ -63,7 +63,7 @@ class Architecture(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _usual_activation(cls, data: Any) -> Any:
-        """Files of before the field: every classifier was read as one of classes that exclude each other."""
+        """Reads files written before this field existed: their classifiers were all treated as softmax classifiers."""
         if isinstance(data, dict) and "activation" not in data:
             return {**data, "activation": usual_activation(data.get("head"))}
         return data
@@ -101,7 +101,7 @@ class Architecture(FrozenConfig):
 
 
 def usual_activation(head: Any) -> Activation:
-    """That of a head of which nothing else is said."""
+    """The output activation of a head that declares none."""
     return "none" if head == "features" else "softmax"
 
 

@@ -40,7 +40,7 @@ _SECTIONS: Final[tuple[tuple[Callable[[Subject], Iterator[Block]], str, str, str
 
 
 def sections_of(subject: Subject) -> list[Section]:
-    """All of them, filled."""
+    """All sections of the report, in order, with their blocks."""
     return [
         Section(key, title, lead, list(make(subject)) or ([missing] if missing else []))
         for make, key, title, lead, missing in _SECTIONS

@@ -21,6 +21,6 @@ def test_vllm_gets_a_length_where_the_model_states_none(
     config: dict[str, object], given: int | None, length: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    form = ServingForm(max_model_len=given).settled(tmp_path, on_cpu=True)
+    form = ServingForm(max_model_len=given).with_defaults(tmp_path, on_cpu=True)
     assert form.arguments() == ["--dtype", "bfloat16", "--max-model-len", length, "--enforce-eager"]
-    assert "--enforce-eager" not in ServingForm(enforce_eager=False).settled(tmp_path, on_cpu=True).arguments()
+    assert "--enforce-eager" not in ServingForm(enforce_eager=False).with_defaults(tmp_path, on_cpu=True).arguments()

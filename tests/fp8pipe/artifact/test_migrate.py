@@ -88,7 +88,7 @@ def test_a_manifest_is_read_under_its_old_digests(kind):
         layer["converted"] and stored["number_format"] is not None for layer in stored["layers"]
     ]
     assert [entry.path for entry in manifest.files] == [entry["path"] for entry in stored["files"]]
-    # What was migrated is a manifest of today.
+    # A migrated manifest is one of the current schema.
     again = Manifest.from_json(manifest.to_json(), where="again")
     assert again.to_json() == manifest.to_json()
 

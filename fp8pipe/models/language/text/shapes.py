@@ -16,7 +16,7 @@ from typing import Any, Final
 from fp8pipe.models.language.text.conversation import ROLES, Message, Record
 
 SHAPES: Final = "messages, conversations, prompt + completion, or instruction (+ input) + output"
-# Other names of the roles: ShareGPT's, OpenAI's of before and after, Llama's of a tool's answer.
+# Other names of the roles: ShareGPT's, older and newer ones of OpenAI, and Llama's for a tool's answer.
 _ALIASES: Final = {
     "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool",
     "ipython": "tool", "developer": "system",
