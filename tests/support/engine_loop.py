@@ -1,8 +1,9 @@
 """Probes in one vLLM process, one after the other, as they are asked for: importing vLLM is most of a tiny engine.
 
 Started with vLLM's Python, and the environment of its engines: `engine_loop.py PROBE.py`. Each line of standard input
-is `JOB.json<TAB>LOG`; the answer is the exit status that the probe would have had. A process in which an engine failed
-ends with it, so that what a failure leaves behind is never taken for a finding of the next engine.
+is `JOB.json<TAB>LOG`; the answer is the exit status that the probe would have had. Engines run in a fork of the process
+that has imported vLLM. After a failure it is forked anew, so that what one leaves behind is never taken for a finding
+of the next engine.
 """
 
 from __future__ import annotations
@@ -54,14 +55,28 @@ def done(probe: ModuleType, job: str, log: str) -> int:
     return 0
 
 
-def main() -> None:
+def work(probe: ModuleType) -> int:
+    """Do jobs until one fails: 1; or until there are no more: 0."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
-    probe, code = loaded(sys.argv[1]), 0
-    while code == 0 and (line := sys.stdin.readline()):
+    while line := sys.stdin.readline():
         code = done(probe, *line.rstrip("\n").split("\t"))
         print(code, file=answers, flush=True)
-    os._exit(0)
+        if code:
+            return code
+    return 0
+
+
+def main() -> None:
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what imports print is no answer
+    probe = loaded(sys.argv[1])
+    os.dup2(answers, 1)
+    failed = True
+    while failed:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(work(probe))
+        failed = os.waitpid(pid, 0)[1] != 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -42,23 +44,22 @@ class LastingEngines:
         process.stdin.write(f"{job}\t{log}\n")
         process.stdin.flush()
         answer = process.stdout.readline()
-        if answer != "0\n":
-            process.wait()
-            del self._processes[key]
         assert answer, last_lines(Path(self._folder.name) / "imports.log", 40)
         return int(answer)
 
     def _start(self, command: list[str], variables: dict[str, str], key: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         with (Path(self._folder.name) / "imports.log").open("ab") as log:
-            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=variables, text=True)
+            process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=log, env=variables, text=True, start_new_session=True
+            )
         self._processes[key] = process
         return process
 
     def end(self) -> None:
         """End all processes."""
         for process in self._processes.values():
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._folder.cleanup()
 
