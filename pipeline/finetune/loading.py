@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import ModelSource
 from fp8pipe.models.language.structure import load_config, model_class
 from pipeline.finetune.attention import use_matmul_attention
@@ -19,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
-    """The base model in the configured dtype, on its device."""
+    """The base model in the configured dtype, on its device, its experts unstacked."""
     kind = model_class(load_config(source.path))
     try:
         model = kind.from_pretrained(
@@ -39,6 +40,7 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     if config.device == "cpu":
         use_matmul_attention(model)
     moved: nn.Module = model.to(config.device)
+    unstack_experts(moved)
     return moved
 
 

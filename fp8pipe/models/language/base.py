@@ -14,6 +14,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor, weight_entries
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.experts import check_expert_counts
 from fp8pipe.models.language.sources import check_unquantized
 from fp8pipe.models.language.structure import ModelStructure, Role, load_config, read_structure
 from fp8pipe.numerics.grids import same_bits
@@ -37,6 +38,7 @@ def check_base(directory: Path, origin: str) -> ModelStructure:
     table = structure.naming.table(entries)
     stored = {known.name: entries[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}
+    check_expert_counts(origin, structure.tensors, stored)
     fix = "complete the download, or use the config.json that belongs to these weights"
     if missing := [name for name in structure.tensors if _is_missing(name, structure, stored, joined)]:
         raise ConfigurationError(
