@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.models.language.experts import call_every_expert, in_experts
 from fp8pipe.numerics.grids import E4M3, row_blocks, stacked_scale
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.observed import Losses, observe
@@ -109,10 +110,10 @@ def gradient_sketches(
         seed: of the random test matrices.
 
     Returns:
-        By first member: `(rank, in)` fp32 with orthonormal rows.
+        By first member: `(rank, in)` fp32 with orthonormal rows; none of experts that no token of the batches reached.
 
     Raises:
-        ConfigurationError: a layer that no token of the batches reached.
+        ConfigurationError: another layer that no token of the batches reached.
     """
     generator = torch.Generator().manual_seed(seed)
     tests: dict[str, Tensor] = {}
@@ -124,7 +125,9 @@ def gradient_sketches(
         return (x.t() @ (g @ tests[name])).float()  # (n, T) @ ((T, m) @ (m, width))
 
     ranges: dict[str, Tensor] = {}
-    for group, parts in zip(groups, observe(model, groups, losses, sketch), strict=True):
+    with call_every_expert(model):
+        sketched = observe(model, groups, losses, sketch)
+    for group, parts in zip(groups, sketched, strict=True):
         ranges |= dict.fromkeys(group, torch.linalg.qr(torch.stack(parts).sum(0)).Q)
     tests.clear()
 
@@ -132,7 +135,12 @@ def gradient_sketches(
         return (g.t() @ (x @ ranges[name].to(x))).float()  # (m, T) @ ((T, n) @ (n, width))
 
     directions = {}
-    for group, parts in zip(groups, observe(model, groups, losses, measure), strict=True):
-        _, _, rotation = torch.linalg.svd(torch.cat(parts), full_matrices=False)
+    with call_every_expert(model):
+        measured = observe(model, groups, losses, measure)
+    for group, parts in zip(groups, measured, strict=True):
+        stacked = torch.cat(parts)
+        if in_experts(model, group[0]) and not bool(stacked.any()):
+            continue  # the gradient says nothing of it
+        _, _, rotation = torch.linalg.svd(stacked, full_matrices=False)
         directions[group[0]] = (rotation[:rank] @ ranges[group[0]].t()).contiguous()
     return directions

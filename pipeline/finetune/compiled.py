@@ -26,6 +26,7 @@ from torch import nn
 
 from fp8pipe.core.machine import FP8_CAPABILITY
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.experts import UnstackedExperts
 from fp8pipe.numerics import cuda
 
 _LOG = logging.getLogger(__name__)
@@ -53,6 +54,11 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch._dynamo.config.suppress_errors = True
     torch.compiler.assume_constant_result(cuda.capability)
+    experts = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
+    for module in experts:  # which of them run, and on how many tokens, differs from step to step
+        module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    if experts:
+        _LOG.warning("experts run uncompiled and one after the other: the step takes longer than its products do")
     for layer in decoder_layers(model):
         wrap_layer(layer, torch.compile(layer.forward, options=OPTIONS))
     return True

@@ -23,7 +23,8 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 
 __all__ = [
-    "UnstackedExperts", "call_every_expert", "check_expert_counts", "expert_of", "find_routers", "unstack_experts",
+    "UnstackedExperts", "call_every_expert", "check_expert_counts", "expert_of", "find_routers", "in_experts",
+    "unstack_experts",
 ]  # fmt: skip
 
 _PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -105,7 +106,7 @@ def unstack_experts(model: nn.Module) -> tuple[str, ...]:
 
 def _is_plain(module: Any) -> bool:
     """Whether a module is a stack of gated experts without biases, each weight stored `(out, in)`."""
-    own = {name: parameter for name, parameter in module.named_parameters(recurse=False)}
+    own = dict(module.named_parameters(recurse=False))
     if own.keys() != _PROJECTIONS.keys() or any(parameter.dim() != 3 for parameter in own.values()):
         return False
     told = [getattr(module, flag, None) for flag in ("has_gate", "is_concatenated", "is_transposed", "has_bias")]
@@ -181,8 +182,14 @@ def find_routers(model: nn.Module) -> frozenset[str]:
 def _expert_count(module: nn.Module) -> int | None:
     if isinstance(module, UnstackedExperts):
         return module.num_experts
-    stacked = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
-    return stacked.pop() if len(stacked) == 1 else None
+    counts = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None  # one alone may be a convolution's kernel
+
+
+def in_experts(model: nn.Module, name: str) -> bool:
+    """Whether a module, by its name, belongs to an unstacked expert."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:end])), UnstackedExperts) for end in range(len(parts)))
 
 
 @contextmanager
