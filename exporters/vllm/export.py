@@ -112,6 +112,12 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
             "weights stored (in, out) hold FP8 codes: vLLM's loader transposes them; transformers does not "
             "decompress Conv1D, so it must not be used to load this export"
         )
+    experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
+    if experts and plan.options.format is ExportFormat.W8A16:
+        warnings.append(
+            f"vLLM {plan.schema.vllm_version} has no kernel for GPUs that leaves the inputs of FP8 experts as they "
+            "are: there this export needs --format fp8; on CPUs the plugin serves it"
+        )
     warnings += [f"{u.entry.name} was left out: config.json ties it to a stored tensor" for u in plan.dropped]
     if not plan.schema.tested:
         warnings.append(f"checkpoints of this schema were not loaded in vLLM {plan.schema.vllm_version} yet")

@@ -122,7 +122,12 @@ def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructur
     stored = {known.name: tensors[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}
     for name, shape in structure.tensors.items():
-        if name in joined or ("expert" in name and len(shape) > 2) or name in structure.tied or name in structure.tied.values():
+        if (
+            name in joined
+            or ("expert" in name and len(shape) > 2)
+            or name in structure.tied
+            or name in structure.tied.values()
+        ):
             continue
         found = stored.get(name)
         if found is None:

@@ -153,8 +153,10 @@ def _tell_unreached(names: list[str]) -> None:
     if names:
         _LOG.warning(
             "no token of the first training batches reached the experts of %d layer(s), the first %s: their A comes "
-            "from the quantization error (randomized-svd); more `gradient_batches` may reach them", len(names), names[0],
-        )  # fmt: skip
+            "from the quantization error (randomized-svd); more `gradient_batches` may reach them",
+            len(names),
+            names[0],
+        )
 
 
 def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:

@@ -54,11 +54,9 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     torch._dynamo.config.suppress_errors = True
     torch.compiler.assume_constant_result(cuda.capability)
-    experts = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
-    for module in experts:  # which of them run, and on how many tokens, differs from step to step
-        module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    if experts:
-        _LOG.warning("experts run uncompiled and one after the other: the step takes longer than its products do")
+    for module in model.modules():
+        if isinstance(module, UnstackedExperts):  # which of them run, on how many tokens, differs from step to step
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in decoder_layers(model):
         wrap_layer(layer, torch.compile(layer.forward, options=OPTIONS))
     return True

@@ -40,7 +40,8 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     if config.device == "cpu":
         use_matmul_attention(model)
     moved: nn.Module = model.to(config.device)
-    unstack_experts(moved)
+    if unstack_experts(moved) and config.device != "cpu":
+        _LOG.warning("experts run uncompiled and one after the other, so a step takes longer than its products do")
     return moved
 
 

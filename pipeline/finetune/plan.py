@@ -21,8 +21,8 @@ from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, header_entries, weight_files
 from fp8pipe.models.language.base import check_base
 from fp8pipe.models.language.ending import read_ending
-from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.experts import unstack_experts
+from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
 from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, Way, reckon
 from pipeline.dry_run.devices import DEVICES, Device, device_reported

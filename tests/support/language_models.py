@@ -122,8 +122,8 @@ ARCHITECTURES: dict[str, Architecture] = {
          "n_groups": 1, "expand": 2, **_IDS}, 2, {"mixer.out_proj": _READ}, _STACKED,
     ),
     "jamba": _llama_like(
-        "Jamba", 16, _STACKED, {"mamba.dt_proj": _READ, "feed_forward.router": _ROUTER}, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8,
+        "Jamba", 16, _STACKED, {"mamba.dt_proj": _READ, "feed_forward.router": _ROUTER}, attn_layer_period=2,
+        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8,
         mamba_dt_rank=16,
     ),
     "gemma3_mm": Architecture(
@@ -200,16 +200,16 @@ def _rare() -> dict[str, Architecture]:
              "max_position_embeddings": 256, **_IDS}, 12,
         ),
         "lfm2": _llama_like("Lfm2", 12, _STACKED, layer_types=["conv", "full_attention"], conv_L_cache=3),
-        "minimax": _llama_like("MiniMax", 19, "", {"mlp.gate": _ROUTER}, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
-                               block_size=32, layer_types=mixed[::-1]),
-        "deepseek_v3": _llama_like("DeepseekV3", 28, "", {"mlp.gate": _ROUTER}, num_key_value_heads=4, moe_intermediate_size=32,
-                                   first_k_dense_replace=1, **mla, **experts),
+        "minimax": _llama_like("MiniMax", 19, "", {"mlp.gate": _ROUTER}, head_dim=16, num_local_experts=2,
+                               num_experts_per_tok=1, block_size=32, layer_types=mixed[::-1]),
+        "deepseek_v3": _llama_like("DeepseekV3", 28, "", {"mlp.gate": _ROUTER}, num_key_value_heads=4,
+                                   moe_intermediate_size=32, first_k_dense_replace=1, **mla, **experts),
         "recurrent_gemma": _llama_like("RecurrentGemma", 19, _STACKED, num_hidden_layers=3, lru_width=64,
                                        attention_window_size=32, head_dim=16),
         "bamba": _llama_like("Bamba", 11, _STACKED, out, attn_layer_indices=[1], **_MAMBA),
         "granitemoehybrid": _llama_like(
-            "GraniteMoeHybrid", 9, _STACKED, {**out, "block_sparse_moe.router": _ROUTER}, num_local_experts=4, num_experts_per_tok=2,
-            shared_intermediate_size=64, layer_types=["mamba", "attention"], **_MAMBA),
+            "GraniteMoeHybrid", 9, _STACKED, {**out, "block_sparse_moe.router": _ROUTER}, num_local_experts=4,
+            num_experts_per_tok=2, shared_intermediate_size=64, layer_types=["mamba", "attention"], **_MAMBA),
         "falcon_h1": _llama_like("FalconH1", 16, _STACKED, out, head_dim=16, mamba_d_ssm=128, **_MAMBA),
         "zamba2": _llama_like(
             "Zamba2", 13, _STACKED, out, num_hidden_layers=4, mamba_d_state=16, mamba_headdim=16, n_mamba_heads=8,

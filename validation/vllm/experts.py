@@ -20,7 +20,7 @@ from torch import Tensor
 
 from validation.vllm.products import nearest_e4m3, round_inputs
 
-__all__ = ["Foreseen", "examine_experts", "foresee", "is_experts", "numbers"]
+__all__ = ["Foreseen", "examine_experts", "foresee", "is_experts", "stacked_numbers"]
 
 _TOKENS: Final = 3  # of each expert
 _SEED: Final = 6
@@ -51,7 +51,7 @@ def is_experts(module: Any) -> bool:
     return isinstance(module, RoutedExperts)
 
 
-def numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stacked_numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`code * scale` of a loaded stack, rounded once to `dtype`: fp32 `(experts, rows, columns)`."""
     return torch.stack([(one.cpu().float() * s.cpu().float()).to(dtype).float()
                         for one, s in zip(codes.detach(), scale.detach(), strict=True)])  # fmt: skip

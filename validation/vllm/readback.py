@@ -8,8 +8,9 @@ GEMM computes. FP8 codes are read as codes, byte for byte, and their scales as t
 examined (`products`). Where vLLM has given the weight to a packed GEMM and dropped it, the GEMM itself is read: one-hot
 inputs return the weight's columns, exactly, since every other term of each sum is zero. Only the sign of a zero is lost
 that way, and of packed codes what the output's dtype does not hold. What other layers pack for themselves (experts) is
-read as loaded, before they do; what quantized experts then multiply is examined, too (`experts`). And what the loader computes from a tensor number by number is held against what it
-makes of the source's: whether it computes the right thing, the log-probabilities tell.
+read as loaded, before they do; what quantized experts then multiply by is examined, too (`experts`). And what the
+loader computes from a tensor number by number is held against what it makes of the source's: whether it computes the
+right thing, the log-probabilities tell.
 
 Runs inside vLLM's Python: torch and vLLM alone.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from validation.vllm.experts import Foreseen, examine_experts, foresee, is_experts, numbers
+from validation.vllm.experts import Foreseen, examine_experts, foresee, is_experts, stacked_numbers
 from validation.vllm.kernels import Kernel, find_kernel, through_gemm
 from validation.vllm.layout import Head, Layout, Origin, learn
 from validation.vllm.products import examine
@@ -109,7 +110,7 @@ class Reading:
         foreseen[1].extend(heads)
         if any("products" in self.tensors.get(head, {}) for head in heads):
             return tensor.cpu().float(), "codes"
-        return numbers(tensor, held[name + _SCALE], module.moe_config.in_dtype), "loaded"
+        return stacked_numbers(tensor, held[name + _SCALE], module.moe_config.in_dtype), "loaded"
 
     def _find_computed(self, weights: Iterable[tuple[str, Tensor]], load: Any, held: Mapping[str, Tensor]) -> None:
         """Find what the loader computes number by number from a tensor: Mamba's -exp of `A_log`.

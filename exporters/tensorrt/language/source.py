@@ -102,12 +102,7 @@ def _unreadable(plan: ExportPlan) -> list[Finding]:
     units = [unit for unit in plan.units if unit.quantized]
     found = [Finding("transposed-weight", u.entry.name, "stored (in, out)", fix) for u in units if u.transposed]
     why = "an expert's: which experts run depends on the token, and each would need a static scale of its inputs"
-    experts = plan.structure.naming.experts
-    return [*found, *(Finding("expert", u.entry.name, why, fix) for u in units if _within(u.module, experts))]
-
-
-def _within(module: str | None, parents: frozenset[str]) -> bool:
-    return module is not None and any(module.startswith(f"{parent}.") for parent in parents)
+    return [*found, *(Finding("expert", u.entry.name, why, fix) for u in units if plan.structure.is_expert(u.module))]
 
 
 def foresee_checkpoint(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:

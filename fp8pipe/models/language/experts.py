@@ -3,8 +3,8 @@
 transformers holds the experts of a layer stacked, one tensor for all of them; checkpoints store them one by one, and
 engines read them one by one. Unstacked, each expert's projections are linear layers like any other: they are found,
 trained, rounded, recorded and exported by the same code, each with its own scale and adapter, and an expert that no
-token reaches has no gradient and stays as it is. Only families whose checkpoints store experts one by one are unstacked;
-the others keep their stacked tensors, which are not quantized.
+token reaches has no gradient and stays as it is. Only families whose checkpoints store experts one by one are
+unstacked; the others keep their stacked tensors, which are not quantized.
 
 Which module is a router is seen, not read from its name: it stands beside the experts and has one row for each.
 """
@@ -133,7 +133,7 @@ def _joins_experts(rule: Any) -> bool:
     """Whether a rule of transformers stacks experts, and does nothing else but to put gate and up together."""
     kinds = [type(operation).__name__ for operation in rule.operations]
     sources = len(rule.source_patterns)
-    return kinds == [_MERGE] and sources == 1 or kinds == [_MERGE, _CONCATENATE] and sources == 2
+    return (kinds, sources) in (([_MERGE], 1), ([_MERGE, _CONCATENATE], 2))
 
 
 def _unstack(module: Any) -> None:

@@ -147,6 +147,10 @@ class ModelStructure:
         inside = not self.decoder or module == self.decoder or module.startswith(self.decoder + ".")
         return inside and module != self.output_head
 
+    def is_expert(self, module: str | None) -> bool:
+        """Whether a module belongs to an unstacked expert."""
+        return module is not None and any(module.startswith(f"{layer}.") for layer in self.naming.experts)
+
     def probed(self, model: nn.Module) -> ModelStructure:
         """The structure with what a pass of a few tokens shows: `unusable` linears and `input_groups`.
 

@@ -52,7 +52,9 @@ def test_the_expert_layer_is_its_layers_run_one_by_one() -> None:
     x = torch.randn(7, 64, dtype=torch.bfloat16)
     dense = torch.zeros_like(x)
     for number in range(4):
-        joined, down = (method.layers[f"model.layers.0.mlp.experts.{number}.{leaf}"] for leaf in ("gate_proj", "down_proj"))
+        joined, down = (
+            method.layers[f"model.layers.0.mlp.experts.{number}.{leaf}"] for leaf in ("gate_proj", "down_proj")
+        )
         gate, up = joined.forward_parts(x, joined.parts)
         dense += down(torch.nn.functional.silu(gate) * up) * 0.25
     found = experts(x, torch.arange(4).expand(7, 4), torch.full((7, 4), 0.25, dtype=torch.bfloat16))
@@ -106,7 +108,11 @@ def test_the_auxiliary_loss_is_the_models_own() -> None:
         for model in (plain, asked):
             model.train()
         answers = float(IDS[:, 1:].numel())
-        ours = answer_loss(asked, {"input_ids": IDS}, IDS, answers) - answer_loss(plain, {"input_ids": IDS}, IDS, answers)
+        ours = answer_loss(asked, {"input_ids": IDS}, IDS, answers) - answer_loss(
+            plain, {"input_ids": IDS}, IDS, answers
+        )
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)  # bf16 logits are summed in another order
         asked.eval()
-        assert torch.equal(answer_loss(asked, {"input_ids": IDS}, IDS), answer_loss(plain.eval(), {"input_ids": IDS}, IDS))
+        assert torch.equal(
+            answer_loss(asked, {"input_ids": IDS}, IDS), answer_loss(plain.eval(), {"input_ids": IDS}, IDS)
+        )
