@@ -82,7 +82,7 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
 
 
 def _auxiliary_weight(model: nn.Module) -> float:
-    """Weight of the routers' load balancing loss, which models with experts have where `output_router_logits` is set."""
+    """Weight of the routers' load balancing loss, which models have where `output_router_logits` is set."""
     settings: Any = model.config
     return float(getattr(settings.get_text_config(decoder=True), "router_aux_loss_coef", 0.0))
 

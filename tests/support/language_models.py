@@ -123,8 +123,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "jamba": _llama_like(
         "Jamba", 16, _STACKED, {"mamba.dt_proj": _READ, "feed_forward.router": _ROUTER}, attn_layer_period=2,
-        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8,
-        mamba_dt_rank=16,
+        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1,
+        mamba_d_state=8, mamba_dt_rank=16,
     ),
     "gemma3_mm": Architecture(
         "Gemma3ForConditionalGeneration", "Gemma3Config",
