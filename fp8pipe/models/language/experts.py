@@ -12,7 +12,7 @@ Which module is a router is seen, not read from its name: it stands beside the e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -115,7 +115,7 @@ def _is_plain(module: Any) -> bool:
     return told == [True, True, False, False] and not getattr(module, "has_post_expert_norm", False) and fits
 
 
-def _stored_singly(model: nn.Module) -> Any:
+def _stored_singly(model: Any) -> Callable[[str], bool]:
     """Whether the family's checkpoints store the experts of a module one by one, by transformers' own rules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 

@@ -41,7 +41,8 @@ FAMILIES = {
                                      "moe_intermediate_size": 64}),
     "deepseek_v3": ("DeepseekV3Config", {**_MLA, "num_key_value_heads": 4, "moe_intermediate_size": 64,
                                          "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
-                                         "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}),
+                                         "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+                                         "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
 }  # fmt: skip
 LAYER, PROJECTIONS = "model.layers.1.mlp.experts", ("gate_proj", "up_proj", "down_proj")
 
