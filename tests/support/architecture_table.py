@@ -24,10 +24,13 @@ Rows marked * are tried in a long run of the tests (`FP8PIPE_TEST_BREADTH=long`)
 * Trained are linears of the text decoder that a pass of text calls. Output heads, vision towers and projectors keep
   their weights, and so do a linear whose weight the model reads without calling it, and one with a side of less than
   16 (a gate), which FP8 kernels cannot take, and which would bound the rank of all others; plan and manifest name each.
+* Experts are trained one by one where checkpoints store them one by one (Mixtral, Qwen-MoE, DeepSeek and their like:
+  [falqon.md](falqon.md#experts)). Where a checkpoint holds them stacked (gpt-oss, Granite-MoE, Llama 4) they keep their
+  dtype. Routers keep theirs in every family; they are known by their place, beside the experts, with one row for each.
 * Checkpoints keep their own tensor names through every stage, also where transformers renames or joins tensors when it
   loads them (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts).
-* `unknown-matrix`: matrices that belong to no linear layer or embedding (stacked experts, states and convolutions of
-  Mamba, patch embeddings), of which it is not known how an engine holds them in an FP8 checkpoint.
+* `unknown-matrix`: matrices that belong to no linear layer or embedding (experts that a checkpoint holds
+  stacked, states and convolutions of Mamba, patch embeddings), of which it is not known how an engine holds them in an FP8 checkpoint.
 
 This page is written by `python tests/support/architecture_table.py` from `tests/support/language_models.py`;
 `tests/pipeline/finetune/test_architectures.py` keeps the two alike, and runs every row.
