@@ -35,6 +35,7 @@ from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, TensorEntry, header_entries, shard_names
 from fp8pipe.models.language.base import check_tokens, load_tokenizer
 from fp8pipe.models.language.ending import read_ending
+from fp8pipe.models.language.experts import check_expert_counts
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
@@ -53,11 +54,16 @@ def plan_export(source: Path | str, options: VllmExportOptions) -> ExportPlan:
     """What `export_vllm` would write: file names, tensors, sizes, layers, warnings. Reads headers and tokenizer only.
 
     Raises:
-        ConfigurationError: a source that cannot be used, or an undeclared vLLM version.
+        ConfigurationError: a source that cannot be used, one with another number of experts than its config.json
+            declares, or an undeclared vLLM version.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     opened = open_source(source)
-    return replace(build_plan(opened, read_structure(opened.root), options), ending=read_ending(opened.root))
+    plan = build_plan(opened, read_structure(opened.root), options)
+    check_expert_counts(
+        str(source), plan.structure.tensors, [known.name for known in plan.names.values() if known.whole]
+    )
+    return replace(plan, ending=read_ending(opened.root))
 
 
 def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) -> Artifact:

@@ -9,6 +9,8 @@ import torch
 from language_models import ARCHITECTURES, build, write
 from safetensors.torch import load_file, save_file
 
+from exporters.vllm.export import plan_export
+from exporters.vllm.options import VllmExportOptions
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.names import naming_of
 from fp8pipe.models.compat import import_transformers
@@ -113,6 +115,8 @@ def test_another_number_of_experts_than_declared_is_refused_with_both(count: int
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigurationError, match=rf"{count} experts in model\.layers\.1\.mlp\.experts.* declares 4"):
         check_base(base, "my model")
+    with pytest.raises(ConfigurationError, match=f"{count} experts"):
+        plan_export(base, VllmExportOptions())
 
 
 def test_on_paper_no_two_experts_are_taken_for_one() -> None:
