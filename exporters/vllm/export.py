@@ -60,9 +60,7 @@ def plan_export(source: Path | str, options: VllmExportOptions) -> ExportPlan:
     """
     opened = open_source(source)
     plan = build_plan(opened, read_structure(opened.root), options)
-    check_expert_counts(
-        str(source), plan.structure.tensors, [known.name for known in plan.names.values() if known.whole]
-    )
+    check_expert_counts(str(source), plan.structure.tensors, plan.stored)
     return replace(plan, ending=read_ending(opened.root))
 
 
