@@ -29,8 +29,8 @@ Rows marked * are tried in a long run of the tests (`FP8PIPE_TEST_BREADTH=long`)
   dtype. Routers keep theirs in every family; they are known by their place, beside the experts, with one row for each.
 * Checkpoints keep their own tensor names through every stage, also where transformers renames or joins tensors when it
   loads them (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts).
-* `unknown-matrix`: matrices that belong to no linear layer or embedding (experts that a checkpoint holds stacked, states
-  and convolutions of Mamba, patch embeddings), of which it is not known how an engine holds them in an FP8 checkpoint.
+* `unknown-matrix`: matrices that belong to no linear layer or embedding (experts that a checkpoint holds stacked,
+  states and convolutions of Mamba, patch embeddings): how an engine holds them in an FP8 checkpoint is not known.
 
 This page is written by `python tests/support/architecture_table.py` from `tests/support/language_models.py`;
 `tests/pipeline/finetune/test_architectures.py` keeps the two alike, and runs every row.
