@@ -34,8 +34,8 @@ _SHAPE = {
     "vocab_size": 260, "bos_token_id": 256, "eos_token_id": 256, "hidden_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
 }  # fmt: skip
-# vLLM's latent attention takes 320, 512 or 576 features of keys.
-_MLA = {"q_lora_rank": 48, "kv_lora_rank": 256, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
+# vLLM's latent attention for CPUs takes keys of 576 features alone: 512 and the rotated 64.
+_MLA = {"q_lora_rank": 48, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
 FAMILIES = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
