@@ -293,5 +293,5 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
 
 
 def _identity(parameter: Tensor) -> int:
-    """Equal for tied weights; where storage has no address (on the meta device, views have their offset), the object."""
+    """Equal for tied weights; the object itself where storage has no address (on the meta device, or a fake one)."""
     return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
