@@ -131,19 +131,21 @@ def test_every_expert_is_read_back_and_a_wrong_one_is_named(export: Path, python
 
 
 @only_long
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_a_whole_validation_accepts(name: str, python: Path, tmp_path: Path) -> None:
     export_vllm(write_model(tmp_path / name, name), tmp_path / "export", VllmExportOptions())
-    try:
-        record = validate_export(tmp_path / "export", against=tmp_path / name, prompts=["Hello"], max_tokens=2)
-    except ExportRejectedError as rejected:
-        # vLLM's latent attention on a CPU differs from transformers', in bf16 exports as well: no matter of experts.
-        assert name == "deepseek_v3", rejected.record.reasons
-        assert not any(
-            reason.startswith(("weights", "tensors", "error of products")) for reason in rejected.record.reasons
-        )
-    else:
-        assert record.verdict == "ACCEPT"
+    record = validate_export(tmp_path / "export", against=tmp_path / name, prompts=["Hello"], max_tokens=2)
+    assert record.verdict == "ACCEPT"
+
+
+@only_long
+def test_of_deepseek_every_weight_is_right_though_vllm_computes_otherwise(python: Path, tmp_path: Path) -> None:
+    """On a CPU its log-probabilities are not transformers', in bf16 exports either: that is no matter of experts."""
+    export_vllm(write_model(tmp_path / "model", "deepseek_v3"), tmp_path / "export", VllmExportOptions())
+    with pytest.raises(ExportRejectedError) as caught:
+        validate_export(tmp_path / "export", against=tmp_path / "model", prompts=["Hello"], max_tokens=2)
+    about_weights = ("weights", "tensors", "unexplained", "products", "quantized", "layers", "error of products")
+    assert not [gate for gate in caught.value.record.gates if gate.name.startswith(about_weights) and not gate.passed]
 
 
 @only_long
