@@ -140,7 +140,7 @@ def test_a_whole_validation_accepts(name: str, python: Path, tmp_path: Path) -> 
 
 @only_long
 def test_of_deepseek_every_weight_is_right_though_vllm_computes_otherwise(python: Path, tmp_path: Path) -> None:
-    """On a CPU its log-probabilities are not transformers', in bf16 exports either: that is no matter of experts."""
+    """On a CPU its attention is not transformers' from the second token on, in bf16 exports either."""
     export_vllm(write_model(tmp_path / "model", "deepseek_v3"), tmp_path / "export", VllmExportOptions())
     with pytest.raises(ExportRejectedError) as caught:
         validate_export(tmp_path / "export", against=tmp_path / "model", prompts=["Hello"], max_tokens=2)
