@@ -33,6 +33,7 @@ from fp8pipe.core.progress import track
 from fp8pipe.models.checkpoint.tensors import model_parent, shard_names
 from fp8pipe.models.language.base import check_tokens, load_tokenizer
 from fp8pipe.models.language.ending import read_ending
+from fp8pipe.models.language.experts import check_expert_counts
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.report.card import CARD_FILE, CardFacts, write_card
 
@@ -55,11 +56,14 @@ def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool 
     Reads headers and tokenizer only, but for hashing the source as `open_source` does.
 
     Raises:
-        ConfigurationError: a source that cannot be used, or an undeclared vLLM version.
+        ConfigurationError: a source that cannot be used, one with another number of experts than its config.json
+            declares, or an undeclared vLLM version.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     opened = open_source(source, verify=verify)
-    return replace(build_plan(opened, read_structure(opened.root), options), ending=read_ending(opened.root))
+    plan = build_plan(opened, read_structure(opened.root), options)
+    check_expert_counts(str(source), plan.structure.tensors, plan.stored)
+    return replace(plan, ending=read_ending(opened.root))
 
 
 def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) -> Artifact:
@@ -161,6 +165,12 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
         warnings.append(
             "weights stored (in, out) hold FP8 codes: vLLM's loader transposes them; transformers does not "
             "decompress Conv1D, so it must not be used to load this export"
+        )
+    experts = [unit for unit in plan.units if unit.quantized and plan.structure.is_expert(unit.module)]
+    if experts and plan.options.format is ExportFormat.W8A16:
+        warnings.append(
+            f"vLLM {plan.schema.vllm_version} has no kernel for GPUs that leaves the inputs of FP8 experts as they "
+            "are: there this export needs --format fp8; on CPUs the plugin serves it"
         )
     warnings += [f"{u.entry.name} was left out: config.json ties it to a stored tensor" for u in plan.dropped]
     if not plan.schema.tested:

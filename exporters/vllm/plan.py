@@ -199,6 +199,8 @@ class _Planner:
             shape = self.structure.stored_shape(module)
             if module == self.structure.output_head:
                 reasons[module] = "output head: the engine builds it without a quantization scheme"
+            elif self.structure.roles[module] is Role.ROUTER:
+                reasons[module] = "router: it decides which experts a token goes to"
             elif not self.structure.in_decoder(module):
                 reasons[module] = "outside the text decoder"
             elif any(size % DIMENSION_MULTIPLE for size in shape):

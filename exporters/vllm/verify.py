@@ -114,7 +114,7 @@ def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[st
 def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructure) -> Iterator[Finding]:
     """Adapters left in the weights, and tensors that the architecture has and the files lack.
 
-    Expert weights are left out: transformers holds them stacked, under names that no checkpoint has.
+    Experts that transformers holds stacked are left out: no checkpoint has these names.
     """
     for name in sorted(tensors):
         if "lora_" in name or ".base_layer." in name:
@@ -123,7 +123,12 @@ def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructur
     stored = {known.name: tensors[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}
     for name, shape in structure.tensors.items():
-        if name in joined or "expert" in name or name in structure.tied or name in structure.tied.values():
+        if (
+            name in joined
+            or ("expert" in name and len(shape) > 2)
+            or name in structure.tied
+            or name in structure.tied.values()
+        ):
             continue
         found = stored.get(name)
         if found is None:

@@ -6,6 +6,7 @@ to have a convenient width is not treated differently.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from pipeline.falqon.layer import FalqonLinear, FalqonPart, StackedOutput
 from pipeline.falqon.observed import Losses
 from pipeline.falqon.rules import Initialisation, UpdateRule
 
+_LOG = logging.getLogger(__name__)
 _SHOWN = 3  # layers in a message
 
 
@@ -100,6 +102,7 @@ def convert_model(
         if losses is None:
             raise ValueError("the gradient initialisation needs training losses")
         rows = gradient_sketches(model, names, losses, rank, seed)
+        _tell_unreached([members[0] for members in names if members[0] not in rows])
 
     def quantized(index: int, first: str, weights: list[Tensor]) -> tuple[Tensor, Scale]:
         if stored is not None:
@@ -108,7 +111,8 @@ def convert_model(
             return found["codes"], Scale(found["scale"], found.get("inverse_scale"))
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         generator = torch.Generator().manual_seed(seed + index)
-        a = adapter_directions(weight, rank, initialisation, rule.scale, generator, rows.get(first))
+        how = initialisation if first in rows or not rows else Initialisation.RANDOMIZED_SVD
+        a = adapter_directions(weight, rank, how, rule.scale, generator, rows.get(first))
         # One scale for both: A is far smaller than W, so W's codes are those of plain quantization.
         return quantize_stacked([weight, a], E4M3, rule.scale)
 
@@ -143,6 +147,16 @@ class FalqonGroup:
     def name(self) -> str:
         """Key of the group in saved states: its first member."""
         return self.members[0]
+
+
+def _tell_unreached(names: list[str]) -> None:
+    if names:
+        _LOG.warning(
+            "no token of the first training batches reached the experts of %d layer(s), the first %s: their A comes "
+            "from the quantization error (randomized-svd); more `gradient_batches` may reach them",
+            len(names),
+            names[0],
+        )
 
 
 def _record(name: str, rows: int, layer: FalqonLinear) -> LayerRecord:

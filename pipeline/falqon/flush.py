@@ -11,6 +11,7 @@ for the layer's real inputs instead. A row whose target is on the grid keeps eve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from pipeline.falqon.layer import FalqonLinear
 from pipeline.falqon.rules import FinalMerge, Rounding, UpdateRule
 from pipeline.finetune.compiled import uncompiled
 
+_LOG = logging.getLogger(__name__)
 _COLUMNS = 128  # of a block of the solver
 # Of H's mean diagonal. A few outlier inputs dominate that mean in LLMs: GPTQ's usual 0.01 would damp all others into
 # plain nearest rounding.
@@ -205,11 +207,23 @@ def merge_all(
     for places in _groups([layer.in_features for layer in layers.values()]):
         group = {names[place]: layers[names[place]] for place in places}
         moments = _second_moments(model, group, inputs) if how is FinalMerge.COMPENSATED else {}
+        if how is FinalMerge.COMPENSATED:
+            _tell_unseen([name for name, layer in group.items() if name not in moments and bool(layer.lora_B.any())])
         for name, layer in group.items():
             codes, reports[name] = _all_rows(layer, moments.get(name))
             layer.weight_codes.view(torch.uint8).copy_(codes.view(torch.uint8))
             layer.lora_B.data.zero_()
     return reports
+
+
+def _tell_unseen(names: list[str]) -> None:
+    if names:
+        _LOG.warning(
+            "no token of the final merge's batches reached %d trained layer(s), the first %s: their update is rounded "
+            "to the nearest codes; more `final_merge_batches` may reach them",
+            len(names),
+            names[0],
+        )
 
 
 def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, FlushReport]:

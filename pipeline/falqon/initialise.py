@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.models.language.experts import call_every_expert, in_experts
 from fp8pipe.numerics.grids import E4M3, row_blocks, stacked_scale
 from fp8pipe.numerics.kinds import ScaleRule
 from pipeline.falqon.observed import Losses, observe
@@ -110,17 +111,19 @@ def gradient_sketches(
         seed: of the random test matrices.
 
     Returns:
-        By first member: `(rank, in)` fp32 with orthonormal rows, on the CPU.
+        By first member: `(rank, in)` fp32 with orthonormal rows, on the CPU; none of experts that no token of the
+        batches reached.
 
     Raises:
-        ConfigurationError: a layer that no token of the batches reached.
+        ConfigurationError: another layer that no token of the batches reached.
         OutOfMemoryError: no room for the sums on the disk of temporary files.
     """
     device = next(model.parameters()).device
     names = [name for group in groups for name in group]
     with Sums(device) as ranges:
         with Sums(device) as sums:
-            observe(model, names, losses, _Sketch(rank, seed), sums)
+            with call_every_expert(model):
+                observe(model, names, losses, _Sketch(rank, seed), sums)
             for group in groups:
                 sketch = torch.stack([sums.at(name) for name in group]).sum(0)
                 ranges.add(group[0], torch.linalg.qr(sketch).Q.t())  # transposed: so it lies in memory
@@ -131,9 +134,12 @@ def gradient_sketches(
 
         directions = {}
         with Sums(device) as sums:
-            observe(model, names, losses, measure, sums)
+            with call_every_expert(model):
+                observe(model, names, losses, measure, sums)
             for group in groups:
                 parts = torch.cat([sums.at(name) for name in group])
+                if in_experts(model, group[0]) and not bool(parts.any()):
+                    continue  # the gradient says nothing of it
                 _, _, rotation = torch.linalg.svd(parts, full_matrices=False)
                 directions[group[0]] = (rotation[:rank] @ ranges.at(group[0])).contiguous().cpu()
     return directions

@@ -32,6 +32,7 @@ from fp8pipe.models.checkpoint.quantized.base import read_base
 from fp8pipe.models.checkpoint.tensors import model_parent
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.language.ending import GENERATION_FILE, read_ending
+from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import resolve_model
 from fp8pipe.models.language.structure import read_structure
 from fp8pipe.numerics.bf16 import widen_bf16_products
@@ -86,6 +87,7 @@ def convert(
         raise ConfigurationError("the gradient initialisation needs losses", why="none were given", fix="give losses")
     refuse_not_finite(model.named_parameters(), type(model).__name__)
     widen_bf16_products()
+    unstack_experts(model)
     method = FalqonMethod(rule, rank=rank, rows=rows, initialisation=chosen, seed=seed)
     return Falqon(model, method, method.prepare(model, losses=losses))
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from fp8pipe.core.machine import FP8_CAPABILITY
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.experts import UnstackedExperts
 from fp8pipe.numerics import cuda
 
 _LOG = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     fall_back()
     torch.compiler.assume_constant_result(cuda.capability)
+    for module in model.modules():
+        if isinstance(module, UnstackedExperts):  # which of them run, on how many tokens, differs from step to step
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in decoder_layers(model):
         wrap_layer(layer, torch.compile(layer.forward, options=OPTIONS))
     return True

@@ -11,6 +11,7 @@ from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.quantized.base import read_base
+from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import ModelSource
 from fp8pipe.models.language.structure import load_config, model_class
 from pipeline.finetune.attention import use_matmul_attention
@@ -20,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
-    """The base model in the configured dtype, on its device."""
+    """The base model in the configured dtype, on its device, its experts unstacked."""
     settings, base = load_config(source.path), read_base(source.path)
     kind = model_class(settings)
     # transformers would load codes in modules of its own; what they stand for is given to it tensor by tensor.
@@ -43,6 +44,8 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
     if config.device == "cpu":
         use_matmul_attention(model)
     moved: nn.Module = model.to(config.device)
+    if unstack_experts(moved) and config.device != "cpu":
+        _LOG.warning("experts run uncompiled and one after the other, so a step takes longer than its products do")
     return moved
 
 

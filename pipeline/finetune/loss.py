@@ -54,6 +54,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, normaliser: float = 1.0) -> Tensor:
     """Summed negative log-likelihood (nats) of the answer tokens, divided by `normaliser`.
 
+    In training mode the model's own auxiliary loss is added as its family does, where its configuration asks for one.
+
     Args:
         model: a causal LM of transformers.
         inputs: `input_ids` `(B, L)` and whatever else the model takes.
@@ -68,10 +70,21 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
     device = next(model.parameters()).device
     targets, rows = shifted[rows].to(device), rows.to(device)
     with head_on_rows(model, rows):
-        logits = model(**inputs, use_cache=False).logits
+        outputs = model(**inputs, use_cache=False)
+    logits = outputs.logits
     cross_entropy: Any = _SummedCrossEntropy.apply
     loss: Tensor = cross_entropy(logits.reshape(-1, logits.shape[-1]), targets, normaliser)
-    return loss
+    auxiliary = getattr(outputs, "aux_loss", None)
+    if not model.training or not isinstance(auxiliary, Tensor):
+        return loss
+    # A mean already: weighted by this call's share of the answers, so that the calls of a step add up to their mean.
+    return loss + _auxiliary_weight(model) * (rows.numel() / normaliser) * auxiliary.to(loss)
+
+
+def _auxiliary_weight(model: nn.Module) -> float:
+    """Weight of the routers' load balancing loss, which models have where `output_router_logits` is set."""
+    settings: Any = model.config
+    return float(getattr(settings.get_text_config(decoder=True), "router_aux_loss_coef", 0.0))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fp8pipe.models.checkpoint.sidecars import BASE_MODEL_FILES, sidecar_bytes
 from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, header_entries, weight_files
 from fp8pipe.models.language.base import check_base
 from fp8pipe.models.language.ending import read_ending
+from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.sources import ModelSource, resolve_model
 from fp8pipe.models.language.structure import load_config, model_class
 from pipeline.dry_run.costs import LIVE, LIVE_COMPILED, LORA, MERGED, MERGED_COMPILED, QLORA, Decoder, Step, Way, reckon
@@ -69,6 +70,7 @@ def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
     with torch.device("meta"):
         model = model_class(settings)._from_config(settings, dtype=getattr(torch, config.dtype))
     model.tie_weights()
+    unstack_experts(model)
     structure = read_convertible(model, config.rank)
     names = checkpoint_names(source.path, structure.naming, structure.trainable)
     warnings = export_warnings(source.path, config.method, names.values())

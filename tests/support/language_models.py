@@ -62,6 +62,7 @@ def _partial(factor: float) -> dict[str, Any]:
     return {**_ROPE, "partial_rotary_factor": factor}
 
 
+_ROUTER = "router: one code more or less would send tokens to other experts"
 _READ = "the model reads its weight without calling it"
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _SHORT = {n: f"a side of {n} is too short for FP8 kernels and for an adapter" for n in (1, 2, 8)}
@@ -109,20 +110,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2,
          "new_decoder_architecture": True, "alibi": False, "bias": False, "parallel_attn": True, **_IDS}, 8,
     ),
-    "mixtral": _llama_like("Mixtral", 8, _STACKED, **_EXPERTS),
+    "mixtral": _llama_like("Mixtral", 32, "", {"mlp.gate": _ROUTER}, **_EXPERTS),
     "qwen3_moe": _llama_like(
-        "Qwen3Moe", 8, _STACKED, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        "Qwen3Moe", 32, "", {"mlp.gate": _ROUTER}, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32,
     ),
-    "gpt_oss": _llama_like("GptOss", 8, _STACKED, head_dim=16, sliding_window=16, **_EXPERTS),
+    "gpt_oss": _llama_like("GptOss", 8, _STACKED, {"mlp.router": _ROUTER}, head_dim=16, sliding_window=16, **_EXPERTS),
     "mamba2": Architecture(
         "Mamba2ForCausalLM", "Mamba2Config",
         {"vocab_size": 272, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16,
          "n_groups": 1, "expand": 2, **_IDS}, 2, {"mixer.out_proj": _READ}, _STACKED,
     ),
     "jamba": _llama_like(
-        "Jamba", 10, _STACKED, {"mamba.dt_proj": _READ}, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8,
-        mamba_dt_rank=16,
+        "Jamba", 16, _STACKED, {"mamba.dt_proj": _READ, "feed_forward.router": _ROUTER}, attn_layer_period=2,
+        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2, num_experts_per_tok=1,
+        mamba_d_state=8, mamba_dt_rank=16,
     ),
     "gemma3_mm": Architecture(
         "Gemma3ForConditionalGeneration", "Gemma3Config",
@@ -138,7 +140,8 @@ ARCHITECTURES: dict[str, Architecture] = {
          "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8},
     ),
     "qwen3_next": _llama_like(
-        "Qwen3Next", 12, _STACKED, {"linear_attn.in_proj_ba": _SHORT[8], "mlp.shared_expert_gate": _SHORT[1]},
+        "Qwen3Next", 36, _STACKED,
+        {"linear_attn.in_proj_ba": _SHORT[8], "mlp.shared_expert_gate": _SHORT[1], "mlp.gate": _ROUTER},
         head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
         linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
         layer_types=["linear_attention", "full_attention"],
@@ -195,16 +198,16 @@ def _rare() -> dict[str, Architecture]:
              "max_position_embeddings": 256, **_IDS}, 12,
         ),
         "lfm2": _llama_like("Lfm2", 12, _STACKED, layer_types=["conv", "full_attention"], conv_L_cache=3),
-        "minimax": _llama_like("MiniMax", 7, _STACKED, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
-                               block_size=32, layer_types=mixed[::-1]),
-        "deepseek_v3": _llama_like("DeepseekV3", 16, _STACKED, num_key_value_heads=4, moe_intermediate_size=32,
-                                   first_k_dense_replace=1, **mla, **experts),
+        "minimax": _llama_like("MiniMax", 19, "", {"mlp.gate": _ROUTER}, head_dim=16, num_local_experts=2,
+                               num_experts_per_tok=1, block_size=32, layer_types=mixed[::-1]),
+        "deepseek_v3": _llama_like("DeepseekV3", 28, "", {"mlp.gate": _ROUTER}, num_key_value_heads=4,
+                                   moe_intermediate_size=32, first_k_dense_replace=1, **mla, **experts),
         "recurrent_gemma": _llama_like("RecurrentGemma", 19, _STACKED, num_hidden_layers=3, lru_width=64,
                                        attention_window_size=32, head_dim=16),
         "bamba": _llama_like("Bamba", 11, _STACKED, out, attn_layer_indices=[1], **_MAMBA),
         "granitemoehybrid": _llama_like(
-            "GraniteMoeHybrid", 9, _STACKED, out, num_local_experts=4, num_experts_per_tok=2,
-            shared_intermediate_size=64, layer_types=["mamba", "attention"], **_MAMBA),
+            "GraniteMoeHybrid", 9, _STACKED, {**out, "block_sparse_moe.router": _ROUTER}, num_local_experts=4,
+            num_experts_per_tok=2, shared_intermediate_size=64, layer_types=["mamba", "attention"], **_MAMBA),
         "falcon_h1": _llama_like("FalconH1", 16, _STACKED, out, head_dim=16, mamba_d_ssm=128, **_MAMBA),
         "zamba2": _llama_like(
             "Zamba2", 13, _STACKED, out, num_hidden_layers=4, mamba_d_state=16, mamba_headdim=16, n_mamba_heads=8,

@@ -8,8 +8,9 @@ GEMM computes. FP8 codes are read as codes, byte for byte, and their scales as t
 examined (`products`). Where vLLM has given the weight to a packed GEMM and dropped it, the GEMM itself is read: one-hot
 inputs return the weight's columns, exactly, since every other term of each sum is zero. Only the sign of a zero is lost
 that way, and of packed codes what the output's dtype does not hold. What other layers pack for themselves (experts) is
-read as loaded, before they do. And what the loader computes from a tensor number by number is held against what it
-makes of the source's: whether it computes the right thing, the log-probabilities tell.
+read as loaded, before they do; what quantized experts then multiply by is examined, too (`experts`). And what the
+loader computes from a tensor number by number is held against what it makes of the source's: whether it computes the
+right thing, the log-probabilities tell.
 
 Runs inside vLLM's Python: torch and vLLM alone.
 """
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from validation.vllm.experts import Foreseen, examine_experts, foresee, is_experts, stacked_numbers
 from validation.vllm.kernels import Kernel, find_kernel, through_gemm
 from validation.vllm.layout import Head, Layout, Origin, learn
 from validation.vllm.products import examine
@@ -63,6 +65,7 @@ class Reading:
         self.rebuild = Rebuild(self.layout)
         self.whole: set[str] = set()  # tensors of the files of which the engine holds every element
         self.as_loaded: set[str] = set()  # the engine's tensors that were read before they were packed
+        self.experts: dict[str, tuple[Foreseen | None, list[str]]] = {}  # quantized ones: what they must make, of what
         self.computed: dict[str, tuple[str, Tensor]] = {}  # those that the loader computes: from what, and what
 
     @contextmanager
@@ -87,7 +90,7 @@ class Reading:
             true_load(loader, model, config)
             self.as_loaded = {name for name in held if _packs_itself(_module(model, name))}
             for name in self.as_loaded:
-                self._take(name, held[name].detach().cpu().float(), "loaded")
+                self._take(name, *self._as_loaded(model, name, held))
 
         DefaultModelLoader.load_weights = load
         try:
@@ -96,6 +99,18 @@ class Reading:
             DefaultModelLoader.load_weights = true_load
         if not self.layout.heads:
             raise RuntimeError("vLLM took another loader than its own for safetensors: no weight can be read back")
+
+    def _as_loaded(self, model: torch.nn.Module, name: str, held: Mapping[str, Tensor]) -> tuple[Tensor, str]:
+        """What was loaded into a layer that packs it afterwards: of experts in FP8 codes, or what those stand for."""
+        tensor, module = held[name].detach(), _module(model, name)
+        if tensor.dtype is not torch.float8_e4m3fn or not is_experts(module):
+            return tensor.cpu().float(), "loaded"
+        heads = sorted({piece.head.name for piece in self.layout.origins[name].pieces})
+        foreseen = self.experts.setdefault(name.rpartition(".")[0], (foresee(module) if self.products else None, []))
+        foreseen[1].extend(heads)
+        if any("products" in self.tensors.get(head, {}) for head in heads):
+            return tensor.cpu().float(), "codes"
+        return stacked_numbers(tensor, held[name + _SCALE], module.moe_config.in_dtype), "loaded"
 
     def _find_computed(self, weights: Iterable[tuple[str, Tensor]], load: Any, held: Mapping[str, Tensor]) -> None:
         """Find what the loader computes number by number from a tensor: Mamba's -exp of `A_log`.
@@ -118,6 +133,9 @@ class Reading:
 
     def read(self, model: torch.nn.Module) -> None:
         """Read what was not read while it was loaded, and say what is missing."""
+        for name, (foreseen, heads) in self.experts.items():
+            if foreseen is not None:
+                self.layers[name] = {**examine_experts(model.get_submodule(name), foreseen), "tensors": heads}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, origin in self.layout.origins.items():
             if name in parameters and origin.unwritten:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.structure import build_model
 from fp8pipe.numerics.bf16 import widen_bf16_products
 from fp8pipe.numerics.plain import grid_numbers
@@ -66,6 +67,7 @@ class Reference:
     def __init__(self, source: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         widen_bf16_products()
         self.model: PreTrainedModel = build_model(source, dict(weights), torch.float32)
+        unstack_experts(self.model)
 
     def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
         """Compute as the form does from here on.

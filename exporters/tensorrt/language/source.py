@@ -83,7 +83,7 @@ def open_language(source: Path) -> LanguageModel:
     """
     artifact = open_artifact(source, kind=FALQON_KIND)
     plan = plan_export(source, VllmExportOptions())
-    if findings := [*lint(plan), *_transposed(plan)]:
+    if findings := [*lint(plan), *_unreadable(plan)]:
         raise LintFindingsError(findings, str(source))
     weights, floats = {}, {}
     for unit in plan.units:
@@ -96,15 +96,19 @@ def open_language(source: Path) -> LanguageModel:
     return LanguageModel(artifact, plan, weights, floats)
 
 
-def _transposed(plan: ExportPlan) -> list[Finding]:
-    names = [unit.entry.name for unit in plan.units if unit.quantized and unit.transposed]
-    return [Finding("transposed-weight", name, "stored (in, out)", "export with --target vllm") for name in names]
+def _unreadable(plan: ExportPlan) -> list[Finding]:
+    """Weights that vLLM reads, and that neither a graph nor a checkpoint for TensorRT-LLM holds yet."""
+    fix = "export with --target vllm"
+    units = [unit for unit in plan.units if unit.quantized]
+    found = [Finding("transposed-weight", u.entry.name, "stored (in, out)", fix) for u in units if u.transposed]
+    why = "an expert's: which experts run depends on the token, and each would need a static scale of its inputs"
+    return [*found, *(Finding("expert", u.entry.name, why, fix) for u in units if plan.structure.is_expert(u.module))]
 
 
 def foresee_checkpoint(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
     """As the target's `foresee`, of a checkpoint in ModelOpt's layout."""
     plan = plan_ahead(root, kind, trained, VllmExportOptions().format)
-    return {"--target trt --format modelopt-checkpoint": [*lint_structure(plan), *_transposed(plan)]}
+    return {"--target trt --format modelopt-checkpoint": [*lint_structure(plan), *_unreadable(plan)]}
 
 
 def foresee_graph(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:

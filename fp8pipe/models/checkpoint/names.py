@@ -21,6 +21,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.quantized.base import base_entries
 from fp8pipe.models.checkpoint.tensors import SCALE_SUFFIX
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.experts import UnstackedExperts, expert_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,14 @@ class Naming:
         prefix: of the base model, which checkpoints of the bare model lack.
         tensors: names of the model's tensors.
         modules: names of its modules.
+        experts: of these, the ones that hold experts unstacked.
         rules: transformers' transforms in the order of loading; the object keeps none of their state.
     """
 
     prefix: str = ""
     tensors: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
+    experts: frozenset[str] = frozenset()
     rules: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     def table(self, stored: Iterable[str]) -> dict[str, ModelName]:
@@ -72,7 +75,9 @@ class Naming:
         for rule in joins:
             joined, pattern = rule.rename_source_key(name)
             if pattern is not None:
-                return ModelName(self._spelt(joined) + suffix, whole=False, renamed=True)
+                joined = self._spelt(joined)
+                single = expert_of(rule, name, pattern, joined) if joined.rpartition(".")[0] in self.experts else None
+                return ModelName((single or joined) + suffix, whole=single is not None, renamed=True)
         return ModelName(self._spelt(name) + suffix, renamed=name != before)
 
     def _spelt(self, name: str) -> str:
@@ -90,8 +95,9 @@ def naming_of(model: nn.Module, tensors: Iterable[str]) -> Naming:
 
         rules = get_model_conversion_mapping(model)
     modules = frozenset(name for name, _ in model.named_modules() if name)
+    experts = frozenset(name for name, module in model.named_modules() if isinstance(module, UnstackedExperts))
     prefix = str(getattr(model, "base_model_prefix", ""))
-    return Naming(prefix, frozenset(tensors), modules, tuple(rules))
+    return Naming(prefix, frozenset(tensors), modules, experts, tuple(rules))
 
 
 def checkpoint_names(root: Path, naming: Naming, modules: Iterable[str]) -> dict[str, str]:

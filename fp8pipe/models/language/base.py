@@ -15,6 +15,7 @@ from fp8pipe.models.checkpoint.quantized.base import base_entries
 from fp8pipe.models.checkpoint.tensors import TensorEntry, read_tensor
 from fp8pipe.models.checkpoint.values import refuse_not_finite
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.experts import check_expert_counts
 from fp8pipe.models.language.structure import ModelStructure, Role, load_config, read_structure
 from fp8pipe.numerics.grids import same_bits
 
@@ -36,6 +37,7 @@ def check_base(directory: Path, origin: str) -> ModelStructure:
     table = structure.naming.table(entries)
     stored = {known.name: entries[name] for name, known in table.items() if known.whole}
     joined = {known.name for known in table.values() if not known.whole}
+    check_expert_counts(origin, structure.tensors, stored)
     fix = "complete the download, or use the config.json that belongs to these weights"
     if missing := [name for name in structure.tensors if _is_missing(name, structure, stored, joined)]:
         raise ConfigurationError(

@@ -24,6 +24,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.checkpoint.blame import unusable
 from fp8pipe.models.checkpoint.names import Naming, naming_of
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.experts import call_every_expert, find_routers, unstack_experts
 from fp8pipe.models.language.probing import watch_pass
 from fp8pipe.models.settings import check_config
 
@@ -40,6 +41,7 @@ class Role(StrEnum):
     LINEAR = "linear"
     CONV1D = "conv1d"
     EMBEDDING = "embedding"
+    ROUTER = "router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class ModelStructure:
 
     @property
     def projections(self) -> dict[str, Role]:
-        """Linear and Conv1D modules: what the engine builds as a linear layer."""
+        """Linear, Conv1D and router modules: what the engine builds as a linear layer."""
         return {m: r for m, r in self.roles.items() if r is not Role.EMBEDDING}
 
     @property
@@ -97,6 +99,8 @@ class ModelStructure:
     def _reason(self, module: str) -> str | None:
         if module == self.output_head:
             return "output head"
+        if self.roles[module] is Role.ROUTER:
+            return "router: one code more or less would send tokens to other experts"
         if module in self.shared:
             return "weight tied to another module"
         if not self.in_decoder(module):
@@ -143,6 +147,10 @@ class ModelStructure:
         inside = not self.decoder or module == self.decoder or module.startswith(self.decoder + ".")
         return inside and module != self.output_head
 
+    def is_expert(self, module: str | None) -> bool:
+        """Whether a module belongs to an unstacked expert."""
+        return module is not None and any(module.startswith(f"{layer}.") for layer in self.naming.experts)
+
     def probed(self, model: nn.Module) -> ModelStructure:
         """The structure with what a pass of a few tokens shows: `unusable` linears and `input_groups`.
 
@@ -150,7 +158,9 @@ class ModelStructure:
             ConfigurationError: the model does not run on token ids alone.
         """
         asked = self.trainable
-        seen = watch_pass(model, asked, tuple(self.roles))
+        leaves = tuple(name for name, role in self.roles.items() if role is not Role.ROUTER)
+        with call_every_expert(model):
+            seen = watch_pass(model, asked, leaves)
         usable = [tuple(name for name in group if name not in seen.unusable) for group in seen.groups]
         return replace(self, unusable=seen.unusable, input_groups=tuple(group for group in usable if group))
 
@@ -160,11 +170,13 @@ def structure_of(model: nn.Module) -> ModelStructure:
     import_transformers()
     from transformers.pytorch_utils import Conv1D
 
+    routers = find_routers(model)
     kinds = ((nn.Linear, Role.LINEAR), (Conv1D, Role.CONV1D), (nn.Embedding, Role.EMBEDDING))
     roles: dict[str, Role] = {}
     loose: list[str] = []
     for name, module in model.named_modules():
         role = next((role for kind, role in kinds if isinstance(module, kind)), None)
+        role = Role.ROUTER if name in routers else role
         if role is not None:
             roles[name] = role
             continue
@@ -205,7 +217,9 @@ def read_structure(directory: Path) -> ModelStructure:
     """
     config = load_config(directory)
     with torch.device("meta"):
-        return structure_of(model_class(config)._from_config(config))
+        model = model_class(config)._from_config(config)
+        unstack_experts(model)
+        return structure_of(model)
 
 
 def load_config(directory: Path) -> PretrainedConfig:
@@ -279,5 +293,5 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
 
 
 def _identity(parameter: Tensor) -> int:
-    """Equal for tied weights; on the meta device, where storage has no address, the object itself."""
-    return parameter.data_ptr() or id(parameter)
+    """Equal for tied weights; the object itself where storage has no address (on the meta device, or a fake one)."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)

@@ -1,6 +1,7 @@
 """The two checkpoint families, as replacements in vLLM's table of quantization methods.
 
-"compressed-tensors": the scheme is chosen per layer; FP8 ones are taken over, all others pass on to vLLM.
+"compressed-tensors": the scheme is chosen per layer; FP8 ones are taken over, experts with one scale per row too
+(`experts`), all others pass on to vLLM.
 "fp8": linear layers are taken over; mixture-of-experts and attention pass on to vLLM.
 
 `_get_scheme_from_parts` is private to vLLM; overriding it is what the version check is for.
@@ -14,6 +15,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from torch import Tensor
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -37,6 +39,7 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter, PerTensorSca
 
 from fp8pipe_vllm_cpu import Settings
 from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, Activations, Granularity, dequantize, round_trip
+from fp8pipe_vllm_cpu.experts import CpuFp8MoEMethod, takes_over
 
 logger = init_logger("vllm.fp8pipe_cpu")
 
@@ -156,6 +159,20 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
             _announce("compressed-tensors")
             return CpuFp8Scheme(weight_quant, input_quant)
         return super()._get_scheme_from_parts(weight_quant, input_quant, output_quant, format, layer_name)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method of one layer (vLLM's interface): experts in FP8 are taken over, too."""
+        if isinstance(layer, RoutedExperts):
+            self._add_fused_moe_to_target_scheme_map()
+            names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+            schemes = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in names]
+            scheme = schemes[0]
+            if scheme is not None and all(other == scheme for other in schemes):
+                weights, inputs = scheme.get("weights"), scheme.get("input_activations")
+                if takes_over(weights, inputs):
+                    _announce("compressed-tensors")
+                    return CpuFp8MoEMethod(layer.moe_config, _declared_activations(inputs))
+        return super().get_quant_method(layer, prefix)
 
 
 @register_weight_loader_v2_supported_method

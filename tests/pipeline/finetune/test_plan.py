@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from exporters.tensorrt.language.source import open_language
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.cli.tune import next_export
@@ -37,16 +41,20 @@ def mixture(make_base):
     return path
 
 
-def test_experts_are_told_at_plan_and_at_start_and_refused_by_the_export(mixture, pairs, tmp_path):
+def test_experts_are_planned_trained_and_exported_one_by_one(mixture, pairs, tmp_path):
     plan = plan_finetune(config(mixture, pairs))
-    warning = plan.notes[0]
-    assert "experts" in warning
-    assert "--format bf16" in warning
-    assert warning in plan.text()
+    assert plan.facts["layers"] == 4 + 2 * 3  # attention, and two experts of three projections
     artifact = finetune(config(mixture, pairs), tmp_path / "out")
-    assert warning in artifact.manifest.warnings
-    with pytest.raises(LintRefusedError, match="unknown-matrix"):
-        export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
+    export = export_vllm(artifact.root, tmp_path / "export", VllmExportOptions())
+    stored = load_file(export.root / "model.safetensors")
+    for leaf in ("w1", "w2", "w3"):
+        name = f"model.layers.0.block_sparse_moe.experts.1.{leaf}.weight"
+        assert stored[name].dtype is torch.float8_e4m3fn
+        assert stored[f"{name}_scale"].shape == (stored[name].shape[0], 1)
+    block = json.loads((export.root / "config.json").read_text())["quantization_config"]
+    assert block["ignore"] == ["lm_head", "model.layers.0.block_sparse_moe.gate"]
+    with pytest.raises(LintRefusedError, match="expert"):
+        open_language(artifact.root)
 
 
 def test_sides_that_no_fp8_kernel_takes_are_told_before_the_first_step(make_base, pairs, tmp_path, gpu_here):

@@ -9,6 +9,7 @@ from torch import nn
 
 from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.experts import unstack_experts
 from fp8pipe.models.language.structure import structure_of
 
 
@@ -64,6 +65,8 @@ def test_a_plan_sees_what_the_run_sees(name: str) -> None:
     live = build(one)
     with torch.device("meta"):
         paper = type(live)._from_config(live.config)
+    for model in (live, paper):
+        unstack_experts(model)
     seen, told = (structure_of(model).probed(model) for model in (live, paper))
     assert told.input_groups == seen.input_groups
     assert told.left_out == seen.left_out

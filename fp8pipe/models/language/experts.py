@@ -1,0 +1,236 @@
+"""Experts of a mixture, one linear layer each, as checkpoints and engines name them.
+
+transformers holds the experts of a layer stacked, one tensor for all of them; checkpoints store them one by one, and
+engines read them one by one. Unstacked, each expert's projections are linear layers like any other: they are found,
+trained, rounded, recorded and exported by the same code, each with its own scale and adapter, and an expert that no
+token reaches has no gradient and stays as it is. Only families whose checkpoints store experts one by one are
+unstacked; the others keep their stacked tensors, which are not quantized.
+
+Which module is a router is seen, not read from its name: it stands beside the experts and has one row for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.compat import import_transformers
+
+__all__ = [
+    "UnstackedExperts", "call_every_expert", "check_expert_counts", "expert_of", "find_routers", "in_experts",
+    "unstack_experts",
+]  # fmt: skip
+
+_PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_MERGE: Final = "MergeModulelist"  # transformers' operation that stacks what a checkpoint stores one by one
+_CONCATENATE: Final = "Concatenate"
+
+
+class Expert(nn.Module):
+    """One expert: `down(act(gate(x)) * up(x))`; the product is its layer's affair."""
+
+    def __init__(self, projections: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, weight in projections.items():
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            self.add_module(name, linear)
+
+
+class UnstackedExperts(nn.Module):
+    """The experts of one layer as modules `0`, `1`, ..., run one after the other on the tokens that reach them.
+
+    Attributes:
+        call_all: experts that no token reaches are called, too, with no tokens.
+    """
+
+    num_experts: int
+    call_all: bool = False
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            hidden_states: `(tokens, hidden)`.
+            top_k_index: int64 `(tokens, k)`, experts of each token; `num_experts` stands for none.
+            top_k_weights: `(tokens, k)`.
+
+        Returns:
+            `(tokens, hidden)`, dtype of `hidden_states`.
+        """
+        summed = torch.zeros_like(hidden_states)
+        reached = range(self.num_experts) if self.call_all else top_k_index.unique().tolist()
+        for number in reached:
+            if number == self.num_experts:
+                continue
+            place, token = torch.where((top_k_index == number).t())
+            expert: Any = self.get_submodule(str(number))
+            x = hidden_states[token]
+            inner = self._gated(expert.gate_proj(x), expert.up_proj(x))
+            weighted = expert.down_proj(inner) * top_k_weights[token, place, None]
+            summed.index_add_(0, token, weighted.to(summed.dtype))
+        return summed
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """As the family's own code has it, which takes both in one tensor."""
+        product: Tensor = self._apply_gate(torch.cat([gate, up], dim=-1))  # type: ignore[operator]
+        return product
+
+
+def unstack_experts(model: nn.Module) -> tuple[str, ...]:
+    """Unstack, in place, all experts whose checkpoint stores them one by one; no weight is copied.
+
+    Args:
+        model: of transformers, live or on the meta device.
+
+    Returns:
+        Names of the modules that hold experts now unstacked.
+    """
+    if not isinstance(model, import_transformers().PreTrainedModel):
+        return ()
+    stored_singly = _stored_singly(model)
+    names = []
+    for name, module in model.named_modules():
+        if not isinstance(module, UnstackedExperts) and stored_singly(name) and _is_plain(module):
+            names.append(name)
+    for name in names:
+        _unstack(model.get_submodule(name))
+    return tuple(names)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a module is a stack of gated experts without biases, each weight stored `(out, in)`."""
+    own = dict(module.named_parameters(recurse=False))
+    if own.keys() != _PROJECTIONS.keys() or any(parameter.dim() != 3 for parameter in own.values()):
+        return False
+    told = [getattr(module, flag, None) for flag in ("has_gate", "is_concatenated", "is_transposed", "has_bias")]
+    joined, down = own["gate_up_proj"].shape, own["down_proj"].shape
+    fits = joined[0] == down[0] == getattr(module, "num_experts", None) and joined[1:] == (2 * down[2], down[1])
+    return told == [True, True, False, False] and not getattr(module, "has_post_expert_norm", False) and fits
+
+
+def _stored_singly(model: Any) -> Callable[[str], bool]:
+    """Whether the family's checkpoints store the experts of a module one by one, by transformers' own rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rules = [rule for rule in get_model_conversion_mapping(model) if hasattr(rule, "operations")]
+    targets = {leaf: [target for rule in rules if _joins_experts(rule) for target in rule.target_patterns
+                      if target.endswith(leaf)] for leaf in _PROJECTIONS}  # fmt: skip
+
+    def stored(name: str) -> bool:
+        return all(any(f".{name}.{leaf}".endswith(t.lstrip("^")) for t in found) for leaf, found in targets.items())
+
+    return stored
+
+
+def _joins_experts(rule: Any) -> bool:
+    """Whether a rule of transformers stacks experts, and does nothing else but to put gate and up together."""
+    kinds = [type(operation).__name__ for operation in rule.operations]
+    sources = len(rule.source_patterns)
+    return (kinds, sources) in (([_MERGE], 1), ([_MERGE, _CONCATENATE], 2))
+
+
+def _unstack(module: Any) -> None:
+    joined, down = module.gate_up_proj.detach(), module.down_proj.detach()
+    del module.gate_up_proj, module.down_proj
+    kind = type(module)
+    module.__class__ = type(f"Unstacked{kind.__name__}", (UnstackedExperts, kind), {})
+    for number in range(joined.shape[0]):
+        gate, up = joined[number].chunk(2)
+        weights = {"gate_proj": gate, "up_proj": up, "down_proj": down[number]}
+        module.add_module(str(number), Expert(weights))
+
+
+def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
+    """The unstacked weight that a stored tensor is; None where it is no expert's.
+
+    Args:
+        rule: of transformers, which stacks.
+        stored: name of the tensor, as far as other rules have renamed it.
+        pattern: the source pattern of `rule` that it matches.
+        joined: the model's name of the stacked tensor.
+    """
+    module, _, leaf = joined.rpartition(".")
+    sources = list(rule.source_patterns)
+    if leaf not in _PROJECTIONS or not _joins_experts(rule) or len(sources) != len(_PROJECTIONS[leaf]):
+        return None
+    number = re.search(pattern.replace("*.", r"(\d+)\."), stored)
+    return None if number is None else f"{module}.{number[1]}.{_PROJECTIONS[leaf][sources.index(pattern)]}.weight"
+
+
+def find_routers(model: nn.Module) -> frozenset[str]:
+    """Modules that decide which experts a token goes to: beside the experts, with a matrix of one row for each."""
+    routers = set()
+    for name, module in model.named_modules():
+        count = _expert_count(module)
+        if count is None or not name:
+            continue
+        parent = name.rpartition(".")[0]
+        for child, sibling in model.get_submodule(parent).named_children():
+            weight = dict(sibling.named_parameters(recurse=False)).get("weight")
+            if sibling is not module and weight is not None and weight.dim() == 2 and weight.shape[0] == count:
+                routers.add(f"{parent}.{child}")
+    return frozenset(routers)
+
+
+def _expert_count(module: nn.Module) -> int | None:
+    if isinstance(module, UnstackedExperts):
+        return module.num_experts
+    counts = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None  # one alone may be a convolution's kernel
+
+
+def in_experts(model: nn.Module, name: str) -> bool:
+    """Whether a module, by its name, belongs to an unstacked expert."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:end])), UnstackedExperts) for end in range(len(parts)))
+
+
+@contextmanager
+def call_every_expert(model: nn.Module) -> Iterator[None]:
+    """While active, experts that no token reaches are called with no tokens, so that a pass shows all of them."""
+    layers = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
+    for layer in layers:
+        layer.call_all = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.call_all = False
+
+
+def check_expert_counts(origin: str, declared: Iterable[str], stored: Iterable[str]) -> None:
+    """Refuse a checkpoint with another number of experts than its config.json declares.
+
+    Args:
+        origin: the model, in messages.
+        declared: names of the model's tensors, experts unstacked.
+        stored: the model's names of the tensors in the checkpoint.
+
+    Raises:
+        ConfigurationError: naming both numbers.
+    """
+    wanted, found = _counts(declared), _counts(stored)
+    for layer, count in wanted.items():
+        if layer in found and found[layer] != count:
+            raise ConfigurationError(
+                f"{origin} holds {found[layer]} experts in {layer}, and its config.json declares {count}",
+                why="every expert must be there, and the router has one row for each",
+                fix="complete the download, or use the config.json that belongs to these weights",
+            )
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    """Experts by the module that holds them."""
+    numbers: dict[str, set[str]] = {}
+    leaves = "|".join(leaf for group in _PROJECTIONS.values() for leaf in group)
+    for name in names:
+        if match := re.fullmatch(rf"(.+)\.(\d+)\.(?:{leaves})\.weight", name):
+            numbers.setdefault(match[1], set()).add(match[2])
+    return {layer: len(found) for layer, found in numbers.items()}

@@ -1,0 +1,115 @@
+"""FP8 experts of a mixture, dequantized at load as linear layers are, and run by vLLM's unquantized CPU kernel.
+
+vLLM holds the experts of a layer as two stacks, `w13` (gate above up) and `w2` (down), with one scale per row of each
+expert. Its loader fills them from the checkpoint's tensors, one expert at a time; afterwards each expert is multiplied
+by its scales exactly as a linear layer is (`dequantize`), and the stacks are handed to vLLM.
+
+Rounded activations are emulated where they are asked for: no kernel of vLLM's for CPUs rounds between the products, so
+experts then run one after the other in torch, as `FP8PIPE_VLLM_ACTIVATIONS=quant` is a check and not a way to serve.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEConfig,
+    FusedMoeWeightScaleSupported,
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.utils import set_weight_attrs
+
+from fp8pipe_vllm_cpu import Settings
+from fp8pipe_vllm_cpu.dequantize import UNSET_SCALE, Activations, dequantize, round_trip
+
+__all__ = ["CpuFp8MoEMethod", "takes_over"]
+
+_STACKS = ("w13", "w2")
+
+
+def takes_over(weights: QuantizationArgs | None, inputs: QuantizationArgs | None) -> bool:
+    """Whether experts of this scheme are served here: FP8 weights with one scale per row."""
+    known = weights is not None and weights.num_bits == 8 and weights.type == "float" and bool(weights.symmetric)
+    return known and weights is not None and not weights.dynamic and weights.strategy == QuantizationStrategy.CHANNEL
+
+
+class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
+    """Experts of a compressed-tensors checkpoint with FP8 weights, one scale per row.
+
+    Args:
+        moe: vLLM's description of the layer.
+        activations: how activations are quantized by the checkpoint.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, activations: Activations) -> None:
+        super().__init__(moe)
+        self.activations = activations
+        self.settings = Settings.from_environment()
+
+    def create_weights(
+        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+        params_dtype: torch.dtype, **attributes: Any,
+    ) -> None:  # fmt: skip
+        """Register codes and scales of both stacks for vLLM's loader, and biases where the layer has them."""
+        inner = intermediate_size_per_partition
+        shapes = {"w13": (2 * inner if self.moe.is_act_and_mul else inner, hidden_size), "w2": (hidden_size, inner)}
+        layer.orig_dtype = params_dtype
+        for stack, (rows, columns) in shapes.items():
+            codes = torch.empty(num_experts, rows, columns, dtype=torch.float8_e4m3fn)
+            scale = torch.full((num_experts, rows, 1), UNSET_SCALE, dtype=torch.float32)
+            tensors = [("weight", codes, {}), ("weight_scale", scale, {"quant_method": _CHANNEL})]
+            if self.moe.has_bias:
+                tensors.append(("bias", torch.zeros(num_experts, rows, dtype=params_dtype), {}))
+            for leaf, tensor, more in tensors:
+                parameter = torch.nn.Parameter(tensor, requires_grad=False)
+                layer.register_parameter(f"{stack}_{leaf}", parameter)
+                set_weight_attrs(parameter, attributes | more)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Replace codes and scales by the dequantized stacks and hand them to vLLM's kernel.
+
+        Raises:
+            ValueError: a scale is missing, zero, negative or not finite; the message names layer and expert.
+        """
+        for stack in _STACKS:
+            codes, scales = layer._parameters.pop(f"{stack}_weight"), layer._parameters.pop(f"{stack}_weight_scale")
+            stacked = torch.empty(codes.shape, dtype=layer.orig_dtype)
+            for number in range(codes.shape[0]):
+                try:
+                    widths = [codes.shape[1]]
+                    stacked[number] = dequantize(codes[number], scales[number], widths, dtype=layer.orig_dtype)
+                except ValueError as error:
+                    name = getattr(layer, "layer_name", "a layer")
+                    raise ValueError(f"{name}: {stack} of expert {number}: {error}") from error
+            layer.register_parameter(f"{stack}_weight", torch.nn.Parameter(stacked, requires_grad=False))
+        if not self.settings.quantize_activations:
+            super().process_weights_after_loading(layer)
+
+    def apply(
+        self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Any:  # fmt: skip
+        """The weighted sum of each token's experts: x `(tokens, hidden)`, weights and ids `(tokens, k)`."""
+        if not self.settings.quantize_activations:
+            return super().apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        return self._rounded(layer, x, topk_weights, topk_ids)
+
+    def _rounded(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        if layer.activation != MoEActivation.SILU:
+            raise NotImplementedError(f"rounded activations are emulated for SiLU alone, not for {layer.activation}")
+        summed = torch.zeros(x.shape)
+        for number in topk_ids.unique().tolist():
+            token, place = torch.where(topk_ids == number)
+            inputs = round_trip(x[token], self.activations)
+            gate, up = torch.nn.functional.linear(inputs, layer.w13_weight[number]).chunk(2, dim=-1)
+            inner = round_trip(torch.nn.functional.silu(gate) * up, self.activations)
+            product = torch.nn.functional.linear(inner, layer.w2_weight[number])
+            summed.index_add_(0, token, product.float() * topk_weights[token, place, None].float())
+        return summed.to(x.dtype)
+
+
+_CHANNEL = FusedMoeWeightScaleSupported.CHANNEL.value

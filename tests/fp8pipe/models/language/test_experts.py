@@ -1,0 +1,130 @@
+"""Unstacked experts: the numbers of transformers' own, the names of checkpoints, and routers seen by their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from language_models import ARCHITECTURES, build, write
+from safetensors.torch import load_file, save_file
+
+from exporters.vllm.export import plan_export
+from exporters.vllm.options import VllmExportOptions
+from fp8pipe.core.errors import ConfigurationError
+from fp8pipe.models.checkpoint.names import naming_of
+from fp8pipe.models.compat import import_transformers
+from fp8pipe.models.language.base import check_base
+from fp8pipe.models.language.experts import UnstackedExperts, call_every_expert, find_routers, unstack_experts
+from fp8pipe.models.language.structure import structure_of
+
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3")
+
+
+def experts_of(model: torch.nn.Module) -> UnstackedExperts:
+    return next(module for module in model.modules() if isinstance(module, UnstackedExperts))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_model_says_what_it_said(name: str) -> None:
+    model = build(ARCHITECTURES[name]).float()
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        assert unstack_experts(model)
+        after = model(input_ids=ids).logits
+    # Gate and up are two products now where they were one: sums of 64 numbers in another order.
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert unstack_experts(model) == ()  # once is enough
+
+
+def test_all_experts_with_equal_weights_are_a_dense_layer() -> None:
+    model = build(ARCHITECTURES["mixtral"]).float()
+    unstack_experts(model)
+    experts, x = experts_of(model), torch.randn(7, 64)
+    dense = torch.zeros_like(x)
+    for number in range(4):
+        one = experts.get_submodule(str(number))
+        gate, up = x @ one.gate_proj.weight.t(), x @ one.up_proj.weight.t()
+        dense += 0.25 * ((torch.nn.functional.silu(gate) * up) @ one.down_proj.weight.t())
+    found = experts(x, torch.arange(4).expand(7, 4), torch.full((7, 4), 0.25))
+    assert torch.equal(found, dense)
+
+
+def test_an_expert_that_no_token_reaches_is_not_run_unless_all_are_asked_for() -> None:
+    model = build(ARCHITECTURES["mixtral"]).float()
+    unstack_experts(model)
+    experts, x = experts_of(model), torch.randn(3, 64)
+    called = []
+    for number in range(4):
+        experts.get_submodule(f"{number}.gate_proj").register_forward_pre_hook(
+            lambda _, args, number=number: called.append((number, len(args[0])))
+        )
+    chosen, weights = torch.tensor([[2, 0], [2, 4], [2, 4]]), torch.ones(3, 2)  # 4 stands for none
+    first = experts(x, chosen, weights)
+    assert called == [(0, 1), (2, 3)]
+    called.clear()
+    with call_every_expert(model):
+        assert torch.equal(experts(x, chosen, weights), first)
+    assert called == [(0, 1), (1, 0), (2, 3), (3, 0)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_of_a_checkpoint_is_one_of_the_unstacked_model(name: str, tmp_path: Path) -> None:
+    model = build(ARCHITECTURES[name])
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    unstack_experts(model)
+    state = model.state_dict()
+    table = naming_of(model, state).table(stored)
+    assert all(known.whole for known in table.values())
+    assert all(torch.equal(stored[theirs], state[known.name]) for theirs, known in table.items())
+    assert {known.name for known in table.values()} >= {name for name in state if ".experts." in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "routers"),
+    [("mixtral", {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}), ("deepseek_v3", {"model.layers.1.mlp.gate"}),
+     ("gpt_oss", {"model.layers.0.mlp.router", "model.layers.1.mlp.router"}),
+     ("jamba", {"model.layers.1.feed_forward.router"}), ("llama", set())],
+)  # fmt: skip
+def test_routers_are_found_by_their_place_and_never_trained(name: str, routers: set[str]) -> None:
+    model = build(ARCHITECTURES[name])
+    assert find_routers(model) == routers
+    unstack_experts(model)
+    structure = structure_of(model)
+    assert find_routers(model) == routers
+    assert {module for module, why in structure.left_out.items() if why.startswith("router")} == routers
+
+
+def test_what_is_stored_stacked_stays_stacked() -> None:
+    assert unstack_experts(build(ARCHITECTURES["gpt_oss"])) == ()
+    assert unstack_experts(torch.nn.Linear(2, 2)) == ()
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_another_number_of_experts_than_declared_is_refused_with_both(count: int, tmp_path: Path) -> None:
+    base = write(ARCHITECTURES["qwen3_moe"], tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    one = {name: value for name, value in tensors.items() if "layers.1.mlp.experts.3." in name}
+    for name, value in one.items():
+        if count == 3:
+            del tensors[name]
+        else:
+            tensors[name.replace("experts.3.", "experts.4.")] = value.clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=rf"{count} experts in model\.layers\.1\.mlp\.experts.* declares 4"):
+        check_base(base, "my model")
+    with pytest.raises(ConfigurationError, match=f"{count} experts"):
+        plan_export(base, VllmExportOptions())
+
+
+def test_on_paper_no_two_experts_are_taken_for_one() -> None:
+    one = ARCHITECTURES["mixtral"]
+    transformers = import_transformers()
+    with torch.device("meta"):
+        paper = getattr(transformers, one.kind)._from_config(getattr(transformers, one.config)(**one.settings))
+    unstack_experts(paper)
+    structure = structure_of(paper)
+    assert structure.shared == frozenset()
+    assert len(structure.trainable) == one.trained

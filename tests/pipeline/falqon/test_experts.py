@@ -1,0 +1,118 @@
+"""Experts as FALQON layers: a layer of each expert's own, and nothing learned where no token went."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from language_models import ARCHITECTURES, build
+
+from fp8pipe.models.language.experts import UnstackedExperts, unstack_experts
+from pipeline.falqon.convert import convert_model
+from pipeline.falqon.layer import FalqonLinear
+from pipeline.falqon.method import FalqonMethod
+from pipeline.falqon.rules import Initialisation, update_rule
+from pipeline.finetune.loss import answer_loss
+
+RANK = 8
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+def mixture(**settings: object) -> torch.nn.Module:
+    one = ARCHITECTURES["mixtral"]
+    model = build(type(one)(one.kind, one.config, {**one.settings, **settings}))
+    unstack_experts(model)
+    return model
+
+
+def never_to(model: torch.nn.Module, expert: int) -> None:
+    """Lets no token go to one expert of each layer."""
+    for module in model.modules():
+        if isinstance(module, UnstackedExperts):
+            module.register_forward_pre_hook(
+                lambda _, args: (args[0], torch.where(args[1] == expert, (expert + 1) % 4, args[1]), args[2])
+            )
+
+
+def loss_of(model: torch.nn.Module) -> torch.Tensor:
+    return answer_loss(model, {"input_ids": IDS}, IDS, float(IDS.numel()))
+
+
+def method_of(rule: str) -> FalqonMethod:
+    chosen = Initialisation.RANDOMIZED_SVD
+    return FalqonMethod(update_rule(rule), rank=RANK, rows=None, initialisation=chosen, seed=0)
+
+
+def test_the_expert_layer_is_its_layers_run_one_by_one() -> None:
+    model = mixture()
+    method = method_of("live")
+    method.prepare(model)
+    for layer in method.layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.02)
+    experts = next(module for module in model.modules() if isinstance(module, UnstackedExperts))
+    x = torch.randn(7, 64, dtype=torch.bfloat16)
+    dense = torch.zeros_like(x)
+    for number in range(4):
+        joined, down = (
+            method.layers[f"model.layers.0.mlp.experts.{number}.{leaf}"] for leaf in ("gate_proj", "down_proj")
+        )
+        gate, up = joined.forward_parts(x, joined.parts)
+        dense += down(torch.nn.functional.silu(gate) * up) * 0.25
+    found = experts(x, torch.arange(4).expand(7, 4), torch.full((7, 4), 0.25, dtype=torch.bfloat16))
+    assert torch.equal(found, dense)
+
+
+@pytest.mark.parametrize("rule", ["live", "live-flush", "released"])
+def test_experts_without_a_token_keep_their_codes_and_others_do_not(rule: str) -> None:
+    model = mixture()
+    never_to(model, 1)
+    method = method_of(rule)
+    method.prepare(model)
+    before = {name: layer.weight_codes.clone() for name, layer in method.layers.items()}
+    optimizer = torch.optim.AdamW(method.parameters().values(), lr=0.05, weight_decay=0.1)
+    model.train()
+    for step in range(3):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        method.after_step(step, measure=False)
+    method.finish(model, lambda: [{"input_ids": IDS}])
+    kept = {name for name, layer in method.layers.items()
+            if torch.equal(before[name].view(torch.uint8), layer.weight_codes.view(torch.uint8))}  # fmt: skip
+    assert kept == {name for name in method.layers if ".experts.1." in name}
+    assert all(layer.lora_B.shape[1] == RANK for layer in method.layers.values())
+    assert len(method.deployed_weights()) == ARCHITECTURES["mixtral"].trained
+
+
+def test_the_gradient_initialisation_says_which_experts_it_knows_nothing_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = mixture()
+    never_to(model, 2)
+    groups, _ = convert_model(
+        model, update_rule("live"), RANK, Initialisation.GRADIENT, 0, losses=lambda: [loss_of(model)]
+    )
+    (told,) = [message for message in caplog.messages if "no token" in message]
+    assert "4 layer(s)" in told  # gate with up, and down, of two layers
+    assert "experts.2." in told
+    layers = {group.name: group.layer for group in groups}
+    for name, layer in layers.items():
+        assert isinstance(layer, FalqonLinear)
+        assert torch.linalg.matrix_rank(layer.adapter_codes.float()) == RANK, name
+
+
+def test_the_auxiliary_loss_is_the_models_own() -> None:
+    plain, asked = mixture(), mixture(output_router_logits=True, router_aux_loss_coef=0.5)
+    with torch.no_grad():
+        outputs = asked(input_ids=IDS, labels=IDS)
+        plain_outputs = plain(input_ids=IDS, labels=IDS)
+        theirs = outputs.loss - plain_outputs.loss
+        assert float(theirs) > 0.1
+        for model in (plain, asked):
+            model.train()
+        answers = float(IDS[:, 1:].numel())
+        ours = answer_loss(asked, {"input_ids": IDS}, IDS, answers) - answer_loss(
+            plain, {"input_ids": IDS}, IDS, answers
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)  # bf16 logits are summed in another order
+        asked.eval()
+        assert torch.equal(
+            answer_loss(asked, {"input_ids": IDS}, IDS), answer_loss(plain.eval(), {"input_ids": IDS}, IDS)
+        )

@@ -1,0 +1,158 @@
+"""Experts in a real vLLM: each one's codes are read back, and experts that were swapped or scaled are named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifact_tree import rehash
+from breadth import only_long
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import write_plain
+
+from exporters.vllm.environment import find_vllm_python, last_lines
+from exporters.vllm.export import export_vllm
+from exporters.vllm.options import VllmExportOptions
+from fp8pipe.artifact import open_artifact
+from fp8pipe.artifact.record import ExportRejectedError
+from fp8pipe.core.errors import MissingCapabilityError
+from fp8pipe.models.compat import import_transformers
+from validation.vllm.expected import ExpectedWeights, Holding, plan_of, weight_report
+from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
+from validation.vllm.validate import validate_export
+
+HOST = Path(__file__).parents[2] / "serving" / "vllm_plugin" / "engine_host.py"
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+_SHAPE = {
+    "vocab_size": 260, "bos_token_id": 256, "eos_token_id": 256, "hidden_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
+}  # fmt: skip
+# vLLM's latent attention for CPUs takes keys of 576 features alone: 512 and the rotated 64.
+_MLA = {"q_lora_rank": 48, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}
+FAMILIES = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2,
+                                     "moe_intermediate_size": 64}),
+    "deepseek_v3": ("DeepseekV3Config", {**_MLA, "num_key_value_heads": 4, "moe_intermediate_size": 64,
+                                         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+                                         "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+                                         "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+}  # fmt: skip
+LAYER, PROJECTIONS = "model.layers.1.mlp.experts", ("gate_proj", "up_proj", "down_proj")
+
+
+def write_model(folder: Path, name: str) -> Path:
+    transformers = import_transformers()
+    torch.manual_seed(3)
+    config, more = FAMILIES[name]
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**_SHAPE | more))
+    for parameter in model.parameters():  # no two equal: zeros and ones could stand for each other
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return write_plain(folder, model)
+
+
+def swapped(export: Path, copy: Path) -> list[str]:
+    """A copy with two experts in each other's place, scales and all; names of what is wrong then."""
+    shutil.copytree(export, copy)
+    found = load_file(export / "model.safetensors")
+    for leaf in PROJECTIONS:
+        for end in ("weight", "weight_scale"):
+            one, other = (f"{LAYER}.{number}.{leaf}.{end}" for number in (1, 2))
+            found[one], found[other] = found[other], found[one]
+    save_file(found, copy / "model.safetensors", metadata={"format": "pt"})
+    return sorted(f"{LAYER}.{number}.{leaf}.weight" for number in (1, 2) for leaf in PROJECTIONS)
+
+
+def scaled(export: Path, copy: Path) -> list[str]:
+    """A copy in which one expert's scales are doubled; its name."""
+    shutil.copytree(export, copy)
+    found = load_file(export / "model.safetensors")
+    found[f"{LAYER}.3.down_proj.weight_scale"].mul_(2)
+    save_file(found, copy / "model.safetensors", metadata={"format": "pt"})
+    return [f"{LAYER}.3.down_proj.weight"]
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    try:
+        return find_vllm_python()
+    except MissingCapabilityError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`qwen3_moe` and `export` of it, side by side."""
+    root = tmp_path_factory.mktemp("experts")
+    export_vllm(write_model(root / "qwen3_moe", "qwen3_moe"), root / "export", VllmExportOptions())
+    return root / "export"
+
+
+def probe(python: Path, folder: Path, digests: dict[str, Any], exports: dict[str, Path]) -> list[dict[str, Any]]:
+    """What engines tell of each export, all in one process: each start costs seconds; the last rounds activations."""
+    jobs = []
+    for name, place in exports.items():
+        dump = folder / f"{name}-differs"
+        dump.mkdir()
+        job = ProbeJob(str(place), [*PARITY_ARGUMENTS, "--max-model-len", "64"], digests, [[3, 4, 5]], products=True)
+        jobs.append({**asdict(job), "dump": str(dump), "result": str(folder / "result.json")})
+    jobs[-1]["environment"] = {"FP8PIPE_VLLM_ACTIVATIONS": "quant"}
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    with (folder / "log").open("wb") as log:
+        command = [str(python), "-P", str(HOST), str(PROBE), str(folder / "jobs.json")]
+        subprocess.run(command, stdout=log, stderr=log, env=in_process(), check=False, timeout=1800)
+    assert (folder / "result.json").is_file(), last_lines(folder / "log", 60)
+    results: list[dict[str, Any]] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert not any("error" in result for result in results), last_lines(folder / "log", 80)
+    return results
+
+
+def test_every_expert_is_read_back_and_a_wrong_one_is_named(export: Path, python: Path, tmp_path: Path) -> None:
+    artifact = open_artifact(export)
+    expected = ExpectedWeights(artifact, plan_of(artifact, export.parent / "qwen3_moe"))
+    digests = {tensor.name: tensor.digests() for tensor in expected}
+    places = {"right": export, "swapped": tmp_path / "swapped", "scaled": tmp_path / "scaled", "rounded": export}
+    wrong = {"swapped": swapped(export, places["swapped"]), "scaled": scaled(export, places["scaled"])}
+    for name, result in zip(places, probe(python, tmp_path, digests, places), strict=True):
+        report = weight_report(expected, digests, Holding(torch.float32), result)
+        assert sorted(report.different) == wrong.get(name, []), name
+        assert (report.missing, report.unexplained) == ([], [])
+        experts = [told for place, told in result["layers"].items() if ".experts" in place]
+        assert [len(told["tensors"]) for told in experts] == [4 * 3] * 2
+        right, other = ("rounded", "plain") if name == "rounded" else ("plain", "rounded")
+        assert all(told[f"error_{right}"] <= 1 < told[f"error_{other}"] for told in experts), name
+
+
+@only_long
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_whole_validation_accepts(name: str, python: Path, tmp_path: Path) -> None:
+    export_vllm(write_model(tmp_path / name, name), tmp_path / "export", VllmExportOptions())
+    record = validate_export(tmp_path / "export", against=tmp_path / name, prompts=["Hello"], max_tokens=2)
+    assert record.verdict == "ACCEPT"
+
+
+@only_long
+def test_of_deepseek_every_weight_is_right_though_vllm_computes_otherwise(python: Path, tmp_path: Path) -> None:
+    """On a CPU its attention is not transformers' from the second token on, in bf16 exports either."""
+    export_vllm(write_model(tmp_path / "model", "deepseek_v3"), tmp_path / "export", VllmExportOptions())
+    with pytest.raises(ExportRejectedError) as caught:
+        validate_export(tmp_path / "export", against=tmp_path / "model", prompts=["Hello"], max_tokens=2)
+    about_weights = ("weights", "tensors", "unexplained", "products", "quantized", "layers", "error of products")
+    assert not [gate for gate in caught.value.record.gates if gate.name.startswith(about_weights) and not gate.passed]
+
+
+@only_long
+@pytest.mark.parametrize("change", [swapped, scaled])
+def test_a_whole_validation_rejects_by_name(change, export: Path, python: Path, tmp_path: Path) -> None:
+    names = change(export, tmp_path / "export")
+    rehash(tmp_path / "export")
+    with pytest.raises(ExportRejectedError) as caught:
+        validate_export(tmp_path / "export", against=export.parent / "qwen3_moe", prompts=["Hello"], max_tokens=2)
+    assert any(names[0] in reason for reason in caught.value.record.reasons), caught.value.record.reasons

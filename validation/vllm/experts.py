@@ -1,0 +1,141 @@
+"""Quantized experts of a mixture inside an engine: what was loaded, and whether they multiply by it.
+
+vLLM holds the experts of a layer as two stacks and packs them for a kernel of its own, which cannot be read back in
+general. So the stacks are read once their loader has filled them; and what each expert makes of a few tokens is worked
+out from them then, in plain torch, and compared with what the layer's own kernel makes of the same tokens later.
+
+A bound goes with each result: what a kernel may lose where it rounds to its dtype, adds in an order of its own, and,
+where it rounds inputs of products to E4M3, takes the neighbouring code of a number that lies between two.
+
+Runs inside vLLM's Python: torch and vLLM alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from validation.vllm.products import nearest_e4m3, round_inputs
+
+__all__ = ["Foreseen", "examine_experts", "foresee", "is_experts", "stacked_numbers"]
+
+_TOKENS: Final = 3  # of each expert
+_SEED: Final = 6
+_ROUNDOFF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+_ADDEND_LOSS: Final = 2.0**-13  # of FP8 tensor cores, of a sum's largest addend; see `products`
+_SLOPE: Final = 1.1  # largest derivative of SiLU
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What the experts of a layer must make of the tokens of `_tokens`: fp32 `(experts, tokens, hidden)` each.
+
+    Attributes:
+        plain, plain_bound: results, and how far a kernel may be off, where inputs stay as they are.
+        rounded, rounded_bound: the same where the inputs of both products are rounded to E4M3.
+    """
+
+    plain: Tensor
+    plain_bound: Tensor
+    rounded: Tensor
+    rounded_bound: Tensor
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module of vLLM holds experts."""
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    return isinstance(module, RoutedExperts)
+
+
+def stacked_numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`code * scale` of a loaded stack, rounded once to `dtype`: fp32 `(experts, rows, columns)`."""
+    return torch.stack([(one.cpu().float() * s.cpu().float()).to(dtype).float()
+                        for one, s in zip(codes.detach(), scale.detach(), strict=True)])  # fmt: skip
+
+
+def foresee(layer: Any) -> Foreseen | None:
+    """What the loaded experts of a layer must make of a few tokens; None where they are not gated by SiLU, or biased.
+
+    To be called before vLLM packs them.
+    """
+    if str(getattr(layer.activation, "value", layer.activation)) != "silu" or hasattr(layer, "w13_bias"):
+        return None
+    dtype = layer.moe_config.in_dtype
+    tokens = _tokens(layer.w13_weight.shape[2], dtype).float()
+    found: list[list[Tensor]] = [[], [], [], []]
+    for number in range(layer.w13_weight.shape[0]):
+        w13, w2 = ((getattr(layer, f"{stack}_weight")[number].detach().cpu().float()
+                    * getattr(layer, f"{stack}_weight_scale")[number].detach().cpu().float())
+                   for stack in ("w13", "w2"))  # fmt: skip
+        for place, rounds in ((0, False), (2, True)):
+            result, bound = _expected(tokens, w13, w2, _ROUNDOFF[dtype], rounds=rounds)
+            found[place].append(result)
+            found[place + 1].append(bound)
+    return Foreseen(*(torch.stack(parts) for parts in found))
+
+
+def examine_experts(layer: Any, foreseen: Foreseen) -> dict[str, Any]:
+    """Run each expert by itself on the tokens of `foresee`.
+
+    Returns:
+        `kernel`, `device` and `holds` as of a linear layer's kernel; `error_rounded` and `error_plain`: the largest
+        error of a result, as part of its bound, if inputs are rounded to E4M3 and if they are not; `codes` and
+        `codes_differing`, 0, and `rounding`, empty: no kernel of experts shows the codes of its inputs.
+    """
+    weight = layer.w13_weight
+    tokens = _tokens(foreseen.plain.shape[2], layer.moe_config.in_dtype).to(weight.device)
+    count, k = foreseen.plain.shape[0], int(layer.moe_config.experts_per_token)
+    errors = {"error_rounded": 0.0, "error_plain": 0.0}
+    for number in range(count):
+        # Further experts are asked too, as in service, and weigh nothing.
+        ids = ((torch.arange(k, device=weight.device) + number) % count).expand(len(tokens), k).contiguous()
+        weights = torch.zeros(len(tokens), k, device=weight.device)
+        weights[:, 0] = 1.0
+        made = layer.quant_method.apply(layer, tokens.clone(), weights, ids.to(torch.int32), None, None)
+        result = made.detach().cpu().float()
+        for way, bound in (("rounded", foreseen.rounded_bound), ("plain", foreseen.plain_bound)):
+            error = float(((result - getattr(foreseen, way)[number]).abs() / bound[number]).max())
+            errors[f"error_{way}"] = max(errors[f"error_{way}"], error, key=lambda value: (value != value, value))
+    inner = getattr(layer.quant_method, "moe_kernel", None)
+    kernel = layer.quant_method if inner is None else inner.fused_experts
+    one_byte = weight.dtype.itemsize == 1 or not weight.dtype.is_floating_point
+    holds = "codes" if weight.dtype is torch.float8_e4m3fn else "packed" if one_byte else "numbers"
+    told = {"kernel": type(kernel).__name__, "device": str(weight.device), "holds": holds}
+    return {**told, **errors, "codes": 0, "codes_differing": 0, "rounding": ""}
+
+
+def _tokens(columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(_TOKENS, columns, generator=torch.Generator().manual_seed(_SEED)).to(dtype)
+
+
+def _expected(x: Tensor, w13: Tensor, w2: Tensor, roundoff: float, *, rounds: bool) -> tuple[Tensor, Tensor]:
+    """`w2 (silu(gate x) * up x)` and how far a kernel may be off; fp32 `(tokens, hidden)` each."""
+    loss = _ADDEND_LOSS if rounds else 2.0**-24
+    x = round_inputs(x) if rounds else x
+    joined = x @ w13.t()
+    off = roundoff * joined.abs() + loss * (x.abs() @ w13.abs().t()) * (1 if rounds else x.shape[1] ** 0.5)
+    (gate, up), (gate_off, up_off) = joined.chunk(2, dim=-1), off.chunk(2, dim=-1)
+    activated = torch.nn.functional.silu(gate)
+    inner = activated * up
+    inner_off = _SLOPE * gate_off * (up.abs() + up_off) + activated.abs() * up_off + 3 * roundoff * inner.abs()
+    if rounds:
+        inner, inner_off = _rounded(inner, inner_off)
+    result = inner @ w2.t()
+    sums = inner.abs() @ w2.abs().t()
+    bound = inner_off @ w2.abs().t() + 3 * roundoff * result.abs() + 8 * loss * sums
+    return result, bound + torch.finfo(torch.bfloat16).tiny
+
+
+def _rounded(values: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+    """Values rounded to E4M3, one scale per token, and how far they may be off if what is rounded may be off so far."""
+    amax = values.abs().amax(dim=-1, keepdim=True)
+    wide = off.amax(dim=-1, keepdim=True) / amax  # of the scale, relative
+    scale = amax / 448.0
+    rounded = nearest_e4m3(values / scale) * scale
+    reach = off + wide * values.abs()
+    neighbours = [nearest_e4m3((values + sign * reach) / scale) * scale for sign in (-1, 1)]
+    return rounded, torch.stack([(n - rounded).abs() for n in neighbours]).amax(0) + wide * rounded.abs()
