@@ -33,7 +33,8 @@ Rows marked * run in the long test suite only (`FP8PIPE_TEST_BREADTH=long`).
 * Exports keep the tensor names of the original checkpoint, also where transformers renames or merges tensors on
   loading (GPT-NeoX, Gemma 3 and Qwen2.5-VL with images, experts).
 * `unknown-matrix`: the decoder has matrices that belong to no linear layer or embedding (experts that a checkpoint
-  holds stacked, state and convolution weights of Mamba), and how an engine stores them in an FP8 checkpoint is not known.
+  holds stacked, state and convolution weights of Mamba), and how an engine stores them in an FP8 checkpoint is not
+  known.
 
 This page is written by `python tests/support/architecture_table.py` from `tests/support/language_models.py`;
 `tests/pipeline/finetune/test_architectures.py` checks that the two agree, and runs every row.
