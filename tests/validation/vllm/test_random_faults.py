@@ -79,9 +79,11 @@ def test_a_random_fault_is_refused_by_name(found: dict[Case, Outcome], case: Cas
 @pytest.mark.parametrize("case", ALONE, ids=str)
 def test_an_engine_alone_finds_a_fault_in_weights(found_alone: dict[Case, Outcome], case: Case) -> None:
     outcome = found_alone[case]
-    assert outcome.caught in ("engine", "loading"), f"{outcome.fault.how}: {outcome.told}"
-    assert outcome.exit_code in (12, 14)
-    assert outcome.by_name, f"{outcome.fault.how}: {outcome.told}"
+    assert (outcome.caught, outcome.exit_code) in {("engine", 14), ("loading", 12)}, outcome.told
+    # What vLLM refuses to load it calls by its own names: qkv_proj for v_proj, and without the leading `model`.
+    block = ".".join(outcome.fault.named[0].removeprefix("model.").split(".")[:3])
+    named = outcome.by_name or (outcome.caught == "loading" and block in outcome.told)
+    assert named, f"{outcome.fault.how}: {outcome.told}"
 
 
 @only_long
