@@ -43,7 +43,7 @@ def not_proved(case: Case, served: ServedReport | None) -> list[str]:
     if case.plan is None:
         found.append("that the files hold what was exported: the source is not at hand (name it with --against)")
     if served is None:
-        found.append("what the engine computes: it was not started, since the files are not the source's")
+        found.append("what the engine computes: none ran to its end, since the export is not what it should be")
     if case.declared and not case.form.rounds_activations(case.environment):
         found.append(
             "FP8 kernels of a GPU, which round activations: this form does not" if case.environment.on_cpu

@@ -143,6 +143,22 @@ def test_an_attack_is_rejected_by_name(tree: Path, engine: Any, name: str) -> No
     assert any(named in reason for reason in record.reasons), record.reasons
 
 
+def test_an_engine_that_does_not_load_hides_no_name(tree: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's words name its own fused layer, while what is stated of the scale names the tensor."""
+
+    def refuse(*given: Any, **named: Any) -> Any:
+        raise BadArtifactError("vLLM failed on the export", why="qkv_proj has a scale below zero")
+
+    monkeypatch.setattr(comparison, "run_probe", refuse)
+    with pytest.raises(BadArtifactError, match="vLLM failed"):  # the export is right, and so nothing else to say
+        checked(tree / "copied")
+    tensors("copied", lambda found: found[f"{LAYER}_scale"].neg_())(tree)
+    record = checked(tree / "copied")
+    assert record.verdict == "REJECT"
+    assert any(LAYER in reason for reason in record.reasons), record.reasons
+    assert any("vLLM failed on the export" in line for line in record.not_proved)
+
+
 def test_files_that_are_not_the_sources_start_no_engine(tree: Path, engine: Any) -> None:
     made = engine()
     template("copied")(tree)
