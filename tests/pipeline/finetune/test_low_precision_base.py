@@ -14,7 +14,8 @@ from tiny_checkpoints import make_model, write_tokenizer
 from tuning_config import config
 
 from exporters.target import foresee
-from exporters.vllm.export import export_vllm, plan_vllm
+from exporters.vllm.dry_run import plan_vllm
+from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.kinds import LORA_KIND
@@ -98,7 +99,7 @@ def test_it_is_tuned_and_exported_as_the_values_it_stands_for(tmp_path: Path, pa
 
 
 def test_experts_are_decoded_before_transformers_stacks_them(tmp_path: Path) -> None:
-    """In the layout of DeepSeek-V3: experts lie apart in the checkpoint, each with its scales."""
+    """In the layout of DeepSeek-V3 experts lie apart in the checkpoint, each with its scales; so they are trained."""
     transformers = import_transformers()
     settings = transformers.DeepseekV3Config(
         vocab_size=260, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=2,
@@ -112,9 +113,16 @@ def test_experts_are_decoded_before_transformers_stacks_them(tmp_path: Path) -> 
     assert stored is not None
     assert stored.weights == 26
     ours = load_model(config(base, "unused", device="cpu"), resolve_model(str(base))).state_dict()
-    for name, tensor in read_back(base, transformers.FineGrainedFP8Config, every=True).items():
+    theirs = read_back(base, transformers.FineGrainedFP8Config, every=True)
+    stacked = "model.layers.1.mlp.experts"
+    for number, (joined, down) in enumerate(
+        zip(theirs.pop(f"{stacked}.gate_up_proj"), theirs.pop(f"{stacked}.down_proj"), strict=True)
+    ):
+        parts = dict(zip(("gate_proj", "up_proj"), joined.chunk(2), strict=True)) | {"down_proj": down}
+        theirs |= {f"{stacked}.{number}.{name}.weight": part for name, part in parts.items()}
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
-    assert ours["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 256, 128)
 
 
 def test_the_record_is_read_back_typed(tmp_path: Path) -> None:
