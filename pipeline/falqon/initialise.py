@@ -143,7 +143,8 @@ def gradient_sketches(
                     continue  # the gradient says nothing of it
                 try:
                     _, _, rotation = torch.linalg.svd(parts, full_matrices=False)
-                except torch.linalg.LinAlgError as error:  # NaN or infinity; a check of its own would wait for a GPU
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    # NaN or infinity; a check of its own would wait for a GPU.
                     raise _not_finite(group[0]) from error
                 directions[group[0]] = (rotation[:rank] @ ranges.at(group[0])).contiguous().cpu()
     return directions
