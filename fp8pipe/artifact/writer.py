@@ -254,6 +254,8 @@ def check_place(output: Path | str, *, force: bool, resume: bool = False) -> Non
     output = Path(output).absolute()
     _check_output(output, force)
     root = partial_of(output)
+    if root.is_symlink():  # what it points to is somebody's, and would be emptied
+        raise ConfigurationError(f"{root} is in the way", why="it is a link", fix="remove it, or give another output")
     if root.exists() and not resume:
         _check_disposable(root, output, force)
 

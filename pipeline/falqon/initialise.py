@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.experts import call_every_expert, in_experts
 from fp8pipe.numerics.grids import E4M3, row_blocks, stacked_scale
 from fp8pipe.numerics.kinds import ScaleRule
@@ -115,7 +116,7 @@ def gradient_sketches(
         batches reached.
 
     Raises:
-        ConfigurationError: another layer that no token of the batches reached.
+        ConfigurationError: another layer that no token of the batches reached, or gradients that are not finite.
         OutOfMemoryError: no room for the sums on the disk of temporary files.
     """
     device = next(model.parameters()).device
@@ -140,9 +141,21 @@ def gradient_sketches(
                 parts = torch.cat([sums.at(name) for name in group])
                 if in_experts(model, group[0]) and not bool(parts.any()):
                     continue  # the gradient says nothing of it
-                _, _, rotation = torch.linalg.svd(parts, full_matrices=False)
+                try:
+                    _, _, rotation = torch.linalg.svd(parts, full_matrices=False)
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    # NaN or infinity; a check of its own would wait for a GPU.
+                    raise _not_finite(group[0]) from error
                 directions[group[0]] = (rotation[:rank] @ ranges.at(group[0])).contiguous().cpu()
     return directions
+
+
+def _not_finite(name: str) -> ConfigurationError:
+    return ConfigurationError(
+        "the model's gradients are not finite before the first step",
+        why=f"NaN or infinity in the gradient of {name}: its outputs overflow on the training data",
+        fix="fetch the model again, or start from a checkpoint before its training diverged",
+    )
 
 
 class _Sketch:

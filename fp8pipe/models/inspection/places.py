@@ -23,6 +23,7 @@ _INDEX: Final = "model.safetensors.index.json"
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _PREPROCESSING: Final = ("preprocessing.json", "preprocessor_config.json", "processor_config.json")
 _FIX: Final = "fetch or write it again"
+_PACKED_BITS: Final = 4  # of packed codes, where no width is declared
 _ADAPTER: Final = "adapter.safetensors"  # no weights of the model itself
 
 
@@ -99,15 +100,24 @@ def _describe(contents: Contents, adapter: Adapter, *, alone: bool) -> None:
 
 
 def _method(config: Mapping[str, Any]) -> tuple[str, int]:
-    """How config.json calls the quantization, and the width of packed codes."""
-    block = config.get("quantization_config") or {}
-    method = str(block.get("quant_method", "plain"))
-    detail = block.get("format") or block.get("quant_algo") or block.get("fmt")
-    groups = block.get("config_groups") or {}
-    widths = [block.get("bits"), *((group.get("weights") or {}).get("num_bits") for group in groups.values())]
-    bits, size = next(filter(None, widths), 4), block.get("weight_block_size")
-    shown = [str(x) for x in (detail, f"blocks of {size[0]}x{size[1]}" if size else None) if x]
-    return method + (f" ({', '.join(shown)})" if shown else ""), int(bits)
+    """How config.json calls the quantization, and the width of packed codes; nothing there is taken for well-formed."""
+    declared = config.get("quantization_config") or {}
+    if not isinstance(declared, dict):
+        return "of an unknown form (quantization_config is no mapping)", _PACKED_BITS
+    method = str(declared.get("quant_method", "plain"))
+    detail = declared.get("format") or declared.get("quant_algo") or declared.get("fmt")
+    groups = declared.get("config_groups")
+    weights = [_mapping(group).get("weights") for group in _mapping(groups).values()]
+    widths = [declared.get("bits"), *(_mapping(one).get("num_bits") for one in weights)]
+    bits = next((x for x in widths if isinstance(x, int) and x > 0), _PACKED_BITS)
+    size = declared.get("weight_block_size")
+    blocks = f"blocks of {size[0]}x{size[1]}" if isinstance(size, list) and len(size) == 2 else f"blocks of {size!r}"
+    shown = [str(x) for x in (detail, blocks if size else None) if x]
+    return method + (f" ({', '.join(shown)})" if shown else ""), bits
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _as_base(root: Path, config: Mapping[str, Any]) -> str | None:
@@ -125,7 +135,8 @@ def _as_base(root: Path, config: Mapping[str, Any]) -> str | None:
 def _facts(root: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if config:
-        found["architecture"] = ", ".join(config.get("architectures") or []) or None
+        named = config.get("architectures")
+        found["architecture"] = ", ".join(map(str, named)) or None if isinstance(named, list) else named
         found["tokenizer"] = next((name for name in _TOKENIZERS if (root / name).is_file()), None)
         in_settings = "chat_template" in _json(root / "tokenizer_config.json")
         found["chat_template"] = in_settings or (root / "chat_template.jinja").is_file()

@@ -151,3 +151,13 @@ def test_no_output_may_lie_inside_an_artifact(tmp_path, inside):
     assert open_artifact(parent.root, verify=True).digest == parent.digest
     (tmp_path / "manifest.json").write_text("{}")  # of something else
     assert write(tmp_path / "beside").manifest.kind
+
+
+@pytest.mark.parametrize("options", [{}, {"force": True}, {"resume": True}], ids=str)
+def test_nothing_is_written_or_removed_through_a_link_in_the_place_of_the_unfinished_run(tmp_path, options):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    writing.partial_of(tmp_path / "out").symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigurationError, match="in the way"):
+        ArtifactWriter(tmp_path / "out", kind="falqon", stage="finetune", **options)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fake_cuda import fake_cuda
 
+from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.compat import import_transformers
 from pipeline.falqon import observed, sums
 from pipeline.falqon.convert import convert_model
@@ -112,6 +113,14 @@ def test_recomputed_layers_hold_no_inputs_until_their_backward_pass(monkeypatch)
             gradient_sketches(model, groups, losses, rank=8, seed=0)
             peaks.append(counter.peak - held)
     assert peaks[0] < peaks[1] / 3
+
+
+def test_gradients_that_are_not_finite_are_refused_with_the_layer(model):
+    model.requires_grad_(False)
+    model.model.layers[1].self_attn.o_proj.weight.fill_(1e38)  # finite, and what comes out of it is not
+    with pytest.raises(ConfigurationError, match="not finite before the first step") as refused:
+        gradient_sketches(model, GROUPS, losses_of(model), rank=4, seed=3)
+    assert GROUPS[0][0] in refused.value.why
 
 
 def test_a_seed_fixes_the_directions(model):

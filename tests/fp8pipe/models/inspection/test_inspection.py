@@ -201,3 +201,22 @@ def test_the_command_shows_a_foreign_checkpoint(tmp_path):
     assert document["contents"]["layers"][0]["saturated"] == 3 / 1024
     headers = json.loads(CliRunner().invoke(main, ["inspect", str(root), "--json", "--headers"]).stdout)
     assert headers["contents"]["layers"][0]["saturated"] is None
+
+
+@pytest.mark.parametrize(
+    ("declared", "form"),
+    [
+        ([1], "of an unknown form (quantization_config is no mapping)"),
+        ({"quant_method": 5, "weight_block_size": "128", "bits": "x"}, "5 (blocks of '128')"),
+        ({"quant_method": "x", "config_groups": {"group_0": "y"}}, "x"),
+        ({"quant_method": "x", "config_groups": {"group_0": {"weights": "y"}}}, "x"),
+        ({"quant_method": "x", "config_groups": ["y"]}, "x"),
+    ],
+)
+def test_a_declaration_of_any_form_is_shown_and_no_base(tmp_path, declared, form):
+    root = checkpoint(tmp_path / "m", {"q.weight": fp8(256, 128)})
+    (root / "config.json").write_text(json.dumps({"architectures": "One", "quantization_config": declared}))
+    found = inspect_contents(root)
+    assert found.form == form
+    assert found.facts["as_base"].startswith("cannot be one: ")
+    assert found.facts["architecture"] == "One"
