@@ -175,10 +175,9 @@ def _shapes(plan: ExportPlan) -> Iterator[Finding]:
         if unit.entry.shape != declared:
             why = f"{unit.entry.shape}, but config.json declares {declared}"
             yield _found("weight-shape", unit.entry.name, why)
-    if plan.options.format.quantized:
-        for module in structure.projections.keys() - seen:
-            if f"{module}.weight" not in structure.tied:
-                yield _found("missing-weight", f"{module}.weight", "the model has it, the checkpoint has not")
+    for module in structure.projections.keys() - seen:
+        if f"{module}.weight" not in structure.tied:
+            yield _found("missing-weight", f"{module}.weight", "the model has it, the checkpoint has not")
 
 
 def _tied_is_stored(plan: ExportPlan) -> Iterator[Finding]:

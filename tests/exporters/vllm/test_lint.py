@@ -20,7 +20,7 @@ from fp8pipe.artifact.finding import LintFindingsError
 from fp8pipe.core.errors import LintRefusedError
 
 Q = "model.layers.0.self_attn.q_proj.weight"
-FP8 = VllmExportOptions()
+FP8, BF16 = VllmExportOptions(), VllmExportOptions(format=ExportFormat.BF16)
 Edit = Callable[[dict[str, Tensor]], None]
 
 
@@ -104,6 +104,14 @@ def test_each_defect_is_named(defect: str, llama: Path, falqon: Callable[..., Pa
     assert finding.where
     assert finding.fix
     assert not (tmp_path / "out").exists()  # neither the export nor a partial one
+
+
+def test_a_layer_that_the_checkpoint_lacks_is_named_in_every_format(
+    llama: Path, falqon: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(LintFindingsError) as caught:
+        export_vllm(falqon(llama, edit=dropping("lm_head.weight")), tmp_path / "export", BF16)
+    assert [(found.rule, found.where) for found in caught.value.findings] == [("missing-weight", "lm_head.weight")]
 
 
 def test_all_findings_come_at_once(llama: Path, falqon: Callable[..., Path], tmp_path: Path) -> None:
