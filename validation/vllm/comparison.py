@@ -141,7 +141,9 @@ def compare(case: Case) -> ValidationRecord:
         if stated.passed:
             raise
         # What is wrong is known by name, and vLLM's own words about it may name another layer, or none.
-        return _concluded(case, [*files, stated], unchecked=[*unchecked, f"what vLLM computes: {error.what}"])
+        said = [line for line in error.why.splitlines() if "Error: " in line][-1:]
+        failed = ": ".join([error.what, *(line.strip() for line in said)])
+        return _concluded(case, [*files, stated], unchecked=[*unchecked, f"what vLLM computes: {failed}"])
     logprobs, canary, report = _against_torch(case, asked, expected, exact, served)
     gates = [*files, stated]
     if exact is not None and logprobs is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from artifact_tree import rehash
+from breadth import only_long
 from reference_checkpoints import write_compressed_tensors, write_native
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import make_model, write_tokenizer
@@ -38,6 +39,7 @@ def test_a_model_tuned_from_blocks_is_accepted(tmp_path: Path, pairs: Path) -> N
     assert (record.verdict, record.reference, record.reasons) == ("ACCEPT", "source", [])
 
 
+@only_long
 def test_an_export_of_a_base_in_fp8_is_held_against_that_base(tmp_path: Path) -> None:
     base = write_compressed_tensors(tmp_path / "base", make_model(), "channel")
     write_tokenizer(base)

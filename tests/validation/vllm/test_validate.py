@@ -24,7 +24,7 @@ from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import ArtifactWriter, Gate, LayerRecord, NumberFormat, open_artifact
 from fp8pipe.artifact.manifest import Encoding
-from fp8pipe.artifact.record import record_path
+from fp8pipe.artifact.record import ExportRejectedError, record_path
 from fp8pipe.cli import main
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from validation.vllm import validate
@@ -161,15 +161,16 @@ def test_a_tampered_export_is_rejected(tampered: Any, source: Path) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.usefixtures("engine")
-def test_an_export_that_the_engine_cannot_load_is_told_in_its_words(
+def test_an_export_that_the_engine_cannot_load_is_rejected_by_name_and_its_words_are_told(
     tampered: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validate, "parent_at_hand", lambda artifact: None)  # else the files alone would tell
     export = tampered(lambda tensors: tensors.pop(LAYER + "_scale"))
-    record_path(export).write_text("{}", encoding="utf-8")
-    with pytest.raises(BadArtifactError, match="qkv_proj: the checkpoint holds no scale"):
+    with pytest.raises(ExportRejectedError) as caught:
         validate_export(export, prompts=PROMPTS[:1])
-    assert not record_path(export).exists()  # the old verdict is gone
+    record = caught.value.record
+    assert any(LAYER in reason for reason in record.reasons), record.reasons
+    assert any("qkv_proj: the checkpoint holds no scale" in line for line in record.not_proved), record.not_proved
 
 
 @pytest.mark.vllm
