@@ -149,7 +149,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=list(Verdict).index, default=Verdict.ACCEPT)
 
 
-# Gates of schemas before 3 stored no comparison. These are the gates that were not simply "at most".
+# Gates of schemas before 3 stored no comparison. For these names it is not the one that `read_gate` assumes by default.
 _BEFORE_3: Final[Mapping[str, Comparison]] = {
     "top-1 agreement": Comparison.AT_LEAST,
     "top-1 agreement with the teacher": Comparison.AT_LEAST,

@@ -82,7 +82,7 @@ class Encoding(FrozenConfig):
 
 
 class LayerRecord(FrozenConfig):
-    """One linear layer."""
+    """How a linear layer's weight and input are encoded."""
 
     name: str = Field(description="the layer's name in the checkpoint, without '.weight'")
     shape: tuple[int, int] | None = Field(default=None, description="(out, in); none where it has no matrix")
@@ -99,7 +99,7 @@ class LayerRecord(FrozenConfig):
 
 
 def _inside(path: str) -> str:
-    """Refuse a path that would leave the artifact's directory."""
+    """Refuse a path that leads outside the artifact's directory."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
         raise ValueError("must be a relative path inside the artifact")
@@ -121,7 +121,7 @@ class FileEntry(FrozenConfig):
 
 
 class Parent(FrozenConfig):
-    """An artifact or a model that this one was made from."""
+    """An artifact or model that this artifact was made from."""
 
     kind: str = Field(description="the parent's kind, or 'model' for a checkpoint without a manifest")
     digest: str = Field(description="the parent's manifest digest; of a model, a digest of its files")
@@ -136,13 +136,13 @@ class Parent(FrozenConfig):
 
     @property
     def outdated(self) -> str:
-        """Why no language model can have this digest any more; empty for a digest of the current form."""
+        """Why this digest cannot match any language model now; empty for a digest in the current form."""
         why = "an earlier fp8pipe wrote it, whose digests of models said nothing of tokenizer and chat template"
         return why if self.kind == "model" and self.content is None else ""
 
 
 class NumberFormat(FrozenConfig):
-    """How quantized tensors are to be read back."""
+    """How quantized tensors are to be dequantized."""
 
     name: str = Field(description="the grid, for instance 'e4m3'")
     granularity: Literal["per-tensor", "per-channel", "per-block"] = Field(

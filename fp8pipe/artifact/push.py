@@ -1,4 +1,4 @@
-"""Upload an artifact to a repository on the Hugging Face Hub: hashed first, and refused unless it was accepted.
+"""Upload an artifact to a repository on the Hugging Face Hub, after hashing its files and checking gates and verdict.
 
 Only files listed in the manifest are uploaded, not other files that happen to be in the directory. The hub's client
 does the uploading. It skips files that the hub has already, so an interrupted upload can safely be repeated.

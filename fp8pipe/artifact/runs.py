@@ -26,7 +26,7 @@ RUN_SCHEMA = 2
 
 
 class StageRecord(FrozenConfig):
-    """One stage, finished or failed."""
+    """The result of one stage, whether it succeeded or failed."""
 
     name: str = Field(description="the stage's name in the recipe")
     command: str = Field(description="what it does: finetune, quantize-vit, export, validate, bench or serve-check")

@@ -20,7 +20,7 @@ from fp8pipe.core.errors import BadArtifactError, GateFailedError
 __all__ = ["REJECT", "VerdictRecord", "read_verdict", "require_accept"]
 
 REJECT: Final = "REJECT"
-_SCHEMA: Final = 3  # the newest of any record
+_SCHEMA: Final = 3  # the newest schema of any record
 
 
 def _gate(data: Any) -> Gate:

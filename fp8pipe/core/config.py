@@ -149,7 +149,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def assign(values: dict[str, Any], dotted: str, value: object) -> None:
-    """Set `values["a"]["b"] = value` for the dotted key `a.b`, creating mappings on the way."""
+    """Set `values["a"]["b"] = value` for the dotted key `a.b`, creating missing mappings."""
     *parents, last = dotted.split(".")
     here = values
     for name in parents:

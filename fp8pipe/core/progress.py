@@ -61,7 +61,7 @@ class Tracker:
             self._print("done" if kind is None else "stopped")
 
     def advance(self, n: int = 1, **fields: Any) -> None:
-        """Count `n` more units; `fields` (a loss, a rate) are shown beside them until replaced."""
+        """Count `n` more units; `fields` (such as a loss) are shown next to the count until they are replaced."""
         self.completed += n
         self.fields.update(fields)
         if time.monotonic() - self._shown_s >= self._interval_s:

@@ -25,7 +25,7 @@ from torch import Tensor
 WIDENED: Final = (
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_slow_conv2d_forward", "_slow_conv2d_backward.output_mask",
 )  # fmt: skip
-_library: torch.library.Library | None = None  # registrations live as long as this object
+_library: torch.library.Library | None = None  # kernels stay registered as long as this object exists
 
 
 def has_fast_bf16() -> bool:

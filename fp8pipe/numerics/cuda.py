@@ -60,7 +60,7 @@ def cast_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
         return found[0], found[1].value
     amax = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True, dtype=torch.float32)
     scale = power_of_two_scale(amax, grid)
-    if torch.compiler.is_compiling():  # Triton divides approximately
+    if torch.compiler.is_compiling():  # division is approximate in Triton
         return _multiply(x, scale.reciprocal(), grid.dtype), scale
     # Dividing by a power of two equals multiplying by its reciprocal, and saves a kernel.
     return torch.div(x, scale, out=torch.empty(x.shape, dtype=grid.dtype, device=x.device)), scale
@@ -74,7 +74,7 @@ def cast_whole(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale]:
     amax = torch.linalg.vector_norm(x, math.inf, dtype=torch.float32)
     scale = amax_to_scale(amax, grid, ScaleRule.EXACT)
     assert scale.inverse_scale is not None
-    return _multiply(x, scale.inverse_scale.view(1, 1), grid.dtype), scale  # a scalar would be rounded to bf16
+    return _multiply(x, scale.inverse_scale.view(1, 1), grid.dtype), scale  # a 0-d factor would be rounded to bf16
 
 
 def forward_products(
@@ -104,10 +104,10 @@ def forward_products(
     width = codes.shape[0] - rank
     # codes is (m + r, n) row-major, so its transpose is a column-major second operand without a copy.
     wide = _scaled_mm(x, x_scale, codes.t(), scale, columns, one, dtype, fast_accumulation=True)
-    # A copy: the view would keep all (T, out + r) values alive until the backward pass.
+    # O is copied, because a view would keep all (T, out + r) values alive until the backward pass.
     o = wide[:, width : width + rank].clone()
     if b is not None:
-        wide[:, :width].addmm_(o, b.t())  # (T, r) @ (r, m), in place: no second result is written
+        wide[:, :width].addmm_(o, b.t())  # (T, r) @ (r, m), in place: no second output
     return wide, o
 
 

@@ -69,7 +69,7 @@ class ActivationQuantizer:
 
     @property
     def levels(self) -> int:
-        """How many different codes there are."""
+        """Number of distinct codes."""
         return 254 if self.kind is Kind.E4M3 else self.high - self.low + 1
 
     def codes(self, x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def compensated_round(
     """
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     factor = _inverse_factor(moments[order][:, order], damping, damping_floor)
-    work = weight.detach().float().t()[order].contiguous()  # (in, out): an input column is contiguous
+    work = weight.detach().float().t()[order].contiguous()  # (in, out), so that each input's weights are contiguous
     rounded = torch.empty_like(work)
     for start in range(0, work.shape[0], block):
         stop = min(start + block, work.shape[0])

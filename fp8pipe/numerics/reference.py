@@ -69,7 +69,7 @@ class Backend:
         """
         wide = self._wide_product(x, codes, scale)
         width = codes.shape[0] - rank
-        # A copy: the view would keep all (T, out + r) values alive until the backward pass.
+        # O is copied, because a view would keep all (T, out + r) values alive until the backward pass.
         o, y = wide[:, width:].clone(), wide[:, :width]
         return (y.contiguous() if b is None else torch.addmm(y, o, b.to(o.dtype).t())), o
 

@@ -63,7 +63,7 @@ def block_of(columns: int) -> tuple[int, int]:
 
 
 def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
-    """Codes `(rows, cols)` of bf16 `x` with unit column stride, and the scales of its rows, fp32 `(rows, 1)`."""
+    """Quantize bf16 `x` with unit column stride: codes `(rows, cols)`, and one scale per row, fp32 `(rows, 1)`."""
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=grid.dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
