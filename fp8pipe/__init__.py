@@ -1,8 +1,8 @@
-"""fp8pipe: low-bit models from training to the engine that serves them, proved bit for bit.
+"""fp8pipe: low-bit models from training to the engine that serves them, verified bit for bit.
 
-The Python interface is what the command line does, with the same option models: `finetune`, `quantize_vit`, `export`,
-`validate`, `serve`, `run`, `open_artifact`, and `fp8pipe.falqon` for training loops of your own. Importing this module
-imports nothing else.
+The Python interface offers the commands of the command line, with the same option models: `finetune`, `quantize_vit`,
+`export`, `validate`, `serve` and `run`; `open_artifact`; and `fp8pipe.falqon` for training loops of your own. Importing
+this package imports none of them; each is loaded on first use.
 """
 
 from __future__ import annotations

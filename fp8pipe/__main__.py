@@ -1,4 +1,4 @@
-"""`python -m fp8pipe` is the command line."""
+"""Makes `python -m fp8pipe` run the command line."""
 
 from fp8pipe.cli import main
 

@@ -1,7 +1,7 @@
-"""The Python interface: each function does what the command of its name does, and takes the same settings.
+"""The Python interface: each function does the same as the command of that name, and takes the same settings.
 
-Settings are keyword arguments named as in the option models (`fp8pipe schema` lists them); a wrong one is refused with
-every mistake at once, as a `ConfigurationError`. Failures are the exceptions of `fp8pipe.core.errors`.
+Settings are keyword arguments named as in the option models (`fp8pipe schema` lists them). If any are invalid, a
+`ConfigurationError` lists all of them. Failures raise the exceptions of `fp8pipe.core.errors`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def finetune(
     """Fine-tune a causal language model; see `fp8pipe finetune --help` for the settings.
 
     Args:
-        model: directory, hub id, .gguf file or sample:NAME.
-        data: file, folder or glob (JSONL, JSON, CSV, parquet, arrow), hub id or sample:NAME.
-        output: the artifact's directory.
+        model: directory, Hugging Face Hub id, .gguf file or sample:NAME.
+        data: file, folder or glob (JSONL, JSON, CSV, parquet, arrow), Hugging Face Hub id or sample:NAME.
+        output: directory of the artifact to create.
         force: replace an existing artifact.
         resume: continue the unfinished run of `output`.
-        settings: of `FinetuneConfig`.
+        settings: fields of `FinetuneConfig`.
     """
     from pipeline.finetune.config import FinetuneConfig
     from pipeline.finetune.stage import finetune as stage
@@ -49,11 +49,11 @@ def quantize_vit(
 
     Args:
         model: directory, timm:NAME or sample:NAME.
-        bits: wXaY, wfp8afp8 or wnvfp4anvfp4.
-        output: the artifact's directory.
+        bits: precision: wXaY, wfp8afp8 or wnvfp4anvfp4.
+        output: directory of the artifact to create.
         force: replace an existing artifact.
         resume: continue the unfinished run of `output`.
-        settings: of `QuantizeVitConfig`.
+        settings: fields of `QuantizeVitConfig`.
     """
     from pipeline.vit.config import QuantizeVitConfig
     from pipeline.vit.stage import quantize_vit as stage
@@ -63,13 +63,13 @@ def quantize_vit(
 
 
 def export(artifact: Place, target: str, output: Place, **settings: Any) -> Artifact:
-    """Write an artifact in the form that an engine loads; see `fp8pipe export --help` for the settings.
+    """Export an artifact to the format of an inference engine; see `fp8pipe export --help` for the settings.
 
     Args:
-        artifact: directory of an artifact, or for vllm a plain model.
-        target: vllm, onnx, trt, or another that is registered.
+        artifact: directory of an artifact; for vllm, also of an unquantized model.
+        target: vllm, onnx, trt, or another registered target.
         output: directory to create.
-        settings: of the target's option model; `force=True` replaces an existing output.
+        settings: fields of the target's option model; `force=True` replaces an existing output.
     """
     from exporters.target import call, choose, kind_of_source
 
@@ -79,15 +79,18 @@ def export(artifact: Place, target: str, output: Place, **settings: Any) -> Arti
 
 
 def validate(export: Place, *, engine: str | None = None, **given: Any) -> Any:
-    """Load an export in its engine and prove that it serves what was made; the record, which lies beside it, too.
+    """Load an export in its engine and prove that it computes what the exported artifact does.
 
     Args:
         export: the export's directory.
-        engine: the one that the export is for when None.
-        given: what the engine understands: `against`, `images`, `vllm_python`; and `device` (auto, cpu or cuda).
+        engine: the engine; None means the one that the export was made for.
+        given: options of the engine (`against`, `images`, `vllm_python`), and `device` (auto, cpu or cuda).
+
+    Returns:
+        The record of the validation, which is also written next to the export.
 
     Raises:
-        ExportRejectedError: the verdict is REJECT; the record is attached.
+        ExportRejectedError: the verdict is REJECT; the exception's `record` holds the details.
     """
     from exporters.target import call, choose_engine, engine_device, open_export
 
@@ -101,12 +104,12 @@ def validate(export: Place, *, engine: str | None = None, **given: Any) -> Any:
 
 
 def serve(export: Place, *extra: str, **settings: Any) -> int:
-    """Serve an export over HTTP until SIGTERM; the exit code.
+    """Serve an export over HTTP until SIGTERM, and return the exit code.
 
     Args:
         export: the export's directory.
-        extra: options of vLLM's own server, for language models.
-        settings: of the service, and of vLLM for language models.
+        extra: command-line options for vLLM's own server (language models only).
+        settings: settings of the service, and for language models also of vLLM.
     """
     from exporters.target import call, engine_device, open_served
     from serving.config import LanguageConfig, ServeConfig, VisionConfig
@@ -128,16 +131,16 @@ def run(
     recipe: Place, output: Place | None = None, *, overrides: Sequence[str] = (), first: str | None = None,
     last: str | None = None, force: Sequence[str] = (), jobs: int = 1,
 ) -> RunRecord:  # fmt: skip
-    """Run the stages of a recipe that are not up to date, and judge all of them; the run's record.
+    """Run the stages of a recipe that are not up to date, check the gates of all stages, and return the run's record.
 
     Args:
         recipe: a YAML file.
-        output: directory of the run; `runs/NAME` when None.
-        overrides: `STAGE.KEY=VALUE`.
-        first: stages before it are taken as they are.
-        last: it and what it needs; nothing else is run.
-        force: stages that run even if nothing has changed.
-        jobs: stages that may run side by side.
+        output: directory of the run; `runs/NAME` if None.
+        overrides: settings to change, as `STAGE.KEY=VALUE`.
+        first: name of the first stage to run; earlier ones are used as they are.
+        last: name of the last stage; only it and the stages that it needs are run.
+        force: names of stages to run even if nothing has changed.
+        jobs: largest number of stages that run in parallel.
     """
     from fp8pipe.cli.stages import stage_commands
     from pipeline.workflow import RunOptions, RunState, WorkflowRunner, load_recipe

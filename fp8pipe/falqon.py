@@ -1,4 +1,4 @@
-"""FALQON for training loops of your own: see `convert`, and `Falqon`, which it returns."""
+"""FALQON for custom training loops: see `convert`, and `Falqon`, the class of object that it returns."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Artifacts: directories of weights with a manifest that names, hashes and explains every file in them.
+"""Artifacts: directories of weights with a manifest that lists, hashes and describes every file in them.
 
-A stage reads artifacts and writes exactly one. It writes into `NAME.partial/`; the manifest comes last, the
-result is reopened and re-hashed, and only then renamed to `NAME/`. So a directory with its final name is
-whole.
+A stage reads artifacts and writes exactly one. It writes into `NAME.partial/`, the manifest last. The result is then
+reopened and hashed again, and only after that renamed to `NAME/`. So a directory with its final name is always
+complete.
 """
 
 from importlib import import_module
@@ -42,12 +42,13 @@ __all__ = [
     "sha256_file", "staged", "translate_disk_full", "write_checked",
 ]  # fmt: skip
 
-# Each imports those before it, so that a name costs no more than the module that it stands in: help needs few.
+# Each module imports those before it, so looking up a name imports nothing beyond the module that defines it. This
+# keeps `--help` fast.
 _HOMES = ("artifact.record", "artifact.gate", "artifact.manifest", "artifact.reader", "artifact.writer", "core.machine")
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `__all__`, from the first module that has it."""
+    """Import a name of `__all__` from the first module that has it."""
     if name in __all__:
         for home in _HOMES:
             module = import_module(f"fp8pipe.{home}")

@@ -1,8 +1,9 @@
-"""Where an ONNX file has its tensors: a graph may name other files, and its readers open whatever path stands there.
+"""Check external data of ONNX files: a graph may store tensors in other files, and readers open any path it names.
 
-Every reader has rules of its own for such paths, for entries that stand twice, and for ranges that do not fit. So the
-file itself is read before any of them, without a library, since servers have none that parses ONNX: each tensor that is
-stored elsewhere must name a file that the artifact lists, beside the graph, and a range within it.
+Readers differ in how they treat such paths, duplicate entries, and ranges beyond the end of a file. So the graph is
+checked before any of them opens it. This module parses it without a library, because servers have no ONNX parser
+installed. Each external tensor must name a file next to the graph that the artifact lists, and a range within that
+file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 __all__ = ["SUFFIX", "misplaced"]
 
 SUFFIX: Final = ".onnx"
-# Fields that lead to tensors, by number, from onnx.proto: what a message holds, and which message that is.
+# Fields of onnx.proto that lead to tensors: for each message, the field numbers and the message that each one holds.
 _FIELDS: Final[Mapping[str, Mapping[int, str]]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -25,14 +26,14 @@ _FIELDS: Final[Mapping[str, Mapping[int, str]]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-_NAME, _ENTRY = 8, 13  # of a tensor: its name, and a pair of strings that says where it is stored
-_NUMBERS: Final = {0: 0, 1: 8, 5: 4}  # bytes of a wire type; 0 stands for a varint
+_NAME, _ENTRY = 8, 13  # fields of a tensor: its name, and a key-value pair of strings about its external location
+_NUMBERS: Final = {0: 0, 1: 8, 5: 4}  # size in bytes by wire type of numbers; 0 means a varint
 _LENGTH: Final = 2
 
 
 def misplaced(graph: Path, sizes: Mapping[str, int]) -> Iterator[str]:
-    """What is wrong with where a graph has its tensors, a sentence each; `sizes` are those of the files beside it."""
-    if graph.stat().st_size == 0:  # which no memory can be mapped to
+    """Errors in a graph's external data, one sentence each; `sizes` are the sizes of the listed files next to it."""
+    if graph.stat().st_size == 0:  # an empty file cannot be memory-mapped
         return
     with graph.open("rb") as stream:
         data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
@@ -61,7 +62,7 @@ def _wrong(entries: list[tuple[str, str]], sizes: Mapping[str, int]) -> str:
 
 
 def _stored_elsewhere(data: memoryview, message: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Every tensor below a message that names a place: its name, and the entries that say where."""
+    """Every external tensor in a message: its name, and the key-value entries that describe its location."""
     if message == "tensor":
         fields = list(_fields(data))
         entries = [dict(_fields(value)) for number, value in fields if number == _ENTRY]
@@ -79,7 +80,7 @@ def _text(entry: Mapping[int, memoryview], number: int) -> str:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """A protobuf message's fields: number and bytes; of numbers, which nothing here reads, no bytes."""
+    """The fields of a protobuf message as number and bytes; varints, which are not used here, yield no bytes."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
@@ -97,7 +98,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:
-    """A number of 7 bits a byte, the lowest first, and the place behind it."""
+    """Decode a varint (7 bits per byte, least significant first) and return it with the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[place]

@@ -1,6 +1,6 @@
-"""The one type of a located fault: which rule, where, why, and what to do. Lint and verify both return these.
+"""The type of a finding, which both the linters and `verify` return: which rule, where, why, and how to fix it.
 
-A linter refuses an export with one error that carries every finding.
+A linter refuses an export with one error that carries all findings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Check", "Finding", "LintFindingsError", "refuse"]
 
 
 class Check(StrEnum):
-    """The checks of `verify`, from the cheapest."""
+    """The checks of `verify`, the cheapest first."""
 
     CHECKSUM = "checksum"
     """A record's bytes against its checksum."""
@@ -39,17 +39,17 @@ class Check(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault."""
+    """One problem that was found."""
 
-    rule: str  # a linter's rule, or a check of `verify`; stable
+    rule: str  # a linter's rule, or a check of `verify`; a stable name
     where: str  # the tensor, module, node or file concerned
-    why: str  # what was seen, with values
-    fix: str = ""  # what the user can do; empty where that is the same for all findings
-    artifact: str = ""  # directory of the artifact, or the record's file; empty while only one is looked at
+    why: str  # what was observed, with values
+    fix: str = ""  # what the user can do; empty if that is the same for all findings
+    artifact: str = ""  # directory of the artifact, or file of the record; empty if only one is checked
 
     @property
     def check(self) -> Check:
-        """The check that saw it: the rule itself, or lint, whose rules have names of their own."""
+        """The check that found it: the rule itself if that names a check, otherwise lint."""
         return Check(self.rule) if self.rule in list(Check) else Check.LINT
 
     def __str__(self) -> str:
@@ -65,11 +65,11 @@ class LintFindingsError(LintRefusedError):
     Args:
         findings: in the order found.
         source: what was linted.
-        verb: what cannot be done with it.
-        note: a last line of what to do.
+        verb: what cannot be done with it, as a past participle.
+        note: a final line of the `fix` text.
 
     Attributes:
-        findings: all of them, in the order found.
+        findings: all findings, in the order found.
     """
 
     def __init__(self, findings: Sequence[Finding], source: str, verb: str = "exported", note: str = "") -> None:
@@ -95,7 +95,7 @@ def refuse(findings: Iterable[Finding], source: str) -> None:
 
 
 def _shown(findings: Sequence[Finding]) -> list[str]:
-    """The first few of each rule: one shared zero point can be a finding at a hundred nodes."""
+    """The first few findings of each rule, since one shared zero point can cause a finding at a hundred nodes."""
     by_rule: dict[str, list[Finding]] = {}
     for finding in findings:
         by_rule.setdefault(finding.rule, []).append(finding)

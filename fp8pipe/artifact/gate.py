@@ -1,7 +1,7 @@
-"""The one type of a judged result: a value, how it is compared, the threshold, and so the verdict.
+"""Gates: a measured value, a comparison and a threshold, from which the verdict follows.
 
-Exports, validations, recipes, reports and model cards all hold gates of this type. Whether a gate passed is never
-stated beside its numbers, it follows from them: a record that claims otherwise is refused when it is read.
+Exports, validations, recipes, reports and model cards all use this type. Whether a gate passed is always computed from
+its numbers: a record that states a different result is refused when it is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Comparison", "Gate", "Verdict", "at_most", "failures", "none_of", "n
 
 
 class Verdict(StrEnum):
-    """What gates say, from best to worst."""
+    """Possible verdicts, from best to worst."""
 
     ACCEPT = "ACCEPT"
     """Every gate holds."""
@@ -37,13 +37,13 @@ class Verdict(StrEnum):
 
     @property
     def failed(self) -> bool:
-        """Whether something is wrong, and not merely unproved."""
+        """Whether something is wrong, as opposed to merely unproved."""
         order = list(Verdict)
         return order.index(self) > order.index(Verdict.CONSISTENT)
 
 
 class Comparison(StrEnum):
-    """What a value must be, against its threshold."""
+    """How a value must compare with its threshold."""
 
     AT_MOST = "at most"
     AT_LEAST = "at least"
@@ -58,7 +58,7 @@ _HOLDS: Final[Mapping[Comparison, Callable[[float, float], bool]]] = {
 
 
 class Gate(FrozenConfig):
-    """A value that is compared with a threshold; `passed` and `verdict` follow from the two."""
+    """A value that is compared with a threshold; `passed` and `verdict` are computed from them."""
 
     name: str = Field(description="what was measured")
     value: float | None = Field(
@@ -80,7 +80,7 @@ class Gate(FrozenConfig):
     @model_validator(mode="wrap")
     @classmethod
     def _refuse_false_claims(cls, data: Any, handler: ModelWrapValidatorHandler[Gate]) -> Gate:
-        """Read what `passed` and `verdict` claim, and hold it against the numbers."""
+        """Check stored values of `passed` and `verdict` against those computed from the numbers."""
         claims = {}
         if isinstance(data, Mapping):
             claims = {key: data[key] for key in ("passed", "verdict") if key in data}
@@ -94,13 +94,13 @@ class Gate(FrozenConfig):
     @computed_field(description="whether the value is what it must be; NaN and a missing value never are")  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
-        """Whether the value is what it must be; NaN and a missing value never are."""
+        """Whether the comparison holds; it never does for NaN or a missing value."""
         return self.value is not None and _HOLDS[self.comparison](float(self.value), float(self.threshold))
 
     @computed_field(description="what the gate says")  # type: ignore[prop-decorator]
     @property
     def verdict(self) -> Verdict:
-        """What the gate says."""
+        """ACCEPT if the gate passed, ANOMALOUS if the value is missing or not finite, otherwise `failure`."""
         if self.passed:
             return Verdict.ACCEPT
         return self.failure if self.value is not None and math.isfinite(self.value) else Verdict.ANOMALOUS
@@ -121,7 +121,7 @@ class Gate(FrozenConfig):
 
 
 def number_of(value: Any) -> float | None:
-    """A JSON value as a number; manifests write infinities and NaN as strings."""
+    """A JSON value as a number, or None; manifests store infinities and NaN as strings."""
     if isinstance(value, bool | int | float):
         return float(value)
     if isinstance(value, str) and value.lower().lstrip("-") in ("nan", "inf", "infinity"):
@@ -130,26 +130,26 @@ def number_of(value: Any) -> float | None:
 
 
 def none_of(name: str, count: float, detail: str = "") -> Gate:
-    """A gate on a count of faults: there may be none."""
+    """A gate on a count of errors, which must be zero."""
     return Gate(name=name, value=count, comparison=Comparison.EQUAL, threshold=0, detail=detail)
 
 
 def at_most(name: str, value: float, threshold: float, detail: str) -> Gate:
-    """A gate on a value that may not be above a threshold."""
+    """A gate on a value that must not exceed a threshold."""
     return Gate(name=name, value=value, comparison=Comparison.AT_MOST, threshold=threshold, detail=detail)
 
 
 def failures(gates: Iterable[Gate]) -> list[str]:
-    """Each failed gate in a sentence; empty where all hold."""
+    """A sentence for each failed gate; empty if all passed."""
     return [str(gate) for gate in gates if not gate.passed]
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The worst of some verdicts; ACCEPT of none."""
+    """The worst of several verdicts; ACCEPT if there are none."""
     return max(verdicts, key=list(Verdict).index, default=Verdict.ACCEPT)
 
 
-# Gates of schemas before 3 had no comparison. Of these a larger value is the better one, or equality is meant.
+# Gates of schemas before 3 stored no comparison. For these names it is not the one that `read_gate` assumes by default.
 _BEFORE_3: Final[Mapping[str, Comparison]] = {
     "top-1 agreement": Comparison.AT_LEAST,
     "top-1 agreement with the teacher": Comparison.AT_LEAST,
@@ -160,17 +160,17 @@ _BEFORE_3: Final[Mapping[str, Comparison]] = {
 
 
 def read_gate(data: Mapping[str, Any]) -> Gate:
-    """A gate of any schema.
+    """Read a gate of any schema version.
 
     Raises:
-        pydantic.ValidationError: fields that do not fit, or a claim that its numbers do not bear out.
+        pydantic.ValidationError: invalid fields, or a stored result that contradicts the numbers.
     """
     if "comparison" in data or "threshold" not in data:
         return Gate.model_validate(data)
     known = _BEFORE_3.get(str(data.get("name")))
-    # A waived gate of old had its value as its threshold; a threshold of 0 counted faults.
+    # A threshold of 0 belonged to a count of errors. A gate that had been waived stored its value as the threshold.
     plain = Comparison.EQUAL if data["threshold"] == 0 else Comparison.AT_MOST
     gate: dict[str, Any] = {**data, "comparison": known or plain}
     if known is Comparison.AT_LEAST and data.get("passed") and isinstance(data["value"], float):
-        gate["threshold"] = min(data["threshold"], data["value"])  # it had been rounded to four digits
+        gate["threshold"] = min(data["threshold"], data["value"])  # the threshold was stored rounded to four digits
     return Gate.model_validate_json(json.dumps(gate))

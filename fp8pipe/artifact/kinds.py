@@ -22,7 +22,7 @@ __all__ = [
     "kind_named", "register_kind", "targets_of", "unregister_kind",
 ]  # fmt: skip
 
-# Its `load()` registers the kinds of exports.
+# The `load()` of this module registers the kinds of exports.
 _REGISTRY: Final = "exporters.target"
 FALQON_KIND: Final = "falqon"
 LORA_KIND: Final = "lora-merged"

@@ -1,12 +1,12 @@
-"""The manifest: what an artifact is, where it came from, and how its numbers are to be read.
+"""The manifest: what an artifact is, where it came from, and how its numbers are to be interpreted.
 
-Typed by its kind and versioned, so that a reader refuses what it does not understand instead of guessing. Scales always
-state their direction; a gate's verdict follows from its numbers; a fallback is a warning here. What became of each
-linear layer, the encoding of its weight and of its input, is in fields that are never parsed.
+It is versioned and typed by kind, so that a reader refuses what it does not understand instead of guessing. It always
+states the direction of scales, records every fallback as a warning, and its gates' verdicts follow from their numbers.
+How the weight and the input of each linear layer are encoded is stored in structured fields, not in text to be parsed.
 
-Manifests of older schemas are brought to today's before they are validated. Schema 1 had no checksum beside the
-manifest. Schema 2 kept what was particular to a kind in a free dictionary (`extra`), gates without their comparison,
-and the encoding of a layer in a sentence.
+Manifests of older schemas are migrated to the current one before they are validated. Schema 1 had no checksum file next
+to the manifest. Schema 2 kept kind-specific facts in an untyped dictionary (`extra`), gates without a comparison, and
+the encoding of a layer as a sentence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ __all__ = [
 
 D = TypeVar("D", bound=Details)
 
-# 2: a checksum lies beside the manifest. 3: facts are typed by kind, layers have encodings, gates their comparison.
+# 2: a checksum file next to the manifest. 3: kind-specific details are typed, layers have encodings, and gates have a
+# comparison.
 SCHEMA_VERSION = 3
 CHECKSUM_SINCE = 2
 ENCODINGS_SINCE = 3
@@ -43,7 +44,7 @@ Granularity = Literal["per-tensor", "per-channel", "per-token", "per-block"]
 
 
 class ScaleRule(StrEnum):
-    """Where a scale comes from."""
+    """How a scale was chosen."""
 
     AMAX = "amax"
     """The largest magnitude is mapped to the largest code."""
@@ -81,7 +82,7 @@ class Encoding(FrozenConfig):
 
 
 class LayerRecord(FrozenConfig):
-    """One linear layer."""
+    """How a linear layer's weight and input are encoded."""
 
     name: str = Field(description="the layer's name in the checkpoint, without '.weight'")
     shape: tuple[int, int] | None = Field(default=None, description="(out, in); none where it has no matrix")
@@ -98,7 +99,7 @@ class LayerRecord(FrozenConfig):
 
 
 def _inside(path: str) -> str:
-    """Refuse a path that would leave the artifact's directory."""
+    """Refuse a path that leads outside the artifact's directory."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
         raise ValueError("must be a relative path inside the artifact")
@@ -120,7 +121,7 @@ class FileEntry(FrozenConfig):
 
 
 class Parent(FrozenConfig):
-    """An artifact or a model that this one was made from."""
+    """An artifact or model that this artifact was made from."""
 
     kind: str = Field(description="the parent's kind, or 'model' for a checkpoint without a manifest")
     digest: str = Field(description="the parent's manifest digest; of a model, a digest of its files")
@@ -135,13 +136,13 @@ class Parent(FrozenConfig):
 
     @property
     def outdated(self) -> str:
-        """Why no language model can have this digest any more; empty for a digest of the current form."""
+        """Why this digest cannot match any language model now; empty for a digest in the current form."""
         why = "an earlier fp8pipe wrote it, whose digests of models said nothing of tokenizer and chat template"
         return why if self.kind == "model" and self.content is None else ""
 
 
 class NumberFormat(FrozenConfig):
-    """How quantized tensors are to be read back."""
+    """How quantized tensors are to be dequantized."""
 
     name: str = Field(description="the grid, for instance 'e4m3'")
     granularity: Literal["per-tensor", "per-channel", "per-block"] = Field(
@@ -153,7 +154,7 @@ class NumberFormat(FrozenConfig):
 
 
 class Manifest(FrozenConfig):
-    """What an artifact records about itself: the fields of all kinds, and `details`, whose type depends on the kind."""
+    """An artifact's manifest: fields common to all kinds, and `details`, whose type depends on the kind."""
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=1, description="version of this schema")
     kind: str = Field(description="what the artifact is; a registered kind")
@@ -173,7 +174,7 @@ class Manifest(FrozenConfig):
     warnings: list[str] = Field(default_factory=list, description="fallbacks and findings, in words")
     details: SerializeAsAny[Details] = Field(description="facts of the kind, in the kind's own model")
 
-    # What a file holds, as it was read: its digest must not change when a later schema adds or renames fields.
+    # The data as read from the file: its digest must not change when a later schema adds or renames fields.
     _stored: dict[str, Any] | None = PrivateAttr(default=None)
 
     def to_json(self) -> str:
@@ -181,7 +182,7 @@ class Manifest(FrozenConfig):
         return json.dumps(self.plain(), indent=2, ensure_ascii=False) + "\n"
 
     def plain(self) -> dict[str, Any]:
-        """The manifest as plain data in the current schema; fields without a value are left out."""
+        """The manifest as plain data in the current schema; fields that are None are omitted."""
         found: dict[str, Any] = json.loads(self.model_dump_json(exclude_none=True))
         return found
 
@@ -205,10 +206,10 @@ class Manifest(FrozenConfig):
 
     @property
     def content(self) -> str:
-        """sha256 (hexadecimal) of what a rerun of the same work gives again, wherever and whenever it runs.
+        """sha256 (hexadecimal) of the reproducible part of the artifact, which a rerun produces again on any machine.
 
         Covers kind, configuration, seed, the parents' contents, the number format, preprocessing, layers, and the
-        bytes of every file that is not volatile. Left out are times, places, versions and measured figures.
+        bytes of every file that is not volatile. Times, paths, versions and measurements are excluded.
         """
         stored = self._as_stored()
         kept: dict[str, Any] = {
@@ -220,7 +221,7 @@ class Manifest(FrozenConfig):
 
     @property
     def stored_version(self) -> int:
-        """Version of the schema in the file; `schema_version` is today's once an older one was brought to it."""
+        """Schema version in the file; after a migration, `schema_version` is the current one instead."""
         return int(self._as_stored().get("schema_version", 1))
 
     def _as_stored(self) -> dict[str, Any]:
@@ -228,11 +229,10 @@ class Manifest(FrozenConfig):
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str) -> Manifest:
-        """Parse a manifest of any schema up to today's; `where` is its path, for messages.
+        """Parse a manifest of the current or an older schema; `where` is its path, for messages.
 
         Raises:
-            BadArtifactError: not JSON, a newer schema (both versions are named), an unknown kind, or fields that do not
-                fit.
+            BadArtifactError: not JSON, a newer schema (both versions are named), an unknown kind, or invalid fields.
         """
         try:
             data = json.loads(text)
@@ -258,10 +258,10 @@ class Manifest(FrozenConfig):
 
 
 def _typed(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """The data with `details` in the model of its kind, brought to today's schema first where it is older."""
+    """Migrate the data to the current schema if it is older, and validate `details` as the model of its kind."""
     name = data.get("kind")
     if not isinstance(name, str):
-        return data  # refused for that
+        return data  # validation refuses it
     kind = kind_named(name, where)
     if isinstance(version := data.get("schema_version", 1), int) and version < SCHEMA_VERSION:
         try:
@@ -287,7 +287,7 @@ _BITS: Final = {"e4m3": 8, "nvfp4": 4}
 
 
 def _migrated(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Common fields of a manifest of schema 1 or 2 in today's form; `details` is still the free dictionary."""
+    """Migrate the common fields of a manifest of schema 1 or 2; `details` remains an untyped dictionary."""
     number_format = data.get("number_format")
     return {
         **{key: value for key, value in data.items() if key != "extra"},
@@ -300,11 +300,11 @@ def _migrated(data: Mapping[str, Any]) -> dict[str, Any]:
 def _layer(layer: Mapping[str, Any], number_format: Mapping[str, Any] | None) -> dict[str, Any]:
     kept = {key: layer[key] for key in ("name", "shape") if key in layer}
     reason = str(layer.get("reason", ""))
-    if not layer.get("converted") or number_format is None:  # merged into bf16: trained, and stored as floats
+    if not layer.get("converted") or number_format is None:  # stored in floating point (merged into bf16)
         return {**kept, "reason": reason}
     found = _SENTENCE.match(reason)
     name = found[2] if found else str(number_format["name"])
-    name = name if name in ("int", *_BITS) else "int"  # the manifest of a ViT named its precision: w4a8
+    name = name if name in ("int", *_BITS) else "int"  # manifests of ViTs had a precision here, like w4a8
     bits = int(found[1]) if found else _BITS.get(name)
     weight = {"format": name, "bits": bits, "granularity": number_format["granularity"]}
     return {**kept, "weight": weight, "reason": "" if found else reason}

@@ -1,7 +1,7 @@
-"""An artifact to a repository of the Hugging Face hub: hashed first, refused where not accepted, only listed files.
+"""Upload an artifact to a repository on the Hugging Face Hub, after hashing its files and checking gates and verdict.
 
-What arrives are the bytes that the manifest names, and nothing that merely lies in the same directory. Uploading is the
-hub client's business: it skips what the hub has already, so a cut upload is repeated without harm.
+Only files listed in the manifest are uploaded, not other files that happen to be in the directory. The hub's client
+does the uploading. It skips files that the hub has already, so an interrupted upload can safely be repeated.
 """
 
 from __future__ import annotations
@@ -30,39 +30,41 @@ __all__ = ["PushPlan", "Target", "plan_push", "push"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to."""
+    """The destination of an upload."""
 
-    repo_id: str  # `organisation/name`, or `name` for one's own
-    private: bool = False  # the repository must be private; it is made so if it is new
-    revision: str | None = None  # an existing branch; None is the main one
-    create_pr: bool = False  # propose the upload instead of making it
+    repo_id: str  # `organisation/name`, or `name` for a repository of the user's own
+    private: bool = False  # the repository must be private; a new one is created as private
+    revision: str | None = None  # an existing branch; None means the main branch
+    create_pr: bool = False  # open a pull request instead of committing to the branch
 
 
 @dataclass(frozen=True, slots=True)
 class PushPlan:
     """What would be uploaded."""
 
-    artifact: Artifact  # every file hashed
+    artifact: Artifact  # all of its files were hashed and match the manifest
     files: tuple[tuple[str, int], ...]  # path and size in bytes of each file, the manifest and its checksum first
-    notes: tuple[str, ...]  # what is worth knowing before it is public
+    notes: tuple[str, ...]  # what the user should know before publishing it
 
     @property
     def size_bytes(self) -> int:
-        """Bytes in all."""
+        """Total size in bytes."""
         return sum(size for _, size in self.files)
 
 
 def plan_push(directory: Path, *, unvalidated: bool = False, trust: Trust | None = None) -> PushPlan:
-    """Hash an artifact, look at its gates and its record, and list what an upload holds.
+    """Hash an artifact, check its gates and its validation record, and list the files to upload.
 
     Args:
         directory: the artifact.
-        unvalidated: an export needs no ACCEPT; a note says so. One that is rejected is refused all the same.
-        trust: whose signature it and its record must bear; nobody's when None.
+        unvalidated: accept an export without a verdict of ACCEPT, and add a note; a rejected one is still refused.
+        trust: the key or certificates that signatures of the artifact and its record are checked with; None checks no
+            signatures.
 
     Raises:
-        BadArtifactError: no artifact, or a damaged one, or the record of its validation is not sound, or not as signed.
-        GateFailedError: a gate of it failed, or its kind can be validated, and no record beside it says ACCEPT.
+        BadArtifactError: not an artifact, or damaged; or its validation record is invalid; or a signature does not
+            match.
+        GateFailedError: one of its gates failed; or its kind can be validated, and no record next to it says ACCEPT.
     """
     artifact = open_artifact(directory)
     (trust or Trust()).require(artifact.root, record_path(artifact.root))
@@ -82,17 +84,17 @@ def plan_push(directory: Path, *, unvalidated: bool = False, trust: Trust | None
 
 
 def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
-    """Upload, in a commit whose message names the digest (the client splits large folders into several).
+    """Upload the files in a commit whose message names the digest (the client splits large folders into several).
 
-    Without `api`, the client has the endpoint and token of the environment or the login.
+    Without `api`, the client uses the endpoint and the token from the environment or from the user's login.
 
     Returns:
-        Address of the commit, or of the pull request.
+        URL of the commit, or of the pull request.
 
     Raises:
-        ConfigurationError: the hub refuses: token, rights, name, branch, conflict; or a public repository where a
-            private one was asked for.
-        MissingCapabilityError: no token, or the hub cannot be reached or fails.
+        ConfigurationError: the hub refuses the upload (token, permissions, name, branch or conflict), or the repository
+            is public although a private one was requested.
+        MissingCapabilityError: there is no token, or the hub cannot be reached or fails.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -121,7 +123,7 @@ def push(plan: PushPlan, target: Target, api: HfApi | None = None) -> str:
 
 
 def _unproved(artifact: Artifact, unvalidated: bool) -> list[str]:
-    """What no record proves, where that is allowed. Raises as `require_accept`, and always where the record rejects."""
+    """A note if ACCEPT is missing and `unvalidated` allows that; else raises like `require_accept`, as for a REJECT."""
     try:
         require_accept(artifact)
     except (BadArtifactError, GateFailedError) as error:
@@ -134,7 +136,7 @@ def _unproved(artifact: Artifact, unvalidated: bool) -> list[str]:
 
 @contextmanager
 def _translated(target: Target, endpoint: str) -> Iterator[None]:
-    """Errors of the hub and of the network in this project's words."""
+    """Translate errors of the hub's client and of the network into exceptions of this project."""
     from huggingface_hub import errors
 
     try:
@@ -151,7 +153,7 @@ def _translated(target: Target, endpoint: str) -> Iterator[None]:
     except ConfigurationError:
         raise
     except Exception as error:
-        cause = error.__cause__  # the client wraps what befalls a single file
+        cause = error.__cause__  # the client wraps errors of single files
         if isinstance(cause, errors.HfHubHTTPError):
             raise _refused(cause, target, endpoint) from error
         if not (_of_network(error) or _of_network(cause)):
@@ -163,9 +165,9 @@ def _translated(target: Target, endpoint: str) -> Iterator[None]:
 
 
 def _of_network(error: BaseException | None) -> bool:
-    """Whether the network failed, for each library that versions of the client have used for it."""
+    """Whether the error is a network failure, in any of the HTTP libraries that versions of the client have used."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    told = isinstance(error, RuntimeError) and "Network error" in str(error)  # Xet's client has no class for it
+    told = isinstance(error, RuntimeError) and "Network error" in str(error)  # the Xet client has no class for it
     return told or bool(names & {"TransportError", "ConnectionError", "TimeoutError"})
 
 

@@ -1,7 +1,7 @@
-"""Opening an artifact: nothing is read from a directory whose bytes are not the ones that were written.
+"""Opening an artifact: a directory is only used if its bytes are those that were written.
 
-Every file in it is listed, and is a plain file: engines load whatever lies in a directory, listed or not. No graph has
-tensors elsewhere.
+Every file must be listed in the manifest and be a regular file, because engines load whatever is in a directory, listed
+or not. ONNX graphs may not refer to tensors outside the artifact.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = ["Artifact", "check_file", "open_artifact", "read_manifest", "sha256_f
 
 PARTIAL_SUFFIX = ".partial"
 CHECKSUM_NAME = checksum_path(Path(MANIFEST_NAME)).name
-_NAMED = 6  # artifacts in an error
-# What hubs and their clients add by themselves to a directory that they fill. No engine sees it.
+_NAMED = 6  # largest number of artifacts that an error message lists
+# What model hubs and their clients add to a downloaded directory. Engines do not load these.
 _HUB_FILE: Final = ".gitattributes"
 _HUB_FOLDER: Final = ".cache/huggingface"
 
@@ -45,12 +45,12 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """The manifest's digest; it covers every file, since the manifest holds their digests."""
+        """The manifest's digest; it covers every file, since the manifest contains their digests."""
         return self.manifest.digest
 
     @property
     def content(self) -> str:
-        """The content digest: what a rerun of the same work gives again (`Manifest.content`)."""
+        """The digest of the reproducible content, which a rerun produces again (`Manifest.content`)."""
         return self.manifest.content
 
     @property
@@ -59,7 +59,7 @@ class Artifact:
         return sum(entry.size for entry in self.manifest.files)
 
     def as_parent(self) -> Parent:
-        """The record that a child's manifest keeps of this artifact."""
+        """The entry for this artifact in the manifest of an artifact made from it."""
         return Parent(kind=self.kind, digest=self.digest, path=str(self.root), content=self.content)
 
 
@@ -70,14 +70,14 @@ def open_artifact(
 
     Args:
         path: its directory.
-        kind: the kind, or the kinds, the caller can use; none accepts any.
-        verify: re-hash every file; without it only presence and size are checked.
-        caches: a folder whose files can be made again from the others: they are not checked here.
+        kind: the kind, or the kinds, that the caller can use; None accepts any.
+        verify: whether to hash every file; otherwise only presence and size are checked.
+        caches: a folder of files that can be regenerated from the others; they are not checked here.
 
     Raises:
-        BadArtifactError: no such directory, unfinished, of a newer schema or another kind, or a file that is
-            missing, of another size, not listed, a link, or whose digest differs (the message names the file and
-            both digests); the manifest's own checksum is always checked.
+        BadArtifactError: there is no such directory; or the artifact is unfinished, of a newer schema or of another
+            kind; or a file is missing, not listed, a link, or differs in size or digest (the message names the file
+            and both values). The manifest's own checksum is always checked.
     """
     root = Path(path)
     if not root.is_dir():
@@ -96,7 +96,7 @@ def open_artifact(
 
 
 def _toward(kind: str, root: Path, wanted: list[str]) -> str:
-    """What to do with an artifact of this kind where another was expected."""
+    """Advice for the user who gave an artifact of this kind when another was expected."""
     exports = [name for name in wanted if kind in kind_named(name).made_from]
     if exports:
         target = kind_named(exports[0]).target
@@ -107,9 +107,9 @@ def _toward(kind: str, root: Path, wanted: list[str]) -> str:
 def read_artifact(
     root: Path, *, verify: bool, caches: str | None = None, hashed: frozenset[str] = frozenset()
 ) -> Artifact:
-    """Read and check the artifact in `root`, whatever the directory is called (the writer checks its own).
+    """Read and check the artifact in `root`, whatever the directory's name (the writer checks `NAME.partial`).
 
-    Files in `hashed` were hashed by the caller: of them presence and size are checked.
+    Files in `hashed` were hashed by the caller already, so only their presence and size are checked.
     """
     manifest = read_manifest(root)
     findings = [f"{name} {why}" for name, why in strays(root, manifest)]
@@ -127,7 +127,7 @@ def read_artifact(
 
 
 def strays(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What leads out of an artifact: unlisted files, links, and graphs with tensors elsewhere; name, and why."""
+    """Unlisted files, links, and graphs with invalid external tensors: the name of each, and what is wrong."""
     listed = {entry.path for entry in manifest.files} | {MANIFEST_NAME, CHECKSUM_NAME, _HUB_FILE}
     for folder, inner, names in os.walk(root):
         here = Path(folder).relative_to(root)
@@ -146,9 +146,9 @@ def strays(root: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def staged(artifact: Artifact) -> Iterator[Path]:
-    """A private directory with the listed files of an artifact and nothing else, for engines that scan what they load.
+    """A private directory with only the listed files of an artifact, for engines that load whatever a directory holds.
 
-    The files are links to those of the artifact, whose bytes the caller has checked.
+    The files are symbolic links to those of the artifact, which the caller has verified.
     """
     with tempfile.TemporaryDirectory(prefix="fp8pipe-staged-") as folder:  # mode 0700
         root = Path(folder) / artifact.root.absolute().name
@@ -160,10 +160,10 @@ def staged(artifact: Artifact) -> Iterator[Path]:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest in `root`, whose bytes its checksum speaks of; one of schema version 1 needs no checksum.
+    """Read the manifest in `root` and verify its checksum, which manifests of schema version 1 need not have.
 
     Raises:
-        BadArtifactError: there is none, its checksum is missing or another, or it is none of this schema.
+        BadArtifactError: there is no manifest, its checksum is missing or does not match, or it is invalid.
     """
     path = root / MANIFEST_NAME
     if not path.is_file():
@@ -178,12 +178,12 @@ def read_manifest(root: Path) -> Manifest:
 
 def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal, read in chunks."""
-    with path.open("rb", buffering=0) as stream:  # whose buffer is used again for every chunk
+    with path.open("rb", buffering=0) as stream:  # file_digest reuses its own buffer
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_file(root: Path, entry: FileEntry, verify: bool = True) -> str:
-    """What is wrong with one file of an artifact, in words; empty when nothing is."""
+    """What is wrong with one file of an artifact, in words; empty if nothing is."""
     path = root / entry.path
     if not path.is_file():
         return f"{entry.path} is missing"

@@ -1,9 +1,9 @@
-"""JSON records beside what they speak of, each with its checksum: a small file that holds the digest of its bytes.
+"""JSON records with checksums: each record has a small file next to it that contains the sha256 of its bytes.
 
-A manifest covers every other file of an artifact, and a checksum covers the manifest and the records beside artifacts.
-It is `sha256sum -c` input, so that any machine can check it without fp8pipe, and guards against damage, not against
-forgery: who can write the record can write its checksum. A validation leaves its record beside the export and not
-inside, so that the hashes in the export's manifest stay true.
+A manifest covers every other file of an artifact; checksum files cover manifests and the records next to artifacts.
+A checksum file is in the format of `sha256sum -c`, so any machine can check it without fp8pipe. It protects against
+damage, not forgery: whoever can write the record can also write its checksum. The record of a validation is written
+next to the export, not into it, so that the export stays exactly as its manifest describes it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ __all__ = [
     "record_path", "remove_checked", "remove_record", "write_checked", "write_record",
 ]  # fmt: skip
 
-# The HTTP header in which every service names the digest of the artifact that it serves.
+# The HTTP header in which every service sends the digest of the artifact that it serves.
 DIGEST_HEADER = "x-fp8pipe-artifact"
-# And what is proved of it: ACCEPT, or `unvalidated`.
+# The HTTP header with the artifact's verdict: ACCEPT, or `unvalidated`.
 VERDICT_HEADER = "x-fp8pipe-verdict"
 CHECKSUM_SUFFIX = ".sha256"
 R = TypeVar("R", bound=BaseModel)
 
 
 def checksum_path(path: Path) -> Path:
-    """`NAME.sha256` beside `NAME.json`."""
+    """`NAME.sha256`, next to `NAME.json`."""
     return path.with_suffix(CHECKSUM_SUFFIX)
 
 
 def write_checked(path: Path, text: str) -> Path:
-    """Write `text` (UTF-8) to `path`, and its checksum beside it.
+    """Write `text` (UTF-8) to `path`, and its checksum next to it.
 
-    The new checksum waits under `NAME.sha256.partial` while the record is replaced, and a reader accepts a record that
-    fits either. So a reader, and a run after a crash, sees the old record or the new one, whole and checksummed.
+    The new checksum is kept in `NAME.sha256.partial` while the record is replaced, and a reader accepts a record that
+    matches either checksum. So a reader, even after a crash, sees the complete old or new record with a valid checksum.
     """
     data = text.encode()
     record, checksum = _pending(path), _pending(checksum_path(path))
@@ -52,7 +52,7 @@ def write_checked(path: Path, text: str) -> Path:
 
 
 def check_checksum(path: Path) -> str:
-    """What is wrong with a checksummed file or its checksum, in words; empty when nothing is."""
+    """What is wrong with a checksummed file or its checksum, in words; empty if nothing is."""
     try:
         return _read(path)[1]
     except OSError as error:
@@ -60,15 +60,15 @@ def check_checksum(path: Path) -> str:
 
 
 def read_checked(path: Path, former: str = "") -> bytes:
-    """The bytes of a checksummed file, which are those that its checksum speaks of.
+    """The bytes of a checksummed file, after verifying its checksum.
 
     Args:
         path: the file.
-        former: another name that its checksum may give it: one it had before it was copied.
+        former: another file name that its checksum may contain, for instance the name before it was copied.
 
     Raises:
-        OSError: the file is not there, or cannot be read.
-        BadArtifactError: it has no checksum, or another one.
+        OSError: the file does not exist or cannot be read.
+        BadArtifactError: the checksum is missing or does not match.
     """
     data, finding = _read(path, former)
     if finding:
@@ -81,14 +81,14 @@ def read_checked(path: Path, former: str = "") -> bytes:
 
 
 def remove_checked(path: Path) -> None:
-    """Remove a record with its checksum, and what a crash may have left of either."""
+    """Remove a record and its checksum, and any partial files that a crash left of them."""
     for name in (path, checksum_path(path)):
         name.unlink(missing_ok=True)
         _pending(name).unlink(missing_ok=True)
 
 
 def _read(path: Path, former: str = "") -> tuple[bytes, str]:
-    """Bytes of the record and the finding; looks twice, since a writer may have replaced both in between."""
+    """The record's bytes and what is wrong with them; reads twice, since a writer may replace the files meanwhile."""
     for _ in range(2):
         data = path.read_bytes()
         expected = _checksum_of(path, data)
@@ -98,7 +98,7 @@ def _read(path: Path, former: str = "") -> tuple[bytes, str]:
     name = checksum_path(path).name
     if found[0] is None:
         return data, f"{path.name} has no checksum: {name} is missing"
-    # What the checksum holds may be damaged, so it is quoted as Python would, and cut.
+    # The checksum file may be damaged, so its content is shown with repr() and truncated.
     return data, f"{path.name} has sha256 {expected[:64].decode()}, its checksum {name} holds {found[0][:64]!r}" + (
         "" if found[0][:64] != expected[:64] else ", and what follows the digest is not what was written"
     )
@@ -130,7 +130,7 @@ class ExportRejectedError(GateFailedError, Generic[R]):
     """A validation ended with REJECT.
 
     Attributes:
-        record: what was found; it is written beside the export, too.
+        record: the record of the validation, which is also written next to the export.
     """
 
     def __init__(self, what: str, *, why: str, fix: str, record: R) -> None:
@@ -139,23 +139,23 @@ class ExportRejectedError(GateFailedError, Generic[R]):
 
 
 def record_path(export: Path) -> Path:
-    """`<export>.validation.json`, beside the export."""
+    """`<export>.validation.json`, next to the export."""
     absolute = Path(os.path.abspath(export))
     return absolute.with_name(absolute.name + ".validation.json")
 
 
 def remove_record(export: Path) -> None:
-    """Remove the record beside an export, with its checksum: an old verdict must not outlive a failure."""
+    """Remove an export's validation record with its checksum, so that no old verdict remains if validation fails."""
     remove_checked(record_path(export))
 
 
 def write_record(record: BaseModel, export: Path, *, place: Path | None = None) -> Path:
-    """Write the record with its checksum: a reader sees the old file or the new one, whole.
+    """Write the record with its checksum, so that a reader sees either the old file or the complete new one.
 
     Args:
-        record: what was found.
+        record: the record.
         export: the export's directory.
-        place: where to write; `<export>.validation.json` when None.
+        place: where to write it; `<export>.validation.json` if None.
 
     Raises:
         OutOfMemoryError: the disk is full.

@@ -1,7 +1,7 @@
-"""The record of a run of a recipe: which stage made what, from what, how long it took, and what the gates said.
+"""The record of a recipe's run: for each stage its inputs, output, duration and gate results.
 
-The workflow writes it after every stage, in one step; `verify`, `report` and a second run read it. It lies in the run's
-directory, beside the stages' outputs, whose digests it holds.
+The workflow writes it atomically after every stage; `verify`, `report` and later runs read it. It is stored in the
+run's directory next to the stages' outputs, whose digests it contains.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fp8pipe.core.errors import BadArtifactError
 __all__ = ["RUN_NAME", "RunRecord", "StageRecord", "read_run", "write_run"]
 
 RUN_NAME = "run.json"
-# 2: gates carry their comparison.
+# 2: gates have a comparison.
 RUN_SCHEMA = 2
 
 
 class StageRecord(FrozenConfig):
-    """One stage, finished or failed."""
+    """The result of one stage, whether it succeeded or failed."""
 
     name: str = Field(description="the stage's name in the recipe")
     command: str = Field(description="what it does: finetune, quantize-vit, export, validate, bench or serve-check")
@@ -61,11 +61,11 @@ class RunRecord(FrozenConfig):
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the stages'."""
+        """The worst verdict of all stages."""
         return worst(stage.verdict for stage in self.stages)
 
     def stage(self, name: str) -> StageRecord | None:
-        """The stage of that name, if it has run."""
+        """The record of the stage with this name, if it has run."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
 
@@ -73,7 +73,7 @@ def read_run(directory: Path) -> RunRecord:
     """Read `directory`/run.json.
 
     Raises:
-        BadArtifactError: there is none, or its checksum is missing or another, or it is none of this schema.
+        BadArtifactError: there is no record, its checksum is missing or does not match, or it is invalid.
     """
     path = Path(directory) / RUN_NAME
     try:
@@ -89,7 +89,7 @@ def read_run(directory: Path) -> RunRecord:
 
 
 def _migrated(data: dict[str, Any]) -> dict[str, Any]:
-    """A record of schema 1, whose gates had two bounds in place of a comparison, in today's form."""
+    """Migrate a record of schema 1, whose gates had two bounds instead of a comparison, to the current schema."""
     if data.get("schema_version", 1) >= RUN_SCHEMA:
         return data
     stages = [{**stage, "gates": [new for old in stage["gates"] for new in _two(old)]} for stage in data["stages"]]
@@ -106,5 +106,5 @@ def _two(old: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def write_run(record: RunRecord, directory: Path) -> Path:
-    """Write the record with its checksum: a reader, and a run after a crash, sees the old one or the new one, whole."""
+    """Write the record with its checksum; a reader, even after a crash, sees the complete old or new record."""
     return write_checked(Path(directory) / RUN_NAME, record.model_dump_json(indent=2) + "\n")

@@ -1,8 +1,9 @@
-"""Signatures of a directory by a key of its owner, in OpenSSF's model-signing format. Nothing leaves the machine.
+"""Signatures of directories with the owner's key, in OpenSSF's model-signing format. Nothing leaves the machine.
 
-Checksums and hashes show damage. Who can write the files can write them again, too; a signature shows who did. It lies
-beside the directory, as `DIR.sig`, so that the files in it stay those of the manifest. A record beside an artifact has
-one of its own, so that the artifact's holds wherever it is copied.
+Checksums and hashes detect damage, but whoever can change the files can also update those. A signature proves who wrote
+them. It is stored next to the directory, as `DIR.sig`, so that the directory contains only the files of the manifest. A
+record next to an artifact has its own signature, so that the artifact's remains valid when the artifact alone is
+copied.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError, MissingCap
 
 __all__ = ["Trust", "check_signature", "sign", "signature_path"]
 
-# model-signing gives the representation of a list of sentences, in which quotes may be escaped.
+# model-signing raises an error with the repr() of a list of sentences, in which quotes may be escaped.
 _PARTS = (
     ("other bytes", re.compile(r"Hash mismatch for \\?'(.*?)\\?':")),
     ("not signed", re.compile(r"Extra files found in model \\?'.*?\\?': ([^\"'\\]*)")),
@@ -30,7 +31,7 @@ _PARTS = (
 
 
 class Trust(FrozenConfig):
-    """Whose signature must stand; without a key or a certificate none is looked at."""
+    """The key or certificates to check signatures with; without either, no signature is checked."""
 
     public_key: Annotated[Path | None, Flag(default="not checked")] = Field(
         default=None, description="Check signatures with this key, PEM"
@@ -51,7 +52,7 @@ class Trust(FrozenConfig):
         return self
 
     def findings(self, directory: Path, records: Iterable[Path]) -> list[Finding]:
-        """What the signatures of a directory, and of records beside it, do not bear out."""
+        """Findings for the signatures of a directory, and of records next to it, that are missing or do not match."""
         if self.public_key is None and not self.certificates:
             return []
         places = {directory: self.signature or signature_path(directory)} | {r: signature_path(r) for r in records}
@@ -66,10 +67,10 @@ class Trust(FrozenConfig):
         ]
 
     def require(self, directory: Path, record: Path) -> None:
-        """Refuse an artifact, or the record of its validation where there is one, that is not as it was signed.
+        """Refuse an artifact if its signature, or that of its validation record if there is one, is not valid.
 
         Raises:
-            BadArtifactError: a signature is missing, of another key, or of other bytes.
+            BadArtifactError: a signature is missing, was made with another key, or does not match the files.
         """
         found = self.findings(directory, [record] if record.exists() else [])
         if found:
@@ -78,7 +79,7 @@ class Trust(FrozenConfig):
 
 
 def signature_path(path: Path) -> Path:
-    """`DIR.sig` or `RECORD.json.sig`, beside what it signs."""
+    """`DIR.sig` or `RECORD.json.sig`, next to what it signs."""
     absolute = Path(path).absolute()
     return absolute.with_name(absolute.name + ".sig")
 
@@ -90,16 +91,16 @@ def sign(
     """Sign every file in a directory, or one file.
 
     Args:
-        path: an artifact, a run's directory, or any other; or a record.
-        output: where the signature is written.
-        key: private key of an elliptic curve, PEM.
-        certificate: of that key, PEM; then the signature is checked with certificates instead of the public key.
-        chain: certificates between it and a root.
-        password: of the key.
+        path: an artifact, a run's directory or any other directory; or a record.
+        output: where to write the signature.
+        key: elliptic-curve private key, PEM.
+        certificate: certificate of that key, PEM; the signature is then verified with certificates, not the public key.
+        chain: intermediate certificates between `certificate` and a root.
+        password: password of the key.
 
     Raises:
         MissingCapabilityError: model-signing is not installed.
-        ConfigurationError: nothing is there, or a key or certificate cannot be used.
+        ConfigurationError: the path does not exist, or a key or certificate cannot be used.
     """
     signing, hashing = _module("signing"), _module("hashing")
     if password is not None and certificate is not None:
@@ -110,7 +111,7 @@ def sign(
     config = signing.Config().set_hashing_config(_hashing(hashing))
     try:
         if certificate is None:
-            # Annotated as str, and handed to a function that takes bytes only.
+            # The library annotates the password as str, but passes it to a function that only takes bytes.
             locked = None if password is None else password.encode()
             config.use_elliptic_key_signer(private_key=key, password=locked)
         else:
@@ -127,9 +128,9 @@ def sign(
 def check_signature(
     path: Path, signature: Path, *, public_key: Path | None = None, certificates: Sequence[Path] = ()
 ) -> str:
-    """What is wrong with the signature of a directory or file, in words; empty when nothing is.
+    """What is wrong with the signature of a directory or file, in words; empty if nothing is.
 
-    Give the signer's public key, or the roots that are trusted, as PEM.
+    Pass either the signer's public key or the trusted root certificates, as PEM files.
 
     Raises:
         MissingCapabilityError: model-signing is not installed.
@@ -150,19 +151,19 @@ def check_signature(
         ) from error
     try:
         config.verify(path, signature)
-    except Exception as error:  # a wrong key, a changed file and a damaged signature raise different things
+    except Exception as error:  # wrong keys, changed files and damaged signatures raise different types
         return _in_words(" ".join(str(error).split()), path.name) or f"it does not fit ({type(error).__name__})"
     return ""
 
 
 def _in_words(text: str, name: str) -> str:
-    """Which files differ, without the digests, which are shown as raw bytes; a file that was signed alone is `.`."""
+    """Shorten an error to the files that differ, without digests, which are raw bytes; `.` is a file signed alone."""
     found = {what: ", ".join(name if n == "." else n for n in pattern.findall(text)) for what, pattern in _PARTS}
     return "; ".join(f"{what}: {names}" for what, names in found.items() if names) or text[:300]
 
 
 def _hashing(hashing: Any) -> Any:
-    """Every file counts; nothing is ignored, not even what looks like git's."""
+    """A hashing configuration that covers every file and ignores none, not even those of git."""
     return hashing.Config().use_file_serialization().set_ignored_paths(paths=(), ignore_git_paths=False)
 
 

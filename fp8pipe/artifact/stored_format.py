@@ -1,7 +1,7 @@
-"""How the checkpoint that something was made from stored its weights, where that was not in floating point.
+"""The quantized format of a source checkpoint, recorded in the manifest of what was made from it.
 
-A base in FP8 is read back as floats, and nothing that is made of it holds its codes. What was tuned or exported is then
-not the model from before it was quantized, and a reader of the manifest should see that in a field.
+An FP8 base model is dequantized when it is read, and artifacts made from it do not contain its codes. They therefore
+derive from the quantized model and not from the original one, and the manifest states that in a field.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["StoredFormat"]
 
 
 class StoredFormat(FrozenConfig):
-    """Of a parent in low precision; its weights were read as code * scale."""
+    """The storage format of a low-precision parent, whose weights were read as code * scale."""
 
     method: Literal["compressed-tensors", "fp8", "modelopt"] = Field(description="the format, as config.json names it")
     codes: Literal["e4m3"] = Field(default="e4m3", description="the grid of its codes")

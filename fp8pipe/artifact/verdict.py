@@ -1,7 +1,7 @@
-"""The one reader of verdicts: whoever asks what a validation or a measurement said asks here.
+"""Reading the verdicts of validations and measurements; all code that needs a verdict uses this module.
 
-`read_verdict` reads a record, `require_accept` wants an ACCEPT of it. What is missing, damaged, unknown or not borne
-out is no verdict.
+`read_verdict` reads a record, and `require_accept` also requires the verdict ACCEPT. A record that is missing, damaged
+or unknown, or whose gates contradict its verdict, is refused.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fp8pipe.core.errors import BadArtifactError, GateFailedError
 __all__ = ["REJECT", "VerdictRecord", "read_verdict", "require_accept"]
 
 REJECT: Final = "REJECT"
-_SCHEMA: Final = 3  # the newest of any record
+_SCHEMA: Final = 3  # the newest schema of any record
 
 
 def _gate(data: Any) -> Gate:
-    """A gate of any schema, and a ValueError for everything else."""
+    """Read a gate of any schema; a ValueError for anything else."""
     try:
         return read_gate(data)
     except (TypeError, KeyError, AttributeError) as error:
@@ -32,7 +32,7 @@ def _gate(data: Any) -> Gate:
 
 
 class VerdictRecord(BaseModel):
-    """What every record of a validation or a measurement holds; all else is in `document`."""
+    """The fields common to all records of validations and measurements; `document` contains the whole record."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -47,31 +47,31 @@ class VerdictRecord(BaseModel):
 
     @property
     def said(self) -> Verdict:
-        """The verdict; one that rejects says that things differ which must be equal."""
+        """The verdict on the scale of gates; REJECT counts as ANOMALOUS, as things differ that must be equal."""
         return Verdict.ANOMALOUS if self.verdict == REJECT else Verdict(self.verdict)
 
     @property
     def measures(self) -> str:
-        """The command, where it only measured: such a record may have nothing that had to hold."""
+        """The command that wrote the record if it only measured (such a record may have no gates); otherwise empty."""
         return str(self.document.get("stage") or "")
 
     @property
     def form(self) -> str:
-        """The form of serving that it covers, in words; empty where the engine has one form only."""
+        """The form of serving that the record covers, in words; empty if the engine has only one form."""
         served = self.document.get("served")
         return str(served.get("form", "")) if isinstance(served, dict) else ""
 
 
 def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
-    """Read a record, or refuse it; nothing is concluded from one that is not whole.
+    """Read a record, and refuse it unless it is complete and consistent.
 
     Args:
         path: the record.
-        artifact: what it must speak of; the directory of its name, beside it, when None.
+        artifact: the artifact that it must refer to; if None, the directory next to it with the same base name.
 
     Raises:
-        BadArtifactError: it is missing or cannot be read, its checksum is missing or another, it is no record of this
-            schema, its verdict is unknown or not borne out by its gates, or it speaks of another manifest.
+        BadArtifactError: the record is missing or cannot be read; its checksum is missing or does not match; it is
+            invalid; its verdict is unknown or contradicted by its gates; or it refers to another manifest.
     """
     try:
         data = json.loads(read_checked(path, _former_name(path)))
@@ -99,15 +99,15 @@ def read_verdict(path: Path, artifact: Artifact | None = None) -> VerdictRecord:
 
 
 def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictRecord:
-    """The record of an artifact's validation, which must say ACCEPT.
+    """The record of an artifact's validation, whose verdict must be ACCEPT.
 
     Args:
         artifact: the export.
-        place: the record; `<export>.validation.json` when None.
+        place: the record; `<export>.validation.json` if None.
 
     Raises:
-        BadArtifactError: the record is not sound.
-        GateFailedError: there is none, or its verdict is another one.
+        BadArtifactError: the record is invalid.
+        GateFailedError: there is no record, or its verdict is not ACCEPT.
     """
     path = place or record_path(artifact.root)
     why, fix = f"no record of a validation lies at {path}", f"fp8pipe validate {artifact.root}"
@@ -123,7 +123,7 @@ def require_accept(artifact: Artifact, place: Path | None = None) -> VerdictReco
 
 
 def _former_name(path: Path) -> str:
-    """The name that a record says it was written under: containers mount it under another."""
+    """The file name that a record was originally written under; containers mount records under other names."""
     try:
         name = f"{json.loads(path.read_bytes())['export']}.validation.json"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -132,7 +132,7 @@ def _former_name(path: Path) -> str:
 
 
 def _gates_before_3(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """What had to hold in a language model's record of schema 2, which had figures and no gates."""
+    """The gates of a language model's record of schema 1 or 2, which stored measured values but no gates."""
     weights, logprobs, answers = (data.get(key) for key in ("weights", "logprobs", "canary"))
     if data.get("schema_version") not in (1, 2) or not isinstance(weights, dict) or not isinstance(logprobs, dict):
         return []

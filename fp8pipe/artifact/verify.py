@@ -1,8 +1,8 @@
-"""Everything about a tree of artifacts that needs no knowledge of their kinds: bytes, records, parents.
+"""The checks of `verify` that apply to artifacts of any kind: file hashes, records and parents.
 
-A tree is a run's directory, a folder of exports or a single artifact: artifacts, records beside them, and files that no
-record covers. Nothing is believed: what looks like an artifact is found by the names of its files alone. Every finding
-is kept and none stops the search: who reads the list decides what to copy again.
+They check a tree of artifacts: a run's directory, a folder of exports, or a single artifact, with the records next to
+them and files that no record covers. Nothing is taken on trust: artifacts are recognized only by the names of their
+files. No finding stops the search; all of them are collected, so that the user can decide what to copy again.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from fp8pipe.core.errors import BadArtifactError
 
 __all__ = ["Checked", "Tree", "check_bytes", "check_record", "find_parent", "find_tree"]
 
-# What is found out about an artifact lies beside it.
+# Suffixes of the records that are written next to an artifact.
 _BESIDE = (".validation.json", ".bench.json", ".serve-check.json")
 _MANY = 5
-_HASHERS = 2  # files at a time: a processor hashes some 1.5 GB a second, and a disk may be faster
+_HASHERS = 2  # number of files hashed in parallel: a core hashes about 1.5 GB per second, and a disk may be faster
 _UNKNOWN = "no record covers it"
 
 
 @dataclass(slots=True)
 class Tree:
-    """Paths by what they are, sorted."""
+    """The paths found in a tree, by type, each list sorted."""
 
     root: Path  # the directory that was searched
-    artifacts: list[Path] = field(default_factory=list)  # directories that hold a manifest, or its checksum
-    records: list[Path] = field(default_factory=list)  # JSON files with a checksum, or the name of a record or a run
-    unfinished: list[Path] = field(default_factory=list)  # directories of runs that did not end
+    artifacts: list[Path] = field(default_factory=list)  # directories that contain a manifest or its checksum
+    records: list[Path] = field(default_factory=list)  # JSON files with a checksum, or with the name of a record or run
+    unfinished: list[Path] = field(default_factory=list)  # directories of unfinished runs
     others: list[Path] = field(default_factory=list)  # files outside of artifacts that have no checksum
 
     @property
     def beside(self) -> list[Path]:
-        """Records of a single artifact, which lie outside of its directory."""
+        """Records outside of the searched directory, which belong to the single artifact that it is."""
         return [path for path in self.records if self.root not in path.parents]
 
     def name_of(self, path: Path) -> str:
-        """`path` as people know it: relative to the tree."""
+        """`path` relative to the tree, for display."""
         shown = os.path.relpath(path, self.root)
         return self.root.name if shown == "." else shown
 
 
 def find_tree(root: Path) -> Tree:
-    """Look through a directory; links are not followed.
+    """Search a directory for artifacts and records; links are not followed.
 
     Raises:
-        BadArtifactError: it is not a directory, or an unfinished run's.
+        BadArtifactError: it is not a directory, or that of an unfinished run.
     """
     root = Path(os.path.abspath(root))
     if not root.is_dir():
@@ -68,7 +68,7 @@ def find_tree(root: Path) -> Tree:
     tree = Tree(root)
     for folder, folders, files in os.walk(root):
         here = Path(folder)
-        # A model repository for Triton holds a copy of an export's manifest, and other files than it lists.
+        # A Triton model repository contains a copy of an export's manifest, but not the files that it lists.
         if {MANIFEST_NAME, CHECKSUM_NAME} & set(files) and "config.pbtxt" not in files:
             tree.artifacts.append(here)
             folders.clear()
@@ -76,7 +76,7 @@ def find_tree(root: Path) -> Tree:
         tree.unfinished += [here / name for name in folders if name.endswith(PARTIAL_SUFFIX)]
         folders[:] = sorted(name for name in folders if not name.endswith(PARTIAL_SUFFIX))
         _sort_files(tree, here, set(files))
-    if tree.artifacts == [root]:  # what was found about it lies beside it
+    if tree.artifacts == [root]:  # the records of a single artifact are next to it
         for suffix in _BESIDE:
             beside = root.with_name(root.name + suffix)
             left = (beside, checksum_path(beside), signature_path(beside))
@@ -87,12 +87,12 @@ def find_tree(root: Path) -> Tree:
 
 
 def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
-    """Records, known by their checksum, their name, or a checksum that they left behind; and others."""
+    """Sort files into records and others; a record is recognized by its name or its checksum, even if it is missing."""
     checksums = {name for name in files if name.endswith(CHECKSUM_SUFFIX)}
     records = {Path(name).with_suffix(".json").name for name in checksums}
     records |= {name for name in files if name == RUN_NAME or name.endswith(_BESIDE)}
     tree.records += [folder / name for name in records]
-    # A signature is checked with a key, which only the caller has.
+    # Signatures are not checked here, because that needs a key, which only the caller has.
     signed = {name: name.removesuffix(".sig") for name in files if name.endswith(".sig")}
     signatures = {name for name, of in signed.items() if of in records or (folder / of).is_dir()}
     tree.others += [folder / name for name in files - checksums - records - signatures]
@@ -100,13 +100,13 @@ def _sort_files(tree: Tree, folder: Path, files: set[str]) -> None:
 
 @dataclass(slots=True)
 class Checked:
-    """What was found."""
+    """The result of checking a tree."""
 
-    artifacts: list[Artifact] = field(default_factory=list)  # those that could be opened, whole or not
+    artifacts: list[Artifact] = field(default_factory=list)  # artifacts with a readable manifest, damaged or not
     findings: list[Finding] = field(default_factory=list)  # everything that is wrong
     notes: list[str] = field(default_factory=list)  # what could not be checked, and files that no record covers
-    damaged: set[Path] = field(default_factory=set)  # directories of artifacts whose bytes their manifest does not name
-    files: int = 0  # how many were hashed
+    damaged: set[Path] = field(default_factory=set)  # directories of artifacts that do not match their manifest
+    files: int = 0  # number of files that were hashed
 
 
 def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntry], None] | None = None) -> Checked:
@@ -114,7 +114,7 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
 
     Args:
         tree: what to check.
-        strict: files that no record covers are findings, not notes.
+        strict: whether files that no record covers are findings instead of notes.
         on_file: called after each file of an artifact.
     """
     checked = Checked()
@@ -144,7 +144,7 @@ def check_bytes(tree: Tree, *, strict: bool = False, on_file: Callable[[FileEntr
 
 
 def _stray_notes(unknown: list[tuple[str, str]]) -> list[str]:
-    """A note a file; one for all of a folder that holds many."""
+    """One note per file, or a single note for a folder with many such files."""
     groups: dict[str, list[str]] = {}
     for shown, name in unknown:
         groups.setdefault(shown, []).append(name)
@@ -160,13 +160,13 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
         manifest = read_manifest(root)
     except (BadArtifactError, OSError) as error:
         checksum = check_checksum(root / MANIFEST_NAME)
-        # One of version 1 needs no checksum, and what it holds may still be no manifest.
+        # A manifest of schema 1 needs no checksum, so a missing checksum is not what is wrong if it is unreadable.
         unchecked = not checksum_path(root / MANIFEST_NAME).exists() and "no checksum" not in str(error)
         check = Check.CHECKSUM if checksum and not unchecked else Check.MANIFEST
         why = checksum if check is Check.CHECKSUM else getattr(error, "why", "") or str(error)
         return [Finding(check, MANIFEST_NAME, why)], None
     findings = [Finding(Check.MANIFEST, name, f"it {why}") for name, why in strays(root, manifest)]
-    with ThreadPoolExecutor(_HASHERS) as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor(_HASHERS) as pool:  # hashing releases the GIL
         verdicts = pool.map(lambda entry: check_file(root, entry), manifest.files)
         for entry, wrong in zip(manifest.files, verdicts, strict=True):
             if wrong:
@@ -176,12 +176,12 @@ def _check_artifact(root: Path, on_file: Callable[[FileEntry], None] | None) -> 
     return findings, Artifact(root, manifest)
 
 
-# What a run keeps for itself, beside its stages' outputs.
+# A run's own files, next to its stages' outputs.
 _RUN_NAMES = ("recipe.yaml", "stages", "logs")
 
 
 def _unknown(tree: Tree) -> list[Path]:
-    """Files outside of artifacts, but those that a run's record names."""
+    """Files outside of artifacts, except those that the record of a run names."""
     known = set()
     for path in tree.records:
         if path.name != RUN_NAME:
@@ -199,9 +199,9 @@ def _unknown(tree: Tree) -> list[Path]:
 
 
 def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
-    """Findings and notes on what a checksummed record says, against the artifacts (by directory) it speaks of."""
+    """Check a record's statements against the artifacts (by directory) that it refers to; findings and notes."""
     if check_checksum(path):
-        return [], []  # a finding already
+        return [], []  # `check_bytes` has reported it already
     if path.name == RUN_NAME:
         return _check_run(path, artifacts)
     export = artifacts.get(path.with_name(path.stem.rpartition(".")[0]))
@@ -215,7 +215,7 @@ def check_record(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Find
 
 
 def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Finding], list[str]]:
-    """Every stage's output is there, and has the content that the record names."""
+    """Check that every stage's output exists and has the content recorded for it."""
     try:
         record = read_run(path.parent)
     except BadArtifactError as error:
@@ -239,7 +239,7 @@ def _check_run(path: Path, artifacts: dict[Path, Artifact]) -> tuple[list[Findin
 
 
 def _check_stage_record(output: Path, stage: StageRecord) -> Iterator[Finding]:
-    """A stage whose output is a record: its verdict is the one that the run judged."""
+    """For a stage whose output is a record, check that its verdict is the one that the run used."""
     try:
         verdict = read_verdict(output).verdict
     except BadArtifactError as error:
@@ -254,13 +254,13 @@ def find_parent(child: Artifact, parent: Parent, known: list[Artifact]) -> tuple
     """The artifact that a manifest names as its parent.
 
     Args:
-        child: whose manifest names it.
-        parent: as named.
-        known: artifacts among which it may be.
+        child: the artifact whose manifest names the parent.
+        parent: the manifest's entry.
+        known: artifacts to search.
 
     Returns:
-        the artifact, with a note where only its content is the parent's; or a finding where one of the parent's name
-        has another digest; or neither, where it is not among `known`.
+        The artifact, with a note if only its content matches, not its digest; or a finding if an artifact with the
+        parent's name has another digest; or neither if the parent is not among `known`.
     """
     same = [other for other in known if other.digest == parent.digest]
     if same:

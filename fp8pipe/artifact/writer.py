@@ -1,8 +1,9 @@
-"""Writing an artifact so that a crash at any instant leaves the old one, or none, or the whole new one.
+"""Writing an artifact so that a crash at any time leaves the old artifact, none, or the complete new one.
 
-Order: files into `NAME.partial/`, each flushed to the disk; the manifest and its checksum; everything reopened and
-re-hashed; one rename. A finished artifact is only ever replaced by that last rename, and only when `force` was given.
-What may be replaced or thrown away, and who is writing there, is looked at before.
+Files are written into `NAME.partial/` and flushed to disk, followed by the manifest and its checksum. Then everything
+is reopened and hashed again, and the directory is renamed. A finished artifact is only replaced by this final rename,
+and only if `force` was given. Before anything is written, the writer checks what it may replace or delete, and that no
+other process is writing there.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ __all__ = ["CHECKPOINT_PREFIX", "ArtifactWriter", "check_place", "installed_vers
 
 logger = logging.getLogger(__name__)
 
-# An unfinished directory with an entry of this prefix can be resumed, and is not thrown away unasked.
+# An unfinished directory with an entry of this prefix can be resumed, and is only deleted on request.
 CHECKPOINT_PREFIX = "checkpoint"
 LOCK_NAME = ".lock"
 _RECORDED = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "pydantic")
 
 
 class ArtifactWriter:
-    """Writes one artifact. Use as a context manager: a full disk inside becomes an OutOfMemoryError.
+    """Writes one artifact. Use it as a context manager: if the disk gets full inside, an OutOfMemoryError is raised.
 
-    Leaving without `commit` keeps `NAME.partial/`, so that an interrupted run can be resumed; `discard` removes it.
+    Leaving it without `commit` keeps `NAME.partial/`, so that an interrupted run can be resumed; `discard` removes it.
 
     Args:
         output: the artifact's final directory.
         kind: its kind.
         stage: the command or stage that writes it.
-        force: an existing artifact at `output` may be replaced, at the end, and an unfinished resumable run be thrown
-            away, at once.
+        force: allow replacing an existing artifact at `output` (at the end) and deleting an unfinished, resumable run
+            (at once).
         resume: keep what an unfinished run left in `NAME.partial/`.
 
     Raises:
-        ConfigurationError: `output` exists and `force` was not given, or is not an artifact, or lies inside one; an
-            unfinished resumable run is there and neither `resume` nor `force` was given; another process is writing it;
-            the place cannot be written to.
+        ConfigurationError: `output` exists and `force` was not given; it exists but is not an artifact; it is inside an
+            artifact; there is an unfinished, resumable run and neither `resume` nor `force` was given; another process
+            is writing it; or the directory is not writable.
     """
 
     def __init__(self, output: Path | str, *, kind: str, stage: str, force: bool = False, resume: bool = False) -> None:
@@ -84,20 +85,25 @@ class ArtifactWriter:
         self._stack.__exit__(kind, error, traceback)
 
     def warn(self, message: str) -> None:
-        """Record a fallback or a finding in the manifest, and log it; the same message counts once."""
+        """Record a fallback or a finding in the manifest, and log it; repeated messages are ignored."""
         if message not in self.warnings:
             self.warnings.append(message)
             logger.warning("%s", message)
 
     def gate(self, gate: Gate) -> None:
-        """Record a gate. A failed one does not stop the commit: raising is the caller's decision."""
+        """Record a gate. A failed gate does not prevent the commit; whether to raise is up to the caller."""
         self.gates.append(gate)
 
     def require_gates(self, gates: Sequence[Gate], what: str, fix: str) -> None:
-        """Record all gates of an export; refuse it when some fail: what failed, in words, and what the user can do.
+        """Record all gates of an export, and refuse it if any failed.
+
+        Args:
+            gates: the gates.
+            what: what failed, for the error message.
+            fix: what the user can do about it.
 
         Raises:
-            GateFailedError: with every failed gate's value, threshold and detail.
+            GateFailedError: with the value, threshold and detail of every failed gate.
         """
         for gate in gates:
             self.gate(gate)
@@ -107,10 +113,10 @@ class ArtifactWriter:
             raise GateFailedError(f"{what} ({len(failed)} gate(s) failed)", why=why, fix=fix)
 
     def discard(self) -> None:
-        """Remove the unfinished directory, and the ones around it that were made for it."""
+        """Remove the unfinished directory, and the parent directories that were created for it."""
         self._lock.close()
         shutil.rmtree(self.root, ignore_errors=True)
-        with suppress(OSError):  # something else lies there by now
+        with suppress(OSError):  # the parent is not empty any more
             for folder in self._made:
                 folder.rmdir()
 
@@ -121,30 +127,30 @@ class ArtifactWriter:
         layers: Sequence[LayerRecord] = (), versions: Mapping[str, str] | None = None, exclude: Iterable[str] = (),
         volatile: Iterable[str] = (), digests: Mapping[str, str] | None = None,
     ) -> Artifact:  # fmt: skip
-        """Hash, write the manifest, reopen and verify, and rename to the final name.
+        """Hash all files, write the manifest, reopen and verify the result, and rename it to the final name.
 
         Args:
-            details: facts of the kind, in the kind's own model.
+            details: kind-specific facts, in the kind's own model.
             config: the resolved configuration.
             seed: the run's seed.
             parents: what the artifact was made from.
-            number_format: how its codes are read; none for unquantized weights.
-            preprocessing: input preparation, as data.
+            number_format: how its codes are read; None for unquantized weights.
+            preprocessing: the input preprocessing, as plain data.
             runtime: the runtime it was checked against.
-            layers: every layer considered.
-            versions: library versions beyond those of `installed_versions`.
-            exclude: names in `root`, files or directories, that are deleted first (checkpoints).
-            volatile: names in `root`, files or directories, whose bytes a rerun may change: measured times, or what
-                a compiler is free to choose. They are hashed as all others, and left out of the content digest.
-            digests: sha256 by name in `root`, of files that the caller has read back and hashed since they were
-                written; they are not read again.
+            layers: every layer that was considered for quantization.
+            versions: library versions in addition to those of `installed_versions`.
+            exclude: files or directories in `root` that are deleted first (checkpoints).
+            volatile: files or directories in `root` whose bytes may differ in a rerun, because they contain measured
+                times or results of compilers' free choices. They are hashed, but excluded from the content digest.
+            digests: sha256 by name in `root` of files that the caller has read back and hashed after writing; they
+                are not read again.
 
         Returns:
             The artifact under its final name.
 
         Raises:
-            BadArtifactError: what was reopened is not what was written.
-            ConfigurationError: something appeared at the output while the run went on.
+            BadArtifactError: the reopened artifact differs from what was written.
+            ConfigurationError: something was created at the output during the run.
             OutOfMemoryError: the disk is full.
         """
         with translate_disk_full(self.output):
@@ -194,7 +200,7 @@ class ArtifactWriter:
 
 
 def installed_versions(names: Iterable[str] = _RECORDED) -> dict[str, str]:
-    """Versions of Python and of the installed distributions among `names`; imports none of them."""
+    """Versions of Python and of those distributions in `names` that are installed; none is imported."""
     found = {name: distribution_version(name) for name in names}
     return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
@@ -207,9 +213,9 @@ def _remove(path: Path) -> None:
 
 
 def _hash_files(root: Path, volatile: tuple[str, ...], digests: Mapping[str, str]) -> list[FileEntry]:
-    """Make every file readable as the umask says, flush it, and hash it where its digest is not known.
+    """Set permissions of all files according to the umask, flush them to disk, and hash those without a known digest.
 
-    Links are refused: they break when moved.
+    Links are refused, because they break when the artifact is moved.
     """
     entries = []
     mode = ordinary_mode(root)
@@ -222,7 +228,7 @@ def _hash_files(root: Path, volatile: tuple[str, ...], digests: Mapping[str, str
                 fix="copy the file instead of linking it",
             )
         if path.is_file():
-            path.chmod(mode)  # safetensors creates its files for the owner alone
+            path.chmod(mode)  # safetensors creates files that only the owner can read
         sync(path)
         if path.is_file():
             changing = any(name == entry or name.startswith(f"{entry}/") for entry in volatile)
@@ -232,7 +238,7 @@ def _hash_files(root: Path, volatile: tuple[str, ...], digests: Mapping[str, str
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a directory's entries, to the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -241,12 +247,12 @@ def sync(path: Path) -> None:
 
 
 def partial_of(output: Path) -> Path:
-    """`OUTPUT.partial`, where an artifact is written until it is whole."""
+    """`OUTPUT.partial`, where an artifact is written until it is complete."""
     return output.with_name(output.name + PARTIAL_SUFFIX)
 
 
 def check_place(output: Path | str, *, force: bool, resume: bool = False) -> None:
-    """Refuse an output that `ArtifactWriter` would refuse; to be asked before anything costly begins.
+    """Refuse an output that `ArtifactWriter` would refuse; call this before any expensive work.
 
     Raises:
         ConfigurationError: as `ArtifactWriter`.
@@ -254,14 +260,14 @@ def check_place(output: Path | str, *, force: bool, resume: bool = False) -> Non
     output = Path(output).absolute()
     _check_output(output, force)
     root = partial_of(output)
-    if root.is_symlink():  # what it points to is somebody's, and would be emptied
+    if root.is_symlink():  # the directory that it points to would be emptied
         raise ConfigurationError(f"{root} is in the way", why="it is a link", fix="remove it, or give another output")
     if root.exists() and not resume:
         _check_disposable(root, output, force)
 
 
 def _check_output(output: Path, force: bool) -> None:
-    """Refuse an output that exists, unless `force` may replace it (artifacts only), or lies inside an artifact."""
+    """Refuse an output inside an artifact, or one that exists, unless `force` is given and it is an artifact."""
     _check_outside(output)
     if not (output.exists() or output.is_symlink()):
         return
@@ -281,7 +287,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def _check_outside(output: Path) -> None:
-    """Refuse an output inside an artifact, which would hold files that its manifest does not list: damage."""
+    """Refuse an output inside an artifact, whose manifest would not list the new files: it would count as damaged."""
     for folder in output.resolve().parents:
         if all(file.is_file() for file in (folder / MANIFEST_NAME, checksum_path(folder / MANIFEST_NAME))):
             raise ConfigurationError(
@@ -292,7 +298,7 @@ def _check_outside(output: Path) -> None:
 
 
 def _check_disposable(root: Path, output: Path, force: bool) -> None:
-    """Refuse to throw away an unfinished run that could be resumed."""
+    """Refuse to delete an unfinished run that could be resumed."""
     if not root.is_dir():
         raise ConfigurationError(
             f"{root} is in the way", why="it is not a directory", fix="remove it, or give another output"
@@ -307,7 +313,7 @@ def _check_disposable(root: Path, output: Path, force: bool) -> None:
 
 @contextmanager
 def _translate_unwritable(output: Path) -> Iterator[None]:
-    """A place that cannot be written to is the user's choice of output (exit 10)."""
+    """Turn errors about an unwritable output, which the user chose, into a ConfigurationError (exit 10)."""
     try:
         yield
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
@@ -319,7 +325,7 @@ def _translate_unwritable(output: Path) -> Iterator[None]:
 
 
 def lock(root: Path) -> IO[str]:
-    """Hold `root` for this process; another process that tries is refused instead of mixing its files in."""
+    """Lock `root` for this process, so that another process is refused instead of mixing its files in."""
     stream = (root / LOCK_NAME).open("w")
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, configuration, progress, files, locks, machine."""
+"""Foundations used by all other packages: errors, configuration, progress, devices, machine, process guard, plans."""

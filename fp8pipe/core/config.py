@@ -1,8 +1,9 @@
-"""Configurations: frozen, closed, described, and refused with every mistake at once.
+"""Configurations: immutable models without unknown keys, whose fields are all described.
 
-A stage's configuration is one `FrozenConfig`; command-line options are overrides of the same model, and the
-resolved values go into the artifact's manifest. Unknown keys are errors (a misspelt `leraning_rate` must not
-train for an hour with the default), and YAML is read with a safe loader that also refuses a key given twice.
+A stage's configuration is one `FrozenConfig`. Command-line options override fields of the same model, and the resolved
+values are stored in the artifact's manifest. Unknown keys are errors, because a misspelt `leraning_rate` must not train
+for an hour with the default. All mistakes are reported in a single error. YAML is read with a safe loader that also
+refuses duplicate keys.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class FrozenConfig(BaseModel):
-    """Base of every configuration: immutable, no unknown keys, and every field described.
+    """Base class of all configurations: immutable, without unknown keys, and with a description of every field.
 
     Attributes:
-        renamed: fields' former names and today's, so that an old recipe is refused with the new name.
+        renamed: current names by former names of fields, so that the error for an old recipe states the new name.
 
     Raises:
         TypeError: when a subclass is defined with a field that has no description.
     """
 
-    # Not built before it is first used: help needs the fields alone.
+    # Validators are built on first use, because `--help` only needs the fields.
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", defer_build=True
     )
@@ -50,14 +51,14 @@ class FrozenConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """How a field stands on the command line: `Annotated[int, Flag("synthesis-steps")]`.
+    """How a field appears on the command line: `Annotated[int, Flag("synthesis-steps")]`.
 
-    Without one, `batch_size` is `--batch-size`. A field of a nested model is an option only if it has a name here.
+    Without it, `batch_size` becomes `--batch-size`. A field of a nested model is an option only if it has a name here.
     """
 
-    name: str = ""  # of the option, without dashes in front
-    default: str = ""  # in words, where it follows from something else
-    config_only: bool = False  # it is no option of its own
+    name: str = ""  # name of the option, without leading dashes
+    default: str = ""  # the default in words, if it depends on something else
+    config_only: bool = False  # the field has no command-line option
 
 
 CONFIG_ONLY: Final = Flag(config_only=True)
@@ -67,10 +68,10 @@ _UNITS: Final = {
 
 
 def parse_size(value: object) -> int:
-    """Bytes: `5GB` is 5 * 10^9, `5GiB` 5 * 2^30, a number without unit is bytes.
+    """Parse a size in bytes: `5GB` is 5 * 10^9, `5GiB` is 5 * 2^30, and a number without a unit is in bytes.
 
     Raises:
-        ValueError: showing the accepted forms.
+        ValueError: the text has another form; the message shows accepted ones.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
     size = round(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
@@ -83,10 +84,10 @@ Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | s
 
 
 def build_config(cls: type[T], values: Mapping[str, object]) -> T:
-    """Validate `values`, field values by name, nested configurations as mappings, into a `cls`.
+    """Create a `cls` from `values`: field values by name, with nested configurations as mappings.
 
     Raises:
-        ConfigurationError: one error that lists every invalid, missing and unknown key.
+        ConfigurationError: any key is invalid, missing or unknown; the error lists all of them.
     """
     try:
         return cls.model_validate(dict(values))
@@ -103,16 +104,16 @@ def build_config(cls: type[T], values: Mapping[str, object]) -> T:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file counts as an empty mapping.
+    """Read a YAML file that contains a mapping; an empty file counts as an empty mapping.
 
     Raises:
-        ConfigurationError: unreadable, not YAML, a key given twice, or no mapping.
+        ConfigurationError: the file is unreadable, not YAML, has a duplicate key, or does not contain a mapping.
     """
-    import yaml  # here, so that help does not wait for it
+    import yaml  # imported here to keep `--help` fast
 
     class UniqueKeyLoader(yaml.SafeLoader):  # safe: plain data only, no Python objects
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-            """Refuses a mapping with the same key twice, where YAML's default keeps the last."""
+            """Refuse a mapping with a duplicate key, of which PyYAML would silently keep the last."""
             seen: set[object] = set()
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=True)
@@ -148,7 +149,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def assign(values: dict[str, Any], dotted: str, value: object) -> None:
-    """Set `values["a"]["b"] = value` for the dotted key `a.b`, creating mappings on the way."""
+    """Set `values["a"]["b"] = value` for the dotted key `a.b`, creating missing mappings."""
     *parents, last = dotted.split(".")
     here = values
     for name in parents:
@@ -166,7 +167,7 @@ def assign(values: dict[str, Any], dotted: str, value: object) -> None:
 
 
 def _finding(cls: type[BaseModel], item: Any) -> str:
-    """One sentence for one pydantic error."""
+    """Describe a pydantic error in one sentence."""
     location: tuple[int | str, ...] = item["loc"]
     name = ".".join(str(part) for part in location) or "(the whole configuration)"
     if item["type"] == "extra_forbidden":
@@ -185,7 +186,7 @@ def _finding(cls: type[BaseModel], item: Any) -> str:
 
 
 def _fields_at(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], Mapping[str, str]]:
-    """Field names of the nested configuration at `location`, and former ones; empty when it cannot be told."""
+    """Field names, and renamed fields, of the nested configuration at `location`; both empty if it is not known."""
     for part in location:
         field = cls.model_fields.get(str(part))
         annotation = field.annotation if field else None

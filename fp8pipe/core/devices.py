@@ -1,7 +1,7 @@
-"""Which device a command computes on: `--device` is resolved here, for every command alike.
+"""Selecting the device that a command computes on: `--device` is resolved here for all commands.
 
-`auto` takes a GPU that can do the work, and says in one line which device it took and why. A GPU that was asked for and
-cannot be used is an error before any model is loaded.
+`auto` selects a GPU if there is one that supports the work, and logs which device was selected and why. If a GPU was
+requested explicitly and cannot be used, an error is raised before any model is loaded.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _OTHERWISE: Final = "or use --device cpu"
 
 @dataclass(frozen=True, slots=True)
 class GpuNeed:
-    """What some work asks of a GPU."""
+    """What a workload requires of a GPU."""
 
-    work: str  # as people call it, for instance falqon
-    capability: tuple[int, int] | None = None  # the least compute capability; None: what torch has kernels for
-    reason: str = ""  # what needs it
+    work: str  # name of the workload for messages, for instance falqon
+    capability: tuple[int, int] | None = None  # minimum compute capability; None: any that torch has kernels for
+    reason: str = ""  # what requires that capability
 
     def __str__(self) -> str:
         if self.capability is None:
@@ -47,38 +47,38 @@ class GpuNeed:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device that was chosen."""
+    """The selected device."""
 
     name: Literal["cpu", "cuda"]
-    reason: str  # why this one
+    reason: str  # why it was selected
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
 
 
 class Placed(Protocol):
-    """A configuration of something that runs on either device."""
+    """A configuration of a workload that runs on a CPU or a GPU."""
 
     @property
     def device(self) -> DeviceName:
-        """What was asked for."""
+        """The requested device."""
 
     @property
     def gpu_need(self) -> GpuNeed:
-        """What it asks of a GPU."""
+        """What the workload requires of a GPU."""
 
     def model_copy(self, *, update: dict[str, Any]) -> Self:
-        """The same with some fields changed."""
+        """A copy with some fields changed."""
 
 
 T = TypeVar("T", bound=Placed)
 
 
 def resolve_device(asked: DeviceName, need: GpuNeed) -> Device:
-    """The device for `need`, silently.
+    """Select the device for a workload with the requirements `need`, without logging.
 
     Raises:
-        MissingCapabilityError: a GPU was asked for, and there is none that can do it.
+        MissingCapabilityError: a GPU was requested, and none is available that supports the workload.
     """
     if asked == "cpu":
         return Device("cpu", "as asked")
@@ -93,7 +93,7 @@ def resolve_device(asked: DeviceName, need: GpuNeed) -> Device:
 
 
 def on_device(config: T) -> T:
-    """`config` with the device that it will run on; what `auto` took is said.
+    """`config` with the selected device; logs the device if it was `auto`.
 
     Raises:
         MissingCapabilityError: as `resolve_device`.
@@ -104,18 +104,18 @@ def on_device(config: T) -> T:
 
 
 def current_device(config: Placed) -> DeviceName:
-    """Where `config` would run now, silently; what was named stays, whether it can be used or not."""
+    """The device that `config` would run on, without logging; an explicit choice is returned without checking it."""
     return resolve_device("auto", config.gpu_need).name if config.device == "auto" else config.device
 
 
 def say(asked: DeviceName, found: Device) -> None:
-    """One line for people about what `auto` took; what they named themselves needs none."""
+    """Log which device `auto` selected; an explicit choice is not logged."""
     if asked == "auto":
         _LOG.info("device: %s", found)
 
 
 def lack_of(gpu: machine.Gpu, need: GpuNeed) -> tuple[str, str]:
-    """Why a GPU that torch sees cannot do some work, and what helps; two empty strings where it can."""
+    """Why a GPU does not support a workload, and what the user can do; two empty strings if it does."""
     if need.capability is not None and gpu.capability < need.capability:
         least = f"{_dotted(need.capability)} ({need.reason})"
         return f"compute capability {_dotted(gpu.capability)}; {need.work} needs {least}", "use a newer GPU"
@@ -129,9 +129,10 @@ def lack_of(gpu: machine.Gpu, need: GpuNeed) -> tuple[str, str]:
 
 
 def has_kernels(capability: tuple[int, int], built: Collection[str]) -> bool:
-    """Whether a GPU runs code for one of these architectures, named as torch does: `sm_90`, `sm_90a`, `compute_120`.
+    """Whether a GPU runs code built for any of these architectures (torch's names: `sm_90`, `sm_90a`, `compute_120`).
 
-    Machine code runs on the same major version from its minor on (with `a` on that GPU alone), PTX on all later ones.
+    Machine code (`sm`) runs on GPUs of the same major version with the same or a later minor version, or with suffix
+    `a` only on that exact version; PTX (`compute`) runs on all later ones.
     """
     for name in built:
         found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
@@ -148,17 +149,17 @@ def has_kernels(capability: tuple[int, int], built: Collection[str]) -> bool:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`; a GPU copies it out of pinned memory, and the host does not wait for that."""
+    """Copy a host tensor to `device`; copies to a GPU are asynchronous, from pinned memory."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def parts_on(tensor: Tensor, size: int, device: torch.device) -> Iterator[Tensor]:
-    """A tensor of the host in parts of at most `size` rows, each on `device` when its turn comes."""
+    """Split a host tensor into parts of at most `size` rows, and copy each to `device` as it is requested."""
     return (to_device(part, device) for part in tensor.split(size))
 
 
 def no_gpu() -> tuple[str, str]:
-    """Why torch sees no GPU, and what helps."""
+    """Why torch sees no GPU, and what the user can do."""
     version = machine.distribution_version("torch")
     if version is None:
         return "torch is not installed", "install a CUDA build of torch"

@@ -1,7 +1,7 @@
-"""Every failure a user can meet, each with its exit code and its three sentences.
+"""All failures that a user can encounter, each with an exit code and a message of up to three parts.
 
-One class per exit code, so that scripts can tell a typo (10) from a missing GPU (11) from a corrupt artifact
-(12) without reading text. Domain code raises these and never prints or exits; the command line prints them.
+There is one class per exit code, so that scripts can distinguish a typo (10), a missing GPU (11) and a corrupt artifact
+(12) without parsing text. Other modules raise these errors and never print or exit; the command line prints them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 
 class Fp8PipeError(Exception):
-    """A failure: `what`, a sentence naming the object concerned, `why`, with the observed values, and the `fix`."""
+    """A failure: `what` happened to which object, `why`, with the observed values, and how to `fix` it."""
 
     exit_code: ClassVar[int] = 1
 
@@ -24,13 +24,13 @@ class Fp8PipeError(Exception):
 
 
 class ConfigurationError(Fp8PipeError):
-    """A configuration, model or data given by the user cannot be used."""
+    """A configuration, model or data set given by the user cannot be used."""
 
     exit_code = 10
 
 
 class MissingCapabilityError(Fp8PipeError):
-    """A package, library or device is missing; the message names it and how to get it."""
+    """A package, library or device is missing; the message names it and says how to get it."""
 
     exit_code = 11
 
@@ -48,13 +48,13 @@ class LintRefusedError(Fp8PipeError):
 
 
 class GateFailedError(Fp8PipeError):
-    """A gate compared a value with its threshold and refused."""
+    """A measured value failed a gate, that is, its comparison with a threshold."""
 
     exit_code = 14
 
 
 class OutOfMemoryError(Fp8PipeError):
-    """Memory or disk ran out; the message carries the estimate."""
+    """Memory or disk space ran out or will not suffice; the message states how much is needed."""
 
     exit_code = 15
 

@@ -1,11 +1,11 @@
-"""Stands between us and a command, so that nothing of it outlives either: `guard.py PIPE REPORT COMMAND...`.
+"""A guard process that runs a command and cleans up all of its descendants: `guard.py PIPE REPORT COMMAND...`.
 
-A command may start engines and workers in sessions of their own, and a signal that the kernel sends at a parent's death
-reaches one process only. So this process adopts what the command leaves behind (it is a subreaper) and watches a pipe
-whose other end its starter holds. It kills every descendant when the pipe ends, which is when the starter does, however
-it dies, and when the command itself ends. SIGTERM and SIGINT are passed on; the command also gets SIGKILL from the
-kernel should the guard be killed. REPORT, unless empty, gets exit status, wall time and peak memory. Run with `-I -S`:
-standard library only.
+A command may start engines and workers in process sessions of their own, and the signal that the kernel can send when
+a parent dies reaches only one process. So the guard is a subreaper, which adopts orphaned descendants, and watches a
+pipe whose other end the starting process holds. It kills all descendants when the command exits, or when the pipe is
+closed, which happens however the starting process ends. SIGTERM and SIGINT are forwarded to the command, and the kernel
+kills the command if the guard itself is killed. Exit status, wall time and peak memory are written to the file REPORT,
+unless that is empty. The guard runs with `-I -S` and uses the standard library only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _KILL_ROUNDS = 50
 def start_guarded(
     command: Sequence[str], *, report: Path | None = None, pass_fds: tuple[int, ...] = (), **options: Any
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a command below a guard, in a session of its own.
+    """Start a command under a guard, in a new process session.
 
-    The guard writes to `report` how the command ended, and holds `pass_fds` as long as it lives; `options` are for
-    `subprocess.Popen`.
+    The guard writes how the command ended to `report`, and keeps `pass_fds` open while it runs; `options` are passed
+    to `subprocess.Popen`.
 
     Returns:
-        The guard's process, and a descriptor: closing it kills the command and all that it started.
+        The guard process, and a file descriptor; closing it kills the command and all processes that it started.
     """
     watched, held = os.pipe()
     line = [sys.executable, "-I", "-S", __file__, str(watched), str(report or ""), *command]
@@ -50,7 +50,7 @@ def start_guarded(
 
 
 def main() -> int:
-    """Run the command; its exit status, or 128 and the signal's number."""
+    """Run the command, and return its exit status, or 128 plus the number of the signal that ended it."""
     watched, report, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     _set_option(_PR_SET_CHILD_SUBREAPER, 1)
     started = time.monotonic()
@@ -81,7 +81,7 @@ def _set_option(option: int, value: int) -> None:
 
 
 def _kill_descendants() -> None:
-    """Kill children, and what they leave to us, until none is left."""
+    """Kill all descendants, including orphans that this process adopts, until none is left."""
     for _ in range(_KILL_ROUNDS):
         for pid in _descendants(os.getpid()):
             try:
@@ -97,7 +97,7 @@ def _kill_descendants() -> None:
 
 
 def _descendants(root: int) -> list[int]:
-    """Processes below `root`, from /proc."""
+    """Ids of all descendants of process `root`, from /proc."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

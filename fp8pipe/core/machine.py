@@ -1,6 +1,6 @@
-"""What this machine is and has: processor features, memory, disk, GPUs and installed packages.
+"""Properties of this machine: processor features, memory, disk, GPUs and installed packages.
 
-Disk space is asked for before writing, and a full disk is reported as one (exit 15) with both numbers.
+Disk space is checked before writing, and a full disk is reported as such (exit code 15) with needed and free bytes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from fp8pipe.core.errors import OutOfMemoryError
 
-# The features that decide which low-precision kernels a CPU can run, narrowest first.
+# The features that decide which low-precision kernels a CPU can run, those with the narrowest vectors first.
 CPU_FEATURES = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
     "amx_fp16",
 )  # fmt: skip
 _CPUINFO = Path("/proc/cpuinfo")
-# First with FP8 tensor cores (Ada); Hopper is 9.0.
+# The lowest compute capability with FP8 tensor cores (Ada); Hopper is 9.0.
 FP8_CAPABILITY = (8, 9)
 
 
@@ -32,7 +32,7 @@ class Gpu:
 
     name: str
     capability: tuple[int, int]  # (major, minor) compute capability
-    memory_bytes: int  # in all
+    memory_bytes: int  # total
 
     @property
     def fp8(self) -> bool:
@@ -41,7 +41,7 @@ class Gpu:
 
 
 def cpu_features(cpuinfo: Path = _CPUINFO) -> list[str]:
-    """Those of `CPU_FEATURES` that the processor reports; empty where the file does not exist."""
+    """Those of `CPU_FEATURES` that the processor reports; empty if the file does not exist."""
     flags = set(_proc_field(cpuinfo, "flags").split())
     return [name for name in CPU_FEATURES if name in flags]
 
@@ -52,29 +52,29 @@ def cpu_model(cpuinfo: Path = _CPUINFO) -> str:
 
 
 def memory_bytes() -> int:
-    """Physical memory, bytes."""
+    """Total physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available_bytes() -> int:
-    """Memory that could be taken now without swapping, bytes; all of it where the system does not say."""
+    """Memory in bytes that can be allocated now without swapping; the total if the system does not report it."""
     return _field_bytes("MemAvailable", memory_bytes())
 
 
 def swap_bytes() -> int:
-    """Swap space, bytes; none where the system does not say."""
+    """Total swap space in bytes; 0 if the system does not report it."""
     return _field_bytes("SwapTotal", 0)
 
 
 def resident_bytes() -> int:
-    """Largest resident memory of this process so far, bytes."""
+    """Peak resident memory of this process so far, in bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def describe_machine() -> dict[str, str | int | list[str]]:
-    """What a record keeps of the machine its figures come from; imports nothing heavy."""
+    """The description of the machine that is stored with measurements; imports no large library."""
     return {
         "processor": cpu_model(), "cores": len(os.sched_getaffinity(0)), "features": cpu_features(),
         "memory_bytes": memory_bytes(), "system": platform.platform(),
@@ -82,7 +82,7 @@ def describe_machine() -> dict[str, str | int | list[str]]:
 
 
 def driver_gpus() -> int:
-    """How many GPUs NVIDIA's driver shows this process, whatever torch is here; 0 without a driver."""
+    """Number of GPUs that NVIDIA's driver makes visible to this process, independent of torch; 0 without a driver."""
     import ctypes
 
     try:
@@ -94,7 +94,7 @@ def driver_gpus() -> int:
 
 
 def gpus() -> list[Gpu]:
-    """CUDA devices that torch can use; imports torch only where the driver shows some."""
+    """CUDA devices that torch can use; imports torch only if the driver reports a GPU."""
     if not driver_gpus():
         return []
     import torch
@@ -107,8 +107,8 @@ def gpus() -> list[Gpu]:
 
 
 def distribution_version(name: str) -> str | None:
-    """Version of an installed distribution, imported never; None where it is not installed."""
-    from importlib import metadata  # here, so that help does not wait for it
+    """Version of a distribution, without importing it; None if it is not installed."""
+    from importlib import metadata  # imported here to keep `--help` fast
 
     try:
         return metadata.version(name)
@@ -117,7 +117,7 @@ def distribution_version(name: str) -> str | None:
 
 
 def format_bytes(size: int) -> str:
-    """Bytes with a decimal unit: `1.2 GB`."""
+    """Format a number of bytes with a decimal unit, like `1.2 GB`."""
     value = float(size)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 999.5:
@@ -132,7 +132,7 @@ def _field_bytes(name: str, otherwise: int) -> int:
 
 
 def _proc_field(path: Path, name: str) -> str:
-    """The first value of `name: value`; empty where there is none."""
+    """The value of the first line `name: value` in a file; empty if there is none."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -142,12 +142,12 @@ def _proc_field(path: Path, name: str) -> str:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# safetensors writes from Rust and reports the system's text instead of raising OSError.
+# safetensors writes files in Rust, and raises its own exception with the system's message instead of an OSError.
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes free to this user on the file system that holds `path`, which need not exist yet."""
+    """Bytes available to this user on the file system of `path`, which need not exist yet."""
     here = Path(path).absolute()
     while not here.exists():
         here = here.parent
@@ -155,9 +155,9 @@ def free_bytes(path: Path) -> int:
 
 
 def ordinary_mode(root: Path) -> int:
-    """Permission bits of a file that is plainly created in `root`: 0666 less the umask."""
+    """Permission bits of a newly created file in `root`: 0666 restricted by the umask."""
     scratch = root / ".mode"
-    scratch.touch()  # asking for the umask itself would change it for a moment, for all threads
+    scratch.touch()  # reading the umask itself requires setting it, which affects all threads for a moment
     try:
         return scratch.stat().st_mode & 0o777
     finally:
@@ -165,10 +165,10 @@ def ordinary_mode(root: Path) -> int:
 
 
 def disk_guard(path: Path, need_bytes: int) -> AbstractContextManager[None]:
-    """Refuse now if `need_bytes` do not fit at `path`; as a context manager, also translate a full disk.
+    """Refuse at once if `need_bytes` do not fit at `path`; the returned context also translates errors of a full disk.
 
     Raises:
-        OutOfMemoryError: less is free than is needed; the message holds both numbers.
+        OutOfMemoryError: fewer bytes are free than needed; the message states both numbers.
     """
     free = free_bytes(path)
     if free < need_bytes:
@@ -178,7 +178,7 @@ def disk_guard(path: Path, need_bytes: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def translate_disk_full(path: Path, need_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left on device" raised inside into an OutOfMemoryError (exit 15); `need_bytes` where known."""
+    """Turn "no space left on device" raised inside into an OutOfMemoryError (exit 15) that states `need_bytes`."""
     try:
         yield
     except Exception as error:
@@ -204,13 +204,13 @@ def _full(path: Path, need_bytes: int | None, free: int) -> OutOfMemoryError:
 
 
 def wait_briefly() -> None:
-    """Let OpenMP threads spin only shortly, unless the environment decides otherwise. Call before torch loads OpenMP.
+    """Let OpenMP threads spin only briefly, unless the environment says otherwise. Call before torch loads OpenMP.
 
-    Threads spin while they wait for the next piece of work, long enough that two busy processes on one machine starve
-    each other. Put to sleep at once (`OMP_WAIT_POLICY=passive`) they wake too late for a small model's short
-    operations, and a second core then gains nothing. Spinning for some microseconds is the middle: measured on two
-    cores, a step of image synthesis takes 0.29 s with threads that spin, 0.47 s with threads that sleep and 0.31 s like
-    this; with two such runs side by side it takes 1.6 s, 0.52 s and 0.78 s.
+    By default, threads spin while they wait for work, for so long that two busy processes on one machine slow each
+    other down. If threads sleep at once (`OMP_WAIT_POLICY=passive`), they wake up too late for the short operations of
+    a small model, and a second core gains nothing. Spinning for some microseconds is a compromise: measured on two
+    cores, a step of image synthesis takes 0.29 s with spinning threads, 0.47 s with sleeping ones and 0.31 s with this
+    setting; with two such runs in parallel, it takes 1.6 s, 0.52 s and 0.78 s.
     """
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         os.environ["GOMP_SPINCOUNT"] = "5000"

@@ -1,12 +1,12 @@
-"""What a command would read, write and take: the one form of every `--dry-run`.
+"""Plans, the output of every `--dry-run`: what a command would read and write, and what resources it would need.
 
-Peak memory is what the kernel will report of the command's largest process (`ru_maxrss`), disk is what its output and
-its checkpoints hold at once. Both are predictions from the shapes of the model at hand; where something of them was
-not measured, `notes` says so.
+Peak memory is what the kernel will report for the command's largest process (`ru_maxrss`); disk is the largest total
+size of its output and checkpoints. Both are estimates from the shapes of the model; `notes` says which parts of them
+were not measured.
 
-The phases of a stage are announced by the stage itself, and measured by whoever listens: it says `enter_phase("load")`
-where another kind of work begins. Nothing happens then, unless a `PhaseMeter` is active: a plan runs a stage on a
-smaller model, and memory and time of each phase have to be told apart, because each grows in its own way.
+To estimate memory and time, a dry run executes the stage on a smaller model and measures each phase separately, because
+phases scale differently with the size of the model. A stage marks the start of a phase with `enter_phase("load")`,
+which does nothing unless a `PhaseMeter` is active.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fp8pipe.core.machine import (
     swap_bytes,
 )
 
-# Distribution -> how it is had.
+# Distributions, and the extra of fp8pipe that installs each.
 _EXTRAS: Final = {
     "gguf": "samples", "accelerate": "samples", "chatterbot-corpus": "samples", "scikit-learn": "samples",
     "peft": "train", "bitsandbytes": "train", "timm": "vit", "torchvision": "vit", "pillow": "vit", "onnx": "onnx",
@@ -41,7 +41,7 @@ _EXTRAS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Something that the command needs and this machine lacks: `what` with figures, `fix` is what gets it."""
+    """Something that the command needs and this machine lacks: `what`, with figures, and how to `fix` it."""
 
     what: str
     fix: str
@@ -49,22 +49,22 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a command would take here."""
+    """What a command would read, write and need on this machine."""
 
     reads: tuple[str, ...]  # files, directories and names
     writes: tuple[str, ...]
-    peak_memory_bytes: int | None  # largest resident memory of any of its processes; None where it cannot be told
-    disk_bytes: int  # most that its output and its checkpoints hold at once
-    output_bytes: int  # the finished output
-    seconds: float | None = None  # wall time on this machine, as busy as it is now; None where it was not estimated
+    peak_memory_bytes: int | None  # peak resident memory of its largest process; None if unknown
+    disk_bytes: int  # largest total size of its output and its checkpoints
+    output_bytes: int  # size of the finished output
+    seconds: float | None = None  # wall time on this machine at its current load; None if not estimated
     hardware: str = "a CPU"  # what it runs on, in words
     packages: tuple[str, ...] = ()  # distributions that it needs
     missing: tuple[Missing, ...] = ()
-    notes: tuple[str, ...] = ()  # how figures were had, and what else should be known before
-    facts: Mapping[str, Any] = field(default_factory=dict)  # figures of this command alone
+    notes: tuple[str, ...] = ()  # how the figures were obtained, and what else the user should know in advance
+    facts: Mapping[str, Any] = field(default_factory=dict)  # figures specific to this command
 
     def document(self) -> dict[str, Any]:
-        """The plan as plain data, facts beside the rest."""
+        """The plan as plain data, with the facts at the top level."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "facts"}
         fields["missing"] = [dataclasses.asdict(item) for item in self.missing]
         return {**self.facts, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
@@ -78,7 +78,7 @@ class Plan:
         return cls(**known, facts={k: v for k, v in document.items() if k not in names})
 
     def text(self) -> str:
-        """The plan for people."""
+        """The plan as readable text."""
         disk = f"{format_bytes(self.disk_bytes)} at most, {format_bytes(self.output_bytes)} in the end"
         peak = self.peak_memory_bytes
         rows = [
@@ -97,18 +97,18 @@ class Plan:
 
 
 def missing_packages(names: Iterable[str]) -> tuple[Missing, ...]:
-    """Those distributions that are not installed; nothing is imported."""
+    """An entry for each distribution that is not installed; none is imported."""
     missing = [name for name in names if distribution_version(name) is None]
     return tuple(Missing(f"the package {name} is not installed", install_command(name)) for name in missing)
 
 
 def install_command(name: str) -> str:
-    """What installs a distribution: the extra that has it, or pip by its own name."""
+    """The command that installs a distribution: the extra that includes it, or else the distribution itself."""
     return f"pip install 'fp8pipe[{_EXTRAS[name]}]'" if name in _EXTRAS else f"pip install {name}"
 
 
 def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
-    """One entry if more memory is needed than is available now, else none."""
+    """An entry if more memory is needed than is available now; otherwise none."""
     available = available_bytes()
     if peak_bytes is None or peak_bytes <= available:
         return ()
@@ -116,7 +116,7 @@ def missing_memory(peak_bytes: int | None, fix: str) -> tuple[Missing, ...]:
 
 
 def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
-    """One entry if more disk space is needed than is free at `output`, else none."""
+    """An entry if more disk space is needed than is free at `output`; otherwise none."""
     free = free_bytes(output)
     if need_bytes <= free:
         return ()
@@ -125,10 +125,14 @@ def missing_disk(output: Path, need_bytes: int) -> tuple[Missing, ...]:
 
 
 def refuse_impossible(least_bytes: int, what: str) -> None:
-    """Refuse what cannot fit this machine, whatever else runs on it: `what` holds `least_bytes` at once, at the least.
+    """Refuse work that cannot fit into this machine's memory even if nothing else runs.
+
+    Args:
+        least_bytes: memory that `what` needs at the same time, at least.
+        what: name of the object, for the error message.
 
     Raises:
-        OutOfMemoryError: it is more than all memory and swap together.
+        OutOfMemoryError: `least_bytes` exceeds total memory plus swap.
     """
     total = memory_bytes() + swap_bytes()
     if least_bytes <= total:
@@ -148,7 +152,7 @@ def _duration(seconds: float) -> str:
 
 
 def by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """Names with why, those with the same reason together; of many the first."""
+    """Names grouped by reason, as text; of many names with the same reason only the first few are shown."""
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         groups.setdefault(reason, []).append(name)
@@ -175,27 +179,27 @@ _meter: ContextVar[PhaseMeter | None] = ContextVar("phase_meter", default=None)
 
 
 def enter_phase(name: str) -> None:
-    """From here on `name` goes on; it may come again. Costs nothing where nobody listens."""
+    """Mark the start of phase `name`, which may occur repeatedly. Does nothing unless a `PhaseMeter` is active."""
     meter = _meter.get()
     if meter is not None:
         meter.enter(name)
 
 
 def can_measure() -> bool:
-    """Whether the kernel tells peaks of memory, and lets them be reset: Linux does."""
+    """Whether the kernel reports peak memory and can reset it, as Linux does."""
     return _STATUS.exists() and _CLEAR.exists()
 
 
 @dataclass(slots=True)
 class Phase:
-    """What a phase took."""
+    """Memory and time of a phase."""
 
-    peak_bytes: int = 0  # largest resident memory while it went on, with what was resident before
-    seconds: list[float] = field(default_factory=list)  # wall time of each of its occurrences
+    peak_bytes: int = 0  # peak resident memory of the process during the phase
+    seconds: list[float] = field(default_factory=list)  # wall time of each occurrence
 
 
 class PhaseMeter:
-    """A context manager that measures the phases entered inside it. The first, `start`, is what went before."""
+    """A context manager that measures the phases entered inside it; time before the first one counts as `start`."""
 
     def __init__(self) -> None:
         self.phases: dict[str, Phase] = {}
@@ -212,7 +216,7 @@ class PhaseMeter:
             _meter.reset(self._token)
 
     def enter(self, name: str) -> None:
-        """End the phase that goes on, and begin `name`."""
+        """End the current phase and begin `name`."""
         phase = self.phases.setdefault(self._name, Phase())
         peak_bytes = int(_STATUS.read_text().split("VmHWM:")[1].split()[0]) * 1024
         phase.peak_bytes = max(phase.peak_bytes, peak_bytes)
@@ -221,7 +225,7 @@ class PhaseMeter:
         self._name, self._began = name, time.perf_counter()
 
     def document(self) -> dict[str, Any]:
-        """The phases as plain data, and the largest child that has ended."""
+        """The phases, and the peak memory of the largest child process that has ended, as plain data."""
         return {
             "phases": {name: {"peak_bytes": p.peak_bytes, "seconds": p.seconds} for name, p in self.phases.items()},
             "child_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,

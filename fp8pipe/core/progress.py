@@ -1,8 +1,9 @@
-"""What people see while a command runs, on stderr, so that stdout holds nothing but results; and tables of text.
+"""Progress display and logging on stderr, so that stdout contains only results; and plain-text tables.
 
-Modules call `logging.getLogger(__name__)`; only a command calls `setup_logging`. Rich is for a terminal only. Libraries
-have bars and handlers of their own: where ours are not shown theirs are not either, and nothing is said twice.
-Progress is a bar with rate and time left on a terminal, a plain line now and then elsewhere:
+Modules call `logging.getLogger(__name__)`; only commands call `setup_logging`. Rich is used on terminals only. Where
+this module shows no progress bars, those of libraries are hidden too, and records that a library's own handlers print
+are not printed a second time. On a terminal, progress is a bar with rate and time left; elsewhere it is a plain line
+every few seconds:
 
 with track(steps, "train") as progress:
     for step in range(steps):
@@ -25,15 +26,15 @@ _settings = {"quiet": False, "plain": False}
 
 
 def configure(*, quiet: bool = False, plain: bool = False) -> None:
-    """Set how later trackers show themselves: `quiet` shows nothing, `plain` never draws a bar."""
+    """Set how trackers created later show progress: `quiet` shows nothing, `plain` never draws a bar."""
     _settings.update(quiet=quiet, plain=plain)
 
 
 def track(total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S) -> Tracker:
-    """A context manager that shows progress of `total` units of work.
+    """A context manager that shows the progress of `total` units of work.
 
-    `done` units were finished by an earlier run: rate and time left count only new ones. Between two plain lines are
-    `interval_s` seconds at least.
+    `done` units were finished by an earlier run and do not count for rate and time left. Plain lines are printed at
+    least `interval_s` seconds apart.
     """
     if not any(_settings.values()) and sys.stderr.isatty():
         return _BarTracker(total, label, done=done)
@@ -41,7 +42,7 @@ def track(total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_IN
 
 
 class Tracker:
-    """Counts work and prints plain lines: at most one every `interval_s`, and one at the end."""
+    """Counts units of work and prints plain lines: at most one every `interval_s` seconds, and one at the end."""
 
     def __init__(
         self, total: int, label: str, *, done: int = 0, interval_s: float = PLAIN_INTERVAL_S, silent: bool = False
@@ -56,18 +57,18 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self.total or kind is not None:  # nothing to do is nothing to show
+        if self.total or kind is not None:  # show nothing if there was nothing to do
             self._print("done" if kind is None else "stopped")
 
     def advance(self, n: int = 1, **fields: Any) -> None:
-        """Count `n` more units; `fields` (a loss, a rate) are shown beside them until replaced."""
+        """Count `n` more units; `fields` (such as a loss) are shown next to the count until they are replaced."""
         self.completed += n
         self.fields.update(fields)
         if time.monotonic() - self._shown_s >= self._interval_s:
             self._print("")
 
     def line(self, ending: str = "") -> str:
-        """The present state as text."""
+        """The current state as text."""
         elapsed_s, rate = self._pace()
         parts = [f"{self.label}: {self.completed}/{self.total}", f"{rate:.3g}/s"]
         if ending:
@@ -77,7 +78,7 @@ class Tracker:
         return "  ".join([*parts, *_format_fields(self.fields)])
 
     def _pace(self) -> tuple[float, float]:
-        """Seconds since the start, and units done per second since then."""
+        """Seconds since the start, and units completed per second since then."""
         elapsed_s = time.monotonic() - self._start_s
         return elapsed_s, (self.completed - self._start_units) / elapsed_s if elapsed_s > 0 else 0.0
 
@@ -88,14 +89,14 @@ class Tracker:
 
 
 class _BarTracker(Tracker):
-    """The same, drawn as a bar on a terminal."""
+    """A tracker that draws a progress bar on a terminal."""
 
     def __init__(self, total: int, label: str, *, done: int = 0) -> None:
         super().__init__(total, label, done=done)
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        # Training prints into pipes and logs of its own; the bar must not take stdout over.
+        # Training code may write to stdout itself, so the bar must not redirect it.
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=Console(stderr=True),
@@ -119,7 +120,7 @@ class _BarTracker(Tracker):
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as `m:ss`, or `h:mm:ss` from an hour on."""
+    """Seconds as `m:ss`, or as `h:mm:ss` from one hour on."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -140,12 +141,12 @@ _HIDE_BARS = {
 
 
 def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
-    """Configure logging for one command; calling it again replaces the earlier set-up.
+    """Configure logging for a command; calling it again replaces the earlier configuration.
 
     Args:
-        json: plain lines even on a terminal, since a program is reading.
-        quiet: warnings and errors only, and no progress.
-        verbose: our debug messages and the libraries' information.
+        json: print plain lines even on a terminal, because a program reads the output.
+        quiet: show only warnings and errors, and no progress.
+        verbose: show debug messages of this project and info messages of libraries.
     """
     root = logging.getLogger()
     for earlier in [handler for handler in root.handlers if hasattr(handler, _MARK)]:
@@ -173,7 +174,7 @@ def setup_logging(json: bool = False, quiet: bool = False, verbose: bool = False
 
 
 def _is_not_printed_yet(record: logging.LogRecord) -> bool:
-    """Whether no logger below the root has a handler that prints the record already."""
+    """False if a logger below the root has a handler of its own that prints the record already."""
     logger: logging.Logger | None = logging.getLogger(record.name)
     while logger is not None and logger.parent is not None:
         if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
@@ -183,18 +184,18 @@ def _is_not_printed_yet(record: logging.LogRecord) -> bool:
 
 
 def _hide_library_bars() -> None:
-    """No progress bars of the libraries that load models and data, unless the environment asks for them."""
+    """Hide progress bars of the libraries that load models and data, unless the environment enables them."""
     for variable in _BARS_OFF:
-        os.environ.setdefault(variable, "1")  # read on import, also in processes that this one starts
+        os.environ.setdefault(variable, "1")  # libraries read it on import, in child processes too
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where the environment asks for bars, they say so
+        warnings.simplefilter("ignore")  # libraries warn if the environment enables the bars
         for name, function in _HIDE_BARS.items():
             if (module := sys.modules.get(name)) is not None:
                 getattr(module, function)()
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
-    """Rows as aligned columns of plain text."""
+    """Format rows as aligned columns of plain text."""
     cells = [[str(cell) for cell in row] for row in rows]
     columns = range(max(map(len, cells), default=0))
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in columns]

@@ -1,1 +1,1 @@
-"""Every number format: grids, scales, rounding, and what differs by device."""
+"""Number formats: grids, scales and rounding, and the device-specific operations of FP8 training."""

@@ -1,14 +1,14 @@
-"""Products of bf16 tensors on processors that have no bf16 arithmetic.
+"""Matrix multiplication and convolution of bf16 tensors on CPUs without bf16 instructions.
 
-torch's CPU products of bf16 tensors come from oneDNN where the processor multiplies bf16. Elsewhere (x86 with AVX2
-only) a plain loop takes their place, a hundred times slower than the same product in fp32: (1040, 384) by (384, 1536)
-took 5,190 ms against 29 to 57 ms (two cores of an AMD EPYC with AVX2, torch 2.13.0). Training in FP8 and synthesis
-both live on such products.
+On CPUs with bf16 instructions, torch multiplies bf16 tensors with oneDNN. On others (x86 with AVX2 only) it falls back
+to a plain loop, a hundred times slower than the same multiplication in fp32: (1040, 384) by (384, 1536) took 5,190 ms
+against 29 to 57 ms (two cores of an AMD EPYC with AVX2, torch 2.13.0). FP8 training and image synthesis spend most of
+their time in such operations.
 
-A bf16 product is, by definition, exact products of bf16 numbers, summed in fp32, rounded to bf16 once. So it is
-computed that way here: operands are widened to fp32, which is exact, torch multiplies them, and the result is rounded.
-Same semantics, other kernel; 37 ms for the product above. The kernels are replaced for the whole process, since
-products happen everywhere, in the models of other libraries too.
+By definition, a bf16 matrix multiplication sums exact products of bf16 numbers in fp32 and rounds once to bf16. This
+module computes exactly that: operands are widened to fp32, which is exact, torch multiplies them in fp32, and the
+result is rounded to bf16. The semantics are the same and only the kernel differs; the example above takes 37 ms. The
+kernels are replaced for the whole process, because the models of other libraries call them too.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-# Every operator that ends in a product on a CPU, and is not itself made of one of the others.
+# The CPU operators that multiply matrices or convolve and are not implemented by calling another one in this list.
 WIDENED: Final = (
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_slow_conv2d_forward", "_slow_conv2d_backward.output_mask",
 )  # fmt: skip
-_library: torch.library.Library | None = None  # registrations live as long as this object
+_library: torch.library.Library | None = None  # kernels stay registered as long as this object exists
 
 
 def has_fast_bf16() -> bool:
-    """Whether torch has fast products of bf16 tensors on this processor."""
+    """Whether torch multiplies bf16 matrices fast on this processor."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True  # not known to be slow anywhere else
+        return True  # no other architecture is known to be slow
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def widen_bf16_products(*, force: bool = False) -> bool:
-    """Compute bf16 products in fp32 for the rest of the process, where the processor has no fast ones.
+    """On processors without fast bf16 matrix multiplication, compute it in fp32 for the rest of the process.
 
     Args:
-        force: also where it has.
+        force: do so on any processor.
 
     Returns:
-        Whether they are widened now.
+        Whether bf16 operands are widened to fp32 from now on.
     """
     global _library
     if _library is None and (force or not has_fast_bf16()):
         _library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(?s).*overrid")  # which is the intention
+            warnings.filterwarnings("ignore", message="(?s).*overrid")  # overriding is intended
             for name in WIDENED:
                 _widen(_library, name)
     return _library is not None
@@ -67,7 +67,7 @@ def _widen(library: torch.library.Library, name: str) -> None:
 
 
 def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same with every floating-point tensor changed."""
+    """`value` with `change` applied to every floating-point tensor in it, in nested tuples and lists too."""
     if isinstance(value, tuple | list):
         return type(value)(_map(change, one) for one in value)
     return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,7 +1,8 @@
-"""Products on CUDA devices as they are meant here: fp32 in fp32, and the same bits each time they run.
+"""Convolutions on CUDA devices in full fp32 precision, and deterministic.
 
-torch lets cuDNN round fp32 convolutions to TF32, ten bits of mantissa, which would change what a patch embedding gives
-in its third digit, and lets it add gradients up in any order. Products of matrices are in fp32 by torch's own default.
+By default, torch lets cuDNN compute fp32 convolutions in TF32, with a 10-bit mantissa, which changes the output of a
+patch embedding in the third digit, and lets it sum gradients in any order. Matrix multiplications need no such
+setting: torch computes them in full fp32 by default.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 
 def plain_convolutions(device: torch.device) -> AbstractContextManager[None]:
-    """While it lasts, convolutions on CUDA are in fp32 and repeat bit for bit; does nothing for another `device`."""
+    """A context in which CUDA convolutions run in full fp32 and are deterministic; no effect for other devices."""
     if device.type != "cuda":
         return nullcontext()
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)

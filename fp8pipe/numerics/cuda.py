@@ -1,15 +1,16 @@
-"""FP8 training on CUDA: `torch._scaled_mm` multiplies the codes, and few passes are made over what lies between.
+"""FP8 training on CUDA: GEMMs of FP8 codes by `torch._scaled_mm`, with few elementwise passes between them.
 
-It computes what `reference.Backend` says, with sums in another order. The one other difference: where G B is added to
-dX, the sum over W's rows has been rounded to the output's dtype, for the product takes nothing to add to.
+It computes the same as `reference.Backend`, except for the order of summation. There is one other difference: where G B
+contributes to dX, the sum over W's rows is rounded to the output's dtype first, as `torch._scaled_mm` cannot accumulate
+into an existing result.
 
-A pass over activations costs as much as a good part of a product, so casts are two, one for the largest magnitudes and
-one that scales and rounds, or one of Triton (`fused.py`). While torch.compile traces, the cast is written as operators
-that it can fuse with what makes their input, and the products, which add in place, are operators of their own; scales
-that a product does not apply are then left to the pass that comes next.
+A pass over activations costs a good part of a GEMM, so a cast takes two passes, one for the largest magnitudes and one
+that scales and rounds, or a single Triton kernel (`fused.py`). Under torch.compile the cast is written as operators
+that fuse with the producer of their input, and the GEMMs, which accumulate in place, are custom operators; row scales
+that `torch._scaled_mm` does not apply are multiplied outside the custom operator, where they fuse with the next pass.
 
-`torch._scaled_mm` wants the first operand row-major, the second column-major (cuBLASLt's TN), and inner and outer
-widths in multiples of 16: padding meets the widths, a physical transpose of one byte per weight the layout.
+`torch._scaled_mm` wants the first operand row-major, the second column-major (cuBLASLt's TN layout), and dimensions in
+multiples of 16. Operands are padded for the latter; for the layout, W is transposed, a copy of one byte per weight.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _ALIGN = 16
 
 
 def capability(index: int) -> tuple[int, int]:
-    """The compute capability of a CUDA device; to torch.compile's tracer a constant, as who compiles must declare."""
+    """The compute capability of a CUDA device; before compiling, pass it to `torch.compiler.assume_constant_result`."""
     return _capability(index)
 
 
@@ -39,12 +40,12 @@ _capability = cache(torch.cuda.get_device_capability)
 
 
 def scales_rows(index: int, dtype: torch.dtype) -> bool:
-    """Whether the product is to apply one scale per row itself; else its result is multiplied by them, as exactly.
+    """Whether `torch._scaled_mm` applies per-row scales itself; otherwise its result is multiplied by them afterwards.
 
-    Its kernel for that is right and fast on Hopper and on Blackwell's data centre GPUs. Ada's is a slow one that stalls
-    beside other streams before torch 2.12, Blackwell's GPUs for workstations (12.0) have none, Windows is built without
-    any, and none gives fp32. A power of two commutes with every rounding on the way, so a product with one scale whose
-    rows are multiplied afterwards has the same bits.
+    Its row-wise kernels are correct and fast on Hopper and data-center Blackwell. On Ada the kernel is slow and, before
+    torch 2.12, stalls when other streams are active; workstation Blackwell (12.0) and Windows builds have none; and
+    none outputs fp32. Multiplying by a power of two commutes with every rounding involved, so scaling the rows of a
+    per-tensor product afterwards gives the same bits.
     """
     return capability(index)[0] in (9, 10) and dtype == torch.bfloat16 and sys.platform == "linux"
 
@@ -52,28 +53,28 @@ def scales_rows(index: int, dtype: torch.dtype) -> bool:
 def cast_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
     """Round `x` `(rows, cols)`, bf16 or fp32, to `grid`: codes, and a power-of-two scale per row, `(rows, 1)` fp32.
 
-    What `grids.quantize` gives, in one pass over x where Triton runs, else in two. Under its scale no value exceeds the
-    grid, so none is clamped.
+    The result is that of `grids.quantize`, in one pass over x where Triton runs, otherwise in two. With these scales no
+    value exceeds the grid's range, so nothing is clamped.
     """
     if not torch.compiler.is_compiling() and (found := fused.quantize_rows(x, grid)) is not None:
         return found[0], found[1].value
     amax = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True, dtype=torch.float32)
     scale = power_of_two_scale(amax, grid)
-    if torch.compiler.is_compiling():  # Triton divides approximately
+    if torch.compiler.is_compiling():  # division is approximate in Triton
         return _multiply(x, scale.reciprocal(), grid.dtype), scale
-    # By a power of two a division is the same product, and one kernel less.
+    # Dividing by a power of two equals multiplying by its reciprocal, and saves a kernel.
     return torch.div(x, scale, out=torch.empty(x.shape, dtype=grid.dtype, device=x.device)), scale
 
 
 def cast_whole(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale]:
-    """Round `x` to `grid` on one scale of the rule `exact`: what `grids.quantize` gives, in two passes over x.
+    """Round `x` to `grid` with one scale of the rule `exact`: the result of `grids.quantize`, in two passes over x.
 
-    The multiplier is rounded, so a value may exceed the grid's largest by a unit in fp32: that rounds to the largest.
+    The multiplier is rounded, so a value may exceed the grid's maximum by one fp32 ulp, which rounds to the maximum.
     """
     amax = torch.linalg.vector_norm(x, math.inf, dtype=torch.float32)
     scale = amax_to_scale(amax, grid, ScaleRule.EXACT)
     assert scale.inverse_scale is not None
-    return _multiply(x, scale.inverse_scale.view(1, 1), grid.dtype), scale  # a scalar would be rounded to bf16
+    return _multiply(x, scale.inverse_scale.view(1, 1), grid.dtype), scale  # a 0-d factor would be rounded to bf16
 
 
 def forward_products(
@@ -87,26 +88,26 @@ def forward_products(
     rank: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`[X W^T (+ O B^T) | O]` and O.
+    """Return `[X W^T (+ O B^T) | O]`, padded to a multiple of 16 columns, and O.
 
     Args:
         x: E4M3 codes `(tokens, in)`.
-        x_scale: fp32 `(tokens, 1)`; None leaves the result in units of them.
+        x_scale: fp32 `(tokens, 1)`; None leaves this scale out of the result.
         codes: [W; A], `(out + rank, in)` E4M3.
         scale: of the codes, a scalar.
-        columns: `scale` repeated, `(out + rank,)` or more.
-        one: 1, a scalar.
+        columns: `scale` repeated to at least `(out + rank,)`.
+        one: a scalar tensor with the value 1.
         b: `(out, rank)` in `dtype`.
         rank: rows of A.
         dtype: of the result.
     """
     width = codes.shape[0] - rank
-    # codes (m + r, n) row-major, so its transpose is the column-major second operand, without a copy.
+    # codes is (m + r, n) row-major, so its transpose is a column-major second operand without a copy.
     wide = _scaled_mm(x, x_scale, codes.t(), scale, columns, one, dtype, fast_accumulation=True)
-    # A copy: the view would keep all (T, out + r) values alive until the backward pass.
+    # O is copied, because a view would keep all (T, out + r) values alive until the backward pass.
     o = wide[:, width : width + rank].clone()
     if b is not None:
-        wide[:, :width].addmm_(o, b.t())  # (T, r) @ (r, m), in place: no second result is written
+        wide[:, :width].addmm_(o, b.t())  # (T, r) @ (r, m), in place: no second output
     return wide, o
 
 
@@ -120,24 +121,24 @@ def input_gradient(
     beside: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`G W (+ beside A)`, with columns to a multiple of 16.
+    """`G W (+ beside A)`, with columns padded to a multiple of 16.
 
     Args:
         g: E5M2 codes `(tokens, out)`.
-        g_scale: fp32 `(tokens, 1)`; None leaves the result in units of them, and takes `beside` in these units.
+        g_scale: fp32 `(tokens, 1)`; None leaves this scale out of the result, and `beside` must be divided by it.
         codes: [W; A], `(out + rank, in)` E4M3.
         scale: of the codes, a scalar.
-        columns: `scale` repeated, `(in,)` or more.
-        one: 1, a scalar.
+        columns: `scale` repeated to at least `(in,)`.
+        one: a scalar tensor with the value 1.
         beside: G B times `scale`, `(tokens, rank)` in `dtype`.
         dtype: of the result.
     """
     width, into = g.shape[1], codes.shape[1]
-    # The second operand must be column-major here too: one byte-wide transpose copy per layer.
+    # The second operand must be column-major here too, which takes one transposed copy of W per layer, in bytes.
     column_major = fused.transpose_bytes(_bytes(codes[:width])).view(codes.dtype).t()
     product = _scaled_mm(g, g_scale, column_major, scale, columns, one, dtype, fast_accumulation=False)
     if beside is not None:
-        product[:, :into].addmm_(beside, codes[width:].to(dtype))  # (T, r) @ (r, n), thin
+        product[:, :into].addmm_(beside, codes[width:].to(dtype))  # (T, r) @ (r, n), a small GEMM
     return product
 
 
@@ -157,12 +158,12 @@ def _(g, g_scale, codes, scale, columns, one, beside, dtype):  # type: ignore[no
 
 
 class Cuda(Backend):
-    """The products on FP8 tensor cores."""
+    """GEMMs on FP8 tensor cores."""
 
     def forward(
         self, x: Tensor, codes: Tensor, scale: Scale, rank: int, b: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `Backend.forward`; Y may be columns of a wider matrix."""
+        """As `Backend.forward`; Y may be a view of some columns of a wider matrix."""
         width = codes.shape[0] - rank
         if scale.rule is ScaleRule.EXACT:
             found, x_scale = cast_whole(x, E4M3)
@@ -188,7 +189,7 @@ class Cuda(Backend):
 
     def _input_gradient(self, grad: Tensor, codes: Tensor, scale: Scale, b: Tensor | None) -> Tensor:
         g, rows = cast_rows(grad, E5M2)
-        # The scale is A's, moved: a power of two, so no product and no sum is rounded otherwise.
+        # A's scale, applied to B instead: it is a power of two, so no rounding changes.
         beside = None if b is None else grad @ _multiply(b, scale.value, grad.dtype)
         into = codes.shape[1]
         if not torch.compiler.is_compiling():
@@ -209,7 +210,7 @@ def _exact_backward(
         column_major = fused.transpose_bytes(_bytes(codes[: grad.shape[1]])).view(codes.dtype).t()
         dx = _scaled_mm(g, g_scale.value, column_major, scale.value, None, None, grad.dtype, fast_accumulation=False)
         dx = dx[:, : codes.shape[1]]
-    # A bf16 GEMM of codes: r and the token count need no alignment then, at 2 T m r operations.
+    # A bf16 GEMM of the codes (2 T m r operations), which needs no alignment of r and the token count.
     product = g.to(torch.bfloat16).t() @ a.to(torch.bfloat16)
     assert g_scale.inverse_scale is not None
     assert a_scale.inverse_scale is not None
@@ -217,10 +218,10 @@ def _exact_backward(
 
 
 def _multiply(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values * factor`, in fp32 (one of both has it), rounded once to `dtype`."""
+    """`values * factor`, in fp32 (one of the two is fp32), rounded once to `dtype`."""
     if torch.compiler.is_compiling():
         return (values * factor).to(dtype)
-    # Rounded as it is stored: one pass, nothing wider is written.
+    # Rounded when it is stored: one pass, without an fp32 intermediate.
     return torch.mul(values, factor, out=torch.empty(values.shape, dtype=dtype, device=values.device))
 
 
@@ -235,9 +236,9 @@ def _scaled_mm(
     *,
     fast_accumulation: bool,
 ) -> Tensor:
-    """Codes `a` (rows, inner) by column-major codes `b` (inner, cols), with columns to a multiple of 16.
+    """Codes `a` (rows, inner) times column-major codes `b` (inner, cols), with columns padded to a multiple of 16.
 
-    `scale_a` is a scalar or `(rows, 1)`; None is 1. `columns` and `one` are made where they are needed and not given.
+    `scale_a` is a scalar or `(rows, 1)`; None means 1. `columns` and `one` are created if needed and not given.
     """
     if b.shape[0] % _ALIGN or b.shape[1] % _ALIGN:
         b = _pad(_pad(b.t(), 0), 1).t()
@@ -246,7 +247,7 @@ def _scaled_mm(
         scale_a, rows = None, scale_a
     if scale_a is None:
         scale_a = torch.ones_like(scale_b) if one is None else one
-    elif scale_a.dim() == 2:  # one scale per row wants one per column beside it
+    elif scale_a.dim() == 2:  # row-wise scales of a require column-wise scales of b
         cols = b.shape[1]
         if columns is None or columns.numel() < cols:
             columns = scale_b.expand(cols).contiguous()
@@ -262,7 +263,7 @@ def _aligned(width: int) -> int:
 
 
 def _pad(codes: Tensor, dim: int) -> Tensor:
-    """Zero codes appended so that `dim` is a multiple of 16 (zero is code 0 in both formats)."""
+    """Append zero codes so that `dim` is a multiple of 16 (zero is code 0 in both formats)."""
     missing = -codes.shape[dim] % _ALIGN
     if not missing:
         return codes
@@ -270,5 +271,5 @@ def _pad(codes: Tensor, dim: int) -> Tensor:
 
 
 def _bytes(codes: Tensor) -> Tensor:
-    """The codes as uint8: few operators exist for float8 dtypes."""
+    """The codes viewed as uint8, because few operators support float8 dtypes."""
     return codes.view(torch.uint8)

@@ -1,12 +1,13 @@
-"""Triton's kernels on CUDA where they can run, after each has been checked against torch on that device.
+"""Fused Triton kernels for CUDA, used only after each has been checked against torch on the device at hand.
 
-Uncompiled, torch casts a matrix in some fifteen passes, with about 31 bytes of traffic per element; one pass over each
-row takes 3. Its transpose of bytes reads a row and writes a column, a byte at a time. Both matter only outside
-`torch.compile`, which makes kernels of its own from the torch operators; so there the operators stay.
+In eager mode, torch casts a matrix in about fifteen passes, with about 31 bytes of memory traffic per element; a fused
+kernel that makes one pass over each row needs 3. torch's transpose of a byte matrix reads rows and writes columns one
+byte at a time. Both matter only in eager mode: `torch.compile` generates its own kernels from the torch operators, so
+the operators are kept there.
 
-A kernel is used on a device only if the codes that it makes there are those of `grids.quantize`, for every bf16 number
-and for rows of many widths. Whatever is wrong (no Triton, no compiler for its launcher, another code), torch goes on
-with the same bits, and the log says so once.
+A kernel is used on a device only if its codes there equal those of `grids.quantize`, for every bf16 number and for
+rows of many widths. If anything is wrong (no Triton, no compiler for its launcher, a differing code), torch is used
+instead, with the same results bit for bit, and a warning is logged once.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from fp8pipe.numerics.kinds import ScaleRule
 
 _LOG = logging.getLogger(__name__)
 _KERNELS: Final = "fp8pipe.numerics.triton_kernels"
-WIDEST: Final = 1 << 15  # a row that registers hold
+WIDEST: Final = 1 << 15  # the widest row that fits into registers
 _CHECKED_WIDTHS: Final = (1, 37, 640, 4096, 11008, WIDEST)
 
 
 def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale] | None:
-    """`grids.quantize` with one power-of-two scale per row, in one pass; None where no kernel does it.
+    """`grids.quantize` with one power-of-two scale per row, in one pass; None if no kernel can do it.
 
     Args:
-        x: `(rows, cols)`, on CUDA; bf16 with unit column stride and at most `WIDEST` columns is taken.
+        x: `(rows, cols)`, on CUDA. The kernel supports bf16 with unit column stride and at most `WIDEST` columns.
         grid: E4M3 or E5M2.
     """
     fits = x.dtype == torch.bfloat16 and x.dim() == 2 and 0 < x.shape[1] <= WIDEST and x.shape[0] > 0
@@ -45,7 +46,7 @@ def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Scale] | None:
 
 
 def transpose_bytes(codes: Tensor) -> Tensor:
-    """The transpose of bytes `(rows, cols)`, contiguous `(cols, rows)`, on any device."""
+    """The transpose of a byte matrix `(rows, cols)` as a contiguous `(cols, rows)` tensor, on any device."""
     if not (_here(codes) and codes.is_contiguous() and codes.numel()):
         return codes.t().contiguous()
     with torch.cuda.device(codes.device):
@@ -54,13 +55,13 @@ def transpose_bytes(codes: Tensor) -> Tensor:
 
 
 def _here(tensor: Tensor) -> bool:
-    # What is being compiled is torch's: a compiler fuses the operators.
+    # Under torch.compile the torch operators are kept, since the compiler fuses them itself.
     return tensor.is_cuda and not torch.compiler.is_compiling() and ready(tensor.device)
 
 
 def ready(device: torch.device) -> bool:
-    """Whether the kernels run on a device and were found right there; found out once per process and device."""
-    if device.type != "cuda" or torch.version.cuda is None:  # without a build for CUDA its tensors are fake ones
+    """Whether the kernels run on a device and are correct there; checked once per process and device."""
+    if device.type != "cuda" or torch.version.cuda is None:  # in a CPU build of torch, CUDA tensors are fake tensors
         return False
     return _checked(device.index if device.index is not None else torch.cuda.current_device())
 
@@ -73,11 +74,11 @@ def _kernels() -> ModuleType:
 def _checked(index: int) -> bool:
     device = torch.device("cuda", index)
     if torch.cuda.get_device_capability(device) < (8, 9):
-        return False  # no FP8 products either
+        return False  # these GPUs have no FP8 tensor cores either
     try:
         with torch.cuda.device(device):
             wrong = first_difference(_kernels(), device)
-    except Exception as error:  # of Triton, its compiler or the driver: any of them may raise what it likes
+    except Exception as error:  # Triton, its compiler and the driver raise exceptions of many types
         wrong = f"{type(error).__name__}: {error}".partition("\n")[0]
     if wrong is not None:
         _LOG.warning(
@@ -87,14 +88,14 @@ def _checked(index: int) -> bool:
 
 
 def first_difference(kernels: ModuleType, device: torch.device) -> str | None:
-    """What kernels with the functions of `triton_kernels` compute wrongly on a device, in words; None for nothing."""
+    """The first error in the results of `kernels` (a module like `triton_kernels`) on a device; None if correct."""
     for x in (_every_number(), *(_rows(width) for width in _CHECKED_WIDTHS)):
         here = x.to(device)
         for grid in (E4M3, E5M2):
             (codes, scale), (expected, right) = (
                 kernels.quantize_rows(here, grid), quantize(here, grid, ScaleRule.POWER_OF_TWO, per_row=True)
             )  # fmt: skip
-            # A code for NaN has two spellings, and which one a cast writes is no promise of anybody.
+            # NaN has two encodings, and no cast guarantees which one it writes.
             equal = (codes.view(torch.uint8) == expected.view(torch.uint8)) | (_nan(codes) & _nan(expected))
             if not torch.equal(scale.nan_to_num(-1.0), right.value.nan_to_num(-1.0)):
                 return f"scales of rows of {x.shape[1]} differ in {grid.name}"
@@ -112,7 +113,7 @@ def _nan(codes: Tensor) -> Tensor:
 
 
 def _every_number() -> Tensor:
-    """All bf16 numbers up to 448, 128 to a row, each row begun by 448: so each is cast with the scale 1."""
+    """All bf16 numbers up to 448, 128 per row, with 448 prepended to each row so that the row's scale is 1."""
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     taken = bits[bits.abs() <= E4M3.max]
     rows = torch.cat([taken, taken.new_zeros(-len(taken) % 128)]).view(-1, 128)
@@ -120,7 +121,7 @@ def _every_number() -> Tensor:
 
 
 def _rows(columns: int) -> Tensor:
-    """Gaussian rows of many sizes; of zeros, of infinity, of NaN; and with one large number beside tiny ones."""
+    """Gaussian rows of many magnitudes, some with an infinity, a NaN or an outlier; and constant rows, one of zeros."""
     random = torch.Generator().manual_seed(columns)
     x = torch.randn(24, columns, generator=random) * torch.exp2(12 * torch.randn(24, 1, generator=random))
     x[:4] *= torch.exp2(8 * torch.randn(4, columns, generator=random))

@@ -1,4 +1,4 @@
-"""The names of number formats, as configurations, command lines and manifests use them; imports no torch."""
+"""Names of number formats, as used in configurations, command lines and manifests; does not import torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fp8pipe.core.errors import ConfigurationError
 
 
 class ScaleRule(StrEnum):
-    """How FP8 scales follow from amax, and how many there are."""
+    """How FP8 scales are derived from amax, and whether activations have one per tensor or one per token."""
 
     EXACT = "exact"
     POWER_OF_TWO = "power-of-two"
 
 
 class Kind(StrEnum):
-    """The family of codes."""
+    """The number format of codes."""
 
     INT = "int"
     E4M3 = "e4m3"
@@ -26,28 +26,28 @@ class Kind(StrEnum):
 
 
 def granularity(kind: Kind) -> Literal["per-channel", "per-block"]:
-    """What shares a weight's scale, as manifests call it."""
+    """The granularity of a weight's scales, as named in manifests."""
     return "per-block" if kind is Kind.NVFP4 else "per-channel"
 
 
-# What users call the floating kinds, and their bits.
+# User-facing names of the floating-point kinds, and their bits.
 _FLOATING: Final = {Kind.E4M3: ("wfp8afp8", 8), Kind.NVFP4: ("wnvfp4anvfp4", 4)}
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Bits of weights and activations, as users name them: `w4a8`, `wfp8afp8`, or `wnvfp4anvfp4`."""
+    """The precision of weights and activations, written as `w4a8`, `wfp8afp8` or `wnvfp4anvfp4`."""
 
     weight_bits: int  # 2 to 8
     activation_bits: int  # 2 to 8
-    kind: Kind = Kind.INT  # integer codes, E4M3, or NVFP4 for both
+    kind: Kind = Kind.INT  # integer, E4M3 or NVFP4, for weights and activations alike
 
     @classmethod
     def parse(cls, text: str) -> Precision:
-        """Read `wXaY`.
+        """Parse `wXaY`, `wfp8afp8` or `wnvfp4anvfp4`.
 
         Raises:
-            ConfigurationError: another form, or bits outside 2 to 8.
+            ConfigurationError: the text has another form, or bits are outside 2 to 8.
         """
         for kind, (name, bits) in _FLOATING.items():
             if text.lower() == name:

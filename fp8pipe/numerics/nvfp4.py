@@ -1,14 +1,14 @@
-"""NVFP4: four-bit floating codes in blocks of 16, two scales each, as Blackwell's tensor cores multiply them.
+"""NVFP4: 4-bit floating-point codes with two-level scaling in blocks of 16, the format of Blackwell's tensor cores.
 
 `value = code * block_scale * tensor_scale`. A code is E2M1 (a sign and one of 0, 0.5, 1, 1.5, 2, 3, 4, 6), a block
-scale E4M3, one for 16 neighbours along the inputs, and the tensor scale one number for all. Weights have stored
-block scales. Activations get theirs while they run, `E4M3(amax / (6 * tensor_scale))` of each block, as TensorRT's
-DynamicQuantize does; only their tensor scale is measured beforehand.
+scale is E4M3 and shared by 16 consecutive elements along the input dimension, and the tensor scale is one number for
+the whole tensor. Block scales of weights are stored. Those of activations are computed at run time, as
+`E4M3(amax / (6 * tensor_scale))` of each block, like TensorRT's DynamicQuantize; only their tensor scale is calibrated.
 
-Tensor scales are powers of two here. The format takes any fp32 number, but then `block_scale * tensor_scale` is rounded
-in whatever type an engine multiplies it, and two engines disagree. A power of two makes that product exact in fp32, and
-in FP16 down to its smallest number; the order of the divisions does not matter either. It costs one binade of the
-block scales' range, of which E4M3 has eighteen.
+Tensor scales are powers of two here. The format allows any fp32 number, but then `block_scale * tensor_scale` is
+rounded to whatever dtype an engine uses for it, and two engines disagree. With a power of two this product is exact in
+fp32, and in FP16 down to its smallest number, and the order of the divisions does not matter either. The cost is one
+of the eighteen binades of an E4M3 block scale.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ BLOCK: Final = 16
 E2M1_MAX: Final = 6.0
 _GRID: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SIGN: Final = 8
-_SMALLEST_TENSOR_SCALE: Final = 2.0**-18  # as for every other scale: FP16 holds it
+_SMALLEST_TENSOR_SCALE: Final = 2.0**-18  # the minimum of every other scale, too: FP16 represents it exactly
 _LARGEST_TENSOR_SCALE: Final = 2.0**15
-# Mapping a block's largest weight onto 4 in place of 6 uses the finer half of the grid: scales up to 1.5 times as large
-# are tried, so the tensor scale leaves room for them.
+# Mapping a block's largest weight to 4 instead of 6 uses the finer part of the grid: block scales up to 1.5 times as
+# large are tried, so the tensor scale leaves headroom for them.
 _HEADROOM: Final = E2M1_MAX / 4.0
-# Neighbouring E4M3 codes of the scale that maps the largest weight onto 6; eight make a factor of two.
+# Offsets from the E4M3 code of the scale that maps the largest weight to 6; eight codes are a factor of two.
 _CANDIDATES: Final = (0, *(d for step in range(1, 8) for d in (-step, step)))
 _LARGEST_SCALE_CODE: Final = 0x7E  # 448
 
 
 def e2m1_round(units: Tensor) -> Tensor:
-    """The nearest values of the grid: ties to the even code, saturating at 6; fp32, the sign of zeros kept."""
+    """Round to the nearest E2M1 value: ties to the even code, saturating at 6; fp32, keeping the sign of zeros."""
     magnitude = units.abs()
     step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
     return torch.round(units / step).mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
 
 
 def e2m1_codes(values: Tensor) -> Tensor:
-    """The codes of grid values (`e2m1_round`'s): uint8, 0 to 15, the sign in bit 3."""
+    """The codes of E2M1 values (as returned by `e2m1_round`): uint8, 0 to 15, with the sign in bit 3."""
     magnitude = values.abs()
     index = torch.where(magnitude < 2.0, 2 * magnitude, torch.where(magnitude < 4.0, magnitude + 2, magnitude / 2 + 4))
     return index.to(torch.uint8) + _SIGN * values.signbit().to(torch.uint8)
@@ -58,7 +58,7 @@ def e2m1_values(codes: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Two codes a byte along the last axis, the first in the low half: `(..., n)` to `(..., n / 2)` uint8."""
+    """Pack pairs of codes along the last axis into bytes, the first in the low nibble: `(..., n)` to `(..., n / 2)`."""
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
@@ -68,7 +68,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def tensor_scale(amax: float) -> float:
-    """The smallest tensor scale whose blocks reach `amax`: `6 * 448 * scale >= amax`; 2^-18 to 2^15."""
+    """The smallest power of two from 2^-18 to 2^15 that can represent `amax`: `6 * 448 * scale >= amax`."""
     wanted = amax / (E2M1_MAX * E4M3.max)
     scale = 2.0 ** math.ceil(math.log2(wanted)) if wanted > 0 else 0.0
     return min(max(scale, _SMALLEST_TENSOR_SCALE), _LARGEST_TENSOR_SCALE)
@@ -80,12 +80,13 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def block_units(x: Tensor, scale: Tensor) -> Tensor:
-    """`x` `(..., n)` over the scale of its block `(..., n / 16)`, in blocks of 16; zero in blocks of scale zero."""
+    """`x` `(..., n)` divided by its blocks' scales `(..., n / 16)`: `(..., n / 16, 16)`; zero where a scale is zero."""
     return _blocks(x) / torch.where(scale > 0, scale, math.inf).unsqueeze(-1)
 
 
 def _nearest_block_scales(amax: Tensor, tensor_scale: float) -> Tensor:
-    # A tensor: some devices multiply by the reciprocal of a plain number. Made there: a copy would wait for a GPU.
+    # The divisor is a tensor, because some devices replace division by a Python number with multiplication by its
+    # reciprocal. It is created on the device, because a copy from the host would synchronize with the GPU.
     return E4M3.cast(amax / torch.full((), E2M1_MAX * tensor_scale, dtype=torch.float32, device=amax.device))
 
 
@@ -96,10 +97,10 @@ def _check_tensor_scale(scale: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class BlockQuantizer:
-    """NVFP4 for an activation: block scales made from the tensor itself.
+    """Quantizes an activation to NVFP4, with block scales computed from the tensor itself.
 
     Raises:
-        ValueError: another tensor scale.
+        ValueError: the tensor scale is not a power of two from 2^-18 to 2^15.
     """
 
     tensor_scale: float  # a power of two
@@ -113,11 +114,11 @@ class BlockQuantizer:
         return Kind.NVFP4
 
     def block_scales(self, x: Tensor) -> Tensor:
-        """`E4M3(amax / (6 * tensor_scale))` of each block: `(..., n)` to `(..., n / 16)` float8_e4m3fn."""
+        """The scale of each block, `E4M3(amax / (6 * tensor_scale))`: `(..., n)` to `(..., n / 16)` float8_e4m3fn."""
         return _nearest_block_scales(_blocks(x.float()).abs().amax(-1), self.tensor_scale)
 
     def scales(self, x: Tensor) -> Tensor:
-        """What the codes of each block are multiplied by: `block_scale * tensor_scale`, fp32."""
+        """The factor by which each block's codes are multiplied: `block_scale * tensor_scale`, fp32."""
         return self.block_scales(x).float() * self.tensor_scale
 
     def codes(self, x: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class BlockQuantizer:
         return e2m1_codes(e2m1_round(block_units(x.float(), self.scales(x)))).flatten(-2)
 
     def fake(self, x: Tensor) -> Tensor:
-        """`code * block_scale * tensor_scale`, fp32; every product is exact."""
+        """Fake quantization: `code * block_scale * tensor_scale`, fp32; every multiplication is exact."""
         scale = self.scales(x)
         return e2m1_round(block_units(x.float(), scale)).mul_(scale.unsqueeze(-1)).flatten(-2)
 
@@ -135,7 +136,7 @@ class BlockScales:
     """The scales of a weight.
 
     Raises:
-        ValueError: another tensor scale, or block scales that are not positive numbers.
+        ValueError: the tensor scale is not a power of two from 2^-18 to 2^15, or a block scale is not positive.
     """
 
     block: Tensor  # `(out, in / 16)` float8_e4m3fn, positive
@@ -157,7 +158,7 @@ class BlockCodes:
     """The codes of one weight in NVFP4."""
 
     codes: Tensor  # `(out, in)` uint8, one E2M1 code (0 to 15) each
-    scales: BlockScales  # of its blocks along the inputs
+    scales: BlockScales  # of blocks along the input dimension
 
     @property
     def kind(self) -> Kind:
@@ -166,12 +167,12 @@ class BlockCodes:
 
     @property
     def bits(self) -> int:
-        """Width of a code."""
+        """Bits per code."""
         return 4
 
     @property
     def scale(self) -> Tensor:
-        """What a code is multiplied by: `(out, in / 16)` fp32."""
+        """The factor by which codes are multiplied, one per block: `(out, in / 16)` fp32."""
         return self.scales.product
 
     def dequantize(self) -> Tensor:
@@ -185,14 +186,14 @@ class BlockCodes:
 
 
 def choose_block_scales(weight: Tensor, *, search: bool = True) -> BlockScales:
-    """Scales of a weight, block by block those with the least squared rounding error.
+    """Choose the scales of a weight, for each block the one with the least squared rounding error.
 
-    Tried are the E4M3 number nearest to `amax / 6` and its seven neighbours on either side: smaller ones saturate,
-    larger ones move the largest weight onto 4 or 3, where the grid is finer.
+    The candidates are the E4M3 number nearest to `amax / 6` and its seven neighbours on either side: smaller scales
+    saturate, larger ones map the largest weight to 4 or 3, where the grid is finer.
 
     Args:
-        weight: `(out, in)`, any float dtype; in is a multiple of 16.
-        search: False takes the one nearest to `amax / 6`.
+        weight: `(out, in)`, any float dtype; `in` is a multiple of 16.
+        search: whether to compare candidates; False takes the scale nearest to `amax / 6`.
     """
     blocks = _blocks(weight.detach().float())
     amax = blocks.abs().amax(-1)

@@ -1,7 +1,7 @@
-"""E4M3 and bf16 by definition, in numpy: the second opinion of every proof, which shares no line with `grids`.
+"""An independent numpy implementation of E4M3 and bf16, used to verify results; it shares no code with `grids`.
 
 Codes are decoded from their sign, exponent and mantissa (OCP 8-bit floating point, revision 1.0), and numbers are
-rounded to the nearest one, ties to the even, without an inexact step. A quantizer that proved itself would prove
+rounded to nearest, ties to even, without any inexact intermediate step. Checking a quantizer against itself would prove
 nothing.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 __all__ = ["dequantize_plain", "grid_numbers", "quantize_plain", "round_bf16", "row_errors", "squares"]
 
 _LARGEST: Final = 448.0
-_FLOOR: Final = 1e-12  # what the largest magnitude of a row of zeros counts as
-_ROWS: Final = 1 << 18  # elements that are worked on at a time: they stay in the processor's cache
+_FLOOR: Final = 1e-12  # lower bound for a row's amax, so that a row of zeros has a positive scale
+_ROWS: Final = 1 << 18  # elements processed at a time: few enough to stay in the processor's cache
 
 
 def _decode(byte: int) -> float:
@@ -32,18 +32,18 @@ _VALUES: Final[NDArray[np.float32]] = np.array([_decode(byte) for byte in range(
 
 
 def dequantize_plain(codes: Tensor, scale: Tensor, *, transposed: bool = False) -> Tensor:
-    """`code * scale`, fp32; arguments as of `grids.dequantize_weight`."""
+    """`code * scale`, fp32; takes the same arguments as `grids.dequantize_weight`."""
     factor = scale.numpy().reshape(1, -1) if transposed and scale.ndim == 2 else scale.numpy()
-    values = _VALUES.take(codes.contiguous().view(torch.uint8).numpy(), mode="clip")  # which spares a check of bounds
+    values = _VALUES.take(codes.contiguous().view(torch.uint8).numpy(), mode="clip")  # skips the bounds check
     values *= factor
     return torch.from_numpy(values)
 
 
 def quantize_plain(weight: Tensor, *, transposed: bool = False) -> Tensor:
-    """What a weight becomes that is rounded to E4M3, each output row on its own scale; as `grids.quantize_weight`.
+    """Round a weight to E4M3 with one scale per output row, like `grids.quantize_weight`, and dequantize it.
 
-    The scale of a row is `amax / 448` (float64, stored as fp32), its quotients are fp32, as the format's readers have
-    them; the rounding is exact.
+    The scale of a row is `amax / 448`, computed in float64 and stored as fp32; the weights are divided by it in fp32,
+    and the quotients are rounded exactly.
 
     Args:
         weight: any float dtype, `(out, in)`, or `(in, out)` when `transposed`.
@@ -63,14 +63,14 @@ def quantize_plain(weight: Tensor, *, transposed: bool = False) -> Tensor:
 
 
 def round_bf16(values: Tensor) -> Tensor:
-    """fp32 rounded once to bf16, to nearest, ties to even; finite; as fp32."""
+    """Finite fp32 values rounded to bf16 (nearest, ties to even), returned as fp32."""
     bits: NDArray[Any] = values.float().contiguous().numpy().view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return torch.from_numpy(rounded.view(np.float32))
 
 
 def row_errors(values: Tensor, original: Tensor, *, transposed: bool = False) -> float:
-    """Largest error of an output row, relative to the row's norm (float64); of the whole where there are no rows."""
+    """Largest relative error of an output row, by norm (float64); tensors that are not matrices count as one row."""
     if original.ndim != 2:
         values, original = values.reshape(1, -1), original.reshape(1, -1)
     elif transposed:
@@ -81,11 +81,11 @@ def row_errors(values: Tensor, original: Tensor, *, transposed: bool = False) ->
         error, norm = _norms(values[part].float().numpy() - true), _norms(true)
         ratio = np.divide(error, norm, out=np.where(error > 0, np.inf, 0.0), where=norm > 0)
         worst.append(float(ratio.max(initial=0.0)))
-    return float(np.max(worst))  # which NaN survives
+    return float(np.max(worst))  # unlike max(), this propagates NaN
 
 
 def squares(values: Tensor, original: Tensor) -> tuple[float, float]:
-    """Sums of the squares of `values - original` and of `original`, float64; of any shape."""
+    """Sums of squares of `values - original` and of `original`, float64; any shape."""
     true = original.reshape(1, -1).float().numpy()
     error = values.reshape(1, -1).float().numpy() - true
     return float(np.square(error, dtype=np.float64).sum()), float(np.square(true, dtype=np.float64).sum())
@@ -97,15 +97,15 @@ def _norms(rows: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def grid_numbers(quotients: Tensor) -> Tensor:
-    """The E4M3 number next to each, saturating, ties to even: fp32."""
+    """The nearest E4M3 number to each quotient, saturating, ties to even; fp32."""
     return torch.from_numpy(_nearest(quotients.float().contiguous().numpy()))
 
 
 def _nearest(quotients: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The E4M3 number next to each, saturating."""
+    """The nearest E4M3 number to each quotient, saturating, ties to even."""
     found: NDArray[np.float32] = np.clip(quotients, np.float32(-_LARGEST), np.float32(_LARGEST))
     exponent = np.maximum(found.view(np.uint32) >> np.uint32(23) & np.uint32(255), np.uint32(127 - 6))
-    step = (exponent - np.uint32(3) << np.uint32(23)).view(np.float32)  # a power of two: nothing below is rounded
+    step = (exponent - np.uint32(3) << np.uint32(23)).view(np.float32)  # a power of two, so only rint() rounds
     found /= step
     np.rint(found, out=found)
     found *= step

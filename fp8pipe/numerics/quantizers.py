@@ -1,16 +1,17 @@
-"""The number formats of a quantized vision transformer: grids that an integer (or FP8) runtime runs exactly.
+"""The number formats of a quantized vision transformer: grids that an integer (or FP8) runtime reproduces exactly.
 
-One form serves every bit width and every engine: `code = clamp(round(x / scale), low, high)`, with zero at code 0. A
-range that is not symmetric is one whose `low` and `high` are not: `low = -z, high = 2^k - 1 - z` has the levels of
-a k-bit grid with zero point z, in an INT8 container whose own zero point is 0, as TensorRT demands. A range of one
-sign (probabilities) is `low = 0`. At 8 bits the container leaves room for symmetric ranges and for 0..127 alone.
+One formula covers every bit width and every engine: `code = clamp(round(x / scale), low, high)`, with the real value 0
+at code 0. An asymmetric range is expressed by `low` and `high`: `low = -z, high = 2^k - 1 - z` has the levels of a
+k-bit grid with zero point z, in an INT8 container whose own zero point is 0, as TensorRT requires. A non-negative range
+(probabilities) has `low = 0`. At 8 bits, the container only has room for symmetric ranges and for 0..127.
 
-Division, never multiplication by a reciprocal, and ties to even: ONNX QuantizeLinear's formula, bit for bit.
+Values are divided by the scale, never multiplied by a reciprocal, and ties go to even: the formula of ONNX's
+QuantizeLinear, bit for bit.
 
-`compensated_round` rounds a weight column by column, for any grid, each column's error moved onto the columns still to
-come: Optimal Brain Surgeon's update with the second moments H = X^T X of the layer's inputs, in blocks of columns, the
-solver of GPTQ (arXiv 2210.17323, algorithm 1). It makes `|| X (Q - W)^T ||` small although `|| Q - W ||` is not.
-Columns go by H's diagonal, the largest first.
+`compensated_round` rounds a weight column by column, for any grid, and distributes each column's rounding error over
+the columns that are not rounded yet. This is the solver of GPTQ (arXiv 2210.17323, algorithm 1): the update of Optimal
+Brain Surgeon with the second moments H = X^T X of the layer's inputs, applied in blocks of columns. It makes
+`|| X (Q - W)^T ||` small even though `|| Q - W ||` is not. Columns are processed in descending order of H's diagonal.
 """
 
 from __future__ import annotations
@@ -27,31 +28,31 @@ from fp8pipe.numerics.kinds import Kind
 
 INT8_MIN: Final = -128
 INT8_MAX: Final = 127
-# FP16 has 6 bits left here: a scale that is rounded to it changes by less than a hundredth.
+# FP16 still has 6 mantissa bits here (it is subnormal): rounding a scale to FP16 changes it by less than 1 percent.
 SMALLEST_SCALE: Final = 2.0**-18
 _LARGEST_SCALE: Final = 65504.0
 
 
 def nearest_codes(units: Tensor, low: int, high: int) -> Tensor:
-    """Integer codes of `units` (values over their scale), held in the dtype of `units`: nearest, ties to even."""
+    """Integer codes of `units` (values divided by their scale), in the dtype of `units`: nearest, ties to even."""
     return torch.round(units).clamp_(low, high)
 
 
 def storable_scale(scale: Tensor) -> Tensor:
-    """The nearest scale that FP32 and FP16 both hold exactly, fp32; at least 2^-18.
+    """The nearest scale that FP16 represents exactly, as fp32; at least 2^-18.
 
-    Engines that compute in half precision want the scales in it too. One that is rounded only then is another scale
-    than the one that was trained; eleven bits are enough for any scale, if they are chosen before the training.
+    Engines that compute in half precision need FP16 scales. Rounding a scale only at export would make it differ from
+    the one used in training; FP16's eleven significant bits are precise enough if the rounding precedes the training.
     """
     return scale.float().clamp(SMALLEST_SCALE, _LARGEST_SCALE).half().float()
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationQuantizer:
-    """One scale for a whole activation tensor.
+    """Quantizes an activation tensor with one static scale.
 
     Raises:
-        ValueError: a scale that is not a positive fp32 number, or bounds outside INT8.
+        ValueError: the scale is not a positive fp32 number, or the bounds do not fit INT8.
     """
 
     scale: float  # positive, exactly an fp32 number; `value = code * scale`
@@ -68,7 +69,7 @@ class ActivationQuantizer:
 
     @property
     def levels(self) -> int:
-        """How many different codes there are."""
+        """Number of distinct codes."""
         return 254 if self.kind is Kind.E4M3 else self.high - self.low + 1
 
     def codes(self, x: Tensor) -> Tensor:
@@ -83,20 +84,20 @@ class ActivationQuantizer:
         return codes.float() * self._scale_on(codes)
 
     def fake(self, x: Tensor) -> Tensor:
-        """`dequantize(codes(x))` in one go, fp32, without gradient through the rounding."""
+        """Fake quantization: `dequantize(codes(x))` in fp32; no gradient passes through the rounding."""
         scale = self._scale_on(x)
         if self.kind is Kind.E4M3:
             return E4M3.cast(x.float() / scale).float().mul_(scale)
         return nearest_codes(x.float() / scale, self.low, self.high).mul_(scale)
 
     def _scale_on(self, x: Tensor) -> Tensor:
-        """The scale beside `x`: made there, since a copy from the host would wait for a GPU."""
+        """The scale as a tensor created on the device of `x`; a copy from the host would synchronize with the GPU."""
         return torch.full((), self.scale, dtype=torch.float32, device=x.device)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightCodes:
-    """The codes of one weight, one scale an output channel."""
+    """The codes of one weight, with per-channel scales."""
 
     codes: Tensor  # int8 or float8_e4m3fn, in the weight's own shape, output channels first
     scale: Tensor  # `(out,)` fp32, positive; `weight = code * scale`
@@ -104,7 +105,7 @@ class WeightCodes:
 
     @property
     def kind(self) -> Kind:
-        """The family of codes, by their dtype."""
+        """The number format, derived from the dtype of the codes."""
         return Kind.INT if self.codes.dtype == torch.int8 else Kind.E4M3
 
     def dequantize(self) -> Tensor:
@@ -113,7 +114,7 @@ class WeightCodes:
 
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor, bits: int, kind: Kind = Kind.INT) -> WeightCodes:
-        """Round a weight `(out, ...)`, any float dtype, to the nearest codes of a positive scale `(out,)`, fp32."""
+        """Round a weight `(out, ...)` of any float dtype to the nearest codes for a positive scale `(out,)`, fp32."""
         units = weight.float() / _per_channel(scale, weight)
         if kind is Kind.E4M3:
             return cls(E4M3.cast(units), scale.float(), 8)
@@ -121,7 +122,7 @@ class WeightCodes:
 
 
 def weight_limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest weight code: two's complement, without -128, which not every engine takes."""
+    """Smallest and largest weight code: two's complement, except -128, which some engines do not accept."""
     half = 2 ** (bits - 1)
     return max(-half, -INT8_MAX), half - 1
 
@@ -131,7 +132,7 @@ def _per_channel(scale: Tensor, like: Tensor) -> Tensor:
 
 
 class Compensated(NamedTuple):
-    """`(out, in)` fp32: each weight as it stood just `before` its rounding, and that `rounded` to the grid."""
+    """Weights just `before` their rounding, with the errors compensated so far, and `rounded`; `(out, in)` fp32."""
 
     before: Tensor
     rounded: Tensor
@@ -151,16 +152,16 @@ def compensated_round(
 
     Args:
         weight: `(out, in)`, any float dtype; not modified.
-        moments: `(in, in)` fp32, X^T X up to a factor.
-        round_column: gives the grid's values nearest to `(out,)` fp32 values; told the column's index.
-        block: columns whose errors stay among themselves before one product spreads them over the rest.
-        damping: added to H's diagonal, as a share of its mean.
-        damping_floor: added to H's diagonal besides.
-        fused: subtract products as they are made, in one rounding; False rounds the product first.
+        moments: H, `(in, in)` fp32: X^T X up to a constant factor.
+        round_column: rounds `(out,)` fp32 values to the grid, given the values and the column's index.
+        block: number of columns in a block; the remaining columns are updated once per block, with one GEMM.
+        damping: added to H's diagonal, as a fraction of its mean.
+        damping_floor: also added to H's diagonal, as an absolute value.
+        fused: multiply and subtract in one operation; False rounds the product before subtracting it.
     """
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     factor = _inverse_factor(moments[order][:, order], damping, damping_floor)
-    work = weight.detach().float().t()[order].contiguous()  # (in, out): an input column is contiguous
+    work = weight.detach().float().t()[order].contiguous()  # (in, out), so that each input's weights are contiguous
     rounded = torch.empty_like(work)
     for start in range(0, work.shape[0], block):
         stop = min(start + block, work.shape[0])
@@ -182,7 +183,7 @@ def compensated_round(
 
 
 def _inverse_factor(moments: Tensor, damping: float, floor: float) -> Tensor:
-    """Upper Cholesky factor of the damped moments' inverse, `(in, in)` fp32 (computed in fp64)."""
+    """Upper Cholesky factor of the inverse of the damped moments, `(in, in)` fp32 (computed in fp64)."""
     work = moments.double()
     mean = work.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     work.diagonal().add_(damping * mean + floor)

@@ -1,6 +1,6 @@
-"""Triton kernels for what FP8 training does beside its products: cast rows to FP8, and transpose codes.
+"""Triton kernels for the work of FP8 training around its GEMMs: casting rows to FP8, and transposing codes.
 
-`fused.py` decides where they run, and checks them there against `grids.quantize` before they are used.
+`fused.py` decides on which devices they run, and checks them there against `grids.quantize` before they are used.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor
 from fp8pipe.numerics.grids import AMAX_FLOOR, FloatGrid
 
 _FLOOR_BITS: Final = struct.unpack("<i", struct.pack("<f", AMAX_FLOOR))[0]
-_PER_THREAD: Final = 32  # elements of a row: they stay in registers
+_PER_THREAD: Final = 32  # elements of a row per thread, few enough to stay in registers
 _TILE: Final = 64
 
 
-# Without annotations: Triton compiles them with the rest, and knows no names but its own.
+# The parameters have no annotations, because Triton would compile those too and resolves only its own names.
 @triton.jit  # type: ignore[untyped-decorator]
 def cast_rows(  # type: ignore[no-untyped-def]
     x, codes, scales, columns, stride, MAX_BITS: tl.constexpr, FLOOR_BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row of bf16 `x` to FP8 codes, and its power-of-two scale: a program per row, which it reads once.
+    """Cast one row of bf16 `x` to FP8 codes with a power-of-two scale: one program per row, which reads the row once.
 
-    The scale is `grids.power_of_two_scale`, on the bits of fp32 numbers. Magnitudes are compared as integers too: then
-    a NaN is the largest, where a comparison of numbers would lose it.
+    The scale is that of `grids.power_of_two_scale`, computed on the bits of fp32 numbers. Magnitudes are compared as
+    integers too, so that a NaN is the maximum, which a floating-point comparison would ignore.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < columns
     values = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    # 127 << 23 is one, and a binade less one rounds up to a power of two; the mask leaves the exponent.
+    # 0x3F800000 is 1.0; adding 0x7FFFFF (a binade less one) rounds up to a power of two; the mask keeps the exponent.
     scale = (tl.maximum(amax, FLOOR_BITS) + (0x3F800000 + 0x7FFFFF - MAX_BITS)) & 0x7F800000
     inverse = (254 << 23) - scale
-    infinite = amax >= 0x7F800000  # infinity or NaN: it poisons its row, as it does in torch
+    infinite = amax >= 0x7F800000  # infinity or NaN makes the whole row NaN, as in torch
     scale = tl.where(infinite, 0x7FC00000, scale)
     inverse = tl.where(infinite, 0x7FC00000, inverse)
     quotients = values * inverse.to(tl.float32, bitcast=True)
@@ -48,7 +48,7 @@ def cast_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def transpose_tile(source, target, rows, columns, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of bytes `(rows, columns)` to its place in the transpose; both sides are read and written along rows."""
+    """Transpose one tile of a byte matrix `(rows, columns)`; both source and target are accessed along their rows."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
@@ -57,13 +57,13 @@ def transpose_tile(source, target, rows, columns, TILE: tl.constexpr):  # type: 
 
 
 def block_of(columns: int) -> tuple[int, int]:
-    """Elements that a program of `cast_rows` holds, a power of two, and its warps."""
+    """Number of elements that a program of `cast_rows` processes, a power of two, and its number of warps."""
     block = max(128, triton.next_power_of_2(columns))
     return block, min(32, max(1, block // (32 * _PER_THREAD)))
 
 
 def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
-    """Codes `(rows, cols)` of bf16 `x` with unit column stride, and the scales of its rows, fp32 `(rows, 1)`."""
+    """Quantize bf16 `x` with unit column stride: codes `(rows, cols)`, and one scale per row, fp32 `(rows, 1)`."""
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=grid.dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
@@ -76,7 +76,7 @@ def quantize_rows(x: Tensor, grid: FloatGrid) -> tuple[Tensor, Tensor]:
 
 
 def transpose_bytes(codes: Tensor) -> Tensor:
-    """The transpose of contiguous uint8 codes `(rows, cols)`, contiguous."""
+    """The transpose of contiguous uint8 codes `(rows, cols)`, as a contiguous tensor."""
     rows, columns = codes.shape
     target = torch.empty(columns, rows, dtype=torch.uint8, device=codes.device)
     transpose_tile[(triton.cdiv(rows, _TILE), triton.cdiv(columns, _TILE))](codes, target, rows, columns, TILE=_TILE)
