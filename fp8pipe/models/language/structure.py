@@ -282,7 +282,8 @@ def _classes(named: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, **options: str) -> PreTrainedModel:
     """The model of config.json with the weights `state`, on the CPU in evaluation mode.
 
-    `options` are passed to `from_pretrained`. The state uses the checkpoint's names; transformers renames them as the architecture requires.
+    `options` are passed to `from_pretrained`. The state uses the checkpoint's names; transformers renames them as the
+    architecture requires.
 
     Raises:
         ConfigurationError: see `load_config` and `model_class`.

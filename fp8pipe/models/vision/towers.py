@@ -20,8 +20,7 @@ _SHOWN: Final = 5
 
 
 def vision_part(name: str, config: Mapping[str, Any]) -> str:
-    """The class that computes the image features of a model with a text encoder; other class names are returned
-    unchanged.
+    """The class that computes image features, for a model with a text encoder; other class names are unchanged.
 
     The class with the projection is preferred: transformers' image features are the projected ones.
     """
