@@ -91,7 +91,7 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text to copy."""
+    """Preformatted text for copying."""
 
     text: str
     caption: str = ""
@@ -100,7 +100,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of a tree."""
+    """A node of a `Tree`."""
 
     parts: Sequence[Cell]
     children: list[Node] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A tree of the origin of artifacts."""
+    """A tree that shows which artifact was made from which."""
 
     roots: Sequence[Node]
 
@@ -118,7 +118,7 @@ Block = Text | Missing | Table | Lines | Drawing | Drawings | Pictures | Code | 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section."""
+    """A section of the report."""
 
     key: str  # its HTML anchor
     title: str

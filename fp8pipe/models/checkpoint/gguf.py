@@ -62,8 +62,8 @@ def convert_gguf(gguf: Path, *, name: str | None = None) -> Path:
     Raises:
         ConfigurationError: the file does not exist or is not GGUF, transformers cannot read its architecture, or the
             cache is not writable.
-        BadArtifactError: the cached directory was damaged.
-        MissingCapabilityError: the packages gguf or accelerate are absent.
+        BadArtifactError: the cached directory is damaged.
+        MissingCapabilityError: the package gguf or accelerate is not installed.
         OutOfMemoryError: the disk is full.
     """
     _check_gguf(gguf)

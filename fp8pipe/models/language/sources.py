@@ -45,10 +45,10 @@ class ModelSource:
 def resolve_model(src: str) -> ModelSource:
     """The local directory of the model named by ``src``; downloads or converts it when needed.
 
-    ConfigurationError: nothing of that name exists, or the directory is not a checkpoint.
-        ConfigurationError: nothing of that name, or a directory that is no checkpoint.
+    Raises:
+        ConfigurationError: nothing of that name exists, or the directory is not a checkpoint.
+        MissingCapabilityError: a package or the network is missing.
         BadArtifactError: a file is damaged.
-        BadArtifactError: a damaged file.
     """
     if not src.strip():
         raise ConfigurationError(

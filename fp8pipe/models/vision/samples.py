@@ -90,7 +90,7 @@ def focus_weights(path: Path, image_size: tuple[int, int]) -> dict[str, Tensor]:
         image_size: (height, width) in pixels; the position table is resampled to its grid.
 
     Returns:
-        float32 tensors by timm's names.
+        float32 tensors by their names in timm.
 
     Raises:
         MissingCapabilityError: onnx or timm is not installed.

@@ -168,7 +168,7 @@ def _refuse_leftovers(root: Path, table: Mapping[str, TensorEntry], scheme: Sche
 
 
 def _is_quantized(entry: TensorEntry) -> bool:
-    """FP8 and FP4 anywhere; integers only where a weight can be: some checkpoints keep integer masks."""
+    """Whether a tensor holds codes: FP8 and FP4 always, integers only if shaped and named like weights."""
     if entry.dtype.startswith(("F8", "F4", "F6")):
         return True
     return entry.dtype in _INTEGERS and len(entry.shape) >= 2 and entry.name.rpartition(".")[2] not in _BUFFERS
