@@ -184,7 +184,7 @@ def _expert_count(module: nn.Module) -> int | None:
     if isinstance(module, UnstackedExperts):
         return module.num_experts
     counts = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None  # a lone one may be a conv kernel
+    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None  # a single one could be a conv kernel
 
 
 def in_experts(model: nn.Module, name: str) -> bool:
