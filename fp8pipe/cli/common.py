@@ -33,7 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-# System errors for paths that cannot be valid; a file that has disappeared may be our own fault.
+# System errors caused by an unusable path. A missing file is not among them: that may be our own bug.
 _UNUSABLE = frozenset(
     (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 )
@@ -184,7 +184,7 @@ def show_artifact(
 ) -> None:
     """Report a stage's result: what was written, its gates and warnings, and further `facts`.
 
-    If a gate failed, the command ends with that exit code, and no next step is suggested.
+    If a gate failed, the command ends with exit code 14, and no next step is suggested.
 
     Args:
         console: the command's console.

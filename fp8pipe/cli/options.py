@@ -29,7 +29,7 @@ T = TypeVar("T", bound=FrozenConfig)
 class Option:
     """A model field as a command-line option."""
 
-    path: str  # key of the value; for a field of a nested model `synthesis.steps`
+    path: str  # key of its value; for a field of a nested model dotted, as `synthesis.steps`
     flag: str  # name without leading dashes
     field: FieldInfo
 

@@ -31,7 +31,7 @@ def write_report(path: Path, output: Path | None = None, image: Path | None = No
     Args:
         path: directory of a run or of an artifact.
         output: the file to write, replaced if it exists; `default_output` when None.
-        image: an image of the user's, whose attention map is shown beside those of the calibration images.
+        image: an image given by the user, whose attention map is shown beside those of the calibration images.
 
     Returns:
         The report file, and its subject.

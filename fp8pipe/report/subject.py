@@ -74,7 +74,7 @@ class Subject:
     run: RunRecord | None  # None for a single artifact
     items: tuple[Item, ...]  # in the recipe's order
     documents: Documents
-    image: Path | None = None  # an image of the user's, for attention maps
+    image: Path | None = None  # an image given by the user, for an attention map
 
     def of_kind(self, *kinds: str) -> Iterator[Item]:
         """The artifacts of the given kinds."""
