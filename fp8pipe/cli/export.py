@@ -1,7 +1,7 @@
-"""`fp8pipe export`: an artifact, or a plain checkpoint, in the form that an engine loads; and `fp8pipe lint`.
+"""`fp8pipe export`: writes an artifact, or a plain checkpoint, in a form that an engine loads; and `fp8pipe lint`.
 
-`export` is made of the registered targets: their names are the choices of `--target`, and their option models the
-options. It is made whenever it is asked for, so that a target registered by another package is known, too.
+`export` is built from the registered targets: their names are the choices of `--target`, and their option models define
+the options. It is rebuilt on each access, so that targets registered by other packages are included.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
 
 def make_command() -> click.Command:
-    """The command, for the targets that are registered now."""
+    """The export command for the targets that are registered now."""
     known = targets()
     options = [
         click.argument("artifact", type=PATH),
@@ -81,7 +81,7 @@ def _export(
 
 
 def _refuse_foreign(given: dict[str, Any], settings: dict[str, Any], target: ExportTarget, config: Path | None) -> None:
-    """Options of another target are named as they are written; keys that no target has, as unknown ones."""
+    """Refuse options and keys that belong to another target, named as the user wrote them, and unknown keys."""
     known = {option.path: option.flag for other in targets() for option in options_of(other.options)}
     known |= {name: name for other in targets() for name in other.options.model_fields if name != "force"}
     unknown = [key for key in settings if key not in known]
@@ -106,7 +106,7 @@ def _refuse_foreign(given: dict[str, Any], settings: dict[str, Any], target: Exp
 
 
 def _report(exported: Artifact, target: ExportTarget, source: Path, console: Console) -> None:
-    """What was written, with every gate, and the command that proves it against what it was made from."""
+    """Report what was written, with every gate, and the command that verifies the export against its source."""
     manifest = exported.manifest
     document = {
         "dry_run": False, "target": target.name, "path": str(exported.root), "kind": exported.kind,
@@ -158,7 +158,7 @@ def lint_command(graph: Path, capabilities: tuple[str, ...], no_require: bool, c
 
 
 def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[str, str, str, str]]:
-    """How many errors of each rule and what they do to an engine; every warning."""
+    """The number of errors per rule with their effect on an engine build, and every warning."""
     from exporters.tensorrt.lint import RULES
 
     counts = Counter(found.rule for found in errors)
@@ -167,7 +167,7 @@ def _rows(errors: Sequence[Finding], warnings: Sequence[Finding]) -> list[tuple[
 
 
 def _plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """With what the builder does: refused, wrong, degraded or warning."""
+    """Findings as JSON data, with the builder's reaction: refused, wrong, degraded or warning."""
     from exporters.tensorrt.lint import RULES
 
     return [{**dataclasses.asdict(found), "effect": str(RULES[found.rule].effect)} for found in findings]

@@ -1,4 +1,4 @@
-"""`fp8pipe inspect` and `fp8pipe report`: what an artifact, a run or a foreign checkpoint is, and what it holds."""
+"""`fp8pipe inspect` and `fp8pipe report`: show what an artifact, a run or a third-party checkpoint contains."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _text(opened: Artifact, list_layers: bool) -> str:
 
 
 def _training(details: dict[str, Any]) -> list[tuple[str, object]]:
-    """Held-out losses and the health of the final merge, where the manifest has them."""
+    """Held-out losses and statistics of the final merge, if the manifest has them."""
     named = (("heldout_loss", "held-out loss", " nats per answer token"), ("final_merge", "final merge", ""))
     rows: list[tuple[str, object]] = []
     for key, label, unit in named:
@@ -115,7 +115,7 @@ def _findings(opened: Artifact) -> list[str]:
 
 
 def _layers(manifest: Manifest, list_layers: bool) -> list[str]:
-    """Counts by verdict and reason, or every layer."""
+    """The number of layers by verdict and reason, or every layer."""
     if list_layers:
         rows = [
             ("converted" if layer.converted else "skipped", layer.name, _shape(layer), _encoded(layer, manifest))
@@ -129,19 +129,19 @@ def _layers(manifest: Manifest, list_layers: bool) -> list[str]:
 
 
 def _encoded(layer: LayerRecord, manifest: Manifest) -> str:
-    """How a layer is stored, and what its input is rounded to; why, where it is not quantized."""
+    """How a layer's weight and input are quantized, or why the layer is not quantized."""
     if layer.weight is None:
         return layer.reason
     from fp8pipe.artifact.manifest import ENCODINGS_SINCE
 
-    # Manifests of older schemas did not say how inputs are quantized; some migrations know, the others leave it open.
+    # Older manifest schemas did not record how inputs are quantized; some migrations add it, others leave it unknown.
     recorded = manifest.stored_version >= ENCODINGS_SINCE
     inputs = f"inputs {layer.activation}" if layer.activation else "float inputs" if recorded else "inputs not recorded"
     return "; ".join(filter(None, (str(layer.weight), inputs, layer.reason)))
 
 
 def _contents_text(contents: Contents, list_layers: bool) -> str:
-    """Formats, facts, the histogram of scales, and every layer if asked for."""
+    """Formats, facts, the histogram of scales, and every layer if requested."""
     rows: list[tuple[object, ...]] = [("weights as", "scales", "layers", "size", "codes at an end")]
     for format, granularity, count, size, codes, saturated in contents.by_format():
         rows.append((format, granularity or "-", count, format_bytes(size), _share(saturated, codes)))

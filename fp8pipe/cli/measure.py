@@ -1,4 +1,4 @@
-"""`fp8pipe validate`, `bench` and `serve-check`: an export runs in its engine, and the record of it lies beside it."""
+"""`fp8pipe validate`, `bench` and `serve-check`: run an export in its engine and write a record beside it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def serve_check_command(export: Path, config: Path | None, dry_run: bool, consol
 def _show_plan(
     console: Console, artifact: Any, target: Any, settings: Any, stage: Literal["bench", "serve-check"], **extra: Any
 ) -> None:
-    """What would be measured, what that takes, and the record that would be written."""
+    """Show what would be measured, what it needs, and which record would be written."""
     from exporters.target import call
     from validation.bench.record import measure_path
 
@@ -139,16 +139,16 @@ def _show_plan(
 
 
 def _applies(settings: Any, key: str, target: Any) -> bool:
-    """Whether a setting is one of this export's domain, as its description says."""
+    """Whether a setting applies to this export's domain (language or vision), according to its description."""
     description = str(type(settings).model_fields[key].description).lower()
     domains = [domain for domain in ("vision", "language") if f"{domain}:" in description]
     return not domains or target.service.domain in domains
 
 
 def _show_record(console: Console, export: Path, record: Any) -> None:
-    """The figures, and a rejection as exit 14."""
+    """Print the figures; a rejection exits with code 14."""
     rows = [(row.what, f"{row.value:,.4g} {row.unit}".strip(), row.detail) for row in record.rows]
-    # A measurement without gates accepts nothing: it must not look as if its figures had been judged.
+    # A measurement without gates has no verdict, so its figures must not look as if they had been judged.
     heading = record.verdict if record.gates else "MEASURED"
     lines = [f"{heading}  {export}", table(rows), *(f"  not measured: {text}" for text in record.not_measured)]
     lines += _slower(record.rows)
@@ -162,7 +162,7 @@ def _show_record(console: Console, export: Path, record: Any) -> None:
 
 
 def _slower(rows: Sequence[Any]) -> list[str]:
-    """A sentence where the export is slower than what it is compared with."""
+    """A sentence for each case in which the export is slower than its baseline."""
     slow = [row for row in rows if row.name.startswith("speedup_") and row.value < 1]
     if not slow:
         return []

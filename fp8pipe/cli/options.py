@@ -1,7 +1,7 @@
-"""A command's options, made of the models that check its settings.
+"""Generates a command's options from the models that validate its settings.
 
-A choice, a default or a sentence of help stands once, on the model's field. An option that is not given has no value,
-so that only what was given overrides `--config`; values out of range are refused by the model, all mistakes at once.
+Choices, defaults and help texts are defined once, on the model's fields. An option that is not given has no value, so
+that only explicit options override `--config`. The model rejects values out of range, reporting all errors at once.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ T = TypeVar("T", bound=FrozenConfig)
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A field as an option."""
+    """A model field as a command-line option."""
 
-    path: str  # where its value belongs; of a nested model's field `synthesis.steps`
-    flag: str  # its name without dashes in front
+    path: str  # key of its value; for a field of a nested model dotted, as `synthesis.steps`
+    flag: str  # name without leading dashes
     field: FieldInfo
 
     @property
     def parameter(self) -> str:
-        """Click's name for it, which must be an identifier."""
+        """click's parameter name, which must be an identifier."""
         return self.path.replace(".", "__")
 
     @property
     def kind(self) -> tuple[Any, dict[str, Any]]:
-        """The type of a value (a class, a tuple of choices, or `parse_size`), and how click takes several."""
+        """The type of a value (a class, a tuple of choices, or `parse_size`), and click's settings if it may repeat."""
         kind = _annotation(self.field)
         if get_origin(kind) is not tuple:
             return kind, {}
@@ -48,7 +48,7 @@ class Option:
         return first, {"multiple": True} if rest == [...] else {"nargs": len(rest) + 1}
 
     def help(self) -> str:
-        """The description, the default and the range."""
+        """The description, the default and the permitted range."""
         bounds = [f"{sign} {getattr(item, name):g}" for item in self.field.metadata
                   for name, sign in _BOUNDS if getattr(item, name, None) is not None]  # fmt: skip
         default = self._default()
@@ -71,7 +71,7 @@ _BOUNDS: Final = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 
 
 def options_of(model: type[FrozenConfig], above: str = "") -> Iterator[Option]:
-    """The fields that are options, in the model's order; of nested models those with a flag of their own."""
+    """The fields that are options, in the model's order; includes nested fields that have a flag of their own."""
     for name, field in model.model_fields.items():
         kind, marker = _annotation(field), _marker(field)
         if isinstance(kind, type) and issubclass(kind, FrozenConfig):
@@ -81,18 +81,18 @@ def options_of(model: type[FrozenConfig], above: str = "") -> Iterator[Option]:
 
 
 def model_options(model: type[FrozenConfig]) -> Decorator:
-    """Decorator: the model's fields as options, which reach the command by keyword; give them to `resolve`."""
+    """Decorator: adds the model's fields as options, passed as keyword arguments; hand them to `resolve`."""
     return union_options({"": model})
 
 
 def union_options(models: Mapping[str, type[FrozenConfig]]) -> Decorator:
-    """Decorator: the options of several models, of which a run uses some; a flag that several have stands once.
+    """Decorator: adds the options of several models, only some of which apply to a run; shared flags appear once.
 
     Args:
-        models: by what each is for, which its help begins with unless a flag is for all; "" for what always applies.
+        models: by label, which starts the help text unless a flag applies to all; use "" for models that always apply.
 
     Raises:
-        TypeError: a flag that means values of different types, or another field.
+        TypeError: models use the same flag for values of different types, or for different fields.
     """
     uses: dict[str, list[tuple[str, Option]]] = {}
     for label, model in models.items():
@@ -102,9 +102,9 @@ def union_options(models: Mapping[str, type[FrozenConfig]]) -> Decorator:
 
 
 def foreign(given: Mapping[str, object], *models: type[FrozenConfig]) -> list[str]:
-    """The flags of what was given and none of `models` has, as written on the command line that is being run.
+    """The given flags that none of `models` has, as written on the current command line.
 
-    `given` are options by parameter, of which None and () count as not given; `models` are those that were chosen.
+    `given` maps parameter names to values; None and () count as not given. `models` are the models that were chosen.
     """
     known = {option.parameter for model in models for option in options_of(model)}
     context = click.get_current_context(silent=True)
@@ -120,17 +120,17 @@ def foreign(given: Mapping[str, object], *models: type[FrozenConfig]) -> list[st
 
 
 def resolve(model: type[T], config: Path | None, options: Mapping[str, object], **more: object) -> T:
-    """The settings of `config`, overridden by the options that were given.
+    """Read the settings of `config` and override them with the options that were given.
 
     Args:
-        model: what checks them.
+        model: validates the settings.
         config: a YAML file, or None.
-        options: by parameter; None and () count as not given, and what other models' options say is left out.
-        more: fields that are given another way.
+        options: by parameter name; None and () count as not given, and options of other models are ignored.
+        more: fields that are set in another way.
 
     Raises:
-        UsageError: a required option is missing, and there is no file that could hold it.
-        ConfigurationError: the file cannot be read, or values are refused.
+        UsageError: a required option is missing, and there is no file that could contain it.
+        ConfigurationError: the file cannot be read, or values are rejected.
     """
     values = {} if config is None else read_yaml(config)
     missing = []
@@ -158,10 +158,10 @@ class _Size(click.ParamType[int]):
 
 
 def _click_option(uses: list[tuple[str, Option]], everywhere: int) -> Decorator:
-    """One click option for a flag, of the models' labels and what the flag is there; `everywhere` counts the models."""
+    """One click option for a flag, from each labelled model that has it; `everywhere` is the number of models."""
     first = uses[0][1]
     kinds, several = [option.kind[0] for _, option in uses], first.kind[1]
-    if all(isinstance(kind, tuple) for kind in kinds):  # choices: all that any model has
+    if all(isinstance(kind, tuple) for kind in kinds):  # the union of all models' choices
         kinds = [tuple(dict.fromkeys(choice for kind in kinds for choice in kind))]
     if {option.path for _, option in uses} != {first.path} or any(option.kind[1] != several for _, option in uses):
         raise TypeError(f"--{first.flag} stands for different fields")
@@ -173,7 +173,7 @@ def _click_option(uses: list[tuple[str, Option]], everywhere: int) -> Decorator:
 
 
 def _joined(uses: list[tuple[str, Option]], everywhere: int) -> str:
-    """The help of all, each text once, after the labels that it is for."""
+    """The combined help: each distinct text once, preceded by the labels that it applies to."""
     texts: dict[str, list[str]] = {}
     for label, option in uses:
         texts.setdefault(option.help(), []).append(label)

@@ -1,6 +1,6 @@
-"""`fp8pipe run`: a recipe from base model to proven exports, resumed wherever it was cut; and the plan of all that.
+"""`fp8pipe run`: runs a recipe from base model to verified exports, resuming after interruptions; and its dry run.
 
-`fp8pipe schema`: the JSON schema of recipes, so that an editor completes and checks them.
+`fp8pipe schema`: prints the JSON schema of recipes, with which editors complete and check them.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def run_command(
 
 
 def _work_done(state: RunState) -> list[str]:
-    """What a report would show anew."""
+    """The results so far that a new report would include."""
     return [record.model_dump_json() for record in state.records.values()]
 
 
 def _report(directory: Path) -> None:
-    """The report, as `fp8pipe report` writes it; that it cannot be written is said, and is no verdict on the model."""
+    """Write the report as `fp8pipe report` does; a failure to write it only prints a warning."""
     ended = subprocess.run(
         [sys.executable, "-P", "-m", "fp8pipe", "report", str(directory), "--quiet"], capture_output=True, text=True
     )
@@ -103,7 +103,7 @@ def _finish(record: RunRecord, state: RunState, report: Path | None, console: Co
 
 
 def _reasons(record: RunRecord) -> list[str]:
-    """Each gate that does not hold, each stage that failed."""
+    """Every gate that failed, and every stage that failed."""
     from fp8pipe.artifact.gate import Verdict
 
     found = []
@@ -140,7 +140,7 @@ def _show_plan(state: RunState, runner: WorkflowRunner, console: Console) -> Non
 
 
 def _planned(state: RunState, status: StageStatus, old: set[str]) -> dict[str, Any]:
-    """A stage's plan. Of the stages it reads, `old` will be written anew: it is made from what is there now."""
+    """A stage's plan. Inputs from stages in `old` will be regenerated; the plan is made from the current ones."""
     spec = status.spec
     plan, text = _own_plan(state, status) if status.run else ({}, "")
     if text and old:
@@ -152,7 +152,7 @@ def _planned(state: RunState, status: StageStatus, old: set[str]) -> dict[str, A
 
 
 def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str]:
-    """The command's own dry run, where all it reads is there."""
+    """The command's own dry run, if all its inputs exist."""
     import yaml
 
     spec = status.spec
@@ -166,7 +166,7 @@ def _own_plan(state: RunState, status: StageStatus) -> tuple[dict[str, Any], str
         line = [sys.executable, "-P", "-m", "fp8pipe"]
         line += [*command.arguments(settings, state.outputs[spec.name], file), "--dry-run", "--json"]
         if state.outputs[spec.name].is_dir():
-            line.append("--force")  # as the run itself replaces it
+            line.append("--force")  # because the run itself replaces the output
         ended = subprocess.run(line, capture_output=True, text=True)
     try:
         document = json.loads(ended.stdout)
@@ -187,10 +187,10 @@ def _text(document: Mapping[str, Any]) -> str:
 
 
 def _total(stages: Sequence[Mapping[str, Any]], directory: Path) -> dict[str, Any]:
-    """Sums over the stages that would run, as far as their plans are known now.
+    """Totals over the stages that would run, as far as their plans are known now.
 
-    Stages run one after the other: the largest of their peaks counts, outputs stay, and what a stage needs beyond its
-    output (checkpoints) is needed once.
+    Stages run one after the other: peak memory is the maximum over stages, outputs accumulate, and of the additional
+    disk space that stages need while running (checkpoints), the largest counts once.
     """
     from fp8pipe.core.machine import free_bytes
 
@@ -239,7 +239,7 @@ def schema_command(console: Console) -> None:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The schema as data."""
+    """The schema as a dictionary."""
     from fp8pipe.cli.stages import stage_schemas
     from pipeline.workflow import GateSpec
 

@@ -1,4 +1,4 @@
-"""`fp8pipe serve`, `serve-repository` and `serve-key`: an export becomes a service, here or in a Triton server."""
+"""`fp8pipe serve`, `serve-repository` and `serve-key`: serve an export, on this machine or with a Triton server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def serve_command(export: Path, extra: tuple[str, ...], console: Console, dry_ru
     _refuse_foreign(options, extra, language)
     config = resolve(ServeConfig if language else VisionConfig, None, options)
     of_vllm = resolve(LanguageConfig, None, options, extra=extra) if language else None
-    open_served(export)  # refuses what no server here runs
+    open_served(export)  # refuses artifacts that no server here can run
     asked = config.asked if isinstance(config, VisionConfig) else config.device
     engine_device(target, asked, "serve", vllm_python=None if of_vllm is None else of_vllm.vllm_python)
     if dry_run:
@@ -64,7 +64,7 @@ def _refuse_foreign(options: dict[str, Any], extra: tuple[str, ...], language: b
 
 
 def _refuse_now(export: Path, config: ServeConfig) -> None:
-    """What would be refused when it is served: changed files, no ACCEPT, a file of keys that cannot be read."""
+    """Fail early on what serving would refuse: changed files, no ACCEPT verdict, an unreadable API key file."""
     from fp8pipe.artifact import open_artifact
     from fp8pipe.artifact.record import record_path
     from fp8pipe.artifact.verdict import require_accept

@@ -1,6 +1,6 @@
-"""The commands that a recipe's stages may name, as the workflow needs to know them.
+"""Describes to the workflow the commands that may be used as stages of a recipe.
 
-Nothing heavy is imported here: a run in which nothing is to be done must not wait for torch.
+Nothing heavy is imported here: a run with nothing left to do must not wait for torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["stage_commands", "stage_schemas"]
 
 Settings = Mapping[str, Any]
 _VALIDATE: Final = ("export", "engine", "device", "against", "images", "vllm_python")
-# What commands leave, for stages that read one that has not run yet.
+# Kinds of artifacts that commands write, for stages that depend on a stage that has not run yet.
 _LEFT_BY: Final = {"finetune": TUNED_KINDS, "quantize-vit": (VIT_KIND,)}
-# The models of settings that stand in a file, imported when they are needed.
+# Models of settings that are written to a file, imported when needed.
 _CONFIGS: Final = {
     "finetune": "pipeline.finetune.config:FinetuneConfig", "quantize-vit": "pipeline.vit.config:QuantizeVitConfig",
     "bench": "validation.bench.record:BenchConfig", "serve-check": "validation.bench.record:ServeCheckConfig",
@@ -55,7 +55,7 @@ def stage_commands() -> dict[str, StageCommand]:
 
 
 def stage_schemas() -> dict[str, dict[str, Any]]:
-    """By command, the JSON schema of its settings; imports every package."""
+    """The JSON schema of each command's settings, by command name; imports every package."""
     schemas = {name: _config(name).model_json_schema() for name in _CONFIGS}
     for target in targets():
         schema = target.options.model_json_schema()
@@ -82,7 +82,7 @@ def _config(name: str) -> type[FrozenConfig]:
 
 
 def _training(name: str, *sources: str) -> StageCommand:
-    """A command that makes an artifact of a model and data."""
+    """A command that creates an artifact from a model and data."""
 
     def check(settings: Settings, read: Mapping[str, str]) -> None:
         build_config(_config(name), settings)
@@ -93,7 +93,7 @@ def _training(name: str, *sources: str) -> StageCommand:
     def device(settings: Settings) -> str:
         try:
             return current_device(build_config(_config(name), settings))  # type: ignore[arg-type]
-        except ConfigurationError:  # said by `check`, with the stage's name
+        except ConfigurationError:  # reported by `check`, with the stage's name
             return str(settings.get("device"))
 
     return StageCommand(name, sources, check, arguments, _in_run, resumable=True, device=device)
@@ -136,7 +136,7 @@ def _check_export(settings: Settings, read: Mapping[str, str]) -> None:
 
 
 def _form(settings: Settings) -> dict[str, Any]:
-    """The settings of `validate` that say how a language export is served."""
+    """The settings of `validate` that determine how a language export is served."""
     return {key: value for key, value in settings.items() if key not in _VALIDATE}
 
 
@@ -198,12 +198,12 @@ def _validate_arguments(settings: Settings, output: Path, file: Path) -> list[st
 
 
 def _vllm_versions(settings: Settings) -> Mapping[str, str]:
-    """Versions of vLLM and of what it computes with, in the environment that a stage would start; none without one."""
+    """Versions of vLLM and its dependencies in the environment that the stage would use; empty if there is none."""
     return _versions_in(settings.get("vllm_python"))
 
 
 def _device_of_engine(settings: Settings) -> str:
-    """What an engine would find, before it is known which one that is: whether there is a GPU."""
+    """Whether there is a GPU: what the engine will find, before it is known which engine that is."""
     asked = settings.get("device") or "auto"
     return resolve_device("auto", GpuNeed("an engine")).name if asked == "auto" else str(asked)
 
@@ -220,5 +220,5 @@ def _versions_in(python: str | None) -> Mapping[str, str]:
 
 
 def _several_processes(settings: Settings) -> Mapping[str, str]:
-    """Engines have processes of their own: threads that spin while they wait would starve them."""
+    """Environment of an engine with several processes, which spinning OpenMP threads would starve."""
     return {"OMP_WAIT_POLICY": "passive"}

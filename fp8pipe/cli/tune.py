@@ -1,4 +1,4 @@
-"""`fp8pipe finetune` and `fp8pipe quantize-vit`: what changes the weights of a model, and writes one artifact."""
+"""`fp8pipe finetune` and `fp8pipe quantize-vit`: change a model's weights and write a single artifact."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def finetune_command(
 
 
 def finetuned_lines(artifact: Artifact) -> list[str]:
-    """What a finished run says: losses, and whatever is wrong."""
+    """Summary lines of a finished run: losses and any problems."""
     losses, manifest = _losses(artifact), artifact.manifest
     return [
         str(artifact.root),
@@ -60,7 +60,7 @@ def finetuned_lines(artifact: Artifact) -> list[str]:
 
 
 def next_export(artifact: Artifact) -> str:
-    """The command of the first export that will not be refused: the usual one for most models."""
+    """The command of the first export target that does not refuse the artifact: the usual target for most models."""
     from exporters.target import foresee
 
     forms = foresee(artifact.root, artifact.kind)
@@ -104,7 +104,7 @@ def quantize_vit_command(
 
     details = artifact.manifest.details_of(VitDetails)
     facts = details.model_dump(mode="json", include={"precision", "accuracy"})
-    target = "trt" if details.precision == "wnvfp4anvfp4" else "onnx"  # no other engine runs NVFP4
+    target = "trt" if details.precision == "wnvfp4anvfp4" else "onnx"  # no other engine supports NVFP4
     show_artifact(
         console, artifact, _quantized_lines(artifact, details),
         f"fp8pipe export {artifact.root} --target {target} --output {artifact.root}-{target}",
@@ -115,7 +115,7 @@ def quantize_vit_command(
 
 
 def _quantized_lines(artifact: Artifact, details: VitDetails) -> list[str]:
-    """What a finished run says: accuracy if it was measured, gates and warnings."""
+    """Summary lines of a finished run: accuracy if measured, gates and warnings."""
     lines = [str(artifact.root), f"  {details.precision}, {details.images} images"]
     if details.accuracy:
         lines += [

@@ -1,4 +1,4 @@
-"""`fp8pipe verify`, `sign` and `push`: is everything in a directory what was written, who wrote it, and off it goes."""
+"""`fp8pipe verify`, `sign` and `push`: check a directory's integrity and signatures, sign it, and upload it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class VerificationError(BadArtifactError):
-    """Something is not what it should be.
+    """Verification found problems.
 
     Attributes:
-        findings: all of them.
+        findings: all problems found.
     """
 
     def __init__(self, directory: Path, findings: list[Finding]) -> None:
@@ -78,7 +78,7 @@ def verify_command(
 
 
 def _count(tree: Tree) -> int:
-    """Files to be hashed, for progress."""
+    """Number of files to hash, for the progress display."""
     from fp8pipe.artifact import read_manifest
 
     total = 0

@@ -1,1 +1,1 @@
-"""Checkpoints and models as they are found: names, files, structure, language and vision."""
+"""Reading checkpoints and models: tensor names, weight files, model structure, language and vision models."""

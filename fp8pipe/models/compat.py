@@ -1,8 +1,8 @@
-"""The one place that knows how third-party packages must be imported.
+"""Imports third-party packages that need a workaround; the only module that knows how.
 
 With a CPU build of torch, the torchvision on PyPI (built for CUDA) cannot load its operators; importing it
-then fails with "operator torchvision::nms does not exist" and takes transformers, timm and peft down with it.
-Declaring the two operators that are missing is enough for everything but running them.
+then fails with "operator torchvision::nms does not exist", and so do transformers, timm and peft.
+Declaring the two missing operators is enough for everything except running them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from fp8pipe.core.errors import MissingCapabilityError
 
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-# torch drops a library's definitions with the object, so it lives as long as the process.
+# torch drops a library's definitions when the object is deleted, so it is kept for the life of the process.
 _libraries: list[Any] = []
 
 
 def declare_torchvision_operators() -> None:
-    """Declare torchvision's operators where its own library cannot load; call before importing transformers.
+    """Declare torchvision's operators if its own library cannot load; call before importing transformers.
 
-    Does nothing on a CUDA build of torch, without torchvision, where torchvision's library loads (a CPU
-    build of it), when the operators exist, or the second time.
+    Does nothing on a CUDA build of torch, without torchvision, if torchvision's library loads (a CPU
+    build of it), if the operators exist, or on a second call.
     """
     spec = None if _libraries else importlib.util.find_spec("torchvision")
     if spec is None:
@@ -37,11 +37,11 @@ def declare_torchvision_operators() -> None:
         return
     for folder in spec.submodule_search_locations or []:
         for library_path in Path(folder).glob("_C*.so"):
-            # As torchvision itself does: a library that cannot load is left to the declarations below.
+            # As torchvision itself does: if the library cannot load, the declarations below take over.
             with contextlib.suppress(OSError):
                 torch.ops.load_library(str(library_path))
     missing = [name for name in _OPERATORS if not hasattr(torch.ops.torchvision, name)]
-    # qnms exists only with quantized operators: a library that brought nms is whole without it.
+    # qnms exists only with quantized operators: a library that provides nms is complete without it.
     if "nms" not in missing:
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -51,16 +51,16 @@ def declare_torchvision_operators() -> None:
 
 
 def import_transformers() -> ModuleType:
-    """Import and return transformers, with torchvision's operators declared first where that is needed."""
+    """Import and return transformers, declaring torchvision's operators first if needed."""
     declare_torchvision_operators()
     return importlib.import_module("transformers")
 
 
 def import_package(name: str, what: str, fix: str) -> Any:
-    """Import and return a package that not every installation has.
+    """Import and return an optional package.
 
     Raises:
-        MissingCapabilityError: it cannot be imported; `what` it is needed for and the `fix` are the caller's words.
+        MissingCapabilityError: it cannot be imported; the caller words `what` it is needed for and the `fix`.
     """
     try:
         return importlib.import_module(name)
@@ -69,7 +69,7 @@ def import_package(name: str, what: str, fix: str) -> Any:
 
 
 def import_timm() -> ModuleType:
-    """Import and return timm, with torchvision's operators declared first where that is needed.
+    """Import and return timm, declaring torchvision's operators first if needed.
 
     Raises:
         MissingCapabilityError: timm or torchvision is not installed.

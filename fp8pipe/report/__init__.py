@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file, every figure of which names the place it was read from."""
+"""The report of a run: a single HTML file in which every figure names its source."""
 
 from fp8pipe.report.page import default_output, write_report
 

@@ -1,4 +1,4 @@
-"""What a section is made of. The template knows how each block looks; sections know nothing of HTML."""
+"""The building blocks of sections. The template defines how each block looks; sections contain no HTML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Cell = Any
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A paragraph; `parts` are joined as they are."""
+    """A paragraph; the `parts` are concatenated without separators."""
 
     parts: Sequence[Cell]
     title: str = ""
@@ -26,7 +26,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Data that is not there, and the command that would make it."""
+    """A note that data is missing, and the command that would create it."""
 
     what: str
     command: str = ""
@@ -34,9 +34,9 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under a head; columns named in `numeric` are set right, with equal digits.
+    """Rows under a header; columns listed in `numeric` are right-aligned, with digits of equal width.
 
-    A `folded` table opens at a click, and on paper; where `printed` is false, not on paper (a drawing shows the same).
+    A `folded` table opens on click, and when printed; one with `printed` false is not printed (a chart shows the same).
     """
 
     head: Sequence[str]
@@ -49,7 +49,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Sentences, one a line."""
+    """Sentences, one per line."""
 
     title: str
     lines: Sequence[Cell]
@@ -57,7 +57,7 @@ class Lines:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """An SVG (markup) with its caption; the parts are joined as they are."""
+    """An SVG chart (markup) with its caption; the parts of the caption are concatenated without separators."""
 
     svg: Any
     caption: Sequence[Cell]
@@ -65,14 +65,14 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Drawings:
-    """Drawings side by side."""
+    """Charts side by side."""
 
     drawings: Sequence[Drawing]
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image as a data URL, what it shows, and the file it was made of."""
+    """An image as a data URL, its description, and the file that it was made from."""
 
     url: str
     alt: str
@@ -83,7 +83,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """Pictures side by side."""
+    """Images side by side."""
 
     pictures: Sequence[Picture]
     caption: str = ""
@@ -91,7 +91,7 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text to copy."""
+    """Preformatted text for copying."""
 
     text: str
     caption: str = ""
@@ -100,7 +100,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of a tree."""
+    """A node of a `Tree`."""
 
     parts: Sequence[Cell]
     children: list[Node] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A tree of what was made from what."""
+    """A tree that shows which artifact was made from which."""
 
     roots: Sequence[Node]
 
@@ -118,9 +118,9 @@ Block = Text | Missing | Table | Lines | Drawing | Drawings | Pictures | Code | 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section."""
+    """A section of the report."""
 
-    key: str  # its anchor
+    key: str  # its HTML anchor
     title: str
-    lead: str  # what it shows, one or two sentences
+    lead: str  # one or two sentences on what it shows
     blocks: list[Block]

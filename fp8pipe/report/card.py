@@ -1,7 +1,7 @@
-"""The README.md of an export: a model card in the hub's format, for whoever finds the directory without its history.
+"""The README.md of an export: a model card in the hub's format, for readers who have only this directory.
 
-Written before the export has its manifest, from what is decided by then: no time, no place of this machine. Every
-number comes from a manifest or from a gate that goes into one. Engines and their readers do not look at it.
+It is written before the export's manifest, from what is known by then, and contains no times or local paths. Every
+number comes from a manifest or from a gate that goes into one. Engines ignore the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CARD_FILE: Final = "README.md"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FRONT: Final = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.S)
 _LANGUAGE: Final = "text-generation"
-# Settings of the stage before the export, and how the card calls them.
+# Settings of the stage before the export, and their names in the card.
 _CHOICES: Final = {
     "method": "method", "update_rule": "update rule", "rank": "rank", "steps": "steps", "bits": "precision",
     "rounding": "rounding",
@@ -35,12 +35,12 @@ _CHOICES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What is the same for all exports of a target."""
+    """Facts shared by all exports of a target."""
 
-    library: str  # the hub's name of what reads it
-    engine: str  # that runs it
-    limits: tuple[str, ...]  # what a user should know, in sentences
-    serve: tuple[str, ...] | str = ("fp8pipe serve .",)  # shell lines; a sentence, where no command serves it
+    library: str  # the hub's name of the library that loads it
+    engine: str  # the engine that runs it
+    limits: tuple[str, ...]  # limitations that users should know, in sentences
+    serve: tuple[str, ...] | str = ("fp8pipe serve .",)  # shell lines; or a sentence if no command serves it
 
 
 def write_card(
@@ -50,10 +50,10 @@ def write_card(
     """Write README.md into an export that is about to be committed.
 
     Args:
-        writer: of the export; its files and gates are read.
+        writer: the export's writer; its files and gates are read.
         facts: of the export target.
-        source: directory that it was made from: an artifact, or a plain model.
-        parent: the record of it.
+        source: directory that the export was made from: an artifact, or a plain model.
+        parent: the parent record of the source.
         format: the export's format.
         layers: as in the export's manifest.
     """
@@ -68,7 +68,7 @@ def commit_export(
     writer: ArtifactWriter, facts: CardFacts, artifact: Artifact, options: FrozenConfig, *, format: str,
     layers: Sequence[LayerRecord], **stated: Any,
 ) -> Artifact:  # fmt: skip
-    """Write the card of an export that was made from an artifact with these options, and commit it."""
+    """Write the card of an export that was made from an artifact with these options, and commit the export."""
     parent = artifact.as_parent()
     write_card(writer, facts, source=artifact.root, parent=parent, format=format, layers=layers)
     config = options.model_dump(mode="json", exclude={"force"})
@@ -88,7 +88,7 @@ class _Card:
         self.task = _task(self.root)
 
     def front_matter(self) -> str:
-        """YAML, without its fences."""
+        """The YAML front matter, without its delimiters."""
         from huggingface_hub import ModelCardData
 
         facts: dict[str, Any] = {
@@ -106,7 +106,7 @@ class _Card:
         return str(ModelCardData(**facts).to_yaml(line_break="\n")).strip()
 
     def body(self) -> str:
-        """Markdown."""
+        """The card's Markdown text."""
         parts = [f"# {self.name}", self._what(), "## How it was made", _table(self._how()), *self._numbers()]
         parts += ["## Serve it", self._serve(), "## What was proved", self._proved()]
         parts += ["## Limits", "\n".join(f"* {limit}" for limit in self.facts.limits), "## Digests", self._digests()]
@@ -122,7 +122,7 @@ class _Card:
         )
 
     def _details(self, model: type[D]) -> D | None:
-        """What the artifact that was exported says of itself, where it is of that sort."""
+        """The exported artifact's details, if they are of this type."""
         details = self.made.details if self.made else None
         return details if isinstance(details, model) else None
 
@@ -181,7 +181,7 @@ class _Card:
 
 
 def _counted(gate: Gate) -> str:
-    """What was counted, as the gate says it: "of 12 in 3 layers", or in brackets."""
+    """The count in a gate's words, such as "of 12 in 3 layers", or in parentheses."""
     if not gate.detail:
         return ""
     return f" {gate.detail}" if gate.detail.startswith("of ") else f" ({gate.detail})"
@@ -194,18 +194,18 @@ def _task(root: Path) -> str:
 
 
 def _hub_id(origin: str) -> str | None:
-    """The hub's name of a base model, where `origin` is one; a revision is dropped."""
+    """The hub id of a base model, if `origin` is one; a revision is dropped."""
     name = f"timm/{origin.removeprefix('timm:')}" if origin.startswith("timm:") else origin.partition("@")[0]
     return name if _HUB_ID.fullmatch(name) and not Path(origin).exists() else None
 
 
 def _place(origin: str) -> str:
-    """A local source by its last name: paths of this machine say nothing elsewhere."""
+    """A local source reduced to its last path component, because local paths mean nothing elsewhere."""
     return origin if origin.startswith("sample:") else Path(origin).name or origin
 
 
 def _licence(source: Path, root: Path) -> dict[str, Any]:
-    """What the source's card or configuration says; else the licence file that travels along; else nothing."""
+    """The licence from the source's card or configuration; else the licence file in the export; else nothing."""
     card, config = source / CARD_FILE, source / "config.json"
     found: dict[str, Any] = _front(card) if card.is_file() else {}
     if not found.get("license") and config.is_file():

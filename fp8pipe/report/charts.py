@@ -1,4 +1,4 @@
-"""Drawings as inline SVG: curves over steps, and a grid of layers. Every mark carries its value and its source."""
+"""Inline SVG charts: curves over steps, and a grid of layers. Every mark carries its value and its source."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A curve; `dashed` tells it from the other without colour."""
+    """A curve; `dashed` distinguishes it from the other one without relying on colour."""
 
     label: str
     points: Sequence[Point]
@@ -38,12 +38,12 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], title: str, low: float | None = None) -> Markup:
-    """Curves over steps.
+    """A line chart over steps.
 
     Args:
-        series: one or two curves, none of them empty.
-        title: what the vertical axis shows, also the accessible name.
-        low: the axis begins here, or lower where a value is lower; None: at the smallest value.
+        series: one or two curves, neither of them empty.
+        title: label of the vertical axis, also the accessible name.
+        low: start of the vertical axis, unless a value is lower; None starts it at the smallest value.
     """
     values = [point.figure.value for curve in series for point in curve.points]
     steps = [point.step for curve in series for point in curve.points]
@@ -108,17 +108,17 @@ def _key(curve: Series, index: int) -> Markup:
 
 
 def _layer_place(name: str) -> tuple[str, int]:
-    """A layer's row and column in a grid: its name without its number, and its number (-1 where it has none)."""
+    """A layer's row and column in a grid: its name without its number, and its number (-1 if it has none)."""
     found = re.match(r"(?P<before>.*?)\.(?P<number>\d+)\.(?P<after>.*)", name)
     return (found["after"], int(found["number"])) if found else (name, -1)
 
 
 def grid(cells: Sequence[tuple[str, Figure]], title: str) -> Markup:
-    """Layers as squares, a row a kind of layer, a column a block of the model; darker is larger.
+    """A grid of layers as squares: one row per kind of layer, one column per block; darker means larger.
 
     Args:
-        cells: a value by layer, not empty.
-        title: what is shown, also the accessible name.
+        cells: one value per layer, not empty.
+        title: description of the values, also the accessible name.
     """
     placed = [(*_layer_place(name), name, figure) for name, figure in cells]
     rows = list(dict.fromkeys(row for row, *_ in placed))

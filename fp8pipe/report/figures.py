@@ -1,8 +1,8 @@
-"""A number as it is shown, bound to the place it was read from; and verdicts, digests and words as table cells.
+"""Numbers as displayed, each bound to its source; and verdicts, digests and quotations as table cells.
 
-Every value that a report shows is looked up by `Documents`, in a file, at a place that is written `FILE#/a/b/0`: a file
-relative to the report's subject, and a JSON pointer (RFC 6901) inside. In `.jsonl` files the first part counts lines
-from 0. `*` stands for every element.
+Every value in a report is looked up by `Documents` at a source written as `FILE#/a/b/0`: a file relative to the
+report's subject, and a JSON pointer (RFC 6901) within it. In `.jsonl` files, the first part is the line number,
+starting at 0. `*` stands for every element.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Badge", "Derive", "Digest", "Documents", "Figure", "Form", "Quote", 
 
 
 class Form(StrEnum):
-    """How a number is written."""
+    """How a number is formatted."""
 
     PLAIN = "plain"
     COUNT = "count"
@@ -37,7 +37,7 @@ class Form(StrEnum):
 
 
 class Derive(StrEnum):
-    """How one number is made of several."""
+    """How several values are combined into one number."""
 
     NONE = ""
     SUM = "sum"
@@ -46,12 +46,12 @@ class Derive(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number and where it stands."""
+    """A number and its source."""
 
     value: float
     source: str  # `FILE#/json/pointer`, relative to the report's subject
     form: Form = Form.PLAIN
-    derive: Derive = Derive.NONE  # how it was made of the values at `source`, where they are several
+    derive: Derive = Derive.NONE  # how it was computed, if `source` refers to several values
     unit: str = ""
 
     def __html__(self) -> str:
@@ -64,7 +64,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Badge:
-    """A verdict, in words and a sign; colour only repeats it."""
+    """A verdict as a word and a symbol, so that colour is not needed to read it."""
 
     text: str
 
@@ -77,7 +77,7 @@ class Badge:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """A sha256, shortened; whole in its tooltip."""
+    """A sha256 digest, shortened; the tooltip shows it in full."""
 
     value: str
 
@@ -87,7 +87,7 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """Words taken from a file, whatever figures they hold, and where they stand."""
+    """Text taken from a file, including any figures in it, and its source."""
 
     text: str
     source: str
@@ -108,7 +108,7 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def shown(value: float, form: Form) -> str:
-    """The number as text, units included."""
+    """The number as text, including its unit."""
     if not math.isfinite(value):
         return "not finite"
     if form is Form.PERCENT:
@@ -141,34 +141,34 @@ _MISSING = object()
 
 
 class Documents:
-    """The JSON files below `root`, each read once."""
+    """The JSON files under `root`, each read once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._read: dict[str, Any] = {}
 
     def get(self, file: str, *parts: Part) -> Any:
-        """What stands at a place; None where the file or the place is not there."""
+        """The value at a location; None if the file or the location does not exist."""
         found = _walk(self._document(file), parts)
         return None if found is _MISSING else found
 
     def figure(self, file: str, *parts: Part, form: Form = Form.PLAIN) -> Figure | None:
-        """The number at a place; None where there is none."""
+        """The number at a location; None if there is none."""
         value = number_of(self.get(file, *parts))
         return None if value is None else Figure(value, source(file, parts), form)
 
     def quote(self, file: str, *parts: Part) -> Quote | None:
-        """The words at a place; None where there are none."""
+        """The text at a location; None if there is none."""
         text = self.get(file, *parts)
         return Quote(str(text), source(file, parts)) if text else None
 
     def quotes(self, file: str, *parts: Part) -> list[Quote]:
-        """The items of a list of words, each with its place; none where there is no such list."""
+        """The items of a list of strings, each with its source; empty if there is no such list."""
         listed = self.get(file, *parts) or []
         return [Quote(str(text), source(file, (*parts, index))) for index, text in enumerate(listed)]
 
     def derived(self, how: Derive, file: str, *parts: Part, form: Form = Form.COUNT) -> Figure | None:
-        """A number made of all values at a place; None where there are none."""
+        """A number computed from all values at a location; None if there are none."""
         found = self.get(file, *parts)
         if found is None or (how is Derive.SUM and not found):
             return None
@@ -181,7 +181,7 @@ class Documents:
                 text = (self.root / file).read_text(encoding="utf-8")
                 lines = [line for line in text.splitlines() if line.strip()]
                 self._read[file] = [json.loads(x) for x in lines] if file.endswith(".jsonl") else json.loads(text)
-                if Path(file).name == MANIFEST_NAME:  # of any schema version, with the current names
+                if Path(file).name == MANIFEST_NAME:  # any schema version, converted to the current names
                     self._read[file] = Manifest.from_json(text, where=file).plain()
             except (OSError, ValueError, BadArtifactError):
                 self._read[file] = _MISSING
@@ -189,7 +189,7 @@ class Documents:
 
 
 def source(file: str, parts: Sequence[Part]) -> str:
-    """A place in words: `model/manifest.json#/details/rank`."""
+    """A source as text: `model/manifest.json#/details/rank`."""
     escaped = (str(part).replace("~", "~0").replace("/", "~1") for part in parts)
     return f"{file}#" + "".join(f"/{part}" for part in escaped)
 

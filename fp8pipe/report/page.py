@@ -1,4 +1,4 @@
-"""One HTML file of all sections: no script, no network, nothing beside it."""
+"""Renders all sections into one self-contained HTML file: no script, no network access, no further files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["default_output", "render", "write_report"]
 
 
 def default_output(path: Path) -> Path:
-    """`RUN/report.html`; beside an artifact, which has a checksum, `ARTIFACT.report.html`."""
+    """`RUN/report.html`; for an artifact `ARTIFACT.report.html` beside it, because the artifact has checksums."""
     absolute = Path(os.path.abspath(path))
     if (path / RUN_NAME).is_file():
         return absolute / "report.html"
@@ -31,14 +31,14 @@ def write_report(path: Path, output: Path | None = None, image: Path | None = No
     Args:
         path: directory of a run or of an artifact.
         output: the file to write, replaced if it exists; `default_output` when None.
-        image: a picture whose attention map stands beside those of the calibration images.
+        image: an image given by the user, whose attention map is shown beside those of the calibration images.
 
     Returns:
-        The file, and what it is about.
+        The report file, and its subject.
 
     Raises:
-        BadArtifactError: `path` is no run and no artifact, or a damaged one.
-        ConfigurationError: the picture cannot be read, or the output cannot be written.
+        BadArtifactError: `path` is neither a run nor an artifact, or is damaged.
+        ConfigurationError: the image cannot be read, or the output cannot be written.
         OutOfMemoryError: the disk is full.
     """
     subject = open_subject(Path(path), image)
@@ -57,7 +57,7 @@ def write_report(path: Path, output: Path | None = None, image: Path | None = No
 
 
 def render(subject: Subject) -> str:
-    """The page as text; the same files give the same text."""
+    """The HTML text; deterministic for given files."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -88,7 +88,7 @@ def _minute(time: str) -> str:
 
 
 def _files(subject: Subject) -> list[tuple[str, str]]:
-    """Every file that figures were read from, with the sha256 of what was read."""
+    """Every file that was read for the report, with the sha256 of its content."""
     names = [RUN_NAME] if subject.run is not None else []
     for item in subject.items:
         names += [item.manifest, *(record.file for record in item.records)]

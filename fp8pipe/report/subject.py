@@ -1,4 +1,4 @@
-"""What a report is about: the artifacts of a run with their records, or one artifact with the records beside it."""
+"""The subject of a report: the artifacts of a run with their records, or one artifact with the records beside it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _RECORDS = ("validation", "bench", "serve-check")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record beside an export."""
+    """A record stored beside an export."""
 
     kind: str  # validation, bench or serve-check
-    file: str  # its name, relative to the subject's root
-    finding: str  # why it is not used; empty where it is whole and speaks of the export as it lies there now
-    verdict: Verdict  # what it says; ANOMALOUS where it is not used
+    file: str  # its file name, relative to the subject's root
+    finding: str  # why it is not used; empty if it is intact and applies to the export in its current state
+    verdict: Verdict  # its verdict; ANOMALOUS if it is not used
 
     @property
     def current(self) -> bool:
-        """Whether it is used."""
+        """Whether the record is used."""
         return not self.finding
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One artifact, opened, and the records beside it."""
+    """One opened artifact, and the records beside it."""
 
-    name: str  # of its directory, relative to the root; the stage's name in a run
+    name: str  # directory name, relative to the root; in a run, the stage's name
     artifact: Artifact
     records: tuple[Record, ...]
 
@@ -49,51 +49,51 @@ class Item:
 
     @property
     def manifest(self) -> str:
-        """Name of its manifest, relative to the root."""
+        """Path of its manifest, relative to the root."""
         return f"{self.name}/{MANIFEST_NAME}"
 
     def file(self, name: str) -> str:
-        """Name of one of its files, relative to the root."""
+        """Path of one of its files, relative to the root."""
         return f"{self.name}/{name}"
 
     def has(self, name: str) -> bool:
-        """Whether the artifact lists a file of that name, and it holds something."""
+        """Whether the artifact lists a file of that name that is not empty."""
         return any(entry.path == name and entry.size for entry in self.artifact.manifest.files)
 
     def record(self, kind: str) -> Record | None:
-        """Its record of a kind, if it speaks of the artifact as it is."""
+        """Its record of a kind, if the record applies to the artifact in its current state."""
         return next((record for record in self.records if record.kind == kind and record.current), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is reported on."""
+    """What the report covers."""
 
     path: Path  # as given
-    root: Path  # what names of files are relative to
-    run: RunRecord | None  # None for one artifact
-    items: tuple[Item, ...]  # in order of the recipe
+    root: Path  # file names are relative to this directory
+    run: RunRecord | None  # None for a single artifact
+    items: tuple[Item, ...]  # in the recipe's order
     documents: Documents
-    image: Path | None = None  # a picture of the user's, for attention maps
+    image: Path | None = None  # an image given by the user, for an attention map
 
     def of_kind(self, *kinds: str) -> Iterator[Item]:
-        """Artifacts of some kinds."""
+        """The artifacts of the given kinds."""
         return (item for item in self.items if item.kind in kinds)
 
     def exports(self) -> list[Item]:
-        """Artifacts that an engine runs, or would."""
+        """The artifacts that an engine runs or could run."""
         return [item for item in self.items if kind_named(item.kind).target]
 
     def where(self, item: Item) -> str:
-        """An artifact's directory as one would type it."""
+        """An artifact's directory as the user would type it."""
         return str(self.path / item.name) if self.run is not None else str(self.path)
 
 
 def open_subject(path: Path, image: Path | None = None) -> Subject:
-    """Open a run's directory, or an artifact's, and check every file: a report speaks of what lies there.
+    """Open the directory of a run or an artifact, and check every file, because a report describes the current files.
 
     Raises:
-        BadArtifactError: neither, or damaged.
+        BadArtifactError: the directory is neither, or is damaged.
     """
     if (path / RUN_NAME).is_file():
         run = read_run(path)
@@ -102,7 +102,7 @@ def open_subject(path: Path, image: Path | None = None) -> Subject:
         items = tuple(_item(path, name) for name in dict.fromkeys(names))
         return Subject(path, path, run, items, documents, image)
     if not (path / MANIFEST_NAME).is_file():
-        open_artifact(path)  # says what is wrong: absent, or unfinished
+        open_artifact(path)  # reports what is wrong: missing or incomplete
         raise BadArtifactError(f"{path} is no run and no artifact")
     absolute = path.absolute()
     documents = Documents(absolute.parent)

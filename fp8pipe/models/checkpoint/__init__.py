@@ -1,1 +1,1 @@
-"""Files of a checkpoint: tensors, shards, GGUF, and the files beside the weights."""
+"""The files of a checkpoint: tensors, shards, GGUF, and the files stored beside the weights."""

@@ -1,7 +1,7 @@
-"""A PEFT adapter: a change of a model that is not there, and so nothing that can be tuned, exported or served.
+"""Recognizes PEFT adapters: an adapter without its base model cannot be tuned, exported or served.
 
-Its weights look like a checkpoint's, and transformers would load them into the model beside them. So whoever opens a
-directory asks here first, and says the same about it.
+An adapter's weights look like those of a checkpoint, and transformers would silently load them into a model stored in
+the same directory. Every command that opens a model directory therefore checks here first and reports the same error.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ ADAPTER_FILE: Final = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What adapter_config.json says.
+    """The contents of adapter_config.json.
 
     Attributes:
-        kind: PEFT's type, for instance "LORA".
-        base: the model that it changes, as it was named in training.
-        ranks: of its matrices; the first is that of the layers that no pattern gives another one.
+        kind: PEFT's adapter type, for instance "LORA".
+        base: the base model, as named during training.
+        ranks: LoRA ranks; the first is the default, the others come from per-layer patterns.
         alpha: the update is scaled by alpha / rank.
-        targets: ends of the names of the layers that it changes, or one pattern.
-        modules: other modules that it replaces whole (embeddings, heads).
+        targets: name suffixes of the adapted layers, or a single regular expression.
+        modules: modules that the adapter replaces completely (embeddings, heads).
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Adapter:
 
     @property
     def merge(self) -> str:
-        """How a model is made of it, in words."""
+        """How to turn the adapter into a complete model, as text for the user."""
         named = f" ({self.base})" if self.base else ""
         return (
             "merge it first (peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(), then "
@@ -47,9 +47,9 @@ class Adapter:
 
 
 def read_adapter(root: Path) -> Adapter | None:
-    """The adapter in a directory; None where there is none.
+    """The adapter in a directory, or None if there is none.
 
-    What cannot be read of adapter_config.json is left empty: that there is an adapter is certain all the same.
+    Unreadable fields of adapter_config.json are left empty: the file's presence alone shows that there is an adapter.
     """
     if not (root / ADAPTER_FILE).is_file():
         return None

@@ -1,13 +1,13 @@
-"""A GGUF file becomes an ordinary Hugging Face checkpoint, once, in the cache.
+"""Converts a GGUF file to an ordinary Hugging Face checkpoint, once, and keeps the result in the cache.
 
 transformers can read GGUF weights but marks the loaded model "quantized with gguf" and refuses to save it.
-The weights it holds are plain floating point by then, so the state dict moves into a fresh model of the
+The loaded weights are plain floating point by then, so the state dict is moved into a fresh model of the
 same configuration without the ``quantization_config`` entry, and that model is saved: bfloat16 safetensors
-under the checkpoint's names (a tied lm_head absent), generation_config, tokenizer and chat template.
+under the checkpoint's names (a tied lm_head is omitted), generation_config, tokenizer and chat template.
 
-The conversion happens in ``<target>.partial`` under a file lock and ends with one rename: a reader sees the
-whole checkpoint or none, two processes convert once, and what a killed conversion left behind is swept by
-the next.
+The conversion runs in ``<target>.partial`` under a file lock and ends with a single rename. Readers see either the
+complete checkpoint or none, concurrent processes convert only once, and the next conversion removes whatever a killed
+one left behind.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def convert_gguf(gguf: Path, *, name: str | None = None) -> Path:
         name: cache name; the file's stem by default.
 
     Raises:
-        ConfigurationError: no such file or none of GGUF, an architecture transformers cannot read, or an unwritable
-            cache.
-        BadArtifactError: the cached directory was damaged.
-        MissingCapabilityError: the packages gguf or accelerate are absent.
+        ConfigurationError: the file does not exist or is not GGUF, transformers cannot read its architecture, or the
+            cache is not writable.
+        BadArtifactError: the cached directory is damaged.
+        MissingCapabilityError: the package gguf or accelerate is not installed.
         OutOfMemoryError: the disk is full.
     """
     _check_gguf(gguf)
@@ -108,10 +108,10 @@ def _check_gguf(gguf: Path) -> None:
 
 
 def _is_current(target: Path, digest: str) -> bool:
-    """True for a complete conversion of this version; False for an older one.
+    """True for a complete conversion by this version of the code; False for one by an older version.
 
     Raises:
-        BadArtifactError: a file is missing or has another size than was written.
+        BadArtifactError: a file is missing or its size has changed since it was written.
     """
     try:
         record = json.loads((target / RECORD).read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def _convert_into(gguf: Path, root: Path) -> None:
             gguf_file=gguf.name,
             dtype=torch.bfloat16,
             trust_remote_code=False,
-            # Without this, weights stay in GGUF blocks wherever a kernel for them is installed.
+            # Without this, weights stay in GGUF blocks if a kernel for them is installed.
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -170,8 +170,8 @@ def _convert_into(gguf: Path, root: Path) -> None:
         )
     except (Fp8PipeError, OSError, MemoryError):
         raise
-    except Exception as error:  # the readers of a foreign file raise almost anything, tokenizers a bare Exception
-        if "allocate memory" in str(error):  # how torch says on the CPU that memory ran out
+    except Exception as error:  # GGUF readers raise almost any type, tokenizers a bare Exception
+        if "allocate memory" in str(error):  # torch's message when the CPU runs out of memory
             raise MemoryError(str(error)) from error
         raise ConfigurationError(
             f"{gguf} cannot be converted",
@@ -202,10 +202,10 @@ def _unmarked(loaded: Any) -> Any:
 
 
 def _fix_pre_tokenizer(tokenizer: Any, gguf: Path) -> None:
-    """Restores SmolLM's digit splitting, which transformers leaves out when it reads a GGUF file.
+    """Restores SmolLM's digit splitting, which transformers omits when it reads a GGUF file.
 
-    The vocabulary has no multi-digit token, so only white space before a number differs, but training text
-    should be cut exactly as the model's own training text was.
+    The vocabulary has no multi-digit tokens, so only white space before a number is affected. Training text should
+    still be tokenized exactly as the model's original training text was.
     """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers

@@ -1,9 +1,9 @@
-"""What transformers calls a checkpoint's tensors once they are loaded, by its own rules.
+"""Maps the tensor names in a checkpoint to the names in the loaded transformers model, by transformers' own rules.
 
-transformers renames and joins tensors on loading (GPT-NeoX's `embed_out`, the towers of Gemma 3 and Qwen2.5-VL, experts
-stacked into one tensor). A checkpoint keeps its own names through every stage, since engines read those; whoever needs
-both asks here, and the rules are transformers' and not a second copy of them. They are applied to the names that a
-checkpoint really has, and the table is read in both directions: no pattern has to be inverted.
+transformers renames and merges tensors on loading (GPT-NeoX's `embed_out`, the towers of Gemma 3 and Qwen2.5-VL,
+experts stacked into one tensor). Checkpoints keep their own names through every stage, because engines read those. Code
+that needs both names gets them here, from transformers' rules rather than a copy of them. The rules are applied to the
+names that a checkpoint actually has, and the resulting table can be read in both directions: no pattern is inverted.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fp8pipe.models.language.experts import UnstackedExperts, expert_of
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """What a stored tensor is in the model.
+    """The model tensor that a stored tensor belongs to.
 
     Attributes:
-        name: of the model's tensor; for a scale, its weight's name and the suffix.
-        whole: the stored tensor becomes that one as it is; False where transformers computes it from this and others.
-        renamed: transformers' rules changed the name (beyond the base model's prefix).
+        name: the model's tensor name; for a scale, the name of its weight plus the suffix.
+        whole: the stored tensor is used unchanged; False if transformers computes the model tensor from several.
+        renamed: transformers' rules changed the name (other than adding or removing the base model's prefix).
     """
 
     name: str
@@ -41,14 +41,14 @@ class ModelName:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """transformers' rules for one architecture.
+    """transformers' naming rules for one architecture.
 
     Attributes:
-        prefix: of the base model, which checkpoints of the bare model lack.
+        prefix: of the base model; checkpoints of the bare model omit it.
         tensors: names of the model's tensors.
         modules: names of its modules.
-        experts: of these, the ones that hold experts unstacked.
-        rules: transformers' transforms in the order of loading; the object keeps none of their state.
+        experts: names of those modules that hold unstacked experts.
+        rules: transformers' transforms in loading order; stored without any matching state.
     """
 
     prefix: str = ""
@@ -58,12 +58,12 @@ class Naming:
     rules: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     def table(self, stored: Iterable[str]) -> dict[str, ModelName]:
-        """By stored name, in the order given; a scale goes with its weight."""
-        rules = copy.deepcopy(self.rules)  # some rules wait for a first match: every table begins anew
+        """Model names by stored name, in the given order; a scale follows its weight."""
+        rules = copy.deepcopy(self.rules)  # some rules keep state after their first match: start afresh for every table
         joins = [rule for rule in rules if hasattr(rule, "operations")]
         renames = [rule for rule in rules if not hasattr(rule, "operations")]
         given = list(stored)
-        # transformers walks through the names sorted, numbers by value.
+        # transformers processes the names in sorted order, with numbers compared by value.
         found = {name: self._one(name, renames, joins) for name in sorted(given, key=_natural)}
         return {name: found[name] for name in given}
 
@@ -81,14 +81,14 @@ class Naming:
         return ModelName(self._spelt(name) + suffix, renamed=name != before)
 
     def _spelt(self, name: str) -> str:
-        """The name with or without the base model's prefix, whichever the model knows; as it is where it knows none."""
+        """The name as the model knows it, with or without the base model's prefix; unchanged if it knows neither."""
         ways = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
         known = (way for way in ways if way in self.tensors or way.rpartition(".")[0] in self.modules)
         return next((way for way in ways if way in self.tensors), next(known, name))
 
 
 def naming_of(model: nn.Module, tensors: Iterable[str]) -> Naming:
-    """The rules by which transformers loads a model (live or on the meta device) that has these tensors."""
+    """The rules by which transformers loads a model (real or on the meta device) that has these tensors."""
     rules: list[Any] = []
     if isinstance(model, import_transformers().PreTrainedModel):
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -101,10 +101,10 @@ def naming_of(model: nn.Module, tensors: Iterable[str]) -> Naming:
 
 
 def checkpoint_names(root: Path, naming: Naming, modules: Iterable[str]) -> dict[str, str]:
-    """For each module that owns a weight, its name in a checkpoint (without `.weight`).
+    """For each module that owns a weight, its name in the checkpoint (without `.weight`).
 
     Raises:
-        ConfigurationError: a module's weight is not in the checkpoint as it is.
+        ConfigurationError: the checkpoint does not store a module's weight unchanged.
         BadArtifactError, ConfigurationError: the checkpoint cannot be read; see `unusable`.
     """
     table = naming.table(base_entries(root))

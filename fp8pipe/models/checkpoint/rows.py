@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint in blocks of rows that stay in a processor's cache, several blocks at once.
+"""Processes a checkpoint's tensors in blocks of rows that fit into a CPU cache, several blocks in parallel.
 
-A whole matrix in fp32, once for every step of arithmetic on it, costs more in fresh pages of memory than in arithmetic,
-and memory that grows with the largest matrix. Blocks are read into memory rather than mapped, so that what is resident
-is what is worked on, whatever the size of the model.
+Processing whole matrices in fp32, one operation at a time, spends more time on allocating memory pages than on
+arithmetic, and its memory use grows with the largest matrix. Blocks are read rather than memory-mapped, so that
+resident memory holds only the blocks being processed, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from fp8pipe.numerics.grids import same_bits
 __all__ = ["each", "read_rows", "row_blocks", "same_values"]
 
 _BLOCK_VALUES: Final = 1 << 18  # 1 MiB in fp32
-_AHEAD: Final = 4  # blocks a worker may be ahead of who takes the results
+_AHEAD: Final = 4  # blocks that the workers may be ahead of the consumer
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def row_blocks(entry: TensorEntry) -> list[range]:
-    """Rows of a tensor (its first axis; one of a scalar) in blocks of some 2^18 values; one empty block of none."""
+    """Row ranges of about 2^18 values each (first axis; a scalar is one row); one empty range for an empty tensor."""
     rows = entry.shape[0] if entry.shape else 1
     size = max(1, _BLOCK_VALUES // max(1, math.prod(entry.shape[1:])))
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)] or [range(0)]
 
 
 def read_rows(entry: TensorEntry, rows: range) -> Tensor:
-    """Consecutive rows of a tensor, on the CPU: `(len(rows), *shape[1:])`, of a scalar `()`; see the entry's method."""
+    """Consecutive rows, on the CPU: `(len(rows), *shape[1:])`, or `()` for a scalar; see the entry's method."""
     return entry.read_rows(rows)
 
 
 def same_values(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether dtype, shape and every bit of two tensors are the same; holds a block of each."""
+    """Whether two tensors have the same dtype, shape and bits; holds one block of each in memory."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return all(each(lambda rows: same_bits(read_rows(a, rows), read_rows(b, rows)), row_blocks(a)))
 
 
 def each(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
-    """`work` of each item, in order, by as many threads as torch would use; few items are under way at once.
+    """Apply `work` to each item on as many threads as torch would use; results come in order, with few in flight.
 
-    An error of `work` is raised here, and ends the rest.
+    An exception in `work` is raised here, and the remaining items are not processed.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -68,10 +68,10 @@ def each(work: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]
 
 @contextmanager
 def _undivided(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose threads do not divide an operation among further threads."""
+    """A thread pool whose threads run each torch operation on a single thread."""
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # the initializer's count is that of threads to come, too
+        torch.set_num_threads(threads)  # the initializer changed the default for later threads, too

@@ -1,7 +1,7 @@
-"""Which files travel with a model's weights: one list for downloads, for fine-tuning and for exports.
+"""The list of files that accompany a model's weights, shared by downloads, fine-tuning and exports.
 
-A licence that stays behind is a breach of it, and a tokenizer file or chat template that stays behind changes what the
-model answers. So the three places that carry files ask here.
+Omitting a licence file violates the licence; omitting a tokenizer file or chat template changes the model's answers.
+All three places that copy such files therefore use this list.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fp8pipe.models.checkpoint.blame import unusable
 TEMPLATE_DIRECTORY: Final = "additional_chat_templates"
 
 # What Hugging Face repositories keep beside their weights for serving. Training logs, plots, adapters and weights in
-# other formats match nothing here.
+# other formats match none of these.
 SERVED_FILES: Final = (
     "generation_config.json",
     "tokenizer*",
@@ -35,14 +35,14 @@ SERVED_FILES: Final = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# A base model's directory holds nothing but the model: everything that may matter is taken.
+# A base model's directory holds nothing but the model, so everything that may matter is copied.
 BASE_MODEL_FILES: Final = (*SERVED_FILES, "*.json", "*.jinja", "*.model", "*.txt")
 HUB_FILES: Final = ("*.safetensors", *BASE_MODEL_FILES, f"{TEMPLATE_DIRECTORY}/*")
 _WEIGHTS: Final = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "manifest.*")
 
 
 def sidecar_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Files at the top of a model's directory that match `patterns`, and its named chat templates; never weights.
+    """Files at the top level of a model's directory that match `patterns`, and its named chat templates; never weights.
 
     Yields paths relative to `root`, sorted.
     """
@@ -55,22 +55,22 @@ def sidecar_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
 
 
 def copy_sidecars(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copy `sidecar_files` byte for byte: one character of a chat template changes what a model answers."""
+    """Copy `sidecar_files` byte for byte: changing one character of a chat template changes a model's answers."""
     for relative in sidecar_files(source, patterns):
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, target / relative)
 
 
 def sidecar_bytes(root: Path, patterns: Sequence[str]) -> int:
-    """Size of `sidecar_files` together."""
+    """Total size of `sidecar_files`, in bytes."""
     return sum((root / relative).stat().st_size for relative in sidecar_files(root, patterns))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object beside the weights, config.json for one.
+    """Read a JSON object stored beside the weights, such as config.json.
 
     Raises:
-        BadArtifactError, ConfigurationError: absent, unreadable, or not an object; see `unusable`.
+        BadArtifactError, ConfigurationError: missing, unreadable, or not an object; see `unusable`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""A checkpoint's weights as a table of entries: index and headers first, one tensor at a time after.
+"""A checkpoint's weights as a table of entries: the index and headers are read first, then one tensor at a time.
 
-Planning needs names, dtypes and shapes only; writing and comparing need one tensor in memory at once. Each
-read opens the file anew, so no mapping outlives the tensor it served and memory stays near one tensor. Names come from
-the checkpoint, never from the module tree: transformers renames weights when it loads.
+Planning needs only names, dtypes and shapes; writing and comparing need one tensor in memory at a time. Each read
+reopens the file, so that no memory mapping outlives its tensor and memory use stays near the size of one tensor. Names
+come from the checkpoint, never from the module tree, because transformers renames weights when it loads them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fp8pipe.models.checkpoint.sidecars import SERVED_FILES, sidecar_files
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-SCALE_SUFFIX = "_scale"  # a weight's scale is stored under the weight's name and this
+SCALE_SUFFIX = "_scale"  # a weight's scale is stored under the weight's name plus this suffix
 
-# safetensors' spelling of each dtype that an exporter can carry.
+# safetensors' spelling of each dtype that the exporters support.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,13 +46,13 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_SHOWN: Final = 3  # names in an error
+_SHOWN: Final = 3  # names listed in an error
 PLAIN_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """What a file's header says of one tensor.
+    """What a file's header says about one tensor.
 
     Attributes:
         name: full tensor name.
@@ -72,32 +72,32 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry(TensorHeader):
-    """One tensor of a checkpoint, and where it lies.
+    """One tensor of a checkpoint and its location.
 
     Attributes:
         file: the file that holds it.
-        start: of its data in that file, bytes.
+        start: byte offset of its data in that file.
     """
 
     file: Path
     start: int
 
     def read(self) -> Tensor:
-        """The tensor itself, on the CPU, as stored (mapped from its file: do not write to it)."""
+        """The tensor as stored, on the CPU (memory-mapped: do not write to it)."""
         with safe_open(str(self.file), framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(self.name)
         return tensor
 
     def read_rows(self, rows: range) -> Tensor:
-        """Consecutive rows of it, read into memory; see `stored_rows`."""
+        """Consecutive rows, read into memory; see `stored_rows`."""
         return stored_rows(self, self.dtype, rows)
 
 
 def stored_rows(entry: TensorEntry, dtype: str, rows: range) -> Tensor:
-    """Consecutive rows of a tensor, on the CPU, of the dtype in its file: `(len(rows), *shape[1:])`, of a scalar `()`.
+    """Consecutive rows of a tensor, on the CPU, in the stored dtype: `(len(rows), *shape[1:])`, or `()` for a scalar.
 
     Raises:
-        BadArtifactError, ConfigurationError: the file has become shorter than its header says; see `unusable`.
+        BadArtifactError, ConfigurationError: the file is shorter than its header says; see `unusable`.
     """
     kind = DTYPES[dtype]
     row_bytes = math.prod(entry.shape[1:]) * kind.itemsize
@@ -113,13 +113,13 @@ def stored_rows(entry: TensorEntry, dtype: str, rows: range) -> Tensor:
 
 
 def header_entries(file: Path) -> dict[str, TensorEntry]:
-    """Entries of one file by name, sorted, read from its header alone.
+    """The entries of one file by name, sorted, read from its header alone.
 
     Raises:
-        BadArtifactError, ConfigurationError: not a safetensors file, or not all of it; see `unusable`.
+        BadArtifactError, ConfigurationError: not a safetensors file, or truncated; see `unusable`.
     """
     try:
-        with safe_open(str(file), framework="pt") as handle:  # which checks types, sizes and that no byte is left over
+        with safe_open(str(file), framework="pt") as handle:  # checks dtypes and sizes, and that no byte is left over
             names = sorted(handle.keys())
         data, header = _read_header(file)
     except (OSError, ValueError, SafetensorError) as error:
@@ -135,7 +135,7 @@ def header_entries(file: Path) -> dict[str, TensorEntry]:
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where a safetensors file's data begins, and its header; raises ValueError where that names a tensor twice."""
+    """Offset of a safetensors file's data, and its header; raises ValueError if the header names a tensor twice."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
@@ -144,10 +144,10 @@ def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different; of two equal ones a reader would silently take the last.
+    """A JSON object whose keys are all distinct; parsers would silently keep the last of two equal keys.
 
     Raises:
-        ValueError: naming keys that come twice.
+        ValueError: lists the duplicate keys.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -158,7 +158,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _missing_bytes(file: Path) -> str:
-    """How much of a file that was cut short is there, in words; empty where that is not what is wrong with it."""
+    """How much of a truncated file is present, in words; empty if the file is not truncated."""
     try:
         data, header = _read_header(file)
         end = data + max((of["data_offsets"][1] for name, of in header.items() if name != "__metadata__"), default=0)
@@ -169,7 +169,7 @@ def _missing_bytes(file: Path) -> str:
 
 
 def weight_files(root: Path) -> list[Path]:
-    """The weights of a Hugging Face style directory: `model.safetensors`, or the shards of its index, sorted.
+    """The weight files of a Hugging Face directory: `model.safetensors`, or the shards listed in its index, sorted.
 
     Raises:
         BadArtifactError, ConfigurationError: no weights, or an unreadable index; see `unusable`.
@@ -192,11 +192,11 @@ def weight_files(root: Path) -> list[Path]:
 
 
 def weight_entries(root: Path) -> dict[str, TensorEntry]:
-    """All tensors of a Hugging Face style directory, by name.
+    """All tensors of a Hugging Face directory, by name.
 
     Raises:
-        BadArtifactError, ConfigurationError: no weights, an unreadable index, a shard missing, an index that disagrees
-            with the shards, or a dtype that no exporter carries; see `unusable`.
+        BadArtifactError, ConfigurationError: no weights, an unreadable index, a missing shard, an index that disagrees
+            with the shards, or a dtype that the exporters do not support; see `unusable`.
     """
     entries: dict[str, TensorEntry] = {}
     for file in weight_files(root):
@@ -244,24 +244,24 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor itself, on the CPU; see the entry's `read`."""
+    """The tensor, on the CPU; see the entry's `read`."""
     return entry.read()
 
 
 def is_scale(name: str, entries: Mapping[str, object]) -> bool:
-    """Whether a tensor is the scale of another one of `entries`."""
+    """Whether a tensor is the scale of another tensor in `entries`."""
     return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in entries
 
 
 def shard_names(count: int) -> tuple[str, ...]:
-    """Names of `count` weight files: `model.safetensors`, or Hugging Face's numbered names."""
+    """Names of `count` weight files: `model.safetensors`, or Hugging Face's numbered shard names."""
     if count == 1:
         return (SINGLE_NAME,)
     return tuple(f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
 
 
 def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    """Write the index of a checkpoint in several files: file names by tensor name, and the bytes of all tensors."""
+    """Write the index of a sharded checkpoint: file name by tensor name, and the total size of all tensors in bytes."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (root / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -269,10 +269,10 @@ def write_index(root: Path, weight_map: Mapping[str, str], total_size: int) -> N
 def model_parent(
     root: Path, origin: str, stored: StoredFormat | None = None, known: Mapping[Path, str] | None = None
 ) -> Parent:
-    """How a manifest names a plain directory: by the name and sha256 of every file that decides what it answers.
+    """Identifies a plain model directory in a manifest: names and sha256 of every file that affects its answers.
 
-    `stored` is said of a base in low precision; what declares its format counts as such a file then. `known` holds
-    digests of files that were hashed already.
+    `stored` describes the storage of a low-precision base model; the files that declare its format are then included.
+    `known` holds digests of files that were hashed earlier.
     """
     decisive = ("config.json", *SERVED_FILES, *(("hf_quant_config.json",) if stored is not None else ()))
     named = [root / name for name in sidecar_files(root, decisive)]

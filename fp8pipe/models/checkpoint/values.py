@@ -1,4 +1,4 @@
-"""Values that no stage can use, found and named before anything rests on them."""
+"""Finds non-finite weights, which no stage can use, and reports them by name before any work is done."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from fp8pipe.core.errors import ConfigurationError
 
 __all__ = ["count_not_finite", "refuse_not_finite"]
 
-_CHUNK = 1 << 24  # elements looked at together, so that masks of a large embedding stay small
+_CHUNK = 1 << 24  # elements checked at a time, so that masks of a large embedding stay small
 _SHOWN = 3
 
 
 def count_not_finite(tensor: Tensor) -> int:
-    """NaN and infinite values in a float tensor; none in another."""
+    """Number of NaN and infinite values in a floating-point tensor; 0 for other dtypes."""
     if not tensor.is_floating_point() or tensor.device.type == "meta" or not tensor.numel():
         return 0
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    if all(bool(end.isfinite()) for end in values.aminmax()):  # which NaN gets through, and which takes one pass
+    if all(bool(end.isfinite()) for end in values.aminmax()):  # one pass; NaN propagates through aminmax
         return 0
     return sum(int((~torch.isfinite(part)).sum()) for part in torch.split(values.reshape(-1), _CHUNK))
 
 
 def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]], origin: str) -> None:
-    """Refuse weights with NaN or infinite values; one tensor at a time is looked at.
+    """Refuse weights with NaN or infinite values; tensors are checked one at a time.
 
     Raises:
-        ConfigurationError: naming the tensors.
+        ConfigurationError: names the tensors.
     """
     found = [(name, count) for name, tensor in tensors if (count := count_not_finite(tensor.detach()))]
     if found:

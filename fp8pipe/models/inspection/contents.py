@@ -1,4 +1,4 @@
-"""What an inspection found: layers, histograms of scales, and what lies beside the weights."""
+"""The result of an inspection: layers, histograms of scales, and the files beside the weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FEW_BINS = 40
 
 @dataclass(slots=True)
 class ScaleBins:
-    """How many scales lie between one power of two and the next.
+    """Histogram of scales, with one bin per power of two.
 
     Attributes:
-        bins: by floor(log2(scale)).
-        bad: scales that are zero, negative, infinite or NaN.
+        bins: counts by floor(log2(scale)).
+        bad: number of scales that are zero, negative, infinite or NaN.
     """
 
     bins: Counter[int] = field(default_factory=Counter)
@@ -28,21 +28,21 @@ class ScaleBins:
         values = scales.astype(np.float64).reshape(-1)
         good = np.isfinite(values) & (values > 0)
         self.bad += int((~good).sum())
-        # frexp is exact where log2 rounds: 1 = 0.5 * 2^1 lies in bin 0.
+        # frexp is exact, whereas log2 rounds: 1 = 0.5 * 2^1 belongs to bin 0.
         exponents, counts = np.unique(np.frexp(values[good])[1] - 1, return_counts=True)
         self.bins.update(dict(zip(exponents.tolist(), counts.tolist(), strict=True)))
 
     @property
     def count(self) -> int:
-        """Scales counted."""
+        """Total number of scales."""
         return sum(self.bins.values()) + self.bad
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The histogram as JSON-compatible data."""
         return {"log2_bins": dict(sorted(self.bins.items())), "bad": self.bad}
 
     def bars(self, width: int = 40) -> list[str]:
-        """The histogram as text, one line per bin from the smallest; a bar's length is its share of the largest."""
+        """The histogram as text, one line per bin from the smallest; bar lengths are relative to the largest bin."""
         if not self.bins:
             return []
         most = max(self.bins.values())
@@ -59,13 +59,13 @@ class LayerView:
     Attributes:
         name: of the layer, without `.weight`.
         format: for instance "fp8-e4m3", "int8", "int4-packed", "bf16".
-        shape: logical (unpacked) shape of the weight, None where packing makes it unknown.
-        size_bytes: codes, scales and zero points.
-        granularity: what shares a scale; empty for floats.
-        codes: how many were inspected; 0 where they were not.
-        saturated: of these, how many are at an end of the grid.
-        nan: of these, how many are NaN.
-        scales: histogram.
+        shape: logical (unpacked) shape of the weight; None if the packing does not reveal it.
+        size_bytes: of codes, scales and zero points together.
+        granularity: of the scales; empty for floating-point weights.
+        codes: number of codes inspected; 0 if none were.
+        saturated: how many of them are at either end of their range.
+        nan: how many of them are NaN.
+        scales: histogram of the scales.
     """
 
     name: str
@@ -79,11 +79,11 @@ class LayerView:
     scales: ScaleBins = field(default_factory=ScaleBins)
 
     def add_codes(self, codes: int, saturated: int, nan: int) -> None:
-        """Count codes that were looked at."""
+        """Add the counts of inspected codes."""
         self.codes, self.saturated, self.nan = self.codes + codes, self.saturated + saturated, self.nan + nan
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The layer as JSON-compatible data."""
         share = self.saturated / self.codes if self.codes else None
         return {
             "name": self.name, "format": self.format, "shape": self.shape, "size_bytes": self.size_bytes,
@@ -97,9 +97,9 @@ class Contents:
     """A whole checkpoint.
 
     Attributes:
-        form: in words, for instance "compressed-tensors (float-quantized)".
-        layers: weights, in the file's order.
-        facts: what lies beside them: tokenizer, template, preprocessing, inputs and outputs.
+        form: the checkpoint's format in words, for instance "compressed-tensors (float-quantized)".
+        layers: weights, in file order.
+        facts: other contents: tokenizer, chat template, preprocessing, inputs and outputs.
         notes: what could not be read, and why.
     """
 
@@ -109,7 +109,7 @@ class Contents:
     notes: list[str] = field(default_factory=list)
 
     def by_format(self) -> list[tuple[str, str, int, int, int, int]]:
-        """Format, granularity, layers, bytes, codes, saturated codes; the largest first."""
+        """Format, granularity, layers, bytes, codes, saturated codes; the largest group first."""
         groups: dict[tuple[str, str], list[LayerView]] = {}
         for layer in self.layers:
             groups.setdefault((layer.format, layer.granularity), []).append(layer)
@@ -120,12 +120,12 @@ class Contents:
         return sorted(rows, key=lambda row: -row[3])
 
     def scales(self) -> ScaleBins:
-        """All scales together."""
+        """The histogram of all scales in the checkpoint."""
         bins = sum((layer.scales.bins for layer in self.layers), Counter[int]())
         return ScaleBins(bins, sum(layer.scales.bad for layer in self.layers))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The contents as JSON-compatible data."""
         names = ("format", "granularity", "layers", "size_bytes", "codes", "saturated_codes")
         return {
             "form": self.form,

@@ -1,4 +1,4 @@
-"""Inspects a path: a directory of Hugging Face's layout or of an artifact, or one file; ONNX and GGUF as layers."""
+"""Inspects a path: a Hugging Face or artifact directory, or a single file; reads ONNX and GGUF files as layers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _INDEX: Final = "model.safetensors.index.json"
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _PREPROCESSING: Final = ("preprocessing.json", "preprocessor_config.json", "processor_config.json")
 _FIX: Final = "fetch or write it again"
-_PACKED_BITS: Final = 4  # of packed codes, where no width is declared
-_ADAPTER: Final = "adapter.safetensors"  # no weights of the model itself
+_PACKED_BITS: Final = 4  # width of packed codes if none is declared
+_ADAPTER: Final = "adapter.safetensors"  # not weights of the model itself
 
 
 def inspect_contents(path: Path, *, look: bool = True) -> Contents:
-    """What a checkpoint holds.
+    """Inspect a checkpoint.
 
     Args:
         path: a directory, or a .safetensors, .onnx or .gguf file.
-        look: read codes and scales; without it headers alone.
+        look: also read codes and scales; otherwise only headers.
 
     Raises:
-        ConfigurationError: nothing there, or nothing that is known.
+        ConfigurationError: the path does not exist, or holds nothing that is recognized.
         BadArtifactError, ConfigurationError: a file cannot be read; see `unusable`.
         MissingCapabilityError: a package is missing.
     """
@@ -85,7 +85,7 @@ def _directory(root: Path, look: bool) -> Contents:
 
 
 def _describe(contents: Contents, adapter: Adapter, *, alone: bool) -> None:
-    """Says of a PEFT adapter what it changes, and what is to be done with it."""
+    """Describe what a PEFT adapter changes, and how to use it."""
     contents.facts |= {
         "adapter": adapter.kind or "of an unknown kind", "base_model": adapter.base or "not named",
         "rank": list(adapter.ranks), "alpha": adapter.alpha, "targets": list(adapter.targets),
@@ -100,7 +100,7 @@ def _describe(contents: Contents, adapter: Adapter, *, alone: bool) -> None:
 
 
 def _method(config: Mapping[str, Any]) -> tuple[str, int]:
-    """How config.json calls the quantization, and the width of packed codes; nothing there is taken for well-formed."""
+    """The quantization method named in config.json, and the width of packed codes; tolerates malformed entries."""
     declared = config.get("quantization_config") or {}
     if not isinstance(declared, dict):
         return "of an unknown form (quantization_config is no mapping)", _PACKED_BITS
@@ -121,7 +121,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _as_base(root: Path, config: Mapping[str, Any]) -> str | None:
-    """What `finetune` and `export` make of a quantized checkpoint; None of an artifact, and of a plain one."""
+    """How `finetune` and `export` treat a quantized checkpoint; None for an artifact or a plain checkpoint."""
     declared = any(config.get(key) for key in ("quantization_config", "compression_config"))
     if (root / "manifest.json").is_file() or not (declared or (root / QUANT_FILE).is_file()):
         return None
@@ -168,7 +168,7 @@ _ONNX_FORMATS: Final = {
     "INT8": "int8", "UINT8": "uint8", "INT4": "int4", "UINT4": "uint4", "FLOAT8E4M3FN": "fp8-e4m3",
     "FLOAT8E5M2": "fp8-e5m2", "FLOAT4E2M1": "nvfp4", "FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16",
 }  # fmt: skip
-# Bytes of a block, and where its fp16 scale lies in it.
+# Size of a block in bytes, and the position of its fp16 scale within it.
 _GGUF_SCALES: Final = {
     "Q8_0": (34, 0), "Q4_0": (18, 0), "Q4_1": (20, 0), "Q5_0": (22, 0), "Q5_1": (24, 0), "Q2_K": (84, 80),
     "Q3_K": (110, 108), "Q4_K": (144, 0), "Q5_K": (176, 0), "Q6_K": (210, 208),
@@ -176,7 +176,7 @@ _GGUF_SCALES: Final = {
 
 
 def read_onnx(path: Path, *, look: bool = True) -> Contents:
-    """A graph: stored weights with the scales that decode them, quantizers of activations, inputs and outputs.
+    """An ONNX graph: stored weights with the scales that dequantize them, activation quantizers, inputs and outputs.
 
     Raises:
         BadArtifactError, ConfigurationError: it cannot be read as ONNX; see `unusable`.
@@ -230,7 +230,7 @@ def _onnx_layer(name: str, value: Any, decoder: Any, look: bool) -> LayerView:
 
 
 def _onnx_codes(array: np.ndarray, format: str) -> tuple[int, int, int]:
-    if format in ("int4", "uint4"):  # numpy holds one in a byte
+    if format in ("int4", "uint4"):  # numpy stores one 4-bit value per byte
         low, high = (-8, 7) if format == "int4" else (0, 15)
         values = array.astype(np.int16)
         return values.size, int(((values <= low) | (values >= high)).sum()), 0
@@ -242,7 +242,7 @@ def _onnx_codes(array: np.ndarray, format: str) -> tuple[int, int, int]:
 
 
 def read_gguf(path: Path, *, look: bool = True) -> Contents:
-    """A GGUF file; tensors are mapped, and touched one at a time.
+    """A GGUF file; tensors are memory-mapped and read one at a time.
 
     Raises:
         BadArtifactError, ConfigurationError: it cannot be read; see `unusable`.
@@ -251,7 +251,7 @@ def read_gguf(path: Path, *, look: bool = True) -> Contents:
     gguf = import_package("gguf", "gguf is not installed", "pip install 'fp8pipe[samples]'")
     try:
         reader = gguf.GGUFReader(str(path))
-    except Exception as error:  # its reader raises whatever numpy raises
+    except Exception as error:  # the reader raises whatever numpy raises
         raise unusable(path, f"{path} cannot be read as GGUF", why=str(error)[:300], fix=_FIX) from error
     contents = Contents("GGUF")
     for tensor in reader.tensors:

@@ -1,12 +1,12 @@
-"""Safetensors files as layers: headers and raw bytes in chunks, in the layouts that are in use.
+"""Reads safetensors files as layers, from headers and raw bytes in chunks, in the common quantization layouts.
 
-Numbers of every type are decoded by hand: torch and numpy lack some of these types, and a library that maps whole files
-needs the address space for them. Layouts are told apart by their tensors' names and types.
+Values of every dtype are decoded here: torch and numpy lack some of these dtypes, and a library that maps whole files
+needs enough address space for them. Layouts are told apart by the names and dtypes of their tensors.
 
 | layout | codes | scales |
 |---|---|---|
 | compressed-tensors, ModelOpt, this project's | `weight` | `weight_scale` (and `weight_scale_2`, `input_scale`) |
-| DeepSeek's FP8 blocks | `weight` | `weight_scale_inv`, which multiplies in spite of its name |
+| DeepSeek's FP8 blocks | `weight` | `weight_scale_inv`, which is multiplied despite its name |
 | compressed-tensors, packed | `weight_packed` | `weight_scale`, `weight_global_scale` |
 | GPTQ, AWQ | `qweight` | `scales`, with `qzeros` |
 """
@@ -30,11 +30,11 @@ _CHUNK_BYTES: Final = 8 << 20
 _LARGEST_HEADER: Final = 100 << 20
 _NUMPY_TYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _FIX: Final = "fetch or write it again"
-# Magnitudes of the largest code and of the last code that is no NaN (E5M2 has infinity between).
+# Magnitudes of the largest finite code and of the last code that is not NaN (in E5M2, infinity lies between them).
 _FP8_ENDS: Final = {"fp8-e4m3": (0x7E, 0x7E), "fp8-e5m2": (0x7B, 0x7C)}
 _FLOATS: Final = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _CODES: Final = {"F8_E4M3": "fp8-e4m3", "F8_E5M2": "fp8-e5m2", "I8": "int8", "U8": "nvfp4", "F4": "mxfp4"}
-# Suffix of the codes, suffixes of what belongs to them; the first of these that is there holds the scales.
+# Suffix of the codes, then suffixes of the accompanying tensors; the first of these that exists holds the scales.
 _LAYOUTS: Final = (
     (".weight", (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".weight_tensor_scale", ".input_scale")),
     (".weight_packed", (".weight_scale", ".weight_global_scale", ".weight_shape", ".weight_zero_point")),
@@ -55,10 +55,10 @@ class StoredTensor:
 
 
 def read_headers(file: Path) -> dict[str, StoredTensor]:
-    """Tensors of a safetensors file; nothing but the header is read.
+    """The tensors of a safetensors file; only the header is read.
 
     Raises:
-        BadArtifactError, ConfigurationError: it is none, or shorter than its header says; see `unusable`.
+        BadArtifactError, ConfigurationError: not a safetensors file, or truncated; see `unusable`.
     """
     size = file.stat().st_size
     try:
@@ -84,7 +84,7 @@ def read_headers(file: Path) -> dict[str, StoredTensor]:
 
 
 def chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
-    """The tensor's bytes, some megabytes at a time: uint8, one axis."""
+    """The tensor's bytes, a few megabytes at a time: uint8, one-dimensional."""
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
         left = tensor.size_bytes
@@ -94,10 +94,10 @@ def chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
 
 
 def decode(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers of some bytes, float64, one axis; `dtype` as safetensors spells it.
+    """Decode raw bytes to float64, one-dimensional; `dtype` in safetensors' spelling.
 
     Raises:
-        ValueError: a type that holds no scales.
+        ValueError: a dtype that is not used for scales.
     """
     if dtype == "BF16":
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
@@ -115,7 +115,7 @@ def decode(data: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def count_ends(data: np.ndarray, format: str) -> tuple[int, int, int]:
-    """Codes, codes at an end of their grid, and NaN among bytes (uint8, one axis); four-bit codes lie two in one."""
+    """Number of codes, of saturated codes and of NaN in raw bytes (uint8, 1-D); 4-bit codes are two per byte."""
     if format in _FP8_ENDS:
         magnitude, (largest, last) = data & 0x7F, _FP8_ENDS[format]
         return data.size, int((magnitude == largest).sum()), int((magnitude > last).sum())
@@ -131,9 +131,9 @@ def count_ends(data: np.ndarray, format: str) -> tuple[int, int, int]:
 
 
 def read_layers(tensors: Mapping[str, StoredTensor], bits: int = 4, *, look: bool = True) -> list[LayerView]:
-    """One view per weight, packed codes being `bits` wide; tensors that are no matrices are summed up as "other".
+    """One view per weight, with packed codes of `bits` bits; tensors that are not matrices are summarized as "other".
 
-    Codes and scales are read where `look` says so, headers in any case.
+    Headers are always read, codes and scales only if `look` is set.
     """
     found: list[LayerView] = []
     used: set[str] = set()
@@ -183,8 +183,8 @@ def _format(suffix: str, codes: StoredTensor, bits: int) -> str:
 def _shape(
     suffix: str, codes: StoredTensor, scales: StoredTensor | None, format: str, bits: int
 ) -> tuple[int, ...] | None:
-    """(out, in), undoing the packing."""
-    if suffix == ".qweight":  # inputs first; GPTQ packs along them, AWQ along the outputs
+    """The unpacked shape, (out, in)."""
+    if suffix == ".qweight":  # stored (in, out); GPTQ packs along the inputs, AWQ along the outputs
         outputs = scales.shape[-1] if scales is not None else codes.shape[1]
         packed = codes.shape[1] != outputs
         return outputs, codes.shape[0] if packed else codes.shape[0] * 32 // bits

@@ -1,1 +1,1 @@
-"""Language models: where they come from, their structure, and text for them."""
+"""Language models: locating them, analysing their structure, and preparing training text."""

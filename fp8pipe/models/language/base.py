@@ -1,6 +1,6 @@
-"""What a base model must hold before anything is trained: checked from headers, then once over the values.
+"""Checks a base model before training: first config.json and headers, then every value once.
 
-What stands in the way of a run, or of every export after it, is refused here, by name, and not after hours.
+Anything that would stop the run, or any later export, is reported here by name rather than after hours of training.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fp8pipe.numerics.grids import same_bits
 
 _VOCABULARIES: Final = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _SHOWN: Final = 3
-_OFFSET: Final = 2  # rows that OPT's table has before its first position
-_SCALED: Final = ("linear", "dynamic", "yarn")  # whose configurations may name the length before scaling
+_OFFSET: Final = 2  # OPT's position table starts with this many extra rows
+_SCALED: Final = ("linear", "dynamic", "yarn")  # configurations with these may give the length before scaling
 
 
 def check_base(directory: Path, origin: str) -> ModelStructure:
-    """The structure of a model that can be tuned; reads config.json and headers.
+    """The structure of a model that can be fine-tuned; reads config.json and headers only.
 
     Raises:
-        ConfigurationError: quantized in a way that cannot be read back, of an unknown architecture or none that
-            predicts tokens, or a checkpoint that does not hold the tensors of its own config.json.
+        ConfigurationError: quantized in a format that cannot be decoded, an unknown architecture, not a causal language
+            model, or a checkpoint without the tensors that its own config.json calls for.
     """
     entries = base_entries(directory)
     structure = read_structure(directory)
@@ -57,7 +57,7 @@ def check_base(directory: Path, origin: str) -> ModelStructure:
 
 
 def _is_missing(name: str, structure: ModelStructure, stored: dict[str, TensorEntry], joined: set[str]) -> bool:
-    """Whether text needs a parameter that nothing in the checkpoint becomes."""
+    """Whether a parameter that text generation needs is absent from the checkpoint."""
     owner = structure.owner(name) or ""
     needed = structure.in_decoder(owner) or owner == structure.output_head
     same = {name, structure.tied.get(name)} | {tied for tied, original in structure.tied.items() if original == name}
@@ -65,10 +65,10 @@ def _is_missing(name: str, structure: ModelStructure, stored: dict[str, TensorEn
 
 
 def check_values(directory: Path, origin: str, structure: ModelStructure) -> None:
-    """Refuse weights that are not finite, and ties whose two copies differ; reads every tensor once.
+    """Refuse non-finite weights, and tied weights whose stored copies differ; reads every tensor once.
 
     Raises:
-        ConfigurationError: naming the tensors.
+        ConfigurationError: names the tensors.
     """
     entries = base_entries(directory)
     refuse_not_finite(((name, read_tensor(entry)) for name, entry in entries.items()), origin)
@@ -85,7 +85,7 @@ def check_values(directory: Path, origin: str, structure: ModelStructure) -> Non
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer beside a model's weights; the model's code is never run.
+    """Load the tokenizer stored beside a model's weights; never runs code from the model directory.
 
     Raises:
         ConfigurationError: there is none, or it cannot be read.
@@ -97,7 +97,7 @@ def load_tokenizer(directory: Path) -> Any:
         raise ConfigurationError(f"{directory} holds no tokenizer", why=why, fix=fix)
     try:
         return import_transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise a bare Exception, converters anything
+    except Exception as error:  # tokenizers raise a bare Exception, converters any type
         raise ConfigurationError(
             f"the tokenizer in {directory} cannot be read",
             why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
@@ -106,21 +106,21 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def embedding_rows(directory: Path) -> int:
-    """Rows of the input embedding of the model that config.json names."""
+    """Number of rows of the input embedding, according to config.json."""
     structure = read_structure(directory)
     return structure.tensors[f"{structure.embedding}.weight"][0]
 
 
 def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> list[str]:
-    """Refuse text with tokens that the embedding has no row for; a warning where the tokenizer has more, unused.
+    """Refuse token ids beyond the embedding; warn if the tokenizer knows such ids but the text does not use them.
 
     Args:
-        tokenizer: of the model.
-        rows: of the input embedding.
-        texts: token ids; empty where the text is not known yet.
+        tokenizer: the model's tokenizer.
+        rows: number of rows of the input embedding.
+        texts: token ids; empty if the text is not known yet.
 
     Raises:
-        ConfigurationError: naming the tokens.
+        ConfigurationError: names the tokens.
     """
     beyond = {int(number): str(token) for token, number in tokenizer.get_vocab().items() if number >= rows}
     if not beyond:
@@ -138,15 +138,15 @@ def check_tokens(tokenizer: Any, rows: int, texts: Sequence[Sequence[int]]) -> l
 
 
 def check_positions(directory: Path, origin: str, texts: Sequence[Sequence[int]]) -> None:
-    """Refuse text that is longer than the model has positions for: learned ones end there, rotary ones are untrained.
+    """Refuse text longer than the model's positions: learned ones end there, rotary ones are untrained beyond.
 
     Args:
-        directory: of the model.
-        origin: its name in messages.
-        texts: token ids, as long as they are trained on.
+        directory: the model's directory.
+        origin: the model's name in messages.
+        texts: token ids, cut to the length used in training.
 
     Raises:
-        ConfigurationError: naming both lengths.
+        ConfigurationError: names both lengths.
     """
     limit, longest = positions(load_config(directory)), max(map(len, texts), default=0)
     if limit is not None and longest > limit:
@@ -159,7 +159,7 @@ def check_positions(directory: Path, origin: str, texts: Sequence[Sequence[int]]
 
 
 def learned_positions(directory: Path) -> int | None:
-    """Tokens that a row may hold where positions are learned, and so end with their table; None where they are not."""
+    """Maximum tokens per sequence if the model has learned positions, limited by their table; otherwise None."""
     limit, structure = positions(load_config(directory)), read_structure(directory)
     tables = (structure.tensors[f"{name}.weight"][0] for name, role in structure.roles.items()
               if role is Role.EMBEDDING and name != structure.embedding)  # fmt: skip
@@ -167,17 +167,17 @@ def learned_positions(directory: Path) -> int | None:
 
 
 def positions(settings: Any) -> int | None:
-    """How many tokens a model's positions reach over; None where its configuration names no limit.
+    """The model's maximum sequence length; None if its configuration states no limit.
 
     Args:
-        settings: a transformers configuration. Scaled rotary positions reach over `factor` times the original ones.
+        settings: a transformers configuration. Scaled rotary positions cover `factor` times the original length.
     """
     text = settings.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # some have a set a kind of layer
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # some models have one per layer type
     scaled = [float(kind.get("factor") or 1) * (kind.get("original_max_position_embeddings") or limit)
               for kind in kinds if kind.get("rope_type", kind.get("type")) in _SCALED]  # fmt: skip
     return max([limit, *map(int, scaled)])

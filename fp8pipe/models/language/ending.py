@@ -1,9 +1,9 @@
-"""Where an answer ends: the token that a chat template puts after a finished turn, and whether engines stop at it.
+"""Finds the token with which a chat template ends an answer, and checks that engines stop at it.
 
-A tuned model ends its answers as its template does, since that is learned. An engine stops at the tokenizer's
-`eos_token` and at `eos_token_id` of generation_config.json (of config.json where there is none). A base model that got
-the chat template of another often lacks the template's end there: it then writes the end and runs on. So a finished
-turn is rendered, and its end is looked up.
+A fine-tuned model ends its answers as its chat template does, because it has learned to. An engine stops at the
+tokenizer's `eos_token` and at `eos_token_id` of generation_config.json (or of config.json without one). A base model
+with another model's chat template often lacks the template's end token there: it then emits that token and keeps
+generating. This module renders a finished turn and looks at its end.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _TALK: Final = ({"role": "user", "content": "What is the answer?"}, {"role": "as
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What becomes of the end of a turn.
+    """How a model ends its turns.
 
     Attributes:
-        token: id of the end-of-turn token; None where there is none, or where nothing is known of it.
-        settings: generation_config.json as it must be for engines to stop; None where it may stay as it is.
-        warning: a sentence for the user; empty where engines stop by themselves.
+        token: id of the end-of-turn token; None if there is none or it cannot be determined.
+        settings: the generation_config.json with which engines stop; None if no change is needed.
+        warning: a sentence for the user; empty if engines stop without a change.
     """
 
     token: int | None = None
@@ -41,7 +41,7 @@ class Ending:
 
     @property
     def added(self) -> int | None:
-        """The token, where engines have not known it."""
+        """The end-of-turn token, if engines did not know it."""
         return None if self.settings is None else self.token
 
     @property
@@ -50,7 +50,7 @@ class Ending:
         return json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
 
     def warnings(self, labels: Iterable[Sequence[int]] | None = None) -> list[str]:
-        """What the user must know; with the labels of a training text also that no answer is learned to its end."""
+        """Warnings for the user; given a training text's labels, also warns if no answer includes its end token."""
         found = [self.warning] if self.warning else []
         if labels is not None and self.token is not None and not any(self.token in example for example in labels):
             found.append(
@@ -61,37 +61,37 @@ class Ending:
 
 
 def read_ending(root: Path, *, tuned: bool = False) -> Ending:
-    """How a model's directory ends its turns; nothing to say of one without tokenizer or chat template.
+    """How the model in a directory ends its turns; an empty result without a tokenizer or chat template.
 
     Args:
-        root: the directory.
-        tuned: it is to be fine-tuned, on the plain template where it has none.
+        root: the model's directory.
+        tuned: the model will be fine-tuned, so a missing chat template is replaced by the plain one.
 
     Raises:
-        ConfigurationError: a chat template that is not valid.
+        ConfigurationError: the chat template is not valid.
     """
     try:
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             str(root), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever a tokenizer's own reader says: an engine may be given another one
+    except Exception as error:  # the tokenizer's reader raises any type; an engine may use another tokenizer
         return Ending(warning=_unknown(error)) if (root / "tokenizer_config.json").is_file() else Ending()
     template = template_info(tokenizer)
     return Ending() if template.origin == "plain" and not tuned else ending_of(root, tokenizer, template)
 
 
 def ending_of(root: Path, tokenizer: Any, template: TemplateInfo) -> Ending:
-    """The same for a tokenizer and a template at hand.
+    """The same as `read_ending`, for a tokenizer and template that are already loaded.
 
     Args:
-        root: directory of the model, for what its configuration says.
+        root: the model's directory, for its configuration.
         tokenizer: a transformers tokenizer.
-        template: what renders its conversations.
+        template: renders the conversations.
     """
     try:
         token, mark = _end_of_turn(tokenizer, template)
         settings = _settings(root)
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates can raise any type
         return Ending(warning=_unknown(error))
     own = _ids(settings.get(EOS))
     if token is None:
@@ -107,7 +107,7 @@ def ending_of(root: Path, tokenizer: Any, template: TemplateInfo) -> Ending:
 
 
 def _end_of_turn(tokenizer: Any, template: TemplateInfo) -> tuple[int | None, str]:
-    """Id and text of the first special token after an answer; (None, whatever else stands there) where none does."""
+    """Id and text of the first special token after an answer; (None, the text that follows it) if there is none."""
     tail = _after_answer(tokenizer, template)
     special = {str(token): int(index) for index, token in tokenizer.added_tokens_decoder.items()}
     special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -119,12 +119,12 @@ def _end_of_turn(tokenizer: Any, template: TemplateInfo) -> tuple[int | None, st
 
 
 def _after_answer(tokenizer: Any, template: TemplateInfo) -> str:
-    """What the template writes after a finished answer."""
+    """The text that the template adds after a finished answer."""
     failure: Exception = ValueError("it does not render an answer as it is given")
     for talk in (list(_TALK), in_parts(_TALK)):
         try:
             text = str(tokenizer.apply_chat_template(talk, chat_template=template.template, tokenize=False))
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates can raise any type
             failure = error
             continue
         _, found, tail = text.rpartition(_ANSWER)
@@ -134,7 +134,7 @@ def _after_answer(tokenizer: Any, template: TemplateInfo) -> str:
 
 
 def _settings(root: Path) -> dict[str, Any]:
-    """generation_config.json, or what engines take from config.json where there is none."""
+    """generation_config.json, or the settings that engines take from config.json without one."""
     config = read_config(root / "config.json")
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
     inherited = {key: value for key in ("bos_token_id", EOS, "pad_token_id")
@@ -146,7 +146,7 @@ def _settings(root: Path) -> dict[str, Any]:
 
 
 def stop_tokens(root: Path) -> list[int]:
-    """Tokens at which engines stop, the tokenizer's apart.
+    """Tokens at which engines stop, apart from the tokenizer's own.
 
     Raises:
         BadArtifactError: a configuration cannot be read.

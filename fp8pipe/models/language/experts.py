@@ -1,12 +1,13 @@
-"""Experts of a mixture, one linear layer each, as checkpoints and engines name them.
+"""Splits a mixture's stacked experts into one linear layer per expert and projection, as checkpoints and engines do.
 
-transformers holds the experts of a layer stacked, one tensor for all of them; checkpoints store them one by one, and
-engines read them one by one. Unstacked, each expert's projections are linear layers like any other: they are found,
-trained, rounded, recorded and exported by the same code, each with its own scale and adapter, and an expert that no
-token reaches has no gradient and stays as it is. Only families whose checkpoints store experts one by one are
-unstacked; the others keep their stacked tensors, which are not quantized.
+transformers stacks the experts of a layer into a single tensor; checkpoints store them one by one, and engines read
+them that way. Once unstacked, each expert's projections are ordinary linear layers: the same code finds, trains,
+rounds, records and exports them, each with its own scale and adapter. An expert that receives no tokens has no gradient
+and stays unchanged. Only families whose checkpoints store experts one by one are unstacked; the others keep their
+stacked tensors, which are not quantized.
 
-Which module is a router is seen, not read from its name: it stands beside the experts and has one row for each.
+Routers are recognized by their structure rather than by name: a router sits beside the experts and has one row for
+each.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ __all__ = [
 ]  # fmt: skip
 
 _PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_MERGE: Final = "MergeModulelist"  # transformers' operation that stacks what a checkpoint stores one by one
+_MERGE: Final = "MergeModulelist"  # transformers' operation that stacks separately stored tensors
 _CONCATENATE: Final = "Concatenate"
 
 
 class Expert(nn.Module):
-    """One expert: `down(act(gate(x)) * up(x))`; the product is its layer's affair."""
+    """The projections of one expert, `down(act(gate(x)) * up(x))`; `UnstackedExperts` combines them."""
 
     def __init__(self, projections: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -44,21 +45,21 @@ class Expert(nn.Module):
 
 
 class UnstackedExperts(nn.Module):
-    """The experts of one layer as modules `0`, `1`, ..., run one after the other on the tokens that reach them.
+    """The experts of one layer as modules `0`, `1`, ..., each run in turn on the tokens routed to it.
 
     Attributes:
-        call_all: experts that no token reaches are called, too, with no tokens.
+        call_all: also call experts that receive no tokens, with an empty input.
     """
 
     num_experts: int
     call_all: bool = False
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts.
+        """The weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: `(tokens, hidden)`.
-            top_k_index: int64 `(tokens, k)`, experts of each token; `num_experts` stands for none.
+            top_k_index: int64 `(tokens, k)`, the experts of each token; `num_experts` means none.
             top_k_weights: `(tokens, k)`.
 
         Returns:
@@ -78,19 +79,19 @@ class UnstackedExperts(nn.Module):
         return summed
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """As the family's own code has it, which takes both in one tensor."""
+        """The gated activation, by the model family's own function, which takes gate and up in one tensor."""
         product: Tensor = self._apply_gate(torch.cat([gate, up], dim=-1))  # type: ignore[operator]
         return product
 
 
 def unstack_experts(model: nn.Module) -> tuple[str, ...]:
-    """Unstack, in place, all experts whose checkpoint stores them one by one; no weight is copied.
+    """Unstack, in place, all experts that the checkpoint stores one by one; no weight is copied.
 
     Args:
-        model: of transformers, live or on the meta device.
+        model: a transformers model, real or on the meta device.
 
     Returns:
-        Names of the modules that hold experts now unstacked.
+        Names of the modules whose experts were unstacked.
     """
     if not isinstance(model, import_transformers().PreTrainedModel):
         return ()
@@ -105,7 +106,7 @@ def unstack_experts(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a module is a stack of gated experts without biases, each weight stored `(out, in)`."""
+    """Whether a module is a stack of gated experts without biases, with each weight stored as `(out, in)`."""
     own = dict(module.named_parameters(recurse=False))
     if own.keys() != _PROJECTIONS.keys() or any(parameter.dim() != 3 for parameter in own.values()):
         return False
@@ -116,7 +117,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def _stored_singly(model: Any) -> Callable[[str], bool]:
-    """Whether the family's checkpoints store the experts of a module one by one, by transformers' own rules."""
+    """Whether the family's checkpoints store a module's experts one by one, according to transformers' own rules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     rules = [rule for rule in get_model_conversion_mapping(model) if hasattr(rule, "operations")]
@@ -130,7 +131,7 @@ def _stored_singly(model: Any) -> Callable[[str], bool]:
 
 
 def _joins_experts(rule: Any) -> bool:
-    """Whether a rule of transformers stacks experts, and does nothing else but to put gate and up together."""
+    """Whether a transformers rule stacks experts and does nothing else except concatenating gate and up."""
     kinds = [type(operation).__name__ for operation in rule.operations]
     sources = len(rule.source_patterns)
     return (kinds, sources) in (([_MERGE], 1), ([_MERGE, _CONCATENATE], 2))
@@ -148,13 +149,13 @@ def _unstack(module: Any) -> None:
 
 
 def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
-    """The unstacked weight that a stored tensor is; None where it is no expert's.
+    """The unstacked weight to which a stored tensor corresponds; None if it does not belong to an expert.
 
     Args:
-        rule: of transformers, which stacks.
-        stored: name of the tensor, as far as other rules have renamed it.
+        rule: the transformers rule that stacks the experts.
+        stored: name of the tensor, after any earlier renaming rules.
         pattern: the source pattern of `rule` that it matches.
-        joined: the model's name of the stacked tensor.
+        joined: the model's name for the stacked tensor.
     """
     module, _, leaf = joined.rpartition(".")
     sources = list(rule.source_patterns)
@@ -165,7 +166,7 @@ def expert_of(rule: Any, stored: str, pattern: str, joined: str) -> str | None:
 
 
 def find_routers(model: nn.Module) -> frozenset[str]:
-    """Modules that decide which experts a token goes to: beside the experts, with a matrix of one row for each."""
+    """Modules that route tokens to experts: located beside the experts, with a matrix of one row per expert."""
     routers = set()
     for name, module in model.named_modules():
         count = _expert_count(module)
@@ -183,18 +184,18 @@ def _expert_count(module: nn.Module) -> int | None:
     if isinstance(module, UnstackedExperts):
         return module.num_experts
     counts = [parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None  # one alone may be a convolution's kernel
+    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else None  # a single one could be a conv kernel
 
 
 def in_experts(model: nn.Module, name: str) -> bool:
-    """Whether a module, by its name, belongs to an unstacked expert."""
+    """Whether the named module belongs to an unstacked expert."""
     parts = name.split(".")
     return any(isinstance(model.get_submodule(".".join(parts[:end])), UnstackedExperts) for end in range(len(parts)))
 
 
 @contextmanager
 def call_every_expert(model: nn.Module) -> Iterator[None]:
-    """While active, experts that no token reaches are called with no tokens, so that a pass shows all of them."""
+    """While active, call experts without tokens on an empty input, so that one pass reaches all of them."""
     layers = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
     for layer in layers:
         layer.call_all = True
@@ -206,15 +207,15 @@ def call_every_expert(model: nn.Module) -> Iterator[None]:
 
 
 def check_expert_counts(origin: str, declared: Iterable[str], stored: Iterable[str]) -> None:
-    """Refuse a checkpoint with another number of experts than its config.json declares.
+    """Refuse a checkpoint whose number of experts differs from its config.json.
 
     Args:
-        origin: the model, in messages.
-        declared: names of the model's tensors, experts unstacked.
-        stored: the model's names of the tensors in the checkpoint.
+        origin: the model's name in messages.
+        declared: names of the model's tensors, with experts unstacked.
+        stored: the model's names for the tensors in the checkpoint.
 
     Raises:
-        ConfigurationError: naming both numbers.
+        ConfigurationError: names both numbers.
     """
     wanted, found = _counts(declared), _counts(stored)
     for layer, count in wanted.items():
@@ -227,7 +228,7 @@ def check_expert_counts(origin: str, declared: Iterable[str], stored: Iterable[s
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:
-    """Experts by the module that holds them."""
+    """Number of experts, by the module that holds them."""
     numbers: dict[str, set[str]] = {}
     leaves = "|".join(leaf for group in _PROJECTIONS.values() for leaf in group)
     for name in names:

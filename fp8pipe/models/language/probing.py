@@ -1,10 +1,11 @@
-"""A forward pass of a few tokens tells which linears a decoder calls, which share an input, and whose weight it reads.
+"""Runs a few tokens through a decoder to see which linears it calls, which share an input, and whose weight it reads.
 
-A linear can be replaced by another module only where the model calls it. Some models read `.weight` and multiply
-themselves (Mamba's `dt_proj`), some hold linears that text never reaches. Names do not tell, a pass does.
+A linear layer can be replaced by another module only if the model calls it. Some models read `.weight` and do the
+matrix multiplication themselves (Mamba's `dt_proj`); some contain linears that text never reaches. Names do not show
+this, but a forward pass does.
 
-A model on the meta device, as a plan has it, is given zeros to run on: its linears and embeddings answer zeros of
-their shapes without reading a weight, and what else it holds becomes zeros, of which the system keeps no copy.
+A model on the meta device, as used for planning, runs on zeros: its linears and embeddings return zeros of the right
+shape without reading a weight, and its other tensors become zeros that take up no memory.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _TOKENS = 2
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one pass of text did with the linears asked for.
+    """What one forward pass revealed about the given linears.
 
     Attributes:
-        groups: linears by the tensor object they received, in call order; those that were not called, called more
-            than once, or whose output the model changes in place, stay alone, at the end: a part of a stacked output
-            may not be changed.
-        unusable: linears that no other module can stand for -> why.
+        groups: linears grouped by the input tensor object, in call order. Linears that were not called, were called
+            more than once, or whose output the model changes in place form groups of their own at the end, because a
+            slice of a stacked output must not be modified.
+        unusable: linears that cannot be replaced by another module -> why.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -39,11 +40,11 @@ class Seen:
 
 
 def watch_pass(model: nn.Module, names: Sequence[str], leaves: Sequence[str]) -> Seen:
-    """Run the model on a few tokens and watch the named linears.
+    """Run the model on a few tokens and observe the named linears.
 
     Args:
-        model: of transformers, live or on the meta device; there, what is no leaf becomes zeros on the CPU.
-        names: the linears.
+        model: a transformers model, real or on the meta device; in the latter case, non-leaf tensors become CPU zeros.
+        names: the linears to observe.
         leaves: modules that own a matrix of a known kind: linears and embeddings.
 
     Raises:
@@ -56,7 +57,7 @@ def watch_pass(model: nn.Module, names: Sequence[str], leaves: Sequence[str]) ->
     readers: list[list[str]] = []
     read: set[str] = set()
     uncalled: set[str] = set()
-    for training in (False, True):  # some models multiply by themselves in training alone
+    for training in (False, True):  # some models bypass the linear only in training mode
         calls: dict[str, int] = dict.fromkeys(names, 0)
         with _mode(model, training), _watched(model, leaves if on_paper else names, calls) as watched:
             _run(model, torch.zeros(1, _TOKENS, dtype=torch.long, device=device))
@@ -73,13 +74,13 @@ def watch_pass(model: nn.Module, names: Sequence[str], leaves: Sequence[str]) ->
 
 def _run(model: nn.Module, tokens: Tensor) -> None:
     try:
-        # A pass must not move the random numbers of the training that follows.
+        # The pass must not change the random state of the training that follows.
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=[tokens.device] if tokens.is_cuda and torch.cuda.is_available() else []),
         ):
             model(input_ids=tokens)
-    except Exception as error:  # the model's own code may raise anything
+    except Exception as error:  # the model's own code may raise any type
         raise ConfigurationError(
             f"{type(model).__name__} does not run on token ids alone",
             why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
@@ -89,7 +90,7 @@ def _run(model: nn.Module, tokens: Tensor) -> None:
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode, without a cache, as training runs it; afterwards as it was."""
+    """Put the model into training or evaluation mode without a cache, as training runs it; restore it afterwards."""
     whole = getattr(model, "config", None)
     configs = [] if whole is None else [whole, whole.get_text_config(decoder=True)]
     caches = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
@@ -112,22 +113,22 @@ def _why(read: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """What a pass shows: called modules by the tensor, and its version, that they got; modules whose weight is read."""
+    """Observations of a pass: calls by input tensor and its version, and the modules whose weight is read directly."""
 
     readers: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
-    alive: list[Tensor] = field(default_factory=list)  # ids are unique only while the tensors live
-    outputs: list[tuple[str, Tensor, int]] = field(default_factory=list)  # with their versions when they were new
+    alive: list[Tensor] = field(default_factory=list)  # ids are unique only while the tensors are alive
+    outputs: list[tuple[str, Tensor, int]] = field(default_factory=list)  # with the version of each when it was created
 
     @property
     def changed(self) -> set[str]:
-        """Modules whose output was changed in place afterwards."""
+        """Modules whose output was later changed in place."""
         return {name for name, output, version in self.outputs if output._version != version}
 
 
 @contextmanager
 def _watched(model: nn.Module, names: Sequence[str], calls: dict[str, int]) -> Iterator[_Watched]:
-    """While active, count `calls`, and gather modules whose `weight` is read by anything but their own pass."""
+    """While active, count `calls` and collect modules whose `weight` is read outside their own forward."""
     seen = _Watched()
     running: set[str] = set()
     modules = {name: model.get_submodule(name) for name in names}
@@ -161,7 +162,7 @@ def _watched(model: nn.Module, names: Sequence[str], calls: dict[str, int]) -> I
 
 
 def _watching(name: str, kind: type[nn.Module], running: set[str], read: set[str]) -> type[nn.Module]:
-    """A subclass of a linear's or embedding's class that notes who reads its weight, and works without values."""
+    """A subclass of a linear or embedding class that records reads of its weight, and runs without values."""
 
     def attribute(self: Any, key: str) -> Any:
         value = kind.__getattr__(self, key)
@@ -183,7 +184,7 @@ def _watching(name: str, kind: type[nn.Module], running: set[str], read: set[str
 
 
 def _zeros_for_the_rest(model: nn.Module, leaves: frozenset[str]) -> None:
-    """Everything on the meta device that belongs to no leaf becomes zeros on the CPU, in place."""
+    """Replace, in place, every meta tensor that belongs to no leaf module by zeros on the CPU."""
     for name, module in model.named_modules():
         if name in leaves:
             continue

@@ -1,9 +1,9 @@
-"""Where a base model comes from: one local directory, whatever the user named.
+"""Resolves a base model to a local directory, whatever form the user named it in.
 
-Every stage reads a Hugging Face directory (config.json and safetensors). The user may name that directory,
-a hub id (``org/name`` or ``org/name@revision``), a GGUF file, or ``sample:smollm2``; this module turns each
-into the directory and says where it came from. It also holds the check that a base model is not quantized
-in a way that cannot be read back: taking codes for weights would succeed and be wrong.
+Every stage reads a Hugging Face directory (config.json and safetensors). The user may name such a directory, a hub id
+(``org/name`` or ``org/name@revision``), a GGUF file, or ``sample:smollm2``; this module turns each into a directory and
+records where it came from. It also refuses base models in quantized formats that cannot be decoded: treating their
+codes as weights would succeed and give a wrong model.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def resolve_model(src: str) -> ModelSource:
     """The local directory of the model named by ``src``; downloads or converts it when needed.
 
     Raises:
-        ConfigurationError: nothing of that name, or a directory that is no checkpoint.
+        ConfigurationError: nothing of that name exists, or the directory is not a checkpoint.
         MissingCapabilityError: a package or the network is missing.
-        BadArtifactError: a damaged file.
+        BadArtifactError: a file is damaged.
     """
     if not src.strip():
         raise ConfigurationError(
@@ -86,7 +86,7 @@ def _from_gguf(gguf: Path, origin: str, name: str | None = None) -> ModelSource:
 
 
 def _from_hub(src: str, repo_id: str, revision: str | None) -> ModelSource:
-    """Downloads a snapshot; ``HF_HUB_OFFLINE=1`` makes huggingface_hub look in its cache only."""
+    """Downloads a snapshot; with ``HF_HUB_OFFLINE=1``, huggingface_hub uses its cache only."""
     import huggingface_hub
     from huggingface_hub import errors as hub
 
@@ -125,10 +125,10 @@ def _check_config(path: Path) -> None:
 
 
 def check_no_adapter(path: Path) -> None:
-    """Refuse a directory that holds a PEFT adapter: transformers would load it into the model, under other names.
+    """Refuse a directory that holds a PEFT adapter, which transformers would load into the model under other names.
 
     Raises:
-        ConfigurationError: naming the base, where the adapter does.
+        ConfigurationError: names the base model if the adapter does.
     """
     if (adapter := read_adapter(path)) is None:
         return
@@ -147,7 +147,7 @@ def _check_checkpoint(path: Path) -> None:
     _check_config(path)
     if not any(path.glob("*.safetensors")):
         _refuse_weightless(path)
-    weight_files(path)  # an index names files of this directory alone
+    weight_files(path)  # the index names only files of this directory
 
 
 def _refuse_weightless(path: Path) -> None:

@@ -1,9 +1,9 @@
-"""What a causal language model is made of: its linears, what shares an input, its decoder, its head, its ties.
+"""The structure of a causal language model: linears, shared inputs, decoder, output head and tied weights.
 
-Names lie: `score`, `gate` or `c_proj` may be anything. So the model itself is asked, a live one or one that
-transformers builds on the meta device from config.json, without allocating a byte. The module that owns a weight says
-whether it is a linear layer, a Conv1D (stored transposed), or an embedding; the head is whatever the model names as its
-output embeddings; ties are seen by shared storage, and what shares an input in a pass. Linear layers outside the text
+Names are unreliable: `score`, `gate` or `c_proj` may be anything. So the model itself is examined, either loaded or
+built by transformers on the meta device from config.json, which allocates no memory. The module that owns a weight
+tells whether it is a linear layer, a Conv1D (stored transposed) or an embedding. The output head is the model's output
+embeddings, ties show as shared storage, and a forward pass shows which linears share an input. Linears outside the text
 decoder (output head, vision tower, classification head) are never served in FP8: the engine builds those without a
 quantization scheme, or gives them other names.
 """
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-LEAST_SIDE: Final = 16  # FP8 kernels take multiples of it; gates with one output would bound the rank of all layers
+LEAST_SIDE: Final = 16  # multiple that FP8 kernels require; a gate with one output would limit the rank of all layers
 
 
 class Role(StrEnum):
-    """What owns a weight."""
+    """The kind of module that owns a weight."""
 
     LINEAR = "linear"
     CONV1D = "conv1d"
@@ -46,26 +46,27 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelStructure:
-    """Modules and tensors, as the architecture names them.
+    """Modules and tensors of a model, under the architecture's own names.
 
     Attributes:
         architecture: class name.
         model_type: transformers' model type.
         roles: module name -> role, for every module that owns a 2-D weight of a known kind, in module order.
-        tensors: name -> shape of every tensor of the state, as stored ((in, out) for a Conv1D's weight).
+        tensors: name -> shape of every tensor in the state dict, as stored ((in, out) for a Conv1D's weight).
         modules: every module name.
-        decoder: name of the text decoder; quantizable layers live below it.
+        decoder: name of the text decoder; all quantizable layers are inside it.
         base_prefix: prefix that checkpoints of the headless model leave out.
         output_head: module name of the output projection, if any.
-        tied: tensor names that share storage with another (absent from a checkpoint) -> that other name.
-        shared: linears whose weight some other module owns, too.
-        loose: parameters with two axes or more that belong to no module of a known kind.
+        tied: tensor names that share storage with another (absent from a checkpoint) -> name of that other tensor.
+        shared: linears whose weight is also owned by another module.
+        loose: parameters with two or more axes that belong to no module of a known kind.
         embedding: module name of the input embedding, if any.
-        buffers: tensors of the state that are no parameters.
-        discarded: patterns of tensors that old checkpoints hold and the architecture declares meaningless.
+        buffers: tensors of the state dict that are not parameters.
+        discarded: patterns of tensors in old checkpoints that the architecture declares obsolete.
         naming: how transformers names a checkpoint's tensors.
-        unusable: linears that a pass of text does not call, or whose weight it reads -> why; empty before `probed`.
-        input_groups: the linears that can be trained, grouped by the tensor they read; empty before `probed`.
+        unusable: linears that a pass of text does not call, or whose weight it reads directly -> why; empty before
+            `probed`.
+        input_groups: the trainable linears, grouped by the tensor they read; empty before `probed`.
     """
 
     architecture: str
@@ -88,7 +89,7 @@ class ModelStructure:
 
     @property
     def projections(self) -> dict[str, Role]:
-        """Linear, Conv1D and router modules: what the engine builds as a linear layer."""
+        """Linear, Conv1D and router modules: everything that the engine builds as a linear layer."""
         return {m: r for m, r in self.roles.items() if r is not Role.EMBEDDING}
 
     @property
@@ -120,7 +121,7 @@ class ModelStructure:
         return self.roles.get(module) is Role.CONV1D
 
     def stored_shape(self, module: str) -> tuple[int, ...]:
-        """Shape of a module's weight as a checkpoint holds it."""
+        """Shape of a module's weight as stored in a checkpoint."""
         return self.tensors[f"{module}.weight"]
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -129,21 +130,21 @@ class ModelStructure:
         return (columns, rows) if self.transposed(module) else (rows, columns)
 
     def weight(self, model: nn.Module, module: str) -> Tensor:
-        """A linear's weight as `(out, in)`, of the live model that this is the structure of."""
+        """A linear's weight as `(out, in)`, taken from the loaded model that this structure describes."""
         parameter = model.get_submodule(module).get_parameter("weight").detach()
         return parameter.t().contiguous() if self.transposed(module) else parameter
 
     def owner(self, tensor: str) -> str | None:
-        """The module that owns a tensor, by the model's name; None when the model has none of that name."""
+        """The module that owns a tensor, by the model's name for it; None if the model has no such tensor."""
         stem = tensor.rpartition(".")[0]
         return stem if stem in self.modules else None
 
     def is_discarded(self, tensor_name: str) -> bool:
-        """Whether the architecture throws this tensor away (GPT-2's stored causal mask, for one)."""
+        """Whether the architecture ignores this tensor, as with GPT-2's stored causal mask."""
         return any(re.search(pattern, tensor_name) for pattern in self.discarded)
 
     def in_decoder(self, module: str) -> bool:
-        """Whether a module lies in the text decoder (and is not the output head)."""
+        """Whether a module is inside the text decoder (and is not the output head)."""
         inside = not self.decoder or module == self.decoder or module.startswith(self.decoder + ".")
         return inside and module != self.output_head
 
@@ -152,7 +153,7 @@ class ModelStructure:
         return module is not None and any(module.startswith(f"{layer}.") for layer in self.naming.experts)
 
     def probed(self, model: nn.Module) -> ModelStructure:
-        """The structure with what a pass of a few tokens shows: `unusable` linears and `input_groups`.
+        """The structure completed by a forward pass of a few tokens: `unusable` linears and `input_groups`.
 
         Raises:
             ConfigurationError: the model does not run on token ids alone.
@@ -166,7 +167,7 @@ class ModelStructure:
 
 
 def structure_of(model: nn.Module) -> ModelStructure:
-    """The structure of a model of transformers, live or on the meta device."""
+    """The structure of a transformers model, loaded or on the meta device."""
     import_transformers()
     from transformers.pytorch_utils import Conv1D
 
@@ -210,7 +211,7 @@ def structure_of(model: nn.Module) -> ModelStructure:
 
 
 def read_structure(directory: Path) -> ModelStructure:
-    """The structure of the model that a directory's config.json names, built on the meta device.
+    """The structure of the model described by a directory's config.json, built on the meta device.
 
     Raises:
         ConfigurationError: see `load_config` and `model_class`.
@@ -226,8 +227,8 @@ def load_config(directory: Path) -> PretrainedConfig:
     """The model's configuration, without any quantization block.
 
     Raises:
-        BadArtifactError, ConfigurationError: no config.json, or an architecture transformers does not know; as
-            `check_config`; see `unusable`.
+        BadArtifactError, ConfigurationError: no config.json, or an architecture unknown to transformers; also the
+            errors of `check_config` and `unusable`.
     """
     check_config(directory)
     from huggingface_hub.errors import StrictDataclassError
@@ -248,10 +249,10 @@ def load_config(directory: Path) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The transformers class that config.json's `architectures` names: one that computes logits of the next token.
+    """The transformers class named in config.json's `architectures`, which must compute next-token logits.
 
     Raises:
-        ConfigurationError: no architecture is named, transformers has no such class, or it is no such model.
+        ConfigurationError: no architecture is named, transformers has no such class, or it is not a causal model.
     """
     transformers = import_transformers()
     from transformers.models.auto import modeling_auto as auto
@@ -279,9 +280,10 @@ def _classes(named: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, **options: str) -> PreTrainedModel:
-    """The model that config.json names, holding `state`, in evaluation mode on the CPU; `options`: `from_pretrained`'s.
+    """The model of config.json with the weights `state`, on the CPU in evaluation mode.
 
-    The state has the checkpoint's names; transformers renames where the architecture wants it.
+    `options` are passed to `from_pretrained`. The state uses the checkpoint's names; transformers renames them as the
+    architecture requires.
 
     Raises:
         ConfigurationError: see `load_config` and `model_class`.
@@ -293,5 +295,5 @@ def build_model(directory: Path, state: dict[str, Tensor], dtype: torch.dtype, *
 
 
 def _identity(parameter: Tensor) -> int:
-    """Equal for tied weights; the object itself where storage has no address (on the meta device, or a fake one)."""
+    """Equal for tied weights; the object's own id if the storage has no address (meta device, fake tensors)."""
     return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)

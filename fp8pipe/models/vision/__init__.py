@@ -1,1 +1,1 @@
-"""Vision transformers: where they come from, what they are made of, and how every attention is reached."""
+"""Vision transformers: loading them, reading their structure, and intercepting their attention."""

@@ -1,9 +1,9 @@
-"""What the outputs of a model mean: shares of classes, a probability for each label by itself, or plain numbers.
+"""How to interpret a model's outputs: class probabilities, one probability per label, or plain numbers.
 
-Which of them is a fact of the model (its training loss) and is stored with it. Every reader asks here: a server that
-turns logits into probabilities, and every gate that asks whether two models give the same answer.
+This follows from the model's training loss and is stored with the model. It is used by servers, which turn logits into
+probabilities, and by every gate that checks whether two models give the same answer.
 
-Option models are made of this, so neither numpy nor torch is imported before it is used; a server needs no torch.
+Option models import this module, so numpy and torch are imported only when used; a server needs no torch.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-# softmax: classes that exclude each other; sigmoid: labels of which any number may hold; none: numbers as they are.
+# softmax: mutually exclusive classes; sigmoid: independent labels, any number of which may apply; none: plain numbers.
 Activation = Literal["softmax", "sigmoid", "none"]
 ACTIVATIONS: Final[tuple[Activation, ...]] = get_args(Activation)
 
-# transformers' `problem_type`, which names the loss that a head was trained with.
+# transformers' `problem_type`, which names the loss that the head was trained with.
 _OF_PROBLEM: Final[Mapping[str, Activation]] = {
     "single_label_classification": "softmax", "multi_label_classification": "sigmoid", "regression": "none",
 }  # fmt: skip
-# Outputs that have no classes agree where they differ by less than this share of what sets images apart.
+# Outputs without classes agree if they differ by less than this share of the spread between images.
 _LARGEST_SHARE: Final = 0.5
 
 
 def activation_of(outputs: int, problem: str | None = None) -> Activation:
-    """What turns the outputs of a classifying head into probabilities.
+    """The activation that turns the outputs of a classification head into probabilities.
 
-    One output has nothing to be compared with, so without a stated problem its value is all there is: transformers
-    trains such a head as a regression, and timm does not say.
+    A single output has no other class to compare with, so unless a problem type is given it is taken as a plain number:
+    transformers trains such a head as a regression, and timm does not say.
 
     Args:
         outputs: number of outputs of the head.
-        problem: transformers' `problem_type`; None where nothing was said.
+        problem: transformers' `problem_type`; None if it is not given.
 
     Raises:
-        ConfigurationError: an unknown problem.
+        ConfigurationError: the problem type is unknown.
     """
     if problem is not None and problem not in _OF_PROBLEM:
         raise ConfigurationError(
@@ -52,7 +52,7 @@ def activation_of(outputs: int, problem: str | None = None) -> Activation:
 
 
 def ranks(activation: Activation, outputs: int) -> bool:
-    """Whether the largest output is the answer: with classes that exclude each other, and at least two of them."""
+    """Whether the largest output is the answer: true for two or more mutually exclusive classes."""
     return activation == "softmax" and outputs > 1
 
 
@@ -67,7 +67,7 @@ def probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
     if activation == "none":
         raise ValueError("these outputs are numbers, and no logits of classes")
     if activation == "sigmoid":
-        shares: np.ndarray = np.exp(-np.abs(logits))  # never above 1, whatever the logit is
+        shares: np.ndarray = np.exp(-np.abs(logits))  # at most 1 for any logit
         shares = np.where(logits >= 0, 1 / (1 + shares), shares / (1 + shares)).astype(np.float32)
         return shares
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -76,11 +76,11 @@ def probabilities(logits: np.ndarray, activation: Activation) -> np.ndarray:
 
 
 def agreeing(expected: Tensor, found: Tensor, activation: Activation) -> Tensor:
-    """Which images have the same answer, boolean `(N,)`, of outputs `(N, C)`.
+    """Which images have the same answer, boolean `(N,)`, from outputs `(N, C)`.
 
-    Where classes are ranked: the same largest output. Elsewhere: outputs that differ by less than half of what sets the
-    images apart (root mean square distance of `expected` from its mean; from zero where there is one image). Outputs
-    that are not finite agree with nothing.
+    With ranked classes: the same largest output. Otherwise: outputs that differ by less than half of the spread between
+    images (root mean square distance of `expected` from its mean, or from zero for a single image). Non-finite outputs
+    agree with nothing.
     """
     finite: Tensor = expected.isfinite().all(1) & found.isfinite().all(1)
     if ranks(activation, expected.shape[1]):

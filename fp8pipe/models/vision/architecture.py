@@ -1,4 +1,4 @@
-"""A vision model without its weights, as data: enough to build the empty module anywhere, with no download."""
+"""The architecture of a vision model as data, without weights: enough to build the module offline."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE_FILE: Final = "architecture.json"
 
-# What a stored architecture may ask of timm: shapes and parts. Others are files, addresses and code (`checkpoint_path`,
-# `pretrained_cfg`, `cache_dir`), and a name with a colon or a slash is one of the hub's.
+# Permitted timm arguments: shapes and components. Others are files, addresses and code (`checkpoint_path`,
+# `pretrained_cfg`, `cache_dir`), and a name with a colon or a slash refers to the hub.
 _ARGUMENTS: Final = frozenset(
     ("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "depths", "num_heads",
      "head_dim", "mlp_ratio", "qkv_bias", "qk_norm", "proj_bias", "scale_attn_norm", "scale_mlp_norm", "init_values",
@@ -41,7 +41,7 @@ Side = Annotated[int, Field(ge=1, le=16384)]
 
 
 class Architecture(FrozenConfig):
-    """What it takes to build the module of a vision model."""
+    """Everything needed to build the module of a vision model."""
 
     library: Literal["timm", "transformers"] = Field(description="the package that builds it")
     name: str = Field(description="timm: the model's name; transformers: the model's class")
@@ -63,19 +63,19 @@ class Architecture(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _usual_activation(cls, data: Any) -> Any:
-        """Reads files written before this field existed: their classifiers were all treated as softmax classifiers."""
+        """Reads files from before this field existed, when every classifier was treated as a softmax classifier."""
         if isinstance(data, dict) and "activation" not in data:
             return {**data, "activation": usual_activation(data.get("head"))}
         return data
 
     @property
     def ranked(self) -> bool:
-        """Whether its largest output is its answer."""
+        """Whether the class with the largest output is the answer."""
         return ranks(self.activation, len(self.classes or ()))
 
     @property
     def choices(self) -> tuple[str, ...] | None:
-        """The classes of which a picture shows one; None where outputs are features, values, or a single label."""
+        """The classes, exactly one of which applies to an image; None for features, values, or a single label."""
         chooses = self.activation != "none" and len(self.classes or ()) > 1
         return self.classes if chooses else None
 
@@ -101,15 +101,15 @@ class Architecture(FrozenConfig):
 
 
 def usual_activation(head: Any) -> Activation:
-    """The output activation of a head that declares none."""
+    """The output activation of a head that does not declare one."""
     return "none" if head == "features" else "softmax"
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments for timm that are no shapes or parts of a model.
+    """Refuse timm arguments other than shapes and components of a model.
 
     Raises:
-        ValueError: one that is not on the list, or holds more than numbers, names and lists of them.
+        ValueError: an argument is not permitted, or its value is not made of numbers, names and lists of them.
     """
     foreign = sorted(set(arguments) - _ARGUMENTS)
     if foreign:
@@ -121,12 +121,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """The module with random weights: prepared (see `prepare_model`), in eval mode, float32; nothing is downloaded.
+    """Build the module with random weights: prepared (see `prepare_model`), eval mode, float32; downloads nothing.
 
-    The random state of the process is left as it was.
+    The random state of the process is not changed.
 
     Raises:
-        ConfigurationError: the library does not know it, or builds something else than described.
+        ConfigurationError: the library does not know the model, or builds something other than described.
         MissingCapabilityError: the library is not installed.
     """
     with torch.random.fork_rng(devices=[]):
@@ -151,7 +151,7 @@ def _create(architecture: Architecture) -> Any:
         if cls is None:
             return library.create_model(architecture.name, pretrained=False, **architecture.arguments)
         return cls._from_config(cls.config_class.from_dict(dict(architecture.arguments)))
-    except Exception as error:  # arguments go to third-party code, which raises what it likes
+    except Exception as error:  # third-party code, which may raise any type
         raise ConfigurationError(
             f"{architecture.library} {library.__version__} cannot build {architecture.name}",
             why=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
@@ -160,10 +160,10 @@ def _create(architecture: Architecture) -> Any:
 
 
 def transformers_class(name: str) -> type[PreTrainedModel]:
-    """The model class of transformers with this name.
+    """The transformers model class of this name.
 
     Raises:
-        ConfigurationError: there is none, or the name is something else.
+        ConfigurationError: there is no such class, or the name refers to something else.
     """
     try:
         transformers = import_transformers()
@@ -182,19 +182,19 @@ def transformers_class(name: str) -> type[PreTrainedModel]:
 
 
 class ClassAndPatches(nn.Module):
-    """A backbone with a linear classifier on top: `Linear([class token, mean of the patches])`.
+    """A backbone with a linear classifier on top: `Linear([class token, mean of the patch tokens])`.
 
-    Without prefix tokens the classifier reads the mean alone. Neither library has this head for every backbone, and it
-    is the strong and cheap one for features that were learned without labels (DINOv2, arXiv 2304.07193, reports it).
-    The head is an `nn.Linear` of the model like any other, so it is quantized with it.
+    Without prefix tokens, the classifier reads the mean alone. Neither library offers this head for every backbone. It
+    is cheap and performs well on features learned without labels (DINOv2, arXiv 2304.07193, reports it). The head is an
+    ordinary `nn.Linear` of the model, so it is quantized with it.
 
     Args:
         backbone: prepared by `prepare_model`, without a head of its own.
-        image_size: (height, width), pixels: one pass at this size tells prefix tokens and width.
+        image_size: (height, width) in pixels; one pass at this size determines prefix tokens and width.
         classes: number of classes.
 
     Raises:
-        ConfigurationError: the backbone gives no tokens, or has a head.
+        ConfigurationError: the backbone returns no tokens, or has a head.
     """
 
     def __init__(self, backbone: nn.Module, image_size: tuple[int, int], classes: int) -> None:
@@ -215,7 +215,7 @@ class ClassAndPatches(nn.Module):
         self.head = nn.Linear(features.shape[-1], classes)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the head reads: (N, 3, H, W) -> (N, 2 x width), or (N, width) without prefix tokens."""
+        """The input of the head: (N, 3, H, W) -> (N, 2 x width), or (N, width) without prefix tokens."""
         tokens = token_features(self.backbone, pixels)
         mean = tokens[:, self.prefix_tokens :].mean(dim=1)
         return torch.cat((tokens[:, 0], mean), dim=-1) if self.prefix_tokens else mean
@@ -227,10 +227,10 @@ class ClassAndPatches(nn.Module):
 
 
 def token_features(backbone: nn.Module, pixels: Tensor) -> Tensor:
-    """The tokens after the last block and norm: (N, tokens, width), prefix tokens first.
+    """The tokens after the last block and its norm: (N, tokens, width), prefix tokens first.
 
     Raises:
-        ConfigurationError: the backbone does not give them.
+        ConfigurationError: the backbone does not provide them.
     """
     tokens: Any
     forward: Any = getattr(backbone, "forward_features", None)  # timm

@@ -1,12 +1,12 @@
-"""Interception of attention: a handler computes every attention of a model, without touching the model's code.
+"""Intercepts attention: a handler computes every attention of a model, without changes to the model's code.
 
-All supported attentions end in one call of `torch.nn.functional.scaled_dot_product_attention` (`prepare_model`
-sees to that). So one patch of that function, for the time of a context, reaches every family at once: maps
-for a loss, quantizers for a student, the explicit formula for an export. Outside the context nothing is changed,
-and the fused kernels stay in use.
+All supported attention modules end in a call of `torch.nn.functional.scaled_dot_product_attention` (`prepare_model`
+ensures this). Patching that function within a context manager therefore covers every model family: attention maps for
+a loss, quantizers for a student, the explicit formula for an export. Outside the context nothing is changed, and the
+fused kernels remain in use.
 
-The patch replaces a name in a module of torch, so it holds for the whole process: one context at a time, and
-forwards from other threads are seen too.
+The patch replaces a name in a torch module, so it affects the whole process: only one context can be active at a time,
+and forward passes in other threads are intercepted too.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Hook = Callable[[Tensor], Tensor]
 
 
 class AttentionHandler(Protocol):
-    """Computes one attention in the model's place."""
+    """Computes an attention in place of the model."""
 
     def __call__(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """The attention's output.
 
         Args:
-            name: the module that calls, as in `model.named_modules()`.
-            q: queries (B, H, Nq, d), not yet multiplied by `scale`. B counts windows too.
+            name: the calling module, as in `model.named_modules()`.
+            q: queries (B, H, Nq, d), not yet multiplied by `scale`. B also counts windows.
             k: keys (B, H, N, d).
             v: values (B, H, N, d).
-            mask: what is added to the logits, broadcastable to (B, H, Nq, N); None where there is none.
-            scale: factor of the logits, usually 1/sqrt(d).
+            mask: added to the logits, broadcastable to (B, H, Nq, N); None if there is no mask.
+            scale: factor applied to the logits, usually 1/sqrt(d).
 
         Returns:
             (B, H, Nq, d).
@@ -53,15 +53,15 @@ def explicit_attention(
     on_logits: Hook | None = None,
     on_probs: Hook | None = None,
 ) -> Tensor:
-    """softmax((q·scale) kᵀ + mask) v, in exactly this order: the scale on q, before the product.
+    """softmax((q·scale) kᵀ + mask) v, in exactly this order: q is scaled before the matrix multiplication.
 
     Args:
         q: (B, H, Nq, d).
         k: (B, H, N, d).
         v: (B, H, N, d).
         mask: additive or None, broadcastable to (B, H, Nq, N).
-        scale: 1.0 multiplies nothing, for a q that has it already.
-        on_logits: sees (q·scale) kᵀ (B, H, Nq, N), before the mask, and returns what is used in its place.
+        scale: pass 1.0 if q is already scaled.
+        on_logits: called with (q·scale) kᵀ (B, H, Nq, N), before the mask; its result is used instead.
         on_probs: the same for the probabilities (B, H, Nq, N).
 
     Returns:
@@ -82,7 +82,7 @@ def explicit_attention(
 
 @contextmanager
 def module_stack(modules: Collection[tuple[str, nn.Module]]) -> Iterator[list[str]]:
-    """The names of those of `modules` that are running, outermost first, while the context lasts."""
+    """While the context is active, the names of those `modules` that are running, outermost first."""
     stack: list[str] = []
 
     def entering(name: str) -> Callable[..., None]:
@@ -94,27 +94,27 @@ def module_stack(modules: Collection[tuple[str, nn.Module]]) -> Iterator[list[st
     with ExitStack() as hooks:
         for name, module in modules:
             hooks.enter_context(module.register_forward_pre_hook(entering(name)))
-            # always_call: a forward that raises must leave the stack as it found it.
+            # always_call: restore the stack even if a forward raises.
             hooks.enter_context(module.register_forward_hook(leaving, always_call=True))
         yield stack
 
 
 @contextmanager
 def intercept_attention(model: nn.Module, names: Collection[str], handler: AttentionHandler) -> Iterator[None]:
-    """Give every attention of `names` to `handler` while the context lasts.
+    """Pass every attention of `names` to `handler` while the context is active.
 
-    Attentions of other modules, and of other models, run as always. Works under autograd, autocast and
-    non-strict `torch.export`, and is undone however the context is left.
+    Attention in other modules, and in other models, runs as usual. Works under autograd, autocast and
+    non-strict `torch.export`; the patch is removed however the context is left.
 
     Args:
         model: the model that will run.
-        names: modules that call the fused attention, as `VitStructure.attention_names` gives them.
-        handler: called in the place of the fused attention.
+        names: modules that call the fused attention, as listed by `VitStructure.attention_names`.
+        handler: called instead of the fused attention.
 
     Raises:
-        ConfigurationError: a name is no module of the model; while running: an attention that is causal, has
+        ConfigurationError: a name is not a module of the model; or, while running, an attention is causal, uses
             dropout, or shares keys among heads.
-        RuntimeError: a context is active already.
+        RuntimeError: another context is already active.
     """
     if getattr(functional.scaled_dot_product_attention, "_fp8pipe_intercepts", False):
         raise RuntimeError("attention is intercepted already; leave that context first")
@@ -136,7 +136,7 @@ def intercept_attention(model: nn.Module, names: Collection[str], handler: Atten
             name = stack[-1]
             _refuse(name, dropout_p, is_causal, enable_gqa)
             scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-            if attn_mask is not None and attn_mask.dtype == torch.bool:  # True: takes part
+            if attn_mask is not None and attn_mask.dtype == torch.bool:  # True: attended to
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
             return handler(name, query, key, value, attn_mask, scale)
 

@@ -1,15 +1,16 @@
-"""The quantized model in arithmetic that has one result: what every engine, thread count and processor can agree on.
+"""The quantized model in arithmetic with a single possible result, equal for every engine, thread count and processor.
 
-A quantized transformer is chaotic. Where sums are rounded at every addition, their order decides last bits, a last bit
-moves a code, and a few layers on the logits differ by percents, between two correct engines or one engine with two
-threads. So "the same model" has no bits to compare, unless its arithmetic leaves no choice. Here it leaves none:
+A quantized transformer amplifies rounding errors. If sums are rounded at every addition, the order of additions affects
+the last bits, a last bit changes a code, and a few layers later the logits differ by several percent, whether between
+two correct engines or in one engine with two thread counts. Bitwise comparison is then impossible. It becomes possible
+if the arithmetic leaves no freedom, as here:
 
-* products of codes are integers, and exact; one fp32 multiplication by `scale_x * scale_w` makes numbers of them;
-* everything between a product and the next quantizer is float64, and is rounded to fp32 once, where it is quantized.
+* matrix multiplications of codes are exact in integers, and one fp32 multiplication by `scale_x * scale_w` scales them;
+* everything between a matrix multiplication and the next quantizer is float64, rounded to fp32 once, when quantized.
 
-Two implementations then differ by 1e-15 of a value at most. A code changes with that only where a value lies so near to
-the border of two fp32 numbers that are at the border of two codes: of millions of codes, none. Codes and logits of a
-whole net are therefore equal, bit for bit, and a comparison needs no tolerance.
+Two implementations then differ by a relative error of at most 1e-15. That changes a code only if a value lies this
+close to the boundary of two fp32 numbers that is also the boundary of two codes, which happened for none of millions of
+codes. Codes and logits of a whole model are therefore bitwise equal, and a comparison needs no tolerance.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from fp8pipe.models.vision.structure import LinearSite
 from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes
 
-# Up to here every integer is an fp32 number, and so is every partial sum of a product below it, in any order.
+# Up to 2^24 fp32 represents every integer, so sums of integers below it are exact in any order.
 _FP32_INTEGERS: Final = 2**24
 Codes = Callable[[str, Tensor], None]
 
 
 def inexact_sites(quantized: QuantizedVit) -> list[str]:
-    """Products whose sums depend on their order: those without integer codes on both sides."""
+    """Matrix multiplications whose result depends on summation order: those without integer codes on both sides."""
     integers = {site for site, q in quantized.activations.items() if q.kind is Kind.INT}
     whole = {name for name, weight in quantized.weights.items() if weight.kind is Kind.INT}
     structure = quantized.structure
@@ -48,7 +49,7 @@ def inexact_sites(quantized: QuantizedVit) -> list[str]:
 def double_model(quantized: QuantizedVit) -> nn.Module:
     """The prepared model in float64 with dequantized weights, without hooks.
 
-    Epsilons of normalizations are rounded to fp32, as ONNX stores them.
+    Epsilons of normalizations are rounded to fp32, the precision in which ONNX stores them.
     """
     model = build(quantized.architecture)
     model.load_state_dict(quantized.model.state_dict())
@@ -59,13 +60,13 @@ def double_model(quantized: QuantizedVit) -> nn.Module:
 
 
 class ExactVit:
-    """The model of an artifact in exact arithmetic. Slower than `QuantizedVit` by a small factor.
+    """An artifact's model in exact arithmetic; somewhat slower than `QuantizedVit`.
 
     Args:
-        quantized: not changed.
+        quantized: the model; not changed.
 
     Raises:
-        ConfigurationError: a product has no integer codes (FP8 artifacts).
+        ConfigurationError: a matrix multiplication has no integer codes (FP8 artifacts).
     """
 
     def __init__(self, quantized: QuantizedVit) -> None:
@@ -91,7 +92,7 @@ class ExactVit:
 
         Args:
             pixels: the images.
-            on_codes: is told the codes (int8) of every activation site, in the order in which they are made.
+            on_codes: called with the codes (int8) of every activation site, in execution order.
         """
         self._on_codes = on_codes
         try:
@@ -102,7 +103,7 @@ class ExactVit:
 
     def _codes(self, site: str, x: Tensor) -> tuple[Tensor, ActivationQuantizer]:
         quantizer = self._activations[site]
-        codes = quantizer.codes(x.float())  # the one rounding to fp32
+        codes = quantizer.codes(x.float())  # the only rounding to fp32
         if self._on_codes is not None:
             self._on_codes(site, codes)
         return codes, quantizer
@@ -131,9 +132,9 @@ class ExactVit:
 
 
 def _product(codes: Tensor, weight: WeightCodes, reads: ActivationQuantizer, layer: nn.Module) -> Tensor:
-    """What a linear or a patch embedding multiplies, float64, without bias."""
+    """The matrix multiplication of a linear or a patch embedding, float64, without bias."""
     flat = weight.codes.flatten(1)
-    scale = torch.tensor(reads.scale) * weight.scale  # fp32, as engines multiply them
+    scale = torch.tensor(reads.scale) * weight.scale  # fp32, as engines multiply scales
     if weight.codes.dim() == 2:
         return _scaled(_sum(codes, flat.T), scale)
     assert isinstance(layer, nn.Conv2d)
@@ -144,14 +145,14 @@ def _product(codes: Tensor, weight: WeightCodes, reads: ActivationQuantizer, lay
 
 
 def _sum(left: Tensor, right: Tensor) -> Tensor:
-    """The exact product of two tensors of codes: fp32 where all partial sums are fp32 numbers, else float64."""
+    """The exact matrix product of two code tensors: fp32 if it represents all partial sums exactly, else float64."""
     bound = int(left.int().abs().max()) * int(right.int().abs().max()) * left.shape[-1]
     dtype = torch.float32 if bound <= _FP32_INTEGERS else torch.float64
     return left.to(dtype) @ right.to(dtype)
 
 
 def _scaled(sums: Tensor, scale: Tensor) -> Tensor:
-    """Integers times an fp32 scale: rounded to fp32 before and after, then float64."""
+    """Integers times an fp32 scale: rounded to fp32 before and after, then converted to float64."""
     return (sums.float() * scale).double()
 
 
@@ -160,5 +161,5 @@ def _joint(left: ActivationQuantizer, right: ActivationQuantizer) -> Tensor:
 
 
 def as_fp32(value: float) -> float:
-    """A number as a graph stores it."""
+    """A number rounded to fp32, as an ONNX graph stores it."""
     return float(torch.tensor(value, dtype=torch.float32))

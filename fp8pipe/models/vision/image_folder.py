@@ -1,4 +1,4 @@
-"""Labelled pictures on disk: one folder per class, the layout that most tools write."""
+"""Labelled images on disk: one folder per class, the layout that most tools write."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"))
-UNLABELLED: Final = ("",)  # the classes of pictures that lie in one place
+UNLABELLED: Final = ("",)  # the classes if all images are in one folder
 _SMALL: Final = (64, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFolder:
-    """The pictures of a folder, class by class, each in the order of the names.
+    """The images of a folder, grouped by class and sorted by name within a class.
 
     Attributes:
         path: the folder.
         classes: names of the class folders, sorted.
-        files: the pictures.
-        labels: for each of them the index of its class.
+        files: the images.
+        labels: the class index of each image.
     """
 
     path: Path
@@ -40,10 +40,10 @@ class ImageFolder:
 
 
 def read_image_folder(path: Path) -> ImageFolder:
-    """List the pictures of `path/CLASS/NAME.jpg` (any depth below the class; hidden files and others are skipped).
+    """List the images `path/CLASS/NAME.jpg` (at any depth below the class; hidden files and other types are skipped).
 
     Raises:
-        ConfigurationError: no folder, no class folders, or a class without pictures.
+        ConfigurationError: the folder does not exist, has no class folders, or a class has no images.
     """
     if not path.is_dir():
         raise ConfigurationError(
@@ -67,10 +67,10 @@ def read_image_folder(path: Path) -> ImageFolder:
 
 
 def list_pictures(path: Path) -> ImageFolder:
-    """The pictures of a folder that need no labels: one folder per class, or all in one place (then `UNLABELLED`).
+    """List a folder's images if no labels are needed: one folder per class, or all in one folder (then `UNLABELLED`).
 
     Raises:
-        ConfigurationError: no folder, or neither layout.
+        ConfigurationError: the folder does not exist, or has neither layout.
     """
     entries = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
     loose = [] if any(p.is_dir() for p in entries) else [p for p in entries if _is_picture(p)]
@@ -78,10 +78,10 @@ def list_pictures(path: Path) -> ImageFolder:
 
 
 def check_pictures(folder: ImageFolder) -> None:
-    """Decode every picture once, JPEG ones small: what is broken is found before hours of work, not after.
+    """Decode every image once, JPEGs at reduced size, so that broken files are found before hours of work.
 
     Raises:
-        ConfigurationError: one cannot be read; the error names the file.
+        ConfigurationError: an image cannot be read; the error names the file.
     """
     for file in folder.files:
         with _opened(file) as image:
@@ -90,10 +90,10 @@ def check_pictures(folder: ImageFolder) -> None:
 
 
 def read_pixels(file: Path, preprocessing: Preprocessing) -> Tensor:
-    """One picture as (3, H, W) uint8, resized and cropped.
+    """One image as (3, H, W) uint8, resized and cropped.
 
     Raises:
-        ConfigurationError: it cannot be read; the error names the file.
+        ConfigurationError: the image cannot be read; the error names the file.
     """
     with _opened(file) as image:
         return preprocessing.pixels(image)
@@ -115,7 +115,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
 
 
 def batches(folder: ImageFolder, rows: list[int], preprocessing: Preprocessing, size: int) -> Iterator[Tensor]:
-    """The pictures of `rows` in batches of at most `size`: (n, 3, H, W) uint8."""
+    """The images at indices `rows`, in batches of at most `size`: (n, 3, H, W) uint8."""
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         yield torch.stack([read_pixels(folder.files[row], preprocessing) for row in chunk])

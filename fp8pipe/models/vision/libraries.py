@@ -1,6 +1,6 @@
-"""Pretrained vision models of timm (from the hub or a directory) and of transformers (a directory).
+"""Loads pretrained vision models of timm (from the hub or a directory) and of transformers (from a directory).
 
-Either becomes the same three things: weights by the names of the prepared model, an architecture and a preprocessing.
+Either yields the same three things: weights under the prepared model's names, an architecture, and the preprocessing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fp8pipe.models.vision.towers import check_all_read, vision_config, vision_p
 
 
 class Pretrained(NamedTuple):
-    """What a checkpoint becomes, and what a user should know of how it was read."""
+    """The contents of a checkpoint, and notes for the user on how it was read."""
 
     weights: dict[str, Tensor]
     architecture: Architecture
@@ -38,7 +38,7 @@ class Pretrained(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-# Entries that say where and by what a configuration was written, not what is built.
+# Entries that record where and by what a configuration was written, and do not affect the model.
 _RECORDS: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 _OWN_SHAPES: Final = "use a checkpoint whose model_args give shapes and parts of a vision transformer alone"
 _ONE_OUTPUT: Final = (
@@ -48,14 +48,14 @@ _ONE_OUTPUT: Final = (
 
 
 def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretrained:
-    """A model in a directory of timm (its config.json names an architecture) or of transformers.
+    """Load a model directory of timm (its config.json names an architecture) or of transformers.
 
     Args:
-        folder: config.json and safetensors; with transformers also preprocessor_config.json.
-        image_size: (height, width) in pixels, None for that of the weights or the configuration.
+        folder: contains config.json and safetensors; for transformers also preprocessor_config.json.
+        image_size: (height, width) in pixels; None for the size of the weights or the configuration.
 
     Raises:
-        ConfigurationError: no vision model, weights missing, no preprocessing beside them, or another image size.
+        ConfigurationError: not a vision model, missing weights or preprocessing, or an unsupported image size.
         BadArtifactError: a file cannot be read.
     """
     config = read_config(folder / "config.json")
@@ -74,15 +74,15 @@ def load_from_folder(folder: Path, image_size: tuple[int, int] | None) -> Pretra
 def load_from_timm(
     source: str, image_size: tuple[int, int] | None, written: Mapping[str, Any] | None = None
 ) -> Pretrained:
-    """A pretrained timm model.
+    """Load a pretrained timm model.
 
     Args:
-        source: a model name with or without a tag, or `local-dir:` and a directory.
-        image_size: (height, width) in pixels, None for that of the weights.
-        written: arguments of the model that are stored beside its weights.
+        source: a model name with or without a tag, or `local-dir:` followed by a directory.
+        image_size: (height, width) in pixels; None for the size of the weights.
+        written: model arguments stored beside its weights.
 
     Raises:
-        ConfigurationError: timm has no such model or no weights for it, or it takes no other image size.
+        ConfigurationError: timm has no such model, no weights for it, or the model does not support the image size.
         MissingCapabilityError: timm is not installed, or the weights could not be downloaded.
     """
     timm = import_timm()
@@ -115,7 +115,7 @@ def _create(timm: Any, source: str, image_size: tuple[int, int] | None) -> Any:
             fix="check the network (HF_HUB_OFFLINE must be unset to download); sample:vit-digits needs none",
         ) from error
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
-        if isinstance(error, TypeError) and options:  # of a model that takes no size: for the true reason
+        if isinstance(error, TypeError) and options:  # the model takes no image size: report the real cause
             check_plain(timm.create_model(source, pretrained=False), source)
         raise ConfigurationError(
             f"timm {timm.__version__} cannot give the model {source}",
@@ -125,13 +125,13 @@ def _create(timm: Any, source: str, image_size: tuple[int, int] | None) -> Any:
 
 
 def _built_size(model: Any) -> tuple[int, int] | None:
-    """The image size that the module was built for; the one noted for its data may be another."""
+    """The image size that the module was built for; the size noted in its data config may differ."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return pair_of_integers(size) if isinstance(size, tuple | list) else None
 
 
 def _class_names(model: nn.Module) -> tuple[str, ...]:
-    """The names that came with the weights; ImageNet's synsets for 1000 classes; else numbers. None for a backbone."""
+    """The class names stored with the weights, ImageNet synsets for 1000 classes, else numbers; () for a backbone."""
     count = class_count(model)
     if count is None:
         return ()
@@ -150,9 +150,9 @@ def _class_names(model: nn.Module) -> tuple[str, ...]:
 def _choose_size(
     model: nn.Module, stated: tuple[int, int], prepared: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """The (height, width) of images, where none was asked for, and what to say: the image processor decides.
+    """The (height, width) to use if the user gave none, and notes for the user.
 
-    Unless the model takes the size of its configuration alone. `stated` is the latter, `prepared` the processor's.
+    The image processor's size, `prepared`, is used, unless the model only runs at its configuration's size, `stated`.
     """
     if stated == prepared:
         return stated, ()
@@ -188,7 +188,7 @@ def _architecture(
     classes: tuple[str, ...],
     problem: str | None = None,
 ) -> tuple[Architecture, tuple[str, ...]]:
-    """The architecture, and what was concluded without being said by the checkpoint; without classes a backbone."""
+    """The architecture, and notes on what was inferred; a model without classes is treated as a backbone."""
     activation = activation_of(len(classes), problem) if classes else "none"
     try:
         architecture = Architecture(
@@ -238,21 +238,21 @@ def _from_transformers(folder: Path, config: Mapping[str, Any], image_size: tupl
 
 
 def _declared(config_class: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What the class of a configuration knows; checkpoints hold more, which no model of it reads."""
+    """The entries that the configuration class knows; checkpoints may contain others, which no such model reads."""
     kept = declared_fields(config_class) - set(_RECORDS) | {"model_type"}
     inner = config_class.sub_configs
     return {k: _declared(inner[k], v) if k in inner and v else v for k, v in found.items() if k in kept}
 
 
 def _load(folder: Path, name: str, config: Mapping[str, Any]) -> Any:
-    """The model with every weight of the folder; transformers alone would make up the missing, and drop the rest."""
+    """The model with every weight of the folder; transformers alone would invent missing ones and drop extras."""
     cls: Any = transformers_class(name)
     _check_weights(folder, "*.safetensors")
     try:
         model, info = cls.from_pretrained(folder, config=vision_config(folder, config, name), dtype="float32",
                                           local_files_only=True, use_safetensors=True,
                                           output_loading_info=True)  # fmt: skip
-    except Exception as error:  # settings and files go to third-party code, which raises what it likes
+    except Exception as error:  # third-party code, which may raise any type
         raise BadArtifactError(
             f"{folder} cannot be loaded as {name}",
             why=_why_not(error),
@@ -305,7 +305,7 @@ def _image_size(config: Any) -> tuple[int, int]:
 
 
 def _processor(folder: Path, size: tuple[int, int]) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The image processor's recipe and notes; `size` is that of the model's configuration."""
+    """The image processor's recipe, with notes; `size` is the one in the model's configuration."""
     path, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     if path.is_file():
         read_config(path)

@@ -1,4 +1,4 @@
-"""Names of classes as checkpoints give them, brought to what an artifact holds: one name an output, each different."""
+"""Converts a checkpoint's class names to the form that artifacts use: exactly one name per output, all distinct."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SHOWN = 3
 
 
 def named_outputs(labels: Mapping[int, str], outputs: int) -> tuple[tuple[str, ...], list[str]]:
-    """The names of a head's outputs in their order, each different, and what was changed, in words.
+    """Distinct names of a head's outputs, in order, and notes on what was changed.
 
     Args:
-        labels: transformers' `id2label`. Its numbers may begin at another than 0, or leave some out: then the names
-            belong to the outputs in the order of the numbers, which is the only way that they can.
+        labels: transformers' `id2label`. If its numbers do not start at 0 or have gaps, the names are assigned to the
+            outputs in numerical order, which is the only possible assignment.
         outputs: number of outputs.
 
     Raises:
-        ConfigurationError: another number of names than of outputs.
+        ConfigurationError: the number of names differs from the number of outputs.
     """
     if len(labels) != outputs:
         raise ConfigurationError(
@@ -37,13 +37,13 @@ def named_outputs(labels: Mapping[int, str], outputs: int) -> tuple[tuple[str, .
 
 
 def unique_names(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """The names with the number of the output behind those that occur twice (`crane (134)`), and a note of them."""
+    """The names, with the output's index appended to duplicates (`crane (134)`), and a note about them."""
     counts = Counter(names)
     doubled = [name for name, count in counts.items() if count > 1]
     taken, found = {name for name, count in counts.items() if count == 1}, []
     for index, name in enumerate(names):
         made = f"{name} ({index})" if counts[name] > 1 else name
-        while counts[name] > 1 and made in taken:  # a class that is called so itself
+        while counts[name] > 1 and made in taken:  # another class already has this name
             made += f" ({index})"
         taken.add(made)
         found.append(made)

@@ -1,4 +1,4 @@
-"""What is a plain vision transformer, seen in its modules before anything is run: refusals give the true reason."""
+"""Checks from its modules, before running it, that a model is a plain vision transformer; errors say why not."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FIX: Final = "use a plain vision transformer, such as ViT, DeiT, BEiT, EVA, DIN
 
 
 def check_plain(model: nn.Module, name: str) -> None:
-    """Refuse a model whose convolutions are not one patch embedding of RGB images; `name` is what it is called.
+    """Refuse a model unless its only convolution is one patch embedding of RGB images; `name` is used in messages.
 
     Raises:
-        ConfigurationError: there is none, or with the one that is too many, overlaps, or reads other channels.
+        ConfigurationError: there is no patch embedding; or a convolution is extra, overlaps, or reads other channels.
     """
     found = [(place, module) for place, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)]
     beside = [(place, module) for place, module in found if not cuts_without_overlap(module)] or found[1:]
@@ -46,7 +46,7 @@ def check_plain(model: nn.Module, name: str) -> None:
 
 
 def cuts_without_overlap(module: nn.Module) -> bool:
-    """Whether a module is the convolution that makes a token of every patch."""
+    """Whether a module is a convolution that turns non-overlapping patches into tokens."""
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == module.stride

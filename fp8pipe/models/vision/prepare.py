@@ -1,15 +1,15 @@
-"""Puts a freshly loaded model into the one form that the rest of the project reads, and calls it in one way.
+"""Converts a freshly loaded model to the uniform form that the rest of the project expects, and runs it uniformly.
 
-Exactly the same function, written so that every product is an `nn.Linear`, an `nn.Conv2d` or one call of
+The function computed is the same, but every matrix multiplication becomes an `nn.Linear`, an `nn.Conv2d` or a call of
 `scaled_dot_product_attention`:
 
-* timm modules with a `fused_attn` switch have it on; transformers models use their "sdpa" implementation;
-* BEiT and EVA keep the biases of q and v beside a linear without one and add them with a function of their own:
+* timm modules with a `fused_attn` switch have it turned on; transformers models use their "sdpa" implementation;
+* BEiT and EVA keep the biases of q and v separate from a bias-free linear and add them in their own code:
   they become that linear's bias (k's is zero);
 * `nn.MultiheadAttention` (pooling heads) hides its projections in one parameter: it becomes three linears.
 
-So the names of parameters are those of the prepared model, in artifacts too. `vision_outputs` maps pixels to (N, C),
-whatever object the model's library returns.
+Parameter names are therefore those of the prepared model, in artifacts too. `vision_outputs` maps pixels to (N, C),
+whatever output type the library returns.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fp8pipe.core.errors import ConfigurationError
 
 
 class ProjectedAttention(nn.Module):
-    """`nn.MultiheadAttention` over (N, L, E) inputs with its projections as linears; returns (output, None).
+    """`nn.MultiheadAttention` over (N, L, E) inputs with separate linear projections; returns (output, None).
 
     Args:
-        attention: the module to take the weights from, without masks, dropout, extra keys or batch-second inputs.
+        attention: the module whose weights are taken; without masks, dropout, extra keys or batch-second inputs.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -45,7 +45,7 @@ class ProjectedAttention(nn.Module):
         self.out_proj.load_state_dict(attention.out_proj.state_dict())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
-        """The attention of (N, Lq, E) over (N, L, E); `options` that would change the result are refused."""
+        """Attention of (N, Lq, E) over (N, L, E); refuses `options` that would change the result."""
         masks = sorted(name for name in ("key_padding_mask", "attn_mask") if options.get(name) is not None)
         if masks:
             raise ConfigurationError(
@@ -61,12 +61,12 @@ class ProjectedAttention(nn.Module):
 
 
 def prepare_model(model: nn.Module) -> nn.Module:
-    """Rewrites `model` in place: eval, float32, no gradients of parameters, every product where it can be reached.
+    """Rewrite `model` in place: eval mode, float32, parameters without gradients, matrix multiplications as above.
 
-    `model` is one of timm or transformers with its weights loaded; it is returned. Idempotent.
+    `model` is a timm or transformers model with its weights loaded; it is returned. Idempotent.
 
     Raises:
-        ConfigurationError: an attention of a kind that cannot be rewritten; the error names the module.
+        ConfigurationError: an attention cannot be rewritten; the error names the module.
     """
     model.eval().float().requires_grad_(False)
     if hasattr(model, "set_attn_implementation"):
@@ -97,7 +97,7 @@ def _use_sdpa(model: Any) -> None:
 
 
 def _merge_biases(name: str, module: Any) -> None:
-    """Biases of q and v (and k's zeros) become the bias of the linear that makes q, k and v at once."""
+    """Merge the biases of q and v (with zeros for k) into the bias of the combined qkv linear."""
     qkv, q_bias, k_bias, v_bias = module.qkv, module.q_bias, module.k_bias, module.v_bias
     if not isinstance(qkv, nn.Linear) or q_bias is None:
         return
@@ -129,7 +129,7 @@ def _check_plain(name: str, attention: nn.MultiheadAttention) -> None:
 
 
 def vision_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Logits of a classifier, pooled features of a backbone: (N, C), the model's own tensor (not a copy).
+    """Logits of a classifier, or pooled features of a backbone: (N, C), the model's own tensor (not a copy).
 
     Args:
         model: a timm or transformers vision model, in eval mode.

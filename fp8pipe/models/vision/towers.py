@@ -1,4 +1,4 @@
-"""Checkpoints of transformers that hold more than a vision model: which part is taken, and nothing else is lost."""
+"""Selects the vision part of a transformers checkpoint that holds more, and refuses to drop any other weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fp8pipe.models.compat import import_transformers
 __all__ = ["check_all_read", "vision_config", "vision_part"]
 
 _TOWERS: Final = frozenset(("vision_config", "text_config"))
-# Weights of a text encoder, and the factor and offset of the comparison of texts with images.
+# Weights of a text encoder, and the scale and bias of the text-image similarity.
 _TEXT_SIDE: Final = re.compile(r"text_\w+\.|logit_(scale|bias)$")
 _SHOWN: Final = 5
 
 
 def vision_part(name: str, config: Mapping[str, Any]) -> str:
-    """The class that gives the image features of a model with a text encoder beside; other names as they are.
+    """The class that computes image features, for a model with a text encoder; other class names are unchanged.
 
-    With its projection where there is such a class: what transformers calls image features is what comes after it.
+    The class with the projection is preferred: transformers' image features are the projected ones.
     """
     if not name.endswith("Model") or not set(config) >= _TOWERS:
         return name
@@ -34,8 +34,8 @@ def vision_part(name: str, config: Mapping[str, Any]) -> str:
 def vision_config(folder: Path, config: Mapping[str, Any], name: str) -> Any:
     """The configuration of the vision model `name` in a checkpoint with a text encoder.
 
-    None where there is no text encoder, and for a class that takes the whole configuration (a classifier). The width of
-    the projection stands outside of the vision model's, for both encoders.
+    None if there is no text encoder, or if the class takes the whole configuration (a classifier). The width of the
+    projection is stored outside the vision model's configuration, for both encoders.
     """
     if not set(config) >= _TOWERS or name == str((config.get("architectures") or [""])[0]):
         return None
@@ -46,20 +46,20 @@ def vision_config(folder: Path, config: Mapping[str, Any], name: str) -> Any:
 
 
 def check_all_read(folder: Path, name: str, unread: Iterable[str]) -> None:
-    """Refuse weights that the class did not load, unless they belong to a text encoder.
+    """Refuse weights that the class did not load, except those of a text encoder.
 
     Args:
         folder: the checkpoint.
         name: the class.
-        unread: names of stored tensors that no parameter took.
+        unread: names of stored tensors that were assigned to no parameter.
 
     Raises:
-        ConfigurationError: the model would not compute what the checkpoint does.
+        ConfigurationError: the loaded model would compute something other than the checkpoint's model.
     """
     lost = sorted(key for key in unread if not _TEXT_SIDE.match(key))
     if lost:
         entries = (entry for file in weight_files(folder) for entry in header_entries(file).values())
-        tables = tuple(entry.name for entry in entries if entry.dtype not in PLAIN_FLOATS)  # indices of positions
+        tables = tuple(entry.name for entry in entries if entry.dtype not in PLAIN_FLOATS)  # position indices
         lost = [key for key in lost if not any(table.endswith(key) for table in tables)]
     if lost:
         raise ConfigurationError(

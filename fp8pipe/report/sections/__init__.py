@@ -1,4 +1,4 @@
-"""The sections of a report, in the order in which they are read."""
+"""The sections of a report, in reading order."""
 
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -14,7 +14,7 @@ from fp8pipe.report.subject import Subject
 
 __all__ = ["sections_of"]
 
-# Function that makes the blocks; anchor, heading and lead; and the text shown where there are no blocks.
+# For each section: the function that makes the blocks; anchor, heading and lead; and the text if there are no blocks.
 _SECTIONS: Final[tuple[tuple[Callable[[Subject], Iterator[Block]], str, str, str, Missing | None], ...]] = (
     (verdicts, "verdicts", "Verdicts", "Every gate, and whether it passed.", None),
     (training, "training", "Training", "The loss, and how much of the update reaches the FP8 codes.",

@@ -1,4 +1,4 @@
-"""What the engine makes of an export: the precision in which every product really runs, its speed and its size."""
+"""How the engine runs an export: the precision of every matrix multiplication, its speed and its size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MEASURED = (
 
 
 def precision(subject: Subject) -> Iterator[Block]:
-    """The builder's own listing, and ONNX Runtime's optimized graph."""
+    """The precision of each layer, from the engine builder's listing and from ONNX Runtime's optimized graph."""
     for item in subject.exports():
         if "tensorrt" in kind_named(item.kind).engines:
             yield from _engines(subject, item)
@@ -30,7 +30,7 @@ def precision(subject: Subject) -> Iterator[Block]:
 
 
 def _stored(subject: Subject, item: Item) -> Block:
-    """What the manifest says of layers whose kernels the engine chooses when it runs."""
+    """What the manifest says about layers whose kernels the engine chooses at run time."""
     layers = item.artifact.manifest.layers
     counted = subject.documents.derived(Derive.COUNT, item.manifest, "layers", "*", "weight")
     known = subject.documents.derived(Derive.COUNT, item.manifest, "layers")
@@ -81,7 +81,7 @@ def _kernels(subject: Subject, item: Item) -> Iterator[Block]:
 
 
 def speed(subject: Subject) -> Iterator[Block]:
-    """The records of benchmarks, of service checks, and of engines that ran."""
+    """Records of benchmarks, of serving checks, and of engines that ran."""
     if subject.items:
         yield _sizes(subject)
     for item in subject.exports():

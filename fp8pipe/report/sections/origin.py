@@ -1,4 +1,4 @@
-"""What was made from what, with which versions, on which machine, and by which commands."""
+"""The origin of every artifact, with the versions, the machine and the commands that were used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RECIPE = "recipe.yaml"
 
 
 def provenance(subject: Subject) -> Iterator[Block]:
-    """A tree of digests, from the base model to the records of its exports."""
+    """A tree of digests from the base model to the records of its exports."""
     roots: list[Node] = []
     nodes = {item.artifact.digest: _node(subject, item) for item in subject.items}
     outside: dict[str, Node] = {}
@@ -53,7 +53,7 @@ def _node(subject: Subject, item: Item) -> Node:
 
 
 def reproduce(subject: Subject) -> Iterator[Block]:
-    """Versions, machine, and the commands that do the same again."""
+    """Versions, machine, and the commands that reproduce the result."""
     yield _versions(subject)
     if subject.run is None:
         yield from _by_hand(subject)
@@ -106,6 +106,6 @@ def _by_hand(subject: Subject) -> Iterator[Block]:
 
 
 def _set(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what is not set."""
+    """A configuration without its unset entries."""
     found = {key: _set(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     return {key: value for key, value in found.items() if value is not None}

@@ -1,7 +1,7 @@
-"""The images that calibrated a vision transformer, and where the quantized model looks in them.
+"""The calibration images of a vision transformer, and the quantized model's attention on them.
 
-Nothing is read from a live model but the artifact's own files; a map, the last attention of an image laid over it, is
-computed when the report is written.
+Only the artifact's own files are read; no other model is loaded. Attention maps (the last attention layer, overlaid on
+an image) are computed when the report is written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _METHODS = {
 
 
 def pictures(subject: Subject) -> Iterator[Block]:
-    """The images, and attention over some of them."""
+    """The images, and attention maps for some of them."""
     for item in subject.of_kind(VIT_KIND):
         yield from _pictures(subject, item)
 
@@ -93,7 +93,7 @@ def _picture(found: _AttentionMap, what: str, source: str) -> Picture:
 
 
 def _sheet(path: Path) -> tuple[str, bool]:
-    """The sheet as it is where it is small; else a JPEG of at most 900 pixels' width."""
+    """The image sheet unchanged if it is small; else a JPEG at most 900 pixels wide."""
     stored = path.read_bytes()
     if len(stored) <= _LARGEST:
         return _url(stored, "png"), False
@@ -114,21 +114,21 @@ def _url(data: bytes, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _AttentionMap:
-    """One image and its map."""
+    """One image and its attention map."""
 
-    png: bytes  # the image, and the image under its map, side by side
-    layer: str  # the attention's name
-    of_class_token: bool  # whether it is the class token's attention; else the mean over all tokens'
+    png: bytes  # the image, and the image with its map overlaid, side by side
+    layer: str  # name of the attention layer
+    of_class_token: bool  # True: attention of the class token; False: mean over all tokens
 
 
 def _attention_maps(root: Path, pixels: Tensor) -> list[_AttentionMap]:
-    """Maps of some images, `(N, 3, H, W)` uint8, of the size of the model in the directory of a `vit` artifact.
+    """Attention maps of images `(N, 3, H, W)` uint8, at the input size of the model in a `vit` artifact's directory.
 
     Returns:
-        One an image; none where the model has no attention over the whole image (windows, pooling).
+        One per image; none if the model has no global attention (windows, pooling).
 
     Raises:
-        BadArtifactError: no quantized model in it.
+        BadArtifactError: the directory contains no quantized model.
         MissingCapabilityError: the library that builds it is not installed.
     """
     import torch
@@ -150,10 +150,10 @@ def _attention_maps(root: Path, pixels: Tensor) -> list[_AttentionMap]:
 
 
 def _read_image(root: Path, path: Path) -> Tensor:
-    """A picture as the model of an artifact sees it, `(1, 3, H, W)` uint8.
+    """An image as the model of an artifact receives it, `(1, 3, H, W)` uint8.
 
     Raises:
-        ConfigurationError: it cannot be read.
+        ConfigurationError: the image cannot be read.
     """
     from PIL import Image
 
@@ -170,7 +170,7 @@ def _read_image(root: Path, path: Path) -> Tensor:
 
 
 def _of_patches(probs: Tensor, site: AttentionSite) -> Tensor:
-    """`(N, T, T)` probabilities to `(N, rows, columns)`, each map from 0 to 1."""
+    """`(N, T, T)` probabilities to `(N, rows, columns)`, each map scaled to 0 to 1."""
     rows, columns = site.grid
     queries = probs[:, 0] if site.prefix_tokens else probs.mean(1)
     maps = queries[:, site.prefix_tokens :]

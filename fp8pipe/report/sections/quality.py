@@ -1,4 +1,4 @@
-"""How good the answers are, and whether the engine computes what was made."""
+"""Model quality, and whether the engine's results agree with the model that was exported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fp8pipe.report.subject import Item, Record, Subject
 
 
 def accuracy(subject: Subject) -> Iterator[Block]:
-    """How good the answers are, beside those of the teacher, the untuned model and the baselines."""
+    """Quality compared with the teacher, the base model and the baselines."""
     blocks: list[Block] = [_vision(subject, item) for item in subject.of_kind(VIT_KIND)]
     blocks += _losses(subject)
     for item in subject.items:
@@ -102,7 +102,7 @@ def _answers(subject: Subject, item: Item) -> Iterator[Block]:
 
 
 def parity(subject: Subject) -> Iterator[Block]:
-    """Does the engine compute what was made? By layer, from the records of validations."""
+    """Agreement of the engine with the exported model, by layer, from the validation records."""
     for item in subject.exports():
         record = item.record("validation")
         if record is None:

@@ -1,4 +1,4 @@
-"""What training did: curves of metrics.jsonl, and the final merge layer by layer."""
+"""Training: curves from metrics.jsonl, and statistics of the final merge by layer."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _series(subject: Subject, item: Item, key: str, label: str, dashed: bool = F
 
 
 def by_layer(subject: Subject) -> Iterator[Block]:
-    """Saturation and survival of the update by layer, at the final merge."""
+    """By layer: saturation, and the share of the update that survives rounding, at the final merge."""
     for item in subject.of_kind(FALQON_KIND):
         yield from _layers(subject, item)
     others = sorted({item.kind for item in subject.of_kind(LORA_KIND, VIT_KIND)})

@@ -1,7 +1,7 @@
-"""Verdicts of the run and its stages; every gate with its value, its threshold and the reason for it; and warnings.
+"""Verdicts of the run and its stages; every gate with its value, threshold and rationale; and warnings.
 
-Gates that a recipe asked for, and gates that fail, are in plain sight; the others are folded, a list a stage. Where no
-run has judged them, these are the gates that an artifact and the records beside it carry.
+Gates requested by a recipe, and gates that fail, are always visible; the others are folded, one list per stage. Without
+a run, the gates shown are those in an artifact's manifest and in the records beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fp8pipe.report.blocks import Block, Table, Text
 from fp8pipe.report.figures import Badge, Derive, Figure, Form, Quote
 from fp8pipe.report.subject import Item, Subject
 
-NOT_VALIDATED = "NOT-VALIDATED"  # no verdict: nobody has asked for one
+NOT_VALIDATED = "NOT-VALIDATED"  # shown instead of a verdict if there is no validation
 _MEANING: dict[str, str] = {
     NOT_VALIDATED: "No validation has judged this export, and nothing has run it: `fp8pipe validate` does.",
     Verdict.ACCEPT: "Every gate holds.",
@@ -32,7 +32,7 @@ _HEAD = ("gate", "verdict", "value", "threshold", "why this threshold")
 def overall(subject: Subject) -> str:
     """The worst verdict of the subject: of its stages, of the artifact's own gates, and of the records.
 
-    An export that stands alone without a validation has none but a failure: `NOT_VALIDATED`.
+    A single export without a validation record is `NOT_VALIDATED`, unless something failed.
     """
     found, unvalidated = [] if subject.run is None else [subject.run.verdict], False
     for item in subject.items:
@@ -95,7 +95,7 @@ def _gates(stages: list[StageRecord]) -> Iterator[Block]:
 
 
 def _carried(gate: Gate) -> bool:
-    """Whether the stage's own output carries the gate; else the recipe asks for it."""
+    """Whether the gate comes from the stage's own output; otherwise the recipe requested it."""
     _, _, inside = gate.source.partition("#")
     return inside.startswith("gates.") or inside == "verdict"
 
@@ -140,7 +140,7 @@ def _own_table(subject: Subject, file: str, caption: str) -> Table:
 
 
 def warnings(subject: Subject) -> Iterator[Block]:
-    """What a reader should not have to find out: fallbacks, findings, stale records, what was not measured."""
+    """Warnings that readers should see: fallbacks, findings, outdated records, and what was not measured."""
     rows: list[list[Any]] = []
     for item in subject.items:
         rows += [[item.name, warning] for warning in subject.documents.quotes(item.manifest, "warnings")]

@@ -1,1 +1,1 @@
-"""Bases in low precision: which format a checkpoint is in, and its tensors as the floats that it stands for."""
+"""Low-precision base models: detects a checkpoint's format and decodes its tensors to floating point."""

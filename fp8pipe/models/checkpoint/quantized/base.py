@@ -1,8 +1,8 @@
-"""A base model's checkpoint, whatever precision it is in: the one door through which every stage reads it.
+"""Reads a base model's checkpoint in any supported precision; every stage goes through this module.
 
-A plain checkpoint passes as it is. One in FP8 becomes a table of floats whose weights are decoded one at a time when
-they are read, so that no second copy of it lies anywhere; its config.json goes on without the block that says how the
-weights were stored, and what was done is a record for the manifest.
+A plain checkpoint is used unchanged. In an FP8 checkpoint, each weight is dequantized only when it is read, so no
+second copy of the model is kept in memory or on disk. The quantization block is removed from its config.json, and what
+was done is recorded for the manifest.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, TensorEntry, weight_
 __all__ = ["BaseCheckpoint", "base_entries", "copy_base_files", "read_base"]
 
 _SPELLINGS: Final = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-# Their linears are stored (in, out), for which no format says what a row is.
+# These store linear weights as (in, out), for which no format defines what a row is.
 _TRANSPOSED: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
 @dataclass(frozen=True, slots=True)
 class BaseCheckpoint:
-    """A base's weights and configuration.
+    """A base model's weights and configuration.
 
     Attributes:
         config: config.json, without a quantization block.
         entries: plain tensors by name.
-        stored: how they are stored, None for plain weights.
-        runtime: names of tensors for activations and the key/value cache, which no stage takes over.
+        stored: how the weights were stored in low precision; None for plain weights.
+        runtime: names of tensors that quantize activations or the key/value cache; every stage ignores them.
     """
 
     config: dict[str, Any]
@@ -51,7 +51,7 @@ class BaseCheckpoint:
     runtime: tuple[str, ...] = ()
 
     def warnings(self) -> list[str]:
-        """What a manifest must say of a base in low precision."""
+        """What a manifest must state about a low-precision base model."""
         if self.stored is None:
             return []
         said = [f"the base model was rounded before: {self.stored}; what that rounding took away is not there"]
@@ -63,13 +63,13 @@ class BaseCheckpoint:
         return said
 
     def state(self) -> dict[str, Any]:
-        """The tensors as transformers takes a state dict whose values are not read yet."""
+        """A lazy state dict for transformers: values are read only when indexed."""
         return {name: _Unread(entry) for name, entry in self.entries.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Unread:
-    """A tensor that is read when it is indexed, as a slice of safetensors is."""
+    """A tensor that is read when it is indexed, like a slice of safetensors."""
 
     entry: TensorEntry
 
@@ -78,11 +78,11 @@ class _Unread:
 
 
 def read_base(root: Path) -> BaseCheckpoint:
-    """The checkpoint of a base model; reads config.json and headers, no weights.
+    """Open the checkpoint of a base model; reads config.json and headers, but no weights.
 
     Raises:
-        ConfigurationError: quantized in a way that cannot be read back: what was found is in the message.
-        BadArtifactError, ConfigurationError: a file that is missing or damaged; see `unusable`.
+        ConfigurationError: quantized in a format that cannot be decoded; the message says what was found.
+        BadArtifactError, ConfigurationError: a file is missing or damaged; see `unusable`.
     """
     config = read_config(root / "config.json")
     scheme, entries = read_scheme(root), weight_entries(root)
@@ -101,12 +101,12 @@ def read_base(root: Path) -> BaseCheckpoint:
 
 
 def base_entries(root: Path) -> dict[str, TensorEntry]:
-    """A base's plain tensors by name; raises as `read_base`."""
+    """A base model's plain tensors by name; raises as `read_base`."""
     return read_base(root).entries
 
 
 def copy_base_files(root: Path, target: Path) -> None:
-    """Copy what lies beside a base's weights; of one in low precision without what says how those were stored."""
+    """Copy the files beside a base model's weights, omitting any description of low-precision storage."""
     copy_sidecars(root, target, BASE_MODEL_FILES)
     base = read_base(root)
     if base.stored is not None:
@@ -116,7 +116,7 @@ def copy_base_files(root: Path, target: Path) -> None:
 
 
 def _dtype(config: dict[str, Any], entries: dict[str, TensorEntry]) -> str:
-    """The model's dtype as config.json says it; else that of most matrices that are plain, embeddings for one."""
+    """The model's dtype from config.json; otherwise the most common dtype of its unquantized matrices."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if (said := str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.")) in _SPELLINGS:
             return _SPELLINGS[said]

@@ -1,7 +1,7 @@
-"""A checkpoint in FP8 as a table of floats: codes and their scales become one entry, which is decoded when it is read.
+"""Presents an FP8 checkpoint as floating-point tensors: codes and scales form one entry, decoded when it is read.
 
-Every shape is checked before: a scale that belongs to another size of block still multiplies, and the model is another
-one. What belongs to activations and to the key/value cache is no weight, and is left behind by name.
+Every shape is checked in advance: a scale for a different block size may still broadcast, but gives a different model.
+Tensors that quantize activations or the key/value cache are not weights; they are skipped, and their names are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fp8pipe.models.checkpoint.tensors import DTYPES, PLAIN_FLOATS, TensorEntry,
 
 __all__ = ["DequantizedEntry", "Plain", "dequantized", "refuse_codes"]
 
-# Ends of names of what quantizes activations and the key/value cache while the model runs.
+# Name suffixes of tensors that quantize activations and the key/value cache at run time.
 _RUNTIME: Final = (
     ".input_scale", ".output_scale", ".activation_scale", ".k_scale", ".v_scale", ".q_scale", ".kv_scale",
     ".prob_output_scale", ".input_zero_point", ".output_zero_point",
@@ -28,28 +28,28 @@ _RUNTIME: Final = (
 _ZERO_POINT: Final = ".weight_zero_point"
 _BUFFERS: Final = frozenset({"bias", "masked_bias", "position_ids", "token_type_ids", "mask"})
 _INTEGERS: Final = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
-_SCALES: Final = PLAIN_FLOATS | {"F8_E8M0"}  # the last are powers of two
+_SCALES: Final = PLAIN_FLOATS | {"F8_E8M0"}  # E8M0 scales are powers of two
 _SHOWN: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class DequantizedEntry(TensorEntry):
-    """A weight in FP8; `dtype` and `shape` are those of the floats that `read` gives.
+    """An FP8 weight; `dtype` and `shape` are those of the floating-point tensor that `read` returns.
 
     Attributes:
-        scale: its scales.
-        block: rows and columns that share one, None for one per tensor or per row.
+        scale: the entry of its scales.
+        block: rows and columns that share a scale; None for per-tensor or per-row scales.
     """
 
     scale: TensorEntry
     block: tuple[int, int] | None
 
     def read(self) -> Tensor:
-        """The weight as floats, a new tensor on the CPU; see `dequantize_codes`."""
+        """The dequantized weight, a new tensor on the CPU; see `dequantize_codes`."""
         return dequantize_codes(TensorEntry.read(self), self.scale.read(), self.block, DTYPES[self.dtype])
 
     def read_rows(self, rows: range) -> Tensor:
-        """Consecutive rows of the weight as floats; of a matrix only the codes of their blocks are read."""
+        """Consecutive rows of the dequantized weight; for a matrix, only the codes of the affected blocks are read."""
         if len(self.shape) != 2:
             return self.read()[rows.start : rows.stop]
         height = 1 if self.block is None else self.block[0]
@@ -64,12 +64,12 @@ class DequantizedEntry(TensorEntry):
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """The table.
+    """A checkpoint decoded to floating point.
 
     Attributes:
-        entries: of floats, by name.
-        granularities: what shares a scale in it, by weight.
-        runtime: names of what was left behind.
+        entries: floating-point tensors by name.
+        granularities: the scale granularity (per tensor, per row, per block) by weight.
+        runtime: names of the skipped run-time tensors.
     """
 
     entries: dict[str, TensorEntry]
@@ -78,27 +78,27 @@ class Plain:
 
 
 def refuse_codes(root: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse a checkpoint that declares no format and holds quantized tensors all the same.
+    """Refuse a checkpoint that contains quantized tensors but declares no format.
 
     Raises:
-        ConfigurationError: naming the first.
+        ConfigurationError: names the first such tensor.
     """
     if (found := next(filter(_is_quantized, entries.values()), None)) is not None:
         raise refusal(root, f"{found.file.name}: {found.name} has dtype {found.dtype}, config.json declares no format")
 
 
 def dequantized(root: Path, entries: Mapping[str, TensorEntry], scheme: Scheme, dtype: str) -> Plain:
-    """What a checkpoint in a declared format holds, as floats.
+    """The contents of a checkpoint in a declared format, as floating-point tensors.
 
     Args:
-        root: its directory, for messages.
+        root: the checkpoint's directory, for messages.
         entries: all its tensors.
-        scheme: the format.
-        dtype: that weights are rounded to, as safetensors spells it.
+        scheme: the declared format.
+        dtype: target dtype of the weights, in safetensors' spelling.
 
     Raises:
-        ConfigurationError: codes of another grid, without a scale or with one of another shape; scales without codes;
-            zero points; nothing in FP8.
+        ConfigurationError: codes of another type, without a scale or with one of the wrong shape; scales without codes;
+            zero points; no FP8 tensor at all.
     """
     codes = {name: entry for name, entry in entries.items() if entry.dtype == "F8_E4M3"}
     if not codes:
@@ -132,7 +132,7 @@ def _scale(name: str, entries: Mapping[str, TensorEntry], scheme: Scheme) -> Ten
 def _layout(
     root: Path, codes: TensorEntry, scale: TensorEntry, scheme: Scheme
 ) -> tuple[Granularity, tuple[int, int] | None]:
-    """What shares a scale, from the shape of the scales; one that is not declared is refused."""
+    """Scale granularity and block, from the shape of the scales; an undeclared granularity is refused."""
     if scale.dtype not in _SCALES or len(codes.shape) < 2:
         raise refusal(root, f"{scale.name} is {scale.dtype}, of a weight {codes.shape}: scales are floats, of matrices")
     wanted: list[str] = []
@@ -168,7 +168,7 @@ def _refuse_leftovers(root: Path, table: Mapping[str, TensorEntry], scheme: Sche
 
 
 def _is_quantized(entry: TensorEntry) -> bool:
-    """FP8 and FP4 anywhere; integers only where a weight can be: some checkpoints keep integer masks."""
+    """Whether a tensor holds codes: FP8 and FP4 always, integers only if shaped and named like weights."""
     if entry.dtype.startswith(("F8", "F4", "F6")):
         return True
     return entry.dtype in _INTEGERS and len(entry.shape) >= 2 and entry.name.rpartition(".")[2] not in _BUFFERS

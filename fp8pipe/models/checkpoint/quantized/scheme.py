@@ -1,7 +1,7 @@
-"""Which low-precision format a checkpoint declares: read from config.json and hf_quant_config.json, nothing else.
+"""Reads which low-precision format a checkpoint declares in config.json or hf_quant_config.json, and nothing else.
 
-What is not known to be read back exactly is refused here by its name, before a weight is looked at: other grids than
-E4M3, weights that were rotated or pruned before they were quantized, methods with zero points.
+Formats that cannot be decoded exactly are refused here by name, before any weight is read: number formats other than
+E4M3, weights that were rotated or pruned before quantization, and methods with zero points.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fp8pipe.models.checkpoint.sidecars import read_config
 __all__ = ["QUANT_FILE", "Scheme", "read_scheme", "refusal", "without_quantization"]
 
 QUANT_FILE: Final = "hf_quant_config.json"  # ModelOpt's own
-_KEYS: Final = ("quantization_config", "compression_config")  # the second is an early name of compressed-tensors'
+_KEYS: Final = ("quantization_config", "compression_config")  # the second is an early name used by compressed-tensors
 _READ: Final = "FP8 of compressed-tensors, fp8 (per tensor, or blocks with weight_scale_inv), and FP8 of ModelOpt"
-_BLOCK: Final = (128, 128)  # of ModelOpt's algorithms, which do not say it
+_BLOCK: Final = (128, 128)  # for ModelOpt's algorithms, which do not state it
 
 Granularity = Literal["per-tensor", "per-channel", "per-block"]
 _STRATEGIES: Final[Mapping[str, Granularity]] = {
@@ -33,12 +33,12 @@ _DENSE: Final = (None, "", "dense")
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A declared format.
+    """A declared quantization format.
 
     Attributes:
-        method: as `quant_method` names it.
-        granularities: what may share a scale.
-        block: rows and columns of a block, None where nothing is in blocks.
+        method: the value of `quant_method`.
+        granularities: the permitted scale granularities.
+        block: rows and columns of a block; None if nothing is quantized in blocks.
     """
 
     method: Literal["compressed-tensors", "fp8", "modelopt"]
@@ -47,12 +47,12 @@ class Scheme:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What a weight's scale has behind the weight's name."""
+        """Suffixes that turn a weight's name into the name of its scale."""
         return ("_scale_inv", "_scale") if self.method == "fp8" else ("_scale",)
 
 
 def refusal(root: Path, why: str) -> ConfigurationError:
-    """The error of a base in a format that cannot be read."""
+    """The error for a base model in an unsupported format."""
     return ConfigurationError(
         f"the model in {root} is quantized already, in a way that cannot be read as a base",
         why=why,
@@ -61,11 +61,11 @@ def refusal(root: Path, why: str) -> ConfigurationError:
 
 
 def read_scheme(root: Path) -> Scheme | None:
-    """The format that a checkpoint declares; None where it declares none.
+    """The format that a checkpoint declares; None if it declares none.
 
     Raises:
-        ConfigurationError: one that cannot be read as a base, with what was found.
-        BadArtifactError, ConfigurationError: a file that cannot be read; see `unusable`.
+        ConfigurationError: the format cannot be used as a base model; the message says what was found.
+        BadArtifactError, ConfigurationError: a file cannot be read; see `unusable`.
     """
     config = read_config(root / "config.json")
     blocks = [part[key] for part in (config, *_nested(config)) for key in _KEYS if part.get(key)]
@@ -89,7 +89,7 @@ def read_scheme(root: Path) -> Scheme | None:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the same model with plain weights: no block that says how they are stored."""
+    """config.json without its quantization blocks, as for the same model with plain weights."""
     kept = {key: value for key, value in config.items() if key not in _KEYS}
     return {key: without_quantization(value) if isinstance(value, dict) and any(k in value for k in _KEYS) else value
             for key, value in kept.items()}  # fmt: skip

@@ -1,9 +1,9 @@
-"""`code * scale`: what a weight in FP8 stands for.
+"""Dequantizes FP8 weights: `code * scale`.
 
-Each format says it in its own words: compressed-tensors and ModelOpt store `weight_scale`, DeepSeek's blocks
-`weight_scale_inv`, and all of them multiply (that one is the inverse of what the quantizer multiplied with). The
-product is taken in fp32, where it is exact for a scale in bf16 or fp16, and rounded once to the model's dtype, as the
-formats' own libraries do.
+Formats name the scale differently: compressed-tensors and ModelOpt store `weight_scale`, DeepSeek's blocks store
+`weight_scale_inv`. All of them multiply by it ("inv" because it is the inverse of the factor used when quantizing).
+The multiplication is done in fp32, where it is exact for bf16 and fp16 scales, and rounded once to the model's dtype,
+as the formats' own libraries do.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _CHUNK = 1 << 24  # elements in fp32 at a time
 
 
 def block_grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a weight in blocks; the last block of a side may be partial."""
+    """Shape of the scales of a block-quantized weight; the last block along each axis may be partial."""
     rows, columns = shape[-2:]
     return (*shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
 
 
 def dequantize_codes(codes: Tensor, scale: Tensor, block: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
-    """The weight as floats, on the CPU.
+    """The dequantized weight, on the CPU.
 
     Args:
         codes: E4M3, `(..., rows, columns)`.
-        scale: float. Without `block`, one value, or one per row, `(..., rows)` or `(..., rows, 1)`; with it
-            `block_grid`, or ModelOpt's `(rows of blocks, 1, columns of blocks, 1)`.
+        scale: floating point. Without `block`: one value, or one per row, `(..., rows)` or `(..., rows, 1)`. With
+            `block`: the shape that `block_grid` gives, or ModelOpt's `(rows of blocks, 1, columns of blocks, 1)`.
         block: rows and columns that share a scale.
         dtype: of the result.
 

@@ -1,6 +1,6 @@
-"""Conversations: records from the user's files, and tokens of which the answers are learned.
+"""Conversations: reading them from the user's files, and tokenizing them with labels on the answers only.
 
-Training reads them, and so do exports that calibrate on text or measure a model on it; that is why they are here.
+Both training and exports use this package: exports calibrate on text and evaluate models on it.
 """
 
 from fp8pipe.models.language.text.conversation import Message, Record

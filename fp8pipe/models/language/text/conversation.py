@@ -1,4 +1,4 @@
-"""The types that this package shares: messages, and conversations whose assistant messages are learned."""
+"""Types shared by this package: messages, and conversations whose assistant messages are trained on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Message:
 
     Attributes:
         role: one of ``ROLES``.
-        content: its text; empty where an assistant only calls tools.
-        learned: of an assistant's message, whether it is learned (OpenAI's ``weight`` 0 means that it is not).
+        content: its text; empty if an assistant message only calls tools.
+        learned: for an assistant message, whether it is trained on (OpenAI's ``weight`` 0 excludes it).
         fields: everything else that a chat template may read: ``tool_calls``, ``tool_call_id``, ``name``,
-            ``reasoning_content``, ... The arguments of tool calls are objects, as templates expect them.
+            ``reasoning_content``, ... Arguments of tool calls are objects, as templates expect.
     """
 
     role: str
@@ -33,8 +33,8 @@ class Record:
 
     Attributes:
         messages: its turns.
-        tools: what the assistant may call, as JSON schemas.
-        place: where it was read ("line 3"), for messages; two records that differ in it alone are equal.
+        tools: the tools that the assistant may call, as JSON schemas.
+        place: where it was read ("line 3"), for messages; ignored when records are compared.
     """
 
     messages: tuple[Message, ...]

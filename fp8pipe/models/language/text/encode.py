@@ -1,12 +1,12 @@
-"""Conversations become token ids with labels: only the answers are learned.
+"""Tokenizes conversations and labels them so that the loss covers only the answers.
 
-The text is whatever the model's own chat template renders (``render``), tokenized whole, because that is what the model
-will see when it is served. But a served prompt ends where the answer begins, and its tokens are what the tokenizer
-makes of it alone: where tokens of the whole reach over that border, or over the answer's end, the conversation is cut
-into one example for each answer, its prompt and its answer tokenized apart.
+The text is rendered by the model's own chat template (``render``) and tokenized as a whole, because that is what the
+model sees when it is served. A served prompt, however, ends where the answer begins, and is tokenized by itself. If
+a token of the whole text spans that boundary or the end of the answer, the conversation is split into one example per
+answer, with prompt and answer tokenized separately.
 
-A base model without a chat template gets ``PLAIN_TEMPLATE``, which the caller must save beside the model,
-since the model has then learned it.
+A base model without a chat template gets ``PLAIN_TEMPLATE``, which the caller must save with the model,
+because the model was then trained on it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from fp8pipe.models.language.text.template import TemplateInfo, template_info
 
 log = logging.getLogger(__name__)
 
-IGNORED: Final = -100  # the label that cross entropy skips
-_BATCH: Final = 1000  # conversations tokenized at a time: bounds the memory of the offsets
-_WINDOW: Final = 32  # tokens before a border that are tokenized again: no pre-tokenizer looks back further
+IGNORED: Final = -100  # the label that cross entropy ignores
+_BATCH: Final = 1000  # conversations tokenized at a time; limits the memory used for offsets
+_WINDOW: Final = 32  # tokens before a boundary that are tokenized again; pre-tokenizers look back no further
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One example: ``input_ids`` and ``labels`` of equal length; labels are -100 outside the answers.
 
-    Labels stand at the position of their own token (the loss shifts them); the first is always -100, since
-    nothing comes before it that could predict it.
+    Each label belongs to the token at its own position (the loss shifts them). The first is always -100, because
+    no earlier token could predict it.
     """
 
     input_ids: list[int]
@@ -43,20 +43,20 @@ class Encoded:
 
     @property
     def answer_tokens(self) -> int:
-        """Number of tokens that are learned."""
+        """Number of tokens with a label."""
         return sum(label != IGNORED for label in self.labels)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """What ``encode`` returns.
+    """The result of ``encode``.
 
     Attributes:
         examples: in the order of the records.
-        template: the template that rendered them.
-        truncated: examples cut at the length limit.
-        dropped: examples without a learned token; they are not in ``examples``, and ``warnings`` says why.
-        expanded: conversations cut into one example for each answer.
+        template: the chat template that rendered them.
+        truncated: number of examples cut at the length limit.
+        dropped: number of examples without a labelled token; not in ``examples``, and ``warnings`` says why.
+        expanded: number of conversations split into one example per answer.
         warnings: sentences for the manifest.
     """
 
@@ -80,14 +80,14 @@ def encode(
 
     Args:
         records: the conversations.
-        tokenizer: a transformers tokenizer, with offsets or without.
-        max_length: tokens kept of each example, at least 2; what is longer loses its end.
-        last_only: learn the last answer of each conversation alone.
-        warn: takes each of the result's warnings.
+        tokenizer: a transformers tokenizer, with or without offsets.
+        max_length: maximum tokens per example, at least 2; longer examples are cut at the end.
+        last_only: train on the last answer of each conversation only.
+        warn: called with each of the result's warnings.
 
     Raises:
-        ConfigurationError: a template that is not valid, cannot render a record or loses its answer, or no answer
-            token left in any example.
+        ConfigurationError: the template is not valid, cannot render a record or loses its answer, or no example has an
+            answer token left.
     """
     if max_length < 2:
         raise ConfigurationError(
@@ -134,7 +134,7 @@ def _nothing_left(records: int, reasons: Sequence[tuple[str, int]], counts: Coun
 
 
 def _cut(whole: Encoded, max_length: int, counts: Counter[str]) -> Encoded | None:
-    """At most ``max_length`` tokens; None, and counted, where none of them is learned."""
+    """Truncate to ``max_length`` tokens; returns None, and counts the reason, if no labelled token remains."""
     first = [IGNORED] if whole.labels else []
     cut = Encoded(whole.input_ids[:max_length], first + whole.labels[1:max_length])
     counts["truncated"] += len(whole.input_ids) > max_length
@@ -148,7 +148,7 @@ def _cut(whole: Encoded, max_length: int, counts: Counter[str]) -> Encoded | Non
 
 
 def _reasons(counts: Counter[str], max_length: int) -> list[tuple[str, int]]:
-    """Why examples are left out, and how many."""
+    """Why examples were left out, and how many for each reason."""
     found = {
         "cut away": f"no answer token within {max_length} tokens; prompts reach {counts['longest']} tokens",
         "headless": "nothing comes before their only token, so that nothing can predict it",
@@ -181,7 +181,7 @@ def _warnings(total: int, counts: Counter[str], max_length: int, template: Templ
 
 
 def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded]]:
-    """The examples of each text, first tokens still labelled; special tokens are those that the template wrote."""
+    """The examples of each text, first tokens still labelled; only the template adds special tokens."""
     texts = [r.text for r in rendered]
     if getattr(tokenizer, "is_fast", False) and texts:
         batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -206,13 +206,13 @@ def _tokenize(rendered: Sequence[Rendered], tokenizer: Any) -> list[list[Encoded
 def _places_by_offset(
     rendered: Sequence[Rendered], whole: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], tokenizer: Any
 ) -> list[list[int | None]]:
-    """Tokens at which answers begin and end; None where what comes before is tokenized otherwise when it stands alone.
+    """Token indices of answer boundaries; None where the text before one is tokenized differently by itself.
 
-    Offsets alone do not tell: some tokenizers leave the white space that a token begins with out of them. So the last
-    tokens before a border are tokenized again, without what follows.
+    Offsets alone are not enough: some tokenizers exclude a token's leading white space from them. So the last tokens
+    before a boundary are tokenized again, without the text that follows.
     """
     places: list[list[int | None]] = []
-    windows: list[tuple[int, int, str, Sequence[int]]] = []  # text, border, what stands before it, and its tokens
+    windows: list[tuple[int, int, str, Sequence[int]]] = []  # text index, boundary, the text before it and its tokens
     for number, (piece, ids, begins) in enumerate(zip(rendered, whole, starts, strict=True)):
         borders = [border for span in piece.spans for border in span]
         position, found = 0, []
@@ -227,7 +227,7 @@ def _places_by_offset(
         places.append([*found])
     alone = tokenizer([window[2] for window in windows], add_special_tokens=False)["input_ids"] if windows else []
     for (number, at, _, expected), ids in zip(windows, alone, strict=True):
-        # A window that begins inside the text may begin with other tokens: only its second half is compared.
+        # A window that starts mid-text may tokenize differently at its start: only its second half is compared.
         compared = len(expected) // 2 if len(expected) == _WINDOW else max(len(expected), len(ids))
         if list(ids[-compared:] if compared else ids) != list(expected[-compared:] if compared else expected):
             places[number][at] = None
@@ -235,7 +235,7 @@ def _places_by_offset(
 
 
 def _places_by_prefix(piece: Rendered, ids: Sequence[int], tokenizer: Any) -> list[int | None]:
-    """The same for tokenizers without offsets: what comes before each border is tokenized alone."""
+    """The same for tokenizers without offsets: the text before each boundary is tokenized separately."""
     places: list[int | None] = []
     for border in (border for span in piece.spans for border in span):
         prefix = _ids(piece.text[:border], tokenizer)
@@ -244,13 +244,13 @@ def _places_by_prefix(piece: Rendered, ids: Sequence[int], tokenizer: Any) -> li
 
 
 def _apart(text: str, start: int, end: int, tokenizer: Any) -> Encoded:
-    """One answer with its prompt, each tokenized by itself, as serving and the served model do."""
+    """One answer with its prompt, each tokenized separately, as in serving."""
     prompt, answer = _ids(text[:start], tokenizer), _continued(text[start:end], tokenizer)
     return Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
 
 
 def _continued(text: str, tokenizer: Any) -> list[int]:
-    """Tokens of a text that continues another: some tokenizers begin every text with a space of their own."""
+    """Tokens of a text that continues another; some tokenizers add a space at the start of every text."""
     for before in ("\n", "a", "."):
         head, both = _ids(before, tokenizer), _ids(before + text, tokenizer)
         if both[: len(head)] == head and _decoded(both, tokenizer) == _decoded(head, tokenizer) + text:

@@ -1,8 +1,8 @@
-"""Rows of data files: what a file holds is told by its first bytes, and by its suffix where these do not tell.
+"""Reads rows of data files; the format is detected from the first bytes, or else from the file name's suffix.
 
-JSON and CSV, in UTF-8, UTF-16 or UTF-32, plain or compressed by gzip, bzip2 or xz, need no package. Parquet, arrow and
-Zstandard need pyarrow, which the extra ``data`` installs. JSON and CSV are not read through it: its tables give every
-object all keys of its column, and guess types, so that ``{"city": "Rome"}`` comes back with nulls and "007" as 7.
+JSON and CSV, in UTF-8, UTF-16 or UTF-32, plain or compressed with gzip, bzip2 or xz, need no extra package. Parquet,
+Arrow and Zstandard need pyarrow, which the extra ``data`` installs. pyarrow is not used for JSON and CSV: its tables
+give every object all keys of its column and guess types, so that ``{"city": "Rome"}`` gains nulls and "007" becomes 7.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fp8pipe.models.language.text.shapes import BadRow, DamagedFile
 _COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst")
 _SUFFIXES: Final = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 _COLUMNS: Final = {"messages", "conversations", "prompt", "completion", "instruction", "output"}
-# Written beside the data by the package datasets.
+# Metadata files that the package datasets writes beside the data.
 _DESCRIPTIONS: Final = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 _EVALUATION: Final = re.compile(r"(?<![a-z])(tests?|testing|evals?|evaluations?|valid|validation|val|dev)(?![a-z])")
 _TRAINING: Final = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
@@ -38,13 +38,13 @@ _DAMAGED: Final = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
 def data_files(src: str, warn: Callable[[str], None] = lambda _: None) -> list[Path] | None:
-    """The files that ``src`` names: one, those of a folder, or those of a glob; None where it names neither.
+    """The data files named by ``src``: a file, a folder or a glob pattern; None if it is none of these.
 
-    Of a folder, files whose names say that they are for evaluation are left out, and files of other kinds; ``warn`` is
-    told.
+    In a folder, files whose names mark them as evaluation data and files of other formats are skipped; ``warn`` is
+    called with a message about them.
 
     Raises:
-        ConfigurationError: a folder or a glob without data files.
+        ConfigurationError: a folder or pattern without data files.
     """
     path = Path(src).expanduser()
     if path.is_file():
@@ -89,16 +89,16 @@ def _files_of_folder(folder: Path, warn: Callable[[str], None]) -> list[Path]:
 
 
 def _bare(path: Path) -> str:
-    """The file's name in lower case, without the suffix of a compression."""
+    """The file's name in lower case, without the suffix of a compression format."""
     name = path.name.lower()
     return name[: -len(path.suffix)] if path.suffix.lower() in _COMPRESSED else name
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of each row; a ``BadRow`` stands for one that cannot be read, and for the rest of a damaged file.
+    """(place, row) of each row; a ``BadRow`` replaces an unreadable row, or the rest of a damaged file.
 
     Raises:
-        MissingCapabilityError: pyarrow is needed and not installed.
+        MissingCapabilityError: pyarrow is needed but not installed.
     """
     place = ""
     try:
@@ -134,7 +134,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _unpacked(path: Path, magic: bytes) -> Any:
-    """The file's bytes as a stream, decompressed."""
+    """The file's contents as a decompressed byte stream."""
     if magic.startswith(_ZSTANDARD):
         return io.BytesIO(_pyarrow(path).input_stream(str(path), compression="zstd").read())
     opener: Any = next((opener for start, opener in _PACKED.items() if magic.startswith(start)), Path.open)
@@ -142,7 +142,7 @@ def _unpacked(path: Path, magic: bytes) -> Any:
 
 
 def _json_lines(lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    """(place, parsed object or BadRow) of each line that is not blank. Lines end at a newline byte only."""
+    """(place, parsed object or BadRow) of each non-blank line. Only a newline byte ends a line."""
     for number, raw in enumerate(lines, start=1):
         place = f"line {number}"
         try:
@@ -159,7 +159,7 @@ def _json_lines(lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
 
 
 def _json_document(raw: bytes, encoding: str) -> Iterator[tuple[str, Any]]:
-    """Rows of one JSON array, or of objects that take several lines each."""
+    """Rows of a single JSON array, or of objects that span several lines each."""
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -194,7 +194,7 @@ def _json_document(raw: bytes, encoding: str) -> Iterator[tuple[str, Any]]:
 
 
 def _skip(text: str, at: int) -> int:
-    """The first position from ``at`` on that is no white space of JSON."""
+    """The first position from ``at`` on that is not JSON white space."""
     while at < len(text) and text[at] in " \t\r\n\ufeff":
         at += 1
     return at
@@ -205,7 +205,7 @@ def _is_header(opening: str) -> bool:
 
 
 def _csv_rows(text: io.TextIOWrapper) -> Iterator[tuple[str, Any]]:
-    """Rows of a table of text with a header; empty cells are absent."""
+    """Rows of a CSV table with a header; empty cells are omitted."""
     csv.field_size_limit(sys.maxsize)
     header_line = text.readline().lstrip("\ufeff")
     delimiter = max(",;\t|", key=lambda d: len(_COLUMNS & set(header_line.replace('"', "").strip().split(d))))
@@ -262,7 +262,7 @@ def _pyarrow(path: Path) -> Any:
 
 
 def without_nested_nulls(row: Any) -> Any:
-    """A table's row without nulls inside its columns: a table gives every object all keys of its column."""
+    """A table's row without nulls inside its columns: tables give every object all keys of its column."""
     return {key: _pruned(value) for key, value in row.items()} if isinstance(row, dict) else row
 
 

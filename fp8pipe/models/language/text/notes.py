@@ -1,6 +1,6 @@
-"""What was seen of a chat template while records were rendered, counted, and said in sentences.
+"""Collects observations about the chat template while records are rendered, and words them as warnings.
 
-Nothing is learned, dropped or read otherwise than it was written without one of these.
+Text that is trained on, dropped or read differently from what the user wrote always produces one of these warnings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fp8pipe.models.language.text.conversation import Message
 
 
 class Kind(StrEnum):
-    """Of an answer, what is counted: the value is the sentence, with the number and the first one's texts."""
+    """What is counted per answer; the value is the warning, filled with the count and the texts of the first case."""
 
     UNLIKE = (
         "the generation prompt ends in {0!r}, which the text of a finished turn does not have (there {1!r} follows): "
@@ -39,13 +39,13 @@ class Kind(StrEnum):
 
 @dataclass(slots=True)
 class Notes:
-    """Counts of what is told.
+    """Counts of observations that become warnings.
 
     Attributes:
-        counts: answers of each kind.
-        firsts: of each kind, the texts of the first one.
-        passed_over: what the template does not look at -> how often.
-        special: special token -> records in whose own text it stands.
+        counts: number of answers of each kind.
+        firsts: the texts of the first answer of each kind.
+        passed_over: what the template ignores -> how often.
+        special: special token -> number of records whose own text contains it.
     """
 
     counts: Counter[Kind] = field(default_factory=Counter)
@@ -54,19 +54,19 @@ class Notes:
     special: Counter[str] = field(default_factory=Counter)
 
     def count(self, kind: Kind, *texts: str) -> None:
-        """One more answer of a kind; `texts` of the first one are shown."""
+        """Count an answer of a kind; `texts` are kept for the first one and shown in the warning."""
         self.counts[kind] += 1
         self.firsts.setdefault(kind, texts)
 
     def add(self, other: Notes) -> None:
-        """All that was counted elsewhere."""
+        """Add the counts of other notes."""
         self.counts += other.counts
         self.firsts = other.firsts | self.firsts
         self.passed_over += other.passed_over
         self.special += other.special
 
     def sentences(self) -> list[str]:
-        """One for each kind of thing."""
+        """One warning for each kind of observation."""
         found = [f"the chat template passes over {what}: {count}" for what, count in self.passed_over.items()]
         found += [kind.format(*self.firsts[kind], count=count) for kind, count in self.counts.items()]
         if self.special:
@@ -80,10 +80,10 @@ class Notes:
 
 
 def of_heldout(warnings: Iterable[str], trained: Iterable[str]) -> list[str]:
-    """Warnings of held-out text beside those of the training text: what is lost there, too, and what is not said yet.
+    """The warnings of held-out text that add to those of the training text.
 
-    What a template does is one fact, however many answers of either text show it. What is lost begins or ends with its
-    count.
+    A property of the template is reported once, however many answers of either text show it. Losses, whose warnings
+    begin or end with their count, are always reported.
     """
     said = {re.sub(r"\d+", "", warning) for warning in trained}
     return [f"held-out text: {warning}" for warning in warnings
@@ -91,7 +91,7 @@ def of_heldout(warnings: Iterable[str], trained: Iterable[str]) -> list[str]:
 
 
 def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """What finds the special tokens of a tokenizer in a text; None where it has none, or reads them as text."""
+    """A pattern that finds a tokenizer's special tokens in text; None if it has none, or reads them as plain text."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     tokens = {str(token) for token in added if getattr(token, "special", False)}
     tokens |= {str(token) for token in getattr(tokenizer, "all_special_tokens", ())}
@@ -102,13 +102,13 @@ def special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def special_tokens(pattern: re.Pattern[str], messages: Iterable[Message], tools: Any) -> set[str]:
-    """Special tokens that the texts of a record hold."""
+    """Special tokens that occur in the texts of a record."""
     return {token for text in _texts([[m.content, m.fields] for m in messages] + [tools])
             for token in pattern.findall(text)}  # fmt: skip
 
 
 def _texts(value: Any) -> Iterable[str]:
-    """Every text in a nested value, keys too."""
+    """Every string in a nested value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

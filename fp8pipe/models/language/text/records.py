@@ -1,6 +1,6 @@
-"""Conversations to learn from, read from the user's data and checked before anything expensive starts.
+"""Reads conversations from the user's training data and checks them before anything expensive starts.
 
-Every bad record is reported with its file and line, several at once; what is read and not used is counted and said.
+Bad records are reported with file and line, several at a time; data that is read but not used is counted and reported.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def load_records(src: str, warn: Callable[[str], None] = log.warning) -> list[Re
     """Reads every record of ``src``.
 
     Args:
-        src: a file, folder or glob of JSONL, JSON, CSV, parquet or arrow, compressed or not; a dataset saved by the
-            package ``datasets``, or a hub id; or ``sample:chatterbot``.
-        warn: takes a sentence for whatever was read and is not used.
+        src: a file, folder or glob pattern of JSONL, JSON, CSV, Parquet or Arrow, compressed or not; a dataset saved by
+            the package ``datasets``, or a hub id; or ``sample:chatterbot``.
+        warn: called with a sentence about any data that is read but not used.
 
     Raises:
-        ConfigurationError: nothing there, nothing in it, or bad records (up to ten are listed).
+        ConfigurationError: nothing found, no records, or bad records (up to ten are listed).
         MissingCapabilityError: the package that reads this kind of file is not installed.
     """
     if sample_name(src, DATA_SAMPLES, "data") is not None:
         # Only the first two turns: the longer entries are partly dialogues and partly one question followed
-        # by alternative answers, and nothing in the files tells which.
+        # by alternative answers, and the files do not say which.
         return [pair(turns[0], turns[1]) for turns in chatterbot_conversations()]
     path = Path(src).expanduser()
     files = None if _is_saved_dataset(path) else data_files(src, warn)
@@ -58,7 +58,7 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _file_rows(files: list[Path], root: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of all files; where there are several, a place begins with the file's name."""
+    """Rows of all files; if there are several, each place begins with the file's name."""
     for file in files:
         name = f"{file.relative_to(root) if file.is_relative_to(root) else file} " if len(files) > 1 else ""
         for place, row in rows_of(file):
@@ -98,7 +98,7 @@ def _parse_all(src: str, rows: Iterable[tuple[str, Any]], warn: Callable[[str], 
 
 
 def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
-    """Rows of the ``train`` part of what ``save_to_disk`` wrote, or of a hub id."""
+    """Rows of the ``train`` split of a dataset written by ``save_to_disk``, or of a hub id."""
     try:
         import datasets
     except ImportError as error:
@@ -118,7 +118,7 @@ def _dataset_rows(src: str, path: Path | None) -> Iterator[tuple[str, Any]]:
             why=str(error).partition("\n")[0],
             fix="check the network (HF_HUB_OFFLINE must be unset to download), or give a .jsonl file",
         ) from error
-    except Exception as error:  # datasets raises many unrelated classes, all meaning: this cannot be read
+    except Exception as error:  # datasets raises many unrelated classes, all of which mean that it cannot be read
         raise ConfigurationError(
             f"{src} cannot be read as a dataset",
             why=f"{type(error).__name__}: {error}",

@@ -1,16 +1,17 @@
-"""Conversations become text, as the model's chat template renders them, and ranges of it that are learned.
+"""Renders conversations with the model's chat template, and finds the character ranges of the answers to train on.
 
-Which characters are an answer is found by rendering the conversation up to each answer, with the generation prompt, and
-up to and including it: what the second adds to the first is the answer with its end of turn (the white space that
-templates put after the end-of-turn token belongs to the next turn: the model is never asked to produce it). This holds
-for any template that only appends. Some do not (they drop earlier reasoning, or mark the last turn); their
-conversations are cut into one example for each answer, each rendered as it would be when that answer is asked for.
+To locate an answer, the conversation is rendered up to the answer, with the generation prompt, and again up to and
+including it. What the second rendering adds is the answer with its end of turn. (White space after the end-of-turn
+token belongs to the next turn, because the model is never asked to generate it.) This works for any template that only
+appends. Some do not (they drop earlier reasoning, or mark the last turn); their conversations are split into one
+example per answer, each rendered as when that answer is requested.
 
-Where the finished turn does not begin with the generation prompt (a prompt that opens a reasoning block), the answer
-begins where another answer would be rendered otherwise. Where a template renders only a part of an answer, none of it
-is learned: it would be another answer.
+If the finished turn does not begin with the generation prompt (a prompt that opens a reasoning block), the answer
+begins at the first character that depends on the answer's content. If a template renders only part of an answer, none
+of it is trained on, because it would be a different answer.
 
-A template may also pass over what it is given: tools, roles, fields. Nothing tells but to leave it away and to compare.
+A template may also ignore its input: tools, roles, fields. The only way to tell is to omit each and compare the
+results.
 """
 
 from __future__ import annotations
@@ -24,47 +25,47 @@ from fp8pipe.models.language.text.conversation import Message, Record
 from fp8pipe.models.language.text.notes import Kind, Notes, special_pattern, special_tokens
 from fp8pipe.models.language.text.template import TemplateInfo, failing_line, in_parts, template_name
 
-_OTHERS: Final = ("\ue000", "0")  # answers of which one begins otherwise than any, also where they are escaped
-_SHOWN: Final = 20  # characters of an example
-_NO_TEXT: Final = ("tool_calls", "tool_call_id", "id")  # checked otherwise, or of no meaning to the model
+_OTHERS: Final = ("\ue000", "0")  # substitute answers: no answer begins like both, even if escaped
+_SHOWN: Final = 20  # characters shown of an example
+_NO_TEXT: Final = ("tool_calls", "tool_call_id", "id")  # checked elsewhere, or irrelevant to the model
 
 
 class Rendered(NamedTuple):
-    """One text to learn from."""
+    """One text to train on."""
 
     text: str
-    spans: list[tuple[int, int]]  # character ranges of the learned answers, ascending
+    spans: list[tuple[int, int]]  # character ranges of the answers to train on, ascending
 
 
 class Renderer:
-    """Renders records by a tokenizer's template, and counts what the template does that its user must know.
+    """Renders records with a tokenizer's template, and counts what the user must know about the template.
 
     Args:
         tokenizer: a transformers tokenizer.
-        template: what ``template_info`` says of it.
-        last_only: only the last answer of a conversation is learned.
+        template: the result of ``template_info``.
+        last_only: train on the last answer of a conversation only.
 
     Attributes:
-        notes: what was counted in all records.
-        silent: by the role of the last message, whether the template adds no generation prompt.
+        notes: the counts over all records.
+        silent: by role of the last message, whether the template adds no generation prompt.
     """
 
     def __init__(self, tokenizer: Any, template: TemplateInfo, *, last_only: bool = False) -> None:
         self._tokenizer, self._template, self._last_only = tokenizer, template, last_only
-        self._seen: set[str] = set()  # fields and roles that change what is rendered
+        self._seen: set[str] = set()  # fields and roles that are known to change the rendered text
         self._special = special_pattern(tokenizer)
         self.silent: dict[str, bool] = {}
         self.notes = Notes()
 
     def render(self, record: Record, name: str) -> list[Rendered]:
-        """The record's text and answer ranges; several texts where the template does not only append.
+        """The record's text and answer ranges; several texts if the template does not only append.
 
         Args:
-            record: a conversation; where no answer of it is learned there is no text.
-            name: of the record, for errors.
+            record: a conversation; there is no text if none of its answers is trained on.
+            name: the record's name in errors.
 
         Raises:
-            ConfigurationError: a template that cannot render the record, or loses an answer.
+            ConfigurationError: the template cannot render the record, or loses an answer.
         """
         learned = [i for i, m in enumerate(record.messages) if m.role == "assistant"]
         learned = [i for i in (learned[-1:] if self._last_only else learned) if record.messages[i].learned]
@@ -89,10 +90,10 @@ class Renderer:
         raise failure
 
     def apply(self, messages: list[dict[str, Any]], tools: Any, name: str, *, prompt: bool = False) -> str:
-        """What the template makes of these messages.
+        """Render these messages.
 
         Raises:
-            ConfigurationError: it fails.
+            ConfigurationError: the template fails.
         """
         own = None if self._template.origin == "tokenizer" else self._template.template
         try:
@@ -101,7 +102,7 @@ class Renderer:
                     messages, tools=tools, chat_template=own, tokenize=False, add_generation_prompt=prompt
                 )
             )
-        except Exception as error:  # a template is a program, and fails as programs do
+        except Exception as error:  # a template is a program and may raise any type
             raise ConfigurationError(
                 f"the chat template cannot render {name}",
                 why=f"{failing_line(error)}{type(error).__name__}: {error}",
@@ -110,7 +111,7 @@ class Renderer:
             ) from error
 
     def _look_for_losses(self, record: Record, view: _View, learned: Sequence[int], pieces: Sequence[Rendered]) -> None:
-        """Counts contents, fields and tools without which the text would be the same."""
+        """Count contents, fields and tools that the template ignores: without them the text is the same."""
         last, final = learned[-1] + 1, pieces[-1].text
         alone = dict(zip(learned, pieces, strict=True)) if len(pieces) > 1 else {}
         for index, message in enumerate(record.messages[:last]):
@@ -136,17 +137,17 @@ class Renderer:
 
 
 class _View(NamedTuple):
-    """One record in a form that a template may understand."""
+    """One record in a form that a template may accept."""
 
     renderer: Renderer
     messages: list[dict[str, Any]]
     tools: Any
     name: str
     notes: Notes
-    parts: bool  # contents are lists of parts
+    parts: bool  # whether contents are lists of parts
 
     def answers(self, learned: Sequence[int]) -> dict[int, Rendered]:
-        """By index, the text up to each learned answer, and where it stands in it; without those rendered in part."""
+        """By message index, the text up to each answer to train on, and its range; omits partly rendered answers."""
         found = {}
         for index in learned:
             text = self.apply(self.messages[: index + 1])
@@ -162,68 +163,68 @@ class _View(NamedTuple):
         return found
 
     def unchanged(self, index: int, text: str, end: int, **change: Any) -> bool:
-        """Whether the template renders the same with a changed message (None takes a field away)."""
+        """Whether the template renders the same text with a changed message (None removes a field)."""
         messages = self.messages[:end]
         messages[index] = {k: v for k, v in (messages[index] | change).items() if v is not None}
         try:
             return self.apply(messages) == text
-        except ConfigurationError:  # it looks at it
+        except ConfigurationError:  # the template does read it
             return False
 
     def apply(self, messages: list[dict[str, Any]], *, prompt: bool = False, tools: bool = True) -> str:
-        """What the template makes of these messages.
+        """Render these messages.
 
         Raises:
-            ConfigurationError: it fails.
+            ConfigurationError: the template fails.
         """
         given = in_parts(messages) if self.parts else messages
         return self.renderer.apply(given, self.tools if tools else None, self.name, prompt=prompt)
 
     def _takes_no_prompt(self, index: int, prompt: str) -> bool:
-        """Whether the template renders what comes before an answer the same, asked to add a prompt or not."""
+        """Whether the template ignores the request for a generation prompt at this point."""
         silent, role = self.renderer.silent, self.messages[index - 1]["role"]
         if role not in silent:
             silent[role] = self.apply(self.messages[:index]) == prompt
         return silent[role]
 
     def _answer_start(self, index: int, text: str, prompt: str) -> tuple[int, tuple[str, ...]]:
-        """Where the answer begins in ``text``; and what prompt and text hold from where they differ, if they do."""
+        """Where the answer begins in ``text``; and how prompt and text continue after they diverge, if they do."""
         if not index:  # templates do not render an empty conversation
             return self._fork(index, text), ()
         if text.startswith(prompt):
             return len(prompt), ()
-        # The generation prompt opens something (a reasoning block) that a finished answer lacks.
+        # The generation prompt opens something (such as a reasoning block) that a finished answer lacks.
         fork = self._fork(index, text)
         alike = min(fork, shared(prompt, text))
-        alike -= prompt[:alike].endswith("<")  # of two marks, both whole
-        # What stands before every answer is no part of one, white space apart.
+        alike -= prompt[:alike].endswith("<")  # the prompt and the text diverge inside a tag: step back to its "<"
+        # Text that precedes every answer does not belong to the answer, except for white space.
         start = fork if text[alike:fork].strip() else alike
         return start, (prompt[alike:][-_SHOWN:], text[alike : alike + _SHOWN])
 
     def _fork(self, index: int, text: str) -> int:
-        """Where other answers are rendered otherwise: never after the answer's own beginning."""
+        """Where the rendering starts to depend on the answer; never later than the answer's own beginning."""
         others = ([*self.messages[:index], {"role": "assistant", "content": other}] for other in _OTHERS)
         return min(shared(self.apply(other), text) for other in others)
 
     def _note_headers(self, index: int, text: str, prompt: str) -> None:
-        """Counts what a template that knows no generation prompt has learned with an answer."""
+        """Count headers that become part of the answer because the template ignores the generation prompt."""
         if (header := text[len(prompt) : self._fork(index, text)]).strip():
             self.notes.count(Kind.HEADER, header)
         try:
             followed = self.apply([*self.messages[: index + 1], {"role": "user", "content": _OTHERS[0]}])
-        except ConfigurationError:  # no user may follow here
+        except ConfigurationError:  # the template does not accept a user message here
             return
         tail = text[shared(followed, text) :]
         if tail.strip() and prompt.endswith(tail):
             self.notes.count(Kind.TRAILER, tail)
 
     def _is_whole(self, index: int, text: str, start: int) -> bool:
-        """Whether all of the answer is rendered, white space apart."""
+        """Whether the answer is rendered completely, ignoring white space at its ends."""
         self._check_calls(self.messages[index], text[start:])
         content = str(self.messages[index].get("content") or "").strip()
         if content in text[start:]:
             return True
-        # Its beginning may be in the prompt: the mark that opens a reasoning block.
+        # Its beginning may be in the prompt, such as the tag that opens a reasoning block.
         before = self.apply(self.messages[:index]) if index else ""
         if _squeezed(content) in _squeezed(text[shared(before, text) :]):
             return True
@@ -250,10 +251,10 @@ class _View(NamedTuple):
 
 
 def _forms(messages: Sequence[Message]) -> list[list[dict[str, Any]]]:
-    """The messages as templates may want them: first as most do.
+    """The messages in the forms that templates may expect, the most common first.
 
-    Most take arguments of tool calls as objects, some as JSON text; most render an empty content as nothing, some look
-    for its absence.
+    Most templates take the arguments of tool calls as objects, some as JSON text. Most render an empty content as
+    nothing, some test whether it is absent.
     """
     plain = [{"role": m.role, "content": m.content, **m.fields} for m in messages]
     if not any(m.fields.get("tool_calls") for m in messages):
@@ -276,7 +277,7 @@ def _as_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer_end(message: Mapping[str, Any], text: str, start: int) -> int:
-    """The white space after the end-of-turn mark is no part of the answer, unless the answer itself ends in it."""
+    """The end of the answer; excludes white space after the end-of-turn token unless the answer itself ends in it."""
     end = len(text.rstrip())
     content = str(message.get("content") or "")
     at = text.rfind(content, start) if content and content[-1].isspace() else -1
@@ -284,9 +285,9 @@ def _answer_end(message: Mapping[str, Any], text: str, start: int) -> int:
 
 
 def _joined(answers: Mapping[int, Rendered]) -> list[Rendered]:
-    """One text with all answers, where each text goes on from the one before; the texts, where one does not."""
+    """A single text with all answers if each text continues the previous one; otherwise the separate texts."""
     pieces = [*answers.values()]
-    # Turns after the last answer are prompts to nothing: they are left out.
+    # Turns after the last answer are never trained on, so they are left out.
     if all(pieces[-1].text.startswith(piece.text[: piece.spans[0][1]]) for piece in pieces):
         return [Rendered(pieces[-1].text, [span for piece in pieces for span in piece.spans])] if pieces else []
     return pieces
@@ -301,6 +302,6 @@ def _last_line(content: str) -> str:
 
 
 def shared(left: Sequence[Any], right: Sequence[Any]) -> int:
-    """How many items two sequences begin with alike."""
+    """Length of the common prefix of two sequences."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -1,8 +1,8 @@
-"""One row of the user's data becomes one conversation, or is refused with the reason.
+"""Converts one row of the user's data to a conversation, or refuses it with the reason.
 
-Understood are OpenAI's and ShareGPT's conversations, prompt and completion (text, or lists of messages), and Alpaca's
-instruction, input and output. Beside each of them may stand ``tools``, ``system`` and ``history``. Tables without
-nested columns hold the same as JSON text.
+Supported formats: OpenAI and ShareGPT conversations; prompt and completion (text, or lists of messages); and Alpaca's
+instruction, input and output. Each may be accompanied by ``tools``, ``system`` and ``history``. Tables without nested
+columns may hold the same data as JSON text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 from fp8pipe.models.language.text.conversation import ROLES, Message, Record
 
 SHAPES: Final = "messages, conversations, prompt + completion, or instruction (+ input) + output"
-# Other names of the roles: ShareGPT's, older and newer ones of OpenAI, and Llama's for a tool's answer.
+# Other names for the roles: ShareGPT's, OpenAI's older and newer ones, and Llama's for a tool's answer.
 _ALIASES: Final = {
     "human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool",
     "ipython": "tool", "developer": "system",
@@ -25,22 +25,22 @@ _BESIDE: Final = ("tools", "functions", "system", "history")
 
 
 class BadRow(Exception):
-    """What is wrong with one row."""
+    """Says what is wrong with one row."""
 
 
 class DamagedFile(BadRow):
-    """The file ends, or cannot be read, where more must come."""
+    """The file ends, or cannot be read, although more data must follow."""
 
 
 def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
-    """A checked conversation; counts in ``unused`` the fields of the row that nothing reads.
+    """A checked conversation; fields of the row that are not used are counted in ``unused``.
 
     Raises:
-        BadRow: naming the field and what is wrong with it.
+        BadRow: names the field and what is wrong with it.
     """
     if not isinstance(row, dict):
         raise BadRow(f"a record must be an object, not {_json_type(row)}")
-    # A dataset table may hold a column of another shape that is empty in this row.
+    # A dataset's table may have a column for another format, empty in this row.
     keys = {k for k, v in row.items() if v is not None}
     if "messages" in keys or "conversations" in keys:
         used: tuple[str, ...] = ("messages",) if "messages" in keys else ("conversations",)
@@ -61,7 +61,7 @@ def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
         raise BadRow("no assistant message, so there is nothing to learn")
     unused.update(str(k) for k in keys - {*used, *_BESIDE} if row[k] not in ("", [], {}))
     tools = _tools(row)
-    if not tools and "tools" in messages[0].fields:  # of the conversation, in its first message
+    if not tools and "tools" in messages[0].fields:  # tools given in the conversation's first message
         opening = messages[0]
         tools = _tools(opening.fields)
         messages[0] = replace(opening, fields={k: v for k, v in opening.fields.items() if k != "tools"})
@@ -71,12 +71,12 @@ def parse_row(row: Any, place: str, unused: Counter[str]) -> Record:
 
 
 def pair(prompt: str, answer: str) -> Record:
-    """One question with its answer."""
+    """A conversation of one question and its answer."""
     return Record((Message("user", prompt), Message("assistant", answer)))
 
 
 def _before(row: dict[str, Any]) -> list[Message]:
-    """The system message and the earlier turns that stand in fields of their own."""
+    """The system message and earlier turns that are given in separate fields."""
     messages = []
     if system := _text(row, "system", needed=False):
         messages.append(Message("system", system))
@@ -88,7 +88,7 @@ def _before(row: dict[str, Any]) -> list[Message]:
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The tools' schemas, each as ``{"type": "function", "function": ...}``: what serving passes to the template."""
+    """The tools' schemas, each as ``{"type": "function", "function": ...}``, the form that serving passes on."""
     tools = []
     for index, tool in enumerate(_structure(row, "tools", list) or _structure(row, "functions", list) or []):
         if not isinstance(tool, dict):
@@ -98,7 +98,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _prompt_and_completion(row: dict[str, Any]) -> list[Message]:
-    """Two texts, or two lists of messages: then the assistant's turns in the prompt are not learned."""
+    """Two texts, or two lists of messages; in the latter case, assistant turns in the prompt are not trained on."""
     lists = [key for key in ("prompt", "completion") if isinstance(row.get(key), list)]
     if not lists:
         return [*pair(_text(row, "prompt"), _text(row, "completion")).messages]
@@ -143,7 +143,7 @@ def _message(item: dict[str, Any]) -> Message:
 
 
 def _content(item: dict[str, Any], key: str, *, needed: bool) -> str:
-    """Text, or the text of a list of parts, which follow one another as they stand."""
+    """The text, or the texts of a list of parts, concatenated."""
     parts = item.get(key)
     if not isinstance(parts, list):
         return _text(item, key, needed=needed)
@@ -180,7 +180,7 @@ def _calls(fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _weight(fields: Mapping[str, Any], role: str) -> bool:
-    """Whether a message is learned; everything but the assistant's is a prompt in any case."""
+    """Whether a message is trained on; only assistant messages can be."""
     weight = fields.get("weight")
     if weight is not None and weight not in (0, 1):
         raise BadRow(f"'weight' must be 0 or 1, not {weight!r}")
@@ -190,7 +190,7 @@ def _weight(fields: Mapping[str, Any], role: str) -> bool:
 
 
 def _structure(row: Mapping[str, Any], key: str, *types: type) -> Any:
-    """The list or object of a field, or None; CSV and some datasets hold it as JSON text."""
+    """A field's list or object, or None; CSV files and some datasets store it as JSON text."""
     value = row.get(key)
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
@@ -217,13 +217,13 @@ def _text(row: Mapping[str, Any], key: str, *, needed: bool = True) -> str:
         raise BadRow(f"{key!r} is empty")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # an unpaired \ud800 escape is valid JSON but no text
+    except UnicodeEncodeError as error:  # an unpaired \ud800 escape is valid JSON but not valid text
         raise BadRow(f"{key!r} holds an unpaired surrogate at character {error.start}") from error
     return value
 
 
 def _check_encodable(record: Record) -> None:
-    """The same of everything that a template writes out beside the contents."""
+    """Refuse unpaired surrogates in everything else that a template writes out."""
     for key, value in (("tools", record.tools), *((k, v) for m in record.messages for k, v in m.fields.items())):
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")

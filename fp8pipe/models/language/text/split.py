@@ -1,6 +1,6 @@
-"""Which records are learned and which are kept for evaluation, so that no prompt of the latter is among the former.
+"""Splits records into training and held-out sets, so that no held-out prompt occurs in the training set.
 
-Most corpora repeat their questions: set aside record by record, they would be tested on what they were trained on.
+Most corpora repeat their questions, so a split record by record would test the model on prompts it was trained on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fp8pipe.models.language.text.conversation import Record
 
 log = logging.getLogger(__name__)
 
-_PROMPTS: Final = ("user", "tool")  # what an answer answers; a system message alone is no prompt
+_PROMPTS: Final = ("user", "tool")  # roles that an answer replies to; a system message alone is no prompt
 
 
 def split(
@@ -30,25 +30,25 @@ def split(
     seed: int,
     warn: Callable[[str], None] = log.warning,
 ) -> tuple[list[Record], list[Record]]:
-    """Removes repeated records, then sets some aside: ``(train, heldout)``.
+    """Remove duplicate records, then hold some out: returns ``(train, heldout)``.
 
-    ``train`` keeps the given order; ``heldout`` is in the order drawn: its beginning is a fair sample.
+    ``train`` keeps the given order; ``heldout`` is in random order, so that any prefix of it is a fair sample.
 
-    A record is repeated where all of it is: the same prompt with another answer stays. Conversations that open alike
-    go to the same side together, so that no prompt inside one side's conversations occurs on the other. An opening is
-    everything before the first answer to a user (all of a conversation without one), compared without case, white
-    space and closing punctuation. Where long runs of conversations share theirs, ``heldout`` falls short of the number
-    asked for, or holds the shortest of these runs.
+    Records are duplicates only if they are entirely equal; the same prompt with another answer is kept. Conversations
+    with the same opening go to the same set, so that no prompt within a conversation of one set occurs in the other.
+    The opening is everything before the first answer to a user (the whole conversation if there is none), ignoring
+    case, white space and closing punctuation. If many conversations share an opening, ``heldout`` may contain fewer
+    records than requested, or the smallest such group.
 
     Args:
         records: the records.
-        heldout_fraction: part of the distinct records to set aside, 0 <= f < 1 (rounded up).
-        heldout_count: number of distinct records to set aside; exactly one of the two must be given.
-        seed: any integer >= 0; the choice depends on it and on the records only.
-        warn: takes a sentence on what was dropped.
+        heldout_fraction: fraction of the distinct records to hold out, 0 <= f < 1 (rounded up).
+        heldout_count: number of distinct records to hold out; exactly one of the two must be given.
+        seed: any integer >= 0; the choice depends only on it and on the records.
+        warn: called with a sentence about what was dropped.
 
     Raises:
-        ConfigurationError: a value out of range, or too few distinct records.
+        ConfigurationError: a value is out of range, or there are too few distinct records.
     """
     distinct: dict[str, Record] = {}
     for record in records:
@@ -72,7 +72,7 @@ def split(
 
 
 def _shortest_run(members: list[list[int]], wanted: int, warn: Callable[[str], None]) -> list[int]:
-    """What is held out where every opening is shared by more conversations than were asked for."""
+    """The smallest group, held out if every opening is shared by more conversations than requested."""
     if len(members) == 1:
         raise ConfigurationError(
             f"{wanted} records cannot be set aside",
@@ -110,13 +110,13 @@ def _wanted(distinct: int, fraction: float | None, count: int | None) -> int:
 
 
 def _whole(record: Record) -> str:
-    """Everything of a record, as text."""
+    """The complete contents of a record, as text."""
     turns = [(m.role, m.content, m.learned, dict(m.fields)) for m in record.messages]
     return json.dumps([turns, list(record.tools)], sort_keys=True, default=str)
 
 
 def _opening(record: Record) -> str:
-    """Normalised text before the first answer to a user; of a conversation without one, all of it."""
+    """Normalised text before the first answer to a user; the whole conversation if there is none."""
     asked, end = False, len(record.messages)
     for index, message in enumerate(record.messages):
         if message.role == "assistant" and asked:

@@ -1,4 +1,4 @@
-"""The chat template: a model's own, or the plain one, and where it fails."""
+"""The chat template: the model's own or the plain one, and where it fails."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def template_info(tokenizer: Any) -> TemplateInfo:
     """The tokenizer's own chat template, or the plain one.
 
     Raises:
-        ConfigurationError: a template that is no valid Jinja.
+        ConfigurationError: the template is not valid Jinja.
     """
     own = getattr(tokenizer, "chat_template", None)
     if isinstance(own, dict):  # several named templates
@@ -45,14 +45,14 @@ def template_info(tokenizer: Any) -> TemplateInfo:
     if own:
         _check_syntax(tokenizer)
         return TemplateInfo("tokenizer", own)
-    # The plain template begins as the tokenizer begins any text: with the start token where it adds one.
+    # The plain template starts as the tokenizer starts any text: with the start token, if the tokenizer adds one.
     bos = getattr(tokenizer, "bos_token_id", None)
     starts = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
     return TemplateInfo("plain", ("{{ bos_token }}" if starts else "") + PLAIN_TEMPLATE)
 
 
 def in_parts(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with their texts in a list of parts, which templates of models that take images, too, may want."""
+    """The messages with their text as a list of parts, the form that templates of multimodal models may expect."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)
@@ -74,19 +74,19 @@ def _check_syntax(tokenizer: Any) -> None:
                 why=f"line {error.lineno}: {error.message}{f': {line[0].strip()[:120]}' if line else ''}",
                 fix="correct the template, or take it from the model's publisher again",
             ) from error
-        except Exception:  # it may refuse this conversation; whether it renders the user's is seen with these
+        except Exception:  # it may reject this sample conversation; the user's own are checked when they are rendered
             continue
 
 
 def template_name(tokenizer: Any) -> str:
-    """What messages call it: its file, where it has one."""
+    """What messages call the template: the name of its file, if it has one."""
     folder = getattr(tokenizer, "name_or_path", "") or ""
     file = Path(folder) / "chat_template.jinja"
     return f"the chat template {file}" if folder and file.is_file() else f"the chat template of {folder or 'the model'}"
 
 
 def failing_line(error: BaseException) -> str:
-    """The template's line that raised, as Jinja writes it into the traceback."""
+    """The template line that raised, from the line number that Jinja puts in the traceback."""
     line, frame = 0, error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_filename == "<template>":
