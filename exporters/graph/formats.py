@@ -24,8 +24,8 @@ class OnnxFormat(StrEnum):
     """How quantized parts are stored and run.
 
     `qdq`: weight codes (INT8 or FP8 E4M3) and activation quantizers, as trained.
-    `qdq-exact`: the same with float64 between the matrix multiplications, so that results are unique, bit for bit;
-    slower. `int4-weight-only`: weights of at most 4 bits in INT4, half the bytes; activations stay float.
+    `qdq-exact`: the same with float64 between matrix multiplications, so that results are unique, bit for bit; slower.
+    `int4-weight-only`: weights of at most 4 bits in INT4, half the bytes; activations stay float.
     """
 
     QDQ = "qdq"

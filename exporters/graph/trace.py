@@ -70,7 +70,7 @@ class FloatGraph:
     products: tuple[Product, ...]  # in the order of the structure: linears, then attentions (qk, av)
 
     def in_graph_order(self) -> list[Product]:
-        """The products in the order of their nodes: what several of them read must be inserted before the first."""
+        """The products in node order: a value that several of them read must be inserted before the first."""
         order = {node: index for index, node in enumerate(self.model.graph)}
         return sorted(self.products, key=lambda product: order[product.node])
 

@@ -17,6 +17,7 @@ __all__ = ["least_onnxruntime", "needs"]
 _OPSETS: Final[Mapping[int, str]] = {17: "1.13", 18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}
 _IRS: Final[Mapping[int, str]] = {8: "1.13", 9: "1.15", 10: "1.18", 11: "1.23"}
 # The release that first runs stored tensors of a type, found by loading exports of each format in the CPU wheels
+# (docs/onnx.md).
 _TYPES: Final[Mapping[str, str]] = {"INT4": "1.19", "UINT4": "1.19", "FLOAT8E4M3FN": "1.32"}
 _COMMON: Final = frozenset(("FLOAT", "DOUBLE", "FLOAT16", "INT8", "UINT8", "INT32", "INT64", "BOOL"))
 

@@ -84,7 +84,7 @@ def product_gates(
 
 
 def typed_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLERANCE) -> list[Gate]:
-    """Codes and outputs of all layers; `FLOAT_TOLERANCE` where some do not add up in float64."""
+    """Gates on codes and outputs of all layers; pass `FLOAT_TOLERANCE` if some are not summed in float64."""
     errors = {layer.layer: layer.error for layer in report}
     codes = layer_codes_gate("activation codes differing", report)
     return [codes, layer_error_gate("layer error", errors, tolerance)]

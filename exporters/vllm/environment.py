@@ -160,13 +160,13 @@ def _wait_for_group(process: subprocess.Popen[bytes], grace_s: float) -> bool:
 
 
 def last_lines(log: Path, count: int = 15) -> str:
-    """The end of a log, for a message."""
+    """The last lines of a log, for an error message."""
     lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() if log.is_file() else []
     return "\n".join(lines[-count:]) or "(it printed nothing)"
 
 
 def engine_failure(what: str, code: int, log: Path) -> Fp8PipeError:
-    """The error for an engine that ended with `code` after writing `log`."""
+    """The error for an engine that exited with `code`; its output is in `log`."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     why = f"exit status {code}; its last lines:\n{last_lines(log)}"
     if code == -signal.SIGKILL or "MemoryError" in text or "can't allocate memory" in text:

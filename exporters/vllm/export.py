@@ -190,7 +190,7 @@ def _token_warnings(plan: ExportPlan) -> list[str]:
         return []
     try:
         tokenizer = load_tokenizer(plan.source.root)
-    except ConfigurationError:  # none, or one that the ending's own warning speaks of
+    except ConfigurationError:  # no tokenizer, or one that is already warned about with the ending
         return []
     return check_tokens(tokenizer, plan.structure.tensors[f"{plan.structure.embedding}.weight"][0], ())
 

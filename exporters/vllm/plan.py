@@ -21,7 +21,7 @@ from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, Tensor
 from fp8pipe.models.language.ending import Ending
 from fp8pipe.models.language.structure import ModelStructure, Role
 
-# FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
+# FP8 GEMM kernels (cuBLASLt, CUTLASS) require K and N to be multiples of 16.
 DIMENSION_MULTIPLE = 16
 # What vLLM does with the inputs of an FP8 layer whose activations are declared as dynamic, per token.
 ENGINE_ACTIVATIONS = Encoding(format="e4m3", bits=8, granularity="per-token", scale_rule=ScaleRule.AMAX, dynamic=True)
