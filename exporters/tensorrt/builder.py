@@ -55,8 +55,8 @@ def run_builder(
     """Build one engine in a separate process.
 
     `job` is the input of `build_worker.py` apart from file paths; it must be serializable as JSON. The result holds
-    `version`, `messages`, and `listing` (layers in the log) or `inspector` (layers as JSON). `memory` says in the error
-    message which memory to free if the builder crashes.
+    `version`, `messages`, and `listing` (layers in the log) or `inspector` (layers as JSON). `memory` names
+    the memory to free, for the error message if the builder crashes.
 
     Raises:
         GateFailedError: the parser or the builder refuses the graph; the message quotes it.
