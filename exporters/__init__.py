@@ -1,1 +1,1 @@
-"""Artifact in, engine-ready checkpoint out; an exporter reads an artifact, never a live model."""
+"""Exporters turn artifacts into checkpoints and graphs for engines; they read artifacts, never a live model."""

@@ -1,11 +1,12 @@
-"""Where each engine computes, and what `--device` may ask of it.
+"""The device that each engine computes on, and which values of `--device` it accepts.
 
-No command moves an engine: an installed vLLM is a build for CPUs or for GPUs, and ONNX Runtime has the providers that
-it was built with. So a device that was named is checked here, before anything is loaded, and `auto` is told what the
-engine will do. Every function takes what was asked for and the stage: validate, bench or serve.
+No command can move an engine to another device: an installed vLLM is a build either for CPUs or for GPUs, and ONNX
+Runtime has the providers it was built with. So an explicitly requested device is checked here, before anything is
+loaded, and `auto` resolves to what the engine will use. Every function takes the requested device and the stage:
+validate, bench or serve.
 
-Raises everywhere:
-    MissingCapabilityError: a GPU was asked for, and the engine would not compute on one.
+All functions raise:
+    MissingCapabilityError: a GPU was requested, and the engine would not compute on one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _DRIVER_FIX: Final = "see what nvidia-smi and CUDA_VISIBLE_DEVICES show, or use 
 
 
 def in_vllm(asked: DeviceName, stage: str, *, vllm_python: str | None = None, **given: Any) -> Device | None:
-    """The device that the installed build of vLLM is for.
+    """The device that the installed vLLM was built for.
 
-    None where vLLM is not installed and `cuda` was not asked for: the command itself reports the missing vLLM.
+    None if vLLM is not installed and `cuda` was not requested: the command itself reports that vLLM is missing.
     """
     try:
         environment = inspect_environment(find_vllm_python(vllm_python))
@@ -51,7 +52,7 @@ def in_vllm(asked: DeviceName, stage: str, *, vllm_python: str | None = None, **
 
 
 def in_onnxruntime(asked: DeviceName, stage: str, **given: Any) -> Device:
-    """Proofs are made on the CPU; elsewhere CUDA's provider computes where this ONNX Runtime has it and a GPU is."""
+    """Validation runs on the CPU; other stages use CUDA if this ONNX Runtime has the provider and there is a GPU."""
     if stage == "validate":
         why = "exports to ONNX are proved on the CPU, whose integer kernels are exact"
         lack, fix = why, "leave --device out; bench and serve take a GPU"
@@ -71,9 +72,9 @@ def in_onnxruntime(asked: DeviceName, stage: str, **given: Any) -> Device:
 
 
 def in_tensorrt(asked: DeviceName, stage: str, **given: Any) -> Device | None:
-    """Engines run on a GPU alone; without one, or with `cpu`, a validation reads them and runs nothing.
+    """Engines run only on a GPU; without one, or with `cpu`, a validation reads the engines but does not run them.
 
-    None where torch, which manages the GPU's memory, is missing: the service says so itself.
+    None if torch, which manages the GPU's memory, is missing: the service itself reports that.
     """
     if stage == "serve" and importlib.util.find_spec("torch") is None:
         return None
@@ -89,7 +90,7 @@ def in_tensorrt(asked: DeviceName, stage: str, **given: Any) -> Device | None:
 
 
 def in_tensorrt_language(asked: DeviceName, stage: str, **given: Any) -> Device:
-    """Engines of language models are read, and run nowhere."""
+    """Engines of language models are only read, never run."""
     why = "engines of language models are read, and not run here"
     if asked == "cuda":
         raise MissingCapabilityError("nothing computes on a GPU here", why=why, fix="leave --device out")

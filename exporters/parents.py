@@ -1,7 +1,7 @@
-"""Where an artifact's parent lies on this machine: at the path that the manifest records, or beside the artifact.
+"""Finds an artifact's parent on this machine: at the path recorded in the manifest, or beside the artifact.
 
-`verify` and `validate` look in the same places. A path proves nothing: what lies there is the parent only if its digest
-is the one that the manifest names.
+`verify` and `validate` look in the same places. The path alone proves nothing: what is found there is the parent only
+if its digest is the one in the manifest.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["candidate_artifacts", "local_model"]
 
 
 def candidate_artifacts(child: Artifact, parent: Parent) -> Iterator[Artifact]:
-    """Artifacts that may be the parent: at the recorded path, of that name beside the child, then all beside it.
+    """Candidates for the parent: at the recorded path, then beside the child by that name, then anything beside it.
 
-    Only manifests are read; those that cannot be read are passed over.
+    Only manifests are read; unreadable ones are skipped.
     """
     beside = child.root.absolute().parent
     recorded = Path(parent.path)
     for place in dict.fromkeys([recorded, beside / recorded.name, *sorted(beside.iterdir())]):
-        if os.path.isfile(place / MANIFEST_NAME):  # unlike Path.is_file, False where the directory may not be read
+        if os.path.isfile(place / MANIFEST_NAME):  # unlike Path.is_file, returns False if the directory is not readable
             try:
                 yield Artifact(place, read_manifest(place))
             except (Fp8PipeError, OSError):
@@ -33,9 +33,9 @@ def candidate_artifacts(child: Artifact, parent: Parent) -> Iterator[Artifact]:
 
 
 def local_model(child: Artifact, parent: Parent) -> Path | None:
-    """The model of the parent's digest, where it lies on this machine; its files are hashed.
+    """The local directory of the model that has the parent's digest; its files are hashed.
 
-    Nothing is downloaded: of models from a hub the caller has to name the directory.
+    Nothing is downloaded: for models from a hub the caller has to name the directory.
     """
     recorded = Path(parent.path)
     beside = child.root.absolute().parent / recorded.name

@@ -1,12 +1,12 @@
-"""What an export target is, and the registry of all of them.
+"""Defines an export target, and holds the registry of all targets.
 
-A target is one object: what it takes, its option model, and where the functions are that plan, export, verify, prove
-and serve it. The command line, its help, the JSON schema, `verify`, the report, the model card and `serve` ask this
-registry; nothing else knows a kind of export by name. A new format is one folder with such an object, and one line in
-`_BUILTIN`; another package calls `register` itself.
+A target is one object: which artifacts it accepts, its option model, and references to the functions that plan,
+export, verify, validate and serve it. The command line, its help, the JSON schema, `verify`, the report, the model card
+and `serve` all query this registry; no other code refers to a kind of export by name. A new format is one folder with
+such an object plus one line in `_BUILTIN`; a third-party package calls `register` itself.
 
-Functions are named as `module:function` and imported when they are called, so that help and schema need no torch, and
-a target may name packages above this one (validation, serving) without importing them.
+Functions are given as `module:function` strings and imported only when called, so help and schema do not need torch,
+and a target may refer to packages above this one (validation, serving) without importing them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "targets", "unregister",
 ]  # fmt: skip
 
-# What a target may take besides artifacts: a model without a manifest.
+# What a target may accept besides artifacts: a model without a manifest.
 PLAIN_MODEL: Final = "model"
 _BUILTIN: Final = (
     "exporters.vllm.target", "exporters.onnx.target", "exporters.tensorrt.target", "exporters.tensorrt.language.target",
@@ -44,7 +44,7 @@ Reference = str | Callable[..., Any]
 
 
 def call(reference: Reference, *args: Any, **kwargs: Any) -> Any:
-    """Call a function that is given itself, or named as `module:function`.
+    """Call a function that is given directly, or by name as `module:function`.
 
     Raises:
         MissingCapabilityError: its module imports a package that is not installed.
@@ -57,7 +57,7 @@ def call(reference: Reference, *args: Any, **kwargs: Any) -> Any:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", module.partition(".")[0]):
-            raise  # the reference itself is wrong
+            raise  # the reference itself is wrong, not one of the imports of its module
         raise MissingCapabilityError(
             f"{module} needs a package that is not installed", why=str(error),
             fix=install_command(package.replace("_", "-")),
@@ -67,66 +67,66 @@ def call(reference: Reference, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine that runs exports of a target, to prove them."""
+    """An engine that can run the exports of a target in order to validate them."""
 
     name: str  # as in `--engine`
-    validate: Reference  # `(export, **given) -> record`; raises `ExportRejectedError` with the record where it rejects
-    describe: Reference  # `(export, record) -> str`, for people
-    takes: tuple[str, ...] = ()  # options of `validate` that it understands, by their names in Python
+    validate: Reference  # `(export, **given) -> record`; on rejection raises `ExportRejectedError` with it
+    describe: Reference  # `(export, record) -> str`, a human-readable summary
+    takes: tuple[str, ...] = ()  # options that `validate` supports, by their Python names
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """How exports of a target are run: served, measured, asked."""
+    """How exports of a target are served and benchmarked, and how their service is checked."""
 
-    domain: Literal["language", "vision"]  # whose options apply, and which server it is
-    # `(export, config, language_config) -> exit code`; none where it is not served, for the reason `refusal`
+    domain: Literal["language", "vision"]  # decides which options apply and which server is started
+    # `(export, config, language_config) -> exit code`; None if it cannot be served, for the reason in `refusal`
     serve: Reference | None = None
-    refusal: str = ""  # why it is not served
-    plan: Reference | None = None  # `(artifact, stage, record, **given) -> Plan` of validate, bench and serve-check
-    bench: Reference | None = None  # `(export, config, **given) -> MeasureRecord`; none where nothing is measured
-    # `(url, artifact, config) -> (requests, gates)` of serve-check; none where there is none
+    refusal: str = ""  # why it cannot be served
+    plan: Reference | None = None  # `(artifact, stage, record, **given) -> Plan` for validate, bench and serve-check
+    bench: Reference | None = None  # `(export, config, **given) -> MeasureRecord`; None if it cannot be benchmarked
+    # `(url, artifact, config) -> (requests, gates)` for serve-check; None if there is no such check
     ask: Reference | None = None
-    # `(artifact, folder, **given) -> None`: the files of a model in a Triton repository
+    # `(artifact, folder, **given) -> None`: writes the files of a model in a Triton repository
     repository: Reference | None = None
-    # `(asked, stage, **given) -> Device | None`: where it computes, or why not there; none where nobody asks
+    # `(asked, stage, **given) -> Device | None`: the device it computes on, or an error; None if it has no effect
     device: Reference | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ExportTarget:
-    """One form in which an artifact leaves."""
+    """One form in which an artifact can be exported."""
 
-    name: str  # as in `--target`; several targets of one name differ by what they take, and by their formats
-    kind: str  # of the artifacts it writes
-    takes: tuple[str, ...]  # kinds of artifact that it is made from; PLAIN_MODEL for a model without a manifest
-    options: type[FrozenConfig]  # its option model; `force` in it means that an existing output is replaced
-    details: type[Details]  # what its manifests hold of their own
+    name: str  # as in `--target`; targets that share a name differ in the sources they accept or in their formats
+    kind: str  # kind of the artifacts it writes
+    takes: tuple[str, ...]  # kinds of artifact it accepts as a source; PLAIN_MODEL for a model without a manifest
+    options: type[FrozenConfig]  # its option model; a `force` field in it means that an existing output is replaced
+    details: type[Details]  # the target-specific part of its manifests
     help: str  # what it writes, in a few words
     export: Reference  # `(source, output, options) -> Artifact`
     plan: Reference  # `(source, output, options) -> (document, Plan)`
-    verify: Reference  # `(artifact, parent, notes) -> Iterator[Finding]`: the files against the manifest and the parent
-    # values of `--format` that mean this target, where another takes the same; empty for the usual one
+    verify: Reference  # `(artifact, parent, notes) -> Iterator[Finding]`: files against manifest and parent
+    # values of `--format` that select this target where several accept the same source; empty for the default target
     formats: tuple[str, ...] = ()
-    engines: tuple[Engine, ...] = ()  # that can prove its exports, the usual one first
-    # how they are run
+    engines: tuple[Engine, ...] = ()  # engines that can validate its exports, the default one first
+    # how exports are served and benchmarked
     service: Service = field(default_factory=lambda: Service("vision", refusal="nothing serves this kind of export"))
-    after: Reference | None = None  # `(artifact) -> list[str]`, lines for people after an export
-    # `(root, kind, trained) -> {options: findings}`: what each form of it refuses about an artifact of `kind` in
-    # `root`, or of one that will be made of the model there, `trained` being its trained linears; from headers alone
+    after: Reference | None = None  # `(artifact) -> list[str]`: lines to print after an export
+    # `(root, kind, trained) -> {options: findings}`: what each format would refuse about the artifact of `kind` in
+    # `root`, or about one yet to be trained from the model there; `trained` names its linears; reads headers only
     foresee: Reference | None = None
-    label: str = ""  # what help says before an option that not every target has; the name when empty
-    migrate: Migration = lambda data: data  # brings its manifests of older schemas to today's
+    label: str = ""  # shown in the help before options that only some targets have; defaults to the name
+    migrate: Migration = lambda data: data  # converts its manifests of older schemas to the current one
 
 
 _targets: dict[str, ExportTarget] = {}
 
 
 def register(target: ExportTarget) -> None:
-    """Make a target known.
+    """Add a target to the registry.
 
     Raises:
-        ConfigurationError: its kind is registered already, or another takes the same source under the same name.
+        ConfigurationError: its kind is already registered, or another target of that name accepts the same source.
     """
     load()
     _add(target)
@@ -156,7 +156,7 @@ def _add(target: ExportTarget) -> None:
 
 
 def unregister(kind: str) -> None:
-    """Forget a target."""
+    """Remove a target from the registry."""
     _targets.pop(kind, None)
     unregister_kind(kind)
 
@@ -168,18 +168,18 @@ def targets() -> tuple[ExportTarget, ...]:
 
 
 def target_of(kind: str) -> ExportTarget | None:
-    """The target that writes artifacts of a kind; None for artifacts that are no exports."""
+    """The target that writes artifacts of this kind; None if they are not exports."""
     load()
     return _targets.get(kind)
 
 
 def open_export(export: Path, able: Callable[[ExportTarget], Any]) -> tuple[Artifact, ExportTarget]:
-    """Open an export that can be run somehow, without hashing its files.
+    """Open an export that supports some way of running it, without hashing its files.
 
-    `able` says whether a target can.
+    `able` returns a true value for targets that support it.
 
     Raises:
-        BadArtifactError: no export, or of a kind that cannot.
+        BadArtifactError: not an export, or of a kind that does not support it.
     """
     kinds = [target.kind for target in targets() if able(target)]
     artifact = open_artifact(export, kind=kinds, verify=False, caches="engines")
@@ -187,11 +187,11 @@ def open_export(export: Path, able: Callable[[ExportTarget], Any]) -> tuple[Arti
 
 
 def open_served(export: Path) -> tuple[Artifact, ExportTarget]:
-    """Open an export that a server of this project runs, without hashing its files.
+    """Open an export that can be served by this project, without hashing its files.
 
     Raises:
-        BadArtifactError: no export.
-        ConfigurationError: its kind is not served.
+        BadArtifactError: not an export.
+        ConfigurationError: exports of this kind cannot be served.
     """
     artifact, target = open_export(export, lambda known: known.service)
     if target.service.serve is None:
@@ -207,13 +207,13 @@ def open_served(export: Path) -> tuple[Artifact, ExportTarget]:
 def choose_engine(
     artifact: Artifact, target: ExportTarget, name: str | None, options: Mapping[str, Any]
 ) -> tuple[Engine, dict[str, Any]]:
-    """The engine that proves an export, and what it understands of the options that were given.
+    """The engine that validates an export, and those of the given options that it supports.
 
-    The usual one when no name is given; options that are None count as not given.
+    Without a name this is the default engine; options that are None count as not given.
 
     Raises:
-        ConfigurationError: another kind's engine, or an option that the engine does not take; only the Python of vLLM,
-            which a variable may name for all commands, is passed over.
+        ConfigurationError: the engine belongs to another kind of export, or does not support one of the options. Only
+            the path of vLLM's Python, which an environment variable may set for all commands, is ignored instead.
     """
     found = next((engine for engine in target.engines if name in (None, engine.name)), None)
     if found is None:
@@ -234,12 +234,12 @@ def choose_engine(
 
 
 def engine_device(target: ExportTarget, asked: DeviceName | None, stage: str, **given: Any) -> Device | None:
-    """Where the engine of a target computes in a stage (validate, bench or serve); what `auto` means here is said.
+    """The device that a target's engine computes on in a stage (validate, bench or serve); reports what `auto` means.
 
-    None for a target whose engine has no say, and where the engine is missing, which the command itself reports.
+    None for targets where the device has no effect, and where the engine is missing, which the command itself reports.
 
     Raises:
-        MissingCapabilityError: a GPU was asked for, and the engine would not compute on one.
+        MissingCapabilityError: a GPU was requested, and the engine would not compute on one.
     """
     if target.service.device is None:
         return None
@@ -251,7 +251,7 @@ def engine_device(target: ExportTarget, asked: DeviceName | None, stage: str, **
 
 
 def kind_of_source(source: Path | str) -> str:
-    """The kind of the artifact in a directory; PLAIN_MODEL for everything without a manifest."""
+    """The kind of the artifact in a directory; PLAIN_MODEL for anything without a manifest."""
     root = Path(source)
     if (root / MANIFEST_NAME).is_file() or root.name.endswith(".partial"):
         return open_artifact(root, verify=False).kind
@@ -259,12 +259,12 @@ def kind_of_source(source: Path | str) -> str:
 
 
 def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
-    """The target that `--target NAME` means for a source of a kind.
+    """The target that `--target NAME` selects for a source of this kind.
 
-    `kind` may be PLAIN_MODEL; `format` is as in `--format`.
+    `kind` may be PLAIN_MODEL; `format` is the value of `--format`.
 
     Raises:
-        ConfigurationError: no target of that name takes such a source.
+        ConfigurationError: no target of that name accepts such a source.
     """
     named = [target for target in targets() if target.name == name]
     fitting = [target for target in named if kind in target.takes]
@@ -284,7 +284,7 @@ def choose(name: str, kind: str, format: str | None = None) -> ExportTarget:
 
 
 def foresee(root: Path, kind: str, trained: Collection[str] = ()) -> dict[str, list[Finding]]:
-    """What every form of export refuses, by the options that ask for it, the usual one first; see `ExportTarget`."""
+    """What each format of export would refuse, by the options that select it, the default first; see `ExportTarget`."""
     forms: dict[str, list[Finding]] = {}
     for target in targets():
         if target.foresee is not None and kind in target.takes:
@@ -294,6 +294,6 @@ def foresee(root: Path, kind: str, trained: Collection[str] = ()) -> dict[str, l
 
 @cache
 def load() -> None:
-    """Register the targets of this package, once; called by everything that asks for one."""
+    """Register the built-in targets once; called by every function that queries the registry."""
     for module in _BUILTIN:
         _add(importlib.import_module(module).TARGET)

@@ -1,18 +1,18 @@
-"""ONNX graphs of vision models, shared by the ONNX and TensorRT targets; nothing here knows a target.
+"""ONNX graphs of vision models, shared by the ONNX and TensorRT targets; independent of any target.
 
 Making a graph:
-    trace      a model as a float graph, and which product belongs to which layer
-    lint       values and graphs that no engine would run rightly or fast
+    trace      exports a model as a float graph, and maps each matrix multiplication to its layer
+    lint       finds values and graphs that engines would run incorrectly or slowly
     passes     named rewrites of a float graph: codes, quantizers, names
-    produce    an artifact's quantized graph: trace, lint, and the passes of a format (`formats`); the files beside it
+    produce    makes an artifact's quantized graph: trace, lint, passes of a format (`formats`); and the files beside it
 
-Proving a written graph:
-    layers     its quantized layers, read back from the file alone
-    reopen     every number in it, against the artifact
-    parity     its layers cut out as one model, each fed the same input on both sides
-    between    everything from one product to the next, cut out and fed the parent's own values
-    gates      the verdicts: layers, kernels, and the exact format, compared end to end
-    classes    the whole net: outputs and classes, beside all that
+Checking a written graph:
+    layers     reads its quantized layers back from the file alone
+    reopen     compares every number in it with the artifact
+    parity     extracts its layers as one model and compares each with torch, given the same input
+    between    extracts the operators between matrix multiplications and compares them, given the parent's values
+    gates      the verdicts on layers, kernels, and the exact format, which is compared end to end
+    classes    compares outputs and classes of the whole model, in addition to all of the above
 
-Around them: runtime (ONNX Runtime and the packages of ONNX), images (what is compared on), plan (the dry run).
+Supporting modules: runtime (ONNX Runtime and the ONNX packages), images (inputs for comparisons), plan (the dry run).
 """

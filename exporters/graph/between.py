@@ -1,10 +1,11 @@
-"""Between the products: from what one gives to what the next quantizer reads, through every operator in between.
+"""Checks the operators between matrix multiplications: from the output of one to the input of the next quantizer.
 
-The graph is cut a second time, at the products' results. Each piece is fed the parent's own results (torch, from the
-artifact), and what reaches the next quantizer, or the output, is compared with what reaches it in torch in float64.
-ONNX's reference evaluator, which shares no code with an engine, runs the pieces in float64: an operator, an attribute
-or a constant that is another shows at 1e-6. An engine runs the same pieces as it runs them in service: 1e-5, for its
-sums round. Nothing is quantized here and no piece hides behind another: what differs is named by its nodes.
+The graph is cut at the outputs of the matrix multiplications. Each piece is fed the parent's own outputs (computed by
+torch from the artifact), and what it passes to the next quantizer, or to the output, is compared with torch in float64.
+ONNX's reference evaluator, which shares no code with an engine, runs the pieces in float64: a wrong operator, attribute
+or constant shows up at a tolerance of 1e-6. An engine runs the same pieces as in service, with a tolerance of 1e-5,
+because its sums round. Nothing is quantized here and errors do not propagate between pieces, so a difference can be
+attributed to the nodes of its piece.
 """
 
 from __future__ import annotations
@@ -42,27 +43,27 @@ from fp8pipe.models.vision.structure import LinearSite
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# In float64 constants alone differ, which the graph holds in fp32: 6e-8 of each. Over 28 families 2e-8 were seen, and
-# 2.3e-7 where the parent resizes its position embeddings in fp32.
+# In float64 only constants differ, which the graph stores in fp32: a relative error of 6e-8 each. Over 28 families the
+# largest difference was 2e-8, and 2.3e-7 where the parent resizes its position embeddings in fp32.
 EVALUATED_TOLERANCE: Final = 4e-7
 ENGINE_TOLERANCE: Final = 1e-5
-# Rotary tables and resized position embeddings are rounded once more than the parent's: by 2^-11 of a value.
+# Rotary tables and resized position embeddings are rounded once more than in the parent: a relative error of 2^-11.
 HALF_TOLERANCE: Final = 1e-3
 _PATCHES: Final = "/patches"
-_SHOWN: Final = 6  # nodes of a piece that are named
+_SHOWN: Final = 6  # number of a piece's nodes that are named
 
 
 @dataclass(frozen=True, slots=True)
 class _Between:
-    """What lies between the products.
+    """The operators between the matrix multiplications.
 
     Attributes:
         proto: an `onnx.ModelProto`; its inputs and outputs have the names of the graph's values.
-        inputs: results of products, and the graph's inputs, that it reads.
-        pieces: its outputs (what quantizers read, and the graph's outputs), in the graph's order, each with the names
-            of the nodes on its way that none before it has.
-        stored: by output, the names of stored tensors of more than one number on its whole way.
-        passed: of `pieces`, those that are results of products themselves: they are no outputs of the model.
+        inputs: outputs of matrix multiplications and inputs of the graph that it reads.
+        pieces: its outputs (inputs of quantizers, and the graph's outputs) in the graph's order, each with the names of
+            those nodes leading to it that belong to no earlier piece.
+        stored: by output, the names of all stored tensors with more than one number that it depends on.
+        passed: those of `pieces` that are outputs of matrix multiplications themselves, so not outputs of the model.
     """
 
     proto: Any
@@ -73,7 +74,7 @@ class _Between:
 
 
 def _cut(model: ir.Model, layers: Sequence[ExportedLayer]) -> _Between:
-    """Everything from the products' results, biases included, to the next quantizers and to the output."""
+    """Extract everything from the biased results of matrix multiplications to the next quantizers and the output."""
     import onnx_ir as ir
 
     stop = {*(layer.output for layer in layers), *model.graph.inputs}
@@ -103,7 +104,7 @@ def _is_table(value: ir.Value) -> bool:
 
 
 def _nodes_nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> list[str]:
-    """Nodes that are neither in a cut layer nor between layers: no comparison runs them."""
+    """Nodes that are neither in an extracted layer nor between layers, so no comparison runs them."""
     ends = [*sources_of(layers), *model.graph.outputs]
     inside, _, _ = way_between(sources_of(layers), [layer.output for layer in layers])
     outside, _, _ = way_between([*(layer.output for layer in layers), *model.graph.inputs], ends)
@@ -112,7 +113,7 @@ def _nodes_nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> list[str
 
 
 def with_floats(proto: Any, dtype: str) -> Any:
-    """A copy of a model with "float64" or "float32" wherever it has a float: stored tensors, constants, casts."""
+    """A copy of a model with "float64" or "float32" instead of every float type: stored tensors, constants, casts."""
     from onnx import ModelProto, TensorProto, numpy_helper
 
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
@@ -139,19 +140,19 @@ def with_floats(proto: Any, dtype: str) -> Any:
 
 
 def _floats(values: Iterable[ir.Value], *, ranks: bool = True) -> list[Any]:
-    """Descriptions of values by their own names, in their own number of axes where that is asked for."""
+    """ONNX descriptions of values under their own names, with their number of axes if `ranks`."""
     return [float_value(str(v.name), len(v.shape) if ranks and v.shape is not None else None) for v in values]
 
 
 @dataclass(frozen=True, slots=True)
 class PieceParity:
-    """One piece: what reaches a quantizer or the output.
+    """The comparison of one piece, which ends at a quantizer or at the output.
 
     Attributes:
         value: the graph's value.
-        nodes: operators on the way that no piece before it has.
-        error: largest difference, in units of the largest expected number; NaN fails.
-        exact: whether every constant on the way is known as the graph stores it.
+        nodes: operators that lead to it and belong to no earlier piece.
+        error: largest difference, relative to the largest expected number; NaN fails.
+        exact: whether all constants involved are known exactly as the graph stores them.
     """
 
     value: str
@@ -162,13 +163,13 @@ class PieceParity:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """What the pieces are fed, and what must come out; numpy arrays by the names of the graph's values.
+    """The inputs of the pieces and the expected outputs; numpy arrays by the names of the graph's values.
 
     Attributes:
-        feeds: results of the products, and the pixels.
-        expected: what quantizers read, and the output; float64.
-        exact: stored tensors whose numbers `expected` was made with; None where that is all of them. Others are made of
-            several by the exporter, and rounded to FP16 after that and not before.
+        feeds: outputs of the matrix multiplications, and the pixels.
+        expected: inputs of the quantizers, and the output; float64.
+        exact: stored tensors whose values were used for `expected`; None if all were. The exporter computes others from
+            several tensors, and rounds only the result to FP16.
     """
 
     feeds: Mapping[str, Any]
@@ -179,9 +180,9 @@ class Pieces:
 def parent_pieces(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor, *, half: bool = False
 ) -> Pieces:
-    """The parent's results of products, in torch, and what follows from them in float64.
+    """The parent's outputs of matrix multiplications in torch, and the values that follow from them in float64.
 
-    `quantized` computes what the graph computes (`as_exported`, `in_half`); `pixels` (N, 3, H, W) are normalized;
+    `quantized` computes what the graph computes (`as_exported`, `in_half`); `pixels` (N, 3, H, W) must be normalized;
     `half` says that the graph stores its constants in FP16.
     """
     taps = quantized.taps(pixels)
@@ -206,7 +207,7 @@ def parent_pieces(
 
 
 def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]:
-    """Values of a graph by name for a numpy array of pixels, no operator optimized."""
+    """Values of a graph by name for a numpy array of pixels, without optimization."""
     import onnx
     import onnx_ir as ir
 
@@ -219,7 +220,7 @@ def run_to(model: ir.Model, names: Sequence[str], pixels: Any) -> dict[str, Any]
 
 
 def file_pieces(model: ir.Model, layers: Sequence[ExportedLayer], pixels: Tensor) -> Pieces:
-    """What the graph itself gives, every operator as it stands: the reference where there is no parent."""
+    """Values computed from the graph itself, without optimization: the reference if there is no parent."""
     cut = _cut(model, layers)
     feeds = run_to(model, [INPUT_NAME, *cut.inputs, *cut.passed], pixels.numpy())
     wide = {name: feeds[name].astype("float64") for name in cut.inputs}
@@ -228,7 +229,7 @@ def file_pieces(model: ir.Model, layers: Sequence[ExportedLayer], pixels: Tensor
 
 
 def _is_unfolded(layer: ExportedLayer) -> bool:
-    """Whether a patch embedding is a product of rearranged pixels."""
+    """Whether a patch embedding is a matrix multiplication of rearranged pixels."""
     source = layer.operands[0].source
     return layer.kind is ProductKind.LINEAR and source is not None and str(source.name).endswith(_PATCHES)
 
@@ -237,7 +238,7 @@ def _is_unfolded(layer: ExportedLayer) -> bool:
 def _follow(
     quantized: QuantizedVit, taps: Mapping[str, Mapping[str, Tensor]], pixels: Tensor, *, half: bool
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-    """The model in float64 with its products' results put in their places: what each operand is, and the output."""
+    """Run the model in float64 with the given layer outputs substituted; returns every operand, and the output."""
     model, found = double_model(quantized), {}
 
     def linear(site: LinearSite, layer: nn.Module) -> None:
@@ -262,7 +263,7 @@ def _follow(
 
 
 def evaluate(proto: Any, feeds: Mapping[str, Any], operators: Sequence[Any] = ()) -> dict[str, Any]:
-    """All outputs of a model by name in ONNX's reference evaluator, one node after the other.
+    """All outputs of a model by name from ONNX's reference evaluator, which runs one node after the other.
 
     Raises:
         BadArtifactError: an operator cannot be evaluated.
@@ -272,7 +273,7 @@ def evaluate(proto: Any, feeds: Mapping[str, Any], operators: Sequence[Any] = ()
     try:
         evaluator = ReferenceEvaluator(proto, new_ops=list(operators))
         return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))
-    except Exception as error:  # an operator's implementation may raise anything
+    except Exception as error:  # the implementation of an operator may raise anything
         raise BadArtifactError(
             "ONNX's reference evaluator cannot run the graph", why=" ".join(str(error).split())[:600],
             fix="export it again",
@@ -282,7 +283,7 @@ def evaluate(proto: Any, feeds: Mapping[str, Any], operators: Sequence[Any] = ()
 def compare_between(
     model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool, optimize: bool = True
 ) -> list[PieceParity]:
-    """Run every piece and compare it; in ONNX Runtime where `engine`, optimized as in service, else evaluated."""
+    """Run every piece and compare it: in ONNX Runtime, optimized as in service, if `engine`, else in the evaluator."""
     cut = _cut(model, layers)
     feeds = {name: pieces.feeds[name] for name in cut.inputs}
     if engine:
@@ -301,14 +302,14 @@ def compare_between(
 
 
 def _error(found: Any, expected: Tensor | None) -> float:
-    """NaN for a value that the parent has none for: another output."""
+    """NaN for a value without a counterpart in the parent, such as an extra output."""
     return math.nan if expected is None else layer_error(torch.from_numpy(found), expected)
 
 
 def between_gates(
     model: ir.Model, layers: Sequence[ExportedLayer], pieces: Pieces, *, engine: bool = True
 ) -> list[Gate]:
-    """The pieces evaluated, and run in ONNX Runtime where it is the engine; and operators that are in none of them."""
+    """Gates on the pieces in the evaluator, and in ONNX Runtime if it is the engine; and on operators in no piece."""
     evaluated = compare_between(model, layers, pieces, engine=False)
     gates = [
         _nowhere(model, layers),
@@ -323,7 +324,7 @@ def between_gates(
 
 
 def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
-    """The worst piece; the first that differs is named with its operators, for later ones read what it gives."""
+    """The worst error; the first piece that differs is named with its operators, since later pieces depend on it."""
     if not report:
         return none_of(f"operators between products, {where}", 0, "no place")
     worst = max(report, key=lambda piece: math.inf if math.isnan(piece.error) else piece.error)
@@ -338,6 +339,6 @@ def _gate(report: Sequence[PieceParity], tolerance: float, where: str) -> Gate:
 
 
 def _nowhere(model: ir.Model, layers: Sequence[ExportedLayer]) -> Gate:
-    """Operators that no comparison runs: neither those of layers nor those between."""
+    """Counts operators that no comparison runs: those neither in layers nor between them."""
     missing = _nodes_nowhere(model, layers)
     return none_of("operators compared nowhere", len(missing), ", ".join(missing[:_SHOWN]))

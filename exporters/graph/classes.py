@@ -1,9 +1,9 @@
-"""The whole net: outputs and classes on both sides, beside the comparison of every layer and of what lies between.
+"""Compares outputs and classes of the whole model, in addition to the comparison of layers and of what lies between.
 
-A quantized transformer is chaotic, so two right engines differ at the end. How far is a property of the model alone and
-is measured on it alone: torch runs again with the output of every layer disturbed by what a right engine may differ
-there, and counts the classes that change. Noise in the pixels would not do, since the quantizer of the first layer
-absorbs it. What the engine gives never moves a bound.
+A quantized transformer is chaotic, so even two correct engines differ at the output. How far depends only on the model
+and is measured on it alone: torch runs again with the output of every layer perturbed by as much as a correct engine
+may differ there, and the changed classes are counted. Noise in the pixels would not work, because the quantizer of the
+first layer absorbs it. The engine's results never affect a bound.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from fp8pipe.models.vision.quantized import QuantizedVit
 __all__ = ["ClassAgreement", "Disagreement", "class_gates", "compare_classes", "own_agreement"]
 
 _BATCH: Final = 64
-# Of the images, so many have the class of the reference; where the model keeps fewer of its own, as many as that less
-# three standard errors, and never fewer than the floor: below it a right engine cannot be told from a wrong one.
+# The required share of images with the reference's class. If the model itself keeps fewer of its classes, its own share
+# less three standard errors, but never less than the floor: below it correct and wrong engines look the same.
 _LEAST, _FLOOR, _STANDARD_ERRORS = 0.995, 0.9, 3.0
-# On few images one or two may lie on a border without the model being chaotic.
+# With few images, one or two may be close to a decision boundary without the model being chaotic.
 _FREE_IMAGES: Final = 2
-# Norm of the difference over the norm of the outputs, all images together. Right engines stay below 0.1 where the model
-# keeps nine of ten classes; outputs of another net are at 1.
+# Norm of the difference over the norm of the outputs, over all images. Correct engines stay below 0.1 if the model
+# keeps nine of ten classes; outputs of a different model are at 1.
 _LARGEST_DIFFERENCE: Final = 0.25
 
 
 class Disagreement(FrozenConfig):
-    """An image whose answer differs."""
+    """An image whose class or output differs."""
 
     image: int = Field(ge=0, description="its number")
     expected_class: int | None = Field(default=None, description="the reference's choice; none without classes")
@@ -48,7 +48,7 @@ class Disagreement(FrozenConfig):
 
 
 class ClassAgreement(FrozenConfig):
-    """The whole net on images, the reference against the engine."""
+    """Comparison of the whole model on images: the reference against the engine."""
 
     images: int = Field(ge=0, description="images compared")
     source: str = Field(description="where they come from")
@@ -65,7 +65,7 @@ class ClassAgreement(FrozenConfig):
 
     @property
     def allowed(self) -> int:
-        """Images that may have another class; it depends on the reference alone."""
+        """Number of images that may have another class; it depends only on the reference."""
         chaos = self.images * (1 - self.own)
         chaos += _STANDARD_ERRORS * math.sqrt(self.images * self.own * (1 - self.own))
         lowered = min(chaos, (1 - _FLOOR) * self.images)
@@ -73,7 +73,7 @@ class ClassAgreement(FrozenConfig):
 
     @property
     def lowered(self) -> str:
-        """What the bound does not prove, in words; empty where it is the usual one."""
+        """How the bound was lowered, in words; empty if it is the usual one."""
         if self.allowed <= max(_FREE_IMAGES, int((1 - _LEAST) * self.images)):
             return ""
         return (
@@ -86,7 +86,7 @@ class ClassAgreement(FrozenConfig):
 def compare_classes(
     expected: Tensor, found: Tensor, own: float, source: str, activation: Activation = "softmax"
 ) -> ClassAgreement:
-    """Compare the reference's outputs `(N, C)` with an engine's; `own` as of `own_agreement`."""
+    """Compare the reference's outputs `(N, C)` with an engine's; `own` is the result of `own_agreement`."""
     relative = (found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-30)
     ranked = ranks(activation, expected.shape[1])
     differing = [
@@ -109,7 +109,7 @@ def _disagreement(image: int, expected: Tensor, found: Tensor, ranked: bool) -> 
 
 
 def class_gates(agreement: ClassAgreement) -> list[Gate]:
-    """Outputs and classes of the whole net, on bounds that the engine does not move."""
+    """Gates on outputs and classes of the whole model, with bounds that do not depend on the engine."""
     images, ties = agreement.images, agreement.disagreements
     detail = (
         f"{agreement.agreeing} of {images} {agreement.source}; {agreement.lowered or 'the reference is not chaotic'}"
@@ -131,9 +131,9 @@ def class_gates(agreement: ClassAgreement) -> list[Gate]:
 
 
 def own_agreement(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> float:
-    """The share of images `(N, 3, H, W)` whose answer the model keeps when its own layers are disturbed.
+    """The share of images `(N, 3, H, W)` whose class or output the model keeps when its own layers are perturbed.
 
-    What a model does not keep here, no engine can be asked to keep either: its sums round in another order.
+    An engine cannot be expected to keep more than that: it sums in a different order.
     """
     parts = [_disturbed(quantized, batch, seed) for seed, batch in enumerate(torch.split(pixels, _BATCH))]
     return float(agreeing(expected, torch.cat(parts), quantized.architecture.activation).float().mean())
@@ -141,7 +141,7 @@ def own_agreement(quantized: QuantizedVit, pixels: Tensor, expected: Tensor) -> 
 
 @torch.no_grad()
 def _disturbed(quantized: QuantizedVit, pixels: Tensor, seed: int) -> Tensor:
-    """The outputs when every layer's result is off by 1e-6 of its largest value, of random sign."""
+    """The outputs when the result of every layer is off by 1e-6 of its largest value, with random signs."""
     random = torch.Generator().manual_seed(seed)
     layers = [quantized.model.get_submodule(name) for name in quantized.structure.linear_names]
     handles = [layer.register_forward_hook(_disturb(random)) for layer in layers]

@@ -1,4 +1,4 @@
-"""What a Q/DQ graph may hold, its files, and what manifests say of it."""
+"""The formats of a Q/DQ graph, its files, and the details in manifests."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _INT4_BITS: Final = 4
 class OnnxFormat(StrEnum):
     """How quantized parts are stored and run.
 
-    `qdq`: codes of weights (INT8 or FP8 E4M3) and quantizers of activations, as trained.
-    `qdq-exact`: the same with float64 between the products, so that results have one value, bit for bit; slower.
+    `qdq`: weight codes (INT8 or FP8 E4M3) and activation quantizers, as trained.
+    `qdq-exact`: the same with float64 between matrix multiplications, so that results are unique, bit for bit; slower.
     `int4-weight-only`: weights of at most 4 bits in INT4, half the bytes; activations stay float.
     """
 
@@ -34,12 +34,12 @@ class OnnxFormat(StrEnum):
 
     @property
     def quantizes_activations(self) -> bool:
-        """Whether activations are rounded to their grids."""
+        """Whether activations are quantized."""
         return self is not OnnxFormat.INT4_WEIGHT_ONLY
 
 
 def fits_int4(weight: Codes) -> bool:
-    """Whether INT4 holds a weight's codes."""
+    """Whether a weight's codes fit into INT4."""
     return weight.kind is Kind.INT and weight.bits <= _INT4_BITS
 
 
@@ -63,14 +63,14 @@ class GraphOutput(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _usual_activation(cls, data: Any) -> Any:
-        """Reads exports written before this field existed: their classifiers all counted as softmax classifiers."""
+        """Reads exports from before this field existed, when all classifiers were treated as softmax classifiers."""
         if isinstance(data, dict) and "activation" not in data:
             return {**data, "activation": "none" if data.get("what") == "features" else "softmax"}
         return data
 
 
 class GraphDetails(Details):
-    """Of an export that is a graph of a vision model."""
+    """The manifest's details for an export that stores a vision model as a graph."""
 
     format: str = Field(description="export format, as given to --format")
     input: GraphInput = Field(description="pixels")

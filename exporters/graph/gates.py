@@ -1,12 +1,13 @@
-"""The gates of a graph: what was compared, against what, and the verdict.
+"""The gates of a graph: what is compared with what, and the verdict.
 
-In the ordinary graph engine and torch differ in last bits between the products, so only layers can be compared that
-were fed the same input. In the exact one a float64 graph stands around integer products (`passes/exact.py`) and
-nothing is left to the engine's choice (see `fp8pipe/models/vision/exact.py`), so the whole network is compared: all
-codes on the way from the pixels to the answer, and the answer itself.
+In the ordinary format, engine and torch differ in the last bits between matrix multiplications, so only layers that are
+fed the same input can be compared. In the exact format, integer matrix multiplications are surrounded by float64
+(`passes/exact.py`) and the result does not depend on the engine (see `fp8pipe/models/vision/exact.py`), so the whole
+network is compared: all codes from the pixels to the output, and the output itself.
 
-A quantized graph that falls back to float is right and slow, silently. So the optimized graph is written out, and for
-every layer with integer codes on both sides the operator that makes its result is looked up (`check_kernels`).
+A quantized graph that falls back to float is correct but silently slow. So the optimized graph is written to a file,
+and for every layer with integer codes on both sides the operator that computes its result is looked up
+(`check_kernels`).
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.models.vision.exact import ExactVit
 from fp8pipe.models.vision.quantized import QuantizedVit
 
-# fp32 in another order through a whole float net: some 1e-6 of the largest output.
+# fp32 sums in a different order through a whole float model: some 1e-6 of the largest output.
 _FLOAT_GRAPH_TOLERANCE: Final = 1e-4
 
 
 def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> Gate:
-    """The float graph against the float model: everything that is not quantized, with another batch than the traced."""
+    """Compare the float graph with the float model: everything not quantized, with another batch size than traced."""
     model = without_activations(quantized, {})
     with torch.no_grad():
         expected = model(pixels[:3])
@@ -51,7 +52,7 @@ def float_gate(float_bytes: bytes, quantized: QuantizedVit, pixels: Tensor) -> G
 
 
 def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
-    """Codes and outputs, layer by layer; no gate for a kind of layer that is not there."""
+    """Gates on codes and outputs of layers; none for a kind of layer that does not occur."""
     kinds = (
         ("integer layer error", {layer.layer: layer.error for layer in report if layer.integer}, INTEGER_TOLERANCE),
         ("float layer error", {layer.layer: layer.error for layer in report if not layer.integer}, FLOAT_TOLERANCE),
@@ -62,42 +63,42 @@ def parity_gates(report: Sequence[LayerParity]) -> list[Gate]:
 
 
 def torch_errors(report: Sequence[LayerParity]) -> dict[str, float]:
-    """Errors of torch's own outputs by layer, where there are any."""
+    """Errors of torch's own outputs by layer, if available."""
     return {layer.layer: layer.torch_error for layer in report if layer.torch_error is not None}
 
 
 def layer_codes_gate(name: str, report: Sequence[LayerParity]) -> Gate:
-    """Activation codes that differ, over all layers."""
+    """Counts differing activation codes over all layers."""
     differing = sum(layer.differing_codes for layer in report)
     detail = f"of {sum(layer.codes for layer in report)} in {len(report)} layers, each fed the same input"
     return none_of(name, differing, detail)
 
 
 def layer_error_gate(name: str, errors: Mapping[str, float], tolerance: float) -> Gate:
-    """The worst of some layers' errors."""
+    """The largest error of some layers."""
     worst = max(errors, key=lambda layer: math.inf if math.isnan(errors[layer]) else errors[layer])
     detail = f"against the exact result of the codes, over the layer's largest output; {len(errors)} layers"
     return at_most(name, errors[worst], tolerance, f"{detail}, the worst: {worst}")
 
 
 def kernel_gate(report: KernelReport) -> Gate:
-    """Integer kernels for every layer of integer codes."""
+    """Requires integer kernels for every layer with integer codes."""
     missing = report.float_layers
     detail = f"{report.integer} run on integers{'; the first that does not: ' + missing[0] if missing else ''}"
     return none_of("integer layers run in float", len(missing), detail)
 
 
 _CODE_IMAGES: Final = 16
-_BATCH: Final = 8  # the codes of a whole net are kept for so many images at a time
+_BATCH: Final = 8  # the codes of the whole model are kept in memory for this many images at a time
 
 
 def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor) -> Gate:
-    """All activation codes on the way through the net, ONNX Runtime against torch.
+    """Compare all activation codes in the model, ONNX Runtime against torch.
 
-    ONNX Runtime shows what each quantizer reads; the codes of that are made here, by the formula that the comparison of
-    layers holds against its own.
+    ONNX Runtime returns the input of each quantizer; its codes are computed here, by the formula that the comparison of
+    layers checks against ONNX Runtime's.
 
-    `layers` are those of `model`, as read from its file; of `pixels` (N, 3, H, W), normalized, the first are compared.
+    `layers` must be those of `model`, read from its file; only the first normalized `pixels` (N, 3, H, W) are used.
     """
     exact, sites = ExactVit(quantized), operand_at_sites(layers, quantized)
     names = {site: str(operand.source.name) for site, operand in sites if operand is not None and operand.source}
@@ -114,7 +115,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
             other = quantized.activations[site].codes(values).flatten()
             compared += mine.numel()
             count = mine.numel()
-            if mine.numel() == other.numel():  # NaN has a code, too, and is equal to nothing
+            if mine.numel() == other.numel():  # NaN has a code, too, but never counts as equal
                 count = int(((mine != other) | ~values.isfinite().flatten()).sum())
             differing[name] = differing.get(name, 0) + count
     detail = f"of {compared} in {len(names)} sites, {len(pixels)} images, each net on its own"
@@ -123,7 +124,7 @@ def codes_gate(model: ir.Model, layers: Sequence[ExportedLayer], quantized: Quan
 
 
 def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
-    """Outputs of the net `(N, C)` fp32, bit for bit; NaN is equal to nothing."""
+    """Compare outputs of the model `(N, C)` fp32 bit for bit; NaN never counts as equal."""
     differing = expected.numel()
     if expected.shape == found.shape and expected.dtype == found.dtype == torch.float32:
         same = (expected.view(torch.int32) == found.view(torch.int32)) & expected.isfinite()
@@ -133,7 +134,7 @@ def outputs_gate(expected: Tensor, found: Tensor) -> Gate:
 
 
 def _in_layout(codes: Tensor, site: str, quantized: QuantizedVit) -> Tensor:
-    """The graph's order: keys transposed, pixels as rows of patches."""
+    """Codes in the graph's layout: keys transposed, pixels as rows of patches."""
     if site.endswith(".k"):
         return codes.transpose(-2, -1).contiguous()
     layer = quantized.model.get_submodule(site.removesuffix(".input")) if site.endswith(".input") else None
@@ -143,9 +144,9 @@ def _in_layout(codes: Tensor, site: str, quantized: QuantizedVit) -> Tensor:
 
 
 def _with_sources(model: ir.Model, names: Sequence[str]) -> bytes:
-    """The graph with what its quantizers read as further outputs.
+    """The graph with the inputs of its quantizers as additional outputs.
 
-    Not the codes themselves: where QuantizeLinear is an output of the graph, ONNX Runtime multiplies in float.
+    Not the codes themselves: if QuantizeLinear is an output of the graph, ONNX Runtime multiplies in float.
     """
     import onnx
 
@@ -158,7 +159,7 @@ _INTEGER: Final = frozenset(("MatMulIntegerToFloat", "QLinearMatMul", "QGemm"))
 
 
 class KernelReport(FrozenConfig):
-    """Which operator runs each layer."""
+    """The operator that runs each layer."""
 
     operators: dict[str, str] = Field(description="the operator of every layer in the optimized graph")
     integer: int = Field(ge=0, description="layers that run on integers")
@@ -166,13 +167,13 @@ class KernelReport(FrozenConfig):
 
 
 def check_kernels(model: Path, layers: Sequence[ExportedLayer]) -> KernelReport:
-    """Optimize a graph file as in service, and look the layers up that `read_layers` found in it."""
+    """Optimize a graph file as in service, and look up in it the layers that `read_layers` found in the file."""
     onnx_ir = import_onnx_package("onnx_ir")
     with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
         optimized = Path(folder) / "optimized.onnx"
         open_session(model, write_to=optimized)
         made_by = {value.name: node.op_type for node in onnx_ir.load(optimized).graph for value in node.outputs}
-    # The product may have swallowed the bias, or not: either name may be the product's result.
+    # The matmul may have been fused with the bias or not, so its result may have either name.
     operators = {
         layer.label: made_by.get(layer.node.outputs[0].name) or made_by.get(layer.output.name, "fused away")
         for layer in layers

@@ -1,4 +1,4 @@
-"""Images to compare on: a folder's, the ones that the artifact was calibrated with, or random ones."""
+"""Images for comparisons: those of a folder, those that the artifact was calibrated with, or random ones."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class ProbeImages:
 
 
 def probe_images(root: Path | None, preprocessing: Preprocessing, count: int = PROBE_IMAGES) -> ProbeImages:
-    """The first images of an artifact's calibration set; random ones when there is no set.
+    """The first images of an artifact's calibration set, or random ones if it has none.
 
-    `root` is the artifact's directory; at most `count` of them, normalized.
+    `root` is the artifact's directory; at most `count` normalized images are returned.
 
     Raises:
-        BadArtifactError: a set is there and cannot be read, or its images have another size.
+        BadArtifactError: the calibration set cannot be read, or its images have another size.
     """
     path = None if root is None else root / CALIBRATION_FILE
     if path is None or not path.is_file():
@@ -53,10 +53,10 @@ def probe_images(root: Path | None, preprocessing: Preprocessing, count: int = P
 
 
 def folder_images(folder: Path, preprocessing: Preprocessing, count: int = PICTURES) -> ProbeImages:
-    """Pictures of an image folder, drawn from all classes; all of them when it has no more than `count`.
+    """Images of an image folder, drawn from all classes; all of them if there are no more than `count`.
 
     Raises:
-        ConfigurationError: no image folder, or a picture that cannot be read.
+        ConfigurationError: not an image folder, or an image that cannot be read.
     """
     found = read_image_folder(folder)
     random = torch.Generator().manual_seed(_SEED)

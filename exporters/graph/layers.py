@@ -1,11 +1,11 @@
-"""The quantized layers of a graph, read back from the graph itself.
+"""Reads the quantized layers of a graph back from the graph itself.
 
-Everything that is compared after an export starts here, from the file and the names in it alone: which codes and
-scales a layer multiplies, where its input is rounded, and which value is its result.
+Every comparison after an export starts here, from the file and the names in it alone: which codes and scales a layer
+multiplies, where its input is quantized, and which value is its result.
 
-An NVFP4 operand has two DequantizeLinear, the first for its block scales. A weight is codes FLOAT4E2M1, block scales
-FLOAT8E4M3FN and a tensor scale, all stored; of an activation, TRT_FP4DynamicQuantize (domain `trt`) of the value and
-the tensor scale gives codes and block scales.
+An NVFP4 operand has two DequantizeLinear nodes, the first for its block scales. A weight consists of FLOAT4E2M1 codes,
+FLOAT8E4M3FN block scales and a tensor scale, all stored; for an activation, TRT_FP4DynamicQuantize (domain `trt`)
+computes codes and block scales from the value and the tensor scale.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_BLOCKED = 2  # axes of a scale that has blocks
+_BLOCKED = 2  # number of axes of a scale tensor with blocks
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """A weight as it is stored, in torch's layout."""
+    """A weight as stored, in torch's layout."""
 
     codes: Tensor  # int8 or float8_e4m3fn, output channels first
     scale: Tensor  # `(out,)` fp32
-    dtype: str  # of the file, for instance "INT4"
+    dtype: str  # type in the file, for example "INT4"
 
     def dequantize(self) -> Tensor:
         """float64, exact."""
@@ -46,17 +46,17 @@ class StoredWeight:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """What one side of a product reads."""
+    """One operand of a matrix multiplication."""
 
-    source: ir.Value | None = None  # the float value before anything of the quantizer; none for a stored weight
-    quantizer: ActivationQuantizer | BlockQuantizer | None = None  # None where the operand stays float
-    codes: ir.Value | None = None  # the value of the quantizing node; none where there is none
-    weight: StoredWeight | BlockCodes | None = None  # the stored weight; none for an activation
-    exact_limits: bool = True  # whether Clip's bounds are exactly the values of the smallest and largest code
+    source: ir.Value | None = None  # the float value before the quantizer; None for a stored weight
+    quantizer: ActivationQuantizer | BlockQuantizer | None = None  # None if the operand stays float
+    codes: ir.Value | None = None  # the output of the quantizing node; None if there is none
+    weight: StoredWeight | BlockCodes | None = None  # the stored weight; None for an activation
+    exact_limits: bool = True  # whether Clip's bounds exactly equal the values of the smallest and largest code
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        """The family of the codes that are multiplied; empty where the operand is float."""
+        """The family of the multiplied codes; empty if the operand is float."""
         if isinstance(self.weight, StoredWeight):
             return frozenset((Kind.INT if self.weight.codes.dtype == torch.int8 else Kind.E4M3,))
         coded = self.weight or self.quantizer
@@ -65,14 +65,14 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class ExportedLayer:
-    """One product of the graph with everything around it."""
+    """One matrix multiplication or convolution of the graph, with its operands, bias and result."""
 
     kind: ProductKind  # linear, patch, qk or av
-    name: str  # the module
-    node: ir.Node  # the product
-    operands: tuple[Operand, Operand]  # both sides
+    name: str  # the name of the module
+    node: ir.Node  # the MatMul or Conv node
+    operands: tuple[Operand, Operand]  # both operands
     bias: Tensor | None  # `(out,)` fp32, or None
-    output: ir.Value  # the result, bias included; for qk the logits before the mask
+    output: ir.Value  # the result including the bias; for qk the logits before the mask
 
     @property
     def label(self) -> str:
@@ -81,22 +81,22 @@ class ExportedLayer:
 
     @property
     def integer(self) -> bool:
-        """Whether both sides are integer codes beside quantized activations: an engine can multiply integers."""
+        """Whether an engine can multiply integers: both operands are integer codes and activations are quantized."""
         left, right = self.operands
         right_int = right.weight.codes.dtype == torch.int8 if right.weight else _is_int(right.quantizer)
         return _is_int(left.quantizer) and right_int and self.kind is not ProductKind.PATCH
 
     @property
     def blocks(self) -> bool:
-        """Whether a side is NVFP4."""
+        """Whether an operand is NVFP4."""
         return any(Kind.NVFP4 in operand.kinds for operand in self.operands)
 
 
 def read_layers(model: ir.Model) -> tuple[ExportedLayer, ...]:
-    """The products that this project named, in the graph's order.
+    """The layers whose nodes were named by this project, in the graph's order.
 
     Raises:
-        BadArtifactError: none is there, or a quantizer has a form that this project does not write.
+        BadArtifactError: there are none, or a quantizer has a form that this project does not write.
     """
     layers = []
     for node in model.graph:
@@ -148,7 +148,7 @@ def _operand(value: ir.Value | None, kind: ProductKind) -> Operand:
     source, low, high, exact = _clip(quantize.inputs[0], float(_array(scale)))
     if dtype == "INT8":
         quantizer = ActivationQuantizer(float(_array(scale)), low, high)
-    else:  # where it is clipped, it must be to the values of its largest codes
+    else:  # a Clip must be to the values of the largest codes
         clipped = source is not quantize.inputs[0]
         exact = exact and (not clipped or (low, high) == (-int(E4M3.max), int(E4M3.max)))
         quantizer = ActivationQuantizer(float(_array(scale)), kind=Kind.E4M3)
@@ -164,7 +164,7 @@ def _weight(dequantize: ir.Node, codes: ir.Value, scale: ir.Value | None, kind: 
     axis, scales = dequantize.attributes.get_int("axis", 1), _array(scale)
     if kind is ProductKind.LINEAR:
         tensor = tensor.T
-    if dequantize.attributes.get_int("block_size", 0):  # the scale of a channel, repeated for all of its blocks
+    if dequantize.attributes.get_int("block_size", 0):  # the scale of a channel, repeated for each of its blocks
         if axis != 0 or kind is not ProductKind.LINEAR or scales.ndim != _BLOCKED or np.any(scales != scales[:1]):
             raise _bad(f"{dequantize.name} has blocks that are not of one scale per channel")
         axis, scales = 1, scales[0]
@@ -175,7 +175,7 @@ def _weight(dequantize: ir.Node, codes: ir.Value, scale: ir.Value | None, kind: 
 
 
 def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, bool]:
-    """What is before the Clip, the codes of its bounds, and whether these are exact."""
+    """The input of the Clip, the codes of its bounds, and whether these are exact."""
     if value is None:
         raise _bad("a QuantizeLinear lacks its input")
     clip = value.producer()
@@ -191,13 +191,13 @@ def _clip(value: ir.Value | None, scale: float) -> tuple[ir.Value, int, int, boo
 
 
 def _is_bound(bound: float, code: int | None, scale: float) -> bool:
-    """Whether a Clip's bound is the value of a code, in fp32 or rounded once to FP16."""
+    """Whether a Clip bound is the value of a code, in fp32 or rounded once to FP16."""
     exact = np.float32(0 if code is None else code) * np.float32(scale)
     return bool(np.float32(bound) in (exact, np.float32(np.float16(exact))))
 
 
 def _lowest(value: ir.Value) -> int:
-    """The smallest code where nothing is clipped: of INT8, or of values that are never negative."""
+    """The smallest code without a Clip: that of INT8, or 0 for values that are never negative."""
     producer = value.producer()
     if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
         producer = producer.inputs[0].producer()
@@ -205,7 +205,7 @@ def _lowest(value: ir.Value) -> int:
 
 
 def _wide(output: ir.Value) -> ir.Value:
-    """The same result in float64, where the graph casts it to that."""
+    """The same result in float64 if the graph casts it to that."""
     readers = [node for node, _ in output.uses()]
     return readers[0].outputs[0] if len(readers) == 1 and readers[0].op_type == "Cast" else output
 
@@ -217,7 +217,7 @@ def _refuse_zero_point(node: ir.Node) -> None:
 
 
 def _equal(a: ir.Value | None, b: ir.Value | None) -> bool:
-    """Whether two values are one, or hold the same numbers: a scale may be stored in two types."""
+    """Whether two values are the same, or hold the same numbers: a scale may be stored in two types."""
     return a is b or np.array_equal(_array(a), _array(b))
 
 
@@ -248,7 +248,7 @@ DYNAMIC_QUANTIZE: Final = "TRT_FP4DynamicQuantize"
 
 
 def is_block_operand(dequantize: ir.Node) -> bool:
-    """Whether a DequantizeLinear ends an NVFP4 operand: its codes are four-bit floats."""
+    """Whether a DequantizeLinear belongs to an NVFP4 operand, that is, its codes are four-bit floats."""
     codes = dequantize.inputs[0]
     if codes is None:
         return False
@@ -261,7 +261,7 @@ def read_block_weight(dequantize: ir.Node) -> BlockCodes:
     """A stored weight, in torch's layout (out, in).
 
     Raises:
-        BadArtifactError: it is not in blocks of 16 inputs with two scales.
+        BadArtifactError: it is not stored in blocks of 16 inputs with two levels of scales.
     """
     codes, inner = dequantize.inputs[0], _inner(dequantize)
     _check_form(dequantize, axis=0)
@@ -280,10 +280,10 @@ def read_block_weight(dequantize: ir.Node) -> BlockCodes:
 
 
 def read_block_quantizer(dequantize: ir.Node) -> tuple[ir.Value, BlockQuantizer, ir.Value]:
-    """A dynamically quantized activation: what it is made from, its quantizer, its codes.
+    """A dynamically quantized activation: its float value, its quantizer, its codes.
 
     Raises:
-        BadArtifactError: it is not in blocks of 16 along the last axis, or its scales are not those of its codes.
+        BadArtifactError: it is not in blocks of 16 along the last axis, or scales and codes have different sources.
     """
     codes, inner = dequantize.inputs[0], _inner(dequantize)
     _check_form(dequantize, axis=-1)
@@ -304,7 +304,7 @@ def read_block_quantizer(dequantize: ir.Node) -> tuple[ir.Value, BlockQuantizer,
 
 
 def _inner(dequantize: ir.Node) -> ir.Node:
-    """The DequantizeLinear that makes the block scales."""
+    """The DequantizeLinear that produces the block scales."""
     scale = dequantize.inputs[1]
     inner = None if scale is None else scale.producer()
     if inner is None or inner.op_type != "DequantizeLinear":

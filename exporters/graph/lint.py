@@ -1,6 +1,7 @@
-"""What must hold before a file is written: values that an engine would take for others, and graphs it would run slowly.
+"""Checks before a file is written: values that an engine would misinterpret, and graphs that it would run slowly.
 
-Engines do not refuse a NaN scale or a code outside its width; they compute with it. All findings are collected first.
+Engines do not refuse a NaN scale or a code that exceeds its bit width; they compute with it. All findings are collected
+before the export is refused.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes
 from fp8pipe.numerics.quantizers import weight_limits
 
-# A protobuf file cannot be larger.
+# The size limit of a protobuf file.
 _LARGEST_FILE_BYTES = 2**31 - 1
 _LARGEST_NIBBLE = 15
 
 
 def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = True) -> list[Finding]:
-    """Findings on the artifact's values, and on whether the format can hold them.
+    """Findings on the artifact's values, and on whether the format can represent them.
 
-    `runtime`: whether ONNX Runtime shall run it; it has no four-bit floats.
+    `runtime`: whether ONNX Runtime will run the graph; it does not support four-bit floats.
     """
     findings = []
     if not quantized.weights:
@@ -52,7 +53,7 @@ def lint_model(quantized: QuantizedVit, format: OnnxFormat, *, runtime: bool = T
 
 
 def lint_graph(traced: FloatGraph, model: nn.Module) -> list[Finding]:
-    """Findings on a float graph, before any pass: what engines have one kernel for must be one operator."""
+    """Findings on a float graph, before any pass: what engines run with one kernel must be one operator."""
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     findings = [
         Finding(

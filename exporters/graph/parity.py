@@ -1,15 +1,15 @@
-"""Layer by layer: does ONNX Runtime compute what the quantized model computes in torch?
+"""Compares ONNX Runtime with the quantized model in torch, layer by layer.
 
-A quantized transformer is chaotic: a difference in the last bit of one layer moves an activation across the border of
-two codes, and a few layers on the logits differ by percents, between any two correct implementations. So the
-proof is made layer by layer, each fed the same input on both sides: every code must be equal, and every output is
-compared with the exact result of those codes, in float64. An engine that adds integers is within 1e-6 of the layer's
-largest output, since only its last multiplications round. Sums in fp32 (torch's, and an engine's for FP8 codes and
+A quantized transformer is chaotic: a difference in the last bit of one layer pushes an activation across the boundary
+between two codes, and a few layers later the logits differ by percents, between any two correct implementations. So the
+comparison is made layer by layer, with the same input on both sides: every code must be equal, and every output is
+compared with the exact result of those codes, in float64. An engine that sums integers is within 1e-6 of the layer's
+largest output, since only its final multiplications round. Sums in fp32 (torch's, and an engine's for FP8 codes and
 pixels) round at every addition: a thousand terms differ by some 1e-6 from the exact sum, so 1e-5 is allowed.
 
-The layers are cut out of the graph as one model that runs each of them on an input of its own. The nodes and tensors
-are the file's own; only what lies between the layers is gone. So a difference in one layer cannot hide in, or be
-blamed on, another.
+The layers are extracted from the graph as one model that runs each of them on its own input. The nodes and tensors are
+those of the file; only what lies between the layers is removed. So an error in one layer can neither be masked by, nor
+be attributed to, another layer.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 INTEGER_TOLERANCE: Final = 1e-6
 FLOAT_TOLERANCE: Final = 1e-5
-# The smallest normal fp32 number: a layer whose exact output is zero everywhere.
+# The smallest normal fp32 number: the divisor for layers whose exact output is zero everywhere.
 _TINY: Final = 2.0**-126
-# Where torch names the float tensors of a product, by its position.
+# Torch's names of the float operands of each kind of layer, in order.
 _TAPS: Final = {
     ProductKind.LINEAR: ("input",), ProductKind.PATCH: ("input",), ProductKind.QK: ("q", "k"),
     ProductKind.AV: ("probs_in", "v"),
@@ -47,7 +47,7 @@ _TAPS: Final = {
 
 
 class LayerParity(FrozenConfig):
-    """One layer, fed the same input on both sides."""
+    """One layer, with the same input on both sides."""
 
     layer: str = Field(description="the module; .qk and .av are the products of an attention")
     codes: int = Field(ge=0, description="activation codes compared")
@@ -65,12 +65,12 @@ class LayerParity(FrozenConfig):
 
 
 def inputs_of(quantized: QuantizedVit, layers: Sequence[ExportedLayer], taps: Mapping[str, Any]) -> dict[str, Any]:
-    """The float inputs of the cut layers, as torch has them: numpy arrays by the inputs' names in the cut model.
+    """The float inputs of the extracted layers as computed by torch: numpy arrays by input name of the extracted model.
 
-    `taps` are those of `quantized.taps(pixels)`.
+    `taps` are the result of `quantized.taps(pixels)`.
 
     Raises:
-        BadArtifactError: a product reads a value where the artifact has a weight.
+        BadArtifactError: a layer reads an activation where the artifact has a weight.
     """
     found: dict[str, Any] = {}
     for layer in layers:
@@ -102,9 +102,9 @@ def compare_layers(
 ) -> list[LayerParity]:
     """Run every layer in ONNX Runtime, optimized as in service, and compare it with the exact result.
 
-    `inputs` are float, by their names in the cut model (`inputs_of`); what torch gives for them, by label
-    (`outputs_of`), is compared too. Without `optimize`, for graphs that another engine runs, every operator runs as it
-    stands, on no integer kernel of this CPU, and sums are in float64, so that only the graph is judged.
+    `inputs` are float, by their names in the extracted model (`inputs_of`); torch's outputs for them, by label
+    (`outputs_of`), are compared, too. Without `optimize`, for graphs meant for another engine, every operator runs
+    unoptimized, without this CPU's integer kernels, and with sums in float64, so that only the graph is checked.
     """
     outputs = run(open_session(cut_layers(model, layers, wide=not optimize), optimize=optimize), inputs)
     coded = dict.fromkeys(o.codes for layer in layers for o in layer.operands if o.codes is not None)
@@ -116,7 +116,7 @@ def judge_layers(
     layers: Sequence[ExportedLayer], inputs: Mapping[str, Any], outputs: Mapping[str, Any],
     torch_outputs: Mapping[str, Tensor] | None, count: Callable[[ExportedLayer], tuple[int, int]],
 ) -> list[LayerParity]:  # fmt: skip
-    """Hold an engine's outputs, by name, to exact ones; `count` gives codes that were compared, and that differ."""
+    """Compare an engine's outputs by name with exact ones; `count` returns the numbers of codes and of differences."""
     report = []
     for layer in layers:
         (compared, differing), expected = count(layer), _exact(layer, inputs)
@@ -131,7 +131,7 @@ def judge_layers(
 
 
 def _count_codes(layer: ExportedLayer, inputs: Mapping[str, Any], codes: Mapping[str, Any]) -> tuple[int, int]:
-    """Activation codes that were compared, and that differ."""
+    """Number of activation codes, and how many of them differ."""
     compared = differing = 0
     for operand in layer.operands:
         if operand.quantizer is not None and operand.source is not None and operand.codes is not None:
@@ -143,7 +143,7 @@ def _count_codes(layer: ExportedLayer, inputs: Mapping[str, Any], codes: Mapping
 
 
 def _exact(layer: ExportedLayer, inputs: Mapping[str, Any]) -> Tensor:
-    """A layer's result in float64, from the codes and scales of the file."""
+    """A layer's result in float64, from the codes and scales in the file."""
     left, right = (_value(operand, inputs) for operand in layer.operands)
     bias = None if layer.bias is None else layer.bias.double()
     if layer.kind is ProductKind.LINEAR:
@@ -154,7 +154,7 @@ def _exact(layer: ExportedLayer, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _value(operand: Operand, inputs: Mapping[str, Any]) -> Tensor:
-    """One side of a product, float64, on its grid."""
+    """One operand, quantized, in float64."""
     if operand.weight is not None:
         return operand.weight.dequantize().double()
     assert operand.source is not None
@@ -162,12 +162,12 @@ def _value(operand: Operand, inputs: Mapping[str, Any]) -> Tensor:
     if operand.quantizer is None:
         return x.double()
     if isinstance(operand.quantizer, BlockQuantizer):
-        return operand.quantizer.fake(x).double()  # exact already
+        return operand.quantizer.fake(x).double()  # this is exact already
     return operand.quantizer.codes(x).float().double() * operand.quantizer.scale
 
 
 def layer_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, over the largest expected number; NaN where the sizes differ."""
+    """The largest difference relative to the largest expected number; NaN if the sizes differ."""
     if found.numel() != expected.numel():
         return float("nan")
     difference = (found.double().reshape(expected.shape) - expected.double()).abs().max()
@@ -175,7 +175,7 @@ def layer_error(found: Tensor, expected: Tensor) -> float:
 
 
 def in_rank(tensor: Tensor, value: ir.Value) -> Tensor:
-    """The same numbers in the graph's number of axes: the exporter may merge some that torch keeps apart."""
+    """The same numbers with the graph's number of axes: the exporter may merge axes that torch keeps separate."""
     shape = list(value.shape or ())
     if not shape or len(shape) == tensor.dim():
         return tensor
@@ -183,14 +183,14 @@ def in_rank(tensor: Tensor, value: ir.Value) -> Tensor:
 
 
 def input_name(value: ir.Value) -> str:
-    """The name of the cut model's input that stands for a value of the graph."""
+    """The name of the extracted model's input that stands for a value of the graph."""
     return f"input/{value.name}"
 
 
 def cut_layers(model: ir.Model, layers: Sequence[ExportedLayer], *, wide: bool = False) -> bytes:
     """A model whose outputs are the layers' outputs, by their names in the graph.
 
-    `wide` adds the products of matrices up in float64, so that what differs is the graph and not the order of sums.
+    With `wide`, matrix multiplications sum in float64, so that differences are due to the graph alone.
     """
     return _cut(model, layers, [layer.output for layer in layers], wide=wide)
 
@@ -218,7 +218,7 @@ def _cut(
         protos = [made for proto in protos for made in (_widened(proto) if proto.output[0] in products else [proto])]
     names = [str(value.name) for value in outputs]
     results = names
-    if as_float:  # Python reads no FP8 arrays
+    if as_float:  # numpy does not support FP8 arrays
         results = [f"{name}/float" for name in names]
         cast = zip(names, results, strict=True)
         protos += [onnx.helper.make_node("Cast", [a], [b], to=onnx.TensorProto.FLOAT) for a, b in cast]
@@ -229,7 +229,7 @@ def _cut(
 
 
 def model_of(model: ir.Model, nodes: list[Any], tensors: list[ir.Value], given: list[Any], results: list[Any]) -> Any:
-    """A model of some of a graph's nodes and stored tensors, between described inputs and outputs."""
+    """A model from some of a graph's nodes and stored tensors, with the given inputs and outputs."""
     import onnx
     import onnx_ir as ir
 
@@ -240,12 +240,12 @@ def model_of(model: ir.Model, nodes: list[Any], tensors: list[ir.Value], given: 
 
 
 def sources_of(layers: Sequence[ExportedLayer]) -> list[ir.Value]:
-    """The float values that the layers' operands are made from."""
+    """The float values from which the layers' operands are computed."""
     return list(dict.fromkeys(o.source for layer in layers for o in layer.operands if o.source is not None))
 
 
 def _widened(product: Any) -> list[Any]:
-    """A MatMul of float64 operands between casts, under the same names."""
+    """The MatMul in float64 between casts, under the same names."""
     from onnx import TensorProto, helper
 
     sides = [f"{product.output[0]}/double/{index}" for index in range(2)]
@@ -257,7 +257,7 @@ def _widened(product: Any) -> list[Any]:
 
 
 def float_value(name: str, rank: int | None) -> Any:
-    """The description of a float32 tensor of so many axes, or of any number."""
+    """The description of a float32 tensor with this number of axes, or any number if None."""
     import onnx
 
     return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None if rank is None else [None] * rank)
@@ -266,11 +266,11 @@ def float_value(name: str, rank: int | None) -> Any:
 def way_between(
     sources: Iterable[ir.Value], outputs: Iterable[ir.Value]
 ) -> tuple[list[ir.Node], list[ir.Value], set[ir.Value]]:
-    """Nodes and stored tensors that lead from `sources` to `outputs`, nodes in the graph's order."""
+    """Nodes and stored tensors that lead from `sources` to `outputs`, with nodes in the graph's order."""
     stop, used = set(sources), set[Any]()
     nodes: dict[int, Any] = {}
     tensors: dict[Any, None] = {}
-    # A layer's result may be another one's source: it starts by what made it, not as an input.
+    # One layer's result may be another one's source: the search starts at its producer, so it is not taken as an input.
     waiting = [value.producer() for value in outputs]
     while waiting:
         node = waiting.pop()

@@ -1,8 +1,8 @@
 """The dry run of exports of vision models as graphs.
 
-Tracing the model itself would take as long as exporting it. So a net of two layers is traced, which loads all that an
-export loads; the artifact's model is run on as many images as the export compares; and the copies of its weights that
-live at the same time are added.
+Tracing the model itself would take as long as exporting it. So a network of two layers is traced, which loads all the
+packages that an export loads; the artifact's model is run on as many images as the export compares; and the memory for
+the copies of its weights that exist at the same time is added.
 """
 
 from __future__ import annotations
@@ -30,21 +30,20 @@ class GraphPlan:
     weights: tuple[str, ...]  # layers whose weights are stored as codes
     activations: tuple[str, ...]  # sites that are quantized
     float_layers: tuple[str, ...]  # linears that stay float
-    need_bytes: int  # size of all stored tensors, bytes
-    precision: str  # in words, for instance "int4 weights, int8 activations"
-    halves: bool  # whether codes of at most 4 bits lie in bytes of their own
-    peak_bytes: int | None = None  # largest resident memory of an export by this process; None where it cannot be told
+    need_bytes: int  # total size of stored tensors, bytes
+    precision: str  # in words, for example "int4 weights, int8 activations"
+    halves: bool  # whether codes of at most 4 bits are stored one per byte
+    peak_bytes: int | None = None  # peak resident memory of an export in this process; None if unknown
 
 
 def vision_plan(
     plan: GraphPlan, source: Path, output: Path, *, format: str, force: bool, engines: Sequence[str] | None = None,
     base: str = "", sizes: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Any], Plan]:  # fmt: skip
-    """The dry run of an export of a vision model: the artifact was read and linted, nothing of it is traced.
+    """The dry run of an export of a vision model: the artifact has been read and linted, the model is not traced.
 
     `engines` are compute capabilities to compile for, None for ONNX Runtime, which needs none; `base` is the type of
-    what they do not quantize. `sizes` are bytes of the export while it is made, and in the end; those of the graph when
-    None.
+    what they do not quantize. `sizes` are the peak and final size of the export in bytes; those of the graph if None.
     """
 
     free = free_bytes(output)
@@ -86,14 +85,14 @@ def vision_plan(
     return document, shown
 
 
-# fp32 copies of all weights at the worst moment, beside the artifact's own model: the models that are traced and
-# compared, the graph, its serialized float form, the written file and ONNX Runtime's sessions. See docs/planning.md.
+# fp32 copies of all weights at the peak, besides the artifact's own model: the models that are traced and compared, the
+# graph, its serialized float form, the written file and ONNX Runtime's sessions. See docs/planning.md.
 COPIES: Final = 6.0
 _LAYER_IMAGES: Final = 4
 
 
 def export_peak(quantized: QuantizedVit) -> int | None:
-    """Peak resident memory of an export by this process, bytes; None where packages or the system do not allow it."""
+    """Peak resident memory of an export in this process, bytes; None if packages or the system do not allow it."""
     if not can_measure():
         return None
     with PhaseMeter() as meter:
@@ -117,7 +116,7 @@ def _trace_two_layers() -> None:
 
 @torch.no_grad()
 def run_model(quantized: QuantizedVit) -> None:
-    """The passes of an export, or of its validation, on empty images."""
+    """The forward passes of an export, or of its validation, on blank images."""
     height, width = quantized.structure.image_size
     pixels = torch.zeros(PROBE_IMAGES, 3, height, width)
     passes: tuple[Callable[[Tensor], Any], ...] = (lambda x: quantized.taps(x[:_LAYER_IMAGES]), quantized)

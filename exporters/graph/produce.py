@@ -1,4 +1,4 @@
-"""From an artifact's model to a quantized graph in memory: the float graph, then the passes of a format."""
+"""Makes a quantized graph in memory from an artifact's model: the float graph, then the passes of a format."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ class QuantizedGraph:
     """A graph ready to be written."""
 
     model: ir.Model  # the graph
-    # the same graph before it was quantized (with dequantized weights), serialized, for comparison; empty for the
-    # exact format, which is compared whole
+    # the same graph before quantization (with dequantized weights), serialized, for comparison; empty for the exact
+    # format, which is compared end to end
     float_bytes: bytes
-    changes: tuple[Change, ...]  # what each pass did
+    changes: tuple[Change, ...]  # what each pass changed
 
 
 def float_model(quantized: QuantizedVit) -> nn.Module:
-    """The prepared model with dequantized weights and nothing that quantizes: what is traced."""
+    """The prepared model with dequantized weights and without quantizers, as it is traced."""
     model = build(quantized.architecture)
     model.load_state_dict(quantized.model.state_dict())
     return model
 
 
 def as_exported(quantized: QuantizedVit, format: OnnxFormat) -> QuantizedVit:
-    """The model that an export of this format computes: without activation quantizers for weights alone."""
+    """The model that an export of this format computes: without activation quantizers for weight-only formats."""
     return quantized if format.quantizes_activations else without_activations(quantized, quantized.weights)
 
 
 def without_activations(quantized: QuantizedVit, weights: Mapping[str, Codes]) -> QuantizedVit:
-    """The float model with dequantized weights, its attentions by the plain formula, and codes for some weights."""
-    # From a fresh model: `quantized.model` carries the hooks that quantize its activations.
+    """The float model with dequantized weights and plain attention, with codes for the given weights."""
+    # A new model, because `quantized.model` has hooks that quantize its activations.
     return QuantizedVit(
         float_model(quantized), quantized.architecture, quantized.preprocessing, quantized.structure, weights, {}
     )
@@ -62,8 +62,8 @@ def trace_linted(model: nn.Module, structure: VitStructure, source: str) -> Floa
     """The float graph of a prepared float model, before any pass; `source` is the artifact's name in messages.
 
     Raises:
-        LintFindingsError: the traced graph cannot be quantized well.
-        ConfigurationError: it cannot be traced, or its layers are not found in the graph.
+        LintFindingsError: the traced graph is unsuitable for quantization.
+        ConfigurationError: the model cannot be traced, or its layers are not found in the graph.
     """
     traced = trace_float(model, structure)
     refuse(lint_graph(traced, model), source)
@@ -71,7 +71,7 @@ def trace_linted(model: nn.Module, structure: VitStructure, source: str) -> Floa
 
 
 def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> QuantizedGraph:
-    """Trace, lint and rewrite; for the exact format in float64, and with integer codes throughout.
+    """Trace, lint and rewrite; the exact format uses float64 and needs integer codes throughout.
 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
@@ -82,7 +82,7 @@ def quantize_graph(quantized: QuantizedVit, format: OnnxFormat, source: str) -> 
     changes = [split_gemms(traced), *([unfold_patches(traced)] if exact else [])]
     changes.append(quantize_weights(traced, of_type(quantized.weights, WeightCodes), int4=int4, zero_points=True))
     if format.quantizes_activations:
-        # Integer codes: one pair for each reader, which ONNX Runtime needs; FP8, which it runs in float: shared pairs.
+        # Integer codes: one pair per consumer, which ONNX Runtime needs; FP8, which it runs in float: shared pairs.
         activations = of_type(quantized.activations, ActivationQuantizer)
         integer = any(q.kind is Kind.INT for q in activations.values())
         changes.append(quantize_activations(traced, quantized.structure, activations, share=not integer))
@@ -102,7 +102,7 @@ def write_description(root: Path, quantized: QuantizedVit) -> None:
 
 
 def graph_details(graph: QuantizedGraph, quantized: QuantizedVit, format: str) -> GraphDetails:
-    """What the manifest says of the graph."""
+    """The manifest's details of the graph."""
     return GraphDetails(
         format=format,
         input=GraphInput(name=INPUT_NAME, shape=("batch", 3, *quantized.architecture.image_size)),

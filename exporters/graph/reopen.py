@@ -1,4 +1,4 @@
-"""After writing: read the file again and compare every number in it with the artifact, bit for bit."""
+"""Reads a written graph back and compares every number in it with the artifact, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def reopen_gates(
 ) -> list[Gate]:
     """Compare a graph that was read from its file, and its layers, with the artifact's model.
 
-    Gates on codes, scales, quantizers and float tensors; the value is a count, and 0 passes.
+    Returns gates on codes, scales, quantizers and float tensors; each value is a number of differences, and 0 passes.
     """
     by_label = {layer.label: layer for layer in layers}
     codes, scales = _weights(by_label, quantized)
@@ -45,7 +45,7 @@ def _weights(layers: Mapping[str, ExportedLayer], quantized: QuantizedVit) -> tu
     for name, weight in quantized.weights.items():
         layer = layers.get(name)
         stored = None if layer is None else layer.operands[1].weight
-        # A patch embedding is stored with four axes, or, unfolded, with two.
+        # A patch embedding is stored with four axes or, if it is unfolded, with two.
         theirs, ours = None if stored is None else stored.codes.flatten(1), weight.codes.flatten(1)
         if stored is None or theirs is None or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             codes, scales = codes + weight.codes.numel(), scales + weight.scale.numel()
@@ -85,7 +85,7 @@ def _same(found: Quantizer | None, expected: Quantizer | None) -> bool:
 
 
 def operand_at_sites(layers: Sequence[ExportedLayer], quantized: QuantizedVit) -> Iterable[tuple[str, Operand | None]]:
-    """Every operand of the model that may be quantized, with what the file has there; a site once per reader."""
+    """Every operand of the model that may be quantized, with its counterpart in the file; a site once per consumer."""
     by_label = {layer.label: layer for layer in layers}
     for linear in quantized.structure.linears:
         layer = by_label.get(linear.name)
@@ -100,7 +100,7 @@ def operand_at_sites(layers: Sequence[ExportedLayer], quantized: QuantizedVit) -
 def _float_tensors(
     model: ir.Model, layers: Mapping[str, ExportedLayer], quantized: QuantizedVit
 ) -> tuple[tuple[int, str], tuple[int, str]]:
-    """Stored tensors that have the name of a parameter and other values; float tensors as large as a weight's codes."""
+    """Counts stored tensors that differ from the parameter of that name, and float copies of quantized weights."""
     state = quantized.model.state_dict()
     different, copies, compared = [], [], 0
     for name, value in model.graph.initializers.items():

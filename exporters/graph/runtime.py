@@ -1,15 +1,15 @@
-"""ONNX Runtime sessions, in one place: the settings under which the graph runs as it was trained.
+"""Creates ONNX Runtime sessions, with the settings under which the graph runs as it was trained.
 
-Two of its optimizers are off. `MatMulAddFusion` turns a product of two axes and its bias (a classifier) into Gemm
-with a float bias, for which there is no integer kernel. `QDQPropagationTransformer` moves quantizers across
-transposes and into products: other operators than those that were compared layer by layer. Weight-only INT4
-products keep float activations: by default they would be rounded to 8 bits, which nobody trained.
+Two of its optimizers are disabled. `MatMulAddFusion` turns a two-dimensional MatMul and its bias (a classifier) into a
+Gemm with a float bias, for which there is no integer kernel. `QDQPropagationTransformer` moves quantizers across
+transposes and into matrix multiplications, which changes the operators that were compared layer by layer. Weight-only
+INT4 matrix multiplications keep float activations: by default they would be rounded to 8 bits, which was not trained.
 
-The precision mode keeps sums of 8-bit products exact on x64 processors without VNNI, which add pairs of them in 16
-bits. With VNNI sums are exact anyway, and the mode would choose kernels that take nearly twice the time.
+The precision mode keeps sums of 8-bit multiplications exact on x64 processors without VNNI, which add pairs of them in
+16 bits. With VNNI sums are exact anyway, and the mode would select kernels that take nearly twice as long.
 
-Official builds from 1.32 on send events to their maker, unless a variable forbids it before they load. Here they do
-not, unless the user sets it otherwise (`ORT_DISABLE_TELEMETRY=0`).
+Official builds from 1.32 on send telemetry to Microsoft, unless an environment variable disables it before they are
+loaded. It is disabled here, unless the user enables it (`ORT_DISABLE_TELEMETRY=0`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _ERRORS_ONLY = 3
 
 
 def has_vnni(features: Collection[str] | None = None) -> bool:
-    """Whether sums of 8-bit products are exact without the precision mode; features of this machine when None."""
+    """Whether 8-bit multiplications sum exactly without the precision mode; `features` default to this machine's."""
     return not _VNNI.isdisjoint(cpu_features() if features is None else features)
 
 
 def session_entries(features: Collection[str] | None = None) -> dict[str, str]:
-    """`SESSION_ENTRIES`, which are right on any processor, less what one with these features has no use for."""
+    """`SESSION_ENTRIES`, correct on any processor, without those that a CPU with these features does not need."""
     vnni = has_vnni(features)
     return {name: value for name, value in SESSION_ENTRIES.items() if not (vnni and name == PRECISION_MODE)}
 
@@ -47,12 +47,12 @@ def open_session(
     threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",),
     entries: Mapping[str, str] | None = None,
 ) -> Any:  # fmt: skip
-    """An `onnxruntime.InferenceSession`.
+    """Create an `onnxruntime.InferenceSession`.
 
-    Of a file, or its bytes; `write_to` gets the optimized graph. Without `optimize` every operator runs as it stands;
-    `portable` takes only fusions that every CPU has. `threads` are those within an operator, the runtime's own choice
-    when None. The first of `providers` that can computes; the CPU is what exports are compared on. `entries` are those
-    of `session_entries` when None.
+    `model` is a file or its bytes; the optimized graph is written to `write_to`. Without `optimize` operators run
+    unmodified; `portable` uses only fusions that every CPU supports. `threads` is the number of threads per operator,
+    the runtime's default if None. The first available one of `providers` is used; exports are compared on the CPU.
+    `entries` default to `session_entries`.
 
     Raises:
         BadArtifactError: the runtime refuses the graph.
@@ -76,7 +76,7 @@ def open_session(
         return runtime.InferenceSession(
             source, options, disabled_optimizers=list(DISABLED_OPTIMIZERS), providers=list(providers)
         )
-    except Exception as error:  # its exceptions share no public base
+    except Exception as error:  # its exceptions share no public base class
         raise BadArtifactError(
             "ONNX Runtime refuses the graph",
             why=" ".join(str(error).split())[:600],

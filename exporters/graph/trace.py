@@ -1,9 +1,10 @@
-"""The float graph of a vision transformer, and which of its products belongs to which layer.
+"""Traces the float graph of a vision transformer, and maps its matrix multiplications to layers.
 
-`torch.onnx.export` traces the prepared model while every attention runs the plain formula (the factor on the
-queries, before the product), so the graph holds two matrix products per attention and one per linear. The exporter
-notes for every node the modules it came from; with that, and by comparing the weights themselves, each product is
-assigned to its layer. A product that belongs to none, or a layer without one, is an error: nothing is guessed.
+`torch.onnx.export` traces the prepared model while every attention uses the plain formula (the scale is applied to the
+queries before the multiplication), so the graph has two matrix multiplications per attention and one per linear. The
+exporter records for every node the modules it came from; with that, and by comparing the weights themselves, each
+matrix multiplication is assigned to its layer. One without a layer, or a layer without one, is an error: nothing is
+guessed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 
 INPUT_NAME: Final = "pixels"
 OUTPUT_NAME: Final = "logits"
-# 21 brings INT4, FP8 scales of every float type, and blocked scales; later ones bring nothing that is used here.
+# 21 adds INT4, FP8 scales of every float type, and blocked scales; later ones add nothing that is used here.
 OPSET: Final = 21
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 _PRODUCTS: Final = frozenset(("MatMul", "Gemm", "Conv", "Einsum"))
 
 
 class ProductKind(StrEnum):
-    """What a product multiplies."""
+    """What a matrix multiplication or convolution multiplies."""
 
     LINEAR = "linear"
     PATCH = "patch"
@@ -46,7 +47,7 @@ class ProductKind(StrEnum):
     AV = "av"
 
 
-# A product's node is called LAYER + suffix.
+# Its node is named LAYER + suffix.
 SUFFIXES: Final = {
     ProductKind.LINEAR: "/MatMul", ProductKind.PATCH: "/Conv", ProductKind.QK: "/qk", ProductKind.AV: "/av",
 }  # fmt: skip
@@ -54,22 +55,22 @@ SUFFIXES: Final = {
 
 @dataclass(slots=True)
 class Product:
-    """One product of the graph; a pass that puts another node in its place says so here."""
+    """A matrix multiplication or convolution of the graph; a pass that replaces its node updates it here."""
 
-    kind: ProductKind  # a linear, the patch embedding, or one of an attention's two products
-    name: str  # the module
+    kind: ProductKind  # a linear, the patch embedding, or one of an attention's two matrix multiplications
+    name: str  # the name of the module
     node: ir.Node  # the MatMul, Gemm or Conv
 
 
 @dataclass(frozen=True, slots=True)
 class FloatGraph:
-    """A float graph."""
+    """A float graph and its matrix multiplications."""
 
     model: ir.Model  # opset 21; input `pixels` (batch, 3, H, W) float32, output `logits` (batch, C) float32
     products: tuple[Product, ...]  # in the order of the structure: linears, then attentions (qk, av)
 
     def in_graph_order(self) -> list[Product]:
-        """The products by the order of their nodes: what several read must stand before the first of them."""
+        """The products in node order: a value that several of them read must be inserted before the first."""
         order = {node: index for index, node in enumerate(self.model.graph)}
         return sorted(self.products, key=lambda product: order[product.node])
 
@@ -87,13 +88,13 @@ class _Exported(nn.Module):
 
 
 def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
-    """Trace a prepared model, with a dynamic batch, in its float type. The model is not changed.
+    """Trace a prepared model in its float type, with a dynamic batch. The model is not changed.
 
     Raises:
-        ConfigurationError: the model cannot be traced, or a product cannot be assigned to a layer.
+        ConfigurationError: the model cannot be traced, or a matrix multiplication cannot be assigned to a layer.
         MissingCapabilityError: onnx, onnx-ir or onnxscript is not installed.
     """
-    # Two images: a batch of one would be taken for a constant.
+    # Two images, because a batch of one would be treated as a constant.
     example = torch.zeros(2, 3, *structure.image_size, dtype=next(model.parameters()).dtype)
     explicit = intercept_attention(model, structure.attention_names, lambda name, *given: explicit_attention(*given))
     with explicit, _folded(model, structure.constants, example):
@@ -107,7 +108,7 @@ def trace_float(model: nn.Module, structure: VitStructure) -> FloatGraph:
 
 @contextmanager
 def _folded(model: nn.Module, names: Collection[str], pixels: Tensor) -> Iterator[None]:
-    """While it lasts, these linears, whose results are the same for all pixels, give them without computing."""
+    """Within this context, these linears, whose outputs do not depend on the pixels, return them as constants."""
     found: dict[nn.Module, list[Tensor]] = {model.get_submodule(name): [] for name in names}
     with ExitStack() as hooks:
         for layer, outputs in found.items():
@@ -139,10 +140,10 @@ def export_program(
     input_names: list[str] | None = None,
     output_names: list[str] | None = None,
 ) -> ir.Model:
-    """`torch.onnx.export` of a module, opset 21.
+    """Export a module with `torch.onnx.export`, opset 21.
 
-    `dynamic` says which sides of the example's `arguments` are; `name` and `fix` are for messages. Names of inputs and
-    outputs are the exporter's own when None.
+    `dynamic` says which dimensions of the example's `arguments` are dynamic; `name` and `fix` are for messages. Names
+    of inputs and outputs are chosen by the exporter if None.
 
     Raises:
         ConfigurationError: it cannot be traced.
@@ -197,7 +198,7 @@ def _assign(graph_model: ir.Model, model: nn.Module, structure: VitStructure) ->
 
 
 def owner(node: ir.Node, known: set[str]) -> str:
-    """The innermost module of `known` that the node was traced in; empty when there is none."""
+    """The innermost module of `known` in which the node was traced; empty if there is none."""
     import ast
 
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
@@ -207,13 +208,13 @@ def owner(node: ir.Node, known: set[str]) -> str:
 
 
 def _constant(node: ir.Node) -> bool:
-    """Whether the second operand is a stored tensor: a weight."""
+    """Whether the second operand is a stored tensor, that is, a weight."""
     operand = node.inputs[1]
     return operand is not None and operand.const_value is not None
 
 
 def holds_weight(node: ir.Node, weight: Tensor) -> bool:
-    """Whether a node's stored operand is this weight, bit for bit, in the layout its operator wants."""
+    """Whether a node's stored operand equals this weight, bit for bit, in the layout that its operator needs."""
     stored = torch.from_numpy(stored_array(node.inputs[1]).copy())
     transposed = node.op_type == "MatMul" or (not node.attributes.get_int("transB", 0) and node.op_type == "Gemm")
     return torch.equal(stored, weight.detach().T if transposed else weight.detach())
@@ -226,7 +227,7 @@ def stored_bytes(model: ir.Model) -> int:
 
 
 def stored_array(value: ir.Value | None) -> Any:
-    """A stored tensor, which must be there, as a numpy array."""
+    """A stored tensor, which must exist, as a numpy array."""
     tensor = None if value is None else value.const_value
     assert tensor is not None
     return tensor.numpy()

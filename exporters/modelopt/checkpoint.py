@@ -1,14 +1,14 @@
-"""A checkpoint in the layout of NVIDIA ModelOpt's unified checkpoints, which TensorRT-LLM, vLLM and SGLang read.
+"""Writes checkpoints in the layout of NVIDIA ModelOpt's unified checkpoints, for TensorRT-LLM, vLLM and SGLang.
 
-Two of its FP8 forms hold an artifact's codes as they are:
+Two of its FP8 algorithms can hold an artifact's codes unchanged:
 
 * `FP8`: one scale per weight (`weight_scale`, `()`), one static scale per input (`input_scale`, `()`), both float32.
-* `FP8_PER_CHANNEL_PER_TOKEN`: one scale per row (`(out,)`), inputs quantized while it runs.
+* `FP8_PER_CHANNEL_PER_TOKEN`: one scale per row (`(out,)`), inputs quantized at run time.
 
-Readers join queries, keys and values, and gate and up, into one product. In `FP8` that product has one scale, and a
-reader that finds several rounds all codes again to the largest. So `FP8` is written only where the scales of such a
-group are equal, as training with shared scales leaves them; otherwise the other form is, with each scale repeated down
-its rows, and the manifest says so. Nothing is rounded here.
+Inference engines merge queries, keys and values, and gate and up, into one matrix multiplication. In `FP8` it has a
+single scale, and an engine that finds several rounds all codes again to the largest. So `FP8` is written only if the
+scales within each group are equal, as after training with shared scales; otherwise the other algorithm is used, with
+each scale repeated for all rows, and the manifest says so. Nothing is rounded here.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ _CARD: Final = CardFacts(
 def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions) -> Artifact:
     """Write the checkpoint, reopen it, and compare it with the artifact bit for bit.
 
-    `source` is an artifact of kind `falqon`; `output` gets safetensors, `hf_quant_config.json`, config.json, tokenizer
-    files and a manifest.
+    `source` is an artifact of kind `falqon`; `output` receives safetensors, `hf_quant_config.json`, config.json,
+    tokenizer files and a manifest.
 
     Raises:
         ConfigurationError, BadArtifactError, LintFindingsError: as `export_language`.
-        GateFailedError: what was written differs from its source; not committed.
+        GateFailedError: what was written differs from its source; nothing is committed.
     """
     check_place(output, force=options.force)
     model = open_language(source)
-    # Layers that readers join into one product and whose scales differ.
+    # Groups of layers that engines merge into one and whose scales differ.
     groups = fused_siblings(model.weights, model.plan.schema.fused_groups)
     uneven = [g for g in groups if len({tuple(model.weights[n].scale.reshape(-1).tolist()) for n in g}) > 1]
     algorithm = _PER_TENSOR if model.per_tensor and not uneven else _PER_CHANNEL
@@ -100,7 +100,7 @@ def export_checkpoint(source: Path, output: Path, options: ModeloptExportOptions
 def checkpoint_tensors(
     model: LanguageModel, algorithm: str, scales: Mapping[str, InputScale] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint: the artifact's codes and floats, scales in the algorithm's form."""
+    """Every tensor of the checkpoint: the artifact's codes and floats, scales in the form of the algorithm."""
     yield from model.floats.items()
     for unit in model.plan.units:
         if unit.module is None or unit.module not in model.weights:
@@ -116,7 +116,7 @@ def checkpoint_tensors(
 
 
 def quant_config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
-    """`hf_quant_config.json`: the keys that ModelOpt documents and no others."""
+    """`hf_quant_config.json`, with exactly the keys that ModelOpt documents."""
     return {
         "producer": {"name": "fp8pipe", "version": __version__},
         "quantization": {"quant_algo": algorithm, "kv_cache_quant_algo": None, "exclude_modules": excluded},
@@ -124,7 +124,7 @@ def quant_config(algorithm: str, excluded: list[str]) -> dict[str, Any]:
 
 
 def _write_configs(model: LanguageModel, algorithm: str, root: Path) -> None:
-    """Configuration in both places where readers look, and tokenizer files byte for byte."""
+    """Write the quantization config to both places where engines look for it, and tokenizer files byte for byte."""
     ignored = list(model.plan.ignore)
     config = quant_config(algorithm, ignored)
     (root / QUANT_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
@@ -138,7 +138,7 @@ def _write_configs(model: LanguageModel, algorithm: str, root: Path) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], root: Path) -> None:
-    """One file, or several and an index."""
+    """Write one file, or several and an index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > _SHARD_BYTES and shards[-1]:
@@ -155,7 +155,7 @@ def _save(tensors: Mapping[str, Tensor], root: Path) -> None:
 
 
 def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) -> list[Gate]:
-    """The files, read again, against the artifact."""
+    """Compare the files, read back, with the artifact."""
     found: dict[str, Tensor] = {}
     for file in sorted(root.glob("*.safetensors")):
         found |= load_file(file)
@@ -180,7 +180,7 @@ def _compare(tensors: Mapping[str, Tensor], model: LanguageModel, root: Path) ->
 
 
 def checkpoint_layers(model: LanguageModel, algorithm: str, calibration: str = "amax") -> list[LayerRecord]:
-    """The artifact's records with scales as they are written: per row; or per tensor, with a static one of inputs."""
+    """The artifact's records with scales as written: per row; or per tensor, with a static scale for inputs."""
     if algorithm == _PER_CHANNEL:
         return list(model.plan.layers)
     return language_records(model, calibration)

@@ -15,7 +15,7 @@ KIND: Final = "modelopt-export"
 
 
 class ModeloptExportOptions(CalibrationOptions):
-    """Options of one checkpoint: it is served by an engine that builds its own graphs."""
+    """Options of one checkpoint, for engines that build their own graphs."""
 
     format: Literal["modelopt-checkpoint"] = Field(
         default="modelopt-checkpoint", description="A checkpoint in ModelOpt's layout"
@@ -24,7 +24,7 @@ class ModeloptExportOptions(CalibrationOptions):
 
 
 class ModeloptDetails(Details):
-    """Of a checkpoint in ModelOpt's layout."""
+    """The manifest's details for a checkpoint in ModelOpt's layout."""
 
     format: str = Field(description="export format, as given to --format")
     quant_algo: str = Field(description="FP8, or FP8_PER_CHANNEL_PER_TOKEN")

@@ -1,4 +1,4 @@
-"""Checks on checkpoints in ModelOpt's layout."""
+"""Checks for checkpoints in ModelOpt's layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fp8pipe.numerics.grids import same_bits
 
 
 def check_modelopt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """Codes, scales, both configurations; every tensor against the parent's."""
+    """Check codes, scales and both configurations, and compare every tensor with the parent's."""
     tensors = weight_entries(artifact.root)
     yield from stray_weights(artifact.root, tensors)
     yield from unexpected_tensors(tensors, read_structure(artifact.root))
@@ -51,7 +51,7 @@ def _values(name: str, entry: TensorEntry, tensors: dict[str, TensorEntry]) -> I
 
 
 def _configs(artifact: Artifact) -> Iterator[Finding]:
-    """hf_quant_config.json and config.json's block, against the manifest's algorithm and layers."""
+    """Compare hf_quant_config.json and config.json's block with the manifest's algorithm and layers."""
     manifest, details = artifact.manifest, artifact.manifest.details_of(ModeloptDetails)
     excluded = [layer.name for layer in manifest.layers if not layer.converted]
     expected = quant_config(details.quant_algo, excluded)

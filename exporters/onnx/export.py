@@ -1,4 +1,4 @@
-"""The whole export: lint, rewrite, write, reopen, compare in ONNX Runtime, commit."""
+"""The complete export: lint, rewrite, write, reopen, compare in ONNX Runtime, commit."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ _CARD: Final = CardFacts("onnx", "ONNX Runtime", (
 
 
 def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = True) -> GraphPlan:
-    """Read and lint the artifact, and say what an export would hold. Writes nothing.
+    """Read and lint the artifact, and return what an export would hold. Writes nothing.
 
-    `runtime`: whether ONNX Runtime shall run it.
+    `runtime`: whether ONNX Runtime will run the export.
 
     Raises:
         BadArtifactError: no such artifact, or a damaged one.
@@ -79,22 +79,22 @@ def plan_export(source: Path, options: OnnxExportOptions, *, runtime: bool = Tru
 
 
 def plan_onnx(source: Path, output: Path, options: OnnxExportOptions) -> tuple[dict[str, Any], Plan]:
-    """The dry run: the artifact is read and linted, nothing of it is traced."""
+    """The dry run: the artifact is read and linted, but its model is not traced."""
     plan = plan_export(source, options)
     return vision_plan(plan, source, output, format=options.format.value, force=options.force)
 
 
 def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artifact:
-    """Write an ONNX graph of a quantized vision model, and prove that ONNX Runtime computes the same.
+    """Write an ONNX graph of a quantized vision model, and check that ONNX Runtime computes the same.
 
-    `source` is an artifact of kind `vit`; `output` gets `model.onnx`, `preprocessing.json`, `classes.json`
-    (classifiers) and a manifest with every gate.
+    `source` is an artifact of kind `vit`; `output` receives `model.onnx`, `preprocessing.json`, `classes.json`
+    (classifiers only) and a manifest with all gates.
 
     Raises:
         ConfigurationError: unusable output, or a model that cannot be traced.
-        BadArtifactError: an unfinished, damaged or other artifact.
+        BadArtifactError: an unfinished or damaged artifact, or one of another kind.
         LintFindingsError: the linter's findings; nothing was written.
-        GateFailedError: the written graph differs from the artifact, or is not run on integers; not committed.
+        GateFailedError: the written graph differs from the artifact, or does not run in integers; nothing is committed.
         MissingCapabilityError: a package is missing.
         OutOfMemoryError: the disk is full.
     """
@@ -128,7 +128,7 @@ def export_onnx(source: Path, output: Path, options: OnnxExportOptions) -> Artif
 def _gates(
     path: Path, graph: QuantizedGraph, quantized: QuantizedVit, format: OnnxFormat, images: ProbeImages
 ) -> list[Gate]:
-    """Everything that is compared, on the written file."""
+    """All comparisons, made on the written file."""
     model = ir.load(path)
     layers = read_layers(model)
     gates = reopen_gates(model, layers, quantized, format)
@@ -151,7 +151,7 @@ def _gates(
 
 
 def _outputs(path: Path, images: ProbeImages) -> Tensor:
-    """What the engine gives for all images."""
+    """The engine's outputs for all images."""
     return torch.from_numpy(run(open_session(path), {INPUT_NAME: images.pixels.numpy()})[OUTPUT_NAME])
 
 

@@ -1,6 +1,6 @@
-"""The least version of ONNX Runtime that runs a graph, from what the graph holds: its opset, its IR and its types.
+"""The minimum version of ONNX Runtime for a graph, from its opset, its IR version and its types.
 
-These are facts about published packages, so they stand in a table with their sources.
+These are facts about published packages, so they are kept in tables with their sources.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import onnx_ir as ir
 
 __all__ = ["least_onnxruntime", "needs"]
 
-# The release that first implements an opset, and that first reads an IR:
+# The releases that first implement an opset, and that first read an IR version:
 # https://onnxruntime.ai/docs/reference/compatibility.html#onnx-opset-support; for IRs with onnx's docs/Versioning.md.
 _OPSETS: Final[Mapping[int, str]] = {17: "1.13", 18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23"}
 _IRS: Final[Mapping[int, str]] = {8: "1.13", 9: "1.15", 10: "1.18", 11: "1.23"}
-# That first runs stored tensors of a type, by loading exports of each format in the wheels for CPUs (docs/onnx.md).
+# The release that first runs stored tensors of a type, found by loading exports of each format in the CPU wheels
+# (docs/onnx.md).
 _TYPES: Final[Mapping[str, str]] = {"INT4": "1.19", "UINT4": "1.19", "FLOAT8E4M3FN": "1.32"}
 _COMMON: Final = frozenset(("FLOAT", "DOUBLE", "FLOAT16", "INT8", "UINT8", "INT32", "INT64", "BOOL"))
 
 
 def needs(model: ir.Model, checked: str) -> dict[str, str]:
-    """What a graph asks of ONNX Runtime, each with the release that first has it.
+    """What a graph requires of ONNX Runtime, each with the first release that supports it.
 
     Args:
         model: the graph.
-        checked: the version that ran it, which stands for what the tables do not know.
+        checked: a version that ran the graph, used for everything that is not in the tables.
     """
     types = {value.dtype.name for value in model.graph.initializers.values() if value.dtype is not None}
     domains = sorted(domain for domain in model.graph.opset_imports if domain not in ("", "ai.onnx"))
@@ -40,5 +41,5 @@ def needs(model: ir.Model, checked: str) -> dict[str, str]:
 
 
 def least_onnxruntime(found: Mapping[str, str]) -> str:
-    """The newest of the releases of `needs`."""
+    """The newest of the releases in the result of `needs`."""
     return max(found.values(), key=lambda version: tuple(int(part) for part in version.split(".") if part.isdigit()))

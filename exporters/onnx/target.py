@@ -1,4 +1,4 @@
-"""The target `onnx`: a Q/DQ graph for ONNX Runtime, what may be asked of it, and what its manifests say."""
+"""The target `onnx`: a Q/DQ graph for ONNX Runtime, with its options and manifest details."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OnnxExportOptions(FrozenConfig):
 
 
 class OnnxDetails(GraphDetails):
-    """Of an export to ONNX."""
+    """The manifest's details for an export to ONNX."""
 
     near_tie: float = Field(
         default=0.0,

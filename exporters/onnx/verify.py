@@ -1,4 +1,4 @@
-"""Checks on exports to ONNX."""
+"""Checks for exports to ONNX."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fp8pipe.artifact import Artifact
 from fp8pipe.artifact.finding import Finding
 from fp8pipe.models.vision.quantized import QuantizedVit, layer_records
 
-# Rules of the linter that speak of any runtime; the others are about TensorRT's builder.
+# Linter rules that apply to any runtime; the others are about TensorRT's builder.
 _ANY_RUNTIME: Final = ("scale-value", "scale-infinite", "nan-code", "scale-shape", "block-size", "codes-undecoded")
 
 
 def check_onnx(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """An export for ONNX Runtime."""
+    """Check an export for ONNX Runtime."""
     format = OnnxFormat(artifact.manifest.details_of(OnnxDetails).format)
 
     def remake(quantized: QuantizedVit, source: str) -> tuple[ir.Model, GraphDetails]:

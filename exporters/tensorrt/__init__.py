@@ -1,1 +1,1 @@
-"""Export to TensorRT: strongly typed Q/DQ graphs from an artifact's own codes, engines, and the truth about both."""
+"""Export to TensorRT: strongly typed Q/DQ graphs with an artifact's own codes, engines, and checks of both."""

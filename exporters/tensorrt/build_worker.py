@@ -1,9 +1,9 @@
-"""Builds one engine in a process of its own: `python -P build_worker.py JOB`.
+"""Builds one engine in a separate process: `python -P build_worker.py JOB`.
 
-The library takes the first logger of a process for good, and a compiler that dies must not take its caller along. JOB
-is a JSON file (`builder.run_builder`); the answer goes to the path it names. Nothing of the project but this file is
-imported. TensorRT for RTX compiles on any machine for the compute capabilities it is told, and logs the layers.
-TensorRT 10 and 11 need a GPU: the builder times kernels on it, and the inspector reads the engine from it.
+TensorRT keeps the first logger of a process for good, and a crashing compiler must not take its caller down with it.
+JOB is a JSON file (`builder.run_builder`); the result is written to the path named in it. No other file of the project
+is imported. TensorRT for RTX compiles on any machine for the given compute capabilities, and logs the layers.
+TensorRT 10 and 11 need a GPU: the builder times kernels on it, and the engine inspector needs it, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LISTED = "LayerType: "
 
 
 def main() -> int:
-    """Build what the job says; 0 when an engine was written, 3 when the graph or the builder refused."""
+    """Build what the job describes; returns 0 if an engine was written, 3 if parser or builder refused the graph."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     _end_with(job["parent"])
     trt = importlib.import_module(job["package"])
@@ -37,10 +37,10 @@ def main() -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Die when the parent does: a builder that nobody waits for goes on for minutes."""
+    """Exit when the parent does: an abandoned builder would keep running for minutes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # gone before the request
+        if os.getppid() != parent:  # the parent exited before the request
             sys.exit(1)
 
 
@@ -65,7 +65,7 @@ def _build(trt: Any, logger: Any, job: dict[str, Any]) -> dict[str, Any]:
         return {"parsed": False, "built": False, "errors": [f"{e.node_name()}: {e.desc()}" for e in errors]}
     config, timings = _config(trt, builder, job), job.get("timing_cache")
     if timings:
-        # Earlier timings; the builder refuses those of another device or version, and starts anew.
+        # Timings of earlier builds; the builder rejects those of another device or version and starts from scratch.
         kept = Path(timings).read_bytes() if Path(timings).is_file() else b""
         if not config.set_timing_cache(config.create_timing_cache(kept), False) and kept:
             config.set_timing_cache(config.create_timing_cache(b""), False)
@@ -111,7 +111,7 @@ def _keep_timings(config: Any, path: Path) -> None:
 
 
 def _inspect(trt: Any, logger: Any, serialized: Any, profiles: dict[str, Any]) -> str:
-    """The layers as JSON. Types of dynamic tensors are known only in a context that has shapes."""
+    """The layers as JSON. Types of dynamic tensors are known only in a context with concrete shapes."""
     engine = trt.Runtime(logger).deserialize_cuda_engine(serialized)
     if engine is None:
         return ""

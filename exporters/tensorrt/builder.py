@@ -1,10 +1,10 @@
-"""The builders of engines, each in a process of its own.
+"""Runs the engine builders, each in a separate process.
 
-TensorRT for RTX compiles on any machine, for the compute capabilities it is told. TensorRT 10 and 11 (`enterprise`),
-the product for data centres, builds on the GPU that will run the engine, and for that one. Its libraries are not among
-the packages of the public index, and its builder times kernels on the device. So what is missing is said before
-anything is written, with the ways out: where the libraries are, `trtexec` on the machine that serves, or TensorRT for
-RTX, which needs neither.
+TensorRT for RTX compiles on any machine for the given compute capabilities. TensorRT 10 and 11 (`enterprise`), the
+product for data centres, builds on the GPU that will run the engine, and only for that GPU. Its libraries are not among
+the packages of the public index, and its builder times kernels on the device. So missing requirements are reported
+before anything is written, together with the alternatives: where to get the libraries, `trtexec` on the serving
+machine, or TensorRT for RTX, which needs neither.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from exporters.tensorrt.target import CAPABILITIES, EnterpriseSettings
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailedError, MissingCapabilityError
 from fp8pipe.core.machine import gpus
 
-# Run as a file: as a module it would import its package first, and torch with that.
+# Run as a file: running it as a module would import its package first, and torch with it.
 _WORKER: Final = Path(__file__).with_name("build_worker.py")
 _REFUSED: Final = 3
-# Smallest, usual and largest shape of an input.
+# Minimum, typical and maximum shape of an input.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def shapes(three: Iterable[tuple[int, ...]]) -> Shapes:
-    """The smallest, usual and largest of these."""
+    """The minimum, typical and maximum of these shapes."""
     low, usual, high = three
     return low, usual, high
 
@@ -44,22 +44,23 @@ def shapes(three: Iterable[tuple[int, ...]]) -> Shapes:
 class Built:
     """A compiled engine."""
 
-    version: str  # of the builder
-    layers: tuple[EngineLayer, ...]  # of the engine
-    warnings: tuple[str, ...]  # of the builder
+    version: str  # version of the builder
+    layers: tuple[EngineLayer, ...]  # layers of the engine
+    warnings: tuple[str, ...]  # warnings of the builder
 
 
 def run_builder(
     job: Mapping[str, Any], graph: Path, engine: Path, product: str, *, timeout_s: int, memory: str
 ) -> dict[str, Any]:
-    """Build one engine in a process of its own.
+    """Build one engine in a separate process.
 
-    `job` is what `build_worker.py` is told beside files; all of it is JSON. The answer holds `version`, `messages`, and
-    `listing` (layers in its log) or `inspector` (layers as JSON). `memory` is what to free when it dies.
+    `job` is the input of `build_worker.py` apart from file paths; it must be serializable as JSON. The result holds
+    `version`, `messages`, and `listing` (layers in the log) or `inspector` (layers as JSON). `memory` names
+    the memory to free, for the error message if the builder crashes.
 
     Raises:
-        GateFailedError: the parser or the builder refuses the graph; its own words are in the message.
-        BadArtifactError: the builder died.
+        GateFailedError: the parser or the builder refuses the graph; the message quotes it.
+        BadArtifactError: the builder crashed.
     """
     with tempfile.TemporaryDirectory() as scratch:
         answer, path = Path(scratch) / "answer.json", Path(scratch) / "job.json"
@@ -88,19 +89,19 @@ def run_builder(
 
 
 _RTX_TIMEOUT_S: Final = 3600
-# What an engine is built with besides shapes. Names of layers cost no byte of it, and the builder's other flags and
-# levels change none either.
+# Everything besides shapes that determines how an engine is built. Storing layer names does not change its size, and
+# the builder's other flags and optimization levels do not change the engine either.
 SETTINGS: Final[Mapping[str, str]] = {"typing": "strong", "profiling_verbosity": "DETAILED"}
 
 
 def build_rtx(graph: Path, engine: Path, capabilities: Sequence[str], profiles: Mapping[str, Shapes]) -> Built:
-    """Compile a graph for compute capabilities, for instance ("8.9", "12.0"); profiles of its dynamic inputs by name.
+    """Compile a graph for compute capabilities such as ("8.9", "12.0"); `profiles` of its dynamic inputs are by name.
 
     Raises:
         MissingCapabilityError: the package is not installed.
         ConfigurationError: an unknown compute capability.
-        GateFailedError: the parser or the builder refuses the graph; its own words are in the message.
-        BadArtifactError: the builder died, or its listing cannot be read.
+        GateFailedError: the parser or the builder refuses the graph; the message quotes it.
+        BadArtifactError: the builder crashed, or its listing cannot be read.
     """
     unknown = [capability for capability in capabilities if capability not in CAPABILITIES]
     if unknown:
@@ -133,17 +134,17 @@ _ELSEWHERE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class EnterpriseMachine:
-    """What builds here."""
+    """The TensorRT version and the GPU of this machine."""
 
-    version: str  # of TensorRT
-    capability: str  # of the GPU, for instance "9.0"
+    version: str  # version of TensorRT
+    capability: str  # of the GPU, for example "9.0"
 
 
 def check_enterprise() -> EnterpriseMachine:
-    """TensorRT and a GPU, or what is missing.
+    """Check that TensorRT and a GPU are available, or report what is missing.
 
     Raises:
-        MissingCapabilityError: the package, its libraries, a recent enough version, or a GPU.
+        MissingCapabilityError: the package, its libraries, a recent enough version, or a GPU is missing.
     """
     if importlib.util.find_spec("tensorrt") is None:
         raise MissingCapabilityError(
@@ -181,11 +182,11 @@ def check_enterprise() -> EnterpriseMachine:
 def build_enterprise(
     graph: Path, engine: Path, machine: EnterpriseMachine, profiles: Mapping[str, Shapes], settings: EnterpriseSettings
 ) -> Built:
-    """Build for the GPU of this machine. Timings are kept in the cache, for the next build.
+    """Build for the GPU of this machine. Kernel timings are kept in the cache for the next build.
 
     Raises:
-        GateFailedError: the parser or the builder refuses the graph; its own words are in the message.
-        BadArtifactError: the builder died, or the engine's inspector cannot be read.
+        GateFailedError: the parser or the builder refuses the graph; the message quotes it.
+        BadArtifactError: the builder crashed, or the output of the engine inspector cannot be read.
     """
     found = run_builder(
         job(machine, profiles, settings),
@@ -199,7 +200,7 @@ def build_enterprise(
 
 
 def job(machine: EnterpriseMachine, profiles: Mapping[str, Shapes], settings: EnterpriseSettings) -> dict[str, Any]:
-    """What the worker is told beside files; all of it is JSON."""
+    """The input of the worker apart from file paths; it must be serializable as JSON."""
     return {
         "package": "tensorrt", "profiles": dict(profiles), "inspect": True,
         "network_flags": list(settings.network_flags(machine.version)),
@@ -213,14 +214,15 @@ def job(machine: EnterpriseMachine, profiles: Mapping[str, Shapes], settings: En
 def trtexec_command(
     graph: str, profiles: Mapping[str, Shapes], *, workspace_mib: int, version_compatible: bool = False
 ) -> str:
-    """The command line that builds the same engine elsewhere: on the machine that will serve, with NVIDIA's `trtexec`.
+    """The command line that builds the same engine on the serving machine with NVIDIA's `trtexec`.
 
-    One line for a shell; the engine, its layers and the timing cache are written where it is run. Every flag is one of
-    10.x and of 11.x. `--stronglyTyped` is needed by 10.x, and accepted by 11.x, where networks are always strongly
-    typed. Flags of precision are not given: the graph holds the types, and 11.x has none.
+    One line for a shell; the engine, its layers and the timing cache are written to the current directory. Every flag
+    exists in 10.x and in 11.x. `--stronglyTyped` is required by 10.x and accepted by 11.x, where networks are always
+    strongly typed. No precision flags are given: the graph holds the types, and 11.x has no such flags.
 
-    `graph` is the path as it is to be written; profiles have the graph's names of inputs; `workspace_mib` is scratch
-    memory of the builder, MiB; with `version_compatible`, later versions of the same major one load the engine.
+    `graph` is the path as it should appear in the command; profiles use the graph's input names; `workspace_mib` is the
+    builder's scratch memory in MiB; with `version_compatible`, later versions of the same major version load the
+    engine.
     """
     shapes = [
         f"--{flag}Shapes=" + ",".join(f"{name}:{'x'.join(map(str, s[index]))}" for name, s in profiles.items())

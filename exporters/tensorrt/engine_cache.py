@@ -1,9 +1,9 @@
-"""An engine that fits this machine: the export's own, or one built again from its graph.
+"""Provides an engine that fits this machine: the export's own, or one rebuilt from its graph.
 
-An engine is a cache, so a stale, damaged or missing one is no fault of the export: it is built again from `model.onnx`,
-with a notice. The new one lies in the cache (`$FP8PIPE_CACHE/engines`, named after its recipe's digest) and never in
-the export, whose files stay those of its manifest: `fp8pipe verify` says what it said before. What must hold is
-everything but the engines: an export whose graph differs from its manifest is refused.
+An engine is a cache, so a stale, damaged or missing one does not make the export invalid: it is rebuilt from
+`model.onnx`, with a notice. The new engine is stored in the cache (`$FP8PIPE_CACHE/engines`, named after its recipe's
+digest), never in the export, whose files must match its manifest, so the result of `fp8pipe verify` does not change.
+Everything else in the export must be intact: an export whose graph differs from its manifest is refused.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class EngineSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReadyEngine:
-    """An engine that can be loaded here."""
+    """An engine that can be loaded on this machine."""
 
-    path: Path  # the plain file
+    path: Path  # the uncompressed file
     recipe: EngineRecipe  # what it was made from
-    source: EngineSource  # the export, the cache, or built just now
-    precisions: Mapping[str, int]  # products by precision, as listed
-    reasons: tuple[str, ...]  # why the export's own engine was not taken; empty when it was
+    source: EngineSource  # the export, the cache, or a new build
+    precisions: Mapping[str, int]  # number of matrix multiplications by precision, as listed
+    reasons: tuple[str, ...]  # why the export's own engine was not used; empty if it was
 
 
 class _Kept(FrozenConfig):
-    """What the cache keeps beside an engine."""
+    """The record that the cache keeps beside an engine."""
 
     recipe: EngineRecipe = Field(description="what it was made from")
     sha256: str = Field(description="digest of the engine's file")
@@ -64,16 +64,16 @@ class _Kept(FrozenConfig):
 
 
 def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], None] | None = None) -> ReadyEngine:
-    """The engine of an export for one GPU, built again from its graph where the stored one does not serve.
+    """The engine of an export for one GPU, rebuilt from its graph if the stored one cannot be used.
 
-    The export need not have been built for the compute capability (for instance "8.9"). `on_build` is called with the
-    notice before an engine is built; the log gets it otherwise.
+    The export need not have been built for the compute capability (for example "8.9"). `on_build` is called with a
+    notice before an engine is built; without it the notice is logged.
 
     Raises:
-        BadArtifactError: anything but an engine is missing or damaged.
+        BadArtifactError: anything other than an engine is missing or damaged.
         ConfigurationError: the builder does not know the capability, or the cache cannot be written to.
         MissingCapabilityError: an engine must be built, and no builder is installed.
-        GateFailedError: the builder refuses the graph, or multiplies in another precision than the export asks for.
+        GateFailedError: the builder refuses the graph, or uses another precision than the export requires.
         OutOfMemoryError: the disk is full.
     """
     artifact = open_artifact(export, kind=KIND, caches=ENGINES)
@@ -82,7 +82,7 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
     reasons = _stale(artifact, entry, wanted, capability)
     if entry is not None and not reasons and not entry.engine.endswith(PACKED_SUFFIX):
         return ReadyEngine(artifact.root / entry.engine, wanted, EngineSource.EXPORT, entry.precisions, ())
-    if entry is not None and not reasons:  # kept under that file's digest: no other is taken for it
+    if entry is not None and not reasons:  # cached under the packed file's digest, so unambiguous
         packed = next(file.sha256 for file in artifact.manifest.files if file.path == entry.engine)
 
         def unpack(path: Path) -> Mapping[str, int]:
@@ -105,12 +105,12 @@ def ready_engine(export: Path, capability: str, *, on_build: Callable[[str], Non
 
 
 def engine_precisions(export: Artifact, engine: ReadyEngine) -> PrecisionReport | None:
-    """In which precision an engine multiplies the export's products, read from its own bytes.
+    """The precision in which an engine runs the export's matrix multiplications, read from the engine file itself.
 
-    None for engines of TensorRT, whose form is not known: only its inspector on a GPU reads them.
+    None for engines of TensorRT, whose file format is not documented: only its inspector on a GPU can read them.
 
     Raises:
-        BadArtifactError: it holds no program that can be read.
+        BadArtifactError: the engine holds no readable program.
     """
     if engine.recipe.builder == "enterprise":
         return None
@@ -118,14 +118,14 @@ def engine_precisions(export: Artifact, engine: ReadyEngine) -> PrecisionReport 
 
 
 def _products(artifact: Artifact) -> list[str]:
-    """Nodes of the graph that multiply."""
+    """Nodes of the graph that are matrix multiplications or convolutions."""
     import onnx_ir as ir
 
     return [str(node.name) for node in ir.load(artifact.root / MODEL_FILE).graph if node.op_type in _PRODUCTS]
 
 
 def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
-    """Shapes of an export's inputs: what its engines are built for."""
+    """Shapes of an export's inputs that its engines are built for."""
     details = artifact.manifest.details_of(TrtDetails)
     for entry in details.engines.values():
         if entry.recipe is not None:
@@ -135,12 +135,12 @@ def profiles_of(artifact: Artifact) -> dict[str, Shapes]:
 
 
 def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
-    """What an engine for this machine would be made from."""
+    """The recipe of an engine for this machine."""
     config = artifact.manifest.config
     entry = artifact.manifest.details_of(TrtDetails).engines.get(capability)
     stored = None if entry is None else entry.recipe
     builder: Literal["rtx", "enterprise"] = "enterprise" if config["builder"] == "enterprise" else "rtx"
-    # Without a builder nothing can be built, and nothing says that the stored engine is of another version.
+    # Without a builder no version is known that the stored engine could differ from, so its own version is assumed.
     version = installed_builder(builder) or (stored.version if stored else "none installed")
     return EngineRecipe(
         builder=builder, version=version, capability=capability,
@@ -150,7 +150,7 @@ def _wanted(artifact: Artifact, capability: str) -> EngineRecipe:
 
 
 def _stale(artifact: Artifact, entry: BuiltEngine | None, wanted: EngineRecipe, capability: str) -> tuple[str, ...]:
-    """Why the export's own engine does not serve; empty when it does."""
+    """Why the export's own engine cannot be used; empty if it can."""
     if entry is None:
         return (f"the export holds none for compute capability {capability}",)
     stored = entry.recipe
@@ -163,12 +163,12 @@ def _stale(artifact: Artifact, entry: BuiltEngine | None, wanted: EngineRecipe, 
 
 
 def _place(recipe: EngineRecipe, packed: str = "") -> Path:
-    """Where an engine is kept: one that was built here, or the one that was unpacked from a file of this digest."""
+    """Where an engine is cached: one that was built here, or one unpacked from the file with digest `packed`."""
     return cache_folder() / f"{recipe.digest[:32]}{'-' if packed else ''}{packed[:32]}.engine"
 
 
 def _from_cache(recipe: EngineRecipe, packed: str = "") -> _Kept | None:
-    """A whole engine of this recipe, if the cache has one."""
+    """The cache record of a complete engine of this recipe, if there is one."""
     path = _place(recipe, packed)
     try:
         kept = _Kept.model_validate_json(path.with_suffix(".json").read_bytes())
@@ -179,7 +179,7 @@ def _from_cache(recipe: EngineRecipe, packed: str = "") -> _Kept | None:
 
 
 def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]], packed: str = "") -> dict[str, int]:
-    """Put an engine into the cache: the engine in one step, then the record that makes it count."""
+    """Put an engine into the cache: first the engine, atomically, then the record that makes it valid."""
     place = _place(recipe, packed)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def _keep(recipe: EngineRecipe, make: Callable[[Path], Mapping[str, int]], packe
 
 
 def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, int]:
-    """Build an engine; its products by precision."""
+    """Build an engine; returns its number of matrix multiplications by precision."""
     graph = artifact.root / MODEL_FILE
     if recipe.builder == "enterprise":
         machine = check_enterprise()
@@ -218,7 +218,7 @@ def _build(artifact: Artifact, recipe: EngineRecipe, path: Path) -> dict[str, in
             why=f"the installed distribution says {recipe.version}",
             fix="install it again",
         )
-    # What the export was held to.
+    # The limits that the export's own engines had to meet.
     report = read_precision(_products(artifact), built.layers)
     details = artifact.manifest.details_of(TrtDetails)
     format = TrtFormat(details.format)

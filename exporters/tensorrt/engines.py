@@ -1,10 +1,10 @@
-"""Engines of an export: where they lie, how `layers.json` describes them, and the precision and size they are held to.
+"""Engines of an export: where they are stored, their entries in `layers.json`, and checks of their precision and size.
 
-An engine of TensorRT for RTX carries the source text of its generated kernels, some 145 kB each, which its compiler
-on the GPU reads. Most texts are written once a launch, also when two are the same: how much of it there is depends on
-the number of layers, and neither on their width nor on a setting. So against the codes, scales and floats that an
-engine cannot do without, two things are judged: what is left without text, since a builder that keeps weights
-dequantized doubles that, and the file as it is stored, packed.
+An engine of TensorRT for RTX carries the source text of its generated kernels, some 145 kB each, which is compiled on
+the GPU. Most texts are stored once per launch, even if two are identical: their total size depends on the number of
+layers, but neither on their width nor on any setting. So two sizes are compared with the codes, scales and floats that
+an engine must hold: the engine without that text, which would double if the builder kept weights dequantized, and the
+compressed file as it is stored.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LAYERS_FILE: Final = "layers.json"
 
 
 def engine_file(capability: str, builder: Builder = Builder.RTX) -> str:
-    """Where an engine is built in an export: `engines/rtx-8.9.engine`; `.xz` is added when it is packed."""
+    """Path of an engine within an export: `engines/rtx-8.9.engine`; `.xz` is added when it is compressed."""
     return f"{ENGINES}/{'rtx' if builder is Builder.RTX else 'trt'}-{capability}.engine"
 
 
 def describe_engine(root: Path, name: str, report: PrecisionReport, built: Built) -> dict[str, Any]:
-    """An engine's entry for layers.json."""
+    """An engine's entry in layers.json."""
     return {
         "engine": name,
         "engine_bytes": (root / name).stat().st_size,
@@ -45,13 +45,13 @@ def describe_engine(root: Path, name: str, report: PrecisionReport, built: Built
 
 
 def write_layers(root: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write layers.json, entries by compute capability; no file where there is no engine."""
+    """Write layers.json, with entries by compute capability; no file if there is no engine."""
     if reports:
         (root / LAYERS_FILE).write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
 
 
 def precision_gate(report: PrecisionReport, wanted: Mapping[str, str], name: str, *, required: bool) -> Gate:
-    """Products that an engine multiplies in another precision than wanted; a figure alone when not required."""
+    """Counts matrix multiplications in another precision than wanted; informational only if not required."""
     other, kinds = report.not_in(wanted), Counter(wanted.values())
     detail = shown_counts(report.counts())
     if len(kinds) > 1:
@@ -61,30 +61,31 @@ def precision_gate(report: PrecisionReport, wanted: Mapping[str, str], name: str
 
 
 def shown_counts(counts: Mapping[str, int]) -> str:
-    """Products by precision, in words."""
+    """Counts by precision, as text."""
     return ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
 
 
-# An FP16 copy of 8-bit codes would be at 2.
+# An FP16 copy of 8-bit codes would have a ratio of 2.
 LIMIT: Final = 1.35
-# Beside text and weights an engine has a header and a record per layer: 57 kB at two blocks, 210 kB at twelve.
+# Besides text and weights an engine has a header and a record per layer: 57 kB with two blocks, 210 kB with twelve.
 ALLOWANCE_BYTES: Final = 256 * 1024
 _MEGABYTE: Final = 1_000_000
-# Text in runs of this length: by chance, weights give one in 10^800. The E4M3 scales of NVFP4 blocks are all of these
-# bytes, too, but have no line feed: as a scale that is 2^-6 of the usual ones.
+# Text is found as runs of at least this length: random weights contain such a run with a probability of 1 in 10^800.
+# The E4M3 scales of NVFP4 blocks can consist of these bytes, too, but contain no line feed, which read as a scale would
+# be 2^-6 of the typical ones.
 _TEXT: Final = re.compile(rb"[\t\n\r\x20-\x7e]{2000,}")
 
-# For plans: source text of a transformer block's kernels (0.9 to 1.2 MB at 6, 12 and 30 blocks), and what xz leaves of
-# codes (0.83 to 0.95 of them; 0.53 to 0.56 where 4 bits lie in a byte).
+# For dry runs: kernel source text per transformer block (0.9 to 1.2 MB with 6, 12 and 30 blocks), and the compression
+# ratio of xz on codes (0.83 to 0.95; 0.53 to 0.56 if each byte holds one 4-bit code).
 _BLOCK_TEXT_BYTES: Final = 1_000_000
 _PACKED, _PACKED_HALVES = 0.9, 0.55
 
 
 def expected_sizes(graph_bytes: int, blocks: int, engines: int, *, pack: bool, halves: bool) -> tuple[int, int]:
-    """Bytes of an export with its engines: the most while it is made, and in the end.
+    """Size in bytes of an export with its engines: the peak during the export, and the final size.
 
-    `graph_bytes` is the graph with its weights, `blocks` its transformer blocks. While an engine is packed it is there
-    twice; `halves` says that codes of 4 bits lie in bytes.
+    `graph_bytes` is the size of the graph with its weights, `blocks` the number of transformer blocks. While an engine
+    is being compressed, both files exist; `halves` says that 4-bit codes are stored one per byte.
     """
     if not engines:
         return graph_bytes, graph_bytes
@@ -96,7 +97,7 @@ def expected_sizes(graph_bytes: int, blocks: int, engines: int, *, pack: bool, h
 
 
 def measure_engine(engine: Path, ideal: int) -> EngineSize:
-    """Weigh an engine's file, which is not empty, against `stored_bytes` of its graph."""
+    """Measure a non-empty engine file against `ideal`, the `stored_bytes` of its graph."""
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         runs = (match.group() for match in _TEXT.finditer(content))
         text = sum(len(run) for run in runs if b"\n" in run)
@@ -104,9 +105,9 @@ def measure_engine(engine: Path, ideal: int) -> EngineSize:
 
 
 def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
-    """Whether weights lie in the engine as they lie in the graph.
+    """Whether the engine holds the weights in the same form as the graph.
 
-    A figure alone where the builder may keep weights dequantized (weight-only formats): `required` is False then.
+    Informational only (`required` is False) for weight-only formats, where the builder may keep weights dequantized.
     """
     shown = f"codes, scales and floats have {size.ideal_bytes / _MEGABYTE:.1f}: x{size.weights_over_ideal:.2f}"
     name, detail = f"MB of the engine beside text for {capability}", f"of {size.engine_bytes / _MEGABYTE:.1f}; {shown}"
@@ -114,9 +115,9 @@ def size_gate(size: EngineSize, capability: str, *, required: bool) -> Gate:
 
 
 def stored_gate(size: EngineSize, stored_bytes: int, capability: str, *, required: bool) -> Gate:
-    """Whether the engine, as the export stores it, has the size of its codes.
+    """Whether the engine file as stored in the export is about as large as its codes.
 
-    A figure alone for engines that are not packed and for weight-only formats: `required` is False then.
+    Informational only (`required` is False) for uncompressed engines and for weight-only formats.
     """
     detail = f"x{stored_bytes / size.ideal_bytes:.2f} of codes, scales and floats"
     return _bytes_gate(f"MB of the stored engine for {capability}", stored_bytes, size, required, detail)

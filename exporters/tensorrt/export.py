@@ -1,4 +1,4 @@
-"""The whole export of a vision model: graph, proof, engines, and what the builder says about them."""
+"""The complete export of a vision model: graph, validation, engines, and the precisions reported by the builder."""
 
 from __future__ import annotations
 
@@ -79,27 +79,28 @@ from fp8pipe.report.card import CardFacts, commit_export
 
 _LAYER_IMAGES: Final = 4
 _FLOATS: Final = ("fp16", "fp32", "bf16")
-_BLOCK_LINEARS: Final = 4  # qkv, projection and the two of the MLP
+_BLOCK_LINEARS: Final = 4  # qkv, projection and the two linears of the MLP
 _CARD: Final = CardFacts("tensorrt", "TensorRT", ENGINE_LIMITS)
-# What the manifest keeps of an engine's entry in layers.json.
+# Fields of an engine's entry in layers.json that are also recorded in the manifest.
 _IN_MANIFEST: Final = (
     "engine", "engine_bytes", "stored_bytes", "size", "precisions", "fused_attentions", "recipe",
 )  # fmt: skip
 
 
 def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Artifact:
-    """Write a graph for TensorRT from a quantized vision model, prove it, and compile engines.
+    """Write a graph for TensorRT from a quantized vision model, validate it, and compile engines.
 
-    `source` is an artifact of kind `vit`; `output` gets `model.onnx`, `preprocessing.json`, `classes.json`
-    (classifiers), `engines/`, `layers.json` (every product's precision in every engine) and a manifest with every gate.
+    `source` is an artifact of kind `vit`; `output` receives `model.onnx`, `preprocessing.json`, `classes.json`
+    (classifiers only), `engines/`, `layers.json` (the precision of every matrix multiplication in every engine) and a
+    manifest with all gates.
 
     Raises:
         ConfigurationError: unusable output, a compute capability without the format, or a model that cannot be traced.
-        BadArtifactError: an unfinished, damaged or other artifact.
-        LintFindingsError: findings on values or on the graph, before a builder is called; not committed.
+        BadArtifactError: an unfinished or damaged artifact, or one of another kind.
+        LintFindingsError: findings on values or on the graph, before a builder is called; nothing is committed.
         MissingCapabilityError: a package is missing.
-        GateFailedError: the written graph differs from the artifact, the builder refuses it, or it multiplies in
-            another precision than the artifact's; not committed.
+        GateFailedError: the written graph differs from the artifact, the builder refuses it, or it uses another
+            precision than the artifact's; nothing is committed.
     """
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
@@ -136,7 +137,7 @@ def export_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> Ar
 
 
 def plan_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> tuple[dict[str, Any], Plan]:
-    """The dry run: the artifact is read and linted, nothing of it is traced, and no builder is called."""
+    """The dry run: the artifact is read and linted, but nothing is traced and no builder is called."""
     graph = plan_export(source, OnnxExportOptions(force=options.force), runtime=False)
     format = choose_format(load_quantized(open_artifact(source, kind=VIT_KIND).root), options.format, str(source))
     capabilities = list(with_targets(options, format).compute_capabilities)
@@ -152,31 +153,31 @@ def plan_tensorrt(source: Path, output: Path, options: TrtExportOptions) -> tupl
 
 
 def after_export(artifact: Artifact) -> list[str]:
-    """What to say after an export."""
+    """Lines to print after an export."""
     command = artifact.manifest.details_of(TrtDetails).trtexec
     return ["  to build TensorRT's engine on another machine:", f"    {command}"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """One export on its way."""
+    """An export in progress."""
 
     writer: ArtifactWriter
-    graph: QuantizedGraph  # float32, until it is written
-    layers: Sequence[ExportedLayer]  # of the graph
-    quantized: QuantizedVit  # the model of the format
-    format: TrtFormat  # how products are stored and multiplied
-    options: TrtExportOptions  # with the format's own compute capabilities
-    machine: EnterpriseMachine | None  # that builds with TensorRT; None for other builders
+    graph: QuantizedGraph  # in float32 until it is written
+    layers: Sequence[ExportedLayer]  # layers of the graph
+    quantized: QuantizedVit  # the model as computed in the chosen format
+    format: TrtFormat  # how weights and activations are stored and multiplied
+    options: TrtExportOptions  # with the format's default compute capabilities filled in
+    machine: EnterpriseMachine | None  # the machine that builds with TensorRT; None for other builders
 
     @property
     def profiles(self) -> dict[str, Shapes]:
-        """What engines are built for."""
+        """The input shapes that engines are built for."""
         size = self.quantized.architecture.image_size
         return {INPUT_NAME: shapes((count, 3, *size) for count in self.options.batch)}
 
     def write(self, images: ProbeImages, source: str) -> list[Gate]:
-        """The files but engines; gates on the graph before and after it is halved."""
+        """Write all files except engines; returns gates on the graph before and after its conversion to FP16."""
         model, layers, quantized, path = self.graph.model, self.layers, self.quantized, self.writer.root / MODEL_FILE
         gates = reopen_gates(model, layers, quantized, OnnxFormat.QDQ)
         gates.append(float_gate(self.graph.float_bytes, quantized, images.pixels))
@@ -193,7 +194,7 @@ class _Made:
         return gates
 
     def engine(self, capability: str) -> tuple[dict[str, Any], list[Gate]]:
-        """Build one engine and store it: its entry for layers.json, and gates on its precision and its size."""
+        """Build one engine and store it; returns its entry for layers.json, and gates on its precision and size."""
         root, options, machine = self.writer.root, self.options, self.machine
         graph, name = root / MODEL_FILE, engine_file(capability, options.builder)
         path, settings = root / name, dict(SETTINGS) if machine is None else options.enterprise.model_dump()
@@ -229,12 +230,12 @@ class _Made:
         if not self.format.weight_only:
             wanted, name = artifact_precisions(self.layers), f"products not in {self.format} for {capability}"
             return precision_gate(report, wanted, name, required=self.options.require)
-        # The builder is free to dequantize: codes and memory stay small, nothing is rounded anew.
+        # The builder may dequantize: codes and memory stay small, and nothing is rounded again.
         value, detail = sum(product.name in _FLOATS for product in report.products), shown_counts(report.counts())
         return Gate(name=f"products in float for {capability}", value=value, threshold=value, detail=detail)
 
     def commit(self, artifact: Artifact, reports: dict[str, dict[str, Any]]) -> Artifact:
-        """What the manifest says."""
+        """Write the manifest and commit the export."""
         format, options, quantized = self.format, self.options, self.quantized
         trtexec = trtexec_command(
             MODEL_FILE, self.profiles, workspace_mib=options.enterprise.workspace_mib,

@@ -1,8 +1,8 @@
-"""A quantized vision model as the graph that TensorRT builds well: strongly typed, one quantizer per value.
+"""Makes the graph of a quantized vision model in a form that TensorRT builds well: strongly typed Q/DQ.
 
-Which formats an artifact can be exported in, the GPUs that have them (NVFP4 products are in Blackwell's tensor cores
-alone), and the passes: those of `exporters/graph`, NVFP4's, and two that the builder asks for, queries that keep their
-quantizer and linears of at most three axes.
+Defines the formats in which an artifact can be exported, the GPUs that support them (only Blackwell's tensor cores
+multiply NVFP4), and the passes: those of `exporters/graph`, those for NVFP4, and two that the builder needs, which keep
+the queries' quantizers in place and limit the inputs of linears to three axes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.nvfp4 import BlockCodes, BlockQuantizer
 from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, WeightCodes
 
-# The smallest block that the builder takes: the most layers fit it.
+# The smallest block size that the builder accepts; most layers are divisible by it.
 INT4_BLOCK = 32
 
 
 def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> QuantizedGraph:
-    """Trace, lint and rewrite the model of a format (`in_format`); every float is float32 still (see `halve`).
+    """Trace, lint and rewrite the model of a format (`in_format`); all floats are still float32 (see `halve`).
 
     Raises:
         LintFindingsError, ConfigurationError: as `trace_linted`.
@@ -69,7 +69,7 @@ def typed_graph(quantized: QuantizedVit, format: TrtFormat, source: str) -> Quan
 
 
 def _prepared(traced: FloatGraph, quantized: QuantizedVit) -> list[Change]:
-    """What NVFP4 alone needs: a newer opset, and at most three axes where activations are rounded in blocks."""
+    """Changes only for NVFP4: a newer opset, and at most three axes where activations are quantized in blocks."""
     if not of_type(quantized.weights, BlockCodes):
         return []
     sites = of_type(quantized.activations, BlockQuantizer)
@@ -82,16 +82,17 @@ _MOST_AXES = 3
 
 
 def hold_queries(model: ir.Model) -> Change:
-    """Clip every quantized query to its range, also where quantizing would clip it anyway; in place.
+    """Clip every quantized query to its range, even where quantizing alone would saturate it; in place.
 
-    The builder moves a quantizer upwards, through transposes and slices, into the product that feeds it. The joint
-    product of queries, keys and values has three, of different scales; to apply them it multiplies them into the
-    product's weights, which it dequantizes for that. The result is an FP8 or INT8 model whose widest products run in
-    half precision, without a word. A Clip is not moved, so it keeps one of the three where it is, and with it the
-    weights' codes. Its bounds are the values of the smallest and largest code: it changes no code.
+    The builder moves a quantizer upwards, through transposes and slices, into the matrix multiplication that produces
+    its input. The joint multiplication for queries, keys and values has three such quantizers with different scales; to
+    apply them the builder folds the scales into the weights, which it dequantizes for that purpose. The result is an
+    FP8 or INT8 model whose largest matrix multiplications silently run in half precision. A Clip cannot be moved, so it
+    keeps one of the three quantizers in place, and with it the weights' codes. Its bounds are the values of the
+    smallest and largest code, so it changes no code.
 
-    Other products with several such quantizers (keys and values alone, of a pooling attention) have the first of them
-    clipped. They are found in the graph, by the linter's own rule.
+    Other matrix multiplications with several such quantizers (for example keys and values in attention pooling) have
+    the first of them clipped. They are found in the graph by the linter's own rule.
     """
     queries = [n for n in model.graph if n.op_type == "QuantizeLinear" and (n.name or "").endswith(_QUERIES)]
     changed = [_clip(model.graph, node) for node in queries if _unclipped(node)]
@@ -124,14 +125,14 @@ def _clip(graph: ir.Graph, quantize: ir.Node) -> str:
 
 
 def flatten_products(traced: FloatGraph, names: Collection[str]) -> Change:
-    """Linears of `names` with four axes become ones of three, for TensorRT's dynamic quantizer, which takes no more.
+    """Rewrite linears in `names` with four axes to three, since TensorRT's dynamic quantizer does not accept more.
 
-    Models that keep patches as an image (Swin of timm) multiply `(N, rows, columns, C)`. The axes between the first and
-    the last are laid together before the product and apart again behind its bias: the same numbers, in the same order.
-    Windows are cut from images, so the first axis may be dynamic; the others are constants.
+    Models that keep patches as an image (Swin in timm) multiply inputs of shape `(N, rows, columns, C)`. The axes
+    between the first and the last are merged before the multiplication and split again after its bias: the same numbers
+    in the same order. Windows are cut from images, so the first axis may be dynamic; the others are constants.
 
-    The graph is without Gemm (see `split_gemms`), and nothing is quantized yet; `names` are linears whose inputs
-    will be quantized in blocks. The change names the linears that were changed.
+    The graph must be without Gemm (see `split_gemms`) and not yet quantized; `names` are linears whose inputs will be
+    quantized in blocks. The change names the linears that were rewritten.
     """
     flat: dict[ir.Value, ir.Value] = {}
     changed = []
@@ -155,7 +156,7 @@ def _flatten(graph: ir.Graph, product: Product, flat: dict[ir.Value, ir.Value]) 
     if len(sides) != len(middle) or not isinstance(width, int):
         raise ValueError(f"{product.name} has dynamic sides besides its first: {value.shape}")
     tokens = math.prod(sides)
-    if value not in flat:  # readers of one value go on sharing one quantizer
+    if value not in flat:  # consumers of one value keep sharing one quantizer
         reshape = _reshape(graph, value, f"{product.name}/tokens", (0, tokens, width), ir.Shape([first, tokens, width]))
         graph.insert_before(node, reshape)
         flat[value] = reshape.outputs[0]
@@ -174,7 +175,7 @@ def _flatten(graph: ir.Graph, product: Product, flat: dict[ir.Value, ir.Value]) 
 
 
 def _reshape(graph: ir.Graph, value: ir.Value, name: str, sides: tuple[int, ...], shape: ir.Shape | None) -> ir.Node:
-    """A node that is in no graph yet; 0 keeps a side."""
+    """A node that is not yet in a graph; 0 keeps a dimension."""
     stored = add_initializer(graph, f"{name}/shape", np.array(sides, np.int64))
     node = ir.node("Reshape", [value, stored], name=name)
     output = node.outputs[0]
@@ -182,7 +183,7 @@ def _reshape(graph: ir.Graph, value: ir.Value, name: str, sides: tuple[int, ...]
     return node
 
 
-# For messages: what codes of a family are called, the artifact's own format, and the precision that makes them.
+# For messages: the name of a family of codes, the format it is stored in, and the precision setting that makes it.
 _OWN: Final = {
     Kind.INT: ("integers", TrtFormat.INT8, "integer bits, for instance w8a8"),
     Kind.E4M3: ("FP8", TrtFormat.FP8, "wfp8afp8"),
@@ -191,13 +192,13 @@ _OWN: Final = {
 
 
 def choose_format(quantized: QuantizedVit, wanted: TrtFormat | None, source: str) -> TrtFormat:
-    """The wanted format, or the artifact's own.
+    """The requested format, or the artifact's own.
 
     Raises:
-        LintFindingsError: the artifact's codes cannot be stored in it without being rounded again.
+        LintFindingsError: the artifact's codes cannot be stored in this format without being rounded again.
     """
     kinds = {weight.kind for weight in quantized.weights.values()}
-    # NVFP4 has FP8 beside it; no other family has any.
+    # NVFP4 artifacts also hold FP8; all others hold a single family.
     kind = next((kind for kind in (Kind.NVFP4, Kind.E4M3) if kind in kinds), Kind.INT)
     called, own, _ = _OWN[kind]
     format = own if wanted is None else wanted
@@ -213,7 +214,7 @@ def choose_format(quantized: QuantizedVit, wanted: TrtFormat | None, source: str
 
 
 def in_format(quantized: QuantizedVit, format: TrtFormat) -> QuantizedVit:
-    """The model that an export computes: without activation quantizers for weights alone."""
+    """The model that an export computes: without activation quantizers for weight-only formats."""
     return without_activations(quantized, quantized.weights) if format.weight_only else quantized
 
 
@@ -222,10 +223,10 @@ _FP4_DEFAULT: Final = ("12.0",)
 
 
 def with_targets(options: TrtExportOptions, format: TrtFormat) -> TrtExportOptions:
-    """The options with the format's own compute capabilities where none were given.
+    """The options with the format's default compute capabilities if none were given.
 
     Raises:
-        ConfigurationError: those that were given do not have the format; said before the builder does.
+        ConfigurationError: a given compute capability does not support the format; found before the builder runs.
     """
     if format.kind is Kind.NVFP4 and "compute_capabilities" not in options.model_fields_set:
         return options.model_copy(update={"compute_capabilities": _FP4_DEFAULT})

@@ -1,11 +1,12 @@
-"""Passes: a float32 graph becomes one in half precision, for engines that take every type as it is written.
+"""Passes that convert a float32 graph to half precision, for engines that use every type exactly as written.
 
-Codes and scales keep their values: scales are trained as numbers that FP16 holds exactly, and one that is not is
-refused. What changes is the arithmetic between products. Pixels stay float32 up to their quantizer, so their codes are
-those of the artifact bit for bit; normalizations take FP16 and compute in float32 (`stash_type` 1). Inputs and
-outputs of the graph keep their types. `compare_halved` reads the written file again: only types may have changed.
+Codes and scales keep their values: scales are trained to be exactly representable in FP16, and any other scale is
+refused. What changes is the arithmetic between the matrix multiplications. Pixels stay float32 up to their quantizer,
+so their codes equal the artifact's bit for bit; normalizations take FP16 inputs and compute in float32 (`stash_type`
+1). Inputs and outputs of the graph keep their types. `compare_halved` reads the written file again: only types may have
+changed.
 
-`dequantize_graph` takes all quantizers out of a graph; the speed of an engine is measured against such a one.
+`dequantize_graph` removes all quantizers from a graph, as the baseline for measuring the speed of an engine.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from fp8pipe.models.vision.quantized import QuantizedVit
 
 _LARGEST: Final = float(np.finfo(np.float16).max)
 _QUANTIZERS: Final = ("QuantizeLinear", "DequantizeLinear", DYNAMIC_QUANTIZE)
-_MOVES: Final = ("Clip", "Reshape", "Transpose")  # operators that pixels may pass on the way to their quantizer
-_SCALE: Final = 1  # position among a quantizer's operands
+_MOVES: Final = ("Clip", "Reshape", "Transpose")  # operators that may lie between the pixels and their quantizer
+_SCALE: Final = 1  # index of the scale among a quantizer's operands
 
 
 class NotHalf(ValueError):
-    """A stored tensor that FP16 cannot hold: its name, and why."""
+    """A stored tensor that cannot be represented in FP16: its name, and why."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{name}: {why}")
@@ -43,7 +44,7 @@ class NotHalf(ValueError):
 
 @contextmanager
 def refuse_not_half(source: str, fix: str) -> Iterator[None]:
-    """While active, a tensor that FP16 cannot hold is a finding that refuses the export of `source`."""
+    """Within this context, a tensor that FP16 cannot represent is a finding that refuses the export of `source`."""
     try:
         yield
     except NotHalf as error:
@@ -51,10 +52,10 @@ def refuse_not_half(source: str, fix: str) -> Iterator[None]:
 
 
 def halve(model: ir.Model) -> Change:
-    """Convert in place; the change names the stored tensors that are FP16 now.
+    """Convert in place; the change names the stored tensors that were converted to FP16.
 
     Raises:
-        NotHalf: a scale that FP16 does not hold exactly, or a finite value beyond its range.
+        NotHalf: a scale that FP16 cannot represent exactly, or a finite value beyond its range.
     """
     graph = model.graph
     islands = _input_islands(graph)
@@ -75,13 +76,13 @@ def halve(model: ir.Model) -> Change:
 
 
 def in_single(model: ir.Model) -> ir.Model:
-    """A written graph with float32 wherever it has FP16; every number keeps its value."""
+    """Convert every FP16 tensor of a written graph to float32; all numbers keep their values."""
     made: ir.Model = ir.from_proto(with_floats(ir.to_proto(model), "float32"))
     return made
 
 
 def in_half(quantized: QuantizedVit) -> QuantizedVit:
-    """The model with every float that is not a code's or a scale's rounded once to FP16: what a halved graph holds."""
+    """The model with all floats except codes and scales rounded once to FP16, as in the converted graph."""
     model = float_model(quantized)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype == torch.float32:
@@ -93,7 +94,7 @@ def in_half(quantized: QuantizedVit) -> QuantizedVit:
 
 
 def _input_islands(graph: ir.Graph) -> frozenset[ir.Node]:
-    """Nodes that stay float32: from a graph's input up to its quantizers, where nothing else reads it."""
+    """Nodes that stay float32: from a graph input up to its quantizers; none if anything else reads that input."""
     found: set[ir.Node] = set()
     waiting = [node for value in graph.inputs for node, _ in value.uses()]
     while waiting:
@@ -108,7 +109,7 @@ def _input_islands(graph: ir.Graph) -> frozenset[ir.Node]:
 
 
 def _split_shared(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
-    """A scale that is read inside and outside an island is stored in both types."""
+    """A scale that is used inside and outside an island is stored in both types."""
     for value in list(graph.initializers.values()):
         inside = [(node, index) for node, index in value.uses() if node in islands]
         if value.dtype != ir.DataType.FLOAT or not inside or len(inside) == len(value.uses()):
@@ -134,13 +135,13 @@ def _halve_stored(value: ir.Value) -> str:
 
 
 def _is_mask(array: np.ndarray) -> bool:
-    """Zeros and hugely negative numbers: minus infinity in FP16 masks the same."""
+    """Zeros and very large negative numbers: in FP16 minus infinity masks the same positions."""
     beyond = np.abs(array) > _LARGEST
     return bool(np.all(array[beyond] < 0) and np.all(array[~beyond] == 0))
 
 
 def _halve_attributes(node: ir.Node) -> None:
-    """Constants and casts that name float32."""
+    """Constants and casts that refer to float32."""
     if node.op_type == "Cast" and node.attributes.get_int("to", 0) == ir.DataType.FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT16)
     value = node.attributes.get("value")
@@ -151,7 +152,7 @@ def _halve_attributes(node: ir.Node) -> None:
 
 
 def _cast_inputs(graph: ir.Graph, islands: frozenset[ir.Node]) -> None:
-    """Readers outside the islands get the input in FP16."""
+    """Consumers outside the islands read the input in FP16."""
     for value in graph.inputs:
         outside = [(node, index) for node, index in value.uses() if node not in islands]
         if value.dtype != ir.DataType.FLOAT or not outside:
@@ -168,9 +169,9 @@ def stored_arrays(model: ir.Model) -> dict[str, Any]:
 
 
 def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
-    """Gates on a written FP16 graph, read again, against the float32 graph's tensors (`stored_arrays`).
+    """Gates on a written FP16 graph, read from its file, against the tensors of the float32 graph (`stored_arrays`).
 
-    Every number of these was compared with the artifact.
+    All numbers of the latter have already been compared with the artifact.
     """
     after = stored_arrays(written)
     codes = scales = others = 0
@@ -197,9 +198,9 @@ def compare_halved(before: Mapping[str, Any], written: ir.Model) -> list[Gate]:
 
 
 def dequantize_graph(model: ir.Model) -> int:
-    """Replace stored codes by values in their scale's type, and drop quantizers of activations; in place.
+    """Replace stored codes by values in their scale's type, and remove activation quantizers; in place.
 
-    Returns how many DequantizeLinear nodes are gone.
+    Returns the number of DequantizeLinear nodes that were removed.
     """
     graph, gone = model.graph, 0
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
@@ -231,7 +232,7 @@ def _stored(graph: ir.Graph, node: ir.Node) -> ir.Value:
 
 
 def _spread(scale: Any, codes: Any, axis: int, block: int) -> Any:
-    """One scale per tensor, per channel or per block, in a shape that multiplies the codes."""
+    """One scale per tensor, per channel or per block, broadcast to the shape of the codes."""
     if block:
         return np.repeat(scale, block, axis=axis).astype(np.float32)
     if scale.size == 1:
@@ -242,7 +243,7 @@ def _spread(scale: Any, codes: Any, axis: int, block: int) -> Any:
 
 
 def _unclipped(value: ir.Value) -> ir.Value:
-    """A Clip that a quantizer alone reads is its range: a part of it."""
+    """The input of a Clip that feeds only a quantizer, since it belongs to the quantizer; else the value itself."""
     producer = value.producer()
     if producer is None or producer.op_type != "Clip" or len(value.uses()) > 1 or producer.inputs[0] is None:
         return value
@@ -250,7 +251,7 @@ def _unclipped(value: ir.Value) -> ir.Value:
 
 
 def _typed(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
-    """The activation before its quantizer, in the type that the dequantized one has: pixels are float32."""
+    """The activation before its quantizer, cast to the type of the dequantized one: pixels are float32."""
     wanted = node.inputs[1].dtype if node.inputs[1] is not None else None
     if wanted is None or value.dtype == wanted:
         return value

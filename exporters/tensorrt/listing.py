@@ -1,20 +1,21 @@
-"""What a builder says it built, read into records, and in which precision it really multiplies.
+"""Parses what a builder reports about an engine, and finds the precision in which it really multiplies.
 
-An engine's inspector wants a GPU. The builder's log at its most talkative level holds the same list, written
-while it compiles, so precision can be proved on any machine. The text has one line per layer, of the form
+An engine's inspector needs a GPU. The builder's log at its most verbose level contains the same list, written during
+compilation, so precision can be checked on any machine. The text has one line per layer, of the form
 
     Name: N, LayerType: T, Inputs: [ { Name: .., Dimensions: [..], .., Datatype: D, .. }, ..], Constants: [..],
     Outputs: [..], TacticName: X, StreamId: 0, Metadata: [ONNX Layer: node]<US>[ONNX Layer: node]
 
-where <US> is the unit separator, code 31. Copies of shapes to the device have no constants, and name parameters;
+where <US> is the unit separator, code 31. Layers that copy shapes to the device have no constants and name parameters;
 signals between streams name an event.
 
-The inspector prints JSON. 10.x writes a tensor's layout and type in one text, `"Format/Datatype": "Row major linear
-FP16 format"`; 11.x has a key for each. Kinds of layers are called as in the listing, so that products are found again
-alike. (IEngineInspector; "Migrating IEngineInspector Usage from TensorRT 10.x to 11.x".)
+The inspector prints JSON. 10.x writes a tensor's layout and type in one string, `"Format/Datatype": "Row major linear
+FP16 format"`; 11.x has a key for each. Layer kinds are named as in the listing, so that matrix multiplications are
+found in the same way. (IEngineInspector; "Migrating IEngineInspector Usage from TensorRT 10.x to 11.x".)
 
-A graph asks; the builder decides. It may dequantize and multiply in half precision without a word, so each product of
-the graph (named after its layer) is looked up among the layers that were built, and its operands' types are read there.
+A graph requests a precision, but the builder decides. It may silently dequantize and multiply in half precision, so
+each matrix multiplication of the graph (named after its layer) is looked up among the built layers, and its operand
+types are read there.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _MARK: Final = " LayerType: "
 
 
 class Port(FrozenConfig):
-    """A tensor at the edge of an engine layer."""
+    """An input or output tensor of an engine layer."""
 
     shape: tuple[int, ...] = Field(description="its sides; -1 where they are dynamic")
     dtype: str = Field(description="the builder's name of its type: Float, Half, Int8, FP8, ...")
@@ -63,10 +64,10 @@ class EngineLayer(FrozenConfig):
 
 
 def parse_listing(messages: Iterable[str]) -> tuple[EngineLayer, ...]:
-    """The layers listed in a builder's messages, in the order of execution.
+    """The layers listed in a builder's messages, in execution order.
 
     Raises:
-        BadArtifactError: a listed layer cannot be read, so a figure made from the others would be false.
+        BadArtifactError: a listed layer cannot be parsed, so counts from the other layers would be wrong.
     """
     lines = (line for message in messages for line in message.splitlines())
     return tuple(_layer(line) for line in lines if line.startswith("Name: ") and _MARK in line)
@@ -94,13 +95,13 @@ def _ports(text: str) -> tuple[Port, ...]:
     )
 
 
-# The first that a description contains. Longer names stand before those that they contain.
+# The first match within a description is used, so longer names precede the names that they contain.
 _TYPES: Final = (
     ("fp4", "FP4E2M1"), ("int4", "Int4"), ("fp8", "FP8"), ("e4m3", "FP8"), ("int8", "Int8"), ("bfloat16", "BFloat16"),
     ("bf16", "BFloat16"), ("fp16", "Half"), ("half", "Half"), ("fp32", "Float"), ("float", "Float"),
     ("int64", "Int64"), ("int32", "Int32"), ("bool", "Bool"),
 )  # fmt: skip
-# Products that are not compiled by Myelin, the part of TensorRT that TensorRT for RTX consists of.
+# Layer kinds of products that are not compiled by Myelin, the compiler that TensorRT for RTX consists of.
 _KINDS: Final[Mapping[str, str]] = {
     "MatrixMultiply": "gemm", "CaskGemmMatrixMultiply": "gemm", "CaskGemmConvolution": "gemm",
     "Convolution": "convolution", "CaskConvolution": "convolution", "CaskFlattenConvolution": "convolution",
@@ -110,12 +111,12 @@ _INSPECTED_NODE: Final = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|\s*$)
 
 
 def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
-    """The layers of an engine, in the order of execution.
+    """The layers of an engine, in execution order.
 
-    `text` is that of `IEngineInspector.get_engine_information(LayerInformationFormat.JSON)`.
+    `text` is the output of `IEngineInspector.get_engine_information(LayerInformationFormat.JSON)`.
 
     Raises:
-        BadArtifactError: it is no such text, or holds names alone (an engine that was not built with detailed
+        BadArtifactError: it is not such output, or holds only names (an engine that was not built with detailed
             profiling verbosity).
     """
     try:
@@ -154,12 +155,12 @@ def _tensors(entries: Any) -> tuple[Port, ...]:
 
 
 def port_type(text: str) -> str:
-    """The builder's name of a type that a text describes."""
+    """The builder's name of the type in a description."""
     lowered = text.lower()
     return next((name for part, name in _TYPES if part in lowered), text)
 
 
-# The builder's types, by the names that people use.
+# The builder's type names, by their common names.
 NAMES: Final[Mapping[str, str]] = {
     "Int8": "int8", "FP8": "fp8", "FP4E2M1": "fp4", "Int4": "int4", "Half": "fp16", "BFloat16": "bf16", "Float": "fp32",
 }  # fmt: skip
@@ -170,7 +171,7 @@ _LITERALS: Final = frozenset(((), (1,), (1, 1), (1, 1, 1), (1, 1, 1, 1)))
 
 
 class ProductPrecision(FrozenConfig):
-    """One product of the graph as it was built."""
+    """One matrix multiplication or convolution of the graph as it was built."""
 
     node: str = Field(description="the graph's node")
     layer: str = Field(description="the engine's layer; empty when none was found")
@@ -180,29 +181,29 @@ class ProductPrecision(FrozenConfig):
 
     @property
     def name(self) -> str:
-        """The precision in one word: the operands' common type, or both."""
+        """The precision in one word: the operands' common type, or both types."""
         return "x".join(dict.fromkeys(self.operands)) or "unknown"
 
 
 class PrecisionReport(FrozenConfig):
-    """All products, and what stands around them."""
+    """All matrix multiplications and convolutions, and the layers around them."""
 
     products: tuple[ProductPrecision, ...] = Field(description="in the graph's order")
     other_layers: dict[str, int] = Field(description="how many engine layers of each other type")
 
     def counts(self) -> dict[str, int]:
-        """Products by precision."""
+        """Number of matrix multiplications and convolutions by precision."""
         return dict(Counter(product.name for product in self.products))
 
     def not_in(self, precisions: Mapping[str, str]) -> tuple[str, ...]:
-        """Nodes whose product is in another precision than the one named for it; a node that is not named may be so."""
+        """Nodes that run in another precision than the one given for them; nodes that are not listed may use any."""
         return tuple(p.node for p in self.products if p.name != precisions.get(p.node, p.name))
 
 
 def artifact_precisions(layers: Sequence[ExportedLayer]) -> dict[str, str]:
-    """The precision of each product in the artifact, by its node: that of its codes.
+    """The precision of each matrix multiplication in the artifact, by node: that of its codes.
 
-    A product of which a side is float, or sides of two families, has none.
+    One with a float operand, or with operands of two families, is left out.
     """
     found = {}
     for layer in layers:
@@ -214,7 +215,7 @@ def artifact_precisions(layers: Sequence[ExportedLayer]) -> dict[str, str]:
 
 
 def read_precision(nodes: Sequence[str], layers: Sequence[EngineLayer]) -> PrecisionReport:
-    """Find the graph's products (MatMul, Conv), by their nodes' names, among the layers that the builder listed."""
+    """Look up the graph's matrix multiplications and convolutions by node name among the listed layers."""
     multiplying = [layer for layer in layers if _multiplies(layer)]
     return PrecisionReport(
         products=tuple(_find(node, multiplying) for node in nodes),
@@ -227,7 +228,7 @@ def _multiplies(layer: EngineLayer) -> bool:
 
 
 def _find(node: str, layers: Sequence[EngineLayer]) -> ProductPrecision:
-    # A fused layer names all nodes it comes from; one that carries the product's own name is preferred.
+    # A fused layer names all nodes it was made from; a layer that has the node's own name is preferred.
     candidates = [layer for layer in layers if node in layer.nodes]
     own = [layer for layer in candidates if layer.name.startswith(node)] or candidates
     if not own:
@@ -244,7 +245,7 @@ def _find(node: str, layers: Sequence[EngineLayer]) -> ProductPrecision:
 
 
 def _operands(layer: EngineLayer, attention: bool) -> list[str]:
-    """Types of what is multiplied. Behind them may come a residual that is added in the same kernel, and literals."""
+    """Types of the multiplied operands. A residual that the kernel also adds, and literals, may follow them."""
     activations = [port.dtype for port in layer.inputs]
     stored = [port.dtype for port in layer.constants if port.shape not in _LITERALS]
     if attention:

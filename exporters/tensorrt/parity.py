@@ -1,17 +1,18 @@
-"""Layer by layer on the graph before it is halved, against the artifact in torch: the same input on both sides.
+"""Compares the graph before its conversion to FP16 with the artifact in torch, layer by layer, with the same inputs.
 
-The comparison is that of the ONNX export, in ONNX Runtime. Only the patch embedding differs, a product of rearranged
-pixels here. Every operator runs as it stands, and products add up in float64: ONNX Runtime's integer kernels saturate
-on CPUs without VNNI and its float32 sums round at every addition, neither of which is the graph's. What remains is the
-rounding of `code * scale` and of the bias to fp32, a few times 6e-8, so 1e-6 of a layer's largest output is allowed, as
-for integer kernels in the ONNX export. A patch embedding that stays a convolution is summed in float32: 1e-5.
+The comparison is that of the ONNX export, in ONNX Runtime. Only the patch embedding differs, which is a matrix
+multiplication of rearranged pixels here. Every operator runs unoptimized, and sums are computed in float64: ONNX
+Runtime's integer kernels saturate on CPUs without VNNI and its float32 sums round at every addition, neither of which
+is a property of the graph. What remains is the rounding of `code * scale` and of the bias to fp32, a few times 6e-8, so
+1e-6 of a layer's largest output is allowed, as for integer kernels in the ONNX export. A patch embedding that stays a
+convolution is summed in float32: 1e-5.
 
 ONNX Runtime has no kernels for NVFP4. There ONNX's reference evaluator runs the written nodes one by one. TensorRT's
-own operator is written here once more, from its documentation, in numpy with the casts of ml_dtypes: the scale of a
-block is E4M3(amax / 6 / tensor_scale), a code E2M1(x / (block_scale * tensor_scale)), both to nearest, ties to even,
-saturating. Codes must be equal. Outputs are compared with the exact result of the codes: products of NVFP4 numbers are
-exact in fp32, and sums of so few bits stay within 1e-6 of the layer's largest output. Beside float activations every
-term is rounded, and 1e-5 is allowed, as for other float sums.
+own operator is implemented here a second time, from its documentation, in numpy with the casts of ml_dtypes: the scale
+of a block is E4M3(amax / 6 / tensor_scale), a code is E2M1(x / (block_scale * tensor_scale)), both rounded to nearest,
+ties to even, saturating. Codes must be equal. Outputs are compared with the exact result of the codes: products of
+NVFP4 numbers are exact in fp32, and sums of so few bits stay within 1e-6 of the layer's largest output. With float
+activations every term is rounded, and 1e-5 is allowed, as for other float sums.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ _PATCHES = "/patches"
 def typed_parity(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[LayerParity]:
-    """Every product on the same input on both sides.
+    """Compare every layer, with the same input on both sides.
 
-    `model` is the float32 graph; layers with NVFP4 operands are left out (`block_parity`). `pixels` (N, 3, H, W) are
-    normalized.
+    `model` is the float32 graph; layers with NVFP4 operands are skipped (see `block_parity`). `pixels` (N, 3, H, W)
+    must be normalized.
     """
     layers = [layer for layer in layers if not layer.blocks]
     taps = quantized.taps(pixels)
@@ -75,7 +76,7 @@ def typed_parity(
 def product_gates(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[Gate]:
-    """All products of a float32 graph, on the same input on both sides."""
+    """Compare all layers of a float32 graph, with the same input on both sides."""
     convolves = any(layer.kind is ProductKind.PATCH for layer in layers)
     report = typed_parity(model, layers, quantized, pixels)
     gates = typed_gates(report, FLOAT_TOLERANCE if convolves else INTEGER_TOLERANCE) if report else []
@@ -83,14 +84,14 @@ def product_gates(
 
 
 def typed_gates(report: Sequence[LayerParity], tolerance: float = INTEGER_TOLERANCE) -> list[Gate]:
-    """Codes and outputs of all layers; `FLOAT_TOLERANCE` where some do not add up in float64."""
+    """Gates on codes and outputs of all layers; pass `FLOAT_TOLERANCE` if some are not summed in float64."""
     errors = {layer.layer: layer.error for layer in report}
     codes = layer_codes_gate("activation codes differing", report)
     return [codes, layer_error_gate("layer error", errors, tolerance)]
 
 
 def dynamic_quantize(x: Any, tensor_scale: Any) -> tuple[Any, Any]:
-    """What TRT_FP4DynamicQuantize gives for blocks of 16 along the last axis of a float array `(..., n)`.
+    """The output of TRT_FP4DynamicQuantize for blocks of 16 along the last axis of a float array `(..., n)`.
 
     Codes are `(..., n)` float4_e2m1fn, block scales `(..., n / 16)` float8_e4m3fn.
     """
@@ -108,7 +109,7 @@ def dynamic_quantize(x: Any, tensor_scale: Any) -> tuple[Any, Any]:
 def block_parity(
     model: ir.Model, layers: Sequence[ExportedLayer], quantized: QuantizedVit, pixels: Tensor
 ) -> list[LayerParity]:
-    """Every product with an NVFP4 operand, on the same input on both sides; empty where there is none."""
+    """Compare every layer with an NVFP4 operand, with the same input on both sides; empty if there is none."""
     chosen = [layer for layer in layers if layer.blocks]
     if not chosen:
         return []
@@ -119,11 +120,11 @@ def block_parity(
 
 
 def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
-    """Codes, and outputs of the evaluator and of torch; none without NVFP4 layers."""
+    """Gates on codes, and on outputs of the evaluator and of torch; none without NVFP4 layers."""
     if not report:
         return []
     errors = {layer.layer: layer.error for layer in report}
-    # Torch adds up in float32, which shows where activations are float.
+    # torch sums in float32, which is noticeable with float activations.
     in_torch = BLOCK_TOLERANCE if all(layer.codes for layer in report) else FLOAT_TOLERANCE
     return [
         layer_codes_gate("NVFP4 codes and block scales differing", report),
@@ -133,7 +134,7 @@ def block_gates(report: Sequence[LayerParity]) -> list[Gate]:
 
 
 def evaluate_graph(graph: Path | bytes, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs by name of a graph with NVFP4 operators, which ONNX Runtime does not have, node by node; slow."""
+    """Outputs by name of a graph with NVFP4 operators, which ONNX Runtime does not support, node by node; slow."""
     import onnx
 
     proto = onnx.load_model_from_string(graph) if isinstance(graph, bytes) else onnx.load(graph)
@@ -141,7 +142,7 @@ def evaluate_graph(graph: Path | bytes, inputs: Mapping[str, Any]) -> dict[str, 
 
 
 def _operator() -> Any:
-    """TRT_FP4DynamicQuantize as the evaluator takes it; its class's name is the operator's."""
+    """TRT_FP4DynamicQuantize in the form the evaluator expects; the class name is the operator's name."""
     from onnx.reference.op_run import OpRun
 
     def run(self: Any, x: Any, tensor_scale: Any, **attributes: int) -> tuple[Any, Any]:
@@ -153,7 +154,7 @@ def _operator() -> Any:
 
 
 def _count(layer: ExportedLayer, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    """Codes and block scales of a layer's activation: how many, and how many differ between torch and numpy."""
+    """Number of codes and block scales of a layer's activation, and how many of them differ between torch and numpy."""
     operand = layer.operands[0]
     if not isinstance(operand.quantizer, BlockQuantizer) or operand.source is None:
         return 0, 0

@@ -1,13 +1,13 @@
-"""What an engine of TensorRT for RTX will run, read from the engine's own bytes: on any machine, without loading it.
+"""Reads what an engine of TensorRT for RTX will run from the engine file itself: on any machine, without loading it.
 
-An engine holds its program as text: every tensor with its type, and every launch with what it reads, what it writes and
-the graph's nodes it comes from:
+An engine holds its program as text: every tensor with its type, and every kernel launch with its inputs, its outputs
+and the nodes of the graph that it was made from:
 
     tensor={ ... dims={ 1 128 384 } ... name="A" ... region=B-consts ... type=int8 }
     fully_connected={ name="qkv" output={"C" } input={"D" "A" } ... layers="[ONNX Layer: qkv]\n[ONNX Layer: x_dq]" }
     function={ name=_gemm_mha_v2 ... input_args={ "E" "F" } ... output_args={ "G" } ... layers="[ONNX Layer: qk]..." }
 
-A manifest and `layers.json` say what a builder listed; this says what lies there.
+A manifest and `layers.json` say what a builder reported; this shows what the engine contains.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _LAUNCH: Final = re.compile(
 _READS: Final = re.compile(rb" input(?:_args)?=\{ ?([^}]*)\}")
 _WRITES: Final = re.compile(rb"\boutput(?:_args)?=\{ ?([^}]*)\}")
 _NODE: Final = re.compile(rb"\[ONNX Layer: ([^\]\n]*)\]")
-_KINDS: Final = {"fully_connected": "gemm", "function": "kgen"}  # as the builder lists them
+_KINDS: Final = {"fully_connected": "gemm", "function": "kgen"}  # the names in the builder's listing
 _CONSTANTS: Final = b"-consts"
 
 
 def read_program(engine: Path) -> tuple[EngineLayer, ...]:
-    """The launches of an engine, in the form of the builder's listing (`parse_listing`).
+    """The kernel launches of an engine, in the form of the builder's listing (`parse_listing`).
 
     Raises:
-        BadArtifactError: it holds no program that can be read: it is no engine, or of another version.
+        BadArtifactError: no readable program: it is not an engine, or an engine of another version.
     """
     with engine.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         tensors: dict[bytes, tuple[Port, bool]] = {}

@@ -1,11 +1,12 @@
-"""What an engine was made from, and how it is stored. An engine is a cache: of a graph, a builder, a GPU, and settings.
+"""What an engine was built from, and how it is stored. An engine is a cache of a graph, builder, GPU, and settings.
 
-All of it stands in the export's manifest, so an engine that no longer fits is known without loading it. TensorRT loads
-an engine only with the version that built it, and only on the architecture it was built for.
+All of these are in the export's manifest, so a stale engine can be recognized without loading it. TensorRT loads an
+engine only with the version that built it, and only on the architecture it was built for.
 
-Engines at rest are compressed with xz, which takes the repeated source text of their kernels away. As it is loaded, an
-engine of a small model is ten times its codes; packed, it has about their size, and so it is stored and shipped. A
-runtime wants the unpacked file: `ready_engine` or `xz -dk` gives it back, and `--no-pack` keeps it.
+Stored engines are compressed with xz, which removes the redundancy of their kernels' source text. Uncompressed, the
+engine of a small model is ten times as large as its codes; compressed, it has about their size. It is stored and
+shipped in that form. A runtime needs the uncompressed file: `ready_engine` or `xz -dk` restores it, and `--no-pack`
+stores it uncompressed.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from fp8pipe.core.config import FrozenConfig
 from fp8pipe.core.errors import BadArtifactError
 from fp8pipe.core.machine import distribution_version
 
-# Distributions that hold each builder; the first that is installed counts.
+# Distributions that contain each builder; the first one installed is used.
 DISTRIBUTIONS = {"rtx": ("tensorrt-rtx",), "enterprise": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")}
 PACKED_SUFFIX: Final = ".xz"
-# The text is found at every level; higher ones take seconds per megabyte for what is left, the codes.
+# Every xz level compresses the text; higher ones spend seconds per megabyte on the remaining data, the codes.
 _PRESET: Final = 1
 _CHUNK_BYTES: Final = 1 << 20
 _NAMES = {"rtx": "TensorRT for RTX", "enterprise": "TensorRT"}
 
 
 class EngineRecipe(FrozenConfig):
-    """Everything that decides an engine's bytes, or whether they can be loaded."""
+    """Everything that determines an engine's bytes, or whether it can be loaded."""
 
     builder: Literal["rtx", "enterprise"] = Field(description="TensorRT for RTX, or TensorRT")
     version: str = Field(description="the builder's version")
@@ -52,7 +53,7 @@ class EngineRecipe(FrozenConfig):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def differences(self, wanted: EngineRecipe) -> tuple[str, ...]:
-        """Why an engine of this recipe does not serve in the place of `wanted`; empty when it does."""
+        """Why an engine of this recipe cannot be used instead of `wanted`; empty if it can."""
         mine, theirs = self.model_dump(mode="json"), wanted.model_dump(mode="json")
         words = {
             "builder": f"it was built by {_NAMES[self.builder]}, not {_NAMES[wanted.builder]}",
@@ -66,7 +67,7 @@ class EngineRecipe(FrozenConfig):
 
 
 def installed_builder(builder: str) -> str | None:
-    """Version of the installed builder; None where there is none. Nothing is imported."""
+    """Version of the installed builder; None if there is none. Nothing is imported."""
     return next((v for name in DISTRIBUTIONS[builder] if (v := distribution_version(name)) is not None), None)
 
 
@@ -76,12 +77,12 @@ def cache_folder() -> Path:
     return (Path(base).expanduser() if base else Path.home() / ".cache" / "fp8pipe") / "engines"
 
 
-# The source text of kernels shrinks to a tenth or so; a file of zeros to a seven-thousandth.
+# Kernel source text compresses to about a tenth; a file of zeros to 1/7000.
 _UNPACKED_TIMES: Final = 200
 
 
 def pack_engine(engine: Path) -> Path:
-    """Replace `NAME.engine` by `NAME.engine.xz`; its path."""
+    """Replace `NAME.engine` by `NAME.engine.xz` and return the new path."""
     packed = engine.with_name(engine.name + PACKED_SUFFIX)
     with engine.open("rb") as unpacked, lzma.open(packed, "wb", preset=_PRESET) as file:
         shutil.copyfileobj(unpacked, file, _CHUNK_BYTES)
@@ -90,10 +91,10 @@ def pack_engine(engine: Path) -> Path:
 
 
 def unpack_engine(packed: Path, target: Path) -> None:
-    """Unpack an engine to `target`.
+    """Decompress an engine to `target`.
 
     Raises:
-        BadArtifactError: it is not whole, or unpacks to more than an engine can.
+        BadArtifactError: it is incomplete, or decompresses to more than an engine can have.
     """
     most, written = _UNPACKED_TIMES * packed.stat().st_size + _CHUNK_BYTES, 0
     try:

@@ -1,6 +1,6 @@
 """The target `trt` for vision models: a strongly typed Q/DQ graph, and engines of TensorRT.
 
-What may be asked of an export, which its manifest holds whole, and what else the manifest says.
+Defines the export options, which are recorded completely in the manifest, and the manifest's further details.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ ENGINE_LIMITS: Final = (
 )
 
 
-# What TensorRT for RTX compiles for, by its enumeration. Hopper is not among them.
+# The compute capabilities that TensorRT for RTX compiles for, from its enumeration. Hopper is not among them.
 CAPABILITIES: Final[Mapping[str, str]] = {
     "7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121",
 }  # fmt: skip
 
 
 class Builder(StrEnum):
-    """Who compiles engines.
+    """Which builder compiles the engines.
 
-    TensorRT for RTX, on any machine; TensorRT (`enterprise`), for the GPU of this one; or nobody: the graph alone.
+    TensorRT for RTX, on any machine; TensorRT (`enterprise`), for the GPU of this machine; or none: only the graph.
     """
 
     RTX = "rtx"
@@ -44,7 +44,7 @@ class Builder(StrEnum):
 
 
 class Base(StrEnum):
-    """The type of everything that is not quantized."""
+    """The dtype of everything that is not quantized."""
 
     FP16 = "fp16"
     FP32 = "fp32"
@@ -57,17 +57,17 @@ def _known(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
-# Compute capabilities that the builder can compile for, at least one; each once, in the order given.
+# Compute capabilities that the builder can compile for, at least one; without duplicates, in the given order.
 Capabilities = Annotated[tuple[str, ...], AfterValidator(_known)]
 
 
 class TrtFormat(StrEnum):
-    """How products are stored and multiplied.
+    """How weights and activations are stored and multiplied.
 
-    `fp8`, `int8`: weights and activations as trained, both products of every attention too.
-    `nvfp4`: linears in NVFP4, both ends and the products of every attention in FP8, as trained.
+    `fp8`, `int8`: weights and activations as trained, including both matrix multiplications of every attention.
+    `nvfp4`: linears in NVFP4; both ends of the model and every attention in FP8, as trained.
     `int8-weight-only`, `int4-weight-only`: weights as trained, in INT8 or in INT4 blocks; activations stay float.
-    `nvfp4-weight-only`: weights as trained, in NVFP4 and, at both ends, FP8; activations stay float.
+    `nvfp4-weight-only`: weights as trained, in NVFP4, at both ends of the model in FP8; activations stay float.
     """
 
     FP8 = "fp8"
@@ -84,14 +84,14 @@ class TrtFormat(StrEnum):
 
     @property
     def kind(self) -> Kind:
-        """The family of the codes that it stores."""
+        """The family of the stored codes."""
         if self is TrtFormat.FP8:
             return Kind.E4M3
         return Kind.NVFP4 if self in (TrtFormat.NVFP4, TrtFormat.NVFP4_WEIGHT_ONLY) else Kind.INT
 
 
 class EnterpriseSettings(FrozenConfig):
-    """How the builder is set up; part of an engine's recipe."""
+    """Settings of the builder; part of an engine's recipe."""
 
     workspace_mib: Annotated[int, Flag("workspace")] = Field(
         default=4096, gt=0, description="Enterprise: scratch memory that kernels may take, MiB"
@@ -103,11 +103,11 @@ class EnterpriseSettings(FrozenConfig):
 
     @staticmethod
     def network_flags(version: str) -> tuple[str, ...]:
-        """Names of NetworkDefinitionCreationFlag: 11 knows strongly typed networks only, 10 must be asked for one."""
+        """Names of NetworkDefinitionCreationFlag: 11 has only strongly typed networks, 10 needs a flag for them."""
         return ("STRONGLY_TYPED",) if int(version.split(".")[0]) < 11 else ()
 
     def builder_flags(self) -> tuple[str, ...]:
-        """Names of BuilderFlag, in 10 and 11 alike; none of precision: strong typing allows none, and 11 has none."""
+        """Names of BuilderFlag, in 10 and 11 alike; no precision flags: strong typing forbids them, 11 has none."""
         return ("VERSION_COMPATIBLE",) if self.version_compatible else ()
 
 
@@ -139,7 +139,7 @@ class TrtExportOptions(FrozenConfig):
 
 
 class EngineSize(FrozenConfig):
-    """Bytes of one engine."""
+    """Sizes of one engine in bytes."""
 
     engine_bytes: int = Field(gt=0, description="the file")
     text_bytes: int = Field(ge=0, description="source text of kernels, and the builder's description of the network")
@@ -147,12 +147,12 @@ class EngineSize(FrozenConfig):
 
     @property
     def weights_over_ideal(self) -> float:
-        """The file without its text, over the ideal."""
+        """Size of the file without its text, relative to the ideal size."""
         return (self.engine_bytes - self.text_bytes) / self.ideal_bytes
 
 
 class BuiltEngine(FrozenConfig):
-    """An engine in an export, as the manifest lists it; `layers.json` has every product of it."""
+    """An engine in an export, as listed in the manifest; `layers.json` lists each of its matrix multiplications."""
 
     engine: str = Field(description="its file")
     engine_bytes: int = Field(ge=0, description="size of the engine as built")
@@ -168,7 +168,7 @@ class BuiltEngine(FrozenConfig):
 
 
 class TrtDetails(GraphDetails):
-    """Of an export of a vision model to TensorRT."""
+    """The manifest's details for an export of a vision model to TensorRT."""
 
     base: str = Field(description="type of what is not quantized")
     trtexec: str = Field(default="", description="the command that builds an engine elsewhere")
@@ -177,7 +177,7 @@ class TrtDetails(GraphDetails):
 
 
 def migrate_trt(data: dict[str, Any]) -> dict[str, Any]:
-    """Exports of language models were of this kind, too, and told by their cache; reasons held the base type."""
+    """Exports of language models also had this kind, recognizable by their cache; reasons contained the base type."""
     from exporters.tensorrt.language.target import migrate_language
 
     if "cache" in data["details"]:

@@ -1,4 +1,4 @@
-"""Checks on exports to TensorRT: of vision models, of language models, and on the engines beside a graph."""
+"""Checks for exports to TensorRT: of vision models, of language models, and of the engines stored with a graph."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fp8pipe.models.vision.quantized import QuantizedVit, layer_records
 
 
 def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """An export of a vision model for TensorRT."""
+    """Check an export of a vision model for TensorRT."""
     details, require = artifact.manifest.details_of(TrtDetails), bool(artifact.manifest.config.get("require", True))
     format, half = TrtFormat(details.format), Base(details.base) is Base.FP16
 
@@ -63,9 +63,9 @@ def check_trt(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iter
 def check_engines(
     artifact: Artifact, engines: Mapping[str, BuiltEngine], products: Mapping[str, str] | None
 ) -> Iterator[Finding]:
-    """Engines in the manifest, in `layers.json` and on the disk: each must be of this graph.
+    """Check engines in the manifest, in `layers.json` and on disk: each must have been built from this graph.
 
-    `engines` and `products` of the graph are as the manifest lists them.
+    `engines` and `products` (matrix multiplications of the graph) are as listed in the manifest.
     """
     listed = {entry.path for entry in artifact.manifest.files}
     graph = sha256_file(artifact.root / MODEL_FILE)
@@ -94,7 +94,7 @@ def check_engines(
 
 
 def check_language(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """An export of a language model for TensorRT: the graph's file, its engines, and everything against the parent."""
+    """Check an export of a language model for TensorRT: graph file, engines, and everything against the parent."""
     engines = artifact.manifest.details_of(TrtLanguageDetails).engines
     require = bool(artifact.manifest.config.get("require", True))
     model = yield from check_file(
@@ -110,7 +110,7 @@ def check_language(artifact: Artifact, parent: Path | None, notes: list[str]) ->
 def _compare_decoder(
     artifact: Artifact, model: ir.Model, products: tuple[ExportedLayer, ...], parent: Path, notes: list[str]
 ) -> Iterator[Finding]:
-    """Codes, scales and floats; the graph; tokenizer and configuration."""
+    """Compare codes, scales and floats; the graph; tokenizer and configuration."""
     source = open_language(parent)
     stored = json.loads((artifact.root / SCALES_FILE).read_text(encoding="utf-8"))
     scales = {name: InputScale.model_validate(scale) for name, scale in stored.items()}

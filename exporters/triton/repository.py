@@ -1,19 +1,18 @@
-"""An export as a model repository of the Triton Inference Server, for fleets that run Triton already.
+"""Turns an export into a model repository of the Triton Inference Server, for deployments that already run Triton.
 
     DIR/NAME/config.pbtxt      what Triton needs to know, from the export's manifest
-    DIR/NAME/labels.txt        class names, where the export has them
+    DIR/NAME/labels.txt        class names, if the export has them
     DIR/NAME/1/model.onnx      or, for a language export, 1/model.json and 1/checkpoint/
 
-Triton does not prepare pictures: clients send what `preprocessing.json` of the export describes. That file is copied
-beside the configuration, and the manifest too, so that a served model can be traced to its artifact.
+Triton does not preprocess images: clients send what the export's `preprocessing.json` describes. That file is copied
+beside the configuration, and so is the manifest, so that a served model can be traced to its artifact.
 
-What a graph computes may not depend on settings that Triton does not pass on. Its ONNX Runtime backend hands one
+The result of a graph must not depend on settings that Triton does not pass on. Its ONNX Runtime backend passes a single
 session entry to the runtime (an allocator's) and no list of optimizers (`ModelState` in its src/onnxruntime.cc,
-2026-06). Under the runtime's defaults integer sums saturate on x64 processors without VNNI, a classifier runs in float,
-and activations beside INT4 weights are rounded to 8 bits, all without a word. So for CPUs the graph is written as the
-optimizer leaves it under the export's own settings: integer operators stand in it, and no default turns them into
-others. Then both are run, the export as it was proved and the new file as Triton will run it, and must agree in every
-bit.
+2026-06). With the runtime's defaults integer sums saturate on x64 processors without VNNI, a classifier runs in float,
+and activations are rounded to 8 bits next to INT4 weights, all silently. So for CPUs the graph is written as optimized
+under the export's own settings: it contains integer operators, and no default replaces them. Then both are run, the
+export as it was validated and the new file as Triton will run it, and must agree in every bit.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from fp8pipe.core.errors import BadArtifactError, ConfigurationError, GateFailed
 from fp8pipe.core.plan import PhaseMeter, Plan, can_measure, missing_disk
 
 _IMAGES: Final = 4
-# Three times what normalized pixels are: many activations at the ends of their ranges, where sums are largest.
+# Three times the range of normalized pixels: many activations saturate, where sums are largest.
 _PIXEL_SPREAD: Final = 3.0
 
 
 class TritonDevice(StrEnum):
-    """Where Triton is to compute."""
+    """Where Triton will compute."""
 
     CPU = "cpu"
     CPU_VNNI = "cpu-vnni"
@@ -49,14 +48,14 @@ class TritonDevice(StrEnum):
 
 
 def write_graph(source: Path, target: Path, device: TritonDevice, entries: Mapping[str, str]) -> int:
-    """Write the graph of an ONNX export for a device; the number of outputs per image.
+    """Write the graph of an ONNX export for a device; returns the number of outputs per image.
 
-    `CPU` computes the same on any processor; `CPU_VNNI` about twice as fast on one that has VNNI; `GPU` takes the Q/DQ
-    graph as it is. `entries` are the session entries that the export was proved with.
+    `CPU` computes the same on any processor; `CPU_VNNI` about twice as fast on one with VNNI; `GPU` uses the Q/DQ graph
+    unchanged. `entries` are the session entries that the export was validated with.
 
     Raises:
-        BadArtifactError: ONNX Runtime refuses the graph, or its outputs have no fixed number.
-        GateFailedError: the two differ in a bit.
+        BadArtifactError: ONNX Runtime refuses the graph, or its number of outputs is not fixed.
+        GateFailedError: the outputs of the two graphs differ in a bit.
         MissingCapabilityError: a graph for VNNI cannot be compared on a processor without it.
     """
     proved = open_session(source)
@@ -83,7 +82,7 @@ def _optimize(source: Path, target: Path, entries: Mapping[str, str]) -> None:
 
 
 def _as_triton(path: Path) -> Any:
-    """A session as Triton's backend makes one: every optimization, no entries."""
+    """A session as created by Triton's backend: all optimizations, no session entries."""
     runtime = import_onnx_package("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -110,15 +109,15 @@ _MAX_BATCH = 32
 def write_triton_repository(
     export: Path, output: Path, *, device: TritonDevice = TritonDevice.CPU, max_model_len: int | None = None
 ) -> Path:
-    """Write the repository; the folder of the model in it.
+    """Write the repository; returns the folder of the model in it.
 
-    The target of the export says how (`Service.repository`); `output` may exist, and may hold other models. `device` is
-    that of a vision export, see `write_graph`; vLLM chooses its own. `max_model_len` is the context of a language
-    model, tokens; vLLM's choice when None.
+    The export's target provides the writer (`Service.repository`); `output` may exist and hold other models. `device`
+    applies to vision exports, see `write_graph`; vLLM chooses its own. `max_model_len` is the context length of a
+    language model in tokens; vLLM's default if None.
 
     Raises:
-        BadArtifactError: the export's files are not those of its manifest, or it is of another kind.
-        ConfigurationError: the model is there already.
+        BadArtifactError: the export's files do not match its manifest, or it is of another kind.
+        ConfigurationError: the repository already has a model of that name.
         GateFailedError, MissingCapabilityError: as `write_graph`.
         OutOfMemoryError: the disk is full.
     """
@@ -142,7 +141,7 @@ def write_triton_repository(
 
 
 def write_vision(artifact: Artifact, root: Path, name: str, device: TritonDevice, max_model_len: int | None) -> str:
-    """The files of a graph, and its config.pbtxt."""
+    """Write the files of a graph; returns its config.pbtxt."""
     graph = root / "1" / MODEL_FILE
     width = write_graph(artifact.root / MODEL_FILE, graph, device, artifact.manifest.runtime.get("session_entries", {}))
     labels = _labels(artifact.root / CLASSES_FILE)
@@ -179,17 +178,17 @@ dynamic_batching {{ max_queue_delay_microseconds: 2000 }}
 
 
 def write_language(artifact: Artifact, root: Path, name: str, device: TritonDevice, max_model_len: int | None) -> str:
-    """The files of a checkpoint for the vLLM backend, and its config.pbtxt."""
+    """Write the files of a checkpoint for the vLLM backend; returns its config.pbtxt."""
     checkpoint = root / "1" / "checkpoint"
     for entry in artifact.manifest.files:
         (checkpoint / entry.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(artifact.root / entry.path, checkpoint / entry.path)
-    # Relative to the repository's folder as Triton's container is told to start in it; see the documentation.
+    # Relative to the repository folder, in which Triton's container must be started; see the documentation.
     arguments: dict[str, Any] = {"model": f"{name}/1/checkpoint", "disable_log_stats": False}
     if max_model_len is not None:
         arguments["max_model_len"] = max_model_len
     (root / "1" / "model.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
-    # The backend fills in inputs and outputs itself; vLLM batches, so Triton must not.
+    # The backend adds inputs and outputs itself; vLLM does the batching, so Triton must not.
     return f"""# Written from the export's manifest.
 name: {_quoted(name)}
 backend: "vllm"
@@ -199,7 +198,7 @@ instance_group [ {{ count: 1, kind: KIND_MODEL }} ]
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text format: JSON's ASCII escapes, but for \\u, are its own."""
+    """A string in protobuf's text format, which has the same ASCII escapes as JSON except \\u."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -208,14 +207,14 @@ def _parameter(key: str, value: str) -> str:
 
 
 def _labels(path: Path) -> list[str] | None:
-    """One name per line; line breaks inside names would shift all that follow."""
+    """One name per line; line breaks inside names would shift all following ones, so they are replaced by spaces."""
     if not path.is_file():
         return None
     return [" ".join(str(label).split()) for label in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def plan_repository(artifact: Artifact, output: Path, device: TritonDevice) -> Plan:
-    """Plan a model repository: a copy of the export's files, or its graph as a CPU gets it."""
+    """Plan a model repository: a copy of the export's files, or its graph optimized for a CPU."""
     target = output / artifact.root.resolve().name
     return Plan(
         reads=(f"{artifact.root} ({artifact.kind})",),
@@ -229,7 +228,7 @@ def plan_repository(artifact: Artifact, output: Path, device: TritonDevice) -> P
 
 
 def _repository_peak(artifact: Artifact, device: TritonDevice) -> int | None:
-    """The one large step is done, in a folder that goes again."""
+    """Peak memory of the only large step, which is run in a temporary folder."""
     if not can_measure():
         return None
     with PhaseMeter() as meter, tempfile.TemporaryDirectory() as scratch:

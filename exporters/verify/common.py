@@ -1,4 +1,4 @@
-"""What the checks of all kinds share: gates and findings as discrepancies, JSON compared key by key."""
+"""Helpers for all kinds of checks: gates and linter findings turned into findings, and JSON compared key by key."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fp8pipe.artifact.manifest import ENCODINGS_SINCE
 
 
 def lint_findings(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """A linter's findings, as findings of the check `lint`, the rule in brackets."""
+    """Convert a linter's findings to findings of the check `lint`, with the rule in brackets."""
     for found in findings:
         yield Finding(Check.LINT, found.where, f"{found.why} ({found.rule})")
 
 
 def failed_gates(gates: Sequence[Gate]) -> Iterator[Finding]:
-    """Gates that were asked again and fail now."""
+    """Findings for gates that were evaluated again and now fail."""
     for gate in gates:
         if not gate.passed:
             yield Finding(Check.PARITY, gate.name, f"{gate.numbers}; {gate.detail}")
 
 
 def compare_gates(artifact: Artifact, again: Sequence[Gate]) -> Iterator[Finding]:
-    """What the manifest says of gates, against the same gates asked again: those that follow from the files alone."""
+    """Compare the manifest's gates with the same gates evaluated again, where they follow from the files alone."""
     recorded = {gate.name: gate for gate in artifact.manifest.gates}
     for gate in again:
         old = recorded.get(gate.name)
@@ -42,14 +42,14 @@ def compare_gates(artifact: Artifact, again: Sequence[Gate]) -> Iterator[Finding
 
 
 def _close(recorded: float | None, again: float | None) -> bool:
-    """Whether a gate's value is the same one: counts exactly, norms up to the order of their sums."""
+    """Whether two values of a gate agree: counts exactly, norms up to the order of summation."""
     if recorded is None or again is None:
         return recorded is again
     return recorded == again or (not float(again).is_integer() and math.isclose(recorded, again, rel_tol=1e-3))
 
 
 def compare_json(found: Any, expected: Any, where: str, path: str = "") -> Iterator[Finding]:
-    """Every leaf in which two JSON values differ, by its path."""
+    """Every leaf in which two JSON values differ, with its path."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted(found.keys() | expected.keys()):
             inner = f"{path}.{key}" if path else str(key)
@@ -76,7 +76,7 @@ def _short(value: Any) -> str:
 
 
 def compare_layers(manifest: Manifest, expected: Sequence[LayerRecord]) -> Iterator[Finding]:
-    """The manifest's layers against those of the files; reasons are words, and not compared."""
+    """Compare the manifest's layer records with those derived from the files; reasons are free text, not compared."""
     ours, theirs = ({layer.name: layer for layer in layers} for layers in (expected, manifest.layers))
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in theirs:
@@ -94,9 +94,9 @@ def compare_layers(manifest: Manifest, expected: Sequence[LayerRecord]) -> Itera
 def compare_encodings(
     manifest: Manifest, name: str, what: str, said: Encoding | None, found: Encoding | None
 ) -> Iterator[Finding]:
-    """A layer's encoding of its weight or activation as the manifest states it, against the one of the files.
+    """Compare the encoding that the manifest records for a layer's weight or activation with the one in the files.
 
-    Manifests from before `ENCODINGS_SINCE` recorded neither activations nor scale rules, and bits not always.
+    Manifests older than `ENCODINGS_SINCE` recorded neither activations nor scale rules, and not always the bits.
     """
     if manifest.stored_version < ENCODINGS_SINCE:
         if what == "activation":
@@ -109,16 +109,16 @@ def compare_encodings(
 
 
 def compare_details(artifact: Artifact, expected: Details, unknown: frozenset[str] = frozenset()) -> Iterator[Finding]:
-    """The manifest's details against those that follow from files: of these the fields that were set, and are known."""
+    """Compare the manifest's details with those derived from the files: those set and not in `unknown`."""
     if artifact.manifest.stored_version < ENCODINGS_SINCE:
-        unknown |= {"trained_activations"}  # older manifests stored it as text, which lacks parts of it
+        unknown |= {"trained_activations"}  # older manifests stored it as text, which is incomplete
     known = expected.model_fields_set - unknown
     said, facts = (one.model_dump(mode="json", include=known) for one in (artifact.manifest.details, expected))
     yield from compare_json(said, facts, MANIFEST_NAME, "details")
 
 
 def compare_files(root: Path, source: Path, names: Iterable[Path], expected: Iterable[Path]) -> Iterator[Finding]:
-    """Files that travel with weights: `names` in the export `root`, and byte for byte `expected` in its parent."""
+    """Files copied along with the weights: `names` in the export must equal `expected` in its parent byte for byte."""
     there, wanted = set(names), set(expected)
     for name in sorted(there | wanted):
         if name not in wanted:

@@ -1,4 +1,4 @@
-"""Checks of an artifact's contents: those of its export target, or here those of what tuning and quantization leave."""
+"""Checks the contents of an artifact: exports by their target's checks, trained and quantized models by those here."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from fp8pipe.numerics.kinds import Kind, granularity
 
 
 def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Finding], list[str]]:
-    """Check an artifact whose bytes are those of its manifest.
+    """Check an artifact whose files match the hashes in its manifest.
 
     Args:
-        artifact: opened.
-        parent: directory of the artifact or model that it was made from, where that is at hand.
+        artifact: an opened artifact.
+        parent: directory of the artifact or model that it was made from, if available.
 
     Returns:
-        findings, and notes on what could not be checked.
+        Findings, and notes on what could not be checked.
     """
     checks: dict[str, Reference] = {**dict.fromkeys(TUNED_KINDS, _check_tuned), VIT_KIND: _check_vit}
     target = target_of(artifact.kind)
@@ -55,7 +55,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
     except MissingCapabilityError as error:
         notes.append(f"contents not checked: {error.what} ({error.fix})")
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        # Files whose hashes are right, and that no reader here can read: whoever wrote them is wrong.
+        # The files have the recorded hashes but cannot be read here: whoever wrote them made a mistake.
         why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         named = _no_json(artifact) or [(artifact.kind, f"its files do not fit each other: {why}")]
         findings += [Finding(Check.REOPEN, where, said) for where, said in named]
@@ -63,7 +63,7 @@ def check_contents(artifact: Artifact, parent: Path | None) -> tuple[list[Findin
 
 
 def _no_json(artifact: Artifact) -> list[tuple[str, str]]:
-    """Files that should hold JSON and do not, with the reason."""
+    """Files that should hold JSON but do not, each with the reason."""
     found = []
     for entry in artifact.manifest.files:
         if entry.path.endswith(".json"):
@@ -93,13 +93,13 @@ def _check_vit(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
 
 
 def _check_tuned(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """An artifact of `finetune`: values, shapes, adapter, and what the manifest says of its layers."""
-    # The rules of any format; the bytes were hashed before.
+    """An artifact of `finetune`: values, shapes, adapter, and the manifest's layer records."""
+    # The rules that apply to every format; the files were already hashed.
     plan = plan_export(artifact.root, VllmExportOptions(format=ExportFormat.BF16), verify=False)
     yield from lint_findings(lint(plan))
     yield from unexpected_tensors(plan.source.tensors, plan.structure)
     yield from stray_weights(artifact.root, plan.source.tensors, ("adapter.safetensors",))
-    # What the manifest says of layers, orientation, shapes and number format.
+    # The manifest's statements on layers, orientation, shapes and number format.
     manifest, tensors = artifact.manifest, plan.source.tensors
     coded = {name.removesuffix(".weight") for name, entry in tensors.items() if entry.dtype == "F8_E4M3"}
     stated = {layer.name for layer in manifest.layers if layer.converted}

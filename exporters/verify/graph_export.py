@@ -1,10 +1,10 @@
-"""Checks that every export gets whose net is a graph: signature, layers, the files beside it, and the graph made again.
+"""Checks for all exports that store the model as a graph: signature, layers, other files, and the graph made again.
 
-A graph is a function of the artifact it was made from. So that of a vision export is made again from its parent and
-compared with the file: inputs, operators, attributes, wiring, and every stored number. That finds what no look at the
-file alone can find, and what an equal class on a few pictures hides: a factor applied twice, an epsilon, an axis.
-Tracing depends on versions of torch and onnxscript: where they are others than the manifest names, differences of
-structure are only noted, and those of stored numbers are findings still.
+A graph is a function of the artifact it was made from. So the graph of a vision export is made again from its parent
+and compared with the file: inputs, operators, attributes, connections, and every stored number. This finds errors that
+are invisible in the file alone and that still give the same class on a few images: a factor applied twice, a wrong
+epsilon or axis. Tracing depends on the versions of torch and onnxscript: if they differ from those in the manifest,
+differences of structure are only noted, while differences of stored numbers are still findings.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _TRACERS: Final = ("torch", "onnxscript", "onnx-ir", "timm")
 
 @dataclass(frozen=True, slots=True)
 class GraphChecks:
-    """What an export target says of its graphs.
+    """What an export target provides for checks of its graphs.
 
     Attributes:
-        lint: the linter's findings on the file that its engine minds.
-        readable: whether layers can be read back one by one; not from a halved graph, whose pixels stay float32 up to
-            their codes.
-        remake: the graph again, from the parent's model and its name for messages, and the details that follow.
-        records: layer records, from the parent's model and its own records.
+        lint: runs the target's linter on the graph file.
+        readable: whether layers can be read back one by one; False for graphs converted to FP16, where pixels stay
+            float32 up to their quantizer.
+        remake: makes the graph again from the parent's model and its name for messages; also returns the details.
+        records: derives the layer records from the parent's model and the parent's records.
     """
 
     lint: Callable[[Path], Iterable[Finding]]
@@ -57,7 +57,7 @@ class GraphChecks:
 def check_vision_graph(
     artifact: Artifact, parent: Path | None, notes: list[str], checks: GraphChecks
 ) -> Iterator[Finding]:
-    """An export of a vision model as a graph."""
+    """Check an export that stores a vision model as a graph."""
     model = yield from check_file(artifact, checks.lint, readable=checks.readable)
     if model is not None:
         yield from _descriptions(artifact, model)
@@ -68,12 +68,12 @@ def check_vision_graph(
 def check_file(
     artifact: Artifact, lint: Callable[[Path], Iterable[Finding]], *, readable: bool
 ) -> Generator[Finding, None, ir.Model | None]:
-    """The graph's file by itself; returns the graph, or None where it cannot be read."""
+    """Check the graph's file by itself; returns the graph, or None if it cannot be read."""
     onnx_ir = import_onnx_package("onnx_ir")
     path = artifact.root / MODEL_FILE
     try:
         model: ir.Model = onnx_ir.load(path)
-    except Exception as error:  # protobuf's errors share no public base
+    except Exception as error:  # protobuf's errors share no public base class
         yield Finding(Check.REOPEN, MODEL_FILE, f"cannot be read as a graph: {error}"[:300])
         return None
     try:
@@ -91,7 +91,7 @@ def check_file(
 
 
 def _signature(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
-    """Inputs, outputs and operators' version, as the manifest says."""
+    """Compare inputs, outputs and opset version with the manifest."""
     manifest = artifact.manifest
     opset, found = manifest.runtime.get("opset"), model.opset_imports.get("")
     if opset not in (None, found):
@@ -112,7 +112,7 @@ def _signature(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
 
 
 def _layers(artifact: Artifact, layers: tuple[ExportedLayer, ...]) -> Iterator[Finding]:
-    """Stored weights against the manifest's layers: there, of that shape, of codes within their bits."""
+    """Compare stored weights with the manifest's layers: present, of the right shape, with codes within their bits."""
     stored = {layer.name: layer for layer in layers if layer.operands[1].weight is not None}
     for layer in layers:
         for operand in layer.operands:
@@ -132,7 +132,7 @@ def _layers(artifact: Artifact, layers: tuple[ExportedLayer, ...]) -> Iterator[F
 
 
 def _encodings(manifest: Manifest, layer: ExportedLayer, record: LayerRecord) -> Iterator[Finding]:
-    """Codes and quantizers of the graph against the record; it does not show where scales come from."""
+    """Compare codes and quantizers of the graph with the record; the graph does not show how scales were computed."""
     said, weight = record.activation, record.weight
     found = activation_encoding(layer.operands[0].quantizer, None if said is None else said.scale_rule)
     yield from compare_encodings(manifest, layer.name, "activation", said, found)
@@ -144,7 +144,7 @@ def _encodings(manifest: Manifest, layer: ExportedLayer, record: LayerRecord) ->
 
 
 def _products(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
-    """Every layer of the manifest has its product, none belongs to another layer, and codes are in their range."""
+    """Every layer of the manifest has its MatMul or Conv in the graph and vice versa, and its codes are in range."""
     found = {str(n.name).rpartition("/")[0] for n in model.graph if str(n.name).endswith(("/MatMul", "/Conv"))}
     stated = {layer.name for layer in artifact.manifest.layers}
     for name in sorted(found ^ stated):
@@ -163,7 +163,7 @@ def _weight(name: str, weight: Any, record: LayerRecord) -> Iterator[Finding]:
 
 
 def _range(codes: Any, record: LayerRecord) -> Iterator[Finding]:
-    """Integer codes, an array or a tensor, against the bits that the manifest says they have."""
+    """Check integer codes, an array or a tensor, against the bit width in the manifest."""
     weight = record.weight
     if weight is None or weight.format != Kind.INT.value or weight.bits is None:
         return
@@ -173,12 +173,12 @@ def _range(codes: Any, record: LayerRecord) -> Iterator[Finding]:
 
 
 def _runs(artifact: Artifact, path: Path, onnx_ir: Any) -> Iterator[Finding]:
-    """ONNX's checker takes the file, and ONNX Runtime loads it; it has no kernels for four-bit floats."""
+    """ONNX's checker accepts the file, and ONNX Runtime loads it; it has no kernels for four-bit floats."""
     import onnx
 
     try:
         onnx.checker.check_model(str(path))
-    except Exception as error:  # its exceptions share no public base
+    except Exception as error:  # its exceptions share no public base class
         yield Finding(Check.REOPEN, MODEL_FILE, f"ONNX's checker: {' '.join(str(error).split())[:300]}")
     stated = artifact.manifest.number_format
     if stated is not None and stated.name == Kind.NVFP4:
@@ -190,7 +190,7 @@ def _runs(artifact: Artifact, path: Path, onnx_ir: Any) -> Iterator[Finding]:
 
 
 def _descriptions(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
-    """preprocessing.json and classes.json, against the manifest and the graph."""
+    """Compare preprocessing.json and classes.json with the manifest and the graph."""
     described = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
     found, stated = described.model_dump(mode="json"), artifact.manifest.preprocessing
     yield from compare_json(found, stated, PREPROCESSING_FILE)
@@ -209,7 +209,7 @@ def _descriptions(artifact: Artifact, model: ir.Model) -> Iterator[Finding]:
 def _against(
     artifact: Artifact, model: ir.Model, parent: Path, notes: list[str], checks: GraphChecks
 ) -> Iterator[Finding]:
-    """Everything again from the parent: the graph, and the files beside it."""
+    """Make the graph and the files beside it again from the parent, and compare."""
     import onnx_ir as ir
 
     quantized, source = load_quantized(parent), read_manifest(parent)
@@ -253,13 +253,13 @@ def _first_class(found: Any, wanted: Any) -> str:
 
 
 def other_versions(artifact: Artifact, names: Sequence[str]) -> str:
-    """Versions of what traces, where they are others than the manifest's; empty where they are the same."""
+    """Versions of the packages used for tracing, if they differ from the manifest's; empty if they are the same."""
     here, then = installed_versions(names), artifact.manifest.versions
     return ", ".join(f"{n} is {here.get(n)}, not {then[n]}" for n in names if n in then and then[n] != here.get(n))
 
 
 def compare_graphs(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:
-    """Everything but stored numbers in which a file's graph differs from `expected`, as an export makes it."""
+    """Everything except stored numbers in which the graph of a file differs from `expected`, a newly exported one."""
     for domain in sorted(found.opset_imports.keys() | expected.opset_imports.keys()):
         pair = found.opset_imports.get(domain), expected.opset_imports.get(domain)
         if pair[0] != pair[1]:
@@ -277,7 +277,7 @@ def compare_graphs(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:
 
 
 def _compare_nodes(found: list[ir.Node], expected: list[ir.Node]) -> Iterator[Finding]:
-    """By the name of the first output, which every node has and no two share."""
+    """Match nodes by the name of their first output, which every node has and which is unique."""
     ours, theirs = ({str(n.outputs[0].name): n for n in nodes} for nodes in (found, expected))
     for name in theirs:
         if name not in ours:
@@ -302,7 +302,7 @@ def _compare_nodes(found: list[ir.Node], expected: list[ir.Node]) -> Iterator[Fi
 
 
 def compare_stored(found: ir.Model, expected: ir.Model) -> Iterator[Finding]:
-    """Every stored tensor, by name: type, shape and bytes."""
+    """Compare every stored tensor, matched by name: type, shape and bytes."""
     ours, theirs = found.graph.initializers, expected.graph.initializers
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours:

@@ -1,7 +1,7 @@
-"""Everything about a directory in one call: bytes, records, parents, contents.
+"""Verifies a whole directory in one call: bytes, records, parents, contents.
 
-Parents are taken by digest: from the verified tree, from the places that the caller names, from the path that the
-manifest records, or from beside the artifact. One that is nowhere among them is noted, with the reason.
+Parents are matched by digest: in the verified tree, in the places named by the caller, at the path recorded in the
+manifest, or beside the artifact. A parent found in none of them is noted, with the reason.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def verify_tree(
     strict: bool = False,
     on_file: Callable[[FileEntry], None] | None = None,
 ) -> tuple[Checked, list[tuple[str, str]]]:
-    """Verify a tree.
+    """Verify a tree of artifacts.
 
     Args:
-        tree: what lies in the directory.
-        parents: places where parents may lie that are neither in it, nor where manifests say, nor beside artifacts.
-        quick: bytes, records and parents only.
-        strict: files that no record covers are findings.
+        tree: the contents of the directory.
+        parents: further places to look for parents, besides the tree, the recorded paths and the artifacts' neighbours.
+        quick: check bytes, records and parents only.
+        strict: report files that no record covers as findings.
         on_file: called after each file that was hashed.
 
     Returns:
-        what was found, and pairs of artifact and parent that were compared.
+        The findings, and the pairs of artifact and parent that were compared.
 
     Raises:
-        BadArtifactError, ConfigurationError: a place in `parents` holds none.
+        BadArtifactError, ConfigurationError: a place in `parents` holds no artifact or model.
     """
     checked = check_bytes(tree, strict=strict, on_file=on_file)
     artifacts = {artifact.root: artifact for artifact in checked.artifacts}
@@ -68,7 +68,7 @@ def verify_tree(
 
 
 class _Family:
-    """Artifacts and models among which parents are looked for: first those of the verified tree and at `places`."""
+    """Artifacts and models among which parents are searched: first those of the verified tree and at `places`."""
 
     def __init__(self, artifacts: Sequence[Artifact], places: Sequence[Path], *, quick: bool) -> None:
         self.quick = quick
@@ -91,10 +91,10 @@ class _Family:
                     ) from error  # fmt: skip
 
     def parents_of(self, artifact: Artifact) -> tuple[Path | None, list[Finding], list[str]]:
-        """Look for every parent that the manifest names.
+        """Look up every parent that the manifest names.
 
         Returns:
-            directory of the first that is at hand, findings (one of that name, of another digest), and what is missing.
+            The directory of the first one available, findings (same name, different digest), and what is missing.
         """
         path: Path | None = None
         findings, notes = [], []
@@ -113,10 +113,10 @@ class _Family:
         return path, findings, notes
 
     def _look_up(self, artifact: Artifact, parent: Parent) -> tuple[Path | None, str]:
-        """The parent at its recorded path or beside the artifact, its files hashed; or why there is nothing to compare.
+        """The parent at its recorded path or beside the artifact, its files hashed; else why it cannot be compared.
 
-        Another digest at the recorded path is a note and no finding: a parent that was trained again since does not
-        make this artifact wrong.
+        A different digest at the recorded path is a note, not a finding: retraining the parent does not make this
+        artifact wrong.
         """
         named = f"parent {parent.kind} {parent.digest[:12]} ({parent.path})"
         if target_of(artifact.kind) is None:
@@ -136,7 +136,7 @@ class _Family:
         return None, f"{named}: {why}: not compared; --parents PLACE says where it lies"
 
     def _artifact(self, child: Artifact, parent: Parent) -> tuple[Path | None, str]:
-        """A parent that is an artifact; a note where only its content is the parent's, or where it is damaged."""
+        """A parent that is an artifact; returns a note if only its content matches, or if it is damaged."""
         known, _, note = find_parent(child, parent, list(candidate_artifacts(child, parent)))
         if known is None or self.quick:
             return (None, "") if known is None else (known.root, note)
@@ -147,7 +147,7 @@ class _Family:
         return known.root, note
 
     def _other(self, artifact: Artifact, parent: Parent) -> Finding | None:
-        """An artifact or a model that was named as the parent, is of its kind, and is another one."""
+        """A finding if an artifact or model of the parent's kind was named as the parent but is a different one."""
         others = [(named.root.name, named.digest) for named in self.named
                   if named.kind == parent.kind and named.root != artifact.root]  # fmt: skip
         if parent.kind == "model" and not parent.outdated and parent.digest not in self.models:

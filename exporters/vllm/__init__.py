@@ -1,1 +1,1 @@
-"""Export to vLLM: an artifact in, a compressed-tensors checkpoint out, compared bit for bit."""
+"""Export to vLLM: turns an artifact into a compressed-tensors checkpoint and compares the two bit for bit."""

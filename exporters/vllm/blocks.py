@@ -1,7 +1,7 @@
-"""A plan's units in blocks of rows: the one walk that linting, writing and comparing share.
+"""Processes a plan's units in blocks of rows; linting, writing and comparing share this loop.
 
-A weight whose rows are scaled on their own may be taken apart between any two of them. One that lies `(in, out)` has
-its outputs along the other axis, so it is one block: only GPT-2 and its like are stored so.
+A weight with one scale per row can be split between any two rows. A weight stored as `(in, out)` has its outputs along
+the other axis, so it is processed as one block; only GPT-2 and similar models are stored that way.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ R = TypeVar("R")
 
 
 def blocks_of(unit: Unit) -> list[range]:
-    """Rows of the unit's weight that are worked on together."""
+    """Row ranges of the unit's weight that are processed together."""
     return [range(unit.entry.shape[0])] if unit.transposed and unit.entry.shape else row_blocks(unit.entry)
 
 
 def by_unit(units: Iterable[Unit], work: Callable[[Unit, range], R]) -> Iterator[tuple[Unit, list[R]]]:
-    """`work` of every block, as `each` does it; each unit with the results of its blocks, in order."""
+    """Apply `work` to every block as `each` does; yields each unit with the results of its blocks, in order."""
     units = list(units)
     pieces = ((unit, rows) for unit in units for rows in blocks_of(unit))
     with closing(each(lambda piece: work(*piece), pieces)) as results:
@@ -36,5 +36,5 @@ def by_unit(units: Iterable[Unit], work: Callable[[Unit, range], R]) -> Iterator
 
 
 def scale_of(scale: TensorEntry, unit: Unit, rows: range) -> Tensor:
-    """The part of a unit's scale, as stored in the source or the export, that belongs to a block of its rows."""
+    """The part of a unit's scale, as stored in the source or the export, that belongs to a block of rows."""
     return read_rows(scale, rows) if len(scale.shape) == 2 and not unit.transposed else read_tensor(scale)

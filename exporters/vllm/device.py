@@ -1,7 +1,8 @@
-"""The device that an installed vLLM computes on, as vLLM's own torch sees it.
+"""The device that an installed vLLM computes on, as seen by vLLM's own torch.
 
-fp8pipe's torch may be a build for CPUs beside a vLLM for GPUs, so vLLM's Python is asked. Which kernels there are
-depends on the GPU's compute capability: a form of serving names the GPU, and a proof on one is not taken for another.
+fp8pipe's torch may be a CPU build while vLLM is a GPU build, so vLLM's Python is queried. The available kernels depend
+on the GPU's compute capability: a serving configuration names the GPU, and a validation on one GPU does not count for
+another.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ print(json.dumps([[one.name, [one.major, one.minor], one.total_memory] for one i
 
 
 def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
-    """The GPU that this vLLM computes on, the first that its torch sees; None of a build for anything but CUDA.
+    """The GPU that this vLLM computes on, the first one its torch sees; None unless it is a CUDA build.
 
     Raises:
-        MissingCapabilityError: a build for CUDA that sees no device.
+        MissingCapabilityError: a CUDA build that sees no device.
     """
     if environment.device != "cuda":
         return None
@@ -47,10 +48,10 @@ def vllm_gpu(environment: VllmEnvironment) -> Gpu | None:
 
 
 def require_known_device(environment: VllmEnvironment) -> None:
-    """Refuse what a validation in this vLLM could not judge.
+    """Refuse a vLLM in which a validation would be meaningless.
 
     Raises:
-        MissingCapabilityError: a build for another maker's GPU than NVIDIA's, or for CUDA where there is no device.
+        MissingCapabilityError: a build for GPUs of another vendor than NVIDIA, or for CUDA without a device.
     """
     if vllm_gpu(environment) is None and not environment.on_cpu:
         raise MissingCapabilityError(
@@ -70,7 +71,7 @@ def device_in_words(environment: VllmEnvironment) -> str:
 
 @cache
 def _first_gpu(python: Path) -> tuple[Gpu | None, str]:
-    """What vLLM's torch sees; why it sees nothing, where it says so."""
+    """The GPU that vLLM's torch sees, or None; and its own explanation if it sees none."""
     command = [str(python), "-P", "-c", _ASK]
     try:
         done = subprocess.run(

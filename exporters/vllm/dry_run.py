@@ -1,7 +1,7 @@
-"""The dry run: what an export would write, from headers, and what it takes, from a part of it that is really run.
+"""The dry run: predicts the output of an export from headers, and its time and memory by running a small part of it.
 
-The part is the largest tensor of each kind, with made-up values. An export holds some blocks of rows at a time, and the
-same code runs here, on tensors of the same shapes.
+The part is the largest tensor of each action, with random values. An export holds a few blocks of rows at a time, and
+the same code runs here on tensors of the same shapes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HARDWARE = {
 
 
 def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[dict[str, Any], Plan]:
-    """The dry run, as a document and as a plan; of the weights nothing is read, so nothing is linted."""
+    """The dry run, as a document and as a plan; no weights are read, so their values are not linted."""
     plan = plan_export(source, options, verify=False)
     free, (peak, seconds) = free_bytes(output), measure(plan)
     converted = sum(layer.converted for layer in plan.layers)
@@ -77,11 +77,11 @@ def plan_vllm(source: Path, output: Path, options: VllmExportOptions) -> tuple[d
 
 
 def measure(plan: ExportPlan) -> tuple[int | None, float]:
-    """Lint, write and reopen the largest tensor of each action in a scratch folder.
+    """Lint, write and reopen the largest tensor of each action in a temporary folder.
 
     Returns:
-        Largest resident memory of this process, bytes, None where the system does not tell it; and the seconds that all
-        tensors would take.
+        Peak resident memory of this process in bytes, None if the system does not report it; and the estimated time for
+        all tensors in seconds.
     """
     largest: dict[Action, Unit] = {}
     for unit in sorted(plan.units, key=lambda unit: -unit.entry.size_bytes):
@@ -89,7 +89,7 @@ def measure(plan: ExportPlan) -> tuple[int | None, float]:
     with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
         root = Path(scratch)
         units = tuple(_made_up(unit, root / f"{unit.action}.safetensors") for unit in largest.values())
-        # A root of its own: the adapter beside the real weights is not read either.
+        # A separate root, so that the adapter beside the real weights is not read either.
         (root / "source").mkdir()
         shutil.copyfile(plan.source.root / CONFIG_NAME, root / "source" / CONFIG_NAME)
         (root / "export").mkdir()
@@ -109,7 +109,7 @@ def measure(plan: ExportPlan) -> tuple[int | None, float]:
 
 
 def _made_up(unit: Unit, file: Path) -> Unit:
-    """The unit with random values in a file of its own."""
+    """The unit with random values, stored in its own file."""
     tensors = {unit.entry.name: _values(unit.entry)}
     if unit.scale is not None:
         tensors[unit.scale.name] = _values(unit.scale).abs() + 1
@@ -125,5 +125,5 @@ def _values(entry: TensorEntry) -> torch.Tensor:
     if not dtype.is_floating_point:
         return torch.zeros(entry.shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    # Written in bf16 first: a copy in fp32 would raise the very peak that is to be measured.
+    # Generated in bf16: a copy in fp32 would raise the peak memory that is being measured.
     return torch.randn(entry.shape, generator=generator, dtype=torch.bfloat16).to(dtype)

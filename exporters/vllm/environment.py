@@ -1,9 +1,9 @@
-"""The Python that has vLLM, what it holds, and its processes: how one is ended, and what its end means.
+"""Finds the Python that has vLLM, reads its versions, and starts, ends and diagnoses its processes.
 
-vLLM pins torch and transformers exactly, so it usually lives in its own environment and is only ever started as
-a subprocess; where one environment holds both, the current interpreter serves. Versions are read from package
-metadata: importing vLLM takes seconds. An engine runs in a session of its own, so that everything it starts ends with
-it. vLLM is talkative: only the last lines of its output are shown.
+vLLM pins torch and transformers exactly, so it usually has its own environment and is only ever started as a
+subprocess; if one environment holds both, the current interpreter is used. Versions are read from package metadata,
+because importing vLLM takes seconds. An engine runs in its own process session, so that everything it starts can be
+ended with it. vLLM logs a lot: only the last lines of its output are shown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fp8pipe.core.errors import BadArtifactError, Fp8PipeError, MissingCapabilit
 
 PYTHON_VARIABLE = "FP8PIPE_VLLM_PYTHON"
 _FOLDER = Path(".venv-vllm") / "bin" / "python"
-_PLUGIN = "fp8pipe_cpu"  # the plugin's entry point
+_PLUGIN = "fp8pipe_cpu"  # the name of the plugin's entry point
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _HOW = (
     "run scripts/setup_vllm.sh (CPU), or name a Python that has vLLM with --vllm-python or the variable "
@@ -44,20 +44,20 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class VllmEnvironment:
-    """A Python with vLLM."""
+    """A Python interpreter whose environment has vLLM."""
 
-    python: Path  # the interpreter; not resolved, since a virtual environment's is a link
-    vllm: str  # vLLM's version
-    versions: dict[str, str]  # versions of the distributions that matter, and of Python
+    python: Path  # the interpreter; symlinks are not resolved, since a virtual environment's interpreter is one
+    vllm: str  # version of vLLM
+    versions: dict[str, str]  # versions of Python and of the relevant distributions
 
     @property
     def plugin(self) -> str | None:
-        """Version of the CPU plugin, None without it."""
+        """Version of the CPU plugin; None if it is not installed."""
         return self.versions.get("fp8pipe-vllm-cpu")
 
     @property
     def device(self) -> Literal["cpu", "cuda", "rocm", "xpu"]:
-        """What this vLLM was built for: by its distribution, or its own or torch's local version; else CUDA."""
+        """What this vLLM was built for, from its distribution or the local version of vLLM or torch; CUDA otherwise."""
         builds = [self.versions.get(name, "").partition("+")[2] for name in ("vllm", "torch")]
         if "vllm-cpu" in self.versions or any(build.startswith("cpu") for build in builds):
             return "cpu"
@@ -67,13 +67,13 @@ class VllmEnvironment:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether this vLLM is a build for CPUs."""
+        """Whether this vLLM is a CPU build."""
         return self.device == "cpu"
 
     @property
     def dequantizes(self) -> bool:
-        """Whether the plugin dequantizes FP8 weights while they load; vLLM's own kernels multiply codes."""
-        chosen = os.environ.get("VLLM_PLUGINS")  # vLLM's own variable: plugins to load, all without it
+        """Whether the plugin dequantizes FP8 weights at load time; vLLM's own kernels multiply the codes."""
+        chosen = os.environ.get("VLLM_PLUGINS")  # vLLM's own variable: the plugins to load; all of them if unset
         return self.on_cpu and self.plugin is not None and (chosen is None or _PLUGIN in chosen.split(","))
 
 
@@ -84,7 +84,7 @@ def find_vllm_python(explicit: str | None = None) -> Path:
     this package; the current interpreter, if vLLM is installed in it.
 
     Raises:
-        MissingCapabilityError: none of them is there, or the one that was named is not an executable file.
+        MissingCapabilityError: none of them exists, or the one that was named is not an executable file.
     """
     for named, where in ((explicit, "--vllm-python"), (os.environ.get(PYTHON_VARIABLE), PYTHON_VARIABLE)):
         if named:
@@ -105,10 +105,10 @@ def find_vllm_python(explicit: str | None = None) -> Path:
 
 
 def inspect_environment(python: Path) -> VllmEnvironment:
-    """Read versions out of `python`'s packages, without importing them.
+    """Read the versions of `python`'s packages without importing them.
 
     Raises:
-        MissingCapabilityError: it does not run, or holds no vLLM.
+        MissingCapabilityError: the interpreter does not run, or has no vLLM.
     """
     command = [str(python), "-P", "-c", _READ_VERSIONS]
     try:
@@ -123,19 +123,19 @@ def inspect_environment(python: Path) -> VllmEnvironment:
 
 
 def subprocess_environment(**more: str) -> dict[str, str]:
-    """The environment for vLLM's processes: this one, with telemetry and the hub off, and a small cache.
+    """Environment variables for vLLM's processes: the current ones, with telemetry and hub access off, a small cache.
 
-    What the user has set already stays, but for `more`.
+    Variables already set by the user are kept, except those in `more`.
     """
     off = dict.fromkeys(("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"), "1")
     cache = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
     env = {**off, **cache, "TOKENIZERS_PARALLELISM": "false", **os.environ, **more}
-    env.pop("PYTHONPATH", None)  # fp8pipe's own packages have no business in vLLM's interpreter
+    env.pop("PYTHONPATH", None)  # fp8pipe's own packages must not be visible to vLLM's interpreter
     return env
 
 
 def end_group(process: subprocess.Popen[bytes], grace_s: float = 5.0) -> None:
-    """End a process that leads its own session, and all that it started: politely, then not."""
+    """End a process that leads its own session and everything it started: with SIGTERM first, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -147,10 +147,10 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float = 5.0) -> None:
 
 
 def _wait_for_group(process: subprocess.Popen[bytes], grace_s: float) -> bool:
-    """Whether nothing of the group is left within `grace_s`."""
+    """Wait up to `grace_s` seconds; whether all processes of the group have ended."""
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline:
-        process.poll()  # reaps the leader, which would count as alive otherwise
+        process.poll()  # reaps the leader, which would otherwise count as alive
         try:
             os.killpg(process.pid, 0)
         except (ProcessLookupError, PermissionError):
@@ -160,13 +160,13 @@ def _wait_for_group(process: subprocess.Popen[bytes], grace_s: float) -> bool:
 
 
 def last_lines(log: Path, count: int = 15) -> str:
-    """The end of a log, for a message."""
+    """The last lines of a log, for an error message."""
     lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines() if log.is_file() else []
     return "\n".join(lines[-count:]) or "(it printed nothing)"
 
 
 def engine_failure(what: str, code: int, log: Path) -> Fp8PipeError:
-    """The error for an engine that ended with `code` after writing `log`."""
+    """The error for an engine that exited with `code`; its output is in `log`."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     why = f"exit status {code}; its last lines:\n{last_lines(log)}"
     if code == -signal.SIGKILL or "MemoryError" in text or "can't allocate memory" in text:

@@ -1,4 +1,4 @@
-"""The whole export: plan, lint and write, reopen, commit. Output is there once linter and comparison have passed."""
+"""An export: plan, lint and write, reopen, commit. The output appears only once linter and comparison pass."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ _CARD = CardFacts(
 
 
 def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool = True) -> ExportPlan:
-    """What `export_vllm` would write: file names, tensors, sizes, layers, warnings.
+    """The plan of what `export_vllm` would write: file names, tensors, sizes, layers, warnings.
 
-    Reads headers and tokenizer only, but for hashing the source as `open_source` does.
+    Reads only headers and the tokenizer, apart from hashing the source as `open_source` does.
 
     Raises:
-        ConfigurationError: a source that cannot be used, one with another number of experts than its config.json
-            declares, or an undeclared vLLM version.
+        ConfigurationError: an unusable source, one with a different number of experts than its config.json declares,
+            or an undeclared vLLM version.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     opened = open_source(source, verify=verify)
@@ -67,15 +67,16 @@ def plan_export(source: Path | str, options: VllmExportOptions, *, verify: bool 
 
 
 def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) -> Artifact:
-    """Write a checkpoint that vLLM and transformers load, and prove that it holds what its source holds.
+    """Write a checkpoint that vLLM and transformers load, and check that it holds what its source holds.
 
-    The source is read twice: once to lint and write, and once to compare what was written with it, which also hashes
-    both. An export that was cut is continued by the same call: shards that were written whole are kept, and compared.
+    The source is read twice: once to lint and write, and once to compare it with what was written, which also hashes
+    both. An interrupted export is resumed by the same call: shards that were completely written are kept, and compared.
 
     Args:
         source: a falqon artifact, a lora-merged artifact, or a plain model as `resolve_model` takes it (a Hugging
-            Face directory, a .gguf file, ...; quantized on the way, one scale per row, no calibration data needed).
-        output: directory to create; it is a Hugging Face checkpoint with a manifest.json beside its files.
+            Face directory, a .gguf file, ...; quantized during the export with one scale per row, without
+            calibration data).
+        output: directory to create: a Hugging Face checkpoint with a manifest.json beside its files.
         options: format, shard size, engine version, whether to replace an existing output.
 
     Raises:
@@ -93,7 +94,7 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
     check_place(output, force=options.force)
     plan = plan_export(source, options, verify=(Path(source) / MANIFEST_NAME).is_file())
     progress = ExportProgress(partial_of(output), plan)
-    disk_guard(output, _left(plan, progress))  # now, and not after the linter
+    disk_guard(output, _left(plan, progress))  # before the linter, not after it
     if lint_structure(plan) or lint_others(plan):
         refuse(lint(plan), str(plan.source.root))
     with ArtifactWriter(
@@ -111,13 +112,13 @@ def export_vllm(source: Path | str, output: Path, options: VllmExportOptions) ->
 
 
 def _left(plan: ExportPlan, progress: ExportProgress) -> int:
-    """Bytes of tensor data that are still to be written."""
+    """Bytes of tensor data still to be written."""
     named = zip(shard_names(len(plan.shards)), plan.shards, strict=True)
     return sum(unit.size_bytes for name, units in named if name not in progress.finished for unit in units)
 
 
 def _write(plan: ExportPlan, writer: ArtifactWriter, progress: ExportProgress) -> None:
-    """Write all files; leave nothing where the linter refuses a value."""
+    """Write all files; leave nothing behind if the linter refuses a value."""
     done = sum(len(units) for name, units in zip(shard_names(len(plan.shards)), plan.shards, strict=True)
                if name in progress.finished)  # fmt: skip
     if progress.finished:
@@ -131,9 +132,9 @@ def _write(plan: ExportPlan, writer: ArtifactWriter, progress: ExportProgress) -
 
 
 def _compare(plan: ExportPlan, root: Path) -> tuple[list[Gate], Parent, dict[str, str]]:
-    """Gates of the comparison; the parent; and digests of the written shards, by name.
+    """Compare the output with its source; returns the gates, the parent, and digests of the written shards by name.
 
-    Files are hashed one after another beside the comparison that reads them, so that each comes from the disk once.
+    Each file is hashed while the comparison reads it, so that it is read from the disk only once.
     """
     with ThreadPoolExecutor(1) as pool:
         hashing: dict[Path, Future[str]] = {}
@@ -152,7 +153,7 @@ def _compare(plan: ExportPlan, root: Path) -> tuple[list[Gate], Parent, dict[str
 
 
 def plan_warnings(plan: ExportPlan) -> list[str]:
-    """Everything about the plan that a reader of the manifest should not have to find out."""
+    """Everything about the plan that readers of the manifest should be warned about."""
     warnings = [*auxiliary_warnings(plan.source.root), *_token_warnings(plan), *plan.ending.warnings()]
     warnings += [] if plan.source.base is None else plan.source.base.warnings()
     quantized = [unit for unit in plan.units if unit.action is Action.QUANTIZE]
@@ -184,18 +185,18 @@ def plan_warnings(plan: ExportPlan) -> list[str]:
 
 
 def _token_warnings(plan: ExportPlan) -> list[str]:
-    """Tokens of a plain model's tokenizer that its embedding has no row for; tuned ones were told when they were."""
+    """Tokens of a plain model's tokenizer without an embedding row; for tuned models `finetune` warned already."""
     if plan.source.kind != HUGGING_FACE or plan.structure.embedding is None:
         return []
     try:
         tokenizer = load_tokenizer(plan.source.root)
-    except ConfigurationError:  # none, or one that the ending's own warning speaks of
+    except ConfigurationError:  # no tokenizer, or one that is already warned about with the ending
         return []
     return check_tokens(tokenizer, plan.structure.tensors[f"{plan.structure.embedding}.weight"][0], ())
 
 
 def details_of(plan: ExportPlan) -> VllmDetails:
-    """What the manifest says of an export beyond the common fields; the encodings are those of the layers' records."""
+    """The export-specific part of the manifest; the encodings are those of the layer records."""
     return VllmDetails(
         format=plan.options.format.value,
         transposed=[u.entry.name for u in plan.units if u.quantized and u.transposed],

@@ -1,7 +1,7 @@
-"""What an export will refuse about a model, told before it is tuned: the linter's rules of structure, from headers.
+"""Predicts what an export will refuse about a model before it is trained: the linter's structural rules, from headers.
 
-The tuned artifact does not exist yet. Its tensors are those of the base, with codes and a scale in place of each weight
-that training will quantize, so the rules that need no values apply to it already.
+The trained artifact does not exist yet. Its tensors will be those of the base model, with codes and a scale in place of
+each weight that training quantizes, so the rules that need no values can be applied already.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fp8pipe.models.language.structure import read_structure
 
 
 def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
-    """What each format of this export refuses, by the options that ask for it, the usual one first.
+    """What each format of this export would refuse, by the options that select it, the default first.
 
     Args:
-        root: an artifact; or the base model of one that does not exist yet.
-        kind: of the artifact.
-        trained: names in the checkpoint (without `.weight`) of the linears that it will hold trained.
+        root: an artifact, or the base model of an artifact that does not exist yet.
+        kind: kind of the artifact.
+        trained: names in the checkpoint (without `.weight`) of the linears that will be trained.
     """
     usual = VllmExportOptions().format
     words = {form: "--target vllm" + ("" if form is usual else f" --format {form}") for form in ExportFormat}
@@ -37,9 +37,9 @@ def foresee(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[F
 
 
 def plan_ahead(root: Path, kind: str, trained: Collection[str], form: ExportFormat) -> ExportPlan:
-    """The plan of an export of an artifact that exists, or will be made of the model in `root`; see `foresee`."""
+    """The plan for exporting an artifact that exists or will be trained from the model in `root`; see `foresee`."""
     options = VllmExportOptions(format=form)
-    if kind_of_source(root) in TUNED_KINDS:  # an export, which has a manifest too, is a base like any other
+    if kind_of_source(root) in TUNED_KINDS:  # an export has a manifest, too, but as a base it is like any model
         return build_plan(open_source(root, verify=False), read_structure(root), options)
     base = read_base(root)
     tensors = dict(base.entries)

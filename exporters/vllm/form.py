@@ -1,7 +1,8 @@
-"""How `fp8pipe serve` starts vLLM, as far as that decides what it computes.
+"""The settings with which `fp8pipe serve` starts vLLM, as far as they affect what it computes.
 
-One model, so that a validation runs what the service runs, and record, card, report and `/v1/artifact` name it in the
-same words. What the service adds (a socket, names, times) changes no number and is no part of it.
+They are one data model, so that a validation runs exactly what the service runs, and record, card, report and
+`/v1/artifact` describe it in the same words. What the service adds (socket, names, timeouts) changes no number and is
+not part of it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ __all__ = ["ServingForm"]
 _BY_VLLM: Final = Flag(default="vLLM's choice")
 _CPU_CACHE: Final = "VLLM_CPU_KVCACHE_SPACE"
 _ACTIVATIONS: Final = "FP8PIPE_VLLM_ACTIVATIONS"
-# Where vLLM looks for the longest context; ALiBi's models may have none of them, and none of these is nested.
+# Keys in which vLLM looks for the longest context; ALiBi models may have none of them, and none of them is nested.
 _CONTEXT: Final = frozenset(
     ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
      "max_sequence_length", "max_seq_length", "seq_len", "n_ctx", "text_config")
 )  # fmt: skip
 _UNSTATED_LENGTH: Final = 2048
-# The service sets these itself: another value would put vLLM where nobody looks for it, or past the API keys.
+# The service sets these itself: other values would move vLLM to an address nobody expects, or bypass the API keys.
 _OURS: Final = frozenset(
     ("--model", "--served-model-name", "--uds", "--host", "--port", "--api-key", "--ssl-keyfile", "--ssl-certfile",
      "--ssl-ca-certs", "--ssl-cert-reqs", "--root-path", "--api-server-count", "--headless", "--config",
@@ -37,7 +38,7 @@ _OURS: Final = frozenset(
 
 
 class ServingForm(FrozenConfig):
-    """How vLLM runs. What is not given is left to vLLM, but for `dtype` and `max_model_len`."""
+    """How vLLM is run. Settings that are not given are left to vLLM, except `dtype` and `max_model_len`."""
 
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = Field(default="bfloat16", description="Compute dtype")
     max_model_len: Annotated[int | None, Flag(default="the longest that the memory holds")] = Field(
@@ -84,9 +85,9 @@ class ServingForm(FrozenConfig):
         return self
 
     def with_defaults(self, model: Path, *, on_cpu: bool) -> Self:
-        """A copy in which unset options have the defaults of this machine and model.
+        """A copy in which unset options have the defaults for this machine and model.
 
-        On a CPU nothing is compiled unless it is asked for. vLLM wants a length where a model's config.json has none.
+        On a CPU nothing is compiled unless requested. A context length is set if the model's config.json has none.
         """
         chosen: dict[str, Any] = {} if self.enforce_eager is not None else {"enforce_eager": on_cpu}
         if self.max_model_len is None and not _CONTEXT & json.loads((model / "config.json").read_bytes()).keys():
@@ -94,7 +95,7 @@ class ServingForm(FrozenConfig):
         return self.model_copy(update=chosen) if chosen else self
 
     def options(self) -> list[str]:
-        """What was given of it, as `fp8pipe serve` takes it."""
+        """The settings that were given, as command line options of `fp8pipe serve`."""
         given: list[str] = []
         for name in sorted(ServingForm.model_fields.keys() & self.model_fields_set - {"extra"}):
             value = getattr(self, name)
@@ -106,7 +107,7 @@ class ServingForm(FrozenConfig):
 
     def arguments(self) -> list[str]:
         """vLLM's arguments for these settings."""
-        # -1: as much as the memory holds. Without it vLLM refuses to start where the model's full context does not fit.
+        # -1: as much as fits into memory. Without it vLLM refuses to start if the model's full context does not fit.
         command = ["--dtype", self.dtype, "--max-model-len", str(self.max_model_len or -1)]
         for name in ("kv_cache_dtype", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization"):
             value = getattr(self, name)
@@ -117,19 +118,19 @@ class ServingForm(FrozenConfig):
         return [*command, *self.extra]
 
     def variables(self, **more: str) -> dict[str, str]:
-        """The environment of vLLM's processes, with `more` set in it."""
+        """The environment variables of vLLM's processes, with `more` added."""
         env = subprocess_environment(**more)
         if self.kv_cache_gib is not None:
             env[_CPU_CACHE] = str(self.kv_cache_gib)
         elif self.gpu_memory_utilization is not None:
-            env.pop(_CPU_CACHE, None)  # on a CPU it would win over the option
-        env.pop("VLLM_API_KEY", None)  # requests are let in before they reach vLLM
+            env.pop(_CPU_CACHE, None)  # on a CPU the variable would override the option
+        env.pop("VLLM_API_KEY", None)  # API keys are checked before requests reach vLLM
         return env
 
     def rounds_activations(self, environment: VllmEnvironment) -> bool:
-        """Whether inputs of FP8 layers are rounded as the checkpoint declares.
+        """Whether the inputs of FP8 layers are quantized as the checkpoint declares.
 
-        The plugin for CPUs rounds them where it is told to, vLLM's own kernels always but on GPUs without FP8.
+        The CPU plugin quantizes them only if told to; vLLM's own kernels always do, except on GPUs without FP8.
         """
         if environment.dequantizes:
             return os.environ.get(_ACTIVATIONS, "").strip().lower() == "quant"
@@ -137,10 +138,10 @@ class ServingForm(FrozenConfig):
         return device is None or device.fp8
 
     def in_words(self, environment: VllmEnvironment) -> str:
-        """What decides about numbers: `on a CPU: bfloat16, compiled, activations not rounded`; a GPU is named.
+        """The numerically relevant settings: `on a CPU: bfloat16, compiled, activations not rounded`; a GPU is named.
 
         Raises:
-            MissingCapabilityError: vLLM is built for a GPU, and finds none.
+            MissingCapabilityError: vLLM is built for a GPU and finds none.
         """
         said = [f"on {device_in_words(environment)}: {self.dtype}", "eager" if self.enforce_eager else "compiled"]
         rounds = self.rounds_activations(environment)

@@ -1,8 +1,8 @@
-"""The gate before writing: every rule runs, and every finding is kept.
+"""The checks before anything is written: every rule runs, and all findings are reported.
 
-Some rules look at the numbers: one pass over the source, one tensor in memory at a time. Others need names, shapes and
-the model's structure alone, and predict what the engine will do with the checkpoint: which layers it fuses, which names
-it asks for, which it leaves unquantized. A checkpoint that loads and then serves noise is the failure they exist for.
+Some rules check values, in one pass over the source with one tensor in memory at a time. Others need only names, shapes
+and the model's structure, and predict what the engine will do with the checkpoint: which layers it fuses, which names
+it expects, which layers it leaves unquantized. They exist to catch checkpoints that load but produce garbage.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fp8pipe.models.language.structure import Role
 from fp8pipe.numerics.grids import E4M3
 
 _ADAPTER_FILE: Final = "adapter.safetensors"
-# A weight matrix whose largest magnitude exceeds this, while the reciprocal scale would put it below
-# the plausible one, was stored with a quantizing scale (448/amax): trained weights stay far below 100.
+# A weight matrix whose amax exceeds this, while the reciprocal of its scale would give a plausible amax, was stored
+# with the inverse scale (448/amax): the amax of trained weights stays far below 100.
 _IMPLAUSIBLE_AMAX: Final = 1000.0
 _PLAUSIBLE_AMAX: Final = 448.0
 _USE_BF16: Final = "export with --format bf16"
@@ -60,12 +60,12 @@ _FIXES: Final = {
 
 
 def _found(rule: str, tensor: str, why: str) -> Finding:
-    """A finding with its rule's fix."""
+    """A finding together with its rule's fix."""
     return Finding(rule, tensor, why, _FIXES[rule])
 
 
 def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[Finding]:
-    """All findings, those of structure first; reads the source once, and calls `advance` once per tensor."""
+    """All findings, structural ones first; reads the source once, and calls `advance` once per tensor."""
     findings = lint_structure(plan)
     for unit, bad in by_unit((*plan.units, *plan.dropped), lambda unit, rows: count_bad(read_rows(unit.entry, rows))):
         findings += value_findings(unit, sum(bad))
@@ -74,7 +74,7 @@ def lint(plan: ExportPlan, advance: Callable[[], None] = lambda: None) -> list[F
 
 
 def lint_others(plan: ExportPlan) -> list[Finding]:
-    """Findings about values that leave no output: second copies of tied tensors, and the adapter."""
+    """Findings about values that are not exported: second copies of tied tensors, and the adapter."""
     return [*_tied(plan), *_adapter(plan)]
 
 
@@ -87,14 +87,14 @@ def lint_structure(plan: ExportPlan) -> list[Finding]:
 
 
 def count_bad(values: Tensor) -> int:
-    """NaN codes of E4M3, or NaN and infinite values of a plain float tensor; none of another."""
+    """The number of NaN codes in E4M3, or of NaN and infinite values in a float tensor; 0 for other tensors."""
     if values.dtype == torch.float8_e4m3fn:
         return int(((values.view(torch.uint8) & 0x7F) == 0x7F).sum())
     return count_not_finite(values) if values.dtype.itemsize > 1 else 0
 
 
 def value_findings(unit: Unit, bad: int) -> Iterator[Finding]:
-    """Findings about the values of a unit, of which `count_bad` counted so many; reads its scale."""
+    """Findings about the values of a unit, given the number from `count_bad`; reads its scale."""
     if unit.entry.dtype == "F8_E4M3":
         if bad:
             yield _found("nan-code", unit.entry.name, f"{bad} code(s) 0x7F or 0xFF, which E4M3 reads as NaN")
@@ -164,7 +164,7 @@ def _adapter_state(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _shapes(plan: ExportPlan) -> Iterator[Finding]:
-    """Weights must have the shape config.json declares, and none may be missing."""
+    """Weights must have the shape that config.json declares, and none may be missing."""
     structure = plan.structure
     seen: set[str] = set()
     for unit in plan.units:
@@ -193,9 +193,9 @@ def _something_quantized(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _known_names(plan: ExportPlan) -> Iterator[Finding]:
-    """Every matrix of the decoder must belong to a module of known kind: the engine's name for others is a guess.
+    """Every matrix of the decoder must belong to a known kind of module: for others the engine's name is unknown.
 
-    What the model declares elsewhere (a vision tower's convolutions and positions) is copied, and nothing there is FP8.
+    Tensors that the model declares elsewhere (a vision tower's convolutions and positions) are copied; none is FP8.
     """
     structure = plan.structure
     for unit in plan.units:
@@ -244,7 +244,7 @@ def _fused(plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _ignore(plan: ExportPlan) -> Iterator[Finding]:
-    """Both ways: every unquantized projection is named, every name is an unquantized projection."""
+    """Every unquantized projection must be in the ignore list, and every name there must be one."""
     ignore, structure, spelt = set(plan.ignore), plan.structure, plan.spelt
     quantized = {unit.module for unit in plan.units if unit.quantized}
     for unit in plan.units:

@@ -1,8 +1,8 @@
-"""What a vLLM export may be asked for, and how config.json says it to the engine: the `quantization_config` block.
+"""The options of a vLLM export, and how config.json declares them to the engine: the `quantization_config` block.
 
-Released engines refuse keys they do not know, and formats grow keys without a version number. So the block is written
-here, by hand, with the fewest keys that the declared version needs, and a version that is not in the table is refused
-rather than guessed.
+Released engines reject unknown keys, and formats gain keys without a version number. So the block is written here
+explicitly, with the minimal keys that the declared version needs, and a version that is not in the table is refused
+instead of guessed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ExportFormat(StrEnum):
 
 
 class VllmExportOptions(FrozenConfig):
-    """Options of one export, written whole into its manifest."""
+    """Options of one export, recorded completely in its manifest."""
 
     format: ExportFormat = Field(
         default=ExportFormat.FP8,
@@ -55,14 +55,14 @@ class VllmExportOptions(FrozenConfig):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSchema:
-    """What one vLLM version reads.
+    """The checkpoint format that one vLLM version reads.
 
     Attributes:
-        compressed_tensors: the compressed-tensors version it pins.
-        tested: whether checkpoints of this schema were loaded in that very version.
-        conv1d_model_types: model types whose loader transposes Conv1D weights itself while it passes
-            `weight_scale` through, so that FP8 codes stored as `(in, out)` with scales `(out, 1)` load right.
-        fused_groups: leaf names that the engine concatenates into one layer; all parts need one scheme.
+        compressed_tensors: the compressed-tensors version that it pins.
+        tested: whether checkpoints of this format were loaded in exactly that version.
+        conv1d_model_types: model types whose loader transposes Conv1D weights itself but leaves `weight_scale` as it
+            is, so that FP8 codes stored as `(in, out)` with scales `(out, 1)` load correctly.
+        fused_groups: leaf names that the engine concatenates into one layer; all parts need the same scheme.
     """
 
     vllm_version: str
@@ -79,7 +79,7 @@ class CheckpointSchema:
     )
 
 
-# By declared vLLM version, oldest first. No checkpoint of ours was loaded in the last one yet.
+# By declared vLLM version, oldest first. No checkpoint of this project has been loaded in the last one yet.
 SCHEMAS = {
     "0.32.0": CheckpointSchema("0.32.0", compressed_tensors="0.17.0", tested=True),
     "0.33.0": CheckpointSchema("0.33.0", compressed_tensors="0.17.0", tested=False),
@@ -90,7 +90,7 @@ def schema_for(vllm_version: str) -> CheckpointSchema:
     """The schema of a declared version.
 
     Raises:
-        ConfigurationError: the version is not in the table; the message lists those that are.
+        ConfigurationError: the version is not in the table; the message lists the known ones.
     """
     if vllm_version not in SCHEMAS:
         raise ConfigurationError(
@@ -104,10 +104,10 @@ def schema_for(vllm_version: str) -> CheckpointSchema:
 def quantization_config(
     export_format: ExportFormat, ignore: Sequence[str], schema: CheckpointSchema
 ) -> dict[str, object] | None:
-    """The block for config.json, without null and default; None for an unquantized export.
+    """The block for config.json, without null and default values; None for an unquantized export.
 
-    A weight-only FP8 checkpoint is what compressed-tensors itself calls `naive-quantized`; vLLM takes the same branch
-    for both formats and picks W8A16 because no input activations are declared. `ignore` holds full names of linear
+    compressed-tensors itself calls a weight-only FP8 checkpoint `naive-quantized`; vLLM takes the same code path for
+    both formats and selects W8A16 because no input activations are declared. `ignore` holds full names of linear
     layers that stay unquantized.
     """
     if not export_format.quantized:

@@ -1,7 +1,7 @@
-"""What an export will hold, tensor by tensor, decided from headers alone.
+"""Decides tensor by tensor what an export will hold, from headers alone.
 
-A unit is one source weight and what becomes of it. The plan touches no tensor data, so a dry run costs
-nothing, and every later step (lint, write, reopen) walks the same list.
+A unit is one source tensor and how it is converted. The plan reads no tensor data, so a dry run costs almost nothing,
+and every later step (lint, write, reopen) iterates over the same list.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fp8pipe.models.checkpoint.tensors import PLAIN_FLOATS, SCALE_SUFFIX, Tensor
 from fp8pipe.models.language.ending import Ending
 from fp8pipe.models.language.structure import ModelStructure, Role
 
-# FP8 GEMM kernels (cuBLASLt, CUTLASS) take K and N in multiples of 16.
+# FP8 GEMM kernels (cuBLASLt, CUTLASS) require K and N to be multiples of 16.
 DIMENSION_MULTIPLE = 16
-# What vLLM does with the inputs of an FP8 layer whose activations are declared dynamic, per token.
+# What vLLM does with the inputs of an FP8 layer whose activations are declared as dynamic, per token.
 ENGINE_ACTIVATIONS = Encoding(format="e4m3", bits=8, granularity="per-token", scale_rule=ScaleRule.AMAX, dynamic=True)
 
 
 class Action(StrEnum):
-    """What becomes of a source tensor."""
+    """How a source tensor is converted."""
 
-    COPY = "copy"  # bytes as they are
-    CODES = "codes"  # FP8 codes as they are, scale repeated to one per row
-    QUANTIZE = "quantize"  # rounded to FP8 on the way
+    COPY = "copy"  # bytes unchanged
+    CODES = "codes"  # FP8 codes unchanged, scale repeated to one per row
+    QUANTIZE = "quantize"  # quantized to FP8 during the export
     DEQUANTIZE = "dequantize"  # FP8 codes -> bf16
     CAST = "cast"  # other floats -> bf16
     DROP = "drop"  # a second copy of a tied tensor
@@ -40,15 +40,15 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One source tensor, what becomes of it, and the tensors that come out.
+    """One source tensor, how it is converted, and the resulting tensors.
 
     Attributes:
         entry: the source tensor.
         scale: the source tensor's scale, for FP8 codes.
-        action: what becomes of it.
+        action: how it is converted.
         outputs: the weight first, then its scale if there is one; empty for DROP.
-        module: the model's name of the owning module, None when the model knows none.
-        transposed: whether the weight is stored `(in, out)`.
+        module: the model's name of the owning module, None if the model knows none.
+        transposed: whether the weight is stored as `(in, out)`.
         name: the model's name of the tensor.
     """
 
@@ -62,7 +62,7 @@ class Unit:
 
     @property
     def quantized(self) -> bool:
-        """Whether the export holds FP8 codes for it."""
+        """Whether the export stores it as FP8 codes."""
         return self.action in {Action.CODES, Action.QUANTIZE}
 
     @property
@@ -73,16 +73,16 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """The whole export before a byte of it exists.
+    """The complete export before any byte is written.
 
     Attributes:
         shards: units by output file, in writing order.
-        dropped: units that leave no output.
+        dropped: units without an output.
         orphans: source tensors that belong to no unit (scales without codes).
-        ending: what becomes of generation_config.json, so that engines stop where answers end.
-        names: what the model calls the source's tensors.
-        ignore: names for the quantization block's `ignore`, as `spelt`.
-        layers: one record per linear layer, named as `spelt`.
+        ending: how generation_config.json is changed so that engines stop at the end of an answer.
+        names: the model's names of the source's tensors.
+        ignore: names for the quantization block's `ignore`, spelled as in `spelt`.
+        layers: one record per linear layer, named as in `spelt`.
     """
 
     source: Source
@@ -98,22 +98,22 @@ class ExportPlan:
     ending: Ending = field(default_factory=Ending)
 
     def stopping_as(self, added: int | None) -> ExportPlan:
-        """The plan of an export whose manifest says `stop_token_added`: earlier ones kept the source's file."""
+        """The plan of an export whose manifest says `stop_token_added`; earlier exports kept the source's file."""
         return self if added is not None else replace(self, ending=Ending())
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """Units that leave an output, in writing order."""
+        """Units that have an output, in writing order."""
         return tuple(unit for shard in self.shards for unit in shard)
 
     @property
     def stored(self) -> dict[str, TensorEntry]:
-        """Source tensors by the model's names of them, of those that the model holds as they are stored."""
+        """Source tensors by the model's names, restricted to those that the model holds in the form they are stored."""
         return {known.name: self.source.tensors[name] for name, known in self.names.items() if known.whole}
 
     @property
     def spelt(self) -> dict[str, str]:
-        """Every linear as the checkpoint spells it where transformers renames it, else as the model does."""
+        """Checkpoint name by linear layer: the checkpoint's own if transformers renames the layer, else the model's."""
         return {module: module for module in self.structure.projections} | spell(self.names)
 
     @property
@@ -123,7 +123,7 @@ class ExportPlan:
 
 
 def build_plan(source: Source, structure: ModelStructure, options: VllmExportOptions) -> ExportPlan:
-    """Decide what becomes of every tensor; reads headers only.
+    """Decide how every tensor is converted; reads headers only.
 
     Raises:
         ConfigurationError: an undeclared vLLM version.
@@ -161,7 +161,7 @@ def spell(names: Mapping[str, ModelName]) -> dict[str, str]:
 
 
 def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> list[tuple[str, ...]]:
-    """Module names the engine concatenates, grouped: same parent, leaf names of one group."""
+    """Groups of modules that the engine concatenates: same parent, leaf names of one group."""
     by_parent: dict[str, dict[str, str]] = defaultdict(dict)
     for module in modules:
         parent, _, leaf = module.rpartition(".")
@@ -173,7 +173,7 @@ def fused_siblings(modules: Iterable[str], groups: Iterable[frozenset[str]]) -> 
 
 @dataclass(frozen=True)
 class _Planner:
-    """What decides about a tensor: where it comes from, the model it belongs to, and the export's format."""
+    """Holds what a tensor's conversion depends on: its source, the model's structure, and the export's format."""
 
     source: Source
     structure: ModelStructure
@@ -183,17 +183,17 @@ class _Planner:
 
     @cached_property
     def spelt(self) -> dict[str, str]:
-        """As `spell`."""
+        """See `spell`."""
         return spell(self.names)
 
     @cached_property
     def stored(self) -> frozenset[str]:
-        """The model's names of what the source holds."""
+        """The model's names of the source's tensors."""
         return frozenset(known.name for known in self.names.values() if known.whole)
 
     @cached_property
     def refused(self) -> dict[str, str]:
-        """Linear layers whose float weight must stay unquantized, with the reason."""
+        """Linear layers whose float weight must stay unquantized, each with the reason."""
         reasons: dict[str, str] = {}
         for module in self.structure.projections:
             shape = self.structure.stored_shape(module)
@@ -213,7 +213,7 @@ class _Planner:
         return reasons
 
     def unit(self, entry: TensorEntry) -> Unit:
-        """What becomes of a tensor."""
+        """How a tensor is converted."""
         known = self.names[entry.name]
         module = self.structure.owner(known.name) if known.whole else None
         role = self.structure.roles.get(module or "") if known.name.endswith(".weight") else None
@@ -255,7 +255,7 @@ class _Planner:
 
 
 def _shards(units: list[Unit], max_bytes: int) -> tuple[tuple[Unit, ...], ...]:
-    """Fill files in order; a weight and its scale never part."""
+    """Fill files in order; a weight and its scale always share a file."""
     shards: list[list[Unit]] = [[]]
     size = 0
     for unit in units:
@@ -268,5 +268,5 @@ def _shards(units: list[Unit], max_bytes: int) -> tuple[tuple[Unit, ...], ...]:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which layer 10 follows layer 9."""
+    """Natural sort key: layer 10 comes after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,13 +1,13 @@
-"""An export is opened as a third party would: compared with its source, bit for bit, or read back as a model.
+"""Opens a written export as a third party would: to compare it with its source bit for bit, or to load it as a model.
 
-The comparison does not go through the code that wrote the files: names and shapes come from the written
-headers, the quantization block from the written config.json, and the expected weight from the source's numbers,
-decoded and rounded by plain arithmetic that shares nothing with the quantizer (`numerics.plain`). Each comparison
-becomes a gate in the manifest; a failed gate fails the export. A validation asks the same later (`file_gates`).
+The comparison does not use the code that wrote the files: names and shapes come from the written headers, the
+quantization block from the written config.json, and the expected weight from the source's numbers, decoded and rounded
+by plain arithmetic that shares nothing with the quantizer (`numerics.plain`). Each comparison becomes a gate in the
+manifest; a failed gate fails the export. A later validation evaluates the same gates again (`file_gates`).
 
-The model holds `code * scale`, computed in fp32 and rounded once to the dtype asked for. It quantizes no activations,
-so it is the reference for `w8a16`, for `bf16`, and for engines that dequantize at load; a W8A8 engine differs from it
-by the rounding of activations.
+The loaded model holds `code * scale`, computed in fp32 and rounded once to the requested dtype. It does not quantize
+activations, so it is the reference for `w8a16`, for `bf16`, and for engines that dequantize at load time; a W8A8 engine
+differs from it by the rounding of activations.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from fp8pipe.report.card import CARD_FILE
 
 # Half a unit in the last place, relative: E4M3 has 3 explicit mantissa bits, bf16 has 7. The E4M3 bound holds
 # for a row's norm because its amax sits at 448, where the grid's absolute floor of 2^-10 is negligible; 0.1 %
-# covers the fp32 rounding of the norm and of the product.
+# covers the fp32 rounding of the norm and of `code * scale`.
 E4M3_ERROR_BOUND = 2.0**-4 * 1.001
 BF16_ERROR_BOUND = 2.0**-8 * 1.001
-# The artifact's own (`.lock` and the progress while it is written), and what hubs add by themselves.
+# Files of the artifact itself (`.lock`, and the progress during writing), and files that hubs add.
 _PASSED_OVER = frozenset((MANIFEST_NAME, CHECKSUM_NAME, ".lock", PROGRESS_NAME, ".gitattributes", ".cache"))
 
 
 @dataclass(slots=True)
 class _Comparison:
-    """What differs so far."""
+    """The differences found so far."""
 
     weights: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
@@ -69,11 +69,11 @@ class _Comparison:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """What the comparison of a block of rows found."""
+    """The result of comparing one block of rows."""
 
     same: bool
-    row_error: float = 0.0  # the worst, of weights rounded to E4M3
-    squares: tuple[float, float] = (0.0, 0.0)  # of the error and of the values, summed, of weights rounded to bf16
+    row_error: float = 0.0  # the largest, for weights rounded to E4M3
+    squares: tuple[float, float] = (0.0, 0.0)  # sums of squares of errors and of values, for weights rounded to bf16
 
 
 def reopen(
@@ -82,16 +82,16 @@ def reopen(
     advance: Callable[[], None] = lambda: None,
     on_file: Callable[[Path], None] = lambda file: None,
 ) -> list[Gate]:
-    """Compare the written directory with its source, each read once.
+    """Compare the written directory with its source, reading each once.
 
     Args:
-        plan: of the export.
+        plan: plan of the export.
         root: the written directory.
         advance: called once per weight.
-        on_file: called with every file of weights, written or the source's, when its first tensor is about to be read.
+        on_file: called with every weight file, written or of the source, just before its first tensor is read.
 
     Returns:
-        Gates. They may fail; the caller decides what that means.
+        Gates, which may have failed; the caller decides what to do then.
 
     Raises:
         BadArtifactError: the written files cannot be read at all.
@@ -120,7 +120,7 @@ def reopen(
 
 
 def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
-    """All but the numbers: which tensors there are, the files beside them, and config.json.
+    """All gates except those on values: the set of tensors, the files beside them, and config.json.
 
     Raises:
         BadArtifactError: the written files cannot be read at all.
@@ -129,15 +129,15 @@ def file_gates(plan: ExportPlan, root: Path) -> list[Gate]:
 
 
 def expected_values(unit: Unit) -> Tensor:
-    """What a unit's weight must stand for, by plain arithmetic on the source's numbers: fp32, orientation stored.
+    """The values that a unit's weight must represent, computed by plain arithmetic: fp32, as oriented in the source.
 
-    A COPY that is no float stays as it is.
+    Non-float tensors with action COPY are returned unchanged.
     """
     return _expected(unit, *_source(unit, _all(unit)))
 
 
 def source_values(unit: Unit) -> Tensor:
-    """The source's own reading of its weight, fp32."""
+    """The weight's values in the source, fp32."""
     return _values(unit, *_source(unit, _all(unit)))
 
 
@@ -146,7 +146,7 @@ def _all(unit: Unit) -> range:
 
 
 def _source(unit: Unit, rows: range) -> tuple[Tensor, Tensor | None]:
-    """A block of a unit's rows as the source stores it, and its scale."""
+    """A block of a unit's rows as stored in the source, and its scale."""
     return read_rows(unit.entry, rows), None if unit.scale is None else scale_of(unit.scale, unit, rows)
 
 
@@ -183,7 +183,7 @@ def _compare(unit: Unit, rows: range, written: dict[str, TensorEntry]) -> _Block
 
 
 def _add(found: _Comparison, unit: Unit, blocks: list[_Block]) -> None:
-    """Count what the blocks of a unit say of it."""
+    """Add the results of a unit's blocks."""
     found.counts[unit.action] += 1
     if not all(block.same for block in blocks):
         (found.copies if unit.action is Action.COPY else found.weights).append(unit.entry.name)
@@ -195,7 +195,7 @@ def _add(found: _Comparison, unit: Unit, blocks: list[_Block]) -> None:
 
 
 def _larger(a: float, b: float) -> float:
-    """Of two; NaN if one is."""
+    """The larger of two values; NaN if either is NaN."""
     return b if b != b or b > a else a
 
 
@@ -243,7 +243,7 @@ def _other_files(plan: ExportPlan, root: Path) -> list[Gate]:
 
 
 def _generation(expected: dict[str, Any], root: Path) -> Gate:
-    """generation_config.json is the source's, but for the end-of-turn token that `eos_token_id` lacks there."""
+    """generation_config.json equals the source's, except for an end-of-turn token added to `eos_token_id`."""
     path = root / GENERATION_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     wrong = [f"{GENERATION_FILE}: {key}" for key in _differing(found, expected)]
@@ -251,14 +251,14 @@ def _generation(expected: dict[str, Any], root: Path) -> Gate:
 
 
 def _config(plan: ExportPlan, root: Path) -> Gate:
-    """config.json is the source's, but for what `changed_on_purpose` lists of it."""
+    """config.json equals the source's, except for the keys in `changed_on_purpose`."""
     config = json.loads((root / CONFIG_NAME).read_text(encoding="utf-8"))
     wrong = list(_differing(config, export_config(plan)))
     return _none("config-preserved", wrong, f"config.json, but for {', '.join(_changed_keys(plan)) or 'nothing'}")
 
 
 def changed_on_purpose(plan: ExportPlan) -> list[str]:
-    """Keys of config.json and of generation_config.json whose values are not the source's, and are not meant to be."""
+    """Keys of config.json and of generation_config.json whose values intentionally differ from the source's."""
     return [*_changed_keys(plan), *([] if plan.ending.settings is None else [f"{GENERATION_FILE}: {EOS}"])]
 
 
@@ -292,10 +292,10 @@ if TYPE_CHECKING:
 
 
 def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an export but its scales, by name, file by file, one in memory at a time.
+    """Every tensor of an export except its scales, with its name, file by file, one in memory at a time.
 
     Yields:
-        fp32 for float tensors (FP8 codes dequantized), the stored dtype for others; in the orientation stored.
+        fp32 for float tensors (FP8 codes dequantized), the stored dtype for others; in the stored orientation.
 
     Raises:
         BadArtifactError: not a finished vllm-export, or damaged.
@@ -316,11 +316,11 @@ def iter_weights(export: Path) -> Iterator[tuple[str, Tensor]]:
 def load_torch_model(export_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model with the export's dequantized weights, in evaluation mode, on the CPU.
 
-    Weights are rounded to `dtype`, that of parameters and compute, once, from fp32.
+    Weights are rounded once from fp32 to `dtype`, which is used for parameters and computation.
 
     Raises:
         BadArtifactError: not a finished vllm-export, or damaged.
-        ConfigurationError: an architecture transformers does not know.
+        ConfigurationError: an architecture that transformers does not know.
     """
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in iter_weights(export_dir)}
     return build_model(Path(export_dir), state, dtype)

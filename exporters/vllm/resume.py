@@ -1,8 +1,8 @@
-"""What a cut export leaves to the next one: the shards that were written whole.
+"""What an interrupted export leaves for the next run: the shards that were completely written.
 
-The record lies among them, and speaks of one plan: of the same source files (their names, sizes and times of change),
-the same options and the same layout. It is not believed: what was kept is compared with the source like everything
-else, bit for bit, before the export is finished.
+The progress record lies beside them and applies to one plan: the same source files (names, sizes and modification
+times), the same options and the same layout. It is not trusted: kept shards are compared with the source bit for bit
+like everything else before the export is finished.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PROGRESS_NAME: Final = ".export-progress.json"
 
 
 class ExportProgress:
-    """The finished shards of a plan in a directory that is not finished.
+    """The finished shards of a plan in an unfinished export directory.
 
     Attributes:
-        finished: their names.
+        finished: names of the finished shards.
     """
 
     def __init__(self, root: Path, plan: ExportPlan) -> None:
@@ -37,7 +37,7 @@ class ExportProgress:
         self.finished = frozenset(self._sizes)
 
     def add(self, shard: Path) -> None:
-        """Note a shard that is on the disk, whole; a reader sees the old record or the new one."""
+        """Record a shard that is completely on disk; the record is replaced atomically."""
         self._sizes[shard.name] = shard.stat().st_size
         pending = self._path.with_name(f"{PROGRESS_NAME}.partial")
         with pending.open("w", encoding="utf-8") as stream:
@@ -47,7 +47,7 @@ class ExportProgress:
         os.replace(pending, self._path)
 
     def forget(self) -> None:
-        """Remove the record: what was written turned out to be wrong, and the next export begins anew."""
+        """Remove the record: what was written turned out to be wrong, and the next export starts from scratch."""
         self._path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, int]:
@@ -55,7 +55,7 @@ class ExportProgress:
             found = json.loads(self._path.read_text(encoding="utf-8"))
             return {str(name): int(size) for name, size in found["shards"].items()} if found["key"] == self._key else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}  # none, or the leavings of a crash: everything is written again
+            return {}  # no record, or a damaged one after a crash: everything is written again
 
 
 def _size(path: Path) -> int | None:
@@ -63,7 +63,7 @@ def _size(path: Path) -> int | None:
 
 
 def _key(plan: ExportPlan) -> str:
-    """Digest of what decides the shards' bytes."""
+    """Digest of everything that determines the bytes of the shards."""
     entries = sorted(plan.source.tensors.values(), key=lambda entry: entry.name)
     files = {entry.file: entry.file.stat() for entry in entries}
     outputs = [[[o.name, o.dtype, o.shape] for unit in shard for o in unit.outputs] for shard in plan.shards]

@@ -1,7 +1,7 @@
-"""What an export starts from: a falqon artifact, a merged-LoRA artifact, or a plain Hugging Face directory.
+"""The input of an export: a falqon artifact, a merged-LoRA artifact, or a plain Hugging Face directory.
 
-All three become one value: tensor headers, the parsed config.json, and where it all came from. Tensor data is read here
-for hashing only.
+All three are represented by one object: tensor headers, the parsed config.json, and the origin. Tensor data is read
+here only for hashing.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Source:
 
     Attributes:
         root: its directory.
-        kind: that of the artifact, or HUGGING_FACE.
-        config: parsed config.json.
+        kind: the artifact's kind, or HUGGING_FACE.
+        config: the parsed config.json.
         tensors: entries by tensor name.
-        parent: the record for the export's manifest.
-        transposed: module names the artifact declares as stored `(in, out)`, None when nothing declares.
-        layers: the manifest's records by layer, empty for a plain directory.
-        adapter: what the manifest says became of the adapter; None for a plain directory.
+        parent: the parent record for the export's manifest.
+        transposed: modules that the artifact declares as stored `(in, out)`; None if it declares nothing.
+        layers: the manifest's records by layer; empty for a plain directory.
+        adapter: the state of the adapter according to the manifest; None for a plain directory.
         base: a plain directory's checkpoint; None for an artifact.
     """
 
@@ -49,18 +49,18 @@ class Source:
 
     @property
     def holds_codes(self) -> bool:
-        """Whether linear weights are FP8 codes already."""
+        """Whether linear weights are already FP8 codes."""
         return self.kind == FALQON_KIND
 
     def encoding_of(self, module: str) -> Encoding | None:
-        """How the source stores a layer's weight, as its manifest says; names may lack the base model's prefix."""
+        """How the source stores a layer's weight, from its manifest; names may lack the base model's prefix."""
         parts = module.split(".")
         names = (".".join(parts[start:]) for start in range(len(parts)))
         return next((self.layers[name].weight for name in names if name in self.layers), None)
 
     @property
     def trained_activations(self) -> Encoding | None:
-        """How training quantized the inputs of FP8 layers; None where it did not, or trained nothing in FP8."""
+        """How training quantized the inputs of FP8 layers; None if it did not, or if no layer was trained in FP8."""
         return next((layer.activation for layer in self.layers.values() if layer.activation is not None), None)
 
 
@@ -69,12 +69,11 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
 
     Args:
         source: a directory, a .gguf file, or anything else that `resolve_model` understands.
-        verify: hash the files, an artifact's and a plain directory's. Without it the parent of a plain directory has
-            no digest.
+        verify: hash the files of an artifact or a plain directory. Without it the parent record of a plain
+            directory has no digest.
 
     Raises:
-        ConfigurationError: nothing there, no config.json, or a checkpoint that is quantized in a way that cannot be
-            read back.
+        ConfigurationError: nothing there, no config.json, or a checkpoint in an unreadable quantized format.
         BadArtifactError: an artifact that is unfinished, corrupt, or of a kind that cannot be exported.
     """
     root = Path(source)
@@ -99,8 +98,8 @@ def open_source(source: Path | str, *, verify: bool = True) -> Source:
 
 def _from_hugging_face(root: Path, origin: str, verify: bool) -> Source:
     check_no_adapter(root)
-    _read_config(root)  # where there is none, the directory is nothing that can be exported
-    base = read_base(root)  # which refuses a checkpoint that is not whole before it is hashed
+    _read_config(root)  # without a config.json the directory cannot be exported
+    base = read_base(root)  # refuses an incomplete checkpoint before it is hashed
     unhashed = Parent(kind="model", digest="", path=origin, stored=base.stored)
     parent = model_parent(root, origin, base.stored) if verify else unhashed
     return Source(root=root, kind=HUGGING_FACE, config=base.config, tensors=base.entries, parent=parent, base=base)

@@ -1,4 +1,4 @@
-"""The target `vllm`: a compressed-tensors checkpoint for vLLM, whose codes are the artifact's, bit for bit."""
+"""The target `vllm`: a compressed-tensors checkpoint for vLLM whose codes equal the artifact's bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KIND: Final = "vllm-export"
 
 
 class VllmDetails(Details):
-    """Of an export to vLLM."""
+    """The manifest's details for an export to vLLM."""
 
     format: str = Field(description="fp8, w8a16 or bf16")
     transposed: list[str] = Field(default_factory=list, description="quantized weights stored as (in, out)")
@@ -37,7 +37,7 @@ class VllmDetails(Details):
 
 
 def _migrate(data: dict[str, Any]) -> dict[str, Any]:
-    """Activations were a sentence: `e4m3, dynamic, one scale a token (training: ...)`."""
+    """Older manifests described activations in a sentence: `e4m3, dynamic, one scale a token (training: ...)`."""
     details = dict(data["details"])
     said = str(details.pop("activations", ""))
     token = {"format": "e4m3", "bits": 8, "granularity": "per-token", "scale_rule": "amax", "dynamic": True}

@@ -1,7 +1,7 @@
-"""Checks on trained language models and on their exports to vLLM.
+"""Checks for trained language models and their exports to vLLM.
 
-An export is planned again with itself as the source. Then every rule of the linter applies to what it holds, and what
-the plan says must be in config.json and in the manifest can be compared with what is there.
+The export is planned again with itself as the source. Then every rule of the linter can be applied to its contents, and
+what the plan expects in config.json and in the manifest can be compared with what is there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fp8pipe.models.language.structure import ModelStructure, read_structure
 
 
 def plan_itself(artifact: Artifact) -> ExportPlan:
-    """What an export to vLLM would be if its own files were the source. Raises as `plan_export`."""
+    """The plan of an export to vLLM with the export's own files as the source. Raises as `plan_export`."""
     options = VllmExportOptions.model_validate(artifact.manifest.config)
     config = json.loads((artifact.root / CONFIG_NAME).read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
@@ -56,7 +56,7 @@ def plan_itself(artifact: Artifact) -> ExportPlan:
 
 
 def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Iterator[Finding]:
-    """An export to vLLM."""
+    """Check an export to vLLM."""
     plan = plan_itself(artifact)
     tensors = plan.source.tensors
     yield from lint_findings(lint(plan))
@@ -70,7 +70,7 @@ def check_vllm(artifact: Artifact, parent: Path | None, notes: list[str]) -> Ite
 
 
 def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
-    """config.json's quantization block and the manifest, against the files."""
+    """Compare config.json's quantization block and the manifest with the files."""
     written = json.loads((artifact.root / CONFIG_NAME).read_text(encoding="utf-8"))
     block, expected = written.get("quantization_config"), export_config(plan).get("quantization_config")
     for found in compare_json(block, expected, CONFIG_NAME):
@@ -89,22 +89,22 @@ def _statements(artifact: Artifact, plan: ExportPlan) -> Iterator[Finding]:
 
 
 def _against(artifact: Artifact, own: ExportPlan, parent: Path) -> Iterator[Finding]:
-    """Every number and file, against those of the source."""
+    """Compare every number and file with the source's."""
     added = artifact.manifest.details_of(VllmDetails).stop_token_added
-    # A model was hashed when it was found to be the parent; an artifact at another place was not.
+    # A model was hashed when it was identified as the parent; an artifact elsewhere was not.
     plan = plan_export(parent, own.options, verify=(parent / MANIFEST_NAME).is_file()).stopping_as(added)
     yield from compare_layers(artifact.manifest, plan.layers)
     yield from compare_details(artifact, details_of(plan))
     gates = reopen(plan, artifact.root)
     yield from failed_gates(gates)
     yield from compare_gates(artifact, [gate for gate in gates if gate.passed])
-    judged = {Path(GENERATION_FILE)} if plan.ending.settings is not None else set()  # by a gate, key by key
+    judged = {Path(GENERATION_FILE)} if plan.ending.settings is not None else set()  # compared key by key by a gate
     files = [set(sidecar_files(root, SERVED_FILES)) - judged for root in (artifact.root, parent)]
     yield from compare_files(artifact.root, parent, *files)
 
 
 def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """Weight files that no index names: a loader that takes all of them loads another model."""
+    """Weight files that no index names: a loader that reads all files would load a different model."""
     used = {entry.file for entry in tensors.values()}
     for path in sorted(root.glob("*.safetensors")):
         if path not in used and path.name not in allowed:
@@ -112,9 +112,9 @@ def stray_weights(root: Path, tensors: dict[str, TensorEntry], allowed: tuple[st
 
 
 def unexpected_tensors(tensors: dict[str, TensorEntry], structure: ModelStructure) -> Iterator[Finding]:
-    """Adapters left in the weights, and tensors that the architecture has and the files lack.
+    """Adapters left in the weights, and tensors that the architecture has but the files lack.
 
-    Experts that transformers holds stacked are left out: no checkpoint has these names.
+    Experts that transformers holds as one stacked tensor are skipped: no checkpoint has these names.
     """
     for name in sorted(tensors):
         if "lora_" in name or ".base_layer." in name:

@@ -1,13 +1,13 @@
-"""What an export consists of: safetensors written as a stream, and everything of a checkpoint that is not a weight.
+"""Writes the files of an export: safetensors as a stream, and all files of a checkpoint that are not weights.
 
-`safetensors.torch.save_file` wants the whole file in memory. The plan knows every dtype and shape beforehand, so the
-header can be written first, and memory is that of some blocks of rows, whatever the size of a shard or a weight. The
-source is read once for both: what is written of a block is what the linter has seen of it. The format: 8 bytes of
-header length (little endian), a JSON header, then tensor data without holes.
+`safetensors.torch.save_file` needs the whole file in memory. The plan knows every dtype and shape in advance, so the
+header can be written first, and only a few blocks of rows are in memory, whatever the size of a shard or a weight. The
+source is read once for linting and writing, so what is written is exactly what was linted. The format: 8 bytes of
+header length (little endian), a JSON header, then tensor data without gaps.
 
 Tokenizer, chat template, generation config and licences are copied byte for byte: one character of a chat template
-decides whether a fine-tuned model answers as trained. config.json is an exception: only its two keys that this exporter
-owns may change. The other is `eos_token_id` of the generation config, where the end of the model's turns is missing.
+decides whether a fine-tuned model answers as trained. There are two exceptions: the two keys of config.json that this
+exporter owns, and `eos_token_id` of the generation config if it lacks the token that ends the model's turns.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ CONFIG_NAME = "config.json"
 def write_weights(
     plan: ExportPlan, root: Path, advance: Callable[[], None] = lambda: None, progress: ExportProgress | None = None
 ) -> list[Finding]:
-    """Write every shard of a plan, and the index when there is more than one; of each value it is asked if it is sound.
+    """Write and lint every shard of a plan, and the index if there is more than one shard.
 
     Args:
-        plan: one whose structure passed the linter.
+        plan: a plan whose structure passed the linter.
         root: where the shards are written.
         advance: called once per unit.
-        progress: what an earlier run has written, which is kept, and where each finished shard is noted.
+        progress: shards kept from an earlier run; each finished shard is recorded in it.
 
     Returns:
-        The linter's findings about values; where there are some, what was written is of no use.
+        The linter's findings about values; if there are any, the written files must be discarded.
 
     Raises:
         OutOfMemoryError: the disk is too small or fills up (exit code 15).
@@ -60,7 +60,7 @@ def write_weights(
     kept = frozenset() if progress is None else progress.finished
     todo = [(name, units) for name, units in zip(names, plan.shards, strict=True) if name not in kept]
     findings: list[Finding] = []
-    # A shard goes to the disk while the next one is written.
+    # A finished shard is flushed to disk while the next one is written.
     with (
         disk_guard(root, sum(unit.size_bytes for _, units in todo for unit in units)),
         ThreadPoolExecutor(1) as disk,
@@ -81,7 +81,7 @@ def write_weights(
 
 
 def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None], sound: bool) -> list[Finding]:
-    """Write a shard, unless the export is refused already (not `sound`); findings about its values."""
+    """Write a shard, unless the export has already been refused (not `sound`); returns findings about its values."""
     header, offsets = _layout([output for unit in units for output in unit.outputs])
     start = 8 + len(header)
     findings: list[Finding] = []
@@ -108,7 +108,7 @@ def _write_shard(path: Path, units: Sequence[Unit], advance: Callable[[], None],
 
 def _write_at(descriptor: int, place: int, tensor: Tensor) -> None:
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    while len(data):  # one call may write less than all
+    while len(data):  # one call may write only a part
         written = os.pwrite(descriptor, data, place)
         data, place = data[written:], place + written
 
@@ -121,7 +121,7 @@ def _flush(path: Path, progress: ExportProgress | None) -> None:
 
 
 def _layout(outputs: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int]]:
-    """The padded JSON header, and each tensor's offset into the data; wide dtypes first, for alignment."""
+    """The padded JSON header, and each tensor's offset into the data; wider dtypes first, for alignment."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     position = 0
@@ -135,10 +135,10 @@ def _layout(outputs: Sequence[TensorHeader]) -> tuple[bytes, dict[str, int]]:
 
 
 def _produce(unit: Unit, rows: range, block: Tensor) -> list[tuple[TensorHeader, int, Tensor]]:
-    """What a block of a unit's rows becomes: output, bytes into its data, and values; the codec applied to the source.
+    """The output of a block of a unit's rows: for each output tensor its header, the byte offset, and the values.
 
     Raises:
-        ValueError: values came out with another shape than planned (a defect of this exporter).
+        ValueError: the values have a different shape than planned (a bug in this exporter).
     """
     if unit.action is Action.QUANTIZE:
         tensors = list(quantize_weight(block, transposed=unit.transposed))
@@ -169,7 +169,7 @@ def _scale(unit: Unit) -> TensorEntry:
 
 
 def auxiliary_warnings(root: Path) -> list[str]:
-    """What serving will miss, in words for the manifest."""
+    """What the served model will lack, as warnings for the manifest."""
     names = {path.name for path in sidecar_files(root, SERVED_FILES)}
     if not any(name.startswith(("tokenizer", "vocab")) for name in names):
         return ["the source holds no tokenizer: the engine must be given one (--tokenizer)"]

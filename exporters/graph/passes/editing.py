@@ -1,4 +1,4 @@
-"""What passes are made of: their result, and the edits of a graph that several of them make."""
+"""Helpers for passes: their result type, and graph edits that several of them make."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from exporters.graph.trace import Product
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What one pass did, so that a caller can count, report and refuse."""
+    """What one pass changed, so that a caller can count, report or refuse it."""
 
-    name: str  # the pass
-    changed: tuple[str, ...]  # names of the layers, sites or nodes it rewrote, in its order
+    name: str  # name of the pass
+    changed: tuple[str, ...]  # names of the layers, sites or nodes that it rewrote, in order
 
 
 def add_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
-    """A stored tensor of that name, from a numpy array (ml_dtypes for the small types); the existing one if there.
+    """Add a stored tensor from a numpy array (ml_dtypes for small types), or return the existing one of that name.
 
     Raises:
-        ValueError: the name is taken by another tensor.
+        ValueError: another tensor has that name.
     """
     tensor = ir.tensor(array, name=name)
     existing = graph.initializers.get(name)
@@ -44,7 +44,7 @@ def add_initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
 
 
 def as_array(codes: Tensor) -> Any:
-    """Codes as numpy holds them: int8, or ml_dtypes' float8_e4m3fn; contiguous."""
+    """Codes as a contiguous numpy array: int8, or float8_e4m3fn of ml_dtypes."""
     import ml_dtypes
 
     if codes.dtype == torch.float8_e4m3fn:
@@ -56,10 +56,10 @@ def insert(
     graph: ir.Graph, before: ir.Node | None, op: str, inputs: Sequence[ir.Value | None], name: str, output: str,
     like: ir.Value | None, *, dtype: ir.DataType | None = None, attributes: Mapping[str, Any] | None = None,
 ) -> ir.Value:  # fmt: skip
-    """The output of a new node.
+    """Insert a new node and return its output.
 
-    It stands before a node, or at the end when `before` is None. `like` has the output's shape, and its type unless
-    `dtype` is given; None for no shape.
+    It is inserted before `before`, or at the end if that is None. The output gets the shape of `like`, and its type
+    unless `dtype` is given; no shape if `like` is None.
     """
     node = ir.node(op, inputs, attributes, name=name)
     value = node.outputs[0]
@@ -76,12 +76,12 @@ def insert(
 
 
 def cast(graph: ir.Graph, before: ir.Node | None, value: ir.Value, to: ir.DataType, node: str, output: str) -> ir.Value:
-    """A value in another type; the names of the Cast and of its output."""
+    """Cast a value to another type; `node` and `output` name the Cast and its output."""
     return insert(graph, before, "Cast", [value], node, output, value, dtype=to, attributes={"to": int(to)})
 
 
 def cast_outputs(graph: ir.Graph, suffix: str, dtype: ir.DataType | None = None) -> None:
-    """Outputs of the graph (of one type, if given) become float32 under their names; before that NAME/suffix."""
+    """Make outputs of the graph (of one type, if given) float32 under their names; the original becomes NAME/suffix."""
     for position, value in enumerate(list(graph.outputs)):
         if dtype is None or value.dtype == dtype:
             name = str(value.name)
@@ -93,11 +93,11 @@ def quantize_value(
     graph: ir.Graph, before: ir.Node, value: ir.Value, site: str, scale: Any, dtype: Any, *,
     bounds: tuple[Any, Any] = (None, None), axis: int | None = None, to: ir.DataType | None = None,
 ) -> ir.Value:  # fmt: skip
-    """The rounded form of a value: `[Clip,] QuantizeLinear, DequantizeLinear`, named after the site.
+    """Quantize and dequantize a value: `[Clip,] QuantizeLinear, DequantizeLinear`, named after the site.
 
-    `scale` is a number, `dtype` numpy's type of the codes. `bounds` are the smallest and largest number of a Clip
-    before it, None where it has none; without any there is no Clip. `axis` is written into both nodes, unless None; the
-    result has the value's own type when `to` is None.
+    `scale` is a number, `dtype` the numpy type of the codes. `bounds` are the minimum and maximum of a Clip before it,
+    each None if there is no such bound; without any there is no Clip. `axis` is set on both nodes, unless None; the
+    result has the value's own type if `to` is None.
     """
     stored = add_initializer(graph, f"{site}/scale", np.array(scale, np.float32))
     zero = add_initializer(graph, f"zero_{dtype.name}", np.zeros((), dtype))
@@ -118,20 +118,20 @@ def quantize_value(
 
 
 def hand_over(old: ir.Value, new: ir.Value) -> None:
-    """`new` takes the place and the name of `old`."""
+    """Replace `old` by `new`, which takes over its consumers and its name."""
     name = old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     old.name, new.name = None, name
 
 
 def drop_unused(graph: ir.Graph, value: ir.Value) -> None:
-    """Forget a stored tensor that nothing reads: no float copy of a weight may stay behind."""
+    """Remove a stored tensor without consumers: no float copy of a weight may be left behind."""
     if not value.uses() and not value.is_graph_output() and value.name is not None:
         graph.initializers.pop(value.name, None)
 
 
 def take_weight(graph: ir.Graph, product: Product) -> ir.Value:
-    """Take the float weight of a product out of the graph: its name may be the one that the codes get."""
+    """Remove the float weight of a layer from the graph, since its name may be needed for the codes."""
     old = product.node.inputs[1]
     assert old is not None
     product.node.replace_input_with(1, None)
@@ -140,7 +140,7 @@ def take_weight(graph: ir.Graph, product: Product) -> ir.Value:
 
 
 def stored_bias(product: ir.Node) -> ir.Node | None:
-    """The Add of a stored vector behind a product, if it is all that reads it."""
+    """The Add of a stored vector after a matrix multiplication, if it is the only consumer."""
     uses = product.outputs[0].uses()
     if len(uses) != 1:
         return None

@@ -1,15 +1,16 @@
-"""Passes of the exact format: float64 around integer products, and a GELU that ONNX Runtime has in float64.
+"""Passes of the exact format: float64 around integer matrix multiplications, and a GELU for ONNX Runtime in float64.
 
-`make_islands` is for a graph that was traced from a float64 model. What is not quantized runs in float64, and meets the
-quantizers' fp32 in one cast on each side. Codes, scales and the products of codes stay as ONNX Runtime's integer
-kernels want them: fp32 in, fp32 out. Each quantizer reads its value rounded to fp32 once, and each product of codes is
-widened as soon as it is scaled. (Why this makes results equal bit for bit: `fp8pipe/models/vision/exact.py`.)
+`make_islands` is for a graph that was traced from a float64 model. What is not quantized runs in float64, with a single
+cast to or from fp32 on each side of the quantized parts. Codes, scales and the multiplications of codes stay as ONNX
+Runtime's integer kernels need them: fp32 in, fp32 out. Each quantizer reads its value rounded once to fp32, and each
+result of a multiplication of codes is converted to float64 right after scaling. (Why this makes results equal bit for
+bit: `fp8pipe/models/vision/exact.py`.)
 
-`expand_gelus` makes GELU out of operators that ONNX Runtime has in float64. It has no Erf there.
+`expand_gelus` builds GELU from operators that ONNX Runtime has in float64. It has no Erf there.
 
     gelu(x) = x Phi(x) = max(x, 0) - |x| / 2 * erfc(|x| / sqrt(2))
 
-with erfc(z) = t exp(P(2t - 1) - z^2), t = 2 / (2 + z), for z >= 0: what is left for the polynomial is smooth, so
+with erfc(z) = t exp(P(2t - 1) - z^2), t = 2 / (2 + z), for z >= 0: the function left for the polynomial is smooth, so
 degree 22 interpolates it at Chebyshev nodes to 1e-14. There is no branch, and no cancellation on either side.
 """
 
@@ -33,12 +34,12 @@ COEFFICIENTS: Final = (
     -1.6339025260885658e-06, 8.628311384793214e-07, 1.258701124005832e-07, -1.1973948541866697e-07,
     7.0753942608185435e-09,
 )  # fmt: skip
-# The largest |x| / sqrt(2) that is told apart: erfc is 6e-307 there, and its product with any fp32 number nothing.
+# |x| / sqrt(2) is clamped to this: erfc is 6e-307 there, and its product with any fp32 number is negligible.
 _FAR: Final = 26.5
 
 
 def expand_gelus(model: ir.Model) -> Change:
-    """Replace every exact Gelu of float64 values, in place. The tanh form is left: ONNX Runtime has Tanh in float64."""
+    """Replace every exact Gelu of float64 values, in place. The tanh form stays: ONNX Runtime has Tanh in float64."""
     changed = []
     for node in list(model.graph):
         value = node.inputs[0] if node.op_type == "Gelu" else None
@@ -89,7 +90,7 @@ def make_islands(traced: FloatGraph) -> Change:
 
 
 def _narrow_input(graph: ir.Graph, quantize: ir.Node) -> str:
-    """fp32 before a quantizer, and before the Clip that belongs to it."""
+    """Cast to fp32 before a quantizer, and before its Clip."""
     first, value = quantize, quantize.inputs[0]
     assert value is not None
     producer = value.producer()
@@ -102,7 +103,7 @@ def _narrow_input(graph: ir.Graph, quantize: ir.Node) -> str:
 
 
 def _widen(graph: ir.Graph, product: ir.Node) -> str:
-    """float64 behind a product of codes."""
+    """Cast to float64 after a multiplication of codes."""
     output = product.outputs[0]
     uses = [*output.uses()]
     output.type = ir.TensorType(ir.DataType.FLOAT)
@@ -116,7 +117,7 @@ def _widen(graph: ir.Graph, product: ir.Node) -> str:
 
 
 def _narrow_ends(graph: ir.Graph) -> list[str]:
-    """fp32 pixels in, fp32 logits out, under their names."""
+    """Make the pixels (input) and logits (output) fp32 under their names."""
     for value in graph.inputs:
         value.type = ir.TensorType(ir.DataType.FLOAT)
         readers = [(node, index) for node, index in value.uses()]

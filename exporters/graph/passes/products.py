@@ -1,14 +1,14 @@
-"""Passes: products are plain MatMuls, named after their layers; and nothing of the machine that exported them stays.
+"""Passes that turn layers into plain MatMuls, name them, and remove metadata of the exporting machine.
 
-`split_gemms`: engines run a quantized MatMul on integers and add a float bias afterwards; a quantized Gemm has to have
-a quantized bias, or none of it is integer. So no product keeps its bias inside.
+`split_gemms`: engines run a quantized MatMul in integers and add a float bias afterwards; a quantized Gemm must have a
+quantized bias, or it does not run in integers at all. So no matrix multiplication keeps its bias inside.
 
-`unfold_patches`: the convolution of a patch embedding steps as far as its kernel reaches, so every patch is multiplied
-once by one matrix. Engines have few kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the builder
-silently takes half precision), and every kernel for products. Pixels are rearranged before their quantizer, which works
-number by number: the codes are the same ones, in another order.
+`unfold_patches`: the stride of a patch embedding's convolution equals its kernel size, so every patch is multiplied
+once by the same matrix. Engines have few kernels for such convolutions (for FP8 with a 14 x 14 kernel, none: the
+builder silently uses half precision), but all kernels for matrix multiplications. Pixels are rearranged before their
+quantizer, which is elementwise: the codes are the same in another order.
 
-`name_products`: names are how everything after the export (comparison, engine reports, people) finds a layer again.
+`name_products`: everything after the export (comparisons, engine reports, people) finds a layer by its name.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _split_gemm(graph: ir.Graph, product: Product) -> ir.Node:
 
 
 def unfold_patches(traced: FloatGraph) -> Change:
-    """Replace the convolution of every patch embedding that can be, in place.
+    """Replace the convolution of every patch embedding that can be replaced, in place.
 
     One with overlapping patches, padding or groups stays a convolution.
     """
@@ -92,7 +92,7 @@ def _unfoldable(conv: ir.Node) -> bool:
 
 
 def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
-    """The product's MatMul; behind it the convolution's bias and layout."""
+    """The MatMul; the convolution's bias and layout follow it."""
     conv = product.node
     pixels, weight = conv.inputs[0], conv.inputs[1]
     assert pixels is not None
@@ -107,14 +107,14 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
     def add(
         op: str, operands: Sequence[ir.Value | None], what: str, sides: Sequence[Any] | None, **form: Any
     ) -> ir.Value:
-        """A value called `NAME/what`, of the convolution's type, before the convolution."""
+        """A value named `NAME/what`, of the convolution's type, before the convolution."""
         called = f"{name}/{what}"
         value = insert(graph, conv, op, operands, called, called, conv.outputs[0], attributes=form)
         value.shape = None if sides is None else ir.Shape(sides)
         return value
 
     def reshape(value: ir.Value, what: str, *sides: int) -> ir.Value:
-        """The batch stays."""
+        """Reshape all axes but the batch."""
         stored = add_initializer(graph, f"{name}/{what}/shape", np.array((0, *sides), np.int64))
         return add("Reshape", [value, stored], what, (batch, *sides))
 
@@ -139,7 +139,7 @@ def _unfold(graph: ir.Graph, product: Product) -> ir.Node:
 
 
 def name_products(traced: FloatGraph) -> Change:
-    """Name products and their bias after their layers: `NAME/MatMul`, `NAME/Add`, `NAME/qk`, ..."""
+    """Name matrix multiplications and their bias after their layers: `NAME/MatMul`, `NAME/Add`, `NAME/qk`, ..."""
     for product in traced.products:
         product.node.name = product.name + SUFFIXES[product.kind]
         output = product.node.outputs[0]
@@ -155,7 +155,7 @@ def name_products(traced: FloatGraph) -> Change:
 
 
 def strip_metadata(model: ir.Model) -> Change:
-    """Drop the exporter's notes (they hold paths of this machine), dead nodes and dead tensors."""
+    """Remove the exporter's metadata (it contains paths of this machine), dead nodes and dead tensors."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     stripped = []
@@ -181,6 +181,6 @@ def strip_metadata(model: ir.Model) -> Change:
 
 
 def _name(value: ir.Value, name: str) -> None:
-    """Outputs of the whole graph keep their name."""
+    """Rename a value, unless it is an output of the whole graph."""
     if not value.is_graph_output():
         value.name = name

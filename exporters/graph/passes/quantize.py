@@ -1,22 +1,22 @@
-"""Passes: weights become their codes and one DequantizeLinear, activations are rounded where the products read them.
+"""Passes that replace weights by codes with a DequantizeLinear, and quantize activations where layers read them.
 
-Codes are stored as the engine multiplies them: transposed to (in, out) for MatMul, so that nothing stands between
-DequantizeLinear and the product. Narrow integer codes lie in INT8: with INT4 beside INT8 activations no engine here
-multiplies integers. INT4 is for weights beside float activations.
+Codes are stored in the layout in which the engine multiplies them: transposed to (in, out) for MatMul, so that nothing
+lies between DequantizeLinear and the MatMul. Integer codes of fewer bits are stored as INT8: no supported engine
+multiplies INT4 weights by INT8 activations in integers. INT4 is for weights with float activations.
 
-An activation's grid narrower than INT8, or one that is not symmetric, is a Clip to its own range followed by INT8 with
-zero point 0: the same codes, in a form that engines without zero points take. No Clip stands where it could change
-nothing: at an end where INT8 saturates, and below zero after a softmax. Engines fuse attention only without it.
+An activation grid that is narrower than INT8, or asymmetric, is a Clip to its own range followed by INT8 with zero
+point 0: the same codes, in a form for engines without zero points. Bounds that would have no effect are left out: where
+INT8 saturates anyway, and below zero after a softmax. Engines fuse attention only without a Clip.
 
-Readers of one value with one quantizer share one pair, or have one each: ONNX Runtime multiplies integers only where
-the pair has a single reader, and merges equal pairs before it looks. So separate pairs differ in their `axis`,
-which means nothing beside one scale per tensor.
+Consumers of one value with the same quantizer either share one pair or have one each: ONNX Runtime multiplies integers
+only if the pair has a single consumer, and merges equal pairs before it checks. So separate pairs differ in their
+`axis`, which has no meaning with one scale per tensor.
 
-NVFP4 weights and activations have the form from which TensorRT makes four-bit products. A weight is stored as E2M1
-codes (in, out), E4M3 scales of blocks of 16 inputs, and a tensor scale. One DequantizeLinear turns the scales into
-the graph's float type, a second one the codes. An activation is rounded by TRT_FP4DynamicQuantize, which makes block
-scales while it runs, and is dequantized in the same two steps. The operator is TensorRT's own (domain `trt`), and
-FLOAT4E2M1 wants opset 23.
+NVFP4 weights and activations have the form that TensorRT turns into four-bit matrix multiplications. A weight is stored
+as E2M1 codes (in, out), E4M3 scales for blocks of 16 inputs, and a tensor scale. One DequantizeLinear converts the
+scales to the graph's float type, a second one the codes. An activation is quantized by TRT_FP4DynamicQuantize, which
+computes block scales at run time, and is dequantized in the same two steps. The operator is TensorRT's own (domain
+`trt`), and FLOAT4E2M1 needs opset 23.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fp8pipe.numerics.nvfp4 import BLOCK, BlockCodes, BlockQuantizer
 from fp8pipe.numerics.quantizers import INT8_MAX, INT8_MIN, ActivationQuantizer, WeightCodes
 
 FP4_OPSET: Final = 23
-_IR_VERSION: Final = 11  # the first with FLOAT4E2M1 in opset 23
+_IR_VERSION: Final = 11  # the first IR version with FLOAT4E2M1, for opset 23
 _DEFAULT_AXIS: Final = 1
 Q = TypeVar("Q", ActivationQuantizer, BlockQuantizer)
 
@@ -52,13 +52,13 @@ def quantize_weights(
     block: int | None = None,
     zero_points: bool = False,
 ) -> Change:
-    """Replace the stored operand of every layer of `weights`; the float tensor is removed.
+    """Replace the stored operand of every layer in `weights` by codes; the float tensor is removed. In place.
 
-    The graph is without Gemm (see `split_gemms`), and changed in place. With `int4` codes of at most 4 bits are stored
-    as INT4, and with `block` every scale is repeated for each so many inputs, for engines that take INT4 in blocks
-    alone; a layer whose inputs are no multiple of it, and a convolution, is stored in INT8. `zero_points` stores those
-    of INT8 codes, 0 for every channel: ONNX Runtime turns INT8 weights into UINT8 for CPUs whose INT8 products
-    saturate, and makes a wrong shape up otherwise.
+    The graph must be without Gemm (see `split_gemms`). With `int4`, codes of at most 4 bits are stored as INT4; with
+    `block`, every scale is repeated for each block of that many inputs, for engines that accept INT4 only in blocks. A
+    layer whose number of inputs is not a multiple of `block`, and a convolution, is then stored as INT8. `zero_points`
+    stores the zero points of INT8 codes, 0 for every channel: on CPUs whose INT8 kernels saturate, ONNX Runtime
+    converts INT8 weights to UINT8, and gives missing zero points a wrong shape.
     """
     changed = []
     for product in traced.products:
@@ -84,7 +84,7 @@ def _replace(
     operands = [add_initializer(graph, name, codes), add_initializer(graph, f"{name}_scale", scales)]
     if zero_points and codes.dtype == np.int8:
         operands.append(add_initializer(graph, f"{name}_zero_point", np.zeros(scales.shape, np.int8)))
-    # The scales are fp32 in a float64 graph, too.
+    # The scales stay fp32 even in a float64 graph.
     dtype = ir.DataType.FLOAT if old.dtype == ir.DataType.DOUBLE else None
     names = f"{name}/DequantizeLinear", f"{name}/dequantized"
     value = insert(graph, product.node, "DequantizeLinear", operands, *names, old, dtype=dtype, attributes=form)
@@ -92,7 +92,7 @@ def _replace(
 
 
 def operand_sites(product: Product, structure: VitStructure) -> dict[int, str]:
-    """The activation site of each operand of a product, by its position."""
+    """The activation site of each operand of a layer, by its position."""
     if product.kind is ProductKind.QK:
         return {0: f"{product.name}.q", 1: f"{product.name}.k"}
     if product.kind is ProductKind.AV:
@@ -104,7 +104,7 @@ def operand_sites(product: Product, structure: VitStructure) -> dict[int, str]:
 def _quantized_operands(
     traced: FloatGraph, structure: VitStructure, activations: Mapping[str, Q]
 ) -> Iterator[tuple[Product, int, str, ir.Value, Q]]:
-    """Product, position, site, value and quantizer of every operand whose site has one, in the graph's order."""
+    """Layer, position, site, value and quantizer of every operand whose site has a quantizer, in the graph's order."""
     for product in traced.in_graph_order():
         for position, site in operand_sites(product, structure).items():
             quantizer, value = activations.get(site), product.node.inputs[position]
@@ -117,7 +117,7 @@ def quantize_activations(
 ) -> Change:
     """Insert `[Clip,] QuantizeLinear, DequantizeLinear` before every operand whose site has a quantizer.
 
-    `share`: one pair for all readers of one value with one quantizer; otherwise one each, named after it. The
+    `share`: one pair for all consumers of one value with the same quantizer; otherwise one each, named after it. The
     change names the pairs, in the graph's order.
     """
     pairs: dict[tuple[ir.Value, ActivationQuantizer], ir.Value] = {}
@@ -137,7 +137,7 @@ def quantize_activations(
 
 
 def _axis(readers: int, value: ir.Value) -> int | None:
-    """An axis that no earlier pair of this value has; None, which means the default, for the first."""
+    """An axis that no earlier pair of this value has; None, the default axis, for the first."""
     rank = len(value.shape) if value.shape is not None else 1
     axes = [None, *(axis for axis in range(-rank, rank) if axis != _DEFAULT_AXIS)]
     return axes[readers % len(axes)]
@@ -146,7 +146,7 @@ def _axis(readers: int, value: ir.Value) -> int | None:
 def _insert(
     graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: ActivationQuantizer, site: str, axis: int | None
 ) -> ir.Value:
-    """The dequantized form of `value`."""
+    """Insert a pair and return the dequantized `value`."""
     integer = quantizer.kind is Kind.INT
     return quantize_value(
         graph, before, value, site, quantizer.scale, np.dtype(np.int8 if integer else ml_dtypes.float8_e4m3fn),
@@ -155,7 +155,7 @@ def _insert(
 
 
 def _bounds(quantizer: ActivationQuantizer, value: ir.Value) -> tuple[np.float32 | None, np.float32 | None]:
-    """Clip's bounds: the values of the smallest and largest code; none where INT8 itself saturates there."""
+    """The Clip bounds, which are the values of the smallest and largest code; None where INT8 itself saturates."""
     scale, producer = np.float32(quantizer.scale), value.producer()
     never_negative = producer is not None and producer.op_type == "Softmax"
     low = None if quantizer.low == INT8_MIN or never_negative else np.float32(quantizer.low) * scale
@@ -163,7 +163,7 @@ def _bounds(quantizer: ActivationQuantizer, value: ir.Value) -> tuple[np.float32
 
 
 def raise_opset(model: ir.Model, *, activations: bool) -> Change:
-    """Declare what NVFP4 needs; in place. What the graph holds before has the same meaning in opset 21 and 23.
+    """Declare the opset and IR version that NVFP4 needs; in place. Existing operators keep their meaning.
 
     `activations`: whether TensorRT's own operator is used.
     """
@@ -175,7 +175,7 @@ def raise_opset(model: ir.Model, *, activations: bool) -> Change:
 
 
 def quantize_block_weights(traced: FloatGraph, weights: Mapping[str, BlockCodes]) -> Change:
-    """Replace the stored operand of every linear of `weights`; the float tensor is removed. In place, without Gemm."""
+    """Replace the stored operand of every linear in `weights` by codes, in place; the graph must be without Gemm."""
     changed = []
     for product in traced.products:
         if product.kind is ProductKind.LINEAR and product.name in weights:
@@ -199,7 +199,7 @@ def _replace_blocks(graph: ir.Graph, product: Product, weight: BlockCodes) -> No
 def quantize_block_activations(
     traced: FloatGraph, structure: VitStructure, activations: Mapping[str, BlockQuantizer]
 ) -> Change:
-    """Round the inputs of linears whose site has a quantizer, in place; readers of one value share it."""
+    """Quantize the inputs of linears whose site has a quantizer, in place; consumers of one value share the result."""
     found: dict[tuple[ir.Value, BlockQuantizer], ir.Value] = {}
     changed = []
     for product, position, site, value, quantizer in _quantized_operands(traced, structure, activations):
@@ -226,7 +226,7 @@ def _round(graph: ir.Graph, before: ir.Node, value: ir.Value, quantizer: BlockQu
 def _dequantize(
     graph: ir.Graph, before: ir.Node, stored: tuple[ir.Value, ir.Value, ir.Value], name: str, like: ir.Value, axis: int
 ) -> ir.Value:
-    """The float32 value of codes, block scales and tensor scale: block scales are dequantized first, then codes."""
+    """Dequantize codes to float32: first the block scales by the tensor scale, then the codes."""
     codes, blocks, scale = stored
     scales = f"{name}/scales"
     inner = insert(

@@ -1,12 +1,13 @@
-"""Static activation scales from what every linear reads on real text, and how well a model predicts with them.
+"""Calibrates static activation scales on real text, and measures how well a model predicts with them.
 
-Magnitudes are counted exactly, by their 15 bits in bfloat16: one pass, any order, a fixed size, and clipping,
-percentiles and squared errors of any scale follow afterwards. The scale is a power of two: dividing by it rounds
-nothing, so the codes are the same whether an engine divides in half precision or in single. That costs less than one of
-E4M3's 18 binades. Where a scale comes from `amax`, nothing that was seen is clipped.
+Input magnitudes are counted exactly, in a histogram with one bin per bfloat16 magnitude (15 bits): one pass, in any
+order, with fixed memory, from which the clipped share, percentiles and squared error of any scale can be computed
+afterwards. The scale is a power of two: dividing by it is exact, so the codes are the same whether an engine divides in
+half or in single precision. That costs less than one of E4M3's 18 binades. Scales computed from `amax` clip nothing
+that was seen in calibration.
 
-The artifact is served with one dynamic scale per token. Static scales are another function, so no comparison of codes
-can prove that they serve; a perplexity of held-out answers can.
+The artifact is served with one dynamic scale per token. Static scales define a different function, so comparing codes
+cannot show that they are good enough; the perplexity on held-out answers can.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from fp8pipe.numerics.grids import E4M3, amax_scale
 
 _BINS: Final = 1 << 15  # bfloat16 without its sign
 _CLIPPED: Final = 1e-5  # share of values that `percentile` may clip
-_BINADES: Final = 12  # how far below amax `mse` looks
-# FP16 holds these powers of two exactly.
+_BINADES: Final = 12  # how many binades below amax `mse` searches
+# The powers of two that FP16 represents exactly.
 _SMALLEST, _LARGEST = -24, 15
 
 
 @dataclass(slots=True)
 class InputCounts:
-    """Magnitudes that one input took."""
+    """Histogram of the magnitudes of one input."""
 
-    # `(32768,)` int64, by bfloat16 bits of the magnitude
+    # `(32768,)` int64, indexed by the bfloat16 bits of the magnitude
     counts: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
-    amax: float = 0.0  # the largest, exact
+    amax: float = 0.0  # the largest magnitude, exact
 
     def add(self, x: Tensor) -> None:
-        """Count a tensor of any shape and float dtype."""
+        """Count the values of a tensor of any shape and float dtype."""
         magnitude = x.detach().abs()
         largest = float(magnitude.max())
         self.amax = largest if math.isnan(largest) else max(self.amax, largest)
@@ -53,22 +54,22 @@ class InputCounts:
 
     @property
     def total(self) -> int:
-        """Values seen."""
+        """Number of values seen."""
         return int(self.counts.sum())
 
     def clipped(self, scale: float) -> float:
-        """Share of values beyond the range of E4M3 on this scale."""
+        """Share of values that exceed the range of E4M3 with this scale."""
         return float(self.counts[_magnitudes() > E4M3.max * scale].sum()) / max(1, self.total)
 
     def error(self, scale: float) -> float:
-        """Mean squared error of rounding to E4M3 on this scale."""
+        """Mean squared error of rounding to E4M3 with this scale."""
         values = _magnitudes().double()
         rounded = E4M3.cast(values / scale).double() * scale
         seen = self.counts > 0
         return float(((values - rounded)[seen].square() * self.counts[seen]).sum()) / max(1, self.total)
 
     def quantile(self, beyond: float) -> float:
-        """The magnitude that a share of `beyond` exceeds."""
+        """The magnitude that is exceeded by a share `beyond` of the values."""
         above = self.counts.flip(0).cumsum(0).flip(0)
         return min(self.amax, float(_magnitudes()[int((above > beyond * self.total).nonzero().max())]))
 
@@ -76,7 +77,7 @@ class InputCounts:
 def count_inputs(model: nn.Module, layers: Sequence[str], text: Sequence[Encoded]) -> dict[str, InputCounts]:
     """Run text through a model and count the inputs of its linears.
 
-    The model is in evaluation mode; the text is run one sequence at a time, without padding. Layers that read one
+    The model must be in evaluation mode; sequences are run one at a time, without padding. Layers that read the same
     tensor share one object.
 
     Raises:
@@ -97,7 +98,7 @@ def count_inputs(model: nn.Module, layers: Sequence[str], text: Sequence[Encoded
 
 
 def static_scale(counts: InputCounts, method: Calibration) -> InputScale:
-    """The smallest power of two that covers the range which the method asks for."""
+    """The smallest power of two that covers the range determined by the method."""
     covering = _power_of_two(counts.amax / E4M3.max)
     if method is Calibration.AMAX:
         scale = covering
@@ -110,7 +111,7 @@ def static_scale(counts: InputCounts, method: Calibration) -> InputScale:
 
 
 def scales_by_layer(counts: Mapping[str, InputCounts], method: Calibration) -> dict[str, InputScale]:
-    """`static_scale` of every layer; layers that share their counts share the result."""
+    """`static_scale` of every layer; layers that share counts share the result."""
     found: dict[int, InputScale] = {}
     for count in counts.values():
         if id(count) not in found:
@@ -120,7 +121,7 @@ def scales_by_layer(counts: Mapping[str, InputCounts], method: Calibration) -> d
 
 @contextmanager
 def pre_hooks(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """While active, each named module's input passes its function first, which may give another one in its place."""
+    """Within this context, each named module's input is passed to its function, which may return a replacement."""
 
     def hook(function: Callable[[Tensor], Tensor | None]) -> Any:
         def run(module: nn.Module, args: Any) -> Any:
@@ -138,7 +139,7 @@ def pre_hooks(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | 
 
 
 def _observers(layers: Sequence[str], groups: dict[str, InputCounts]) -> dict[str, Callable[[Tensor], None]]:
-    last: list[tuple[Tensor, InputCounts]] = []  # the tensor itself is kept, so that its identity means something
+    last: list[tuple[Tensor, InputCounts]] = []  # holds a reference to the tensor, so that its identity stays unique
 
     def observe(name: str, x: Tensor) -> None:
         if last and last[0][0] is x:
@@ -157,12 +158,12 @@ def _magnitudes() -> Tensor:
 
 
 def _power_of_two(least: float) -> float:
-    """The smallest power of two that is not below `least` and that FP16 holds."""
+    """The smallest power of two that is at least `least` and representable in FP16."""
     exponent = _SMALLEST if least <= 0 else math.ceil(math.log2(least))
     return 2.0 ** min(max(exponent, _SMALLEST), _LARGEST)
 
 
-# Texts scored together: what a graph dequantizes, it dequantizes once for all of them.
+# Number of texts scored per batch: a graph dequantizes its weights once per batch.
 BATCH = 8
 
 
@@ -170,16 +171,16 @@ BATCH = 8
 class Score:
     """Negative log-likelihoods of answer tokens."""
 
-    losses: Tensor  # `(tokens,)` fp32, nats; two scores of one text have the same order
+    losses: Tensor  # `(tokens,)` fp32, nats; two scores of the same text have the same order
 
     @property
     def tokens(self) -> int:
-        """Answer tokens."""
+        """Number of answer tokens."""
         return self.losses.numel()
 
     @property
     def nats(self) -> float:
-        """Mean loss of a token."""
+        """Mean loss per token."""
         return float(self.losses.double().mean())
 
     @property
@@ -188,25 +189,25 @@ class Score:
         return math.exp(self.nats)
 
     def error_against(self, other: Score) -> float:
-        """Standard error of the difference of both means, nats, token by token."""
+        """Standard error of the difference of the two means, nats, from per-token differences."""
         difference = self.losses.double() - other.losses.double()
         return float(difference.std() / math.sqrt(self.tokens)) if self.tokens > 1 else math.inf
 
 
 def score_torch(model: nn.Module, text: Sequence[Encoded]) -> Score:
-    """Score a model of transformers."""
+    """Score a transformers model."""
     with torch.no_grad():
         return score(text, lambda ids: model(input_ids=ids, use_cache=False).logits)
 
 
 def score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
-    """Score anything that gives `(batch, tokens, vocabulary)` logits for `(batch, tokens)` ids."""
+    """Score any function that returns `(batch, tokens, vocabulary)` logits for `(batch, tokens)` ids."""
     losses = []
     ordered = sorted(text, key=lambda example: len(example.input_ids))
     for start in range(0, len(ordered), BATCH):
         part = ordered[start : start + BATCH]
         longest = len(part[-1].input_ids)
-        # What stands behind a text has no influence on it: no token sees a later one.
+        # Padding after a text has no effect: no token attends to later ones.
         ids = torch.tensor([[*x.input_ids, *[0] * (longest - len(x.input_ids))] for x in part])
         labels = torch.tensor([[*x.labels, *[IGNORED] * (longest - len(x.labels))] for x in part])[:, 1:]
         keep = labels != IGNORED
@@ -217,7 +218,7 @@ def score(text: Sequence[Encoded], logits: Callable[[Tensor], Tensor]) -> Score:
 
 @contextmanager
 def dynamic_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
-    """While active, inputs of `layers` are rounded to E4M3 with one scale per token, `amax / 448`, as engines do."""
+    """Within this context, inputs of `layers` are rounded to E4M3 with one scale per token, `amax / 448`."""
 
     def rounded(x: Tensor) -> Tensor:
         values = x.float()

@@ -1,4 +1,4 @@
-"""The whole export of a language model: scales from text, graph, proof, engines, and what the builder says of them."""
+"""The complete export of a language model: calibration, graph, validation, engines, and what the builder reports."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ if TYPE_CHECKING:
 
 DATA_FILE: Final = "model.onnx.data"
 SCALES_FILE: Final = "activation_scales.json"
-# A protobuf message ends at 2 GB; larger tensors lie beside it.
+# A protobuf message is limited to 2 GB; larger tensors are stored in a separate file.
 _INLINE_BYTES: Final = 1_500_000_000
-_WORKSPACE_MIB: Final = 4096  # of the builder elsewhere
-# Largest share of an input's values that may lie beyond its static range.
+_WORKSPACE_MIB: Final = 4096  # scratch memory for a builder on another machine
+# Largest share of an input's values that may exceed its static range.
 _CLIPPED: Final = 1e-3
 _CARD: Final = CardFacts(
     "tensorrt", "TensorRT", ENGINE_LIMITS,
@@ -70,18 +70,18 @@ _CARD: Final = CardFacts(
 
 
 def export_language(source: Path, output: Path, options: LanguageExportOptions) -> Artifact:
-    """Write a FALQON artifact for TensorRT.
+    """Export a FALQON artifact to TensorRT.
 
-    `source` is an artifact of kind `falqon`; `output` gets `model.onnx`, `activation_scales.json`, `engines/`,
-    `layers.json`, config and tokenizer files, and a manifest with every gate.
+    `source` is an artifact of kind `falqon`; `output` receives `model.onnx`, `activation_scales.json`, `engines/`,
+    `layers.json`, config and tokenizer files, and a manifest with all gates.
 
     Raises:
         ConfigurationError: unusable output, text or model.
-        BadArtifactError: an unfinished, damaged or other artifact.
-        LintFindingsError: findings on values or on the graph, before a builder is called; not committed.
+        BadArtifactError: an unfinished or damaged artifact, or one of another kind.
+        LintFindingsError: findings on values or on the graph, before a builder is called; nothing is committed.
         MissingCapabilityError: a package is missing.
-        GateFailedError: the written graph differs from the artifact, predicts worse, or is multiplied in another
-            precision; not committed.
+        GateFailedError: the written graph differs from the artifact, predicts worse, or runs in another precision;
+            nothing is committed.
     """
     check_place(output, force=options.force)
     import_onnx_package("onnxruntime")
@@ -134,7 +134,7 @@ def _write(root: Path, graph: DecoderGraph, model: LanguageModel, scales: Mappin
 def _prove(
     root: Path, model: LanguageModel, reference: PreTrainedModel, scales: Mapping[str, InputScale], text: ExportText
 ) -> tuple[tuple[ExportedLayer, ...], list[Gate]]:
-    """The written file against the artifact: numbers, then layers."""
+    """Compare the written file with the artifact: first numbers, then layers."""
     written = ir.load(root / MODEL_FILE)
     layers = read_layers(written)
     gates = number_gates(layers, written, model, scales)
@@ -147,19 +147,19 @@ def _prove(
 def _serve(
     root: Path, graph: DecoderGraph, text: ExportText, own: Score, options: LanguageExportOptions
 ) -> tuple[list[Gate], Score]:
-    """The whole graph in ONNX Runtime: perplexity, and the cache against none."""
+    """Run the whole graph in ONNX Runtime: perplexity, and decoding with the cache against whole sequences."""
     session = DecoderSession(root / MODEL_FILE, graph.cache, options.base)
     gate, served = perplexity_gate(session, list(text.heldout), own, required=options.require)
     gates = [gate]
     if graph.cache is not None:
-        del session  # two large graphs need not be loaded at once
+        del session  # two large graphs need not be in memory at once
         unrounded = unrounded_session(root / MODEL_FILE, graph.cache, options.base)
         gates += cache_gates(unrounded, list(text.heldout))
     return gates, served
 
 
 def _profiles(cache: CacheFacts | None, options: LanguageExportOptions) -> dict[str, Shapes]:
-    """Smallest, usual and largest shapes; the past may be empty."""
+    """Minimum, typical and maximum shapes; the past may be empty."""
     past = (0, *options.sequence[1:]) if cache is not None else (0, 0, 0)
     rows = list(zip(options.batch, options.sequence, past, strict=True))
     found = dict.fromkeys(("input_ids", "position_ids"), shapes((batch, new) for batch, new, _ in rows))
@@ -177,7 +177,7 @@ def _build(
     options: LanguageExportOptions,
     capability: str,
 ) -> tuple[Gate, dict[str, Any]]:
-    """One engine: whether it multiplies in FP8, and its entry for layers.json."""
+    """Build one engine; returns a gate on whether it multiplies in FP8, and its entry for layers.json."""
     file, nodes = engine_file(capability), [str(layer.node.name) for layer in layers]
     path = root / file
     path.parent.mkdir(exist_ok=True)

@@ -1,17 +1,17 @@
-"""A FALQON artifact as the graph that TensorRT builds well: its codes, static scales, float islands, and a cache.
+"""Makes the graph of a FALQON artifact in a form that TensorRT builds well: codes, static scales, float islands, cache.
 
-The model is traced in the type that the engine will compute in. transformers computes normalizations, the softmax's
-statistics and rotary angles in float32 whatever that type is, so their islands are in the trace as casts: nothing has
-to be converted, and no overflow added, afterwards.
+The model is traced in the dtype that the engine will compute in. transformers always computes normalizations, softmax
+statistics and rotary angles in float32, so these islands appear in the trace as casts. No conversion is needed
+afterwards, so none can introduce overflows.
 
-The mask is made here, from the attention mask and the positions: a sum of the logits with 0 or a finite negative number
-that FP16 holds. Minus infinity would turn a row of padding into NaN, and the smallest FP16 number plus a negative logit
-is minus infinity too. The attention then is a chain of product, factor, sum, softmax, product, which builders fuse.
+The mask is built here from the attention mask and the positions: 0 or a finite negative number that FP16 can represent
+is added to the logits. Minus infinity would turn a row of padding into NaN, and the most negative FP16 number plus a
+negative logit is minus infinity as well. Attention is then a chain of matmul, scaling, add, softmax, matmul, which
+builders can fuse.
 
-The passes are those of `exporters/graph`, and three more: static quantizers before linear layers, scales in the base
-type, and a tied head. Q/DQ
-pairs hold per-tensor scales. Queries, keys and values read one value of the graph, and so do gate and up: they share
-one pair, and the builder makes one product of each group.
+The passes are those of `exporters/graph`, plus three: static quantizers before linear layers, scales in the base type,
+and a tied head. Q/DQ pairs hold per-tensor scales. Queries, keys and values read the same value of the graph, and so do
+gate and up: each group shares one pair, and the builder merges it into one matrix multiplication.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 TORCH_TYPES = {Base.FP16: torch.float16, Base.FP32: torch.float32}
 LOGITS: Final = "logits"
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
-# exp of a logit so far below the others is 0 in float32, whatever a real logit is.
+# exp of a logit so far below the others is 0 in float32 for any realistic logits.
 _MASKED: Final = -10000.0
-# Lengths of the traced example: all different, and none 1, which the tracer would take for a constant.
+# Sizes of the traced example: all different and none 1, which the tracer would treat as a constant.
 _BATCH, _SEQUENCE, _PAST = 2, 5, 3
 _FP8: Final = np.dtype(ml_dtypes.float8_e4m3fn)
-_SCALE: Final = 1  # position among a quantizer's operands
+_SCALE: Final = 1  # index of the scale among a quantizer's operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,16 @@ class DecoderGraph:
     """The graph before it is written."""
 
     model: ir.Model  # strongly typed
-    changes: tuple[Change, ...]  # what the passes did
-    cache: CacheFacts | None  # none for a graph without one
+    changes: tuple[Change, ...]  # what the passes changed
+    cache: CacheFacts | None  # None for a graph without a cache
 
 
 def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base, *, cache: bool) -> DecoderGraph:
-    """Trace and rewrite: static activation scales by layer, the type of what is not quantized, with or without a cache.
+    """Trace and rewrite, given static activation scales by layer and the base type; with or without a cache.
 
     Raises:
-        ConfigurationError: it cannot be traced, or its layers are not found in the graph.
-        LintFindingsError: a scale or a tensor that FP16 does not hold.
+        ConfigurationError: the model cannot be traced, or its layers are not found in the graph.
+        LintFindingsError: a scale or a tensor that FP16 cannot represent.
     """
     dtype = TORCH_TYPES[base]
     decoder = model.torch_model(dtype)
@@ -78,8 +78,8 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
     traced = trace_decoder(decoder, list(model.weights), cache=cache)
     shape = cache_shape(decoder)
     changes = [
-        strip_metadata(traced.model),  # first: it takes the tracer's prefix off names, and ours have none
-        # The tracer makes a Gemm of a linear with a bias that reads two axes (OPT's MLP).
+        strip_metadata(traced.model),  # first: it removes the tracer's prefix, which our names lack
+        # The tracer uses a Gemm for linears with a bias and a two-dimensional input (OPT's MLP).
         *(change for change in [split_gemms(traced)] if change.changed),
         quantize_weights(traced, model.weights),
         quantize_inputs(traced, scales),
@@ -94,12 +94,12 @@ def decoder_graph(model: LanguageModel, scales: Mapping[str, float], base: Base,
 
 
 def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
-    """Insert `QuantizeLinear, DequantizeLinear` (E4M3) before every product's activation; one pair per value.
+    """Insert `QuantizeLinear, DequantizeLinear` (E4M3) before the activation of every linear; one pair per value.
 
-    Layers that read one value have one scale. The change names the pairs.
+    Layers that read the same value have the same scale. The change names the pairs.
 
     Raises:
-        ValueError: two layers read one value and have different scales.
+        ValueError: two layers read the same value and have different scales.
     """
     pairs: dict[ir.Value, tuple[float, ir.Value]] = {}
     changed = []
@@ -117,7 +117,7 @@ def quantize_inputs(traced: FloatGraph, scales: Mapping[str, float]) -> Change:
 
 
 def drop_quantizers(model: ir.Model) -> Change:
-    """Activations pass their quantizers unrounded: the same graph, without what makes it chaotic; in place."""
+    """Remove the quantizers of activations: the same graph without the rounding that makes it chaotic; in place."""
     changed = []
     for node in list(model.graph):
         quantize = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
@@ -128,10 +128,10 @@ def drop_quantizers(model: ir.Model) -> Change:
 
 
 def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:
-    """Scales take the type of what they dequantize to; their values do not change.
+    """Convert scales to the type that they dequantize to; their values do not change.
 
     Raises:
-        NotHalf: FP16 does not hold one exactly.
+        NotHalf: FP16 cannot represent one exactly.
     """
     changed = []
     for value in list(model.graph.initializers.values()):
@@ -149,9 +149,9 @@ def type_scales(model: ir.Model, dtype: ir.DataType) -> Change:
 
 
 def tie_head(model: ir.Model) -> Change:
-    """A stored matrix that is another one transposed becomes a Transpose of it: a tied head is stored once.
+    """Replace a stored matrix that is the transpose of another one by a Transpose of it: a tied head is stored once.
 
-    The tracer folds the transposition, so that the embedding would lie in the file twice.
+    The tracer folds the transposition, which would store the embedding twice in the file.
     """
     graph = model.graph
     embeddings = [n.inputs[0] for n in graph if n.op_type == "Gather" and n.inputs[0] is not None]
@@ -177,7 +177,7 @@ def _transposes(table: ir.Value, head: ir.Value) -> bool:
 
 
 def cache_shape(model: PreTrainedModel) -> CacheFacts:
-    """The shape of a model's cache."""
+    """The shape of a model's key/value cache."""
     config: Any = model.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -186,12 +186,12 @@ def cache_shape(model: PreTrainedModel) -> CacheFacts:
 
 
 def cache_names(layers: int, prefix: str = "past_key_values") -> list[str]:
-    """Names of the cache inputs, in order; those of the outputs begin with `present`."""
+    """Names of the cache inputs, in order; names of the outputs start with `present`."""
     return [f"{prefix}.{layer}.{what}" for layer in range(layers) for what in ("key", "value")]
 
 
 class _Decoder(nn.Module):
-    """Ids, mask and positions, and a cache where there is one, to float32 logits and the cache with the new tokens."""
+    """Maps ids, mask, positions, and a cache if there is one, to float32 logits and the extended cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -230,14 +230,14 @@ class _Decoder(nn.Module):
 def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool) -> FloatGraph:
     """Export a model in float, with dynamic batch, sequence and past.
 
-    The model is of transformers, in evaluation mode, with attention `eager`, in the type to compute in; it is not
-    changed. Of `layers` all must be there, once. With a cache, `past_key_values.{i}.key` (batch, heads, past, size) and
-    so on are inputs, `present.{i}.key` outputs; the past may be empty. Further inputs are `input_ids`, `attention_mask`
-    (over past and sequence), `position_ids`, int64; `logits` (batch, sequence, vocabulary) are float32. Products come
-    in the order of `layers`; others are not listed.
+    The model must be a transformers model in evaluation mode, with attention `eager`, in the dtype to compute in; it is
+    not changed. Each of `layers` must occur exactly once. With a cache, `past_key_values.{i}.key` (batch, heads, past,
+    size) and so on are inputs, `present.{i}.key` and so on are outputs; the past may be empty. Further inputs are
+    `input_ids`, `attention_mask` (over past and sequence) and `position_ids`, int64; `logits` (batch, sequence,
+    vocabulary) are float32. Matrix multiplications are listed in the order of `layers`; others are not listed.
 
     Raises:
-        ConfigurationError: the model cannot be traced, or a layer's product is not found.
+        ConfigurationError: the model cannot be traced, or a layer is not found in the graph.
         MissingCapabilityError: onnx, onnx-ir or onnxscript is not installed.
     """
     shape = cache_shape(model)
@@ -261,7 +261,7 @@ def trace_decoder(model: PreTrainedModel, layers: Sequence[str], *, cache: bool)
 
 
 def _name_ports(model: ir.Model, layers: int) -> None:
-    """Names and symbolic sides of inputs and outputs."""
+    """Names and symbolic dimensions of inputs and outputs."""
     graph = model.graph
     names = [*_INPUTS, *cache_names(layers)]
     for value, name in zip(graph.inputs, names, strict=True):

@@ -1,4 +1,4 @@
-"""What an export of a language model would write, from headers and the manifest: for dry runs."""
+"""The dry run of an export of a language model, from headers and the manifest."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fp8pipe.artifact.kinds import FALQON_KIND
 from fp8pipe.core.machine import free_bytes, resident_bytes
 from fp8pipe.core.plan import Missing, Plan, missing_disk, missing_memory, missing_packages
 
-# fp32 copies of all weights that live at once: the reference that is compared with, the written graph as read again,
-# and ONNX Runtime's session with what it dequantizes; and of the logits: the session's, numpy's and torch's. Fitted to
-# the phases of one run (SmolLM2). A checkpoint is written tensor by tensor beside the reference alone.
+# Number of fp32 copies of all weights that exist at once: the reference model, the written graph as read back, and ONNX
+# Runtime's session with its dequantized weights; and of the logits: those of the session, numpy and torch. Fitted to
+# the phases of one run (SmolLM2). A checkpoint is written tensor by tensor, with only the reference in memory.
 _GRAPH_COPIES: Final = 5.0
 _CHECKPOINT_COPIES: Final = 1.5
 _LOGITS_COPIES: Final = 4.7
@@ -29,10 +29,10 @@ _LOGITS_COPIES: Final = 4.7
 def plan_for_people(
     source: Path, output: Path, options: LanguageExportOptions | CalibrationOptions
 ) -> tuple[dict[str, Any], Plan]:
-    """The dry run: headers and manifests are read; nothing is linted, calibrated or traced.
+    """The dry run: reads headers and manifests; nothing is linted, calibrated or traced.
 
     Raises:
-        ConfigurationError: a source that cannot be used.
+        ConfigurationError: an unusable source.
         BadArtifactError: an unfinished or corrupt artifact.
     """
     plan, free = plan_export(source, VllmExportOptions()), free_bytes(output)
@@ -83,7 +83,7 @@ def plan_for_people(
 
 
 def _peak_memory(plan: ExportPlan, length: int, graph: bool) -> tuple[int, str]:
-    """Peak of host memory, bytes, for texts of `length` tokens, and how it was reckoned."""
+    """Peak host memory in bytes for texts of `length` tokens, and how it was estimated."""
     copies = _GRAPH_COPIES if graph else _CHECKPOINT_COPIES
     logits = BATCH * length * plan.source.config.get("vocab_size", 0) * 4 if graph else 0
     floats = 4 * sum(math.prod(unit.entry.shape) for unit in plan.units)

@@ -1,6 +1,7 @@
-"""Read the written graph again: every number against the artifact, every layer against exact sums, and the whole net.
+"""Reads the written graph back and checks it: all numbers, every layer, and the predictions of the whole model.
 
-In ONNX Runtime the graph predicts held-out text, whole sequences at once, or token by token with its cache.
+Numbers are compared with the artifact, layers with exact sums. In ONNX Runtime the graph predicts held-out text, as
+whole sequences or token by token with its cache.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from fp8pipe.numerics.kinds import Kind
 from fp8pipe.numerics.quantizers import ActivationQuantizer
 
 _FLOATS: Final = ("FLOAT", "FLOAT16")
-# Layers whose codes are compared in one session: what is cut out of the graph must fit one protobuf message.
+# Number of layers whose codes are compared in one session: the extracted part must fit into one protobuf message.
 _AT_ONCE: Final = 32
 
 
 def number_gates(
     layers: Sequence[ExportedLayer], graph: ir.Model, model: LanguageModel, scales: Mapping[str, InputScale]
 ) -> list[Gate]:
-    """Compare a graph that was read from its file with the artifact, and its scales with those measured.
+    """Compare a graph that was read from its file with the artifact, and its scales with the calibrated ones.
 
-    The gates' value is a count, and 0 passes.
+    The value of each gate is the number of differences; 0 passes.
     """
     by_name = {layer.name: layer for layer in layers}
     codes = weight_scales = inputs = 0
@@ -71,11 +72,11 @@ def number_gates(
 def layer_gates(
     layers: Sequence[ExportedLayer], graph: ir.Model, reference: nn.Module, example: Encoded
 ) -> tuple[list[Gate], list[LayerParity]]:
-    """Run every layer in ONNX Runtime on the input that it has in torch, and compare it with exact sums.
+    """Run every layer in ONNX Runtime on the input that it has in torch, and compare the output with exact sums.
 
-    The nodes, codes and scales are the file's; products add up in float64 (`exporters/tensorrt/parity.py`).
+    Nodes, codes and scales are those of the file; sums are in float64 (`exporters/tensorrt/parity.py`).
 
-    `graph` is changed in place: its stored tensors become float32, as `reference` is.
+    `graph` is changed in place: its stored tensors become float32, like those of `reference`.
     """
     _widen(graph)
     inputs = _inputs(layers, reference, example)
@@ -88,7 +89,7 @@ def layer_gates(
 
 
 def _inputs(layers: Sequence[ExportedLayer], reference: nn.Module, example: Encoded) -> dict[str, Any]:
-    """The float inputs of all layers, by their names in the cut graph."""
+    """The float inputs of all layers, by their names in the extracted graph."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, x: Tensor) -> None:
@@ -101,7 +102,7 @@ def _inputs(layers: Sequence[ExportedLayer], reference: nn.Module, example: Enco
 
 
 def _widen(graph: ir.Model) -> None:
-    """Stored FP16 tensors become float32, each number the same."""
+    """Convert stored FP16 tensors to float32; the values do not change."""
     for value in graph.graph.initializers.values():
         if value.dtype == ir.DataType.FLOAT16 and value.const_value is not None:
             value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=str(value.name))
@@ -109,7 +110,7 @@ def _widen(graph: ir.Model) -> None:
 
 
 def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], list[str], int]:
-    """Tensors of the artifact that are stored with other values; float matrices that are none of the artifact's."""
+    """Tensors of the artifact stored with different values; float matrices that the artifact lacks; number compared."""
     stored = {
         name: np.array(value.const_value.numpy())
         for name, value in graph.graph.initializers.items()
@@ -119,14 +120,14 @@ def _float_tensors(graph: ir.Model, model: LanguageModel) -> tuple[list[str], li
     different, compared, known = [], 0, set()
     for name, tensor in model.floats.items():
         names = [known_as[name].name]
-        names += [tied for tied, original in aliases.items() if original in names]  # the tracer takes either name
+        names += [tied for tied, original in aliases.items() if original in names]  # the tracer may use either name
         found = next((n for n in names if n in stored), None)
         wanted = tensor.float().numpy()
         if found is not None:
             compared += 1
             known.add(found)
             different += [] if _rounded_once(stored[found], wanted) else [name]
-        elif wanted.ndim > 1:  # a head is stored transposed, under a name of the tracer
+        elif wanted.ndim > 1:  # a head is stored transposed, under a name chosen by the tracer
             compared += 1
             match = [n for n, array in stored.items() if array.ndim > 1 and _rounded_once(array, wanted.T)]
             known.update(match)
@@ -142,20 +143,20 @@ def _first(names: Sequence[str]) -> str:
     return f"; the first: {names[0]}" if names else ""
 
 
-# How much worse than the artifact's own model a served graph may predict held-out text.
+# How much worse an exported graph may predict held-out text than the artifact's own model.
 PERPLEXITY_LIMIT = 0.01
 _ERRORS = 2
-# Largest difference of a logit decoded with the cache, over the largest logit.
+# Largest difference of a logit decoded with the cache, relative to the largest logit.
 CACHE_LIMIT = 1 / 30
-# Sequences, and tokens of each, that are decoded one by one.
+# Number of sequences, and of tokens in each, that are decoded one by one.
 _DECODED, _TOKENS = 2, 24
 _PROMPT = 4
 
 
 class DecoderSession:
-    """One graph, loaded; no settings but those of `open_session`.
+    """A loaded graph, with the default settings of `open_session`.
 
-    `cache` is the shape of its cache, none where it has none, and `base` the cache's type.
+    `cache` is the shape of its cache, None if it has none, and `base` the dtype of the cache.
     """
 
     def __init__(self, graph: Path, cache: CacheFacts | None, base: Base) -> None:
@@ -164,11 +165,11 @@ class DecoderSession:
         self.dtype = np.float16 if base is Base.FP16 else np.float32
 
     def logits(self, ids: Tensor) -> Any:
-        """Float32 logits `(batch, tokens, vocabulary)` of whole sequences `(batch, tokens)`."""
+        """Float32 logits `(batch, tokens, vocabulary)` for whole sequences `(batch, tokens)`."""
         return self._run(ids, self._empty(len(ids)), 0)[LOGITS]
 
     def decode(self, ids: Tensor, prompt: int) -> Any:
-        """The same, the first `prompt` tokens at once and the others one by one, each reading the cache."""
+        """The same logits, with the first `prompt` tokens at once and the others one by one, each reading the cache."""
         past, found = self._empty(len(ids)), []
         for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
             outputs = self._run(ids[:, start:end], past, start)
@@ -191,12 +192,13 @@ class DecoderSession:
 
 
 def perplexity_gate(session: DecoderSession, text: list[Encoded], own: Score, *, required: bool) -> tuple[Gate, Score]:
-    """Hold the graph to the artifact's own model on held-out answers.
+    """Compare the graph's perplexity on held-out answers with that of the artifact's own model.
 
-    Quantizing is chaotic: two correct engines differ by some percent in a logit, and by one or two in a perplexity on
-    little text. So what counts is the part of a worsening that is beyond two standard errors, taken token by token.
+    Quantization is chaotic: two correct engines differ by a few percent in a logit, and by one or two percent in
+    perplexity on a short text. So only the part of an increase beyond two standard errors of the per-token differences
+    counts.
 
-    `own` is the score of the artifact's model with dynamic scales; without `required` the gate is a figure.
+    `own` is the score of the artifact's model with dynamic scales; without `required` the gate is informational.
     """
     found = score(text, lambda ids: torch.from_numpy(np.asarray(session.logits(ids), np.float32)))
     error = found.error_against(own)
@@ -208,7 +210,7 @@ def perplexity_gate(session: DecoderSession, text: list[Encoded], own: Score, *,
 
 
 def unrounded_session(graph: Path, cache: CacheFacts, base: Base) -> DecoderSession:
-    """The written graph with its activation quantizers taken out, for `cache_gates`."""
+    """The written graph without its activation quantizers, for `cache_gates`."""
     model = ir.load(graph)
     drop_quantizers(model)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-graph-") as folder:
@@ -218,13 +220,13 @@ def unrounded_session(graph: Path, cache: CacheFacts, base: Base) -> DecoderSess
 
 
 def cache_gates(session: DecoderSession, text: list[Encoded]) -> list[Gate]:
-    """Decode token by token with the cache, and compare with the same sequences at once.
+    """Decode token by token with the cache, and compare with the same sequences run at once.
 
-    Sums of one row and of many are made in different orders. Through the quantizers of a deep model such a last bit
-    grows to percents of the logits, whatever the cache does; static scales round each number by itself, so a cache
-    that is right without them is right with them. Hence the session to give is `unrounded_session`. What remains is the
-    rounding of the base type; a thirtieth of the largest logit is far above it, and far below what a position, a mask
-    or a layer's cache in the wrong place does.
+    Sums over one row and over many rows are computed in different orders. The quantizers of a deep model amplify such a
+    difference in the last bit to percents of the logits, even if the cache is correct. Static scales quantize each
+    number independently, so a cache that is correct without quantizers is correct with them. Hence `unrounded_session`
+    is the session to pass. What remains is the rounding of the base type; a thirtieth of the largest logit is far above
+    it, and far below the effect of a wrong position, mask or cache entry.
     """
     worst, agreeing, tokens = 0.0, 0, 0
     for example in text[:_DECODED]:

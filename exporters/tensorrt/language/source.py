@@ -1,8 +1,9 @@
-"""What an export of a language model starts from: a FALQON artifact, and text.
+"""The input of an export of a language model: a FALQON artifact, and text.
 
-The artifact is opened as codes, scales and a model in torch: everything that its exports are compared with. The text is
-what an export calibrates on and is measured on, and never the same records. By default it is the data that the artifact
-was trained on, split as its training split it: scales come from training records, perplexities from held-out ones.
+The artifact is opened as codes, scales and a torch model, with which its exports are compared. The text is used for
+calibration and for measuring perplexity, never the same records for both. By default it is the data that the artifact
+was trained on, with the same split as in training: scales are calibrated on training records, perplexity is measured on
+held-out ones.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# What `finetune` takes when nothing is said.
+# The defaults of `finetune`.
 _FRACTION = 0.1
 LENGTH = 256
 _HELDOUT_LIMIT = 256
@@ -43,13 +44,13 @@ _HELDOUT_LIMIT = 256
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """One artifact, opened and linted."""
+    """An artifact that was opened and linted."""
 
     artifact: Artifact  # with its manifest
     plan: ExportPlan  # its tensors and their roles, from headers
     # codes by module, `(out, in)`; the scale has one value, `()`, or one per row, `(out,)`
     weights: Mapping[str, WeightCodes]
-    floats: Mapping[str, Tensor]  # all other tensors by their names in the checkpoint, as stored
+    floats: Mapping[str, Tensor]  # all other tensors as stored, by their names in the checkpoint
 
     @property
     def root(self) -> Path:
@@ -58,13 +59,13 @@ class LanguageModel:
 
     @property
     def per_tensor(self) -> bool:
-        """Whether every weight has one scale."""
+        """Whether every weight has one scale per tensor."""
         return all(weight.scale.dim() == 0 for weight in self.weights.values())
 
     def torch_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model of transformers with dequantized weights, in evaluation mode; every value rounded once to `dtype`.
+        """The transformers model with dequantized weights, in evaluation mode; every value rounded once to `dtype`.
 
-        Attention is the plain formula, whose products and softmax are visible to a tracer.
+        Attention uses the plain formula, whose matrix multiplications and softmax are visible to a tracer.
         """
         state = {name: tensor.to(dtype) for name, tensor in self.floats.items()}
         for unit in self.plan.units:
@@ -74,11 +75,11 @@ class LanguageModel:
 
 
 def open_language(source: Path) -> LanguageModel:
-    """Open an artifact of kind `falqon`, hash it, lint it and read it.
+    """Open an artifact of kind `falqon`, verify its hashes, lint it and read it.
 
     Raises:
         BadArtifactError: unfinished, damaged, or of another kind.
-        LintFindingsError: what no engine could serve rightly; see the rules of the export to vLLM.
+        LintFindingsError: what no engine could serve correctly; see the rules of the export to vLLM.
         ConfigurationError: an architecture that cannot be exported.
     """
     artifact = open_artifact(source, kind=FALQON_KIND)
@@ -97,7 +98,7 @@ def open_language(source: Path) -> LanguageModel:
 
 
 def _unreadable(plan: ExportPlan) -> list[Finding]:
-    """Weights that vLLM reads, and that neither a graph nor a checkpoint for TensorRT-LLM holds yet."""
+    """Weights that vLLM reads but that exports to TensorRT (graph or TensorRT-LLM checkpoint) do not support yet."""
     fix = "export with --target vllm"
     units = [unit for unit in plan.units if unit.quantized]
     found = [Finding("transposed-weight", u.entry.name, "stored (in, out)", fix) for u in units if u.transposed]
@@ -106,20 +107,20 @@ def _unreadable(plan: ExportPlan) -> list[Finding]:
 
 
 def foresee_checkpoint(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
-    """As the target's `foresee`, of a checkpoint in ModelOpt's layout."""
+    """`foresee` of the target for checkpoints in ModelOpt's layout."""
     plan = plan_ahead(root, kind, trained, VllmExportOptions().format)
     return {"--target trt --format modelopt-checkpoint": [*lint_structure(plan), *_unreadable(plan)]}
 
 
 def foresee_graph(root: Path, kind: str, trained: Collection[str]) -> dict[str, list[Finding]]:
-    """As the target's `foresee`, of a graph; whether it can be traced shows only then."""
+    """`foresee` of the target for graphs; whether a model can be traced becomes known only during the export."""
     (findings,) = foresee_checkpoint(root, kind, trained).values()
     seen = _partial_attention(root)
     return {"--target trt": [*findings, *([Finding("attention", "config.json", seen, _OTHERWISE)] if seen else [])]}
 
 
 def language_records(model: LanguageModel, calibration: str) -> list[LayerRecord]:
-    """The artifact's layers as a graph with static scales has them; what training recorded of a weight is kept."""
+    """The artifact's layer records with static activation scales; what training recorded about weights is kept."""
     rule = ScaleRule.POWER_OF_TWO if calibration == "amax" else ScaleRule(calibration)
     inputs = Encoding(format="e4m3", bits=8, granularity="per-tensor", scale_rule=rule)
     records, spelt = [], model.plan.spelt
@@ -139,17 +140,17 @@ _OTHERWISE = "export with --format modelopt-checkpoint, or --target vllm"
 
 
 def check_attention(model: LanguageModel) -> None:
-    """Refuse models whose layers see a window of the text only: the graph has one mask for all layers.
+    """Refuse models with layers that attend only to a window of the text: the graph has one mask for all layers.
 
     Raises:
-        ConfigurationError: naming what was found.
+        ConfigurationError: names what was found.
     """
     if seen := _partial_attention(model.root):
         raise ConfigurationError(f"{model.root} cannot be exported as a graph", why=seen, fix=_OTHERWISE)
 
 
 def _partial_attention(root: Path) -> str:
-    """What is not full attention in a model's layers; empty where all is."""
+    """Describes attention layers that are not full attention; empty if all are."""
     config = load_config(root)
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
@@ -160,27 +161,27 @@ def _partial_attention(root: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ExportText:
-    """Tokens."""
+    """Tokenized text for calibration and evaluation."""
 
-    source: str  # what was read
-    digest: str | None  # sha256 of the file; none where it is no local file
+    source: str  # path or name of the data
+    digest: str | None  # sha256 of the file; None if it is not a local file
     calibration: Sequence[Encoded]  # training records
-    heldout: Sequence[Encoded]  # records that no scale and no weight has seen
+    heldout: Sequence[Encoded]  # records that were used neither for scales nor for training
 
     @property
     def facts(self) -> CalibrationFacts:
-        """What a manifest says of it."""
+        """The entry for the manifest."""
         return CalibrationFacts(data=self.source, sha256=self.digest, records=len(self.calibration))
 
 
 def read_text(model: LanguageModel, data: str | None, records: int) -> ExportText:
-    """Read, split and tokenize.
+    """Read, split and tokenize the text.
 
-    The tokenizer, chat template, split and sequence length are the model's. `data` is what `finetune` takes as data,
-    the artifact's own when None; at most `records` training records are taken.
+    Tokenizer, chat template, split and sequence length are the model's. `data` has the same form as for `finetune`;
+    None means the artifact's own data. At most `records` training records are used.
 
     Raises:
-        ConfigurationError: no data is named, it cannot be used, or it is not split as it was in training.
+        ConfigurationError: no data is named, it cannot be used, or it is split differently than in training.
     """
     config = model.artifact.manifest.config
     source = data or config.get("data")
@@ -208,7 +209,7 @@ def read_text(model: LanguageModel, data: str | None, records: int) -> ExportTex
 
 
 def _check_split(model: LanguageModel, train: int, heldout: int) -> None:
-    """Refuse data of which another part was held out in training: it would be measured on what it has learned."""
+    """Refuse data with another held-out part than in training: the model would be evaluated on its training data."""
     then = model.artifact.manifest.details_of(TunedDetails).data
     if then is not None and (then.train, then.heldout) != (train, heldout):
         raise ConfigurationError(

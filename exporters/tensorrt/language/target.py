@@ -1,6 +1,6 @@
 """The target `trt` for language models: the decoder as an FP8 graph with static scales, and engines for TensorRT.
 
-Export options (recorded in the manifest), details of the manifest, and the registration of the target.
+Defines the export options (recorded in the manifest), the manifest's details, and the registration of the target.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.numerics.kinds import Kind
 
 KIND: Final = "trt-language-export"
-# What is exported here: codes that were trained.
+# Only trained codes are exported here.
 SOURCES: Final = (FALQON_KIND,)
 
 
 class Calibration(StrEnum):
     """How a static activation scale is computed from calibration text.
 
-    `amax`: nothing that was seen is clipped. `percentile`: one value in a hundred thousand may be. `mse`: the least
-    mean squared error.
+    `amax`: no value seen is clipped. `percentile`: one value in a hundred thousand may be clipped. `mse`: the scale
+    with the smallest mean squared error.
     """
 
     AMAX = "amax"
@@ -81,7 +81,7 @@ class LanguageExportOptions(CalibrationOptions):
 
 
 class CalibrationFacts(FrozenConfig):
-    """The text behind static scales."""
+    """The text used to calibrate static scales."""
 
     data: str = Field(description="the source, as it was named")
     sha256: str | None = Field(default=None, description="digest of the calibration records")
@@ -89,7 +89,7 @@ class CalibrationFacts(FrozenConfig):
 
 
 class InputScale(FrozenConfig):
-    """One static scale, as it is recorded in an export."""
+    """A static scale as it is recorded in an export."""
 
     scale: float = Field(gt=0, description="value = code * scale; a power of two")
     amax: float = Field(description="largest magnitude seen")
@@ -115,7 +115,7 @@ class PerplexityFacts(FrozenConfig):
 
 
 class TrtLanguageDetails(Details):
-    """Of an export of a language model to TensorRT."""
+    """The manifest's details for an export of a language model to TensorRT."""
 
     format: str = Field(description="export format, as given to --format")
     base: str = Field(description="type of what is not quantized")
@@ -131,7 +131,7 @@ class TrtLanguageDetails(Details):
 
 
 def migrate_language(data: dict[str, Any]) -> dict[str, Any]:
-    """Of the kind `trt-export` until schema 2; its sentence on training said one power of two for every rule."""
+    """These exports had kind `trt-export` until schema 2; their text on training said power of two for any rule."""
     rule = str(data.get("config", {}).get("calibration", "amax"))
     scale = {"format": Kind.E4M3.value, "bits": 8, "granularity": "per-tensor"}
     details = {**data["details"], "activations": scale | {"scale_rule": rule if rule != "amax" else "power-of-two"}}

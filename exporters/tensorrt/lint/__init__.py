@@ -1,8 +1,9 @@
-"""What TensorRT would refuse, compute wrongly or build slowly, said of any Q/DQ graph before a builder is called.
+"""Finds what TensorRT would refuse, compute incorrectly or build inefficiently in any Q/DQ graph, before a build.
 
-The builder stops at the first thing that it does not take, in words about its own parts, and takes much without a word
-that it then multiplies in half precision. Here all findings come at once, with the rule, the node and what to do.
-Graphs need not be this project's: nothing is found by name. Only the main graph is read, not the bodies of If or Loop.
+The builder stops at the first thing it does not support, with a message about its own internals, and silently accepts
+much that it then multiplies in half precision. Here all findings are reported at once, with the rule, the node and the
+fix. Graphs need not come from this project: nothing is identified by name. Only the main graph is read, not the bodies
+of If or Loop.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["RULES", "Effect", "Report", "Rule", "check_file", "lint_file", "lint
 
 
 def lint_typed(model: ir.Model, capabilities: Sequence[str] = ()) -> Report:
-    """Findings on a graph for a strongly typed network; without capabilities no type is judged by them."""
+    """Findings on a graph for a strongly typed network; without `capabilities`, types are not checked against GPUs."""
     view = View(model)
     findings = [
         *lint_values(view),
@@ -36,7 +37,7 @@ def lint_typed(model: ir.Model, capabilities: Sequence[str] = ()) -> Report:
 
 
 def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
-    """The same for a file; tensors stored beside it are read as they are needed.
+    """The same for a file; tensors stored in separate files are read when they are needed.
 
     Raises:
         BadArtifactError: it cannot be read as ONNX.
@@ -59,13 +60,13 @@ def lint_file(path: Path, capabilities: Sequence[str] = ()) -> Report:
 
 
 def check_file(path: Path, capabilities: Sequence[str], source: str, *, require: bool) -> tuple[str, ...]:
-    """Refuse a file before a builder is called; `require` refuses also what is built in another precision.
+    """Refuse a file before a builder is called; `require` also refuses what would be built in another precision.
 
-    Returns one sentence for each rule that warns.
+    Returns one sentence per rule with warnings.
 
     Raises:
-        LintFindingsError: every finding that is an error.
-        BadArtifactError: it cannot be read.
+        LintFindingsError: all findings that are errors.
+        BadArtifactError: the file cannot be read.
     """
     report = lint_file(path, capabilities)
     errors = report.errors(require=require)

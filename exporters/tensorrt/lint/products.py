@@ -1,8 +1,8 @@
-"""Rules on products: of which types their sides are, whether both are codes, and what the builder fuses or moves.
+"""Rules on matrix multiplications and convolutions: operand types, and what the builder fuses or moves.
 
-An attention is one kernel when both of its products multiply codes and nothing but quantizing stands between its
-softmax and the second product. Quantizers move upwards into the product that feeds them (see `hold_queries` in
-`exporters.tensorrt.graph`); several that quantize parts of one product (queries, keys, values) cost it its codes.
+An attention becomes one kernel if both of its matrix multiplications use codes and only a quantizer lies between its
+softmax and the second one. Quantizers move upwards into the matrix multiplication that feeds them (see `hold_queries`
+in `exporters.tensorrt.graph`); if several quantize parts of one result (queries, keys, values), it loses its codes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MOVABLE: Final = (
 
 
 def lint_attention(view: View) -> Iterator[Finding]:
-    """Findings on attentions, joint products and values that are quantized more than once."""
+    """Findings on attention, on joint matrix multiplications, and on values that are quantized more than once."""
     products = {product.node: product for product in view.products}
     static = all(isinstance(side, int) for value in view.model.graph.inputs for side in value.shape or (None,))
     for softmax in view.nodes("Softmax"):
@@ -51,7 +51,7 @@ def lint_attention(view: View) -> Iterator[Finding]:
 
 
 def _up(value: ir.Value | None, products: dict[ir.Node, Product]) -> Product | None:
-    """The product of two activations that a softmax's logits come from."""
+    """The matrix multiplication of two activations that produces a softmax's logits."""
     waiting, seen = [value], set()
     while waiting:
         node = current.producer() if (current := waiting.pop()) is not None else None
@@ -66,7 +66,7 @@ def _up(value: ir.Value | None, products: dict[ir.Node, Product]) -> Product | N
 
 
 def _down(value: ir.Value, products: dict[ir.Node, Product]) -> Product | None:
-    """The product that reads the probabilities."""
+    """The matrix multiplication that reads the probabilities."""
     waiting, seen = [value], set()
     while waiting:
         for node, _ in waiting.pop().uses():
@@ -104,7 +104,7 @@ def _moved(product: Product) -> Iterator[Finding]:
 
 
 def moved_quantizers(product: Product) -> tuple[ir.Node, ...]:
-    """Quantizers of parts of a product's result that the builder moves into the product; none where one cannot move."""
+    """Quantizers of parts of a result that the builder moves into its product; none if one of them cannot be moved."""
     if not product.low or not product.operands[1].stored:
         return ()
     found: dict[ir.Node, None] = {}
@@ -116,16 +116,16 @@ def moved_quantizers(product: Product) -> tuple[ir.Node, ...]:
             return ()
         for node, _ in uses:
             if node.op_type == QUANTIZE:
-                found.update({node: None} if part else {})  # quantizers of all of its numbers cost nothing
+                found.update({node: None} if part else {})  # quantizers of the whole result cost nothing
             elif node.op_type in _MOVABLE and len(computed(node)) == 1:
                 waiting += [(output, part or node.op_type in _PARTS) for output in node.outputs]
             else:
-                return ()  # something on the way holds its quantizer back, and with it the others
+                return ()  # an operator in between keeps its quantizer in place, and thereby the others
     return tuple(found)
 
 
 def _several(view: View) -> Iterator[Finding]:
-    """One value read through quantizers of different scales by products with weights."""
+    """Values that several linears read through quantizers with different scales."""
     readers: dict[ir.Value, dict[bytes, ir.Node]] = {}
     for product in view.products:
         for operand, other in (product.operands, product.operands[::-1]):
@@ -141,13 +141,13 @@ def _several(view: View) -> Iterator[Finding]:
             yield finding("several-quantizers", value, f"{shown}: products that read it are not joined into one")
 
 
-_LARGEST_FILTER: Final = 32  # places of a filter; with more there is no FP8 kernel
+_LARGEST_FILTER: Final = 32  # number of kernel positions; there is no FP8 convolution kernel for more
 _BINARY: Final = ("Add", "Sub", "Mul", "Div")
 _FLOATS: Final = frozenset((ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16))
 
 
 def lint_operands(view: View) -> Iterator[Finding]:
-    """Findings on every product, and on every sum of two float types."""
+    """Findings on every matrix multiplication and convolution, and on every addition of two float types."""
     types = element_types(view.model.graph)
     whole = {_type(product.operands[0], types) for product in view.products if product.low}
     for product in view.products:
@@ -162,7 +162,7 @@ def lint_operands(view: View) -> Iterator[Finding]:
 
 
 def _type(operand: Operand, types: dict[ir.Value, ir.DataType]) -> ir.DataType | None:
-    """Of its codes."""
+    """The type of an operand's codes."""
     return types.get(operand.codes) if operand.low and operand.codes is not None else None
 
 
@@ -172,7 +172,7 @@ def _codes(product: Product, types: dict[ir.Value, ir.DataType]) -> Iterator[Fin
         return
     if first != second:
         pair = {first, second}
-        if not pair & {ir.DataType.UINT8, ir.DataType.UINT4}:  # those have findings of their own
+        if not pair & {ir.DataType.UINT8, ir.DataType.UINT4}:  # those have their own findings
             rule = "int4-beside-int8" if pair == {ir.DataType.INT4, ir.DataType.INT8} else "mixed-codes"
             yield finding(rule, product.node, f"{first.name} and {second.name}")
     weight = product.operands[1].codes
@@ -205,13 +205,13 @@ def _half(product: Product, types: dict[ir.Value, ir.DataType], whole: set[ir.Da
 
 
 def _plain(operand: Operand) -> bool:
-    """Quantized by ONNX's own operators; those of a builder's domain have rules that are not known here."""
+    """Quantized by ONNX's own operators; the rules for those of a builder's own domain are not known here."""
     node = operand.codes.producer() if operand.codes is not None else None
     return node is None or node.domain in ("", "ai.onnx")
 
 
 def _quantizers(view: View) -> Iterator[Finding]:
-    """Quantizers whose scale is computed, of stored numbers, or of 4 bits."""
+    """Quantizers whose scale is computed, that quantize stored numbers, or that have 4 bits."""
     readers = {operand.quantizer: product for product in view.products for operand in product.operands if operand.low}
     for node in view.nodes(QUANTIZE):
         if constant(node.inputs[0]) is not None:

@@ -1,8 +1,8 @@
 """The rules, each with what the builder does with a graph that breaks it.
 
-Every effect was seen in a real builder (TensorRT for RTX 1.7.1.116), and the tests show it there again. Rules that are
-written everywhere but changed nothing there are no errors here: a Cast or a Transpose behind DequantizeLinear, the
-factor of an attention behind its first product, and scales along the rows of an activation are all built well.
+Every effect was observed in a real builder (TensorRT for RTX 1.7.1.116), and the tests reproduce it there. Commonly
+stated rules that made no difference there are not errors here: a Cast or a Transpose after DequantizeLinear, the
+scaling of attention after its first matrix multiplication, and scales along the rows of an activation all build well.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from fp8pipe.artifact.finding import Finding
 
 
 class Effect(StrEnum):
-    """What a builder does.
+    """What a builder does with a graph that breaks the rule.
 
-    `refused`: it says no. `wrong`: it builds, without an error, an engine that computes something else than the graph
-    says, or NaN. `degraded`: it builds, and multiplies in another precision or in more kernels. `warning`: codes are
-    multiplied as the graph says, or nothing better can be written; said, and never a reason to refuse.
+    `refused`: the build fails. `wrong`: it builds without an error, but the engine computes something other than the
+    graph says, or NaN. `degraded`: it builds, but multiplies in another precision or uses more kernels. `warning`:
+    codes are multiplied as the graph says, or there is no better way to write it; reported, but never a reason to
+    refuse.
     """
 
     REFUSED = "refused"
@@ -33,9 +34,9 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing a graph must not hold."""
+    """Something that a graph must not contain."""
 
-    effect: Effect  # on the builder
+    effect: Effect  # the effect on the builder
     fix: str  # what the author of the graph can do
 
 
@@ -84,21 +85,21 @@ RULES: Final[Mapping[str, Rule]] = {
 class Report:
     """Everything found in one graph."""
 
-    # in the order of the rules' modules; `RULES[finding.rule].effect` says what each does
+    # in the order of the rules' modules; `RULES[finding.rule].effect` gives the effect of each
     findings: tuple[Finding, ...]
 
     def errors(self, *, require: bool = True) -> tuple[Finding, ...]:
-        """What forbids to call a builder; without `require`, an engine in another precision is accepted."""
+        """Findings that forbid a build; without `require`, an engine in another precision is accepted."""
         accepted = {Effect.WARNING} if require else {Effect.WARNING, Effect.DEGRADED}
         return tuple(found for found in self.findings if RULES[found.rule].effect not in accepted)
 
     def warnings(self, *, require: bool = True) -> tuple[Finding, ...]:
-        """The others."""
+        """All other findings."""
         errors = self.errors(require=require)
         return tuple(found for found in self.findings if found not in errors)
 
     def waivable(self, *, require: bool = True) -> str:
-        """Which errors an engine in another precision would do for, as a sentence; empty where none is."""
+        """Names the errors that are acceptable in an engine of another precision; empty if there are none."""
         rules = {found.rule for found in self.errors(require=require) if RULES[found.rule].effect is Effect.DEGRADED}
         if not rules:
             return ""
@@ -106,7 +107,7 @@ class Report:
         return f"or give --no-require, which accepts what is only multiplied in another precision: {shown}"
 
     def summary(self, *, require: bool = True) -> tuple[str, ...]:
-        """The warnings, one sentence per rule: how often, and where first."""
+        """The warnings, one sentence per rule: how many, and where the first one is."""
         by_rule: dict[str, list[Finding]] = {}
         for found in self.warnings(require=require):
             by_rule.setdefault(found.rule, []).append(found)
@@ -117,12 +118,12 @@ class Report:
 
 
 def finding(rule: str, where: ir.Node | ir.Value | str, why: str) -> Finding:
-    """A finding with its rule's fix."""
+    """A finding together with its rule's fix."""
     return Finding(rule, where if isinstance(where, str) else label(where), why, RULES[rule].fix)
 
 
 def label(thing: ir.Node | ir.Value) -> str:
-    """A name to find it by; a node without one is called after its output, which has one in every file."""
+    """A name to find it by; an unnamed node is identified by its output, whose name is always present and unique."""
     if thing.name or isinstance(thing, ir.Value):
         return str(thing.name)
     return f"{thing.op_type} -> {thing.outputs[0].name}"

@@ -1,7 +1,7 @@
 """Rules on single tensors and quantizers, and on versions.
 
-Zero points, element types, and numbers that engines do not refuse but compute with; along which axis and in which
-blocks scales lie; what a GPU's generation lacks, and what an opset does not define.
+They cover zero points, element types, and values that engines accept but compute wrong results with; the axes and
+blocks of scales; types that a GPU's generation does not support, and what an opset does not define.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _scale(scale: ir.Value, node: ir.Node) -> Iterator[Finding]:
     if array is None:
         return
     numbers = array.astype(np.float32)
-    bad = int((~(numbers > 0)).sum())  # NaN is not above zero
+    bad = int((~(numbers > 0)).sum())  # NaN is not greater than zero
     if bad:
         yield finding("scale-value", node, f"{bad} of {numbers.size} scales are zero, negative or NaN")
     if np.isposinf(numbers).any():
@@ -90,7 +90,7 @@ def _stored(value: ir.Value) -> Iterator[Finding]:
     if value.dtype in _REFUSED_TYPES:
         yield finding("element-type", value, f"is stored as {value.dtype.name}")
     if value.dtype == ir.DataType.FLOAT8E4M3FN and value.const_value is not None:
-        nan = int((value.const_value.numpy().view(np.uint8) & 0x7F == 0x7F).sum())  # E4M3 has two NaN, of either sign
+        nan = int((value.const_value.numpy().view(np.uint8) & 0x7F == 0x7F).sum())  # E4M3 has a NaN of either sign
         if nan:
             yield finding("nan-code", value, f"{nan} codes are NaN, and with them every output of their channels")
     if value.dtype in CODES:
@@ -114,13 +114,13 @@ def _casts(view: View) -> Iterator[Finding]:
                 yield finding("cast-int8", node, "rounds to INT8 and back")
 
 
-# Rule, type, and the first compute capability that has it.
+# Rule, type, and the first compute capability that supports it.
 _FIRST: Final = (
     ("fp8-capability", ir.DataType.FLOAT8E4M3FN, (8, 9)),
     ("fp4-capability", ir.DataType.FLOAT4E2M1, (12, 0)),
     ("int4-capability", ir.DataType.INT4, (8, 0)),
 )
-# The opset that lets QuantizeLinear and DequantizeLinear have a type; 21 brings blocks and scales of every float type.
+# The opset in which QuantizeLinear and DequantizeLinear accept a type; 21 adds blocks and scales of every float type.
 _OPSETS: Final = {
     ir.DataType.FLOAT8E4M3FN: 19, ir.DataType.FLOAT8E5M2: 19, ir.DataType.INT4: 21, ir.DataType.UINT4: 21,
     ir.DataType.FLOAT4E2M1: 23,
@@ -128,7 +128,7 @@ _OPSETS: Final = {
 
 
 def lint_machines(view: View, capabilities: Sequence[str]) -> Iterator[Finding]:
-    """Findings on types against compute capabilities ("8.9") and against the graph's opset."""
+    """Findings on types that a compute capability ("8.9") or the graph's opset does not support."""
     held = _types(view)
     for rule, dtype, first in _FIRST:
         where = held.get(dtype)
@@ -154,13 +154,13 @@ def _types(view: View) -> dict[ir.DataType, str]:
     return held
 
 
-_SMALL_INPUTS: Final = 64  # a weight of fewer inputs has no two blocks of 32
+_SMALL_INPUTS: Final = 64  # a weight with fewer inputs cannot have two blocks of 32
 _EIGHT_BITS: Final = frozenset((ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN))
 
 
 def lint_scales(view: View) -> Iterator[Finding]:
-    """Findings on every quantizer's scale against what it scales, and against the product that reads it."""
-    seen: set[ir.Node] = set()  # those that are refused already, or were looked at
+    """Findings on every quantizer's scale, given the scaled tensor and the operator that multiplies it."""
+    seen: set[ir.Node] = set()  # already refused or already checked
     for node in view.nodes(QUANTIZE, DEQUANTIZE):
         for found in _shape(node):
             seen.add(node)
@@ -174,7 +174,7 @@ def lint_scales(view: View) -> Iterator[Finding]:
 
 
 def _shape(node: ir.Node) -> Iterator[Finding]:
-    """Whether the scale can be laid on the codes at all."""
+    """Whether the scale can be broadcast to the codes at all."""
     value, scale = node.inputs[0], constant(node.inputs[1])
     if value is None or scale is None or scale.size == 1 or value.shape is None:
         return
@@ -215,21 +215,21 @@ def _weight(product: Product, operand: Operand, other: Operand) -> Iterator[Find
         yield finding("eight-bit-blocks", node, f"{codes.dtype.name} in {blocks} blocks of inputs")
     elif codes.dtype == ir.DataType.INT4 and not other.low and summed is not None and blocks == 1:
         inputs = codes.shape[summed]
-        # Blocks along the outputs the builder multiplies from as well.
+        # The builder handles blocks along the outputs as well.
         elsewhere = node.attributes.get_int("block_size", 0) and attribute_axis(node, scale.ndim) != summed
         if isinstance(inputs, int) and inputs >= _SMALL_INPUTS and not elsewhere:
             yield finding("one-block", node, f"INT4 with one scale for all {inputs} inputs of a channel")
 
 
 def _blocks(node: ir.Node, scale: Any, rank: int, summed: int | None) -> int:
-    """How many scales an output channel has."""
+    """Number of scales per output channel."""
     if scale.ndim != rank or summed is None or not node.attributes.get_int("block_size", 0):
         return 1
     return int(scale.shape[summed]) if attribute_axis(node, rank) == summed else 1
 
 
 def _activation(product: Product, operand: Operand) -> Iterator[Finding]:
-    """One scale for each number that is summed over; along another axis the builder multiplies codes."""
+    """Flags one scale per summed index (input channel); with scales along another axis the builder multiplies codes."""
     node, rank = operand.dequantize, _rank(operand)
     scale = None if node is None else constant(node.inputs[1])
     if node is None or scale is None or scale.ndim != 1 or scale.size == 1 or rank is None:
@@ -240,7 +240,7 @@ def _activation(product: Product, operand: Operand) -> Iterator[Finding]:
 
 
 def _rank(operand: Operand) -> int | None:
-    """Of an activation's codes: as they, or what they were made from, are written down; else of a usual one."""
+    """Number of axes of an activation's codes, from their own shape or their source's; None if unknown."""
     quantizer = operand.quantizer
     for value in (operand.codes, operand.value, quantizer.inputs[0] if quantizer is not None else None):
         if value is not None and value.shape is not None:

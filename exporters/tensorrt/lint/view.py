@@ -1,10 +1,10 @@
-"""Any graph's quantizers and products, by their form alone, and the element type of every value.
+"""Identifies the quantizers and products (MatMul, Gemm, Conv) of any graph by structure, and all element types.
 
-No name of this project is needed. Between DequantizeLinear and a product the builder looks through what only moves
-numbers, changes their float type or multiplies them all by one number. `Operand` says what it finds there.
+No names of this project are needed. Between DequantizeLinear and a product the builder looks through operators that
+only move numbers, change their float type or multiply all of them by one number. `Operand` describes what is found.
 
-Types are those that a strongly typed builder sees: nothing is converted on the way. Files from elsewhere often do not
-say them. What is not known here is not judged.
+Types are those that a strongly typed builder sees: there are no implicit conversions. Files from other sources often do
+not declare them. What is unknown here is not checked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx_ir as ir
 QUANTIZE: Final = "QuantizeLinear"
 DEQUANTIZE: Final = "DequantizeLinear"
 PRODUCTS: Final = ("MatMul", "Gemm", "Conv")
-# What the builder takes for codes, and not for numbers.
+# Types that the builder treats as codes, not as numbers.
 CODES: Final = frozenset((ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1))
 _MOVES: Final = ("Transpose", "Reshape", "Identity", "Cast", "Squeeze", "Unsqueeze", "Flatten", "Expand")
 _ARITHMETIC: Final = (
@@ -30,7 +30,7 @@ _ARITHMETIC: Final = (
 
 
 def constant(value: ir.Value | None) -> Any:
-    """A stored tensor as a numpy array, also behind Constant, Identity and Cast; None for a computed value."""
+    """A stored tensor as a numpy array, also through Constant, Identity and Cast; None for a computed value."""
     if value is None:
         return None
     if value.const_value is not None:
@@ -55,65 +55,65 @@ def computed(node: ir.Node) -> list[ir.Value]:
 
 
 def fixed(value: ir.Value | None) -> bool:
-    """Whether a value is stored, or dequantized from stored tensors, as scales of blocks are."""
+    """Whether a value is stored, or dequantized from stored tensors as the scales of blocks are."""
     node = value.producer() if value is not None else None
     dequantized = node is not None and node.op_type == DEQUANTIZE and all(fixed(operand) for operand in node.inputs)
     return dequantized or constant(value) is not None
 
 
 def attribute_axis(node: ir.Node, rank: int) -> int:
-    """The axis of a quantizer, counted from the front."""
+    """The axis of a quantizer as a non-negative index."""
     axis = node.attributes.get_int("axis", 1)
     return axis + rank if axis < 0 else axis
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """What one side of a product reads."""
+    """One operand of a product."""
 
-    value: ir.Value  # the side itself
+    value: ir.Value  # the operand itself
     position: int  # 0 or 1
-    dequantize: ir.Node | None  # the DequantizeLinear that is found behind moves; None for a float operand
-    # operators on the way that the builder does not look through; with any, `dequantize` does not count
+    dequantize: ir.Node | None  # the DequantizeLinear found behind `moves`; None for a float operand
+    # operators in between that the builder does not look through; if there are any, `dequantize` does not count
     between: tuple[ir.Node, ...] = ()
-    moves: tuple[ir.Node, ...] = ()  # the operators that it does
+    moves: tuple[ir.Node, ...] = ()  # operators in between that it looks through
 
     @property
     def codes(self) -> ir.Value | None:
-        """What is dequantized."""
+        """The tensor that is dequantized."""
         return self.dequantize.inputs[0] if self.dequantize is not None else None
 
     @property
     def quantizer(self) -> ir.Node | None:
-        """The QuantizeLinear (or one of another domain) that computes the codes; None for a stored weight."""
+        """The QuantizeLinear (or one from another domain) that computes the codes; None for a stored weight."""
         node = self.codes.producer() if self.codes is not None else None
         return node if node is not None and constant(node.inputs[0]) is None else None
 
     @property
     def stored(self) -> bool:
-        """Whether it is a quantized weight, also one that the builder has to quantize."""
+        """Whether it is a quantized weight, including one that the builder has to quantize."""
         return self.dequantize is not None and self.quantizer is None
 
     @property
     def low(self) -> bool:
-        """Whether the builder gets codes here."""
+        """Whether the builder sees codes here."""
         return self.dequantize is not None and not self.between
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A MatMul, Gemm or Conv with its two sides."""
+    """A MatMul, Gemm or Conv with its two operands."""
 
     node: ir.Node
     operands: tuple[Operand, Operand]
 
     @property
     def low(self) -> bool:
-        """Whether both sides are codes."""
+        """Whether both operands are codes."""
         return all(operand.low for operand in self.operands)
 
     def contracted(self, operand: Operand, rank: int) -> int | None:
-        """The axis of an operand's codes that is summed over; None where a move hides it."""
+        """The axis of an operand's codes that is summed over; None if a reshaping operator hides it."""
         if self.node.op_type == "Conv":
             axis = 1
         elif self.node.op_type == "Gemm":
@@ -132,17 +132,17 @@ class Product:
 
 @dataclass(frozen=True)
 class View:
-    """A model and its products, read once."""
+    """A model and its products, analysed once."""
 
-    model: ir.Model  # not changed
+    model: ir.Model  # never modified
 
     def nodes(self, *ops: str) -> Iterator[ir.Node]:
-        """Nodes of the main graph of these types and ONNX's own domain."""
+        """Nodes of the main graph with these operator types in ONNX's own domain."""
         return (node for node in self.model.graph if node.op_type in ops and node.domain in ("", "ai.onnx"))
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
-        """In the graph's order."""
+        """All products, in the graph's order."""
         found = []
         for node in self.nodes(*PRODUCTS):
             first, second = node.inputs[:2]
@@ -170,7 +170,7 @@ def _operand(value: ir.Value, position: int) -> Operand:
 
 
 def _through(node: ir.Node) -> ir.Value | None:
-    """The one computed operand of an operator that works number by number, or moves them."""
+    """The single computed operand of an elementwise operator or of one that only moves numbers; else None."""
     if node.op_type in _MOVES:
         return node.inputs[0]
     if node.op_type not in _ARITHMETIC:
@@ -195,7 +195,7 @@ _LIKE_FIRST: Final = frozenset((
 
 
 def code_type(quantize: ir.Node) -> ir.DataType:
-    """The type that QuantizeLinear gives: its zero point's, its attribute's, or ONNX's default, UINT8."""
+    """The output type of QuantizeLinear: its zero point's, its attribute's, or ONNX's default, UINT8."""
     zero = quantize.inputs[2] if len(quantize.inputs) > 2 else None
     if zero is not None and zero.dtype is not None:
         return zero.dtype
@@ -203,7 +203,7 @@ def code_type(quantize: ir.Node) -> ir.DataType:
 
 
 def element_types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
-    """Types of the values of the main graph, those that are known."""
+    """The known types of values in the main graph."""
     known: dict[ir.Value, ir.DataType] = {}
     for value in (*graph.inputs, *graph.initializers.values()):
         if value.dtype is not None:
@@ -218,7 +218,7 @@ def element_types(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
 
 
 def _given(node: ir.Node, known: dict[ir.Value, ir.DataType]) -> ir.DataType | None:
-    """The type that an operator's definition gives its outputs."""
+    """The output type according to the operator's definition; None if it is not known."""
     if node.domain not in ("", "ai.onnx"):
         return None
     if node.op_type == "Cast":
