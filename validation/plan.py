@@ -60,7 +60,7 @@ def plan_vllm(
 def plan_onnx(
     artifact: Artifact, stage: str, record: Path, *, against: Path | None = None, images: Path | None = None
 ) -> Plan:
-    """The same for ONNX Runtime; the model of `against` is run once, without data, to measure its memory.
+    """The same for ONNX Runtime; the model of `against` is run on images of zeros, to measure its memory.
 
     Raises:
         BadArtifactError: `against` is not a valid artifact.
