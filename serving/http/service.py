@@ -42,7 +42,7 @@ class Proof:
 
     verdict: str
     form: str  # how the engine runs, in words; empty if there is only one way
-    versions: Mapping[str, str]  # of the engine's packages
+    versions: Mapping[str, str]  # versions of the engine's packages
 
 
 def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str], form: str = "") -> Proof:

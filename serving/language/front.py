@@ -41,7 +41,7 @@ _ROUTES = frozenset(
 
 
 class Front:
-    """The ASGI app.
+    """The ASGI app of the proxy.
 
     Args:
         supervisor: the supervisor of vLLM; requests go to its `upstream`.

@@ -113,7 +113,7 @@ async def read_images(request: Request, max_bytes: int, max_images: int) -> Imag
     """Read the images of a request, still encoded; at most `max_images`, in a body of at most `max_bytes`.
 
     Raises:
-        Problem: 4xx.
+        Problem: 4xx, the body cannot be read, is of another type, or has no images or too many.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body = await read_body(request, max_bytes)

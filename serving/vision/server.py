@@ -228,7 +228,7 @@ def class_answers(
 
 
 def value_answers(values: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """All values of each image (n, C), in the order of the outputs."""
+    """All values for each image, given outputs (n, C), in the order of the outputs."""
     return [
         {"values": [{"index": i, "name": name, "value": float(row[i])} for i, name in enumerate(names)]}
         for row in values

@@ -138,7 +138,7 @@ def ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[
 
 
 def ask_language(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
-    """Ask every question twice, with and without streaming: the greedy answers must be equal and not empty."""
+    """Ask every question with and without streaming: the two greedy answers must be equal and not empty."""
     model = json.loads(_call(f"{url}/v1/models")[1])["data"][0]["id"]
     empty = differing = 0
     for prompt in config.prompts:

@@ -251,7 +251,7 @@ def _run(
 def _against_torch(
     case: Case, asked: _Questions, expected: ExpectedWeights, exact: _Run | None, served: _Run
 ) -> tuple[LogprobReport | None, list[CanaryAnswer], ServedReport]:
-    """Compare the engines with torch: first with the fp32 model, which then switches to the serving form."""
+    """Compare the engines with torch: first with the fp32 model, which is then switched to the serving precision."""
     reference = Reference(case.source, ((tensor.name, tensor.value) for tensor in expected))
     true = [reference.logprobs(ids) for ids in asked.sequences]
     logprobs, first, places = None, [], served.result["logprobs"]
@@ -290,7 +290,7 @@ def _judged(asked: _Questions, run: _Run, gaps: list[list[float]], tie: float) -
 
 
 def _rounded(case: Case, expected: ExpectedWeights) -> list[str]:
-    """Weights of the layers whose inputs are quantized in this serving form."""
+    """Weights of the layers whose inputs are quantized with these serving options."""
     if not case.form.rounds_activations(case.environment):
         return []
     return [

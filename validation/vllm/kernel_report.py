@@ -1,7 +1,7 @@
 """Report on the kernels of quantized layers in the serving engine: stored weights, input quantization, products.
 
-The probe reports what it found in each layer; this module compares it with what the serving form and the checkpoint
-require.
+The probe reports what it found in each layer; this module compares that with what the serving options and the
+checkpoint require.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class KernelReport(FrozenConfig):
 def kernel_report(
     found: Mapping[str, Mapping[str, Any]], quantized: Collection[str], rounded: Collection[str], *, codes: bool
 ) -> KernelReport:
-    """Compare the findings of the probe with the serving form.
+    """Compare the findings of the probe with what the serving options require.
 
     Args:
         found: `readback.Reading.layers`: findings by the layer's name in the engine.
         quantized: checkpoint names of all quantized tensors.
-        rounded: those of them whose layer quantizes its inputs in this serving form.
+        rounded: those of them whose layer quantizes its inputs with these serving options.
         codes: whether layers must store codes, or dequantized weights.
     """
     counts = {key: Counter(str(layer[key]) for layer in found.values()) for key in ("kernel", "device", "holds")}
