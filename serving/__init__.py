@@ -1,1 +1,1 @@
-"""Running an exported artifact: the engine's environment, launcher and validation."""
+"""Serving exported artifacts over HTTP: vision models in this process, language models in vLLM."""

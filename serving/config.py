@@ -1,4 +1,4 @@
-"""What a service can be told, as frozen configurations: the command line's options are overrides of them."""
+"""The settings of a service, as frozen configurations; the command-line options override their defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fp8pipe.core.devices import DEVICE_HELP, DeviceName
 
 
 class ServeConfig(Trust):
-    """One service, whatever it serves."""
+    """Settings common to all services, vision and language."""
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface")
     port: int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one")
@@ -67,7 +67,7 @@ class ServeConfig(Trust):
 
     @property
     def max_total_body_bytes(self) -> int:
-        """All bodies together, bytes."""
+        """Limit on the bodies of all requests together, bytes."""
         return int(self.max_total_body_mb * 1_000_000)
 
 
@@ -75,7 +75,7 @@ _MEASURED: Final = Flag(default="measured")
 
 
 class Provider(StrEnum):
-    """Where ONNX Runtime computes."""
+    """The execution provider of ONNX Runtime."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -84,7 +84,7 @@ class Provider(StrEnum):
 
 
 class VisionConfig(ServeConfig):
-    """A service of a vision model."""
+    """Settings of a vision service."""
 
     max_batch: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, le=1024, description="Images at once")
     threads: Annotated[int | None, _MEASURED] = Field(default=None, gt=0, description="Threads within an operator")
@@ -110,14 +110,14 @@ class VisionConfig(ServeConfig):
 
     @property
     def asked(self) -> DeviceName:
-        """The device that was asked for, itself or by a provider."""
+        """The requested device, given directly or implied by the provider."""
         if self.provider is Provider.AUTO:
             return self.device
         return "cpu" if self.provider is Provider.CPU else "cuda"
 
     @property
     def wanted(self) -> Provider:
-        """The provider that was asked for, itself or by a device."""
+        """The requested provider, given directly or implied by the device."""
         named = {"auto": Provider.AUTO, "cpu": Provider.CPU, "cuda": Provider.CUDA}
         return named[self.device] if self.provider is Provider.AUTO else self.provider
 
@@ -127,7 +127,7 @@ if TYPE_CHECKING:
 
 
 class SupervisorConfig(FrozenConfig):
-    """Times of supervision."""
+    """Timeouts and intervals of the supervisor that keeps vLLM running."""
 
     start_timeout_s: float = Field(default=1800, gt=0, description="Longest start, seconds")
     probe_every_s: float = Field(default=0.5, gt=0, description="Between looks at its health, seconds")
@@ -144,7 +144,7 @@ class SupervisorConfig(FrozenConfig):
 
 
 class LanguageConfig(ServingForm):
-    """How vLLM runs below the service: the form in which it computes, and what is around it."""
+    """How vLLM runs behind the service: the options that affect its numerical results, and operational settings."""
 
     vllm_python: Annotated[str | None, Flag(default="found")] = Field(
         default=None, description="Python of the environment with vLLM"
@@ -166,5 +166,5 @@ class LanguageConfig(ServingForm):
 
     @property
     def form(self) -> ServingForm:
-        """What decides about numbers, alone: what a validation of it names."""
+        """Only the options that affect numerical results; a validation record names these."""
         return ServingForm.model_validate({name: getattr(self, name) for name in ServingForm.model_fields})

@@ -1,1 +1,1 @@
-"""Running an engine to prove that it holds the artifact."""
+"""Runs inference engines on exports, to prove that they compute what the artifact says."""

@@ -1,7 +1,7 @@
-"""What the files of an export say, against what they hold and against the parent: the checks of `verify`, as a gate.
+"""Checks the metadata of an export against its files and its parent: the checks of `verify`, as one gate.
 
-A validation measures what an engine computes. Manifest, preprocessing and class names are not computed with, and who
-deploys an export reads them: a false statement is no less a fault than a false number.
+A validation measures what an engine computes. The manifest, the preprocessing and the class names take no part in that
+computation, but whoever deploys an export relies on them, so wrong metadata is as much a defect as a wrong number.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _SHOWN = 3
 
 
 def contents_gate(artifact: Artifact, parent: Path | None) -> tuple[Gate, list[str]]:
-    """Every statement of an export, checked.
+    """Check the metadata of an export.
 
     Args:
-        artifact: the export, whose bytes are those of its manifest.
-        parent: directory of what it was made from, where that is at hand.
+        artifact: the export; its files must already have been checked against the manifest's hashes.
+        parent: directory of the artifact or model that it was made from, if available.
 
     Returns:
-        A gate on the number of findings, and what could not be checked.
+        A gate on the number of findings, and a list of what could not be checked.
     """
     findings, notes = check_contents(artifact, parent)
     shown = [f"{found.where}: {found.why}" for found in findings[:_SHOWN]]

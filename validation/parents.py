@@ -1,4 +1,4 @@
-"""The parent of an export, where it is at hand: a validation without it compares an export with its own word."""
+"""Finds the parent of an export on this machine. Without it, a validation can compare an export only with itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["artifact_at_hand", "parent_at_hand"]
 
 
 def parent_at_hand(export: Artifact) -> Path | None:
-    """Where the parent lies: where the manifest says, or beside the export; None where no digest is the parent's.
+    """Find the parent at the path in the manifest or next to the export; None if no candidate has the right digest.
 
-    Nothing is fetched: a model of a hub is the parent only where it is named (`--against`).
+    Nothing is downloaded: a model from a hub is used as the parent only if it is given with `--against`.
     """
     for parent in export.manifest.parents:
         if parent.kind == "model":
@@ -28,11 +28,11 @@ def parent_at_hand(export: Artifact) -> Path | None:
 
 
 def artifact_at_hand(export: Artifact, against: Path | None, *, kind: str) -> Artifact | None:
-    """The artifact that an export was made from, every file of it hashed: `against`, or the one that is at hand.
+    """Open the artifact that an export was made from and check its hashes: `against` if given, else the one found.
 
     Raises:
-        ConfigurationError: `against` is another artifact.
-        BadArtifactError: it is none of this kind, or damaged.
+        ConfigurationError: `against` is not the parent of the export.
+        BadArtifactError: the artifact is damaged or of another kind.
     """
     if against is None:
         place = parent_at_hand(export)

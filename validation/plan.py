@@ -1,7 +1,7 @@
-"""What validating, measuring or checking an export would take: for dry runs, in which no engine is started.
+"""Estimates what `validate`, `bench` and `serve-check` would need, for dry runs, which do not start an engine.
 
-Memory of a process of ours is that of its packages, measured by importing them, and of the weights, counted from the
-manifest. An engine's is reckoned from its weights and its cache, and the plan says so.
+For our own processes, the memory of the packages is measured by importing them, and that of the weights is computed
+from the manifest. The memory of vLLM is estimated from its weights and cache, and the plan says that it is an estimate.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from fp8pipe.artifact.kinds import VIT_KIND
 from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.core.plan import Missing, PhaseMeter, Plan, can_measure, missing_memory, missing_packages
 
-RECORD_BYTES: Final = 16_384  # a record beside an export, about
-_GRAPH_COPIES: Final = 6.0  # fp32: the file, the model it is compared with, sessions
-# vLLM for CPUs with nothing loaded, and its key/value cache as our commands start it.
+RECORD_BYTES: Final = 16_384  # approximate size of a record next to an export
+_GRAPH_COPIES: Final = 6.0  # fp32 copies of the weights: the file, the model it is compared with, the sessions
+# vLLM for CPUs without a model, and the key/value cache with which our commands start it.
 _VLLM_BYTES, _CACHE_BYTES = 900_000_000, 1 << 30
-_VLLM_COPIES: Final = 2.0  # fp32: as loaded, and as the engine lays them out
+_VLLM_COPIES: Final = 2.0  # fp32 copies of the weights: as loaded, and as packed by the engine
 _PACKAGES: Final = ("onnx", "onnx-ir", "onnxruntime")
 _ONNX_MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "validate": ("validation.onnx.validate", "onnxruntime", "onnx_ir"),
     "bench": ("validation.bench.speed", "onnxruntime"),
-    # The service, too, which is started as a process of its own.
+    # Includes the packages of the service, which runs as a separate process.
     "serve-check": ("validation.bench.check", "fastapi", "uvicorn", "onnxruntime"),
 }
 
@@ -38,15 +38,15 @@ def plan_vllm(
     artifact: Artifact, stage: str, record: Path, *, vllm_python: str | None = None, against: Path | None = None,
     form: ServingForm | None = None,
 ) -> Plan:  # fmt: skip
-    """Plan a command that runs an export in vLLM and writes a record beside it.
+    """Plan a command that runs an export in vLLM and writes a record next to it.
 
     Args:
         artifact: the export.
         stage: validate, bench or serve-check.
-        record: where the record would go.
-        vllm_python: vLLM's interpreter; found when None.
-        against: what else is read.
-        form: how the engine would be started, which changes nothing here.
+        record: where the record would be written.
+        vllm_python: Python interpreter of vLLM's environment; found automatically when None.
+        against: the parent, if it is read too.
+        form: the serving options; they do not affect the plan.
     """
     peak = int(_VLLM_BYTES + _CACHE_BYTES + _VLLM_COPIES * _float_bytes(artifact))
     hardware, missing = _vllm_here(vllm_python)
@@ -60,10 +60,10 @@ def plan_vllm(
 def plan_onnx(
     artifact: Artifact, stage: str, record: Path, *, against: Path | None = None, images: Path | None = None
 ) -> Plan:
-    """The same for ONNX Runtime; `against` is run on empty images.
+    """The same for ONNX Runtime; the model of `against` is run on images of zeros, to measure its memory.
 
     Raises:
-        BadArtifactError: `against` is no artifact.
+        BadArtifactError: `against` is not a valid artifact.
     """
     missing = missing_packages(_PACKAGES)
     peak = None if missing else _own_peak(artifact, _ONNX_MODULES[stage], against=against)
@@ -73,7 +73,7 @@ def plan_onnx(
 def plan_tensorrt(
     artifact: Artifact, stage: str, record: Path, *, against: Path | None = None, device: str = "auto"
 ) -> Plan:
-    """The same for TensorRT, whose engines run on a GPU alone; `device` changes no figure."""
+    """The same for TensorRT, whose engines run only on a GPU; `device` does not affect the estimate."""
     missing = missing_packages(_PACKAGES)
     peak = None if missing else _own_peak(artifact, ("validation.tensorrt.validate",))
     hardware = "a CPU for proofs; a GPU to run the engines"
@@ -100,7 +100,7 @@ def _plan(
 
 
 def _own_peak(artifact: Artifact, modules: Sequence[str], *, against: Path | None = None) -> int | None:
-    """Resident memory with these modules imported, the passes of `against`, and the weights."""
+    """Peak resident memory: these modules imported, a pass of the model of `against`, and copies of the weights."""
     if not can_measure():
         return None
     with PhaseMeter() as meter:
@@ -120,13 +120,13 @@ def _run(against: Path) -> None:
 
 
 def _float_bytes(artifact: Artifact) -> int:
-    """All linear weights in fp32, from the shapes in the manifest; never less than the files hold."""
+    """Bytes of all linear weights in fp32, from the shapes in the manifest; at least the size of the files."""
     linears = sum(4 * math.prod(layer.shape) for layer in artifact.manifest.layers if layer.shape)
     return max(linears, artifact.size_bytes)
 
 
 def _vllm_here(vllm_python: str | None) -> tuple[str, tuple[Missing, ...]]:
-    """The hardware that vLLM was built for, and what it lacks here."""
+    """The hardware that vLLM was built for, and what is missing on this machine."""
     hardware = "a CPU"
     try:
         environment = inspect_environment(find_vllm_python(vllm_python))

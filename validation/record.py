@@ -1,4 +1,4 @@
-"""What the records of validations have in common, and how a validation ends."""
+"""Fields common to all validation records, and the last step of every validation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fp8pipe.core.config import FrozenConfig
 
 
 class EngineRecord(FrozenConfig):
-    """The head of a validation's record. It names the manifest's digest: it says nothing of a changed export."""
+    """The common header of validation records. It has the manifest's digest, so a changed export is noticed."""
 
-    # 2: a checksum lies beside the record.
+    # 2: a checksum file is written next to the record.
     schema_version: int = Field(default=2, description="version of this schema")
     created: str = Field(description="UTC time, ISO 8601")
     export: str = Field(description="name of the export's directory")
@@ -28,13 +28,13 @@ R = TypeVar("R", bound=EngineRecord)
 
 
 def heading(artifact: Artifact) -> dict[str, Any]:
-    """When, and which export: fields of a record that is being made."""
+    """The header fields of a new record: the current time, and the export."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return {"created": created, "export": artifact.root.absolute().name, "manifest_digest": artifact.digest}
 
 
 def concluded(record: R, artifact: Artifact, reasons: Sequence[str], rejection: str) -> R:
-    """The record, written beside the export; where there are `reasons`, an `ExportRejectedError` says `rejection`."""
+    """Write the record next to the export and return it; with `reasons`, raise `ExportRejectedError(rejection)`."""
     path = write_record(record, artifact.root)
     if reasons:
         fix = f"do not deploy it; the figures are in {path}"

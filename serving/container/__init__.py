@@ -1,1 +1,1 @@
-"""What container images need beside the package: pinned requirements, and a health check."""
+"""What container images need besides the package: pinned requirements and a health check."""

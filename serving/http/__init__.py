@@ -1,1 +1,1 @@
-"""The ground of every HTTP service here: keys, limits, logs, metrics, errors and an orderly end."""
+"""What every HTTP service here is built on: API keys, limits, logs, metrics, errors and graceful shutdown."""

@@ -1,16 +1,17 @@
-"""Who may ask, and how much one request, one client and one slow sender may take.
+"""Admission control: API keys, limits on request bodies, and rate limits.
 
-API keys come from a file of digests: `sha256:<hex> [name]`, one per line; `#` begins a comment. A key is 256 random
-bits, so one round of sha256 hides it: there is nothing to guess. Presented keys are hashed and compared with every
-stored digest in constant time. The file is looked at again when its time or size changes, at most once a second, and on
-SIGHUP; a file that has become unreadable leaves the last good keys in force, with an error in the log. A line for it:
+API keys are stored as digests in a file, one `sha256:<hex> [name]` per line; `#` begins a comment. A key has 256 random
+bits, so a single sha256 is enough: it cannot be brute-forced. The digest of a key that a client sends is compared with
+every stored digest in constant time. The file is read again on SIGHUP and when its modification time, size or inode has
+changed (checked at most once a second). If it has become unreadable, the last valid keys stay in use and an error is
+logged. To make a line of the file:
 
     printf %s "$KEY" | sha256sum | awk '{print "sha256:" $1 " alice"}'
 
-The body is counted while it streams, whatever Content-Length says, and must have arrived by a deadline: a body that
-trickles in is answered 408. The bodies of all connections together are bounded too, or a thousand permitted ones would
-fill the memory: what does not fit is answered 503. The rate is a bucket of tokens per key, or per address where there
-are no keys.
+The size of a body is counted as it arrives, regardless of Content-Length, and it must be complete by a deadline: a body
+that arrives too slowly is answered with 408. The bodies of all connections together are limited too, since a thousand
+bodies of a permitted size could exhaust the memory: a body that exceeds this limit is answered with 503. The rate limit
+is a token bucket per API key, or per client address if no keys are configured.
 """
 
 from __future__ import annotations
@@ -33,39 +34,40 @@ from serving.http.problems import Problem, Receive, Scope, Send, overloaded, sen
 
 logger = logging.getLogger(__name__)
 
-# Probes carry no key, and the page holds no secret.
+# Health probes send no key, and the web page contains no secrets.
 OPEN_PATHS = frozenset(("/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"))
 _NAME = r"[\w.@-]{1,64}"
 _LINE = re.compile(rf"sha256:([0-9a-f]{{64}})(?:\s+({_NAME}))?")
 _LOOK_EVERY_S = 1.0
 _MAX_KEY_LENGTH = 512
 _MAX_CLIENTS = 10_000
-# Before refusing, this much is read and thrown away: a sender that is cut off while sending never reads the answer.
+# Up to this much of a body is read and discarded before a refusal: a client that is cut off while it sends never reads
+# the response.
 _DISCARD_BYTES = 256_000_000
 _DISCARD_S = 5.0
 _CLOSE = {"Connection": "close"}
 
 
 def new_key() -> str:
-    """A new key: 256 random bits."""
+    """Generate an API key of 256 random bits."""
     return f"fp8-{secrets.token_urlsafe(32)}"
 
 
 def hash_key(key: str, name: str = "") -> str:
-    """The line of the key file for `key`."""
+    """The line to put into the key file for `key`."""
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()} {name}".strip()
 
 
 def is_name(text: str) -> bool:
-    """Whether a key may be called so."""
+    """Whether `text` is a valid name for a key."""
     return re.fullmatch(_NAME, text) is not None
 
 
 class KeyFile:
-    """The keys of a file that are accepted now.
+    """The API keys of a file, which is read again when it changes.
 
     Raises:
-        ConfigurationError: unreadable, without keys, or with a line that is none.
+        ConfigurationError: the file is unreadable, contains no keys, or has an invalid line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +79,7 @@ class KeyFile:
         self._looked = time.monotonic()
 
     def name_of(self, key: bytes) -> str | None:
-        """The name of the presented key; None when it is no key. Every stored digest is compared."""
+        """The name of a key that a client sent; None if it is unknown. It is compared with every stored digest."""
         if time.monotonic() - self._looked >= _LOOK_EVERY_S:
             self.reload_if_changed()
         digest = hashlib.sha256(key).hexdigest()
@@ -88,13 +90,13 @@ class KeyFile:
         return found
 
     def reload_if_changed(self) -> None:
-        """Read the file again if it is another."""
+        """Read the file again if it has changed."""
         self._looked = time.monotonic()
         if self._look() != self._stamp:
             self.reload()
 
     def reload(self) -> None:
-        """Read the file again; the last good keys stay where it cannot be read."""
+        """Read the file again; if it cannot be read, keep the last valid keys."""
         stamp = self._look()
         try:
             self._keys = _read(self.path)
@@ -113,13 +115,13 @@ class KeyFile:
 
 
 class AuthMiddleware:
-    """Refuses requests without a known key: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+    """Rejects requests without a known key, which is sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
 
     def __init__(self, app: Any, keys: KeyFile | None) -> None:
         self.app, self.keys = app, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The key's name is put into the state as `client_name`."""
+        """The ASGI interface; stores the name of the key in the request state as `client_name`."""
         if self.keys is None or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
@@ -146,7 +148,7 @@ def _presented(scope: Scope) -> bytes | None:
 
 
 def _read(path: Path) -> tuple[tuple[str, str], ...]:
-    """(digest, name) of every key; the line number stands for a missing name."""
+    """(digest, name) of every key; a key without a name is called by its line number."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -159,7 +161,7 @@ def _read(path: Path) -> tuple[tuple[str, str], ...]:
         if not text or text.startswith("#"):
             continue
         match = _LINE.fullmatch(text)
-        if match is None:  # never shown: it may be a key in clear
+        if match is None:  # the line is not shown: it may be a key in plain text
             what, why = f"line {number} of {path} is no API key's digest", "it is not 'sha256:<64 hex digits> [name]'"
             fix = "make keys with fp8pipe serve-key, and write its line into the file"
             raise ConfigurationError(what, why=why, fix=fix)
@@ -168,23 +170,23 @@ def _read(path: Path) -> tuple[tuple[str, str], ...]:
 
 
 class BodyBudget:
-    """How many bytes of bodies the service holds, and may hold, over all connections."""
+    """How many bytes of request bodies the service holds, and the limit, over all connections."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.held = max_bytes, 0
 
 
 class BodyAccount:
-    """What one request holds of a budget, until it is answered; it is the `body_account` of the request's state."""
+    """One request's share of a `BodyBudget`, held until it is answered; stored as `body_account` in its state."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget, self._held = budget, 0
 
     def take(self, count: int) -> None:
-        """Hold `count` bytes more.
+        """Reserve `count` more bytes.
 
         Raises:
-            Problem: 503, they do not fit.
+            Problem: 503, the budget would be exceeded.
         """
         if self._budget.held + count > self._budget.max_bytes:
             raise overloaded("the bodies of all requests together are too large now", _CLOSE)
@@ -192,19 +194,19 @@ class BodyAccount:
         self._held += count
 
     def close(self) -> None:
-        """Hold nothing any more."""
+        """Return all reserved bytes to the budget."""
         self._budget.held -= self._held
         self._held = 0
 
 
 class BodyLimitMiddleware:
-    """Bounds a body's size, its time of arrival, and the size of all bodies."""
+    """Limits the size of a body, the time until it has arrived, and the total size of all bodies."""
 
     def __init__(self, app: Any, max_bytes: int, timeout_s: float, budget: BodyBudget) -> None:
         self.app, self.max_bytes, self.timeout_s, self.budget = app, max_bytes, timeout_s, budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What the app sees of a body that cannot be taken is a `Problem`, raised by `receive`."""
+        """The ASGI interface; for a body over a limit, the app's `receive` raises a `Problem`."""
         stated = dict(scope["headers"]).get(b"content-length", b"")
         if stated.isdigit() and int(stated[:20]) > self.max_bytes:
             await refuse(self._too_large(), scope, receive, send)
@@ -217,7 +219,7 @@ class BodyLimitMiddleware:
             account.close()
 
     def _limited(self, receive: Receive, account: BodyAccount) -> Receive:
-        """A `receive` that counts bytes and time."""
+        """A `receive` that enforces the limits on size and time."""
         left, complete = self.max_bytes, False
         deadline = asyncio.get_running_loop().time() + self.timeout_s
 
@@ -253,7 +255,7 @@ class BodyLimitMiddleware:
 
 
 async def refuse(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer before the body was read: it is thrown away first, unless the client waits to be asked for it."""
+    """Reject a request whose body has not been read: discard it first, unless the client waits for `100 Continue`."""
     if (b"expect", b"100-continue") not in ((name, value.lower()) for name, value in scope["headers"]):
         await _discard(receive)
     await send_problem(problem, scope, receive, send)
@@ -266,12 +268,12 @@ async def _discard(receive: Receive) -> None:
             while left > 0:
                 message = await receive()
                 left -= len(message.get("body", b""))
-                if not message.get("more_body", False):  # its last piece, or the client went away
+                if not message.get("more_body", False):  # the last part, or the client disconnected
                     return
 
 
 class RateLimitMiddleware:
-    """A bucket of tokens per client: `rate` requests per second, `burst` at once. Probes are free."""
+    """A token bucket per client: `rate` requests per second, bursts of `burst`. Paths in `free` are not limited."""
 
     def __init__(self, app: Any, rate: float | None, burst: int | None, free: frozenset[str]) -> None:
         self.app, self.rate, self.free = app, rate, free
@@ -290,7 +292,7 @@ class RateLimitMiddleware:
         await self.app(scope, receive, send)
 
     def _take(self, client: str, rate: float) -> float:
-        """Seconds until there is a token; 0 when one was taken."""
+        """Take a token; return 0 if there was one, else the seconds until there will be."""
         now = time.monotonic()
         tokens, then = self._buckets.pop(client, (self.burst, now))
         tokens = min(self.burst, tokens + (now - then) * rate)

@@ -1,9 +1,9 @@
-"""Errors as clients see them: one JSON shape with what to do about it, and nothing of the server's inside.
+"""Error responses: one JSON format that says how to fix the error, and reveals nothing of the server's internals.
 
     {"error": {"code": "not_an_image", "message": ..., "fix": ..., "request_id": ...}}
 
-Clients of the Open Inference Protocol read `error` as a string: routes below /v2 answer with one, and put the object
-under `problem`.
+Clients of the Open Inference Protocol expect `error` to be a string, so routes under /v2 send a string there and put
+the object under `problem`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _KNOWN = {
 
 
 class Problem(Exception):
-    """A request that is not answered with a result.
+    """A request that is answered with an error.
 
     Args:
-        status: of HTTP, 4xx, 503 or 504.
-        code: a stable word for programs.
+        status: HTTP status, 4xx, 503 or 504.
+        code: a stable identifier for programs.
         message: what happened.
-        fix: what the client can do.
-        headers: to add to the response.
+        fix: what the client can do about it.
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Problem(Exception):
 
 
 def overloaded(message: str, headers: Mapping[str, str] | None = None) -> Problem:
-    """503: more than the service can take now."""
+    """503: the service cannot take more load at the moment."""
     return Problem(503, "overloaded", message, "try again in a second", {"Retry-After": "1", **(headers or {})})
 
 
 def too_many_images(limit: int) -> Problem:
-    """413: one request with more than `limit` images."""
+    """413: a request contains more than `limit` images."""
     return Problem(413, "too_many_images", f"more than {limit} images in a request", "send several requests")
 
 
@@ -65,19 +65,19 @@ def _response(problem: Problem, scope: Scope) -> Response:
     document: dict[str, Any] = {"error": body}
     if str(scope.get("path", "")).startswith("/v2"):
         document = {"error": f"{problem.message}; {problem.fix}" if problem.fix else problem.message, "problem": body}
-    # Lone surrogates of a client's text cannot be encoded: ASCII escapes can.
+    # Text from a client may contain lone surrogates, which UTF-8 cannot encode; json.dumps escapes them as ASCII.
     return Response(
         json.dumps(document), status_code=problem.status, headers=problem.headers, media_type="application/json"
     )
 
 
 async def send_problem(problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with `problem` from a middleware."""
+    """Send `problem` as the response, from a middleware."""
     await _response(problem, scope)(scope, receive, send)
 
 
 def install_problem_handlers(app: FastAPI) -> None:
-    """Answer every exception of a route in the one shape."""
+    """Turn every exception of a route into an error response of this format."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return _response(_as_problem(error, request.scope), request.scope)

@@ -1,12 +1,12 @@
-"""Runs an app until it is told to stop, and stops without losing a request.
+"""Runs an app until a signal stops it, and shuts down gracefully, without losing a request.
 
-On SIGTERM (or SIGINT) readiness turns 503 at once, so that a balancer looks elsewhere; for `linger_s` requests are
-still taken, each answered with `Connection: close`; then the listener closes, what was accepted is finished, and the
-process ends with 0. A second signal ends it at once. SIGHUP reads the API keys again.
+On SIGTERM (or SIGINT) `/readyz` answers 503 at once, so that a load balancer sends requests elsewhere. For `linger_s`
+new requests are still accepted and answered with `Connection: close`; then the listener closes, requests in progress
+are finished, and the process exits with 0. A second signal stops it at once. SIGHUP reloads the API keys.
 
-uvicorn's HTTP protocol gets what it lacks: a time limit for headers, a limit of connections, and JSON errors. It waits
-for ever for the headers of a first request, which is all that a slow-loris needs. And a client that ends its side
-within a request gets no answer from it, although it may still read one.
+This also adds to uvicorn's HTTP protocol what it lacks: a timeout for headers, a limit on connections, and errors in
+JSON. uvicorn waits forever for the headers of the first request, which a slowloris attack exploits. And it does not
+answer a client that closes its sending side in the middle of a request, although that client could still read.
 """
 
 from __future__ import annotations
@@ -31,30 +31,31 @@ from serving.config import ServeConfig
 
 logger = logging.getLogger(__name__)
 
-_ACCEPT_S = 0.2  # for connections that the kernel has taken already
+_ACCEPT_S = 0.2  # time to accept connections that are already in the kernel's queue
 _MAX_HEADER_BYTES = 65_536
-# After a refusal the connection stays half open: closed with unread bytes, it would take the answer along.
+# After a refusal the connection stays half open this long: closing it with unread data would reset it, and the client
+# might lose the response.
 _LINGER_S = 0.5
-# What a client has sent before it could know of the end is still answered.
+# Requests that a client sent before it could notice the shutdown are still answered.
 _LAST_CALL_S = 1.0
 
 
 @dataclass
 class Lifecycle:
-    """Whether the service takes requests."""
+    """Whether the service accepts requests."""
 
     ready: bool = False  # everything is loaded
-    draining: bool = False  # SIGTERM has come
+    draining: bool = False  # SIGTERM was received
     on_drain: list[Callable[[], None]] = field(default_factory=list)  # called once when draining begins
-    leave: Callable[[], None] = lambda: None  # ends the service at once; set by `Service`
+    leave: Callable[[], None] = lambda: None  # starts the shutdown, without `linger_s`; set by `Service`
 
     @property
     def accepting(self) -> bool:
-        """What /readyz says."""
+        """Whether /readyz answers 200."""
         return self.ready and not self.draining
 
     def drain(self) -> None:
-        """Begin to drain."""
+        """Start draining."""
         if not self.draining:
             self.draining = True
             for call in self.on_drain:
@@ -62,7 +63,7 @@ class Lifecycle:
 
 
 class Service(uvicorn.Server):
-    """A server for `app` whose first signal drains and whose second stops; `reload` is called on SIGHUP."""
+    """A server for `app` that drains on the first signal and stops on the second; SIGHUP calls `reload`."""
 
     def __init__(
         self, app: Any, config: ServeConfig, lifecycle: Lifecycle, *, reload: Callable[[], None] = lambda: None,
@@ -81,7 +82,7 @@ class Service(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: Any = None) -> None:
-        """As uvicorn does; then says where it listens, on stderr."""
+        """Start as uvicorn does, then print the address to stderr."""
         self._loop = asyncio.get_running_loop()
         try:
             self._loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -93,21 +94,21 @@ class Service(uvicorn.Server):
         print(f"serving on http://{shown}:{port}", file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """As uvicorn does, after the connections that the kernel has taken were accepted: closing resets them."""
+        """Accept the connections in the kernel's queue, which closing would reset, then shut down as uvicorn does."""
         for server in self.servers:
             for taken in server.sockets:
                 with socket.socket(fileno=os.dup(taken.fileno())) as listener:
-                    listener.listen(0)  # no new ones
+                    listener.listen(0)  # queue no new connections
         await asyncio.sleep(_ACCEPT_S)
         await super().shutdown(sockets)
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
+        """The port that the server listens on."""
         return int(self.servers[0].sockets[0].getsockname()[1])
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Drain at the first signal; leave at once at the second. The signal is not raised again: the end is 0."""
+        """Drain on the first signal; stop at once on the second. The signal is not raised again: the exit code is 0."""
         if self.lifecycle.draining:
             self.force_exit = self.should_exit = True
             return
@@ -118,12 +119,12 @@ class Service(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._loop.call_later, self.linger_s, self.leave)
 
     def leave(self) -> None:
-        """Finish what was accepted, then end."""
+        """Finish the requests in progress, then exit."""
         self.should_exit = True
 
 
 class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """One connection, on the parser that is installed."""
+    """One connection, on top of whichever HTTP parser uvicorn found installed."""
 
     header_timeout_s: ClassVar[float]
     max_connections: ClassVar[int]
@@ -165,9 +166,9 @@ class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         cycle = self.cycle
         in_body = cycle is not None and cycle.more_body and not cycle.response_started
         if not in_body and not self._header_bytes:
-            return None  # between requests, or the client has left before its answer
+            return None  # between requests, or the client disconnected before its response
         self._refuse(400, "cut_off", "the connection ended before the request did")
-        return True  # the transport stays until the answer is out
+        return True  # keep the transport open until the response is sent
 
     def shutdown(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
@@ -203,10 +204,10 @@ class _LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._refused = True
         cycle = self.cycle
         if self.pipeline or (cycle is not None and cycle.response_started and not cycle.response_complete):
-            self.transport.close()  # an answer here would be taken for another request's
+            self.transport.close()  # the client would take a response here for that of another request
             return
         if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True  # it is given up: after this answer none can be written
+            cycle.disconnected = True  # the app's response is dropped: nothing can be written after this one
             cycle.message_event.set()
         error = {"code": code, "message": message, "fix": "", "request_id": ""}
         body = json.dumps({"error": error}).encode()

@@ -1,8 +1,8 @@
-"""From an app to a running service: the layers around it, which artifact it serves and what is proved of it, its life.
+"""Turns an app into a running service: adds middleware, reports the artifact and its validation, and runs the server.
 
-The layers, from the outside: telemetry, tracing, CORS, API keys, rate limit, limits of bodies.
+The middleware, from the outermost inward: telemetry, tracing, CORS, API keys, rate limit, body limits.
 
-Web pages are one document each: nothing comes from elsewhere, so they work without the internet.
+Each web page is a single document that loads nothing from other sites, so it works without internet access.
 """
 
 from __future__ import annotations
@@ -38,25 +38,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a validation has proved of a service; `verdict` is `unvalidated` where none has."""
+    """The verdict of the validation that applies to a service; `unvalidated` if none does."""
 
     verdict: str
-    form: str  # how the engine runs, in words; empty where it has one form only
-    versions: Mapping[str, str]  # of the engine's packages
+    form: str  # how the engine runs, in words; empty if there is only one way
+    versions: Mapping[str, str]  # versions of the engine's packages
 
 
 def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str], form: str = "") -> Proof:
-    """Hold a service against the record of the export's validation.
+    """Compare a service with the validation record of its export.
 
     Args:
-        artifact: what is served.
-        config: says where the record lies, and whether one is needed.
-        versions: of the engine's packages, as installed.
-        form: how the engine runs, as a record says it.
+        artifact: the export that is served.
+        config: where the record is, and whether one is required.
+        versions: installed versions of the engine's packages.
+        form: how the engine runs, in the words of a record.
 
     Raises:
-        BadArtifactError: the record is not sound, not as it was signed, or speaks of another export.
-        GateFailedError: there is none, its verdict is not ACCEPT, or it was made with other versions or another form.
+        BadArtifactError: the record is damaged, does not match its signature, or belongs to another export.
+        GateFailedError: there is no record, its verdict is not ACCEPT, or it was made with other versions or another
+            form.
     """
     config.require(artifact.root, config.record or record_path(artifact.root))
     versions = {name: version for name, version in versions.items() if name != "python"}
@@ -80,7 +81,7 @@ def proof_of(artifact: Artifact, config: ServeConfig, versions: Mapping[str, str
 
 
 def identity_of(artifact: Artifact, proof: Proof) -> dict[str, Any]:
-    """The manifest's identity and what is proved of the service, for /v1/artifact. Paths stay inside."""
+    """Identity of the artifact and its validation, for /v1/artifact. File system paths are not disclosed."""
     manifest = artifact.manifest
     return {
         "name": artifact.root.absolute().name,
@@ -97,7 +98,7 @@ def identity_of(artifact: Artifact, proof: Proof) -> dict[str, Any]:
 
 
 def read_keys(config: ServeConfig) -> KeyFile | None:
-    """The API keys; None leaves the service open. Raises as `KeyFile`."""
+    """The API keys; None if anybody may call. Raises the errors of `KeyFile`."""
     return None if config.api_key_file is None else KeyFile(config.api_key_file)
 
 
@@ -105,7 +106,7 @@ def wrap(
     app: Any, config: ServeConfig, *, keys: KeyFile | None, lines: logging.Logger, metrics: HttpMetrics,
     lifecycle: Lifecycle, headers: tuple[tuple[bytes, bytes], ...] = (),
 ) -> Any:  # fmt: skip
-    """`app` behind every layer; `headers` are added to every response, and connections end while it drains."""
+    """`app` with all middleware; `headers` are added to every response, `Connection: close` too while draining."""
     budget = BodyBudget(config.max_total_body_bytes)
     metrics.held_bytes.set_function(lambda: budget.held)
     layers: Any = BodyLimitMiddleware(app, config.max_body_bytes, config.body_timeout_s, budget)
@@ -133,13 +134,13 @@ def serve(
     app: Any, artifact: Artifact, config: ServeConfig, *, proof: Proof, keys: KeyFile | None, metrics: HttpMetrics,
     lifecycle: Lifecycle, drain_s: float | None = None,
 ) -> int:  # fmt: skip
-    """Serve `app` behind every layer until a signal comes; the process's exit code (0).
+    """Serve `app` with all middleware until a signal stops it; returns the exit code of the process (0).
 
-    `artifact` is what is served, `proof` what is proved of it, `lifecycle` is shared with the app. What was accepted
-    may take `drain_s` after a signal; by default as long as one request may.
+    `artifact` is the export that is served, `proof` the result of its validation, and `lifecycle` is shared with the
+    app. After a signal, requests in progress have `drain_s` to finish; by default as long as one request may take.
 
     Raises:
-        ConfigurationError: the address cannot be listened on.
+        ConfigurationError: the service cannot listen on the address.
     """
     metrics.identify({"name": artifact.root.absolute().name, "kind": artifact.kind, "digest": artifact.digest})
     lifecycle.on_drain.append(lambda: metrics.in_drain.set(1))
@@ -155,7 +156,7 @@ def serve(
 
 
 def _listen(config: ServeConfig) -> socket.socket:
-    """Bound before anything is started: a taken port is the user's to know, in words."""
+    """Bind the socket before anything is started, so that a port in use gives a readable error."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -170,11 +171,11 @@ def _listen(config: ServeConfig) -> socket.socket:
 
 
 def page_headers(html: str, *, images: str = "data:", cache: str = "no-store") -> dict[str, str]:
-    """The headers of a page: its policy admits its own style and script by their digests, its server, nothing else.
+    """The headers of a page, whose security policy allows only its inline style and script (by hash) and its server.
 
     Args:
-        html: with one inline `<style>` and one inline `<script>`.
-        images: sources that pictures may come from.
+        html: the page, with one inline `<style>` and one inline `<script>`.
+        images: sources from which images may be loaded.
         cache: the value of Cache-Control.
     """
 

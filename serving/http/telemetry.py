@@ -1,13 +1,13 @@
-"""What an operator sees of a service: Prometheus metrics, one JSON line per request on stderr, OpenTelemetry spans.
+"""Telemetry for operators: Prometheus metrics, one JSON log line per request on stderr, and OpenTelemetry spans.
 
-A client's `X-Request-Id` is taken over when it is sane (letters, digits, `._-`, at most 64), so that one id follows a
-request through several services; otherwise one is made. Bodies, keys and query strings are never written. The lines
-are written by a thread of their own: a full pipe must not stop the service.
+A client's `X-Request-Id` is kept if it is well formed (at most 64 letters, digits, `.`, `_` or `-`), so that one id
+follows a request through several services; otherwise a new one is generated. Bodies, keys and query strings are never
+logged. A separate thread writes the log lines, so that a full pipe cannot block the service.
 
-Spans are sent where OpenTelemetry's own variables name a collector: one per request, in the trace that the client
-began. `OTEL_EXPORTER_OTLP_ENDPOINT` (or `..._TRACES_ENDPOINT`) turns them on, `OTEL_SDK_DISABLED=true` off; the extra
-`tracing` has the packages. A program that has set up a tracer provider already, such as `opentelemetry-instrument`,
-keeps its own.
+Spans are exported if the standard OpenTelemetry variables name a collector: one span per request, in the client's
+trace. `OTEL_EXPORTER_OTLP_ENDPOINT` (or `..._TRACES_ENDPOINT`) enables them, `OTEL_SDK_DISABLED=true` disables them;
+the extra `tracing` installs the packages. If a tracer provider is already set up, for example by
+`opentelemetry-instrument`, it is used.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _METHODS: Final = frozenset(("GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", 
 _SANE_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _MAX_LOGGED_PATH: Final = 200
 _MAX_PENDING_LINES: Final = 10_000
-_STATUS_CLIENT_LEFT: Final = 499  # before there was an answer
+_STATUS_CLIENT_LEFT: Final = 499  # the client disconnected before there was a response
 _TRACING_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# Probes and scrapes come every few seconds and tell nothing.
+# Probes and scrapes come every few seconds; their traces are of no use.
 _UNTRACED_URLS: Final = "/healthz$,/readyz$,/metrics$,/v2/health/"
 
 
 class HttpMetrics:
-    """Requests of any service, and which artifact it serves. One registry per service: two in a process do not mix.
+    """Metrics common to all services: requests, and the artifact served. Each instance has a registry of its own.
 
     Attributes:
-        registry: where a service adds its own.
-        content_type: of `text`.
+        registry: where a service registers further metrics.
+        content_type: content type of `text`.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -65,21 +65,21 @@ class HttpMetrics:
         self.in_drain = Gauge("fp8pipe_draining", "1 after SIGTERM.", registry=at)
 
     def observe(self, route: str, method: str, status: int, took_s: float) -> None:
-        """Count one request. `route` must be a template, never a client's text: labels are kept for ever."""
+        """Count one request. `route` must be a route template, never text from a client: labels are kept forever."""
         self.requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
         self.latency.labels(route).observe(took_s)
 
     def identify(self, labels: Mapping[str, str]) -> None:
-        """Say which artifact is served."""
+        """Publish which artifact is served."""
         Gauge("fp8pipe_artifact_info", "What is served.", list(labels), registry=self.registry).labels(**labels).set(1)
 
     def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """All metrics in Prometheus text format."""
         return generate_latest(self.registry)
 
 
 class _DroppingHandler(QueueHandler):
-    """Lines beyond the queue's size are lost, and requests are not."""
+    """Drops log lines when the queue is full, rather than delaying requests."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Full):
@@ -88,7 +88,7 @@ class _DroppingHandler(QueueHandler):
 
 @contextlib.contextmanager
 def access_log(enabled: bool) -> Iterator[logging.Logger]:
-    """The logger of access lines; the thread that writes them ends with the context."""
+    """The access logger; the thread that writes its lines ends with the context."""
     lines = logging.getLogger("fp8pipe_access")
     lines.propagate, lines.handlers = False, []
     lines.setLevel(logging.INFO if enabled else logging.CRITICAL)
@@ -108,7 +108,7 @@ def access_log(enabled: bool) -> Iterator[logging.Logger]:
 
 
 class TelemetryMiddleware:
-    """The outermost layer: request ids, access lines, the count of requests, and `headers()` added to each response."""
+    """The outermost middleware: request ids, access log, request metrics, and `headers()` added to each response."""
 
     def __init__(self, app: Any, lines: logging.Logger, metrics: HttpMetrics, headers: Any) -> None:
         self.app, self.lines, self.metrics, self.headers = app, lines, metrics, headers
@@ -156,7 +156,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def traced(app: Any) -> Any:
-    """`app` with spans where the environment asks for them; a warning where they are asked for and cannot be."""
+    """`app`, with tracing if the environment enables it; logs a warning if the packages for it are missing."""
     wanted = any(os.environ.get(name) for name in _TRACING_VARIABLES)
     if not wanted or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return app
@@ -168,7 +168,7 @@ def traced(app: Any) -> Any:
 
 
 def with_spans(app: Any, provider: Any) -> Any:
-    """`app` in OpenTelemetry's middleware; `provider` is an `opentelemetry.trace.TracerProvider`."""
+    """`app` wrapped in OpenTelemetry's middleware; `provider` is an `opentelemetry.trace.TracerProvider`."""
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 
     return OpenTelemetryMiddleware(
@@ -177,7 +177,7 @@ def with_spans(app: Any, provider: Any) -> Any:
 
 
 def _tracer_provider() -> Any:
-    """The process's own tracer provider, or one that sends to the collector; it is flushed when the process ends."""
+    """The tracer provider of the process, or a new one that exports to the collector and is flushed at exit."""
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -187,7 +187,7 @@ def _tracer_provider() -> Any:
     present = trace.get_tracer_provider()
     if isinstance(present, TracerProvider):
         return present
-    # Resource.create reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES; a name given here would win over them.
+    # Resource.create reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES; a name given here would override them.
     named = "OTEL_SERVICE_NAME" in os.environ or "service.name" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     provider = TracerProvider(resource=Resource.create({} if named else {SERVICE_NAME: "fp8pipe"}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

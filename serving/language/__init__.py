@@ -1,1 +1,1 @@
-"""Serve a language export: vLLM under supervision, behind a thin front of our own."""
+"""Serve a language export: a thin HTTP proxy in front of vLLM, which runs as a supervised process."""

@@ -1,9 +1,10 @@
-"""The port that clients see: hands requests to vLLM byte for byte, and answers cleanly while vLLM is away.
+"""The proxy that clients connect to: it forwards requests to vLLM unchanged and answers properly while vLLM is down.
 
-Its own paths are `/`, `/healthz`, `/readyz`, `/metrics` and `/v1/artifact`; everything else is vLLM's. An answer is
-streamed as it comes. A client that leaves ends its request in vLLM too. When vLLM breaks off, a client gets a 503 with
-`Retry-After` if nothing had been sent, an `error` event in a stream of events, and else a closed connection, so
-that no half answer is taken for a whole one. The same happens to what still runs when a drain's time is over.
+It answers `/`, `/healthz`, `/readyz`, `/metrics` and `/v1/artifact` itself; all other paths go to vLLM. Responses are
+streamed as they arrive. When a client disconnects, its request is cancelled in vLLM too. If vLLM fails during a
+request, the client gets a 503 with `Retry-After` if nothing has been sent yet, an `error` event in an event stream, and
+otherwise a closed connection, so that a partial response is never mistaken for a complete one. Requests still running
+when the time to drain is over end in the same way.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ logger = logging.getLogger(__name__)
 
 _PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-# Keys are checked here and are none of vLLM's business; the id is ours on both ways.
+# API keys are checked here and not passed on to vLLM; the request id is set here, in both directions.
 _NOT_UP = _HOP | {b"host", b"content-length", b"expect", b"authorization", b"x-api-key", b"x-request-id"}
 _NOT_DOWN = _HOP | {b"date", b"server", b"x-request-id"}
 _SHUTTING_DOWN = ("shutting_down", "the server is shutting down")
-# Labels of metrics: a client's own text never becomes one.
+# Possible values of the metric label `route`: text from a client must never become a label.
 _ROUTES = frozenset(
     f"/v1/{name}" for name in ("chat/completions", "completions", "models", "embeddings", "responses", "artifact")
 ) | {"/", "/healthz", "/readyz", "/metrics", "/tokenize", "/detokenize", "/version", "/health"}
 
 
 class Front:
-    """The ASGI app.
+    """The ASGI app of the proxy.
 
     Args:
-        supervisor: of vLLM; its `upstream` takes the requests.
-        lifecycle: of the service.
-        metrics: ours, put before vLLM's own.
-        identity: what `/v1/artifact` answers.
-        with_page: serve the page at `/`.
-        timeout_s: longest wait for the head of an answer, seconds; None waits as long as the client does.
+        supervisor: the supervisor of vLLM; requests go to its `upstream`.
+        lifecycle: the lifecycle of the service.
+        metrics: the service's own metrics; `/metrics` shows them before vLLM's.
+        identity: the response of `/v1/artifact`.
+        with_page: whether to serve the web page at `/`.
+        timeout_s: longest wait for the headers of a response, seconds; None waits as long as the client does.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class Front:
         self._ending = False
 
     def end_after_drain(self, longest_s: float) -> None:
-        """From now on, `longest_s` after the drain has begun, end what still runs. To be called in the loop."""
+        """Arrange that requests still running `longest_s` after draining began are ended. Call in the event loop."""
         loop = asyncio.get_running_loop()
 
-        # A signal's handler begins the drain, outside the loop.
+        # Draining is started by a signal handler, which runs outside the event loop.
         def drain() -> None:
             loop.call_soon_threadsafe(loop.call_later, longest_s, self._end)
 
@@ -111,21 +112,21 @@ class Front:
         return None
 
     def _away(self) -> Problem:
-        """What a client is told while vLLM cannot answer."""
+        """The error that a client gets while vLLM cannot answer."""
         state = self.supervisor.state
         what = "the model is being loaded" if state is State.STARTING else "the model is being started again"
         fix = "send the request again after the seconds that Retry-After names"
         return Problem(503, "engine_unavailable", what, fix, {"Retry-After": str(self.supervisor.retry_after_s)})
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request through vLLM."""
+        """Forward one request to vLLM."""
         body = await _body(receive)
         if body is None:
             return
         if self.supervisor.state is not State.READY:
             raise self._away()
         task = asyncio.current_task()
-        gone = asyncio.ensure_future(receive())  # answers once the client has left
+        gone = asyncio.ensure_future(receive())  # completes when the client disconnects
         assert task is not None
         gone.add_done_callback(lambda future: None if future.cancelled() else task.cancel())
         self._running.add(task)
@@ -136,7 +137,7 @@ class Front:
             if not left and not self._ending:
                 raise
             task.uncancel()
-            if not left:  # before anything was sent
+            if not left:  # the drain is over, and nothing has been sent yet
                 raise Problem(503, *_SHUTTING_DOWN, "send the request again", {"Retry-After": "5"}) from None
         finally:
             self._running.discard(task)
@@ -157,7 +158,7 @@ class Front:
             await self.supervisor.suspect()
             raise self._away() from error
         try:
-            # An engine that has died makes vLLM's server answer 500: to a client that is a reason to come again.
+            # When the engine has died, vLLM's server answers 500; the client gets a 503 instead, so that it retries.
             if reply.status >= 500 and not await self.supervisor.suspect():
                 raise self._away()
             await self._stream(reply, send)
@@ -187,11 +188,11 @@ class Front:
             error = {"code": code, "message": message, "type": code}
             event = b"\n\ndata: " + json.dumps({"error": error}).encode() + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": False})
-        # Else it stays without its end, and the connection is closed.
+        # Otherwise the response remains incomplete, and the connection is closed.
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The request's body; None when the client left before its end."""
+    """The body of the request; None if the client disconnected before it was complete."""
     parts = []
     while True:
         message = await receive()

@@ -1,10 +1,11 @@
-"""`fp8pipe serve` on a language export: the front, the supervisor and vLLM, from start to drain.
+"""`fp8pipe serve` for a language export: runs the proxy, the supervisor and vLLM, from start to graceful shutdown.
 
-The port opens at once and answers `/healthz`; `/readyz` turns 200 when vLLM answers. On SIGTERM readiness ends, what
-was accepted is finished, then vLLM is ended. vLLM's output goes to a log file that is shown when the first start fails.
+The port opens at once and answers `/healthz`; `/readyz` answers 200 once vLLM responds. On SIGTERM `/readyz` answers
+503, requests in progress are finished, and then vLLM is stopped. vLLM's output goes to a log file, whose last lines
+are shown if the first start fails.
 
-vLLM listens on a Unix socket in a private directory, so that no other user of the machine reaches it past the API keys,
-and no port can be taken by another process between two starts.
+vLLM listens on a Unix socket in a private directory, so that other users of the machine cannot bypass the API keys, and
+no other process can take its port between two starts.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ from serving.language.supervisor import Child, State, Supervisor
 from serving.language.upstream import KEEP_ALIVE_S, Upstream
 
 logger = logging.getLogger(__name__)
-_AFTER_DRAIN_S = 5  # for the errors that end what still ran when the drain was over
+_AFTER_DRAIN_S = 5  # extra time to send errors to requests that were still running when the time to drain was over
 
 
 def serve_language(export: Path, config: ServeConfig, language: LanguageConfig | None = None) -> int:
-    """Serve a vllm export, every file of which is hashed first, until a signal ends it; 0 after an orderly end.
+    """Check the hash of every file of a vLLM export, then serve it until a signal; 0 after a graceful shutdown.
 
     Raises:
-        BadArtifactError: the export's files are not those of its manifest, or vLLM cannot load it.
-        GateFailedError: no validation accepts it as it would be served, and `unvalidated` is not set.
-        ConfigurationError: the API keys cannot be read, or the address cannot be listened on.
-        MissingCapabilityError: no vLLM, no GPU for one that is built for it, or no plugin for FP8 on this CPU.
+        BadArtifactError: the files do not match the manifest, or vLLM cannot load the export.
+        GateFailedError: no validation accepted the export for this engine and these options, and `unvalidated` is not
+            set.
+        ConfigurationError: the API keys cannot be read, or the service cannot listen on the address.
+        MissingCapabilityError: vLLM is missing, or the GPU that it is built for, or the plugin for FP8 on this CPU.
         OutOfMemoryError: vLLM ran out of memory while it started.
     """
     chosen = language or LanguageConfig()
@@ -63,10 +65,10 @@ def serve_language(export: Path, config: ServeConfig, language: LanguageConfig |
 def _engine_command(
     vllm: VllmEnvironment, artifact: Artifact, model_dir: Path, config: LanguageConfig, socket: Path
 ) -> list[str]:
-    """The command line of vLLM's server, which loads what `model_dir` holds.
+    """The command line of vLLM's server for the model in `model_dir`.
 
     Raises:
-        MissingCapabilityError: FP8 codes on a CPU without the plugin, which stock vLLM refuses or runs very slowly.
+        MissingCapabilityError: an FP8 export on a CPU without the plugin: vLLM alone refuses it or is very slow.
     """
     quantized = artifact.manifest.number_format is not None
     if quantized and vllm.on_cpu and vllm.plugin is None:
@@ -82,10 +84,10 @@ def _engine_command(
 def supervise(
     command: list[str], env: dict[str, str], socket: Path, log: Path, model: str, language: LanguageConfig
 ) -> Supervisor:
-    """A supervisor, not yet running, of a server of `model` that listens on `socket`."""
+    """A supervisor, not yet started, for a server of `model` that listens on `socket`."""
 
     def start() -> Child:
-        socket.unlink(missing_ok=True)  # of a run that was killed
+        socket.unlink(missing_ok=True)  # left behind by a run that was killed
         return Child(command, env, log)
 
     return Supervisor(start, Upstream(socket), model, language.supervision)
@@ -94,7 +96,7 @@ def supervise(
 def run_front(
     supervisor: Supervisor, artifact: Artifact, config: ServeConfig, language: LanguageConfig, proof: Proof
 ) -> int:
-    """Serve until a signal comes. Raises what made vLLM's first start fail."""
+    """Serve until a signal arrives. If vLLM's first start fails, raises the error that it failed with."""
     keys, lifecycle, metrics = read_keys(config), Lifecycle(), HttpMetrics()
     up = Gauge("fp8pipe_engine_up", "1 while vLLM answers.", registry=metrics.registry)
     up.set_function(lambda: supervisor.state is State.READY)
@@ -113,7 +115,7 @@ def run_front(
 
 
 def _supervised(front: Front, drain_s: float) -> Any:
-    """`front`, with its supervisor running between the service's start and its end."""
+    """The ASGI app `front`, whose supervisor runs as long as the service does."""
     supervisor = front.supervisor
 
     def leave(*_: Any) -> None:
@@ -123,7 +125,7 @@ def _supervised(front: Front, drain_s: float) -> Any:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         front.end_after_drain(drain_s)
         task = asyncio.create_task(supervisor.run(leave))
-        # A supervisor that fails unforeseen must end the service, not leave it without one.
+        # If the supervisor itself fails, the service must stop rather than run unsupervised.
         task.add_done_callback(leave)
         try:
             yield

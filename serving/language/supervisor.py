@@ -1,12 +1,12 @@
-"""Keeps vLLM's server running: starts it, waits until it answers, watches it, and starts it again after a crash.
+"""Keeps vLLM's server running: starts it, waits until it responds, monitors it, and restarts it after a crash.
 
-A first start that fails ends the service, since the export or the machine is at fault and a restart would not help.
-Once it has answered, a crash is followed by a restart, after 1, 2, 4 ... seconds, until it has stayed up for a while.
-A server that lives but does not answer, or whose engine makes no token any more, is killed and started again likewise.
+If the first start fails, the service ends: the cause is the export or the machine, and a restart would not help. Later
+crashes are followed by a restart after 1, 2, 4 ... seconds; the delay is reset once the server has stayed up for a
+while. A server that runs but does not respond, or whose engine produces no more tokens, is killed and restarted too.
 
-vLLM's server and its engine are two processes: `/health` is answered by the first, and stays good while the second
-hangs. So the engine is asked for one token now and then. Under load that request waits in line with the others, so an
-engine counts as hung only if, for the whole time limit, the token did not come and none of vLLM's token counters moved.
+vLLM's server and its engine are separate processes: the server answers `/health`, with 200 even while the engine hangs.
+So the engine is regularly asked for one token. Under load that request waits in the queue with the others; therefore an
+engine counts as hung only if, for the whole timeout, the token did not arrive and vLLM's token counters did not change.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COUNTERS = (b"vllm:generation_tokens_total", b"vllm:prompt_tokens_total", b"vll
 
 
 class State(StrEnum):
-    """Where the server stands."""
+    """State of the server."""
 
     STARTING = "starting"
     READY = "ready"
@@ -43,9 +43,9 @@ class State(StrEnum):
 
 
 class Child:
-    """The command, running below a guard in a session of its own.
+    """One run of the command, in its own process session under a guard process that kills all of it at the end.
 
-    Its output goes to `log`, which is begun anew with each run, so that it cannot fill a disk with restarts.
+    Its output goes to `log`, which each run overwrites, so that restarts cannot fill the disk.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
@@ -56,20 +56,20 @@ class Child:
         self.log = log
 
     def exit_code(self) -> int | None:
-        """None while it runs; the signal's number, negative, if a signal ended it."""
+        """The exit code; None while it runs, and minus the signal number if a signal ended it."""
         code = self._process.poll()
         return code if code is None or code <= 128 else 128 - code
 
     async def stop(self, grace_s: float) -> None:
-        """End every process that was started: politely, then not. Also to be called after it ended by itself."""
+        """Stop all its processes: SIGTERM, then SIGKILL. Must be called even if the command ended by itself."""
         if self.exit_code() is None and grace_s > 0:
-            self._process.terminate()  # the guard passes it on
+            self._process.terminate()  # the guard forwards the signal
             await self._wait(grace_s)
         with contextlib.suppress(OSError):
-            os.close(self._held)  # the guard kills what is left
+            os.close(self._held)  # makes the guard kill the remaining processes
             self._held = -1
         await self._wait(5.0)
-        # Had the guard been killed itself, workers might have stayed behind.
+        # If the guard itself was killed, workers may still be running.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._wait(5.0)
@@ -81,7 +81,7 @@ class Child:
 
 
 class Supervisor:
-    """Runs children, made by `start`, one after another; the engine is asked for tokens under the name `model`."""
+    """Runs one child after another, each created by `start`; health checks request tokens from the model `model`."""
 
     def __init__(self, start: Callable[[], Child], upstream: Upstream, model: str, config: SupervisorConfig) -> None:
         self._start, self.upstream, self.model, self.config = start, upstream, model, config
@@ -97,12 +97,12 @@ class Supervisor:
 
     @property
     def retry_after_s(self) -> int:
-        """When to ask again: what the last start took, less what has passed of this one; 5 when that is over."""
+        """Seconds until a retry makes sense: the last start's duration minus the time elapsed in this one, or 5."""
         left = self._last_start_s - (asyncio.get_running_loop().time() - self._since)
         return min(60, math.ceil(left)) if left > 0 else 5
 
     async def run(self, on_failure: Callable[[], None]) -> None:
-        """Supervise until cancelled, then end the child. A failed first start is told by `on_failure` and `failure`."""
+        """Supervise until cancelled, then stop the child; a failed first start sets `failure`, calls `on_failure`."""
         try:
             while True:
                 code = await self._one_run()
@@ -119,7 +119,7 @@ class Supervisor:
                 await self.child.stop(self.config.stop_grace_s)
 
     async def suspect(self) -> bool:
-        """A request failed inside the server: look at once; whether it is healthy."""
+        """Check the server at once, after a request failed in it; returns whether it is healthy."""
         if self.state is State.READY and await self._healthy():
             return True
         if self.state is State.READY:
@@ -127,7 +127,7 @@ class Supervisor:
         return False
 
     async def _one_run(self) -> int:
-        """Start, watch, and clean up one child; its exit code."""
+        """Start, monitor and clean up one child; returns its exit code."""
         self._enter(State.STARTING)
         self._suspect.clear()
         self.child = child = self._start()
@@ -140,7 +140,7 @@ class Supervisor:
         return code if code is not None else (child.exit_code() or 1)
 
     async def _until_ready(self, child: Child) -> int | None:
-        """Its exit code if it ended meanwhile; the state tells whether it is ready."""
+        """Wait until the child is ready (then the state is READY), it ends (returns its exit code), or time is up."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.start_timeout_s
         while (code := child.exit_code()) is None and loop.time() < deadline:
@@ -152,7 +152,7 @@ class Supervisor:
         return code
 
     async def _while_ready(self, child: Child) -> int | None:
-        """Until it ended (its exit code), or does not answer any more (None)."""
+        """Monitor the child until it ends (returns its exit code) or stops responding (returns None)."""
         config, missed = self.config, 0
         hung = asyncio.create_task(self._until_hung())
         try:
@@ -162,7 +162,7 @@ class Supervisor:
                     logger.error("vLLM's server does not answer: it is ended")
                     break
                 if hung.done():
-                    hung.result()  # raises what is not foreseen
+                    hung.result()  # raises unexpected errors of the task
                     logger.error("vLLM's engine has made no token for %g s: it is ended", config.engine_timeout_s)
                     break
                 await self._pause()
@@ -173,7 +173,7 @@ class Supervisor:
         return code
 
     async def _until_hung(self) -> None:
-        """Ask for a token again and again; return once the engine shows no sign of life for `engine_timeout_s`."""
+        """Request a token periodically; return once the engine has shown no sign of life for `engine_timeout_s`."""
         while True:
             await asyncio.sleep(self.config.engine_probe_every_s)
             probe = asyncio.create_task(self._one_token())
@@ -185,11 +185,11 @@ class Supervisor:
 
     async def _one_token(self) -> None:
         body = json.dumps({"model": self.model, "prompt": "a", "max_tokens": 1}).encode()
-        with contextlib.suppress(UpstreamError):  # others notice that the server broke off
+        with contextlib.suppress(UpstreamError):  # a failing server is detected elsewhere
             await self.upstream.fetch(b"POST", b"/v1/completions", [(b"content-type", b"application/json")], body)
 
     async def _lives(self, probe: asyncio.Task[None], timeout_s: float) -> bool:
-        """Whether the probe is answered, errors included, before the counters stand still for `timeout_s`."""
+        """Whether the probe gets a response, even an error, before the token counters are unchanged for `timeout_s`."""
         loop = asyncio.get_running_loop()
         seen, deadline = b"", loop.time() + timeout_s
         while True:
@@ -199,7 +199,7 @@ class Supervisor:
             text = await self.upstream.get(b"/metrics", timeout_s / 4) or b""
             counters = b"\n".join(line for line in text.splitlines() if line.startswith(_COUNTERS))
             if counters and counters != seen:
-                # The first look only says where they stand.
+                # The first reading is only the starting point.
                 deadline = loop.time() + timeout_s if seen else deadline
                 seen = counters
             if loop.time() >= deadline:

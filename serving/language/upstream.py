@@ -1,8 +1,8 @@
-"""An HTTP/1.1 client for one server on a Unix socket, as thin as a proxy needs it.
+"""A minimal HTTP/1.1 client for a proxy to one server on a Unix socket.
 
-General clients cost more than the whole budget of a request here (1 ms). This one sends a head and a body in one
-write, parses answers with httptools, hands body bytes on as they arrive, and keeps connections for the next request.
-It never sends a request twice: a generation is not idempotent.
+General-purpose clients take longer than the whole time budget per request here (1 ms). This one sends headers and body
+in one write, parses responses with httptools, passes on body bytes as they arrive, and keeps connections open for the
+next request. It never repeats a request, since generation is not idempotent.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import httptools
 
 Headers = list[tuple[bytes, bytes]]
 _BUFFERED_BYTES = 262_144
-# Shorter than the server's own patience (`KEEP_ALIVE_S`), so that it never closes a connection just taken.
+# Shorter than the server's keep-alive timeout (`KEEP_ALIVE_S`), so that it never closes a connection just reused.
 _IDLE_S = 30.0
 KEEP_ALIVE_S = 120
 
 
 class UpstreamError(Exception):
-    """The server could not be reached, or broke off; `str` says which, for logs only."""
+    """The server could not be reached or closed the connection early; `str` says which, for logs only."""
 
 
 class _Connection:
-    """One connection, one request at a time; its methods called `on_...` are httptools' interface."""
+    """One connection, for one request at a time; the methods `on_...` are callbacks of httptools."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self.writer = reader, writer
@@ -33,7 +33,7 @@ class _Connection:
         self.used = 0.0
 
     def begin(self, *, head_only: bool) -> None:
-        """Forget the last answer."""
+        """Reset the state for a new request."""
         self._parser = httptools.HttpResponseParser(self)
         self.head_only = head_only
         self.headers: Headers = []
@@ -46,7 +46,7 @@ class _Connection:
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
-        if self.status < 200:  # 1xx: another head follows
+        if self.status < 200:  # 1xx: another set of headers follows
             self.status, self.headers = 0, []
         elif self.head_only:
             self.complete = True
@@ -57,15 +57,15 @@ class _Connection:
     def on_message_complete(self) -> None:
         if self.status:
             self.complete = True
-            self.keep = self._parser.should_keep_alive()  # forgotten by the parser right after this call
+            self.keep = self._parser.should_keep_alive()  # the parser resets this right after the callback
 
     @property
     def lost(self) -> bool:
-        """Whether it has ended."""
+        """Whether the connection has ended."""
         return self._broken or self._reader.at_eof() or self.writer.transport.is_closing()
 
     async def receive(self) -> None:
-        """Until something arrived and is parsed, or the connection has ended."""
+        """Wait for data and parse it; returns also when the connection has ended."""
         try:
             if data := await self._reader.read(_BUFFERED_BYTES):
                 self._parser.feed_data(data)
@@ -73,13 +73,13 @@ class _Connection:
             self.close()
             return
         if not data:
-            # A body without a length ends with its connection; one with a length is cut short.
+            # A body without a length ends with the connection; one with a length has been truncated.
             keys = {name for name, _ in self.headers}
             self.complete |= bool(self.status) and not keys & {b"content-length", b"transfer-encoding"}
             self._broken = True
 
     def take(self) -> bytes:
-        """Everything that has arrived of the body."""
+        """The bytes of the body that arrived since the last call."""
         data = b"".join(self._chunks)
         self._chunks.clear()
         return data
@@ -90,11 +90,11 @@ class _Connection:
 
 
 class Reply:
-    """An answer whose head has arrived.
+    """A response whose headers have arrived.
 
     Attributes:
-        status: of HTTP.
-        headers: names in lower case, in order, hop-by-hop ones included.
+        status: HTTP status.
+        headers: the headers in order, names in lower case, hop-by-hop headers included.
     """
 
     def __init__(self, owner: Upstream, connection: _Connection) -> None:
@@ -102,10 +102,10 @@ class Reply:
         self.status, self.headers = connection.status, connection.headers
 
     async def next(self) -> bytes | None:
-        """The next bytes of the body, None at its end.
+        """The next bytes of the body; None at its end.
 
         Raises:
-            UpstreamError: the server broke off.
+            UpstreamError: the server closed the connection early.
         """
         connection = self._connection
         while not (part := connection.take()):
@@ -118,28 +118,29 @@ class Reply:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come after what `next` gave: the last bytes and the end can go in one write."""
+        """Whether `next` has returned the last bytes, so that they and the end can be sent in one write."""
         return self._connection.complete
 
     def release(self) -> None:
-        """Give the connection back, or close it when the answer was not read to its end (the server then stops)."""
+        """Return the connection for reuse; if the response was not read to its end, close it, and the server stops."""
         self._owner._give_back(self._connection)
 
 
 class Upstream:
-    """The server behind the Unix socket `path`, and the connections to it that are idle."""
+    """The server at the Unix socket `path`, and a pool of idle connections to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._idle: deque[_Connection] = deque()
 
     async def request(self, method: bytes, target: bytes, headers: Headers, body: bytes = b"") -> Reply:
-        """Send a request; return when the head of the answer is there.
+        """Send a request; return when the headers of the response have arrived.
 
-        `headers` come without hop-by-hop ones, Host and Content-Length; `target` is what the client sent.
+        `headers` must not contain hop-by-hop headers, Host or Content-Length; `target` is the path and query that the
+        client sent.
 
         Raises:
-            UpstreamError: the server is not there, or broke off before it answered.
+            UpstreamError: the server cannot be reached, or closed the connection before it answered.
         """
         connection = await self._take()
         connection.begin(head_only=method == b"HEAD")
@@ -159,7 +160,7 @@ class Upstream:
         return Reply(self, connection)
 
     async def fetch(self, method: bytes, target: bytes, headers: Headers, body: bytes = b"") -> tuple[int, bytes]:
-        """Status and whole body of an answer. Raises as `request` and `Reply.next`."""
+        """Status and complete body of a response. Raises the errors of `request` and `Reply.next`."""
         reply, parts = await self.request(method, target, headers, body), []
         try:
             while (part := await reply.next()) is not None:
@@ -169,7 +170,7 @@ class Upstream:
             reply.release()
 
     async def get(self, target: bytes, timeout_s: float) -> bytes | None:
-        """The body of what a GET is answered with; None where that is no 200, or does not come in time."""
+        """The body of the response to a GET; None if the status is not 200 or the response does not come in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 status, body = await self.fetch(b"GET", target, [])

@@ -1,1 +1,1 @@
-"""The vision server: pictures in, classes or features out, over an exported graph."""
+"""The vision server: images in, classes, values or features out, computed by an exported graph."""

@@ -1,8 +1,9 @@
-"""Dynamic batches: images of many requests run together, from one bounded queue, in one thread per stream.
+"""Dynamic batching: images of several requests run together, from one bounded queue, with one thread per stream.
 
-A thread takes what is there up to the largest batch, waits at most `max_wait_s` for more, and runs. While all run,
-the next batch gathers; so under load batches are full and nobody waits for the clock. A request beyond the queue is
-refused at once, one that has waited past its deadline is given up: both 503. The event loop only appends to a list.
+A thread takes the waiting images, up to the largest batch size, waits at most `max_wait_s` for more, and runs the
+batch. While all threads are busy, the next batch accumulates; under load, batches are full and no time is spent
+waiting. A request that does not fit into the queue is rejected at once, and one whose deadline has passed is dropped;
+both are answered with 503. The event loop itself only appends to the queue.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 class VisionMetrics(HttpMetrics):
-    """What is counted beside requests. Stages are decode, preprocess, queue and inference (of a whole batch)."""
+    """Metrics of a vision service. Stages are decode, preprocess, queue and inference (of a whole batch)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,11 +47,11 @@ class VisionMetrics(HttpMetrics):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer to one request."""
+    """The result of one request."""
 
     outputs: np.ndarray  # (n, C) float32
-    queue_s: float  # how long its first image waited
-    inference_s: float  # time of the batch that held its last image
+    queue_s: float  # waiting time of its first image, seconds
+    inference_s: float  # run time of the batch with its last image, seconds
 
 
 @dataclass(slots=True)
@@ -66,14 +67,14 @@ class _Job:
 
 
 class Batcher:
-    """One engine's queue.
+    """The queue of an engine, and the threads that run its batches.
 
     Args:
-        runs: (n, 3, H, W) float32 -> (n, C) float32, for n in `sizes`; each is called in a thread of its own.
-        sizes: batch sizes that may be run, ascending, beginning with 1.
-        max_wait_s: how long the oldest image waits for company.
-        capacity: images that may wait.
-        metrics: where they are counted.
+        runs: (n, 3, H, W) float32 -> (n, C) float32, for n in `sizes`; each is called in its own thread.
+        sizes: permitted batch sizes, ascending, beginning with 1.
+        max_wait_s: how long the oldest image waits for the batch to fill, seconds.
+        capacity: maximum number of waiting images.
+        metrics: the metrics to update.
     """
 
     def __init__(
@@ -89,10 +90,10 @@ class Batcher:
             thread.start()
 
     async def submit(self, pixels: np.ndarray, timeout_s: float) -> Done:
-        """Run the images of one request, (n, 3, H, W) float32, n >= 1; give up when they have not begun in time.
+        """Run the images of one request, (n, 3, H, W) float32, n >= 1; they must start within `timeout_s`.
 
         Raises:
-            Problem: 503, the queue is full or the deadline passed; 413, more images than the queue ever holds.
+            Problem: 503, the queue is full or the deadline has passed; 413, more images than the queue can hold.
         """
         loop, now = asyncio.get_running_loop(), time.monotonic()
         count = len(pixels)
@@ -109,7 +110,7 @@ class Batcher:
         return await job.future
 
     def close(self) -> None:
-        """Finish what waits, then end the threads."""
+        """Process all waiting images, then end the threads."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -122,7 +123,7 @@ class Batcher:
                 self._answer(run, batch)
 
     def _gather(self) -> list[tuple[_Job, int]] | None:
-        """The next batch; None at the end."""
+        """Wait for the next batch; None after `close`, once the queue is empty."""
         largest = self._sizes[-1]
         with self._change:
             while not self._waiting:
@@ -136,12 +137,12 @@ class Batcher:
             size = max((size for size in self._sizes if size <= len(alive)), default=0)
             self._waiting.extendleft(reversed(alive[size:]))
             if self._waiting:
-                self._change.notify_all()  # another stream may be idle
+                self._change.notify_all()  # the thread of another stream may be idle
             self._metrics.queue_depth.set(len(self._waiting))
             return alive[:size]
 
     def _drop_dead(self, count: int) -> list[tuple[_Job, int]]:
-        """Up to `count` images whose requests still want an answer, taken from the queue."""
+        """Take up to `count` images from the queue; drop those whose request has ended or passed its deadline."""
         alive: list[tuple[_Job, int]] = []
         now, late = time.monotonic(), set()
         while self._waiting and len(alive) < count:
@@ -167,7 +168,7 @@ class Batcher:
         pixels = first.pixels[row : row + 1] if len(batch) == 1 else np.stack([job.pixels[row] for job, row in batch])
         try:
             outputs = run(pixels)
-        except Exception as error:  # an engine's exceptions share no base; the request fails, the thread lives
+        except Exception as error:  # engines raise any type; only the requests fail, the thread continues
             logger.exception("the engine failed on a batch of %d", len(batch))
             for job, _ in batch:
                 job.loop.call_soon_threadsafe(_resolve, job, error)
@@ -186,7 +187,7 @@ class Batcher:
 
 
 def _resolve(job: _Job, outcome: Done | Exception) -> None:
-    """In the event loop: give a request its answer, unless it was given up."""
+    """Set the result of a request, unless it was cancelled; runs in the event loop."""
     if job.future.done():
         return
     if isinstance(outcome, Done):

@@ -1,8 +1,8 @@
-"""Bodies, and what OpenAPI says of them: images (multipart, raw, or JSON with base64), and compression both ways.
+"""Request bodies and their OpenAPI schemas: images as multipart, raw bytes or base64 in JSON, optionally compressed.
 
-gzip and deflate are read and written, as Triton's client sends and asks for them. What a compressed body becomes is
-bounded while it is read: a few kilobytes can stand for gigabytes. Exactly one compressed stream is read; bytes after
-its end are refused.
+Requests and responses may be compressed with gzip or deflate, as Triton's client does. The decompressed size is limited
+while decompressing, since a few kilobytes can expand to gigabytes. A body must be exactly one compressed stream; bytes
+after its end are rejected.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from serving.http.problems import Problem, too_many_images
 
 _FILE_FIELDS: Final = frozenset(("image", "images", "file", "files"))
 _IN_MEMORY_BYTES: Final = 1 << 40
-# zlib's window sizes that choose the format: gzip, and deflate as HTTP means it (a zlib stream).
+# zlib's `wbits` values, which select the format: gzip, and deflate in the sense of HTTP (a zlib stream).
 _WINDOWS: Final = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 
 @dataclass(frozen=True, slots=True)
 class ImagesRequest:
-    """What a client sent."""
+    """The parsed body of an image request."""
 
-    images: list[bytes]  # each file's bytes
-    top_k: Any = None  # how many classes are asked for; None where it was not said in the body
+    images: list[bytes]  # the bytes of each image file
+    top_k: Any = None  # number of classes to return; None if the body does not say
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, decompressed (to at most `max_bytes`), within the limits of the layers around.
+    """The complete body, decompressed to at most `max_bytes`; the limits of the middleware apply too.
 
     Raises:
-        Problem: it is too large, too slow, damaged, compressed in an unknown way, or was cut off.
+        Problem: the body is too large, too slow, damaged, truncated, or has an unsupported encoding.
     """
     try:
         body = await request.body()
@@ -55,10 +55,10 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """The body that was sent compressed; `encoding` is the value of Content-Encoding.
+    """Decompress a body; `encoding` is the value of Content-Encoding.
 
     Raises:
-        Problem: 415, another encoding; 413, larger than `max_bytes`; 400, damaged or cut off.
+        Problem: 415, unsupported encoding; 413, larger than `max_bytes`; 400, damaged or truncated.
     """
     window = _WINDOWS.get(encoding)
     if window is None:
@@ -78,13 +78,13 @@ def decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
 
 
 def compress(body: bytes, encoding: str) -> bytes:
-    """`body` in gzip or deflate, at a fast level: the client waits."""
+    """Compress `body` with gzip or deflate, at the fastest level, since the client is waiting."""
     stream = zlib.compressobj(1, zlib.DEFLATED, _WINDOWS[encoding])
     return stream.compress(body) + stream.flush()
 
 
 def accepted_encoding(header: str | None) -> str | None:
-    """gzip or deflate, whichever an Accept-Encoding names first; None when it names neither."""
+    """gzip or deflate, whichever the Accept-Encoding header accepts first; None if it accepts neither."""
     for part in (header or "")[:1000].lower().split(","):
         name, _, parameters = part.partition(";")
         weight = parameters.replace(" ", "").removeprefix("q=")
@@ -94,10 +94,10 @@ def accepted_encoding(header: str | None) -> str | None:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a body that must be a JSON object.
 
     Raises:
-        Problem: 400, not JSON (too deep, not UTF-8, ...), or not an object.
+        Problem: 400, not valid JSON (too deeply nested, not UTF-8, ...), or not an object.
     """
     try:
         document = from_json(body)
@@ -110,10 +110,10 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 async def read_images(request: Request, max_bytes: int, max_images: int) -> ImagesRequest:
-    """Every image of a request, not yet decoded; at most `max_images` in a body of `max_bytes`.
+    """Read the images of a request, still encoded; at most `max_images`, in a body of at most `max_bytes`.
 
     Raises:
-        Problem: 4xx.
+        Problem: 4xx, the body cannot be read, is of another type, or has no images or too many.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     body = await read_body(request, max_bytes)
@@ -163,14 +163,14 @@ async def _multipart(request: Request, body: bytes, max_images: int) -> ImagesRe
         yield body
 
     parser = MultiPartParser(request.headers, once(), max_files=max_images, max_fields=16)
-    parser.spool_max_size = _IN_MEMORY_BYTES  # never a temporary file: the root file system may be read-only
+    parser.spool_max_size = _IN_MEMORY_BYTES  # no temporary files: the root file system may be read-only
     try:
         form = await parser.parse()
     except MultiPartException as error:
         if "Too many files" in error.message:
             raise too_many_images(max_images) from error
         raise Problem(400, "invalid_multipart", f"the multipart body cannot be read: {error.message[:200]}") from error
-    except Exception as error:  # headers of parts in foreign encodings raise LookupError, UnicodeDecodeError, KeyError
+    except Exception as error:  # part headers in unknown encodings raise LookupError, UnicodeDecodeError, KeyError
         raise Problem(400, "invalid_multipart", "the multipart body cannot be read") from error
     images, top_k = [], None
     for name, value in form.multi_items():

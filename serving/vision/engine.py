@@ -1,13 +1,12 @@
-"""The model that is served, its engine, and the short measurement that chooses its batch sizes, streams and threads.
+"""The served model, its engine, and a short benchmark at startup that selects batch sizes, streams and threads.
 
-Several batches at once, each with fewer threads, often do more together than one with all of them, and a burst waits
-less; a request that is alone takes longer. So of all that do about as much as the best, that one is used in which an
-image is done soonest.
+Running several batches in parallel (streams), each with fewer threads, often has a higher throughput than one batch
+with all threads, and shortens the wait in a burst; but a single request takes longer. So of all configurations whose
+throughput is within 5% of the best, the one with the lowest batch latency is used.
 
-A batch must not change an answer: integer products do not, but a float product of one row may be computed by another
-kernel than one of eight. So each batch size is run once on random pixels when the server starts, and only those whose
-rows equal the same images run alone, bit for bit, are used (unless `inexact_batches`). What was found is shown at
-/v1/artifact.
+Batching must not change results. Integer GEMMs are exact, but a float GEMM may use a different kernel for one row than
+for eight. So at startup each batch size is run on random pixels, and only sizes whose outputs are bit-identical to
+those of the same images run alone are used (unless `inexact_batches` is set). /v1/artifact shows the measurements.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from serving.config import Provider, VisionConfig
 logger = logging.getLogger(__name__)
 
 _SIZES: Final = (1, 2, 4, 8, 16, 32, 64)
-# Larger batches and more streams keep every image longer in the engine, and must gain this much.
+# Larger batches and more streams increase latency, so they must raise the throughput by at least this factor.
 _MIN_GAIN: Final = 1.05
 _MAX_BATCH_S: Final = 0.5
 _REPEATS: Final = 3
@@ -51,17 +50,17 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One measurement."""
+    """The measurement of one configuration."""
 
-    threads: int  # within an operator; 0 where it does not apply
-    streams: int  # batches run at once
-    batch: int  # images at once
-    images_per_s: float  # throughput, of all streams
-    exact: bool  # whether every row equals the same image run alone, bit for bit
+    threads: int  # intra-op threads; 0 if not applicable
+    streams: int  # batches run in parallel
+    batch: int  # images per batch
+    images_per_s: float  # total throughput of all streams
+    exact: bool  # whether every row is bit-identical to the same image run alone
 
     @property
     def seconds(self) -> float:
-        """Time of one batch while all streams run."""
+        """Time of one batch while all streams are running, seconds."""
         return self.streams * self.batch / self.images_per_s
 
 
@@ -69,30 +68,30 @@ class Measured:
 class Engine:
     """A loaded engine."""
 
-    runs: tuple[Run, ...]  # (n, 3, H, W) float32 -> (n, C) float32, one per stream; they may run at once
-    sizes: tuple[int, ...]  # batch sizes that are used
-    threads: int  # within an operator; 0 where it does not apply
-    provider: str  # where it computes
+    runs: tuple[Run, ...]  # (n, 3, H, W) float32 -> (n, C) float32, one per stream; they may run in parallel
+    sizes: tuple[int, ...]  # batch sizes in use
+    threads: int  # intra-op threads; 0 if not applicable
+    provider: str  # execution provider, or TensorRT and its GPU
     width: int  # C, the number of outputs
-    measured: tuple[Measured, ...]  # what the choice was made from
+    measured: tuple[Measured, ...]  # all measurements that the choice is based on
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A way to use the machine."""
+    """A division of the machine into streams and threads."""
 
-    threads: int  # within an operator; 0 where it does not apply
-    streams: int  # batches run at once
-    open: Callable[[], tuple[Run, ...]]  # makes a function for each stream
+    threads: int  # intra-op threads; 0 if not applicable
+    streams: int  # batches run in parallel
+    open: Callable[[], tuple[Run, ...]]  # creates a run function for each stream
 
 
 def open_engine(model: ServedModel, config: VisionConfig) -> Engine:
-    """Load the graph, measure, and choose.
+    """Load the graph, run the benchmark, and select a configuration.
 
     Raises:
-        ConfigurationError: streams on a GPU.
-        MissingCapabilityError: the provider or the GPU is not here, or cannot be used.
-        BadArtifactError: ONNX Runtime refuses the graph.
+        ConfigurationError: `streams` is set for a GPU, or the batch size does not fit the engine.
+        MissingCapabilityError: the provider or the GPU is missing or cannot be used.
+        BadArtifactError: ONNX Runtime rejects the graph.
     """
     if model.engine == "tensorrt":
         _refuse_streams(config)
@@ -120,7 +119,7 @@ def _refuse_streams(config: VisionConfig) -> None:
 
 
 def _layouts(path: Path, model: ServedModel, config: VisionConfig) -> Iterator[Layout]:
-    """One stream with all cores and with one less, for the event loop; then ever more streams of ever fewer threads."""
+    """One stream with all cores, and with one core left for the event loop; then more streams with fewer threads."""
     cores = _cores()
     if config.threads:
         shapes = [(config.threads, config.streams or 1)]
@@ -134,13 +133,13 @@ def _layouts(path: Path, model: ServedModel, config: VisionConfig) -> Iterator[L
 
 
 def _cpu_runs(path: Path, model: ServedModel, threads: int, streams: int) -> tuple[Run, ...]:
-    """A session has one pool of threads, so each stream has its own; with one thread there is no pool to share."""
+    """One session per stream, since a session has one thread pool; with one thread there is none, so one is shared."""
     sessions = [open_session(path, threads=threads) for _ in range(1 if threads == 1 else streams)]
     return tuple(_session_run(sessions[stream % len(sessions)], model) for stream in range(streams))
 
 
 def _in_use(session: Any, provider: str, wanted: Provider) -> bool:
-    """Whether the session computes there: ONNX Runtime falls back to the CPU when a library or the GPU is missing."""
+    """Whether the session uses the provider: ONNX Runtime falls back to the CPU if a library or the GPU is missing."""
     found = str(session.get_providers()[0])
     if found == provider:
         return True
@@ -157,7 +156,7 @@ def _providers(wanted: Provider) -> list[str]:
     available = import_onnx_package("onnxruntime").get_available_providers()
     cpu = _PROVIDERS[Provider.CPU]
     if wanted is Provider.AUTO:
-        # TensorRT builds for minutes at the first request of a shape: only by name.
+        # TensorRT must be requested by name: it takes minutes to build an engine at the first request of each shape.
         return [name for name in (_PROVIDERS[Provider.CUDA], cpu) if name in available]
     name = _PROVIDERS[wanted]
     if name not in available:
@@ -199,7 +198,7 @@ def _chosen(
 
 
 def _best(usable: Sequence[Measured], *, fixed: bool) -> Measured:
-    """Of those with about the best throughput, the one in which an image is done soonest."""
+    """Of the configurations with nearly the best throughput, the one with the shortest batch time."""
     if fixed:
         usable = [m for m in usable if m.batch == max(one.batch for one in usable)]
     best = max(m.images_per_s for m in usable)
@@ -207,7 +206,7 @@ def _best(usable: Sequence[Measured], *, fixed: bool) -> Measured:
 
 
 def _measure(layout: Layout, sizes: list[int], model: ServedModel, *, fixed: bool) -> list[Measured]:
-    """Each size several times, the fastest counts; sizes that take too long end it, unless a size was asked for."""
+    """Time each size several times, taking the minimum; stop at sizes that take too long, unless the size is fixed."""
     runs = layout.open()
     pixels = np.random.default_rng(0).standard_normal((sizes[-1], *model.shape), dtype=np.float32)
     alone: list[np.ndarray] = []
@@ -237,23 +236,23 @@ class ServedModel:
     """A vision export."""
 
     artifact: Artifact  # the export
-    name: str  # what clients call it: the directory's name
-    preprocessing: Preprocessing  # from a picture to the input, the same that calibration used
+    name: str  # the model name that clients use: the name of the directory
+    preprocessing: Preprocessing  # from an image to the input tensor, the same as in calibration
     classes: tuple[str, ...] | None  # names in the order of the outputs; None for a backbone
-    activation: Activation  # what makes probabilities of them; none: they are values, or features
-    input_name: str  # of the graph
-    output_name: str  # of the graph
+    activation: Activation  # turns logits into probabilities; none: the outputs are values or features
+    input_name: str  # name of the graph's input
+    output_name: str  # name of the graph's output
 
     @property
     def task(self) -> Literal["classify", "predict", "embed"]:
-        """What clients ask it for: `/v1/TASK`."""
+        """The task of the model, served at `/v1/TASK`."""
         if self.classes is None:
             return "embed"
         return "predict" if self.activation == "none" else "classify"
 
     @property
     def engine(self) -> str:
-        """The engine that runs it, as `--engine` names it."""
+        """The engine that runs the model, as named by `--engine`."""
         return kind_named(self.artifact.kind).engines[0]
 
     @property
@@ -263,10 +262,10 @@ class ServedModel:
 
 
 def read_model(export: Path) -> ServedModel:
-    """Read an export; every file but engines, which are caches, is hashed.
+    """Open an export and check the hash of every file, except of engines, which are caches.
 
     Raises:
-        BadArtifactError: a file is not what the manifest says, or the export is of no vision model.
+        BadArtifactError: a file does not match the manifest, or this is not the export of a vision model.
     """
     artifact = open_artifact(export, caches="engines")
     details = artifact.manifest.details

@@ -1,7 +1,7 @@
-"""The Open Inference Protocol, version 2, with Triton's binary tensors: so that `tritonclient` and KServe work as is.
+"""The Open Inference Protocol v2 with Triton's binary tensor extension, so that `tritonclient` and KServe work as is.
 
-A binary request is a JSON header of `Inference-Header-Content-Length` bytes, then the tensors' bytes, little-endian.
-The input is the preprocessed tensor, so nothing is decoded here; what comes back is what the engine gave.
+A binary request is a JSON header of `Inference-Header-Content-Length` bytes, followed by the little-endian bytes of the
+tensors. The input is a preprocessed tensor, so no image is decoded here; the response holds the engine's raw outputs.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _MIN_COMPRESSED_BYTES = 500
 
 @dataclass(frozen=True, slots=True)
 class _InferRequest:
-    """One inference."""
+    """A parsed inference request."""
 
     pixels: np.ndarray  # (n, 3, H, W) float32, finite
-    id: str | None  # the client's, or None
-    binary: bool  # whether the output is wanted as bytes
+    id: str | None  # request id from the client, if any
+    binary: bool  # whether the output is requested in binary
 
 
 def add_protocol(app: FastAPI, state: VisionState) -> None:
-    """The protocol's routes, below /v2."""
+    """Add the routes of the protocol, under /v2."""
     model, described = state.model, _metadata(state.model, state.engine.width)
     server = {"name": "fp8pipe", "version": __version__, "extensions": ["binary_tensor_data"]}
 
@@ -53,13 +53,13 @@ def add_protocol(app: FastAPI, state: VisionState) -> None:
         return JSONResponse(described)
 
     async def model_ready(name: str, version: str = _VERSION) -> Response:
-        """The model takes requests."""
+        """Whether the model accepts requests."""
         known(name, version)
         state.require_ready()
         return JSONResponse({"name": model.name, "ready": True})
 
     async def infer(request: Request, name: str, version: str = _VERSION) -> Response:
-        """Run preprocessed tensors, as JSON or in binary."""
+        """Run the model on preprocessed tensors, sent as JSON or binary."""
         known(name, version)
         body = await read_body(request, state.config.max_body_bytes)
         asked = _parse_infer(body, request.headers.get(_HEADER_LENGTH), model, state.config.max_images)
@@ -76,11 +76,11 @@ def add_protocol(app: FastAPI, state: VisionState) -> None:
         return JSONResponse(server)
 
     async def live() -> Response:
-        """The process answers."""
+        """Liveness: the process responds."""
         return JSONResponse({"live": True})
 
     async def ready() -> Response:
-        """Requests are taken."""
+        """Readiness: requests are accepted."""
         state.require_ready()
         return JSONResponse({"ready": True})
 
@@ -96,7 +96,7 @@ def add_protocol(app: FastAPI, state: VisionState) -> None:
 
 
 def _metadata(model: ServedModel, width: int) -> dict[str, Any]:
-    """/v2/models/NAME."""
+    """The response of /v2/models/NAME."""
     return {
         "name": model.name,
         "versions": [_VERSION],
@@ -107,10 +107,10 @@ def _metadata(model: ServedModel, width: int) -> dict[str, Any]:
 
 
 def _parse_infer(body: bytes, header_length: str | None, model: ServedModel, max_images: int) -> _InferRequest:
-    """Read an inference request; `header_length` is the header of that name, where it was sent.
+    """Parse an inference request; `header_length` is the value of `Inference-Header-Content-Length`, if it was sent.
 
     Raises:
-        Problem: 4xx, whatever the bytes are.
+        Problem: 4xx; no other exception, whatever the bytes are.
     """
     end = len(body)
     if header_length is not None:
@@ -129,13 +129,13 @@ def _parse_infer(body: bytes, header_length: str | None, model: ServedModel, max
 
 
 def _write_infer(request: _InferRequest, outputs: np.ndarray, model: ServedModel) -> tuple[bytes, dict[str, str]]:
-    """The answer's body and headers."""
+    """Body and headers of the response."""
     tensor: dict[str, Any] = {"name": model.output_name, "datatype": _TYPE, "shape": list(outputs.shape)}
     document: dict[str, Any] = {"model_name": model.name, "model_version": _VERSION, "outputs": [tensor]}
     if request.id is not None:
         document["id"] = request.id
     if not request.binary:
-        tensor["data"] = outputs.ravel().tolist()  # shortest decimals that give the same float back
+        tensor["data"] = outputs.ravel().tolist()  # exact: each decimal parses back to the same float
         return json.dumps(document).encode(), {"Content-Type": "application/json"}
     data = np.ascontiguousarray(outputs, "<f4").tobytes()
     tensor["parameters"] = {"binary_data_size": len(data)}

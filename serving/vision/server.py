@@ -1,6 +1,6 @@
-"""A vision export becomes a service that runs until it is told to stop.
+"""`fp8pipe serve` for a vision export: loads the model and serves it until a signal stops the process.
 
-Here are the routes of images, operations and the page; those of the Open Inference Protocol are in `oip`.
+This module has the routes for images, operations and the web page; those of the Open Inference Protocol are in `oip`.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _OTHER = {
 
 
 def serve_vision(export: Path, config: VisionConfig, language: None = None) -> int:
-    """Check the export's files, load it, measure, and serve until SIGTERM; the exit code (0).
+    """Check the export's files, load it, run the benchmark, and serve until SIGTERM; returns the exit code (0).
 
     Raises:
-        BadArtifactError: a file is not what the manifest says, or the engine refuses it.
-        GateFailedError: no validation accepts it as it would be served, and `unvalidated` is not set.
-        ConfigurationError: the key file cannot be used, or the address cannot be listened on.
+        BadArtifactError: a file does not match the manifest, or the engine rejects the graph.
+        GateFailedError: no validation accepted the export for this engine and provider, and `unvalidated` is not set.
+        ConfigurationError: the key file is invalid, or the service cannot listen on the address.
         MissingCapabilityError: a package or the GPU is missing.
     """
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = config.max_pixels
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # a hostile picture is the client's error, not ours
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # an invalid image is a client error and need not be logged
     keys, model = read_keys(config), read_model(export)
     engine = open_engine(model, config)
     proof = proof_of(model.artifact, config, *_engine_facts(model, engine))
@@ -72,7 +72,7 @@ def serve_vision(export: Path, config: VisionConfig, language: None = None) -> i
 
 
 def _engine_facts(model: ServedModel, engine: Engine) -> tuple[dict[str, str], str]:
-    """Versions of the engine, and how it runs, where that is not how a validation runs it."""
+    """Versions of the engine, and the provider if it is not the one that a validation uses."""
     if model.engine == "tensorrt":
         return installed_versions(("tensorrt-rtx", "tensorrt")), ""
     import onnxruntime
@@ -82,7 +82,7 @@ def _engine_facts(model: ServedModel, engine: Engine) -> tuple[dict[str, str], s
 
 
 def build_app(state: VisionState) -> FastAPI:
-    """The app over a loaded model; without the layers of `serving.http.service`."""
+    """The app for a loaded model, without the middleware of `serving.http.service`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -118,23 +118,23 @@ def _add_operations(app: FastAPI, state: VisionState) -> None:
 
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> Response:
-        """The process answers."""
+        """Liveness: the process responds."""
         return JSONResponse({"status": "ok"})
 
     @app.get("/readyz", tags=["operations"])
     async def readyz() -> Response:
-        """Requests are taken; 503 while the service drains."""
+        """Readiness: requests are accepted; 503 while the service is draining."""
         state.require_ready()
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", tags=["operations"])
     async def metrics() -> Response:
-        """Prometheus' text format."""
+        """Metrics in Prometheus text format."""
         return Response(state.metrics.text(), headers={"Content-Type": state.metrics.content_type})
 
     @app.get("/v1/artifact", tags=["operations"])
     async def artifact() -> Response:
-        """Which artifact this is, by digest, and how it is run."""
+        """The artifact that is served, with its digest, and how the engine runs it."""
         return JSONResponse(about)
 
 
@@ -142,7 +142,7 @@ def _add_images(app: FastAPI, state: VisionState) -> None:
     model = state.model
 
     async def answer(request: Request, results: Any) -> Response:
-        """`results` makes a list, one entry per image, of the outputs and the `top_k` of the body."""
+        """Respond to an image request; `results(outputs, top_k of the body)` returns a list, one entry per image."""
         started = time.perf_counter()
         sent = await read_images(request, state.config.max_body_bytes, state.config.max_images)
         images, done = await while_connected(request, state.answer(sent.images))
@@ -157,7 +157,7 @@ def _add_images(app: FastAPI, state: VisionState) -> None:
         return JSONResponse({**facts, "results": found, "timing_ms": times})
 
     def require(task: str) -> tuple[str, ...]:
-        """The names of the outputs. Raises a `Problem` where the model is for another task."""
+        """The names of the outputs. Raises a `Problem` if the model is for another task."""
         if model.task != task:
             code, what = _OTHER[task]
             raise Problem(404, code, f"{what}: it gives {_GIVES[model.task]}", f"use /v1/{model.task}")
@@ -165,7 +165,7 @@ def _add_images(app: FastAPI, state: VisionState) -> None:
 
     @app.post("/v1/classify", tags=["images"], openapi_extra={**IMAGES_BODY, "parameters": [TOP_K]})
     async def classify(request: Request) -> Response:
-        """The best classes of one or several images."""
+        """The most probable classes of one or more images."""
         classes = require("classify")
         in_query = read_top_k(request.query_params.get("top_k"), len(classes))
 
@@ -177,13 +177,13 @@ def _add_images(app: FastAPI, state: VisionState) -> None:
 
     @app.post("/v1/predict", tags=["images"], openapi_extra=IMAGES_BODY)
     async def predict(request: Request) -> Response:
-        """The values that the model gives for one or several images, by name."""
+        """The values that the model predicts for one or more images, by name."""
         names = require("predict")
         return await answer(request, lambda values, _: value_answers(values, names))
 
     @app.post("/v1/embed", tags=["images"], openapi_extra=IMAGES_BODY)
     async def embed(request: Request) -> Response:
-        """The features of one or several images."""
+        """The features of one or more images."""
         require("embed")
         return await answer(request, lambda features, _: [{"embedding": row} for row in features.tolist()])
 
@@ -201,10 +201,10 @@ def _add_page(app: FastAPI) -> None:
 
 
 def read_top_k(value: Any, classes: int) -> int:
-    """How many classes; 5 where nothing was said.
+    """Number of classes to return; 5 by default, at most `classes`.
 
     Raises:
-        Problem: 400, no whole number from 1 on.
+        Problem: 400, not a whole number of at least 1.
     """
     if value is None:
         return min(_TOP_K, classes)
@@ -218,7 +218,7 @@ def read_top_k(value: Any, classes: int) -> int:
 def class_answers(
     logits: np.ndarray, classes: tuple[str, ...], top_k: int, activation: Activation
 ) -> list[dict[str, Any]]:
-    """The best classes of each image, ties in the order of the classes."""
+    """The most probable classes of each image, given logits (n, C); ties are in the order of the classes."""
     shares = probabilities(logits, activation)
     best = np.argsort(-shares, axis=1, kind="stable")[:, :top_k]
     return [
@@ -228,7 +228,7 @@ def class_answers(
 
 
 def value_answers(values: np.ndarray, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """All values of each image (n, C), in the order of the outputs."""
+    """All values for each image, given outputs (n, C), in the order of the outputs."""
     return [
         {"values": [{"index": i, "name": name, "value": float(row[i])} for i, name in enumerate(names)]}
         for row in values

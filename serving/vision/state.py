@@ -1,12 +1,12 @@
-"""What the routes share: the model, its engine and queue, the decoding of images, and whether the client still waits.
+"""State shared by the routes (model, engine, queue), image decoding, and cancellation when a client disconnects.
 
-From a client's bytes to the model's input nothing is trusted: size, format and pixels are read from the header before
-anything is decoded. JPEG, PNG, WebP, GIF, BMP, TIFF and PPM are read, by their content and not by what the client calls
-them. CMYK becomes RGB, 16-bit greys keep their 8 high bits, an EXIF orientation is applied, the first frame of an
-animation counts, and transparency is dropped: all as in calibration, since the function is the same (`Preprocessing`).
+Input from clients is not trusted: format and dimensions are checked from the header before an image is decoded. JPEG,
+PNG, WebP, GIF, BMP, TIFF and PPM are accepted, recognized by content and not by the declared type. CMYK is converted to
+RGB, 16-bit grayscale keeps the upper 8 bits, the EXIF orientation is applied, only the first frame of an animation is
+used, and transparency is dropped. Calibration does the same, with the same function (`Preprocessing`).
 
-What a client no longer waits for is given up. A client that has closed its side of the connection counts as gone, as
-with most servers: on the network that is how a closed connection looks.
+Work for a client that has disconnected is cancelled. A client that has closed only its sending side counts as
+disconnected too, as with most servers, since the server cannot tell the two apart.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from serving.vision.engine import Engine, ServedModel
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-# Not those that start a program (EPS), nor rare ones whose decoders are seldom tested.
+# Without formats whose decoder starts a program (EPS), and without rare ones whose decoders are little tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 @dataclass(frozen=True, slots=True)
 class ReadImage:
-    """One picture, ready."""
+    """A decoded and preprocessed image."""
 
     pixels: np.ndarray  # (3, H, W) float32, normalized
-    decode_s: float  # time to decode
-    preprocess_s: float  # time to resize, crop and normalize
+    decode_s: float  # time to decode, seconds
+    preprocess_s: float  # time to resize, crop and normalize, seconds
 
 
 @dataclass
 class VisionState:
-    """One served model."""
+    """A served model and everything its routes need."""
 
     model: ServedModel
     engine: Engine
@@ -61,18 +61,18 @@ class VisionState:
     lifecycle: Lifecycle
     batcher: Batcher
     decoders: ThreadPoolExecutor
-    decoding: int = 0  # images that are being decoded, or wait for it
+    decoding: int = 0  # number of images being decoded or waiting to be
 
     def require_ready(self) -> None:
-        """Raises a `Problem` while the service drains."""
+        """Raise a `Problem` while the service is draining."""
         if not self.lifecycle.accepting:
             raise Problem(503, "not_ready", "the service drains", "use another instance", {"Retry-After": "5"})
 
     async def decode(self, images: Sequence[bytes]) -> list[ReadImage]:
-        """Decode and prepare the images of a request, off the event loop.
+        """Decode and preprocess the images of a request, outside the event loop.
 
         Raises:
-            Problem: an image cannot be used, or too many wait.
+            Problem: an image cannot be used, or too many are waiting.
         """
         if self.decoding + len(images) > self.config.queue:
             self.metrics.shed.labels("decoders").inc()
@@ -91,7 +91,7 @@ class VisionState:
             raise
 
     async def run(self, pixels: np.ndarray) -> Done:
-        """The engine's outputs (n, C) for (n, 3, H, W)."""
+        """Run the engine: (n, 3, H, W) float32 -> (n, C) float32. Raises the errors of `Batcher.submit`."""
         try:
             return await self.batcher.submit(pixels, self.config.request_timeout_s)
         except asyncio.CancelledError:
@@ -99,12 +99,12 @@ class VisionState:
             raise
 
     async def answer(self, images: Sequence[bytes]) -> tuple[list[ReadImage], Done]:
-        """Decode, prepare and run the images of a request. Raises as `decode`."""
+        """Decode, preprocess and run the images of a request. Raises the errors of `decode` and `run`."""
         read = await self.decode(images)
         return read, await self.run(np.stack([image.pixels for image in read]))
 
     def close(self) -> None:
-        """Finish what waits, and end the threads."""
+        """Process everything that is waiting, then end the threads."""
         self.batcher.close()
         self.decoders.shutdown()
 
@@ -129,10 +129,10 @@ class VisionState:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves. The request's body must have been read.
+    """The result of `work`, which is cancelled if the client disconnects. The request's body must have been read.
 
     Raises:
-        Problem: the client has left; nobody receives it.
+        Problem: the client disconnected; nobody will receive this.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_gone(request))
@@ -152,12 +152,12 @@ async def _gone(request: Request) -> None:
 
 
 def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> ReadImage:
-    """Decode and prepare one picture: `data` are the file's bytes, `preprocessing` is the export's.
+    """Decode and preprocess one image: `data` are the bytes of the file, `preprocessing` comes from the export.
 
-    Width times height may be `max_pixels`, before and after the resize.
+    Width times height may be at most `max_pixels`, before and after resizing.
 
     Raises:
-        Problem: 400, 413 or 422; nothing else, whatever the bytes are.
+        Problem: 400, 413 or 422; no other exception, whatever the bytes are.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -181,7 +181,7 @@ def read_image(data: bytes, preprocessing: Preprocessing, max_pixels: int) -> Re
         raise Problem(422, "unusable_image", error.what, error.fix) from error
     except Problem:
         raise
-    except Exception as error:  # decoders of hostile files raise anything: ValueError, struct.error, KeyError, ...
+    except Exception as error:  # on malicious files decoders raise anything: ValueError, struct.error, KeyError, ...
         logger.debug("an image could not be decoded", exc_info=error)
         raise Problem(400, "damaged_image", "the image is damaged or cut off", "send the whole file") from error
     return ReadImage(pixels, decoded - started, time.perf_counter() - decoded)
@@ -193,7 +193,8 @@ def _check_size(size: tuple[int, int], preprocessing: Preprocessing, max_pixels:
         raise Problem(400, "no_pixels", "the image has no pixels", "send one that has")
     if short * long > max_pixels:
         raise _too_many(max_pixels)
-    # A thin strip grows: its shorter side is resized to the model's. Its EXIF data may turn it.
+    # A thin strip may become huge when its shorter side is resized to the model's input. The EXIF orientation may swap
+    # width and height, so both orders are checked.
     grown = (preprocessing.resized(*size), preprocessing.resized(*reversed(size)))
     if max(height * width for height, width in grown) > max_pixels:
         what = f"{size[0]} x {size[1]} pixels would be resized to more than {max_pixels}"

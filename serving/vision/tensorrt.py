@@ -1,7 +1,7 @@
-"""A TensorRT engine in this process, on the first GPU. Memory and streams are torch's: the one export that needs it.
+"""Runs a TensorRT engine in this process, on the first GPU, with torch managing GPU memory and streams.
 
-The engine is the export's own where it fits the GPU and the installed builder, and is built again otherwise
-(`ready_engine`). Without a GPU there is nothing to run it on, and that is said at once.
+No other vision export needs torch for serving. The engine stored in the export is used if it fits the GPU and the
+installed builder; otherwise it is rebuilt (`ready_engine`). Without a GPU this fails at once with a clear error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MODULES = {"rtx": "tensorrt_rtx", "enterprise": "tensorrt"}
 
 
 def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
-    """(run, where, batch sizes within the engine's profile, ascending).
+    """Load the engine; returns (run function, where it runs, batch sizes within the engine's profile, ascending).
 
     Raises:
         MissingCapabilityError: no GPU, no torch, or no TensorRT.
@@ -57,7 +57,7 @@ def open_tensorrt(model: ServedModel) -> tuple[Any, str, tuple[int, ...]]:
 
 
 class _Runner:
-    """One execution context; not for several threads."""
+    """One execution context; not thread-safe."""
 
     def __init__(self, trt: Any, engine: bytes, model: ServedModel) -> None:
         import torch

@@ -1,4 +1,5 @@
-"""What an export does here, measured: its speed and size, and whether its service answers as it must.
+"""Measures an export on this machine: speed and size (`bench`), and whether its service works (`serve-check`).
 
-Validation proves numbers; this measures and asks. Both leave a record beside the export.
+Validation proves that the numbers are right; this package measures and sends test requests. Both write a record next to
+the export.
 """

@@ -1,7 +1,7 @@
-"""Start the service that users would start, ask it, and end it: does it answer as the engine alone does?
+"""`serve-check`: start the service as a user would, send requests, check the answers, and stop it.
 
-The service is `fp8pipe serve` in a process of its own. It must become ready, say which artifact it serves, answer as
-expected, and end in order on SIGTERM.
+The service is `fp8pipe serve` in a separate process. It must become ready, report the right artifact digest, give the
+expected answers, and shut down cleanly on SIGTERM.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _PACKAGES = ("onnxruntime", "fastapi", "uvicorn")
 
 
 def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
-    """Ask an export's service and write `<export>.serve-check.json` beside it.
+    """Check the service of an export and write `<export>.serve-check.json` next to it.
 
     Raises:
-        BadArtifactError: a damaged export, or of a kind that is not served.
-        ConfigurationError: a form of serving for a vision export.
-        Fp8PipeError: the service did not become ready; its last lines are quoted.
+        BadArtifactError: the export is damaged, or of a kind that cannot be served.
+        ConfigurationError: vLLM's serving options were given for a vision export.
+        Fp8PipeError: the service did not become ready; its last log lines are quoted.
     """
     artifact, target = open_export(export, lambda known: known.service.ask)
     artifact = open_artifact(artifact.root)
@@ -68,11 +68,11 @@ def serve_check(export: Path, config: ServeCheckConfig) -> MeasureRecord:
 
 @contextmanager
 def _service(export: Path, ready_s: float, options: list[str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The service on a free port, ready; killed at the end if it still runs."""
+    """Start the service on a free port and wait until it is ready; kill it at the end if it is still running."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-P", "-m", "fp8pipe", "serve", str(export), "--port", str(port), "--no-access-log"]
-    command.append("--unvalidated")  # what it answers is asked here, and not whether it was validated
+    command.append("--unvalidated")  # this checks the answers, not whether the export was validated
     command += options
     with tempfile.NamedTemporaryFile(prefix="fp8pipe-serve-", suffix=".log") as log:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
@@ -111,7 +111,7 @@ def _identity(url: str, artifact: Artifact) -> Gate:
 
 
 def ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
-    """Pixels through the inference protocol, against the graph run here: equal bits."""
+    """Send pixels through the Open Inference Protocol; the outputs must be bit-identical to the graph run here."""
     from exporters.graph.formats import MODEL_FILE
     from exporters.graph.runtime import open_session
 
@@ -138,7 +138,7 @@ def ask_vision(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[
 
 
 def ask_language(url: str, artifact: Artifact, config: ServeCheckConfig) -> tuple[int, list[Gate]]:
-    """Every question twice, once whole and once as a stream: greedy answers must be equal and not empty."""
+    """Ask every question with and without streaming: the two greedy answers must be equal and not empty."""
     model = json.loads(_call(f"{url}/v1/models")[1])["data"][0]["id"]
     empty = differing = 0
     for prompt in config.prompts:

@@ -1,6 +1,6 @@
-"""What may be set of `bench` and `serve-check`, and the record of a measurement.
+"""Settings of `bench` and `serve-check`, and the record of a measurement.
 
-It holds figures by name, each with its unit, where and when they were made, and what is missing.
+A record has named figures with units, the machine and date of the measurement, and what was not measured.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Figure(FrozenConfig):
 
 
 def figure(what: str, name: str, value: float, unit: str = "", detail: str = "") -> Figure:
-    """A `Figure`, whose fields stand in this order."""
+    """Create a `Figure` from positional arguments."""
     return Figure(what=what, name=name, value=value, unit=unit, detail=detail)
 
 
 class MeasureRecord(FrozenConfig):
-    """One measurement."""
+    """The record of one measurement."""
 
     schema_version: int = Field(default=RECORD_VERSION, description="version of this schema")
     stage: Stage = Field(description="bench or serve-check")
@@ -60,7 +60,7 @@ class MeasureRecord(FrozenConfig):
 
 
 def measure_path(export: Path, stage: Stage) -> Path:
-    """`<export>.bench.json` or `<export>.serve-check.json`, beside the export."""
+    """`<export>.bench.json` or `<export>.serve-check.json`, next to the export."""
     absolute = Path(os.path.abspath(export))
     return absolute.with_name(f"{absolute.name}.{stage}.json")
 
@@ -69,7 +69,7 @@ def write_measure(
     artifact: Artifact, stage: Stage, settings: FrozenConfig, rows: Sequence[Figure], *, packages: Sequence[str],
     gates: Sequence[Gate] = (), not_measured: Sequence[str] = (), versions: Mapping[str, str] | None = None,
 ) -> MeasureRecord:  # fmt: skip
-    """Write a record beside its export, in one step.
+    """Write a record next to its export, atomically.
 
     Raises:
         OutOfMemoryError: the disk is full.
@@ -87,7 +87,7 @@ def write_measure(
 
 
 class BenchConfig(FrozenConfig):
-    """How an export is measured."""
+    """Settings of `bench`."""
 
     batches: Annotated[tuple[int, ...], Flag("batch")] = Field(
         (1, 8), min_length=1, description="Vision: images at once; repeatable"
@@ -109,7 +109,7 @@ class BenchConfig(FrozenConfig):
 
 
 class ServeCheckConfig(ServingForm):
-    """How a service is asked; a language export's, in which form it runs."""
+    """Settings of `serve-check`; for a language export also vLLM's serving options."""
 
     images: int = Field(8, ge=1, description="Vision: pictures that are sent")
     prompts: Annotated[tuple[str, ...], Flag("prompt", default="two of ours")] = Field(

@@ -1,8 +1,8 @@
-"""Speed and size of an export: a vision model's in ONNX Runtime, a language model's in vLLM.
+"""`bench`: speed and size of an export, in ONNX Runtime for vision models and in vLLM for language models.
 
-A vision export is measured beside the same graph in floating point, which is the export without its quantizers: same
-operators, same weights dequantized. Both are called in turn, so that whatever else the machine does disturbs them
-alike, and ratios are taken within a round. vLLM is measured as a client of its OpenAI API sees it.
+A vision export is compared with the same graph in floating point: the export without its quantizers, with the same
+operators and dequantized weights. Calls of the two alternate, so that other load on the machine affects both equally,
+and ratios are taken within a round. vLLM is measured from the client side of its OpenAI API.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _PACKAGES = ("onnxruntime", "onnx", "onnx-ir", "numpy")
 
 
 def bench_vision(export: Path, config: BenchConfig) -> MeasureRecord:
-    """Measure an export to ONNX and write `<export>.bench.json` beside it.
+    """Measure an ONNX export and write `<export>.bench.json` next to it.
 
     Raises:
-        BadArtifactError: a damaged export, or one that ONNX Runtime refuses.
-        MissingCapabilityError: onnxruntime is not installed, or cannot use the GPU that was chosen.
+        BadArtifactError: the export is damaged, or ONNX Runtime rejects it.
+        MissingCapabilityError: onnxruntime is not installed, or cannot use the selected GPU.
     """
     import onnx_ir as ir
 
@@ -71,7 +71,7 @@ def _session(graph: Path, config: BenchConfig) -> Any:
     if config.device == "cpu":
         return open_session(graph, threads=config.threads)
     session = open_session(graph, threads=config.threads, providers=(CUDA_PROVIDER, "CPUExecutionProvider"))
-    if session.get_providers()[0] != CUDA_PROVIDER:  # it falls back where a library of CUDA is missing
+    if session.get_providers()[0] != CUDA_PROVIDER:  # ONNX Runtime falls back to the CPU if a CUDA library is missing
         raise MissingCapabilityError(
             f"{CUDA_PROVIDER} cannot be used", why="ONNX Runtime could not load it; its own message is above",
             fix="install the CUDA and cuDNN that this onnxruntime-gpu is built for, or give --device cpu",
@@ -80,7 +80,7 @@ def _session(graph: Path, config: BenchConfig) -> Any:
 
 
 def _interleaved(sessions: Mapping[str, Any], pixels: Any, rounds: int, progress: Any) -> dict[str, list[float]]:
-    """Milliseconds of every call, all sessions in turn; one call each before, which is not counted."""
+    """Time of every call in milliseconds, alternating between the sessions, after one warm-up call each."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for round_ in range(rounds + 1):
         for name, session in sessions.items():
@@ -120,18 +120,18 @@ class _Answer:
 
 
 def bench_language(export: Path, config: BenchConfig, *, vllm_python: str | None = None) -> MeasureRecord:
-    """Measure an export to vLLM and write `<export>.bench.json` beside it.
+    """Measure a vLLM export and write `<export>.bench.json` next to it.
 
     Raises:
-        BadArtifactError: a damaged export, or one that vLLM cannot load.
-        MissingCapabilityError: no vLLM.
-        Fp8PipeError: the server does not answer.
+        BadArtifactError: the export is damaged, or vLLM cannot load it.
+        MissingCapabilityError: vLLM is not installed.
+        Fp8PipeError: the server does not respond.
     """
     artifact = open_artifact(export, kind=vllm.KIND)
     environment = inspect_environment(find_vllm_python(vllm_python))
     options = ServerOptions(served_name="export", max_num_seqs=max(8, config.concurrency))
     with server(export, options, vllm_python=vllm_python, verify=False) as url:
-        _ask(url, config.tokens)  # what is compiled or cached at the first request is not counted
+        _ask(url, config.tokens)  # warm-up: the first request may compile or fill caches
         alone = [_ask(url, config.tokens) for _ in range(config.rounds)]
         started = time.perf_counter()
         with ThreadPoolExecutor(config.concurrency) as pool:

@@ -1,1 +1,1 @@
-"""ONNX Runtime: validation of exported graphs."""
+"""Validation of exported graphs in ONNX Runtime."""

@@ -1,10 +1,11 @@
-"""Prove that ONNX Runtime computes what an exported graph says, and that this is what was quantized.
+"""Prove that ONNX Runtime computes what an exported graph says, and that the graph is the quantized model.
 
-The artifact is the reference: it is given, or found by its digest where the manifest says it was or beside the export.
-Every number in the file is compared with it; each product and all that lies between two of them is fed the artifact's
-own values on both sides; classes and outputs of the whole net are compared beside that, never alone. Pictures are
-compared in addition to the calibration images. Without the artifact the graph is its own reference, and the verdict is
-CONSISTENT at best: the engine computes what the file says, and nothing is known of where the file came from.
+The reference is the quantized artifact, which is given, or found by its digest at the path in the manifest or next to
+the export. Every number in the graph is compared with it. Each matrix multiplication, and each part of the graph
+between two of them, is compared on the same inputs, taken from the artifact's model; in addition, classes and outputs
+of the whole network are compared. A folder of images can be used besides the calibration images. Without the artifact
+the graph is its own reference, and the verdict is at best CONSISTENT: the engine computes what the file says, but
+whether the file matches the artifact is unknown.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 _LAYER_IMAGES: Final = 4
 _BATCH: Final = 64
 _VERSIONS: Final = ("torch", "onnx", "onnx-ir", "onnxruntime")
-# Where there is no model to disturb, nine of ten classes are asked for.
+# Class agreement required without the artifact, where the effect of rounding errors cannot be measured on its model.
 _UNKNOWN: Final = 0.9
 _NO_SOURCE: Final = (
     "where the numbers and operators come from: the artifact was not at hand, so the file was compared with itself; "
@@ -61,19 +62,20 @@ _NO_SOURCE: Final = (
 
 
 def validate_onnx(export: Path, *, against: Path | None = None, images: Path | None = None) -> OnnxValidationRecord:
-    """Validate an export to ONNX in ONNX Runtime and write `<export>.validation.json` beside it.
+    """Validate an ONNX export in ONNX Runtime and write `<export>.validation.json` next to it.
 
     Args:
-        export: the export's directory.
-        against: the quantized artifact it was made from; looked for by its digest when None.
-        images: an image folder; everything is compared on up to 500 of its pictures, too. Needs the artifact.
+        export: directory of the export.
+        against: the quantized artifact it was made from; found by its digest when None.
+        images: an image folder; everything is compared on up to 500 of its images too. Requires the artifact.
 
     Returns:
-        The record, of verdict ACCEPT, or CONSISTENT where the artifact was not found.
+        The record, with the verdict ACCEPT, or CONSISTENT if the artifact was not found.
 
     Raises:
-        ConfigurationError: `against` is not the export's parent, or missing; `images` is no image folder.
-        BadArtifactError: the export is damaged, or ONNX Runtime refuses it.
+        ConfigurationError: `against` is not the parent of the export; `images` is not an image folder, or is given
+            although the artifact was not found.
+        BadArtifactError: the export is damaged, or ONNX Runtime rejects it.
         MissingCapabilityError: a package is missing.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
@@ -86,7 +88,7 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
             why="it tells how many classes rounding errors alone may change, and it was not found",
             fix="give it with --against",
         )
-    remove_record(artifact.root)  # from here on a failure leaves no verdict
+    remove_record(artifact.root)  # if anything fails from here on, no old verdict remains
     model = _load(onnx_ir, artifact.root / MODEL_FILE)
     preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
     probes = [probe_images(None if source is None else source.root, preprocessing)]
@@ -105,14 +107,14 @@ def validate_onnx(export: Path, *, against: Path | None = None, images: Path | N
 def _load(onnx_ir: Any, path: Path) -> ir.Model:
     try:
         model: ir.Model = onnx_ir.load(path)
-    except Exception as error:  # protobuf's errors share no public base
+    except Exception as error:  # protobuf's exceptions have no common public base class
         raise BadArtifactError(f"{path} is not an ONNX graph", why=str(error)[:300], fix="export it again") from error
     return model
 
 
 @dataclass(frozen=True, slots=True)
 class _OnImages:
-    """What was found on some images: the layers, the whole net, and gates."""
+    """Results on one set of images: per layer, for the whole network, and the gates."""
 
     layers: list[LayerParity]
     classes: ClassAgreement
@@ -121,13 +123,13 @@ class _OnImages:
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """One validation.
+    """The comparisons of one validation.
 
     Attributes:
-        export: what is judged.
+        export: the export under validation.
         model: its graph, as read from the file.
-        layers: its products.
-        source: its artifact; None where that was not found.
+        layers: the matrix multiplications of the graph.
+        source: the artifact that it was made from; None if not found.
         parent: the model of that artifact.
     """
 
@@ -147,13 +149,13 @@ class _Judge:
 
     @property
     def activation(self) -> Activation:
-        """What the outputs mean: as the artifact says, or the export where that was not found."""
+        """The activation that the outputs need, according to the artifact, or to the export without the artifact."""
         if self.parent is not None:
             return self.parent.architecture.activation
         return self.export.manifest.details_of(OnnxDetails).output.activation
 
     def on_images(self, images: ProbeImages) -> _OnImages:
-        """Everything that needs images; layers and what is between them on the first few."""
+        """All comparisons on images; per-layer comparisons, and those between layers, use only the first few."""
         few = images.pixels[:_LAYER_IMAGES]
         if self.format is OnnxFormat.QDQ_EXACT:
             return self._exact(images)
@@ -174,10 +176,10 @@ class _Judge:
         return _OnImages(parity, classes, gates)
 
     def _exact(self, images: ProbeImages) -> _OnImages:
-        """One value is right: codes and outputs of the whole net, bit for bit."""
+        """The comparison for exact formats: codes and outputs of the whole network must be bit-identical."""
         found, gates = self._outputs(images), []
         if self.parent is None:
-            # Its own reference is itself in another batch and on one thread: the order of sums must not matter.
+            # The reference is the graph itself with batch size 1 and one thread: summation order must not matter.
             single = open_session(self.path, threads=1)
             outputs = [run(single, {INPUT_NAME: x.numpy()})[OUTPUT_NAME] for x in images.pixels.split(1)]
             expected = torch.from_numpy(np.concatenate(outputs))
@@ -188,18 +190,18 @@ class _Judge:
         return _OnImages([], classes, [*gates, outputs_gate(expected, found)])
 
     def _outputs(self, images: ProbeImages, *, optimize: bool = True) -> Tensor:
-        """What the engine gives, as in service or with every operator as it stands."""
+        """Outputs of the engine, optimized as in serving, or with all graph optimizations disabled."""
         session = open_session(self.path, optimize=optimize)
         return _in_batches(lambda x: torch.from_numpy(run(session, {INPUT_NAME: x.numpy()})[OUTPUT_NAME]), images)
 
     def _own(self, pixels: Tensor) -> dict[str, Any]:
-        """Inputs of the cut layers as the graph itself makes them, no operator optimized."""
+        """Inputs of the layers as the graph itself computes them, with graph optimizations disabled."""
         sources = sources_of(self.layers)
         found = run_to(self.model, [str(source.name) for source in sources], pixels.numpy())
         return {input_name(source): found[str(source.name)] for source in sources}
 
     def record(self, found: list[_OnImages]) -> OnnxValidationRecord:
-        """The verdict on all that was found: on the probe images, on pictures, and in what the files state."""
+        """The record with the verdict on all results: probe images, the image folder, and the metadata."""
         stated, unchecked = contents_gate(self.export, None if self.source is None else self.source.root)
         kernels, started = check_kernels(self.path, self.layers), time.perf_counter()
         open_session(self.path)
@@ -222,21 +224,21 @@ class _Judge:
 
 
 def _in_batches(model: Callable[[Tensor], Tensor], images: ProbeImages) -> Tensor:
-    """Outputs for all images, with the memory of a few."""
+    """Outputs for all images, computed in batches to limit memory."""
     return torch.cat([model(batch) for batch in images.pixels.split(_BATCH)])
 
 
 def describe(export: Path, record: OnnxValidationRecord) -> str:
-    """The record for people."""
+    """The record as readable text."""
     title = f"{record.verdict}  {export} in ONNX Runtime {record.versions.get('onnxruntime', '')}"
     lines = [f"{title}, against the {record.reference}", table([gate.row for gate in record.gates])]
     return "\n".join([*lines, *(f"  not proved: {text}" for text in record.not_proved)])
 
 
 class OnnxValidationRecord(EngineRecord):
-    """One validation: what was compared with what, and the verdict."""
+    """The record of one validation: what was compared, and the verdict."""
 
-    # 3: CONSISTENT, what is not proved, and pictures beside the probe images.
+    # 3: the verdict CONSISTENT, what is not proved, and images besides the probe images.
     schema_version: int = Field(default=3, description="version of this schema")
     versions: dict[str, str] = Field(description="versions of the packages that took part")
     reference: Literal["artifact", "export"] = Field(

@@ -1,1 +1,1 @@
-"""TensorRT: validation of exported graphs and engines."""
+"""Validation of exported graphs and engines for TensorRT."""

@@ -1,4 +1,4 @@
-"""What a graph for TensorRT is held to, without an engine, and what an engine is held to without running it."""
+"""Gates for TensorRT exports that need no GPU: on the graph itself, and on the precisions stored in an engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LAYER_IMAGES: Final = 4
 
 
 def graph_gates(artifact: Artifact, source: Artifact) -> list[Gate]:
-    """The written graph against the artifact: its numbers, its products, and everything between them."""
+    """Compare the graph with the artifact: its numbers, its matrix multiplications, and everything between them."""
     details = artifact.manifest.details_of(TrtDetails)
     half, format = Base(details.base) is Base.FP16, TrtFormat(details.format)
     parent = in_format(load_quantized(source.root), format)
@@ -43,7 +43,7 @@ def graph_gates(artifact: Artifact, source: Artifact) -> list[Gate]:
 
 
 def precision_gates(artifact: Artifact, engine: ReadyEngine, report: PrecisionReport) -> list[Gate]:
-    """Products that the engine multiplies in another precision than the graph has them in, or than was listed."""
+    """Gates on matrix multiplications whose precision in the engine differs from the graph's or from the list."""
     format, counts = TrtFormat(artifact.manifest.details_of(TrtDetails).format), report.counts()
     wanted = artifact_precisions(read_layers(ir.load(artifact.root / MODEL_FILE)))
     other = () if format.weight_only else report.not_in(wanted)
@@ -63,5 +63,5 @@ def precision_gates(artifact: Artifact, engine: ReadyEngine, report: PrecisionRe
 
 
 def is_waived(artifact: Artifact) -> bool:
-    """Whether the export was made without asking for precisions."""
+    """Whether the export was made without requiring precisions (`--no-require`)."""
     return not artifact.manifest.config["require"]

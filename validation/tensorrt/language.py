@@ -1,7 +1,7 @@
-"""What can be proved of a language model's export for TensorRT without running its engine: files, graph, precisions.
+"""Validation of a language export for TensorRT without running its engines: files, graph and precisions.
 
-Its engines take token ids and a cache instead of pixels, so the comparison on a GPU that vision models get does not fit
-them, and none is made: a record says so.
+These engines take token ids and a key/value cache instead of pixels, so the GPU comparison for vision models does not
+apply to them. They are not executed, and the record says so.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _VERSIONS = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx")
 
 
 def validate_language(export: Path) -> TrtValidationRecord:
-    """Validate a language model's export and write `<export>.validation.json` beside it.
+    """Validate a language model's TensorRT export and write `<export>.validation.json` next to it.
 
     Raises:
-        BadArtifactError: a file is damaged, or ONNX Runtime refuses the graph.
+        BadArtifactError: a file is damaged, or ONNX Runtime rejects the graph.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
     import_onnx_package("onnxruntime")
-    artifact = open_artifact(export, kind=KIND)  # every file is compared with the manifest, engines too
-    remove_record(artifact.root)  # from here on a failure leaves no verdict
+    artifact = open_artifact(export, kind=KIND)  # checks every file against the manifest, engines too
+    remove_record(artifact.root)  # if anything fails from here on, no old verdict remains
     details = artifact.manifest.details_of(TrtLanguageDetails)
     engines, version = details.engines, artifact.manifest.versions.get("tensorrt-rtx", "")
     stated, unchecked = contents_gate(artifact, None)
@@ -62,7 +62,7 @@ def validate_language(export: Path) -> TrtValidationRecord:
 
 
 def _finite(artifact: Artifact, details: TrtLanguageDetails) -> Gate:
-    """The graph runs in ONNX Runtime, and gives numbers."""
+    """The graph must run in ONNX Runtime and give only finite logits."""
     session = DecoderSession(artifact.root / MODEL_FILE, details.cache, Base(details.base))
     logits = session.logits(torch.arange(_TOKENS[0] * _TOKENS[1]).view(_TOKENS) + 1)
     bad = int((~np.isfinite(logits)).sum())

@@ -1,4 +1,4 @@
-"""The record of a validation for TensorRT: what was proved, what was not for want of a GPU, and the verdict."""
+"""The record of a TensorRT validation: what was proved, what was not (for example without a GPU), and the verdict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Verdict = Literal["ACCEPT", "PROVED-WITHOUT-RUNNING", "CONSISTENT", "REJECT"]
 
 
 class EngineReport(FrozenConfig):
-    """One engine that fits its GPU."""
+    """An engine for one compute capability."""
 
     capability: str = Field(description="compute capability it is for")
     builder: str = Field(description="rtx or enterprise")
@@ -29,7 +29,7 @@ class EngineReport(FrozenConfig):
 
 
 class Timing(FrozenConfig):
-    """One batch size, on the device; copies to and from it are not counted."""
+    """GPU time for one batch size, without copies to and from the device."""
 
     batch: int = Field(gt=0, description="images at once")
     engine_ms: float = Field(gt=0, description="median time of the engine, milliseconds")
@@ -37,7 +37,7 @@ class Timing(FrozenConfig):
 
 
 class Execution(FrozenConfig):
-    """The engine run on a GPU."""
+    """Results of running the engine on a GPU."""
 
     device: str = Field(description="name of the GPU")
     images: int = Field(gt=0, description="how many were compared")
@@ -47,9 +47,9 @@ class Execution(FrozenConfig):
 
 
 class TrtValidationRecord(EngineRecord):
-    """One validation."""
+    """The record of one validation."""
 
-    # 3: CONSISTENT, the reference, and precisions that are read from the engine.
+    # 3: the verdict CONSISTENT, the reference, and precisions read from the engine.
     schema_version: int = Field(default=3, description="version of this schema")
     engine: Literal["tensorrt"] = Field(default="tensorrt", description="the engine's name")
     versions: dict[str, str] = Field(description="versions of the packages that took part")
@@ -75,9 +75,9 @@ def conclude(
     packages: Sequence[str], proved: Sequence[str], not_proved: Sequence[str], execution: Execution | None = None,
     compared: bool | None = None,
 ) -> TrtValidationRecord:  # fmt: skip
-    """Judge by the gates, and write the record, with the versions of `packages`, beside the export.
+    """Derive the verdict from the gates and write the record, with the versions of `packages`, next to the export.
 
-    `compared` says whether the graph was compared with the artifact; None where no validation of the kind does.
+    `compared` says whether the graph was compared with the artifact; None for kinds that are never compared with it.
 
     Raises:
         ExportRejectedError: a gate failed.

@@ -1,4 +1,4 @@
-"""Engines run on a GPU, from this process's side: pixels in, outputs and times out."""
+"""Runs a TensorRT engine on a GPU in a worker process: pixels in, outputs and times out."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TIMEOUT_S: Final = 1800
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What an engine gave.
+    """The results of a run.
 
     Attributes:
         outputs: (N, C) float32.
         times_ms: median time by batch size, milliseconds.
-        device: the GPU's name.
+        device: name of the GPU.
     """
 
     outputs: np.ndarray
@@ -42,15 +42,15 @@ def run_engine(
     """Run an engine on this machine's GPU.
 
     Args:
-        engine: its file.
-        builder: "rtx" or "enterprise": whose runtime loads it.
+        engine: the engine file.
+        builder: "rtx" or "enterprise"; selects the runtime that loads the engine.
         pixels: (N, 3, H, W) float32.
-        names: of the engine's input and output.
-        batch: images at once, within the engine's profile; the last batch may be smaller.
+        names: names of the engine's input and output.
+        batch: batch size, within the engine's profile; the last batch may be smaller.
         time_batches: batch sizes to time, within the profile.
 
     Raises:
-        BadArtifactError: the engine cannot be loaded, or dies; the runtime's own words are in the message.
+        BadArtifactError: the engine cannot be loaded or crashes; the runtime's messages are quoted.
     """
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: Path(scratch) / name for name in ("job.json", "answer.json", "pixels.npy", "outputs.npy")}

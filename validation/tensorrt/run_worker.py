@@ -1,8 +1,8 @@
-"""Runs an engine on a GPU and times it, in a process of its own: `python -P run_worker.py JOB`.
+"""Runs and times an engine on a GPU, in a separate process: `python -P run_worker.py JOB`.
 
-The libraries take a process's first logger for good, and a kernel that dies must not take its caller along. JOB is a
-JSON file (`run.run_engine`). TensorRT and TensorRT for RTX have the same runtime classes; memory and streams are
-torch's.
+A separate process, since TensorRT keeps using the first logger of a process, and since a crashing kernel must not crash
+the caller. JOB is a JSON file (see `run.run_engine`). TensorRT and TensorRT for RTX have the same runtime classes;
+torch manages memory and streams.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KEPT = ("INTERNAL_ERROR", "ERROR", "WARNING")
 
 
 def main() -> int:
-    """Run what the job says; 0 when outputs and timings were written, 3 when the engine cannot be loaded."""
+    """Run the job; returns 0 if outputs and timings were written, 3 if the engine cannot be loaded."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     import numpy as np
     import torch
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 class _Net:
-    """An engine with one input and one output, on torch's current stream."""
+    """An engine with one input and one output, on a CUDA stream of its own."""
 
     def __init__(self, trt: Any, torch: Any, engine: Any, source: str, result: str) -> None:
         self._torch, self._context = torch, engine.create_execution_context()
@@ -57,7 +57,7 @@ class _Net:
         return output
 
     def time(self, pixels: Any, batch: int, rounds: int) -> float:
-        """Median of `rounds` runs, milliseconds, by the device's own clock."""
+        """Median time of `rounds` runs in milliseconds, measured with CUDA events."""
         torch, times = self._torch, []
         repeated = pixels[torch.arange(batch, device=pixels.device) % len(pixels)]
         with torch.cuda.stream(self._stream):

@@ -1,10 +1,10 @@
-"""Prove what can be proved of an export for TensorRT on this machine, and say what could not be.
+"""Prove what can be proved about a TensorRT export on this machine, and report what could not be.
 
-Everywhere: the files are those of the manifest; the graph holds the artifact's numbers, and each product and all that
-lies between two of them computes what the artifact's model computes; every engine fits the installed builder (or is
-built again, with a notice), and its own bytes say that every product is multiplied in the graph's format. On a GPU
-also: the engine's outputs against ONNX Runtime's on the same pixels, and its time against an FP16 engine of the same
-weights. Where the artifact is not at hand the verdict is CONSISTENT at best.
+On any machine: the files match the manifest; the graph has the artifact's numbers, and its matrix multiplications and
+the parts between them compute what the artifact's model computes; every engine fits the installed builder (or is
+rebuilt, with a notice), and the engine file itself shows that every matrix multiplication runs in the graph's number
+format. On a GPU, the engine's outputs are also compared with ONNX Runtime's on the same pixels, and its time with that
+of an FP16 engine of the same weights. Without the artifact the verdict is at best CONSISTENT.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from validation.tensorrt.record import EngineReport, Execution, Timing, TrtValid
 from validation.tensorrt.run import run_engine
 
 _VERSIONS: Final = ("onnx", "onnx-ir", "onnxruntime", "tensorrt-rtx", "tensorrt")
-# Quantized activations make a net chaotic: sums of another order move a code, and layers carry it on. The same 8-bit
-# ViT differs by 0.03 to 0.08 of its outputs' norm between two exact ways of adding; a wrong scale gives 0.5 and more.
+# With quantized activations a network amplifies tiny differences: another summation order changes a code, and later
+# layers amplify that. For the same 8-bit ViT, two equally exact summation orders differ by 0.03 to 0.08 of the norm of
+# the outputs; a wrong scale gives 0.5 and more.
 RELATIVE_LIMIT: Final = 0.15
 _IMAGES: Final = 64
 _FEW_IMAGES: Final = 2
@@ -54,29 +55,30 @@ Notify = Callable[[str], None]
 def validate_tensorrt(
     export: Path, *, against: Path | None = None, device: DeviceName = "auto", notify: Notify | None = None
 ) -> TrtValidationRecord:
-    """Validate an export to TensorRT and write `<export>.validation.json` beside it.
+    """Validate a TensorRT export and write `<export>.validation.json` next to it.
 
     Args:
-        export: the export's directory.
-        against: the quantized artifact it was made from; looked for by its digest when None.
-        device: `cpu` runs no engine, even where a GPU is; `cuda` refuses a machine without one.
-        notify: gets the notice of an engine that is built again; the log otherwise.
+        export: directory of the export.
+        against: the quantized artifact it was made from; found by its digest when None.
+        device: `cpu` runs no engine, even if there is a GPU; `cuda` fails on a machine without one.
+        notify: is called with the notice that an engine is rebuilt; by default the notice is logged.
 
     Returns:
-        The record: ACCEPT when an engine was run, PROVED-WITHOUT-RUNNING without, CONSISTENT without the artifact.
+        The record: ACCEPT if an engine was run, PROVED-WITHOUT-RUNNING if not, CONSISTENT without the artifact.
 
     Raises:
-        ConfigurationError: `against` is not the export's parent.
-        BadArtifactError: anything but an engine is damaged, ONNX Runtime refuses the graph, or an engine does not run.
-        MissingCapabilityError: a package, a builder or the GPU is missing, or the builder does not build for it.
-        GateFailedError: an engine built again multiplies in another precision.
+        ConfigurationError: `against` is not the parent of the export.
+        BadArtifactError: a file other than an engine is damaged, ONNX Runtime rejects the graph, or an engine fails to
+            run.
+        MissingCapabilityError: a package, the builder or the GPU is missing, or the builder does not support the GPU.
+        GateFailedError: a rebuilt engine uses another precision.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
     where = resolve_device(device, GpuNeed("TensorRT"))
     import_onnx_package("onnxruntime")
     artifact = open_artifact(export, kind=KIND, caches=ENGINES)
     source = artifact_at_hand(artifact, against, kind=VIT_KIND)
-    remove_record(artifact.root)  # from here on a failure leaves no verdict
+    remove_record(artifact.root)  # if anything fails from here on, no old verdict remains
     here = _runnable(artifact) if where.name == "cuda" else None
     capabilities = list(_details(artifact).engines) if here is None else [here]
     with track(3 + len(capabilities), "validate") as progress:
@@ -119,7 +121,7 @@ def _details(artifact: Artifact) -> TrtDetails:
 
 
 def _runnable(artifact: Artifact) -> str:
-    """This GPU's capability, if the export's builder builds for it."""
+    """The compute capability of this GPU, if the builder of the export supports it."""
     capability = ".".join(map(str, machine.gpus()[0].capability))
     if artifact.manifest.config["builder"] != "enterprise" and capability not in CAPABILITIES:
         raise MissingCapabilityError(
@@ -131,7 +133,7 @@ def _runnable(artifact: Artifact) -> str:
 
 
 def _pixels(artifact: Artifact) -> np.ndarray:
-    """(N, 3, H, W) float32. Random: the export holds no images. Few for NVFP4, which is evaluated slowly."""
+    """Random pixels, (N, 3, H, W) float32, since an export has no images; few for NVFP4, whose reference is slow."""
     preprocessing = read_model_file(Preprocessing, artifact.root / PREPROCESSING_FILE)
     count = max(_FEW_IMAGES, artifact.manifest.config["batch"][0]) if _is_nvfp4(artifact) else _IMAGES
     return probe_images(None, preprocessing, count).pixels.numpy()
@@ -142,9 +144,9 @@ def _is_nvfp4(artifact: Artifact) -> bool:
 
 
 def _expected(artifact: Artifact, pixels: np.ndarray) -> np.ndarray:
-    """The graph's outputs, every operator as it stands: ONNX Runtime's integer kernels saturate on some CPUs.
+    """Reference outputs of the graph, (N, C), without graph optimizations: fused integer kernels saturate on some CPUs.
 
-    Those of NVFP4 come from ONNX's reference evaluator, since ONNX Runtime has no four-bit floats.
+    For NVFP4, ONNX's reference evaluator is used, since ONNX Runtime does not support four-bit floats.
     """
     if _is_nvfp4(artifact):
         names = _names(artifact)
@@ -180,13 +182,13 @@ def _execute(artifact: Artifact, engine: ReadyEngine, pixels: np.ndarray, expect
 
 
 def _same_class(outputs: np.ndarray, expected: np.ndarray) -> float:
-    """The share of images with the same largest output; NaN is like nothing."""
+    """Share of images whose largest output is at the same index; an image with a non-finite output never counts."""
     finite = np.isfinite(outputs).all(1) & np.isfinite(expected).all(1)
     return float(((outputs.argmax(1) == expected.argmax(1)) & finite).mean())
 
 
 def _plain_engine(artifact: Artifact, engine: ReadyEngine, scratch: Path) -> Path:
-    """An engine of the same weights without quantizers, by the same builder for the same GPU."""
+    """Build an engine of the same weights without quantizers, with the same builder for the same GPU."""
     import onnx_ir as ir
 
     graph, path = scratch / "plain.onnx", scratch / "plain.engine"
@@ -266,7 +268,7 @@ def _not_proved(
 
 
 def describe(export: Path, record: TrtValidationRecord) -> str:
-    """The record for people."""
+    """The record as readable text."""
     lines = [f"{record.verdict}  {export} in TensorRT", table([gate.row for gate in record.gates])]
     lines += [f"  proved: {text}" for text in record.proved]
     lines += [f"  not proved: {text}" for text in record.not_proved]

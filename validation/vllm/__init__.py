@@ -1,1 +1,1 @@
-"""Run vLLM exports: the launcher of the OpenAI server, and the validation of an export in the engine itself."""
+"""Runs vLLM exports: a launcher for vLLM's OpenAI server, and the validation of an export inside the engine."""

@@ -1,6 +1,6 @@
 """Ask an export one question through vLLM's OpenAI server: `python -m validation.vllm.ask EXPORT "question"`.
 
-Starts the server, sends one `/v1/chat/completions` request, prints the answer on stdout, and ends the server.
+Starts the server, sends one `/v1/chat/completions` request, prints the answer to stdout, and stops the server.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from validation.vllm.launcher import ServerOptions, open_local, server
 
 
 def ask(url: str, model: str, question: str, *, max_tokens: int = 64, api_key: str | None = None) -> str:
-    """One greedy answer of a running server.
+    """Get one greedy answer from a running server.
 
     Args:
         url: base URL of the server.
-        model: the served name.
+        model: the model name in the API.
         question: the user's message.
         max_tokens: longest answer, tokens.
-        api_key: the server's key, if it has one.
+        api_key: the API key, if the server requires one.
 
     Raises:
-        Fp8PipeError: the server refused the request or did not answer; its own words are quoted.
+        Fp8PipeError: the server rejected the request or did not answer; its error message is quoted.
     """
     messages = [{"role": "user", "content": question}]
     body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
@@ -48,7 +48,7 @@ def ask(url: str, model: str, question: str, *, max_tokens: int = 64, api_key: s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """The command-line entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m validation.vllm.ask", description="Ask an export one question.")
     parser.add_argument("export", type=Path, help="directory of an export to vLLM")
     parser.add_argument("question")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vllm-python", help="vLLM's Python interpreter")
     given = parser.parse_args(arguments)
     setup_logging(json=False, quiet=False, verbose=False)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the server is ended too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the server is stopped too
     try:
         options = ServerOptions(served_name="export")
         with server(given.export, options, vllm_python=given.vllm_python) as url:

@@ -1,4 +1,4 @@
-"""The comparisons of a validation: engines, each against torch, and all against the source's numbers."""
+"""The comparisons of a vLLM validation: engine outputs against torch, and engine weights against the source."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ from validation.vllm.reference import (
 
 __all__ = ["LOGPROB_THRESHOLD", "Case", "compare"]
 
-# fp32 engines that add in different orders differ by some 1e-5 nats on a model of 30 layers; a single wrong scale
-# moves log-probabilities by tenths.
+# Different summation orders in fp32 change log-probabilities by about 1e-5 nats in a model of 30 layers; a single wrong
+# scale changes them by tenths of a nat.
 LOGPROB_THRESHOLD: Final = 1e-3
 _TEXTS: Final = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -59,16 +59,16 @@ _TEXTS: Final = (
 )
 _LONGEST_SEQUENCE: Final = 96  # tokens
 _LONGEST_CONTEXT: Final = 1024  # tokens
-# Environment variables that decide what the engine computes.
+# Prefixes of the environment variables that affect what the engine computes.
 _TOLD: Final = ("FP8PIPE_VLLM_", "VLLM_", "OMP_", "ONEDNN_")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared, its requirements met."""
+    """The inputs of a validation, with all requirements checked."""
 
     artifact: Artifact
-    plan: ExportPlan | None  # how it must have been made; None where the source is not at hand
+    plan: ExportPlan | None  # how the export must have been made from its source; None if that is not available
     environment: VllmEnvironment
     form: ServingForm
     prompts: tuple[str, ...]
@@ -77,46 +77,46 @@ class Case:
 
     @property
     def source(self) -> Path:
-        """Whose configuration, tokenizer and template the torch side takes."""
+        """The directory whose configuration, tokenizer and chat template the torch model uses."""
         return self.artifact.root if self.plan is None else self.plan.source.root
 
     @property
     def quantized(self) -> bool:
-        """Whether the export holds FP8 codes."""
+        """Whether the export stores FP8 codes."""
         return self.artifact.manifest.number_format is not None
 
     @property
     def holding(self) -> Holding:
-        """How the engine that serves holds weights: without the plugin its kernels multiply codes."""
+        """How the serving engine stores weights; without the CPU plugin its kernels multiply FP8 codes."""
         return Holding(getattr(torch, self.form.dtype), codes=self.quantized and not self.environment.dequantizes)
 
     @property
     def exact(self) -> bool:
-        """Whether there is an engine that rounds nothing: FP8 kernels round, and a GPU's do so in fp32 too."""
+        """Whether an engine without rounding is possible: FP8 kernels round, and GPU kernels do so even in fp32."""
         return self.environment.on_cpu and not self.holding.codes
 
     @property
     def declared(self) -> frozenset[str]:
-        """Names of layers whose inputs the checkpoint says are rounded."""
+        """Names of the layers whose inputs are quantized according to the checkpoint."""
         layers = self.artifact.manifest.layers if self.plan is None else self.plan.layers
         return frozenset(layer.name for layer in layers if layer.activation is not None)
 
 
 @dataclass(frozen=True)
 class _Questions:
-    """What both engines are asked, in the source's tokens."""
+    """The inputs of both engines, tokenized with the source's tokenizer."""
 
     chat: bool
     prompts: list[str]
     prompt_ids: list[list[int]]
     sequences: list[list[int]]
-    length: int  # tokens of context that it takes
-    picture: PictureQuestion | None  # the last of the prompts, where the model takes pictures
+    length: int  # required context length, tokens
+    picture: PictureQuestion | None  # the last prompt, if the model accepts images
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What one engine told, and its weights compared."""
+    """The results of one engine, and the comparison of its weights."""
 
     job: ProbeJob
     result: dict[str, Any]
@@ -124,14 +124,14 @@ class _Run:
 
 
 def compare(case: Case) -> ValidationRecord:
-    """Compare everything; the record is not written.
+    """Make all comparisons; the record is returned but not written.
 
     Raises:
-        BadArtifactError: vLLM cannot load the export, though it is what it says; or its context is too short.
-        MissingCapabilityError: vLLM, or the plugin, refused this installation.
+        BadArtifactError: vLLM cannot load the export although its metadata is right, or its context is too short.
+        MissingCapabilityError: vLLM or the plugin cannot run in this installation.
     """
     files = [] if case.plan is None else file_gates(case.plan, case.artifact.root)
-    if failures(files):  # no engine is needed to tell that this is another model
+    if failures(files):  # another model, which is clear without starting an engine
         return _concluded(case, files)
     stated, unchecked = contents_gate(case.artifact, None if case.plan is None else case.source)
     asked, expected = _questions(case), ExpectedWeights(case.artifact, case.plan)
@@ -140,7 +140,7 @@ def compare(case: Case) -> ValidationRecord:
     except BadArtifactError as error:
         if stated.passed:
             raise
-        # What is wrong is known by name, and vLLM's own words about it may name another layer, or none.
+        # The metadata check has already named the fault; vLLM's error message may name another layer, or none.
         said = [line for line in error.why.splitlines() if "Error: " in line][-1:]
         failed = ": ".join([error.what, *(line.strip() for line in said)])
         return _concluded(case, [*files, stated], unchecked=[*unchecked, f"what vLLM computes: {failed}"])
@@ -159,11 +159,11 @@ def compare(case: Case) -> ValidationRecord:
 
 
 def _engines(case: Case, asked: _Questions, expected: ExpectedWeights) -> tuple[_Run | None, _Run]:
-    """The engine that rounds nothing, where there is one, and the one that serves."""
+    """Run the fp32 engine without rounding, if there is one, and the engine as it serves."""
     holdings = [Holding(torch.float32)] if case.exact else []
     digests = _digests(expected, [*holdings, case.holding])
     variables = case.form.variables(VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    # Most of a start is one thread's work: side by side two take little longer than one.
+    # Starting an engine is mostly single-threaded, so two in parallel take little longer than one.
     ended = Event()
     with ThreadPoolExecutor(2 if case.exact and _room_for_two(expected) else 1) as pool:
 
@@ -176,13 +176,13 @@ def _engines(case: Case, asked: _Questions, expected: ExpectedWeights) -> tuple[
             first = [start(holding, False, arguments, in_process()) for holding in holdings]
             second = start(case.holding, True, case.form.arguments(), variables)
             return next((run.result() for run in first), None), second.result()
-        except BaseException:  # an interruption, too: what still runs is ended
+        except BaseException:  # on an interrupt too: stop the engines that are still running
             ended.set()
             raise
 
 
 def _room_for_two(expected: ExpectedWeights) -> bool:
-    """Whether memory holds both engines: each itself and its cache, and two copies of its weights, fp32 the larger."""
+    """Whether both engines fit into memory: 3 GiB each, plus two copies of the weights in fp32."""
     stored = sum(entry.size_bytes for entry in expected.entries.values())
     return available_bytes() > 2 * (3 * 2**30 + 8 * stored)
 
@@ -208,7 +208,7 @@ def _questions(case: Case) -> _Questions:
 
 
 def _context_length(source: Path, needed: int) -> int:
-    """The model's own context, at most 1024 tokens: a small cache, a fast start."""
+    """The model's context length, but at most 1024 tokens, for a small cache and a fast start."""
     from fp8pipe.models.language.structure import load_config
 
     text = load_config(source).get_text_config(decoder=True)
@@ -223,7 +223,7 @@ def _context_length(source: Path, needed: int) -> int:
 
 
 def _digests(expected: ExpectedWeights, holdings: list[Holding]) -> dict[Holding, dict[str, Any]]:
-    """By holding and name; of what the export rounded the first say how far its rows are off, part of the bound."""
+    """Digests by `Holding` and name; those of the first also have the rounding error of rows relative to its bound."""
     digests: dict[Holding, dict[str, Any]] = {holding: {} for holding in holdings}
     with track(len(expected.names), "hash weights") as progress:
         for tensor in expected:
@@ -253,7 +253,7 @@ def _run(
 def _against_torch(
     case: Case, asked: _Questions, expected: ExpectedWeights, exact: _Run | None, served: _Run
 ) -> tuple[LogprobReport | None, list[CanaryAnswer], ServedReport]:
-    """The engines against torch: the fp32 model first, which then takes the form."""
+    """Compare the engines with torch: first with the fp32 model, which is then switched to the serving precision."""
     reference = Reference(case.source, ((tensor.name, tensor.value) for tensor in expected))
     true = [reference.logprobs(ids) for ids in asked.sequences]
     logprobs, first, places = None, [], served.result["logprobs"]
@@ -292,7 +292,7 @@ def _judged(asked: _Questions, run: _Run, gaps: list[list[float]], tie: float) -
 
 
 def _rounded(case: Case, expected: ExpectedWeights) -> list[str]:
-    """Weights of layers whose inputs the form rounds."""
+    """Weights of the layers whose inputs are quantized with these serving options."""
     if not case.form.rounds_activations(case.environment):
         return []
     return [
@@ -307,7 +307,7 @@ def _kernels(case: Case, expected: ExpectedWeights, served: _Run) -> KernelRepor
 
 
 def _concluded(case: Case, gates: list[Gate], **found: Any) -> ValidationRecord:
-    """The record; gates say whether it is a rejection, and the reference what else it can be."""
+    """Create the record: REJECT if a gate failed, else ACCEPT, or CONSISTENT without the source."""
     reasons, known = failures(gates), case.plan is not None
     verdict: Verdict = "REJECT" if reasons else "ACCEPT" if known else "CONSISTENT"
     served: ServedReport | None = found.get("served")

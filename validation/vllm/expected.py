@@ -1,8 +1,8 @@
-"""What the engine ought to hold: every tensor of an export, with digests, one tensor in memory at a time.
+"""The weights that the engine should have: every tensor of an export with its digests, one in memory at a time.
 
-The values come from the source that the export was made from, by plain arithmetic of their own (`reopen`), so that a
-number that changed on the way is found even if the export's manifest was rewritten to agree with it. Where the source
-is not at hand they are the export's own word, which proves that the engine reads the files right, and no more.
+The values are computed from the source of the export with independent plain arithmetic (`reopen`), so that a number
+that changed on the way is found even if the export's manifest was rewritten to match. Without the source they come from
+the export itself, which proves that the engine reads the files correctly, and no more.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from validation.vllm.record import WeightReport
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """How an engine holds weights.
+    """How an engine stores weights.
 
     Attributes:
-        dtype: in which it computes; unquantized weights are rounded to it once, and so are dequantized ones.
-        codes: whether it holds codes and scales of quantized weights, or dequantized numbers.
+        dtype: the compute dtype; unquantized and dequantized weights are rounded to it once.
+        codes: whether quantized weights are stored as codes and scales, or dequantized.
     """
 
     dtype: torch.dtype
@@ -48,14 +48,14 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """One tensor.
+    """One tensor with its expected value.
 
     Attributes:
-        name: checkpoint name.
-        value: fp32, orientation stored.
+        name: name in the checkpoint.
+        value: fp32, in the stored orientation.
         scale: fp32, dequantized = code * scale, broadcastable to `value`; None for unquantized tensors.
-        transposed: stored `(in, out)`; the engine holds it the other way round.
-        products: of codes as numbers, digests of what one-hot products may return of them.
+        transposed: whether it is stored as `(in, out)`; the engine has `(out, in)`.
+        products: for codes, the digests of the weights that multiplication with one-hot inputs may return.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Expected:
     products: tuple[str, ...] = ()
 
     def held(self, holding: Holding) -> list[Expected]:
-        """What an engine holds of it: its numbers, rounded once; or its codes, as numbers, and one scale per row."""
+        """The tensors an engine stores for it: the weight rounded once, or codes (as fp32) and one scale per row."""
         if self.scale is None or not holding.codes:
             dtype = holding.dtype
             return [self if dtype is torch.float32 else replace(self, value=self.value.to(dtype).float())]
         codes = grid_numbers(self.value / self.scale)
         rows = codes.shape[1 if self.transposed else 0]
-        # Kernels that pack codes multiply by the scale in fp32, or rounded to their dtype.
+        # Kernels with packed codes multiply by the scale in fp32, or by the scale rounded to their dtype.
         scales = (self.scale, self.scale.to(holding.dtype).float())
         products = tuple(dict.fromkeys(_unsigned((codes * scale).to(holding.dtype).float()) for scale in scales))
         scale = self.scale.reshape(-1, 1).expand(rows, 1).contiguous()
@@ -81,7 +81,7 @@ class Expected:
         ]
 
     def digests(self) -> dict[str, Any]:
-        """Shape, and sha256 of the fp32 bytes, and of the same bytes with each -0 written as +0."""
+        """Shape, sha256 of the fp32 bytes, and sha256 of the same with every -0 replaced by +0."""
         value = self.value.contiguous()
         found: dict[str, Any] = {
             "shape": list(value.shape),
@@ -94,16 +94,16 @@ class Expected:
 
 
 def _unsigned(value: Tensor) -> str:
-    """sha256 of its bytes with each -0 written as +0."""
+    """sha256 of the bytes with every -0 replaced by +0."""
     return hashlib.sha256((value + 0.0).contiguous().numpy().data).hexdigest()
 
 
 class ExpectedWeights:
-    """The tensors an export stands for.
+    """The expected tensors of an export; iterating yields them one at a time.
 
     Args:
         export: the opened export.
-        plan: how it must have been made from its source; None where the source is not at hand.
+        plan: how it must have been made from its source; None if the source is not available.
 
     Raises:
         BadArtifactError: the export's weights cannot be read.
@@ -120,7 +120,7 @@ class ExpectedWeights:
         return (self.read(name) for name in self.names)
 
     def read(self, name: str) -> Expected:
-        """One tensor by name."""
+        """The expected tensor of this name."""
         unit = self.units.get(name)
         if unit is None:
             return self._own(name)
@@ -128,17 +128,17 @@ class ExpectedWeights:
         return Expected(name, value, _scale_of(unit, value), unit.transposed)
 
     def read_held(self, name: str, holding: Holding) -> Expected:
-        """What an engine holds by this name: of a tensor, or of the scales beside its codes."""
+        """The stored tensor of this name in an engine: a weight, its codes, or the scales of its codes."""
         base = name if name in self.entries and not is_scale(name, self.entries) else name.removesuffix(SCALE_SUFFIX)
         return next(held for held in self.read(base).held(holding) if held.name == name)
 
     @property
     def reference(self) -> Literal["source", "export"]:
-        """Whose word the values are."""
+        """Where the expected values come from."""
         return "source" if self.units else "export"
 
     def row_error(self, name: str, value: Tensor) -> float:
-        """Largest error of a row of what the export rounded, against the source's floats, part of its bound."""
+        """Largest rounding error of a row against the source's floats, relative to its bound; 0 if not rounded."""
         unit = self.units[name]
         if unit.action in {Action.COPY, Action.CODES}:
             return 0.0
@@ -146,18 +146,18 @@ class ExpectedWeights:
         return row_errors(value, source_values(unit), transposed=unit.transposed) / bound
 
     def is_discarded(self, name: str) -> bool:
-        """Whether the architecture itself throws a tensor away (GPT-2's stored causal mask, for one)."""
+        """Whether the architecture ignores this tensor of the checkpoint (for example GPT-2's stored causal mask)."""
         return self._structure.is_discarded(name)
 
     @cached_property
     def quantized(self) -> tuple[str, ...]:
-        """Names of the weights that the export holds as FP8 codes."""
+        """Names of the weights that the export stores as FP8 codes."""
         if self.units:
             return tuple(name for name, unit in self.units.items() if unit.quantized)
         return tuple(name for name in self.names if name + SCALE_SUFFIX in self.entries)
 
     def module(self, name: str) -> str:
-        """The model's name of the module that a weight of the files belongs to."""
+        """Name of the model's module that a weight of the checkpoint belongs to."""
         return self._names[name].name.rpartition(".")[0]
 
     @cached_property
@@ -178,7 +178,7 @@ class ExpectedWeights:
 
 
 def _scale_of(unit: Unit, value: Tensor) -> Tensor | None:
-    """Broadcastable to the value; of what the export rounded, from the source's rows."""
+    """The scale, broadcastable to the value; computed from the source's rows if the export quantized them."""
     if unit.action is Action.QUANTIZE:
         original = read_tensor(unit.entry).double().abs()
         return (original.amax(0 if unit.transposed else 1, keepdim=True).clamp(min=1e-12) / 448).float()
@@ -189,14 +189,14 @@ def _scale_of(unit: Unit, value: Tensor) -> Tensor | None:
 
 
 def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
-    """Elements whose bits differ, and elements that lie on another FP8 code under the right scale.
+    """Count elements whose bits differ, and elements that have another FP8 code given the expected scale.
 
     Args:
-        expected: the tensor as it should be.
-        actual: fp32, what the engine holds.
+        expected: the expected tensor.
+        actual: fp32, the engine's tensor.
 
     Returns:
-        both counts; every element for a tensor of another shape, and no codes for an unquantized one.
+        Both counts; all elements if the shape differs, and 0 codes for an unquantized tensor.
     """
     total = expected.value.numel()
     if actual.shape != expected.value.shape:
@@ -211,13 +211,13 @@ def count_differences(expected: Expected, actual: Tensor) -> tuple[int, int]:
 def weight_report(
     expected: ExpectedWeights, digests: Mapping[str, Any], holding: Holding, result: Mapping[str, Any]
 ) -> WeightReport:
-    """Turn the probe's findings into counts; only tensors that differ are looked at again.
+    """Summarize the findings of the probe; only tensors that differ are read again.
 
     Args:
-        expected: the values.
-        digests: of them, as the engine was told.
-        holding: how it holds them.
-        result: the probe's.
+        expected: the expected weights.
+        digests: their digests, as passed to the probe.
+        holding: how the engine stores weights.
+        result: the result of the probe.
     """
     report: dict[str, Any] = dict.fromkeys(("layers", "tensors", "elements", "differing", "differing_codes"), 0)
     different: list[str] = []
@@ -253,11 +253,11 @@ def weight_report(
 
 
 def plan_of(export: Artifact, source: Path) -> ExportPlan:
-    """How the export must have been made from `source`.
+    """The plan by which the export must have been made from `source`.
 
     Raises:
-        ConfigurationError: it is not what the export's manifest names.
-        BadArtifactError: it is damaged.
+        ConfigurationError: `source` is not the parent named in the export's manifest.
+        BadArtifactError: `source` is damaged.
     """
     plan = plan_export(source, VllmExportOptions.model_validate(export.manifest.config))
     plan = plan.stopping_as(export.manifest.details_of(VllmDetails).stop_token_added)

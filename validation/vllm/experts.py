@@ -1,13 +1,13 @@
-"""Quantized experts of a mixture inside an engine: what was loaded, and whether they multiply by it.
+"""Checks the quantized experts of mixture-of-experts layers in an engine: the loaded weights, and their use.
 
-vLLM holds the experts of a layer as two stacks and packs them for a kernel of its own, which cannot be read back in
-general. So the stacks are read once their loader has filled them; and what each expert makes of a few tokens is worked
-out from them then, in plain torch, and compared with what the layer's own kernel makes of the same tokens later.
+vLLM stores the experts of a layer as two stacked tensors and packs them for its own kernel; packed weights cannot be
+read back in general. So the stacks are read right after loading. At that point, the output of each expert for a few
+tokens is also computed from them in plain torch, to be compared later with the output of the layer's own kernel.
 
-A bound goes with each result: what a kernel may lose where it rounds to its dtype, adds in an order of its own, and,
-where it rounds inputs of products to E4M3, takes the neighbouring code of a number that lies between two.
+Each result has an error bound: what a kernel may lose by rounding to its dtype, by another summation order, and, if it
+quantizes the inputs of its GEMMs to E4M3, by rounding a value near the middle of two codes to the other one.
 
-Runs inside vLLM's Python: torch and vLLM alone.
+Runs inside vLLM's Python: only torch and vLLM are imported.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from validation.vllm.products import nearest_e4m3, round_inputs
 
 __all__ = ["Foreseen", "examine_experts", "foresee", "is_experts", "stacked_numbers"]
 
-_TOKENS: Final = 3  # of each expert
+_TOKENS: Final = 3  # tokens per expert
 _SEED: Final = 6
 _ROUNDOFF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-_ADDEND_LOSS: Final = 2.0**-13  # of FP8 tensor cores, of a sum's largest addend; see `products`
+_ADDEND_LOSS: Final = 2.0**-13  # error of FP8 tensor cores per addend, relative to the largest one; see `products`
 _SLOPE: Final = 1.1  # largest derivative of SiLU
 
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """What the experts of a layer must make of the tokens of `_tokens`: fp32 `(experts, tokens, hidden)` each.
+    """Expected outputs of a layer's experts for the tokens of `_tokens`: fp32 `(experts, tokens, hidden)` each.
 
     Attributes:
-        plain, plain_bound: results, and how far a kernel may be off, where inputs stay as they are.
-        rounded, rounded_bound: the same where the inputs of both products are rounded to E4M3.
+        plain, plain_bound: outputs and their error bounds if the inputs are not quantized.
+        rounded, rounded_bound: the same if the inputs of both GEMMs are quantized to E4M3.
     """
 
     plain: Tensor
@@ -45,22 +45,22 @@ class Foreseen:
 
 
 def is_experts(module: Any) -> bool:
-    """Whether a module of vLLM holds experts."""
+    """Whether a vLLM module contains experts."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
     return isinstance(module, RoutedExperts)
 
 
 def stacked_numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`code * scale` of a loaded stack, rounded once to `dtype`: fp32 `(experts, rows, columns)`."""
+    """`code * scale` of a loaded stack, rounded once to `dtype`; returned as fp32 `(experts, rows, columns)`."""
     return torch.stack([(one.cpu().float() * s.cpu().float()).to(dtype).float()
                         for one, s in zip(codes.detach(), scale.detach(), strict=True)])  # fmt: skip
 
 
 def foresee(layer: Any) -> Foreseen | None:
-    """What the loaded experts of a layer must make of a few tokens; None where they are not gated by SiLU, or biased.
+    """Compute the expected outputs of a layer's experts; None if they have biases or an activation other than SiLU.
 
-    To be called before vLLM packs them.
+    Must be called after loading and before vLLM packs the weights.
     """
     if str(getattr(layer.activation, "value", layer.activation)) != "silu" or hasattr(layer, "w13_bias"):
         return None
@@ -79,19 +79,19 @@ def foresee(layer: Any) -> Foreseen | None:
 
 
 def examine_experts(layer: Any, foreseen: Foreseen) -> dict[str, Any]:
-    """Run each expert by itself on the tokens of `foresee`.
+    """Run each expert separately on the tokens of `foresee` and compare its outputs with the expected ones.
 
     Returns:
-        `kernel`, `device` and `holds` as of a linear layer's kernel; `error_rounded` and `error_plain`: the largest
-        error of a result, as part of its bound, if inputs are rounded to E4M3 and if they are not; `codes` and
-        `codes_differing`, 0, and `rounding`, empty: no kernel of experts shows the codes of its inputs.
+        `kernel`, `device` and `holds` as for the kernel of a linear layer; `error_rounded` and `error_plain`: the
+        largest error of an output relative to its bound, with inputs quantized to E4M3 and without; `codes` and
+        `codes_differing` are 0 and `rounding` is empty, since no expert kernel exposes the codes of its inputs.
     """
     weight = layer.w13_weight
     tokens = _tokens(foreseen.plain.shape[2], layer.moe_config.in_dtype).to(weight.device)
     count, k = foreseen.plain.shape[0], int(layer.moe_config.experts_per_token)
     errors = {"error_rounded": 0.0, "error_plain": 0.0}
     for number in range(count):
-        # Further experts are asked too, as in service, and weigh nothing.
+        # As in serving, each token is routed to k experts; all but the one under test have weight 0.
         ids = ((torch.arange(k, device=weight.device) + number) % count).expand(len(tokens), k).contiguous()
         weights = torch.zeros(len(tokens), k, device=weight.device)
         weights[:, 0] = 1.0
@@ -113,7 +113,7 @@ def _tokens(columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _expected(x: Tensor, w13: Tensor, w2: Tensor, roundoff: float, *, rounds: bool) -> tuple[Tensor, Tensor]:
-    """`w2 (silu(gate x) * up x)` and how far a kernel may be off; fp32 `(tokens, hidden)` each."""
+    """`w2 (silu(gate x) * up x)` and its error bound; fp32 `(tokens, hidden)` each."""
     loss = _ADDEND_LOSS if rounds else 2.0**-24
     x = round_inputs(x) if rounds else x
     joined = x @ w13.t()
@@ -131,9 +131,9 @@ def _expected(x: Tensor, w13: Tensor, w2: Tensor, roundoff: float, *, rounds: bo
 
 
 def _rounded(values: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
-    """Values rounded to E4M3, one scale per token, and how far they may be off if what is rounded may be off so far."""
+    """Quantize values to E4M3 and back, with one scale per token, and propagate the error bound `off`."""
     amax = values.abs().amax(dim=-1, keepdim=True)
-    wide = off.amax(dim=-1, keepdim=True) / amax  # of the scale, relative
+    wide = off.amax(dim=-1, keepdim=True) / amax  # relative error bound of the scale
     scale = amax / 448.0
     rounded = nearest_e4m3(values / scale) * scale
     reach = off + wide * values.abs()

@@ -1,6 +1,7 @@
-"""What the kernels of quantized layers do in the engine that serves: what they hold, round and multiply.
+"""Report on the kernels of quantized layers in the serving engine: stored weights, input quantization, products.
 
-The worker says of each layer what it found; here it is held against what the form of serving and the checkpoint say.
+The probe reports what it found in each layer; this module compares that with what the serving options and the
+checkpoint require.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["KernelReport", "kernel_report"]
 
 
 class KernelReport(FrozenConfig):
-    """Kernels of quantized layers, each layer run by itself on inputs made for it; fused layers are one here."""
+    """Kernels of quantized layers, each layer run separately on test inputs; a fused layer counts as one."""
 
     layers: int = Field(ge=0, description="layers of the engine that hold quantized weights")
     kernels: dict[str, int] = Field(description="layers by the class of their kernel")
@@ -42,12 +43,12 @@ class KernelReport(FrozenConfig):
 
     @property
     def packed(self) -> bool:
-        """Whether some layer's codes cannot be read as bytes."""
+        """Whether the codes of some layer are packed and cannot be read as bytes."""
         return self.holds.get("packed", 0) > 0
 
     @property
     def gates(self) -> list[Gate]:
-        """What must hold."""
+        """The gates on these results."""
         worst = f"part of what the kernel may lose; in {self.worst_layer}, the worst of {self.layers} layers"
         return [
             none_of("quantized tensors in no examined layer, as served", len(self.not_examined),
@@ -66,13 +67,13 @@ class KernelReport(FrozenConfig):
 def kernel_report(
     found: Mapping[str, Mapping[str, Any]], quantized: Collection[str], rounded: Collection[str], *, codes: bool
 ) -> KernelReport:
-    """Hold what a worker found against the form.
+    """Compare the findings of the probe with what the serving options require.
 
     Args:
-        found: by the engine's name of a layer, what `readback.Reading.layers` says of it.
+        found: `readback.Reading.layers`: findings by the layer's name in the engine.
         quantized: checkpoint names of all quantized tensors.
-        rounded: of those, the ones of layers whose inputs the form rounds.
-        codes: whether layers hold codes, or dequantized numbers.
+        rounded: those of them whose layer quantizes its inputs with these serving options.
+        codes: whether layers must store codes, or dequantized weights.
     """
     counts = {key: Counter(str(layer[key]) for layer in found.values()) for key in ("kernel", "device", "holds")}
     holding, rounding, differing, errors, rounds = [], [], [], [("", 0.0)], 0

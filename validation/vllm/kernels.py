@@ -1,10 +1,10 @@
-"""What a linear layer of an engine multiplies by, and with which kernel: as it lies there, whatever the device.
+"""Determines the weight of a linear layer in an engine and the kernel that multiplies by it, on any device.
 
-Kernels for FP8 take codes as `(in, out)`, a view of the checkpoint's `(out, in)`, with one scale per row; some pack
-codes in an order of their own, and a layer without quantization holds numbers. Which it is, is read from the layer
-itself. Where a square matrix leaves the orientation open both are given, and its products decide.
+FP8 kernels take codes as `(in, out)`, a view of the checkpoint's `(out, in)`, with one scale per row. Some kernels pack
+the codes in a layout of their own, and unquantized layers store plain weights. Which case applies is read from the
+layer itself. The orientation of a square matrix is ambiguous, so both are returned, and test products decide.
 
-Runs inside vLLM's Python: torch alone.
+Runs inside vLLM's Python: only torch is imported.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _CHUNK = 256  # one-hot rows per GEMM call
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """How a layer multiplies.
+    """The kernel of a layer.
 
     Attributes:
-        name: class of the kernel, or of what stands for one.
-        device: where its weight is.
-        holds: FP8 `codes` that can be read, codes `packed` so that they cannot, or `numbers`.
-        codes: of `codes`, each orientation that its shape allows: fp8 `(out, in)` on the CPU.
-        scale: of `codes`, fp32 `(out, 1)`, dequantized = code * scale.
-        dtype: of inputs and outputs.
-        inner: the kernel itself, where the layer has one.
+        name: class name of the kernel, or of the scheme or method if there is no kernel object.
+        device: device of the weight.
+        holds: readable FP8 `codes`, FP8 codes that are `packed` and not readable, or plain `numbers`.
+        codes: for `codes`, one tensor per orientation that the shape allows: fp8 `(out, in)` on the CPU.
+        scale: for `codes`, fp32 `(out, 1)`, dequantized = code * scale.
+        dtype: dtype of inputs and outputs.
+        inner: the kernel object, if the layer has one.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Kernel:
 
 
 def find_kernel(layer: Any, rows: int, columns: int) -> Kernel:
-    """The kernel of one of vLLM's linear layers with this number of outputs and inputs."""
+    """The kernel of a vLLM linear layer with `rows` outputs and `columns` inputs."""
     inner = _inner(layer)
     scheme = getattr(layer, "scheme", None)
     name = type(next(part for part in (inner, scheme, layer.quant_method) if part is not None)).__name__
@@ -65,7 +65,7 @@ def find_kernel(layer: Any, rows: int, columns: int) -> Kernel:
 
 
 def _inner(layer: Any) -> Any:
-    """The object that holds a layer's kernel: an attribute of its scheme, or of its method."""
+    """The kernel object of a layer: an attribute of its scheme or of its quantization method."""
     for owner in (getattr(layer, "scheme", None), layer.quant_method):
         for value in vars(owner).values() if owner is not None else ():
             if callable(getattr(value, "apply_weights", None)):
@@ -75,9 +75,9 @@ def _inner(layer: Any) -> Any:
 
 @contextmanager
 def kernel_inputs(kernel: Kernel) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collects what the kernel multiplies while this lasts: codes of inputs and their scales, as it gets them.
+    """Record the quantized inputs of the kernel within the `with` block: codes and scales, as passed to the kernel.
 
-    Nothing is collected of a kernel that does not multiply through vLLM's common interface.
+    The list stays empty for kernels that do not use vLLM's common interface `apply_scaled_mm`.
     """
     seen: list[tuple[Tensor, Tensor]] = []
     true = getattr(kernel.inner, "apply_scaled_mm", None)
@@ -98,7 +98,7 @@ def kernel_inputs(kernel: Kernel) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def through_gemm(layer: Any, asked: Tensor, rows: int, columns: int) -> Tensor:
-    """Some columns of the weight, as the layer's own multiplication returns them: fp32 `(rows, len(asked))`."""
+    """The columns `asked` of the weight, obtained by multiplying one-hot inputs: fp32 `(rows, len(asked))`."""
     out = torch.empty(rows, len(asked))
     for start in range(0, len(asked), _CHUNK):
         chosen = asked[start : start + _CHUNK]

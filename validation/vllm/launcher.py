@@ -1,10 +1,10 @@
-"""Start vLLM on an export, as a probe or as its OpenAI server, and end all of it afterwards; its failures become ours.
+"""Starts vLLM on an export, as a probe or as its OpenAI server, stops all its processes, and translates its failures.
 
-The server is `python -P -m vllm.entrypoints.openai.api_server` in its own session: it starts an engine and workers,
-and ending the session's group ends them too. `-P` keeps the working directory off the import path, so that a
-user's folder called `vllm` is not imported. An API key travels in the environment, where other users of the
-machine do not see it, and not on the command line. The probe is one process of its own session, too. Output goes to a
-file: vLLM is talkative, and only the last lines of a failure are worth showing.
+The server is `python -P -m vllm.entrypoints.openai.api_server` in a process session of its own: it starts an engine and
+workers, and killing the process group stops them too. `-P` keeps the working directory off the import path, so that a
+user's folder called `vllm` is not imported. An API key is passed in the environment and not on the command line, where
+other users of the machine could see it. The probe is a single process, also in its own session. Output goes to a file,
+since vLLM's log is long and only the last lines matter after a failure.
 """
 
 from __future__ import annotations
@@ -66,22 +66,22 @@ class ServerOptions(FrozenConfig):
 def server(
     export: Path, options: ServerOptions | None = None, *, vllm_python: str | None = None, verify: bool = True
 ) -> Iterator[str]:
-    """Serve an export for the length of the `with` block.
+    """Serve an export within the `with` block.
 
     Args:
-        export: directory of an export to vLLM.
+        export: directory of a vLLM export.
         options: see ServerOptions.
-        vllm_python: vLLM's interpreter; found when None.
-        verify: hash every file of the export before serving it.
+        vllm_python: Python interpreter of vLLM's environment; found automatically when None.
+        verify: check the hash of every file of the export before serving it.
 
     Yields:
-        the base URL, such as `http://127.0.0.1:8000`; the API is under `/v1`.
+        The base URL, such as `http://127.0.0.1:8000`; the API is under `/v1`.
 
     Raises:
-        BadArtifactError: the export is damaged, or vLLM cannot load it (its last lines are shown).
-        ConfigurationError: the port is taken.
-        MissingCapabilityError: no vLLM.
-        Fp8PipeError: it did not answer within `timeout_s`.
+        BadArtifactError: the export is damaged, or vLLM cannot load it (its last log lines are shown).
+        ConfigurationError: the port is in use.
+        MissingCapabilityError: vLLM is not installed.
+        Fp8PipeError: the server did not respond within `timeout_s`.
     """
     chosen = options or ServerOptions()
     artifact = open_artifact(Path(export), kind=KIND, verify=verify)
@@ -107,7 +107,7 @@ def server(
 
 
 def server_command(python: Path, export: Path, options: ServerOptions, port: int) -> list[str]:
-    """The server's command line; holds no secret."""
+    """The command line of the server; contains no secrets."""
     command = [str(python), "-P", "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(export.absolute()), "--served-model-name", options.served_name or export.absolute().name]
     command += ["--host", options.host, "--port", str(port), "--dtype", options.dtype]
@@ -118,7 +118,7 @@ def server_command(python: Path, export: Path, options: ServerOptions, port: int
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on at this moment."""
+    """A port that is free at this moment."""
     with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
@@ -129,7 +129,7 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _reachable(host: str) -> str:
-    """The address under which this machine reaches a server that listens on `host`."""
+    """The address at which this machine can reach a server that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
@@ -146,7 +146,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
-    """Until `/health` answers, the server ends, or the time is up."""
+    """Wait until `/health` answers; raise if the server exits or the time is up."""
     started = reported = time.monotonic()
     while not answers(f"{url}/health"):
         code = process.poll()
@@ -167,12 +167,12 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: floa
 
 
 def open_local(request: str | urllib.request.Request, *, timeout_s: float) -> Any:
-    """The reply to a request to this machine; a proxy in the environment must not see, or answer, it."""
+    """Send a request to this machine, bypassing any proxy that is set in the environment."""
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)
 
 
 def answers(url: str) -> bool:
-    """Whether a server of this machine answers there with 200."""
+    """Whether a server on this machine answers this URL with 200."""
     try:
         with open_local(url, timeout_s=2) as reply:
             return bool(reply.status == 200)
@@ -181,7 +181,7 @@ def answers(url: str) -> bool:
 
 
 PROBE = Path(__file__).with_name("probe.py")
-# fp32 and nothing that changes the order of sums without need.
+# fp32, without features that needlessly change the summation order.
 PARITY_ARGUMENTS = (
     "--dtype", "float32", "--max-num-seqs", "4", "--enforce-eager", "--no-enable-prefix-caching", "--seed", "0",
     "--disable-log-stats",
@@ -189,9 +189,9 @@ PARITY_ARGUMENTS = (
 
 
 def in_process() -> dict[str, str]:
-    """The environment of a parity run: exact weights that can be looked at, and no activation rounded.
+    """Environment variables of a parity run: exact, readable weights, and no quantization of activations.
 
-    One process, few threads: the fastest start, and no oversubscription (vLLM makes its own threads too).
+    A single process with few threads starts fastest and avoids oversubscription (vLLM starts threads of its own too).
     """
     cores = len(os.sched_getaffinity(0))
     threads = str(max(1, min(16, cores // 2)))
@@ -203,18 +203,18 @@ def in_process() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class ProbeJob:
-    """What the probe is asked (see `probe`)."""
+    """The job of a probe (see `probe`)."""
 
-    model: str  # the export's directory
-    arguments: list[str]  # of vLLM's server
-    tensors: Mapping[str, Mapping[str, Any]]  # by checkpoint name, `Expected.digests()`
-    sequences: list[list[int]] = field(default_factory=list)  # token ids to be scored, each at least two long
+    model: str  # directory of the export
+    arguments: list[str]  # command-line arguments of vLLM's server
+    tensors: Mapping[str, Mapping[str, Any]]  # `Expected.digests()` by checkpoint name
+    sequences: list[list[int]] = field(default_factory=list)  # sequences of at least two token ids to be scored
     prompts: list[str] = field(default_factory=list)  # questions to answer
-    chat: bool = True  # put them through the chat template; plain completion otherwise
-    pictured: list[dict[str, Any]] | None = None  # one more question, the content of its message: a picture and text
-    max_tokens: int = 16  # longest answer
-    products: bool = False  # examine products of quantized layers
-    variables: Mapping[str, str] = field(default_factory=in_process)  # the environment
+    chat: bool = True  # whether to apply the chat template; plain completion otherwise
+    pictured: list[dict[str, Any]] | None = None  # message content of one more question, with an image and text
+    max_tokens: int = 16  # longest answer, tokens
+    products: bool = False  # whether to test the matrix multiplications of quantized layers
+    variables: Mapping[str, str] = field(default_factory=in_process)  # environment variables
 
 
 def run_probe(
@@ -223,20 +223,20 @@ def run_probe(
     """Run one job in a fresh engine.
 
     Args:
-        job: what to do.
-        environment: where vLLM is.
-        dump: an existing directory for tensors that differ.
-        timeout_s: longest time for all of it, seconds.
-        ended: from another thread: the engine is to be ended.
+        job: the job.
+        environment: the environment with vLLM.
+        dump: an existing directory, in which tensors that differ are saved.
+        timeout_s: time limit for the whole job, seconds.
+        ended: set by another thread to stop the engine.
 
     Returns:
-        The probe's result, see `probe.run`.
+        The result of the probe, see `probe.run`.
 
     Raises:
-        MissingCapabilityError: vLLM, or the plugin, refused this installation.
+        MissingCapabilityError: vLLM or the plugin cannot run in this installation.
         OutOfMemoryError: the engine ran out of memory or was killed for it.
-        BadArtifactError: vLLM could not load or run the export; its last lines are shown.
-        Fp8PipeError: it took longer than `timeout_s`, or was `ended`.
+        BadArtifactError: vLLM could not load or run the export; its last log lines are shown.
+        Fp8PipeError: the job took longer than `timeout_s`, or `ended` was set.
     """
     with tempfile.TemporaryDirectory(prefix="fp8pipe-probe-") as folder:
         root = Path(folder)

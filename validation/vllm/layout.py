@@ -1,12 +1,13 @@
-"""How an engine's loader lays a checkpoint out, learned from marks that pass through it.
+"""Learns how an engine's loader arranges a checkpoint, by loading tensors whose values encode their own position.
 
-vLLM's classes fuse layers, permute rows, transpose and pad, and few declare it. So before the true weights the loader
-gets, several times, tensors of the checkpoint's names, shapes and dtypes whose values name their own place, a digit of
-it each time: which tensor, which row, which column. What the engine's tensors hold then says where each of their
-elements comes from. Digits are base 256: every dtype holds so many numbers exactly, FP8 as its 256 codes. The true
-weights come last, so what is served is what the loader makes of them.
+vLLM's model classes fuse layers, permute rows, transpose and pad, and few of them declare it. So before the real
+weights, the loader is run several times on marker tensors, which have the names, shapes and dtypes of the checkpoint.
+The value of each element is one digit of its position: the number of its tensor, its row, or its column. Afterwards the
+values in the engine's tensors tell where each element comes from. Digits are in base 256, since every dtype can
+represent 256 values exactly, FP8 as its 256 codes. The real weights are loaded last and in the normal way, so the
+engine serves exactly what its loader makes of them.
 
-Runs inside vLLM's Python: torch alone.
+Runs inside vLLM's Python: only torch is imported.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from torch import Tensor
 __all__ = ["Head", "Layout", "Origin", "Piece", "learn"]
 
 _BASE = 256
-_POISON = 0xA5  # of elements without a mark, to see whether the loader writes them
+_POISON = 0xA5  # written to elements without a marker, to detect whether the loader overwrites them
 
 Load = Callable[[Iterable[tuple[str, Tensor]]], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A tensor of the checkpoint, without its values; seen as rows of its last axis, a vector as rows of one."""
+    """Name, shape and dtype of a checkpoint tensor, viewed as a matrix; a vector is a matrix with one column."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,26 +37,26 @@ class Head:
 
     @property
     def columns(self) -> int:
-        """Length of the last axis, 1 of a vector."""
+        """Length of the last axis; 1 for a vector."""
         return self.shape[-1] if len(self.shape) > 1 else 1
 
     @property
     def rows(self) -> int:
-        """Elements over columns."""
+        """Number of elements divided by the number of columns."""
         return math.prod(self.shape) // max(1, self.columns)
 
 
 @dataclass(slots=True)
 class Piece:
-    """Elements of an engine's tensor, seen as a matrix, that come from one tensor of the checkpoint.
+    """The elements of an engine tensor (viewed as a matrix) that come from one checkpoint tensor.
 
     Attributes:
-        head: of which tensor.
-        axis: along which axis `at` lists places: 0 rows, 1 columns, None single elements of the whole.
-        at: int64, those places.
-        rows, columns: int64, of each element, its place in the checkpoint's tensor; an axis along which it stays the
-            same has length 1.
-        changed: whether some mark came out as no mark: the loader computes, and does not only rearrange.
+        head: the checkpoint tensor.
+        axis: what `at` indexes: 0 rows, 1 columns, None single elements of the flattened tensor.
+        at: int64, these indices.
+        rows, columns: int64, position of each element in the checkpoint tensor; an axis along which the value is
+            constant has length 1.
+        changed: whether some marker came out as an invalid value, so that the loader computes and not only rearranges.
     """
 
     head: Head
@@ -66,27 +67,27 @@ class Piece:
     changed: bool = False
 
     def of(self, matrix: Tensor) -> Tensor:
-        """Its elements: a matrix; of one that stays the same along `axis`, one row or column for all."""
+        """Select its elements from a matrix; if that is constant along `axis` (length 1), it is returned unchanged."""
         if self.axis is None:
             return matrix.reshape(-1, 1)[self.at]
         if matrix.shape[self.axis] == 1:
             return matrix
         first, count = int(self.at[0]), self.at.numel()
-        if int(self.at[-1]) - first == count - 1:  # `at` ascends: these are neighbours, and need no copy
+        if int(self.at[-1]) - first == count - 1:  # `at` is ascending, so the range is contiguous: no copy is needed
             return matrix.narrow(self.axis, first, count)
         return matrix.index_select(self.axis, self.at)
 
 
 @dataclass(slots=True)
 class Origin:
-    """Where an engine's tensor comes from.
+    """Where the elements of an engine tensor come from.
 
     Attributes:
-        shape: as the loader saw it.
-        pieces: what comes from the checkpoint.
-        unmarked: bool, elements that do not, as a matrix; an axis along which it stays the same has length 1.
-        unwritten: how many of those the loader does not write at all.
-        filled: whether it writes all others of them as zero.
+        shape: its shape during loading.
+        pieces: the parts that come from the checkpoint.
+        unmarked: bool matrix, the other elements; an axis along which it is constant has length 1.
+        unwritten: number of unmarked elements that the loader does not write at all.
+        filled: whether the loader fills all other unmarked elements with zeros.
     """
 
     shape: tuple[int, ...]
@@ -96,7 +97,7 @@ class Origin:
     filled: bool = True
 
     def rest(self, value: Tensor) -> Tensor:
-        """What does not come from the checkpoint, of a value of this shape."""
+        """The elements of `value` that do not come from the checkpoint."""
         if not bool(self.unmarked.any()):
             return value.new_zeros(0)
         return _matrix(value)[self.unmarked.expand(_matrix_shape(self.shape))]
@@ -104,18 +105,19 @@ class Origin:
 
 @dataclass(slots=True)
 class Layout:
-    """Heads of the checkpoint by name, and origins of the engine's tensors by name."""
+    """The checkpoint tensors by name, and the origins of the engine tensors by name."""
 
     heads: dict[str, Head]
     origins: dict[str, Origin]
 
 
 def learn(tensors: Mapping[str, Tensor], heads: Sequence[Head], load: Load) -> Layout:
-    """Load marks until each element of the engine's tensors has told where it comes from.
+    """Load marker tensors until the origin of every element of the engine's tensors is known.
 
     Args:
-        tensors: the engine's own, by name; what they hold is lost, but for elements that the loader does not write.
-        heads: of the checkpoint, in the order in which it is loaded.
+        tensors: the engine's tensors by name; their values are overwritten, except elements that the loader does not
+            write.
+        heads: the checkpoint tensors, in loading order.
         load: the engine's loader.
     """
     marks = _Marks(heads, load)
@@ -147,19 +149,19 @@ def learn(tensors: Mapping[str, Tensor], heads: Sequence[Head], load: Load) -> L
 
 
 def _places(largest: int) -> int:
-    """Digits of a number."""
+    """Number of base-256 digits of `largest`."""
     return max(1, math.ceil(largest.bit_length() / 8))
 
 
 @dataclass(frozen=True)
 class _Marks:
-    """Loads marks: one digit, the same for a whole tensor or along an axis."""
+    """Loads marker tensors for one digit, which is constant over a whole tensor or along an axis."""
 
     heads: Sequence[Head]
     load: Load
 
     def load_numbers(self, place: int, *, opposite: bool = False) -> None:
-        """Of each tensor's number, from 1: loaders pad with 0. The opposite of x is 255 - x, which x never equals."""
+        """Load a digit of each tensor's number, which start at 1 since 0 is padding; `opposite` loads 255 - digit."""
         digits = [number // _BASE**place % _BASE for number in range(1, len(self.heads) + 1)]
         digits = [_BASE - 1 - digit for digit in digits] if opposite else digits
         self.load(
@@ -168,7 +170,7 @@ class _Marks:
         )
 
     def load_counts(self, along: str, place: int) -> None:
-        """Of each element's row, or column."""
+        """Load a digit of each element's row or column."""
         self.load((head.name, self._counted(head, along, place)) for head in self.heads)
 
     @staticmethod
@@ -180,7 +182,7 @@ class _Marks:
 
 
 def _as_dtype(digits: Tensor, dtype: torch.dtype) -> Tensor:
-    """As codes of what has one byte, as numbers of what has more."""
+    """Convert digits to a dtype: as raw bytes for one-byte dtypes, as numbers for wider ones."""
     return digits.view(dtype) if dtype.itemsize == 1 and dtype is not torch.bool else digits.to(dtype)
 
 
@@ -194,9 +196,9 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _digits(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 digits of a matrix, and whether each is one; axes along which they stay the same have length 1.
+    """uint8 digits in a matrix, and whether each is valid; an axis along which they are constant has length 1.
 
-    On the CPU, wherever the engine's tensor is: what stays the same is little to fetch.
+    Both are on the CPU, wherever the engine's tensor is; constant axes are dropped first, so little is transferred.
     """
     matrix = _matrix(tensor)
     if matrix.dtype.itemsize == 1:
@@ -207,7 +209,7 @@ def _digits(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrunk(matrix: Tensor) -> Tensor:
-    """Without the axes along which it stays the same: they have length 1."""
+    """Reduce each axis along which the matrix is constant to length 1."""
     for axis in (0, 1):
         if torch.equal(matrix, matrix.narrow(axis, 0, 1).expand_as(matrix)):
             matrix = matrix.narrow(axis, 0, 1)
@@ -215,13 +217,13 @@ def _shrunk(matrix: Tensor) -> Tensor:
 
 
 def _marked(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The lowest digit of each element's tensor, int32, and whether it has one."""
+    """The lowest digit of each element's tensor number, int32, and whether the element has a marker."""
     opposite = first[0].to(torch.int32) + second[0].to(torch.int32) == _BASE - 1
     return first[0].to(torch.int32), opposite & first[1] & second[1]
 
 
 def _poison(tensor: Tensor, origin: Origin) -> tuple[Tensor, Tensor] | None:
-    """Overwrite what has no mark; where that is and what was there."""
+    """Overwrite the elements without a marker; returns their indices and previous values."""
     if not bool(origin.unmarked.any()):
         return None
     at = origin.unmarked.expand(_matrix_shape(tensor.shape)).reshape(-1).nonzero()[:, 0].to(tensor.device)
@@ -232,7 +234,7 @@ def _poison(tensor: Tensor, origin: Origin) -> tuple[Tensor, Tensor] | None:
 
 
 def _restore(tensor: Tensor, origin: Origin, saved: tuple[Tensor, Tensor] | None) -> None:
-    """Put back what the loader did not write, and note how much that is."""
+    """Restore the elements that the loader did not write, and record their number."""
     if saved is None:
         return
     at, before = saved
@@ -246,7 +248,7 @@ def _restore(tensor: Tensor, origin: Origin, saved: tuple[Tensor, Tensor] | None
 
 
 def _pieces(numbers: Tensor, origin: Origin, heads: Sequence[Head]) -> Iterator[Piece]:
-    """One for each tensor of the checkpoint that is in it; `numbers` as far as `unmarked` is false."""
+    """One piece per checkpoint tensor that occurs in `numbers`, which are valid where `unmarked` is false."""
     numbers = torch.where(origin.unmarked, 0, numbers)
     rows, columns = _matrix_shape(origin.shape)
     axis = 0 if numbers.shape[1] == 1 else 1 if numbers.shape[0] == 1 else None
@@ -255,12 +257,12 @@ def _pieces(numbers: Tensor, origin: Origin, heads: Sequence[Head]) -> Iterator[
     for number in along.unique().tolist():
         if 0 < number <= len(heads):
             yield Piece(heads[number - 1], axis, (along == number).nonzero()[:, 0])
-        elif number:  # no tensor of the checkpoint has this number
+        elif number:  # not the number of any checkpoint tensor
             origin.filled = False
 
 
 def _note(origin: Origin, digits: tuple[Tensor, Tensor], along: str, place: int) -> None:
-    """Add a digit to all pieces' rows or columns."""
+    """Add a digit to the rows or columns of all pieces."""
     for piece in origin.pieces:
         values, valid = digits
         if piece.axis is None:

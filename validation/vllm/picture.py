@@ -1,7 +1,8 @@
-"""The question about a picture that a validation asks of a model that takes pictures.
+"""The question about an image with which a validation tests multimodal models.
 
-Text alone would leave the vision tower and what joins it to the decoder to the read-back: here a picture goes through
-the source's own processor and the torch model, and through the engine as a client sends it.
+With text alone, the vision tower and the projector would be checked only by reading their weights back. So an image is
+sent to the engine as a client would send it, and the answer is compared with that of the torch model, whose input comes
+from the source's own processor.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from fp8pipe.models.language.structure import load_config
 
 __all__ = ["PICTURED", "PictureQuestion", "picture_question"]
 
-PICTURED: Final = "(a picture) "  # how a record marks the question
+PICTURED: Final = "(a picture) "  # prefix of this question in a record
 _PROMPT: Final = "What is in the picture?"
 _SIDE: Final = 112  # pixels
 
 
 @dataclass(frozen=True)
 class PictureQuestion:
-    """A picture and a question, in the source's tokens.
+    """An image and a question, for the engine and for the torch model.
 
     Attributes:
-        prompt: the question, as a record names it.
-        content: of the message, as the engine's chat takes it.
-        inputs: what the source's processor makes of both for its model, a batch of one.
+        prompt: the question as it appears in a record.
+        content: the message content in the format of the engine's chat API.
+        inputs: the output of the source's processor for both, a batch of one.
     """
 
     prompt: str
@@ -43,22 +44,22 @@ class PictureQuestion:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """Its tokens, those of the picture among them."""
+        """Token ids of the prompt, including the image tokens."""
         return [int(token) for token in self.inputs["input_ids"][0]]
 
     def answered(self, tokens: Sequence[int]) -> dict[str, Tensor]:
-        """The model's inputs with an answer behind the question."""
+        """The model inputs with the tokens of an answer appended to the question."""
         following = {"input_ids": torch.tensor([list(tokens)]), "attention_mask": torch.ones(1, len(tokens)).long()}
         length, found = self.inputs["input_ids"].shape[1], dict(self.inputs)
         for name, value in self.inputs.items():
-            if value.shape == (1, length):  # one number per token; the answer's are those of text
+            if value.shape == (1, length):  # one value per token; answer tokens are text, so 0 by default
                 more = following.get(name, torch.zeros(1, len(tokens)))
                 found[name] = torch.cat([value, more.to(value.dtype)], dim=1)
         return found
 
 
 def picture_question(source: Path) -> PictureQuestion | None:
-    """The question, for a model that takes pictures and brings the processor for them; else None."""
+    """The question, if the model accepts images and has a processor for them; else None."""
     if getattr(load_config(source), "vision_config", None) is None:
         return None
     processor = import_transformers().AutoProcessor.from_pretrained(
@@ -79,7 +80,7 @@ def picture_question(source: Path) -> PictureQuestion | None:
 
 
 def _picture() -> Image.Image:
-    """A red disc over a ground that goes from blue to white."""
+    """A red disc on a gradient from blue to white."""
     picture = Image.linear_gradient("L").resize((_SIDE, _SIDE)).convert("RGB")
     picture = Image.merge("RGB", (*picture.split()[:2], Image.new("L", picture.size, 255)))
     ImageDraw.Draw(picture).ellipse((24, 24, 72, 72), fill=(220, 20, 20))

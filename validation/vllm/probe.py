@@ -1,11 +1,11 @@
-"""Runs inside vLLM's Python: load an export in the engine and report what it holds and says.
+"""Runs inside vLLM's Python: loads an export into the engine and reports its weights and outputs.
 
     python -P probe.py JOB.json
 
-Imports nothing of fp8pipe: the two environments share the files of this folder only. The job (see `launcher.ProbeJob`
-for its fields) carries the arguments of vLLM's server, which its own parser reads, so that the engine is the one that
-would serve; and the digest of every weight's expected value. `readback` digests the engine's own and stores only those
-that differ, so that any model size needs the memory of one tensor and next to no disk.
+Imports nothing from fp8pipe, since the two environments share only the files of this folder. The job (see
+`launcher.ProbeJob`) has the arguments of vLLM's server, which are parsed by vLLM's own parser, so that the engine is
+the same as in serving, and the digest of every expected weight. `readback` computes the digests of the engine's weights
+and saves only those that differ, so a model of any size needs extra memory for one tensor and hardly any disk space.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 
-_TOP = 20  # most probable tokens told at each place; the most that vLLM's server tells
+_TOP = 20  # most probable tokens reported at each position; the maximum of vLLM's server
 
 for _name, _path in (("validation", []), ("validation.vllm", [str(Path(__file__).parent)])):
-    if _name not in sys.modules:  # in vLLM's environment, where this folder is all there is of the package
+    if _name not in sys.modules:  # in vLLM's environment, where the package itself is not installed
         sys.modules[_name] = ModuleType(_name)
         sys.modules[_name].__path__ = _path
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Do one job: load, read weights, examine products, score sequences, answer prompts."""
+    """Run a job: load the model, check weights and matrix multiplications, score sequences, answer prompts."""
     from validation.vllm.readback import Reading
 
     started = time.monotonic()
@@ -49,7 +49,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(job: dict[str, Any]) -> Any:
-    """The engine that these arguments and this environment start, in this process: its modules can be looked into."""
+    """Start the engine with these arguments and this environment, in this process, so that its modules are readable."""
     import vllm.entrypoints.llm as offline
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from vllm.usage.usage_lib import UsageContext
@@ -57,7 +57,7 @@ def _load(job: dict[str, Any]) -> Any:
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     arguments = parser.parse_args(["--model", job["model"], *job["arguments"]])
-    # Sizes of batches depend on what the engine is for: here, on what the server would be for.
+    # The default batch sizes depend on the usage context, so the context of the server is set.
     offline.UsageContext = SimpleNamespace(LLM_CLASS=UsageContext.OPENAI_API_SERVER)
     return offline.LLM.from_engine_args(EngineArgs.from_cli_args(arguments))
 
@@ -70,9 +70,9 @@ def _versions() -> dict[str, str]:
 
 
 def _logprobs(llm: Any, sequences: list[list[int]]) -> list[list[dict[str, float]]]:
-    """Log-probabilities by token, of the token that comes and the likeliest, at each place but the first.
+    """Log-probabilities by token id at each position but the first: of the actual token and of the most probable ones.
 
-    NaN and infinities as they come.
+    May contain NaN and infinities.
     """
     from vllm import SamplingParams
 
@@ -86,7 +86,7 @@ def _logprobs(llm: Any, sequences: list[list[int]]) -> list[list[dict[str, float
 
 
 def _answers(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """To the prompts, and last to the question about a picture, where there is one."""
+    """Greedy answers to the prompts, and to the question about an image, if there is one."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
@@ -100,7 +100,7 @@ def _answers(llm: Any, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN or infinity: they travel as strings that `float` reads."""
+    """Replace NaN and infinities, which JSON lacks, by strings that `float` can parse."""
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, dict):
@@ -111,7 +111,7 @@ def _plain(value: Any) -> Any:
 
 
 def main(path: str) -> None:
-    """Read the job, do it, write its result beside it."""
+    """Read the job, run it, and write its result."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     result = run(job)
     Path(job["result"]).write_text(json.dumps(_plain(result)), encoding="utf-8")

@@ -1,12 +1,13 @@
-"""Whether a layer of an engine rounds its inputs as it should, and multiplies by the weight that it holds.
+"""Tests whether a layer of an engine quantizes its inputs as it should and multiplies by the weight that it stores.
 
-Each layer is run by itself, on inputs that are made for it: of each token only a few neighbouring features are not
-zero, other ones of each token, so that all tokens together meet every weight once and a sum has few terms. So few that
-what a kernel may lose while it adds is known to be far less than what rounding an input to E4M3 changes, and products
-tell which of both a layer does, whatever its kernel. Where the kernel can be looked into, the codes that it multiplies
-are compared too, bit for bit, on further tokens at the edges of the format: zeros, ties, the floor of the scale.
+Each layer is run separately on test inputs. Every test token has only a few adjacent nonzero features, different ones
+for each token, so that all tokens together use every weight once and each dot product has few terms. With so few terms,
+the accumulation error of a kernel is far smaller than the effect of quantizing the inputs to E4M3, so the outputs show
+whether a layer quantizes its inputs, whatever its kernel. If the kernel exposes the codes of its inputs, these are also
+compared, bit for bit, including further tokens with edge cases: zeros, ties, and the minimum of the scale.
 
-The arithmetic is our own, in plain torch on the CPU. Runs inside vLLM's Python: torch alone.
+The expected values are computed independently, in plain torch on the CPU. Runs inside vLLM's Python: only torch is
+imported.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from validation.vllm.kernels import Kernel, kernel_inputs
 __all__ = ["APPROXIMATE", "examine", "make_tokens", "nearest_e4m3", "round_inputs"]
 
 _LARGEST: Final = 448.0
-_SCALE_FLOOR: Final = 1.0 / (448.0 * 512.0)  # of vLLM's dynamic scales
-_TERMS: Final = 32  # features of a token that are not zero: what a tensor core adds in one step of an FP8 product
-# Tensor cores align addends to the largest, and keep at least 13 bits behind its leading one: FP8 on Hopper does, as
-# the report on DeepSeek-V3 measured (arXiv 2412.19437); others keep more.
+_SCALE_FLOOR: Final = 1.0 / (448.0 * 512.0)  # minimum of vLLM's dynamic scales
+_TERMS: Final = 32  # nonzero features per token: as many as a tensor core accumulates in one step of an FP8 GEMM
+# Tensor cores align addends to the largest one and keep at least 13 bits after its leading bit. FP8 on Hopper keeps 13,
+# as measured in the DeepSeek-V3 report (arXiv 2412.19437); others keep more.
 _ADDEND_LOSS: Final = 2.0**-13
-_DIVISION_LOSS: Final = 2.0**-21  # of an approximate division on a GPU, two units in the last place, and one by 448
-_TOKENS: Final = 256  # of a call
+_DIVISION_LOSS: Final = 2.0**-21  # error of an approximate GPU division (2 ulp) and of the division by 448
+_TOKENS: Final = 256  # tokens per call
 APPROXIMATE: Final = "divided approximately by amax / 448"
 _SEED: Final = 5
 _ROUNDOFF: Final = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
 def examine(layer: Any, kernel: Kernel, weight: Tensor) -> dict[str, Any]:
-    """Run one layer on tokens made for it.
+    """Run one layer on test tokens.
 
     Args:
-        layer: vLLM's.
+        layer: the vLLM layer.
         kernel: its kernel.
-        weight: fp32 `(out, in)`, what it multiplies by.
+        weight: fp32 `(out, in)`, the weight that it must multiply by.
 
     Returns:
-        `error_rounded` and `error_plain`: largest error of a product, as part of its bound, if inputs are rounded to
-        E4M3 and if they are not; `codes` of inputs that were seen, `codes_differing` of them from those expected,
-        `rounding` in words, empty where none were seen.
+        `error_rounded` and `error_plain`: the largest error of an output relative to its bound, assuming that inputs
+        are quantized to E4M3 or that they are not; `codes`: number of input codes observed; `codes_differing`: how
+        many differ from the expected ones; `rounding`: how the kernel quantizes, in words, empty if not observed.
     """
     tiles, edges = make_tokens(weight.shape[1], kernel.dtype)
     found: dict[str, Any] = {"error_rounded": 0.0, "error_plain": 0.0, "codes": 0, "codes_differing": 0, "rounding": ""}
@@ -67,13 +68,13 @@ def examine(layer: Any, kernel: Kernel, weight: Tensor) -> dict[str, Any]:
 
 
 def make_tokens(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Inputs of a layer, the same each time: `(ceil(columns / 32), columns)` in tiles, and `(4, columns)` at the edges.
+    """Deterministic test inputs: tiles `(ceil(columns / 32), columns)` and edge cases `(4, columns)`.
 
-    Tiles keep away from ties: which of two codes a tie becomes depends on how a kernel divides.
+    Values in tiles avoid ties, since the code that a tie is rounded to depends on how the kernel divides.
     """
     generator = torch.Generator().manual_seed(_SEED)
     count = -(-columns // _TERMS)
-    magnitudes = torch.exp2(torch.rand(count, _TERMS, generator=generator) * 10 - 10)  # ten binades of codes
+    magnitudes = torch.exp2(torch.rand(count, _TERMS, generator=generator) * 10 - 10)  # ten binades
     signs = torch.randint(0, 2, (count, _TERMS), generator=generator) * 2.0 - 1
     values = (magnitudes * signs * torch.exp2(torch.randint(-3, 4, (count, 1), generator=generator).float())).to(dtype)
     quotients = values.float() / _scale_of(values.float())
@@ -84,23 +85,23 @@ def make_tokens(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     below, above = (codes.view(torch.float8_e4m3fn).float() for codes in (ties, ties + 1))
     edges = torch.stack([
         torch.zeros(columns),
-        ((below + above) / 2).index_fill(0, torch.tensor(0), _LARGEST),  # between two codes, scale 1
-        torch.linspace(-1, 1, columns) * 2.0**-20,  # below the floor of the scale
+        ((below + above) / 2).index_fill(0, torch.tensor(0), _LARGEST),  # halfway between two codes, with scale 1
+        torch.linspace(-1, 1, columns) * 2.0**-20,  # so small that the scale is at its minimum
         torch.randn(columns, generator=generator),
     ])  # fmt: skip
     return tiles.reshape(count, -1)[:, :columns].contiguous(), edges.to(dtype)
 
 
 def round_inputs(tokens: Tensor) -> Tensor:
-    """To E4M3 and back, one scale per token; fp32."""
+    """Quantize tokens to E4M3 and back, with one scale per token; returns fp32."""
     scale = _scale_of(tokens.float())
     return nearest_e4m3(tokens.float() / scale) * scale
 
 
 def nearest_e4m3(quotients: Tensor) -> Tensor:
-    """The E4M3 number next to each, saturating, ties to even: fp32."""
+    """Round each value to the nearest E4M3 number, ties to even, saturating; returns fp32."""
     clipped = quotients.clamp(-_LARGEST, _LARGEST)
-    exponent = torch.frexp(clipped).exponent.clamp(min=-5)  # of numbers in [2**(e-1), 2**e); subnormals are one binade
+    exponent = torch.frexp(clipped).exponent.clamp(min=-5)  # e for [2**(e-1), 2**e); subnormals share the lowest step
     step = torch.ldexp(torch.ones_like(clipped), exponent - 4)
     return (clipped / step).round() * step
 
@@ -114,14 +115,14 @@ def _near_a_tie(quotients: Tensor) -> Tensor:
 
 
 def _errors(product: Tensor, tokens: Tensor, start: int, kernel: Kernel, weight: Tensor) -> list[float]:
-    """Largest error as part of its bound: of products with rounded inputs, and with inputs as they are.
+    """Largest error of an output relative to its bound: [for quantized inputs, for unquantized inputs].
 
-    A kernel may lose, of a sum: as much as its addends lose where they are aligned to the largest; once more what
-    rounding the result to the output's dtype loses. Of packed codes the numbers are known rounded to that dtype only.
+    The bound covers the alignment of addends to the largest one, and rounding of the result to the output dtype. For
+    packed codes, the weight is known only as rounded to that dtype, which is included too.
     """
     rounded = round_inputs(tokens)
     if kernel.holds == "numbers":
-        rounded = rounded.to(kernel.dtype).float()  # what is multiplied are numbers of the dtype
+        rounded = rounded.to(kernel.dtype).float()  # such a kernel multiplies values of its dtype
     count, (rows, columns) = len(tokens), weight.shape
     end = min(columns, (start + count) * _TERMS)
     tile = torch.nn.functional.pad(weight[:, start * _TERMS : end], (0, count * _TERMS - (end - start * _TERMS)))
@@ -137,18 +138,18 @@ def _errors(product: Tensor, tokens: Tensor, start: int, kernel: Kernel, weight:
 
 
 def _diagonal(tokens: Tensor, start: int) -> Tensor:
-    """Of each token the features that are not zero: `(tokens, 32)`."""
+    """The nonzero features of each token: `(tokens, 32)`."""
     count, columns = tokens.shape
     wide = torch.nn.functional.pad(tokens, (0, -columns % _TERMS)).reshape(count, -1, _TERMS)
     return wide[torch.arange(count), torch.arange(start, start + count)]
 
 
 def _codes_differing(tokens: Tensor, codes: Tensor, scales: Tensor) -> dict[str, int]:
-    """Codes of inputs that are not those expected, by the way in which a kernel may compute them.
+    """Number of input codes that differ from the expected ones, for each way in which a kernel may compute them.
 
-    Kernels divide by the scale, or multiply by its reciprocal; the same holds of the 448 in the scale. Compiled ones
-    may divide approximately: then a scale may be off in its last bits, and a tie may become either code. All of a layer
-    must be one of these ways; where a token's scale is none of them all its codes count as differing.
+    Kernels divide by the scale or multiply by its reciprocal, and likewise for the 448 in the scale. Compiled kernels
+    may use approximate division: then the last bits of a scale may differ, and a tie may be rounded to either code. All
+    codes of a layer must match the same way; if the scale of a token does not match, all its codes count as differing.
     """
     values, count, width = tokens.float(), *tokens.shape
     held = codes[:count, :width].contiguous().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""What a validation in vLLM has proved and what not, in the sentences of its record."""
+"""The sentences in a vLLM validation record that say what was proved and what was not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["not_proved", "proved"]
 
 
 def proved(case: Case, served: ServedReport | None) -> list[str]:
-    """What holds, once all gates have passed."""
+    """What was proved, given that all gates passed."""
     whose = "the source's" if case.plan is not None else "those of the export's files"
     found = [_weights(case, whose, None if served is None else served.kernels)]
     if case.plan is not None:
@@ -38,7 +38,7 @@ def proved(case: Case, served: ServedReport | None) -> list[str]:
 
 
 def not_proved(case: Case, served: ServedReport | None) -> list[str]:
-    """What was not tried, and why."""
+    """What was not tested, and why."""
     found = []
     if case.plan is None:
         found.append("that the files hold what was exported: the source is not at hand (name it with --against)")

@@ -1,18 +1,21 @@
-"""Read an engine's weights back, each in the checkpoint's order, and compare it with its expected value.
+"""Reads the weights of an engine back, in the checkpoint's layout, and compares them with the expected values.
 
-Which weight is where. Marks go through the loader before the true weights (`layout`), and what the engine holds is put
-back in the checkpoint's order by what they tell (`rebuild`).
+Where each weight is: before the real weights, marker tensors pass through the loader (`layout`), and with what they
+reveal, the engine's tensors are put back into the checkpoint's layout (`rebuild`).
 
-How it is read. What is there as `layer.weight` is read as stored, and some of its columns are compared with what the
-GEMM computes. FP8 codes are read as codes, byte for byte, and their scales as they are; what their kernel multiplies is
-examined (`products`). Where vLLM has given the weight to a packed GEMM and dropped it, the GEMM itself is read: one-hot
-inputs return the weight's columns, exactly, since every other term of each sum is zero. Only the sign of a zero is lost
-that way, and of packed codes what the output's dtype does not hold. What other layers pack for themselves (experts) is
-read as loaded, before they do; what quantized experts then multiply by is examined, too (`experts`). And what the
-loader computes from a tensor number by number is held against what it makes of the source's: whether it computes the
-right thing, the log-probabilities tell.
+How a weight is read depends on the layer:
 
-Runs inside vLLM's Python: torch and vLLM alone.
+* A plain `layer.weight` is read as stored, and some of its columns are compared with the output of the GEMM.
+* FP8 codes are read byte for byte, and their scales as they are; their kernel is tested with `products`.
+* If vLLM has packed the weight for a GEMM and dropped the original, it is read through the GEMM: one-hot inputs return
+  the columns of the weight exactly, since all other terms of each sum are zero. Only the sign of zeros is lost, and for
+  packed codes whatever the output dtype cannot represent.
+* Layers that pack their own weights (experts) are read after loading and before packing; the computation of quantized
+  experts is tested too (`experts`).
+* Values that the loader computes elementwise from a tensor are compared with what it computes from the source's tensor.
+  Whether it computes the right function is covered only by the log-probabilities.
+
+Runs inside vLLM's Python: only torch and vLLM are imported.
 """
 
 from __future__ import annotations
@@ -35,25 +38,25 @@ from validation.vllm.rebuild import Found, Rebuild
 
 __all__ = ["Reading"]
 
-_SAMPLED_COLUMNS = 8  # columns of a stored weight that are compared with the GEMM
-_SCALE = "_scale"  # what follows the name of FP8 codes in the name of their scales
+_SAMPLED_COLUMNS = 8  # number of columns of a stored weight that are compared with the GEMM
+_SCALE = "_scale"  # suffix of the name of the scales, after the name of the FP8 codes
 
 
 class Reading:
-    """Compares every expected tensor with the engine's, and finds what the engine holds beside them.
+    """Compares every expected tensor with the engine's, and finds values in the engine that they do not explain.
 
     Args:
-        tensors: of each, by checkpoint name, `shape` and the digests of `Expected.digests`.
-        dump: an existing directory for values that differ.
-        products: whether products of quantized layers are examined.
+        tensors: `shape` and digests (`Expected.digests`) of each expected tensor, by checkpoint name.
+        dump: an existing directory, in which tensors that differ are saved.
+        products: whether to test the matrix multiplications of quantized layers.
 
     Attributes:
         report: by checkpoint name: `status` (match, differs, missing), `read` (stored, codes, gemm, loaded, tied,
-            computed), `gemm_differs` of a stored weight; `why`, where it is no matter of single numbers; and `file`,
-            where a differing value (fp32, checkpoint orientation) was saved.
-        layers: of quantized layers, by the engine's name: `kernel`, `device`, `holds`, the `tensors` of the checkpoint
-            that are in it, and, where they are examined, what `products.examine` found.
-        unexplained: what else is in the engine or in the files, in words.
+            computed), `gemm_differs` for a stored weight; `why`, if the whole tensor is wrong and not just some
+            values; and `file`, where a differing tensor (fp32, in checkpoint orientation) was saved.
+        layers: for quantized layers, by name in the engine: `kernel`, `device`, `holds`, the checkpoint `tensors` in
+            the layer, and, if it was tested, the results of `products.examine`.
+        unexplained: other values found in the engine or in the files, in words.
     """
 
     def __init__(self, tensors: Mapping[str, Mapping[str, Any]], dump: Path, *, products: bool = False) -> None:
@@ -63,17 +66,17 @@ class Reading:
         self.unexplained: list[str] = []
         self.layout = Layout({}, {})
         self.rebuild = Rebuild(self.layout)
-        self.whole: set[str] = set()  # tensors of the files of which the engine holds every element
-        self.as_loaded: set[str] = set()  # the engine's tensors that were read before they were packed
-        self.experts: dict[str, tuple[Foreseen | None, list[str]]] = {}  # quantized ones: what they must make, of what
-        self.computed: dict[str, tuple[str, Tensor]] = {}  # those that the loader computes: from what, and what
+        self.whole: set[str] = set()  # checkpoint tensors of which the engine has every element
+        self.as_loaded: set[str] = set()  # engine tensors that were read before they were packed
+        self.experts: dict[str, tuple[Foreseen | None, list[str]]] = {}  # expected outputs, checkpoint tensors
+        self.computed: dict[str, tuple[str, Tensor]] = {}  # computed by the loader: source tensor, expected value
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """While this lasts, vLLM's loader loads marks before it loads a model's weights.
+        """Within the `with` block, make vLLM's loader load marker tensors before it loads a model's weights.
 
         Raises:
-            RuntimeError: no model came through that loader.
+            RuntimeError: no model was loaded with that loader.
         """
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -101,7 +104,7 @@ class Reading:
             raise RuntimeError("vLLM took another loader than its own for safetensors: no weight can be read back")
 
     def _as_loaded(self, model: torch.nn.Module, name: str, held: Mapping[str, Tensor]) -> tuple[Tensor, str]:
-        """What was loaded into a layer that packs it afterwards: of experts in FP8 codes, or what those stand for."""
+        """The value loaded into a layer that packs it later; FP8 experts as codes or dequantized, as is expected."""
         tensor, module = held[name].detach(), _module(model, name)
         if tensor.dtype is not torch.float8_e4m3fn or not is_experts(module):
             return tensor.cpu().float(), "loaded"
@@ -113,9 +116,9 @@ class Reading:
         return stacked_numbers(tensor, held[name + _SCALE], module.moe_config.in_dtype), "loaded"
 
     def _find_computed(self, weights: Iterable[tuple[str, Tensor]], load: Any, held: Mapping[str, Tensor]) -> None:
-        """Find what the loader computes number by number from a tensor: Mamba's -exp of `A_log`.
+        """Find tensors that the loader computes elementwise from a checkpoint tensor, such as Mamba's -exp of `A_log`.
 
-        Turned around, such a tensor gives the same numbers turned around; different numbers give different ones.
+        For such a function, reversing the input reverses the output, and distinct inputs give distinct outputs.
         """
         origins = self.layout.origins
         placed = {piece.head.name for origin in origins.values() for piece in origin.pieces}
@@ -132,7 +135,7 @@ class Reading:
                     self.computed[other] = (name, now.clone())
 
     def read(self, model: torch.nn.Module) -> None:
-        """Read what was not read while it was loaded, and say what is missing."""
+        """Read the tensors that were not read during loading, and report what is missing."""
         for name, (foreseen, heads) in self.experts.items():
             if foreseen is not None:
                 self.layers[name] = {**examine_experts(model.get_submodule(name), foreseen), "tensors": heads}
@@ -151,11 +154,11 @@ class Reading:
             self.report[name] = self._absent(name, parameters)
 
     def _held(self, model: torch.nn.Module, name: str, origin: Origin) -> tuple[Tensor | None, str]:
-        """fp32, in the shape in which it was loaded, and how it was read; None where it is no longer there."""
+        """An engine tensor as fp32 in its shape during loading, and how it was read; None if it no longer exists."""
         from vllm.model_executor.layers.linear import LinearBase
 
         if origin.pieces and not any(piece.head.name in self.tensors for piece in origin.pieces):
-            return torch.zeros(origin.shape), "scale"  # what it stands for is in the weight that it scales
+            return torch.zeros(origin.shape), "scale"  # not compared itself: the weight is compared dequantized
         module, leaf = _module(model, name), name.rpartition(".")[2]
         if isinstance(module, LinearBase) and leaf == "weight":
             return self._linear(name, module, origin)
@@ -165,7 +168,7 @@ class Reading:
         return (tensor.detach().cpu().float(), "stored") if isinstance(tensor, Tensor) else (None, "")
 
     def _linear(self, name: str, layer: Any, origin: Origin) -> tuple[Tensor, str]:
-        """The weight of a linear layer: codes as numbers where it holds codes, else what it multiplies by."""
+        """The weight of a linear layer as fp32: its codes if it stores codes, else the weight that it multiplies by."""
         rows, columns = origin.shape
         held = sorted({piece.head.name for piece in origin.pieces})
         kernel = find_kernel(layer, rows, columns)
@@ -174,18 +177,18 @@ class Reading:
             return choices[0]
         scale = torch.ones(()) if kernel.scale is None else kernel.scale
         found = [examine(layer, kernel, value * scale) if self.products else {} for value, _ in choices]
-        # A square matrix of codes may lie there either way: its products tell.
+        # The orientation of a square matrix of codes is ambiguous: the test products decide.
         best = min(range(len(found)), key=lambda i: min(found[i].get(f"error_{k}", 0.0) for k in ("rounded", "plain")))
         told = {"kernel": kernel.name, "device": kernel.device, "holds": kernel.holds, "tensors": held}
         self.layers[name.removesuffix(".weight")] = told | found[best]
         return choices[best]
 
     def _packed(self, name: str) -> bool:
-        """Whether the layer of a tensor has packed its weight, and so perhaps its bias."""
+        """Whether the layer of this tensor has packed its weight, and so perhaps its bias too."""
         return self.layers.get(name.rpartition(".")[0], {}).get("holds") == "packed"
 
     def _take(self, name: str, value: Tensor | None, how: str) -> None:
-        """Take over one of the engine's tensors."""
+        """Process one of the engine's tensors; report each checkpoint tensor that this completes."""
         origin = self.layout.origins[name]
         if value is None or tuple(value.shape) != origin.shape:
             return
@@ -223,10 +226,10 @@ class Reading:
         return {**entry, "file": _dump(found.value, self.dump / f"{len(self.report)}.safetensors")}
 
     def _absent(self, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Of a tensor that no part of the engine has given whole."""
+        """The report entry of a tensor that could not be rebuilt completely from the engine."""
         weight = name.removesuffix(_SCALE)
         found = self.report.get(weight, {})
-        if weight != name and found.get("read") == "gemm":  # its products have the scale in them
+        if weight != name and found.get("read") == "gemm":  # the scale is part of what was read through the GEMM
             why = {} if found["status"] == "match" else {"why": f"the products of {weight} differ"}
             return {"status": found["status"], "read": "gemm", "gemm_differs": False, **why}
         if name not in self.layout.heads:
@@ -244,7 +247,7 @@ class Reading:
 
 
 def _module(model: torch.nn.Module, name: str) -> Any:
-    """What owns a tensor; None where it is gone."""
+    """The module that owns a tensor; None if it no longer exists."""
     try:
         return model.get_submodule(name.rpartition(".")[0])
     except AttributeError:
@@ -252,17 +255,17 @@ def _module(model: torch.nn.Module, name: str) -> Any:
 
 
 def _packs_itself(module: Any) -> bool:
-    """Whether a layer packs its weights in a way of its own."""
+    """Whether a layer packs its weights in its own format."""
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     if isinstance(module, LinearBase):
-        return isinstance(module.weight, Tensor) and module.weight.ndim != 2  # the kernel of a convolution
+        return isinstance(module.weight, Tensor) and module.weight.ndim != 2  # a convolution
     return getattr(module, "quant_method", None) is not None and not isinstance(module, VocabParallelEmbedding)
 
 
 def _digest(value: Tensor, *, unsigned: bool) -> str:
-    """sha256 of its bytes, those of zeros of either sign the same where `unsigned`."""
+    """sha256 of the bytes; with `unsigned`, -0 counts as +0."""
     value = value + 0.0 if unsigned else value  # -0 + 0 is +0
     return hashlib.sha256(value.contiguous().numpy().data).hexdigest()
 
@@ -275,7 +278,7 @@ def _dump(value: Tensor, path: Path) -> str:
 
 
 def _numbers(layer: Any, kernel: Kernel, rows: int, columns: int) -> tuple[Tensor, str]:
-    """fp32 `(out, in)` and how it was read; `!` is appended when the GEMM disagrees with the stored weight."""
+    """The weight as fp32 `(out, in)` and how it was read; `!` is appended if the GEMM disagrees with it."""
     weight = layer.weight.detach()
     if tuple(weight.shape) != (rows, columns) or kernel.holds == "packed":
         return through_gemm(layer, torch.arange(columns), rows, columns), "gemm"
@@ -285,7 +288,7 @@ def _numbers(layer: Any, kernel: Kernel, rows: int, columns: int) -> tuple[Tenso
 
 
 def _bias_through_gemm(layer: Any, rows: int) -> Tensor:
-    """fp32 `(rows,)`: what is added to a product of zeros."""
+    """The bias, fp32 `(rows,)`: the output for an input of zeros."""
     zeros = torch.zeros(1, layer.input_size_per_partition, dtype=layer.params_dtype, device=layer.weight.device)
     product: Tensor = layer.quant_method.apply(layer, zeros, layer.bias)
     return product.cpu().float().reshape(rows)

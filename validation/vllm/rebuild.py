@@ -1,6 +1,6 @@
-"""Put an engine's values back into the checkpoint's order, by the places that `layout` has learned.
+"""Puts the values in an engine back into the checkpoint's layout, using the positions learned by `layout`.
 
-Runs inside vLLM's Python: torch alone.
+Runs inside vLLM's Python: only torch is imported.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "Rebuild"]
 
-_CHUNK = 1 << 22  # elements that are placed at a time
+_CHUNK = 1 << 22  # elements copied at a time
 
 
 @dataclass(slots=True)
 class Found:
-    """A tensor of the checkpoint, as the engine holds it.
+    """A checkpoint tensor, rebuilt from the engine.
 
     Attributes:
-        head: which.
-        value: fp32, of the head's shape; NaN where the engine holds nothing of it.
-        seen: bool, a matrix, which elements the engine holds.
-        unequal: how many elements it holds in several places with different numbers.
-        changed: whether its loader computes instead of rearranging.
-        how: ways in which it was read.
+        head: name, shape and dtype of the tensor.
+        value: fp32, in the tensor's shape; NaN for elements that the engine does not have.
+        seen: bool matrix, the elements that the engine has.
+        unequal: number of elements that occur more than once in the engine, with different values.
+        changed: whether the loader computes the values instead of rearranging them.
+        how: the ways in which it was read.
     """
 
     head: Head
@@ -43,11 +43,11 @@ class Found:
 
     @property
     def absent(self) -> int:
-        """How many elements the engine does not hold."""
+        """Number of elements that the engine does not have."""
         return int((~self.seen).sum())
 
     def place(self, piece: Piece, part: Tensor) -> None:
-        """Take over what one of the engine's tensors holds of it: fp32, a matrix."""
+        """Copy in the elements found in one of the engine's tensors: `part`, an fp32 matrix."""
         index, part, width = _index(piece, part)
         value, seen = self.value.view(-1, width), self.seen.view(-1, width)
         whole_rows = width == self.head.columns
@@ -59,12 +59,12 @@ class Found:
             if bool(again.any()):
                 self.unequal += int((_unequal(value[here], new) & again).sum())
             value[here], seen[here] = new, True
-            if not once:  # one place may be there twice within this part
+            if not once:  # an element may occur twice within this part
                 self.unequal += int(_unequal(value[here], new).sum())
 
 
 class Rebuild:
-    """Collects what the engine's tensors hold, and gives each tensor of the checkpoint once it is whole."""
+    """Collects the values of the engine's tensors, and returns each checkpoint tensor once all its parts were read."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -72,15 +72,15 @@ class Rebuild:
         self.waiting = Counter(piece.head.name for origin in layout.origins.values() for piece in origin.pieces)
 
     def add(self, name: str, value: Tensor, how: str) -> Iterator[Found]:
-        """Take over one of the engine's tensors.
+        """Add one of the engine's tensors.
 
         Args:
-            name: the engine's.
-            value: fp32, in the shape in which it was loaded.
-            how: it was read.
+            name: name in the engine.
+            value: fp32, in the shape during loading.
+            how: how it was read.
 
         Yields:
-            what no other of its tensors holds a part of.
+            The checkpoint tensors of which this was the last part.
         """
         origin = self.layout.origins[name]
         matrix = value.reshape(-1, origin.shape[-1] if len(origin.shape) > 1 else 1)
@@ -101,9 +101,9 @@ class Rebuild:
 
 
 def _index(piece: Piece, part: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Places in the checkpoint's tensor, the numbers that belong there, and how many columns each place has."""
+    """Row indices into the checkpoint tensor, the values for them, and the width of a row (1: single elements)."""
     rows, columns, width = piece.rows, piece.columns, piece.head.columns
-    if rows.shape[0] == 1 and columns.shape[1] == 1:  # the engine holds it transposed
+    if rows.shape[0] == 1 and columns.shape[1] == 1:  # transposed in the engine
         rows, columns, part = rows.t(), columns.t(), part.t()
     whole_rows = rows.shape[1] == 1 and columns.shape[0] == 1 and part.shape[1] == width
     if whole_rows and torch.equal(columns.reshape(-1), torch.arange(width)):

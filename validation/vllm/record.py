@@ -1,7 +1,7 @@
-"""The record of a validation: what was compared, in which engine, and the verdict; written beside the export.
+"""The record of a vLLM validation: what was compared, in which engine, and the verdict; written next to the export.
 
-It names the manifest's digest: a record says nothing about an export that has changed since. The verdict follows from
-the gates, and each gate's two sides come from different places: files against the source's, the engine against torch.
+It contains the manifest's digest, so it does not apply to an export that has changed since. The verdict follows from
+the gates. Each gate compares independent data: files with the source's files, the engine with torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Verdict = Literal["ACCEPT", "CONSISTENT", "REJECT"]
 
 
 class WeightReport(FrozenConfig):
-    """Weights read back from inside the engine, against what they should be."""
+    """Comparison of the weights read back from the engine with the expected ones."""
 
     reference: Literal["export", "source"] = Field(description="where the expected values came from")
     layers: int = Field(ge=0, description="layers stored as FP8 codes that were compared")
@@ -52,7 +52,7 @@ class WeightReport(FrozenConfig):
     )
 
     def gates(self, where: str) -> list[Gate]:
-        """What must hold, in the engine that `where` names."""
+        """The gates on these weights; `where` names the engine, as in "in fp32"."""
         first = f"; the first in {self._named(self.different[:1])}" if self.different else ""
         detail = f"of {self.elements} ({self.differing_codes} FP8 codes){first}"
         found = [
@@ -72,7 +72,7 @@ class WeightReport(FrozenConfig):
 
 
 class LogprobReport(FrozenConfig):
-    """Teacher-forced log-probabilities: the engine's against the torch model's, both in fp32."""
+    """Comparison of teacher-forced log-probabilities of engine and torch model, both in fp32."""
 
     tokens: int = Field(ge=0, description="tokens scored")
     max_abs_diff: float = Field(description="largest absolute difference, nats; NaN if any value is not finite")
@@ -82,14 +82,14 @@ class LogprobReport(FrozenConfig):
 
     @property
     def gates(self) -> list[Gate]:
-        """What must hold."""
+        """The gates on these figures."""
         value = self.max_abs_diff if self.tokens else float("nan")
         detail = f"nats, over {self.tokens} tokens"
         return [_at_most("log-probabilities differ, in fp32", value, self.threshold, detail)]
 
 
 class CanaryAnswer(FrozenConfig):
-    """One question put to the engine."""
+    """A question to the engine, its answer, and the verdict on it."""
 
     prompt: str = Field(description="the question")
     answer: str = Field(description="the engine's greedy answer")
@@ -102,9 +102,9 @@ class CanaryAnswer(FrozenConfig):
 
 
 class ServedReport(FrozenConfig):
-    """The engine as `serve` starts it, against torch models that compute in the same form and in fp32.
+    """The engine as started by `serve`, compared with torch models with the same rounding and in fp32.
 
-    `noise` is measured between the two torch models, and the engine has no part in it.
+    The noise figures are measured between the two torch models; the engine is not involved.
     """
 
     form: str = Field(description="how the engine ran: device, dtype, compiled or eager, activations")
@@ -135,7 +135,7 @@ class ServedReport(FrozenConfig):
 
     @property
     def gates(self) -> list[Gate]:
-        """What must hold."""
+        """The gates on these figures."""
         why = f"nats a token, mean over {self.tokens}; the noise between the torch models is {self.noise_kl:.3g}"
         found = [] if self.kernels is None else self.kernels.gates
         if self.loss is not None and self.exact_loss is not None and self.bound_loss is not None:
@@ -152,9 +152,9 @@ class ServedReport(FrozenConfig):
 
 
 class ValidationRecord(EngineRecord):
-    """One validation."""
+    """The record of one validation."""
 
-    # 3: gates, the source's files, and the form that serves.
+    # 3: gates, the source's files, and the engine as it serves.
     schema_version: int = Field(default=3, description="version of this schema")
     dtype: str = Field(
         description="compute dtype of the engine that rounds nothing, float32; without one, of the engine that serves"
@@ -180,7 +180,7 @@ class ValidationRecord(EngineRecord):
 
 
 def wrong_answers(answers: list[CanaryAnswer], where: str) -> Gate:
-    """None may be another than the torch model's; that the model itself has nothing to say is told, and no fault."""
+    """A gate that no answer differs from the torch model's; a poor answer that both give is only mentioned."""
     found = [(a.verdict in _WRONG, f"{a.prompt!r} is {a.verdict}: {a.answer!r}") for a in answers if a.verdict != "ok"]
     wrong = [text for is_wrong, text in found if is_wrong]
     own = [f"{text} (the torch model's answer, too)" for is_wrong, text in found if not is_wrong]

@@ -1,10 +1,11 @@
-"""The torch side of a validation: transformers models with the numbers that the engine ought to hold.
+"""The torch side of a validation: transformers models with the weights that the engine should have.
 
-In fp32 both sides compute the same formulas on the same weights (no activation is rounded), so they agree to fp32
-rounding, and a difference of 0.001 nats tells a fault. In the form that serves they cannot: bf16 sums depend on their
-order, and rounded activations flip. So there are two torch models, one in fp32 and one that rounds as the form does.
-What lies between them is the form's own noise, measured without the engine; the engine, whose rounding is another
-draw of the same noise, may lie twice as far (a divergence four times as large, which grows with the square).
+In fp32 both sides compute the same formulas on the same weights without quantizing activations, so they agree to fp32
+rounding, and a difference of 0.001 nats indicates a defect. As served they cannot agree so closely: bf16 sums depend on
+the summation order, and a tiny difference can round an activation to another code. So there are two torch models, one
+in fp32 and one that rounds as the engine does when serving. The difference between them is the rounding noise,
+measured without the engine. The engine's own rounding is another sample of the same noise, so it may deviate twice as
+far (four times the KL divergence, which grows with the square).
 """
 
 from __future__ import annotations
@@ -29,39 +30,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Below this gap between the two best choices either is greedy: engines add in different orders.
+# If the two best tokens are closer than this, either counts as the greedy choice: engines sum in different orders.
 TIE_NATS: Final = 1e-3
-_DEGENERATE_FROM: Final = 6  # tokens; a shorter answer may well repeat itself
+_DEGENERATE_FROM: Final = 6  # tokens; a shorter answer may legitimately repeat a token
 _DEGENERATE_SHARE: Final = 0.9
 _NOISE_FACTOR: Final = 4.0
-_TOLD: Final = 20  # tokens that the engine tells at each place
-# What differences of TIE_NATS amount to (half their square), for forms that do not round at all.
+_TOLD: Final = 20  # tokens for which the engine reports log-probabilities at each position
+# The KL divergence that corresponds to differences of TIE_NATS (half their square), for engines without any rounding.
 _KL_FLOOR: Final = 1e-6
 
 Answer = dict[str, Any]
-Places = Sequence[Sequence[Mapping[str, float | str]]]  # of each sequence, log-probabilities by token
+Places = Sequence[Sequence[Mapping[str, float | str]]]  # per sequence and position: log-probabilities by token
 
 
 def load_tokenizer(source: Path) -> Any:
-    """The tokenizer of a directory."""
+    """Load the tokenizer from a directory."""
     return import_transformers().AutoTokenizer.from_pretrained(
         str(source), local_files_only=True, trust_remote_code=False
     )
 
 
 def chat_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of one user message through the chat template, ready for the answer."""
+    """Token ids of one user message with the chat template applied, including the generation prompt."""
     talk = [{"role": "user", "content": prompt}]
     encoded = tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=True, return_dict=True)
     return [int(token) for token in encoded["input_ids"]]
 
 
 class Reference:
-    """A torch model, fp32 until `take_form`.
+    """The torch model; computes in fp32 until `take_form` is called.
 
     Args:
-        source: directory whose config.json names the model.
-        weights: by checkpoint name, in the orientation stored; fp32.
+        source: directory whose config.json defines the model.
+        weights: (checkpoint name, fp32 tensor in the stored orientation) pairs.
     """
 
     def __init__(self, source: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -70,12 +71,12 @@ class Reference:
         unstack_experts(self.model)
 
     def take_form(self, dtype: torch.dtype, rounded: Iterable[str] = (), wide: Iterable[str] = ()) -> None:
-        """Compute as the form does from here on.
+        """From now on, round as the engine does when serving.
 
         Args:
-            dtype: of parameters and activations; weights are rounded to it once.
-            rounded: layers whose inputs are rounded to E4M3, one scale per token.
-            wide: layers whose kernels multiply codes: only their results are rounded to the dtype.
+            dtype: dtype of parameters and activations; weights are rounded to it once.
+            rounded: layers whose inputs are quantized to E4M3, with one scale per token.
+            wide: layers whose kernels multiply codes: only their outputs are rounded to the dtype.
         """
         modules, multiply_codes = dict(self.model.named_modules()), set(wide)
         for name, module in modules.items():
@@ -91,7 +92,7 @@ class Reference:
             modules[name].register_forward_pre_hook(lambda _, args: (_rounded(args[0]),))
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
-        """Log-probabilities of every next token: fp32 `(len(ids), vocabulary)`."""
+        """Log-probabilities of the next token at every position: fp32 `(len(ids), vocabulary)`."""
         return self._logprobs({"input_ids": torch.tensor([list(ids)])})
 
     @torch.inference_mode()
@@ -102,7 +103,7 @@ class Reference:
     def gaps(
         self, prompt_ids: Sequence[int], tokens: Sequence[int], picture: PictureQuestion | None = None
     ) -> list[float]:
-        """How far each token of an answer is behind this model's first choice, nats; about a picture, with it."""
+        """How far each token of an answer is below this model's most probable token, nats; `picture` adds its image."""
         if not tokens:
             return []
         told = {"input_ids": torch.tensor([[*prompt_ids, *tokens]])} if picture is None else picture.answered(tokens)
@@ -116,10 +117,10 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
 
     Args:
         prompt: the question.
-        prompt_ids: its tokens by the source's tokenizer and template.
-        answer: the probe's `prompt_ids`, `token_ids` and `text`.
-        gaps: of its tokens, from `Reference.gaps`.
-        tie: a choice that is behind the first one by no more is as good, nats.
+        prompt_ids: its token ids from the source's tokenizer and chat template.
+        answer: `prompt_ids`, `token_ids` and `text` from the probe.
+        gaps: the gaps of the answer's tokens, from `Reference.gaps`.
+        tie: a token at most this far below the most probable one counts as equally good, nats.
     """
     tokens: list[int] = answer["token_ids"]
     same_prompt = list(prompt_ids) == list(answer["prompt_ids"])
@@ -135,7 +136,7 @@ def judge(prompt: str, prompt_ids: Sequence[int], answer: Answer, gaps: Sequence
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """To E4M3 and back, one scale per token: `amax / 448`, floored as in the engine's kernels; shape and dtype kept."""
+    """Quantize to E4M3 and back with one scale per token, `amax / 448` with vLLM's minimum; keeps shape and dtype."""
     wide = values.float()
     scale = (wide.abs().amax(dim=-1, keepdim=True) / 448.0).clamp(min=1.0 / (448.0 * 512.0))
     return (grid_numbers(wide / scale) * scale).to(values.dtype)
@@ -144,7 +145,7 @@ def _rounded(values: Tensor) -> Tensor:
 def compare_logprobs(
     ours: Sequence[Tensor], sequences: Sequence[Sequence[int]], engine: Places, threshold: float
 ) -> LogprobReport:
-    """The engine's scores of each token but the first, against those of `Reference.logprobs`."""
+    """Compare the engine's log-probability of each token but the first with that of `Reference.logprobs`."""
     differences, scores = [], []
     for table, ids, places in zip(ours, sequences, engine, strict=True):
         targets = torch.tensor(list(ids[1:]))
@@ -162,16 +163,16 @@ def compare_logprobs(
 
 
 def served_figures(exact: Sequence[Tensor], form: Sequence[Tensor], engine: Places) -> dict[str, Any]:
-    """The figures of `ServedReport` that follow from log-probabilities.
+    """The figures of `ServedReport` that are computed from log-probabilities.
 
     Args:
-        exact: of each sequence, those of the fp32 model `(L, V)`.
-        form: those of the model that rounds as the form does.
-        engine: those of the engine, of the likeliest tokens; the first at place 1.
+        exact: log-probabilities of the fp32 model, `(L, V)` for each sequence.
+        form: those of the model that rounds as the engine does, likewise.
+        engine: those of the engine, only for the most probable tokens, starting at position 1.
     """
     true, rounded = torch.cat([t[:-1] for t in exact]), torch.cat([t[:-1] for t in form])  # (places, V)
     places = [place for sequence in engine for place in sequence]
-    likeliest = rounded.topk(min(_TOLD, rounded.shape[1]))  # what an engine of these numbers would tell
+    likeliest = rounded.topk(min(_TOLD, rounded.shape[1]))  # what an engine with these numbers would report
     told = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     noise = _mean_divergence(true, [dict(zip(map(str, tokens), values, strict=True)) for tokens, values in told])
     first, second = true.topk(2).indices.T
@@ -197,7 +198,8 @@ def losses(
 ) -> dict[str, float]:
     """The losses of `ServedReport`: means over all tokens but the first of each sequence, nats.
 
-    A mean is at most as far off as its tokens are in quadratic mean; the engine's may be twice as far as the form's.
+    The error of a mean is at most the root mean square error of its terms. The engine may be off by twice the root mean
+    square error that the torch model with the same rounding has.
     """
     targets = [torch.tensor(list(ids[1:])) for ids in sequences]
     true, rounded = (
@@ -217,7 +219,7 @@ def _lead(table: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _mean_divergence(table: Tensor, places: Sequence[Mapping[str, float | str]]) -> float:
-    """Mean over places of KL(torch, engine), the tokens that the engine does not tell taken as one; NaN stays NaN."""
+    """Mean KL(torch, engine) over all positions; tokens the engine does not report form one class. NaN stays NaN."""
     found = []
     for ours, place in zip(table.double(), places, strict=True):
         told = torch.tensor([int(token) for token in place])

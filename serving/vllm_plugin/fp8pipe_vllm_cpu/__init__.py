@@ -1,25 +1,25 @@
 """A vLLM plugin that runs FP8 (E4M3) checkpoints on CPUs at the speed of bf16.
 
-vLLM's CPU platform refuses most FP8 checkpoints, depending on the format and on the CPU's instructions, and
-sends the rest through `torch._scaled_mm`, tens of times slower than bf16. Every E4M3 code times its scale is an
-ordinary number, so this plugin multiplies once at load and hands the result to vLLM's unquantized CPU GEMM.
-The engine then serves `code * scale` rounded once to the model's dtype (and not rounded at all in fp32).
+On a CPU, vLLM refuses most FP8 checkpoints, depending on the format and the instruction set, and runs the rest with
+`torch._scaled_mm`, which is tens of times slower than bf16. This plugin dequantizes the weights once while loading and
+passes them to vLLM's unquantized CPU GEMM. The engine then computes with `code * scale`, rounded once to the model's
+dtype (and not rounded at all in fp32).
 
-How it enters: vLLM calls `register` (entry point group `vllm.general_plugins`) in each of its processes before
-it reads a model's configuration. `register` replaces two entries of vLLM's table of quantization methods,
-"compressed-tensors" and "fp8", by subclasses that change the FP8 linear layers and pass on all else. Part of
-what they override is private to vLLM, hence the version check.
+vLLM calls `register` (entry point group `vllm.general_plugins`) in each of its processes before it reads a model's
+configuration. `register` replaces two entries in vLLM's table of quantization methods, "compressed-tensors" and "fp8",
+with subclasses that handle FP8 linear layers and FP8 experts and leave everything else to vLLM.
 
-Here are the settings and the version check. `dequantize` holds the arithmetic in plain torch and imports without
-vLLM; `methods` is the only other file that imports vLLM.
+This module holds the settings and the version check. `dequantize` has the arithmetic in plain torch and does not import
+vLLM; `methods` and `experts` contain the layer implementations.
 
-vLLM starts plugins without arguments, so they are told by the environment. The variables, with values and defaults:
-    FP8PIPE_VLLM_ACTIVATIONS   none | quant (none): whether activations are rounded to FP8 as the checkpoint says.
-    FP8PIPE_VLLM_KEEP_WEIGHTS  0 | 1 (0): keep `layer.weight` beside the GEMM's packed copy, for validation.
-    FP8PIPE_VLLM_ANY_VERSION   0 | 1 (0): run under an untested vLLM version.
+vLLM passes no arguments to plugins, so they are configured by environment variables (values, and the default in
+parentheses):
+    FP8PIPE_VLLM_ACTIVATIONS   none | quant (none): whether to quantize activations to FP8 as the checkpoint declares.
+    FP8PIPE_VLLM_KEEP_WEIGHTS  0 | 1 (0): keep `layer.weight` in addition to the GEMM's packed copy, for validation.
+    FP8PIPE_VLLM_ANY_VERSION   0 | 1 (0): run with an untested vLLM version.
 
-The plugin overrides a private method of vLLM. Under another version it could be passed over in silence, and the
-engine would then requantize weights or crawl; a refusal at start is the better failure.
+The plugin overrides a private method of vLLM. Another version might ignore the override silently, and the engine would
+then requantize weights or be very slow, so an untested version is refused at startup.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _ANY_VERSION = "FP8PIPE_VLLM_ANY_VERSION"
 
 
 def register() -> None:
-    """Install the FP8 methods on a CPU platform; do nothing elsewhere. Safe to call more than once.
+    """Install the FP8 methods if the platform is a CPU, else do nothing. Safe to call more than once.
 
     Raises:
-        UntestedVersionError: a vLLM version this plugin was not tested with.
-        ValueError: an environment variable with a value that means nothing.
+        UntestedVersionError: the plugin was not tested with this version of vLLM.
+        ValueError: an environment variable has an invalid value.
     """
     from vllm.platforms import current_platform
 
@@ -64,18 +64,18 @@ def register() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The parsed variables."""
+    """The settings from the environment variables."""
 
-    quantize_activations: bool = False  # emulate the checkpoint's activation quantization (W8A8 numbers)
+    quantize_activations: bool = False  # emulate the checkpoint's activation quantization (W8A8)
     keep_weights: bool = False  # keep the dequantized weight readable after the GEMM has packed it
     any_version: bool = False  # accept untested vLLM versions
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Read the variables.
+        """Parse the environment variables.
 
         Raises:
-            ValueError: a variable holds a value that means nothing.
+            ValueError: a variable has an invalid value.
         """
         return cls(
             quantize_activations=_choice(environment, "FP8PIPE_VLLM_ACTIVATIONS", "none", "quant"),
@@ -92,17 +92,17 @@ def _choice(env: Mapping[str, str], name: str, off: str, on: str) -> bool:
 
 
 class UntestedVersionError(RuntimeError):
-    """The running vLLM is not one the plugin was tested with."""
+    """The plugin was not tested with the installed version of vLLM."""
 
 
 def check_version(running: str, *, allow_any: bool = False) -> str | None:
     """Compare `vllm.__version__` with the tested versions; a local part such as `+cpu` is ignored.
 
     Returns:
-        None for a tested version; a warning to log for an untested one that `allow_any` admits.
+        None for a tested version; a warning to log for an untested one if `allow_any` is set.
 
     Raises:
-        UntestedVersionError: untested and not allowed; names the versions and what to do.
+        UntestedVersionError: untested, and `allow_any` is not set; names the versions and the fix.
     """
     if running.split("+", 1)[0] in TESTED_VERSIONS:
         return None

@@ -1,16 +1,16 @@
-"""The arithmetic: exact dequantization of E4M3 weights, and emulated FP8 activations.
+"""The arithmetic: exact dequantization of E4M3 weights, and emulated FP8 quantization of activations.
 
 A weight is `code * scale` in fp32, rounded once to the model's dtype. A loaded layer may be fused from several
-checkpoint tensors (q/k/v, gate/up) stacked along the output axis. Each row is multiplied by the scale of the tensor
-it came from. Engines with one scale per layer requantize all parts to the largest scale, which changes codes;
-nothing here does.
+checkpoint tensors (q/k/v, gate/up) stacked along the output axis; each row is multiplied by the scale of the tensor
+that it came from. Engines with one scale per layer requantize all parts to the largest scale, which changes codes;
+this module never requantizes.
 
-Activations (only with FP8PIPE_VLLM_ACTIVATIONS=quant) are rounded to the E4M3 grid and back, as a W8A8 engine would
-before its GEMM. The scale of a row is `amax / 448`, never below `1 / (448 * 512)`: the floor that vLLM's own dynamic
-kernels use, so that rows of zeros keep a finite scale. Rounding flips spread in a deep network, so this agrees with
-another W8A8 engine in distribution and not token by token.
+With FP8PIPE_VLLM_ACTIVATIONS=quant, activations are quantized to E4M3 and dequantized, as a W8A8 engine does before its
+GEMM. A dynamic scale is `amax / 448`, but at least `1 / (448 * 512)`, the minimum in vLLM's own dynamic quantization
+kernels, which avoids division by zero for all-zero rows. Small rounding differences grow through a deep network, so
+outputs agree with another W8A8 engine statistically and not token by token.
 
-Plain torch, no vLLM: the unit tests run anywhere.
+Plain torch without vLLM, so that the unit tests run anywhere.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-# vLLM fills scale parameters with this before loading; one that still holds it was not in the checkpoint.
+# vLLM fills scale parameters with this before loading; a scale that still has this value was not in the checkpoint.
 UNSET_SCALE = torch.finfo(torch.float32).min
-# fp32 temporaries are made for so many elements at a time (64 MiB), not for a whole layer.
+# Dequantization processes this many elements at a time (64 MiB in fp32), to limit the memory for temporaries.
 _CHUNK_ELEMENTS = 1 << 24
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 _SCALE_FLOOR = 1.0 / (_E4M3_MAX * 512.0)
 
 
 def resolve_shard_scales(scales: Tensor) -> Tensor:
-    """Fill the scales, fp32 `(shards,)`, of shards that the checkpoint had fused already; a new tensor where needed.
+    """Fill in the missing scales, fp32 `(shards,)`, of a layer whose shards are already fused in the checkpoint.
 
-    A checkpoint that stores q/k/v as one tensor has one scale for it, and vLLM loads that into the first shard's
-    place only; the others hold `UNSET_SCALE`.
+    A checkpoint that stores q/k/v as one tensor has one scale for it. vLLM loads that scale for the first shard only,
+    and the others keep `UNSET_SCALE`. Returns `scales` itself if none is unset.
 
     Raises:
-        ValueError: no scale was loaded, or some but not all of several (so it is unclear which shard lacks one).
+        ValueError: the first scale is unset, or some but not all of the others are.
     """
     unset = scales == UNSET_SCALE
     if not bool(unset.any()):
@@ -51,19 +51,19 @@ def resolve_shard_scales(scales: Tensor) -> Tensor:
 def expand_scale(
     scale: Tensor, shape: tuple[int, int], logical_widths: Sequence[int], block: Sequence[int] | None
 ) -> Tensor:
-    """One scale per row, or one per element for blocks, broadcastable to `shape`.
+    """Expand scales to one per row (per element for block scales), broadcastable to `shape`.
 
     Args:
-        scale: fp32; `(shards,)` or `()` per tensor, `(out, 1)` per channel, `(ceil(out/bn), ceil(in/bk))` blocks.
-        shape: the weight's `(out, in)`.
-        logical_widths: output features of each fused shard; they add up to `out`.
-        block: `(bn, bk)`, or None.
+        scale: fp32; `(shards,)` or `()` per tensor, `(out, 1)` per channel, `(ceil(out/bn), ceil(in/bk))` per block.
+        shape: `(out, in)` of the weight.
+        logical_widths: output features of each fused shard; their sum is `out`.
+        block: `(bn, bk)` for block scales, or None.
 
     Returns:
-        fp32 `(out, 1)`, or `(out, in)` for blocks.
+        fp32 `(out, 1)`, or `(out, in)` for block scales.
 
     Raises:
-        ValueError: the shapes do not belong together, or a scale is unset, zero, negative or not finite.
+        ValueError: the shapes are inconsistent, or a scale is unset, zero, negative or not finite.
     """
     rows, columns = shape
     if block is not None:
@@ -83,20 +83,20 @@ def dequantize(
     codes: Tensor, scale: Tensor, logical_widths: Sequence[int], *, block: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """`code * scale` of one loaded layer.
+    """Dequantize the weight of one loaded layer: `code * scale`.
 
     Args:
         codes: float8_e4m3fn `(out, in)`.
         scale: fp32, any of the shapes of `expand_scale`; dequantized = code * scale.
         logical_widths: output features of each fused shard.
-        block: `(bn, bk)` of block scales, or None.
-        dtype: of the result; the fp32 product is rounded to it once, to nearest.
+        block: `(bn, bk)` for block scales, or None.
+        dtype: dtype of the result; the fp32 product is rounded to it once, to nearest.
 
     Returns:
         A new contiguous tensor `(out, in)` of `dtype`.
 
     Raises:
-        ValueError: see `expand_scale`; or codes that are not 2-D E4M3.
+        ValueError: see `expand_scale`; or the codes are not 2-D E4M3.
     """
     if codes.dtype != torch.float8_e4m3fn or codes.ndim != 2:
         raise ValueError(f"codes are 2-D float8_e4m3fn, got {tuple(codes.shape)} {codes.dtype}")
@@ -120,36 +120,36 @@ def _check(scale: Tensor, fits: bool, wanted: str) -> None:
 
 
 class Granularity(Enum):
-    """What shares one activation scale."""
+    """The granularity of activation scales."""
 
     NONE = "none"  # activations are not quantized (W8A16)
-    STATIC = "static"  # one scale from the checkpoint
-    TENSOR = "tensor"  # one scale per call
-    TOKEN = "token"  # one scale per row
-    GROUP = "group"  # one scale per group of columns of each row
+    STATIC = "static"  # one static scale, stored in the checkpoint
+    TENSOR = "tensor"  # one dynamic scale per tensor
+    TOKEN = "token"  # one dynamic scale per token (row)
+    GROUP = "group"  # one dynamic scale per group of columns in each row
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
     """How a checkpoint quantizes activations."""
 
-    granularity: Granularity  # what shares a scale
-    group_size: int = 0  # columns of a group, for GROUP
+    granularity: Granularity  # which elements share a scale
+    group_size: int = 0  # columns per group, for GROUP
 
 
 def round_trip(x: Tensor, activations: Activations, static_scale: Tensor | None = None) -> Tensor:
-    """Quantize `x` to E4M3 and back.
+    """Quantize `x` to E4M3 and dequantize it.
 
     Args:
         x: any float dtype, `(..., features)`; not modified.
-        activations: the checkpoint's scheme.
+        activations: the activation scheme of the checkpoint.
         static_scale: fp32 `()`, dequantized = code * scale; for STATIC only.
 
     Returns:
-        Shape and dtype of `x`.
+        A tensor with the shape and dtype of `x`.
 
     Raises:
-        ValueError: STATIC without a scale, or features that groups do not divide.
+        ValueError: STATIC without a scale, or the number of features is not divisible by the group size.
     """
     kind = activations.granularity
     if kind is Granularity.NONE:
@@ -166,6 +166,6 @@ def round_trip(x: Tensor, activations: Activations, static_scale: Tensor | None 
         scale = static_scale
     else:
         raise ValueError("static activation quantization needs the checkpoint's input_scale")
-    # Clamp before the cast: whether torch's own cast saturates depends on its version and device.
+    # Clamp before the cast: whether torch's cast saturates depends on its version and the device.
     codes = (values / scale).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return (codes.float() * scale).reshape(x.shape).to(x.dtype)

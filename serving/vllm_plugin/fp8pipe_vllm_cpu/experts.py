@@ -1,11 +1,12 @@
-"""FP8 experts of a mixture, dequantized at load as linear layers are, and run by vLLM's unquantized CPU kernel.
+"""FP8 mixture-of-experts layers: dequantized at load like linear layers, and run by vLLM's unquantized CPU kernel.
 
-vLLM holds the experts of a layer as two stacks, `w13` (gate above up) and `w2` (down), with one scale per row of each
-expert. Its loader fills them from the checkpoint's tensors, one expert at a time; afterwards each expert is multiplied
-by its scales exactly as a linear layer is (`dequantize`), and the stacks are handed to vLLM.
+vLLM stores the experts of a layer as two stacked tensors, `w13` (gate above up) and `w2` (down), with one scale per row
+of each expert. Its loader fills them from the checkpoint, one expert at a time. Afterwards each expert is dequantized
+exactly like a linear layer (`dequantize`), and the stacks are passed to vLLM's kernel.
 
-Rounded activations are emulated where they are asked for: no kernel of vLLM's for CPUs rounds between the products, so
-experts then run one after the other in torch, as `FP8PIPE_VLLM_ACTIVATIONS=quant` is a check and not a way to serve.
+With `FP8PIPE_VLLM_ACTIVATIONS=quant`, activation quantization is emulated too. None of vLLM's CPU kernels can quantize
+the activations between the two GEMMs of an expert, so the experts then run one after another in torch. That is slow,
+but this setting is meant for checks and not for serving.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ _STACKS = ("w13", "w2")
 
 
 def takes_over(weights: QuantizationArgs | None, inputs: QuantizationArgs | None) -> bool:
-    """Whether experts of this scheme are served here: FP8 weights with one scale per row."""
+    """Whether this plugin handles experts of this scheme: FP8 weights with per-channel scales."""
     known = weights is not None and weights.num_bits == 8 and weights.type == "float" and bool(weights.symmetric)
     return known and weights is not None and not weights.dynamic and weights.strategy == QuantizationStrategy.CHANNEL
 
 
 class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
-    """Experts of a compressed-tensors checkpoint with FP8 weights, one scale per row.
+    """Experts of a compressed-tensors checkpoint with FP8 weights and per-channel scales.
 
     Args:
-        moe: vLLM's description of the layer.
-        activations: how activations are quantized by the checkpoint.
+        moe: vLLM's configuration of the layer.
+        activations: how the checkpoint quantizes activations.
     """
 
     def __init__(self, moe: FusedMoEConfig, activations: Activations) -> None:
@@ -54,7 +55,7 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
         params_dtype: torch.dtype, **attributes: Any,
     ) -> None:  # fmt: skip
-        """Register codes and scales of both stacks for vLLM's loader, and biases where the layer has them."""
+        """Register codes and scales of both stacks for vLLM's loader, and biases if the layer has them."""
         inner = intermediate_size_per_partition
         shapes = {"w13": (2 * inner if self.moe.is_act_and_mul else inner, hidden_size), "w2": (hidden_size, inner)}
         layer.orig_dtype = params_dtype
@@ -70,7 +71,7 @@ class CpuFp8MoEMethod(UnquantizedFusedMoEMethod):
                 set_weight_attrs(parameter, attributes | more)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Replace codes and scales by the dequantized stacks and hand them to vLLM's kernel.
+        """Replace codes and scales by the dequantized stacks and pass them to vLLM's kernel.
 
         Raises:
             ValueError: a scale is missing, zero, negative or not finite; the message names layer and expert.

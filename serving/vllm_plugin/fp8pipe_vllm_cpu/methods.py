@@ -1,10 +1,10 @@
-"""The two checkpoint families, as replacements in vLLM's table of quantization methods.
+"""Replacements for two entries in vLLM's table of quantization methods, one for each checkpoint family.
 
-"compressed-tensors": the scheme is chosen per layer; FP8 ones are taken over, experts with one scale per row too
-(`experts`), all others pass on to vLLM.
-"fp8": linear layers are taken over; mixture-of-experts and attention pass on to vLLM.
+"compressed-tensors": the scheme is chosen per layer. FP8 linear layers are handled here, and so are FP8 experts with
+per-channel scales (`experts`); all others are left to vLLM.
+"fp8": linear layers are handled here; mixture-of-experts and attention are left to vLLM.
 
-`_get_scheme_from_parts` is private to vLLM; overriding it is what the version check is for.
+`_get_scheme_from_parts` is private to vLLM; because it is overridden, the plugin checks vLLM's version.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ logger = init_logger("vllm.fp8pipe_cpu")
 
 
 def install() -> None:
-    """Put both families in vLLM's table, over its own. Idempotent."""
+    """Replace both entries in vLLM's table. Idempotent."""
     register_quantization_config("compressed-tensors")(CpuCompressedTensorsConfig)
     register_quantization_config("fp8")(CpuFp8Config)
 
 
 class _Dequantized:
-    """The three moments of an FP8 linear layer on a CPU, as both of vLLM's interfaces for a layer name them.
+    """An FP8 linear layer on a CPU: creating, post-processing and applying its weights, for both layer interfaces.
 
-    Parameters are declared exactly as vLLM declares them, so that its own loaders fill fused layers shard by shard;
-    after loading the codes are replaced by `code * scale` and the layer becomes an ordinary unquantized one for
-    vLLM's CPU GEMM (oneDNN, or AMX tiles where it chooses them).
+    Parameters are declared exactly as in vLLM, so that its loaders fill fused layers shard by shard. After loading,
+    the codes are replaced by `code * scale`, and the layer becomes an ordinary unquantized one for vLLM's CPU GEMM
+    (oneDNN, or AMX if vLLM selects it).
 
     Args:
         scale_type: vLLM's parameter class for the weight scale (it knows how shards are loaded).
-        scale_name: the scale's name in the checkpoint; dequantized = code * scale whatever the name says.
-        block: `[rows, columns]` of block scales, or None.
-        activations: how activations are quantized by the checkpoint.
+        scale_name: the scale's name in the checkpoint; dequantized = code * scale even if it is called "inv".
+        block: `[rows, columns]` for block scales, or None.
+        activations: how the checkpoint quantizes activations.
     """
 
     def __init__(self, scale_type: type, scale_name: str, block: list[int] | None, activations: Activations) -> None:
@@ -72,7 +72,7 @@ class _Dequantized:
         self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **attributes: Any,
     ) -> None:  # fmt: skip
-        """Register `weight`, the scale, and `input_scale` if static, for vLLM's loader; sizes are of this rank."""
+        """Register `weight`, its scale, and `input_scale` if static, for vLLM's loader; sizes are for this rank."""
         loader, rows = attributes.get("weight_loader"), sum(output_partition_sizes)
         layer.logical_widths = list(output_partition_sizes)
         layer.input_size_per_partition, layer.output_size_per_partition = input_size_per_partition, rows
@@ -90,7 +90,7 @@ class _Dequantized:
             layer.register_parameter("input_scale", create_fp8_input_scale(output_partition_sizes, loader))
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Replace codes and scale by the dequantized weight and hand it to vLLM's CPU GEMM.
+        """Replace codes and scale by the dequantized weight and pass it to vLLM's CPU GEMM.
 
         Raises:
             ValueError: a scale is missing, zero, negative or not finite; the message names the layer.
@@ -118,7 +118,7 @@ class _Dequantized:
         return product
 
     def _static_scale(self, layer: Any) -> Tensor | None:
-        """The largest input scale of the fused parts (their inputs are one tensor), or None."""
+        """The largest input scale of the fused parts, which share one input tensor; None without static scales."""
         if self.activations.granularity is not Granularity.STATIC:
             return None
         largest: Tensor = layer.input_scale.detach().float().max()
@@ -128,7 +128,7 @@ class _Dequantized:
 
 
 class CpuFp8Scheme(_Dequantized, CompressedTensorsScheme):
-    """One compressed-tensors FP8 scheme (W8A8 or W8A16; tensor, channel or block weights)."""
+    """A compressed-tensors FP8 scheme (W8A8 or W8A16, with per-tensor, per-channel or block scales)."""
 
     def __init__(self, weights: QuantizationArgs, activations: QuantizationArgs | None) -> None:
         block = weights.block_structure if weights.strategy == QuantizationStrategy.BLOCK else None
@@ -139,10 +139,10 @@ class CpuFp8Scheme(_Dequantized, CompressedTensorsScheme):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """No device capability is needed: the GEMM is an ordinary one."""
+        """No GPU compute capability is required, since the GEMM is an ordinary one."""
         return 0
 
-    apply_weights = _Dequantized.apply  # the interface's own name
+    apply_weights = _Dequantized.apply  # the name that this interface uses
 
 
 class CpuCompressedTensorsConfig(CompressedTensorsConfig):
@@ -153,7 +153,7 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
         output_quant: QuantizationArgs | None = None, format: str | None = None, layer_name: str | None = None,
     ) -> CompressedTensorsScheme:  # fmt: skip
         weights, inputs = weight_quant, input_quant
-        # Static weights with one of the three scale shapes, so neither MXFP8 nor groups.
+        # Static weights with per-tensor, per-channel or block scales; MXFP8 and group scales are left to vLLM.
         known = weights is not None and not weights.dynamic and weights.strategy in STRATEGY_TO_PARAMETER_TYPE
         if known and _is_fp8(weights) and (inputs is None or _is_fp8(inputs)) and output_quant is None:
             _announce("compressed-tensors")
@@ -161,7 +161,7 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
         return super()._get_scheme_from_parts(weight_quant, input_quant, output_quant, format, layer_name)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of one layer (vLLM's interface): experts in FP8 are taken over, too."""
+        """The quantization method of a layer (vLLM's interface); FP8 experts are handled here too."""
         if isinstance(layer, RoutedExperts):
             self._add_fused_moe_to_target_scheme_map()
             names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
@@ -177,16 +177,16 @@ class CpuCompressedTensorsConfig(CompressedTensorsConfig):
 
 @register_weight_loader_v2_supported_method
 class CpuFp8LinearMethod(_Dequantized, LinearMethodBase):
-    """Linear layers of `quant_method: fp8` checkpoints (per-tensor or block weights)."""
+    """Linear layers of `quant_method: fp8` checkpoints (per-tensor or block scales)."""
 
     def __init__(self, config: Fp8Config) -> None:
         block = config.weight_block_size
-        # Static or dynamic; dynamic is per token, or per group of a block's columns.
+        # Static or dynamic; dynamic is per token, or with block scales per group of as many columns as a block has.
         activations = Activations(Granularity.STATIC if config.activation_scheme == "static" else Granularity.TOKEN)
         if block is None:
             super().__init__(PerTensorScaleParameter, "weight_scale", None, activations)
         else:
-            # "inv" is the format's word for a scale that multiplies codes, like the other one.
+            # Despite "inv" in its name, this scale multiplies the codes, like the other one.
             activations = Activations(Granularity.GROUP, int(block[1]))
             super().__init__(BlockQuantScaleParameter, "weight_scale_inv", list(block), activations)
 
@@ -196,11 +196,11 @@ class CpuFp8Config(Fp8Config):
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """fp32 besides vLLM's own two: dequantized layers run in any dtype, and parity is checked in fp32."""
+        """vLLM's dtypes plus fp32: dequantized layers run in any dtype, and parity is checked in fp32."""
         return [*super().get_supported_act_dtypes(), torch.float32]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The method of one layer (vLLM's interface)."""
+        """The quantization method of a layer (vLLM's interface)."""
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
         if is_layer_skipped(

@@ -1,10 +1,10 @@
-"""Let torchvision be imported beside a CPU build of torch: models with pictures need it in vLLM.
+"""Makes torchvision importable with a CPU build of torch; multimodal models in vLLM need it to process images.
 
-The torchvision on PyPI is built for CUDA. Beside a CPU build of torch its library cannot load, and its import fails
-with "operator torchvision::nms does not exist". Declaring what is missing is enough for everything but running these
-operators, and no model of pictures and text runs them. The declaration has to come between torch and torchvision, in
-each of vLLM's processes and before vLLM itself, so a `.pth` file of the environment calls `install` when Python starts.
-It costs next to nothing there: torch is imported when torchvision is.
+The torchvision on PyPI is built for CUDA. With a CPU build of torch its library cannot be loaded, and the import fails
+with "operator torchvision::nms does not exist". It is enough to declare the missing operators: only running them would
+fail, and no vision-language model does. This must happen after torch is imported and before torchvision is, in each of
+vLLM's processes and before vLLM itself, so a `.pth` file of the environment calls `install` when Python starts. The
+cost at startup is negligible, since torch is not imported until torchvision is.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["install"]
 
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_libraries: list[Any] = []  # torch drops a library's definitions with the object
+_libraries: list[Any] = []  # kept alive: torch removes the definitions of a library when the object is deleted
 
 
 def install() -> None:
-    """Declare torchvision's operators when it is first imported; does nothing before."""
+    """Install an import hook that declares torchvision's operators when torchvision is first imported."""
     if "torchvision" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself; the import of torchvision passes by here first."""
+    """An import hook: it runs before torchvision is imported, and leaves the import itself to Python."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -46,7 +46,7 @@ class _Finder(MetaPathFinder):
 
 
 def _declare(folders: Any) -> None:
-    """Declare what the library, which is tried first, does not bring."""
+    """Try to load torchvision's library, then declare the operators that are still missing."""
     import torch
 
     if torch.version.cuda is not None:
@@ -55,7 +55,7 @@ def _declare(folders: Any) -> None:
         with contextlib.suppress(OSError):
             torch.ops.load_library(str(library))
     missing = [name for name in _OPERATORS if not hasattr(torch.ops.torchvision, name)]
-    if "nms" in missing:  # else the library did load: qnms is there with quantized operators alone
+    if "nms" in missing:  # otherwise the library was loaded (qnms exists only with quantized operators)
         _libraries.append(torch.library.Library("torchvision", "FRAGMENT"))
         for name in missing:
             _libraries[-1].define(name + _SCHEMA)
