@@ -1,7 +1,6 @@
 """A cost model of a training step on a GPU: estimates from shapes, counted kernels and data sheets.
 
-None of these estimates has been confirmed on a GPU. `docs/cost-model.md` has the sources, the residuals, and what is
-left out.
+No GPU has confirmed these estimates. `docs/cost-model.md` has the sources, the residuals, and what is left out.
 
 A step's time is the sum of four parts. Each GEMM takes the longer of its arithmetic and its memory traffic (roofline).
 Attention takes its arithmetic. Elementwise kernels, norms, rotary embeddings and casts take their memory traffic, which

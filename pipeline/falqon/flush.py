@@ -48,7 +48,7 @@ class FlushReport:
         changed: number of codes that changed.
         saturated: number of targets beyond the grid's largest value.
         intended_square: sum of the squared intended changes, in code units.
-        applied_square: sum of the squared changes that rounding left, in code units.
+        applied_square: sum of the squared applied changes (after rounding), in code units.
         inner: inner product of intended and applied changes.
     """
 

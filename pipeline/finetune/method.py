@@ -94,7 +94,7 @@ class Method(Protocol):
         return nullcontext()
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
-        """Called after each optimizer step; returns a report, complete only if `measure`, if the method flushes."""
+        """Called after each optimizer step; returns a report if it flushed, filled in only if `measure`."""
         return None
 
     def health(self, step: int) -> FlushReport | None:

@@ -72,7 +72,7 @@ class SourceDigests:
             self._known = {}
 
     def digest(self, source: str) -> str:
-        """An artifact's content digest, a hash over the bytes of any other path, or `source` itself if it is no path."""
+        """An artifact's content digest, a hash over the bytes of another path, or `source` itself if it is no path."""
         for prefix in _PREFIXES:
             if source.startswith(prefix):
                 return prefix + self.digest(source.removeprefix(prefix))
