@@ -49,7 +49,7 @@ class Scene:
     view: Tensor  # the views of them that the model gets, same shape
     targets: Tensor  # `(N,)` int64 classes, or `(N, C)` fp32 soft targets
     progress: float  # from 0 at the first step to 1 after the last
-    priors: dict[str, Tensor]  # maps by attention, each `(N, H, P)`; empty without the term
+    priors: dict[str, Tensor]  # target maps by attention, each `(N, H, P)`; empty without that term
     draws: Tensor | None  # `(N, P)` uniform, for random dropping in masks; None without that term
 
 
@@ -94,7 +94,7 @@ class Terms:
         self.pruner = TokenPruner(model, structure, config.prune_after, config.keep) if config.keep < 1 else None
 
     def __call__(self, scene: Scene) -> dict[str, Tensor]:
-        """Weighted terms by name, each `(N,)` fp32, differentiable in the pixels."""
+        """Weighted loss terms by name, each `(N,)` fp32, differentiable with respect to the pixels."""
         config = self.config
         seen = _Seen(self, scene)
         with (
@@ -153,7 +153,7 @@ class _Seen:
             self._found["similarity"].append(head_similarity(maps, site, absolute=absolute))
 
     def terms(self) -> dict[str, Tensor]:
-        """Weighted means over layers."""
+        """The collected loss terms: weighted means over layers."""
         config = self._config
         found = {name: torch.stack(parts).mean(0) for name, parts in self._found.items() if parts}
         terms = {name: getattr(config, name) * mean for name, mean in found.items()}

@@ -41,7 +41,7 @@ class Decoder:
     layers: int
     vocabulary: int
     tied: bool = False  # the output head shares the embedding's weights
-    gated: bool = True  # the MLP has gate and up
+    gated: bool = True  # the MLP has gate and up projections
 
     @classmethod
     def of_config(cls, settings: Any, linear: int | None = None) -> Decoder | None:

@@ -23,7 +23,7 @@ PICTURES: Final = 64  # images in the evaluation: one batch
 
 
 def small(config: QuantizeVitConfig, images: int) -> QuantizeVitConfig:
-    """The configuration with `images` images and few steps."""
+    """The configuration reduced to `images` images and few steps."""
     synthesis = config.synthesis.model_copy(update={"steps": min(STEPS, config.synthesis.steps)})
     distill = config.distill.model_copy(update={"steps": min(STEPS, config.distill.steps), "save_every": 0})
     return config.model_copy(update={"images": images, "synthesis": synthesis, "distill": distill})

@@ -165,7 +165,7 @@ def stochastic_round(target: Tensor, generator: torch.Generator | None) -> Tenso
 
 
 def flush_report(old: Tensor, target: Tensor, new: Tensor) -> FlushReport:
-    """Compare the codes before, the target and the codes after a flush (all fp32 code units, same shape)."""
+    """Compare the codes before a flush, its targets and the codes after it (all in fp32 code units, same shape)."""
     intended, applied = target - old, new - old
     sums = torch.stack([intended.square().sum(), applied.square().sum(), (intended * applied).sum()]).tolist()
     return FlushReport(

@@ -73,7 +73,7 @@ class FalqonLinear(nn.Module):
         self.in_features = codes.shape[1]
         self.parts = parts or (self.out_features,)
         self.live = live
-        self.observer: Callable[[Tensor], None] | None = None  # sees every input, `(tokens, in)`
+        self.observer: Callable[[Tensor], None] | None = None  # called with every input, `(tokens, in)`
         if sum(self.parts) != self.out_features:
             raise ValueError(f"parts {self.parts} do not add up to {self.out_features} rows")
         if live and scale.rule is ScaleRule.EXACT:

@@ -116,7 +116,7 @@ class CheckpointStore:
         """Tensors and state of a checkpoint.
 
         Raises:
-            BadArtifactError: it cannot be read.
+            BadArtifactError: the checkpoint cannot be read.
         """
         folder = self.root / f"{_PREFIX}{step:08d}"
         try:

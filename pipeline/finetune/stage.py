@@ -227,7 +227,7 @@ def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) ->
 
 
 def build_method(config: FinetuneConfig) -> Method:
-    """The method that the configuration names."""
+    """Create the configured training method."""
     if config.method == "falqon":
         how = config.initialisation or config.rule.initialisation
         return FalqonMethod(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)

@@ -43,7 +43,7 @@ class Draws:
 
 
 def draw(shape: torch.Size, generator: torch.Generator, config: DistillConfig) -> Draws:
-    """Draws for images of `shape` `(N, 3, H, W)`."""
+    """Make the random draws for images of `shape` `(N, 3, H, W)`."""
     count, side = shape[0], min(shape[-2:])
     crops, blurs, lights = torch.rand(count, 4, generator=generator), None, None
     if config.blur:

@@ -178,7 +178,10 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def deploy(self) -> QuantizedVit:
-        """The deployed model, with codes instead of latent weights, on the CPU; steps come from the student's device."""
+        """The deployed model, with codes instead of latent weights, on the CPU.
+
+        Steps are computed on the student's device, as `exp` may differ in its last bit on another.
+        """
         weights: dict[str, Codes] = {}
         plain = copy.deepcopy(self.vision.model).cpu()
         state = {
