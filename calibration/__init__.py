@@ -1,1 +1,1 @@
-"""Images for ViT calibration, real or synthetic, and the ranges measured on them."""
+"""Calibration images for vision transformers, real or synthetic."""

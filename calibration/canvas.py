@@ -1,11 +1,12 @@
-"""How an image being optimised is parametrized: by its pixels, or by a pyramid of corrections on a start image.
+"""How an image is parametrized while it is optimised: by its pixels, or by a pyramid of corrections to a start image.
 
-Adam on single pixels answers a vision transformer with fine patterns that no photograph has, because all frequencies
-learn at one rate. A pyramid adds up layers of halving resolution, so a broad change takes few parameters and few steps
-while fine ones follow more slowly; and its colours are brightness and two weak chroma axes, as in photographs. What
-appears then are objects rather than textures. (Preconditioning of this kind: "Feature Visualization", Distill 2017.)
+Adam on individual pixels produces fine patterns that no photograph has, because all spatial frequencies have the same
+learning rate. A pyramid sums layers of successively halved resolution, so that coarse changes take few parameters and
+few steps, while fine ones follow more slowly. Its colour axes are brightness and two weaker chroma axes, as in
+photographs. The result shows objects rather than textures. (For this kind of preconditioning see "Feature
+Visualization", Distill 2017.)
 
-All parameters are an image's own and Adam works on each number alone, so images do not depend on their company.
+Every parameter belongs to one image, and Adam is elementwise, so an image does not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _BETA1: Final = 0.9
 _EPSILON: Final = 1e-8
 _DECAY: Final = 1e-6
 _COARSEST: Final = 4  # side of the smallest layer
-_FINER: Final = 0.8  # how much more slowly each finer layer learns
-_LEAK: Final = 0.01  # gradient that is left to a pixel beyond its range, so that it can come back
+_FINER: Final = 0.8  # factor on the learning rate for each finer layer
+_LEAK: Final = 0.01  # fraction of the gradient kept for pixels out of range, so that they can return
 # Brightness; blue against yellow; green against magenta.
 _COLOURS: Final = ((1.0, 1.0, 1.0), (0.25, 0.05, -0.25), (0.08, -0.16, 0.08))
 
@@ -32,11 +33,11 @@ _COLOURS: Final = ((1.0, 1.0, 1.0), (0.25, 0.05, -0.25), (0.08, -0.16, 0.08))
 class Canvas(ABC):
     """A batch of images being optimised.
 
-    Its kinds take `start`, `(N, 3, H, W)` normalized pixels, and `limits`, the smallest and largest valid pixel, each
-    broadcastable to `start`; None leaves pixels free.
+    Subclasses take `start`, `(N, 3, H, W)` normalized pixels, and `limits`, the smallest and largest valid values, each
+    broadcastable to `start`; None means no limits.
 
     Attributes:
-        parameters: what is optimised; tensors that want gradients.
+        parameters: the optimised tensors, which require gradients.
     """
 
     parameters: list[Tensor]
@@ -49,10 +50,10 @@ class Canvas(ABC):
 
     @abstractmethod
     def pixels(self) -> Tensor:
-        """The images as they are, `(N, 3, H, W)` fp32 in normalized units, differentiable in the parameters."""
+        """The current images, `(N, 3, H, W)` fp32, normalized, differentiable with respect to the parameters."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the images: boolean `(N,)`, or their indices, on the device of the parameters."""
+        """Keep only the selected images: a boolean mask `(N,)` or indices, on the device of the parameters."""
         self.parameters = [p.detach()[rows].requires_grad_() for p in self.parameters]
         self._first = [moment[rows] for moment in self._first]
         self._second = [moment[rows] for moment in self._second]
@@ -71,7 +72,7 @@ class Canvas(ABC):
 
 
 class Pixels(Canvas):
-    """Every pixel for itself, as published; the start is taken over."""
+    """Every pixel is a parameter, as published; `start` is used without a copy."""
 
     def __init__(self, start: Tensor, limits: tuple[Tensor, Tensor] | None) -> None:
         super().__init__([start], [1.0], beta2=0.999)
@@ -83,19 +84,19 @@ class Pixels(Canvas):
 
     @torch.no_grad()
     def step(self, gradients: tuple[Tensor, ...], rate: float) -> None:
-        """One step; then pixels are those of a valid image again."""
+        """One optimizer step, after which pixels are clamped to the valid range."""
         super().step(gradients, rate)
         if self._limits is not None:
             self.parameters[0].clamp_(*self._limits)
 
 
 class Pyramid(Canvas):
-    """Layers of halving resolution on a fixed start."""
+    """Layers of successively halved resolution, added to a fixed start image."""
 
     def __init__(self, start: Tensor, limits: tuple[Tensor, Tensor] | None) -> None:
         sizes = layer_sizes(start.shape[2], start.shape[3])
         layers = [torch.zeros(start.shape[0], 3, *size, device=start.device) for size in sizes]
-        # A short memory: gradients of views that are zoomed at random change a lot.
+        # A low beta2, as gradients vary a lot between randomly zoomed views.
         super().__init__(layers, [_FINER**i for i in range(len(sizes))], beta2=0.99)
         self._start, self._limits, self._colours = start, limits, torch.tensor(_COLOURS).to(start.device)
         height, width = start.shape[2:]
@@ -103,12 +104,12 @@ class Pyramid(Canvas):
         self._enlarge = [(rows.to(start.device), columns.to(start.device)) for rows, columns in axes]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the images."""
+        """Keep only the selected images."""
         super().keep(rows)
         self._start = self._start[rows]
 
     def pixels(self) -> Tensor:
-        """Start plus all layers, kept (nearly) in range."""
+        """The start image plus all layers, (almost) clamped to the valid range."""
         change = self.parameters[-1]
         for layer, (rows, columns) in zip(self.parameters, self._enlarge, strict=False):
             change = change + rows @ layer @ columns
@@ -120,13 +121,13 @@ class Pyramid(Canvas):
 
 
 def enlargement(small: int, large: int) -> Tensor:
-    """Bicubic enlargement of one axis, `(large, small)`: as two matrix products it costs a tenth of the operator."""
+    """Matrix `(large, small)` for bicubic upsampling of one axis; two GEMMs take a tenth of the operator's time."""
     unit = torch.eye(small)[None, None]
     return functional.interpolate(unit, size=(large, small), mode="bicubic", align_corners=False)[0, 0]
 
 
 def layer_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Sizes of a pyramid's layers, coarsest first; the last is the image's own."""
+    """Sizes of a pyramid's layers, coarsest first; the last is the image's full size."""
     sizes = [(height, width)]
     while min(sizes[-1]) > _COARSEST:
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -134,6 +135,6 @@ def layer_sizes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def open_canvas(start: Tensor, limits: tuple[Tensor, Tensor], config: SynthesisConfig) -> Canvas:
-    """The canvas that a configuration asks for, on the device of `start`."""
+    """The configured kind of canvas, on the device of `start`."""
     kind = Pyramid if config.canvas == "pyramid" else Pixels
     return kind(start, (limits[0].to(start.device), limits[1].to(start.device)) if config.clamp else None)

@@ -1,4 +1,4 @@
-"""How synthetic images are made: a frozen configuration, and the settings of the published method as a preset."""
+"""Configuration of the synthesis of calibration images, with the settings of the published method as a preset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PUBLISHED: Final = {
 
 
 class SynthesisConfig(FrozenConfig):
-    """Optimisation of pixels through the frozen model."""
+    """How images are optimised through the frozen model."""
 
     preset: Literal["default", "published"] = Field(
         "default", description="published: the settings of MimiQ, arXiv 2407.20021; values given beside it win."

@@ -1,10 +1,10 @@
-"""Dead leaves, the start images: overlapping shapes with coloured, textured surfaces, drawn from a formula.
+"""Procedural start images from the dead-leaves model: overlapping shapes with coloured, textured surfaces.
 
-What a vision transformer has learned are edges, surfaces, occlusion, and textures with natural spectra; white noise has
-none of them, and optimising pixels of noise brings few of them back. The dead-leaves model (Matheron 1968; Lee,
-Mumford and Huang 2001, "Occlusion models for natural images") has them by construction: opaque shapes with sizes from a
-power law, one over the other. Here each has a surface of 1/f noise and a muted colour, a few large parts stand for a
-subject, and some pictures are out of focus. No picture was looked at to draw these.
+Vision transformers respond to edges, surfaces, occlusion, and textures with natural spectra; white noise has none of
+these, and optimising noise pixels produces few of them. The dead-leaves model (Matheron 1968; Lee, Mumford and Huang
+2001, "Occlusion models for natural images") has them by construction: opaque shapes of power-law sizes that occlude
+each other. Here each shape has a texture of 1/f noise and a muted colour, a few large parts form a subject, and some
+images are out of focus. No real image was used to design them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.nn import functional
 from calibration.views import image_stream
 
 _SURFACES = 10
-_LEAST_RADIUS, _LARGEST_RADIUS = 0.05, 1.2  # of half the picture's side
-# Hues vary mostly between blue and yellow, less between green and magenta, as daylight's do.
+_LEAST_RADIUS, _LARGEST_RADIUS = 0.05, 1.2  # relative to half the image's side
+# Hues vary mostly between blue and yellow, less between green and magenta, as in daylight.
 _CHROMA = ((1.0, 0.2, -1.0), (0.25, -0.5, 0.25))
 
 
 @dataclass(frozen=True, slots=True)
 class _Sheet:
-    """Coordinates of the pixels, -1 to 1 on both axes."""
+    """Pixel coordinates, -1 to 1 on both axes, and the image's random stream."""
 
     rows: Tensor
     columns: Tensor
@@ -38,7 +38,7 @@ class _Sheet:
 
 
 def dead_leaves(seed: int, first: int, count: int, size: tuple[int, int]) -> Tensor:
-    """Pictures `first` to `first + count - 1` of a seed, `size` (height, width): `(count, 3, H, W)` fp32 in [0, 1]."""
+    """Images `first` to `first + count - 1` of a seed, of `size` (height, width): `(count, 3, H, W)` fp32 in [0, 1]."""
     return torch.stack([_picture(image_stream(seed, first + i), size) for i in range(count)])
 
 
@@ -74,9 +74,9 @@ def _surface(sheet: _Sheet) -> Tensor:
 
 
 def _leaf(sheet: _Sheet) -> Tensor:
-    """Boolean `(H, W)`: an ellipse, a box, a kite or a wavy blob of power-law size, rotated and moved."""
+    """Mask, boolean `(H, W)`, of an ellipse, a box, a kite or a wavy blob of power-law size, rotated and shifted."""
     draws = sheet.draw(8)
-    # The density of radii falls with their cube: the same picture at every magnification.
+    # The density of radii is proportional to radius^-3, which makes images scale-invariant.
     share = 1 - (_LEAST_RADIUS / _LARGEST_RADIUS) ** 2
     radius = _LEAST_RADIUS / math.sqrt(1 - draws[0] * share)
     u, v = _own_coordinates(sheet, 2.4 * draws[3] - 1.2, 2.4 * draws[4] - 1.2, radius, 1.2 * (draws[1] - 0.5), draws[2])
@@ -92,20 +92,20 @@ def _leaf(sheet: _Sheet) -> Tensor:
 
 
 def _part(sheet: _Sheet) -> tuple[Tensor, Tensor]:
-    """A large rounded part near the middle, and its shading: boolean `(H, W)` and fp32 `(H, W)`."""
+    """A large rounded part near the centre: its mask, boolean `(H, W)`, and its shading, fp32 `(H, W)`."""
     draws = sheet.draw(7)
     radius = 0.15 + 0.45 * draws[0]
     u, v = _own_coordinates(
         sheet, 0.9 * (draws[1] - 0.5), 0.9 * (draws[2] - 0.5), radius, 1.4 * (draws[4] - 0.5), draws[3]
     )
-    power = 2 + 2 * draws[5]  # from an ellipse to nearly a box
+    power = 2 + 2 * draws[5]  # from an ellipse to almost a box
     return u.abs() ** power + v.abs() ** power < 1, 0.1 * draws[6] * (u + v)
 
 
 def _own_coordinates(
     sheet: _Sheet, row: float, column: float, radius: float, stretch: float, rotation: float
 ) -> tuple[Tensor, Tensor]:
-    """Coordinates of a shape: 1 is its edge along each of its own axes."""
+    """Pixel coordinates along a shape's own axes, scaled so that its edge is at 1."""
     angle = 2 * math.pi * rotation
     y, x = sheet.rows - row, sheet.columns - column
     u = (x * math.cos(angle) + y * math.sin(angle)) / (radius * math.exp(stretch))
@@ -114,7 +114,7 @@ def _own_coordinates(
 
 
 def _defocus(picture: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of `sigma` pixels."""
+    """Gaussian blur with a standard deviation of `sigma` pixels."""
     reach = min(int(3 * sigma) + 1, min(picture.shape[1:]) - 1)
     if sigma < 0.3:
         return picture

@@ -1,17 +1,17 @@
-"""Images optimised through the frozen model until its attention looks like attention (MimiQ, arXiv 2407.20021).
+"""Optimise images through the frozen model, with losses on its attention maps (MimiQ, arXiv 2407.20021).
 
-Each step shows the model a view of every image and lowers the sum of the losses over the batch. Every loss is an
-image's own, Adam works number by number, and all draws come from the image's own stream, so its neighbours in the batch
-do not matter. (To the last bit this holds for equal batches: matrix products of other shapes may add in another order.)
+Each step shows the model a view of every image and reduces the sum of the losses over the batch. Each image has its own
+losses, Adam is elementwise, and all random draws come from the image's own stream, so an image does not depend on the
+others in its batch. (Results are bit-identical only for equal batches: GEMMs of other shapes may sum in another order.)
 
-An image whose loss has stopped falling is finished early. Every view is another one, so single losses jump; what is
-compared are means over two windows of steps. An image is finished when the mean over the last window is not below the
-one before by at least the tolerance, relatively. Only an image's own losses decide about it, so who leaves when is the
-same whenever the same batch is made, in a run that was cut and resumed as in any other. (Who leaves has to be known on
-the host, so with a plateau each step waits for a GPU; without, none does.)
+With a plateau configured, an image whose loss has stopped falling is finished early. As every step uses another random
+view, losses fluctuate, so the means over two windows of steps are compared: an image is finished if the mean over the
+latest window is not lower than that over the window before by at least the relative tolerance. This depends only on
+the image's own losses, so an interrupted and resumed run stops each image at the same step. (The host must know which
+images are finished, so a plateau costs a GPU synchronization per step; without it there is none.)
 
-The model decides the device. A GPU makes as many images at once as its memory holds (`memory`), fewer if that was too
-hopeful. There the last bits differ from run to run: the gradient of a view is added up in no fixed order.
+Images are made on the model's device. A GPU makes as many at once as should fit into its memory (`memory`), fewer if
+they do not fit. On a GPU the last bits differ between runs, as the gradient of a view is summed in no fixed order.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ class Synthesizer:
 
     Args:
         vision: the frozen model.
-        structure: of it.
+        structure: the model's structure.
         config: losses, views and steps.
-        seed: with an image's number, decides everything about it.
+        seed: together with an image's number, it determines the image.
 
     Raises:
-        ConfigurationError: a model whose attentions show no maps, or one that an option does not fit.
+        ConfigurationError: the model has no attention maps to compare, or does not support a configured option.
     """
 
     def __init__(self, vision: VisionModel, structure: VitStructure, config: SynthesisConfig, seed: int) -> None:
         self.vision, self.structure, self.config, self.seed = vision, structure, config, seed
         self.terms = Terms(vision.model, structure, config)
         self.device = next(vision.model.parameters()).device
-        self.at_once = images_at_once(structure, config, self.device)  # most images in a batch; None: any number
+        self.at_once = images_at_once(structure, config, self.device)  # maximum batch size; None: no limit
 
     def batch(self, first: int, count: int, on_step: Callable[[int], None] = lambda step: None) -> ImageSet:
-        """Images number `first` to `first + count - 1`; labels are the classes asked for, -1 throughout for a backbone.
+        """Make images `first` to `first + count - 1`; labels are their target classes, all -1 for a backbone.
 
         Raises:
             ConfigurationError: an image became NaN in every attempt.
-            torch.OutOfMemoryError: not even one image fits the GPU.
+            torch.OutOfMemoryError: not even a single image fits into the GPU's memory.
         """
         parts: list[ImageSet] = []
         while (done := sum(len(part.images) for part in parts)) < count:
@@ -80,7 +80,7 @@ class Synthesizer:
         return ImageSet.joined(parts)
 
     def _together(self, numbers: list[int], on_step: Callable[[int], None]) -> ImageSet:
-        """Images of these numbers, made in one batch."""
+        """Make the images with these numbers in one batch."""
         attempts, notes = [0] * len(numbers), []
         pixels, labels, losses = self._optimise(numbers, attempts, on_step)
         finite = torch.isfinite(pixels).flatten(1).all(1).tolist()
@@ -105,9 +105,9 @@ class Synthesizer:
     def _optimise(
         self, numbers: list[int], attempts: list[int], on_step: Callable[[int], None]
     ) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
-        """Finished pixels `(N, 3, H, W)` normalized, labels `(N,)`, and last losses by name, one per image.
+        """Finished pixels `(N, 3, H, W)`, normalized, labels `(N,)`, and each image's final losses by name.
 
-        Pixels are on the device, the others on the host.
+        Pixels are on the device, labels and losses on the host.
         """
         config, batch = self.config, self._begin(numbers, attempts)
         labels, done = batch.labels, torch.empty(len(numbers), 3, *self.structure.image_size, device=self.device)
@@ -131,7 +131,7 @@ class Synthesizer:
         return done, labels, {name: values.tolist() for name, values in found.items()}
 
     def _begin(self, numbers: list[int], attempts: list[int]) -> Batch:
-        """Everything that images have of their own; what an option needs is drawn only with that option."""
+        """Draw the random state of each image; draws for an option are made only if the option is used."""
         config, classes = self.config, self.structure.classes
         streams = [image_stream(self.seed, n, a) for n, a in zip(numbers, attempts, strict=True)]
         drawn = [-1 if classes is None else int(torch.randint(classes, (), generator=stream)) for stream in streams]
@@ -154,18 +154,18 @@ class Synthesizer:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch under way."""
+    """A batch of images that is being optimised."""
 
-    config: SynthesisConfig  # which views and terms
+    config: SynthesisConfig  # determines views and loss terms
     grid: tuple[int, int]  # rows and columns of patches
     layers: list[str]  # attentions that have priors, in the order of `priors`
-    streams: list[torch.Generator]  # one per image
-    labels: Tensor  # `(N,)` int64, of all images it began with, on the host
-    canvas: Canvas  # of all images that are still here, on the device
-    regions: Tensor | None  # targets of wholes and quarters, see `draw_regions`, on the host, or None
+    streams: list[torch.Generator]  # one per remaining image
+    labels: Tensor  # `(N,)` int64, of all images of the initial batch, on the host
+    canvas: Canvas  # the remaining images, on the device
+    regions: Tensor | None  # targets of whole images and quarters, see `draw_regions`, on the host, or None
     priors: Tensor | None  # `(N, layers, heads, rows, columns)` on the device, or None
-    device: torch.device  # where the model is
-    rows: Tensor = field(init=False)  # `(n,)` int64: which of the images it began with are still here, on the host
+    device: torch.device  # the model's device
+    rows: Tensor = field(init=False)  # `(n,)` int64: indices of the remaining images in the initial batch, on the host
     places: Tensor = field(init=False)  # the same on the device
     plateau: Plateau = field(init=False)
 
@@ -175,7 +175,7 @@ class Batch:
         self.plateau = Plateau(self.config.plateau, self.config.plateau_window)
 
     def scene(self, step: int) -> Scene:
-        """What step number `step` looks at; draws from the streams."""
+        """The input of step number `step`; advances the random streams."""
         config, pixels = self.config, self.canvas.pixels()
         shown, targets = pixels, self.labels[self.rows]
         maps = None if self.priors is None else self.priors.flatten(1, 2)
@@ -194,7 +194,7 @@ class Batch:
         return Scene(pixels, shown, to_device(targets, self.device), step / config.steps, priors, draws)
 
     def keep(self, stays: Tensor) -> None:
-        """Go on with the images of which the boolean `(n,)`, on the host, is true."""
+        """Keep only the images for which the boolean mask `(n,)`, on the host, is true."""
         staying = to_device(stays.nonzero().flatten(), self.device)
         self.rows, self.places = self.rows[stays], self.places[staying]
         self.canvas.keep(staying)
@@ -204,11 +204,11 @@ class Batch:
 
 
 class Plateau:
-    """Watches the losses of a batch.
+    """Detects images whose loss has stopped falling.
 
     Args:
-        tolerance: least relative fall from window to window; 0 lets nobody leave.
-        window: steps a window has.
+        tolerance: smallest relative decrease from window to window for an image to continue; 0 turns this off.
+        window: number of steps in a window.
     """
 
     def __init__(self, tolerance: float, window: int) -> None:
@@ -217,17 +217,17 @@ class Plateau:
         self._history: list[Tensor] = []
 
     def going(self, losses: Tensor) -> Tensor:
-        """Which images go on, boolean `(N,)` on the host; those that do not are forgotten.
+        """Which images continue, boolean `(N,)` on the host; the history of the others is dropped.
 
         Args:
-            losses: `(N,)` of this step, of the images that went on before. A loss that is not finite goes on.
+            losses: `(N,)`, this step's losses of the remaining images. An image with a NaN loss continues.
         """
         self._history = [*self._history, losses.detach().clone()][-2 * self._window :]
         if not self._tolerance or len(self._history) < 2 * self._window:
             return torch.ones(len(losses), dtype=torch.bool)
         before = torch.stack(self._history[: self._window]).mean(0)
         fall = before - torch.stack(self._history[self._window :]).mean(0)
-        # Not `fall >= ...`: a comparison with NaN is false, and the synthesizer starts an image with NaN again.
+        # Not `fall >= ...`: comparisons with NaN are false, and images with NaN are left to the synthesizer's restart.
         stays = ~(fall < self._tolerance * before.abs()).cpu()
         if not bool(stays.all()):
             staying = to_device(stays.nonzero().flatten(), losses.device)

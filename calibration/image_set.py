@@ -1,4 +1,4 @@
-"""A set of calibration images on disk: uint8 pixels, labels, losses, and a contact sheet to look at."""
+"""A set of calibration images on disk: uint8 pixels, labels, losses, and a contact sheet for visual inspection."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _SHEET_IMAGES, _CAPTION = 64, 12
 class ImageSet:
     """Calibration images."""
 
-    images: Tensor  # `(N, 3, H, W)` uint8, as they are shown to the model before normalization
-    labels: Tensor | None  # `(N,)` int64 classes; None where they have none
-    method: str  # what made them
-    seed: int | None  # of their streams; None for pictures from a folder
-    losses: dict[str, list[float]] = field(default_factory=dict)  # last values of each loss by name, one per image
-    notes: list[str] = field(default_factory=list)  # restarts and the like, in words
+    images: Tensor  # `(N, 3, H, W)` uint8: the model's input before normalization
+    labels: Tensor | None  # `(N,)` int64 classes; None if there are none
+    method: str  # the calibration method that made them
+    seed: int | None  # seed of their random streams; None for images from a folder
+    losses: dict[str, list[float]] = field(default_factory=dict)  # final value of each loss by name, one per image
+    notes: list[str] = field(default_factory=list)  # messages about restarts and the like
 
     def save(self, folder: Path, classes: Sequence[str] | None = None) -> None:
-        """Write images.safetensors, images.json and contact_sheet.png (with class names under the pictures)."""
+        """Write images.safetensors, images.json and contact_sheet.png (with class names below the images)."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"images": self.images.contiguous()}
         if self.labels is not None:
@@ -49,7 +49,7 @@ class ImageSet:
 
     @classmethod
     def joined(cls, parts: Sequence[ImageSet]) -> ImageSet:
-        """One set of several that were made alike, in their order."""
+        """Concatenate sets that were made with the same settings, in the given order."""
         first = parts[0]
         if len(parts) == 1:
             return first
@@ -61,7 +61,7 @@ class ImageSet:
         )  # fmt: skip
 
     def part(self, start: int, stop: int) -> ImageSet:
-        """Images `start` to `stop - 1`; notes stay with the first of them."""
+        """Images `start` to `stop - 1`; only the part that starts at 0 keeps the notes."""
         return ImageSet(
             self.images[start:stop], None if self.labels is None else self.labels[start:stop], self.method, self.seed,
             {name: values[start:stop] for name, values in self.losses.items()}, [] if start else self.notes,
@@ -69,7 +69,7 @@ class ImageSet:
 
     @classmethod
     def load(cls, folder: Path) -> ImageSet:
-        """Read what `save` wrote.
+        """Read a set that `save` wrote.
 
         Raises:
             BadArtifactError: a file is missing or damaged.
@@ -90,7 +90,7 @@ class ImageSet:
 
 
 def contact_sheet(images: Tensor, labels: Tensor | None, classes: Sequence[str] | None, path: Path) -> None:
-    """Write the first images as one PNG, eight in a row, each with its class below."""
+    """Write the first images as one PNG, eight per row, each with its class below."""
     from PIL import Image, ImageDraw
 
     shown = images[:_SHEET_IMAGES]

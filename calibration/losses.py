@@ -1,25 +1,24 @@
-"""Losses that images are optimised by: on the attention of the frozen model, one value per image.
+"""Losses for the synthesis of images, on the attention of the frozen model, one value per image.
 
-Every loss is a vector over images, so that a batch never couples its members and an image does not depend on which
-others it was made with.
+Every loss is a vector over images, so that an image does not depend on the others in its batch.
 
-**Received attention**: how much each patch receives, from the class token where there is one, from all patches
-otherwise. Masks, priors and the pruning of tokens, which treat patches unequally, all depend on it.
+**Received attention** is how much attention each patch receives, from the class token if there is one, otherwise from
+all patches. Masks, priors and token pruning, which treat patches differently, all use it.
 
-**Attention priors** (SARDFQ, arXiv 2412.16553, "attention priors alignment") are made-up maps that it should follow:
-what a class token attends to in a photograph is a few blobs. So each image draws, for every head of the deeper half of
-the layers, a map of one to five Gaussians, and the synthesis lowers the squared distance of the real map from it,
-deeper layers counting more. Distances are in units of uniform attention (1 / patches), so that they do not depend on
-the resolution. Where the view of an image is a part of it or rotated, its priors are moved with the view.
+**Attention priors** (SARDFQ, arXiv 2412.16553, "attention priors alignment") are random target maps for the received
+attention: in a photograph, a class token attends to a few blobs. So for each image and every head of the deeper half of
+the layers, a map of one to five Gaussians is drawn, and the loss is the squared distance of the actual map from it,
+with larger weights for deeper layers. Distances are in units of uniform attention (1 / patches), so that they do not
+depend on the resolution. If a view shows a part of an image, or rotates it, its priors are transformed in the same way.
 
-**MaskAQ** (arXiv 2606.04373) has two terms. The first maximises the differential entropy of the similarity among
-patches, taken as Gaussian: rows of the head-mean logits are normalised, their cosines have a variance, and
-`0.5 log(2 pi e variance)` is the entropy. The second lowers the difference between the float model's and the quantized
-model's attention on the patches that receive most of the class token's attention: half of them at first, a tenth at
-last, of which three in ten are left out at random in each step. The published method synthesises anew while its student
-trains. Here images are made before there is a student, from the model alone, so the quantized side is each attention
-with queries and keys rounded to a few bits: no second pass is needed, and what is lowered is the rounding error that
-every student of these bits begins with.
+**MaskAQ** (arXiv 2606.04373) has two terms. The first maximises the differential entropy of the similarity between
+patches, assumed to be Gaussian: rows of the head-mean logits are normalised, and the entropy of their cosines is
+`0.5 log(2 pi e variance)`. The second minimises the difference between the float model's and the quantized model's
+attention on the patches that receive most of the class token's attention: half of all patches at the first step, a
+tenth at the last, with three in ten of them dropped at random in each step. The published method synthesises new images
+while its student trains. Here images are made before there is a student, so the quantized side is each attention with
+queries and keys rounded to a few bits: no second forward pass is needed, and the loss is the rounding error that every
+student with this bit width starts with.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ _C1, _C2 = 0.01**2, 0.03**2  # SSIM's constants for maps in [0, 1]
 def head_similarity(maps: Tensor, site: AttentionSite, *, absolute: bool = False) -> Tensor:
     """Inter-head dissimilarity of one attention, MimiQ's generation loss (arXiv 2407.20021, section 4).
 
-    For each query patch, its H attention maps over the key patches are scaled to [0, 1]; every ordered pair of heads is
-    compared by SSIM with global moments; the loss is the mean of `1 - SSIM^2` over queries and pairs, a head with
-    itself included. The H x H covariances are one batched product: no tensor grows with H squared times the keys.
+    For each query patch, its H attention maps over the key patches are scaled to [0, 1]; every ordered pair of heads,
+    including a head with itself, is compared by SSIM with global moments; the loss is the mean of `1 - SSIM^2` over
+    queries and pairs. The H x H covariances are one batched GEMM, so no tensor has a size of H^2 times the keys.
 
     Args:
         maps: attention logits before mask and softmax (or probabilities), `(N * windows, H, tokens, tokens)`. A factor
             on the logits makes no difference, since every map is scaled to [0, 1].
-        site: tells prefix tokens, which are left out as queries and keys, and windows.
-        absolute: `1 - |SSIM|` instead of the square.
+        site: the attention's prefix tokens, which are excluded as queries and keys, and its windows.
+        absolute: use `1 - |SSIM|` instead of `1 - SSIM^2`.
 
     Returns:
         `(N,)` fp32, from 0 (all heads alike, up to a positive affine map) to `(H - 1) / H` (independent).
@@ -73,10 +72,10 @@ def head_similarity(maps: Tensor, site: AttentionSite, *, absolute: bool = False
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Norms of the differences to the right, lower and both diagonal neighbours, `(N,)`.
+    """Sum of the norms of the differences to the right, lower and both diagonal neighbours, `(N,)`.
 
-    The published code takes each norm over a whole batch, so that its weight falls with the batch's root; here it
-    is an image's own.
+    The published code takes each norm over the whole batch, so that its weight falls with the square root of the batch
+    size; here the norms are per image.
     """
     right = images[..., :, 1:] - images[..., :, :-1]
     down = images[..., 1:, :] - images[..., :-1, :]
@@ -88,19 +87,20 @@ def total_variation(images: Tensor) -> Tensor:
 
 
 def class_prior(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the model's logits `(N, C)` against the labels `(N,)`, `(N,)` fp32."""
+    """Cross-entropy of the model's logits `(N, C)` with the labels `(N,)` or soft targets `(N, C)`, `(N,)` fp32."""
     return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def patch_entropy(outputs: Tensor, site: AttentionSite, bandwidth: float = 0.05) -> Tensor:
-    """PSAQ-ViT's loss (arXiv 2203.02250, section 3.2): negative differential entropy of the similarity among patches.
-
-    `(N,)` fp32.
+    """PSAQ-ViT's loss (arXiv 2203.02250, section 3.2): negative differential entropy of the similarity between patches.
 
     Args:
-        outputs: attn.v `(N * windows, H, tokens, d)`, averaged over heads.
-        site: tells prefix tokens and windows.
-        bandwidth: of the kernel density estimate on 10 points of [-1, 1], in units of cosine.
+        outputs: attn.v `(N * windows, H, tokens, d)`, which is averaged over heads here.
+        site: the attention's prefix tokens and windows.
+        bandwidth: bandwidth of the kernel density estimate at 10 points in [-1, 1], in units of the cosine.
+
+    Returns:
+        `(N,)` fp32.
     """
     tokens = functional.normalize(outputs[:, :, site.prefix_tokens :].float().mean(1), dim=-1)
     cosines = (tokens @ tokens.transpose(-2, -1)).flatten(1)  # (B, P, d) @ (B, d, P)
@@ -111,31 +111,31 @@ def patch_entropy(outputs: Tensor, site: AttentionSite, bandwidth: float = 0.05)
     return -entropy.view(-1, site.windows).mean(1)
 
 
-_MOST: Final = 5  # Gaussians in a map
-_NARROWEST, _WIDEST = 0.1, 0.3  # standard deviation along an axis, of the map's side
+_MOST: Final = 5  # maximum number of Gaussians in a map
+_NARROWEST, _WIDEST = 0.1, 0.3  # standard deviation along an axis, relative to the map's side
 
 
 def summary_query(queries: Tensor, site: AttentionSite) -> Tensor:
-    """The query `(N, H, 1, d)` that stands for the whole picture: the class token's, or the mean of all patches'.
+    """The query `(N, H, 1, d)` that represents the whole image: the class token's, or the mean over all patches.
 
-    The first of the prefix tokens is taken for the class token. Rows of maps `(N, H, tokens, keys)` are queries too.
+    The first prefix token is taken as the class token. `queries` may also be attention maps `(N, H, tokens, keys)`.
     """
     return queries[:, :, :1] if site.prefix_tokens else queries.mean(2, keepdim=True)
 
 
 def received_attention(probabilities: Tensor, site: AttentionSite) -> Tensor:
-    """The share of each patch in the attention that patches receive, `(N, H, patches)` fp32 with sums of 1."""
+    """The attention that each patch receives, relative to all patches: `(N, H, patches)` fp32 that sums to 1."""
     among = summary_query(probabilities, site)[:, :, 0, site.prefix_tokens :].float()
     return among / among.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
 def global_sites(structure: VitStructure, wish: str) -> dict[str, AttentionSite]:
-    """The attentions of a plain transformer by name, in their order: global, over all patches, equally many heads.
+    """The attentions of a plain transformer by name, in order: all are global, with all patches and equal head counts.
 
-    `wish` is what needs them, for the message.
+    `wish` is the option that needs them, for the error message.
 
     Raises:
-        ConfigurationError: there is none, or one has windows, merged patches, or other heads.
+        ConfigurationError: there are none, or one has windows, merged patches, or another number of heads.
     """
     sites = [site for site in structure.attentions if not site.pools]
     area = structure.patch_grid[0] * structure.patch_grid[1]
@@ -152,7 +152,7 @@ def global_sites(structure: VitStructure, wish: str) -> dict[str, AttentionSite]
 def draw_priors(streams: list[torch.Generator], layers: int, heads: int, grid: tuple[int, int]) -> Tensor:
     """Random maps, `(N, layers, heads, rows, columns)` fp32 with a maximum of at most 1.
 
-    Each is the maximum of its Gaussians, whose number, places and widths are drawn from the image's own stream.
+    Each map is the maximum of its Gaussians, whose number, positions and widths are drawn from the image's own stream.
     """
     draws = uniform(streams, layers, heads, _MOST, 5)
     counts = 1 + (draws[..., 0, 4] * _MOST).long()  # (N, L, H)
@@ -167,26 +167,26 @@ def draw_priors(streams: list[torch.Generator], layers: int, heads: int, grid: t
 
 
 def deeper_half(names: list[str]) -> dict[str, float]:
-    """The later half of the layers with their weights, depth over number of layers."""
+    """The deeper half of the layers with their loss weights, depth / number of layers."""
     return {name: (i + 1) / len(names) for i, name in enumerate(names) if i >= len(names) // 2}
 
 
 def prior_distance(shares: Tensor, prior: Tensor) -> Tensor:
-    """Mean squared distance of `received_attention` over heads and patches in units of uniform attention, `(N,)` fp32.
+    """Mean squared distance of `received_attention` from the prior, in units of uniform attention, `(N,)` fp32.
 
-    The prior `(N, H, P)`, not negative, is scaled here to sums of 1.
+    The mean is over heads and patches. The prior `(N, H, P)`, nonnegative, is normalized here to a sum of 1.
     """
     wanted = prior / prior.sum(-1, keepdim=True).clamp(min=1e-12)
     return ((shares - wanted) * shares.shape[-1]).square().flatten(1).mean(1)
 
 
-_FIRST_SHARE: Final = 0.5  # of the patches, published
+_FIRST_SHARE: Final = 0.5  # of the patches, as published
 _LAST_SHARE: Final = 0.1
 _DROPPED: Final = 0.3
 
 
 def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
-    """Negative Gaussian entropy of the cosines among patches' attention rows, `(N,)` fp32; prefix tokens are left out.
+    """Negative Gaussian entropy of the cosines between patches' attention rows, `(N,)` fp32, without prefix tokens.
 
     A positive factor on the logits `(N, H, tokens, tokens)` makes no difference.
     """
@@ -197,7 +197,7 @@ def similarity_spread(logits: Tensor, site: AttentionSite) -> Tensor:
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:
-    """`values` `(N, H, T, d)` on a symmetric grid of `bits`, one step per image and head; gradients pass unchanged."""
+    """Fake-quantize `values` `(N, H, T, d)` to a symmetric grid, one scale per image and head; straight-through."""
     step: Tensor = values.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
     return values + ((values / step).round() * step - values).detach()
 
@@ -205,7 +205,14 @@ def rounded(values: Tensor, bits: int) -> Tensor:
 def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[Tensor, Tensor]:
     """Logits of one attention's `summary_query`, in float and with queries and keys rounded to `bits`.
 
-    Of `q` and `k` `(N, H, tokens, d)`, not scaled; two `(N, patches)` fp32: q.k of the patches, the mean over heads.
+    Args:
+        q: queries `(N, H, tokens, d)`, not scaled.
+        k: keys, same shape.
+        site: the attention's prefix tokens.
+        bits: bit width of the rounded queries and keys.
+
+    Returns:
+        Two `(N, patches)` fp32: q.k for each patch, averaged over heads; in float, and rounded.
     """
     found = []
     with torch.autocast(q.device.type, enabled=False):
@@ -216,15 +223,15 @@ def query_logits(q: Tensor, k: Tensor, site: AttentionSite, bits: int) -> tuple[
 
 
 def informative(logits: Tensor, progress: float, draws: Tensor) -> Tensor:
-    """The patches that count, `(N, P)` of zeros and ones.
+    """MaskAQ's mask of the patches with most attention, `(N, P)` of zeros and ones.
 
     Args:
         logits: `(N, P)`, mean of `query_logits` over layers.
         progress: from 0 at the first step to 1 after the last.
-        draws: `(N, P)`, uniform: of the chosen patches, those with the lowest draws are left out.
+        draws: `(N, P)`, uniform: of the selected patches, those with the lowest draws are dropped.
     """
     share = _FIRST_SHARE + (_LAST_SHARE - _FIRST_SHARE) * progress
-    count = max(1, int(logits.shape[1] * share + 1e-6))  # a tenth of 100 is 10, also where 0.1 is a little less
+    count = max(1, int(logits.shape[1] * share + 1e-6))  # so that a tenth of 100 is 10 despite floating-point error
     kept = max(1, round(count * (1 - _DROPPED)))
     best = logits.topk(count, dim=1).indices
     lucky = draws.gather(1, best).topk(kept, dim=1).indices
@@ -232,7 +239,7 @@ def informative(logits: Tensor, progress: float, draws: Tensor) -> Tensor:
 
 
 def masked_difference(logits: list[tuple[Tensor, Tensor]], progress: float, draws: Tensor) -> Tensor:
-    """Mean over layers of |float - rounded| on the `informative` patches, `(N,)` fp32, from `query_logits` of each."""
+    """Mean of |float - rounded| over layers and `informative` patches, `(N,)` fp32, from the layers' `query_logits`."""
     mask = informative(torch.stack([a for a, _ in logits]).mean(0).detach(), progress, draws)
     each = torch.stack([(a - b).abs() for a, b in logits]).mean(0)  # (N, P)
     return (each * mask).sum(1) / mask.sum(1)

@@ -1,4 +1,4 @@
-"""Calibration images of every method: synthetic, noise, of a folder, of an artifact; made in resumable batches."""
+"""Calibration images by any method: synthetic, noise, from a folder, from an artifact; made in resumable batches."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from fp8pipe.models.vision.sources import VisionModel
 from fp8pipe.models.vision.structure import VitStructure
 
 FOLDER_PREFIX, ARTIFACT_PREFIX = "images:", "artifact:"
-ARTIFACT_IMAGES = "calibration"  # folder of an artifact
+ARTIFACT_IMAGES = "calibration"  # folder in an artifact
 METHODS = ("synthetic", "patch-similarity", "gaussian")
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """Which images are wanted; a ConfigurationError that names the methods refuses one that does not exist."""
+    """Which images to make or read; an unknown method raises a ConfigurationError that lists the methods."""
 
     method: str  # synthetic, patch-similarity, gaussian, images:DIR, or artifact:DIR (images of an artifact)
-    count: int  # how many
-    seed: int  # of their streams, or of the choice among the pictures of a folder
-    synthesis: SynthesisConfig  # for the synthetic ones
+    count: int  # number of images
+    seed: int  # seed of their random streams, or of the selection from a folder
+    synthesis: SynthesisConfig  # for the methods synthetic and patch-similarity
 
     def __post_init__(self) -> None:
         if self.method in METHODS or self.method.startswith((FOLDER_PREFIX, ARTIFACT_PREFIX)):
@@ -55,23 +55,23 @@ def make_images(
     checkpoints: Path | None = None,
     on_images: Progress = lambda count: None,
 ) -> ImageSet:
-    """The images of a request.
+    """Make or read the requested images.
 
     Args:
-        request: what is wanted.
-        vision: the float model they are for.
-        structure: of it.
-        checkpoints: where finished batches are kept, and found again by a run that was cut.
-        on_images: told how many more images are finished.
+        request: the request.
+        vision: the float model to calibrate.
+        structure: the model's structure.
+        checkpoints: directory in which finished batches are stored, for a resumed run.
+        on_images: called with the number of newly finished images.
 
     Raises:
-        ConfigurationError: a folder that is none or has too few pictures, images that stay NaN, or
-            another process that makes images in `checkpoints`.
+        ConfigurationError: a folder does not exist or has too few images, images became NaN in every attempt, or
+            another process is making images in `checkpoints`.
     """
     given = read_images(request, vision, structure)
     if given is not None:
         return given
-    if vision.architecture.choices is None:  # outputs that are values or a single label: no class to make an image of
+    if vision.architecture.choices is None:  # regression or a single label: there are no classes to make images for
         structure = replace(structure, classes=None)
     if request.method == "gaussian":
         streams = [image_stream(request.seed, i) for i in range(request.count)]
@@ -81,16 +81,16 @@ def make_images(
     if checkpoints is None:
         return _synthesize(request, vision, structure, None, on_images)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    with lock(checkpoints):  # an earlier run that still goes on would put the same batches in place
+    with lock(checkpoints):  # an earlier run that is still active would write the same batches
         _prepare(checkpoints, request, vision)
         return _synthesize(request, vision, structure, checkpoints, on_images)
 
 
 def read_images(request: ImageRequest, vision: VisionModel, structure: VitStructure) -> ImageSet | None:
-    """The images of a request that exist already: of a folder, or of an artifact. None where they are to be made.
+    """The requested images if they exist already, in a folder or an artifact; None if they must be made.
 
     Raises:
-        Fp8PipeError: there are none, too few, or a picture cannot be read.
+        Fp8PipeError: there are no images or too few, or one cannot be read.
     """
     if request.method.startswith(FOLDER_PREFIX):
         return _from_folder(request, vision)
@@ -101,10 +101,10 @@ def _synthesize(
     request: ImageRequest, vision: VisionModel, structure: VitStructure, checkpoints: Path | None, on_images: Progress
 ) -> ImageSet:
     config = request.synthesis
-    if request.method == "patch-similarity":  # PSAQ-ViT's idea in the place of MimiQ's
+    if request.method == "patch-similarity":  # PSAQ-ViT's loss instead of MimiQ's
         config = config.model_copy(update={"similarity": 0.0, "entropy": 1.0})
     synthesizer, size = Synthesizer(vision, structure, config, request.seed), config.batch_size
-    # Batches that a GPU holds are made together, and kept one by one: who resumes may have another GPU.
+    # As many batches as a GPU holds are made together, but stored one by one: a resumed run may have another GPU.
     together = max(1, (synthesizer.at_once or 0) // size)
     parts: dict[int, ImageSet] = {}
     for first in range(0, request.count, size):
@@ -135,7 +135,7 @@ def _is_kept(checkpoints: Path | None, first: int) -> bool:
 
 
 def _keep(part: ImageSet, folder: Path) -> None:
-    """Write a batch whole or not at all."""
+    """Write a batch atomically."""
     scratch = folder.with_name(f"writing-{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     part.save(scratch)
@@ -143,7 +143,7 @@ def _keep(part: ImageSet, folder: Path) -> None:
 
 
 def _prepare(checkpoints: Path, request: ImageRequest, vision: VisionModel) -> None:
-    """Begin a folder of batches, or make sure that it is this run's."""
+    """Create the record of a folder of batches, or check that it belongs to the same request."""
     described = {
         "method": request.method, "count": request.count, "seed": request.seed, "model": vision.digest,
         "synthesis": request.synthesis.model_dump(mode="json"),
@@ -184,7 +184,7 @@ def _from_folder(request: ImageRequest, vision: VisionModel) -> ImageSet:
 
 
 def _from_artifact(request: ImageRequest, structure: VitStructure) -> ImageSet:
-    """The first images of an earlier run, so that several precisions share one synthesis."""
+    """The first images of an earlier run, so that several precisions can share the same images."""
     path = Path(request.method.removeprefix(ARTIFACT_PREFIX)).expanduser()
     if not (path / ARTIFACT_IMAGES).is_dir():
         raise ConfigurationError(

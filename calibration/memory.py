@@ -1,10 +1,10 @@
-"""How many images a GPU makes at once: as many as its free memory holds, reckoned from the model's shapes.
+"""How many images a GPU makes at once: as many as fit into its free memory, estimated from the model's shapes.
 
-What a step keeps for its backward pass is activations alone, since no weight gets a gradient: of what linears read and
-give a part, in the type that the model runs in, and copies of every attention map, more of one that is compared between
-heads. The factors were counted on fake CUDA tensors of ViTs of five sizes and a Swin at 224 pixels, and lie 6 to 20 %
-above what the default settings hold there, 31 to 36 % with fp32 models; `tests/calibration/test_step_limits.py` counts
-again.
+Weights get no gradients, so a step keeps only activations for its backward pass: part of the inputs and outputs of
+linear layers, in the model's compute dtype, and several copies of every attention map, more of those that are compared
+between heads. The factors were determined with fake CUDA tensors for ViTs of five sizes and a Swin at 224 pixels. They
+overestimate the memory by 6 to 20 % with default settings, and by 31 to 36 % with fp32 models;
+`tests/calibration/test_step_limits.py` checks this.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from calibration.config import SynthesisConfig
 from fp8pipe.models.vision.structure import VitStructure
 
-_SHARE: Final = 0.8  # of the free memory: the allocator's pieces and workspaces of products take the rest
-_PIXEL_COPIES: Final = 16  # fp32, of an image: its canvas, moments and gradients, its view, the variation
-_LINEAR_COPIES: Final = 0.75  # of what a linear reads and gives, in the model's type
-_MAP_COPIES: Final = 3.0  # of an attention's map, in the model's type
-_COMPARED_COPIES: Final = 4.5  # of one that is compared, fp32
+_SHARE: Final = 0.8  # of the free memory: fragmentation and GEMM workspaces take the rest
+_PIXEL_COPIES: Final = 16  # of an image, fp32: its canvas, moments and gradients, its view, the variation
+_LINEAR_COPIES: Final = 0.75  # of the input and output of a linear layer, in the compute dtype
+_MAP_COPIES: Final = 3.0  # of an attention map, in the compute dtype
+_COMPARED_COPIES: Final = 4.5  # of an attention map that is compared, fp32
 
 
 def images_at_once(structure: VitStructure, config: SynthesisConfig, device: torch.device) -> int | None:
-    """Most images that the free memory of `device` holds, at least 1; None on a CPU, which takes what it is given."""
+    """Maximum number of images that fit into the free memory of `device`, at least 1; None (no limit) on a CPU."""
     if device.type == "cpu":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -33,7 +33,7 @@ def images_at_once(structure: VitStructure, config: SynthesisConfig, device: tor
 
 
 def bytes_per_image(structure: VitStructure, config: SynthesisConfig) -> int:
-    """Bytes that a step of synthesis holds for each image at its peak; for default terms, others add little."""
+    """Peak memory of a synthesis step per image, in bytes, with the default loss terms; other terms add little."""
     width = 2 if config.bf16 else 4
     pixels = 3 * math.prod(structure.image_size)
     linears = sum(site.rows * sum(site.shape) for site in structure.linears)

@@ -1,13 +1,13 @@
-"""All losses of one step of synthesis, weighted: from the attentions while the model runs, and from its output.
+"""The weighted losses of one synthesis step, from the attentions during the forward pass and from the model's output.
 
-The forward may go on with fewer tokens in the deeper layers: after some block, the patches that receive least attention
-leave it. What an image is made of is decided where attention goes; patches that receive hardly any cost as much as the
-others and change little. (Token pruning in model inversion: "Sparse Model Inversion", ICML 2024.) Scores are those of
-the block's own attention, see `received_attention`, and every image keeps its own patches in their order.
+Optionally, tokens are pruned: after a given block, the patches that receive least attention are removed from the
+forward pass. Patches that receive hardly any attention cost as much as the others, but have little effect on the image.
+(Token pruning in model inversion: "Sparse Model Inversion", ICML 2024.) Scores come from that block's own attention,
+see `received_attention`; the remaining patches are chosen for each image and keep their order.
 
-Whether a model bears this is tried, not looked up in a list of names: positions must not be used after the block (no
-windows, no biases on positions, no rotary ones), so permuting the patches there must not change what the model answers,
-and the model must run without some of them.
+Whether a model supports this is tested, not looked up by name: blocks after that one must not use positions (windows,
+position biases, rotary embeddings), so permuting the patches there must not change the model's output, and the model
+must run without some of them.
 """
 
 from __future__ import annotations
@@ -43,36 +43,36 @@ from fp8pipe.models.vision.structure import AttentionSite, VitStructure
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one step looks at."""
+    """The input of one step."""
 
     pixels: Tensor  # the images themselves, `(N, 3, H, W)`
-    view: Tensor  # what the model is shown of them, same shape
-    targets: Tensor  # `(N,)` int64 classes, or `(N, C)` fp32 soft ones
+    view: Tensor  # the views of them that the model gets, same shape
+    targets: Tensor  # `(N,)` int64 classes, or `(N, C)` fp32 soft targets
     progress: float  # from 0 at the first step to 1 after the last
-    priors: dict[str, Tensor]  # maps by attention, each `(N, H, P)`; empty without the term
-    draws: Tensor | None  # `(N, P)` uniform, for the random part of masks; None without the term
+    priors: dict[str, Tensor]  # target maps by attention, each `(N, H, P)`; empty without that term
+    draws: Tensor | None  # `(N, P)` uniform, for random dropping in masks; None without that term
 
 
 class Terms:
     """Computes losses through a frozen model.
 
     Args:
-        model: what runs; not changed.
-        structure: of it.
+        model: the model; not changed.
+        structure: the model's structure.
         config: which terms, with which weights.
 
     Raises:
-        ConfigurationError: a model whose attentions show no maps, or one that an option does not fit.
+        ConfigurationError: the model has no attention maps to compare, or does not support a configured option.
     """
 
     def __init__(self, model: nn.Module, structure: VitStructure, config: SynthesisConfig) -> None:
         self._model = copy.deepcopy(model) if config.bf16 else model
         for module in self._model.modules() if config.bf16 else ():
-            if type(module) is nn.Linear:  # the weights that autocast would otherwise make anew at every step
+            if type(module) is nn.Linear:  # otherwise autocast would convert these weights in every step
                 module.to(torch.bfloat16)
         self._structure, self.config = structure, config
         self._device = next(model.parameters()).device
-        # Attentions whose heads are compared, by name.
+        # The attentions whose heads are compared, by name.
         self.sites = {site.name: site for site in structure.attentions if not site.pools and site.heads > 1}
         if not self.sites and config.similarity > 0:
             raise ConfigurationError(
@@ -87,14 +87,14 @@ class Terms:
                 fix="leave regions at 0",
             )
         wishes = [name for name in ("masked", "priors") if getattr(config, name)]
-        # For masks and priors, attentions that see all patches, by name; empty without these terms.
+        # For masks and priors: attentions over all patches, by name; empty without these terms.
         self.global_sites = global_sites(structure, " and ".join(wishes)) if wishes else {}
-        # Weights of the attentions that have priors; empty without.
+        # Loss weights of the attentions that have priors; empty without priors.
         self.depths = deeper_half(list(self.global_sites)) if config.priors else {}
         self.pruner = TokenPruner(model, structure, config.prune_after, config.keep) if config.keep < 1 else None
 
     def __call__(self, scene: Scene) -> dict[str, Tensor]:
-        """Weighted terms by name, each `(N,)` fp32, differentiable in the pixels."""
+        """Weighted loss terms by name, each `(N,)` fp32, differentiable with respect to the pixels."""
         config = self.config
         seen = _Seen(self, scene)
         with (
@@ -112,7 +112,7 @@ class Terms:
 
 
 class _Seen:
-    """What the attentions of one forward show."""
+    """Collects loss terms from the attentions during one forward pass."""
 
     def __init__(self, owner: Terms, scene: Scene) -> None:
         self._owner, self._config, self._scene = owner, owner.config, scene
@@ -153,7 +153,7 @@ class _Seen:
             self._found["similarity"].append(head_similarity(maps, site, absolute=absolute))
 
     def terms(self) -> dict[str, Tensor]:
-        """Weighted means over layers."""
+        """The collected loss terms: weighted means over layers."""
         config = self._config
         found = {name: torch.stack(parts).mean(0) for name, parts in self._found.items() if parts}
         terms = {name: getattr(config, name) * mean for name, mean in found.items()}
@@ -163,17 +163,18 @@ class _Seen:
         return terms
 
 
-_TOLERANCE: Final = 1e-3  # of the largest output: sums in another order in fp32; positions that matter change far more
+# Relative to the largest output. Another summation order in fp32 stays below this; positions that matter far exceed it.
+_TOLERANCE: Final = 1e-3
 
 
 class TokenPruner:
     """Drops patches after one block of a model.
 
     Args:
-        model: the float model; run to try it, not changed.
-        structure: of it.
-        after: number of whole blocks before.
-        share: of the patches that stay.
+        model: the float model; run as a test, but not changed.
+        structure: the model's structure.
+        after: number of blocks that get all patches.
+        share: fraction of the patches that are kept.
 
     Raises:
         ConfigurationError: the model has windows, uses positions in later blocks, or has too few blocks.
@@ -191,11 +192,11 @@ class TokenPruner:
         self._try(model, structure)
 
     def note(self, probabilities: Tensor) -> None:
-        """Scores of this forward, from the probabilities `(N, H, tokens, tokens)` of `self.site`."""
+        """Score the patches of this forward pass by the probabilities `(N, H, tokens, tokens)` of `self.site`."""
         self._scores = received_attention(probabilities.detach(), self.site).mean(1)
 
     def active(self, model: nn.Module) -> AbstractContextManager[None]:
-        """While the context lasts, forwards of `model` go on with the best patches; each needs a `note` on its way."""
+        """A context in which forward passes of `model` are pruned; each must call `note` before the pruning."""
         return self._hooked(model, self._best)
 
     def _best(self) -> Tensor:
@@ -206,7 +207,7 @@ class TokenPruner:
 
     @contextmanager
     def _hooked(self, model: nn.Module, choose: Callable[[], Tensor]) -> Iterator[None]:
-        """Hand on, of the block's output, prefix tokens and the patches `choose` names, `(N, kept)` indices."""
+        """Reduce the block's output to prefix tokens and the patches whose indices `(N, kept)` `choose` returns."""
 
         def shorten(module: nn.Module, args: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -237,7 +238,7 @@ class TokenPruner:
 
 
 def _block_of(attention: str) -> str:
-    """The numbered module that an attention is part of."""
+    """The numbered module (transformer block) that contains an attention."""
     parts = attention.split(".")
     for index, part in enumerate(parts):
         if part.isdigit():

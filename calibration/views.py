@@ -1,16 +1,17 @@
-"""What a step shows of an image being optimised: a random view, from a stream of the image's own.
+"""Random views of an image for each optimisation step, drawn from the image's own random stream.
 
-One random stream per image, drawn from on the host whatever device computes: what an image becomes depends on the seed
-and its number, not on its batch.
+Each image has its own random stream, which is drawn on the host whatever the device, so that an image depends on the
+seed and its number, not on its batch.
 
-A model recognises many things in a picture that a slightly moved one does not show; only what survives every view is
-worth keeping. Two kinds: `shifts`, the published one, and `camera`, which also comes nearer, rotates and relights.
+A model may recognise features in an image that vanish when it is slightly shifted; random views favour those that
+survive. There are two kinds: `shifts`, as published, and `camera`, which also zooms, rotates and changes the lighting.
 
-An image made for one class shows it once, on an empty ground. With regions (SARDFQ, arXiv 2412.16553: multi-semantic
-reinforcement, soft labels) its four quarters have a class each: a view shows either one quarter, enlarged, which should
-be recognised as its class, or the whole, which should show all four. The targets are soft: a softmax of uniform numbers
-in [0, 1), with those of the wanted classes from [5, 10). The published method adds the parts to the batch, so a step
-costs more; here a part takes the place of the whole in some of the views, and a step costs the same.
+An image made for one class shows it once, on an empty background. With regions (SARDFQ, arXiv 2412.16553:
+multi-semantic reinforcement, soft labels) each of its four quarters has its own class: a view shows either one quarter,
+enlarged, which should be recognised as its class, or the whole image, which should show all four. The targets are soft:
+a softmax of uniform values from [0, 1), or from [5, 10) for the target classes. The published method adds the quarters
+to the batch, which makes a step more expensive; here a quarter replaces the whole image in some of the views, at no
+extra cost.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from torch.nn import functional
 from calibration.config import SynthesisConfig
 from fp8pipe.core.devices import to_device
 
-_FARTHEST = 1.15  # of the picture's side, mirrored at the edges
-_ROTATION = 0.25  # radians to either side
+_FARTHEST = 1.15  # largest visible part, relative to the image's side; mirrored beyond the edges
+_ROTATION = 0.25  # maximum angle, radians
 _TINT, _EXPOSURE = 0.2, 0.3
 
 
 def view(
     pixels: Tensor, maps: Tensor | None, streams: list[torch.Generator], step: int, config: SynthesisConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """A view of each image, drawn from its own stream, and maps over it as they lie in the view.
+    """A random view of each image, drawn from its own stream, and the image's maps, transformed in the same way.
 
     Args:
         pixels: `(N, 3, H, W)`.
-        maps: `(N, C, rows, columns)` of any resolution, or None. `shifts`, which are small, leave them in place.
-        streams: of the images.
+        maps: `(N, C, rows, columns)` of any resolution, or None. `shifts`, which are small, do not transform them.
+        streams: the images' random streams.
         step: number of the step.
-        config: which views.
+        config: kind and strength of the views.
     """
     if config.views == "camera":
         return _camera(pixels, maps, streams, config)
@@ -66,9 +67,9 @@ def _camera(
 
 
 def resample(pictures: Tensor, where: Tensor, edges: str = "reflection") -> Tensor:
-    """Pictures `(N, C, H, W)` seen through affine maps `(N, 2, 3)` of [-1, 1] coordinates: same size, bilinear.
+    """Transform images `(N, C, H, W)` by affine maps `(N, 2, 3)` of [-1, 1] coordinates: same size, bilinear.
 
-    The maps are on the host. `edges` is how `grid_sample` continues a picture beyond its edges.
+    The affine maps are on the host. `edges` is the `padding_mode` of `grid_sample`.
     """
     where = to_device(where, pictures.device)
     grid = functional.affine_grid(where, list(pictures.shape), align_corners=False)
@@ -76,7 +77,7 @@ def resample(pictures: Tensor, where: Tensor, edges: str = "reflection") -> Tens
 
 
 def _shifts(pixels: Tensor, streams: list[torch.Generator], step: int, config: SynthesisConfig) -> Tensor:
-    """Circular shifts, mirroring, and MimiQ's decaying colour offset with random contrast, as configured."""
+    """Circular shifts, and, if configured, mirroring and MimiQ's decaying colour offset with random contrast."""
     draws = uniform(streams, 3)
     reach = config.jitter * (1 if step < config.steps / 2 else 2)
     shifts = torch.floor(draws[:, :2] * (2 * reach + 1)).long() - reach
@@ -110,13 +111,13 @@ def uniform(streams: list[torch.Generator], *shape: int) -> Tensor:
 
 
 QUARTERS: Final = 4
-_LEAST, _MOST = 5.0, 10.0  # logits of wanted classes: ours, so that they stand out and differ
+_LEAST, _MOST = 5.0, 10.0  # logits of target classes, our choice: above the others, and unlike each other
 
 
 def draw_regions(streams: list[torch.Generator], labels: Tensor, classes: int) -> Tensor:
-    """Targets `(N, 5, C)` fp32 with sums of 1: the whole image's, then those of its quarters, in reading order.
+    """Soft targets `(N, 5, C)` fp32 that sum to 1: the whole image's, then those of its quarters, in reading order.
 
-    The classes of the quarters (the first has the image's label) are drawn from each image's own stream.
+    The quarters' classes are drawn from each image's own stream, except that the first has the image's label.
     """
     wanted = (uniform(streams, QUARTERS) * classes).long().clamp(max=classes - 1)
     wanted[:, 0] = labels
@@ -127,14 +128,14 @@ def draw_regions(streams: list[torch.Generator], labels: Tensor, classes: int) -
 
 
 def draw_choice(streams: list[torch.Generator], share: float) -> Tensor:
-    """What each view shows, `(N,)` int64: 0 the whole, 1 to 4 a quarter; quarters together in `share` of the views."""
+    """What each view shows, `(N,)` int64: 0 the whole image, 1 to 4 a quarter; `share` of the views show a quarter."""
     draws = uniform(streams, 2)
     quarter = 1 + (draws[:, 1] * QUARTERS).long().clamp(max=QUARTERS - 1)
     return torch.where(draws[:, 0] < share, quarter, 0)
 
 
 def cut(pictures: Tensor, choice: Tensor) -> Tensor:
-    """Pictures or maps `(N, C, H, W)` as chosen (on the host), quarters enlarged to the whole size (bilinear)."""
+    """Images or maps `(N, C, H, W)`, or their quarters enlarged to full size (bilinear), by `choice` (on the host)."""
     corner = (choice - 1).clamp(min=0)
     where = torch.zeros(len(choice), 2, 3)
     where[:, 0, 0] = where[:, 1, 1] = 0.5

@@ -1,1 +1,1 @@
-"""The stages that change weights, and the data they train on."""
+"""The stages that change weights (fine-tuning and quantization), their dry runs, and workflows of stages."""

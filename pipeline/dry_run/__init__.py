@@ -1,1 +1,1 @@
-"""Dry runs: a real stage at its real widths, with little of what merely repeats, in a process of its own."""
+"""Dry runs: a real stage with real layer widths, but with few layers, images or steps, in a separate process."""

@@ -1,12 +1,12 @@
-"""What a training step would take on a GPU: a reckoning from shapes, counted kernels and data sheets.
+"""A cost model of a training step on a GPU: estimates from shapes, counted kernels and data sheets.
 
-No GPU has confirmed a figure of this module. `docs/cost-model.md` has the sources, the residuals, and what is left out.
+No GPU has confirmed these estimates. `docs/cost-model.md` has the sources, the residuals, and what is left out.
 
-A step is the sum of four things. Each matrix product takes the longer of its arithmetic and its traffic (the roofline).
-Attention takes its arithmetic. Everything between products (norms, rotary embeddings, activations, casts) takes its
-traffic, counted operator by operator on a real decoder layer, so many bytes per value of each width. The optimizer
-takes its traffic. Where the host launches kernels more slowly than the GPU runs them, the host's time is the step's.
-Two shares of the data sheet are reached, the same for every device, format and method.
+A step's time is the sum of four parts. Each GEMM takes the longer of its arithmetic and its memory traffic (roofline).
+Attention takes its arithmetic. Elementwise kernels, norms, rotary embeddings and casts take their memory traffic, which
+was counted operator by operator on a real decoder layer, as bytes per value of each width. The optimizer takes its
+memory traffic. If the host launches kernels more slowly than the GPU runs them, the step takes the host's time. The
+same two fractions of data-sheet throughput, for GEMMs and for memory, are used for every device, format and method.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from typing import Any, Final
 from pipeline.dry_run.devices import GEMM_SHARE, MEMORY_SHARE, Device
 
 LAUNCH_SECONDS: Final = 5e-6  # host time of one eager operator, an assumption
-# As Inductor's scheduler plans a FALQON decoder layer of LLaMA-7B with checkpointing: of 25.5 GB between products 6.31,
-# of 215 kernels 35, and 16 within the operators of products.
+# From Inductor's schedule of a FALQON decoder layer of LLaMA-7B with checkpointing: the elementwise traffic falls from
+# 25.5 GB to 6.31 GB, and 215 kernels become 35, plus 16 inside the custom operators of GEMMs.
 COMPILED_TRAFFIC: Final = 6.31 / 25.5
 COMPILED_KERNELS: Final = 51 / 215
-CONTEXT_BYTES: Final = 500_000_000  # CUDA context and cuBLAS's workspaces, an assumption
+CONTEXT_BYTES: Final = 500_000_000  # CUDA context and cuBLAS workspaces, an assumption
 
 _BF16: Final = 2  # bytes
-_TRAINED_BYTES: Final = 16  # a trained value, its gradient and AdamW's two moments, fp32
-_OPTIMIZER_BYTES: Final = 40  # read and written of them in a step: AdamW 28, norm and clipping of the gradient 12
-_ATTENTION_BACKWARD: Final = 2.5  # of the forward products: scores again, and four gradients (FlashAttention)
+_TRAINED_BYTES: Final = 16  # per trained value: itself, its gradient and AdamW's two moments in fp32
+_OPTIMIZER_BYTES: Final = 40  # traffic per trained value and step: AdamW 28, norm and clipping of gradients 12
+_ATTENTION_BACKWARD: Final = 2.5  # relative to forward: recomputed scores and four gradients (FlashAttention)
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """The shapes of a decoder whose layers are alike: attention of `query` and `key` features, and one MLP."""
+    """The shapes of a decoder with identical layers: attention with `query` and `key` features, and one MLP."""
 
     hidden: int
     intermediate: int
-    query: int  # heads times their width
-    key: int  # key heads times their width; values have as many
+    query: int  # heads times head size
+    key: int  # key heads times head size; the same for values
     layers: int
     vocabulary: int
-    tied: bool = False  # the head is the embedding
-    gated: bool = True  # the MLP has gate and up
+    tied: bool = False  # the output head shares the embedding's weights
+    gated: bool = True  # the MLP has gate and up projections
 
     @classmethod
     def of_config(cls, settings: Any, linear: int | None = None) -> Decoder | None:
-        """The shapes of a transformers configuration (of its text model, where it has several).
+        """The shapes from a transformers configuration (of its text model, if it has several models).
 
         Args:
             settings: a configuration.
-            linear: weights in the model's linear layers, head apart; tells whether the MLP is gated.
+            linear: number of weights in the model's linear layers without the head; shows whether the MLP is gated.
 
         Returns:
-            None where this is no such decoder: attributes are missing, or the weights are not `linear` (experts, for
-            one, or layers that differ).
+            None if the model is no such decoder: attributes are missing, or the number of weights is not `linear` (for
+            instance because of experts, or of layers that differ).
         """
         text = settings.get_text_config(decoder=True)
         names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -73,7 +73,7 @@ class Decoder:
 
     @property
     def stacks(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        """The linear layers of a decoder layer: outputs of those that share an input, and the width of that."""
+        """The linear layers of a decoder layer, grouped by shared input: their `out_features`, and `in_features`."""
         mlp = (self.intermediate,) * (2 if self.gated else 1)
         return (
             ((self.query, self.key, self.key), self.hidden),
@@ -84,12 +84,12 @@ class Decoder:
 
     @property
     def linear(self) -> int:
-        """Weights in all linear layers but the head."""
+        """Number of weights in all linear layers except the head."""
         return self.layers * sum(sum(outs) * into for outs, into in self.stacks)
 
     @property
     def others(self) -> int:
-        """Weights in embedding and head."""
+        """Number of weights in embedding and head."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
 
@@ -105,18 +105,18 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens in a micro-batch; all of them are taken for answers, which the head's product sees."""
+        """Tokens in a micro-batch; all are assumed to be answer tokens, which go through the head."""
         return self.batch * self.length
 
     @property
     def forwards(self) -> int:
-        """Forward passes through the layers: a second one where activations are recomputed."""
+        """Forward passes through the layers: two with activation checkpointing."""
         return 2 if self.checkpointing else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """A number per value of each width of a layer, such as bytes per token."""
+    """Coefficients per feature of each width of a layer, such as bytes per feature and token."""
 
     hidden: int
     query: int
@@ -125,20 +125,20 @@ class Widths:
     rank: int = 0
 
     def over(self, shape: Decoder, rank: int) -> int:
-        """The sum for one token."""
+        """The total for one token."""
         wide = self.hidden * shape.hidden + self.query * shape.query + self.key * shape.key
         return wide + self.intermediate * shape.intermediate + self.rank * rank
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """What was counted on one decoder layer of Llama: elementwise traffic and live memory, bytes per token."""
+    """Counts for one decoder layer of Llama: elementwise traffic and live memory, in bytes per feature and token."""
 
     forward: Widths
     backward: Widths
-    kernels: tuple[int, int]  # forward, backward; products not among them
-    saved: Widths  # kept from the forward to the backward pass
-    peak: Widths  # most that is alive in the backward pass
+    kernels: tuple[int, int]  # forward, backward; without GEMMs
+    saved: Widths  # activations kept from the forward to the backward pass
+    peak: Widths  # peak of live memory in the backward pass
 
 
 FALQON_LAYERS: Final = Layers(
@@ -147,7 +147,8 @@ FALQON_LAYERS: Final = Layers(
 LORA_LAYERS: Final = Layers(
     Widths(164, 42, 40, 42), Widths(296, 54, 40, 44), (72, 94), Widths(20, 6, 4, 8, 14), Widths(28, 6, 4, 14, 14)
 )
-# The model's own operators alone. Compiled casts form no tensors beside their result, so this is what is alive then.
+# Only the model's own operators, without FALQON's casts: the live memory of compiled layers, as compiled casts create
+# no temporary tensors.
 MODEL_LAYERS: Final = Layers(
     Widths(84, 20, 20, 10), Widths(198, 32, 32, 18), (30, 52), Widths(10, 4, 4, 6), Widths(12, 4, 4, 12)
 )
@@ -155,16 +156,16 @@ MODEL_LAYERS: Final = Layers(
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way to tune.
+    """A fine-tuning method, as the cost model sees it.
 
     Attributes:
-        name: for people.
-        weight_bytes: held per weight of the linear layers.
-        counted: a layer's elementwise work.
-        fp8: products with the weights are FP8, and linear layers that share an input are one; else bf16 LoRA.
+        name: display name.
+        weight_bytes: bytes per weight of the linear layers.
+        counted: elementwise work of a layer.
+        fp8: GEMMs with the weights are in FP8, and linear layers that share an input are merged; otherwise bf16 LoRA.
         live: B takes part in the forward pass (FALQON).
-        compiled: a decoder layer at a time.
-        decoded: weights become bf16 for each product.
+        compiled: decoder layers are compiled, one by one.
+        decoded: weights are dequantized to bf16 for each GEMM.
     """
 
     name: str
@@ -187,7 +188,7 @@ QLORA: Final = Way("QLoRA", 4.127 / 8, LORA_LAYERS, decoded=True)
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A matrix product (rows, inner) by (inner, cols), done `times` in a step; its result is bf16."""
+    """A GEMM (rows, inner) x (inner, cols) with bf16 output, executed `times` times per micro-batch."""
 
     rows: int
     inner: int
@@ -197,11 +198,11 @@ class Product:
 
     @property
     def operations(self) -> int:
-        """FLOP, all times together."""
+        """FLOP of all `times` executions."""
         return 2 * self.rows * self.inner * self.cols * self.times
 
     def seconds(self, device: Device) -> float:
-        """All times together: arithmetic or traffic, whichever is longer."""
+        """Time of all executions: that of the arithmetic or of the memory traffic, whichever is longer."""
         operand = 1 if self.fp8 else _BF16
         moved = operand * self.inner * (self.rows + self.cols) + _BF16 * self.rows * self.cols
         arithmetic = self.operations / ((device.fp8_rate if self.fp8 else device.bf16_rate) * GEMM_SHARE)
@@ -210,21 +211,21 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Reckoning:
-    """Seconds of a step and their parts, and memory; reckoned, never measured."""
+    """The estimated time of a step, its parts (all in seconds) and the peak memory; none of it is measured."""
 
     seconds: float
     products: float
     attention: float
     elementwise: float
     optimizer: float
-    host: float  # launching kernels, beside the rest
+    host: float  # launching kernels, concurrently with the rest
     memory_bytes: int
 
 
 def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
-    """The matrix products of one micro-batch: of all decoder layers, then of the head."""
+    """The GEMMs of one micro-batch: first those of all decoder layers, then those of the head."""
     tokens, rank, again, once = step.tokens, step.rank, step.forwards * shape.layers, shape.layers
-    beside = rank if way.fp8 else 0  # A lies below W
+    beside = rank if way.fp8 else 0  # A's rows are stacked below W's
     for outs, into in shape.stacks:
         for out in (sum(outs),) if way.fp8 else outs:
             yield Product(tokens, into, out + beside, again, way.fp8)  # Y = X [W; A]^T
@@ -236,23 +237,23 @@ def products_of(shape: Decoder, step: Step, way: Way) -> Iterator[Product]:
             if not way.fp8 or way.live:
                 yield Product(tokens, rank, out, again)  # O B^T
                 yield Product(tokens, out, rank, once)  # G B
-                yield Product(tokens, rank, into, once)  # its product with A
+                yield Product(tokens, rank, into, once)  # (G B) A
     yield Product(tokens, shape.hidden, shape.vocabulary, 1)
     yield Product(tokens, shape.vocabulary, shape.hidden, 1)
 
 
 def trained_values(shape: Decoder, rank: int, way: Way) -> int:
-    """Values of the adapter that the optimizer steps: B, and A too but for FALQON."""
+    """Number of adapter values that the optimizer updates: B, and for LoRA and QLoRA also A."""
     values = sum(sum(outs) + (0 if way.fp8 else len(outs) * into) for outs, into in shape.stacks)
     return shape.layers * rank * values
 
 
 def reckon(shape: Decoder, step: Step, way: Way, device: Device) -> Reckoning:
-    """Time and memory of an optimizer step on one GPU."""
+    """Estimate time and memory of an optimizer step on one GPU."""
     listed = list(products_of(shape, step, way))
     bandwidth = device.bandwidth * MEMORY_SHARE
     products = sum(product.seconds(device) for product in listed)
-    scores = 4 * step.tokens * step.length * shape.query * shape.layers  # unmasked: kernels reach less than products
+    scores = 4 * step.tokens * step.length * shape.query * shape.layers  # mask ignored: attention is slower than GEMMs
     attention = scores * (step.forwards + _ATTENTION_BACKWARD) / (device.bf16_rate * GEMM_SHARE)
     elementwise = _moved(shape, step, way) / bandwidth
     optimizer = _OPTIMIZER_BYTES * trained_values(shape, step.rank, way) / bandwidth
@@ -265,7 +266,7 @@ def reckon(shape: Decoder, step: Step, way: Way, device: Device) -> Reckoning:
 
 
 def _moved(shape: Decoder, step: Step, way: Way) -> float:
-    """Bytes that one micro-batch moves between products."""
+    """Memory traffic of a micro-batch outside GEMMs and attention, in bytes."""
     counted, rank = way.counted, step.rank
     layer = step.forwards * counted.forward.over(shape, rank) + counted.backward.over(shape, rank)
     moved = step.tokens * shape.layers * layer * (COMPILED_TRAFFIC if way.compiled else 1)
@@ -275,19 +276,19 @@ def _moved(shape: Decoder, step: Step, way: Way) -> float:
 
 
 def static_bytes(shape: Decoder, rank: int, way: Way) -> int:
-    """What is held through all of the training: weights, adapter, gradients, moments."""
+    """Bytes held throughout training: weights, adapter, gradients, moments."""
     below = shape.layers * rank * sum(into for _, into in shape.stacks) if way.fp8 else 0  # A's codes
     weights = int(shape.linear * way.weight_bytes) + below + shape.others * _BF16
     return weights + _TRAINED_BYTES * trained_values(shape, rank, way)
 
 
 def memory_bytes(shape: Decoder, step: Step, way: Way) -> int:
-    """Peak of a step on the GPU: in a layer's backward pass, or at the head."""
+    """Peak GPU memory of a step, in bytes: in the backward pass of a layer, or at the head."""
     counted = MODEL_LAYERS if way.compiled else way.counted
     saved, peak = (step.tokens * widths.over(shape, step.rank) for widths in (counted.saved, counted.peak))
     boundary = _BF16 * step.tokens * shape.hidden
     kept = boundary if step.checkpointing else saved
-    copies = 0  # of weights: stacked codes transposed, NF4 decoded
+    copies = 0  # temporary copies of weights: transposed codes, dequantized NF4
     if way.fp8:
         copies = max(sum(outs) * into for outs, into in shape.stacks)
     elif way.decoded:

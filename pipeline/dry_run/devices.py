@@ -1,7 +1,7 @@
-"""Data sheets of GPUs, and what share of them is reached: the numbers behind `pipeline.dry_run.costs`.
+"""GPU data sheets, and the achieved fractions of their figures: the constants behind `pipeline.dry_run.costs`.
 
-RTX 4090: NVIDIA's Ada architecture whitepaper, appendix A. L40S, H100, H200: their data sheets, whose tensor rates are
-with sparsity and halved here. B200: the HGX data sheet. None of them was measured by this project.
+RTX 4090: NVIDIA's Ada architecture whitepaper, appendix A. L40S, H100, H200: their data sheets, which state tensor
+throughput with sparsity, halved here. B200: the HGX data sheet. This project has measured none of these figures.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-# Reached by large products and by large elementwise kernels, as shares of the data sheet: what torchao's roofline model
-# (torchao/testing/training/roofline_utils.py) found on an H100 and takes for other GPUs.
+# Fractions of the data sheet that large GEMMs and large elementwise kernels achieve, from torchao's roofline model
+# (torchao/testing/training/roofline_utils.py): measured on an H100, and used there for other GPUs too.
 GEMM_SHARE: Final = 0.78
 MEMORY_SHARE: Final = 0.92
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU's data sheet; tensor rates are dense, with fp32 accumulation, FLOP/s."""
+    """A GPU's data sheet; tensor throughput is dense, with fp32 accumulation, in FLOP/s."""
 
     name: str
-    reported: str  # as CUDA reports it; variants with another data sheet report another name
+    reported: str  # name reported by CUDA; variants with other figures report another name
     fp8_rate: float
     bf16_rate: float
     bandwidth: float  # bytes/s
@@ -37,5 +37,5 @@ DEVICES: Final = (
 
 
 def device_reported(name: str) -> Device | None:
-    """The data sheet of a GPU by the name that CUDA reports; None for a GPU that is not in the table."""
+    """The data sheet of the GPU that CUDA reports as `name`; None if it is not in the table."""
     return next((device for device in DEVICES if device.reported == name), None)

@@ -1,7 +1,7 @@
-"""A dry run of fine-tuning: the real stage and the real text, on the model's own architecture with few layers.
+"""A dry run of fine-tuning: the real stage and the real text, on the model's own architecture with fewer layers.
 
 Widths, vocabulary, batches and dtypes are the real ones; weights are random, and no weight of the real model is read.
-Started as a process of its own by `pipeline.finetune.plan`.
+`pipeline.finetune.plan` starts it as a separate process.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pipeline.finetune.batches import Batch, Batches
 from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.stage import TrainingText, load_text, tune
 
-STEPS: Final = 3  # the first makes the optimizer's state, the last is logged
-_LOOKED_AT: Final = 512  # batches among which the largest is sought
-_ACCUMULATED: Final = 2  # micro-batches: from the second on none takes more memory
+STEPS: Final = 3  # the first one allocates the optimizer state, the last one is logged
+_LOOKED_AT: Final = 512  # number of batches among which the largest is searched
+_ACCUMULATED: Final = 2  # micro-batches: more than two do not raise the peak memory
 
 
 def layer_count(settings: Any) -> int:
-    """Decoder layers of a transformers configuration."""
+    """The number of decoder layers in a transformers configuration."""
     return int(settings.get_text_config(decoder=True).num_hidden_layers)
 
 
 def with_layers(settings: Any, count: int) -> Any:
-    """A copy of the configuration with its first `count` layers alone, in all lists that hold one entry a layer."""
+    """A copy of the configuration with only the first `count` layers; lists with one entry per layer are cut, too."""
     settings = copy.deepcopy(settings)
     text = settings.get_text_config(decoder=True)
     full = text.num_hidden_layers
@@ -47,14 +47,14 @@ def with_layers(settings: Any, count: int) -> Any:
 
 
 def write_model(settings: Any, dtype: torch.dtype, folder: Path) -> None:
-    """A checkpoint of random weights, as the real one is stored."""
+    """Write a checkpoint with random weights, in the dtype of the real one."""
     torch.manual_seed(0)
     model = model_class(settings)._from_config(settings, dtype=dtype)
     model.save_pretrained(folder)
 
 
 class _Largest(Batches):
-    """The largest batches of a run, largest first, over and over; of all of them, or of the first `kept`."""
+    """The batches of a run, largest first, repeated endlessly; all of them, or only the `kept` largest."""
 
     def __init__(self, batches: Batches, looked_at: int, kept: int | None = None) -> None:
         self._whole, self._looked_at, self._kept = batches, looked_at, kept
@@ -69,7 +69,7 @@ class _Largest(Batches):
 
     @property
     def batches(self) -> int:
-        """How many there are in all."""
+        """The number of all batches."""
         return len(self._whole)
 
     def unpacked(self) -> _Largest:
@@ -87,7 +87,7 @@ def _text(config: FinetuneConfig, source: ModelSource) -> tuple[TrainingText, _L
 
 
 def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, Any]]:
-    """Fine-tune as `config` says, from `base` (tokenizer and templates) and `model` (the small one)."""
+    """Fine-tune with the job's `config`, its `base` (for tokenizer and templates) and its `model` (with few layers)."""
     config = build_config(FinetuneConfig, job["config"])
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "final merge", "checkpoints") as meter:
         enter_phase("text")

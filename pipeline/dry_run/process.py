@@ -1,7 +1,7 @@
-"""A dry run as a process of its own, since peaks of memory belong to processes; and what two of them tell.
+"""Run a dry run in a separate process, as peak memory is measured per process, and extrapolate from two of them.
 
-What repeats is layers for a language model, images for a vision model. Memory, size and time of each phase are affine
-in their number, so two dry runs tell them for any number; no constant is made by hand.
+A dry run has fewer layers (language models) or images (vision models) than the real run. Memory, size and time of each
+phase are affine functions of that number, so two dry runs give them for any number, without hand-tuned constants.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from fp8pipe.core.errors import (
 from fp8pipe.core.plan import PhaseMeter
 
 _JOB, _ANSWER, _REFUSAL = "job.json", "answer.json", "refusal.json"
-# What the command itself would say of the same settings; the exit code tells which.
+# Errors that the command itself would raise for the same settings, recognized by their exit code.
 _REFUSALS: Final = (ConfigurationError, MissingCapabilityError, BadArtifactError, OutOfMemoryError)
-_LAST: Final = 400  # characters of a failed dry run's own words
+_LAST: Final = 400  # characters of a failed dry run's stderr to show
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a dry run took.
+    """The measurements of a dry run.
 
     Attributes:
-        peaks: by phase, largest resident memory, bytes.
-        seconds: by phase, wall time of each of its occurrences.
-        child_peak: largest resident memory of a process that it started, bytes.
-        sizes: what it wrote, by name, bytes.
-        facts: whatever else its stage tells.
+        peaks: for each phase, the largest resident memory, bytes.
+        seconds: for each phase, the wall time of each of its occurrences.
+        child_peak: largest resident memory of a process that the dry run started, bytes.
+        sizes: sizes of its output, by name, bytes.
+        facts: other results that the stage's dry run returns.
     """
 
     peaks: dict[str, int]
@@ -52,10 +52,10 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """Dry runs at one or two numbers of what repeats, seen at the real number.
+    """Extrapolates from dry runs with one or two numbers of layers (or images) to the real number.
 
     Attributes:
-        runs: (number, what was measured).
+        runs: (number, measurements) of each dry run.
         n: the real number.
     """
 
@@ -67,8 +67,8 @@ class Scaled:
 
         Args:
             phase: its name.
-            known: for each run, bytes in it that are no affine function of the number.
-            real: those bytes at the real number.
+            known: for each run, the bytes of it that are not an affine function of the number.
+            real: these bytes at the real number.
         """
         known = known or [0] * len(self.runs)
         points = [(n, m.peaks.get(phase, 0) - extra) for (n, m), extra in zip(self.runs, known, strict=True)]
@@ -79,22 +79,22 @@ class Scaled:
         return list(self.runs[-1][1].peaks)
 
     def seconds(self, phase: str, *, least: bool = False) -> float:
-        """Mean (or least) wall time of one occurrence of a phase, seconds."""
+        """Mean (or minimum) wall time of one occurrence of a phase, seconds."""
         how = min if least else fmean
         points = [(n, how(m.seconds[phase])) for n, m in self.runs if m.seconds.get(phase)]
         return self._at_n(points) if points else 0.0
 
     def size(self, name: str) -> int:
-        """Bytes of something that is written."""
+        """Size of the output called `name`, bytes."""
         return int(self._at_n([(n, m.sizes[name]) for n, m in self.runs]))
 
     @property
     def child_peak(self) -> int:
-        """Largest process that the stage starts, bytes."""
+        """Peak memory of the largest process that the stage starts, bytes."""
         return int(self._at_n([(n, m.child_peak) for n, m in self.runs]))
 
     def _at_n(self, points: Sequence[tuple[int, float]]) -> float:
-        """The value at the real number, through one or two points; never less than the larger one, never falling."""
+        """Extrapolate one or two points to the real number; a negative slope counts as zero."""
         *before, (last, value) = sorted(points)
         if not before:
             return value
@@ -103,12 +103,12 @@ class Scaled:
 
 
 def dry_run(module: str, job: Mapping[str, Any], folder: Path) -> Measured:
-    """Run `python -m module`, which calls `perform`, on a job of plain data, in a scratch folder of its own.
+    """Run `python -m module`, which calls `perform`, on a job of plain data, in the scratch folder `folder`.
 
     Raises:
-        OutOfMemoryError: even the dry run was killed for memory.
-        ConfigurationError, MissingCapabilityError, BadArtifactError: the stage refuses, as the command would.
-        Fp8PipeError: it failed otherwise; with its last words.
+        OutOfMemoryError: the dry run itself was killed for lack of memory.
+        ConfigurationError, MissingCapabilityError, BadArtifactError: the stage rejects the job, as the command would.
+        Fp8PipeError: the dry run failed in another way; the error includes the end of its stderr.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _JOB).write_text(json.dumps(dict(job)))
@@ -128,12 +128,12 @@ def dry_run(module: str, job: Mapping[str, Any], folder: Path) -> Measured:
 
 
 class CheckpointMeter(PhaseMeter):
-    """Measures phases, and checkpoints before they are removed.
+    """Measures phases, and the size of checkpoints before they are deleted.
 
     Args:
         partial: the unfinished artifact.
-        last: the phase whose beginning finds all checkpoints.
-        kept: the part of the artifact whose size beside the checkpoints of steps is wanted.
+        last: the phase at whose beginning all checkpoints exist.
+        kept: the part of the artifact whose size, without the checkpoints of steps, is measured.
     """
 
     def __init__(self, partial: Path, last: str, kept: str = ".") -> None:
@@ -142,7 +142,7 @@ class CheckpointMeter(PhaseMeter):
         self.sizes = {"step": 0, "kept": 0}
 
     def enter(self, name: str) -> None:
-        """End the phase that goes on, and begin `name`."""
+        """End the current phase and begin the phase `name`."""
         super().enter(name)
         if name == self._last:
             step = sum(size_of(folder) for folder in self._checkpoints.glob("step-*"))
@@ -150,11 +150,11 @@ class CheckpointMeter(PhaseMeter):
 
 
 def perform(run: Callable[[dict[str, Any], Path], tuple[CheckpointMeter, dict[str, Any]]]) -> int:
-    """Carry a dry run out, in its own process; the exit code. What the stage refuses is left for who asked.
+    """Perform a dry run in this process; returns its exit code. `dry_run` reads a stage's error from a file.
 
-    `run` takes the job and the place of the artifact, and returns what was measured, and facts.
+    `run` takes the job and the path of the artifact, and returns the measurements and facts.
     """
-    import fp8pipe.cli  # noqa: F401 (the real run holds it, too)
+    import fp8pipe.cli  # noqa: F401 (uses memory in the real run, too)
     from fp8pipe.numerics.bf16 import widen_bf16_products
 
     folder = Path(sys.argv[1])

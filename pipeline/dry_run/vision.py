@@ -1,6 +1,6 @@
-"""A dry run of quantization: the real stage and model, few images and few steps; batches are the real ones.
+"""A dry run of quantization: the real stage, model and batch size, with few images and few steps.
 
-Started as a process of its own by `pipeline.vit.plan`.
+`pipeline.vit.plan` starts it as a separate process.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.evaluate import read_evaluation_folder
 from pipeline.vit.stage import quantize
 
-STEPS: Final = 2  # the first makes the optimizer's state
-PICTURES: Final = 64  # of an evaluation: one batch
+STEPS: Final = 2  # the first one allocates the optimizer state
+PICTURES: Final = 64  # images in the evaluation: one batch
 
 
 def small(config: QuantizeVitConfig, images: int) -> QuantizeVitConfig:
-    """The configuration with `images` images and few steps."""
+    """The configuration reduced to `images` images and few steps."""
     synthesis = config.synthesis.model_copy(update={"steps": min(STEPS, config.synthesis.steps)})
     distill = config.distill.model_copy(update={"steps": min(STEPS, config.distill.steps), "save_every": 0})
     return config.model_copy(update={"images": images, "synthesis": synthesis, "distill": distill})
 
 
 def run(job: dict[str, Any], output: Path) -> tuple[CheckpointMeter, dict[str, Any]]:
-    """Quantize as `config` says, with `images` images."""
+    """Quantize with the job's `config` and its number of `images`."""
     config = build_config(QuantizeVitConfig, job["config"])
     with CheckpointMeter(output.with_name(f"{output.name}.partial"), "deploy") as meter:
         enter_phase("load")

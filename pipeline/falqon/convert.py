@@ -1,7 +1,7 @@
-"""Turning a causal LM's linear layers into FALQON layers, and saying of each layer what was done and why.
+"""Convert a causal LM's linear layers into FALQON layers, and record for each layer what was done and why.
 
-What is left out is left out by its role in the model's structure. Names decide nothing, so a model whose head happens
-to have a convenient width is not treated differently.
+Layers are skipped because of their role in the model's structure (such as the output head), never because of their
+name or shape, so the result does not depend on whether, say, the head's width happens to suit an FP8 GEMM.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _SHOWN = 3  # layers in a message
 
 
 def read_convertible(model: nn.Module, rank: int) -> ModelStructure:
-    """The structure, probed, of a model whose linears can take an adapter of `rank`.
+    """Check that the model's linear layers can take an adapter of `rank`, and return its structure after a probe pass.
 
     Raises:
-        ConfigurationError: the model does not run on token ids alone, is already quantized, has no linear layer to
-            convert, or one too small.
+        ConfigurationError: the model does not run on token ids alone, is already quantized, or has no linear layer
+            to convert or one that is too small for the rank.
     """
     _refuse_quantized(model)
     structure = structure_of(model)
@@ -60,7 +60,7 @@ def read_convertible(model: nn.Module, rank: int) -> ModelStructure:
 
 
 def left_out_records(structure: ModelStructure) -> list[LayerRecord]:
-    """Records of the linear layers that are not trained, with the reason."""
+    """Records of the linear layers that are not trained, each with the reason."""
     left_out = structure.left_out.items()
     return [LayerRecord(name=name, reason=reason, shape=structure.shape(name)) for name, reason in left_out]
 
@@ -75,23 +75,24 @@ def convert_model(
     stored: dict[str, Tensor] | None = None,
     losses: Losses | None = None,
 ) -> tuple[list[FalqonGroup], list[LayerRecord]]:
-    """Replace every candidate by a FALQON layer, in place, and freeze everything but B.
+    """Replace every eligible linear layer with a FALQON layer, in place, and freeze everything but B.
 
     Args:
         model: a causal LM in its training dtype.
-        rule: decides scale rule, whether B is live, and whether layers with one input are stacked.
-        rank: rows of A in every layer.
-        initialisation: where A comes from.
-        seed: fixes the random draws, layer by layer.
+        rule: determines the scale rule, whether B is live, and whether layers that share an input are stacked.
+        rank: number of rows of A in every layer.
+        initialisation: how A is initialised.
+        seed: seeds the random draws of each layer.
         stored: codes and scales of an earlier conversion (`FalqonMethod.base_state`), used instead of computing
             them again.
-        losses: runs a few training batches, yielding each one's loss; the `gradient` initialisation needs it.
+        losses: runs a few training batches and yields the loss of each; the `gradient` initialisation needs it.
 
     Returns:
-        The FALQON layers with the linear layers each stands for, and one record a linear layer, converted or not.
+        The FALQON layers with the linear layers that each one replaces, and one record per linear layer, converted or
+        not.
 
     Raises:
-        ConfigurationError: nothing to convert, an already quantized model, or a rank too large.
+        ConfigurationError: nothing to convert, an already quantized model, or a rank that is too large.
     """
     structure = read_convertible(model, rank)
     records = left_out_records(structure)
@@ -113,7 +114,7 @@ def convert_model(
         generator = torch.Generator().manual_seed(seed + index)
         how = initialisation if first in rows or not rows else Initialisation.RANDOMIZED_SVD
         a = adapter_directions(weight, rank, how, rule.scale, generator, rows.get(first))
-        # One scale for both: A is far smaller than W, so W's codes are those of plain quantization.
+        # W and A share one scale. A is far smaller than W, so W gets the same codes as when quantized on its own.
         return quantize_stacked([weight, a], E4M3, rule.scale)
 
     groups = []
@@ -131,12 +132,12 @@ def convert_model(
 
 @dataclass(frozen=True, slots=True)
 class FalqonGroup:
-    """A FALQON layer and the linear layers whose weights it stacks.
+    """A FALQON layer and the linear layers whose weights are stacked in it.
 
     Attributes:
-        members: module paths, in the order of `layer.parts`.
+        members: module paths of these linear layers, in the order of `layer.parts`.
         transposed: for each member, whether the checkpoint stores its weight as (in, out).
-        layer: the layer.
+        layer: the FALQON layer.
     """
 
     members: tuple[str, ...]
@@ -145,7 +146,7 @@ class FalqonGroup:
 
     @property
     def name(self) -> str:
-        """Key of the group in saved states: its first member."""
+        """Key of the group in saved states: the path of its first member."""
         return self.members[0]
 
 

@@ -1,12 +1,13 @@
-"""Merging B into the FP8 codes, in place: rows of it after a step, and all of it at the end.
+"""Merge B into the FP8 codes, in place: selected rows after a step, all rows at the end of training.
 
-In code units W and A share one scale, so the new row is `round(codes(W)[i] + B[i] codes(A))`, without any scale. A
-flush reads and writes the selected rows alone, k * (out-row) bytes instead of the whole matrix.
+W and A share one scale, so in code units (values divided by the scale) the new row is
+`round(codes(W)[i] + B[i] codes(A))`, and no scale is needed. A flush reads and writes only the k selected rows,
+k * in_features bytes instead of the whole matrix.
 
 The final merge decides what is deployed, so its rounding is chosen for the output, not for the weight. Rounding
-`T = W + B A` to the nearest code loses nearly all of a small update, as W lies on the grid already and every change
-under half a step falls back. `compensated` rounding (`fp8pipe.numerics.quantizers`) keeps `|| X (Q - T)^T ||` small
-for the layer's real inputs instead. A row whose target is on the grid keeps every code.
+`T = W + B A` to the nearest code loses nearly all of a small update, as W is already on the grid and every change
+below half a quantization step is rounded away. `compensated` rounding (`fp8pipe.numerics.quantizers`) instead keeps
+`|| X (Q - T)^T ||` small for the layer's real inputs. A row whose target is on the grid is stored exactly.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from pipeline.falqon.rules import FinalMerge, Rounding, UpdateRule
 from pipeline.finetune.compiled import uncompiled
 
 _LOG = logging.getLogger(__name__)
-_COLUMNS = 128  # of a block of the solver
-# Of H's mean diagonal. A few outlier inputs dominate that mean in LLMs: GPTQ's usual 0.01 would damp all others into
-# plain nearest rounding.
+_COLUMNS = 128  # per block of GPTQ's solver
+# As a fraction of the mean of H's diagonal. In LLMs a few outlier channels dominate that mean: GPTQ's usual 0.01 would
+# reduce all other channels to round-to-nearest.
 _DAMPING = 0.001
-_MOMENT_BYTES = 1 << 29  # second moments held at once
+_MOMENT_BYTES = 1 << 29  # limit on the second moments held at once
 
 Inputs = Callable[[], Iterable[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
 class FlushReport:
-    """What one flush did to one layer (or, summed, to several).
+    """What one flush did to one layer (or, summed, to several layers).
 
     Attributes:
-        rows: rows merged.
-        codes: codes in those rows.
-        changed: codes that differ afterwards.
-        saturated: targets beyond the grid's largest value.
-        intended_square: sum of squared intended changes, code units.
-        applied_square: sum of squared applied changes, code units.
+        rows: number of merged rows.
+        codes: number of codes in those rows.
+        changed: number of codes that changed.
+        saturated: number of targets beyond the grid's largest value.
+        intended_square: sum of the squared intended changes, in code units.
+        applied_square: sum of the squared applied changes (after rounding), in code units.
         inner: inner product of intended and applied changes.
     """
 
@@ -63,7 +64,7 @@ class FlushReport:
         return FlushReport(*(getattr(self, f) + getattr(other, f) for f in self.__slots__))
 
     def health(self) -> dict[str, float]:
-        """Shares and survival: `changed`, `saturated` (of codes), `norm_ratio` and `cosine` (applied, intended)."""
+        """`changed` and `saturated`, as fractions of codes; `norm_ratio` and `cosine` of applied to intended change."""
         codes = max(self.codes, 1)
         norms = (self.intended_square * self.applied_square) ** 0.5
         ratio = (self.applied_square / self.intended_square) ** 0.5 if self.intended_square else 0.0
@@ -78,19 +79,19 @@ class FlushReport:
 def select_rows(layer: FalqonLinear, count: int) -> Tensor:
     """Indices of the `count` rows with the largest L1 norm of B, ascending.
 
-    Ties go to the lowest index. Under the published scale (`ScaleRule.EXACT`, the rule `released`) they fall as
-    `torch.topk` lets them, as in the published code: after AdamW's first step nearly all norms are equal.
+    Ties go to the lowest index. With the published scale (`ScaleRule.EXACT`, the rule `released`) `torch.topk` breaks
+    them, as in the published code; this matters because after AdamW's first step nearly all norms are equal.
     """
     scores = layer.lora_B.detach().abs().sum(dim=-1)
     if count >= scores.numel():
         return torch.arange(scores.numel(), device=scores.device)
     if layer.code_scale.rule is ScaleRule.EXACT:
-        return torch.topk(scores, k=count).indices.sort().values  # k alone: another k breaks ties in another way
+        return torch.topk(scores, k=count).indices.sort().values  # exactly k: another k may break ties differently
     if scores.device.type == "cpu":
         values, rows = torch.topk(scores, count + 1)
-        if not count or values[count - 1] != values[count]:  # or it matters which of the equals come first
+        if not count or values[count - 1] != values[count]:  # no tie at the cut-off
             return rows[:count].sort().values
-    # The same rows, with no value read back from a GPU.
+    # The same rows, without a GPU synchronization.
     return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
 
 
@@ -101,7 +102,7 @@ def target_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
 
 
 def _update_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
-    """`B[rows] codes(A)`: the waiting update of some rows in fp32 code units, `(len(rows), in)`."""
+    """`B[rows] codes(A)`: the pending update of `rows` in fp32 code units, `(len(rows), in)`."""
     return layer.lora_B.detach()[rows].float() @ backend(layer.codes).decode_units(layer.adapter_codes)
 
 
@@ -109,14 +110,14 @@ def _update_rows(layer: FalqonLinear, rows: Tensor) -> Tensor:
 def flush_rows(
     layer: FalqonLinear, rows: Tensor, rule: UpdateRule, generator: torch.Generator | None = None, measure: bool = False
 ) -> FlushReport:
-    """Merge `rows` of B into W's codes and clear B as the rule says.
+    """Merge `rows` of B into W's codes and clear B as the rule specifies.
 
     Args:
         layer: changed in place.
         rows: int64 row indices.
-        rule: rounding, feedback and clearing.
-        generator: on the CPU, needed for stochastic rounding.
-        measure: also compute the report's norms (one more pass over the rows).
+        rule: determines rounding, error feedback and what is cleared.
+        generator: a CPU generator, needed for stochastic rounding.
+        measure: whether to fill in the report (one more pass over the rows).
     """
     if rows.numel() == 0:
         return FlushReport()
@@ -127,7 +128,7 @@ def flush_rows(
     old = layer.weight_codes.view(torch.uint8)[rows]
     target = target_rows(layer, rows)
     new = stochastic_round(target, generator) if rule.rounding is Rounding.STOCHASTIC else E4M3.cast(target)
-    layer.codes.view(torch.uint8).index_copy_(0, rows, new.view(torch.uint8))  # storage and A's rows keep their place
+    layer.codes.view(torch.uint8).index_copy_(0, rows, new.view(torch.uint8))  # in place: A's rows share the storage
     report = flush_report(old.view(E4M3.dtype).float(), target, new.float()) if measure else FlushReport()
     _clear(layer, rows, rule, target - new.float() if rule.error_feedback else None)
     return report
@@ -140,7 +141,7 @@ def _clear(layer: FalqonLinear, rows: Tensor, rule: UpdateRule, refused: Tensor 
     elif refused is None:
         b.index_fill_(0, rows, 0.0)
     else:
-        # Least squares: the multiple of A's rows closest to what rounding refused.
+        # Least squares: the combination of A's rows closest to the rounding residual.
         a = layer.adapter_codes.float()
         solved = torch.linalg.solve(a @ a.t(), a @ refused.t())  # (r, r), (r, k)
         b[rows] = solved.t().to(b.dtype)
@@ -151,7 +152,7 @@ def stochastic_round(target: Tensor, generator: torch.Generator | None) -> Tenso
 
     Args:
         target: fp32 code units.
-        generator: on the CPU; its draws are moved to the target's device.
+        generator: a CPU generator; its draws are moved to the target's device.
 
     Returns:
         float8_e4m3fn codes, same shape.
@@ -164,7 +165,7 @@ def stochastic_round(target: Tensor, generator: torch.Generator | None) -> Tenso
 
 
 def flush_report(old: Tensor, target: Tensor, new: Tensor) -> FlushReport:
-    """Compare the codes before, the target and the codes after a flush (all fp32 code units, same shape)."""
+    """Compare the codes before a flush, its targets and the codes after it (all in fp32 code units, same shape)."""
     intended, applied = target - old, new - old
     sums = torch.stack([intended.square().sum(), applied.square().sum(), (intended * applied).sum()]).tolist()
     return FlushReport(
@@ -180,9 +181,9 @@ def flush_report(old: Tensor, target: Tensor, new: Tensor) -> FlushReport:
 
 @torch.no_grad()
 def preview(layer: FalqonLinear) -> FlushReport:
-    """What a nearest-rounding flush of every row would do now; changes nothing."""
+    """Report what a flush of every row, rounded to nearest, would do now; changes nothing."""
     every = torch.arange(layer.out_features, device=layer.codes.device)
-    blocks = every.split(row_blocks(layer.weight_codes)[0].shape[0])  # six fp32 copies of a large layer would be much
+    blocks = every.split(row_blocks(layer.weight_codes)[0].shape[0])  # six fp32 copies at once
     return sum((_rounded_rows(layer, rows)[1] for rows in blocks), FlushReport())
 
 
@@ -190,17 +191,17 @@ def preview(layer: FalqonLinear) -> FlushReport:
 def merge_all(
     model: nn.Module, layers: dict[str, FalqonLinear], how: FinalMerge, inputs: Inputs
 ) -> dict[str, FlushReport]:
-    """The final merge of all of B in every layer; afterwards the codes alone are the model.
+    """Merge all of B in every layer at the end of training; afterwards the codes hold the whole update.
 
     Args:
         model: run on `inputs` for the second moments; layers merge in order, so later ones see the codes of
             earlier ones.
         layers: by name, in module order; changed in place, B cleared.
-        how: rounding.
-        inputs: called for a fresh pass over model inputs.
+        how: the rounding of the merge.
+        inputs: returns a fresh iterator over the model's inputs.
 
     Returns:
-        What the merge did, by layer.
+        A report of the merge for each layer.
     """
     reports: dict[str, FlushReport] = {}
     names = list(layers)
@@ -227,12 +228,12 @@ def _tell_unseen(names: list[str]) -> None:
 
 
 def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, FlushReport]:
-    """W's codes with all of B merged, and what that does.
+    """W's codes with all of B merged, and a report of the change.
 
     Args:
         layer: not changed.
-        moments: `(in, in)` fp32, X^T X up to a factor: the error of `X target^T` is kept small for such inputs; None
-            rounds to the nearest code.
+        moments: `(in, in)` fp32, X^T X up to a factor: rounding minimizes the error of `X target^T` for inputs with
+            these second moments; None rounds to the nearest code.
     """
     every = torch.arange(layer.out_features, device=layer.codes.device)
     if moments is None:
@@ -246,7 +247,7 @@ def _all_rows(layer: FalqonLinear, moments: Tensor | None) -> tuple[Tensor, Flus
 
 
 def _rounded_rows(layer: FalqonLinear, rows: Tensor) -> tuple[Tensor, FlushReport]:
-    """The nearest codes of `rows` of W with their B merged, and what that does."""
+    """The nearest codes of `rows` of W with B merged, and a report of the change."""
     target = target_rows(layer, rows)
     codes = E4M3.cast(target)
     old = layer.weight_codes.view(torch.uint8)[rows].view(E4M3.dtype)
@@ -254,7 +255,7 @@ def _rounded_rows(layer: FalqonLinear, rows: Tensor) -> tuple[Tensor, FlushRepor
 
 
 def _groups(widths: Sequence[int]) -> Iterator[list[int]]:
-    """Places of consecutive layers whose second moments fit the budget together; `widths` are their input features."""
+    """Indices of consecutive layers whose second moments fit the budget together; `widths` are their `in_features`."""
     group: list[int] = []
     used = 0
     for place, width in enumerate(widths):
@@ -269,12 +270,12 @@ def _groups(widths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def held_moments(widths: Sequence[int]) -> int:
-    """Bytes of second moments that a compensated merge holds at once; `widths` are the layers' input features."""
+    """Peak bytes of second moments during a compensated merge; `widths` are the layers' `in_features`."""
     return max((sum(4 * widths[place] ** 2 for place in group) for group in _groups(widths)), default=0)
 
 
 def _second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: Inputs) -> dict[str, Tensor]:
-    """`X^T X` of each layer's input, over all passes."""
+    """`X^T X` of each layer's input, summed over all batches."""
     moments: dict[str, Tensor] = {}
 
     def observe(name: str, x: Tensor) -> None:
@@ -287,7 +288,7 @@ def _second_moments(model: nn.Module, layers: dict[str, FalqonLinear], inputs: I
     for name, layer in layers.items():
         layer.observer = partial(observe, name)
     try:
-        with uncompiled():  # a tracer would not see what the observers do
+        with uncompiled():  # torch.compile would not trace the observers
             for batch in inputs():
                 model(**batch, use_cache=False)
     finally:

@@ -3,14 +3,14 @@
 FALQON takes them from the SVD of the weights' own quantization error E = W - dequantize(quantize(W)): A is
 `S_r^(1/2) V_r^T` and B starts at zero, since the quantized backbone already holds the negative of E (arXiv 2510.24061,
 section 4). The error's spectrum is nearly flat, so a randomized range finder captures as much energy at a fraction
-of the cost. `random` is the released code's other choice. `gradient` takes the directions along which the loss falls
-first; as A never changes, that is what lets a frozen A keep up with a trained one.
+of the cost. `random` is the other option of the released code. `gradient` takes the directions along which the loss
+initially falls fastest; A is frozen, and with these directions it performs about as well as a trained A.
 
-These are the leading right singular vectors of dL/dW = G^T X. Neither dW nor all of X is ever stored: a few batches
-run backward through the base model twice. The first pass sketches the range of dW^T as `X^T (G S)` with a thin random
-S; the second measures dW on that range, `G^T (X Q)`, whose SVD picks the leading directions within it (Halko,
-Martinsson, Tropp 2011, algorithms 4.1 and 5.1). Starting an adapter at the gradient is LoRA-GA's idea (arXiv
-2407.05000).
+They are the leading right singular vectors of dL/dW = G^T X. Neither dW nor all of X is ever stored: a few batches
+run forward and backward through the base model twice. The first run sketches the range of dW^T as `X^T (G S)` with a
+thin random S; the second projects dW onto that range, `G^T (X Q)`, and the SVD of the projection gives the leading
+directions (Halko, Martinsson, Tropp 2011, algorithms 4.1 and 5.1). Initialising an adapter from the gradient is
+LoRA-GA's idea (arXiv 2407.05000).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pipeline.falqon.sums import Sums
 
 _OVERSAMPLING = 16  # extra columns of the range finder (Halko, Martinsson, Tropp 2011, section 4.2)
 _POWER_ITERATIONS = 3
-_SKETCH_FACTOR = 3  # columns of the gradient's sketch for each direction: no power iterations are there to sharpen it
+_SKETCH_FACTOR = 3  # columns of the gradient's sketch per direction: oversampling, as there are no power iterations
 
 
 def quantization_error(weight: Tensor, rule: ScaleRule) -> Tensor:
-    """`W - dequantize(quantize(W))` in fp32, shape of `weight`; little more than the result is held at once."""
+    """`W - dequantize(quantize(W))` in fp32, shape of `weight`; computed in row blocks to save memory."""
     scale = stacked_scale([weight], E4M3, rule)
     error = torch.empty(weight.shape, device=weight.device)
     for found, rows in zip(row_blocks(error), row_blocks(weight), strict=True):
@@ -54,15 +54,15 @@ def adapter_directions(
     """A in fp32, `(rank, in)`, on the weight's device.
 
     Args:
-        weight: `(out, in)`, high precision.
+        weight: `(out, in)`, in high precision.
         rank: at most `min(out, in)`.
         how: the initialisation.
-        rule: scale rule under which the error arises.
-        generator: on the CPU; source of the random draws, so that a seed fixes A.
-        gradient_rows: `(rank, in)` orthonormal rows, needed by `gradient` alone.
+        rule: the scale rule whose quantization error is decomposed.
+        generator: a CPU generator for the random draws, so that a seed determines A.
+        gradient_rows: `(rank, in)` orthonormal rows, needed only by `gradient`.
 
     Raises:
-        ValueError: rank out of range, or `gradient` without its rows.
+        ValueError: the rank is out of range, or `gradient_rows` is missing for `gradient`.
     """
     if not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} is outside 1..{min(weight.shape)}")
@@ -74,8 +74,8 @@ def adapter_directions(
     if how is Initialisation.GRADIENT:
         if gradient_rows is None:
             raise ValueError("the gradient initialisation needs the gradient's directions")
-        # The length that the error's SVD would give on average, so that one learning rate serves both: the root of
-        # a typical singular value, which for a flat spectrum is ||E|| / sqrt(min(out, in)).
+        # The rows get the typical norm that the error's SVD gives, so that the same learning rate suits both: the root
+        # of a typical singular value, which for a flat spectrum is ||E|| / sqrt(min(out, in)).
         length: Tensor = (error.norm() / min(weight.shape) ** 0.5).sqrt()
         return gradient_rows.to(length.device) * length
     if how is Initialisation.SVD:
@@ -88,7 +88,7 @@ def adapter_directions(
 
 
 def _randomized_right_vectors(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Leading singular values and right vectors by a subspace iteration from the smaller side."""
+    """Leading singular values and right singular vectors, by subspace iteration on a random sketch of the rows."""
     width = min(rank + _OVERSAMPLING, *matrix.shape)
     sketch = torch.randn(matrix.shape[0], width, generator=generator).to(matrix.device)
     basis = torch.linalg.qr(matrix.t() @ sketch).Q  # (in, width)
@@ -105,19 +105,19 @@ def gradient_sketches(
     """Leading input directions of each group's gradient.
 
     Args:
-        model: unconverted, in its training dtype; left as it was found.
+        model: unconverted, in its training dtype; restored to its state on return.
         groups: module paths; the members of a group share their input and get one set of directions.
-        losses: runs the batches, yielding each one's loss with gradient; called twice, for the same batches.
-        rank: directions a group.
-        seed: of the random test matrices.
+        losses: runs the batches and yields the loss of each, with its graph; called twice, for the same batches.
+        rank: number of directions per group.
+        seed: seed of the random test matrices.
 
     Returns:
-        By first member: `(rank, in)` fp32 with orthonormal rows, on the CPU; none of experts that no token of the
-        batches reached.
+        `(rank, in)` fp32 with orthonormal rows, on the CPU, keyed by the group's first member; experts that no token
+        of the batches reached have no entry.
 
     Raises:
-        ConfigurationError: another layer that no token of the batches reached, or gradients that are not finite.
-        OutOfMemoryError: no room for the sums on the disk of temporary files.
+        ConfigurationError: no token of the batches reached a layer that is not an expert, or gradients are not finite.
+        OutOfMemoryError: the disk for temporary files is too full for the sums.
     """
     device = next(model.parameters()).device
     names = [name for group in groups for name in group]
@@ -127,7 +127,7 @@ def gradient_sketches(
                 observe(model, names, losses, _Sketch(rank, seed), sums)
             for group in groups:
                 sketch = torch.stack([sums.at(name) for name in group]).sum(0)
-                ranges.add(group[0], torch.linalg.qr(sketch).Q.t())  # transposed: so it lies in memory
+                ranges.add(group[0], torch.linalg.qr(sketch).Q.t())  # transposed, so that it is contiguous in memory
         first = {name: group[0] for group in groups for name in group}
 
         def measure(x: Tensor, g: Tensor, name: str) -> Tensor:
@@ -140,11 +140,11 @@ def gradient_sketches(
             for group in groups:
                 parts = torch.cat([sums.at(name) for name in group])
                 if in_experts(model, group[0]) and not bool(parts.any()):
-                    continue  # the gradient says nothing of it
+                    continue  # no gradient to take directions from
                 try:
                     _, _, rotation = torch.linalg.svd(parts, full_matrices=False)
                 except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                    # NaN or infinity; a check of its own would wait for a GPU.
+                    # NaN or infinity; a separate check would need another GPU synchronization.
                     raise _not_finite(group[0]) from error
                 directions[group[0]] = (rotation[:rank] @ ranges.at(group[0])).contiguous().cpu()
     return directions
@@ -159,15 +159,15 @@ def _not_finite(name: str) -> ConfigurationError:
 
 
 class _Sketch:
-    """`X^T (G S)`, with one random S a module for all batches: then the sketch is that of the summed gradient.
+    """`X^T (G S)`, with the same random S of a module in all batches, so that the sum sketches the summed gradient.
 
-    S is drawn anew for each batch, for it is as large as the sketch.
+    S is as large as the sketch, so it is not stored but regenerated for each batch.
     """
 
     def __init__(self, rank: int, seed: int) -> None:
         self._columns = _SKETCH_FACTOR * rank
         self._generator = torch.Generator().manual_seed(seed)
-        self._begun: dict[str, Tensor] = {}  # the generator's state before S was drawn first
+        self._begun: dict[str, Tensor] = {}  # the generator's state before the first draw of S
 
     def __call__(self, x: Tensor, g: Tensor, name: str) -> Tensor:
         generator = self._generator

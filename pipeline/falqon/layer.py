@@ -1,24 +1,24 @@
 """The FALQON linear layer: FP8 weights and adapter in one matrix, one GEMM for both.
 
 `codes` holds M = [W; A] as E4M3, shape (out + r, in), with one scale. A forward pass is one FP8 GEMM
-`X [W; A]^T = [Y | O_A]`; the thin O_A = X A^T is all that the backward pass keeps of X:
+`X [W; A]^T = [Y | O_A]`. Instead of X, only the thin O_A = X A^T is saved for the backward pass:
 
     dX = G W            (FP8, G cast to E5M2)
     dB = G^T O_A        (B, out x r, is the only trainable tensor; no dW is ever formed)
 
 In the paper's rules (section 4 of arXiv 2510.24061, and the released code) B stays outside the forward pass and is
-merged into W's codes after each optimizer step, so every update must survive rounding to FP8 at once. With a
-`live` layer B acts while it waits:
+merged into W's codes after each optimizer step, so the update of a single step must survive rounding to FP8. In a
+`live` layer B takes part in the forward pass until it is merged:
 
     Y  = X W^T + O_A B^T            dX = [G | G B] [W; A]
 
-Both extra products are r wide, and dX is still one GEMM. That is a LoRA with frozen A at every step, whose
-flush can wait until it is large enough to survive. Neither form saves X.
+Both extra products have an inner or outer dimension of only r, and dX is still one GEMM. This is LoRA with a frozen A,
+whose update can accumulate in B until it is large enough to survive rounding. Neither form saves X.
 
-One layer may stand for several linear layers that read the same tensor (q/k/v, gate/up): their weights are
-stacked in W, and cast, scale, A, O_A and every GEMM are shared; a shared scale also means that engines which fuse such
-layers keep every code. Which layers belong together is observed in a pass, not guessed from names, so it works for any
-architecture; were it ever wrong at run time, the layers would compute their rows one by one and still be right.
+One layer can replace several linear layers that read the same tensor (q/k/v, gate/up): their weights are stacked in
+W, and they share cast, scale, A, O_A and every GEMM. Because of the shared scale, engines that fuse such layers keep
+the codes unchanged. Which layers share an input is observed in a forward pass, not guessed from names, so it works for
+any architecture; if the layers ever get different inputs, each runs the stacked layer itself and is still correct.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class FalqonLinear(nn.Module):
     """A linear layer `y = x W^T (+ x A^T B^T) + bias` on FP8 codes, trainable through B alone.
 
     Args:
-        codes: `(out + rank, in)` float8_e4m3fn, W's rows first; taken over, not copied.
-        scale: of all codes, a scalar; its rule is that of activations and gradients too.
-        rank: rows of A.
-        parts: rows of each linear layer stacked in W; default one layer of all rows.
+        codes: `(out + rank, in)` float8_e4m3fn, W's rows first; kept without a copy.
+        scale: a scalar, shared by all codes; its rule is used for activations and gradients too.
+        rank: number of rows of A.
+        parts: number of rows of each linear layer stacked in W; default: one layer with all rows.
         bias: `(out,)` or None, frozen.
-        live: B takes part in the forward pass.
+        live: whether B takes part in the forward pass.
 
     Raises:
-        ValueError: parts do not add up, or a live layer with an inexact scale rule.
+        ValueError: `parts` do not sum to the rows of W, or the layer is live and its scales are not powers of two.
     """
 
     codes: Tensor
@@ -73,7 +73,7 @@ class FalqonLinear(nn.Module):
         self.in_features = codes.shape[1]
         self.parts = parts or (self.out_features,)
         self.live = live
-        self.observer: Callable[[Tensor], None] | None = None  # sees every input, `(tokens, in)`
+        self.observer: Callable[[Tensor], None] | None = None  # called with every input, `(tokens, in)`
         if sum(self.parts) != self.out_features:
             raise ValueError(f"parts {self.parts} do not add up to {self.out_features} rows")
         if live and scale.rule is ScaleRule.EXACT:
@@ -81,7 +81,7 @@ class FalqonLinear(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.value)
         self.register_buffer("inverse_scale", scale.inverse_scale)
-        # One copy for each column of a product, rounded up to what the product takes; the scale never changes.
+        # The scale repeated for each column of a GEMM, padded to a multiple of 16; cached, as the scale never changes.
         columns = None if scale.inverse_scale is not None else scale.value.expand(max(codes.shape) + 15).contiguous()
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("one", None if columns is None else torch.ones_like(scale.value), persistent=False)
@@ -119,21 +119,21 @@ class FalqonLinear(nn.Module):
         return tuple(y.view(*x.shape[:-1], width) for y, width in zip(outputs, parts, strict=True))
 
     def extra_repr(self) -> str:
-        """Shape, rank and mode, so that printing a model tells each layer's precision."""
+        """Shape, rank and mode, so that printing a model shows each layer's precision."""
         mode = "live" if self.live else "merged"
         out = "+".join(map(str, self.parts))
         return f"in={self.in_features}, out={out}, rank={self.rank}, e4m3, {self.code_scale.rule}, {mode}"
 
 
 class _FalqonProduct(torch.autograd.Function):
-    """The products of one layer; saves O_A (and nothing of X) for the backward pass."""
+    """Forward and backward of one layer; saves O_A instead of X for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, b: Tensor, layer: FalqonLinear, parts: tuple[int, ...]) -> tuple[Tensor, ...]:
         y, o = backend(x).forward(x, layer.codes, layer.code_scale, layer.rank, b if layer.live else None)
         ctx.layer = layer
         ctx.save_for_backward(o, b)
-        # Not views to autograd: a model may change its own part in place (OLMo clips its queries).
+        # Detached, so that autograd does not treat them as views: a model may modify a part in place (OLMo clips q).
         return tuple(part.detach() for part in y.split(parts, 1))
 
     @staticmethod
@@ -149,22 +149,22 @@ class _FalqonProduct(torch.autograd.Function):
 
 
 class StackedOutput:
-    """Runs a stacked layer once for all its parts and hands each part its columns."""
+    """Runs a stacked layer once for all its parts and gives each part its columns of the output."""
 
     def __init__(self, layer: FalqonLinear) -> None:
         self.layer = layer
-        self._source: Tensor | None = None  # what `_outputs` are of, while some are left
+        self._source: Tensor | None = None  # the input of `_outputs`, while some outputs are left
         self._version = -1
         self._grad_mode = False
         self._outputs: dict[int, Tensor] = {}
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """The output of part `index` for `x`; computed by whichever part asks first."""
+        """The output of part `index` for `x`; the first part to be called computes it for all parts."""
         same = self._source is x and self._version == _version(x) and self._grad_mode == torch.is_grad_enabled()
         if not same or index not in self._outputs:
             self._outputs = dict(enumerate(self.layer.forward_parts(x, self.layer.parts)))
             self._source, self._version, self._grad_mode = x, _version(x), torch.is_grad_enabled()
-        # Handed out once: holding on to it, or to x, would keep the activations of the whole step alive.
+        # Returned only once: keeping a reference to it, or to x, would keep activations alive after the step.
         output = self._outputs.pop(index)
         if not self._outputs:
             self._source = None
@@ -172,17 +172,17 @@ class StackedOutput:
 
 
 def _version(x: Tensor) -> int:
-    """How often `x` was changed in place; unknown to torch.compile's tracer.
+    """How often `x` was modified in place; torch.compile cannot trace this counter, so -1 is returned while compiling.
 
-    There the pass that found the groups answers for it: no tensor that it saw changed between its readers.
+    This is safe: in the probe pass that found the groups, no shared input was modified between the layers reading it.
     """
     return -1 if torch.compiler.is_compiling() else x._version
 
 
 class FalqonPart(nn.Module):
-    """One linear layer's place in the model, whose weight is some rows of a stacked `FalqonLinear`.
+    """Stands in the model for one linear layer whose weight is part of the rows of a stacked `FalqonLinear`.
 
-    The first part owns the stacked layer (as submodule `stacked`), so its parameters appear once.
+    Only the first part registers the stacked layer (as submodule `stacked`), so its parameters appear once.
     """
 
     def __init__(self, output: StackedOutput, index: int) -> None:

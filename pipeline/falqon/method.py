@@ -15,18 +15,18 @@ from pipeline.falqon.rules import Initialisation, UpdateRule
 from pipeline.finetune.method import Method
 from pipeline.finetune.weights import Deployed, Weights
 
-_HEALTH_LAYERS = 8  # layers previewed per log line; which ones rotates, so that the cost stays a fraction of a step
+_HEALTH_LAYERS = 8  # layers measured per log line, in rotation, so that this costs only a fraction of a step
 
 
 class FalqonMethod(Method):
-    """Trains B inside FP8 layers; `finish` leaves pure FP8 codes.
+    """Trains B inside FP8 layers; after `finish` the weights are FP8 codes only.
 
     Args:
         rule: the update rule.
-        rank: rows of A.
-        rows: rows flushed per layer and step; None is the rank.
-        initialisation: where A comes from.
-        seed: of initialisation and of what the rule draws.
+        rank: number of rows of A.
+        rows: rows flushed per layer and step; None means `rank`.
+        initialisation: how A is initialised.
+        seed: seed of the initialisation and of stochastic rounding.
     """
 
     def __init__(
@@ -53,24 +53,24 @@ class FalqonMethod(Method):
         return {f"{name}.lora_B": layer.lora_B for name, layer in self.layers.items()}
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
-        """Flush as the rule says after optimizer step `step`; None when this rule waits."""
+        """Flush after optimizer step `step`; returns None if the rule does not flush every step."""
         if not self.rule.flush_every_step:
             return None
         total = FlushReport()
         for index, layer in enumerate(self.layers.values()):
-            # Seeded by step and layer: a resumed run, or another rank, draws the same numbers.
+            # Seeded by step and layer, so that a resumed run, or another process, draws the same numbers.
             generator = torch.Generator().manual_seed(hash((self.seed, step, index)) & 0x7FFFFFFF)
             total += flush_rows(layer, select_rows(layer, self.rows), self.rule, generator, measure=measure)
         return total
 
     def health(self, step: int) -> FlushReport:
-        """What a nearest-rounding flush would do to the buffered update of a few layers, in rotation."""
+        """What a flush with rounding to nearest would do to the pending update of a few layers, in rotation."""
         layers = list(self.layers.values())
         stride = max(1, len(layers) // _HEALTH_LAYERS)
         return sum((preview(layer) for layer in layers[step % stride :: stride]), FlushReport())
 
     def base_state(self) -> dict[str, Tensor]:
-        """Codes and scales, by layer: with them a resumed run skips quantization and SVD."""
+        """Codes and scales of each layer, with which a resumed run skips quantization and SVD."""
         state: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             state[f"{name}.codes"] = layer.codes
@@ -80,7 +80,7 @@ class FalqonMethod(Method):
         return state
 
     def step_state(self) -> dict[str, Tensor]:
-        """What steps change: B, and the codes when the rule flushes as it goes."""
+        """The tensors that training steps change: B, and the codes if the rule flushes every step."""
         state = {f"{name}.lora_B": layer.lora_B.detach() for name, layer in self.layers.items()}
         if self.rule.flush_every_step:
             state |= {f"{name}.codes": layer.codes for name, layer in self.layers.items()}
@@ -94,7 +94,7 @@ class FalqonMethod(Method):
                 layer.codes.view(torch.uint8).copy_(state[f"{name}.codes"].view(torch.uint8))
 
     def deployed_weights(self) -> Weights:
-        """Codes in the checkpoint's orientation and fp32 scalar scales, by linear layer."""
+        """Codes in the checkpoint's orientation and fp32 scalar scales, keyed by linear layer."""
         weights: Weights = {}
         for group in self.groups:
             parts = group.layer.weight_codes.view(torch.uint8).split(group.layer.parts)
@@ -104,7 +104,7 @@ class FalqonMethod(Method):
         return weights
 
     def adapter(self) -> dict[str, Tensor]:
-        """A's codes and scale, and B, by FALQON layer."""
+        """A's codes and scale, and B, for each FALQON layer."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             tensors[f"{name}.lora_A"] = layer.adapter_codes.clone()
@@ -113,5 +113,5 @@ class FalqonMethod(Method):
         return tensors
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """Merge everything still in B; what that did, by FALQON layer."""
+        """Merge all that is left in B; returns a report for each FALQON layer."""
         return merge_all(model, self.layers, self.rule.final, inputs)

@@ -1,9 +1,9 @@
-"""Inputs and output gradients of a model's linear layers, while it runs backward: of each layer together, then dropped.
+"""Pairs of input and output gradient of a model's linear layers, observed in backward passes and freed at once.
 
-The unconverted model takes twice the memory of the one that trains, so its activations must not be held beside it:
-decoder layers are checkpointed here, though training may not do that (transformers would do it in training mode alone,
-and the model is in evaluation mode, for dropout must not disturb what is observed). Their inputs are then seen when a
-layer is repeated, just before its backward pass. No bit depends on it.
+The unconverted model takes twice the memory of the converted one, so there is no room for its activations: decoder
+layers run under activation checkpointing here, even if training does not use it. (transformers does so only in
+training mode, but the model is in evaluation mode to switch dropout off.) Inputs are therefore observed when a decoder
+layer is recomputed, just before its backward pass. The results are bit-identical to those without checkpointing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CACHES = ("past_key_values", "layer_past")  # arguments of decoder layers
 
 @dataclass(slots=True)
 class _Cell:
-    """Where a layer's input and the gradient of its output meet, in any order, and are used up."""
+    """Collects the input and the output gradient of one layer call, in any order, then projects and frees both."""
 
     project: Callable[[Tensor, Tensor], None]
     x: Tensor | None = None
@@ -42,7 +42,7 @@ class _Cell:
 
 @dataclass(slots=True)
 class _Repeated:
-    """The run of a checkpointed layer that is going on, if any: its cells in call order, empty until it is repeated."""
+    """The checkpointed layer that is running, if any: its cells in call order, and an iterator if it is recomputed."""
 
     cells: list[_Cell] | None = None
     again: Iterator[_Cell] | None = None
@@ -50,7 +50,7 @@ class _Repeated:
 
 @dataclass(slots=True)
 class _Run:
-    """One run of a checkpointed layer, which is called a second time when its gradients are due."""
+    """One run of a checkpointed layer, called a second time when it is recomputed in the backward pass."""
 
     forward: Callable[..., Any]
     state: _Repeated
@@ -68,17 +68,17 @@ class _Run:
 
 
 def observe(model: nn.Module, names: Sequence[str], losses: Losses, project: _Project, sums: Sums) -> None:
-    """Add up `project(X, G, name)` of each linear layer over all batches.
+    """Sum `project(X, G, name)` of each linear layer over all batches.
 
     Args:
-        model: left as it was found.
+        model: restored to its state on return.
         names: module paths of the layers.
-        losses: runs the batches, yielding each one's loss with gradient.
-        project: of a layer's input `(tokens, in)`, the gradient of its output `(tokens, out)`, and its path.
-        sums: takes the sums, by path.
+        losses: runs the batches and yields the loss of each, with its graph.
+        project: called with a layer's input `(tokens, in)`, the gradient of its output `(tokens, out)` and its path.
+        sums: receives the sums, keyed by path.
 
     Raises:
-        ConfigurationError: a layer that no token of the batches reached.
+        ConfigurationError: no token of the batches reached some layer.
     """
     state = _Repeated()
 
@@ -87,7 +87,7 @@ def observe(model: nn.Module, names: Sequence[str], losses: Losses, project: _Pr
 
     def on_forward(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
-        if state.again is not None:  # its first output waits for a gradient, or has got it
+        if state.again is not None:  # recomputed: the hook is on the first run's output, use its cell
             cell = next(state.again)
             cell.x = x
             cell.meet()
@@ -122,18 +122,18 @@ def observe(model: nn.Module, names: Sequence[str], losses: Losses, project: _Pr
 
 @contextmanager
 def _checkpointed(model: nn.Module, state: _Repeated) -> Iterator[None]:
-    """While active, the layers that transformers can checkpoint are checkpointed, in any mode."""
+    """Apply activation checkpointing, also in evaluation mode, to the layers for which transformers supports it."""
     layers = _outermost(model)
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if any(kwargs.get(name) is not None for name in _CACHES):  # a repetition would write it once more
+        if any(kwargs.get(name) is not None for name in _CACHES):  # recomputation would write to the cache twice
             return forward(*args, **kwargs)
         return checkpoint(_Run(forward, state), *args, use_reentrant=False, **kwargs)
 
     try:
         for layer in layers:
             layer.forward = partial(run, layer.forward)
-        with set_checkpoint_early_stop(False):  # each layer's last linear must be called again, too
+        with set_checkpoint_early_stop(False):  # recompute up to each layer's last linear
             yield
     finally:
         for layer in layers:
@@ -141,12 +141,12 @@ def _checkpointed(model: nn.Module, state: _Repeated) -> Iterator[None]:
 
 
 def _outermost(model: nn.Module) -> list[nn.Module]:
-    """Layers that can be checkpointed and lie in no other such layer."""
+    """The layers that support checkpointing and are not nested in another such layer."""
     import_transformers()
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():  # a module comes before those in it
+    for name, module in model.named_modules():  # parents come before their children
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, GradientCheckpointingLayer) and not inside:
             found[name] = module

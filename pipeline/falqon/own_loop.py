@@ -12,7 +12,7 @@ falqon.save("base/checkpoint", "tuned")          # fp8pipe export tuned --target
 ```
 
 With transformers' Trainer, `falqon.callback()` calls `after_step`. Save a converted model with `save`, not with
-`save_pretrained`: its linear layers have been replaced, so its state dict is not that of its class.
+`save_pretrained`: its linear layers have been replaced, so its state dict no longer fits the model's class.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def convert(
             the `gradient` initialisation.
 
     Returns:
-        A handle on the converted model; pass only its `parameters()` to the optimizer.
+        A handle to the converted model; pass only its `parameters()` to the optimizer.
 
     Raises:
-        ConfigurationError: unknown rule or initialisation, rank larger than a layer's smallest side, no layer to
+        ConfigurationError: unknown rule or initialisation, rank larger than a layer's smaller dimension, no layer to
             convert, or a model that is quantized already or has weights that are NaN or infinite.
     """
     rule = update_rule(update_rule_name)
@@ -93,7 +93,7 @@ def convert(
 
 
 class Falqon:
-    """A handle on a model that `convert` has converted.
+    """A handle to a model that `convert` has converted.
 
     Attributes:
         model: the converted model, the same object that was passed in.
@@ -125,14 +125,14 @@ class Falqon:
         """Merge what is left in B into the codes, after which B is zero.
 
         Args:
-            batches: keyword arguments of the model, about 32 training sequences in all, on which rounding errors are
-                compensated (GPTQ's solver).
+            batches: keyword arguments for the model, about 32 training sequences in all, on which rounding errors are
+                compensated (with GPTQ's solver).
 
         Returns:
-            Counts and error of the merge, by layer.
+            For each layer, a report of the merge: changed codes, and intended against applied change.
 
         Raises:
-            ConfigurationError: the update rule compensates rounding on layer inputs, and `batches` is empty.
+            ConfigurationError: the update rule compensates rounding errors on layer inputs, but `batches` is empty.
         """
         inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
         if self.method.rule.final is FinalMerge.COMPENSATED and not inputs:
@@ -149,7 +149,7 @@ class Falqon:
         return self._merged
 
     def save(self, base: str | Path, output: str | Path, *, force: bool = False) -> Artifact:
-        """Write the artifact that `fp8pipe export` takes: the base checkpoint with the trained codes in place.
+        """Write an artifact for `fp8pipe export`: the base checkpoint with the trained FP8 codes as its weights.
 
         Args:
             base: what the model was loaded from: a directory, a hub id, a .gguf file or sample:NAME.

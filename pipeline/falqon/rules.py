@@ -1,8 +1,9 @@
-"""How the optimizer's step on B enters the FP8 codes: named rules, each a frozen set of choices.
+"""How the optimizer's update of B is merged into the FP8 codes: named rules, each a frozen set of choices.
 
-The weights lie exactly on the FP8 grid, so an update below half a step is lost when it is rounded (E4M3's half step is
-3 to 6 % of a weight's value). The rules differ in when they round, what they do with the refused part, and
-whether the waiting update acts meanwhile. `docs/update-rules.md` has the measurements behind the default.
+The weights are exactly on the FP8 grid, so an update below half a quantization step is rounded away (E4M3's half step
+is 3 to 6 % of a weight's value). The rules differ in when they round, in what they do with the rounding residual, and
+in whether the pending update takes part in the forward pass. The measurements behind the default are in
+`docs/update-rules.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fp8pipe.numerics.kinds import ScaleRule
 
 
 class Initialisation(StrEnum):
-    """Where A comes from."""
+    """How A is initialised."""
 
     SVD = "svd"
     RANDOMIZED_SVD = "randomized-svd"
@@ -24,7 +25,7 @@ class Initialisation(StrEnum):
 
 
 class Rounding(StrEnum):
-    """How a flush puts the target back on the grid."""
+    """How a flush rounds the target to the grid."""
 
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"
@@ -42,17 +43,17 @@ class UpdateRule:
     """One way to merge B into the codes.
 
     Attributes:
-        name: the name users give.
-        live: B takes part in the forward pass while it waits.
+        name: the name by which users select the rule.
+        live: B takes part in the forward pass until it is merged.
         flush_every_step: rows are merged after every optimizer step.
         clear_all: a flush clears all of B; otherwise only the flushed rows.
-        rank_rows: flush `rank` rows whatever `--rows` says (the released code never leaves its warm-up).
+        rank_rows: flush `rank` rows regardless of `--rows` (the released code never leaves its warm-up).
         rounding: rounding of the per-step flush.
-        error_feedback: what rounding refused goes back into B, projected on A.
-        scale: scale rule of weights and activations; the exact one also breaks ties as the published code does.
-        stacked: layers that read one tensor share scale, A and GEMM.
+        error_feedback: the rounding residual goes back into B, projected onto A.
+        scale: scale rule of weights and activations; `EXACT` also breaks ties as the published code does.
+        stacked: layers that read the same tensor share scale, A and GEMMs.
         final: rounding of the final merge.
-        initialisation: where A comes from unless the user says otherwise.
+        initialisation: how A is initialised by default.
     """
 
     name: str
@@ -102,7 +103,7 @@ DEFAULT_RULE = "live"
 
 
 def update_rule(name: str) -> UpdateRule:
-    """The rule of that name.
+    """The rule called `name`.
 
     Raises:
         ConfigurationError: no such rule.

@@ -1,7 +1,7 @@
-"""Sums of the gradient's sketches, kept in a file: nothing of them stays on the device, or in the host's memory.
+"""Sums of the gradient's sketches, kept in a temporary file so that they take no device memory and no process memory.
 
-Over all layers they come to an eighth of the model. The system keeps the file in memory that it has to spare. It lies
-where `tempfile` puts files (`TMPDIR`), has no name, and goes with the object.
+Over all layers they come to an eighth of the model's size. The operating system caches the file in free memory. It is
+created where `tempfile` puts files (`TMPDIR`), has no name, and is deleted when it is closed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Sums:
     """fp32 tensors by name, in an unnamed temporary file; a context manager.
 
     Args:
-        device: where tensors are wanted.
+        device: the device on which `at` returns tensors.
 
     Raises:
-        OutOfMemoryError: of all methods that write: the file's disk is full.
+        OutOfMemoryError: by every method that writes, if the file's disk is full.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Without a buffer: a tensor is written whole, and an error is raised where it arises.
+        # Unbuffered: tensors are large, and a write error is raised by the write that caused it.
         self._file: Any = tempfile.TemporaryFile(prefix="fp8pipe-", buffering=0)  # noqa: SIM115
         self._places: dict[str, tuple[int, torch.Size]] = {}
         self._end = 0
@@ -46,7 +46,7 @@ class Sums:
         return name in self._places
 
     def add(self, name: str, part: Tensor) -> None:
-        """Add a tensor, of any float dtype and on any device, to what is there under the name, if anything is."""
+        """Add `part`, of any float dtype and on any device, to the tensor of that name, or store it as a new one."""
         part = part.to("cpu").float()
         if name not in self._places:
             self._places[name] = self._end, part.shape
@@ -56,7 +56,7 @@ class Sums:
         self._write(name, part.contiguous())
 
     def at(self, name: str) -> Tensor:
-        """The tensor of a name, on the device."""
+        """The tensor called `name`, on the device."""
         return self._read(name).to(self._device)
 
     def _read(self, name: str) -> Tensor:

@@ -1,1 +1,1 @@
-"""Fine-tuning: data, schedule, loss and the loop that every method shares."""
+"""Fine-tuning: data, schedule, loss and the training loop, shared by all methods."""

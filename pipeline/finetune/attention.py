@@ -1,9 +1,9 @@
-"""Attention for training on a CPU: matrix products, where torch's fused kernel spends most of its time going backward.
+"""Attention for training on a CPU, as plain GEMMs, because the backward pass of torch's fused kernel is slow there.
 
-torch's CPU flash attention runs its backward pass far below the speed of the products it consists of, which for short
-rows is a fifth of a whole training step. Here the scores of a layer are formed, used and dropped, and formed again
-in the backward pass, so memory stays that of the fused kernel plus one layer's scores. Query heads that share a
-key head are folded into its rows, so keys and values are never repeated. Rows too long for that go to the fused kernel.
+The backward pass of torch's CPU flash attention is far slower than the GEMMs it consists of; for short rows it takes a
+fifth of a whole training step. Here a layer's scores are computed in the forward pass, freed, and recomputed in the
+backward pass, so memory use is that of the fused kernel plus one layer's scores. Query heads that share a key head are
+stacked as rows of one GEMM, so keys and values are never repeated. Rows too long for this go to the fused kernel.
 
 The formula is `softmax(scale Q K^T + mask) V` (arXiv 1706.03762, section 3.2.1).
 """
@@ -48,20 +48,20 @@ def _probabilities(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     groups, rows, _ = q.shape
     scores = torch.bmm(q, k.transpose(1, 2))
     batch, heads_rows, length = bias.shape
-    # One mask serves every head: the scores are seen as (B, heads, L, L) for the addition.
+    # The mask is the same for every head: for the addition the scores are viewed as (B, heads, L, L).
     scores.view(batch, -1, heads_rows, length).add_(bias.unsqueeze(1))
     return torch.softmax(scores.view(groups, rows, length), -1)
 
 
 class _Bias:
-    """The additive form of the newest mask: every layer of a pass gets the same mask object."""
+    """Caches the additive form of the latest mask, as all layers of a forward pass get the same mask object."""
 
     def __init__(self) -> None:
         self._source: weakref.ref[Tensor] | None = None
         self._bias: Tensor | None = None
 
     def of(self, mask: Tensor | None, query: Tensor) -> Tensor:
-        """`(B or 1, L, L)` in the query's dtype: 0 where a key is seen, the dtype's lowest value elsewhere."""
+        """`(B or 1, L, L)` in the query's dtype: 0 where a key is visible, the dtype's lowest value elsewhere."""
         if mask is None:
             length = query.shape[2]
             return _additive(torch.ones(1, length, length, dtype=torch.bool).tril(), query.dtype)
@@ -89,7 +89,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query `(B, H, L, d)`, key and value `(B, K, L, d)`; returns `(B, L, H, d)`."""
     batch, heads, length, width = query.shape
-    # Plain causal self-attention on a CPU, with scores of a size worth forming.
+    # Only for plain causal self-attention on a CPU whose scores are not too large to materialize.
     fits = (
         query.device.type == "cpu"
         and dropout == 0.0
@@ -121,10 +121,10 @@ def attend(
 
 
 def use_matmul_attention(model: nn.Module) -> bool:
-    """Let a model of transformers that uses fused attention train with `attend`; False if it cannot.
+    """Make a transformers model that uses fused attention train with `attend`; returns False if it cannot.
 
     Args:
-        model: on a CPU; its choice of attention is changed, nothing else.
+        model: on a CPU; only its attention implementation is changed.
     """
     transformers = import_transformers()
     pretrained: Any = model

@@ -1,19 +1,19 @@
-"""Batches as a function of the step number: a resumed run sees what an uninterrupted one would have seen.
+"""Batches as a function of the step number, so that a resumed run gets the same batches as an uninterrupted one.
 
-No iterator, no state: ``at(step)`` depends on the examples, the seed and the step alone. Examples are
-grouped into rows once (with packing: first fit, in an order drawn from the seed; without: one a row). Each
-epoch takes all rows in an order drawn from (seed, epoch) and cuts them into ``len(batches)`` batches whose
-sizes differ by one at most, so that no epoch ends with a batch of a few tokens.
+There is no iterator and no state: ``at(step)`` depends only on the examples, the seed and the step. Examples are
+grouped into rows once (with packing: first fit, in a random order drawn from the seed; without: one per row). Each
+epoch takes all rows in a random order drawn from (seed, epoch) and splits them into ``len(batches)`` batches whose
+sizes differ by at most one, so that no epoch ends with a batch of only a few tokens.
 
-Packing puts several short examples into one row. They must not see each other: their ``position_ids``
-restart at zero, from which many classes of transformers build the block-diagonal causal mask, **but only
-when attention_mask is None and the model makes no cache**: with ``use_cache=True``, the default of most
-configurations, it silently lets the examples of a row attend to each other. Whoever calls the model passes
-``use_cache=False``. Whether the model at hand does it is found out by ``packing.py``.
+Packing puts several short examples into one row. They must not attend to each other: their ``position_ids`` restart
+at zero, from which many transformers models build the block-diagonal causal mask, **but only if attention_mask is
+None and the model creates no cache**: with ``use_cache=True``, the default of most configurations, such a model
+silently lets the examples of a row attend to each other. Callers of the model must therefore pass
+``use_cache=False``. Whether a given model keeps the examples apart is tested by ``packing.py``.
 
-Rows are padded on the right to a multiple of 16 tokens (FP8 matrix products need that alignment). Under a
-causal mask padding on the right cannot reach a real token, hence no attention mask; in a packed row it is a
-segment of its own.
+Rows are padded on the right to a multiple of 16 tokens (FP8 GEMMs need that alignment). Under a causal mask no real
+token attends to padding on its right, so no attention mask is needed; in a packed row the padding is a segment of its
+own.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fp8pipe.core.errors import ConfigurationError
 from fp8pipe.models.language.text import IGNORED, Encoded
 
 ALIGNMENT: Final = 16
-# Streams of the seed: independent draws for the grouping and for the epochs.
+# Stream ids that are combined with the seed: grouping and epoch order are drawn independently.
 _GROUPING, _EPOCH = 0, 1
 
 
 def encoded_digest(*parts: Sequence[Encoded]) -> str:
-    """The sha256, in hex, of the token ids and labels of several lists of examples, in their order."""
+    """The sha256, in hex, of the token ids and labels of several lists of examples, in the given order."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)} examples".encode())
@@ -46,15 +46,15 @@ def encoded_digest(*parts: Sequence[Encoded]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's input, on the CPU.
+    """The input of one step, on the CPU.
 
     Attributes:
         input_ids: (B, L) int64, padded with the pad id; L is a multiple of 16.
         labels: (B, L) int64, not shifted; -100 for prompts, padding and each example's first token.
         position_ids: (B, L) int64; restart at 0 with each packed example.
-        tokens: real tokens (no padding).
-        answer_tokens: tokens that the loss counts.
-        examples: indices into the encoded examples, row after row.
+        tokens: number of real tokens (without padding).
+        answer_tokens: number of tokens that enter the loss.
+        examples: indices into the encoded examples, row by row.
     """
 
     input_ids: torch.Tensor
@@ -69,12 +69,12 @@ class Batches:
     """The batches of every epoch.
 
     Args:
-        encoded: the examples, each at most ``sequence_length`` long.
-        batch_size: rows of a batch at most.
-        sequence_length: tokens of a row at most (before the padding to a multiple of 16).
+        encoded: the examples, each at most ``sequence_length`` tokens long.
+        batch_size: maximum number of rows per batch.
+        sequence_length: maximum number of tokens per row (before padding to a multiple of 16).
         seed: any integer >= 0.
-        packing: several examples a row.
-        pad_id: token id of the padding.
+        packing: put several examples into a row.
+        pad_id: token id used for padding.
 
     Raises:
         ConfigurationError: no examples, a size below one, or an example longer than a row.
@@ -94,20 +94,20 @@ class Batches:
         self._order: tuple[int, np.ndarray] | None = None  # the latest epoch's order; a cache, not state
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
+        """Steps per epoch."""
         return self._steps
 
     @property
     def rows(self) -> int:
-        """Rows of an epoch (packed or single)."""
+        """Rows per epoch (packed or single)."""
         return len(self._rows)
 
     def unpacked(self) -> Batches:
-        """The same examples, one a row."""
+        """The same examples, one per row."""
         return Batches(self._encoded, self._batch_size, self._sequence_length, self._seed, False, self._pad_id)
 
     def at(self, step: int) -> Batch:
-        """The batch of a step, 0, 1, ...; epoch ``step // len(self)``."""
+        """The batch of `step` (from 0), which belongs to epoch ``step // len(self)``."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, within = divmod(step, self._steps)
@@ -136,13 +136,13 @@ class Batches:
                 example = self._encoded[index]
                 end = at + len(example.input_ids)
                 input_ids[r, at:end] = torch.tensor(example.input_ids)
-                # From the second token on: the first would be predicted from the example before it.
+                # The first token is not a target, as it would be predicted from the preceding example.
                 labels[r, at + 1 : end] = torch.tensor(example.labels[1:], dtype=torch.int64)
                 position_ids[r, at:end] = torch.arange(end - at)
                 at = end
             tokens += at
-            # Padding of a packed row is a segment of its own. Elsewhere counting on keeps the row one segment (no mask
-            # to build), never beyond what the model has positions for.
+            # The padding of a packed row is a segment of its own. Otherwise positions continue, so that the row stays
+            # one segment (no mask is built), but are clamped to the positions that the model has.
             counted_on = torch.arange(at, width).clamp(max=self._sequence_length - 1)
             position_ids[r, at:] = torch.arange(width - at) if self._packing else counted_on
         examples = tuple(i for row in rows for i in row)
@@ -150,11 +150,11 @@ class Batches:
 
 
 def first_fit(lengths: Sequence[int], order: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices: each index, in ``order``, goes to the first row with room for it, or opens a new one.
+    """First-fit packing: each index, in ``order``, goes into the first row with room for it, or opens a new row.
 
-    A maximum tree over the room left in each row finds that row in log n steps.
+    A max-tree over the free space of each row finds that row in O(log n).
     """
-    size = 1 << max(len(lengths) - 1, 0).bit_length()  # leaves: as many rows as can ever open
+    size = 1 << max(len(lengths) - 1, 0).bit_length()  # leaves: the maximum number of rows
     room = [capacity] * (2 * size)
     rows: list[list[int]] = []
     for index in order:

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: safetensors, written whole or not at all, rotated, and enough to resume bit for bit.
+"""Training checkpoints: safetensors files, written atomically, rotated, and sufficient for a bit-identical resume.
 
-A checkpoint holds what steps change: the trained parameters, codes that were flushed, and the optimizer's state. Data
-order, learning rate and stochastic rounding are functions of the step, so the step number is their whole state.
-What preparation computed is stored once, beside them.
+A checkpoint holds what steps change: the trained parameters, the codes if a rule flushes into them, and the optimizer
+state. Data order, learning rate and stochastic rounding are functions of the step, so for these the step number is the
+only state. The results of the preparation (codes and scales) are stored once, next to the checkpoints.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from fp8pipe.artifact import disk_guard
 from fp8pipe.artifact.writer import sync
 from fp8pipe.core.errors import BadArtifactError, ConfigurationError
 
-ENCODED_TEXT: Final = "the encoded training text"  # its name among the inputs of a run
+ENCODED_TEXT: Final = "the encoded training text"  # its key among the recorded inputs of a run
 _PREFIX = "step-"
 _STATE, _TENSORS, _BASE, _RUN = "state.json", "state", "base", "run.json"
 _SUFFIX = ".safetensors"
-_SHARD_BYTES = 1 << 30  # safetensors copies a file's tensors from a GPU to the host at once
+_SHARD_BYTES = 1 << 30  # limits host memory: safetensors copies all tensors of a file from the GPU at once
 
 
 class CheckpointStore:
     """The checkpoints of one run, in one directory.
 
     Args:
-        root: `.../checkpoints`; created when first written.
-        keep: newest checkpoints kept.
+        root: `.../checkpoints`; created by the first write.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, root: Path, keep: int) -> None:
         self.root, self.keep = root, keep
 
     def begin(self, config: dict[str, Any], base: dict[str, Tensor], inputs: dict[str, str] | None = None) -> None:
-        """Record the run's configuration, what preparation computed, and the sha256 of its input files by name."""
+        """Record the run's configuration, the results of the preparation, and the sha256 of its input files by name."""
         self.root.mkdir(parents=True, exist_ok=True)
         _write_shards(self.root, _BASE, base)
         _atomic_text(self.root / _RUN, json.dumps({"config": config, "inputs": inputs or {}}, indent=1, sort_keys=True))
@@ -50,10 +50,10 @@ class CheckpointStore:
         return (self.root / _RUN).exists()
 
     def check_config(self, config: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
-        """Refuse to resume the checkpoints of a run that began with another configuration or other inputs.
+        """Refuse to resume a run that was started with another configuration or other inputs.
 
         Raises:
-            ConfigurationError: naming every field, or every file, that differs.
+            ConfigurationError: names every field, or every file, that differs.
         """
         run = json.loads((self.root / _RUN).read_text())
         stored = run["config"]
@@ -80,7 +80,7 @@ class CheckpointStore:
                 fix="restore what changed (a fixed date in the chat template), or start anew (--force, or another "
                 "--output)",
             )
-        changed = [name for name in changed if name != ENCODED_TEXT]  # it follows from the files
+        changed = [name for name in changed if name != ENCODED_TEXT]  # it differs because a file does
         if changed:
             raise ConfigurationError(
                 f"{', '.join(changed)} changed since the run in {self.root.parent} was started",
@@ -89,16 +89,16 @@ class CheckpointStore:
             )
 
     def base(self) -> dict[str, Tensor]:
-        """What `begin` stored."""
+        """The tensors that `begin` stored."""
         return _load_shards(self.root, _BASE)
 
     def steps(self) -> list[int]:
-        """Completed checkpoints, oldest first."""
+        """Step numbers of the complete checkpoints, oldest first."""
         found = self.root.glob(f"{_PREFIX}*/{_STATE}")
         return sorted(int(path.parent.name.removeprefix(_PREFIX)) for path in found)
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step` completed steps, then drop the oldest."""
+        """Write the checkpoint after `step` completed steps, then delete checkpoints beyond `keep`."""
         target = self.root / f"{_PREFIX}{step:08d}"
         scratch = self.root / f"writing-{step:08d}"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -116,7 +116,7 @@ class CheckpointStore:
         """Tensors and state of a checkpoint.
 
         Raises:
-            BadArtifactError: it cannot be read.
+            BadArtifactError: the checkpoint cannot be read.
         """
         folder = self.root / f"{_PREFIX}{step:08d}"
         try:
@@ -142,10 +142,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
 ) -> None:
-    """Inverse of `optimizer_tensors`, by the optimizer's own `load_state_dict`.
+    """Inverse of `optimizer_tensors`, using the optimizer's own `load_state_dict`.
 
-    It knows where each piece of its state belongs: fused AdamW wants `step` on the parameter's device, others on the
-    CPU; bitsandbytes keeps some pieces in their dtype.
+    That method handles device and dtype of each entry: fused AdamW needs `step` on the parameter's device, other
+    optimizers on the CPU; bitsandbytes must not cast some of its tensors.
     """
     groups = optimizer.state_dict()["param_groups"]
     places = {names[p]: place for place, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
@@ -159,7 +159,7 @@ def restore_optimizer(
 
 
 def _write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
-    """Write tensors into one file `STEM.safetensors`, or, where they are many, `STEM-0001-of-0003.safetensors` ..."""
+    """Write tensors to `STEM.safetensors`, or, if larger than a shard, to `STEM-0001-of-0003.safetensors` and so on."""
     for stale in folder.glob(f"{stem}*{_SUFFIX}"):
         stale.unlink()
     shards: list[dict[str, Tensor]] = [{}]
@@ -177,7 +177,7 @@ def _write_shards(folder: Path, stem: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _load_shards(folder: Path, stem: str) -> dict[str, Tensor]:
-    """What `_write_shards` wrote."""
+    """Read the tensors that `_write_shards` wrote."""
     files = sorted(folder.glob(f"{stem}*{_SUFFIX}"))
     count = int(files[0].stem.rpartition("-of-")[2]) if files and "-of-" in files[0].stem else 1
     if len(files) != count:
@@ -190,7 +190,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         whole = tensor.contiguous()
         storage = whole.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory, as the tables of bitsandbytes' 8-bit optimizers do.
+        # safetensors rejects tensors that share memory, as the quantization maps of bitsandbytes' 8-bit optimizers do.
         dense[name] = whole.clone() if storage in storages else whole
         storages.add(storage)
     need = sum(tensor.numel() * tensor.element_size() for tensor in dense.values())

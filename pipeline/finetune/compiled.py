@@ -1,13 +1,13 @@
-"""Compiling a decoder layer at a time, on CUDA: what lies between the products of a FALQON layer is then few passes.
+"""Compile decoder layers one by one with torch.compile, on CUDA, to fuse the elementwise kernels between the GEMMs.
 
-A graph a decoder layer, the same for all of them, takes seconds to compile where one of the whole model takes minutes.
-Checkpointing stays around the compiled layer, where torch runs it as ever. `TORCH_COMPILE_DISABLE=1`, torch's own
-switch, keeps everything uncompiled.
+A graph per decoder layer, shared by all of them, compiles in seconds, whereas a graph of the whole model takes minutes.
+Activation checkpointing stays outside the compiled layer and works as usual. Torch's own switch,
+`TORCH_COMPILE_DISABLE=1`, turns compilation off.
 
-Rounding must not change: a fused kernel would keep in fp32 what uncompiled operators round to bf16, and a value rounded
-to FP8 from there may be another. So these roundings are kept. Under them FP8 casts are exact on every GPU for
-power-of-two scales. Triton's cast on compute capability 8.9 goes through fp16, which would round twice under other
-scales: methods that have such are not compiled.
+Compilation must not change rounding: a fused kernel would keep in fp32 what uncompiled operators round to bf16, and
+could then round to a different FP8 value. So these bf16 roundings are emulated. With them, FP8 casts with power-of-two
+scales give the same codes on every GPU. On compute capability 8.9, Triton's cast goes through fp16, which would round
+twice with other scales, so methods with such scales are not compiled.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ OPTIONS: dict[str, Any] = {"emulate_precision_casts": True}
 
 
 def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
-    """Let each decoder layer of `model`, prepared and on its device, run compiled from its next call on.
+    """Compile each decoder layer of `model`, which is prepared and on its device, on its next call.
 
     Args:
-        model: of transformers; on a CPU it stays as it is.
-        exact_casts: all FP8 scales are powers of two.
+        model: a transformers model; on a CPU it is not changed.
+        exact_casts: whether all FP8 scales are powers of two.
 
     Returns:
-        Whether it is compiled. Where CUDA would allow it and something is missing, the log says what.
+        Whether layers are compiled. If only a prerequisite is missing on a GPU, a warning says which.
     """
     first = next(model.parameters())
     if not first.is_cuda or first.dtype != torch.bfloat16 or not exact_casts:
@@ -49,12 +49,12 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
     if missing := _missing(first.get_device()):
         _LOG.warning("decoder layers run uncompiled, which takes longer: %s", missing)
         return False
-    # Layers share their code, and a model may have several kinds.
+    # All layers share one code object, and each kind of layer in a model counts as a recompilation of it.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     fall_back()
     torch.compiler.assume_constant_result(cuda.capability)
     for module in model.modules():
-        if isinstance(module, UnstackedExperts):  # which of them run, on how many tokens, differs from step to step
+        if isinstance(module, UnstackedExperts):  # which experts run, and on how many tokens, varies by step
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     for layer in decoder_layers(model):
         wrap_layer(layer, torch.compile(layer.forward, options=OPTIONS))
@@ -62,22 +62,23 @@ def compile_layers(model: nn.Module, *, exact_casts: bool) -> bool:
 
 
 def fall_back() -> None:
-    """From now on, a layer that will not compile runs as it is, and torch's log says so.
+    """From now on, a layer that fails to compile runs uncompiled, and torch's log says so.
 
-    The backward pass is compiled together with the forward pass: at its own first call nothing could replace it.
+    The backward pass is compiled together with the forward pass: if it failed later, at its first call, there would be
+    no fallback.
     """
     torch._dynamo.config.suppress_errors = True
     torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """While active, compiled layers run as they are."""
-    # Its import takes a second and 80 MB, and where nobody did that nothing is compiled.
+    """A context in which compiled layers run uncompiled."""
+    # Importing torch._dynamo takes a second and 80 MB; if it has not been imported, nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
-    """The layers of a model of transformers that it can checkpoint: its decoder layers."""
+    """The decoder layers of a transformers model: those that support gradient checkpointing."""
     import_transformers()
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -85,7 +86,7 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 
 
 def wrap_layer(layer: Any, compiled: Callable[..., Any]) -> None:
-    """Let `layer` run `compiled`, its forward pass, within its checkpoint, if it has one."""
+    """Make `layer` run `compiled` as its forward pass, inside gradient checkpointing if that is enabled."""
     checkpointed, layer.gradient_checkpointing = layer.gradient_checkpointing, False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +98,7 @@ def wrap_layer(layer: Any, compiled: Callable[..., Any]) -> None:
 
 
 def _missing(index: int) -> str | None:
-    """What torch.compile lacks to compile for a GPU."""
+    """What torch.compile lacks to compile for a GPU, or None."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 is set"
     if cuda.capability(index) < FP8_CAPABILITY:

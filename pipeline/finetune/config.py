@@ -1,4 +1,4 @@
-"""The configuration of a fine-tuning run: one frozen model, whose resolved form goes into the artifact.
+"""The configuration of a fine-tuning run: a frozen pydantic model, stored in the artifact with all defaults resolved.
 
 Learning-rate schedules are plain functions of the step, so that a resumed run needs no scheduler state.
 """
@@ -16,14 +16,14 @@ from fp8pipe.core.config import CONFIG_ONLY, Flag, FrozenConfig
 from fp8pipe.core.devices import DEVICE_HELP, DeviceName, GpuNeed
 from pipeline.falqon.rules import DEFAULT_RULE, RULES, Initialisation, UpdateRule, update_rule
 
-# FP8 tensor cores are FALQON's need alone; its baselines compute in bf16.
+# Only FALQON uses FP8 tensor cores; its baselines compute in bf16.
 FALQON_NEED: Final = GpuNeed("falqon", (8, 0), "bf16; FP8 products from 8.9 on")
 LORA_NEED: Final = GpuNeed("lora and qlora", (8, 0), "bf16")
 _FALQON_ONLY = ("update_rule", "rows", "initialisation")
 
 
 class Schedule(StrEnum):
-    """Shape of the learning rate after warm-up."""
+    """Learning-rate schedule after warm-up."""
 
     COSINE = "cosine"
     LINEAR = "linear"
@@ -33,7 +33,7 @@ class Schedule(StrEnum):
 def learning_rate_at(step: int, *, peak: float, steps: int, warmup: int, schedule: Schedule) -> float:
     """The learning rate of optimizer step `step` (from 0) of `steps`.
 
-    Warm-up rises linearly and reaches `peak` at step `warmup`; cosine and linear then fall to zero at `steps`.
+    Warm-up is linear and reaches `peak` at step `warmup`; cosine and linear schedules then decay to zero at `steps`.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -48,8 +48,8 @@ def learning_rate_at(step: int, *, peak: float, steps: int, warmup: int, schedul
 class FinetuneConfig(FrozenConfig):
     """What to train, on what, and how.
 
-    Defaults that depend on the method are filled in, so that the manifest holds what was used; what does not apply to
-    the method is None, and refused when given.
+    Defaults that depend on the method are filled in, so that the manifest records the values that were used. Options
+    that do not apply to the method are None, and setting one is an error.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"settle_batches": "final_merge_batches"}
@@ -113,12 +113,12 @@ class FinetuneConfig(FrozenConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Resolve the defaults that depend on other settings; None counts as not given."""
+        """Fill in the defaults that depend on other settings; None counts as not given."""
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}
         method, rank = str(given.get("method", "falqon")), given.get("rank", cls.model_fields["rank"].default)
-        usable = isinstance(rank, int) and rank >= 1  # or it is refused itself, which is enough
+        usable = isinstance(rank, int) and rank >= 1  # otherwise its own validation reports it
         defaults: dict[str, Any] = {}
         if method == "falqon":
             defaults["update_rule"] = DEFAULT_RULE
@@ -133,7 +133,7 @@ class FinetuneConfig(FrozenConfig):
 
     @model_validator(mode="after")
     def _refuse_what_does_not_apply(self) -> Self:
-        """An option without effect is a misunderstanding, and a run of hours should not rest on one."""
+        """Reject options without effect: they show a misunderstanding, better found before hours of training."""
         found = []
         if self.method == "falqon":
             if self.lora_alpha is not None:
@@ -155,7 +155,7 @@ class FinetuneConfig(FrozenConfig):
 
     @property
     def gpu_need(self) -> GpuNeed:
-        """What the method asks of a GPU."""
+        """What the method requires of a GPU."""
         return FALQON_NEED if self.method == "falqon" else LORA_NEED
 
 

@@ -1,4 +1,4 @@
-"""The base model, loaded as training needs it: in its dtype, on its device, tensor by tensor."""
+"""Load the base model for training: in the configured dtype, on the device, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
-    """The base model in the configured dtype, on its device, its experts unstacked."""
+    """Load the base model in the configured dtype, on its device, with stacked experts split into linear layers."""
     settings, base = load_config(source.path), read_base(source.path)
     kind = model_class(settings)
-    # transformers would load codes in modules of its own; what they stand for is given to it tensor by tensor.
+    # transformers would load a quantized base into quantized modules of its own; it gets dequantized tensors instead.
     weights = {"config": settings, "state_dict": base.state()} if base.stored is not None else {}
     try:
         model = kind.from_pretrained(
@@ -50,10 +50,10 @@ def load_model(config: FinetuneConfig, source: ModelSource) -> nn.Module:
 
 
 def placement(device: str) -> dict[str, Any]:
-    """Options of `from_pretrained` by which each tensor goes from its file to a GPU, and the host holds few at once."""
+    """Options of `from_pretrained` that load tensors straight to the GPU, with only a few in host memory at once."""
     if device == "cpu":
         return {}
-    if find_spec("accelerate") is None:  # transformers asks for it, though it is not used
+    if find_spec("accelerate") is None:  # transformers requires it for device_map, though it is not used
         _LOG.warning("the whole model passes through the host's memory on its way to the GPU: pip install accelerate")
         return {}
     return {"device_map": {"": torch.device(device)}}

@@ -1,7 +1,7 @@
-"""The training loop: one optimizer step at a time, the same for every method, resumable at any of them.
+"""The training loop: one optimizer step at a time, the same for every method, resumable from every checkpoint.
 
-Everything a step needs besides the stored tensors follows from the step's number: its batches, its learning
-rate, its random draws. A run killed at any moment and resumed ends with the same bits as one left alone.
+Apart from the stored tensors, everything that a step needs is a function of its number: batches, learning rate, random
+draws. A run that is killed at any moment and resumed gives the same bits as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Trainer:
     Args:
         config: the resolved configuration.
         model: prepared by `method`, on its device.
-        method: what trains and how.
+        method: the training method (FALQON, LoRA or QLoRA).
         train: training batches.
         heldout: held-out batches.
-        store: where checkpoints go.
-        metrics_file: JSON lines, one a log line or evaluation.
+        store: stores the checkpoints.
+        metrics_file: JSON lines file, one line per log line or evaluation.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Trainer:
         self._flushed: FlushReport | None = None
 
     def run(self, on_step: Callable[[Metrics], None] = lambda metrics: None) -> None:
-        """Train from the current step to the last, logging, evaluating and saving on the way.
+        """Train from the current step to the last, with logging, evaluation and checkpoints.
 
         Args:
-            on_step: told the figures of every step.
+            on_step: called with the metrics of every step.
 
         Raises:
-            ConfigurationError: the loss or the gradient stopped being finite; the last checkpoint remains.
+            ConfigurationError: loss or gradient became NaN or infinite; the last checkpoint is kept.
         """
         config = self.config
 
@@ -95,7 +95,7 @@ class Trainer:
                 self.save()
 
     def one_step(self) -> Metrics:
-        """One optimizer step and its figures."""
+        """Run one optimizer step and return its metrics."""
         enter_phase("step")
         config, started = self.config, time.perf_counter()
         rate = learning_rate_at(
@@ -109,7 +109,7 @@ class Trainer:
             group["lr"] = rate
         losses, answers, tokens = self._accumulate()
         norms = torch.nn.utils.clip_grad_norm_(list(self.names), config.clip_norm, foreach=True)
-        # Read together: a GPU is waited for once.
+        # Read together, for a single GPU synchronization.
         *parts, norm = torch.stack([*losses, norms]).cpu().tolist()
         loss = reduce(add, parts, 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -129,7 +129,7 @@ class Trainer:
         }  # fmt: skip
 
     def _accumulate(self) -> tuple[list[Tensor], int, int]:
-        """Forward and backward over the micro-batches: shares of the mean loss, answer tokens, tokens."""
+        """Forward and backward over the micro-batches; returns their terms of the mean loss, answer tokens, tokens."""
         config = self.config
         first = self.step * config.gradient_accumulation
         batches = [self.train_batches.at(first + i) for i in range(config.gradient_accumulation)]
@@ -146,7 +146,7 @@ class Trainer:
         return losses, answers, sum(batch.tokens for batch in batches)
 
     def _health(self) -> Metrics:
-        """What happened at this step's flush, or would happen to the waiting update."""
+        """Metrics of this step's flush, or of a hypothetical flush of the pending update."""
         report = self._flushed if self._flushed is not None else self.method.health(self.step)
         if report is None:
             return {}
@@ -160,7 +160,7 @@ class Trainer:
         self.record({"step": self.step, "heldout_loss": loss})
 
     def record(self, figures: Metrics) -> None:
-        """Append a line to the history and the metrics file, and log it."""
+        """Append a line of metrics to the history and the metrics file, and log it."""
         self.history.append(figures)
         with self.metrics_file.open("a") as handle:
             handle.write(json.dumps(figures) + "\n")
@@ -180,7 +180,7 @@ class Trainer:
         """Write a checkpoint of the current step.
 
         Raises:
-            ConfigurationError: a parameter is no longer finite; such a state must not replace a good one.
+            ConfigurationError: a parameter is NaN or infinite; such a state must not replace a good checkpoint.
         """
         enter_phase("save")
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.names):
@@ -189,7 +189,7 @@ class Trainer:
         self.store.save(self.step, tensors, {"history": self.history})
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint, if there is one."""
+        """Restore the newest checkpoint; returns False if there is none."""
         steps = self.store.steps()
         if not steps:
             self.metrics_file.write_text("")
@@ -209,10 +209,10 @@ class Trainer:
 
 
 def _build_optimizer(config: FinetuneConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over `parameters`: torch's fused one, or bitsandbytes' 8-bit one where two fp32 moments are too much.
+    """AdamW over `parameters`: torch's fused version, or bitsandbytes' 8-bit version to save optimizer memory.
 
     Raises:
-        MissingCapabilityError: 8-bit AdamW without bitsandbytes.
+        MissingCapabilityError: 8-bit AdamW is configured, but bitsandbytes is not installed.
     """
     options = {"lr": config.learning_rate, "betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
@@ -227,7 +227,7 @@ def _brief(value: Any) -> str:
 
 
 def plot_run(history: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and held-out loss, and below what becomes of the update on its way into FP8; PNG at `path`."""
+    """Plot training and held-out loss, and below them how well the update survives rounding to FP8; PNG at `path`."""
     import matplotlib
 
     matplotlib.use("Agg")

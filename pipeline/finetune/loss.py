@@ -1,8 +1,8 @@
-"""The answer loss, in training and on held-out text: cross-entropy on answer tokens alone, without fp32 logits.
+"""The loss in training and on held-out text: cross-entropy on answer tokens only, without storing fp32 logits.
 
-Only positions that predict an answer token go through the output head, and the gradient of the logits is formed
-chunk by chunk in the forward pass, in the logits' own dtype. For a vocabulary of 50,000 that is most of the
-activation memory of a small model, and it is the same for every method.
+Only positions that predict an answer token go through the output head, and the gradient of the logits is computed in
+chunks during the forward pass, in the logits' own dtype. With a vocabulary of 50,000, logits are most of the activation
+memory of a small model. All methods use this loss.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fp8pipe.models.language.text import IGNORED
 from pipeline.finetune.batches import Batch
 from pipeline.finetune.compiled import uncompiled
 
-_CHUNK_VALUES = 1 << 23  # fp32 values in flight: 32 MB
+_CHUNK_VALUES = 1 << 23  # fp32 values per chunk: 32 MB
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(logits)[target] / normaliser; targets equal to IGNORED count nothing."""
+    """Sum over rows of -log softmax(logits)[target] / normaliser; rows whose target is IGNORED contribute nothing."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, normaliser: float) -> Tensor:
@@ -54,16 +54,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, normaliser: float = 1.0) -> Tensor:
     """Summed negative log-likelihood (nats) of the answer tokens, divided by `normaliser`.
 
-    In training mode the model's own auxiliary loss is added as its family does, where its configuration asks for one.
+    In training mode the model's own auxiliary loss is added with its usual weight, if the configuration enables one.
 
     Args:
         model: a causal LM of transformers.
-        inputs: `input_ids` `(B, L)` and whatever else the model takes.
-        labels: `(B, L)` int64; -100 where the token is no answer. On the CPU, or a GPU is waited for.
-        normaliser: usually the answer tokens of the whole optimizer step, micro-batches together.
+        inputs: `input_ids` `(B, L)` and any other inputs of the model.
+        labels: `(B, L)` int64; -100 for tokens that belong to no answer. Best on the CPU: on a GPU, reading them
+            would synchronize.
+        normaliser: usually the number of answer tokens in all micro-batches of the optimizer step.
 
     Returns:
-        fp32 scalar with gradient.
+        fp32 scalar with its graph.
     """
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
     rows = (shifted != IGNORED).nonzero().squeeze(1)
@@ -77,21 +78,22 @@ def answer_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, nor
     auxiliary = getattr(outputs, "aux_loss", None)
     if not model.training or not isinstance(auxiliary, Tensor):
         return loss
-    # A mean already: weighted by this call's share of the answers, so that the calls of a step add up to their mean.
+    # The auxiliary loss is a mean: weighted by this call's share of the answer tokens, so that the micro-batches of a
+    # step sum to a mean, too.
     return loss + _auxiliary_weight(model) * (rows.numel() / normaliser) * auxiliary.to(loss)
 
 
 def _auxiliary_weight(model: nn.Module) -> float:
-    """Weight of the routers' load balancing loss, which models have where `output_router_logits` is set."""
+    """Weight of the routers' load-balancing loss, which models compute if `output_router_logits` is set."""
     settings: Any = model.config
     return float(getattr(settings.get_text_config(decoder=True), "router_aux_loss_coef", 0.0))
 
 
 @contextmanager
 def head_on_rows(model: nn.Module, rows: Tensor) -> Iterator[None]:
-    """While active, the output head sees the given rows of its flattened input alone, as `(1, rows, hidden)`.
+    """A context in which the output head gets only the given rows of its flattened input, as `(1, rows, hidden)`.
 
-    Selecting at the head's door keeps whatever the model does to its logits afterwards (scaling, soft caps).
+    Selecting at the input of the head keeps everything that the model does to its logits afterwards (scaling, softcap).
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
 
@@ -107,12 +109,12 @@ def head_on_rows(model: nn.Module, rows: Tensor) -> Iterator[None]:
 
 
 def answer_count(labels: Tensor) -> int:
-    """Answer tokens that a model can predict: the first token of a sequence has no predictor."""
+    """The number of answer tokens that a model can predict, which excludes the first token of a sequence."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 
 def model_inputs(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
-    """What the model takes of a batch, on `device`."""
+    """The model's inputs from a batch, on `device`."""
     return {"input_ids": batch.input_ids.to(device), "position_ids": batch.position_ids.to(device)}
 
 
@@ -123,18 +125,18 @@ def heldout_loss(
     device: torch.device | str,
     context: AbstractContextManager[Any] | None = None,
 ) -> float:
-    """Mean negative log-likelihood (nats) of an answer token over all batches: the same sum as in training.
+    """Mean negative log-likelihood (nats) per answer token over all batches, computed as in training.
 
     Args:
         model: a causal LM; its training mode is restored afterwards.
-        batches: each visited once.
-        device: where the model is.
-        context: forward context, e.g. autocast.
+        batches: iterated over once.
+        device: the model's device.
+        context: context of the forward passes, e.g. autocast.
     """
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    # Uncompiled: another graph for other shapes, without gradients, would take longer than it saves.
+    # Uncompiled: compiling another graph, without gradients and for other shapes, would cost more time than it saves.
     with context or nullcontext(), uncompiled():
         for batch in batches:
             total += float(answer_loss(model, model_inputs(batch, device), batch.labels))

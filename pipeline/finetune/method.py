@@ -1,10 +1,10 @@
-"""What the training loop asks of a method, so that FALQON and its baselines run through one and the same loop.
+"""The interface between the training loop and a method, so that FALQON and its baselines run in the same loop.
 
-And what will stand in the way of an export, which depends on the method, too.
+The warnings about a later export are here too, as they depend on the method.
 
-The baselines are LoRA on bf16 weights and QLoRA on NF4. Both use peft with its usual recipe: fp32 adapter weights, bf16
-compute by autocast, every linear layer that FALQON would convert. They end as merged bf16 weights, which an export may
-then quantize. They are there for honest comparison, never a dependency of the product's own path.
+The baselines are LoRA on bf16 weights and QLoRA on NF4. Both use peft with its usual setup: fp32 adapter weights, bf16
+compute by autocast, on every linear layer that FALQON would convert. The result is merged bf16 weights, which an export
+may then quantize. The baselines exist for a fair comparison; FALQON itself does not depend on peft or bitsandbytes.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _SHOWN = 3  # names in a warning
 
 
 def export_warnings(base: Path, method: str, trained: Collection[str]) -> list[str]:
-    """What the usual export of a tuned model will refuse, said before hours of training; empty for most models.
+    """What the default export of the tuned model will refuse, reported before training starts; empty for most models.
 
     Args:
-        base: the model's directory; headers are read.
-        method: of training.
-        trained: the linears that it will train, as the checkpoint names them.
+        base: the model's directory; only file headers are read.
+        method: the training method.
+        trained: the linear layers that will be trained, by their names in the checkpoint.
 
     Raises:
-        ConfigurationError: no form of export remains.
+        ConfigurationError: no export of the tuned model would be possible.
     """
     forms = foresee(base, FALQON_KIND if method == "falqon" else LORA_KIND, trained)
     usual = next(iter(forms))
@@ -65,11 +65,11 @@ def _more(count: int) -> str:
 
 
 class Method(Protocol):
-    """A way to fine-tune: `pipeline.falqon.method` and `LoraMethod`.
+    """A fine-tuning method, implemented by `pipeline.falqon.method.FalqonMethod` and `LoraMethod`.
 
     Attributes:
-        names: module paths of the linear layers that train.
-        exact_casts: its FP8 scales are powers of two, so its layers may be compiled.
+        names: module paths of the linear layers that are trained.
+        exact_casts: whether all FP8 scales are powers of two, so that decoder layers may be compiled.
     """
 
     names: tuple[str, ...] = ()
@@ -82,54 +82,54 @@ class Method(Protocol):
 
         Args:
             model: as loaded.
-            stored: an earlier `base_state`.
-            losses: runs a few training batches on the unprepared model, yielding each one's loss.
+            stored: the `base_state` of an earlier run.
+            losses: runs a few training batches on the unprepared model and yields the loss of each.
         """
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters, by a stable name."""
+        """The trained parameters, by names that stay the same in a resumed run."""
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Context of every forward pass (autocast, or nothing)."""
+        """The context of every forward pass (autocast, or none)."""
         return nullcontext()
 
     def after_step(self, step: int, measure: bool) -> FlushReport | None:
-        """Called after the optimizer stepped; a report when something was flushed and `measure` asks for it."""
+        """Called after each optimizer step; returns a report if it flushed, filled in only if `measure`."""
         return None
 
     def health(self, step: int) -> FlushReport | None:
-        """The survival of the buffered update, were it flushed now; None where that has no meaning."""
+        """How much of the pending update would survive a flush now; None if the method has no flush."""
         return None
 
     def base_state(self) -> dict[str, Tensor]:
-        """What preparation computed and steps do not change; nothing where a seed fixes it."""
+        """The results of the preparation, which steps need not store; empty if the seed determines them."""
         return {}
 
     def step_state(self) -> dict[str, Tensor]:
-        """What steps change, beside the optimizer's own state."""
+        """The tensors that steps change, apart from the optimizer state."""
 
     def load_step_state(self, state: dict[str, Tensor]) -> None:
         """Restore `step_state` in place."""
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """Bring the weights into the form that is deployed; what a final merge did, by layer, where there is one."""
+        """Bring the weights into their deployed form; returns a report per layer if there is a final merge."""
 
     def deployed_weights(self) -> Weights:
-        """The weights of a finished method as they are served, by module path."""
+        """The weights as they are served, by module path; call it after `finish`."""
 
     def adapter(self) -> dict[str, Tensor]:
-        """Tensors of the adapter, kept beside the weights for the record; none where it has been merged."""
+        """The adapter's tensors, saved with the weights for reference; empty if it is not kept."""
         return {}
 
 
 class LoraMethod(Method):
-    """LoRA (`quantized=False`) or QLoRA by peft.
+    """LoRA (`quantized=False`) or QLoRA, with peft.
 
     Args:
-        rank: of the adapter.
+        rank: rank of the adapter.
         alpha: the update is scaled by `alpha / rank`.
-        seed: of A's random initialisation.
-        quantized: hold the base weights as NF4 (bitsandbytes, double quantization, bf16 compute).
+        seed: seed of A's random initialisation.
+        quantized: keep the base weights in NF4 (bitsandbytes, double quantization, bf16 compute).
     """
 
     def __init__(self, *, rank: int, alpha: float, seed: int, quantized: bool) -> None:
@@ -140,7 +140,7 @@ class LoraMethod(Method):
     def prepare(
         self, model: nn.Module, stored: dict[str, Tensor] | None = None, losses: Losses | None = None
     ) -> list[LayerRecord]:
-        """Insert the adapters in place; the seed fixes A, so neither `stored` nor `losses` is needed."""
+        """Insert the adapters in place; A follows from the seed, so neither `stored` nor `losses` is needed."""
         structure = read_convertible(model, self.rank)
         records = left_out_records(structure)
         peft = import_package("peft", "the lora and qlora baselines need peft", _INSTALL)
@@ -164,7 +164,7 @@ class LoraMethod(Method):
         return {name: p for name, p in self._peft.named_parameters() if p.requires_grad}
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """bf16 autocast: fp32 adapters, bf16 products."""
+        """bf16 autocast: adapter weights are stored in fp32, GEMMs run in bf16."""
         return torch.autocast(next(iter(self.parameters().values())).device.type, dtype=torch.bfloat16)
 
     def step_state(self) -> dict[str, Tensor]:
@@ -177,13 +177,13 @@ class LoraMethod(Method):
             parameter.data.copy_(state[name])
 
     def finish(self, model: nn.Module, inputs: Inputs) -> dict[str, FlushReport]:
-        """Merge the adapters into bf16 weights; NF4 weights are dequantized first, as they were trained."""
+        """Merge the adapters into bf16 weights; NF4 weights are dequantized first, as in the forward pass."""
         for name in self.names:
             _merge(model, name)
         return {}
 
     def deployed_weights(self) -> Weights:
-        """The merged bf16 weights, in the checkpoint's orientation, by linear layer."""
+        """The merged bf16 weights, in the checkpoint's orientation, keyed by linear layer."""
         weights: Weights = {}
         for name in self.names:
             weight = self._peft.base_model.model.get_submodule(name).weight.detach()
@@ -200,7 +200,7 @@ def _to_nf4(model: nn.Module, name: str, weight: Tensor) -> None:
         weight.shape[1], weight.shape[0], bias=bias is not None, compute_dtype=torch.bfloat16,
         compress_statistics=True, quant_type="nf4",
     )  # fmt: skip
-    # In evaluation mode bitsandbytes repacks NF4 for CPU inference, a layout that the merge could not read.
+    # In evaluation mode bitsandbytes repacks NF4 weights for CPU inference, into a layout that the merge cannot read.
     new.support_avx512bf16_for_cpu = False
     new.weight = bitsandbytes.nn.Params4bit(
         weight.contiguous(), requires_grad=False, quant_type="nf4", compress_statistics=True
@@ -213,7 +213,7 @@ def _to_nf4(model: nn.Module, name: str, weight: Tensor) -> None:
 
 @torch.no_grad()
 def _merge(model: nn.Module, name: str) -> None:
-    """Replace the adapted layer by a plain one holding `W + B A alpha / rank`, added in fp32."""
+    """Replace the adapted layer with a plain one whose weight is `W + B A alpha / rank`, added in fp32."""
     layer: Any = model.get_submodule(name)
     base = layer.get_base_layer()
     weight = base.weight
@@ -222,7 +222,7 @@ def _merge(model: nn.Module, name: str) -> None:
 
         weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     merged = (weight.float() + layer.get_delta_weight("default").float()).to(torch.bfloat16)
-    if isinstance(base, nn.Linear) and merged.shape != base.weight.shape:  # NF4 is packed: a plain layer instead
+    if isinstance(base, nn.Linear) and merged.shape != base.weight.shape:  # packed NF4: use a plain layer instead
         bias = base.bias
         base = nn.Linear(merged.shape[1], merged.shape[0], bias=False, device="meta")
         base.bias = bias

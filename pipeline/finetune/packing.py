@@ -1,15 +1,15 @@
-"""Whether a model keeps packed examples apart, found out by running it once as it was loaded.
+"""Test whether a model keeps packed examples apart, by running it once after loading.
 
-A packed row holds several examples whose positions restart. From these many architectures build a mask that lets no
-example see another. Others ignore them: ALiBi and learned positions that count on, recurrent layers and convolutions
-whose state runs through the row, classes that never pass positions on to their mask. So one row of the run's own width
-is tried before the first step: other tokens in its first example must not move the logits of the others, and the
-logits of each example must be those of the example alone, wherever it stands. Both are measured by what the first
-token of an example does to its own later logits, so that small weights hide nothing, and against the noise of
-computing the same row in another shape.
+A packed row holds several examples whose positions restart at zero. Many architectures build a mask from the positions
+that lets no example attend to another. Others do not: ALiBi or learned positions that ignore them, recurrent layers and
+convolutions whose state runs through the whole row, classes that do not use positions for their mask. So one row of the
+run's own width is tried before the first step: changing the tokens of its first example must not change the logits of
+the others, and each example's logits must be the same as those of the example alone, wherever it is in the row. Both
+differences are measured relative to the effect that an example's first token has on its own later logits, so that small
+weights cannot hide a leak, and compared with the numerical noise of computing the same row in another shape.
 
-Where the plain row leaks, transformers' own masks (one per kind of layer, windows included, in the form that the
-attention of the model takes) are tried in the same way. Where these do not help either, nothing is packed.
+If examples leak, transformers' own masks (one per kind of layer, sliding windows included, in the format of the model's
+attention) are tried in the same way. If these do not help either, packing is turned off.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from fp8pipe.models.compat import import_transformers
 from pipeline.finetune.batches import Batch
 from pipeline.finetune.loss import head_on_rows
 
-_FIRST, _SPREAD, _LAST = 16, 8, 8  # places of an example that are looked at
-# Parts of an example's own effect. A neighbour moves an isolated example by nothing at all, but for experts whose
-# tokens are grouped anew; an example alone is computed in other shapes, which moves last bits.
+_FIRST, _SPREAD, _LAST = 16, 8, 8  # positions of an example that are compared
+# Tolerances, relative to an example's own effect (see above). A neighbour does not change an isolated example at all,
+# except through experts, whose tokens are grouped differently; running an example alone changes shapes and last bits.
 _MOVED: Final = {torch.float32: 1e-5}
 _MOVED_IN_HALF: Final = 5e-3
 _APART: Final = {torch.float32: 1e-3}
 _APART_IN_HALF: Final = 0.1
-_NOISE_MOVED, _NOISE_APART, _MOST = 2, 8, 0.5  # multiples of the measured noise, and never more than this
+_NOISE_MOVED, _NOISE_APART, _MOST = 2, 8, 0.5  # multiples of the measured noise; the upper limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class _Row:
     """A packed row and its variants.
 
     Attributes:
-        examples: int64 `(length,)` each; the first is short, so that it can be replaced; the second is the longest.
-        first: of the first one's shape, with other tokens everywhere.
-        second: the second one with another first token.
+        examples: int64 `(length,)` each; the first is a short one that can be replaced; the second is the longest.
+        first: a replacement of the first example, of the same shape but with a different token everywhere.
+        second: the second example with a different first token.
     """
 
     examples: list[Tensor]
@@ -53,23 +53,23 @@ class _Row:
 
     @property
     def position_ids(self) -> Tensor:
-        """`(1, L)`, restarting."""
+        """`(1, L)`, restarting at zero with each example."""
         return torch.cat([torch.arange(len(example)) for example in self.examples])[None]
 
     @property
     def compared(self) -> tuple[int, ...]:
-        """Examples that are looked at: at the row's start, after a short one, and at its end."""
+        """Indices of the compared examples: at the row's start, after the short one, and at the row's end."""
         return tuple(sorted({0, 1, len(self.examples) - 1}))
 
 
 @dataclass(frozen=True, slots=True)
 class _Alone:
-    """Examples that share no row, and how exactly they can be told.
+    """Results for examples that are run alone, and the numerical noise of such results.
 
     Attributes:
-        logits: of the compared examples at their places, fp32 `(places, V)`.
+        logits: of each compared example at its compared positions, fp32 `(positions, V)`.
         own: largest change of the second example's later logits when its first token changes.
-        noise: largest difference between two ways to compute the same, part of `own`.
+        noise: largest difference between two ways to compute the same logits, relative to `own`.
     """
 
     logits: dict[int, Tensor]
@@ -78,11 +78,11 @@ class _Alone:
 
 
 def find_packing(model: nn.Module, batch: Batch) -> PackingFacts:
-    """How rows of several examples can be given to the model, and what they do to each other without help.
+    """Find out how packed rows must be given to the model, and how much examples affect each other without a mask.
 
     Args:
-        model: as loaded, on its device; left as it was found.
-        batch: the run's first batch, packed: the probe takes its width, its longest example and its tokens.
+        model: as loaded, on its device; restored to its state on return.
+        batch: the run's first batch, packed: the probe uses its width, its longest example's length and its tokens.
     """
     row, training = _make_row(batch), model.training
     model.eval()
@@ -103,14 +103,14 @@ def find_packing(model: nn.Module, batch: Batch) -> PackingFacts:
 
 
 def packing_warning(found: PackingFacts | None) -> str:
-    """What a user who asked for packing and does not get it is told; empty otherwise."""
+    """The warning if packing was requested but is turned off; otherwise empty."""
     if found is None or not found.reason:
         return ""
     return f"packing is off: each row holds one example, so a step sees fewer tokens; {found.reason}"
 
 
 def give_masks(model: nn.Module) -> RemovableHandle:
-    """From now on the model gets a mask per example with every input that has positions and no mask."""
+    """From now on, add a mask that isolates examples to each call of the model with positions but without a mask."""
 
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         positions = kwargs.get("position_ids")
@@ -122,16 +122,16 @@ def give_masks(model: nn.Module) -> RemovableHandle:
 
 
 def _masks(model: Any, position_ids: Tensor) -> Any:
-    """What the model would build from `(B, L)` positions if it looked at them: a mask, or one per kind of layer."""
+    """The mask that isolates examples, built from `(B, L)` positions: one, or a mapping with one per kind of layer."""
     import_transformers()
     from transformers.masking_utils import create_masks_for_generate
 
-    shape = position_ids.new_empty((*position_ids.shape, 0), dtype=model.dtype)  # of the embeddings; no values are read
+    shape = position_ids.new_empty((*position_ids.shape, 0), dtype=model.dtype)  # of the embeddings, without values
     return create_masks_for_generate(model.config, shape, None, None, position_ids=position_ids)
 
 
 def _make_row(batch: Batch) -> _Row:
-    """A row as wide as the batch's, of random tokens out of the batch, no example longer than its longest."""
+    """A row as wide as the batch, of random tokens from the batch, with no example longer than its longest one."""
     pool = batch.input_ids.unique()
     if len(pool) < 2:
         pool = torch.cat([pool, (pool + 1) % 2])
@@ -154,14 +154,14 @@ def _make_row(batch: Batch) -> _Row:
 
 
 def _places(length: int) -> Tensor:
-    """Where an example is looked at: its first and last tokens, and some between."""
+    """The compared positions of an example: its first and last tokens, and some in between."""
     spread = torch.linspace(0, length - 1, _SPREAD).long()
     places: Tensor = torch.cat([torch.arange(length)[:_FIRST], spread, torch.arange(length)[-_LAST:]]).unique()
     return places
 
 
 def _logits(model: nn.Module, ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
-    """fp32 `(len(rows), V)` of the rows of the flattened `(B, L)` input."""
+    """Logits, fp32 `(len(rows), V)`, at the given rows of the flattened `(B, L)` input."""
     device = next(model.parameters()).device
     with head_on_rows(model, rows.to(device)):
         output = model(input_ids=ids.to(device), position_ids=position_ids.to(device), use_cache=False)
@@ -185,8 +185,8 @@ def _run_alone(model: nn.Module, row: _Row) -> _Alone:
 
 
 def _leak(model: nn.Module, row: _Row, alone: _Alone) -> tuple[float, float]:
-    """How far another first example moves the others, and how far examples are from what they are alone; parts of
-    their own effect."""
+    """How much replacing the first example changes the logits of the others, and how much logits in the row differ from
+    those of examples run alone; both relative to an example's own effect."""
     starts = torch.tensor([0, *map(len, row.examples)]).cumsum(0).tolist()
     wanted = {index: starts[index] + _places(len(row.examples[index])) for index in row.compared}
     rows = torch.cat(list(wanted.values()))
@@ -196,25 +196,25 @@ def _leak(model: nn.Module, row: _Row, alone: _Alone) -> tuple[float, float]:
     moved = (after - before)[sizes[0] :].abs().max()
     parts = zip(before.split(sizes), alone.logits.values(), strict=True)
     apart = torch.stack([(packed - single).abs().max() for packed, single in parts]).max()
-    own = alone.own or math.nan  # without an effect of its own, nothing can be told
+    own = alone.own or math.nan  # without such an effect a leak cannot be detected
     return float(moved) / own, float(apart) / own
 
 
 def _leak_with_masks(model: nn.Module, row: _Row, alone: _Alone) -> tuple[float, float] | None:
-    """`_leak` with masks; None where the model takes none."""
+    """`_leak` with masks; None if the model accepts no such mask."""
     handle = give_masks(model)
     try:
         return _leak(model, row, alone)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # whatever a class says about a mask that it does not expect
+        return None  # different classes fail differently on an unexpected mask
     finally:
         handle.remove()
 
 
 def _apart(model: Any, leak: tuple[float, float], alone: _Alone) -> bool:
-    """Whether both figures of `_leak` are noise; NaN is not."""
+    """Whether both figures of `_leak` are within noise; NaN is not."""
     moved, apart = leak
     least_moved, least_apart = _MOVED.get(model.dtype, _MOVED_IN_HALF), _APART.get(model.dtype, _APART_IN_HALF)
     return (

@@ -1,4 +1,4 @@
-"""What a fine-tuning run would take: its structure from headers, the rest from dry runs (`--dry-run`)."""
+"""Plan a fine-tuning run (`--dry-run`): its structure from file headers, memory, disk and time from dry runs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from pipeline.finetune.packing import packing_warning
 
 _LOG = logging.getLogger(__name__)
 
-# Dry runs have a third of the layers and a fifth of that: what is noise there is not magnified much. Of a large model
-# fewer, as many as this holds.
+# One dry run has a third of the layers, the other a fifth of that, so that extrapolation does not magnify noise much.
+# For a large model there are fewer layers: as many as fit into this size.
 _DRY_RUN_BYTES: Final = 1 << 30
 _FP32_STATES: Final = 4  # B, its gradient and AdamW's two moments, four bytes each
 _PACKAGES: Final = {"falqon": (), "lora": ("peft",), "qlora": ("peft", "bitsandbytes")}
@@ -52,15 +52,15 @@ _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-check
 
 
 def plan_finetune(config: FinetuneConfig, output: Path | None = None) -> Plan:
-    """Plan a run without reading a weight; the model's headers, the text, and dry runs on random weights.
+    """Plan a run without reading weights: from the model's headers, the text, and dry runs with random weights.
 
     Args:
         config: the resolved configuration.
-        output: where the artifact would go.
+        output: the artifact's directory.
 
     Raises:
-        ConfigurationError: what the run itself would refuse about model, text and rank.
-        MissingCapabilityError: a GPU was asked for, and there is none that can do it.
+        ConfigurationError: the run itself would reject the model, the text or the rank.
+        MissingCapabilityError: a GPU was requested, but none is available that supports the method.
     """
     device = resolve_device(config.device, config.gpu_need)
     config = config.model_copy(update={"device": device.name})
@@ -116,13 +116,13 @@ _Needs = tuple[int, int, int, float | None, tuple[str, ...], str]
 
 
 def _layer_counts(layers: int, layer_bytes: int) -> tuple[int, ...]:
-    """Layers of each dry run; all of them where they are few."""
+    """The number of layers in each dry run; one dry run with all layers if there are few."""
     more = max(3, min(layers // 3, _DRY_RUN_BYTES // max(1, layer_bytes)))
     return (layers,) if layers <= more else (max(1, more // 5), more)
 
 
 def _measured(config: FinetuneConfig, source: ModelSource, settings: Any, layer_bytes: int) -> _Needs:
-    """Peak memory, peak disk, output, seconds, notes and packing, from dry runs with few layers."""
+    """Peak memory, peak disk use, output size, seconds, notes and packing, from dry runs with few layers."""
     layers = layer_count(settings)
     counts = _layer_counts(layers, layer_bytes)
     runs = []
@@ -167,7 +167,7 @@ def _seconds(config: FinetuneConfig, scaled: Scaled, saves: int) -> float:
 
 
 def _with_all_layers(widths: Sequence[list[int]], counts: Sequence[int], layers: int) -> list[int]:
-    """Input features of all FALQON layers: what a model layer adds, as often as there are layers."""
+    """`in_features` of all FALQON layers of the full model: those that one decoder layer adds, repeated."""
     if len(counts) == 1:
         return widths[0]
     added = widths[1][len(widths[0]) :]
@@ -176,7 +176,7 @@ def _with_all_layers(widths: Sequence[list[int]], counts: Sequence[int], layers:
 
 
 def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[int, int]]) -> _Needs:
-    """The same from shapes alone, without activations and time."""
+    """The same as `_measured`, estimated from shapes alone, without activations and time."""
     linear = sum(out * into for out, into in shapes)
     others = sum(p.numel() for p in model.parameters()) - linear
     width = getattr(torch, config.dtype).itemsize
@@ -196,7 +196,7 @@ def _reckoned(config: FinetuneConfig, model: nn.Module, shapes: Sequence[tuple[i
 def _on_gpus(
     config: FinetuneConfig, settings: Any, shapes: Sequence[tuple[int, int]]
 ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """Facts about a step on GPUs as `pipeline.dry_run.costs` reckons it, and what has to be said of them."""
+    """The estimates of `pipeline.dry_run.costs` for a step on GPUs, and notes on them."""
     shape = Decoder.of_config(settings, sum(out * into for out, into in shapes))
     if shape is None:
         return {}, (
@@ -226,14 +226,14 @@ def _on_gpus(
 
 
 def _ways(config: FinetuneConfig) -> tuple[Way, Way | None]:
-    """What is reckoned, as it is and compiled."""
+    """The method whose costs are estimated, uncompiled and compiled."""
     if config.method != "falqon":
         return LORA if config.method == "lora" else QLORA, None
     return (LIVE, LIVE_COMPILED) if config.rule.live else (MERGED, MERGED_COMPILED)
 
 
 def _devices(asked: str) -> tuple[Sequence[Device], tuple[str, ...]]:
-    """The GPU that would be used, where its data sheet is known; else all of the table, and why."""
+    """The GPU that would be used, if it is in the table of data sheets; otherwise all GPUs of the table, and why."""
     here = machine.gpus()[:1] if asked == "cuda" else []
     known = [device for gpu in here if (device := device_reported(gpu.name)) is not None]
     if here and not known:
@@ -246,12 +246,12 @@ def _step_seconds(shape: Decoder, step: Step, way: Way, devices: Sequence[Device
 
 
 def _adapter(config: FinetuneConfig, shapes: Sequence[tuple[int, int]]) -> int:
-    """Trained parameters."""
+    """The number of trained parameters."""
     return sum(out if config.method == "falqon" else out + into for out, into in shapes) * config.rank
 
 
 def _stored_dtype(base: Path) -> torch.dtype:
-    """The dtype of the checkpoint's largest tensors: of its first matrix."""
+    """The dtype of the checkpoint's first matrix, taken for that of all large tensors."""
     entries = header_entries(weight_files(base)[0]).values()
     first = next((entry.dtype for entry in entries if len(entry.shape) == 2), "BF16")
     return DTYPES[first] if first in PLAIN_FLOATS - {"F64"} else torch.bfloat16

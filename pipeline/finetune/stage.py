@@ -1,7 +1,7 @@
 """The fine-tuning stage: base model and text in, one artifact out.
 
-The order matters: everything that can be refused is refused before the model is touched, and the deployed
-weights are written, reopened and compared before the artifact gets its name.
+The order matters: everything that can be checked in advance is checked before the model is loaded, and the deployed
+weights are written, read back and compared before the artifact gets its final name.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ class TrainingText:
 
     Attributes:
         train: training batches.
-        heldout: held-out batches, each visited once an evaluation.
+        heldout: held-out batches, each used once per evaluation.
         facts: counts for the manifest.
-        template: the chat template that rendered it.
-        digests: sha256 of the local files it was read from, by name, and of what it was encoded to, as ENCODED_TEXT.
-        warnings: what was dropped or defaulted.
-        ending: what engines must be told about the end of an answer.
-        packing: what keeps examples of a row apart; None until the model has been asked.
+        template: the chat template that rendered the text.
+        digests: sha256 of the local files that were read, by name, and of the encoded text, under ENCODED_TEXT.
+        warnings: what was dropped or set to a default.
+        ending: how answers end, so that engines stop there.
+        packing: how examples of a row are kept apart; None until the model has been tested.
     """
 
     train: Batches
@@ -109,7 +109,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
         The finished artifact (kind `falqon` or `lora-merged`).
 
     Raises:
-        Fp8PipeError: see the error's own text; checkpoints written so far stay in `OUTPUT.partial`.
+        Fp8PipeError: see the error's message; checkpoints written so far are kept in `OUTPUT.partial`.
     """
     config = on_device(config)
     check_place(output, force=force, resume=resume)
@@ -118,7 +118,7 @@ def finetune(config: FinetuneConfig, output: Path, *, force: bool = False, resum
     structure = check_base(source.path, config.model)
     if config.device == "cpu":
         entries = base_entries(source.path).values()
-        width = getattr(torch, config.dtype).itemsize  # the loaded weights, whatever comes afterwards
+        width = getattr(torch, config.dtype).itemsize  # only the loaded weights, a lower bound
         refuse_impossible(sum(math.prod(e.shape) for e in entries) * width, f"the model {config.model}")
     enter_phase("text")
     text = load_text(config, source)
@@ -135,7 +135,7 @@ def tune(
     force: bool = False,
     resume: bool = False,
 ) -> Artifact:
-    """The stage from the text on; see `finetune`. It enters the phases that a plan measures."""
+    """The part of the stage after the text is loaded; see `finetune`. It marks the phases that a plan measures."""
     kind = FALQON_KIND if config.method == "falqon" else LORA_KIND
     with ArtifactWriter(output, kind=kind, stage="finetune", force=force, resume=resume) as writer:
         for warning in [*read_base(source.path).warnings(), *text.warnings]:
@@ -168,12 +168,12 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
     """Read, split, encode and batch the training text.
 
     Raises:
-        ConfigurationError: data that is empty, malformed, without answers, or longer than the model's positions reach;
-            a chat template that is not valid.
+        ConfigurationError: the data is empty, malformed, without answers, or has examples with more tokens than the
+            model has positions; or the chat template is invalid.
         MissingCapabilityError: the data needs a package that is not installed.
     """
     tokenizer = load_tokenizer(source.path)
-    template_info(tokenizer)  # a broken one is refused before the data is read
+    template_info(tokenizer)  # rejects an invalid template before the data is read
     warnings: list[str] = []
     records = load_records(config.data, warnings.append)
     train, heldout = split(records, heldout_fraction=config.heldout_fraction, seed=0, warn=warnings.append)
@@ -209,13 +209,13 @@ def load_text(config: FinetuneConfig, source: ModelSource) -> TrainingText:
 
 
 def _named_files(data: str) -> list[tuple[str, Path]]:
-    """The local files of the training text: one by the name that the user gave, several by their own."""
+    """The local files of the training text: a single file under the name the user gave, several under their own."""
     files = data_files(data) or []
     return [(data, files[0])] if len(files) == 1 else [(str(file), file) for file in files]
 
 
 def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) -> TrainingText:
-    """The text as this model can take it: rows of several examples only where none sees another."""
+    """The text with packing only if the model keeps the examples of a row apart, if need be with a mask."""
     if not config.packing:
         return replace(text, packing=PackingFacts(how="off"))
     found = find_packing(model, text.train.at(0))
@@ -227,7 +227,7 @@ def _keep_apart(config: FinetuneConfig, model: nn.Module, text: TrainingText) ->
 
 
 def build_method(config: FinetuneConfig) -> Method:
-    """The method that the configuration names."""
+    """Create the configured training method."""
     if config.method == "falqon":
         how = config.initialisation or config.rule.initialisation
         return FalqonMethod(config.rule, rank=config.rank, rows=config.rows, initialisation=how, seed=config.seed)
@@ -240,7 +240,7 @@ def _prepare(
 ) -> list[LayerRecord]:
     described = config.model_dump(mode="json")
     if config.packing and text.packing is not None and text.packing.how != "positions":
-        described["packing"] = text.packing.how  # a run must not go on with rows of another kind
+        described["packing"] = text.packing.how  # a run must not be resumed with different packing
     if store.started():
         store.check_config(described, text.digests)
         return method.prepare(model, store.base())
@@ -266,7 +266,7 @@ def _deploy(
     records: list[LayerRecord],
     names: dict[str, str],
 ) -> Artifact:
-    """Final merge, evaluation of the deployed weights, write and read back, manifest."""
+    """Final merge, evaluation of the deployed weights, writing and reading back, manifest."""
     model, method = trainer.model, trainer.method
     enter_phase("final merge")
     flushed = method.finish(model, trainer.calibration_inputs)
@@ -277,9 +277,9 @@ def _deploy(
     trainer.record({"step": trainer.step, "deployed_loss": deployed})
     enter_phase("write")
     transposed = write_deployed(writer, source.path, method.deployed_weights(), method.adapter(), names)
-    if text.template.origin == "plain":  # the model has now learned it: without it, it would be asked in another
+    if text.template.origin == "plain":  # the model was trained with it, so it must be served with it
         (writer.root / "chat_template.jinja").write_text(text.template.template, encoding="utf-8")
-    if text.ending.settings is not None:  # what the model has learned to end with, engines must stop at
+    if text.ending.settings is not None:  # engines must stop at the token that ends the trained answers
         (writer.root / GENERATION_FILE).write_text(text.ending.text, encoding="utf-8")
     learned = Gate(
         name="held-out loss of the deployed weights", value=deployed, comparison=Comparison.BELOW,

@@ -1,7 +1,7 @@
-"""What a method has trained, as an artifact's files and facts: weights written over the base, and read back to be sure.
+"""Write the result of training to an artifact: trained weights in the base checkpoint's layout, read back and compared.
 
-Everything that was not trained (embeddings, norms, tokenizer) is carried over byte for byte, shard by shard, so memory
-stays near one shard. Of a base in low precision, what was not trained is carried over as the floats it stands for.
+Everything that was not trained (embeddings, norms, tokenizer) is copied byte for byte, shard by shard, so that memory
+use stays near one shard. If the base is quantized, its weights that were not trained are copied as dequantized floats.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pipeline.falqon.flush import FlushReport
 
 
 class Deployed(NamedTuple):
-    """A weight in the form that is served, in the checkpoint's orientation.
+    """A weight as it is served, in the checkpoint's orientation.
 
     Attributes:
         values: FP8 codes, or a float weight.
         scale: fp32 scalar, `codes * scale`; None for a float weight.
-        transposed: the checkpoint's orientation is (in, out).
+        transposed: whether the checkpoint stores the weight as (in, out).
     """
 
     values: Tensor
@@ -68,7 +68,7 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
                 tensors |= {n: trained[n].cpu().contiguous() for n in own if n in trained}
             else:
                 tensors[name] = read_tensor(entry)
-        if not tensors:  # a file of scales alone
+        if not tensors:  # a file that holds only scales
             continue
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         with disk_guard(root, size):
@@ -80,10 +80,10 @@ def write_checkpoint(base: Path, root: Path, weights: Weights) -> None:
 
 
 def count_differing(root: Path, weights: Weights) -> int:
-    """Reopen a written checkpoint and count the bytes of `weights` (and scales) that differ from it.
+    """Reopen a written checkpoint and count the bytes in which it differs from `weights` and their scales.
 
     Raises:
-        BadArtifactError: a weight is missing, or a scale is there of a weight that has none.
+        BadArtifactError: a weight is missing, or there is a scale for a weight that is not quantized.
     """
     wanted = _tensors(weights)
     written = {name: entry for file in weight_files(root) for name, entry in header_entries(file).items()}
@@ -115,17 +115,17 @@ _ADAPTER = "adapter.safetensors"
 def write_deployed(
     writer: ArtifactWriter, base: Path, deployed: Weights, adapter: Mapping[str, Tensor], names: Mapping[str, str]
 ) -> list[str]:
-    """Write the base checkpoint with the trained weights in place, and the adapter; gate what is read back.
+    """Write the base checkpoint with the trained weights, and the adapter; a gate compares the bytes read back.
 
     Args:
-        writer: of the artifact.
+        writer: the artifact's writer.
         base: the base checkpoint.
         deployed: weights by module path.
-        adapter: tensors beside them.
-        names: of trained layers in the checkpoint, by module path.
+        adapter: the adapter's tensors, written to a separate file.
+        names: the trained layers' names in the checkpoint, by module path.
 
     Returns:
-        names of weights that are stored as (in, out).
+        Names of the weights that are stored as (in, out).
     """
     weights = {names[name]: value for name, value in deployed.items()}
     write_checkpoint(base, writer.root, weights)
@@ -137,12 +137,12 @@ def write_deployed(
 
 
 def renamed(records: Sequence[LayerRecord], names: Mapping[str, str]) -> list[LayerRecord]:
-    """Layer records under the names of the checkpoint."""
+    """The layer records with the checkpoint's names."""
     return [record.model_copy(update={"name": names.get(record.name, record.name)}) for record in records]
 
 
 def merge_facts(flushed: Mapping[str, FlushReport], names: Mapping[str, str]) -> dict[str, Any]:
-    """What the final merge did, as `TunedDetails` has it; nothing where there was none."""
+    """The report of the final merge as fields of `TunedDetails`; empty if there was none."""
     if not flushed:
         return {}
     whole = sum(flushed.values(), FlushReport())

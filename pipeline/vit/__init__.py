@@ -1,1 +1,1 @@
-"""Low-bit vision transformers: ranges, a trainable student, its distillation, and the stage that joins them."""
+"""Low-bit vision transformers: calibrated ranges, a trainable student, its distillation, and the stage."""

@@ -1,8 +1,8 @@
-"""Views of calibration images for the student: mirrored, cropped, blurred and relit.
+"""Augmentation of calibration images for the student: mirroring, cropping, blurring and changes of lighting.
 
-Few images are seen many times each. Mirrored and cropped they stay new; blurred and relit they also cover what their
-maker left out. All draws are made on the host, from the seed alone, and images are changed where they are: so a GPU
-sees the views that a CPU sees, and nobody waits for it.
+There are few images, and each is used many times. Mirroring and cropping add variety; blurring and changes of lighting
+also cover what synthetic images lack. All random draws are made on the host, from the seed alone, and images are
+changed on their own device, so a GPU gets the same views as a CPU, without GPU synchronizations.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from calibration.views import resample
 from fp8pipe.core.devices import to_device
 from pipeline.vit.config import DistillConfig
 
-_REACH: Final = 3  # standard deviations a blur looks to either side
-_FIRST_VIEWS: Final = 2  # a stream of the seed; a step's own are the distiller's
+_REACH: Final = 3  # radius of a blur kernel, in standard deviations
+_FIRST_VIEWS: Final = 2  # stream id combined with the seed; 0 and 1 are used by the distiller
 _SHARPEST: Final = 0.05  # standard deviation, in pixels, below which a blur changes nothing
-_TOGETHER: Final = 32  # images that a GPU changes at once
+_TOGETHER: Final = 32  # number of images that a GPU changes at once
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """How each of N images is changed, on the host."""
+    """The random draws for the augmentation of N images, on the host."""
 
     crops: Tensor  # `(N, 4)`, see `crop`
-    smallest: float  # side of the smallest crop, as a share of the image's
-    blurs: Tensor | None  # `(N,)` standard deviations, pixels; None blurs nothing
-    reach: int  # pixels that every blur looks to either side: enough for the strongest
-    lights: Tensor | None  # `(N, 3)`, see `relight`; None changes no light
+    smallest: float  # side of the smallest crop, relative to the image's side
+    blurs: Tensor | None  # `(N,)` standard deviations, pixels; None: no blur
+    reach: int  # radius of all blur kernels, pixels: enough for the strongest blur
+    lights: Tensor | None  # `(N, 3)`, see `relight`; None: no change of lighting
 
     def part(self, start: int, stop: int) -> Draws:
-        """Those of images `start` to `stop - 1`."""
+        """The draws of images `start` to `stop - 1`."""
         blurs = None if self.blurs is None else self.blurs[start:stop]
         lights = None if self.lights is None else self.lights[start:stop]
         return replace(self, crops=self.crops[start:stop], blurs=blurs, lights=lights)
 
 
 def draw(shape: torch.Size, generator: torch.Generator, config: DistillConfig) -> Draws:
-    """Draws for images of `shape` `(N, 3, H, W)`."""
+    """Make the random draws for images of `shape` `(N, 3, H, W)`."""
     count, side = shape[0], min(shape[-2:])
     crops, blurs, lights = torch.rand(count, 4, generator=generator), None, None
     if config.blur:
@@ -54,12 +54,12 @@ def draw(shape: torch.Size, generator: torch.Generator, config: DistillConfig) -
 
 
 def first_views(pixels: Tensor, config: DistillConfig, seed: int, device: torch.device | None = None) -> Tensor:
-    """One view of each made image `(N, 3, H, W)`, from which ranges, first codes and transforms are measured.
+    """One view of each synthetic image `(N, 3, H, W)`, used to calibrate ranges, initial codes and transforms.
 
-    Measured on made images as they are, they fit a fine detail that pictures do not have. Pictures are measured as
-    they are. With `augment` off these are the images themselves.
+    Synthetic images have fine detail that photographs lack, and calibration on unchanged ones would fit that detail.
+    Photographs are used unchanged. If `augment` is off, the images themselves are returned.
 
-    Images and views are on the host; `device` changes them, a GPU few at a time.
+    Images and views are on the host; the work is done on `device`, on a GPU in small batches.
     """
     if not config.augment:
         return pixels
@@ -74,12 +74,12 @@ def first_views(pixels: Tensor, config: DistillConfig, seed: int, device: torch.
 
 
 def augment(pixels: Tensor, generator: torch.Generator, config: DistillConfig) -> Tensor:
-    """Each of the normalized images `(N, 3, H, W)`, on any device, changed in its own way, at the same size."""
+    """A random view of each normalized image `(N, 3, H, W)`, on any device, at the same size."""
     return changed(pixels, draw(pixels.shape, generator, config))
 
 
 def changed(pixels: Tensor, draws: Draws) -> Tensor:
-    """`pixels` as `draws` say, where they are."""
+    """Apply `draws` to `pixels`, on their device."""
     shown = crop(pixels, draws.crops, draws.smallest)
     if draws.blurs is not None:
         shown = blur(shown, draws.blurs, draws.reach)
@@ -87,12 +87,12 @@ def changed(pixels: Tensor, draws: Draws) -> Tensor:
 
 
 def crop(pixels: Tensor, draws: Tensor, smallest: float) -> Tensor:
-    """Mirror and crop `(N, 3, H, W)`, back to the same size.
+    """Mirror and crop `(N, 3, H, W)`, and resize to the same size.
 
     Args:
         pixels: the images.
-        draws: `(N, 4)` in [0, 1), on the host: size, mirror (below a half), place across and down.
-        smallest: side of the smallest crop, as a share of the image's; 1 does not crop.
+        draws: `(N, 4)` in [0, 1), on the host: size, mirroring (below a half), horizontal and vertical position.
+        smallest: side of the smallest crop, relative to the image's side; 1 turns cropping off.
     """
     scale = smallest + (1 - smallest) * draws[:, 0]
     mirror = torch.where(draws[:, 1] < 0.5, -1.0, 1.0)
@@ -103,15 +103,15 @@ def crop(pixels: Tensor, draws: Tensor, smallest: float) -> Tensor:
 
 
 def blur_reach(deviations: Tensor, shape: torch.Size) -> int:
-    """Pixels to either side that the strongest of some blurs looks at, in images of `shape`."""
+    """Kernel radius, in pixels, for the strongest of the blurs, limited by images of `shape`."""
     return min(math.ceil(_REACH * float(deviations.max())), shape[-2] - 1, shape[-1] - 1)
 
 
 def blur(pixels: Tensor, deviations: Tensor, reach: int | None = None) -> Tensor:
-    """Convolve each image `(N, 3, H, W)` with its own Gaussian, edges mirrored.
+    """Convolve each image `(N, 3, H, W)` with its own Gaussian, with reflected edges.
 
-    `deviations` `(N,)` are in pixels, on the host; `reach` is that of all blurs that are to be alike, `blur_reach` of
-    these when None.
+    `deviations` `(N,)` are in pixels, on the host; `reach` is the kernel radius, by default `blur_reach` of these
+    deviations. Batches of one set must use the same radius to give the same results as a single batch.
     """
     count, channels, height, width = pixels.shape
     reach = blur_reach(deviations, pixels.shape) if reach is None else reach
@@ -127,7 +127,7 @@ def blur(pixels: Tensor, deviations: Tensor, reach: int | None = None) -> Tensor
 
 
 def relight(pixels: Tensor, changes: Tensor) -> Tensor:
-    """Change each image's contrast, brightness and colourfulness; `changes` `(N, 3)` on the host, 0 changes nothing."""
+    """Change each image's contrast, brightness and saturation by `changes` `(N, 3)`, on the host; 0 is no change."""
     moved = to_device(changes, pixels.device)
     contrast, brightness, colourfulness = (moved[:, i, None, None, None] for i in range(3))
     mean = pixels.mean((1, 2, 3), keepdim=True)

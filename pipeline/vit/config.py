@@ -1,4 +1,4 @@
-"""The configuration of `quantize-vit`: frozen models, whose resolved form goes into the artifact."""
+"""The configuration of `quantize-vit`: frozen pydantic models, stored in the artifact with all defaults resolved."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ VIT_NEED: Final = GpuNeed("quantize-vit", (8, 0), "bf16")
 
 
 def parse_image_size(value: Any) -> tuple[int, int]:
-    """(height, width) in pixels of `224` or `96x32`.
+    """Parse `224` or `96x32` to (height, width) in pixels.
 
     Raises:
-        ValueError: showing the accepted forms.
+        ValueError: the value has another form, or a side is out of range.
     """
     match = re.fullmatch(r"(\d{1,6})(?:\s*x\s*(\d{1,6}))?", str(value).strip().lower())
     sides = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
@@ -31,12 +31,12 @@ def parse_image_size(value: Any) -> tuple[int, int]:
 
 
 def _spelled(value: Any) -> str | None:
-    """As it is stored: `HEIGHTxWIDTH`."""
+    """The normalized spelling that is stored: `HEIGHTxWIDTH`."""
     return None if value is None else "{}x{}".format(*parse_image_size(value))
 
 
 class TransformsConfig(FrozenConfig):
-    """Which equivalent transforms the model gets before it is quantized; none of them changes what it computes."""
+    """Which equivalent transforms to apply to the model before quantization; none of them changes its outputs."""
 
     rotate_residual: bool = Field(True, description="Rotate the residual stream, where the model allows it.")
     rotate_heads: bool = Field(True, description="Rotate queries, keys and values within each head.")
@@ -65,7 +65,7 @@ class DistillConfig(FrozenConfig):
 
 
 class QuantizeVitConfig(FrozenConfig):
-    """What to quantize, to what, on which images."""
+    """Which model to quantize, to which precision, with which calibration images."""
 
     model: str = Field(description="Vision model: directory, timm:NAME or sample:NAME.")
     bits: str = Field(description="wXaY with 2 to 8 bits each, wfp8afp8, or wnvfp4anvfp4.")
@@ -112,7 +112,7 @@ class QuantizeVitConfig(FrozenConfig):
 
     @property
     def activation(self) -> Literal["softmax", "sigmoid", "none"] | None:
-        """What the outputs mean; None for what the model says."""
+        """The activation that turns outputs into probabilities; None for the one that the model's files name."""
         return None if self.head_activation == "auto" else self.head_activation
 
     @property
@@ -122,7 +122,7 @@ class QuantizeVitConfig(FrozenConfig):
 
     @property
     def gpu_need(self) -> GpuNeed:
-        """What synthesis and distillation ask of a GPU: bf16, unless both are told to leave it."""
+        """What synthesis and distillation require of a GPU: bf16, unless it is turned off for both."""
         return VIT_NEED if self.synthesis.bf16 or self.distill.bf16 else GpuNeed(VIT_NEED.work)
 
     @property

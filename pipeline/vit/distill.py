@@ -1,18 +1,19 @@
-"""Distillation: the student learns its teacher's answers and head outputs on calibration images.
+"""Distillation: the student learns its teacher's outputs and attention-head outputs on calibration images.
 
-The answers are compared by the temperature-softened KL divergence (arXiv 1503.02531), the head outputs by MimiQ's
+The model outputs are compared by the temperature-softened KL divergence (arXiv 1503.02531), the head outputs by MimiQ's
 head-wise structural loss (arXiv 2407.20021, section 4): for each head and channel of attn.v, the contrast-and-structure
-part of SSIM over the patch tokens. A constant shift costs nothing, a wrong pattern does.
+part of SSIM over the patch tokens. A constant shift is not penalized, a wrong pattern is.
 
-Both see the same augmented images (`augment`): synthetic images have more fine detail and stronger colours than
-pictures do, and ranges and weights learned on those alone fit pictures badly. MimiQ blurs, jitters and mirrors too.
+Teacher and student get the same augmented images (`augment`): synthetic images have more fine detail and stronger
+colours than photographs, and ranges and weights learned on them alone suit photographs poorly. MimiQ also blurs,
+jitters and mirrors.
 
-The student decides the device. Images stay on the host, and a step does not wait for a GPU: losses are read some steps
-later, all at once, so there a run that diverges ends that much later.
+Training runs on the student's device. Images stay on the host, and a step does not synchronize with a GPU: losses are
+read together every few steps, so on a GPU a diverging run is stopped a few steps late.
 
-Which images a step takes and how they are changed follows from the seed and the step alone, so a run killed and resumed
-ends with the same bits as one left alone. The last step is what is reported and deployed: choosing the best one by
-labelled data would not be data-free.
+Which images a step uses and how they are augmented depends only on the seed and the step, so a run that is killed and
+resumed gives the same bits as an uninterrupted run. The model after the last step is reported and deployed: selecting
+the best step by labelled data would not be data-free.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _LOG = logging.getLogger(__name__)
 Figures = dict[str, float]
 _FIGURES: Final = ("loss", "answer", "structure")
 _READ_EVERY: Final = 10
-_ORDER, _AUGMENTATION = 0, 1  # streams of the seed
+_ORDER, _AUGMENTATION = 0, 1  # stream ids combined with the seed
 _C2 = 0.03**2  # SSIM's second constant
 
 
@@ -52,13 +53,13 @@ class Distiller:
     """Trains a student.
 
     Args:
-        student: changed in place.
+        student: the student; trained in place.
         teacher: the float model.
-        structure: of both.
+        structure: the structure of both models.
         pixels: normalized calibration images `(N, 3, H, W)` fp32, on the host.
-        config: steps, rates, weights of the losses.
-        seed: of the order of images and of augmentation.
-        store: where checkpoints go; None keeps none.
+        config: steps, learning rates, loss weights.
+        seed: seed of image order and augmentation.
+        store: stores the checkpoints; None for no checkpoints.
     """
 
     def __init__(
@@ -82,16 +83,16 @@ class Distiller:
         on_gpu = self.device.type == "cuda"
         how: dict[str, Any] = {"fused": True} if on_gpu else {"foreach": True}
         self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.999), **how)
-        self.read_every = _READ_EVERY if on_gpu else 1  # steps whose losses are read together
+        self.read_every = _READ_EVERY if on_gpu else 1  # number of steps whose losses are read together
         self.step = 0
         self.history: list[Figures] = []
         self._prefix = {site.name: site.prefix_tokens for site in structure.attentions if not site.pools}
 
     def run(self, on_step: Callable[[Figures], None] = lambda figures: None) -> list[Figures]:
-        """Train to the last step; returns the figures of every step.
+        """Train to the last step; returns the metrics of every step.
 
         Raises:
-            ConfigurationError: the loss stopped being finite; the last checkpoint remains.
+            ConfigurationError: the loss became NaN or infinite; the last checkpoint is kept.
         """
         unread: list[Tensor] = []
         while self.step < self.config.steps:
@@ -108,7 +109,7 @@ class Distiller:
         return self.history
 
     def _read(self, unread: list[Tensor]) -> Iterator[Figures]:
-        """The figures of the last steps; a loss that is not finite ends the run."""
+        """The metrics of the last steps; raises if a loss is NaN or infinite."""
         first = self.step - len(unread) + 1
         for step, values in enumerate(torch.stack(unread).tolist(), first):
             figures = {"step": step, **dict(zip(_FIGURES, values, strict=True))}
@@ -123,7 +124,7 @@ class Distiller:
             yield figures
 
     def one_step(self) -> Tensor:
-        """One optimizer step; loss, distance of the answers and of the structure, `(3,)` fp32 on the device."""
+        """One optimizer step; returns the loss and its output and structure terms, `(3,)` fp32 on the device."""
         enter_phase("step")
         config = self.config
         factor = learning_rate_at(
@@ -150,7 +151,7 @@ class Distiller:
         return torch.stack([loss.detach(), answer.detach(), structure.detach()])
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """What the answers are apart, by what they mean."""
+        """The distance between the models' outputs, depending on what the outputs mean."""
         if self.structure.is_backbone:
             return feature_distance(student, teacher)
         activation = self.teacher.architecture.activation
@@ -162,7 +163,7 @@ class Distiller:
 
     @torch.no_grad()
     def _teach(self, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher's output, and attn.v of every attention, from its fused kernel."""
+        """The teacher's output, and attn.v of every attention, computed by the fused kernel."""
         maps: dict[str, Tensor] = {}
         fused = functional.scaled_dot_product_attention
 
@@ -178,7 +179,7 @@ class Distiller:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
     def _batch(self) -> Tensor:
-        """The images of this step, each changed in its own way."""
+        """The images of this step, each with its own augmentation."""
         generator = torch.Generator().manual_seed(hash((self.seed, self.step, _AUGMENTATION)) & 0x7FFFFFFF)
         count, size = self.pixels.shape[0], min(self.config.batch_size, self.pixels.shape[0])
         epoch, within = divmod(self.step * size, count)
@@ -193,7 +194,7 @@ class Distiller:
         store.save(self.step, tensors | optimizer_tensors(self.optimizer, self.names), {"history": self.history})
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint, if there is one."""
+        """Restore the newest checkpoint; returns False if there is none."""
         if self.store is None or not (steps := self.store.steps()):
             return False
         tensors, state = self.store.load(steps[-1])
@@ -218,7 +219,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 
 
 def label_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """The same of labels that hold each by itself, `T^2 KL` of their Bernoulli distributions: sum over the labels."""
+    """The same for independent labels: `T^2 KL` of their Bernoulli distributions, summed over labels."""
     s, t = student.float() / temperature, teacher.float() / temperature
     log_t, log_not_t = functional.logsigmoid(t), functional.logsigmoid(-t)
     divergence = log_t.exp() * (log_t - functional.logsigmoid(s))
@@ -227,14 +228,14 @@ def label_distillation(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def value_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error of values `(N, C)` over the variance of the teacher's between images (of one image: its square)."""
+    """Squared error of values `(N, C)` relative to the teacher's variance over images (for one image: its square)."""
     s, t = student.float(), teacher.float()
     varying = t - t.mean(0) if len(t) > 1 else t
     return (s - t).square().mean() / varying.square().mean().clamp(min=1e-12)
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """`1 - cosine`, mean over images, for backbones that give features `(N, C)` instead of logits."""
+    """`1 - cosine`, mean over images, for backbones that output features `(N, C)` instead of logits."""
     return (1 - functional.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
 
 
@@ -242,9 +243,9 @@ def head_structure(student: Tensor, teacher: Tensor, prefix_tokens: int) -> Tens
     """`1 - mean S` with `S = (2 cov + C2) / (var_t + var_s + C2)` over patch tokens.
 
     Args:
-        student: attn.v `(B, H, N, d)`; B counts windows too.
-        teacher: the same of the teacher; gets no gradient.
-        prefix_tokens: leading tokens that are not patches, left out.
+        student: attn.v `(B, H, N, d)`; B is images times windows.
+        teacher: the same for the teacher; gets no gradient.
+        prefix_tokens: number of leading tokens that are not patches and are excluded.
 
     Returns:
         fp32 scalar: 0 for equal or shifted maps, about 1 for independent, about 2 for negated ones.

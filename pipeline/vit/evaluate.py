@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy on labelled pictures, the teacher's beside the student's."""
+"""Top-1 and top-5 accuracy on labelled images, of the teacher and the student."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _ROWS = 64
 
 
 def read_evaluation_folder(source: str | Path, classes: tuple[str, ...] | None) -> ImageFolder:
-    """The labelled pictures that `source` names, a folder or `sample:digits`; its folders must be the model's classes.
+    """The labelled images of `source`, a folder or `sample:digits`; its subfolders must be classes of the model.
 
     Raises:
-        ConfigurationError: no image folder, a model without several classes (`classes` is None), classes that do not
-            match, a broken picture.
+        ConfigurationError: `source` is no image folder, the model does not have several classes (`classes` is None),
+            a subfolder is no class of the model, or an image is damaged.
     """
     if classes is None:
         raise ConfigurationError(
@@ -53,13 +53,13 @@ def accuracy(
     models: dict[str, Model], folder: ImageFolder, preprocessing: Preprocessing, classes: tuple[str, ...],
     device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
-    """Top-1 and top-5 of every model on the same pictures.
+    """Top-1 and top-5 accuracy of every model on the same images.
 
-    Each maps pixels `(N, 3, H, W)` to logits `(N, C)`, in the order of `classes`, both on `device`. Gives `images`, and
-    by model `top1` and `top5`, shares of 1.
+    Each model maps pixels `(N, 3, H, W)` to logits `(N, C)`, in the order of `classes`, both on `device`. Returns the
+    number of `images`, and for each model `top1` and `top5` as fractions.
 
     Raises:
-        ConfigurationError: a picture that cannot be read, naming it.
+        ConfigurationError: an image cannot be read; the error names it.
     """
     index = torch.tensor([classes.index(name) for name in folder.classes])
     hits = {name: torch.zeros(2, dtype=torch.int64, device=device) for name in models}
@@ -69,7 +69,7 @@ def accuracy(
         for name, model in models.items():
             logits = model(pixels)
             right = logits.topk(min(5, logits.shape[1]), dim=1).indices == wanted[:, None]
-            right &= logits.isfinite().all(1, keepdim=True)  # NaN counts as the largest
+            right &= logits.isfinite().all(1, keepdim=True)  # topk treats NaN as the largest value
             hits[name] += torch.stack([right[:, 0].sum(), right.any(1).sum()])
     count = len(folder.files)
     return {"images": count} | {

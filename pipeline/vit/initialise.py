@@ -1,14 +1,14 @@
-"""Where a student starts: the grid of every weight and activation, ranges, steps, and the first rounding of weights.
+"""Initial values of a student: the grid of every weight and activation, its scale, and the first rounding of weights.
 
-Every range is the one with the least squared rounding error on a sample of its values. The search shrinks the observed
-range from both ends, together and then one end alone, because few distributions here are symmetric: GELU ends at
--0.17, probabilities at zero.
+Every activation range is the one with the smallest squared rounding error on a sample of the values. The search shrinks
+the observed range at both ends together, then at each end alone, because few distributions here are symmetric: GELU's
+minimum is -0.17, that of probabilities is zero.
 
-The first rounding makes up for itself: the columns of a weight still to come take up the error of those already
-rounded. Optimal Brain Surgeon's update with the layer's own second moments, column by column (GPTQ, arXiv 2210.17323).
-The moments come from the inputs as the deployed layer will read them: on the grid of its activation. What is kept is
-each weight as it stood just before its rounding. Rounding it to the nearest code gives the compensated codes, and a
-student that starts from it still knows how near each weight is to the next code.
+The first rounding of weights is compensated: the columns of a weight that are not yet rounded absorb the error of those
+that are, by Optimal Brain Surgeon's update with the layer's own second moments, column by column (GPTQ, arXiv
+2210.17323). The moments come from the inputs that the deployed layer will read, rounded to its activation grid. The
+result is each weight as it was just before it was rounded. Rounding it to nearest gives the compensated codes, and a
+student that starts from it retains how close each weight is to the next code.
 """
 
 from __future__ import annotations
@@ -41,23 +41,24 @@ from fp8pipe.numerics.quantizers import (
 )
 from pipeline.vit.student import WeightFormat
 
-_SAMPLE: Final = 1 << 15  # values of a site that its range is chosen on
+_SAMPLE: Final = 1 << 15  # number of sampled values from which a site's range is chosen
 _SHRINKS: Final = tuple(0.97**i for i in range(0, 90, 3))  # 1 down to 0.07
 _WEIGHT_SHRINKS: Final = tuple(1.0 - 0.02 * i for i in range(35))  # 1 down to 0.32
 _TINY: Final = 1e-8
 
 
 def choose_quantizer(values: Tensor, bits: int, kind: Kind) -> Quantizer:
-    """`choose_range`; for NVFP4 the tensor scale under which blocks reach the largest magnitude."""
+    """`choose_range`; for NVFP4, the tensor scale with which block scales can represent the largest magnitude."""
     if kind is Kind.NVFP4:
         return BlockQuantizer(tensor_scale(float(values.abs().max())))
     return choose_range(values, bits, kind)
 
 
 def choose_range(values: Tensor, bits: int, kind: Kind = Kind.INT) -> ActivationQuantizer:
-    """The range with the least squared error on `values`, what the site saw: fp32, one dimension.
+    """The range with the smallest squared rounding error on `values`, a sample of the site's values: fp32, 1-d.
 
-    At most `2^bits` codes (2 to 8 bits), all in INT8 around zero; E4M3's scale maps the largest magnitude onto 448.
+    Integer grids have at most `2^bits` codes (2 to 8 bits), within INT8 and including zero. For E4M3, the scale maps
+    the largest magnitude to 448.
     """
     smallest, largest = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if kind is Kind.E4M3:
@@ -80,13 +81,13 @@ def choose_range(values: Tensor, bits: int, kind: Kind = Kind.INT) -> Activation
 
 
 def range_quantizer(low: float, high: float, bits: int) -> ActivationQuantizer:
-    """The grid of `bits` that covers `low`..`high` (low <= 0 <= high), zero being a code.
+    """The grid of `bits` that covers `low`..`high` (low <= 0 <= high) and has a code for zero.
 
-    At 8 bits values of both signs have all of INT8: the same step clips less, and engines need no Clip, which would
-    keep them from fusing attention.
+    At 8 bits, a range with both signs gets all codes of INT8: the same scale clips less, and engines need no Clip
+    operator, which would prevent them from fusing attention.
     """
     levels = 2**bits - 1
-    # What does not fit the INT8 container around zero makes the step larger: at 8 bits, a range of one sign.
+    # Codes must fit INT8 with zero as code 0, so at 8 bits a range of one sign has half the codes and a larger step.
     step = _storable(max((high - low) / levels, high / INT8_MAX, low / INT8_MIN, _TINY))
     if low < 0 and levels == INT8_MAX - INT8_MIN:
         return ActivationQuantizer(step, INT8_MIN, INT8_MAX)
@@ -103,7 +104,8 @@ def sample_sites(
 ) -> dict[str, Tensor]:
     """A sample of the values at every activation site of the float model, from normalized pixels `(N, 3, H, W)`.
 
-    By site, up to 32,768 fp32 values a batch, extremes of the batch included; `seed` is that of their choice.
+    Returns for each site up to 32,768 fp32 values per batch, including minimum and maximum of the batch. `seed` is the
+    seed of the sampling.
     """
     plain = QuantizedVit(vision.model, vision.architecture, vision.preprocessing, structure, {}, {})
     wanted = set(activation_sites(structure))
@@ -129,7 +131,7 @@ def _sample(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def choose_step(weight: Tensor, form: WeightFormat) -> Tensor:
-    """Steps `(out,)` fp32 with the least squared rounding error, channel by channel."""
+    """Per-channel scales `(out,)` fp32 with the smallest squared rounding error."""
     flat = weight.detach().flatten(1).float()
     amax = flat.abs().amax(1).clamp(min=_TINY)
     if form.kind is Kind.E4M3:
@@ -147,7 +149,7 @@ def choose_step(weight: Tensor, form: WeightFormat) -> Tensor:
 
 
 def choose_steps(vision: VisionModel, formats: Mapping[str, WeightFormat]) -> dict[str, Tensor | BlockScales]:
-    """`choose_step`, or `choose_block_scales` for NVFP4, for every linear of `formats`."""
+    """The scales of every linear layer in `formats`: by `choose_step`, or for NVFP4 by `choose_block_scales`."""
     found: dict[str, Tensor | BlockScales] = {}
     for name, form in formats.items():
         weight = vision.model.get_submodule(name).get_parameter("weight")
@@ -155,9 +157,9 @@ def choose_steps(vision: VisionModel, formats: Mapping[str, WeightFormat]) -> di
     return found
 
 
-_DAMPING: Final = 0.01  # of the mean second moment: keeps channels that never vary from being given anything
-_COLUMNS: Final = 64  # of a block of the solver
-_NEAREST_FROM_BITS: Final = 8  # at this width and above, nearest rounding is near enough
+_DAMPING: Final = 0.01  # relative to the mean second moment: keeps error from moving to channels that never vary
+_COLUMNS: Final = 64  # per block of GPTQ's solver
+_NEAREST_FROM_BITS: Final = 8  # from this bit width on, round-to-nearest is accurate enough
 
 
 def second_moments(
@@ -166,9 +168,9 @@ def second_moments(
     activations: Mapping[str, Quantizer],
     batches: Iterable[Tensor],
 ) -> dict[str, Tensor]:
-    """Mean outer product `(in, in)` fp32 of what each group of linears reads, after its quantizer.
+    """Second moments `(in, in)` fp32 (mean of x x^T) of the quantized input of each group of linear layers.
 
-    Of the float model on normalized pixels `(N, 3, H, W)`; by input group, without the patch embedding.
+    Measured on the float model with normalized pixels `(N, 3, H, W)`; by input group, without the patch embedding.
     """
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((site.input_group for site in structure.linears if site.kind == "linear"), 0)
@@ -189,16 +191,16 @@ def second_moments(
 
 
 def compensate(weight: Tensor, step: Tensor | BlockScales, bits: int, moments: Tensor) -> Tensor:
-    """Each weight as it stands when its turn to be rounded comes.
+    """Each weight with its compensation, as it is just before it is rounded.
 
     Args:
         weight: `(out, in)`.
-        step: `(out,)` fp32, positive, of integer codes; or the scales of NVFP4.
-        bits: of integer codes.
+        step: positive scales `(out,)` fp32 of integer codes, or the block scales of NVFP4.
+        bits: bit width of integer codes.
         moments: `(in, in)` second moments of the input.
 
     Returns:
-        `(out, in)` fp32; rounded to the nearest code, it has the compensated codes.
+        `(out, in)` fp32; rounding to nearest gives the compensated codes.
     """
     scales = step.product if isinstance(step, BlockScales) else step.unsqueeze(1)
     width = weight.shape[1] // scales.shape[1]  # columns that share a scale
@@ -222,7 +224,7 @@ def compensate_model(
     steps: Mapping[str, Tensor | BlockScales],
     moments: Mapping[str, Tensor],
 ) -> int:
-    """Replace the weights of all linears below 8 bits by `compensate`'s, in place; how many there were."""
+    """Replace the weights of linear layers below 8 bits with those of `compensate`, in place; returns their number."""
     done = 0
     for site in structure.linears:
         form = formats.get(site.name)
@@ -238,11 +240,11 @@ _EDGE_BITS = 8
 
 
 def weight_formats(structure: VitStructure, precision: Precision, edges: str) -> dict[str, WeightFormat]:
-    """The format of every linear.
+    """The weight format of every linear layer.
 
-    Edges `8bit` keep patch embedding and head at 8 bits, `same` gives them the precision of the rest. They are a
-    hundredth of the weights, and errors there reach everything after or everything before. NVFP4 leaves them in FP8,
-    whatever is given: the pixels of a patch do not lie in blocks.
+    `edges="8bit"` keeps patch embedding and head at 8 bits, `same` gives them the precision of the other layers. They
+    hold about 1 % of the weights, but the patch embedding's errors affect all later layers, and the head's the output
+    directly. With NVFP4 they are always in FP8, as the pixels of a patch do not form blocks.
     """
     if precision.kind is Kind.NVFP4:
         blocks = _block_groups(structure)
@@ -256,15 +258,16 @@ def weight_formats(structure: VitStructure, precision: Precision, edges: str) ->
 
 
 def activation_bits(structure: VitStructure, precision: Precision, edges: str) -> dict[str, int]:
-    """Bits of every activation site; the image that the patch embedding reads counts as one."""
+    """Bit width of every activation site, including the input image of the patch embedding."""
     ends = {f"{name}.input" for name in _ends(structure)} if edges == "8bit" else set()
     return {site: _EDGE_BITS if site in ends else precision.activation_bits for site in activation_sites(structure)}
 
 
 def activation_kinds(structure: VitStructure, precision: Precision) -> dict[str, Kind]:
-    """The family of codes of every activation site.
+    """The number format of every activation site.
 
-    With NVFP4 these are inputs of linears; operands of attentions, for which no engine has NVFP4 kernels, are FP8.
+    With NVFP4, only inputs of linear layers use it; operands of attentions are FP8, as no engine has NVFP4 kernels for
+    them.
     """
     if precision.kind is not Kind.NVFP4:
         return dict.fromkeys(activation_sites(structure), precision.kind)
@@ -273,7 +276,7 @@ def activation_kinds(structure: VitStructure, precision: Precision) -> dict[str,
 
 
 def _block_groups(structure: VitStructure) -> set[str]:
-    """Groups of linears that can be NVFP4: inputs in whole blocks, and no end of the model among them."""
+    """Groups of linear layers that can use NVFP4: inputs are whole blocks, and neither patch embedding nor head."""
     ends = _ends(structure)
     groups = {site.input_group for site in structure.linears if site.shape[1] % BLOCK == 0}
     return groups - {site.input_group for site in structure.linears if site.name in ends or site.kind != "linear"}

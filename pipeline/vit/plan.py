@@ -1,4 +1,4 @@
-"""What a quantization run would take: its structure from the model, the rest from dry runs (`--dry-run`)."""
+"""Plan a quantization run (`--dry-run`): its structure from the model, memory, disk and time from dry runs."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from pipeline.vit.config import QuantizeVitConfig
 from pipeline.vit.initialise import weight_formats
 from pipeline.vit.stage import image_request
 
-_BATCH: Final = 32  # of the passes that measure
-_KEPT: Final = 2  # checkpoints
+_BATCH: Final = 32  # batch size of calibration passes
+_KEPT: Final = 2  # number of checkpoints that are kept
 _PACKAGES: Final = ("timm", "torchvision", "pillow")
 _GPU_MEMORY: Final = "memory is the host's; on the GPU images are made in batches that its free memory holds"
 _SMALLER: Final = "a smaller distill.batch_size or synthesis.batch_size, or fewer --images"
 
 
 def plan_quantize_vit(config: QuantizeVitConfig, output: Path | None = None) -> Plan:
-    """Plan a run; the stage is run with few images and steps in a scratch folder, nothing else is written.
+    """Plan a run by running the stage with few images and steps in a scratch folder; nothing else is written.
 
     Raises:
-        ConfigurationError: what the run itself would refuse about model, bits and calibration.
-        MissingCapabilityError: a GPU was asked for, and there is none that can do it.
+        ConfigurationError: the run itself would reject the model, the bits or the calibration.
+        MissingCapabilityError: a GPU was requested, but no suitable one is available.
     """
     device = resolve_device(config.device, config.gpu_need)
     config = config.model_copy(update={"device": device.name})
-    image_request(config)  # refuses a method that does not exist
+    image_request(config)  # rejects an unknown method
     vision = load_vision_model(config.model, config.size, activation=config.activation)
     size = vision.architecture.image_size
     structure = read_structure(vision.model, size)
@@ -72,7 +72,7 @@ _Needs = tuple[int, int, int, dict[str, float], tuple[str, ...]]
 
 
 def _measured(config: QuantizeVitConfig) -> _Needs:
-    """Peak memory, peak disk, output, seconds by part, from dry runs with few images."""
+    """Peak memory, peak disk use, output size, seconds per part and notes, from dry runs with few images."""
     counts = _image_counts(config)
     runs = []
     with tempfile.TemporaryDirectory(prefix="fp8pipe-dry-run-") as scratch:
@@ -94,7 +94,7 @@ def _measured(config: QuantizeVitConfig) -> _Needs:
 
 
 def _image_counts(config: QuantizeVitConfig) -> tuple[int, ...]:
-    """One whole batch of everything, and two; or all images, where they are no more."""
+    """The number of images in each dry run: one full batch and two, or all images if there are no more."""
     largest = max(_BATCH, config.distill.batch_size, config.synthesis.batch_size)
     few = math.ceil(largest / _BATCH) * _BATCH
     return (config.images,) if config.images <= 2 * few else (few, 2 * few)
@@ -113,7 +113,7 @@ def _seconds(config: QuantizeVitConfig, scaled: Scaled, saves: int) -> dict[str,
 
 
 def _reckoned(config: QuantizeVitConfig, parameters: int, pixels: int) -> _Needs:
-    """Peak memory, disk and output from sizes alone, without activations."""
+    """Peak memory, disk use and output size, estimated from sizes alone, without activations."""
     images = config.images * pixels
     note = "memory and disk are reckoned from sizes, without activations: this system does not tell peaks of memory"
     written = parameters * 2 + images

@@ -1,4 +1,4 @@
-"""The stage `quantize-vit`: images, ranges, distillation, and an artifact that is proved to rebuild the model."""
+"""The stage `quantize-vit`: calibration images, ranges, distillation, and an artifact that is verified by a rebuild."""
 
 from __future__ import annotations
 
@@ -66,24 +66,24 @@ _BATCH = 32
 
 
 def quantize_vit(config: QuantizeVitConfig, output: Path, *, force: bool = False, resume: bool = False) -> Artifact:
-    """Run the stage; the finished artifact (kind `vit`).
+    """Run the stage; returns the finished artifact (kind `vit`).
 
-    Its directory `output` must not exist, unless `force` may replace it; `resume` continues an unfinished run of it.
+    Its directory `output` must not exist unless `force` allows replacing it; `resume` continues an unfinished run.
 
     Raises:
-        Fp8PipeError: see the error's own text; finished images and checkpoints stay in `OUTPUT.partial`.
+        Fp8PipeError: see the error's message; finished images and checkpoints are kept in `OUTPUT.partial`.
     """
     config = on_device(config)
     check_place(output, force=force, resume=resume)
     widen_bf16_products()
-    image_request(config)  # refuses a method that does not exist
+    image_request(config)  # rejects an unknown method
     vision = load_vision_model(config.model, config.size, activation=config.activation)
     folder = None if config.evaluate is None else read_evaluation_folder(config.evaluate, vision.architecture.choices)
     return quantize(config, vision, folder, output, force=force, resume=resume)
 
 
 def image_request(config: QuantizeVitConfig) -> ImageRequest:
-    """The images that a configuration asks for."""
+    """The request for the configured calibration images."""
     return ImageRequest(config.calibration, config.images, config.seed, config.synthesis)
 
 
@@ -96,14 +96,14 @@ def quantize(
     force: bool = False,
     resume: bool = False,
 ) -> Artifact:
-    """The stage from the loaded model on; see `quantize_vit`. It enters the phases that a plan measures.
+    """The part of the stage after the model is loaded; see `quantize_vit`. It marks the phases that a plan measures.
 
-    The configuration names the device; the model is moved there, images stay on the host.
+    The model is moved to the configured device; images stay on the host.
     """
     device = torch.device(config.device)
     with plain_convolutions(device):
         structure = read_structure(vision.model, vision.architecture.image_size)
-        given = read_images(image_request(config), vision, structure)  # what is wrong with them leaves nothing behind
+        given = read_images(image_request(config), vision, structure)  # an error here leaves no output
         placed = replace(vision, model=vision.model.to(device))
         return _write(config, placed, structure, given, folder, output, force=force, resume=resume)
 
@@ -112,7 +112,7 @@ def _write(
     config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, given: ImageSet | None,
     folder: ImageFolder | None, output: Path, *, force: bool, resume: bool,
 ) -> Artifact:  # fmt: skip
-    """The artifact, from what has been checked."""
+    """Make and write the artifact; inputs have been checked."""
     with ArtifactWriter(output, kind=VIT_KIND, stage="quantize-vit", force=force, resume=resume) as writer:
         store = CheckpointStore(writer.root / _CHECKPOINTS, keep=2)
         described = config.model_dump(mode="json")
@@ -142,14 +142,14 @@ def _make(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructur
 def _train(
     config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, images: ImageSet, store: CheckpointStore
 ) -> tuple[Student, list[dict[str, float]], Transformed]:
-    """Equivalent transforms, ranges and first codes from the images, then distillation."""
+    """Equivalent transforms, ranges and initial codes from the images, then distillation."""
     enter_phase("transforms")
     pixels = vision.preprocessing.normalize(images.images)
     device = torch.device(config.device)
     measured = pixels if _are_pictures(images) else first_views(pixels, config.distill, config.seed, device)
     if config.precision.kind is Kind.INT:
         transformed = apply_transforms(vision, structure, measured, config.conditioning, config.seed)
-    else:  # a floating grid gains nothing from even magnitudes
+    else:  # a floating-point grid does not benefit from uniform magnitudes
         transformed = Transformed(vision, (), ("equivalent transforms: left out, FP8 has its own exponents",))
     enter_phase("ranges")
     student = begin_student(config, transformed.vision, structure, measured)
@@ -162,10 +162,10 @@ def _train(
 
 
 def begin_student(config: QuantizeVitConfig, vision: VisionModel, structure: VitStructure, pixels: Tensor) -> Student:
-    """A student before its first step: ranges of activations and steps of weights measured, weights compensated.
+    """A student before training: calibrated activation ranges and weight scales, with compensated weights.
 
-    Of the (transformed) float model, which is not changed and decides the device, on normalized calibration images
-    `(N, 3, H, W)` of the host.
+    Made from the (transformed) float model, which is not changed, on that model's device, with normalized calibration
+    images `(N, 3, H, W)` on the host.
     """
     device = next(vision.model.parameters()).device
     bits = activation_bits(structure, config.precision, config.edges)
@@ -203,7 +203,7 @@ def _finish(
         writer.gate(gate)
     enter_phase("agree")
     device = torch.device(config.device)
-    quantized = quantized.to(device)  # what was written and rebuilt on the CPU
+    quantized = quantized.to(device)  # it was written and rebuilt on the CPU
     similarity = _agreement(vision, quantized, pixels, structure, device)
     writer.gate(similarity)
     if not similarity.passed:
@@ -226,7 +226,7 @@ def _finish(
         layers=layer_records(quantized, rule=ScaleRule.LEARNED if config.distill.steps else ScaleRule.CALIBRATED),
         details=VitDetails(
             precision=str(config.precision), edges=config.edges, images=len(images.images),
-            image_method="images" if _are_pictures(images) else images.method,  # no path of this machine
+            image_method="images" if _are_pictures(images) else images.method,  # without a local path
             image_losses={name: sum(v) / len(v) for name, v in images.losses.items() if v},
             seconds={name: round(value, 1) for name, value in seconds.items()},
             transforms=TransformFacts(done=list(conditioned.steps), left_out=list(conditioned.notes)),
@@ -243,7 +243,7 @@ def _are_pictures(images: ImageSet) -> bool:
 
 
 def _code_gate(quantized: QuantizedVit) -> Gate:
-    """No weight may use more codes than its bits allow: what is called 4-bit must fit 4 bits."""
+    """No weight may use more codes than its bit width allows: a 4-bit weight has at most 16."""
     above = sum(len(w.codes.view(torch.uint8).unique()) > 2**w.bits for w in quantized.weights.values())
     return Gate(name="weights with too many codes", value=above)
 
@@ -252,7 +252,7 @@ def _code_gate(quantized: QuantizedVit) -> Gate:
 def _agreement(
     vision: VisionModel, quantized: QuantizedVit, pixels: Tensor, structure: VitStructure, device: torch.device
 ) -> Gate:
-    """How well the deployed model follows its teacher on the calibration images."""
+    """How well the deployed model agrees with its teacher on the calibration images."""
     teacher = torch.cat([vision_outputs(vision.model, batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
     student = torch.cat([quantized(batch).cpu() for batch in parts_on(pixels, _BATCH, device)])
     if structure.is_backbone:
@@ -286,7 +286,7 @@ save_file({"logits": logits.contiguous()}, Path(sys.argv[2]) / "answer.safetenso
 
 @torch.no_grad()
 def _rebuild_gate(quantized: QuantizedVit, pixels: Tensor, root: Path) -> Gate:
-    """Logits of the model rebuilt from the written files, in a fresh process, against this one's: equal bits."""
+    """A fresh process rebuilds the model from the written files; its logits must equal this model's bit for bit."""
     scratch = root / _CHECKPOINTS  # removed when the artifact is finished
     save_file({"pixels": pixels.contiguous()}, scratch / "probe.safetensors")
     command = [sys.executable, "-P", "-c", _FRESH, str(root), str(scratch), str(torch.get_num_threads())]

@@ -1,12 +1,12 @@
-"""The trainable student: the teacher's weights behind rounding, with learnable steps.
+"""The trainable student: the teacher's weights with fake quantization and learnable scales ("steps", as in LSQ).
 
-It shares sites, formulas and module names with `QuantizedVit`. `deploy` freezes it: what the student computed in
-fp32 evaluation and what the deployed model computes are the same bits.
+It shares sites, formulas and module names with `QuantizedVit`. `deploy` freezes it: the deployed model computes the
+same bits as the student in fp32 evaluation.
 
-Its rounding has gradients. Forward is exactly the deployed formula. Backward passes the gradient straight through the
-rounding where the value lies inside the range, and gives each step the gradient of LSQ (arXiv 1902.08153, equation 3):
-`code - x/s` inside, the clipping code outside. Steps are trained as logarithms, so none can become zero or negative,
-and one learning rate fits steps of every size.
+The forward pass is exactly the deployed formula. The backward pass uses a straight-through estimator for values inside
+the range, and for each step the gradient of LSQ (arXiv 1902.08153, equation 3): `code - x/s` inside the range, the
+clipping code outside. Steps are trained as logarithms, so that they stay positive and one learning rate suits steps of
+every magnitude.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from fp8pipe.numerics.quantizers import ActivationQuantizer, WeightCodes, neares
 
 
 def _step(log_step: Tensor) -> Tensor:
-    """The step of its logarithm, as it will be stored; the gradient passes the rounding by."""
+    """The step from its logarithm, rounded as it will be stored; the gradient passes straight through the rounding."""
     exact = log_step.exp()
     return storable_scale(exact).detach() + (exact - exact.detach())
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """What a linear's weight is rounded to: bits (2 to 8) and kind."""
+    """The format of a linear layer's weight: bits (2 to 8) and kind."""
 
     bits: int
     kind: Kind = Kind.INT
 
 
 class _RoundedWeight(nn.Module):
-    """Parametrization of a weight: one learnable step an output channel."""
+    """Parametrization of a weight with one learnable step per output channel."""
 
     def __init__(self, step: Tensor, form: WeightFormat, dims: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class _RoundedWeight(nn.Module):
 
 
 class _RoundedActivation(nn.Module):
-    """One site's range: a learnable step, bounds fixed."""
+    """The quantizer of an activation site: a learnable step with fixed integer bounds."""
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ class _RoundedActivation(nn.Module):
 
 
 class _RoundedBlockWeight(nn.Module):
-    """Parametrization of a weight `(out, in)` in NVFP4, with the scales it was given.
+    """Parametrization of a weight `(out, in)` in NVFP4, with fixed block scales.
 
-    They stay those of the start: distillation moves a weight by a fraction of a code step, and a scale that moved would
-    take sixteen codes along.
+    Scales are not trained: distillation changes a weight by a fraction of a code step, whereas a change of scale would
+    change all sixteen weights of a block.
     """
 
     def __init__(self, scales: BlockScales) -> None:
@@ -92,12 +92,12 @@ class _RoundedBlockWeight(nn.Module):
         return fake_blocks(weight, self.scales.product)
 
     def mean_step(self) -> Tensor:
-        """The mean distance of neighbouring codes up to 6: 12 / 14 of the scale."""
+        """The mean distance between neighbouring codes from -6 to 6: 12 / 14 of the scale."""
         return self.scales.product.mean() * (12.0 / 14.0)
 
 
 class _RoundedBlockActivation(nn.Module):
-    """A site in NVFP4, on the grid that the activation makes for itself."""
+    """The quantizer of an activation site in NVFP4, with block scales computed from the activation itself."""
 
     def __init__(self, quantizer: BlockQuantizer) -> None:
         super().__init__()
@@ -113,13 +113,13 @@ class _RoundedBlockActivation(nn.Module):
 
 
 class Student(nn.Module):
-    """A quantized model that learns.
+    """A trainable quantized model.
 
     Args:
-        vision: the teacher; its model is copied, and decides the device.
-        structure: of the model.
-        formats: what each weight is rounded to, by linear; others stay float.
-        steps: `(out,)` fp32 for each of them; block scales for NVFP4.
+        vision: the teacher; its model is copied, on the same device.
+        structure: the model's structure.
+        formats: the weight format of each linear layer to quantize; others stay float.
+        steps: per-channel steps `(out,)` fp32 for each of them, or block scales for NVFP4.
         activations: initial quantizers by site.
     """
 
@@ -150,35 +150,38 @@ class Student(nn.Module):
                 )
                 parametrize.register_parametrization(layer, "weight", rounded, unsafe=True)
             layer.register_forward_pre_hook(self._on_input(f"{site.input_group}.input"))
-        self.on_attention: Callable[[str, Tensor], None] | None = None  # sees attn.v of every attention
+        self.on_attention: Callable[[str, Tensor], None] | None = None  # called with attn.v of every attention
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits or features `(N, C)` of normalized pixels `(N, 3, H, W)`."""
+        """Logits or features `(N, C)` for normalized pixels `(N, 3, H, W)`."""
         with intercept_attention(self.model, self.structure.attention_names, self._attend), parametrize.cached():
             return vision_outputs(self.model, pixels)
 
     def quantize(self, site: str, x: Tensor) -> Tensor:
-        """`x` on the grid of `site`; unchanged where there is none."""
+        """`x` fake-quantized by the quantizer of `site`; unchanged if the site has none."""
         rounded = self._by_site.get(site)
         return x if rounded is None else rounded.forward(x)
 
     def trained_weights(self) -> list[nn.Parameter]:
-        """Everything of the model itself: latent weights, biases, norms, embeddings."""
+        """The model's own parameters: latent weights, biases, norms, embeddings."""
         return [p for n, p in self.model.named_parameters() if not n.endswith("log_step")]
 
     def trained_steps(self) -> list[nn.Parameter]:
-        """Logarithms of all steps, of weights and activations."""
+        """The logarithms of all steps of weights and activations."""
         return [p for n, p in self.named_parameters() if n.endswith("log_step")]
 
     @torch.no_grad()
     def mean_step(self) -> float:
-        """The mean code step of all weights: the size of a change that matters. 1 where no weight is rounded."""
+        """The mean code step of all weights, the scale of a change that matters; 1 if no weight is quantized."""
         steps = [self._rounded(name).mean_step() for name in self.formats]
         return float(torch.stack(steps).mean()) if steps else 1.0
 
     @torch.no_grad()
     def deploy(self) -> QuantizedVit:
-        """The model with codes in the place of latent weights, on the CPU: steps are those of the student's device."""
+        """The deployed model, with codes instead of latent weights, on the CPU.
+
+        Steps are computed on the student's device, as `exp` may differ in its last bit on another.
+        """
         weights: dict[str, Codes] = {}
         plain = copy.deepcopy(self.vision.model).cpu()
         state = {
@@ -218,7 +221,7 @@ class Student(nn.Module):
         return output
 
 
-# Half a step beyond the largest code still rounds to it: the last step, from 4 to 6, is 2.
+# Values up to half a step beyond the largest code, 6, round to it; the last step, from 4 to 6, is 2.
 _INSIDE_E2M1: Final = 7.0
 
 
@@ -236,8 +239,8 @@ class _Fake(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (units, step), (low, high), (grad,) = ctx.saved_tensors, ctx.limits, grads
-        # Inside the range: up to half a step beyond the outermost codes, which still round to them. The kernel of
-        # hardtanh passes such gradients in one sweep, where a mask takes five.
+        # The range includes half a step beyond the outermost codes, where values still round to them. The kernel of
+        # hardtanh's backward pass applies this in one pass over memory, where a mask takes five.
         through = torch.ops.aten.hardtanh_backward(grad, units, low - 0.5, high + 0.5)
         slope = nearest_codes(units, low, high).mul_(grad).addcmul_(units, through, value=-1)
         dims = [d for d in range(step.dim()) if step.shape[d] == 1] if step.dim() else None
@@ -246,7 +249,7 @@ class _Fake(torch.autograd.Function):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`rounded` in the place of `x`, with `x`'s gradient where it lies inside the range."""
+    """Straight-through estimator: returns `rounded`, and passes the gradient to `x` where it is inside the range."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor, inside: Tensor) -> Tensor:
@@ -260,16 +263,16 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, kind: Kind = Kind.INT) -> Tensor:
-    """`x` on its grid, with gradients for `x` and `step`.
+    """Fake-quantize `x`, with gradients for `x` and `step`.
 
     Args:
         x: fp32, any shape.
         step: positive fp32, scalar or with x's number of dimensions and size 1 except along output channels.
         low, high: smallest and largest integer code.
-        kind: integer codes, or E4M3, whose step gets no gradient: relative precision is the same for every step.
+        kind: integer codes, or E4M3, whose step gets no gradient, as its relative precision does not depend on it.
 
     Returns:
-        fp32, shape of `x`; bit for bit what the deployed quantizer of this step computes.
+        fp32, shape of `x`; bit-identical to the deployed quantizer with this step.
     """
     x = x.float()
     if kind is not Kind.E4M3:
@@ -281,9 +284,9 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int, kind: Kind = Kin
 
 
 def fake_blocks(x: Tensor, scale: Tensor) -> Tensor:
-    """`x` `(..., n)`, n a multiple of 16, on the NVFP4 grid of its blocks, fp32, with a gradient for `x`.
+    """Fake-quantize `x` `(..., n)`, n a multiple of 16, to NVFP4, in fp32, with a gradient for `x`.
 
-    `scale` `(..., n / 16)` fp32 is `block_scale * tensor_scale`. Bit for bit what is deployed.
+    `scale` `(..., n / 16)` fp32 is `block_scale * tensor_scale`. Bit-identical to the deployed model.
     """
     x = x.float()
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Workflows: a recipe's stages run in order, each once, each as the command a user would type.
+"""Workflows: run the stages of a recipe in order, each once, each as the command a user would type.
 
-`recipe.py` reads what is to be done, `state.py` with `keys.py` says what need not be done again, `runner.py` runs
-stages, `gates.py` judges what they wrote. A stage is a process of its own: its memory is given
-back, a crash in it is an exit code, and the command in the report is the one that ran.
+`recipe.py` reads the recipe, `state.py` and `keys.py` determine which stages are up to date, `runner.py` runs stages,
+`gates.py` checks their output against thresholds. Each stage is a separate process: its memory is freed, a crash in it
+is an exit code, and the command in the report is exactly the one that ran.
 """
 
 from pipeline.workflow.recipe import GateSpec, Recipe, StageSpec, load_recipe

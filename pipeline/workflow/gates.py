@@ -1,7 +1,7 @@
-"""Gates as code: figures that stages wrote, judged by the recipe's thresholds, and the gates that stages judged.
+"""Evaluate gates: the recipe's thresholds on figures that stages wrote, and the gates that stages evaluated themselves.
 
-REGRESSION: a finite figure on the wrong side. ANOMALOUS: a figure that is missing or not finite, or two things that
-must be equal and are not. INFEASIBLE: the stage could not run here.
+REGRESSION: a finite figure is on the wrong side of its threshold. ANOMALOUS: a figure is missing or not finite, or two
+things that must be equal differ. INFEASIBLE: the stage could not run on this machine.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from pipeline.workflow.recipe import GateSpec, StageSpec
 
 __all__ = ["figure_at", "inside", "judge", "said_by_gates", "verdict_of_failure"]
 
-# Exit codes that say something about this machine or this export, and nothing about the recipe's text.
+# Exit codes caused by this machine or by the stage's input or output, not by mistakes in the recipe.
 _INFEASIBLE: Final = frozenset((11, 13, 15))
 _ANOMALOUS: Final = frozenset((12, 14))
 
 
 def verdict_of_failure(exit_code: int) -> Verdict | None:
-    """What a failed stage's exit code means; None where the run itself must end with it."""
+    """The verdict for a failed stage's exit code; None if the run itself must end with that exit code."""
     if exit_code in _INFEASIBLE:
         return Verdict.INFEASIBLE
     return Verdict.ANOMALOUS if exit_code in _ANOMALOUS else None
 
 
 def said_by_gates(exit_code: int, artifact: Path) -> bool:
-    """Whether an exit code says no more than gates of the artifact that was written."""
+    """Whether the exit code only reports failed gates, and the artifact that was written contains those gates."""
     return exit_code == GateFailedError.exit_code and bool(failures(read_manifest(artifact).gates))
 
 
 def _written(output: Path) -> tuple[Path, dict[str, Any], VerdictRecord | None]:
-    """What a stage wrote: the file, its content, and the record that it is, where the output is no artifact.
+    """What a stage wrote: the file, its content, and, if the output is a verdict record and no artifact, that record.
 
     Raises:
-        BadArtifactError: there is none, or it is damaged.
+        BadArtifactError: there is no output, or it is damaged.
     """
     if output.is_dir():
         return output / MANIFEST_NAME, read_manifest(output).plain(), None
@@ -49,7 +49,7 @@ def _written(output: Path) -> tuple[Path, dict[str, Any], VerdictRecord | None]:
 
 
 def figure_at(document: Any, path: str) -> float | None:
-    """The number at a dotted path (`details.accuracy.quantized.top1`, `canary.0.tokens`); None where there is none."""
+    """The number at a dotted path (`details.accuracy.quantized.top1`, `canary.0.tokens`); None if there is none."""
     here = document
     for part in path.split("."):
         if isinstance(here, Mapping) and part in here:
@@ -62,13 +62,13 @@ def figure_at(document: Any, path: str) -> float | None:
 
 
 def judge(spec: StageSpec, directory: Path, outputs: Mapping[str, Path]) -> list[Gate]:
-    """All gates of a stage that has ended: those its output carries, its record's verdict, and the recipe's.
+    """All gates of a finished stage: those in its output, one for its record's verdict, and those of the recipe.
 
-    `directory` is the run's, for the sources of figures; `outputs` are what every stage wrote, by name.
+    `directory` is the run's directory, used to state the source of figures; `outputs` are all stages' outputs by name.
     """
     try:
         path, document, record = _written(outputs[spec.name])
-    except BadArtifactError as error:  # the recipe's gates fail with it: their figures are missing
+    except BadArtifactError as error:  # the recipe's gates fail too, as their figures are missing
         where, document, record = inside(outputs[spec.name], directory), {}, None
         lost = none_of("outputs that cannot be read", 1, f"{error.what}: {error.why}")
         found = [lost.model_copy(update={"source": f"{where}#gates.0"})]
@@ -94,7 +94,7 @@ def _recorded(record: VerdictRecord, source: str) -> Gate:
 
 
 def _judged(gate: GateSpec, where: str, document: Any, directory: Path, outputs: Mapping[str, Path]) -> Iterator[Gate]:
-    """One gate for each bound."""
+    """One gate for each bound (`at_least`, `at_most`)."""
     value, source = figure_at(document, gate.figure), f"{where}#{gate.figure}"
     for operation, other in (("-", gate.minus), ("/", gate.over)):
         if other is None:
@@ -127,5 +127,5 @@ def _held(output: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def inside(path: Path, directory: Path) -> str:
-    """The path relative to the directory where it lies in it, or as it is."""
+    """The path relative to `directory` if it is inside it, otherwise unchanged."""
     return path.relative_to(directory).as_posix() if path.is_relative_to(directory) else str(path)

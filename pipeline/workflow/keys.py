@@ -1,8 +1,8 @@
-"""When a stage need not run again: its key, a digest over everything that decides what it writes.
+"""Cache keys of stages: a digest over everything that determines a stage's output, so that it need not run twice.
 
-The key covers the command, its settings as the recipe gives them, the contents of the stages it reads, the bytes of
-what it reads from outside, and the versions of the tool, of the packages that compute, and of the stage's engine. Files
-are hashed once and remembered by size and time of change.
+The key covers the command, its settings as given in the recipe, the contents of the stages it reads, the bytes of its
+inputs from outside the run, and the versions of fp8pipe, of the packages that affect results, and of the stage's
+engine. A file's hash is cached and reused while its size and modification time are unchanged.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pipeline.workflow.recipe import StageSpec, replace_references
 
 __all__ = ["VERSIONS", "SourceDigests", "file_states", "stage_key"]
 
-# Packages that decide what stages write.
+# Packages that affect the output of stages.
 VERSIONS: Final = (
     "torch", "transformers", "tokenizers", "safetensors", "timm", "numpy", "onnx", "onnx-ir", "onnxscript",
     "onnxruntime", "tensorrt-rtx", "tensorrt",
 )  # fmt: skip
 
 _PREFIXES: Final = ("images:", "artifact:")
-# Of a model directory, these say nothing about the model.
+# Folders of a model directory that are not part of the model.
 _SKIPPED: Final = (".git", ".cache", "__pycache__")
 
 
@@ -37,10 +37,10 @@ def stage_key(
     """The key of a stage.
 
     Args:
-        spec: the stage; names of stages do not matter, only what they hold.
-        contents: content digests of the stages it reads, by the setting that names them.
-        sources: digests of what it reads from outside, by setting.
-        versions: of the packages and engines that it runs with.
+        spec: the stage; names of stages do not enter the key, only their contents do.
+        contents: content digests of the stages it reads, by the setting that references them.
+        sources: digests of its inputs from outside the run, by setting.
+        versions: versions of the packages and engines that it uses.
     """
     settings = replace_references(spec.settings, lambda prefix, stage: None)
     fields = {"command": spec.command, "settings": settings, "reads": dict(contents), "sources": dict(sources)}
@@ -48,7 +48,7 @@ def stage_key(
 
 
 def file_states(path: Path) -> dict[str, tuple[int, int]]:
-    """Size (bytes) and time of change (ns) of every file at `path`: a directory's, or the file itself as `.`."""
+    """Size (bytes) and modification time (ns) of every file below a directory `path`, or of a file `path`, as `.`."""
     if path.is_file():
         state = path.stat()
         return {".": (state.st_size, state.st_mtime_ns)}
@@ -62,7 +62,7 @@ def file_states(path: Path) -> dict[str, tuple[int, int]]:
 
 
 class SourceDigests:
-    """Digests of what the user names, remembered in the file `memory`; unreadable, everything is hashed again."""
+    """Digests of a user's inputs, cached in the file `memory`; if it is unreadable, everything is hashed again."""
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
@@ -72,7 +72,7 @@ class SourceDigests:
             self._known = {}
 
     def digest(self, source: str) -> str:
-        """What `source` holds: a content or byte digest of a path; the name itself of anything else."""
+        """An artifact's content digest, a hash over the bytes of another path, or `source` itself if it is no path."""
         for prefix in _PREFIXES:
             if source.startswith(prefix):
                 return prefix + self.digest(source.removeprefix(prefix))
@@ -85,7 +85,7 @@ class SourceDigests:
         return source
 
     def save(self) -> None:
-        """Remember for the next run."""
+        """Save the cache for the next run."""
         self._memory.parent.mkdir(parents=True, exist_ok=True)
         partial = self._memory.with_suffix(".partial")
         partial.write_text(json.dumps(self._known), encoding="utf-8")

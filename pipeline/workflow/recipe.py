@@ -1,4 +1,4 @@
-"""Recipes: YAML that names stages, their settings, what they read of each other, and what is accepted.
+"""Recipes: YAML files that list stages, their settings, their dependencies, and the thresholds for their results.
 
 ```yaml
 name: digits
@@ -15,7 +15,7 @@ stages:
       - {name: size, figure: details.payload_bytes, at_most: 5000000, reason: fits the device}
 ```
 
-`stage:NAME` stands for what that stage writes. Everything else in a stage is a setting of its command.
+`stage:NAME` stands for the output of that stage. All other keys of a stage are settings of its command.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ __all__ = [
     "settings_differing", "substitute",
 ]  # fmt: skip
 
-# Of a stage's entry in a recipe, what decides nothing about its output.
+# Keys of a stage's entry that are not settings of its command.
 _NO_SETTINGS: Final = ("command", "gates", "after")
-# The whole of a value, or what follows a prefix: `stage:model`, `artifact:stage:model`.
+# A reference is a whole value, optionally with a prefix: `stage:model`, `artifact:stage:model`.
 _REFERENCE: Final = re.compile(r"((?:[a-z]+:)?)stage:(.+)", re.DOTALL)
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _TOP_KEYS: Final = ("name", "description", "stages")
 
 
 class GateSpec(FrozenConfig):
-    """One thing that must hold of what a stage wrote."""
+    """A condition on a figure in a stage's output."""
 
     name: str = Field(min_length=1, description="what it asks, in a few words")
     figure: str = Field(
@@ -63,7 +63,7 @@ class GateSpec(FrozenConfig):
     @field_validator("figure", "minus", "over")
     @classmethod
     def _of_today(cls, value: str | None) -> str | None:
-        """Recipes from before schema 3 of manifests say `extra` where it is `details` now."""
+        """Recipes written before manifest schema 3 use `extra` instead of `details`."""
         return value if value is None else re.sub(r"(^|#)extra\.", r"\1details.", value)
 
     @model_validator(mode="after")
@@ -81,30 +81,30 @@ class StageSpec:
 
     name: str
     command: str
-    settings: Mapping[str, Any]  # of the command, as written; references are still references
+    settings: Mapping[str, Any]  # settings of the command, as written, with unresolved references
     gates: tuple[GateSpec, ...] = ()
-    after: tuple[str, ...] = ()  # stages that must have ended before, though nothing of them is read
-    reads: Mapping[str, str] = field(default_factory=dict)  # stages it reads, by the dotted setting that names them
+    after: tuple[str, ...] = ()  # stages that must finish before it, although it does not read them
+    reads: Mapping[str, str] = field(default_factory=dict)  # stages it reads, by the setting that references them
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Names of all stages that must have ended before."""
+        """Names of all stages that must finish before this one."""
         return tuple(dict.fromkeys((*self.reads.values(), *self.after)))
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe, checked as far as it can be without knowing the commands; its stages are in an order that can run."""
+    """A recipe, validated as far as possible without knowing the commands; its stages are in topological order."""
 
     name: str
     description: str
     stages: tuple[StageSpec, ...]
 
     def stage(self, name: str) -> StageSpec:
-        """The stage of that name.
+        """The stage called `name`.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: there is no such stage.
         """
         stages = {stage.name: stage for stage in self.stages}
         if name not in stages:
@@ -129,10 +129,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: `STAGE.KEY=VALUE`, values read as YAML; they win over the file.
+        overrides: `STAGE.KEY=VALUE`, with values parsed as YAML; they take precedence over the file.
 
     Raises:
-        ConfigurationError: unreadable, malformed, an unknown stage in an override or a reference, or a circle.
+        ConfigurationError: the recipe is unreadable or malformed, an override or a reference names an unknown stage,
+            or stages depend on each other in a cycle.
     """
     values = read_yaml(Path(path))
     values.setdefault("name", Path(path).stem)
@@ -147,7 +148,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_of(values: Mapping[str, Any], where: str) -> Recipe:
-    """A recipe from plain data; `where` is for messages.
+    """Build a recipe from plain data; `where` is the source named in error messages.
 
     Raises:
         ConfigurationError: as `load_recipe`.
@@ -201,7 +202,7 @@ def _stage(name: str, entry: Any, where: str) -> StageSpec:
 
 
 def _ordered(specs: Mapping[str, StageSpec], where: str) -> list[str]:
-    """Names in an order in which the stages can run, as near to the file's as that allows."""
+    """Stage names in topological order, as close to the order of the file as possible."""
     sorter = graphlib.TopologicalSorter({name: spec.needs for name, spec in specs.items()})
     try:
         sorter.prepare()
@@ -245,17 +246,17 @@ def _no_stage(name: str, known: Sequence[str], where: str = "") -> Configuration
 
 
 def references(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Names of stages in the settings, by the dotted setting that holds the reference."""
+    """Names of the stages that settings reference, keyed by the dotted name of the setting."""
     return {dotted: match[2] for dotted, value in _leaves(settings) if (match := _matched(value))}
 
 
 def substitute(settings: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[str, Any]:
-    """The settings with the paths of stages' outputs in the place of references."""
+    """The settings with references replaced by the paths of the stages' outputs."""
     return replace_references(settings, lambda prefix, stage: f"{prefix}{paths[stage]}")
 
 
 def replace_references(settings: Mapping[str, Any], replacement: Callable[[str, str], Any]) -> dict[str, Any]:
-    """The settings with `replacement(prefix, stage)` in the place of references."""
+    """The settings with references replaced by `replacement(prefix, stage)`."""
 
     def replaced(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -269,7 +270,10 @@ def replace_references(settings: Mapping[str, Any], replacement: Callable[[str, 
 
 
 def settings_differing(former: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each setting of a stage's entry in a resolved recipe that is not as it was, for people: `rounds 5 -> 10`."""
+    """The changed settings of a stage, in readable form such as `rounds 5 -> 10`.
+
+    `former` is the stage's entry in an earlier resolved recipe, `now` its present settings.
+    """
     before = dict(_leaves({name: value for name, value in former.items() if name not in _NO_SETTINGS}))
     after = dict(_leaves(now))
     both = ((dotted, *(str(held.get(dotted, "(none)")) for held in (before, after))) for dotted in {**before, **after})

@@ -1,6 +1,6 @@
-"""Runs a recipe: stages are started in order, resumed where they were cut, judged, and recorded one by one.
+"""Run a recipe: start its stages in order, resume interrupted ones, evaluate their gates, and record each stage.
 
-A stage is a process, started under a guard; its log is kept and shown, its answer read when it has ended.
+A stage is a process under a supervisor (`fp8pipe/core/guard.py`); its log is saved and shown, its JSON result read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["WorkflowRunner"]
 LOGS, RECIPE_NAME = "logs", "recipe.yaml"
 _POLL_S: Final = 0.05
 _INTERRUPT_S: Final = 60.0
-# A run that was killed leaves processes that die within a moment, and hold its lock until then.
+# Processes of a killed run end within a moment, but hold its lock until then; a new run waits this long for them.
 _LOCK_S: Final = 15.0
 
 Show = Callable[[str, str], None]
@@ -54,7 +54,7 @@ class _Ended:
     code: int
     seconds: float  # wall time
     peak_rss_bytes: int  # largest resident memory of any of its processes
-    document: dict[str, Any]  # what it printed with `--json`; empty where that is no document
+    document: dict[str, Any]  # its output for `--json`; empty if that is not a JSON object
 
 
 class _StageProcess:
@@ -62,10 +62,10 @@ class _StageProcess:
 
     Args:
         command: the command line; `--json` is added.
-        log: file for what it says on stderr.
-        environment: variables to set where they are not set already.
-        show: called with every line that it says.
-        lock: a descriptor that its guard holds, too.
+        log: the file to which its stderr is appended.
+        environment: default environment variables, overridden by those of this process.
+        show: called with every line of its stderr.
+        lock: file descriptor of the run's lock, which its supervisor inherits.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class _StageProcess:
         self._answer, self._report = log.with_suffix(".json"), log.with_suffix(".ended")
         self._report.unlink(missing_ok=True)
         with self._answer.open("wb") as answer:
-            # A session of its own: Ctrl-C reaches the run alone, which passes it on once.
+            # The stage is in its own process session, so Ctrl-C reaches only the run, which forwards it once.
             self._process, self._held = start_guarded(
                 [*command, "--json"], report=self._report, pass_fds=(lock,), stdin=subprocess.DEVNULL,
                 stdout=answer, stderr=subprocess.PIPE, env={**environment, **os.environ},
@@ -83,7 +83,7 @@ class _StageProcess:
         self._reader.start()
 
     def poll(self) -> _Ended | None:
-        """How it ended; None while it runs."""
+        """The result of the stage; None while it is running."""
         if self._process.poll() is None:
             return None
         self._reader.join()
@@ -96,7 +96,7 @@ class _StageProcess:
         return ended
 
     def interrupt(self, seconds: float) -> None:
-        """Ask it to stop, as Ctrl-C does; kill all of it when it has not after some time."""
+        """Send SIGINT, as Ctrl-C does; kill all its processes if it has not ended after `seconds`."""
         self._process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
@@ -104,7 +104,7 @@ class _StageProcess:
         self._process.wait()
 
     def close(self) -> None:
-        """Let go of the guard: what still runs is killed."""
+        """Close the supervisor's pipe, on which it kills all processes of the stage that still run."""
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
@@ -118,7 +118,7 @@ class _StageProcess:
 
 
 class WorkflowRunner:
-    """Runs a recipe in its directory; `show` is called with a stage's name and a line for people."""
+    """Runs a recipe in its directory; `show` is called with a stage's name and a line of output for the user."""
 
     def __init__(self, state: RunState, show: Show) -> None:
         self.state, self._show = state, show
@@ -127,10 +127,10 @@ class WorkflowRunner:
         self._lock = -1
 
     def check(self, stages: Sequence[StageSpec]) -> None:
-        """Build the typed configuration of these stages.
+        """Validate the settings of these stages by building their typed configurations.
 
         Raises:
-            ConfigurationError: one error that names every mistake of every stage.
+            ConfigurationError: a single error that lists the mistakes of all stages.
         """
         found, recipe = [], self.state.recipe
         for spec in stages:
@@ -146,15 +146,15 @@ class WorkflowRunner:
             )  # fmt: skip
 
     def run(self) -> RunRecord:
-        """Run what must be run, judge everything, and record it after every stage.
+        """Run the stages that are not up to date, evaluate all gates, and write the record after every stage.
 
         Returns:
-            The record; a failed gate is a verdict in it.
+            The record; failed gates are part of its verdict and raise no error.
 
         Raises:
-            ConfigurationError: settings that a command refuses, each named, before anything is run.
-            Fp8PipeError: a stage failed for a reason that is no verdict; the record holds it, too.
-            InterruptedRunError: Ctrl-C; running stages have been ended and can be resumed.
+            ConfigurationError: a command rejects its settings; all mistakes are listed, before any stage is run.
+            Fp8PipeError: a stage failed for a reason that is not expressed by a verdict; the record contains it, too.
+            InterruptedRunError: Ctrl-C; the running stages have been stopped and can be resumed.
         """
         with self._locked():
             self.check([status.spec for status in self.state.statuses() if status.run])
@@ -192,7 +192,7 @@ class WorkflowRunner:
             time.sleep(_POLL_S if self._running else 0)
 
     def _begin(self, status: StageStatus) -> bool:
-        """Start a stage, or record one that need not run; true where it runs now."""
+        """Start a stage, or record it if it is up to date; returns whether it was started."""
         name = status.spec.name
         if status.run:
             self._show(name, f"{status.spec.command}: {status.why}")
@@ -203,7 +203,7 @@ class WorkflowRunner:
         return False
 
     def _start(self, status: StageStatus) -> _StageProcess:
-        """Start a stage: resumed where an unfinished run of the same key is there, anew otherwise."""
+        """Start a stage; it resumes if there is an unfinished run with the same key."""
         state, spec = self.state, status.spec
         command, output = state.commands[spec.command], state.outputs[spec.name]
         _write_yaml(state.settings_file(spec), state.filed_settings(spec))
@@ -211,7 +211,7 @@ class WorkflowRunner:
         if output.is_dir():
             extra.append("--force")
         elif output.is_file():
-            remove_checked(output)  # an old record must not be taken for the new one
+            remove_checked(output)  # an old record must not be mistaken for the new one
         log = state.directory / LOGS / f"{spec.name}.log"
         log.parent.mkdir(exist_ok=True)
         log.unlink(missing_ok=True)
@@ -221,7 +221,7 @@ class WorkflowRunner:
         )  # fmt: skip
 
     def _prepare(self, spec: StageSpec, command: StageCommand, key: str) -> bool:
-        """Throw away what another configuration left unfinished; true where an unfinished run can go on."""
+        """Delete unfinished output of another configuration; returns whether an unfinished run can be resumed."""
         marker, partial = self.state.marker(spec), self.state.partial(spec)
         if partial.is_dir() and not self.state.started_with(spec, key):
             shutil.rmtree(partial)
@@ -234,16 +234,16 @@ class WorkflowRunner:
         if result.code and error is None:
             what = f"the stage {spec.name} died"
             error = {"type": "Died", "exit_code": result.code, "what": what, "why": "", "fix": ""}
-        # A record that says REJECT is an output. What was there before is none: a record was removed, a manifest older.
+        # A record is an output even if it says REJECT. Old records were removed; an old manifest has an older mtime.
         manifest, began = output / MANIFEST_NAME, self.state.marker(spec).stat().st_mtime_ns
         anew = manifest.is_file() and manifest.stat().st_mtime_ns >= began
         if anew and said_by_gates(result.code, output):
-            error = None  # the stage ended; its gates, which are judged, say the rest
+            error = None  # the stage completed; its failed gates are evaluated below
         written = output.is_file() or (error is None and anew)
         return self._described(status, started, result.seconds, result.peak_rss_bytes, error, written)
 
     def _adopted(self, status: StageStatus) -> StageRecord:
-        """The record of a stage that ended when nobody was there to write it."""
+        """The record of a stage that finished after its run had died, before the run could write it."""
         marker = self.state.marker(status.spec).stat().st_mtime
         manifest = (self.state.outputs[status.spec.name] / MANIFEST_NAME).stat().st_mtime
         started = datetime.fromtimestamp(marker, UTC).isoformat(timespec="seconds")
@@ -266,7 +266,7 @@ class WorkflowRunner:
         )  # fmt: skip
 
     def _judge(self, spec: StageSpec, record: StageRecord, note: str = "") -> None:
-        """Judge a stage and write the run's record; nothing is built on a stage that is not accepted."""
+        """Evaluate a stage's gates and write the run's record; after a failed verdict no further stage is started."""
         state = self.state
         code = int(record.error["exit_code"]) if record.error else 0
         gates = judge(spec, state.directory, state.outputs) if record.files else []
@@ -292,7 +292,7 @@ class WorkflowRunner:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the run's lock. Its descriptor is handed to every stage, so that it is held as long as one lives."""
+        """Hold the run's lock. Stages inherit its file descriptor, so it is held as long as any of them is alive."""
         folder = self.state.directory / STAGES
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as file:
@@ -309,7 +309,7 @@ class WorkflowRunner:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    """What a process has left as JSON; nothing where it has left none."""
+    """The JSON object that a process wrote to `path`; empty if there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -318,7 +318,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _content(output: Path, key: str) -> str:
-    """The content of what a stage wrote; empty where that is damaged, which a gate of it says."""
+    """The content digest of a stage's output; empty if it is damaged, which a failed gate reports."""
     try:
         return content_of(output, key)
     except BadArtifactError:

@@ -1,4 +1,4 @@
-"""A run: a recipe, its directory, what that holds already, and so which stages need not run again."""
+"""The state of a run: its recipe, its directory, the outputs that exist already, and so which stages are up to date."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class StageCommand:
-    """One command that a stage may name: which settings it takes, what it reads, where it writes.
+    """A command that stages can run: which settings it takes, what it reads, where it writes.
 
     Attributes:
-        name: as on the command line.
+        name: its name on the command line.
         sources: settings that may name models, data and artifacts from outside the run.
-        check: builds the typed configuration and raises a ConfigurationError that names every mistake. It gets the
-            settings and, by setting, the command of the stage that is read.
-        arguments: the command line after `fp8pipe`, from settings (paths in the place of references), the output, and
-            the file that holds the settings.
-        output: where it writes, from settings, the run's directory and the stage's name.
+        check: builds the typed configuration and raises a ConfigurationError that lists every mistake. Called with the
+            settings and, for each setting that references a stage, the command of that stage.
+        arguments: returns the command line after `fp8pipe`. Called with the settings (references replaced by paths),
+            the output, and the file that holds the settings.
+        output: returns the path that it writes. Called with the settings, the run's directory and the stage's name.
         inline: settings that `arguments` puts on the command line; the file holds the others.
-        resumable: whether it takes --resume.
-        program: what the command line is given to; fp8pipe itself.
-        environment: variables that it runs with, unless the user has set them.
-        versions: of an engine that lives outside of this Python, from settings.
-        device: where it would compute now, from settings, for commands that take `device`; what it writes depends on
-            it.
+        resumable: whether it accepts --resume.
+        program: the program that gets the command line; fp8pipe itself by default.
+        environment: returns environment variables for it, which variables set by the user override.
+        versions: returns the versions of engines outside this Python environment. Called with the settings.
+        device: returns the device it would use now, on which its output may depend. Called with the settings; None for
+            commands without a `device` setting.
     """
 
     name: str
@@ -60,30 +60,31 @@ class StageCommand:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Which part of a recipe is wanted."""
+    """Which part of a recipe to run."""
 
-    first: str | None = None  # stages before it are taken as they are, even if their settings have changed
-    last: str | None = None  # it and what it needs; nothing else is run
-    force: tuple[str, ...] = ()  # stages that run even if nothing has changed
-    jobs: int = 1  # stages that may run side by side
+    first: str | None = None  # outputs of earlier stages are reused, even if their settings have changed
+    last: str | None = None  # run only this stage and the stages it depends on
+    force: tuple[str, ...] = ()  # stages to run even if nothing has changed
+    jobs: int = 1  # maximum number of stages that run in parallel
 
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """What is to be done with one stage."""
+    """Whether a stage must run, and why."""
 
     spec: StageSpec
     run: bool  # whether it would run
     why: str
-    key: str  # empty where it depends on a stage that has yet to run
-    adopt: bool = False  # its output is there, and only the record of it is missing
+    key: str  # empty if it depends on a stage that has yet to run
+    adopt: bool = False  # its output is complete, only its record is missing
 
 
 class RunState:
-    """A recipe, the commands that its stages may name, and the directory it runs in, which need not exist.
+    """A recipe, the available commands, and the directory of the run, which need not exist.
 
     Raises:
-        ConfigurationError: an unknown command or stage, two stages with one output, or a directory of something else.
+        ConfigurationError: an unknown command or stage, two stages with the same output, or a directory that holds
+            something other than a run.
     """
 
     def __init__(self, recipe: Recipe, commands: Mapping[str, StageCommand], directory: Path, options: RunOptions):
@@ -105,28 +106,28 @@ class RunState:
         self.records = {stage.name: stage for stage in self._former.stages} if self._former else {}
 
     def settings(self, spec: StageSpec) -> dict[str, Any]:
-        """A stage's settings with paths in the place of references."""
+        """A stage's settings, with references replaced by paths."""
         return substitute(spec.settings, self.outputs)
 
     def filed_settings(self, spec: StageSpec) -> dict[str, Any]:
-        """Those of them that the command reads from a file; the others stand on its command line."""
+        """The settings that the command reads from a file; the others are on its command line."""
         inline = self.commands[spec.command].inline
         return {key: value for key, value in self.settings(spec).items() if key not in inline}
 
     def settings_file(self, spec: StageSpec) -> Path:
-        """Where the settings of a stage are written for its command to read."""
+        """The file in which a stage's settings are passed to its command."""
         return self.directory / STAGES / f"{spec.name}.yaml"
 
     def marker(self, spec: StageSpec) -> Path:
-        """The file that says with which key the stage was started."""
+        """The file that holds the key with which the stage was last started."""
         return self.directory / STAGES / f"{spec.name}.key"
 
     def started_with(self, spec: StageSpec, key: str) -> bool:
-        """Whether an unfinished or unrecorded start of the stage had this key."""
+        """Whether the stage was started with this key, but has not been recorded since."""
         return self.marker(spec).is_file() and self.marker(spec).read_text(encoding="utf-8") == key
 
     def partial(self, spec: StageSpec) -> Path:
-        """Where its command writes until it is done."""
+        """The directory in which its command writes an unfinished artifact."""
         return partial_of(self.outputs[spec.name])
 
     def arguments(self, spec: StageSpec) -> list[str]:
@@ -135,7 +136,7 @@ class RunState:
         return command.arguments(self.settings(spec), self.outputs[spec.name], self.settings_file(spec))
 
     def wanted(self) -> tuple[StageSpec, ...]:
-        """The stages that are asked for, in order."""
+        """The requested stages, in order."""
         if self.options.last is None:
             return self.recipe.stages
         needed = {self.options.last}
@@ -145,7 +146,7 @@ class RunState:
         return tuple(spec for spec in self.recipe.stages if spec.name in needed)
 
     def statuses(self) -> list[StageStatus]:
-        """What would be done now with every stage that is wanted, in order."""
+        """For every requested stage, in order, whether it would run now, and why."""
         found: list[StageStatus] = []
         pending: set[str] = set()
         for spec in self.wanted():
@@ -157,10 +158,10 @@ class RunState:
         return found
 
     def status(self, spec: StageSpec) -> StageStatus:
-        """Whether a stage must run, when all it reads is there.
+        """Whether a stage must run; all stages that it reads must have finished.
 
         Raises:
-            ConfigurationError: it is to be taken as it is, and is not there.
+            ConfigurationError: its output is to be reused (`--from`), but it is missing or was changed.
         """
         record = self.records.get(spec.name)
         if spec.name in self._taken_as_is():
@@ -180,7 +181,7 @@ class RunState:
         return StageStatus(spec, bool(why), why or "up to date", key)
 
     def key(self, spec: StageSpec) -> str:
-        """The stage's key, from what it reads as it is now."""
+        """The stage's key, from the current state of its inputs."""
         contents = {
             dotted: self.records[name].content if name in self.records else "" for dotted, name in spec.reads.items()
         }
@@ -194,9 +195,9 @@ class RunState:
         return stage_key(self._placed(spec), contents, sources, own | engine)
 
     def _placed(self, spec: StageSpec) -> StageSpec:
-        """The stage with the device that it would compute on in the place of what is asked; the CPU goes unsaid.
+        """The stage with its `device` setting replaced by the device that it would use, or removed if that is the CPU.
 
-        So `auto` has the key of what it takes, and a stage whose settings name no device keeps its key on a CPU.
+        So `auto` gives the same key as the device it resolves to, and on the CPU the same key as no `device` setting.
         """
         device = self.commands[spec.command].device
         if device is None:
@@ -206,7 +207,7 @@ class RunState:
         return replace(spec, settings=others if found == "cpu" else {**others, "device": found})
 
     def _stale(self, spec: StageSpec, record: StageRecord | None, key: str) -> str:
-        """Why a stage must run; empty where it need not."""
+        """Why a stage must run; empty if it need not."""
         if record is None:
             return "unfinished" if self.started_with(spec, key) and self.partial(spec).is_dir() else "not yet run"
         if record.error is not None:
@@ -216,7 +217,7 @@ class RunState:
         return "" if self._intact(record) else "its output was changed or removed"
 
     def _changed(self, spec: StageSpec) -> str:
-        """What is not as it was, as far as the last run's record tells."""
+        """What has changed since the last run, as far as its record shows."""
         former = self._former.resolved.get("stages", {}).get(spec.name) if self._former else None
         differing = [] if former is None else settings_differing(former, spec.settings)
         if differing:
@@ -230,10 +231,10 @@ class RunState:
         return "settings, inputs, the device or the engine's versions have changed"
 
     def _intact(self, record: StageRecord) -> bool:
-        """Whether an output is what its stage left: by sizes and times, by every hash where those have changed."""
+        """Whether an output is unmodified: by file sizes and modification times, or by hashes if those have changed."""
         output = self.outputs[record.name]
         try:
-            if output.is_file():  # small: read, whatever its size and time are
+            if output.is_file():  # a record is small, so it is always read
                 return content_of(output, record.key) == record.content
             if file_states(output) == {name: tuple(state) for name, state in record.files.items()}:
                 return output.is_dir()
@@ -242,7 +243,7 @@ class RunState:
             return False
 
     def _left_unrecorded(self, spec: StageSpec, key: str) -> bool:
-        """Whether a run that died after its stage had ended left the output: it is newer than the stage's start."""
+        """Whether a complete output, newer than the stage's start, was left by a run that died before recording it."""
         marker, manifest = self.marker(spec), self.outputs[spec.name] / MANIFEST_NAME
         if not (manifest.is_file() and self.started_with(spec, key)):
             return False
@@ -256,7 +257,7 @@ class RunState:
 
     def _outputs(self) -> dict[str, Path]:
         outputs: dict[str, Path] = {}
-        for spec in self.recipe.stages:  # in order, so that what a stage reads is known
+        for spec in self.recipe.stages:  # in order, so that the outputs a stage reads are known
             command = self.commands[spec.command]
             outputs[spec.name] = command.output(substitute(spec.settings, outputs), self.directory, spec.name)
         doubles = [name for name, path in outputs.items() if list(outputs.values()).count(path) > 1]
@@ -286,10 +287,10 @@ class RunState:
 
 
 def content_of(output: Path, key: str) -> str:
-    """The content digest of an artifact; of a record, whose bytes hold times: what it judged, and how.
+    """The content digest of an artifact, or for a record, whose bytes include timestamps, one of its key and verdict.
 
     Raises:
-        BadArtifactError: it is no artifact and no sound record.
+        BadArtifactError: `output` is neither an artifact nor a valid record.
     """
     if output.is_dir():
         return open_artifact(output, verify=False).content

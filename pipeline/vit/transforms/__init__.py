@@ -1,1 +1,1 @@
-"""Equivalent transforms: forms of a float model that compute the same and round better; see `apply_transforms`."""
+"""Equivalent transforms, which change a float model's weights but not its outputs, for smaller quantization errors."""

@@ -1,17 +1,18 @@
-"""Applies equivalent transforms to a float model, and keeps only those after which it provably computes the same.
+"""Apply equivalent transforms to a float model, and keep only those that are verified not to change its outputs.
 
-Each step works on a copy. Its answers on calibration images are compared with the original's; a step that changes
-them by more than fp32 rounding is dropped, with a note that says so. So a family that nobody has tried can lose the
-gain of a step, never its accuracy.
+Each transform works on a copy. The copy's outputs on calibration images are compared with the original's; a transform
+that changes them by more than fp32 rounding is dropped, and a note says so. So in an untested model family a transform
+may be lost, but never accuracy.
 
-Rotations are in `rotate.py`. Centring moves means that carry no information for a grid, measured on calibration images,
-into biases; centred tensors waste no codes of a grid with one scale per tensor.
+Rotations are in `rotate.py`. Centring moves the means of tensors, measured on calibration images, into biases, so that
+centred tensors do not waste codes of a grid with one scale per tensor.
 
-* A constant added to all keys adds the same to every logit of a query, which softmax does not see (the smoothing of
-  SageAttention, arXiv 2410.02367). So keys may lose their mean.
-* Probabilities add up to one, so a constant in the values passes unchanged: it moves into the projection's bias. What
-  is left has no mean, and probabilities that round to a sum other than one then cost far less.
-* The mean of a norm's output moves into the biases of the linears that read it.
+* A constant added to all keys adds the same value to every logit of a query, which softmax ignores (the smoothing of
+  SageAttention, arXiv 2410.02367). So the mean of keys can be removed.
+* Attention probabilities sum to one, so a constant in the values reaches the output unchanged and can move to the
+  projection's bias. The remaining values have zero mean, so probabilities that no longer sum to one after rounding
+  cause a much smaller error.
+* The mean of a norm's output moves into the biases of the linear layers that read it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pipeline.vit.config import TransformsConfig
 from pipeline.vit.transforms.rotate import NotRotatable, rotate_heads, rotate_residual
 from pipeline.vit.transforms.wiring import AttentionWiring, Wiring, read_wiring
 
-# Relative to the largest output. Rounding moves outputs by some 1e-6, a wrong fold by more than 1e-2.
+# Relative to the largest output. Rounding changes outputs by about 1e-6, an incorrect fold by more than 1e-2.
 _TOLERANCE: Final = 1e-4
 _BATCH: Final = 32
 _CHECKED: Final = 8
@@ -42,19 +43,19 @@ _CHECKED: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Transformed:
-    """The model in its new form."""
+    """The transformed model."""
 
     vision: VisionModel  # the same architecture with other weights
-    steps: tuple[str, ...]  # what was done, in words
-    notes: tuple[str, ...]  # what could not be done, and why
+    steps: tuple[str, ...]  # descriptions of the applied transforms
+    notes: tuple[str, ...]  # transforms that were not applied, and why
 
 
 def apply_transforms(
     vision: VisionModel, structure: VitStructure, pixels: Tensor, config: TransformsConfig, seed: int
 ) -> Transformed:
-    """Rotate and centre a float model, which stays as it is, as far as it allows.
+    """Rotate and centre a copy of a float model, as far as the model allows it.
 
-    `pixels` are normalized calibration images `(N, 3, H, W)`, on the host; `seed` is that of the rotations.
+    `pixels` are normalized calibration images `(N, 3, H, W)`, on the host; `seed` is the seed of the rotations.
     """
     model, steps, notes = vision.model, [], []
     device = next(model.parameters()).device
@@ -99,9 +100,9 @@ def _answers(model: nn.Module, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def centre(model: nn.Module, wiring: Wiring, batches: Iterable[Tensor]) -> int:
-    """Centre keys, values and the outputs of norms, in place, wherever a bias can take the mean; how many there were.
+    """Centre keys, values and outputs of norms, in place, where a bias can absorb the mean; returns their number.
 
-    The model is prepared and in eval mode; batches are normalized pixels `(N, 3, H, W)`.
+    The model is prepared and in evaluation mode; batches are normalized pixels `(N, 3, H, W)`.
     """
     norms = {
         norm: linears
@@ -120,7 +121,7 @@ def centre(model: nn.Module, wiring: Wiring, batches: Iterable[Tensor]) -> int:
 
 
 def _centre_keys(model: nn.Module, attention: AttentionWiring, means: dict[str, Tensor]) -> bool:
-    """Take the mean of the keys out of their bias; whether that was possible."""
+    """Subtract the mean of the keys from their bias; returns whether that was possible."""
     bias = None if attention.k is None else _bias(model, attention.k.linear)
     if attention.k is None or bias is None:
         return False
@@ -129,7 +130,7 @@ def _centre_keys(model: nn.Module, attention: AttentionWiring, means: dict[str, 
 
 
 def _centre_values(model: nn.Module, attention: AttentionWiring, means: dict[str, Tensor]) -> bool:
-    """Move the mean of the values into the projection's bias; whether that was possible."""
+    """Move the mean of the values into the projection's bias; returns whether that was possible."""
     if attention.v is None or attention.projection is None or attention.site.pools:
         return False
     bias, mean = _bias(model, attention.v.linear), means[attention.v.linear][attention.v.slice]
@@ -145,14 +146,14 @@ def _bias(model: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def _add_to_bias(model: nn.Module, linear: str, inputs: Tensor) -> None:
-    """Let a linear give what it gave before this constant was taken from its inputs."""
+    """Add to a linear layer's bias what the constant `inputs`, removed from its input, contributed to the output."""
     layer = model.get_submodule(linear)
     bias, weight = layer.get_parameter("bias"), layer.get_parameter("weight")
     bias.add_((weight.double() @ inputs).to(bias.dtype))
 
 
 def _means(model: nn.Module, names: set[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Mean output of each module over images and tokens, float64."""
+    """The mean output of each module over images and tokens, float64."""
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(names, 0)
 

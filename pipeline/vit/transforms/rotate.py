@@ -1,17 +1,17 @@
-"""Rotations that leave what a model computes: inside each head, and of the whole residual stream.
+"""Rotations that do not change a model's outputs: inside each attention head, and of the whole residual stream.
 
-Rotated channels have alike magnitudes and nearly normal values (the idea of QuaRot, arXiv 2404.00456), which is what a
-grid with one scale per tensor wants. Every attention allows two rotations inside its heads:
+Rotated channels have similar magnitudes and nearly normal values (the idea of QuaRot, arXiv 2404.00456), which suits a
+grid with one scale per tensor. Every attention allows two rotations inside its heads:
 
-* Queries and keys of a head may be rotated by one orthogonal matrix: `(qR)(kR)^T = qk^T`.
-* Values may be rotated if the projection behind them is rotated back: `(p vR)(R^T W) = p v W`.
+* Queries and keys of a head may be rotated by the same orthogonal matrix: `(qR)(kR)^T = qk^T`.
+* Values may be rotated if the projection after them is rotated back: `(p vR)(R^T W) = p v W`.
 
-One rotation of the stream is folded into the weights around it. LayerNorm without gain and bias commutes with every
-orthogonal Q that keeps the vector of ones: mean and length are the same, so `LN(Qx) = Q LN(x)`. With gains and biases
-folded into the linears that read them (and layer scales into those that write), everything that writes the stream is
-multiplied by Q and everything that reads it by its transpose. The model computes what it computed, and no channel of
-what its linears read stands out any more. (SliceGPT, arXiv 2401.15024, has the invariance for RMSNorm; keeping the ones
-keeps LayerNorm, so no architecture changes.)
+The rotation of the residual stream is folded into the weights around it. LayerNorm without gain and bias commutes with
+every orthogonal Q that maps the vector of ones to itself: mean and norm are preserved, so `LN(Qx) = Q LN(x)`. Gains and
+biases are folded into the linear layers that read the norms (and layer scales into those that write to the stream);
+then all weights that write to the stream are multiplied by Q, and all that read from it by its transpose. The model's
+outputs stay the same, and the inputs of its linear layers no longer have outlier channels. (SliceGPT, arXiv 2401.15024,
+has this invariance for RMSNorm; preserving the vector of ones extends it to LayerNorm without architecture changes.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.vit.transforms.wiring import Rows, Wiring
 
 
 class NotRotatable(Exception):
-    """The stream of this model has a reader or writer that cannot take the rotation; says which."""
+    """The residual stream cannot be rotated; the message says which part of the model prevents it."""
 
 
 def ones_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
@@ -40,10 +40,10 @@ def ones_keeping_rotation(size: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, generator: torch.Generator) -> int:
-    """Rotate the residual stream, in place; how many streams that are: one.
+    """Rotate the residual stream, in place; returns 1, the number of rotated streams.
 
     Raises:
-        NotRotatable: the model has a part that would compute something else; it may have been changed already.
+        NotRotatable: the rotation would change the output of some part; the model may already be partly changed.
     """
     if structure.is_backbone:
         raise NotRotatable("a backbone gives the stream itself, as features")
@@ -70,7 +70,7 @@ def rotate_residual(model: nn.Module, structure: VitStructure, wiring: Wiring, g
 
 
 def _readers(model: nn.Module, structure: VitStructure, wiring: Wiring, width: int) -> dict[str, tuple[str, ...]]:
-    """Linears by norm. The last norm may be read through pooling: then its readers are the heads."""
+    """The linear layers that read each norm. The last norm may be read through pooling: its readers are the heads."""
     on_stream = [n for n in wiring.readers if tuple(model.get_submodule(n).normalized_shape) == (width,)]  # type: ignore[arg-type]
     readers = {norm: wiring.readers[norm] for norm in on_stream if wiring.readers[norm]}
     silent = [norm for norm in on_stream if norm not in readers]
@@ -84,7 +84,7 @@ def _readers(model: nn.Module, structure: VitStructure, wiring: Wiring, width: i
 
 
 def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], rotation: Tensor) -> None:
-    """Gain, and bias where a linear can take it, go into the readers; these are rotated back."""
+    """Fold the gain, and the bias if all readers have a bias, into the readers, and rotate their inputs back."""
     module = model.get_submodule(norm)
     gain, bias = module.get_parameter("weight").double(), module.get_parameter("bias").double()
     layers = [model.get_submodule(name) for name in linears]
@@ -93,7 +93,7 @@ def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], rotation: 
         raise NotRotatable(f"{norm} has a bias that its readers cannot take, and gains near zero")
     for layer in layers:
         weight = layer.get_parameter("weight")
-        blocks = weight.double().view(weight.shape[0], -1, len(gain))  # pooled tokens side by side
+        blocks = weight.double().view(weight.shape[0], -1, len(gain))  # pooled tokens are concatenated
         if foldable:
             layer.get_parameter("bias").add_((blocks @ bias).sum(1).to(weight.dtype))
         weight.copy_(((blocks * gain) @ rotation.T).flatten(1))
@@ -105,7 +105,7 @@ def _fold_norm(model: nn.Module, norm: str, linears: tuple[str, ...], rotation: 
 def _fold_layer_scales(
     model: nn.Module, structure: VitStructure, wiring: Wiring, writers: list[str], width: int
 ) -> None:
-    """Vectors that multiply what a block adds to the stream (LayerScale, arXiv 2103.17239)."""
+    """Fold the vectors that scale a block's contribution to the stream (LayerScale, arXiv 2103.17239) into writers."""
     for holder, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
             continue
@@ -115,7 +115,7 @@ def _fold_layer_scales(
         if any(len(p) != width for p in scales):
             raise NotRotatable(f"{holder} holds a vector of another width than the stream")
         inside = [name for name in writers if name.startswith(f"{holder}.")]
-        if not inside:  # a module of its own scales what ran last
+        if not inside:  # a separate module scales the output of the last writer
             before = wiring.order[: wiring.order.index(holder)] if holder in wiring.order else ()
             inside = [name for name in before if name in writers][-1:]
         if len(inside) != len(scales):
@@ -127,7 +127,7 @@ def _fold_layer_scales(
 
 
 def _embeddings(model: nn.Module, width: int) -> list[nn.Parameter]:
-    """Class tokens, registers and positions: what is added to the stream without a linear."""
+    """Class tokens, registers and position embeddings, which enter the stream without a linear layer."""
     known = nn.Linear | nn.Conv2d | nn.LayerNorm
     held = [p for m in model.modules() if not isinstance(m, known) for p in m._parameters.values() if p is not None]
     return [p for p in held if p.dim() > 1 and p.shape[-1] == width]
@@ -142,10 +142,10 @@ def random_rotation(size: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def rotate_heads(model: nn.Module, wiring: Wiring, generator: torch.Generator) -> int:
-    """Rotate queries with keys, and values with the projection, head by head; in place.
+    """Rotate queries with keys, and values with the projection, for each head, in place.
 
     Returns:
-        How many products were rotated, two per attention where its linears are known.
+        The number of rotated pairs: two per attention if its linear layers are known.
     """
     done, device = 0, next(model.parameters()).device
     for attention in wiring.attentions:

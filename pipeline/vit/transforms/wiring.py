@@ -1,8 +1,9 @@
-"""Which linear feeds which attention, and which norm feeds which linear: read from the numbers of one pass.
+"""Find which linear layer feeds which attention, and which norm feeds which linear layer, by comparing tensors.
 
-Names differ from family to family, tensors do not: a linear feeds an attention if slices of its output are the queries,
-keys or values, bit for bit, and a linear reads a norm if its input is that norm's output. What matches nothing (rotary
-positions, norms on queries, biases added elsewhere) stays unknown, and is then left as it is.
+Names differ between model families, so they are not used: a linear layer feeds an attention if slices of its output
+equal the queries, keys or values bit for bit, and it reads a norm if its input equals that norm's output, in one
+forward pass. Where nothing matches (rotary positions, norms on queries, biases added elsewhere) the source is unknown,
+and that part of the model is not transformed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _IMAGES = 2
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Output rows `start` to `start + width - 1` of a linear, head after head."""
+    """Rows `start` to `start + width - 1` of a linear layer's weight, ordered by head."""
 
     linear: str
     start: int
@@ -31,33 +32,33 @@ class Rows:
 
     @property
     def slice(self) -> slice:
-        """To index the linear's weight and bias with."""
+        """The slice that indexes the layer's weight and bias."""
         return slice(self.start, self.start + self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionWiring:
-    """The linears around one attention; None where none matches."""
+    """The linear layers around one attention; None where none matches."""
 
     site: AttentionSite  # the attention
-    q: Rows | None  # rows that are its queries
-    k: Rows | None  # rows that are its keys
-    v: Rows | None  # rows that are its values
-    projection: str | None  # the linear that reads its output, all heads side by side
+    q: Rows | None  # rows that compute its queries
+    k: Rows | None  # rows that compute its keys
+    v: Rows | None  # rows that compute its values
+    projection: str | None  # the linear layer that reads its output, with all heads concatenated
 
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What was found."""
+    """How the linear layers, attentions and norms of a model are connected."""
 
-    attentions: tuple[AttentionWiring, ...]  # in the order of their calls
-    readers: dict[str, tuple[str, ...]]  # by LayerNorm, the linears that read its output
-    order: tuple[str, ...]  # names of all modules that hold parameters of their own, in the order of their calls
+    attentions: tuple[AttentionWiring, ...]  # in call order
+    readers: dict[str, tuple[str, ...]]  # for each LayerNorm, the linear layers that read its output
+    order: tuple[str, ...]  # names of all modules with parameters of their own, in call order
 
 
 @dataclass(slots=True)
 class _Seen:
-    """Inputs and outputs of one pass; kept, since equal ones are looked for."""
+    """Inputs and outputs of all modules in one forward pass, kept for comparison."""
 
     linears: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class _Seen:
     order: list[str] = field(default_factory=list)
 
     def note(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Note what a module reads and gives."""
+        """Record the input and output of a module."""
         self.order.append(name)
         if isinstance(module, nn.Linear):
             self.linears[name] = (args[0], output)
@@ -73,7 +74,7 @@ class _Seen:
             self.norms[name] = output
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Note the operands and the output of an attention."""
+        """Record the operands and the output of an attention."""
         output = explicit_attention(q, k, v, mask, scale)
         self.attentions[name] = {"q": q, "k": k, "v": v, "output": output}
         return output
@@ -81,7 +82,7 @@ class _Seen:
 
 @torch.no_grad()
 def read_wiring(model: nn.Module, structure: VitStructure) -> Wiring:
-    """The wiring of a prepared model in eval mode, from one pass over two images of noise."""
+    """The wiring of a prepared model in evaluation mode, from one forward pass over two noise images."""
     seen = _Seen()
     used = set(structure.linear_names)
     holders = [
@@ -112,7 +113,7 @@ def _attention(site: AttentionSite, seen: _Seen) -> AttentionWiring:
 
 
 def _merged(heads: Tensor) -> Tensor:
-    """`(B, H, N, d)` as `(B * N, H * d)`."""
+    """Reshape `(B, H, N, d)` to `(B * N, H * d)`."""
     return heads.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
