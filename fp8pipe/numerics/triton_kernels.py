@@ -1,4 +1,4 @@
-"""Triton kernels for the work of FP8 training around its GEMMs: casting rows to FP8, and transposing codes.
+"""Triton kernels for the operations around the GEMMs of FP8 training: casting rows to FP8, and transposing codes.
 
 `fused.py` decides on which devices they run, and checks them there against `grids.quantize` before they are used.
 """
@@ -35,7 +35,7 @@ def cast_rows(  # type: ignore[no-untyped-def]
     inside = at < columns
     values = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    # 0x3F800000 is 1.0; adding 0x7FFFFF (a binade less one) rounds up to a power of two; the mask keeps the exponent.
+    # 0x3F800000 is 1.0; adding 0x7FFFFF (a full mantissa) rounds up to a power of two; the mask keeps the exponent.
     scale = (tl.maximum(amax, FLOOR_BITS) + (0x3F800000 + 0x7FFFFF - MAX_BITS)) & 0x7F800000
     inverse = (254 << 23) - scale
     infinite = amax >= 0x7F800000  # infinity or NaN makes the whole row NaN, as in torch

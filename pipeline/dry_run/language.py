@@ -25,7 +25,7 @@ from pipeline.finetune.config import FinetuneConfig
 from pipeline.finetune.stage import TrainingText, load_text, tune
 
 STEPS: Final = 3  # the first one allocates the optimizer state, the last one is logged
-_LOOKED_AT: Final = 512  # number of batches among which the largest is searched
+_LOOKED_AT: Final = 512  # maximum number of batches searched for the largest
 _ACCUMULATED: Final = 2  # micro-batches: more than two do not raise the peak memory
 
 
@@ -69,7 +69,7 @@ class _Largest(Batches):
 
     @property
     def batches(self) -> int:
-        """The number of all batches."""
+        """The total number of batches, including those that were dropped here."""
         return len(self._whole)
 
     def unpacked(self) -> _Largest:

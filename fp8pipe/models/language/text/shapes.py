@@ -88,7 +88,7 @@ def _before(row: dict[str, Any]) -> list[Message]:
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The tools' schemas, each as ``{"type": "function", "function": ...}``, the form that serving passes on."""
+    """The tools' schemas, each as ``{"type": "function", "function": ...}``, the form that serving engines use."""
     tools = []
     for index, tool in enumerate(_structure(row, "tools", list) or _structure(row, "functions", list) or []):
         if not isinstance(tool, dict):
@@ -129,7 +129,7 @@ def _message(item: dict[str, Any]) -> Message:
     role = _ALIASES.get(named, named)
     if role not in ROLES:
         raise BadRow(f"role {named!r} is not one of {', '.join((*ROLES, *_ALIASES))}")
-    if named == "function_call":  # its text is the call
+    if named == "function_call":  # its text is the call, as JSON
         fields["tool_calls"] = _structure(item, keys[1], dict, list)
         item = {**item, keys[1]: None}
     calls = _calls(fields)
