@@ -12,7 +12,18 @@ from artifact_tree import rehash
 from torch_engine import ENVIRONMENT, TorchEngine
 from trained_exports import write_family
 
+from exporters.vllm.environment import find_vllm_python
+from fp8pipe.core.errors import MissingCapabilityError
 from validation.vllm import comparison, validate
+
+
+@pytest.fixture(scope="session")
+def python() -> Path:
+    """vLLM's interpreter."""
+    try:
+        return find_vllm_python()
+    except MissingCapabilityError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,11 @@ from breadth import only_long
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_plain
 
-from exporters.vllm.environment import find_vllm_python, last_lines
+from exporters.vllm.environment import last_lines
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import VllmExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.record import ExportRejectedError
-from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.models.compat import import_transformers
 from validation.vllm.expected import ExpectedWeights, Holding, plan_of, weight_report
 from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
@@ -77,14 +76,6 @@ def scaled(export: Path, copy: Path) -> list[str]:
     found[f"{LAYER}.3.down_proj.weight_scale"].mul_(2)
     save_file(found, copy / "model.safetensors", metadata={"format": "pt"})
     return [f"{LAYER}.3.down_proj.weight"]
-
-
-@pytest.fixture(scope="module")
-def python() -> Path:
-    try:
-        return find_vllm_python()
-    except MissingCapabilityError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import write_plain
 from torch import Tensor
 
-from exporters.vllm.environment import find_vllm_python, last_lines
+from exporters.vllm.environment import last_lines
 from exporters.vllm.export import export_vllm
 from exporters.vllm.options import ExportFormat, VllmExportOptions
 from fp8pipe.artifact import open_artifact
 from fp8pipe.artifact.record import ExportRejectedError
-from fp8pipe.core.errors import MissingCapabilityError
 from fp8pipe.models.compat import import_transformers
 from validation.vllm.expected import ExpectedWeights, Holding, plan_of, weight_report
 from validation.vllm.launcher import PARITY_ARGUMENTS, PROBE, ProbeJob, in_process
@@ -112,14 +111,6 @@ def change(export: Path, copy: Path, family: Family) -> list[str]:
 def _swap(value: Tensor) -> None:
     codes = value.view(torch.uint8) if value.dtype.itemsize == 1 else value
     codes[[2, 5]] = codes[[5, 2]]
-
-
-@pytest.fixture(scope="module")
-def python() -> Path:
-    try:
-        return find_vllm_python()
-    except MissingCapabilityError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
