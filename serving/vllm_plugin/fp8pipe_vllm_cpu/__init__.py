@@ -7,7 +7,8 @@ dtype (and not rounded at all in fp32).
 
 vLLM calls `register` (entry point group `vllm.general_plugins`) in each of its processes before it reads a model's
 configuration. `register` replaces two entries in vLLM's table of quantization methods, "compressed-tensors" and "fp8",
-with subclasses that handle FP8 linear layers and FP8 experts and leave everything else to vLLM.
+with subclasses that handle FP8 linear layers and FP8 experts and leave everything else to vLLM. It also mends vLLM's
+rotary embedding on CPUs, which is wrong for DeepSeek's attention in any format (`rotary`).
 
 This module holds the settings and the version check. `dequantize` has the arithmetic in plain torch and does not import
 vLLM; `methods` and `experts` contain the layer implementations.
@@ -39,7 +40,7 @@ _ANY_VERSION = "FP8PIPE_VLLM_ANY_VERSION"
 
 
 def register() -> None:
-    """Install the FP8 methods if the platform is a CPU, else do nothing. Safe to call more than once.
+    """Install the FP8 methods and the rotary embedding if the platform is a CPU. Safe to call more than once.
 
     Raises:
         UntestedVersionError: the plugin was not tested with this version of vLLM.
@@ -57,9 +58,10 @@ def register() -> None:
     if warning:
         logger.warning(warning)
 
-    from fp8pipe_vllm_cpu.methods import install
+    from fp8pipe_vllm_cpu import methods, rotary
 
-    install()
+    methods.install()
+    rotary.install()
 
 
 @dataclass(frozen=True, slots=True)
