@@ -58,7 +58,7 @@ _PACKING: Final = {
     "mask": "several examples a row, kept apart by a mask per example",
     "off": "off: this model does not keep the examples of a row apart",
 }
-_NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is found out once it is loaded"
+_NOT_PROBED: Final = "only if the model keeps the examples of a row apart, which is tested once it is loaded"
 _SMALLER: Final = "a smaller --batch-size or --sequence-length, --gradient-checkpointing, or a smaller model"
 
 

@@ -196,7 +196,7 @@ def test_a_kind_is_opened_unless_another_was_asked_for_and_an_unknown_one_is_ref
     with pytest.raises(BadArtifactError, match="'plain'; expected 'falqon' or 'lora-merged'"):
         open_artifact(tmp_path / "a", kind=["falqon", "lora-merged"])
     change_manifest(tmp_path / "a", kind="from-the-future")
-    with pytest.raises(BadArtifactError, match=r"manifest\.json is of the unknown kind 'from-the-future'"):
+    with pytest.raises(BadArtifactError, match=r"manifest\.json is of unknown kind 'from-the-future'"):
         open_artifact(tmp_path / "a")
 
 

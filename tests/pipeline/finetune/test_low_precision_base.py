@@ -84,7 +84,7 @@ def test_it_is_tuned_and_exported_as_the_values_it_stands_for(tmp_path: Path, pa
     assert_equal(tuned.root, twin.root)
     assert tuned.manifest.parents[0].stored == stored
     assert twin.manifest.parents[0].stored is None
-    assert f"the base model was rounded before: {stored}" in tuned.manifest.warnings[0]
+    assert f"the base model was already quantized, as {stored}" in tuned.manifest.warnings[0]
     for format in (ExportFormat.FP8, ExportFormat.BF16):
         options = VllmExportOptions(format=format)
         ours, theirs = (export_vllm(src, tmp_path / f"{src.name}-{format}", options) for src in (base, plain))

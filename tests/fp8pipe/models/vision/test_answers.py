@@ -67,5 +67,5 @@ def test_files_of_before_are_read_as_softmax():
     old = {"library": "timm", "name": "test_vit", "image_size": [32, 32]}
     assert Architecture.model_validate(old | {"head": "classifier", "classes": ["a", "b"]}).activation == "softmax"
     assert Architecture.model_validate(old | {"head": "features"}).activation == "none"
-    with pytest.raises(ValueError, match="features are no logits"):
+    with pytest.raises(ValueError, match="features are not logits"):
         Architecture.model_validate(old | {"head": "features", "activation": "sigmoid"})

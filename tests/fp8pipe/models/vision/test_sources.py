@@ -168,7 +168,7 @@ def test_the_processor_decides_on_the_size_of_images(tmp_path: Path):
     save_transformers(tmp_path / "deit", "hf-deit", crop)
     vision = load_vision_model(str(tmp_path / "deit"))
     assert vision.architecture.image_size == vision.preprocessing.crop == (32, 32)
-    assert "which the model does not take: the preprocessing is scaled to 32x32" in vision.notes[0]
+    assert "which the model does not accept: the preprocessing is scaled to 32x32" in vision.notes[0]
 
 
 def test_incomplete_directories_of_transformers(tmp_path: Path):

@@ -123,7 +123,7 @@ def test_folders_and_globs(tmp_path: Path) -> None:
         ("b.gz", gzip.compress(LINES.encode())[:12], "before its first record ends", "b.gz is damaged"),
         ("a.xz", lzma.compress(LINES.encode())[:-30], "before its first record ends", "a.xz is damaged"),
         ("a.json", json.dumps(ROWS, indent=1)[:-30].encode(), "item 3 (line 10)", "not valid JSON"),
-        ("b.json", b'[\n{"prompt": "q", "completion": "a"}\n{}]', "line 3", "does not go on with a comma"),
+        ("b.json", b'[\n{"prompt": "q", "completion": "a"}\n{}]', "line 3", "expected a comma"),
         ("c.json", b'[\n{"prompt": "q", "completion": "a"},\n', "line 3", "the array does not end"),
         ("d.json", b'[{"prompt": "q", "completion": "a"}]\n{}', "line 2", "something follows the end"),
         ("e.json", b'[\n{"prompt": "q\xff"}]', "line 2", "not UTF-8 text"),
