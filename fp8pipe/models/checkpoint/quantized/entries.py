@@ -157,9 +157,7 @@ def _layout(
 
 def _refuse_offset(root: Path, entry: TensorEntry) -> None:
     if bool((read_tensor(entry).float() != 0).any()):
-        raise refusal(
-            root, f"{entry.name} is a zero point that is not zero; only symmetric weights, code * scale, are read"
-        )
+        raise refusal(root, f"{entry.name} is not zero; only symmetric weights, code * scale, are read")
 
 
 def _refuse_leftovers(root: Path, table: Mapping[str, TensorEntry], scheme: Scheme) -> None:

@@ -50,7 +50,7 @@ def test_inspect_says_what_it_is_of_and_what_to_do(adapter: Path) -> None:
     ):  # fmt: skip
         assert said in text, said
     assert json.loads(inspect(adapter, "--json"))["contents"]["facts"]["base_model"] == "org/base"
-    with pytest.raises(ConfigurationError, match="no model of its own") as caught:
+    with pytest.raises(ConfigurationError, match="not a model on its own") as caught:
         resolve_model(str(adapter))
     assert caught.value.fix in inspect(adapter)  # the same advice everywhere
 

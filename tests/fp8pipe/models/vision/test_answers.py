@@ -35,7 +35,7 @@ def test_probabilities_are_those_of_torch():
         found = probabilities(logits.numpy(), activation)
         assert found.dtype == np.float32
         torch.testing.assert_close(torch.from_numpy(found), oracle, rtol=1e-6, atol=1e-30)
-    with pytest.raises(ValueError, match="numbers"):
+    with pytest.raises(ValueError, match="not logits"):
         probabilities(logits.numpy(), "none")
 
 
