@@ -175,7 +175,7 @@ _REFUSALS = {
     401: ("the hub does not accept the token", "log in again (`hf auth login`), or set HF_TOKEN"),
     403: ("the token may not write to {repo}", "use a token with write access to it, or --create-pr"),
     404: ("{repo} or its branch is not on the hub, or not visible to this token", "check the name and --revision"),
-    409: ("{repo} was changed at the same time, or exists in another form", "push again"),
+    409: ("{repo} was changed at the same time, or exists in a form that conflicts with this upload", "push again"),
     412: ("{repo} was changed at the same time", "push again"),
     413: ("the hub refuses files of this size", "write the artifact in smaller files"),
     429: ("the hub asks to slow down", "push again later; files already uploaded are not sent again"),
